@@ -1,0 +1,152 @@
+"""Batched, steered generation through transformers' own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trimtab.engines.transformers.read import check_length
+from trimtab.engines.transformers.session import Dose, Session
+from trimtab.errors import TrimtabError
+
+REFUSED = {
+    "inputs": "give prompts",
+    "input_ids": "give prompts, or use lm.steered(…) around model.generate",
+    "inputs_embeds": "use lm.steered(…) around model.generate",
+    "attention_mask": "trimtab pads and masks by itself",
+    "streamer": "stream with lm.steered(…) around model.generate",
+    "return_dict_in_generate": "use logprobs=True, or lm.steered(…) around model.generate",
+    "guidance_scale": "its second, unconditional pass would be steered as well",
+    "assistant_model": "a draft model isn't steered, so its drafts would be rejected",
+}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What steered one answer: the edits that acted, and the dose at each layer (`‖edit‖ / ‖activation‖`)."""
+
+    edits: tuple[str, ...]
+    doses: tuple[Dose, ...]
+
+    @property
+    def dose(self) -> float:
+        """The largest mean dose of any layer; 0 when nothing was steered."""
+        return max((dose.ratio for dose in self.doses), default=0.0)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"` or
+    `"length"`; `logprobs`, where asked for, holds the natural log-probability of each generated token under the
+    (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    applied: Applied
+    logprobs: tuple[float, ...] | None = None
+
+
+def generate_batch(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    session: Session,
+    layers: Sequence[int],
+    edits: Callable[[int], tuple[str, ...]],
+    *,
+    max_new_tokens: int,
+    logprobs: bool,
+    options: dict[str, Any],
+) -> list[Generation]:
+    """The answers to one batch of rendered prompts (`num_return_sequences` each), steered by `session`."""
+    width = max(len(ids) for ids in prompts)
+    pad = _pad_id(model, tokenizer)
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
+        mask[row, width - len(prompt) :] = 1
+    device = model.get_input_embeddings().weight.device
+    if layers:
+        options = {"disable_compile": True, **options}
+    if options.get("stop_strings") is not None:
+        options = {"tokenizer": tokenizer, **options}
+    session.expect([len(prompt) for prompt in prompts])
+    with torch.no_grad(), session.hooked(layers):
+        output = model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_logits=logprobs,
+            **options,
+        )
+    sequences = output.sequences[:, width:]
+    scores = _token_logprobs(model, output) if logprobs else None
+    ends = _end_ids(model, options)
+    answers = []
+    repeat = len(sequences) // len(prompts)
+    for row, tokens in enumerate(sequences.tolist()):
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+        stopped = bool(length and tokens[length - 1] in ends)
+        if not stopped and options.get("stop_strings") is not None:
+            while length and tokens[length - 1] == pad:
+                length -= 1
+            stopped = length < max_new_tokens
+        request = row // repeat
+        answers.append(
+            Generation(
+                text=tokenizer.decode(tokens[:length], skip_special_tokens=True),
+                token_ids=tuple(tokens[:length]),
+                finish_reason="stop" if stopped else "length",
+                prompt_tokens=len(prompts[request]),
+                applied=Applied(edits(request), session.doses(request) if layers else ()),
+                logprobs=None if scores is None else tuple(scores[row, :length].tolist()),
+            )
+        )
+    return answers
+
+
+def check_request(layout: Any, lengths: Sequence[int], max_new_tokens: int, options: dict[str, Any]) -> None:
+    """Raises `TrimtabError` for what can't run: too long a prompt, or an option that can't be honoured."""
+    for name, instead in REFUSED.items():
+        if options.get(name) is not None:
+            raise TrimtabError(f"generate can't take {name}: {instead}")
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
+    for i, length in enumerate(lengths):
+        check_length(layout, length, f"prompt {i + 1}")
+        if layout.context is not None and length + max_new_tokens > layout.context:
+            raise TrimtabError(
+                f"prompt {i + 1} has {length} tokens and {max_new_tokens} new ones are asked for, the model's context"
+                f" holds {layout.context}; ask for at most {layout.context - length}"
+            )
+
+
+def _token_logprobs(model: Any, output: Any) -> torch.Tensor:
+    return model.compute_transition_scores(
+        output.sequences, output.logits, getattr(output, "beam_indices", None), normalize_logits=True
+    )
+
+
+def _pad_id(model: Any, tokenizer: Any) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id, *sorted(_end_ids(model, {}))):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def _end_ids(model: Any, options: dict[str, Any]) -> set[int]:
+    ends = options.get("eos_token_id", model.generation_config.eos_token_id)
+    if ends is None:
+        return set()
+    return {int(end) for end in (ends if isinstance(ends, (list, tuple)) else [ends])}

@@ -1,0 +1,87 @@
+"""Where a model's blocks are, found from what the model declares; never guessed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from trimtab.errors import TrimtabError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The decoder (what runs the blocks), its blocks in order, and the width of the residual stream."""
+
+    decoder: nn.Module
+    blocks: tuple[nn.Module, ...]
+    path: str
+    width: int
+    context: int | None
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks)
+
+
+def find_layout(model: Any, layers: str | None = None) -> Layout:
+    """The layout of a causal language model, or of the language model inside a vision-language one.
+
+    The blocks are the one list of the decoder that has as many items as the configuration declares hidden
+    layers, of the class that the model itself declares as the source of its hidden states; where it declares
+    none, the one list of that length. `layers`, a dotted path such as `"model.layers"`, overrides it.
+
+    Raises `TrimtabError`, naming the candidates, when that leaves none or several.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")
+    text = config.get_text_config(decoder=True)
+    decoder = model.get_decoder()
+    path, blocks = _named(model, layers) if layers else _declared(model, decoder, text.num_hidden_layers)
+    return Layout(
+        decoder=decoder,
+        blocks=tuple(blocks),
+        path=path,
+        width=text.hidden_size,
+        context=getattr(text, "max_position_embeddings", None),
+    )
+
+
+def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
+    try:
+        found = model.get_submodule(path)
+    except AttributeError:
+        raise TrimtabError(f"{type(model).__name__} has no {path!r}; lists of blocks it has: {_names(model)}") from None
+    if not isinstance(found, nn.ModuleList):
+        raise TrimtabError(f"{path!r} is a {type(found).__name__}, not a list of blocks; lists: {_names(model)}")
+    return path, found
+
+
+def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
+    lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
+    block = _block_class(decoder)
+    if block is not None:
+        declared = {name: m for name, m in lists.items() if all(isinstance(item, block) for item in m)}
+        lists = declared or lists
+    if len(lists) == 1:
+        ((name, blocks),) = lists.items()
+        prefix = next((n for n, m in model.named_modules() if m is decoder), "")
+        return f"{prefix}.{name}".strip("."), blocks
+    raise TrimtabError(
+        f"can't tell which part of {type(model).__name__} holds its {count} blocks: {len(lists)} lists of that length"
+        f" in its decoder; name it with layers=…; lists: {_names(model)}"
+    )
+
+
+def _block_class(decoder: nn.Module) -> type | None:
+    declared = (getattr(type(decoder), "_can_record_outputs", None) or {}).get("hidden_states")
+    declared = declared[0] if isinstance(declared, list) and declared else declared
+    declared = getattr(declared, "target_class", declared)
+    return declared if isinstance(declared, type) else None
+
+
+def _names(model: nn.Module) -> str:
+    lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    return ", ".join(lists[:8]) or "none"

@@ -1,0 +1,103 @@
+"""Loading a model and its tokenizer: from the Hub, a folder, a GGUF file, or the default model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trimtab.engines.transformers import default_model
+from trimtab.errors import TrimtabError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def load(
+    name: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    **options: Any,
+) -> tuple[Any, Any, str]:
+    """The model, its tokenizer and its name. `options` go to `from_pretrained` (quantization and the like).
+
+    `device=None` takes CUDA, then MPS, then the CPU; `device_map` among the options overrides it.
+    Raises `TrimtabError` when there is no such model, or it isn't a language model.
+    """
+    dtype = _dtype(dtype)
+    path = Path(name) if name is not None else None
+    label = str(name) if name is not None else default_model.NAME
+    if path is not None and path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise TrimtabError(f"there is no file {path}")
+        model, tokenizer = read_gguf(path, dtype=dtype, **options)
+        label = path.stem
+    else:
+        source = str(default_model.default_folder() if name is None else name)
+        if path is not None and path.is_dir():
+            label = path.resolve().name
+            if not (path / "config.json").is_file():
+                raise TrimtabError(f"{path} has no config.json, so it is no model folder")
+        model, tokenizer = _read(source, dtype, revision, options)
+    if "device_map" not in options and not getattr(model, "is_quantized", False):
+        model.to(device or _best_device())
+    return model.eval(), tokenizer, label
+
+
+def read_gguf(path: Path, dtype: Any = torch.float32, **options: Any) -> tuple[Any, Any]:
+    """A GGUF file's model, dequantized, and its tokenizer."""
+    gguf_config = getattr(transformers, "GgufConfig", None)  # before it existed, files were always dequantized
+    if gguf_config is not None:
+        options.setdefault("quantization_config", gguf_config(dequantize=True))
+    where, file = str(path.parent), path.name
+    try:
+        dtype = torch.float32 if dtype == "auto" else dtype
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+    except (ValueError, OSError, KeyError) as error:
+        raise TrimtabError(f"can't read the GGUF file {path}: {_first_line(error)}") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # dense now
+    model.is_quantized = False
+    return model, tokenizer
+
+
+def _read(source: str, dtype: Any, revision: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+    known = {key: options[key] for key in ("trust_remote_code", "token", "cache_dir") if key in options}
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, **known)
+        kind: Any = AutoModelForCausalLM
+        if type(config) not in AutoModelForCausalLM._model_mapping and "trust_remote_code" not in options:
+            kind = transformers.AutoModelForImageTextToText  # the language model inside is found by the layout
+        model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **known)
+    except (OSError, ValueError, KeyError) as error:
+        raise TrimtabError(
+            f"can't load the model {source!r}: {_first_line(error)}."
+            " Give a Hub id, a model folder, a .gguf file, or nothing for the default model"
+        ) from error
+    return model, tokenizer
+
+
+def _dtype(dtype: str | torch.dtype) -> Any:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    try:
+        return DTYPES[SHORT.get(dtype, dtype)]
+    except KeyError:
+        raise TrimtabError(f"unknown dtype {dtype!r}; use auto, {', '.join([*DTYPES, *SHORT])}") from None
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

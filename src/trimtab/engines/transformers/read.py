@@ -1,0 +1,237 @@
+"""Reading activations: nothing is computed that isn't read.
+
+A pass stops at the deepest block asked for and never reaches the language-model head; texts are cut after the
+last position asked for, sorted by length into batches of a bounded number of tokens, and the tokens with which
+all texts of a group begin (the two members of a contrastive pair, say) run once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from trimtab.engines.transformers.layout import Layout
+from trimtab.errors import TrimtabError
+from trimtab.steering import Site
+
+TOKENS_PER_BATCH = 4096
+SHARE_FROM = 8  # a shared beginning shorter than this isn't worth a pass of its own
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and the positions at which to read (each at least 0 and below the number of ids)."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch gave: `values[site][g][m]` is `[positions, width]` for member m of `groups[g]`."""
+
+    groups: list[int]
+    values: dict[Site, list[list[Tensor]]]
+
+
+class _Enough(BaseException):
+    """Raised by the deepest hook: all that is needed has been computed."""
+
+
+@torch.no_grad()
+def read_groups(
+    layout: Layout,
+    groups: Sequence[Sequence[Text]],
+    sites: Sequence[Site],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+) -> Iterator[Batch]:
+    """Read every text of every group at every site, batch by batch, in order of length.
+
+    A batch holds groups of equally many members, and at most `tokens_per_batch` tokens (or one group).
+    Raises `TrimtabError` for an unknown layer, an empty text or one longer than the model's context.
+    """
+    check_sites(layout, sites)
+    for g, group in enumerate(groups):
+        for text in group:
+            check_length(layout, len(text.ids), f"text {g + 1}")
+            if not text.positions or not 0 <= min(text.positions) <= max(text.positions) < len(text.ids):
+                raise TrimtabError(
+                    f"text {g + 1}: positions {list(text.positions)} of a text of {len(text.ids)} tokens"
+                )
+    cut = [[Text(t.ids[: max(t.positions) + 1], t.positions) for t in group] for group in groups]
+    share = _can_share(layout)
+    shared = [_shared_length(group) if share else 0 for group in cut]
+    # the cost of a group, in tokens; batches are made of neighbours in this order
+    order = sorted(range(len(cut)), key=lambda g: (len(cut[g]), shared[g] > 0, max(len(t.ids) for t in cut[g]), g))
+    for chosen in _batches(order, cut, shared, tokens_per_batch):
+        prefix = [shared[g] for g in chosen]
+        if all(prefix):
+            yield Batch(chosen, _read_shared(layout, [cut[g] for g in chosen], prefix, sites))
+        else:
+            yield Batch(chosen, _read_plain(layout, [cut[g] for g in chosen], sites))
+
+
+def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
+    """Raises `TrimtabError` for a site that the model doesn't have."""
+    for site in sites:
+        if site.layer >= layout.layers:
+            raise TrimtabError(f"there is no layer {site.layer}; this model has layers 0 to {layout.layers - 1}")
+
+
+def check_length(layout: Layout, length: int, what: str) -> None:
+    """Raises `TrimtabError` for an empty text or one that exceeds the model's context."""
+    if length == 0:
+        raise TrimtabError(f"{what} is empty: it has no tokens")
+    if layout.context is not None and length > layout.context:
+        raise TrimtabError(f"{what} has {length} tokens, the model's context holds {layout.context}; shorten it")
+
+
+def _batches(order: list[int], cut: list, shared: list[int], budget: int) -> Iterator[list[int]]:
+    chosen: list[int] = []
+    widest = 0
+    for g in order:
+        size = max(len(text.ids) for text in cut[g])
+        alike = not chosen or (len(cut[g]) == len(cut[chosen[0]]) and bool(shared[g]) == bool(shared[chosen[0]]))
+        rows = 1 if shared[g] else len(cut[g])
+        if chosen and (not alike or max(widest, size) * rows * (len(chosen) + 1) > budget):
+            yield chosen
+            chosen, widest = [], 0
+        chosen.append(g)
+        widest = max(widest, size)
+    if chosen:
+        yield chosen
+
+
+def _shared_length(group: Sequence[Text]) -> int:
+    """How many tokens all members begin with, leaving each at least one of its own; 0 if not worth a pass."""
+    if len(group) < 2:
+        return 0
+    longest = min(len(text.ids) for text in group) - 1
+    first = group[0].ids
+    same = next((i for i in range(longest) if any(t.ids[i] != first[i] for t in group[1:])), longest)
+    return same if same >= SHARE_FROM else 0
+
+
+def _can_share(layout: Layout) -> bool:
+    """Whether the model's cache is of plain keys and values, so that rows of it can be repeated."""
+    decoder: Any = layout.decoder
+    if getattr(decoder, "_is_stateful", False) or "past_key_values" not in _parameters(decoder):
+        return False
+    layers = DynamicCache(config=decoder.config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> dict[Site, list[list[Tensor]]]:
+    texts = [text for group in groups for text in group]
+    ids, mask = _padded([text.ids for text in texts], left=False, device=_device(layout))
+    found = _run(layout, ids, mask, sites)
+    return {
+        site: _regroup([x[row, list(text.positions)] for row, text in enumerate(texts)], groups)
+        for site, x in found.items()
+    }
+
+
+def _read_shared(
+    layout: Layout, groups: list[list[Text]], prefix: list[int], sites: Sequence[Site]
+) -> dict[Site, list[list[Tensor]]]:
+    members = len(groups[0])
+    device = _device(layout)
+    heads = [group[0].ids[:n] for group, n in zip(groups, prefix, strict=True)]
+    ids, head_mask = _padded(heads, left=True, device=device)
+    cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
+    in_head = _run(layout, ids, head_mask, sites, cache)
+    cache.batch_repeat_interleave(members)
+    texts = [text for group in groups for text in group]
+    starts = [n for n in prefix for _ in range(members)]
+    tails, tail_mask = _padded([t.ids[n:] for t, n in zip(texts, starts, strict=True)], left=False, device=device)
+    mask = torch.cat([head_mask.repeat_interleave(members, 0), tail_mask], 1)
+    in_tail = _run(layout, tails, mask, sites, cache)
+    width = ids.shape[1]
+    values = {}
+    for site in sites:
+        rows = []
+        for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
+            pad = width - start
+            picked = [
+                in_head[site][row // members, pad + p] if p < start else in_tail[site][row, p - start]
+                for p in text.positions
+            ]
+            rows.append(torch.stack(picked))
+        values[site] = _regroup(rows, groups)
+    return values
+
+
+def _regroup(rows: list[Tensor], groups: list[list[Text]]) -> list[list[Tensor]]:
+    remaining = iter(rows)
+    return [[next(remaining) for _ in group] for group in groups]
+
+
+def _padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(sequence) for sequence in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    mask = torch.zeros(len(sequences), width, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        where = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, where] = torch.tensor(list(sequence), dtype=torch.long)
+        mask[row, where] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _run(
+    layout: Layout, ids: Tensor, mask: Tensor, sites: Sequence[Site], cache: DynamicCache | None = None
+) -> dict[Site, Tensor]:
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if "position_ids" in _parameters(layout.decoder):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return run_decoder(layout, inputs, sites)
+
+
+def run_decoder(layout: Layout, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """The activations `[rows, tokens, width]` at `sites` for these inputs of the decoder."""
+    with recording(layout, sites) as found:
+        try:
+            layout.decoder(**inputs)
+        except _Enough:
+            pass
+    return found
+
+
+@contextmanager
+def recording(layout: Layout, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Hooks that record the activations at `sites` and end the pass at the deepest of them."""
+    found: dict[Site, Tensor] = {}
+    last = max(site.layer for site in sites)
+    handles = []
+
+    def record(site: Site, output: Any) -> None:
+        found[site] = output if isinstance(output, Tensor) else output[0]
+        if site.layer == last:
+            raise _Enough
+
+    try:
+        for site in sorted(set(sites)):
+            block = layout.blocks[site.layer]
+            handles.append(block.register_forward_hook(lambda _m, _a, output, site=site: record(site, output)))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parameters(module: Any) -> Any:
+    return inspect.signature(type(module).forward).parameters
+
+
+def _device(layout: Layout) -> torch.device:
+    return next(layout.decoder.parameters()).device

@@ -1,0 +1,272 @@
+"""Hooks that steer the forward passes of a model while a session is open, and leave nothing behind.
+
+One hook before the decoder works out which absolute positions this pass computes, and so the state of every
+token (see `plan`). One hook after each steered block applies that layer's stages. In steady decoding the
+states don't change from step to step, and a block's hook is one in-place addition of a prepared tensor.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Edit
+from trimtab.steering.operations import with_norm_of
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How hard one layer was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens."""
+
+    layer: int
+    ratio: float
+    tokens: int
+
+
+@dataclass
+class _Step:
+    """One forward pass: the state of each token, and what each layer has prepared for those states."""
+
+    states: tuple[tuple[int, ...], ...]  # one tuple a row
+    index: Tensor  # the same, [rows, tokens]
+    present: frozenset[int]
+    prepared: dict[int, list[tuple[Stage, dict[str, Tensor], Tensor | None]]] = field(default_factory=dict)
+
+
+Decide = Callable[[int, dict[str, Any]], Sequence[tuple[Edit, ...]]]
+
+
+class Session:
+    """The state of one steered run: the compiled plan, where each request stands, and the doses so far.
+
+    `decide(requests, inputs)` gives the effective edits of each request; it is asked at the first pass over a
+    text, whose decoder inputs it gets. `prompt_lengths` are those of the requests, in tokens; `None` takes each
+    first pass for the whole prompt, and then refuses to guess about further long passes.
+    """
+
+    def __init__(self, layout: Layout, decide: Decide, prompt_lengths: Sequence[int] | None = None) -> None:
+        self.layout = layout
+        self.decide = decide
+        self.plan: Plan | None = None
+        self.expect(prompt_lengths)
+        self._names = list(inspect.signature(type(layout.decoder).forward).parameters)[1:]
+        self._dtype = _dtype(layout)
+        self._deciding = False
+
+    def expect(self, prompt_lengths: Sequence[int] | None) -> None:
+        """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand)."""
+        self.prompt_lengths = prompt_lengths
+        self._fresh = True
+
+    # ---- what the decoder is about to compute ------------------------------------------------------------
+
+    def before(self, decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """The decoder's pre-hook: the step's states, from the inputs of this pass."""
+        if self._deciding:
+            return
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("a compiled forward can't be steered; pass disable_compile=True to generate")
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise UnsupportedError(f"{type(decoder).__name__} was called with neither input_ids nor inputs_embeds")
+        rows, length = tokens.shape[:2]
+        mask = given.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        past = _past(given, mask, length)
+        if past == 0:
+            self._begin(rows, length, mask, given, tokens.device)
+        elif self._fresh or self.plan is None:
+            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")
+        elif self.prompt_lengths is None and length > 1:
+            raise TrimtabError(
+                f"a second pass of {length} tokens over one cache: is it more of the prompt, or generated text?"
+                " Say so with lm.steered(…, prompt_lengths=[…])"
+            )
+        self._move(rows, length, past, mask if past == 0 else None, tokens.device)
+
+    def _begin(self, rows: int, length: int, mask: Tensor | None, given: dict[str, Any], device: torch.device) -> None:
+        counts = [length] * rows if mask is None else [int(n) for n in mask.sum(-1)]
+        if self._fresh or self.prompt_lengths is None:
+            lengths = counts if self.prompt_lengths is None else self.prompt_lengths
+            self._deciding = True
+            try:
+                edits = self.decide(len(lengths), given)
+            finally:
+                self._deciding = False
+            self.plan = compile_plan(edits, lengths, self._dtype)
+            self.layers = sorted(self.plan.stages)
+            self._row = {layer: i for i, layer in enumerate(self.layers)}
+            self._sums = torch.zeros(2, len(self.layers), len(lengths), device=device)
+            self._active = _activity(self.plan).to(device)
+            self._step: _Step | None = None
+            self._fresh = False
+        self.pads = [length - n for n in counts]
+
+    def _move(self, rows: int, length: int, past: int, mask: Tensor | None, device: torch.device) -> None:
+        assert self.plan is not None
+        segments = self.plan.segments
+        if rows % len(segments) or rows != len(self.pads):
+            raise TrimtabError(f"the model runs {rows} rows for {len(segments)} requests; give one steering a request")
+        repeat = rows // len(segments)  # beams, or several answers to one prompt
+        firsts = [past - pad for pad in self.pads]
+        if mask is None or _left_padded(mask):
+            states = tuple(_fill(segments[r // repeat], firsts[r], length) for r in range(rows))
+        else:
+            where = torch.where(mask.bool(), mask.long().cumsum(-1) - 1, -1).tolist()
+            states = tuple(tuple(_state(segments[r // repeat], p) for p in where[r]) for r in range(rows))
+        if self._step is None or self._step.states != states or self._step.index.device != device:
+            index = torch.tensor(states, device=device)
+            self._step = _Step(states, index, frozenset(s for row in states for s in row))
+            self._norms = torch.ones(2, len(self.layers), rows, length, device=device)
+
+    # ---- what a block does -------------------------------------------------------------------------------
+
+    def after(self, layer: int, output: Any) -> Any:
+        """A block's hook: apply the layer's stages to its output, in place where nothing needs the old one."""
+        step, plan = self._step, self.plan
+        if self._deciding or step is None or plan is None or layer not in plan.stages:
+            return None
+        if step.present.isdisjoint(plan.touches[layer]):
+            return None
+        x = output if isinstance(output, Tensor) else output[0]
+        prepared = step.prepared.get(layer)
+        norms = self._norms[:, self._row[layer]]
+        if prepared is None:
+            prepared = step.prepared[layer] = [_prepare(stage, step, x) for stage in plan.stages[layer]]
+            if len(prepared) == 1 and prepared[0][0].only_adds:
+                norms[1] = _norm(prepared[0][1]["vector"])
+        norms[0] = _norm(x)
+        if len(prepared) == 1 and prepared[0][0].only_adds:
+            if not x.requires_grad:
+                x += prepared[0][1]["vector"]
+                return None
+            return _replaced(output, x + prepared[0][1]["vector"])
+        new = x
+        for stage, rows, active in prepared:
+            new = _apply(stage, rows, active, new)
+        norms[1] = _norm(new - x)
+        return _replaced(output, new)
+
+    def finish(self, *_: Any) -> None:
+        """The decoder's hook: add this pass's doses to the sums."""
+        step = self._step
+        if self._deciding or step is None or not step.present - {0}:
+            return
+        steered = self._active[:, step.index]
+        ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
+        shape = (len(self.layers), self._sums.shape[2], -1)
+        self._sums[0] += ratio.reshape(shape).sum(-1)
+        self._sums[1] += steered.reshape(shape).sum(-1)
+
+    def doses(self, request: int) -> tuple[Dose, ...]:
+        """The doses that a request has had at each layer at which it was steered."""
+        if self.plan is None:
+            return ()
+        sums, counts = self._sums[:, :, request].tolist()
+        return tuple(Dose(layer, s / n, int(n)) for layer, s, n in zip(self.layers, sums, counts, strict=True) if n)
+
+    # ---- hooks -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hooked(self, layers: Sequence[int]) -> Iterator[None]:
+        """The hooks, on the decoder and on these blocks, for as long as the context is open."""
+        handles = []
+        try:
+            if layers:
+                handles.append(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
+                handles.append(self.layout.decoder.register_forward_hook(self.finish))
+            for layer in layers:
+                hook = _block_hook(self, layer)
+                handles.append(self.layout.blocks[layer].register_forward_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _block_hook(session: Session, layer: int) -> Callable[[Any, Any, Any], Any]:
+    return lambda _module, _args, output: session.after(layer, output)
+
+
+def _past(given: dict, mask: Tensor | None, length: int) -> int:
+    """How many tokens each row's cache already holds, pads included."""
+    if mask is not None:
+        if mask.shape[1] < length:
+            raise TrimtabError(f"an attention mask of {mask.shape[1]} columns for {length} tokens")
+        return int(mask.shape[1] - length)
+    cache = given.get("past_key_values")
+    return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _left_padded(mask: Tensor) -> bool:
+    return bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
+def _fill(segments: tuple[tuple[int, int | None, int], ...], first: int, length: int) -> tuple[int, ...]:
+    """The states of positions `first` to `first + length`; negative positions are pads."""
+    states = [0] * length
+    for start, stop, state in segments:
+        low = max(0, start - first)
+        high = length if stop is None else min(length, stop - first)
+        if low < high:
+            states[low:high] = [state] * (high - low)
+    return tuple(states)
+
+
+def _dtype(layout: Layout) -> torch.dtype:
+    """The dtype of the residual stream: that of the norms and embeddings, which quantization leaves alone."""
+    for parameter in layout.decoder.parameters():
+        if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return parameter.dtype
+    raise UnsupportedError("the model has no floating-point weights")
+
+
+def _state(segments: tuple[tuple[int, int | None, int], ...], position: int) -> int:
+    return _fill(segments, position, 1)[0] if position >= 0 else 0
+
+
+def _activity(plan: Plan) -> Tensor:
+    """`[layers, states]`: whether a layer does something in a state."""
+    count = 1 + max((state for segments in plan.segments for _, _, state in segments), default=0)
+    table = torch.zeros(len(plan.stages), count, dtype=torch.bool)
+    for row, layer in enumerate(sorted(plan.stages)):
+        table[row, list(plan.touches[layer])] = True
+    return table
+
+
+def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Tensor], Tensor | None]:
+    """A stage's rows and activity, one for each token of this step."""
+    index = step.index.to(x.device)
+    rows = {name: bank.to(x.device)[index] for name, bank in stage.rows.items()}
+    if stage.only_adds:
+        return stage, {"vector": rows["vector"].to(x.dtype)}, None
+    return stage, rows, stage.active.to(x.device)[index]
+
+
+def _apply(stage: Stage, rows: dict[str, Tensor], active: Tensor | None, x: Tensor) -> Tensor:
+    if active is None:
+        return x + rows["vector"]
+    wide = x.to(next(iter(rows.values())).dtype)
+    new = stage.kernel(wide, rows)
+    if stage.keep_norm:
+        new = with_norm_of(wide, new)
+    return torch.where(active[..., None], new.to(x.dtype), x)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _replaced(output: Any, x: Tensor) -> Any:
+    return x if isinstance(output, Tensor) else (x, *output[1:])

@@ -1,0 +1,200 @@
+"""One safetensors file a steering: tensors, and one header entry with everything else as canonical JSON.
+
+A steering with one direction a layer names its tensors `direction.<N>`, N being the block (from 0) at whose
+output the direction acts, as GGUF control vectors do; otherwise `edit.<i>.direction`. The bytes are the same
+for the same steering, writes are atomic, and a digest in the header covers both tensors and text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
+from trimtab.steering.gates import AllOf, AnyOf, Not
+from trimtab.steering.operations import NAMES, OPERATIONS
+
+FORMAT = 1
+KEY = "trimtab"
+
+
+def save_steering(steering: Steering, path: str | Path) -> str:
+    """Write the file, whole or not at all, and return the digest of its content.
+
+    Raises `TrimtabError` for a steering without edits or a folder that isn't there.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")
+    if not steering.edits:
+        raise TrimtabError("the steering has no edits, so there is nothing to save")
+    tensors: dict[str, Tensor] = {}
+    header = _header(steering, tensors)
+    header["digest"] = _digest(header, tensors)
+    write_atomically(path, save(tensors, metadata={KEY: _json(header)}))
+    return str(header["digest"])
+
+
+def load_steering(path: str | Path) -> Steering:
+    """Read a file that `save_steering` wrote.
+
+    Raises `TrimtabError` when there is none, or it is truncated, altered, of another kind or of a newer format.
+    """
+    path = Path(path)
+    header, tensors = _read(path)
+    if header.get("format") != FORMAT:
+        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
+    digest = header.pop("digest", None)
+    if digest != _digest(header, tensors):
+        raise TrimtabError(f"{path} was altered after it was written (digest mismatch); get a fresh copy")
+    try:
+        edits = tuple(_edit(data, tensors) for data in header["edits"])
+        return Steering(edits, _card(header["card"]))
+    except TrimtabError as error:
+        raise TrimtabError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise TrimtabError(f"{path} is no valid steering: {type(error).__name__}: {error}") from None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file by way of a temporary one beside it. Raises `TrimtabError` when the folder can't be written."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise TrimtabError(f"can't write {path}: {error.strerror}; the folder must exist and be writable") from None
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # noqa: PTH101
+        os.replace(name, path)  # noqa: PTH105
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise TrimtabError(f"there is no file {path}") from None
+    except OSError as error:
+        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+    try:
+        tensors = load(data)
+        size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+    except (SafetensorError, ValueError, UnicodeDecodeError) as error:
+        kind = (
+            " (it looks like a pickle, which trimtab never opens)" if data[:1] == b"\x80" or data[:2] == b"PK" else ""
+        )
+        raise TrimtabError(f"{path} is no safetensors file{kind}, or it is cut short: {error}") from None
+    if KEY not in metadata:
+        raise TrimtabError(f"{path} is a safetensors file, but no steering of trimtab's")
+    try:
+        header = json.loads(metadata[KEY])
+    except json.JSONDecodeError:
+        raise TrimtabError(f"{path} has a damaged header; get a fresh copy") from None
+    if not isinstance(header, dict):
+        raise TrimtabError(f"{path} has a damaged header; get a fresh copy")
+    return header, tensors
+
+
+def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    layers = [edit.site.layer for edit in steering.edits]
+    plain = len(set(layers)) == len(layers)
+    edits = []
+    for i, edit in enumerate(steering.edits):
+        name = f"direction.{edit.site.layer}" if plain else f"edit.{i}.direction"
+        tensors[name] = edit.operation.direction
+        settings = {f.name: getattr(edit.operation, f.name) for f in fields(edit.operation) if f.name != "direction"}
+        edits.append(
+            {
+                "site": asdict(edit.site),
+                "positions": edit.positions.to_json(),
+                "operation": {"name": NAMES[type(edit.operation)], "direction": name, **settings},
+                "strength": edit.strength,
+                "gate": _gate_json(edit.gate, f"edit.{i}.gate", tensors),
+            }
+        )
+    return {
+        "format": FORMAT,
+        "layer_convention": "block output, counted from 0",
+        "edits": edits,
+        "card": asdict(steering.card),
+    }
+
+
+def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
+    settings = dict(data["operation"])
+    kind: type[Operation] = OPERATIONS[settings.pop("name")]
+    direction = tensors[settings.pop("direction")]
+    return Edit(
+        site=Site(**data["site"]),
+        operation=kind(direction, **settings),
+        positions=Positions.from_json(data["positions"]),
+        strength=data["strength"],
+        gate=_gate(data["gate"], tensors),
+    )
+
+
+def _gate_json(gate: Gate, name: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(gate, Always):
+        return "always"
+    if isinstance(gate, Not):
+        return {"not": _gate_json(gate.gate, f"{name}.0", tensors)}
+    if isinstance(gate, (AllOf, AnyOf)):
+        parts = [_gate_json(part, f"{name}.{i}", tensors) for i, part in enumerate(gate.gates)]
+        return {"all" if isinstance(gate, AllOf) else "any": parts}
+    if isinstance(gate, Threshold):
+        tensors[name] = gate.direction
+        return {
+            "site": asdict(gate.site),
+            "direction": name,
+            "threshold": gate.threshold,
+            "measure": gate.measure,
+        }
+    raise TrimtabError(f"a {type(gate).__name__} gate can't be saved")
+
+
+def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
+    if data == "always":
+        return Always()
+    if "not" in data:
+        return Not(_gate(data["not"], tensors))
+    for key, kind in (("all", AllOf), ("any", AnyOf)):
+        if key in data:
+            return kind(tuple(_gate(part, tensors) for part in data[key]))
+    return Threshold(Site(**data["site"]), tensors[data["direction"]], data["threshold"], data["measure"])
+
+
+def _card(data: dict[str, Any]) -> Card:
+    model = None if data["model"] is None else ModelId(**data["model"])
+    parts = tuple(_card(part) for part in data["parts"])
+    return Card(**{**data, "model": model, "parts": parts})
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(_json({k: v for k, v in header.items() if k != "digest"}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

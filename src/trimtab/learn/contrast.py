@@ -1,0 +1,91 @@
+"""From pairs of texts to moments of their activations, for many layers in one pass over the model."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimtab.engines.transformers.read import TOKENS_PER_BATCH, Text, read_groups
+from trimtab.errors import TrimtabError
+from trimtab.learn.moments import PairMoments
+from trimtab.steering import Card, Site
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+Progress = Callable[[int, int], None]
+
+
+def contrast(
+    lm: LM,
+    pairs: Sequence[tuple[Text, Text]],
+    layers: Sequence[int],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Progress | None = None,
+) -> dict[int, PairMoments]:
+    """The moments of (positive, negative) texts at each layer, read at each text's one position.
+
+    `progress(done, total)` counts pairs. Raises `TrimtabError` for no pairs, an unknown layer, or a text that
+    is too long, and for activations that aren't finite.
+    """
+    if not pairs:
+        raise TrimtabError("there are no pairs to learn from")
+    if not layers:
+        raise TrimtabError("no layer is named")
+    sites = [Site(layer) for layer in layers]
+    moments = {layer: PairMoments(lm.layout.width) for layer in layers}
+    done = 0
+    for batch in read_groups(lm.layout, pairs, sites, tokens_per_batch=tokens_per_batch):
+        for site in sites:
+            values = torch.stack([torch.cat(group) for group in batch.values[site]])  # [pairs, 2, width]
+            if not torch.isfinite(values).all():
+                raise TrimtabError(
+                    f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
+                )
+            moments[site.layer].add(values[:, 0], values[:, 1])
+        done += len(batch.groups)
+        if progress is not None:
+            progress(done, len(pairs))
+    return moments
+
+
+def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:
+    """The layers asked for, in order; `None` is the one at `default` of the depth (0 … 1)."""
+    if layers is None:
+        layers = [round(default * lm.layout.layers)]
+    listed = sorted({layers} if isinstance(layers, int) else set(layers))
+    for layer in listed:
+        if not 0 <= layer < lm.layout.layers:
+            raise TrimtabError(f"there is no layer {layer}; {lm.name} has layers 0 to {lm.layout.layers - 1}")
+    return listed
+
+
+def learned_card(
+    lm: LM, method: str, pairs: Sequence[Pair], moments: dict[int, PairMoments], options: dict[str, Any]
+) -> Card:
+    """The card of a steering learned from pairs; everything in it is repeatable, so there is no date."""
+    measured = {
+        "pairs": len(pairs),
+        "agreement": {str(layer): round(m.agreement, 6) for layer, m in moments.items()},
+        "activation_norm": {str(layer): round(m.norm, 6) for layer, m in moments.items()},
+    }
+    return Card(
+        method=method, model=lm.identity, data=digest(pairs), options=options, measured=measured, versions=versions()
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a learned direction depends on."""
+    found = {"python": platform.python_version()}
+    for package in ("trimtab", "torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found

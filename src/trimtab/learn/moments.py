@@ -1,0 +1,54 @@
+"""Streaming sums of activations: memory doesn't grow with the number of pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PairMoments:
+    """Sums over pairs of activations at one site, in float64 on the CPU.
+
+    `add` takes a batch of positive and of negative activations, each `[pairs, width]`.
+    """
+
+    width: int
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self.positive = torch.zeros(self.width, dtype=torch.float64)
+        self.negative = torch.zeros(self.width, dtype=torch.float64)
+        self.units = torch.zeros(self.width, dtype=torch.float64)
+        self.norms = torch.zeros((), dtype=torch.float64)
+
+    def add(self, positive: Tensor, negative: Tensor) -> None:
+        positive, negative = positive.to("cpu", torch.float64), negative.to("cpu", torch.float64)
+        difference = positive - negative
+        self.count += len(positive)
+        self.positive += positive.sum(0)
+        self.negative += negative.sum(0)
+        self.units += (difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-300)).sum(0)
+        self.norms += (positive.norm(dim=-1) + negative.norm(dim=-1)).sum() / 2
+
+    @property
+    def difference(self) -> Tensor:
+        """The mean difference, positive minus negative: `[width]`."""
+        return (self.positive - self.negative) / self.count
+
+    @property
+    def agreement(self) -> float:
+        """The mean cosine of the pairs' differences to their mean, from -1 to 1: low means a weak steering."""
+        norm = float(self.difference.norm())
+        return float(self.units @ self.difference) / (self.count * norm) if norm else 0.0
+
+    @property
+    def norm(self) -> float:
+        """The mean norm of the activations, in units of the residual stream."""
+        return float(self.norms) / self.count
+
+    def target(self) -> float:
+        """The positives' mean projection on the unit mean difference (Stolfo et al., section 3.2)."""
+        return float(self.positive @ self.difference) / (self.count * float(self.difference.norm()))

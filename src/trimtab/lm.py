@@ -1,0 +1,377 @@
+"""A language model: the model, its tokenizer, and where its blocks are. Generation and capture start here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
+from trimtab.engines.transformers.layout import find_layout
+from trimtab.engines.transformers.load import load
+from trimtab.engines.transformers.plan import check_edits, effective
+from trimtab.engines.transformers.read import Text, read_groups, run_decoder
+from trimtab.engines.transformers.session import Session
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, ModelId, Positions, Site, Steering
+from trimtab.text.chat import Prompt, encode, template_digest
+
+DOSE_WARNING = 1.0
+"""Above this mean `‖edit‖ / ‖activation‖` at a layer, the text is likely to fall apart."""
+
+
+class DoseWarning(UserWarning):
+    """A steering pushed harder than `DOSE_WARNING`."""
+
+
+class MismatchWarning(UserWarning):
+    """A steering differs from the model in something that matters less than its identity."""
+
+
+class LM:
+    """A model that can be steered and read.
+
+    `LM.load(…)` loads one; `LM(model, tokenizer)` wraps what you have. Nothing about the model changes: hooks
+    are there only while something is steered or read. `layers` names the list of blocks (`"model.layers"`)
+    where it can't be found.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, layers: str | None = None, name: str | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = find_layout(model, layers)
+        self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self._lock = threading.RLock()
+        self._steered = False
+
+    @classmethod
+    def load(cls, name: str | Path | None = None, *, layers: str | None = None, **options: Any) -> LM:
+        """Load a Hub id, a folder, a GGUF file (dequantized) or, without a name, SmolLM2-135M-Instruct.
+
+        Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, and anything
+        that `from_pretrained` takes. Raises `TrimtabError` where the model can't be had.
+        """
+        model, tokenizer, label = load(name, **options)
+        return cls(model, tokenizer, layers=layers, name=label)
+
+    def __repr__(self) -> str:
+        return f"LM({self.name}, {self.layout.layers} layers, width {self.layout.width})"
+
+    # ---- who this is -------------------------------------------------------------------------------------
+
+    @cached_property
+    def identity(self) -> ModelId:
+        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        config = self.model.config
+        family = str(config.get_text_config(decoder=True).model_type)
+        return ModelId(
+            name=self.name,
+            revision=getattr(config, "_commit_hash", None),
+            family=family,
+            width=self.layout.width,
+            layers=self.layout.layers,
+            fingerprint=_fingerprint(self.model, family),
+            template=template_digest(self.tokenizer),
+        )
+
+    def check(self, steering: Steering, *, transfer: bool = False) -> None:
+        """Raises `TrimtabError` when the steering doesn't fit this model, saying precisely what differs.
+
+        Layers and width must fit. It must also have been learned on this model, unless `transfer` is true; a
+        different chat template or revision is warned about.
+        """
+        here = self.identity
+        for learned in steering.card.models:
+            same = learned.fingerprint == here.fingerprint or learned.name == here.name
+            differ = [
+                f"{what} {there} instead of {mine}"
+                for what, there, mine in (
+                    ("family", learned.family, here.family),
+                    ("width", learned.width, here.width),
+                    ("number of layers", learned.layers, here.layers),
+                )
+                if there != mine
+            ]
+            if learned.width != here.width or (not transfer and (differ or not same)):
+                detail = f" ({', '.join(differ)})" if differ else " (same shape, other weights)"
+                hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
+                raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
+            if not transfer and learned.fingerprint != here.fingerprint:
+                message = f"{here.name} has other weights than when the steering was learned (revision, quantization?)"
+                warnings.warn(message, MismatchWarning, stacklevel=3)
+            if learned.template != here.template:
+                message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
+                warnings.warn(message, MismatchWarning, stacklevel=3)
+        check_edits(steering, self.layout.layers, self.layout.width)
+
+    # ---- text --------------------------------------------------------------------------------------------
+
+    def encode(self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> list[int]:
+        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins."""
+        return encode(self.tokenizer, prompt, system=system, chat=chat)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        steering: Steering | None | Sequence[Steering | None] = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        logprobs: bool = False,
+        batch_size: int = 32,
+        seed: int | None = None,
+        transfer: bool = False,
+        progress: Any = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Answer prompts, each under its own steering (or one for all, or none).
+
+        A prompt is a string or a list of chat messages. `options` go to transformers' `generate`; decoding is
+        greedy unless they say `do_sample=True`, with `seed` for repeatable samples. Prompts are sorted by length
+        into batches of `batch_size`; the answers come in the prompts' order, `num_return_sequences` each.
+        `progress(done, total)` is called after each batch. `transfer=True` allows a steering learned on another
+        model of the same width.
+
+        Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
+        """
+        many = _as_list(prompts)
+        steerings = _one_each(steering, len(many))
+        for one in set(steerings) - {None}:
+            assert one is not None
+            self.check(one, transfer=transfer)
+        ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
+        options = {"do_sample": False, **options}
+        check_request(self.layout, [len(i) for i in ids], max_new_tokens, options)
+        for i, one in enumerate(steerings):
+            for edit in one.edits if one else ():
+                edit.positions.resolve(len(ids[i]))
+        if not options["do_sample"]:
+            options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
+        answers: dict[int, list[Generation]] = {}
+        with self._exclusive():
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
+                found = generate_batch(
+                    self.model,
+                    self.tokenizer,
+                    [ids[i] for i in chosen],
+                    Session(self.layout, lambda _count, _inputs, edits=edits: edits),
+                    sorted({edit.site.layer for one in edits for edit in one}),
+                    lambda request, edits=edits: tuple(str(edit) for edit in edits[request]),
+                    max_new_tokens=max_new_tokens,
+                    logprobs=logprobs,
+                    options=options,
+                )
+                each = len(found) // len(chosen)
+                answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
+                if progress is not None:
+                    progress(min(start + batch_size, len(order)), len(order))
+        done = [answer for i in range(len(many)) for answer in answers[i]]
+        _warn_of_doses(done)
+        return done
+
+    @contextmanager
+    def steered(
+        self,
+        steering: Steering | Sequence[Steering | None],
+        *,
+        prompt_lengths: Sequence[int] | None = None,
+        transfer: bool = False,
+    ) -> Iterator[Session]:
+        """Steer whatever runs the model inside the context: `model.generate`, a pipeline, your own loop.
+
+        One steering for every row, or one for each row of the batch. For calls of `model.generate` the prompts'
+        lengths are known; in your own loop the first pass over a text is taken for its whole prompt, unless
+        `prompt_lengths` (in tokens, without pads) says otherwise. Yields the session, whose `doses(row)` tell how
+        hard each row was pushed. The model is as it was when the context is left, however it is left.
+
+        Raises `TrimtabError` for a steering that doesn't fit, and inside, before the first token, for a batch
+        that doesn't match.
+        """
+        listed = None if isinstance(steering, Steering) else list(steering)
+        for one in {steering} if listed is None else set(listed) - {None}:
+            self.check(one, transfer=transfer)  # type: ignore[arg-type]
+
+        def decide(count: int, inputs: dict[str, Any]) -> list[tuple[Edit, ...]]:
+            chosen = _one_each(steering, count)
+            readings = self._readings_of_pass(chosen, session.prompt_lengths, inputs)
+            return [effective(one, read) for one, read in zip(chosen, readings, strict=True)]
+
+        session = Session(self.layout, decide, prompt_lengths)
+        everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
+        layers = sorted({edit.site.layer for one in everything for edit in _possible(one)})  # type: ignore[arg-type]
+        with self._exclusive(), session.hooked(layers), _known_prompts(self.model, session, bool(layers)):
+            yield session
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One steered run at a time: hooks sit on the model that all threads share."""
+        with self._lock:
+            if self._steered:
+                raise TrimtabError(
+                    "this model is being steered already; leave lm.steered(…) first, or add the steerings"
+                )
+            self._steered = True
+            try:
+                yield
+            finally:
+                self._steered = False
+
+    def _decide(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
+        """Each request's effective edits; gates that read activations read the unsteered prompt."""
+        decided = []
+        for steering, prompt in zip(steerings, ids, strict=True):
+            sites = _gate_sites(steering)
+            readings = {}
+            if sites:
+                groups = [[Text(prompt, [len(prompt) - 1])]]
+                (batch,) = read_groups(self.layout, groups, sites)
+                readings = {site: batch.values[site][0][0][0] for site in sites}
+            decided.append(effective(steering, readings))
+        return decided
+
+    def _readings_of_pass(
+        self, steerings: list[Steering | None], lengths: Sequence[int] | None, inputs: dict[str, Any]
+    ) -> list[dict[Site, Tensor]]:
+        """What gates read, for a first pass whose decoder inputs are given."""
+        sites = sorted({site for steering in steerings for site in _gate_sites(steering)})
+        if not sites:
+            return [{} for _ in steerings]
+        given = {k: v for k, v in inputs.items() if k not in ("past_key_values", "use_cache")}
+        found = run_decoder(self.layout, {**given, "use_cache": False}, sites)
+        rows, width = next(iter(found.values())).shape[:2]
+        mask = inputs.get("attention_mask")
+        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones(rows, width)
+        counts = mask.sum(-1).long().tolist()
+        repeat = rows // len(steerings)
+        readings = []
+        for request in range(len(steerings)):
+            row = request * repeat
+            if lengths is not None and counts[row] != lengths[request]:
+                raise TrimtabError("a gate can't be decided from a part of the prompt; prefill it in one pass")
+            last = int(mask[row].nonzero().max())
+            readings.append({site: x[row, last] for site, x in found.items()})
+        return readings
+
+    # ---- activations -------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sites: Sequence[Site | int],
+        positions: Positions = Positions.last_prompt_token(),
+        *,
+        system: str | None = None,
+        chat: bool | None = None,
+    ) -> list[dict[Site, Tensor]]:
+        """The activations of prompts: for each prompt, `{site: [positions, width]}`, in the model's dtype.
+
+        An integer site is the residual stream after that block. Works inside `lm.steered(…)` too, and then
+        reads what the steering made of the activations.
+        """
+        wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
+        texts = []
+        for prompt in _as_list(prompts):
+            ids = self.encode(prompt, system=system, chat=chat)
+            spans = positions.resolve(len(ids))
+            where = sorted({p for a, b in spans for p in range(a, len(ids) if b is None else min(b, len(ids)))})
+            if not where:
+                raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
+            texts.append(Text(ids, where))
+        found: dict[int, dict[Site, Tensor]] = {}
+        for batch in read_groups(self.layout, [[text] for text in texts], wanted):
+            for n, i in enumerate(batch.groups):
+                found[i] = {site: batch.values[site][n][0] for site in wanted}
+        return [found[i] for i in range(len(texts))]
+
+
+def _possible(steering: Steering) -> tuple[Edit, ...]:
+    """The edits that may act: all but those of strength 0."""
+    return tuple(edit for edit in steering.edits if edit.strength != 0)
+
+
+@contextmanager
+def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]:
+    """While open, `model.generate` tells the session how long its prompts are."""
+    if not steers:
+        yield
+        return
+    original = model.generate
+    outside = session.prompt_lengths
+
+    def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        tokens = next(
+            (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
+        )
+        mask = kwargs.get("attention_mask")
+        if tokens is None:
+            raise TrimtabError("model.generate inside lm.steered(…) needs input_ids or inputs_embeds")
+        if mask is None and tokens.dim() == 2 and len(tokens) > 1:
+            raise TrimtabError("model.generate with several rows needs its attention_mask, to tell pads from text")
+        lengths = [tokens.shape[1]] * tokens.shape[0] if mask is None else mask.sum(-1).tolist()
+        session.expect([int(n) for n in lengths])
+        try:
+            return original(inputs, *args, **{"disable_compile": True, **kwargs})
+        finally:
+            session.expect(outside)
+
+    model.generate = generate
+    try:
+        yield
+    finally:
+        del model.generate
+
+
+def _gate_sites(steering: Steering | None) -> list[Site]:
+    return sorted({site for edit in (steering.edits if steering else ()) if edit.strength for site in edit.gate.sites})
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    listed: list[Any] = list(prompts)
+    if not listed:
+        raise TrimtabError("there are no prompts")
+    return [listed] if isinstance(listed[0], dict) else listed
+
+
+def _one_each(steering: Steering | None | Sequence[Steering | None], count: int) -> list[Steering | None]:
+    if steering is None or isinstance(steering, Steering):
+        return [steering] * count
+    if len(steering) != count:
+        raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
+    return list(steering)
+
+
+def _warn_of_doses(answers: list[Generation]) -> None:
+    worst = max((dose for answer in answers for dose in answer.applied.doses), key=lambda d: d.ratio, default=None)
+    if worst is not None and worst.ratio > DOSE_WARNING:
+        warnings.warn(
+            f"at layer {worst.layer} the edit is {worst.ratio:.2g} times as long as the activation; above"
+            f" {DOSE_WARNING:g} text tends to fall apart. Lower the strength",
+            DoseWarning,
+            stacklevel=3,
+        )
+
+
+def _fingerprint(model: Any, family: str) -> str:
+    """A digest of some rows of the embeddings, rounded to bfloat16 so that a change of dtype doesn't matter."""
+    weight = model.get_input_embeddings().weight
+    rows = torch.linspace(0, weight.shape[0] - 1, 16).long().to(weight.device)
+    sample = weight.detach()[rows].to(device="cpu", dtype=torch.bfloat16)
+    shape = json.dumps([family, list(weight.shape)])
+    return hashlib.sha256(shape.encode() + sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

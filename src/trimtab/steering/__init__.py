@@ -1,0 +1,24 @@
+"""What a steering is: plain data, with no model and no engine in it."""
+
+from trimtab.steering.card import Card, ModelId
+from trimtab.steering.gates import Always, Gate, Threshold
+from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
+from trimtab.steering.positions import Positions
+from trimtab.steering.site import Site
+from trimtab.steering.steering import Edit, Steering
+
+__all__ = [
+    "Ablate",
+    "Add",
+    "Always",
+    "Card",
+    "Edit",
+    "Gate",
+    "ModelId",
+    "Operation",
+    "Positions",
+    "SetProjection",
+    "Site",
+    "Steering",
+    "Threshold",
+]

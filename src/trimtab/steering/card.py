@@ -1,0 +1,49 @@
+"""What a steering was learned from, how, and for which model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelId:
+    """Which model a steering belongs to.
+
+    `fingerprint` is a digest of a few embedding and norm weights and survives a moved folder, a
+    renamed copy and a change of dtype. `template` is a digest of the chat template.
+    """
+
+    name: str
+    revision: str | None
+    family: str
+    width: int
+    layers: int
+    fingerprint: str
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Card:
+    """The provenance of a steering; nothing in it changes what the steering does.
+
+    `options` are the method's settings, `data` a digest of what was learned from, `measured` whatever was
+    measured while learning or evaluating (JSON values), `parts` the cards of a sum.
+    """
+
+    method: str = "manual"
+    model: ModelId | None = None
+    data: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Card, ...] = ()
+
+    @property
+    def models(self) -> tuple[ModelId, ...]:
+        """The models of this card and of its parts, each once."""
+        found = [self.model] if self.model else []
+        for part in self.parts:
+            found += [model for model in part.models if model not in found]
+        return tuple(found)

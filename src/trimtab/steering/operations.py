@@ -1,0 +1,129 @@
+"""What an edit does to an activation. Each is a case of `x' = a * x + b * v`.
+
+An operation is plain data. An engine asks it for two things and knows nothing else of it: `row(strength)`,
+its parameters as a few small vectors, and `kernel`, a function of a batch of activations and the batch of
+those rows. Requests whose operations share a kernel run in one call, and a new operation is a new pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from trimtab.steering.tensors import as_direction, as_unit, same
+
+Rows = Mapping[str, Tensor]
+Kernel = Callable[[Tensor, Rows], Tensor]
+
+
+def add(x: Tensor, rows: Rows) -> Tensor:
+    """`x + vector`, for `x` and `vector` of shape `[..., width]`."""
+    return x + rows["vector"]
+
+
+def set_projection(x: Tensor, rows: Rows) -> Tensor:
+    """`x + share * (target - x.u) u`, for `x` and `u` of shape `[..., width]`, the others `[..., 1]`."""
+    u = rows["direction"]
+    return x + rows["share"] * (rows["target"] - (x * u).sum(-1, keepdim=True)) * u
+
+
+def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y` rescaled to the norm of `x`; both `[..., width]`. Where `y` is zero, `y`."""
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return torch.where(norm > 0, y * (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / norm), y)
+
+
+@dataclass(frozen=True, eq=False)
+class Operation:
+    """What all operations share. `keep_norm` rescales each edited activation to the norm it had before."""
+
+    direction: Tensor
+    keep_norm: bool = field(default=False, kw_only=True)
+
+    kernel: ClassVar[Kernel]
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`."""
+        raise NotImplementedError
+
+    @property
+    def width(self) -> int:
+        return self.direction.shape[0]
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        return all(same(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+    def __hash__(self) -> int:
+        values: list[Any] = [getattr(self, f.name) for f in fields(self)]
+        return hash((type(self), *(v.numpy().tobytes() if isinstance(v, Tensor) else v for v in values)))
+
+    def __repr__(self) -> str:
+        shown = [f"width={self.width}", f"norm={float(self.direction.double().norm()):.4g}"]
+        shown += [
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("direction", "keep_norm")
+        ]
+        return f"{type(self).__name__}({', '.join(shown)}{', keep_norm=True' if self.keep_norm else ''})"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Operation):
+    """`x' = x + strength * direction` (activation addition; CAA, ActAdd and most others).
+
+    The direction is `[width]` and of any norm; at strength 1 the shift has exactly that norm.
+    """
+
+    kernel = staticmethod(add)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", as_direction(self.direction))
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        return {"vector": strength * self.direction}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SetProjection(Operation):
+    """`x' = x + strength * (target - x.u) u`: moves the projection on a unit direction to `target`.
+
+    Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 leaves it, a half goes half-way.
+    The target is in units of the residual stream.
+    """
+
+    target: float
+
+    kernel = staticmethod(set_projection)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", as_unit(self.direction))
+        object.__setattr__(self, "target", float(self.target))
+        if not torch.isfinite(torch.tensor(self.target)):
+            raise ValueError(f"a projection's target is a finite number, got {self.target}")
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        one = self.direction.new_ones(1)
+        return {"direction": self.direction, "target": self.target * one, "share": strength * one}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Ablate(Operation):
+    """`x' = x - strength * (x.u) u`: removes a unit direction (at strength 1, all of it)."""
+
+    kernel = staticmethod(set_projection)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", as_unit(self.direction))
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        one = self.direction.new_ones(1)
+        return {"direction": self.direction, "target": 0 * one, "share": strength * one}
+
+
+OPERATIONS: dict[str, type[Operation]] = {"add": Add, "set_projection": SetProjection, "ablate": Ablate}
+NAMES = {operation: name for name, operation in OPERATIONS.items()}

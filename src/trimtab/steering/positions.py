@@ -1,0 +1,160 @@
+"""At which tokens an edit acts: absolute positions of one request, whatever the batch looks like.
+
+A request's tokens are numbered from 0, its prompt has `n` of them, and the token that the model
+generates first stands at position `n`. The activations *at* position `n - 1` produce that first token,
+so "steer the answer" usually means `Positions.from_last_prompt_token()`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+START, END = "start", "end"  # of the prompt
+
+
+@dataclass(frozen=True, order=True)
+class Bound:
+    """`offset` tokens after the start of the prompt, or after its end (negative: before)."""
+
+    anchor: str
+    offset: int
+
+    def __post_init__(self) -> None:
+        if self.anchor not in (START, END):
+            raise ValueError(f"a bound is anchored at {START!r} or {END!r} of the prompt, not {self.anchor!r}")
+        if isinstance(self.offset, bool) or not isinstance(self.offset, int):
+            raise ValueError(f"an offset is a whole number of tokens, got {self.offset!r}")
+        if self.anchor == START and self.offset < 0:
+            raise ValueError(f"nothing stands {-self.offset} tokens before the start of a prompt")
+
+    def resolve(self, prompt_length: int) -> int:
+        return self.offset if self.anchor == START else max(0, prompt_length + self.offset)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A union of half-open intervals of token positions; a `None` stop means "to the end of the text"."""
+
+    intervals: tuple[tuple[Bound, Bound | None], ...]
+
+    @classmethod
+    def all(cls) -> Positions:
+        """Every token, prompt and generated."""
+        return cls(((Bound(START, 0), None),))
+
+    @classmethod
+    def all_but_first(cls) -> Positions:
+        """Every token but the first, which in many models is an attention sink with an outsized norm."""
+        return cls(((Bound(START, 1), None),))
+
+    @classmethod
+    def prompt(cls) -> Positions:
+        """Every token of the prompt, template included."""
+        return cls(((Bound(START, 0), Bound(END, 0)),))
+
+    @classmethod
+    def generated(cls) -> Positions:
+        """Every generated token, from the moment it is fed back."""
+        return cls(((Bound(END, 0), None),))
+
+    @classmethod
+    def from_last_prompt_token(cls) -> Positions:
+        """The last prompt token, which yields the first generated one, and everything after it (CAA)."""
+        return cls(((Bound(END, -1), None),))
+
+    @classmethod
+    def last_prompt_token(cls) -> Positions:
+        """The last prompt token only."""
+        return cls(((Bound(END, -1), Bound(END, 0)),))
+
+    @classmethod
+    def window(cls, start: int, stop: int) -> Positions:
+        """Generated tokens `start` to `stop` (excluded), counted from 0."""
+        if not 0 <= start < stop:
+            raise ValueError(f"a window of generated tokens needs 0 <= start < stop, got {start} and {stop}")
+        return cls(((Bound(END, start), Bound(END, stop)),))
+
+    @classmethod
+    def first_generated(cls, k: int) -> Positions:
+        """The first `k` generated tokens."""
+        return cls.window(0, k)
+
+    @classmethod
+    def span(cls, start: int, stop: int) -> Positions:
+        """Prompt tokens `start` to `stop` (excluded), counted from 0 in the rendered prompt."""
+        if not 0 <= start < stop:
+            raise ValueError(f"a span needs 0 <= start < stop, got {start} and {stop}")
+        return cls(((Bound(START, start), Bound(START, stop)),))
+
+    def __or__(self, other: Positions) -> Positions:
+        return Positions(self.intervals + tuple(i for i in other.intervals if i not in self.intervals))
+
+    def resolve(self, prompt_length: int) -> tuple[tuple[int, int | None], ...]:
+        """Absolute `(start, stop)` pairs for a prompt of `prompt_length` tokens; empty ones are left out.
+
+        Raises `TrimtabError` when a span reaches past the prompt.
+        """
+        resolved = []
+        for start, stop in self.intervals:
+            if stop is not None and stop.anchor == START and stop.offset > prompt_length:
+                raise TrimtabError(
+                    f"span {start.offset}:{stop.offset} is not in the prompt, which has {prompt_length} tokens;"
+                    " count the tokens of the rendered prompt, template included"
+                )
+            low, high = start.resolve(prompt_length), None if stop is None else stop.resolve(prompt_length)
+            if high is None or low < high:
+                resolved.append((low, high))
+        return tuple(resolved)
+
+    def to_json(self) -> list[list[Any]]:
+        return [
+            [start.anchor, start.offset, *((None, None) if stop is None else (stop.anchor, stop.offset))]
+            for start, stop in self.intervals
+        ]
+
+    @classmethod
+    def from_json(cls, data: list[list[Any]]) -> Positions:
+        return cls(tuple((Bound(a, i), None if b is None else Bound(b, j)) for a, i, b, j in data))
+
+    @classmethod
+    def parse(cls, text: str) -> Positions:
+        """From the command line: a name of `NAMED`, `first:K`, `window:A:B` or `span:A:B`."""
+        name, *numbers = text.split(":")
+        try:
+            if not numbers:
+                return NAMED[name]
+            return {"first": cls.first_generated, "window": cls.window, "span": cls.span}[name](
+                *(int(number) for number in numbers)
+            )
+        except (KeyError, TypeError, ValueError):
+            raise TrimtabError(
+                f"positions {text!r} are not known; use {', '.join(NAMED)}, first:K, window:A:B or span:A:B"
+            ) from None
+
+    def __str__(self) -> str:
+        for name, positions in NAMED.items():
+            if positions == self:
+                return name
+        return " | ".join(_interval(start, stop) for start, stop in self.intervals) or "nowhere"
+
+    def __repr__(self) -> str:
+        return f"Positions({self})"
+
+
+def _interval(start: Bound, stop: Bound | None) -> str:
+    if stop is not None and start.anchor == stop.anchor:
+        return f"{'span' if start.anchor == START else 'window'}:{start.offset}:{stop.offset}"
+    return f"{start.anchor}{start.offset:+d}..{'' if stop is None else f'{stop.anchor}{stop.offset:+d}'}"
+
+
+NAMED = {
+    "all": Positions.all(),
+    "all-but-first": Positions.all_but_first(),
+    "prompt": Positions.prompt(),
+    "generated": Positions.generated(),
+    "from-last-prompt-token": Positions.from_last_prompt_token(),
+    "last-prompt-token": Positions.last_prompt_token(),
+}

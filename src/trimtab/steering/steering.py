@@ -1,0 +1,116 @@
+"""An edit, and a steering: an ordered tuple of edits that can be scaled, summed, saved and applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.card import Card
+from trimtab.steering.gates import Always, Gate
+from trimtab.steering.operations import NAMES, Operation
+from trimtab.steering.positions import Positions
+from trimtab.steering.site import Site
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One operation at one site, at some positions, with a strength, on the requests that its gate lets in.
+
+    Strength 0 is no edit at all. What a strength means is the operation's: a multiple of the direction for
+    `Add`, a share of the way for `SetProjection` and `Ablate`.
+    """
+
+    site: Site
+    operation: Operation
+    positions: Positions = Positions.from_last_prompt_token()
+    strength: float = 1.0
+    gate: Gate = Always()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "strength", check_strength(self.strength))
+
+    def __str__(self) -> str:
+        gate = "" if self.gate == Always() else f" when {self.gate}"
+        return f"{self.strength:g} * {NAMES[type(self.operation)]} @ {self.site} {self.positions}{gate}"
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Edits in the order in which they act, and the card that says where they come from.
+
+    Scaling and negating act on every edit's strength; a sum has the edits of both, in order. Two steerings
+    are equal when their edits are; the card doesn't count.
+    """
+
+    edits: tuple[Edit, ...] = ()
+    card: Card = field(default=Card(), compare=False)
+
+    def __mul__(self, factor: float) -> Steering:
+        factor = check_strength(factor)
+        return replace(self, edits=tuple(replace(edit, strength=edit.strength * factor) for edit in self.edits))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Steering:
+        return self * (1 / divisor)
+
+    def __neg__(self) -> Steering:
+        return self * -1.0
+
+    def __add__(self, other: Steering) -> Steering:
+        if not isinstance(other, Steering):
+            return NotImplemented
+        parts = (*_parts(self), *_parts(other))
+        return Steering(self.edits + other.edits, parts[0] if len(parts) == 1 else Card("sum", parts=parts))
+
+    def __radd__(self, other: object) -> Steering:
+        """So that `sum(steerings)` works: it starts from 0."""
+        return self if other == 0 else NotImplemented
+
+    def __sub__(self, other: Steering) -> Steering:
+        return self + -other
+
+    def at(self, positions: Positions) -> Steering:
+        """The same edits at other positions."""
+        return replace(self, edits=tuple(replace(edit, positions=positions) for edit in self.edits))
+
+    def when(self, gate: Gate) -> Steering:
+        """The same edits, only on requests for which `gate` is open as well."""
+        return replace(self, edits=tuple(replace(edit, gate=edit.gate & gate) for edit in self.edits))
+
+    def only(self, layers: Iterable[int]) -> Steering:
+        """The edits at these layers. Raises `TrimtabError` when it has none at one of them."""
+        wanted = list(layers)
+        if missing := sorted(set(wanted) - set(self.layers)):
+            raise TrimtabError(f"this steering has nothing at layer {missing[0]}; it has layers {_list(self.layers)}")
+        return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({edit.site.layer for edit in self.edits}))
+
+    def __repr__(self) -> str:
+        if len(self.edits) > 4:
+            inner = f"{self.edits[0]}, … {len(self.edits) - 1} more"
+        else:
+            inner = ", ".join(str(edit) for edit in self.edits)
+        return f"Steering({self.card.method}: {inner or 'nothing'})"
+
+
+def _parts(steering: Steering) -> tuple[Card, ...]:
+    if steering.card.method == "sum":
+        return steering.card.parts
+    return (steering.card,) if steering.edits or steering.card != Card() else ()
+
+
+def _list(layers: Iterable[int]) -> str:
+    return ", ".join(str(layer) for layer in layers) or "none"
+
+
+def check_strength(value: float) -> float:
+    """The strength as a float. Raises `TrimtabError` for NaN, an infinity or no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise TrimtabError(f"a strength is a finite number, got {value!r}")
+    return float(value)

@@ -1,0 +1,39 @@
+"""Directions as plain data: checked, copied, compared by value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+
+UNIT_TOLERANCE = 1e-3
+
+
+def as_direction(value: Tensor, name: str = "direction") -> Tensor:
+    """A private CPU copy of a `[width]` vector, float32 (float64 stays float64).
+
+    Raises `TrimtabError` when it isn't one-dimensional and floating, or holds a NaN or an infinity.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 1 or not value.is_floating_point():
+        what = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TrimtabError(f"a {name} is a floating-point tensor of shape [width], got {what}")
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    copy = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
+    if not torch.isfinite(copy).all():
+        bad = int((~torch.isfinite(copy)).sum())
+        raise TrimtabError(f"the {name} holds {bad} values that are NaN or infinite; learn it again")
+    return copy
+
+
+def as_unit(value: Tensor, name: str = "direction") -> Tensor:
+    """As `as_direction`, of norm 1. Raises `TrimtabError` for any other norm."""
+    copy = as_direction(value, name)
+    norm = float(copy.double().norm())
+    if abs(norm - 1) > UNIT_TOLERANCE:
+        raise TrimtabError(f"the {name} must be a unit vector, its norm is {norm:.4g}; divide it by its norm")
+    return copy
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
