@@ -20,10 +20,12 @@ from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.plan import check_edits, effective
 from trimtab.engines.transformers.read import Text, read_groups, run_decoder
-from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, ModelId, Positions, Site, Steering
 from trimtab.text.chat import Prompt, encode, template_digest
+
+LAST = Positions.last_prompt_token()
 
 DOSE_WARNING = 1.0
 """Above this mean `‖edit‖ / ‖activation‖` at a layer, the text is likely to fall apart."""
@@ -122,7 +124,7 @@ class LM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        steering: Steering | None | Sequence[Steering | None] = None,
+        steering: Steering | Sequence[Steering | None] | None = None,
         *,
         max_new_tokens: int = 128,
         system: str | None = None,
@@ -165,13 +167,14 @@ class LM:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
+                names = [tuple(str(edit) for edit in one) for one in edits]
                 found = generate_batch(
                     self.model,
                     self.tokenizer,
                     [ids[i] for i in chosen],
-                    Session(self.layout, lambda _count, _inputs, edits=edits: edits),
+                    Session(self.model, self.layout, _always(edits)),
                     sorted({edit.site.layer for one in edits for edit in one}),
-                    lambda request, edits=edits: tuple(str(edit) for edit in edits[request]),
+                    names,
                     max_new_tokens=max_new_tokens,
                     logprobs=logprobs,
                     options=options,
@@ -206,12 +209,12 @@ class LM:
         for one in {steering} if listed is None else set(listed) - {None}:
             self.check(one, transfer=transfer)  # type: ignore[arg-type]
 
-        def decide(count: int, inputs: dict[str, Any]) -> list[tuple[Edit, ...]]:
+        def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
             chosen = _one_each(steering, count)
-            readings = self._readings_of_pass(chosen, session.prompt_lengths, inputs)
+            readings = self._readings_of_pass(chosen, session.prompt_lengths, first)
             return [effective(one, read) for one, read in zip(chosen, readings, strict=True)]
 
-        session = Session(self.layout, decide, prompt_lengths)
+        session = Session(self.model, self.layout, decide, prompt_lengths)
         everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
         layers = sorted({edit.site.layer for one in everything for edit in _possible(one)})  # type: ignore[arg-type]
         with self._exclusive(), session.hooked(layers), _known_prompts(self.model, session, bool(layers)):
@@ -245,27 +248,20 @@ class LM:
         return decided
 
     def _readings_of_pass(
-        self, steerings: list[Steering | None], lengths: Sequence[int] | None, inputs: dict[str, Any]
+        self, steerings: list[Steering | None], lengths: Sequence[int] | None, first: FirstPass
     ) -> list[dict[Site, Tensor]]:
-        """What gates read, for a first pass whose decoder inputs are given."""
+        """What gates read at the last prompt token, for a first pass over the prompts."""
         sites = sorted({site for steering in steerings for site in _gate_sites(steering)})
         if not sites:
             return [{} for _ in steerings]
-        given = {k: v for k, v in inputs.items() if k not in ("past_key_values", "use_cache")}
-        found = run_decoder(self.layout, {**given, "use_cache": False}, sites)
-        rows, width = next(iter(found.values())).shape[:2]
-        mask = inputs.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else torch.ones(rows, width)
-        counts = mask.sum(-1).long().tolist()
-        repeat = rows // len(steerings)
-        readings = []
-        for request in range(len(steerings)):
-            row = request * repeat
-            if lengths is not None and counts[row] != lengths[request]:
+        inputs = {k: v for k, v in first.inputs.items() if k not in ("past_key_values", "use_cache")}
+        found = run_decoder(self.layout, {**inputs, "use_cache": False}, sites)
+        repeat = len(first.lengths) // len(steerings)
+        rows = [request * repeat for request in range(len(steerings))]
+        for request, row in enumerate(rows):
+            if lengths is not None and first.lengths[row] != lengths[request]:
                 raise TrimtabError("a gate can't be decided from a part of the prompt; prefill it in one pass")
-            last = int(mask[row].nonzero().max())
-            readings.append({site: x[row, last] for site, x in found.items()})
-        return readings
+        return [{site: x[row, first.last[row]] for site, x in found.items()} for row in rows]
 
     # ---- activations -------------------------------------------------------------------------------------
 
@@ -273,7 +269,7 @@ class LM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sites: Sequence[Site | int],
-        positions: Positions = Positions.last_prompt_token(),
+        positions: Positions = LAST,
         *,
         system: str | None = None,
         chat: bool | None = None,
@@ -323,7 +319,8 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
         if mask is None and tokens.dim() == 2 and len(tokens) > 1:
             raise TrimtabError("model.generate with several rows needs its attention_mask, to tell pads from text")
         lengths = [tokens.shape[1]] * tokens.shape[0] if mask is None else mask.sum(-1).tolist()
-        session.expect([int(n) for n in lengths])
+        left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
+        session.expect([int(n) for n in lengths], tokens.shape[1] if left else None)
         try:
             return original(inputs, *args, **{"disable_compile": True, **kwargs})
         finally:
@@ -334,6 +331,10 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
         yield
     finally:
         del model.generate
+
+
+def _always(edits: list[tuple[Edit, ...]]) -> Decide:
+    return lambda _requests, _first: edits
 
 
 def _gate_sites(steering: Steering | None) -> list[Site]:
@@ -349,7 +350,7 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [listed] if isinstance(listed[0], dict) else listed
 
 
-def _one_each(steering: Steering | None | Sequence[Steering | None], count: int) -> list[Steering | None]:
+def _one_each(steering: Steering | Sequence[Steering | None] | None, count: int) -> list[Steering | None]:
     if steering is None or isinstance(steering, Steering):
         return [steering] * count
     if len(steering) != count:

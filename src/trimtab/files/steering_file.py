@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,29 +20,36 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.files.target import write_atomically
 from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.gates import AllOf, AnyOf, Not
 from trimtab.steering.operations import NAMES, OPERATIONS
 
 FORMAT = 1
 KEY = "trimtab"
+LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
 def save_steering(steering: Steering, path: str | Path) -> str:
     """Write the file, whole or not at all, and return the digest of its content.
 
-    Raises `TrimtabError` for a steering without edits or a folder that isn't there.
+    Raises `TrimtabError` for a steering without edits, a folder that isn't there, or a card, gate or number that
+    JSON can't hold.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")
     if not steering.edits:
         raise TrimtabError("the steering has no edits, so there is nothing to save")
-    tensors: dict[str, Tensor] = {}
-    header = _header(steering, tensors)
-    header["digest"] = _digest(header, tensors)
-    write_atomically(path, save(tensors, metadata={KEY: _json(header)}))
-    return str(header["digest"])
+    header, tensors, digest = _content(steering)
+    alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: a gate, say
+    write_atomically(path, save(alone, metadata={KEY: _json({**header, "digest": digest})}))
+    return digest
+
+
+def steering_digest(steering: Steering) -> str:
+    """The digest that the steering's file has: of its edits and its card."""
+    return _content(steering)[2]
 
 
 def load_steering(path: str | Path) -> Steering:
@@ -57,60 +62,68 @@ def load_steering(path: str | Path) -> Steering:
     if header.get("format") != FORMAT:
         raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
     digest = header.pop("digest", None)
-    if digest != _digest(header, tensors):
-        raise TrimtabError(f"{path} was altered after it was written (digest mismatch); get a fresh copy")
     try:
+        if digest != _digest(header, tensors):
+            raise TrimtabError("it was altered after it was written (digest mismatch); get a fresh copy")
         edits = tuple(_edit(data, tensors) for data in header["edits"])
         return Steering(edits, _card(header["card"]))
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise TrimtabError(f"{path} is no valid steering: {type(error).__name__}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+        raise TrimtabError(f"{path} is no valid steering: {type(error).__name__}: {error}; get a fresh copy") from None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file by way of a temporary one beside it. Raises `TrimtabError` when the folder can't be written."""
+def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    tensors: dict[str, Tensor] = {}
+    header = _header(steering, tensors)
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise TrimtabError(f"can't write {path}: {error.strerror}; the folder must exist and be writable") from None
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # noqa: PTH101
-        os.replace(name, path)  # noqa: PTH105
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        return header, tensors, _digest(header, tensors)
+    except (TypeError, ValueError) as error:
+        raise TrimtabError(
+            f"the steering's card and settings must be finite numbers, texts and lists of them: {error}"
+        ) from None
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            size = int.from_bytes(start, "little")
+            start += stream.read(size) if size <= LARGEST_HEADER else b""
+            metadata = _metadata(path, start)
+            data = start + stream.read()
     except FileNotFoundError:
         raise TrimtabError(f"there is no file {path}") from None
     except OSError as error:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
     try:
         tensors = load(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
-    except (SafetensorError, ValueError, UnicodeDecodeError) as error:
-        kind = (
-            " (it looks like a pickle, which trimtab never opens)" if data[:1] == b"\x80" or data[:2] == b"PK" else ""
-        )
-        raise TrimtabError(f"{path} is no safetensors file{kind}, or it is cut short: {error}") from None
-    if KEY not in metadata:
-        raise TrimtabError(f"{path} is a safetensors file, but no steering of trimtab's")
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise TrimtabError(f"{path} is cut short or damaged: {error}; get a fresh copy") from None
     try:
         header = json.loads(metadata[KEY])
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, RecursionError):
         raise TrimtabError(f"{path} has a damaged header; get a fresh copy") from None
     if not isinstance(header, dict):
         raise TrimtabError(f"{path} has a damaged header; get a fresh copy")
     return header, tensors
+
+
+def _metadata(path: Path, start: bytes) -> dict[str, Any]:
+    """The metadata in the beginning of a safetensors file: its header's size in 8 bytes, then its header, JSON."""
+    if start[:1] == b"\x80" or start[:2] == b"PK":
+        raise TrimtabError(f"{path} looks like a pickle, which trimtab never opens; it reads .safetensors files only")
+    if len(start) < 8 or len(start) < 8 + int.from_bytes(start[:8], "little"):
+        raise TrimtabError(f"{path} is no safetensors file, or it is cut short; get a fresh copy")
+    try:
+        header = json.loads(start[8:])
+    except (ValueError, RecursionError):
+        raise TrimtabError(f"{path} is no safetensors file, or its header is damaged; get a fresh copy") from None
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or KEY not in metadata:
+        raise TrimtabError(f"{path} is a safetensors file, but no steering of trimtab's; `trimtab learn` writes them")
+    return metadata
 
 
 def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:

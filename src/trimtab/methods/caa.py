@@ -3,7 +3,7 @@ ACL 2024, arXiv 2312.06681, section 3.
 
     v[l] = mean over pairs of (h_l[positive] - h_l[negative])        read at the answer's letter
     h_l[t] <- h_l[t] + m * v[l]        for t from the last prompt token on, at one layer l
-"""  # noqa: D205, D400
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@ Steering", ICLR 2025, arXiv 2410.12877, section 3.
 
     m_l = mean over queries of (h_l[query + instruction] - h_l[query])    at the last prompt token
     h_l[t] <- h_l[t] + c * m_l        from the last prompt token on
-"""  # noqa: D205, D400
+"""
 
 from __future__ import annotations
 

@@ -47,6 +47,9 @@ class Always(Gate):
         return True
 
 
+ALWAYS = Always()
+
+
 @dataclass(frozen=True, eq=False)
 class Threshold(Gate):
     """Open when `measure` of the prompt's activation and `direction` exceeds `threshold`.
@@ -89,6 +92,8 @@ class Threshold(Gate):
 
 @dataclass(frozen=True)
 class Not(Gate):
+    """Open when `gate` is shut."""
+
     gate: Gate
 
     @property

@@ -44,7 +44,7 @@ class Operation:
     direction: Tensor
     keep_norm: bool = field(default=False, kw_only=True)
 
-    kernel: ClassVar[Kernel]
+    kernel: ClassVar[Any]  # a Kernel; mypy takes a callable class attribute for a method
 
     def row(self, strength: float) -> dict[str, Tensor]:
         """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`."""

@@ -7,6 +7,7 @@ so "steer the answer" usually means `Positions.from_last_prompt_token()`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +127,9 @@ class Positions:
         try:
             if not numbers:
                 return NAMED[name]
-            return {"first": cls.first_generated, "window": cls.window, "span": cls.span}[name](
-                *(int(number) for number in numbers)
-            )
+            make: dict[str, Callable[..., Positions]]
+            make = {"first": cls.first_generated, "window": cls.window, "span": cls.span}
+            return make[name](*(int(number) for number in numbers))
         except (KeyError, TypeError, ValueError):
             raise TrimtabError(
                 f"positions {text!r} are not known; use {', '.join(NAMED)}, first:K, window:A:B or span:A:B"

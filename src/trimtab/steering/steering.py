@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from trimtab.errors import TrimtabError
 from trimtab.steering.card import Card
-from trimtab.steering.gates import Always, Gate
+from trimtab.steering.gates import ALWAYS, Gate
 from trimtab.steering.operations import NAMES, Operation
-from trimtab.steering.positions import Positions
+from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
 
 
@@ -24,15 +24,15 @@ class Edit:
 
     site: Site
     operation: Operation
-    positions: Positions = Positions.from_last_prompt_token()
+    positions: Positions = NAMED["from-last-prompt-token"]
     strength: float = 1.0
-    gate: Gate = Always()
+    gate: Gate = ALWAYS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", check_strength(self.strength))
 
     def __str__(self) -> str:
-        gate = "" if self.gate == Always() else f" when {self.gate}"
+        gate = "" if self.gate == ALWAYS else f" when {self.gate}"
         return f"{self.strength:g} * {NAMES[type(self.operation)]} @ {self.site} {self.positions}{gate}"
 
 
@@ -89,6 +89,7 @@ class Steering:
 
     @property
     def layers(self) -> tuple[int, ...]:
+        """The layers at which it acts, in order."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
 
     def __repr__(self) -> str:

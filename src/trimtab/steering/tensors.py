@@ -36,4 +36,5 @@ def as_unit(value: Tensor, name: str = "direction") -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
+    """Equal to the bit, and of the same dtype."""
     return a.dtype == b.dtype and torch.equal(a, b)

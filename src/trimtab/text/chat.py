@@ -13,6 +13,7 @@ Prompt = str | Sequence[Message]
 
 
 def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 

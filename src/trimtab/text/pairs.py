@@ -15,12 +15,14 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.text.letters import letter_of
+from trimtab.text.read import read_text
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ class Pair:
 
 def _answers(row: dict[str, str]) -> Pair:
     prompt = row.get("prompt") or ""
-    return Pair(row["positive"], row["negative"], prompt, "answers" if prompt else "texts")
+    return Pair(row["positive"], row["negative"], prompt, "answers" if prompt.strip() else "texts")
 
 
 def _letters(row: dict[str, str]) -> Pair:
-    matching, other = row["answer_matching_behavior"], row["answer_not_matching_behavior"]
-    return Pair(matching.strip(), other.strip(), row["question"], "letters")
+    matching, other = row["answer_matching_behavior"].strip(), row["answer_not_matching_behavior"].strip()
+    letter_of(matching), letter_of(other)
+    return Pair(matching, other, row["question"], "letters")
 
 
 def _prompts(row: dict[str, str]) -> Pair:
@@ -65,19 +68,15 @@ def read_pairs(path: str | Path) -> list[Pair]:
     none of the shapes, a one-sided pair, rows of different shapes, or a file without rows.
     """
     path = Path(path)
-    rows = list(_rows(path))
-    if not rows:
-        raise TrimtabError(f"{path} has no pairs in it")
-    pairs = [_pair(row, f"{path}:{line}") for line, row in rows]
-    for (line, _), pair in zip(rows, pairs, strict=True):
-        if pair.shape != pairs[0].shape:
-            raise TrimtabError(f"{path}:{line}: a pair of {pair.shape} among pairs of {pairs[0].shape}; split the file")
+    pairs = _pairs(_rows(path))
+    if not pairs:
+        raise TrimtabError(f"{path} has no pairs in it; write one a row: {_shapes()}")
     return pairs
 
 
 def pairs_from_rows(rows: Iterable[dict[str, Any]], name: str = "pairs") -> list[Pair]:
     """Pairs from dictionaries in one of the shapes. Raises `TrimtabError` as `read_pairs` does."""
-    pairs = [_pair(row, f"{name}[{i}]") for i, row in enumerate(rows)]
+    pairs = _pairs((f"{name}[{i}]", row) for i, row in enumerate(rows))
     if not pairs:
         raise TrimtabError(f"{name} is empty")
     return pairs
@@ -89,41 +88,62 @@ def digest(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _rows(path: Path) -> Iterable[tuple[int, Any]]:
-    """The rows of a file with their line numbers (in a JSON list: item numbers from 1)."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TrimtabError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrimtabError(f"can't read {path} as UTF-8 text: {error}") from error
+def _pairs(rows: Iterable[tuple[str, Any]]) -> list[Pair]:
+    pairs: list[Pair] = []
+    for where, row in rows:
+        pair = _pair(row, where)
+        if pairs and pair.shape != pairs[0].shape:
+            raise TrimtabError(f"{where}: a pair of {pair.shape} among pairs of {pairs[0].shape}; split the file")
+        pairs.append(pair)
+    return pairs
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, and where each is: `file:line`, or in a JSON list `file: item 1`."""
     kind = path.suffix.lower()
-    if kind in (".jsonl", ".ndjson"):
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield number, _json(line, f"{path}:{number}")
-    elif kind == ".json":
-        items = _json(text, str(path)) if text.strip() else []
-        if not isinstance(items, list):
-            raise TrimtabError(f"{path} must hold a list of objects, it holds a {type(items).__name__}")
-        yield from enumerate(items, 1)
-    elif kind == ".csv":
-        reader = csv.DictReader(io.StringIO(text), strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise TrimtabError(f"{path}:{reader.line_num}: {len(reader.fieldnames or [])} columns expected")
-                yield reader.line_num, row
-        except csv.Error as error:
-            raise TrimtabError(f"{path}:{reader.line_num}: {error}") from error
-    else:
+    if kind not in READERS:
         raise TrimtabError(f"{path}: pairs come as .jsonl, .json or .csv, not {kind or 'a file without a suffix'}")
+    return READERS[kind](path, read_text(path))
 
 
-def _json(text: str, where: str) -> Any:
+def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028, which JSON allows
+        if line.strip():
+            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+
+
+def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    items = _parse(text, str(path)) if text.strip() else []
+    if not isinstance(items, list):
+        raise TrimtabError(f"{path} must hold a list of objects, it holds a {type(items).__name__}")
+    for number, item in enumerate(items, 1):
+        yield f"{path}: item {number}", item
+
+
+def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or [])
+                raise TrimtabError(f"{path}:{reader.line_num}: {columns} columns expected, as in the header line")
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as error:
+        raise TrimtabError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from error
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+}
+
+
+def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TrimtabError(f"{where}: not JSON: {error}") from None
 
 
@@ -134,12 +154,29 @@ def _pair(row: Any, where: str) -> Pair:
         if not set(keys) <= set(row):
             continue
         for key in keys:
-            if not isinstance(row[key], str) or not row[key].strip():
+            if not _is_text(row[key]) or not row[key].strip():
                 raise TrimtabError(f"{where}: {key!r} is empty or no text; a pair needs both sides")
-        pair = make(row)
+        if not _is_text(row.get("prompt") or ""):
+            raise TrimtabError(f"{where}: 'prompt' is no text")
+        try:
+            pair = make(row)
+        except TrimtabError as error:
+            raise TrimtabError(f"{where}: {error}") from None
         if pair.positive == pair.negative:
             raise TrimtabError(f"{where}: both sides of the pair are the same")
         return pair
-    sided = [key for keys in SHAPES for key in keys if key in row]
-    hint = f"it has {', '.join(map(repr, sided))} but not the rest" if sided else f"its keys are {', '.join(row)}"
-    raise TrimtabError(f"{where}: no pair: {hint}. Shapes: {'; '.join(' + '.join(keys) for keys in SHAPES)}")
+    sided = [key for key in dict.fromkeys(key for keys in SHAPES for key in keys) if key in row]
+    has = f"it has {', '.join(map(repr, sided))} but not the rest" if sided else f"its keys are {', '.join(row)}"
+    raise TrimtabError(f"{where}: no pair: {has}. Shapes: {_shapes()}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that can be written as UTF-8: JSON can hold halves of surrogate pairs, which can't."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
+
+
+def _shapes() -> str:
+    return "; ".join(" + ".join(keys) for keys in SHAPES)

@@ -1,0 +1,1 @@
+"""The default engine: any causal language model that transformers loads."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +60,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     session: Session,
     layers: Sequence[int],
-    edits: Callable[[int], tuple[str, ...]],
+    edits: Sequence[tuple[str, ...]],
     *,
     max_new_tokens: int,
     logprobs: bool,
@@ -79,7 +79,7 @@ def generate_batch(
         options = {"disable_compile": True, **options}
     if options.get("stop_strings") is not None:
         options = {"tokenizer": tokenizer, **options}
-    session.expect([len(prompt) for prompt in prompts])
+    session.expect([len(prompt) for prompt in prompts], width)
     with torch.no_grad(), session.hooked(layers):
         output = model.generate(
             input_ids=ids.to(device),
@@ -109,7 +109,7 @@ def generate_batch(
                 token_ids=tuple(tokens[:length]),
                 finish_reason="stop" if stopped else "length",
                 prompt_tokens=len(prompts[request]),
-                applied=Applied(edits(request), session.doses(request) if layers else ()),
+                applied=Applied(edits[request], session.doses(request) if layers else ()),
                 logprobs=None if scores is None else tuple(scores[row, :length].tolist()),
             )
         )

@@ -57,7 +57,7 @@ def read_gguf(path: Path, dtype: Any = torch.float32, **options: Any) -> tuple[A
     where, file = str(path.parent), path.name
     try:
         dtype = torch.float32 if dtype == "auto" else dtype
-        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
     except (ValueError, OSError, KeyError) as error:
         raise TrimtabError(f"can't read the GGUF file {path}: {_first_line(error)}") from error

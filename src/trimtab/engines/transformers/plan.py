@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def _sweep(edits: tuple[Edit, ...], length: int) -> list[tuple[int, int | None, 
     marks = {bound for spans in resolved.values() for span in spans for bound in span if bound is not None}
     borders: list[int | None] = [*sorted(marks), None]
     swept = []
-    for start, stop in zip(borders, borders[1:], strict=False):
+    for start, stop in pairwise(borders):
         assert start is not None
         active = frozenset(
             rule for rule, spans in resolved.items() if any(a <= start and (b is None or start < b) for a, b in spans)
@@ -139,13 +140,13 @@ def _stages(programs: list[list[Slot]], states: dict, dtype: torch.dtype) -> lis
                 first = active[0].operation
                 group = groups.setdefault((first.kernel, first.keep_norm), {})
                 rows = [edit.operation.row(edit.strength) for edit in active]
-                group[state] = rows[0] if len(rows) == 1 else {"vector": sum_rows([row["vector"] for row in rows])}
+                group[state] = rows[0] if len(rows) == 1 else {"vector": _sum_rows([row["vector"] for row in rows])}
         for (kernel, keep_norm), rows_of in groups.items():
             found.append(_bank(kernel, keep_norm, rows_of, len(states) + 1, dtype))
     return found
 
 
-def sum_rows(vectors: list[Tensor]) -> Tensor:
+def _sum_rows(vectors: list[Tensor]) -> Tensor:
     return torch.stack([vector.double() for vector in vectors]).sum(0)
 
 

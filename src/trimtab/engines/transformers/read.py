@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,10 +200,8 @@ def _run(
 def run_decoder(layout: Layout, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[Site, Tensor]:
     """The activations `[rows, tokens, width]` at `sites` for these inputs of the decoder."""
     with recording(layout, sites) as found:
-        try:
+        with suppress(_Enough):
             layout.decoder(**inputs)
-        except _Enough:
-            pass
     return found
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
@@ -42,18 +42,30 @@ class _Step:
     prepared: dict[int, list[tuple[Stage, dict[str, Tensor], Tensor | None]]] = field(default_factory=dict)
 
 
-Decide = Callable[[int, dict[str, Any]], Sequence[tuple[Edit, ...]]]
+@dataclass(frozen=True)
+class FirstPass:
+    """What a decision about gates may look at: the decoder's inputs, and each row's prompt length and last column."""
+
+    inputs: dict[str, Any]
+    lengths: list[int]
+    last: list[int]
+
+
+Decide = Callable[[int, FirstPass], Sequence[tuple[Edit, ...]]]
 
 
 class Session:
     """The state of one steered run: the compiled plan, where each request stands, and the doses so far.
 
-    `decide(requests, inputs)` gives the effective edits of each request; it is asked at the first pass over a
-    text, whose decoder inputs it gets. `prompt_lengths` are those of the requests, in tokens; `None` takes each
+    `decide(requests, first)` gives the effective edits of each request; it is asked at the first pass over a
+    text. `prompt_lengths` are those of the requests, in tokens; `None` takes each
     first pass for the whole prompt, and then refuses to guess about further long passes.
     """
 
-    def __init__(self, layout: Layout, decide: Decide, prompt_lengths: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, decide: Decide, prompt_lengths: Sequence[int] | None = None
+    ) -> None:
+        self.model = model
         self.layout = layout
         self.decide = decide
         self.plan: Plan | None = None
@@ -61,15 +73,28 @@ class Session:
         self._names = list(inspect.signature(type(layout.decoder).forward).parameters)[1:]
         self._dtype = _dtype(layout)
         self._deciding = False
+        self._step: _Step | None = None
+        self._outer_mask: Any = None
+        self._outer_seen = False
+        self._pads: list[int] = []  # a row's masked columns so far
 
-    def expect(self, prompt_lengths: Sequence[int] | None) -> None:
-        """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand)."""
+    def expect(self, prompt_lengths: Sequence[int] | None, columns: int | None = None) -> None:
+        """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
+
+        `columns` is their width when they are padded on the left to the same one.
+        """
         self.prompt_lengths = prompt_lengths
+        self._columns = columns
         self._fresh = True
 
     # ---- what the decoder is about to compute ------------------------------------------------------------
 
-    def before(self, decoder: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def outside(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:
+        """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
+        self._outer_mask = kwargs.get("attention_mask")
+        self._outer_seen = True
+
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """The decoder's pre-hook: the step's states, from the inputs of this pass."""
         if self._deciding:
             return
@@ -81,11 +106,13 @@ class Session:
         if tokens is None:
             raise UnsupportedError(f"{type(decoder).__name__} was called with neither input_ids nor inputs_embeds")
         rows, length = tokens.shape[:2]
-        mask = given.get("attention_mask")
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask = _flat(given.get("attention_mask"))
+        mask = _flat(self._outer_mask) if mask is None else mask
         past = _past(given, mask, length)
+        if length > 1 or past == 0:
+            self._pads = self._count_pads(given, mask, rows)
         if past == 0:
-            self._begin(rows, length, mask, given, tokens.device)
+            self._begin(length, given, mask, tokens.device)
         elif self._fresh or self.plan is None:
             raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")
         elif self.prompt_lengths is None and length > 1:
@@ -93,15 +120,28 @@ class Session:
                 f"a second pass of {length} tokens over one cache: is it more of the prompt, or generated text?"
                 " Say so with lm.steered(…, prompt_lengths=[…])"
             )
-        self._move(rows, length, past, mask if past == 0 else None, tokens.device)
+        self._move(rows, length, past, mask if length > 1 else None, tokens.device)
 
-    def _begin(self, rows: int, length: int, mask: Tensor | None, given: dict[str, Any], device: torch.device) -> None:
-        counts = [length] * rows if mask is None else [int(n) for n in mask.sum(-1)]
+    def _count_pads(self, given: dict[str, Any], mask: Tensor | None, rows: int) -> list[int]:
+        """How many columns of each row have been pads so far."""
+        if mask is not None:
+            return (mask.shape[1] - mask.sum(-1)).tolist()
+        if self._columns is not None and self.prompt_lengths is not None:
+            repeat = rows // len(self.prompt_lengths)
+            return [self._columns - n for n in self.prompt_lengths for _ in range(repeat)]
+        unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
+        if unseen is not None:
+            raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
+        return [0] * rows
+
+    def _begin(self, length: int, given: dict[str, Any], mask: Tensor | None, device: torch.device) -> None:
         if self._fresh or self.prompt_lengths is None:
+            counts = [length - pads for pads in self._pads]
             lengths = counts if self.prompt_lengths is None else self.prompt_lengths
+            ends = [length - 1] * len(counts) if mask is None else [_last(row) for row in mask.tolist()]
             self._deciding = True
             try:
-                edits = self.decide(len(lengths), given)
+                edits = self.decide(len(lengths), FirstPass(given, counts, ends))
             finally:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
@@ -109,21 +149,20 @@ class Session:
             self._row = {layer: i for i, layer in enumerate(self.layers)}
             self._sums = torch.zeros(2, len(self.layers), len(lengths), device=device)
             self._active = _activity(self.plan).to(device)
-            self._step: _Step | None = None
+            self._step = None
             self._fresh = False
-        self.pads = [length - n for n in counts]
 
     def _move(self, rows: int, length: int, past: int, mask: Tensor | None, device: torch.device) -> None:
         assert self.plan is not None
         segments = self.plan.segments
-        if rows % len(segments) or rows != len(self.pads):
+        if rows % len(segments) or rows != len(self._pads):
             raise TrimtabError(f"the model runs {rows} rows for {len(segments)} requests; give one steering a request")
         repeat = rows // len(segments)  # beams, or several answers to one prompt
-        firsts = [past - pad for pad in self.pads]
+        firsts = [past - pads for pads in self._pads]
         if mask is None or _left_padded(mask):
             states = tuple(_fill(segments[r // repeat], firsts[r], length) for r in range(rows))
         else:
-            where = torch.where(mask.bool(), mask.long().cumsum(-1) - 1, -1).tolist()
+            where = torch.where(mask.bool(), mask.long().cumsum(-1) - 1, -1)[:, past:].tolist()
             states = tuple(tuple(_state(segments[r // repeat], p) for p in where[r]) for r in range(rows))
         if self._step is None or self._step.states != states or self._step.index.device != device:
             index = torch.tensor(states, device=device)
@@ -161,7 +200,10 @@ class Session:
     def finish(self, *_: Any) -> None:
         """The decoder's hook: add this pass's doses to the sums."""
         step = self._step
-        if self._deciding or step is None or not step.present - {0}:
+        if self._deciding or step is None:
+            return
+        self._outer_mask, self._outer_seen = None, False
+        if not step.present - {0}:
             return
         steered = self._active[:, step.index]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
@@ -184,6 +226,8 @@ class Session:
         handles = []
         try:
             if layers:
+                if self.model is not self.layout.decoder:
+                    handles.append(self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
                 handles.append(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(self.layout.decoder.register_forward_hook(self.finish))
             for layer in layers:
@@ -199,6 +243,11 @@ def _block_hook(session: Session, layer: int) -> Callable[[Any, Any, Any], Any]:
     return lambda _module, _args, output: session.after(layer, output)
 
 
+def _flat(mask: Any) -> Tensor | None:
+    """The mask, if it is one of pads: `[rows, tokens so far]`."""
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def _past(given: dict, mask: Tensor | None, length: int) -> int:
     """How many tokens each row's cache already holds, pads included."""
     if mask is not None:
@@ -207,6 +256,11 @@ def _past(given: dict, mask: Tensor | None, length: int) -> int:
         return int(mask.shape[1] - length)
     cache = given.get("past_key_values")
     return int(cache.get_seq_length()) if cache is not None else 0
+
+
+def _last(row: list[int]) -> int:
+    """The last column of a row of a mask that is no pad; -1 if all are."""
+    return next((i for i in reversed(range(len(row))) if row[i]), -1)
 
 
 def _left_padded(mask: Tensor) -> bool:

@@ -1,0 +1,239 @@
+"""Tiny random models of many families, a tokenizer for them, and a naive reference for steered generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from trimtab.lm import LM
+from trimtab.steering import Ablate, Add, Edit, SetProjection, Steering
+
+VOCABULARY = 90
+WIDTH = 32
+LAYERS = 4
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts_per_tok": 2}
+
+
+def _llama_like(name: str, **more: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        config = getattr(transformers, f"{name}Config")(**{**SIZES, **more})
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+    return make
+
+
+def _gpt2() -> Any:
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=128,
+        eos_token_id=None,
+        bos_token_id=1,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def _opt() -> Any:
+    config = transformers.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        ffn_dim=48,
+        max_position_embeddings=128,
+        word_embed_proj_dim=WIDTH,
+        eos_token_id=None,
+        bos_token_id=1,
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def _falcon() -> Any:
+    config = transformers.FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        eos_token_id=None,
+        bos_token_id=1,
+        max_position_embeddings=128,
+    )
+    return transformers.FalconForCausalLM(config)
+
+
+def _neox() -> Any:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    return transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**sizes))
+
+
+def _gemma3() -> Any:
+    config = transformers.Gemma3TextConfig(**SIZES, head_dim=8, sliding_window=6, query_pre_attn_scalar=8)
+    return transformers.Gemma3ForCausalLM(config)
+
+
+VISION = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def _gemma3_multimodal() -> Any:
+    config = transformers.Gemma3Config(
+        text_config={**SIZES, "head_dim": 8, "sliding_window": 8, "model_type": "gemma3_text"},
+        vision_config={**VISION, "image_size": 16, "patch_size": 8, "model_type": "siglip_vision_model"},
+        mm_tokens_per_image=4,
+        image_token_index=88,
+        boi_token_index=86,
+        eoi_token_index=87,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def _qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    config = transformers.Qwen2VLConfig(
+        text_config={**SIZES, "rope_parameters": rope},
+        vision_config={"depth": LAYERS, "embed_dim": 16, "hidden_size": WIDTH, "num_heads": 2, "patch_size": 8},
+        image_token_id=88,
+        video_token_id=87,
+        vision_start_token_id=86,
+        vision_end_token_id=85,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config)
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "llama": _llama_like("Llama"),
+    "qwen2": _llama_like("Qwen2"),
+    "qwen3": _llama_like("Qwen3", head_dim=16),
+    "gemma2": _llama_like("Gemma2", head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3": _gemma3,
+    "mistral": _llama_like("Mistral", sliding_window=6),
+    "phi3": _llama_like("Phi3"),
+    "gpt2": _gpt2,
+    "gpt_neox": _neox,
+    "opt": _opt,
+    "falcon": _falcon,
+    "olmo2": _llama_like("Olmo2"),
+    "mixtral": _llama_like("Mixtral", num_local_experts=4, **EXPERTS),
+    "qwen3_moe": _llama_like("Qwen3Moe", num_experts=4, moe_intermediate_size=24, head_dim=8, **EXPERTS),
+    "gemma3_multimodal": _gemma3_multimodal,
+    "qwen2_vl": _qwen2_vl,
+}
+MIXTURES = {"mixtral", "qwen3_moe"}
+# Gemma 2's eager attention casts its mask, float64's minimum, to float32: -inf, and NaN where all is masked.
+SINGLE = {"gemma2": torch.float32}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose words are `w0` … `w89`; it has no chat template."""
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w2", pad_token="w0")
+
+
+def tiny(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> LM:
+    """A random model of the family, in float64 where it can, with weights large enough that tokens differ."""
+    dtype = dtype or SINGLE.get(family, torch.float64)
+    torch.manual_seed(seed)
+    model = FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    model.generation_config.eos_token_id = None
+    if family in MIXTURES and dtype == torch.float64:  # the grouped kernel has no float64
+        model.set_experts_implementation("eager")
+    return LM(model.to(dtype).eval(), tokenizer(), name=f"tiny-{family}")
+
+
+def prompt(seed: int, length: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(3, 80, (length,), generator=generator).tolist())
+
+
+def direction(seed: int, scale: float = 1.0) -> Tensor:
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * vector / vector.norm()
+
+
+def naive_edit(edit: Edit, x: Tensor) -> Tensor:
+    """The textbook formula, for one activation `[width]`."""
+    v, s, operation = edit.operation.direction.to(x.dtype), edit.strength, edit.operation
+    if isinstance(operation, Add):
+        new = x + s * v
+    elif isinstance(operation, SetProjection):
+        new = x + s * (operation.target - torch.dot(x, v)) * v
+    elif isinstance(operation, Ablate):
+        new = x - s * torch.dot(x, v) * v
+    else:
+        raise AssertionError(operation)
+    return new * (x.norm() / new.norm()) if operation.keep_norm else new
+
+
+def naive_holds(edit: Edit, t: int, n: int) -> bool:
+    """Whether an edit acts at position t of a text whose prompt has n tokens, by the rule's name."""
+    name = str(edit.positions)
+    if ":" in name:
+        kind, a, b = name.split(":")
+        return int(a) + (n if kind == "window" else 0) <= t < int(b) + (n if kind == "window" else 0)
+    return {
+        "all": True,
+        "all-but-first": t > 0,
+        "prompt": t < n,
+        "generated": t >= n,
+        "from-last-prompt-token": t >= n - 1,
+        "last-prompt-token": t == n - 1,
+    }[name]
+
+
+@torch.no_grad()
+def naive_logits(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence[Edit]) -> Tensor:
+    """One whole text alone, no cache: every edit, in order, at every position, in explicit loops. `[tokens, vocab]`."""
+    handles = []
+    for layer, block in enumerate(lm.layout.blocks):
+
+        def hook(_module: Any, _args: Any, output: Any, layer: int = layer) -> Any:
+            x = (output if isinstance(output, Tensor) else output[0]).clone()
+            for t in range(len(ids)):
+                for edit in edits:
+                    if edit.site.layer == layer and naive_holds(edit, t, prompt_length):
+                        x[0, t] = naive_edit(edit, x[0, t])
+            return x if isinstance(output, Tensor) else (x, *output[1:])
+
+        handles.append(block.register_forward_hook(hook))
+    try:
+        return lm.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def naive_generate(lm: LM, text: str, steering: Steering | None, count: int) -> tuple[list[int], list[float]]:
+    """Greedy decoding that recomputes everything at each step; the ids and their log-probabilities."""
+    ids = lm.encode(text)
+    start, logprobs = len(ids), []
+    for _ in range(count):
+        logits = naive_logits(lm, ids, start, steering.edits if steering else ())[-1]
+        ids.append(int(logits.argmax()))
+        logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
+    return ids[start:], logprobs
