@@ -1,21 +1,36 @@
-"""trimtab steers language models: it edits their activations while they generate."""
+"""trimtab steers language models: it edits their activations while they generate.
 
-from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.lm import LM, DoseWarning, MismatchWarning
-from trimtab.steering import (
-    Ablate,
-    Add,
-    Always,
-    Card,
-    Edit,
-    Gate,
-    Operation,
-    Positions,
-    SetProjection,
-    Site,
-    Steering,
-    Threshold,
-)
+The public names are imported when they are first used, so that `import trimtab` and the command line don't wait
+for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.errors import TrimtabError, UnsupportedError
+    from trimtab.files.steering_file import load_steering as load
+    from trimtab.files.steering_file import save_steering as save
+    from trimtab.lm import LM, DoseWarning, MismatchWarning
+    from trimtab.methods.caa import learn_caa
+    from trimtab.methods.instruct import learn_instruct
+    from trimtab.steering import (
+        Ablate,
+        Add,
+        Always,
+        Card,
+        Edit,
+        Gate,
+        Operation,
+        Positions,
+        SetProjection,
+        Site,
+        Steering,
+        Threshold,
+    )
+    from trimtab.text.pairs import Pair, read_pairs
 
 __version__ = "0.1.0"
 
@@ -30,6 +45,7 @@ __all__ = [
     "Gate",
     "MismatchWarning",
     "Operation",
+    "Pair",
     "Positions",
     "SetProjection",
     "Site",
@@ -37,4 +53,47 @@ __all__ = [
     "Threshold",
     "TrimtabError",
     "UnsupportedError",
+    "learn_caa",
+    "learn_instruct",
+    "load",
+    "read_pairs",
+    "save",
 ]
+
+_HOMES = {
+    "trimtab.errors": ("TrimtabError", "UnsupportedError"),
+    "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
+    "trimtab.methods.caa": ("learn_caa",),
+    "trimtab.methods.instruct": ("learn_instruct",),
+    "trimtab.steering": (
+        "Ablate",
+        "Add",
+        "Always",
+        "Card",
+        "Edit",
+        "Gate",
+        "Operation",
+        "Positions",
+        "SetProjection",
+        "Site",
+        "Steering",
+        "Threshold",
+    ),
+    "trimtab.text.pairs": ("Pair", "read_pairs"),
+}
+_PUBLIC = {name: (home, name) for home, names in _HOMES.items() for name in names} | {
+    "load": ("trimtab.files.steering_file", "load_steering"),
+    "save": ("trimtab.files.steering_file", "save_steering"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
+    home, there = _PUBLIC[name]
+    value = globals()[name] = getattr(import_module(home), there)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,7 @@
+"""`python -m trimtab` is the command `trimtab`."""
+
+import sys
+
+from trimtab.commands import main
+
+sys.exit(main())

@@ -1,0 +1,106 @@
+"""The program `trimtab`: its commands, and what becomes of their errors.
+
+Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from trimtab import __version__
+from trimtab.commands.demo import demo
+from trimtab.commands.generate import generate
+from trimtab.commands.inspect import inspect
+from trimtab.commands.learn import learn
+from trimtab.commands.methods import methods
+from trimtab.commands.models import models
+from trimtab.commands.terminal import say, warnings_as_lines
+from trimtab.errors import TrimtabError
+
+TRACEBACK = "TRIMTAB_TRACEBACK"
+UsageError: Any = typer.BadParameter.__mro__[1]  # typer has a click of its own, older ones import it: this is either's
+
+app = typer.Typer(
+    name="trimtab",
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"trimtab {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def trimtab(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Steer language models: edit their activations while they generate.
+
+    Learn a steering from pairs of texts, look at it, and generate with it:
+
+    [bold]  trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
+      trimtab inspect shout.safetensors
+      trimtab generate --steer shout.safetensors:2 --prompt "Hi" --compare[/bold]
+
+    Without --model, a small default model is used. Every command takes --json
+    and explains itself with --help.
+
+    Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.command()(demo)
+app.command()(learn)
+app.command()(generate)
+app.command()(inspect)
+app.command()(models)
+app.command()(methods)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; `arguments` are `sys.argv[1:]` unless given."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with warnings_as_lines():
+            code = app(given, prog_name="trimtab", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except TrimtabError as error:
+        say(f"error: {error}")
+        return 2
+    except UsageError as error:
+        say(f"error: {error.format_message()} (see {_help_command(given)})")
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:  # whoever read our output has left, as in `trimtab … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        say(f"error: {type(error).__name__}: {error} ({TRACEBACK}=1 shows where)")
+        return 1
+    if code == 130:
+        say("interrupted")
+    return code
+
+
+def _help_command(given: list[str]) -> str:
+    name = next((argument for argument in given if not argument.startswith("-")), "")
+    known = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
+    return f"trimtab {name} --help" if name in known else "trimtab --help"

@@ -1,0 +1,225 @@
+"""`trimtab generate`: answers, steered or not."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.generate import Generation
+    from trimtab.steering import Steering
+    from trimtab.text.chat import Prompt
+
+DECODING = "Decoding"
+
+
+def generate(
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A steering file, with a strength to multiply it by after a colon. Several are added up.",
+            metavar="FILE[:STRENGTH]",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeatable.", show_default=False)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help='A file (- is standard input) with one prompt a line, or JSONL with "prompt" or "messages".',
+            metavar="FILE|-",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Steer at other tokens than the file says: all, all-but-first, prompt, generated,"
+            " from-last-prompt-token, last-prompt-token, first:K, window:FROM:TO or span:FROM:TO.",
+            metavar="RULE",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before each prompt.", show_default=False)] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Prompts are plain text: no chat template.")] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, rich_help_panel=DECODING, help="Tokens at most.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=DECODING, help="Prompts at a time.")] = 32,
+    sample: Annotated[
+        bool, typer.Option("--sample", rich_help_panel=DECODING, help="Sample; without it, decoding is greedy.")
+    ] = False,
+    temperature: Annotated[
+        float | None, typer.Option(rich_help_panel=DECODING, help="With --sample; above 0.", show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.", show_default=False)
+    ] = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Answer prompts, steered or unsteered.
+
+    [bold]  trimtab generate --steer shout.safetensors --prompt "What is the sea?"
+      trimtab generate --steer shout.safetensors:2 --compare \\
+        --steer rude.safetensors:-0.5 --prompt "Hello" --prompt "Who are you?"
+      trimtab generate --steer shout.safetensors --prompts questions.txt --json
+      echo "Once upon a time" | trimtab generate --prompts - --plain[/bold]
+
+    A strength multiplies the steering: 2 pushes twice as hard, -1 the other
+    way, 0 not at all. The dose reported at the end is how long the push was,
+    in lengths of the activation: near 1 and above, text tends to fall apart.
+    """
+    asked = gather_prompts(prompt or [], prompts)
+    files = [split_strength(text) for text in steer or []]
+    decoding = _decoding(sample, temperature, seed)
+    if compare and not files:
+        raise TrimtabError("--compare needs something to compare with; give --steer FILE")
+    if plain and not all(isinstance(one, str) for one in asked):
+        raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
+    steering = _steering(files, positions)
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    given: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "system": system,
+        "chat": False if plain else None,
+        "batch_size": batch_size,
+        "seed": seed,
+        **decoding,
+    }
+    with progress_bar("generating", quiet=json) as progress:
+        answers = lm.generate(asked, steering, transfer=transfer, progress=progress, **given)
+    unsteered = None
+    if compare:
+        with progress_bar("unsteered", quiet=json) as progress:
+            unsteered = lm.generate(asked, progress=progress, **given)
+    if json:
+        write_json(_document(lm.name, files, asked, answers, unsteered))
+        return
+    _print(asked, answers, unsteered)
+    if steering is not None:
+        edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
+        named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
+        dose = max(answer.applied.dose for answer in answers)
+        note(f"steered: {named or 'nothing'}; dose {dose:.2g}", quiet=False)
+
+
+def split_strength(text: str) -> tuple[Path, float]:
+    """The file and the strength of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had."""
+    path, strength = Path(text), 1.0
+    if not path.exists() and ":" in text:
+        head, _, tail = text.rpartition(":")
+        try:
+            path, strength = Path(head), float(tail)
+        except ValueError:
+            if head.endswith(".safetensors"):
+                raise TrimtabError(f"--steer {text}: the strength {tail!r} is no number") from None
+    if not math.isfinite(strength):
+        raise TrimtabError(f"--steer {text}: a strength is a finite number, got {strength}")
+    if not path.is_file():
+        raise TrimtabError(f"--steer {text}: there is no file {path}")
+    return path, strength
+
+
+def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:
+    if not sample:
+        if temperature is not None or seed is not None:
+            name = "--temperature" if temperature is not None else "--seed"
+            raise TrimtabError(f"{name} changes nothing about greedy decoding; add --sample")
+        return {}
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        raise TrimtabError(f"--temperature is a number above 0, got {temperature}")
+    return {"do_sample": True, **({} if temperature is None else {"temperature": temperature})}
+
+
+def _steering(files: Sequence[tuple[Path, float]], positions: str | None) -> Steering | None:
+    from trimtab.files.steering_file import load_steering
+    from trimtab.steering import Positions
+
+    if positions is not None and not files:
+        raise TrimtabError("--positions says where to steer; give --steer FILE as well")
+    rule = None if positions is None else Positions.parse(positions)
+    if not files:
+        return None
+    loaded = [strength * load_steering(path) for path, strength in files]
+    total = sum(loaded[1:], loaded[0])
+    return total if rule is None else total.at(rule)
+
+
+def _document(
+    model: str,
+    files: Sequence[tuple[Path, float]],
+    prompts: Sequence[Prompt],
+    answers: Sequence[Generation],
+    unsteered: Sequence[Generation] | None,
+) -> dict[str, Any]:
+    rows = []
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        rows.append(
+            {
+                "prompt" if isinstance(prompt, str) else "messages": prompt,
+                **_answer(answer),
+                "edits": list(answer.applied.edits),
+                "dose": answer.applied.dose,
+                **({} if unsteered is None else {"unsteered": _answer(unsteered[i])}),
+            }
+        )
+    steered = [{"file": str(path), "strength": strength} for path, strength in files]
+    return {"model": model, "steerings": steered, "answers": rows}
+
+
+def _answer(answer: Generation) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "new_tokens": len(answer.token_ids),
+    }
+
+
+def _print(prompts: Sequence[Prompt], answers: Sequence[Generation], unsteered: Sequence[Generation] | None) -> None:
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        if len(prompts) > 1:
+            heading = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            show(*[""][: i > 0], _heading(heading))
+        if unsteered is None:
+            show(answer.text)
+            continue
+        table = Table("unsteered", "steered", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+        for column in table.columns:
+            column.ratio = 1
+        table.expand = True
+        table.add_row(Text(unsteered[i].text), Text(answer.text))
+        show(table)
+
+
+def _heading(text: str) -> Rule | str:
+    line = " ".join(text.split())
+    return Rule(Text(line), align="left", style="dim") if sys.stdout.isatty() else f"# {line}"

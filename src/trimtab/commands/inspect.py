@@ -1,0 +1,193 @@
+"""`trimtab inspect`: what is in a steering file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trimtab.commands.model import JsonOption
+from trimtab.commands.terminal import show, write_json
+from trimtab.files.target import check_target
+
+if TYPE_CHECKING:
+    from trimtab.report.pushes import Push
+    from trimtab.steering import Card, Gate, Operation, Steering
+
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+BAR = 24  # columns
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A steering file.", show_default=False)],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw a picture of it into this .png (needs trimtab\\[plot]).", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show a steering file: its origin, its edits, and how hard they push.
+
+    [bold]  trimtab inspect shout.safetensors
+      trimtab inspect shout.safetensors --plot shout.png
+      trimtab inspect shout.safetensors --json[/bold]
+
+    The norm is that of the direction, times the strength where the edit adds
+    it. Its share of the activation's norm tells how hard that is: near 100 %
+    and above, text tends to fall apart. The agreement is the mean cosine of
+    the pairs' differences to their mean: low means a weak steering.
+    """
+    if plot is not None:
+        from trimtab.report.plots import check_matplotlib
+
+        check_target(plot, ".png")
+        check_matplotlib()
+
+    from trimtab.files.steering_file import load_steering, steering_digest
+    from trimtab.report.pushes import pushes
+
+    steering = load_steering(file)
+    digest, found = steering_digest(steering), pushes(steering)
+    if plot is not None:
+        from trimtab.report.plots import plot_pushes
+
+        plot_pushes(found, plot, f"{file.name}: {_origin(steering.card)}")
+    if json:
+        write_json(_document(file, digest, steering, found, plot))
+        return
+    show(f"{file}: {_origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    if plot is not None:
+        show("", f"drew {plot}")
+
+
+def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:
+    from trimtab.steering.operations import NAMES
+
+    edits = []
+    for edit, push in zip(steering.edits, found, strict=True):
+        edits.append(
+            {
+                "site": str(edit.site),
+                "layer": edit.site.layer,
+                "operation": NAMES[type(edit.operation)],
+                "keep_norm": edit.operation.keep_norm,
+                "width": edit.operation.width,
+                "strength": edit.strength,
+                "positions": str(edit.positions),
+                "gate": describe(edit.gate),
+                "norm": push.norm,
+                "activation_norm": push.activation_norm,
+                "agreement": push.agreement,
+            }
+        )
+    drawn = {} if plot is None else {"plot": str(plot)}
+    return {"file": str(file), "digest": digest, "card": asdict(steering.card), "edits": edits, **drawn}
+
+
+def _origin(card: Card) -> str:
+    models = " and ".join(model.name for model in card.models)
+    what = f"a sum of {len(card.parts)} steerings" if card.parts else card.method
+    return f"{what} on {models}" if models else what
+
+
+def _cards(card: Card, digest: str) -> list[Table]:
+    """The card as a table, then one for each of its parts."""
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    if card.model is not None:
+        model = card.model
+        revision = f", revision {model.revision}" if model.revision else ""
+        table.add_row("model", f"{model.name} ({model.family}, {model.layers} layers, width {model.width}{revision})")
+        table.add_row("fingerprint", model.fingerprint)
+    if card.data:
+        pairs = card.measured.get("pairs")
+        table.add_row("data", f"{card.data}{f' ({pairs} pairs)' if pairs else ''}")
+    for name, value in card.options.items():
+        table.add_row(name.replace("_", " "), _value(value))
+    for name, value in card.measured.items():
+        if name not in ("pairs", "agreement", "activation_norm"):
+            table.add_row(name.replace("_", " "), _value(value))
+    if card.versions:
+        table.add_row("versions", ", ".join(f"{name} {number}" for name, number in card.versions.items()))
+    if digest:
+        table.add_row("digest", digest)
+    tables = [table]
+    for number, part in enumerate(card.parts, 1):
+        head = Table(f"part {number}: {_origin(part)}", box=None, pad_edge=False, header_style="")
+        tables += [head, *_cards(part, "")]
+    return tables
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _edits(steering: Steering, found: Sequence[Push]) -> tuple[str, Table]:
+    """What all edits have in common, in a line; and a table of the rest, with a bar as long as each push."""
+    columns: dict[str, list[str]] = {
+        "operation": [_operation(edit.operation) for edit in steering.edits],
+        "at": [str(edit.positions) for edit in steering.edits],
+        "when": [describe(edit.gate) for edit in steering.edits],
+        "strength": [f"{edit.strength:g}" for edit in steering.edits],
+        "share": ["" if push.share is None else f"{push.share:.0%}" for push in found],
+        "agreement": ["" if push.agreement is None else f"{push.agreement:.2f}" for push in found],
+    }
+    common = {name: columns.pop(name)[0] for name in ("operation", "at", "when", "strength") if _same(columns[name])}
+    if common.get("when") == "always":
+        del common["when"]
+    count = "1 edit" if len(found) == 1 else f"{len(found)} edits"
+    line = f"{count}: {', '.join(f'{name} {value}' for name, value in common.items())}".rstrip(": ")
+    longest = max(push.norm for push in found)
+    shown: dict[str, list[str]] = {
+        "layer": [str(edit.site.layer) for edit in steering.edits],
+        "norm": [f"{push.norm:.4g}" for push in found],
+        " ": [bar(push.norm, longest) for push in found],
+        **{name: cells for name, cells in columns.items() if any(cells)},
+    }
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in shown:
+        words = name in ("operation", "at", "when")
+        style = "cyan" if name == " " else ""
+        table.add_column(name, justify="left" if words or name == " " else "right", style=style, no_wrap=not words)
+    for cells in zip(*shown.values(), strict=True):
+        table.add_row(*cells)
+    return line, table
+
+
+def _same(values: Sequence[str]) -> bool:
+    return len(set(values)) == 1
+
+
+def _operation(operation: Operation) -> str:
+    from trimtab.steering.operations import NAMES
+
+    return NAMES[type(operation)] + (" (norm kept)" if operation.keep_norm else "")
+
+
+def describe(gate: Gate) -> str:
+    """A gate in words, such as `dot at residual[3] > 0.5`."""
+    from trimtab.steering.gates import AllOf, Always, AnyOf, Not, Threshold
+
+    match gate:
+        case Always():
+            return "always"
+        case Threshold():
+            return f"{gate.measure} at {gate.site} > {gate.threshold:g}"
+        case Not():
+            return f"not ({describe(gate.gate)})"
+        case AllOf() | AnyOf():
+            word = " and " if isinstance(gate, AllOf) else " or "
+            return f"({word.join(map(describe, gate.gates))})"
+    return type(gate).__name__
+
+
+def bar(value: float, longest: float, columns: int = BAR) -> str:
+    """A bar of block characters, to an eighth of a column; `longest` fills all `columns`."""
+    eighths = round(8 * columns * value / longest) if longest > 0 else 0
+    full, rest = divmod(max(eighths, 1 if value > 0 else 0), 8)
+    return "█" * full + EIGHTHS[rest].strip()

@@ -1,0 +1,100 @@
+"""The options that name a model, and loading it without other programs' chatter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from logging import ERROR, getLogger
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.commands.terminal import note
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+PANEL = "Model"
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A Hub id, a folder, or a .gguf file. Without it: SmolLM2-135M-Instruct.",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps … Without it: CUDA, then MPS, then the CPU.",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+DtypeOption = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16, float64; auto: as the weights are stored.", rich_help_panel=PANEL),
+]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(help="A branch, tag or commit of a Hub model.", show_default=False, rich_help_panel=PANEL),
+]
+LayersPathOption = Annotated[
+    str | None,
+    typer.Option(
+        "--layers-path",
+        help="Where the model keeps its list of blocks (model.layers), if trimtab can't find it.",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+
+
+def load_model(
+    name: str | None,
+    *,
+    device: str | None,
+    dtype: str,
+    revision: str | None,
+    layers_path: str | None,
+    quiet: bool,
+) -> LM:
+    """The model that the options name. Raises `TrimtabError` when it can't be had on that device."""
+    quiet = quiet or not sys.stderr.isatty()
+    note(f"loading {name or 'the default model'} …", quiet=quiet)
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: before what follows
+    from trimtab.lm import LM
+
+    _check_device(device)
+    _silence(quiet)
+    return LM.load(name, device=device, dtype=dtype, revision=revision, layers=layers_path)
+
+
+def _check_device(device: str | None) -> None:
+    """Before a model is read for minutes, see that its device is there."""
+    import torch
+
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrimtabError(f"--device {device} can't be used here: {reason}; cpu always can") from None
+
+
+def _silence(quiet: bool) -> None:
+    """No logs and bars of transformers'; a download's bars stay where someone sees them."""
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    getLogger("huggingface_hub").setLevel(ERROR)
+    logging.disable_progress_bar()
+    if not quiet:
+        enable_progress_bars()

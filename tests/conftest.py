@@ -1,0 +1,45 @@
+"""What all tests share: the default model, and the command line run in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def lm() -> Any:
+    """The default model in float32. Tests that use it are marked `real`."""
+    from trimtab.lm import LM
+
+    return LM.load(dtype="float32")
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def trimtab(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Run `trimtab …` in this process."""
+    from trimtab.commands import main
+
+    def run(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return run
