@@ -1,0 +1,6 @@
+"""Whether it works: answers checked by code, and how sure a count is."""
+
+from trimtab.evaluate.constraints import CONSTRAINTS, Check, on_topic, repeated_share
+from trimtab.evaluate.intervals import Interval, paired_bootstrap
+
+__all__ = ["CONSTRAINTS", "Check", "Interval", "on_topic", "paired_bootstrap", "repeated_share"]

@@ -1,0 +1,222 @@
+"""Whether an answer has the form it was asked for, decided by code.
+
+Each check is a function `check(answer, *, cut=False)` that says yes or no. `cut` says that the answer was stopped
+by a token limit: then what is there is judged, and what is missing is not held against it. An empty answer
+passes no check.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Protocol
+
+FENCE = re.compile(r"^```[ \t]*(?:json|JSON)?[ \t]*\n?(.*)$", re.DOTALL)
+TITLE = re.compile(r"<<([^<>\n]+)>>")
+BULLET = re.compile(r"^[ \t]*[*+•‣–-][ \t]+.*\w")
+INDENTED = re.compile(r"^(?: {2,}|\t)\s*\S")
+WORD = re.compile(r"[^\W\d_]+")
+ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|approx|[A-Z](?:\.[A-Z])*)\.(?=\s+\S)")
+SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]*]*(?=\s|$)")
+EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\u2b50\u2b55]")
+UNIT = re.compile(rf"[^\W_]+|{EMOJI.pattern}")
+
+GERMAN_WORDS = frozenset(
+    WORD.findall(
+        "aber alle als am auch auf aus bei bis da damit dann das dass dem den denn der des dich die dies diese diesem "
+        "diesen dieser dieses dir doch du durch ein eine einem einen einer eines er es für gegen gibt haben hat ich "
+        "ihr ihre ihrem ihren ihrer im indem ist ja jede jeder jedes kann kannst kein keine können mehr mein meine "
+        "mit muss nach nicht noch nur ob oder ohne sein seine sehr sich sie sind soll sollte sondern um und uns unter "
+        "viel viele vom von vor war waren weil wenn werden wie wir wird wo wurde zu zum zur zwischen über"
+    )
+)
+"""German function words: articles, pronouns, prepositions, conjunctions and auxiliaries.
+
+Those that are common in English too (`also`, `an`, `in`, `man`, `so`, `was`) are left out.
+"""
+
+OTHER_WORDS = frozenset(
+    WORD.findall(
+        "a and are as at be because been but by can could do does for from has have he her his how i if into is it "
+        "its my not of on or our she should some such that the their them then there these they this those to we were "
+        "what when which who with would you your "
+        "con dans de el est et il la las les los non para per por pour que sono un una une y"
+    )
+)
+"""Function words of English, and a few of French, Spanish and Italian, that are none of German."""
+
+PLAIN_WORDS = OTHER_WORDS | set(
+    WORD.findall(
+        "advice best better describe difference does explain five four give good happens help important large list "
+        "main make more name needs note people purpose recommend short small someone story suggest tell things three "
+        "uses were what write"
+    )
+)
+"""Words of a query that say what to do rather than what about."""
+
+GERMAN_SHARE = 0.2
+REPEATED_LIMIT = 0.3
+"""`repeated_share` above this is a text that turns in circles."""
+
+
+class Check(Protocol):
+    """Says whether an answer has a form; `cut` if a token limit stopped it."""
+
+    def __call__(self, answer: str, *, cut: bool = False) -> bool: ...
+
+
+def is_json(answer: str, *, cut: bool = False) -> bool:
+    """The whole answer is one JSON object or array, alone or in one code fence, with no words around it.
+
+    A bare number or string is JSON too, but nobody who asks for JSON means it. Of a `cut` answer, what is there
+    must be the beginning of valid JSON, and hold something.
+    """
+    text = answer.strip()
+    if fenced := FENCE.match(text):
+        text, closed, after = fenced[1].partition("```")
+        if after.strip() or not (closed or cut):
+            return False
+        cut = cut and not closed
+    text = text.strip()
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text, parse_constant=_refuse)
+        return True
+    except ValueError:
+        return cut and _begins_json(text)
+
+
+def has_title(answer: str, *, cut: bool = False) -> bool:
+    """There is a title in double angular brackets, `<<like this>>`, on one line and not empty."""
+    return any(match.strip() for match in TITLE.findall(answer))
+
+
+def is_german(answer: str, *, cut: bool = False) -> bool:
+    """German, told by its function words.
+
+    At least three words of `GERMAN_WORDS` (or half of a shorter answer), a fifth of all words, and three times as
+    many as of `OTHER_WORDS`. It tells the language, not whether the sentences make sense.
+    """
+    words = [word.lower() for word in WORD.findall(answer)]
+    german = sum(word in GERMAN_WORDS for word in words)
+    other = sum(word in OTHER_WORDS for word in words)
+    return german >= min(3, (len(words) + 1) / 2) and german >= GERMAN_SHARE * len(words) and german >= 3 * other
+
+
+def is_bullets(answer: str, *, cut: bool = False) -> bool:
+    """The answer is a list of at least two bullet points and nothing else.
+
+    Each line begins with `*`, `-`, `+` or `•`, or is indented under one that does. Of a `cut` answer one bullet is
+    enough, and its last line may be an empty bullet.
+    """
+    lines = [line for line in answer.splitlines() if line.strip()]
+    if cut and len(lines) > 1 and lines[-1].strip() in {"*", "-", "+", "•"}:
+        lines.pop()
+    bullets = [bool(BULLET.match(line)) for line in lines]
+    if not bullets or not bullets[0]:
+        return False
+    rest = all(bullet or INDENTED.match(line) for bullet, line in zip(bullets, lines, strict=True))
+    return rest and sum(bullets) >= (1 if cut else 2)
+
+
+def is_sentence(answer: str, *, cut: bool = False) -> bool:
+    """The answer is exactly one sentence, and comes to its end: a `cut` answer is none.
+
+    A sentence ends in `.`, `!` or `?` before a space or the end; numbers (`3.5`), initials and a few abbreviations
+    end none. A line break within makes it more than one.
+    """
+    text = ABBREVIATION.sub(lambda match: match[0].replace(".", ""), answer.strip())
+    ends = list(SENTENCE_END.finditer(text))
+    return not cut and len(ends) == 1 and ends[0].end() == len(text) and "\n" not in text
+
+
+def is_capitals(answer: str, *, cut: bool = False) -> bool:
+    """There are letters, and none of them is a small one."""
+    return answer.isupper()
+
+
+CONSTRAINTS: dict[str, Check] = {
+    "json": is_json,
+    "title": has_title,
+    "german": is_german,
+    "bullets": is_bullets,
+    "sentence": is_sentence,
+    "capitals": is_capitals,
+}
+
+
+def repeated_share(answer: str, n: int = 4) -> float:
+    """The share of the answer's `n`-grams of words, numbers and emojis that occurred in it before, 0 … 1.
+
+    0 for an answer without repetition or of fewer than `n` words; a text that goes in circles nears 1.
+    """
+    words = [word.lower() for word in UNIT.findall(answer)]
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def on_topic(query: str, answer: str) -> bool:
+    """The answer takes up a word of the query: one of four letters or more that is no function word.
+
+    The first five letters count, so that `planting` finds `plants`. It tells an answer that has the form and
+    speaks of something else; it can't tell whether what is said is right.
+    """
+    asked = {word.lower()[:5] for word in WORD.findall(query) if len(word) > 3 and word.lower() not in PLAIN_WORDS}
+    return any(word.lower()[:5] in asked for word in WORD.findall(answer))
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+LITERALS = ("true", "false", "null")
+
+
+def _begins_json(text: str) -> bool:
+    """Whether some continuation of the text is valid JSON."""
+    stack: list[str] = []
+    quoted = escaped = False
+    for character in text:
+        if quoted:
+            if escaped:
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == '"':
+                quoted = False
+        elif character == '"':
+            quoted = True
+        elif character in "{[":
+            stack.append("}" if character == "{" else "]")
+        elif character in "}]" and (not stack or stack.pop() != character):
+            return False
+    if not stack:
+        return False  # it ended and was not valid
+    tail = "".join(reversed(stack))
+    return any(_loads(ending + tail) for ending in _endings(text, quoted, escaped))
+
+
+def _endings(text: str, quoted: bool, escaped: bool) -> list[str]:
+    """Ways to complete the value in which the text broke off, before its brackets are closed."""
+    if quoted:
+        if unicode := re.search(r"\\u[0-9a-fA-F]{0,3}$", text):
+            text += "0" * (6 - len(unicode[0]))
+        elif escaped:
+            text += "n"
+        return [text + '"', text + '":0']
+    bare = text.rstrip()
+    found = [bare, bare + ":0", bare + "0", bare + '"":0']
+    if bare.endswith(","):
+        found += [bare[:-1]]
+    if word := re.search(r"[a-z]+$", bare):
+        found += [bare[: word.start()] + literal for literal in LITERALS if literal.startswith(word[0])]
+    return found
+
+
+def _loads(text: str) -> bool:
+    try:
+        json.loads(text, parse_constant=_refuse)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from trimtab.commands.demo import SETTINGS, TUNED_BLOCKS, Answer, Result, demo, telling, try_setting
+from trimtab.data import instructions, queries
+from trimtab.evaluate import CONSTRAINTS, paired_bootstrap
+
+app = typer.Typer()
+app.command()(demo)
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of another kind and depth than the default one, in a folder."""
+    from commands.conftest import save_model
+
+    folder = save_model(tmp_path_factory.mktemp("models") / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return folder
+
+
+def test_the_settings_are_of_known_instructions():
+    for setting in SETTINGS:
+        assert setting.name in CONSTRAINTS
+        assert instructions()[setting.name].test
+        assert setting.layer_of(TUNED_BLOCKS) == setting.layer < TUNED_BLOCKS
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4, 12, 28, 80])
+def test_every_depth_has_the_block(blocks):
+    assert all(0 <= setting.layer_of(blocks) < blocks for setting in SETTINGS)
+
+
+def _result(before: str, after: str) -> Result:
+    """A result whose answers hold where the letters are `x`."""
+    sides = [tuple(Answer(c, c == "x", 0.0, True, c == "x") for c in side) for side in (before, after)]
+    flags = [[answer.holds for answer in side] for side in sides]
+    return Result(SETTINGS[0], 1, 0.1, tuple(before), *sides, paired_bootstrap(*flags), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rows"),
+    [("..x", ".xx", [1, 0]), ("xx", "xx", [0]), ("..", "..", [0]), ("x.", ".x", [1, 0]), ("..", "xx", [0])],
+)
+def test_what_is_shown_is_a_success_and_a_failure_where_there_are_any(before, after, rows):
+    assert telling(_result(before, after)) == rows
+
+
+def test_another_model_is_told_that_the_settings_are_guesses(tiny_model):
+    ran = CliRunner().invoke(app, ["--model", str(tiny_model), "--limit", "2"])
+    assert ran.exit_code == 0, ran.output
+    assert "untuned guesses" in ran.output
+    assert "prove nothing" in ran.output
+    for setting in SETTINGS:
+        assert setting.shown in ran.output
+    assert len(re.findall(r"holds in \d of 2 unsteered, \d of 2 steered", ran.output)) == len(SETTINGS)
+
+
+def test_json_is_one_document_and_nothing_else(tiny_model):
+    ran = CliRunner().invoke(app, ["--model", str(tiny_model), "--limit", "3", "--json"])
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(ran.stdout)
+    assert found["tuned"] is False
+    assert found["learned_from"] == 3
+    assert [one["name"] for one in found["instructions"]] == [setting.name for setting in SETTINGS]
+    for one in found["instructions"]:
+        assert 0 <= one["layer"] < 4
+        for side in ("unsteered", "steered"):
+            assert one[side]["of"] == len(one["answers"]) == 3
+            assert one[side]["holds"] == sum(answer[side]["holds"] for answer in one["answers"])
+            assert one[side]["holds"] <= one[side]["has_form"]
+        assert one["difference"]["low"] <= one["difference"]["estimate"] <= one["difference"]["high"]
+
+
+def test_a_limit_below_one_is_refused():
+    assert CliRunner().invoke(app, ["--limit", "0"]).exit_code == 2
+
+
+def test_progress_ends_at_its_total(tiny_model):
+    from trimtab.lm import LM
+
+    seen = []
+    lm = LM.load(tiny_model, device="cpu")
+    learn, test = queries("learn")[:3], queries("test")[:2]
+    try_setting(lm, SETTINGS[0], learn, test, lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert len({total for _, total in seen}) == 1
+    assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_on_the_default_model_the_first_instruction_is_made_to_hold(lm):
+    found = try_setting(lm, SETTINGS[0], queries("learn")[:16], queries("test")[:8])
+    before, after = (sum(answer.holds for answer in side) for side in (found.before, found.after))
+    assert after >= before + 3
+    assert 0.05 < found.dose < 0.5
+    assert found.difference.estimate == (after - before) / 8
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_the_whole_demo_on_the_default_model(trimtab):
+    ran = trimtab("demo", "--limit", 2, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["tuned"] is True
+    assert ran.json["dtype"] == "float32"
+    assert [one["layer"] for one in ran.json["instructions"]] == [setting.layer for setting in SETTINGS]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_control_c_ends_it_with_130():
+    script = "from trimtab.commands import main; print('up', flush=True); raise SystemExit(main(['demo', '--json']))"
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout is not None
+        running.stdout.readline()
+        time.sleep(8)  # it is loading, learning or generating by now
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert out == b""
+    assert err.decode().strip().splitlines()[-1] == "interrupted"
