@@ -89,6 +89,7 @@ BAD = {
         "1. one\n2. two",
         "*one*\n*two*",
         "* * *\n* * *",
+        "* *1. *\n* *2. *",
         "**\n* one\n* two",
         "-5 degrees\n-6 degrees",
         "  indented\n* one\n* two",

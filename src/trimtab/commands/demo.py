@@ -52,7 +52,8 @@ SETTINGS = (
 equals, the one that left most on topic. The phrasings are some that the unsteered model often ignores there.
 """
 
-LIMITS = """What such steering does not do on a model this small, measured on 16 other queries: without the instruction in the
+LIMITS = """\
+What such steering does not do on a model this small, measured on 16 other queries: without the instruction in the
 prompt, JSON, the title and the bullets came in 0 of 16 answers each, one sentence in 5. Capital letters, with the
 instruction in the prompt, held in 0 of 16 unsteered and in 1 of 16 steered. And the form is all that is steered:
 what the answers say stays as good or bad as the model, and "on topic" tells where it got worse."""

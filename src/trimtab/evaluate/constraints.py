@@ -105,7 +105,7 @@ def is_german(answer: str, *, cut: bool = False) -> bool:
 
 
 def is_bullets(answer: str, *, cut: bool = False) -> bool:
-    """The answer is a list of at least two bullet points and nothing else.
+    """The answer is a list of at least two bullet points and nothing else, with a word in it somewhere.
 
     Each line begins with `*`, `-`, `+` or `•`, or is indented under one that does. Of a `cut` answer one bullet is
     enough, and its last line may be an empty bullet.
@@ -114,7 +114,7 @@ def is_bullets(answer: str, *, cut: bool = False) -> bool:
     if cut and len(lines) > 1 and lines[-1].strip() in {"*", "-", "+", "•"}:
         lines.pop()
     bullets = [bool(BULLET.match(line)) for line in lines]
-    if not bullets or not bullets[0]:
+    if not bullets or not bullets[0] or not WORD.search(answer):
         return False
     rest = all(bullet or INDENTED.match(line) for bullet, line in zip(bullets, lines, strict=True))
     return rest and sum(bullets) >= (1 if cut else 2)
