@@ -1,14 +1,16 @@
 """Reading activations: nothing is computed that isn't read.
 
 A pass stops at the deepest block asked for and never reaches the language-model head; texts are cut after the
-last position asked for, sorted by length into batches of a bounded number of tokens, and the tokens with which
-all texts of a group begin (the two members of a contrastive pair, say) run once.
+last position asked for, sorted by length into batches of a bounded number of tokens, and what texts begin with
+runs once: what all of them have in common (a chat template's system prompt, say), then what the texts of a group
+have (the two members of a contrastive pair). Of each block's output only the positions asked for are kept.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +44,14 @@ class Batch:
     values: dict[Site, list[list[Tensor]]]
 
 
+@dataclass(frozen=True)
+class _Opening:
+    """What all texts begin with, already run: the number of tokens, and their keys and values in one row."""
+
+    length: int
+    cache: DynamicCache
+
+
 class _Enough(BaseException):
     """Raised by the deepest hook: all that is needed has been computed."""
 
@@ -70,12 +80,13 @@ def read_groups(
     cut = [[Text(t.ids[: max(t.positions) + 1], t.positions) for t in group] for group in groups]
     share = _can_share(layout)
     shared = [_shared_length(group) if share else 0 for group in cut]
+    opening = _run_opening(layout, [group for group, n in zip(cut, shared, strict=True) if n], sites)
     # the cost of a group, in tokens; batches are made of neighbours in this order
     order = sorted(range(len(cut)), key=lambda g: (len(cut[g]), shared[g] > 0, max(len(t.ids) for t in cut[g]), g))
     for chosen in _batches(order, cut, shared, tokens_per_batch):
         prefix = [shared[g] for g in chosen]
         if all(prefix):
-            yield Batch(chosen, _read_shared(layout, [cut[g] for g in chosen], prefix, sites))
+            yield Batch(chosen, _read_shared(layout, [cut[g] for g in chosen], prefix, opening, sites))
         else:
             yield Batch(chosen, _read_plain(layout, [cut[g] for g in chosen], sites))
 
@@ -113,12 +124,15 @@ def _batches(order: list[int], cut: list, shared: list[int], budget: int) -> Ite
 
 def _shared_length(group: Sequence[Text]) -> int:
     """How many tokens all members begin with, leaving each at least one of its own; 0 if not worth a pass."""
-    if len(group) < 2:
-        return 0
-    longest = min(len(text.ids) for text in group) - 1
-    first = group[0].ids
-    same = next((i for i in range(longest) if any(t.ids[i] != first[i] for t in group[1:])), longest)
+    same = _common(group) if len(group) > 1 else 0
     return same if same >= SHARE_FROM else 0
+
+
+def _common(texts: Sequence[Text]) -> int:
+    """How many tokens all these texts begin with, leaving each at least one of its own."""
+    longest = min(len(text.ids) for text in texts) - 1
+    first = texts[0].ids
+    return next((i for i in range(longest) if any(t.ids[i] != first[i] for t in texts)), longest)
 
 
 def _can_share(layout: Layout) -> bool:
@@ -130,49 +144,69 @@ def _can_share(layout: Layout) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
+    """Run what all texts of these groups begin with, up to the first position that is read.
+
+    Pads may come after it, so the model must take positions as they are given, and no window may count columns.
+    """
+    cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
+    texts = [text for group in groups for text in group]
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers) and "position_ids" in _parameters(layout.decoder)
+    if len(groups) < 2 or not plain:
+        return _Opening(0, cache)
+    read_from = min(min(text.positions) for text in texts)
+    # each group keeps a token of its own, after what all have and before its members part
+    length = min(_common(texts), read_from, *(_common(group) - 1 for group in groups))
+    if length < SHARE_FROM:
+        return _Opening(0, cache)
+    ids, mask = _padded([texts[0].ids[:length]], left=False, device=_device(layout))
+    _run(layout, ids, mask, sites, ([], []), cache)
+    return _Opening(length, cache)
+
+
 def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> dict[Site, list[list[Tensor]]]:
     texts = [text for group in groups for text in group]
     ids, mask = _padded([text.ids for text in texts], left=False, device=_device(layout))
-    found = _run(layout, ids, mask, sites)
-    return {
-        site: _regroup([x[row, list(text.positions)] for row, text in enumerate(texts)], groups)
-        for site, x in found.items()
-    }
+    rows = [row for row, text in enumerate(texts) for _ in text.positions]
+    columns = [position for text in texts for position in text.positions]
+    found = _run(layout, ids, mask, sites, (rows, columns))
+    return {site: _regroup(x, groups) for site, x in found.items()}
 
 
 def _read_shared(
-    layout: Layout, groups: list[list[Text]], prefix: list[int], sites: Sequence[Site]
+    layout: Layout, groups: list[list[Text]], prefix: list[int], opening: _Opening, sites: Sequence[Site]
 ) -> dict[Site, list[list[Tensor]]]:
+    """The columns are: the opening, pads, a row for each group of what its members share; then each member's tail."""
     members = len(groups[0])
     device = _device(layout)
-    heads = [group[0].ids[:n] for group, n in zip(groups, prefix, strict=True)]
-    ids, head_mask = _padded(heads, left=True, device=device)
-    cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
-    in_head = _run(layout, ids, head_mask, sites, cache)
-    cache.batch_repeat_interleave(members)
     texts = [text for group in groups for text in group]
     starts = [n for n in prefix for _ in range(members)]
-    tails, tail_mask = _padded([t.ids[n:] for t, n in zip(texts, starts, strict=True)], left=False, device=device)
-    mask = torch.cat([head_mask.repeat_interleave(members, 0), tail_mask], 1)
-    in_tail = _run(layout, tails, mask, sites, cache)
-    width = ids.shape[1]
-    values = {}
-    for site in sites:
-        rows = []
-        for row, (text, start) in enumerate(zip(texts, starts, strict=True)):
-            pad = width - start
-            picked = [
-                in_head[site][row // members, pad + p] if p < start else in_tail[site][row, p - start]
-                for p in text.positions
-            ]
-            rows.append(torch.stack(picked))
-        values[site] = _regroup(rows, groups)
-    return values
+    heads = [group[0].ids[opening.length : n] for group, n in zip(groups, prefix, strict=True)]
+    ids, mask = _padded(heads, left=True, device=device)
+    head_mask = torch.cat([mask.new_ones(len(groups), opening.length), mask], 1)
+    tails, mask = _padded([t.ids[n:] for t, n in zip(texts, starts, strict=True)], left=False, device=device)
+    tail_mask = torch.cat([head_mask.repeat_interleave(members, 0), mask], 1)
+
+    places = [(row, p, p - starts[row]) for row, text in enumerate(texts) for p in text.positions]
+    in_head = [(row // members, ids.shape[1] + after) for row, _, after in places if after < 0]
+    in_tail = [(row, after) for row, _, after in places if after >= 0]
+    cache = copy.deepcopy(opening.cache)
+    cache.batch_repeat_interleave(len(groups))
+    head = _run(layout, ids, head_mask, sites, _unzip(in_head), cache)
+    cache.batch_repeat_interleave(members)
+    tail = _run(layout, tails, tail_mask, sites, _unzip(in_tail), cache)
+    order = sorted(range(len(places)), key=lambda i: places[i][2] >= 0)  # heads first, as they are put together
+    back = torch.tensor(order).argsort()
+    return {site: _regroup(torch.cat([head[site], tail[site]])[back.to(head[site].device)], groups) for site in sites}
 
 
-def _regroup(rows: list[Tensor], groups: list[list[Text]]) -> list[list[Tensor]]:
-    remaining = iter(rows)
-    return [[next(remaining) for _ in group] for group in groups]
+def _unzip(places: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    return [row for row, _ in places], [column for _, column in places]
+
+
+def _regroup(values: Tensor, groups: list[list[Text]]) -> list[list[Tensor]]:
+    each = iter(values.split([len(text.positions) for group in groups for text in group]))
+    return [[next(each) for _ in group] for group in groups]
 
 
 def _padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -187,33 +221,42 @@ def _padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device
 
 
 def _run(
-    layout: Layout, ids: Tensor, mask: Tensor, sites: Sequence[Site], cache: DynamicCache | None = None
+    layout: Layout,
+    ids: Tensor,
+    mask: Tensor,
+    sites: Sequence[Site],
+    at: tuple[list[int], list[int]],
+    cache: DynamicCache | None = None,
 ) -> dict[Site, Tensor]:
+    """The activations `[places, width]` at each site, at these rows and columns of the batch."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs["past_key_values"] = cache
     if "position_ids" in _parameters(layout.decoder):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return run_decoder(layout, inputs, sites)
+    rows, columns = (torch.tensor(indices, dtype=torch.long, device=ids.device) for indices in at)
+    return run_decoder(layout, inputs, sites, lambda x: x[rows.to(x.device), columns.to(x.device)])
 
 
-def run_decoder(layout: Layout, inputs: dict[str, Any], sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """The activations `[rows, tokens, width]` at `sites` for these inputs of the decoder."""
-    with recording(layout, sites) as found:
+def run_decoder(
+    layout: Layout, inputs: dict[str, Any], sites: Sequence[Site], keep: Callable[[Tensor], Tensor] = lambda x: x
+) -> dict[Site, Tensor]:
+    """What `keep` makes of the activations `[rows, tokens, width]` at `sites`, for these inputs of the decoder."""
+    with recording(layout, sites, keep) as found:
         with suppress(_Enough):
             layout.decoder(**inputs)
     return found
 
 
 @contextmanager
-def recording(layout: Layout, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Hooks that record the activations at `sites` and end the pass at the deepest of them."""
+def recording(layout: Layout, sites: Sequence[Site], keep: Callable[[Tensor], Tensor]) -> Iterator[dict[Site, Tensor]]:
+    """Hooks that record what `keep` makes of the activations at `sites`, and end the pass at the deepest of them."""
     found: dict[Site, Tensor] = {}
     last = max(site.layer for site in sites)
     handles = []
 
     def record(site: Site, output: Any) -> None:
-        found[site] = output if isinstance(output, Tensor) else output[0]
+        found[site] = keep(output if isinstance(output, Tensor) else output[0])
         if site.layer == last:
             raise _Enough
 

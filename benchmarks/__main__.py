@@ -1,0 +1,103 @@
+"""`python -m benchmarks NAME`: run one benchmark."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.harness import Report
+from benchmarks.report import markdown, show
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("TRIMTAB_DATA") or ROOT.parent / "shared" / "data")
+
+app = typer.Typer(
+    help="Ratios measured side by side, in interleaved runs. See benchmarks/RESULTS.md.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+peaks = typer.Typer(help="The peak memory of one case, for the benchmarks' own use.")
+app.add_typer(peaks, name="peak", hidden=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit with status 1 when a target is missed.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print the table as it stands in RESULTS.md.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds that count.")]
+
+
+@app.command()
+def static(
+    rounds: Rounds = 15,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 32,
+    only: Annotated[str, typer.Option(help="Only cases whose name contains this.")] = "",
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Steered against unsteered generation: throughput and peak memory."""
+    from benchmarks.static import run
+
+    finish(run(rounds, tokens, only), json_file, check, as_markdown)
+
+
+@app.command()
+def extract(
+    rounds: Rounds = 3,
+    pairs: Annotated[int, typer.Option(min=1, help="Contrastive pairs.")] = 300,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory on 10 times the pairs, too.")] = True,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Learning a direction: pairs per second against steering-vectors and repeng, and peak memory."""
+    from benchmarks.extract import DATASET, run
+
+    file = data / DATASET
+    if not file.is_file():
+        Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
+        return
+    finish(run(file, pairs, rounds, memory=memory), json_file, check, as_markdown)
+
+
+@peaks.command("static")
+def peak_static(
+    case: Annotated[str, typer.Option()],
+    tokens: Annotated[int, typer.Option()],
+    steered: Annotated[bool, typer.Option("--steered")] = False,
+) -> None:
+    from benchmarks.static import peak
+
+    print(json.dumps({"peak_mib": peak(case, tokens, steered)}))
+
+
+@peaks.command("extract")
+def peak_extract(file: Annotated[Path, typer.Option()], pairs: Annotated[int, typer.Option()]) -> None:
+    from benchmarks.extract import peak
+
+    print(json.dumps({"peak_mib": peak(file, pairs)}))
+
+
+def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:
+    """Write, print and check a report. Exits with status 1 when `check` and a target is missed."""
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
+    if as_markdown:
+        print(markdown(report, [a for a in sys.argv[1:] if a != "--markdown"]))
+    else:
+        show(report, Console())
+    if check and report.short:
+        for result in report.short:
+            print(f"short: {result.case}: {result.metric} is {result.value:.4g}, not {result.target}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")
