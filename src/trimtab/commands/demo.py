@@ -52,6 +52,8 @@ SETTINGS = (
 equals, the one that left most on topic. The phrasings are some that the unsteered model often ignores there.
 """
 
+# Measured on 16 `tune` queries. Without the instruction: JSON at block 18 x 0.8, the title at 24 x 0.6, bullets and
+# sentence at 15 x 1.0. Capital letters: at 18 x 0.6 and at 24 x 0.6.
 LIMITS = """\
 What such steering does not do on a model this small, measured on 16 other queries: without the instruction in the
 prompt, JSON, the title and the bullets came in 0 of 16 answers each, one sentence in 5. Capital letters, with the
