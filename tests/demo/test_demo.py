@@ -125,7 +125,10 @@ def test_the_whole_demo_on_the_default_model(trimtab):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_control_c_ends_it_with_130():
-    script = "from trimtab.commands import main; print('up', flush=True); raise SystemExit(main(['demo', '--json']))"
+    script = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a parent may ignore it
+        "from trimtab.commands import main; print('up', flush=True); raise SystemExit(main(['demo', '--json']))"
+    )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout is not None
         running.stdout.readline()
