@@ -145,10 +145,11 @@ SINGLE = {"gemma2": torch.float32}
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer whose words are `w0` … `w89`; it has no chat template."""
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w2"))
+    """A tokenizer whose words are `w3` … `w89`; it has no chat template."""
+    special = {0: "<pad>", 2: "<unk>"}
+    inner = Tokenizer(models.WordLevel({special.get(i, f"w{i}"): i for i in range(VOCABULARY)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w2", pad_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
 
 
 def tiny(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> LM:

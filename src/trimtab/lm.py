@@ -19,7 +19,7 @@ from trimtab.engines.transformers.generate import Generation, check_request, gen
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.plan import check_edits, effective
-from trimtab.engines.transformers.read import Text, read_groups, run_decoder
+from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, ModelId, Positions, Site, Steering
@@ -281,8 +281,9 @@ class LM:
         """
         wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
         texts = []
-        for prompt in _as_list(prompts):
+        for i, prompt in enumerate(_as_list(prompts)):
             ids = self.encode(prompt, system=system, chat=chat)
+            check_length(self.layout, len(ids), f"prompt {i + 1}")
             spans = positions.resolve(len(ids))
             where = sorted({p for a, b in spans for p in range(a, len(ids) if b is None else min(b, len(ids)))})
             if not where:

@@ -74,6 +74,16 @@ MIXED = [
 ]
 
 
+def prefills_in_chunks(lm: LM) -> bool:
+    """Whether transformers itself, unsteered, can: Qwen2-VL's positions broke it before 5.17."""
+    try:
+        lm.generate(PROMPTS[1], max_new_tokens=1, prefill_chunk_size=3)
+    except RuntimeError:
+        assert lm.name == "tiny-qwen2_vl"
+        return False
+    return True
+
+
 class TestNothingMeansNothing:
     @pytest.mark.parametrize(
         "nothing",
@@ -118,10 +128,16 @@ class TestNothingMeansNothing:
         before = hook_count(lm)
         lm.generate(PROMPTS[:2], MIXED[0], max_new_tokens=2)
         assert hook_count(lm) == before
-        with pytest.raises(KeyboardInterrupt):
+        during = []
+
+        def interrupted() -> None:
             with lm.steered(MIXED[0]):
-                assert hook_count(lm) > before
+                during.append(hook_count(lm))
                 raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        assert during[0] > before
         assert hook_count(lm) == before
         assert "generate" not in vars(lm.model)
 
@@ -170,7 +186,8 @@ class TestTheCacheIsExact:
     def test_every_rule_with_cache_without_and_in_chunks(self, lm: LM, rules: list[Positions]) -> None:
         steerings = [steering((1, OPERATIONS[0], rule), (2, OPERATIONS[1], rule)) for rule in rules]
         texts = PROMPTS[: len(rules)]
-        ways: list[dict[str, Any]] = [{}, {"use_cache": False}, {"prefill_chunk_size": 4}]
+        ways: list[dict[str, Any]] = [{}, {"use_cache": False}]
+        ways += [{"prefill_chunk_size": 4}] if prefills_in_chunks(lm) else []
         runs = [lm.generate(texts, steerings, max_new_tokens=4, logprobs=True, **way) for way in ways]
         for text, one, *answers in zip(texts, steerings, *runs, strict=True):
             tokens, logprobs = naive_generate(lm, text, one, 4)
@@ -181,7 +198,7 @@ class TestTheCacheIsExact:
     def test_generate_inside_steered_equals_lm_generate(self, lm: LM) -> None:
         expected = lm.generate(PROMPTS[0], MIXED[0], max_new_tokens=NEW)[0].token_ids
         ids = torch.tensor([lm.encode(PROMPTS[0])])
-        for chunk in (None, 3):
+        for chunk in (None, 3) if prefills_in_chunks(lm) else (None,):
             with lm.steered(MIXED[0]):
                 output = lm.model.generate(ids, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=chunk)
             assert tuple(output[0, ids.shape[1] :].tolist()) == expected

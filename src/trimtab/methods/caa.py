@@ -57,7 +57,7 @@ def _text(lm: LM, pair: Pair, side: str) -> Text:
         chat = has_template(lm.tokenizer)
         prompt = lm.encode(pair.prompt) if chat else lm.encode(BASE_FORMAT.format(question=pair.prompt), chat=False)
         opening, letter, closing = answer_ids(lm.tokenizer, letter_of(side), after_space=not chat)
-        return Text([*prompt, opening, letter, closing], [len(prompt) + 1])
+        return Text([*prompt, *opening, letter, *closing], [len(prompt) + len(opening)])
     if pair.shape == "answers":
         ids = [*lm.encode(pair.prompt), *lm.tokenizer(side, add_special_tokens=False)["input_ids"]]
     elif pair.shape == "texts":

@@ -6,6 +6,7 @@ steered. Gates combine with `&`, `|` and `~`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -43,6 +44,9 @@ class Gate:
 class Always(Gate):
     """Open for every request."""
 
+    def __str__(self) -> str:
+        return "always"
+
     def is_open(self, readings: Readings) -> bool:
         return True
 
@@ -66,11 +70,18 @@ class Threshold(Gate):
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"unknown measure {self.measure!r}; known: {', '.join(MEASURES)}")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
+            raise ValueError(f"a threshold is a number, got {self.threshold!r}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"a threshold is finite, got {self.threshold!r}")
         object.__setattr__(self, "direction", as_direction(self.direction, "gate direction"))
 
     @property
     def sites(self) -> frozenset[Site]:
         return frozenset({self.site})
+
+    def __str__(self) -> str:
+        return f"{self.measure} at {self.site} > {self.threshold:g}"
 
     def is_open(self, readings: Readings) -> bool:
         x = readings[self.site].to(device="cpu").double()
@@ -96,6 +107,9 @@ class Not(Gate):
 
     gate: Gate
 
+    def __str__(self) -> str:
+        return f"not ({self.gate})"
+
     @property
     def sites(self) -> frozenset[Site]:
         return self.gate.sites
@@ -116,12 +130,18 @@ class _Many(Gate):
 class AllOf(_Many):
     """Open when every one of `gates` is."""
 
+    def __str__(self) -> str:
+        return " and ".join(f"({gate})" for gate in self.gates)
+
     def is_open(self, readings: Readings) -> bool:
         return all(gate.is_open(readings) for gate in self.gates)
 
 
 class AnyOf(_Many):
     """Open when one of `gates` is."""
+
+    def __str__(self) -> str:
+        return " or ".join(f"({gate})" for gate in self.gates)
 
     def is_open(self, readings: Readings) -> bool:
         return any(gate.is_open(readings) for gate in self.gates)

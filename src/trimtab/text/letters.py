@@ -18,24 +18,24 @@ def letter_of(answer: str) -> str:
     return match[1]
 
 
-def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tuple[int, int, int]:
-    """The ids of `(`, the letter and `)`, as three tokens, the same for every letter.
+def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tuple[list[int], int, list[int]]:
+    """The ids of `(`, of the letter, and of `)`; the letter is one token, the same wherever it stands.
 
     Tokenizers may merge the bracket and the letter (Qwen2.5's do after a newline): then the letter's position
     would not be a letter, and a scoring prompt that ends with `(` would look like nothing the model has read.
-    So the three are put together by id. `after_space` takes the bracket that follows a space.
+    Where that happens the parts are put together by id. `after_space` takes the bracket that follows a space.
 
-    Raises `TrimtabError` when one of them is no single token.
+    Raises `TrimtabError` when the letter is no single token.
     """
     opening = " (" if after_space else "("
     whole = _ids(tokenizer, f"{opening}{letter})")
-    if len(whole) == 3:
-        return whole[0], whole[1], whole[2]
-    parts = [_ids(tokenizer, part) for part in (opening, letter, ")")]
-    for part, ids in zip((opening, letter, ")"), parts, strict=True):
-        if len(ids) != 1:
-            raise TrimtabError(f"{part!r} is {len(ids)} tokens in this tokenizer, so letter answers can't be read")
-    return parts[0][0], parts[1][0], parts[2][0]
+    where = [i for i, token in enumerate(whole) if tokenizer.decode([token]).strip() == letter]
+    if len(where) == 1:
+        return whole[: where[0]], whole[where[0]], whole[where[0] + 1 :]
+    alone = _ids(tokenizer, letter)
+    if len(alone) != 1:
+        raise TrimtabError(f"{letter!r} is {len(alone)} tokens in this tokenizer, so letter answers can't be read")
+    return _ids(tokenizer, opening), alone[0], _ids(tokenizer, ")")
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

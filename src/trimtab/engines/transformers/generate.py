@@ -79,7 +79,8 @@ def generate_batch(
         options = {"disable_compile": True, **options}
     if options.get("stop_strings") is not None:
         options = {"tokenizer": tokenizer, **options}
-    session.expect([len(prompt) for prompt in prompts], width)
+    ends = _end_ids(model, options)
+    session.expect([len(prompt) for prompt in prompts], width, sorted({*ends, pad}))
     with torch.no_grad(), session.hooked(layers):
         output = model.generate(
             input_ids=ids.to(device),
@@ -92,7 +93,6 @@ def generate_batch(
         )
     sequences = output.sequences[:, width:]
     scores = _token_logprobs(model, output) if logprobs else None
-    ends = _end_ids(model, options)
     answers = []
     repeat = len(sequences) // len(prompts)
     for row, tokens in enumerate(sequences.tolist()):

@@ -13,7 +13,7 @@ from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 def load(
@@ -30,6 +30,8 @@ def load(
     Raises `TrimtabError` when there is no such model, or it isn't a language model.
     """
     dtype = _dtype(dtype)
+    if device is not None:
+        _device(device)
     path = Path(name) if name is not None else None
     label = str(name) if name is not None else default_model.NAME
     if path is not None and path.suffix.lower() == ".gguf":
@@ -45,7 +47,7 @@ def load(
                 raise TrimtabError(f"{path} has no config.json, so it is no model folder")
         model, tokenizer = _read(source, dtype, revision, options)
     if "device_map" not in options and not getattr(model, "is_quantized", False):
-        model.to(device or _best_device())
+        model.to(_device(device))
     return model.eval(), tokenizer, label
 
 
@@ -91,6 +93,15 @@ def _dtype(dtype: str | torch.dtype) -> Any:
         return DTYPES[SHORT.get(dtype, dtype)]
     except KeyError:
         raise TrimtabError(f"unknown dtype {dtype!r}; use auto, {', '.join([*DTYPES, *SHORT])}") from None
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or _best_device())
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise TrimtabError(f"can't use the device {device!r}: {_first_line(error)}") from None
+    return chosen
 
 
 def _best_device() -> str:

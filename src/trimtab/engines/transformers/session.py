@@ -74,15 +74,21 @@ class Session:
         self._dtype = _dtype(layout)
         self._deciding = False
         self._step: _Step | None = None
+        self._live: Tensor | None = None
+        self._outer_ids: Tensor | None = None
         self._outer_mask: Any = None
         self._outer_seen = False
         self._pads: list[int] = []  # a row's masked columns so far
 
-    def expect(self, prompt_lengths: Sequence[int] | None, columns: int | None = None) -> None:
+    def expect(
+        self, prompt_lengths: Sequence[int] | None, columns: int | None = None, ends: Sequence[int] = ()
+    ) -> None:
         """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
 
-        `columns` is their width when they are padded on the left to the same one.
+        `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
+        fed has ended: what runs on behind it isn't part of its answer, and not of its doses.
         """
+        self._ends = list(ends)
         self.prompt_lengths = prompt_lengths
         self._columns = columns
         self._fresh = True
@@ -92,6 +98,7 @@ class Session:
     def outside(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:
         """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
         self._outer_mask = kwargs.get("attention_mask")
+        self._outer_ids = kwargs.get("input_ids")
         self._outer_seen = True
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -121,6 +128,14 @@ class Session:
                 " Say so with lm.steered(…, prompt_lengths=[…])"
             )
         self._move(rows, length, past, mask if length > 1 else None, tokens.device)
+        self._live = self._still_live(tokens if tokens.dim() == 2 else self._outer_ids, past)
+
+    def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
+        """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
+        if past == 0 or not self._ends or ids is None:
+            return None
+        live = ~torch.isin(ids[:, -1], torch.tensor(self._ends, device=ids.device))
+        return live if self._live is None else live & self._live
 
     def _count_pads(self, given: dict[str, Any], mask: Tensor | None, rows: int) -> list[int]:
         """How many columns of each row have been pads so far."""
@@ -206,6 +221,8 @@ class Session:
         if not step.present - {0}:
             return
         steered = self._active[:, step.index]
+        if self._live is not None:
+            steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
         shape = (len(self.layers), self._sums.shape[2], -1)
         self._sums[0] += ratio.reshape(shape).sum(-1)

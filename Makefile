@@ -1,0 +1,57 @@
+# Every target makes its own .venv when there is none. `make demo` and `make test` are all that a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?=
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST := build/oldest-transformers
+WORKERS ?= 2
+
+.PHONY: setup demo check lint types test test-newest test-oldest bench clean
+
+setup: $(VENV)/.installed
+
+# Where no NVIDIA GPU is found, a CPU build of torch is enough and saves gigabytes: from PyTorch's own index, or
+# from wherever pip is set up to look.
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || \
+	  $(PIP) install --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu -r constraints-cpu.txt 2>/dev/null || \
+	  $(PIP) install --quiet -r constraints-cpu.txt
+	$(PIP) install --quiet --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/trimtab demo $(if $(MODEL),--model $(MODEL))
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+# The fast tier: no weights.
+check: lint types
+	$(BIN)/pytest -n $(WORKERS) -m "not real and not slow"
+
+test: lint types test-newest test-oldest
+
+test-newest: setup
+	$(BIN)/pytest -n $(WORKERS)
+
+# The other end of the range of transformers that is supported, laid over the same environment.
+test-oldest: setup $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods
+
+$(OLDEST)/.installed: pyproject.toml
+	rm -rf $(OLDEST)
+	$(PIP) install --quiet --target $(OLDEST) $$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/transformers==\1.0/p' pyproject.toml)
+	touch $@
+
+bench: setup
+	$(BIN)/python -m benchmarks static --json build/static.json
+	$(BIN)/python -m benchmarks extract --json build/extract.json
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
