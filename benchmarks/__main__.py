@@ -90,13 +90,25 @@ def finish(report: Report, json_file: Path | None, check: bool, as_markdown: boo
     if json_file is not None:
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     if as_markdown:
-        print(markdown(report, [a for a in sys.argv[1:] if a != "--markdown"]))
+        print(markdown(report, _that_matter(sys.argv[1:])))
     else:
         show(report, Console())
     if check and report.short:
         for result in report.short:
             print(f"short: {result.case}: {result.metric} is {result.value:.4g}, not {result.target}", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _that_matter(arguments: list[str]) -> list[str]:
+    """The arguments that change what is measured, not where the results go."""
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--json":
+            next(rest, None)
+        elif argument not in ("--markdown", "--check") and not argument.startswith("--json="):
+            kept.append(argument)
+    return kept
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def test_check_fails_on_a_missed_target(
     assert ("short: a: speed is 0.5, not >= 0.98" in err) is bool(code)
 
 
+def test_the_command_is_told_without_where_its_results_go() -> None:
+    told = cli._that_matter(["static", "--json", "/x/y.json", "--rounds", "3", "--markdown", "--check", "--json=z"])
+    assert told == ["static", "--rounds", "3"]
+
+
 def test_help_lists_the_benchmarks() -> None:
     done = CliRunner().invoke(cli.app, ["--help"])
     assert done.exit_code == 0
