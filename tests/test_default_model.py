@@ -57,7 +57,20 @@ def test_neighbours_dont_matter_in_float32(lm: LM) -> None:
 
 def test_learned_steering_moves_the_answer(lm: LM) -> None:
     """Twelve pairs for "answer in German", and held-out questions."""
-    topics = ["rain", "bread", "music", "trees", "clocks", "rivers", "glass", "horses", "salt", "maps", "paper", "bridges"]
+    topics = [
+        "rain",
+        "bread",
+        "music",
+        "trees",
+        "clocks",
+        "rivers",
+        "glass",
+        "horses",
+        "salt",
+        "maps",
+        "paper",
+        "bridges",
+    ]
     instruction = " Answer in German."
     pairs = [Pair(f"Tell me about {t}.{instruction}", f"Tell me about {t}.", "", "prompts") for t in topics]
     steering = learn_instruct(lm, pairs, 24)
