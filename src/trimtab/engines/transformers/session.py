@@ -32,14 +32,22 @@ class Dose:
     tokens: int
 
 
+Prepared = list[tuple[Stage, dict[str, Tensor], Tensor | None]]
+
+
 @dataclass
 class _Step:
-    """One forward pass: the state of each token, and what each layer has prepared for those states."""
+    """One forward pass, from the first column on in which anything is steered.
 
-    states: tuple[tuple[int, ...], ...]  # one tuple a row
-    index: Tensor  # the same, [rows, tokens]
+    What layers prepare is kept for passes of one token, which repeat; for a prompt it would hold a batch of
+    activations a layer.
+    """
+
+    states: tuple[tuple[int, ...], ...]  # one tuple a row, all columns
+    first: int
+    index: Tensor  # states from column `first` on: [rows, tokens]
     present: frozenset[int]
-    prepared: dict[int, list[tuple[Stage, dict[str, Tensor], Tensor | None]]] = field(default_factory=dict)
+    prepared: dict[int, Prepared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Session:
         `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
         fed has ended: what runs on behind it isn't part of its answer, and not of its doses.
         """
-        self._ends = list(ends)
+        self._ends = torch.tensor(list(ends), dtype=torch.long)
         self.prompt_lengths = prompt_lengths
         self._columns = columns
         self._fresh = True
@@ -132,9 +140,10 @@ class Session:
 
     def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
         """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
-        if past == 0 or not self._ends or ids is None:
+        if past == 0 or not len(self._ends) or ids is None:
             return None
-        live = ~torch.isin(ids[:, -1], torch.tensor(self._ends, device=ids.device))
+        self._ends = self._ends.to(ids.device)
+        live = ~torch.isin(ids[:, -1], self._ends)
         return live if self._live is None else live & self._live
 
     def _count_pads(self, given: dict[str, Any], mask: Tensor | None, rows: int) -> list[int]:
@@ -180,9 +189,11 @@ class Session:
             where = torch.where(mask.bool(), mask.long().cumsum(-1) - 1, -1)[:, past:].tolist()
             states = tuple(tuple(_state(segments[r // repeat], p) for p in where[r]) for r in range(rows))
         if self._step is None or self._step.states != states or self._step.index.device != device:
-            index = torch.tensor(states, device=device)
-            self._step = _Step(states, index, frozenset(s for row in states for s in row))
-            self._norms = torch.ones(2, len(self.layers), rows, length, device=device)
+            first = min((next((i for i, s in enumerate(row) if s), length - 1) for row in states), default=0)
+            index = torch.tensor([row[first:] for row in states], device=device)
+            self._step = _Step(states, first, index, frozenset(s for row in states for s in row))
+            dtype = torch.promote_types(self._dtype, torch.float32)
+            self._norms = torch.ones(2, len(self.layers), *index.shape, dtype=dtype, device=device)
 
     # ---- what a block does -------------------------------------------------------------------------------
 
@@ -193,24 +204,32 @@ class Session:
             return None
         if step.present.isdisjoint(plan.touches[layer]):
             return None
-        x = output if isinstance(output, Tensor) else output[0]
+        whole = output if isinstance(output, Tensor) else output[0]
+        x = whole[:, step.first :] if step.first else whole
+        lengths, edits = self._norms[:, self._row[layer]]
         prepared = step.prepared.get(layer)
-        norms = self._norms[:, self._row[layer]]
         if prepared is None:
-            prepared = step.prepared[layer] = [_prepare(stage, step, x) for stage in plan.stages[layer]]
+            prepared = [_prepare(stage, step, x) for stage in plan.stages[layer]]
             if len(prepared) == 1 and prepared[0][0].only_adds:
-                norms[1] = _norm(prepared[0][1]["vector"])
-        norms[0] = _norm(x)
+                edits.copy_(_norm(prepared[0][1]["vector"]))
+            if step.index.shape[1] == 1:
+                step.prepared[layer] = prepared
+        if whole.requires_grad:
+            new = _apply_all(prepared, x)
+            lengths.copy_(_norm(x))
+            edits.copy_(_norm(new - x))
+            return _replaced(output, torch.cat([whole[:, : step.first], new], 1) if step.first else new)
+        if lengths.device == x.device and lengths.dtype == x.dtype:
+            torch.linalg.vector_norm(x, dim=-1, out=lengths)
+        else:
+            lengths.copy_(_norm(x))
         if len(prepared) == 1 and prepared[0][0].only_adds:
-            if not x.requires_grad:
-                x += prepared[0][1]["vector"]
-                return None
-            return _replaced(output, x + prepared[0][1]["vector"])
-        new = x
-        for stage, rows, active in prepared:
-            new = _apply(stage, rows, active, new)
-        norms[1] = _norm(new - x)
-        return _replaced(output, new)
+            x += prepared[0][1]["vector"]
+        else:
+            new = _apply_all(prepared, x)
+            edits.copy_(_norm(new - x))
+            x.copy_(new)
+        return None
 
     def finish(self, *_: Any) -> None:
         """The decoder's hook: add this pass's doses to the sums."""
@@ -323,6 +342,12 @@ def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Ten
     if stage.only_adds:
         return stage, {"vector": rows["vector"].to(x.dtype)}, None
     return stage, rows, stage.active.to(x.device)[index]
+
+
+def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
+    for stage, rows, active in prepared:
+        x = _apply(stage, rows, active, x)
+    return x
 
 
 def _apply(stage: Stage, rows: dict[str, Tensor], active: Tensor | None, x: Tensor) -> Tensor:
