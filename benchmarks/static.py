@@ -136,7 +136,8 @@ def _speed(lm: LM, case: Case, norms: Sequence[float], rounds: int, tokens: int)
 
 
 def _memory(cases: Sequence[Case], tokens: int) -> list[Result]:
-    plain = {c.batch: peak_of("static", "--case", c.name, "--tokens", str(tokens)) for c in cases}
+    one_a_batch = {case.batch: case for case in cases}  # unsteered, cases of the same batch are the same
+    plain = {batch: peak_of("static", "--case", c.name, "--tokens", str(tokens)) for batch, c in one_a_batch.items()}
     results = []
     for case in cases:
         ours = peak_of("static", "--case", case.name, "--tokens", str(tokens), "--steered")

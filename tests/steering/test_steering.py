@@ -107,6 +107,10 @@ def test_gates_combine() -> None:
     assert (Always() & high) == high
     assert one().when(high).when(facing).edits[0].gate == high & facing
     assert Threshold(Site(0), U, 1.0) == high != Threshold(Site(0), U, 2.0)
+    assert str(high & ~facing) == "(dot at residual[0] > 1) and (not (cosine at residual[0] > 0.9))"
+    for bad in (math.nan, math.inf, "1", None):
+        with pytest.raises(ValueError, match="threshold is"):
+            Threshold(Site(0), U, bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unknown measure"):
         Threshold(Site(0), U, 1.0, measure="angle")
 
