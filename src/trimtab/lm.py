@@ -327,11 +327,14 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
         finally:
             session.expect(outside)
 
+    own = vars(model).get("generate")  # somebody may have put one there before
     model.generate = generate
     try:
         yield
     finally:
         del model.generate
+        if own is not None:
+            model.generate = own
 
 
 def _always(edits: list[tuple[Edit, ...]]) -> Decide:
