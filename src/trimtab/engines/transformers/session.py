@@ -48,6 +48,9 @@ class _Step:
     index: Tensor  # states from column `first` on: [rows, tokens]
     present: frozenset[int]
     prepared: dict[int, Prepared] = field(default_factory=dict)
+    # layers that only add, in a pass of one token: the rows to add, and where the activations' norms go
+    adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    steered: Tensor | None = None  # [layers, rows, tokens], what `present` says token by token
 
 
 @dataclass(frozen=True)
@@ -202,6 +205,13 @@ class Session:
         step, plan = self._step, self.plan
         if self._deciding or step is None or plan is None or layer not in plan.stages:
             return None
+        ready = step.adds.get(layer)
+        if ready is not None:
+            x = output if isinstance(output, Tensor) else output[0]
+            if not x.requires_grad:
+                torch.linalg.vector_norm(x, dim=-1, dtype=ready[1].dtype, out=ready[1])
+                x += ready[0]
+                return None
         if step.present.isdisjoint(plan.touches[layer]):
             return None
         whole = output if isinstance(output, Tensor) else output[0]
@@ -219,12 +229,14 @@ class Session:
             lengths.copy_(_norm(x))
             edits.copy_(_norm(new - x))
             return _replaced(output, torch.cat([whole[:, : step.first], new], 1) if step.first else new)
-        if lengths.device == x.device and lengths.dtype == x.dtype:
-            torch.linalg.vector_norm(x, dim=-1, out=lengths)
+        if lengths.device == x.device:
+            torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
         else:
             lengths.copy_(_norm(x))
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
+            if step.index.shape[1] == 1 and not step.first and lengths.device == x.device:
+                step.adds[layer] = prepared[0][1]["vector"], lengths
         else:
             new = _apply_all(prepared, x)
             edits.copy_(_norm(new - x))
@@ -239,7 +251,9 @@ class Session:
         self._outer_mask, self._outer_seen = None, False
         if not step.present - {0}:
             return
-        steered = self._active[:, step.index]
+        if step.steered is None:
+            step.steered = self._active[:, step.index]
+        steered = step.steered
         if self._live is not None:
             steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
