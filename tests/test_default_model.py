@@ -10,6 +10,7 @@ import torch
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.engines.transformers import default_model
+from trimtab.engines.transformers.session import STRIDE
 from trimtab.methods.instruct import learn_instruct
 from trimtab.text.letters import answer_ids
 from trimtab.text.pairs import Pair
@@ -87,7 +88,7 @@ def test_bfloat16(lm: LM) -> None:
     answers = half.generate(PROMPTS[:2], [steering, None], max_new_tokens=12)
     alone = half.generate(PROMPTS[:2], max_new_tokens=12)
     assert answers[1] == alone[1]
-    assert answers[0].applied.doses[0].tokens == len(answers[0].token_ids) - 1
+    assert 0 <= len(answers[0].token_ids) - 1 - answers[0].applied.doses[0].tokens < STRIDE
     assert half.identity.fingerprint == lm.identity.fingerprint
 
 

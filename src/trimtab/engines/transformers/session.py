@@ -3,6 +3,9 @@
 One hook before the decoder works out which absolute positions this pass computes, and so the state of every
 token (see `plan`). One hook after each steered block applies that layer's stages. In steady decoding the
 states don't change from step to step, and a block's hook is one in-place addition of a prepared tensor.
+
+Doses are measured over whole prompts; in decoding at the first token of a state and at every `STRIDE`-th after it,
+each standing for those since the last.
 """
 
 from __future__ import annotations
@@ -22,10 +25,17 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 from trimtab.steering.operations import with_norm_of
 
+STRIDE = 8
+"""In steady decoding one token in so many is measured for the doses."""
+
 
 @dataclass(frozen=True)
 class Dose:
-    """How hard one layer was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens."""
+    """How hard one layer was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
+
+    Of generated tokens one in `STRIDE` is measured, and stands for those since the last, so that up to
+    `STRIDE - 1` tokens at an answer's end aren't counted.
+    """
 
     layer: int
     ratio: float
@@ -51,6 +61,7 @@ class _Step:
     # layers that only add, in a pass of one token: the rows to add, and where the activations' norms go
     adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     steered: Tensor | None = None  # [layers, rows, tokens], what `present` says token by token
+    passes: int = 0  # how many passes in a row had these states
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,8 @@ class Session:
         self._dtype = _dtype(layout)
         self._deciding = False
         self._step: _Step | None = None
+        self._measures = True
+        self._steady: int | None = None  # from this column on every row stays in its state
         self._live: Tensor | None = None
         self._outer_ids: Tensor | None = None
         self._outer_mask: Any = None
@@ -138,8 +151,13 @@ class Session:
                 f"a second pass of {length} tokens over one cache: is it more of the prompt, or generated text?"
                 " Say so with lm.steered(…, prompt_lengths=[…])"
             )
-        self._move(rows, length, past, mask if length > 1 else None, tokens.device)
-        self._live = self._still_live(tokens if tokens.dim() == 2 else self._outer_ids, past)
+        if length > 1 or self._steady is None or past < self._steady or rows != len(self._pads):
+            self._move(rows, length, past, mask if length > 1 else None, tokens.device)
+        assert self._step is not None
+        self._measures = self._step.passes % STRIDE == 0
+        self._step.passes += 1
+        if self._measures:
+            self._live = self._still_live(tokens if tokens.dim() == 2 else self._outer_ids, past)
 
     def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
         """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
@@ -177,6 +195,7 @@ class Session:
             self._sums = torch.zeros(2, len(self.layers), len(lengths), device=device)
             self._active = _activity(self.plan).to(device)
             self._step = None
+            self._steady = None
             self._fresh = False
 
     def _move(self, rows: int, length: int, past: int, mask: Tensor | None, device: torch.device) -> None:
@@ -197,6 +216,9 @@ class Session:
             self._step = _Step(states, first, index, frozenset(s for row in states for s in row))
             dtype = torch.promote_types(self._dtype, torch.float32)
             self._norms = torch.ones(2, len(self.layers), *index.shape, dtype=dtype, device=device)
+        marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
+        settled = max(marks, default=0) + max(self._pads, default=0)
+        self._steady = past + 1 if length == 1 and past >= settled else None
 
     # ---- what a block does -------------------------------------------------------------------------------
 
@@ -209,7 +231,8 @@ class Session:
         if ready is not None:
             x = output if isinstance(output, Tensor) else output[0]
             if not x.requires_grad:
-                torch.linalg.vector_norm(x, dim=-1, dtype=ready[1].dtype, out=ready[1])
+                if self._measures:
+                    torch.linalg.vector_norm(x, dim=-1, dtype=ready[1].dtype, out=ready[1])
                 x += ready[0]
                 return None
         if step.present.isdisjoint(plan.touches[layer]):
@@ -226,12 +249,13 @@ class Session:
                 step.prepared[layer] = prepared
         if whole.requires_grad:
             new = _apply_all(prepared, x)
-            lengths.copy_(_norm(x))
-            edits.copy_(_norm(new - x))
+            if self._measures:
+                lengths.copy_(_norm(x))
+                edits.copy_(_norm(new - x))
             return _replaced(output, torch.cat([whole[:, : step.first], new], 1) if step.first else new)
-        if lengths.device == x.device:
+        if self._measures and lengths.device == x.device:
             torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
-        else:
+        elif self._measures:
             lengths.copy_(_norm(x))
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
@@ -239,7 +263,8 @@ class Session:
                 step.adds[layer] = prepared[0][1]["vector"], lengths
         else:
             new = _apply_all(prepared, x)
-            edits.copy_(_norm(new - x))
+            if self._measures:
+                edits.copy_(_norm(new - x))
             x.copy_(new)
         return None
 
@@ -249,7 +274,7 @@ class Session:
         if self._deciding or step is None:
             return
         self._outer_mask, self._outer_seen = None, False
-        if not step.present - {0}:
+        if not self._measures or step.present == {0}:
             return
         if step.steered is None:
             step.steered = self._active[:, step.index]
@@ -258,8 +283,9 @@ class Session:
             steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
         shape = (len(self.layers), self._sums.shape[2], -1)
-        self._sums[0] += ratio.reshape(shape).sum(-1)
-        self._sums[1] += steered.reshape(shape).sum(-1)
+        weight = STRIDE if step.passes > STRIDE else 1
+        self._sums[0] += weight * ratio.reshape(shape).sum(-1)
+        self._sums[1] += weight * steered.reshape(shape).sum(-1)
 
     def doses(self, request: int) -> tuple[Dose, ...]:
         """The doses that a request has had at each layer at which it was steered."""
