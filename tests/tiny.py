@@ -177,13 +177,43 @@ def direction(seed: int, scale: float = 1.0) -> Tensor:
     return scale * vector / vector.norm()
 
 
+def naive_together(edits: Sequence[Edit], x: Tensor) -> Tensor:
+    """The textbook formula for edits in order, for one activation `[width]`; neighbouring projections as one system."""
+    i = 0
+    while i < len(edits):
+        run = [edits[i]]
+        while _is_clamp(run[-1]) and i + len(run) < len(edits) and _is_clamp(edits[i + len(run)]):
+            run.append(edits[i + len(run)])
+        x = naive_edit(run[0], x) if len(run) == 1 else naive_projections(run, x)
+        i += len(run)
+    return x
+
+
+def _is_clamp(edit: Edit) -> bool:
+    return isinstance(edit.operation, (SetProjection, Ablate)) and not edit.operation.keep_norm
+
+
+def naive_projections(edits: Sequence[Edit], x: Tensor) -> Tensor:
+    """The nearest activation at which every projection has changed by what its edit asks for (least squares)."""
+    u = torch.stack([edit.operation.direction.to(x.dtype) for edit in edits])
+    return x + torch.linalg.pinv(u) @ torch.stack([_asked(edit, x) for edit in edits])
+
+
+def _asked(edit: Edit, x: Tensor) -> Tensor:
+    operation = edit.operation
+    gap = getattr(operation, "target", 0.0) - torch.dot(x, operation.direction.to(x.dtype))
+    if getattr(operation, "one_sided", False) and gap < 0:
+        gap = torch.zeros_like(gap)
+    return edit.strength * gap
+
+
 def naive_edit(edit: Edit, x: Tensor) -> Tensor:
     """The textbook formula, for one activation `[width]`."""
     v, s, operation = edit.operation.direction.to(x.dtype), edit.strength, edit.operation
     if isinstance(operation, Add):
         new = x + s * v
     elif isinstance(operation, SetProjection):
-        new = x + s * (operation.target - torch.dot(x, v)) * v
+        new = x + _asked(edit, x) * v
     elif isinstance(operation, Ablate):
         new = x - s * torch.dot(x, v) * v
     else:
@@ -216,9 +246,8 @@ def naive_logits(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence
         def hook(_module: Any, _args: Any, output: Any, layer: int = layer) -> Any:
             x = (output if isinstance(output, Tensor) else output[0]).clone()
             for t in range(len(ids)):
-                for edit in edits:
-                    if edit.site.layer == layer and naive_holds(edit, t, prompt_length):
-                        x[0, t] = naive_edit(edit, x[0, t])
+                holding = [e for e in edits if e.site.layer == layer and naive_holds(e, t, prompt_length)]
+                x[0, t] = naive_together(holding, x[0, t])
             return x if isinstance(output, Tensor) else (x, *output[1:])
 
         handles.append(block.register_forward_hook(hook))

@@ -58,7 +58,7 @@ def everything():
         Add(vector(3)),
         Add(vector(4, torch.float64), keep_norm=True),
         SetProjection(vector(5, unit=True), 2.5),
-        SetProjection(vector(6, unit=True), -1e-7, keep_norm=True),
+        SetProjection(vector(6, unit=True), -1e-7, keep_norm=True, one_sided=True),
         Ablate(vector(7, unit=True)),
         Ablate(vector(8, torch.float64, unit=True), keep_norm=True),
         Add(torch.tensor([0.0, -0.0, 1e-45, 3e38, 1.0, -1.0])),
@@ -93,6 +93,20 @@ def test_round_trip(tmp_path, make):
     first = path.read_bytes()
     save_steering(loaded, path)
     assert path.read_bytes() == first
+
+
+def test_a_file_from_before_projections_had_a_side(tmp_path):
+    """Such files have no `one_sided`, and read as they were written: both ways."""
+    made = Steering((Edit(Site(3), SetProjection(vector(9, unit=True), 1.5)),), card())
+    path = tmp_path / "s.safetensors"
+    save_steering(made, path)
+    tensors, kept = load_file(path), {}
+    header = steering_file._header(made, kept)
+    del header["edits"][0]["operation"]["one_sided"]
+    header["digest"] = steering_file._digest(header, tensors)
+    path.write_bytes(save(tensors, metadata={"trimtab": json.dumps(header)}))
+    assert load_steering(path) == made
+    assert load_steering(path).edits[0].operation.one_sided is False
 
 
 def test_the_digest_covers_edits_and_card():

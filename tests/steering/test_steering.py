@@ -84,6 +84,8 @@ def test_projections_need_unit_directions() -> None:
         Ablate(2 * U)
     with pytest.raises(ValueError, match="target"):
         SetProjection(U, target=math.nan)
+    with pytest.raises(ValueError, match="one_sided"):
+        SetProjection(U, target=1, one_sided="up")  # type: ignore[arg-type]
 
 
 def test_selecting() -> None:

@@ -2,22 +2,25 @@
 
 An operation is plain data. An engine asks it for two things and knows nothing else of it: `row(strength)`,
 its parameters as a few small vectors, and `kernel`, a function of a batch of activations and the batch of
-those rows. Requests whose operations share a kernel run in one call, and a new operation is a new pair.
+those rows. Requests whose operations share a kernel run in one call, and a new operation is a new pair. Where
+neighbours of one kernel act together and not in sequence, `TOGETHER` says how their rows become one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from trimtab.steering.projections import Rows, set_projections, solve_projections
 from trimtab.steering.tensors import as_direction, as_unit, same
 
-Rows = Mapping[str, Tensor]
 Kernel = Callable[[Tensor, Rows], Tensor]
+Together = Callable[[Sequence[Rows], Sequence[str]], Rows]
 
 
 def add(x: Tensor, rows: Rows) -> Tensor:
@@ -25,10 +28,11 @@ def add(x: Tensor, rows: Rows) -> Tensor:
     return x + rows["vector"]
 
 
-def set_projection(x: Tensor, rows: Rows) -> Tensor:
-    """`x + share * (target - x.u) u`, for `x` and `u` of shape `[..., width]`, the others `[..., 1]`."""
-    u = rows["direction"]
-    return x + rows["share"] * (rows["target"] - (x * u).sum(-1, keepdim=True)) * u
+def add_up(rows: Sequence[Rows], _names: Sequence[str]) -> Rows:
+    """The additions of several rows as one."""
+    if len(rows) == 1:
+        return rows[0]
+    return {"vector": torch.stack([row["vector"].double() for row in rows]).sum(0)}
 
 
 def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
@@ -92,38 +96,56 @@ class Add(Operation):
 class SetProjection(Operation):
     """`x' = x + strength * (target - x.u) u`: moves the projection on a unit direction to `target`.
 
-    Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 leaves it, a half goes half-way.
+    Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 leaves it, a half goes half-way. With
+    `one_sided` it is only ever raised: an activation whose projection is at the target or above stays as it is.
     The target is in units of the residual stream.
+
+    Neighbouring projections at one layer, `Ablate` among them, act together (see `projections`): each comes to
+    where it was asked to be, whatever the angle between their directions. A one-sided one that has nothing to
+    raise asks for its projection to stay.
     """
 
     target: float
+    one_sided: bool = field(default=False, kw_only=True)
 
-    kernel = staticmethod(set_projection)
+    kernel = staticmethod(set_projections)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", as_unit(self.direction))
         object.__setattr__(self, "target", float(self.target))
         if not torch.isfinite(torch.tensor(self.target)):
             raise ValueError(f"a projection's target is a finite number, got {self.target}")
+        if not isinstance(self.one_sided, bool):
+            raise ValueError(f"one_sided is true or false, got {self.one_sided!r}")
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        one = self.direction.new_ones(1)
-        return {"direction": self.direction, "target": self.target * one, "share": strength * one}
+        return _projection(self.direction, self.target, strength, 0.0 if self.one_sided else -inf)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ablate(Operation):
-    """`x' = x - strength * (x.u) u`: removes a unit direction (at strength 1, all of it)."""
+    """`x' = x - strength * (x.u) u`: removes a unit direction (at strength 1, all of it).
 
-    kernel = staticmethod(set_projection)
+    It is `SetProjection` with target 0, and acts together with its neighbours as that does.
+    """
+
+    kernel = staticmethod(set_projections)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", as_unit(self.direction))
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        one = self.direction.new_ones(1)
-        return {"direction": self.direction, "target": 0 * one, "share": strength * one}
+        return _projection(self.direction, 0.0, strength, -inf)
+
+
+def _projection(direction: Tensor, target: float, share: float, floor: float) -> dict[str, Tensor]:
+    one = direction.new_ones(1)
+    return {"direction": direction, "target": target * one, "share": share * one, "floor": floor * one}
 
 
 OPERATIONS: dict[str, type[Operation]] = {"add": Add, "set_projection": SetProjection, "ablate": Ablate}
 NAMES = {operation: name for name, operation in OPERATIONS.items()}
+TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projections}
+"""How the rows of neighbours that share a kernel, and keep no norm, become the rows of one call of it.
+
+The names are those of the edits, for errors. A kernel without an entry takes one operation's row at a time."""

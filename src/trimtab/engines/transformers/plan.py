@@ -5,8 +5,9 @@ hold there. State 0 is "nothing". Each layer keeps, for each of its stages, a ba
 a state; a forward pass carries one state a token. What a block does then doesn't depend on how many
 different steerings the batch mixes.
 
-Neighbouring additions of a request at a layer are summed into one row beforehand. Where a layer only adds,
-the rows of inactive states are *negative* zeros: `x + -0.0` is `x` to the bit, for every `x`.
+Neighbours of a request at a layer that act together (`TOGETHER`: additions add up, projections are solved for) become
+one row beforehand, from those that are active in the state. Where a layer only adds, the rows of inactive states are
+*negative* zeros: `x + -0.0` is `x` to the bit, for every `x`.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Positions, Steering
-from trimtab.steering.operations import Kernel, Operation, add
+from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, add
 
-Slot = tuple[Edit, ...]  # one operation, or neighbouring additions to be summed
+Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,20 @@ def check_edits(steering: Steering, layers: int, width: int) -> None:
                 raise TrimtabError(f"the steering acts at layer {site.layer}; this model has layers 0 to {layers - 1}")
         if edit.operation.width != width:
             raise TrimtabError(f"the steering's width is {edit.operation.width}, this model's is {width}")
+    _check_together(steering)
+
+
+def _check_together(steering: Steering) -> None:
+    """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
+    possible = tuple(edit for edit in steering.edits if edit.strength != 0)
+    for layer in sorted({edit.site.layer for edit in possible}):
+        for slot in _slots(possible, layer):
+            alike: dict[tuple, list[Edit]] = {}
+            for edit in slot:
+                alike.setdefault((edit.positions, edit.gate), []).append(edit)
+            for edits in alike.values():
+                if len(edits) > 1:
+                    _row(edits)
 
 
 def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[int], dtype: torch.dtype) -> Plan:
@@ -86,9 +101,13 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
     stages: dict[int, tuple[Stage, ...]] = {}
     touches: dict[int, frozenset[int]] = {}
     programs_in_order = list(programs)
+    acting = {
+        state: tuple(edit for edit in programs_in_order[program] if edit.positions in rules)
+        for (program, rules), state in states.items()
+    }
     for layer in sorted({edit.site.layer for edits in programs for edit in edits}):
-        slots = [_slots(edits, layer) for edits in programs_in_order]
-        stages[layer] = tuple(_stages(slots, states, dtype))
+        slots = {state: _slots(edits, layer) for state, edits in acting.items()}
+        stages[layer] = tuple(_stages(slots, dtype))
         touches[layer] = frozenset(
             state for stage in stages[layer] for state in stage.active.nonzero().flatten().tolist()
         )
@@ -116,45 +135,44 @@ def _slots(edits: tuple[Edit, ...], layer: int) -> list[Slot]:
     for edit in edits:
         if edit.site.layer != layer:
             continue
-        if slots and _folds(edit) and _folds(slots[-1][-1]):
+        if slots and _acts_together(slots[-1][-1], edit):
             slots[-1] += (edit,)
         else:
             slots.append((edit,))
     return slots
 
 
-def _folds(edit: Edit) -> bool:
-    return edit.operation.kernel is add and not edit.operation.keep_norm
+def _acts_together(one: Edit, other: Edit) -> bool:
+    a, b = one.operation, other.operation
+    return a.kernel is b.kernel and a.kernel in TOGETHER and not (a.keep_norm or b.keep_norm)
 
 
-def _stages(programs: list[list[Slot]], states: dict, dtype: torch.dtype) -> list[Stage]:
-    """Slot i of every program runs in step i; within a step, one stage a kernel."""
+def _row(edits: Sequence[Edit]) -> Rows:
+    rows = [edit.operation.row(edit.strength) for edit in edits]
+    together = TOGETHER.get(edits[0].operation.kernel)
+    return rows[0] if together is None else together(rows, [str(edit) for edit in edits])
+
+
+def _stages(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
+    """Slot i of every state runs in step i; within a step, one stage a kernel."""
     found = []
-    for step in range(max(len(slots) for slots in programs)):
-        groups: dict[tuple[Kernel, bool], dict[int, dict[str, Tensor]]] = {}
-        for (program, rules), state in states.items():
-            if step >= len(programs[program]):
-                continue
-            active = [edit for edit in programs[program][step] if edit.positions in rules]
-            if active:
-                first = active[0].operation
-                group = groups.setdefault((first.kernel, first.keep_norm), {})
-                rows = [edit.operation.row(edit.strength) for edit in active]
-                group[state] = rows[0] if len(rows) == 1 else {"vector": _sum_rows([row["vector"] for row in rows])}
+    for step in range(max(len(one) for one in slots.values())):
+        groups: dict[tuple[Kernel, bool], dict[int, Rows]] = {}
+        for state, one in slots.items():
+            if step < len(one):
+                first = one[step][0].operation
+                groups.setdefault((first.kernel, first.keep_norm), {})[state] = _row(one[step])
         for (kernel, keep_norm), rows_of in groups.items():
-            found.append(_bank(kernel, keep_norm, rows_of, len(states) + 1, dtype))
+            found.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, dtype))
     return found
 
 
-def _sum_rows(vectors: list[Tensor]) -> Tensor:
-    return torch.stack([vector.double() for vector in vectors]).sum(0)
-
-
-def _bank(kernel: Kernel, keep_norm: bool, rows_of: dict[int, dict], count: int, dtype: torch.dtype) -> Stage:
+def _bank(kernel: Kernel, keep_norm: bool, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
+    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
     only_adds = kernel is add and not keep_norm
     compute = dtype if only_adds else torch.promote_types(dtype, torch.float32)
-    some = next(iter(rows_of.values()))
-    rows = {name: torch.full((count, value.shape[0]), -0.0, dtype=compute) for name, value in some.items()}
+    sizes = {name: value.shape[0] for row in rows_of.values() for name, value in row.items()}
+    rows = {name: torch.full((count, size), -0.0, dtype=compute) for name, size in sizes.items()}
     active = torch.zeros(count, dtype=torch.bool)
     for state, row in rows_of.items():
         active[state] = True

@@ -1,0 +1,109 @@
+"""Projections set together: several directions of one activation, each moved to where it was asked to be.
+
+Clamps in sequence undo each other unless their directions are orthogonal. With unit directions as the rows of `U`
+`[k, width]`, `G = U Uᵀ` and the wanted changes `d_i = share_i * (target_i - x.u_i)`, the smallest step that makes
+them all come true is `x' = x + Uᵀ G⁻¹ d`; what is orthogonal to all directions stays, and their order doesn't matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+
+Rows = Mapping[str, Tensor]
+
+PARALLEL = 0.9999
+"""Directions whose cosine's magnitude exceeds this are one direction, and can't be set to two projections."""
+DEPENDENT = 1e-4
+"""Directions one of which is a sum of the others, but for so little of its squared norm, can't be set apart."""
+EQUAL = 1e-5
+
+
+def set_projections(x: Tensor, rows: Rows) -> Tensor:
+    """`x + sum over i of max(target_i - x.u_i, floor_i) w_i`, with `x`, `u_i`, `w_i` of shape `[..., width]`.
+
+    The rows are `direction.<i>` (`u_i`), `weight.<i>` (`w_i`, a row of `diag(share) G⁻¹ U`), `target.<i>` and
+    `floor.<i>` (`[..., 1]`; the floor is 0 for one that only raises, else minus infinity).
+    """
+    new = x
+    for i in range(len(rows) // 4):
+        projection = (x * rows[f"direction.{i}"]).sum(-1, keepdim=True)
+        gap = torch.maximum(rows[f"target.{i}"] - projection, rows[f"floor.{i}"])
+        new = torch.addcmul(new, gap, rows[f"weight.{i}"])
+    return new
+
+
+def solve_projections(rows: Sequence[Rows], names: Sequence[str]) -> dict[str, Tensor]:
+    """The rows of `set_projections` for operations that act together.
+
+    Theirs are `direction` `[width]`, `target`, `share` and `floor` `[1]`; `names` are for errors. One that asks for
+    what another does already, on the same direction, is left out. Raises `TrimtabError`, with their names, when two
+    ask for different ends of (nearly) one direction, or one direction is (nearly) a sum of others.
+    """
+    apart = _apart(rows, names)
+    rows, names = [rows[i] for i in apart], [names[i] for i in apart]
+    u = torch.stack([row["direction"].double() for row in rows])
+    gram = u @ u.T
+    if len(rows) > 1:
+        _check_independent(gram, names)
+    # d times G⁻¹ U, with the shares of d in the rows: G⁻¹ is symmetric
+    weights = torch.linalg.solve(gram, u) * torch.stack([row["share"].double() for row in rows])
+    solved: dict[str, Tensor] = {}
+    for i, row in enumerate(rows):
+        solved[f"direction.{i}"] = row["direction"]
+        solved[f"weight.{i}"] = weights[i]
+        solved[f"target.{i}"] = row["target"]
+        solved[f"floor.{i}"] = row["floor"]
+    return solved
+
+
+def _apart(rows: Sequence[Rows], names: Sequence[str]) -> list[int]:
+    """Which of them say something that none before them says."""
+    kept: list[int] = []
+    for i, row in enumerate(rows):
+        near = [(j, cosine) for j in kept if abs(cosine := _cosine(rows[j], row)) > PARALLEL]
+        if not near:
+            kept.append(i)
+        elif any(not _agree(rows[j], row, 1 if cosine > 0 else -1) for j, cosine in near):
+            raise TrimtabError(
+                f"two edits set the projection on (nearly) the same direction to different ends: {names[near[0][0]]}"
+                f" (target {_end(rows[near[0][0]])}) and {names[i]} (target {_end(row)}); use one of them, or put"
+                " them at different layers or positions"
+            )
+    return kept
+
+
+def _cosine(a: Rows, b: Rows) -> float:
+    return float(torch.cosine_similarity(a["direction"].double(), b["direction"].double(), dim=0))
+
+
+def _agree(a: Rows, b: Rows, sign: int) -> bool:
+    """Whether they do the same to every activation; their directions are parallel (`sign` 1) or opposed (-1)."""
+    if float((a["direction"].double() - sign * b["direction"].double()).norm()) > EQUAL:
+        return False
+    one_sided = [not math.isinf(float(row["floor"])) for row in (a, b)]
+    if any(one_sided) and (sign < 0 or not all(one_sided)):
+        return False
+    ends = [(_end(a), sign * _end(b)), (float(a["share"]), float(b["share"]))]
+    return all(math.isclose(p, q, rel_tol=EQUAL, abs_tol=EQUAL) for p, q in ends)
+
+
+def _end(row: Rows) -> float:
+    return float(row["target"])
+
+
+def _check_independent(gram: Tensor, names: Sequence[str]) -> None:
+    scale = gram.diagonal().rsqrt()
+    values, vectors = torch.linalg.eigh(gram * scale[:, None] * scale)
+    if float(values[0]) < DEPENDENT:
+        weight = vectors[:, 0].abs()
+        which = [name for name, share in zip(names, weight.tolist(), strict=True) if share > 0.1 * float(weight.max())]
+        raise TrimtabError(
+            f"one of these edits' directions is (nearly) a sum of the others', so that their projections can't be set"
+            f" apart: {'; '.join(which)}; leave one out, or put them at different layers or positions"
+        )
