@@ -1,0 +1,221 @@
+"""How well an answer reads, told without a judge: perplexity under the unsteered model, repetition, length.
+
+A steering that is too strong breaks text in one of two ways. It becomes unlikely (the perplexity rises far above
+that of unsteered answers), or it runs in circles (the perplexity falls towards 1, and n-grams come again).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.read import TOKENS_PER_BATCH, check_length
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.constraints import UNIT, repeated_share
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.generate import Generation
+    from trimtab.lm import LM
+    from trimtab.text.chat import Prompt
+
+LOGITS = 16_000_000
+"""How many logits are held at a time: 64 MiB in float32, whatever the size of the vocabulary."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Fluency:
+    """What can be told of one answer.
+
+    `perplexity` is `perplexities`' (infinite for an empty answer); `distinct` the share of different word pairs,
+    `repeated` the share of four-grams that occurred before, both 0 … 1; `tokens` the generated ids, the end-of-text
+    token not counted; `empty` says that there is nothing but white space, `cut` that a token limit ended it.
+    """
+
+    perplexity: float
+    distinct: float
+    repeated: float
+    tokens: int
+    empty: bool
+    cut: bool
+
+
+def fluencies(
+    lm: LM, contexts: Sequence[Prompt], answers: Sequence[Generation], *, progress: Progress | None = None
+) -> list[Fluency]:
+    """The fluency of each answer; its perplexity is taken after the prompt beside it in `contexts`.
+
+    Raises `TrimtabError` as `perplexities` does, and `ValueError` for lists of different length.
+    """
+    ids = [_without_end(answer) for answer in answers]
+    encoded: dict[int, list[int]] = {}  # many answers share a prompt: each is rendered once
+    for context in contexts:
+        if id(context) not in encoded:
+            encoded[id(context)] = lm.encode(context)
+    texts = [(encoded[id(context)], one) for context, one in zip(contexts, ids, strict=True)]
+    return [
+        Fluency(
+            perplexity=perplexity,
+            distinct=distinct_n(answer.text),
+            repeated=repeated_share(answer.text),
+            tokens=len(one),
+            empty=not answer.text.strip(),
+            cut=answer.finish_reason == "length",
+        )
+        for answer, one, perplexity in zip(answers, ids, perplexities(lm, texts, progress=progress), strict=True)
+    ]
+
+
+def distinct_n(answer: str, n: int = 2) -> float:
+    """The share of different ones among the answer's `n`-grams of words, numbers and emojis; 1 if it has none."""
+    words = [word.lower() for word in UNIT.findall(answer)]
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+@torch.no_grad()
+def perplexities(
+    lm: LM,
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Progress | None = None,
+) -> list[float]:
+    """`exp` of the mean negative log-probability of each answer's tokens under the unsteered model.
+
+    A text is `(context ids, answer ids)`; the context isn't scored. An empty context stands for the answer alone:
+    the model's start token (its end token where it has none) then stands before it. Every token of the answer
+    counts, so an answer of one token is the inverse of that token's probability. An answer of no tokens has
+    nothing that could be predicted: its perplexity is infinite, as is that of tokens with probability 0. The
+    result is at least 1 and never NaN. The same text twice is computed once.
+
+    Memory grows with `tokens_per_batch`, and not with that times the vocabulary. `progress(done, total)` counts
+    different texts.
+
+    Raises `TrimtabError` for a text longer than the model's context, logits that aren't numbers, an empty context
+    where no token can stand for the start, and while the model is being steered.
+    """
+    start = None if all(len(context) for context, _ in texts) else _start(lm)
+    keys = [(tuple(context or start or ()), tuple(answer)) for context, answer in texts]
+    for i, (context, answer) in enumerate(keys):
+        check_length(lm.layout, len(context) + len(answer), f"text {i + 1}")
+    waiting = sorted({key for key in keys if key[1]}, key=lambda key: (len(key[0]) + len(key[1]), key))
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    with lm._exclusive():  # nobody else's hooks: a steered model would judge itself
+        while waiting:
+            rows = _fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
+            batch, waiting = waiting[:rows], waiting[rows:]
+            found |= zip(batch, _mean_nll(lm, batch), strict=True)
+            if progress is not None:
+                progress(len(found), len(found) + len(waiting))
+    return [_exp(found[key]) if key[1] else math.inf for key in keys]
+
+
+def _fitting(lengths: Sequence[int], budget: int) -> int:
+    """How many of these ascending lengths, padded to the longest of them, fit into the budget; at least one."""
+    rows = 1
+    while rows < len(lengths) and lengths[rows] * (rows + 1) <= budget:
+        rows += 1
+    return rows
+
+
+def _mean_nll(lm: LM, batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
+    """The mean negative log-probability of each answer's tokens, in nats. One pass of the decoder."""
+    decoder = lm.layout.decoder
+    device = next(decoder.parameters()).device
+    width = max(len(context) + len(answer) for context, answer in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    mask = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, (context, answer) in enumerate(batch):
+        ids[row, : len(context) + len(answer)] = torch.tensor([*context, *answer])
+        mask[row, : len(context) + len(answer)] = 1
+    inputs: dict[str, Any] = {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "use_cache": False,
+    }
+    if "position_ids" in signature(type(decoder).forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+    output = decoder(**inputs)
+    hidden = output.last_hidden_state
+    rows = torch.tensor([row for row, (_, answer) in enumerate(batch) for _ in answer])
+    before = torch.tensor([len(context) + i - 1 for context, answer in batch for i in range(len(answer))])
+    tokens = torch.tensor([token for _, answer in batch for token in answer])
+    each = _token_nll(lm, type(output), hidden[rows.to(hidden.device), before.to(hidden.device)], tokens)
+    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, each)
+    return [total / len(answer) for total, (_, answer) in zip(sums.tolist(), batch, strict=True)]
+
+
+def _token_nll(lm: LM, output: type, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """`[tokens]`, float64: the negative log-probability of each token, from the hidden state `[width]` before it.
+
+    `output` is the class of what the decoder returns.
+    """
+    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    parts = []
+    each = max(1, LOGITS // vocabulary)
+    with _decoder_gives(lm, output) as give:
+        for some, wanted in zip(hidden.split(each), tokens.split(each), strict=True):
+            logits = give(some)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            chosen = logits.gather(-1, wanted.to(logits.device)[:, None])[:, 0]
+            parts.append((logits.logsumexp(-1) - chosen).to("cpu", torch.float64))
+    found = torch.cat(parts)
+    if found.isnan().any():
+        raise TrimtabError(f"{lm.name} gives logits that are not numbers; load it in float32 or bfloat16")
+    return found
+
+
+@contextmanager
+def _decoder_gives(lm: LM, output: type) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields hidden states `[tokens, width]` → logits `[tokens, vocabulary]`, as the whole model computes them.
+
+    The model's own forward runs, with a decoder that hands it these states: so the scales and caps that some
+    families put on their logits are there, without a list of families.
+    """
+    decoder = lm.layout.decoder
+    own = vars(decoder).get("forward")  # accelerate puts one there
+    given: list[Tensor] = []
+    decoder.forward = lambda *_, **__: output(last_hidden_state=given[0][None])
+
+    def logits(hidden: Tensor) -> Tensor:
+        given[:] = [hidden]
+        one = torch.zeros(1, 1, dtype=torch.long, device=next(decoder.parameters()).device)
+        return lm.model(input_ids=one, use_cache=False).logits[0]
+
+    try:
+        yield logits
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+
+
+def _start(lm: LM) -> tuple[int, ...]:
+    """The token with which a text begins that has nothing before it."""
+    config = lm.model.config.get_text_config(decoder=True)
+    for token in (lm.tokenizer.bos_token_id, config.bos_token_id, lm.tokenizer.eos_token_id):
+        if isinstance(token, int):
+            return (token,)
+    raise TrimtabError(f"{lm.name} has no token for the start of a text; give a context before each answer")
+
+
+def _without_end(answer: Generation) -> list[int]:
+    """The answer's ids without the end-of-text token, which says nothing of how the text reads."""
+    ids = list(answer.token_ids)
+    return ids[:-1] if answer.finish_reason == "stop" and ids else ids
+
+
+def _exp(nll: float) -> float:
+    try:
+        return max(1.0, math.exp(nll))  # rounding may put a certain token a hair above probability 1
+    except OverflowError:
+        return math.inf

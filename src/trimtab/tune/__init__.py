@@ -1,0 +1,22 @@
+"""How strong, and at which layer: a search that may answer "don't steer"."""
+
+from trimtab.tune.candidates import Candidate, Setting, default_layers, grid
+from trimtab.tune.guard import Guard
+from trimtab.tune.learned import learn_operations
+from trimtab.tune.letters import tune_letters
+from trimtab.tune.split import Split, split_by_query
+from trimtab.tune.tune import Tuned, tune
+
+__all__ = [
+    "Candidate",
+    "Guard",
+    "Setting",
+    "Split",
+    "Tuned",
+    "default_layers",
+    "grid",
+    "learn_operations",
+    "split_by_query",
+    "tune",
+    "tune_letters",
+]

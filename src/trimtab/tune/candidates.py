@@ -1,0 +1,75 @@
+"""What a search chooses from: one learned steering at many layers, strengths and positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Positions, Steering
+from trimtab.steering.steering import check_strength
+
+LAYERS = 8
+"""About how many layers `default_layers` names."""
+
+STRENGTHS = (0.5, 1.0, 1.5)
+"""Multiples of the learned steering: for an addition, of the mean difference; for a projection, shares of the way."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how strongly: a block (from 0), a multiple of the learned steering, a rule, an operation."""
+
+    layer: int
+    strength: float
+    positions: str
+    operation: str
+
+    def __str__(self) -> str:
+        return f"{self.operation} at block {self.layer}, strength {self.strength:g}, {self.positions}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A setting, and the steering that it makes."""
+
+    setting: Setting
+    steering: Steering
+
+
+def default_layers(count: int) -> list[int]:
+    """The layers worth trying in a model of `count`: from a fifth of the depth on (Stolfo et al., appendix).
+
+    Not each but about `LAYERS` of them, evenly spaced.
+    """
+    return list(range(count // 5, count, max(1, round((count - count // 5) / LAYERS))))
+
+
+def grid(
+    learned: Mapping[str, Steering],
+    strengths: Sequence[float] | Mapping[str, Sequence[float]] = STRENGTHS,
+    positions: Sequence[Positions] | None = None,
+) -> list[Candidate]:
+    """Every layer × strength × positions of every learned steering.
+
+    `learned` are steerings by the name of what they do (`"add"`, `"project"`), each with one edit or more at each
+    layer to try: what `learn_instruct(lm, pairs, layers)` gives for several layers. `strengths` are multiples of
+    them, for all or by name. `positions` replace the learned ones; `None` keeps those.
+
+    Raises `TrimtabError` when there is nothing to try, or a strength is 0 (not to steer is always tried) or no
+    finite number.
+    """
+    found = []
+    for name, steering in learned.items():
+        for strength in strengths[name] if isinstance(strengths, Mapping) else strengths:
+            if check_strength(strength) == 0:
+                raise TrimtabError("strength 0 is no steering, and that is always tried; leave it out")
+            for rule in [None] if positions is None else positions:
+                for layer in steering.layers:
+                    one = strength * steering.only([layer])
+                    one = one if rule is None else one.at(rule)
+                    where = str(one.edits[0].positions)
+                    found.append(Candidate(Setting(layer, float(strength), where, name), one))
+    if not found:
+        raise TrimtabError("there is nothing to try: no steering, no layer, no strength or no positions")
+    return found

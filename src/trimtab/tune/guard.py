@@ -1,0 +1,80 @@
+"""The quality guard: a steering that makes answers comply by breaking them is not a good one.
+
+Stolfo et al. (2410.12877, appendix) set a layer's accuracy to 0 where answers have a perplexity below 2.5 under GPT-2.
+Here each limit is relative to the unsteered answers to the same prompts, under the model itself: no second model, and
+no limit that one model passes and another never could.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean, median
+
+from trimtab.evaluate.fluency import Fluency
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Limits on what steering may do to answers, each relative to the unsteered ones on the same items.
+
+    - `perplexity`: the median perplexity may be this many times the unsteered median. Above, text falls apart.
+    - `certainty`: the median of log-perplexity may not fall below this share of the unsteered one. Below, text
+      runs in circles, and each word follows from the last.
+    - `repeated`: the mean share of repeated four-grams may exceed the unsteered one by this much.
+    - `empty`: the share of empty answers may exceed the unsteered one by this much.
+    - `cut`: the share of answers that the token limit ended may exceed the unsteered one by this much.
+
+    `None` switches a limit off. Raises `ValueError` for a limit that is no number or makes no sense.
+    """
+
+    perplexity: float | None = 3.0
+    certainty: float | None = 0.3
+    repeated: float | None = 0.1
+    empty: float | None = 0.05
+    cut: float | None = 0.5
+
+    def __post_init__(self) -> None:
+        for name, lowest in (("perplexity", 1.0), ("certainty", 0.0), ("repeated", 0.0), ("empty", 0.0), ("cut", 0.0)):
+            limit = getattr(self, name)
+            if limit is not None and not lowest <= limit < math.inf:
+                raise ValueError(f"the guard's limit {name!r} is a number from {lowest:g}, or None; got {limit!r}")
+
+    def broken(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> tuple[str, ...]:
+        """The limits that these answers break, in words; empty when all hold. Item i of both is the same prompt.
+
+        A perplexity that is no number counts as infinite: what can't be measured is not taken for good.
+        """
+        if len(steered) != len(unsteered) or not steered:
+            raise ValueError(f"{len(steered)} steered answers and {len(unsteered)} unsteered ones can't be compared")
+        found = [*self._perplexity(steered, unsteered)]
+        rules: tuple[tuple[str, float | None, Callable[[Fluency], float]], ...] = (
+            ("repeated four-grams", self.repeated, lambda one: one.repeated),
+            ("empty answers", self.empty, lambda one: one.empty),
+            ("answers cut off", self.cut, lambda one: one.cut),
+        )
+        for what, limit, measure in rules:
+            here, there = mean(map(measure, steered)), mean(map(measure, unsteered))
+            if limit is not None and here > there + limit + 1e-9:
+                found.append(f"{what}: {here:.0%}, unsteered {there:.0%}")
+        return tuple(found)
+
+    def _perplexity(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> list[str]:
+        here, there = median_perplexity(steered), median_perplexity(unsteered)
+        if here is None or there is None:
+            return []  # all answers are empty: that limit says so
+        if self.perplexity is not None and here > self.perplexity * there:
+            return [f"perplexity too high: {here:.3g}, unsteered {there:.3g}"]
+        if self.certainty is not None and math.log(here) < self.certainty * math.log(there):
+            return [f"perplexity too low: {here:.3g}, unsteered {there:.3g}"]
+        return []
+
+
+STANDARD = Guard()
+
+
+def median_perplexity(answers: Sequence[Fluency]) -> float | None:
+    """The median over answers that aren't empty; `None` if all are."""
+    values = [math.inf if math.isnan(one.perplexity) else one.perplexity for one in answers if not one.empty]
+    return median(values) if values else None

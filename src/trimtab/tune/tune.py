@@ -1,0 +1,410 @@
+"""The search itself: candidates as rows of shared batches, halving, and a last word on prompts not searched on.
+
+Stolfo et al. (2410.12877, appendix) try every layer on 6 to 10 examples and take the best. So few examples favour
+whatever was lucky: here the chosen setting must beat not steering once more, on base queries that the search has
+not seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.fluency import Fluency, fluencies
+from trimtab.evaluate.intervals import Interval, paired_bootstrap
+from trimtab.lm import DoseWarning
+from trimtab.steering import Steering
+from trimtab.text.chat import Prompt
+from trimtab.tune.candidates import Candidate, Setting
+from trimtab.tune.guard import STANDARD, Guard, median_perplexity
+from trimtab.tune.halving import BASELINE, Halved, Rung, Standing, halve, ladder, rows_of
+from trimtab.tune.split import Split, digest_of, split_by_query
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+MARGIN = 0.05
+"""How much better than not steering a setting must be on held-out prompts: 5 points of 100."""
+
+HELD_OUT = 0.4
+BATCH_SIZE = 64
+COLUMNS = ("operation", "positions", "layer", "strength", "items", "score", "unsteered", "dose", "perplexity", "broken")
+
+Check = Callable[[int, str, bool], "bool | float"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One candidate on one prompt: its score, how hard it pushed, the tokens it cost, and how the answer reads."""
+
+    score: float
+    dose: float
+    tokens: int
+    fluency: Fluency | None = None
+
+
+Trial = Callable[[Sequence["Steering | None"], Sequence[int], Progress], list[Outcome]]
+"""`trial(steerings, prompts, progress)`: the outcome of each (steering, index of a prompt)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate in the search. `setting` is `None` for "don't steer".
+
+    `score` and `unsteered` are means over the same `items`, `dose` the mean of `‖edit‖ / ‖activation‖`, `perplexity`
+    a median, `broken` the guard's limits that the answers break.
+    """
+
+    setting: Setting | None
+    items: int
+    score: float
+    unsteered: float
+    dose: float
+    perplexity: float | None
+    broken: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The chosen setting on prompts that the search has not seen; `difference` is paired, steered minus unsteered."""
+
+    items: int
+    steered: float
+    unsteered: float
+    difference: Interval
+    broken: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What to do. `steering` and `setting` are `None` for "don't steer", and `reason` says why in a sentence.
+
+    `table` has a row for each candidate that was tried, "don't steer" first. `held_out` is `None` where nothing was
+    left to confirm, or it could not be. `interrupted` and `exhausted` (the budget) say that the search was cut
+    short: then the best until then is given. `answers` and `tokens` are what it cost.
+    """
+
+    steering: Steering | None
+    setting: Setting | None
+    reason: str
+    table: tuple[Row, ...]
+    held_out: HeldOut | None
+    split: Split
+    interrupted: bool
+    exhausted: bool
+    answers: int
+    tokens: int
+
+
+def tune(
+    lm: LM,
+    candidates: Sequence[Candidate],
+    prompts: Sequence[Prompt],
+    check: Check,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    contexts: Sequence[Prompt] | None = None,
+    guard: Guard | None = STANDARD,
+    max_new_tokens: int = 64,
+    batch_size: int = BATCH_SIZE,
+    rungs: Sequence[Rung] | None = None,
+    held_out: float = HELD_OUT,
+    margin: float = MARGIN,
+    seed: int = 0,
+    budget_tokens: int | None = None,
+    budget_seconds: float | None = None,
+    progress: Progress | None = None,
+    transfer: bool = False,
+    **options: Any,
+) -> Tuned:
+    """Choose among candidates, and not to steer, by what `check` says of the answers to `prompts`.
+
+    `check(i, answer, cut)` scores the answer to prompt i, as a yes or no or as a number (higher is better); `cut`
+    says that `max_new_tokens` ended it. Candidates and prompts run together as rows of batches of `batch_size`;
+    candidates are halved as the prompts double (`rungs`, see `ladder`). A share `held_out` of the base queries
+    (`groups[i]` names prompt i's; without it each prompt is its own) is kept for the last word: the setting found
+    best must beat not steering there by more than `margin` and break none of `guard`'s limits, or the answer is
+    not to steer. Ties go to not steering, then to the smaller dose, then to the lower layer.
+
+    Perplexities are taken after the prompts, or after `contexts[i]` in their place: where an instruction is not in
+    the prompt, give the prompts with it, for an answer that follows it is unlikely without.
+
+    `budget_tokens` bounds the generated tokens, the last word's included; `budget_seconds` the time until the last
+    word. A KeyboardInterrupt ends the search and is not raised again: the best until then is given. `progress`
+    counts answers. `options` go to `lm.generate`. The result's card holds the table, the split and the setting.
+
+    Raises `TrimtabError` for no candidates or prompts, lists of different length, a budget that pays for nothing,
+    and for what `lm.generate` refuses.
+    """
+    prompts = list(prompts)
+    after = prompts if contexts is None else list(contexts)
+    if len(after) != len(prompts):
+        raise TrimtabError(f"{len(after)} contexts for {len(prompts)} prompts; give one for each")
+
+    def trial(steerings: Sequence[Steering | None], items: Sequence[int], progress: Progress) -> list[Outcome]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DoseWarning)  # a search tries what is too strong: that's what it is for
+            answers = lm.generate(
+                [prompts[i] for i in items],
+                list(steerings),
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                progress=progress,
+                transfer=transfer,
+                **options,
+            )
+        read = fluencies(lm, [after[i] for i in items], answers) if guard else [None] * len(answers)
+        return [
+            Outcome(
+                score=float(check(i, answer.text, answer.finish_reason == "length")),
+                dose=answer.applied.dose,
+                tokens=len(answer.token_ids),
+                fluency=fluency,
+            )
+            for i, answer, fluency in zip(items, answers, read, strict=True)
+        ]
+
+    names = [str(prompt) for prompt in prompts] if groups is None else list(groups)
+    if len(names) != len(prompts):
+        raise TrimtabError(f"{len(names)} groups for {len(prompts)} prompts; give one for each")
+    return search(
+        candidates,
+        names,
+        trial,
+        guard=guard,
+        rows=batch_size,
+        rungs=rungs,
+        held_out=held_out,
+        margin=margin,
+        seed=seed,
+        tokens_each=max_new_tokens,
+        budget_tokens=budget_tokens,
+        budget_seconds=budget_seconds,
+        progress=progress,
+    )
+
+
+def search(
+    candidates: Sequence[Candidate],
+    groups: Sequence[Hashable],
+    trial: Trial,
+    *,
+    guard: Guard | None,
+    rows: int = BATCH_SIZE,
+    rungs: Sequence[Rung] | None = None,
+    held_out: float = HELD_OUT,
+    margin: float = MARGIN,
+    seed: int = 0,
+    tokens_each: int = 1,
+    budget_tokens: int | None = None,
+    budget_seconds: float | None = None,
+    progress: Progress | None = None,
+) -> Tuned:
+    """`tune` for any way of trying: `trial` gives the outcomes, `tokens_each` is what one costs at most."""
+    if not candidates:
+        raise TrimtabError("there are no candidates to choose from")
+    split = split_by_query(groups, held_out=held_out, seed=seed)
+    steps = list(rungs) if rungs is not None else ladder(len(candidates), len(split.search))
+    if steps[-1].items > len(split.search):
+        raise TrimtabError(
+            f"the last rung asks for {steps[-1].items} prompts, and {len(split.search)} are there to search on"
+        )
+    steerings = [None, *(candidate.steering for candidate in candidates)]
+    last_word = 2 * len(split.held_out)
+    meter = _Meter(
+        trial, tokens_each, budget_tokens, budget_seconds, rows_of(len(candidates), steps) + last_word, progress
+    )
+    meter.reserve(last_word)
+    if not meter.afford_tokens(len(steerings)):
+        needed = (len(steerings) + last_word) * tokens_each
+        raise TrimtabError(
+            f"a budget of {budget_tokens} tokens does not pay for one prompt with {len(candidates)} candidates and"
+            f" the {len(split.held_out)} held-out ones: {needed} at {tokens_each} an answer; give more, or try less"
+        )
+
+    def evaluate(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
+        pairs = [(c, split.search[i]) for c in chosen for i in items]
+        found = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
+        return [found[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
+
+    halved = halve(
+        len(candidates),
+        steps,
+        evaluate,
+        lambda steered, unsteered: _standing(guard, steered, unsteered),
+        ties=[0, *(candidate.setting.layer for candidate in candidates)],
+        rows=rows,
+        afford=meter.afford,
+    )
+    chosen = None if halved.best == BASELINE else candidates[halved.best - 1]
+    confirmed, interrupted = None, halved.interrupted
+    if chosen is not None and split.held_out and not interrupted:
+        try:
+            confirmed = _confirm(meter, chosen.steering, split.held_out, guard)
+        except KeyboardInterrupt:
+            interrupted = True
+    steer, reason = _verdict(halved, chosen, confirmed, interrupted, margin)
+    table = _table(candidates, halved)
+    if chosen is None or not steer:
+        steering = setting = None
+    else:
+        setting = chosen.setting
+        note = {
+            "chosen": asdict(setting),
+            "columns": list(COLUMNS),
+            "table": [_compact(row) for row in table],
+            "held_out": None if confirmed is None else _plain(asdict(confirmed)),
+            "split": {
+                "seed": seed,
+                "search": digest_of(groups, split.search),
+                "held_out": digest_of(groups, split.held_out),
+            },
+            "guard": None if guard is None else asdict(guard),
+            "margin": margin,
+            "cut_short": interrupted or halved.exhausted,
+        }
+        card = chosen.steering.card
+        steering = replace(chosen.steering, card=replace(card, measured={**card.measured, "tuning": note}))
+    return Tuned(
+        steering, setting, reason, table, confirmed, split, interrupted, halved.exhausted, meter.answers, meter.tokens
+    )
+
+
+class _Meter:
+    """Runs trials, counts what they cost, and says what can still be paid for."""
+
+    def __init__(
+        self,
+        trial: Trial,
+        tokens_each: int,
+        budget_tokens: int | None,
+        budget_seconds: float | None,
+        total: int,
+        progress: Progress | None,
+    ) -> None:
+        self._trial, self._each, self._total, self._progress = trial, tokens_each, total, progress
+        self._budget_tokens, self._budget_seconds = budget_tokens, budget_seconds
+        self._started = time.perf_counter()
+        self._reserved = 0
+        self.answers = self.tokens = 0
+
+    def reserve(self, rows: int) -> None:
+        """Keep this many answers' tokens back."""
+        self._reserved = rows * self._each
+
+    def afford_tokens(self, rows: int) -> bool:
+        return self._budget_tokens is None or self.tokens + rows * self._each + self._reserved <= self._budget_tokens
+
+    def afford(self, rows: int) -> bool:
+        """Whether the budgets allow this many answers, at what answers have taken so far."""
+        if self._budget_seconds is not None:
+            elapsed = time.perf_counter() - self._started
+            if elapsed + rows * elapsed / max(1, self.answers) * (self.answers > 0) >= self._budget_seconds:
+                return False
+        return self.afford_tokens(rows)
+
+    def run(self, steerings: Sequence[Steering | None], items: Sequence[int]) -> list[Outcome]:
+        found = self._trial(steerings, items, lambda done, _: self._say(self.answers + done))
+        self.answers += len(found)
+        self.tokens += sum(outcome.tokens for outcome in found)
+        return found
+
+    def _say(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress(done, self._total)
+
+
+def _standing(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence[Outcome]) -> Standing:
+    return Standing(
+        score=mean(outcome.score for outcome in steered),
+        dose=mean(outcome.dose for outcome in steered),
+        broken=_broken(guard, steered, unsteered),
+    )
+
+
+def _broken(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence[Outcome]) -> tuple[str, ...]:
+    read, plain = ([one.fluency for one in side if one.fluency is not None] for side in (steered, unsteered))
+    return guard.broken(read, plain) if guard is not None and read else ()
+
+
+def _confirm(meter: _Meter, steering: Steering, items: Sequence[int], guard: Guard | None) -> HeldOut:
+    found = meter.run([None] * len(items) + [steering] * len(items), [*items, *items])
+    unsteered, steered = found[: len(items)], found[len(items) :]
+    before, after = ([one.score for one in side] for side in (unsteered, steered))
+    broken = _broken(guard, steered, unsteered)
+    return HeldOut(len(items), mean(after), mean(before), paired_bootstrap(before, after), broken)
+
+
+def _verdict(
+    halved: Halved[Outcome], chosen: Candidate | None, confirmed: HeldOut | None, interrupted: bool, margin: float
+) -> tuple[bool, str]:
+    """Whether to steer, and why (not)."""
+    base = halved.standings[BASELINE]
+    if base is None:
+        return False, f"nothing was tried: {'interrupted' if interrupted else 'the budget is spent'} before the first"
+    if chosen is None:
+        forbidden = sum(one is not None and not one.admissible for one in halved.standings[1:])
+        tail = f"; {forbidden} of {len(halved.standings) - 1} candidates broke the guard" if forbidden else ""
+        return False, f"no candidate scored above not steering ({base.score:.2f}){tail}"
+    if confirmed is None:
+        best = halved.standings[halved.best]
+        assert best is not None
+        gain = best.score - base.score
+        if not gain > margin:
+            return False, f"the best gained {gain:+.2f}, which is not above the margin of {margin:g}"
+        why = "interrupted before it was confirmed" if interrupted else "nothing was held out to confirm it"
+        return True, f"{best.score:.2f} instead of {base.score:.2f} on the prompts searched on; {why}"
+    if confirmed.broken:
+        return False, f"{chosen.setting} broke the guard on held-out prompts: {'; '.join(confirmed.broken)}"
+    gain = confirmed.difference.estimate
+    if not gain > margin or not math.isfinite(gain):
+        return False, (
+            f"{chosen.setting} gained {gain:+.2f} on {confirmed.items} held-out prompts, which is not above the"
+            f" margin of {margin:g}"
+        )
+    return True, f"{confirmed.steered:.2f} instead of {confirmed.unsteered:.2f} on {confirmed.items} held-out prompts"
+
+
+def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Row, ...]:
+    base = halved.results[BASELINE]
+    found = []
+    for c, (results, standing) in enumerate(zip(halved.results, halved.standings, strict=True)):
+        if standing is None:
+            continue
+        read = [one.fluency for one in results if one.fluency is not None]
+        found.append(
+            Row(
+                setting=None if c == BASELINE else candidates[c - 1].setting,
+                items=len(results),
+                score=standing.score,
+                unsteered=mean(one.score for one in base[: len(results)]),
+                dose=standing.dose,
+                perplexity=median_perplexity(read),
+                broken=standing.broken,
+            )
+        )
+    return tuple(found)
+
+
+def _compact(row: Row) -> list[Any]:
+    """A row in the order of `COLUMNS`, in numbers that JSON has."""
+    one = row.setting
+    where = [None, None, None, None] if one is None else [one.operation, one.positions, one.layer, one.strength]
+    return _plain([*where, row.items, row.score, row.unsteered, row.dose, row.perplexity, list(row.broken)])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,316 @@
+"""The search on tiny models, with a steering that is known to do what is asked."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from tiny import direction, prompt, tiny
+
+from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import load_steering, save_steering, steering_digest
+from trimtab.steering import Add, Card, Edit, Positions, SetProjection, Site, Steering
+from trimtab.text.pairs import Pair
+from trimtab.tune import Guard, Setting, default_layers, grid, split_by_query, tune
+from trimtab.tune.halving import Rung, ladder, rows_of
+from trimtab.tune.letters import tune_letters
+from trimtab.tune.tune import COLUMNS
+
+WANTED = 7
+PROMPTS = [prompt(seed, 3 + seed % 4) for seed in range(20)]
+
+
+def lm_with(seed=0):
+    return tiny("llama", seed)
+
+
+def towards(lm, layers=(1, 3)):
+    """A steering that makes the wanted token likely at the last layer, and something harmless at another."""
+    row = lm.model.get_output_embeddings().weight[WANTED].detach()
+    edits = [Edit(Site(layer), Add(30 * row if layer == 3 else 0.01 * direction(layer))) for layer in layers]
+    return Steering(tuple(edits), Card("planted", model=lm.identity))
+
+
+def says_it(_i, answer, _cut):
+    return f"w{WANTED}" in answer.split()
+
+
+def tuned(lm, check=says_it, **options):
+    given = {"guard": None, "max_new_tokens": 4, "batch_size": 16, **options}
+    return tune(lm, grid({"add": towards(lm)}, (0.5, 1.0)), PROMPTS, check, **given)
+
+
+def test_it_finds_the_layer_that_works_at_the_smaller_strength():
+    found = tuned(lm_with())
+    assert found.setting == Setting(3, 0.5, "from-last-prompt-token", "add")
+    assert found.steering.edits[0].strength == 0.5
+    assert found.steering.layers == (3,)
+    assert found.held_out.items == len(found.split.held_out) == 8
+    assert found.held_out.steered == 1
+    assert found.held_out.difference.estimate == pytest.approx(1 - found.held_out.unsteered)
+    assert (found.interrupted, found.exhausted) == (False, False)
+    assert found.table[0].setting is None
+    assert len(found.table) == 5
+    best = next(row for row in found.table if row.setting == found.setting)
+    assert (best.items, best.score) == (len(found.split.search), 1)
+    assert best.unsteered == found.table[0].score
+    assert best.dose > max(row.dose for row in found.table if row.setting and row.setting.layer == 1)
+
+
+def test_nothing_is_generated_twice(monkeypatch):
+    lm = lm_with()
+    asked, original = [], lm.generate
+
+    def generate(prompts, steering, **options):
+        asked.extend(zip(prompts, steering, strict=True))
+        return original(prompts, steering, **options)
+
+    monkeypatch.setattr(lm, "generate", generate)
+    seen = []
+    found = tuned(lm, progress=lambda done, total: seen.append((done, total)))
+    assert len(set(asked)) == len(asked) == found.answers == seen[-1][0] == seen[-1][1]
+    assert len(asked) == rows_of(4, ladder(4, 12)) + 2 * 8
+    assert seen == sorted(seen)
+    assert found.tokens == 4 * len(asked)
+
+
+def test_the_check_sees_its_own_prompt():
+    lm, seen = lm_with(), {}
+
+    def check(i, answer, cut):
+        seen.setdefault(i, set()).add(answer)
+        assert cut
+        return 0.0
+
+    tuned(lm, check)
+    unsteered = lm.generate(PROMPTS, max_new_tokens=4)
+    assert set(seen) == set(split_by_query(PROMPTS, held_out=0.4).search)
+    for i, answers in seen.items():
+        assert unsteered[i].text in answers
+
+
+@pytest.mark.parametrize(
+    "check", [lambda *_: 0.0, lambda *_: True, lambda *_: math.nan, lambda i, *_: i / 20], ids=["0", "1", "nan", "same"]
+)
+def test_what_changes_nothing_is_not_to_steer(check):
+    found = tuned(lm_with(), check)
+    assert (found.steering, found.setting, found.held_out) == (None, None, None)
+    assert "no candidate scored above not steering" in found.reason
+
+
+def test_an_answer_that_is_broken_to_comply_is_not_chosen():
+    found = tuned(lm_with(), guard=Guard())
+    assert found.steering is None
+    assert "broke the guard" in found.reason
+    rows = {row.setting.layer: row.broken for row in found.table if row.setting}
+    assert any("perplexity" in reason or "repeated" in reason for reason in rows[3])
+    assert rows[1] == ()
+
+
+def test_luck_on_the_prompts_searched_on_is_not_enough():
+    searched = set(split_by_query(PROMPTS, held_out=0.4).search)
+    found = tuned(lm_with(), lambda i, answer, cut: i in searched and says_it(i, answer, cut))
+    assert found.steering is None
+    assert found.held_out.difference.estimate == 0
+    assert "on 8 held-out prompts, which is not above the margin of 0.05" in found.reason
+
+
+def test_the_margin_is_what_must_be_exceeded():
+    lm = lm_with()
+    gain = tuned(lm).held_out.difference.estimate
+    assert tuned(lm, margin=gain).steering is None
+    assert tuned(lm, margin=gain - 0.01).steering is not None
+
+
+def test_nothing_held_out_is_said():
+    found = tuned(lm_with(), held_out=0)
+    assert found.held_out is None
+    assert found.setting.layer == 3
+    assert "nothing was held out" in found.reason
+
+
+def test_groups_stay_together():
+    groups = [i // 4 for i in range(20)]
+    found = tuned(lm_with(), groups=groups)
+    assert {groups[i] for i in found.split.search}.isdisjoint({groups[i] for i in found.split.held_out})
+
+
+@pytest.mark.parametrize("after", [0, 10, 40, 60])
+def test_an_interruption_keeps_the_best_so_far(after):
+    calls = itertools.count()
+
+    def check(i, answer, cut):
+        if next(calls) == after:
+            raise KeyboardInterrupt
+        return says_it(i, answer, cut)
+
+    found = tuned(lm_with(), check, batch_size=5, rungs=[Rung(4, 4), Rung(12, 4)])
+    assert found.interrupted
+    assert found.held_out is None
+    if after == 0:
+        assert found.steering is None
+        assert "nothing was tried: interrupted" in found.reason
+    else:
+        assert found.setting.layer == 3
+        assert "interrupted before it was confirmed" in found.reason
+        assert found.steering.card.measured["tuning"]["cut_short"] is True
+
+
+def test_an_interruption_in_the_last_word_keeps_the_choice():
+    lm, seen = lm_with(), []
+
+    def interrupt(done, total):
+        seen.append(done)
+        if done > total - 8:
+            raise KeyboardInterrupt
+
+    found = tuned(lm, progress=interrupt)
+    assert found.interrupted
+    assert found.setting.layer == 3
+    assert found.held_out is None
+
+
+def test_budgets_are_kept():
+    lm = lm_with()
+    whole = tuned(lm).tokens
+    found = tuned(lm, budget_tokens=whole - 1, batch_size=5)
+    assert found.tokens < whole
+    assert found.exhausted
+    assert found.setting.layer == 3
+    assert found.held_out.items == 8
+    assert not tuned(lm, budget_tokens=whole).exhausted
+    with pytest.raises(TrimtabError, match=r"a budget of 83 tokens .* 84 at 4 an answer"):
+        tuned(lm, budget_tokens=83)
+    late = tuned(lm, budget_seconds=0)
+    assert (late.exhausted, late.answers, late.steering) == (True, 0, None)
+    assert "the budget is spent" in late.reason
+
+
+def test_the_card_tells_the_search_and_is_the_same_each_time(tmp_path):
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file in files:
+        save_steering(tuned(lm_with(), guard=Guard(perplexity=None, certainty=None, repeated=None)).steering, file)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    loaded = load_steering(files[0])
+    note = loaded.card.measured["tuning"]
+    assert loaded.card.method == "planted"
+    assert note["chosen"] == {"layer": 3, "strength": 0.5, "positions": "from-last-prompt-token", "operation": "add"}
+    assert note["columns"] == list(COLUMNS)
+    assert [row[2] for row in note["table"]] == [None, 1, 3, 1, 3]
+    assert note["held_out"]["items"] == 8
+    assert note["split"]["search"] != note["split"]["held_out"]
+    assert note["guard"]["perplexity"] is None
+    assert steering_digest(loaded) == steering_digest(load_steering(files[1]))
+
+
+def test_contexts_are_what_answers_are_judged_after():
+    lm = lm_with()
+    rows = [tuned(lm, guard=Guard(), contexts=c).table[0].perplexity for c in (None, PROMPTS, PROMPTS[::-1])]
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_bad_input_is_named():
+    lm = lm_with()
+    for options, said in (
+        ({"groups": [1]}, "1 groups for 20 prompts"),
+        ({"contexts": ["w3"]}, "1 contexts for 20"),
+        ({"rungs": [Rung(13, 1)]}, "the last rung asks for 13 prompts, and 12"),
+    ):
+        with pytest.raises(TrimtabError, match=said):
+            tuned(lm, **options)
+    with pytest.raises(TrimtabError, match="no candidates"):
+        tune(lm, [], PROMPTS, says_it)
+
+
+# ---- candidates ----------------------------------------------------------------------------------------------
+
+
+def test_a_grid_has_every_combination():
+    add, project = (
+        Steering(tuple(Edit(Site(layer), operation, Positions.all()) for layer in (1, 2)))
+        for operation in (Add(direction(0, 3.0)), SetProjection(direction(1), 2.0))
+    )
+    found = grid({"add": add, "project": project}, {"add": [1, 2], "project": [0.5]})
+    assert [str(one.setting) for one in found] == [
+        "add at block 1, strength 1, all",
+        "add at block 2, strength 1, all",
+        "add at block 1, strength 2, all",
+        "add at block 2, strength 2, all",
+        "project at block 1, strength 0.5, all",
+        "project at block 2, strength 0.5, all",
+    ]
+    for one in found:
+        (edit,) = one.steering.edits
+        assert (edit.site.layer, edit.strength) == (one.setting.layer, one.setting.strength)
+    moved = grid({"add": add}, [1], [Positions.generated(), Positions.all_but_first()])
+    assert [one.setting.positions for one in moved] == ["generated"] * 2 + ["all-but-first"] * 2
+    assert {str(edit.positions) for one in moved for edit in one.steering.edits} == {"generated", "all-but-first"}
+
+
+def test_a_grid_of_nothing_is_refused():
+    add = Steering((Edit(Site(1), Add(direction(0))),))
+    for given, said in (
+        (({},), "nothing to try"),
+        (({"add": add}, []), "nothing to try"),
+        (({"add": add}, [0.0]), "leave it out"),
+        (({"add": add}, [math.nan]), "finite number"),
+    ):
+        with pytest.raises(TrimtabError, match=said):
+            grid(*given)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 12, 30, 32, 80])
+def test_default_layers_lie_in_the_model(count):
+    layers = default_layers(count)
+    assert layers[0] == count // 5
+    assert layers[-1] < count
+    assert 1 <= len(layers) <= 10
+
+
+# ---- letters -------------------------------------------------------------------------------------------------
+
+
+def letters():
+    """A tiny model whose tokenizer has brackets and letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    lm = lm_with()
+    words = {**{f"w{i}": i for i in range(3, 80)}, "<pad>": 0, "<unk>": 2, "(": 80, "A": 81, "B": 82, ")": 83}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    split = [
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Split("(", "isolated"),
+        pre_tokenizers.Split(")", "isolated"),
+    ]
+    inner.pre_tokenizer = pre_tokenizers.Sequence(split)
+    lm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", pad_token="<pad>")
+    return lm
+
+
+def test_letters_are_scored_by_their_probability():
+    lm = letters()
+    pairs = [
+        Pair("(A)" if i % 3 else "(B)", "(B)" if i % 3 else "(A)", prompt(i, 4 + i % 3), "letters") for i in range(12)
+    ]
+    head = lm.model.get_output_embeddings().weight.detach()
+    good = Steering((Edit(Site(3), Add(5 * (head[81] - head[82]))), Edit(Site(1), Add(1e-3 * direction(1)))))
+    found = tune_letters(lm, grid({"add": good}, [1.0]), pairs, held_out=0.5)
+    assert found.setting.layer == 3
+
+    ids = [[*lm.encode(f"Input: {pairs[i].prompt}\nResponse:"), 80] for i in found.split.held_out]
+    shares = []
+    for i, row in zip(found.split.held_out, ids, strict=True):
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([row])).logits[0, -1]
+        a, b = logits[[81, 82]].softmax(-1).tolist()
+        shares.append(a if pairs[i].positive == "(A)" else b)
+    assert found.held_out.unsteered == pytest.approx(sum(shares) / len(shares))
+
+
+def test_letters_need_letters():
+    lm = lm_with()
+    with pytest.raises(TrimtabError, match="pairs of texts"):
+        tune_letters(lm, grid({"add": towards(lm)}), [Pair("a", "b")])
