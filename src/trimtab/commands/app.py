@@ -20,6 +20,7 @@ from trimtab.commands.learn import learn
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
 from trimtab.commands.terminal import say, warnings_as_lines
+from trimtab.commands.tune import tune
 from trimtab.errors import TrimtabError
 
 TRACEBACK = "TRIMTAB_TRACEBACK"
@@ -66,6 +67,7 @@ def trimtab(
 
 app.command()(demo)
 app.command()(learn)
+app.command()(tune)
 app.command()(generate)
 app.command()(inspect)
 app.command()(models)

@@ -1,0 +1,119 @@
+"""A picture of a search: score by layer and strength, and what the guard forbade."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.files.target import write_atomically
+from trimtab.report.plots import check_matplotlib
+
+if TYPE_CHECKING:
+    from trimtab.tune.candidates import Setting
+    from trimtab.tune.tune import Row
+
+
+def plot_search(table: Sequence[Row], path: Path, title: str, *, chosen: Setting | None = None) -> None:
+    """Draw a search's table: above, a map of layer × strength for each operation and positions; below, lines.
+
+    A cell's colour is the gain over not steering on the same prompts; its text is the score and, small, on how many
+    prompts. Where the guard was broken it is grey and hatched, whatever the score; `chosen` has a frame. Cells that
+    rest on few prompts are no more than a hint.
+
+    Raises `TrimtabError` when matplotlib is missing, or nothing was tried.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    rows = [row for row in table if row.setting is not None]
+    if not rows:
+        raise TrimtabError("nothing was tried, so there is nothing to draw")
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        assert row.setting is not None
+        groups.setdefault((row.setting.operation, row.setting.positions), []).append(row)
+    layers = sorted({row.setting.layer for row in rows if row.setting})
+    wide = max(4.2, 0.55 * len(layers) + 1.6)
+    figure = Figure(figsize=(wide * len(groups) + 0.8, 6.4), layout="constrained")
+    axes = figure.subplots(2, len(groups), squeeze=False, sharey="row", height_ratios=[1, 1])
+    reach = max(0.1, *(abs(row.score - row.unsteered) for row in rows if _finite(row.score)))
+    image: Any = None
+    for column, ((operation, positions), members) in enumerate(groups.items()):
+        image = _map(axes[0][column], members, layers, reach, chosen)
+        axes[0][column].set_title(f"{operation}, {positions}", fontsize=10)
+        _lines(axes[1][column], members)
+        axes[1][column].set_xlabel("block")
+        axes[1][column].set_xticks(layers, [str(layer) for layer in layers])
+    axes[0][0].set_ylabel("strength")
+    axes[1][0].set_ylabel("score")
+    bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.85, pad=0.02)
+    bar.set_label("gain over not steering", fontsize=9)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
+    write_atomically(path, data.getvalue())
+
+
+def _map(axes: Any, rows: Sequence[Row], layers: Sequence[int], reach: float, chosen: Setting | None) -> Any:
+    """Cells of layer × strength, in order and not to scale."""
+    import numpy as np
+    from matplotlib.patches import Rectangle
+
+    strengths = sorted({row.setting.strength for row in rows if row.setting})
+    gains = np.full((len(strengths), len(layers)), np.nan)
+    for row in rows:
+        assert row.setting is not None
+        y, x = strengths.index(row.setting.strength), layers.index(row.setting.layer)
+        gain = row.score - row.unsteered
+        corner = (x - 0.5, y - 0.5)
+        if row.broken:
+            axes.add_patch(Rectangle(corner, 1, 1, facecolor="#e4e4e4", hatch="////", edgecolor="#b0b0b0", linewidth=0))
+        else:
+            gains[y, x] = gain
+        if row.setting == chosen:
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="#e08a00", linewidth=3, zorder=3))
+        axes.text(
+            x,
+            y,
+            f"{row.score:.2f}\n({row.items})",
+            ha="center",
+            va="center",
+            fontsize=7,
+            color="white" if abs(gain) > 0.6 * reach and not row.broken else "#222222",
+        )
+    image = axes.imshow(gains, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", origin="lower")
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_yticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def _lines(axes: Any, rows: Sequence[Row]) -> None:
+    """Score by layer, a line for each strength; open circles broke the guard."""
+    strengths = sorted({row.setting.strength for row in rows if row.setting})
+    shades = ["#8fb8de", "#33658a", "#14304a", "#b5651d", "#7a3e10", "#555555"]
+    for n, strength in enumerate(strengths):
+        line = sorted(
+            ((row.setting.layer, row) for row in rows if row.setting and row.setting.strength == strength),
+            key=lambda pair: pair[0],
+        )
+        colour = shades[n % len(shades)]
+        axes.plot(
+            [x for x, _ in line], [row.score for _, row in line], "-", color=colour, label=f"strength {strength:g}"
+        )
+        for x, row in line:
+            axes.plot(x, row.score, "o", color=colour, markersize=5, markerfacecolor="white" if row.broken else colour)
+    furthest = max(rows, key=lambda row: row.items)
+    axes.axhline(furthest.unsteered, color="#888888", linestyle="--", linewidth=1, label="don't steer")
+    axes.plot([], [], "o", color="#555555", markerfacecolor="white", label="guard broken")
+    axes.legend(fontsize=7, frameon=False, loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")

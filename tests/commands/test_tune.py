@@ -1,0 +1,214 @@
+"""`trimtab tune` on tiny models: what it finds, what it says, what it writes."""
+
+import json
+
+import pytest
+
+from trimtab.commands.tune import _check_of
+from trimtab.files.steering_file import load_steering, steering_digest
+
+SUBJECTS = ["sea", "sky", "day", "sun", "rain", "wind", "snow", "ice", "sand", "rock", "tree", "leaf"]
+OFF = [
+    part for limit in ("perplexity", "certainty", "repeated", "empty", "cut") for part in ("--guard", f"{limit}=off")
+]
+
+
+@pytest.fixture
+def cpu(trimtab, model):
+    return lambda *given: trimtab("tune", "--model", model, "--device", "cpu", "--max-new-tokens", 4, *given)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"A {s}? Shout!", "prompt_without_instruction": f"A {s}?"} for s in SUBJECTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def differs(trimtab, model, tmp_path):
+    """A check that holds where the answer is another than the unsteered one: what a strong steering surely does."""
+    given = [part for subject in SUBJECTS for part in ("--prompt", f"A {subject}? Shout!")]
+    told = trimtab("generate", "--model", model, "--device", "cpu", "--max-new-tokens", 4, "--json", *given)
+    plain = {row["prompt"].removesuffix(" Shout!"): row["text"] for row in told.json["answers"]}
+    path = tmp_path / "checks.py"
+    path.write_text(
+        f"PLAIN = {plain!r}\nCALLS = []\n"
+        "def differs(answer, prompt):\n    return answer != PLAIN[prompt]\n"
+        "def never(answer):\n    return False\n"
+        "def text(answer):\n    return 'yes'\n"
+        "def stop(answer, prompt):\n    CALLS.append(1)\n    if len(CALLS) > 20:\n        raise KeyboardInterrupt\n"
+        "    return differs(answer, prompt)\n"
+    )
+    return path
+
+
+def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, differs, tmp_path):
+    out, figure = tmp_path / "s.safetensors", tmp_path / "s.png"
+    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", "0.001,30", "--operation", "add", *OFF)
+    told = cpu(*given, "--out", out, "--figure", figure)
+    assert told.code == 0, told.err
+    for words in ("learned from 6 pairs", "searched on 4 prompts, confirmed on 2 others", "don't steer", "chosen"):
+        assert words in told.out
+    assert f"saved {out}" in told.out
+    assert "interrupted" not in told.out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+    steering = load_steering(out)
+    tuning = steering.card.measured["tuning"]
+    assert tuning["chosen"]["strength"] == 30
+    assert steering.layers == (tuning["chosen"]["layer"],)
+    assert tuning["held_out"]["steered"] == 1
+    assert tuning["held_out"]["unsteered"] == 0
+    assert len(tuning["table"]) == 1 + 4 * 2
+    assert trimtab("inspect", out).code == 0
+
+    again = cpu(*given, "--out", tmp_path / "t.safetensors", "--json")
+    assert (again.code, again.err) == (0, "")
+    assert (tmp_path / "t.safetensors").read_bytes() == out.read_bytes()
+    assert again.json["steer"] is True
+    assert again.json["digest"] == steering_digest(steering)
+    assert again.json["setting"] == tuning["chosen"]
+    assert again.json["held_out"]["difference"]["estimate"] == 1
+    assert [row["setting"] for row in again.json["table"]].count(None) == 1
+
+
+def test_the_guard_forbids_what_breaks_answers(cpu, pairs, differs, tmp_path):
+    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
+    told = cpu(*given, "--guard", "perplexity=1", "--out", tmp_path / "s.safetensors", "--json")
+    assert told.code == 0, told.err
+    rows = [row for row in told.json["table"] if row["setting"]]
+    assert any("perplexity too high" in reason for row in rows for reason in row["broken"])
+    broken = {json.dumps(row["setting"]) for row in rows if row["broken"]}
+    assert json.dumps(told.json["setting"]) not in broken
+
+
+def test_dont_steer_writes_nothing(cpu, pairs, differs, tmp_path):
+    out = tmp_path / "s.safetensors"
+    told = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out)
+    assert told.code == 0
+    assert "don't steer: no candidate scored above not steering" in told.out
+    assert "nothing is written" in told.out
+    assert not out.exists()
+    asked = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out, "--json")
+    assert (asked.json["steer"], asked.json["file"], asked.json["digest"]) == (False, None, None)
+
+
+def test_control_c_keeps_the_best_so_far(cpu, pairs, differs, tmp_path):
+    out = tmp_path / "s.safetensors"
+    given = ("--pairs", pairs, "--strengths", 30, "--operation", "add", *OFF, "--batch-size", 9)
+    told = cpu(
+        *given, "--check", f"{differs}:stop", "--layers", "all", "--limit", 6, "--out", out, "--strengths", "20,30"
+    )
+    assert told.code == 0, told.err
+    assert "interrupted: this is the best so far" in told.out
+    assert load_steering(out).card.measured["tuning"]["cut_short"] is True
+
+
+def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
+    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
+    told = cpu(*given, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 4 + 1))
+    assert told.code == 0, told.err
+    assert "the budget is spent: this is the best so far" in told.out
+    poor = cpu(*given, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
+    assert poor.code == 2
+    assert "a budget of 8 tokens does not pay for one prompt" in poor.err
+
+
+def test_letters_are_scored_without_generating(cpu, tmp_path):
+    path = tmp_path / "letters.jsonl"
+    sides = [("(A)", "(B)"), ("(B)", "(A)")]
+    keys = ("answer_matching_behavior", "answer_not_matching_behavior")
+    rows = [
+        {"question": f"Is it {s}? (A) yes (B) no", **dict(zip(keys, sides[i % 2], strict=True))}
+        for i, s in enumerate(SUBJECTS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--json")
+    assert told.code == 0, told.err
+    assert told.json["tokens"] == told.json["answers"]
+    assert all(0 < row["score"] < 1 and row["perplexity"] is None for row in told.json["table"])
+    refused = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--check", "json")
+    assert "leave out --check" in refused.err
+
+
+def test_a_known_instruction_brings_its_check():
+    assert _check_of("Answer in JSON format.") == "json"
+    assert _check_of("answer in json format") == "json"
+    assert _check_of("Answer like a pirate.") is None
+    assert _check_of(None) is None
+
+
+def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
+    pytest.importorskip("trimtab.evaluate.ifeval", reason="needs IFEval's checks: pip install 'trimtab[eval]'")
+    given = ("--pairs", pairs, "--out", tmp_path / "s.safetensors", "--operation", "add", "--layers", 2)
+    told = cpu(*given, "--type", "punctuation:no_comma", "--json")
+    assert told.code == 0, told.err
+    assert cpu(*given, "--type", "punctuation:none_such").code == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--check json", "give one of --instruction and --pairs"),
+        ("--instruction Shout! --pairs PAIRS --check json", "give one of --instruction and --pairs"),
+        ("--pairs PAIRS", "give one of --check and --type"),
+        ("--pairs PAIRS --check json --type punctuation:no_comma", "give one of --check and --type"),
+        ("--pairs PAIRS --check json --kwargs {}", "give --type as well"),
+        ("--pairs PAIRS --type punctuation:no_comma --kwargs [", "--kwargs is not JSON"),
+        ("--pairs PAIRS --type punctuation:no_comma --kwargs []", "--kwargs is a JSON object"),
+        ("--pairs PAIRS --check shouting", "neither json, title"),
+        ("--pairs PAIRS --check no_such_module:f", "can't import no_such_module: ModuleNotFoundError"),
+        ("--pairs PAIRS --check none.py:f", "can't import none.py: FileNotFoundError"),
+        ("--pairs PAIRS --check CHECKS:missing", "has no function 'missing'"),
+        ("--pairs PAIRS --check CHECKS:text", "the check gave 'yes'"),
+        ("--pairs PAIRS --check json --strengths 1,x", "no list of numbers"),
+        ("--pairs PAIRS --check json --strengths 0", "not steering is always tried"),
+        ("--pairs PAIRS --check json --layers 9", "there is no layer 9"),
+        ("--pairs PAIRS --check json --operation turn", "--operation is add, project or both"),
+        ("--pairs PAIRS --check json --positions nowhere", "positions 'nowhere' are not known"),
+        ("--pairs PAIRS --check json --guard speed=3", "there is no limit 'speed'"),
+        ("--pairs PAIRS --check json --guard cut=x", "'x' is no number; write cut=0.5"),
+        ("--pairs PAIRS --check json --guard perplexity=0.1", "'perplexity' is a number from 1"),
+        ("--pairs PAIRS --check json --budget-minutes 0", "--budget-minutes is a number above 0"),
+        ("--pairs none.jsonl --check json", "there is no file none.jsonl"),
+        ("--instruction", "--instruction"),
+    ],
+)
+def test_bad_input_is_one_line(cpu, pairs, differs, tmp_path, given, said):
+    out = tmp_path / "s.safetensors"
+    told = cpu("--out", out, *(w.replace("PAIRS", str(pairs)).replace("CHECKS", str(differs)) for w in given.split()))
+    assert told.code == 2
+    assert said in told.err
+    assert told.err.count("\n") == 1
+    assert not out.exists()
+
+
+def test_an_empty_instruction_is_refused(cpu, tmp_path):
+    told = cpu("--instruction", " ", "--check", "json", "--out", tmp_path / "s.safetensors")
+    assert (told.code, "--instruction is empty" in told.err) == (2, True)
+    assert cpu("--instruction", "Hi", "--check", "json", "--out", tmp_path / "s.txt").code == 2
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
+    out = tmp_path / "json.safetensors"
+    told = trimtab(
+        *(
+            "tune",
+            "--instruction",
+            "Reply with a valid JSON object only.",
+            "--dtype",
+            "float32",
+            "--out",
+            out,
+            "--json",
+        ),
+        *("--layers", "12,18", "--strengths", "0.6", "--operation", "add", "--limit", 14, "--max-new-tokens", 32),
+    )
+    assert told.code == 0, told.err
+    assert told.json["steer"] is True
+    assert told.json["held_out"]["difference"]["estimate"] > 0.05
+    assert load_steering(out).card.measured["tuning"]["held_out"]["items"] == told.json["confirmed_on"]

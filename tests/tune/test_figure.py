@@ -1,0 +1,60 @@
+"""The figure of a search: drawn from any table, the same bytes each time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from trimtab.errors import TrimtabError
+from trimtab.report.search import plot_search
+from trimtab.tune.candidates import Setting
+from trimtab.tune.tune import Row
+
+pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'trimtab[plot]'")
+BASE = Row(None, 8, 0.2, 0.2, 0.0, 3.0, ())
+
+
+def row(layer, strength, score, operation="add", broken=()):
+    return Row(Setting(layer, strength, "all", operation), 4, score, 0.2, 0.1, 4.0, broken)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [row(3, 1.0, 0.5)],
+        [
+            row(layer, strength, 0.1 * layer, o)
+            for layer in range(8)
+            for strength in (0.5, 2)
+            for o in ("add", "project")
+        ],
+        [row(1, 1.0, 0.2), row(2, 1.0, math.nan), row(2, 2.0, 0.9, broken=("perplexity too high: 9, unsteered 3",))],
+    ],
+    ids=["one", "grid", "holes"],
+)
+def test_any_table_is_drawn(rows, tmp_path):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file in files:
+        plot_search([BASE, *rows], file, "JSON")
+    assert files[0].read_bytes().startswith(b"\x89PNG")
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_the_guard_forbade_looks_different(tmp_path):
+    for name, broken in (("a", ()), ("b", ("empty answers: 50%, unsteered 0%",))):
+        plot_search([BASE, row(1, 1.0, 0.5), row(2, 1.0, 0.5, broken=broken)], tmp_path / f"{name}.png", "JSON")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_what_was_chosen_has_a_frame(tmp_path):
+    rows = [BASE, row(1, 1.0, 0.5), row(2, 1.0, 0.5)]
+    plot_search(rows, tmp_path / "a.png", "JSON")
+    plot_search(rows, tmp_path / "b.png", "JSON", chosen=rows[1].setting)
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_nothing_to_draw_is_refused(tmp_path):
+    with pytest.raises(TrimtabError, match="nothing to draw"):
+        plot_search([BASE], tmp_path / "a.png", "JSON")
+    assert not list(tmp_path.iterdir())
