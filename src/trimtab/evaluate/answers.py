@@ -1,0 +1,225 @@
+"""Answering the requests of an evaluation: all arms in the same batches, one line a record, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.records import FORMAT, KEY, Record, Request, split_records
+from trimtab.files.steering_file import steering_digest
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.generate import Generation
+    from trimtab.lm import LM
+
+Score = Callable[[Request, "Generation"], dict[str, float]]
+
+
+def answer(
+    lm: LM,
+    requests: Sequence[Request],
+    *,
+    score: Score,
+    max_new_tokens: int = 256,
+    out: str | Path | None = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    transfer: bool = False,
+    about: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> list[Record]:
+    """Answer and score all requests, whatever their arms and steerings, under the same stop rules.
+
+    The batches are fixed before the first one runs: the requests, longest prompt first, cut into `batch_size`. So an
+    answer doesn't depend on where a run was interrupted. Records come, and are written, in that order. `options` go
+    to `lm.generate`; with `do_sample=True` each batch has a seed of its own, drawn from `seed`.
+
+    With `out`, each batch is appended to that JSONL file as soon as it is done. When the file is there already, the
+    run goes on after its last whole batch, and ends with the bytes that an uninterrupted run writes. Its first line
+    describes the run: model, options, requests, and `about`, which is for what else a score depends on.
+
+    Raises `TrimtabError` before anything is generated for a request that can't run, two requests of the same arm and
+    item, or a file that another run wrote.
+    """
+    if not requests:
+        raise TrimtabError("there are no requests; give at least one")
+    if batch_size < 1:
+        raise TrimtabError(f"a batch holds at least one request, got {batch_size}")
+    if options.get("num_return_sequences", 1) != 1:
+        raise TrimtabError("an evaluation takes one answer a request; for more, ask again under other item names")
+    lengths = _check(lm, requests, max_new_tokens, transfer, options)
+    order = sorted(range(len(requests)), key=lambda i: -lengths[i])
+    batches = [[requests[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
+    digests = {id(r.steering): steering_digest(r.steering) for r in requests if r.steering is not None}
+    settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **options}
+    header = _header(lm, requests, digests, settings, about) if out is not None else b""
+    records = _resume(Path(out), header, batches) if out is not None else []
+    if progress is not None:
+        progress(len(records), len(requests))
+    done = len(records)
+    for number, batch in enumerate(batches):
+        if number * batch_size < done:
+            continue
+        drawn = _batch_seed(seed, number) if options.get("do_sample") else None
+        found = lm.generate(
+            [request.prompt for request in batch],
+            [request.steering for request in batch],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=drawn,
+            transfer=transfer,
+            **options,
+        )
+        new = [
+            Record(
+                arm=request.arm,
+                item=request.item,
+                prompt=request.prompt,
+                answer=one.text,
+                tokens=len(one.token_ids),
+                finish=one.finish_reason,
+                steering=digests.get(id(request.steering)),
+                edits=one.applied.edits,
+                dose=one.applied.dose,
+                seed=drawn,
+                scores=score(request, one),
+                group=request.group,
+            )
+            for request, one in zip(batch, found, strict=True)
+        ]
+        if out is not None:
+            _append(Path(out), "".join(record.to_json() + "\n" for record in new).encode())
+        records += new
+        if progress is not None:
+            progress(len(records), len(requests))
+    return records
+
+
+def _check(
+    lm: LM, requests: Sequence[Request], max_new_tokens: int, transfer: bool, options: Mapping[str, Any]
+) -> list[int]:
+    """The lengths of the prompts in tokens. Raises `TrimtabError` for what would fail in a later batch."""
+    from trimtab.engines.transformers.generate import check_request
+
+    seen: set[tuple[str, str]] = set()
+    for request in requests:
+        if (name := (request.arm, request.item)) in seen:
+            raise TrimtabError(f"item {request.item!r} is twice in arm {request.arm!r}; give each its own name")
+        seen.add(name)
+    steerings = {id(request.steering): request.steering for request in requests}
+    for steering in steerings.values():
+        if steering is not None:
+            lm.check(steering, transfer=transfer)
+    system, chat = options.get("system"), options.get("chat")
+    known: dict[str, int] = {}
+    lengths = []
+    for request in requests:
+        text = json.dumps(request.prompt)
+        if text not in known:
+            known[text] = len(lm.encode(request.prompt, system=system, chat=chat))
+        lengths.append(known[text])
+        for edit in request.steering.edits if request.steering else ():
+            edit.positions.resolve(lengths[-1])
+    check_request(lm.layout, lengths, max_new_tokens, {k: v for k, v in options.items() if k not in ("system", "chat")})
+    return lengths
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{number}".encode()).digest()[:4], "big")
+
+
+def _header(
+    lm: LM,
+    requests: Sequence[Request],
+    digests: Mapping[int, str],
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any] | None,
+) -> bytes:
+    """The first line of a file of records: all that its bytes depend on."""
+    arms: dict[str, list[Any]] = {}
+    for r in requests:
+        arms.setdefault(r.arm, []).append([r.item, r.prompt, digests.get(id(r.steering)), r.group])
+    parameter = next(lm.model.parameters())
+    run = {
+        "about": dict(about or {}),
+        "model": {**asdict(lm.identity), "dtype": str(parameter.dtype), "device": parameter.device.type},
+        "options": dict(settings),
+        "arms": {name: {"requests": len(rows), "digest": _digest(rows)} for name, rows in arms.items()},
+        "versions": {name: version(name) for name in ("trimtab", "transformers", "torch")},
+    }
+    order = _digest([[r.arm, r.item] for r in requests])
+    try:
+        digest = _digest([run, order])
+        line = json.dumps({KEY: FORMAT, "digest": digest, **run, "order": order}, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TrimtabError(f"options of a run that is written to a file must be JSON values: {error}") from None
+    return line.encode() + b"\n"
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _resume(path: Path, header: bytes, batches: Sequence[Sequence[Request]]) -> list[Record]:
+    """The records of the whole batches in the file, which is left with just these; a new one has its header."""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+        if header.startswith(data):  # nothing yet, or killed while the header was written
+            path.write_bytes(header)
+            return []
+    except OSError as error:
+        raise TrimtabError(
+            f"can't write {path}: {error.strerror}; name a file in a folder that is there and writable"
+        ) from None
+    found, records = split_records(data, path)
+    if not data.startswith(header):
+        raise TrimtabError(
+            f"{path} holds another run: {_differences(found, json.loads(header))}. Run that one, delete the file, or"
+            " name another"
+        )
+    expected = [request for batch in batches for request in batch]
+    if len(records) > len(expected):
+        raise TrimtabError(f"{path} has {len(records)} records for {len(expected)} requests; delete it to start again")
+    for number, (record, request) in enumerate(zip(records, expected, strict=False), 2):
+        if (record.arm, record.item) != (request.arm, request.item):
+            raise TrimtabError(f"{path}:{number} is out of order; the file is damaged, delete it to start again")
+    whole = 0
+    for batch in batches:
+        if whole + len(batch) > len(records):
+            break
+        whole += len(batch)
+    end = sum(len(line) + 1 for line in data.split(b"\n")[: whole + 1])
+    if end < len(data):
+        os.truncate(path, end)
+    return records[:whole]
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """What tells two runs apart, in words: the first few of the settings that differ."""
+    a, b = _flat(there), _flat(here)
+    keys = [key for key in {**a, **b} if key != "digest" and a.get(key, "none") != b.get(key, "none")]
+    listed = [f"{key} is {a.get(key, 'none')} there and {b.get(key, 'none')} here" for key in keys[:4]]
+    return "; ".join(listed) + (f"; {len(keys) - 4} more" if len(keys) > 4 else "") or "its description differs"
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{above}{key}.") if isinstance(item, Mapping) else {f"{above}{key}": item}
+    return flat
+
+
+def _append(path: Path, data: bytes) -> None:
+    with path.open("ab") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())

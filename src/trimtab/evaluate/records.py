@@ -1,0 +1,116 @@
+"""What an evaluation asks and what it gets: a request, and the record that comes of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Steering
+from trimtab.text.chat import Prompt
+
+FORMAT = 1
+KEY = "trimtab_records"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to be answered in one arm of an evaluation.
+
+    `arm` names what is compared ("unsteered", "steered"), `item` the question, the same in every arm. Items that
+    aren't independent of each other (several instructions on one query) share a `group`.
+    """
+
+    arm: str
+    item: str
+    prompt: Prompt
+    steering: Steering | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer, what steered it, and what it scored.
+
+    `tokens` counts the generated ones, `finish` is `"stop"` or `"length"`; `steering` is the digest of the steering,
+    `edits` those that acted, and `dose` the largest mean `‖edit‖ / ‖activation‖` of any layer. `seed` is that of the
+    request's batch, `None` where decoding was greedy.
+    """
+
+    arm: str
+    item: str
+    prompt: Prompt
+    answer: str
+    tokens: int
+    finish: str
+    steering: str | None = None
+    edits: tuple[str, ...] = ()
+    dose: float = 0.0
+    seed: int | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
+    group: str | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON, without its end; a NaN or an infinity becomes null."""
+        data = asdict(self)
+        data["dose"] = _finite(self.dose)
+        data["scores"] = {name: _finite(value) for name, value in self.scores.items()}
+        return json.dumps(data, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The record of a line; null numbers come back as NaN. Raises `TrimtabError` for any other line."""
+        try:
+            data = json.loads(line)
+            if set(data) != {f.name for f in fields(cls)}:
+                raise TypeError("it has other keys than a record")
+            data["edits"] = tuple(data["edits"])
+            data["dose"] = _number(data["dose"])
+            data["scores"] = {name: _number(value) for name, value in data["scores"].items()}
+            return cls(**data)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise TrimtabError(f"this is no record: {error}") from None
+
+
+def read_records(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
+    """The header and the records of a file that `answer` wrote; a torn last line is left out.
+
+    Raises `TrimtabError` when there is no such file, it is of another kind, or a line is damaged.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+    header, records = split_records(data, path)
+    return header, records
+
+
+def split_records(data: bytes, path: Path) -> tuple[dict[str, Any], list[Record]]:
+    """The header and the records among a file's bytes. Raises as `read_records` does."""
+    first, *rest = data.split(b"\n")[:-1] or [b""]
+    try:
+        header = json.loads(first)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or header.get(KEY) != FORMAT:
+        raise TrimtabError(f"{path} is no file of records (format {FORMAT}); name another file")
+    records = []
+    for number, line in enumerate(rest, 2):
+        try:
+            records.append(Record.from_json(line.decode()))
+        except (TrimtabError, UnicodeDecodeError) as error:
+            raise TrimtabError(f"{path}:{number}: {error}; the file is damaged, delete it to start again") from None
+    return header, records
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
