@@ -62,7 +62,9 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     assert tuning["held_out"]["steered"] == 1
     assert tuning["held_out"]["unsteered"] == 0
     assert len(tuning["table"]) == 1 + 4 * 2
-    assert trimtab("inspect", out).code == 0
+    seen = trimtab("inspect", out)
+    words = "chosen among 8 candidates; on 2 held-out prompts 1.00 instead of 0.00, difference [+1.00, +1.00]"
+    assert words in " ".join(seen.out.split())
 
     again = cpu(*given, "--out", tmp_path / "t.safetensors", "--json")
     assert (again.code, again.err) == (0, "")
@@ -210,5 +212,5 @@ def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
     )
     assert told.code == 0, told.err
     assert told.json["steer"] is True
-    assert told.json["held_out"]["difference"]["estimate"] > 0.05
+    assert told.json["held_out"]["difference"]["estimate"] > 0.1
     assert load_steering(out).card.measured["tuning"]["held_out"]["items"] == told.json["confirmed_on"]

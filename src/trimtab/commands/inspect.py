@@ -111,7 +111,7 @@ def _cards(card: Card, digest: str) -> list[Table]:
         table.add_row(name.replace("_", " "), _value(value))
     for name, value in card.measured.items():
         if name not in ("pairs", "agreement", "activation_norm"):
-            table.add_row(name.replace("_", " "), _value(value))
+            table.add_row(name.replace("_", " "), _tuning(value) if name == "tuning" else _value(value))
     if card.versions:
         table.add_row("versions", ", ".join(f"{name} {number}" for name, number in card.versions.items()))
     if digest:
@@ -121,6 +121,21 @@ def _cards(card: Card, digest: str) -> list[Table]:
         head = Table(f"part {number}: {_origin(part)}", box=None, pad_edge=False, header_style="")
         tables += [head, *_cards(part, "")]
     return tables
+
+
+def _tuning(value: Any) -> str:
+    """A search in a sentence; `--json` has its table."""
+    try:
+        held, tried = value["held_out"], len(value["table"]) - 1
+        if held is None:
+            return f"chosen among {tried} candidates, not confirmed on held-out prompts"
+        low, high = held["difference"]["low"], held["difference"]["high"]
+        return (
+            f"chosen among {tried} candidates; on {held['items']} held-out prompts {held['steered']:.2f} instead of"
+            f" {held['unsteered']:.2f}, difference [{low:+.2f}, {high:+.2f}]"
+        )
+    except (KeyError, TypeError, ValueError):  # a card may hold anything under that name
+        return _value(value)
 
 
 def _value(value: Any) -> str:

@@ -108,7 +108,7 @@ def tune(
     guard: Annotated[
         list[str] | None,
         typer.Option(
-            help="A limit of the quality guard: perplexity=3, certainty=0.3, repeated=0.1, empty=0.05, cut=0.5;"
+            help="A limit of the quality guard: perplexity=2, certainty=0.3, repeated=0.1, empty=0.05, cut=0.5;"
             " LIMIT=off for none.",
             metavar="LIMIT=NUMBER",
             rich_help_panel=SEARCH,
@@ -117,7 +117,7 @@ def tune(
     ] = None,
     margin: Annotated[
         float, typer.Option(help="Steer only if it is better by more than this.", rich_help_panel=SEARCH)
-    ] = 0.05,
+    ] = 0.1,
     seed: Annotated[int, typer.Option(help="Of the split of the queries.", rich_help_panel=SEARCH)] = 0,
     limit: Annotated[
         int | None,
@@ -168,7 +168,7 @@ def tune(
     matching letter; they need no --check and know no guard.
 
     Ctrl-C ends the search and keeps the best so far. The file's card holds the
-    whole search: trimtab inspect shows it.
+    whole search: trimtab inspect --json shows it.
     """
     check_target(out, ".safetensors")
     if figure is not None:

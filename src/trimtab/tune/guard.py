@@ -29,7 +29,7 @@ class Guard:
     `None` switches a limit off. Raises `ValueError` for a limit that is no number or makes no sense.
     """
 
-    perplexity: float | None = 3.0
+    perplexity: float | None = 2.0
     certainty: float | None = 0.3
     repeated: float | None = 0.1
     empty: float | None = 0.05

@@ -114,7 +114,7 @@ def test_luck_on_the_prompts_searched_on_is_not_enough():
     found = tuned(lm_with(), lambda i, answer, cut: i in searched and says_it(i, answer, cut))
     assert found.steering is None
     assert found.held_out.difference.estimate == 0
-    assert "on 8 held-out prompts, which is not above the margin of 0.05" in found.reason
+    assert "on 8 held-out prompts, which is not above the margin of 0.1" in found.reason
 
 
 def test_the_margin_is_what_must_be_exceeded():
