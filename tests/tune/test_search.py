@@ -292,12 +292,11 @@ def letters():
 
 def test_letters_are_scored_by_their_probability():
     lm = letters()
-    pairs = [
-        Pair("(A)" if i % 3 else "(B)", "(B)" if i % 3 else "(A)", prompt(i, 4 + i % 3), "letters") for i in range(12)
-    ]
+    sides = [("(A)", "(B)"), ("(A)", "(B)"), ("(A)", "(B)"), ("(B)", "(A)")]
+    pairs = [Pair(*sides[i % 4], prompt(i, 4 + i % 3), "letters") for i in range(16)]
     head = lm.model.get_output_embeddings().weight.detach()
     good = Steering((Edit(Site(3), Add(5 * (head[81] - head[82]))), Edit(Site(1), Add(1e-3 * direction(1)))))
-    found = tune_letters(lm, grid({"add": good}, [1.0]), pairs, held_out=0.5)
+    found = tune_letters(lm, grid({"add": good}, [1.0]), pairs, held_out=0.5, margin=0.0)
     assert found.setting.layer == 3
 
     ids = [[*lm.encode(f"Input: {pairs[i].prompt}\nResponse:"), 80] for i in found.split.held_out]
