@@ -67,6 +67,45 @@ def extract(
     finish(run(file, pairs, rounds, memory=memory), json_file, check, as_markdown)
 
 
+@app.command()
+def instruct(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts to search on.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 32,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """The search for a layer, as the paper's code does it against `tune`."""
+    from benchmarks.instruct import run
+
+    finish(run(prompts, tokens), json_file, check, as_markdown)
+
+
+@app.command()
+def following(
+    folder: Annotated[Path, typer.Option(help="Where answers and choices are kept; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "with",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
+    tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Instruction following (IFEval, single instructions) with tuned steerings against none."""
+    from benchmarks.following import DATASET, run
+
+    file = data / DATASET
+    if mode not in ("with", "without"):
+        raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+    if not file.is_file():
+        Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
+        return
+    finish(run(model, file, mode, folder, tokens, tune_tokens, limit), json_file, check, as_markdown)
+
+
 @peaks.command("static")
 def peak_static(
     case: Annotated[str, typer.Option()],

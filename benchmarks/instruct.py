@@ -1,0 +1,131 @@
+"""The layer search of Stolfo et al. (2410.12877, appendix) as their code does it, against `tune`, on the same prompts.
+
+The reference generates one answer at a time, for one layer after the other, and runs the whole text anew for every
+token. `tune` has all layers and prompts as rows of the same batches, over a cache. Both search the same layers with
+the same directions and targets, and must find the same accuracy at each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Report, Result, Target
+from benchmarks.machine import machine, versions
+from trimtab.data import instruction_pairs, instruction_type, queries
+from trimtab.evaluate.constraints import is_bullets
+from trimtab.lm import LM
+from trimtab.methods.instruct import learn_many, steering_from
+from trimtab.steering import SetProjection
+from trimtab.tune.candidates import Candidate, Setting, default_layers
+from trimtab.tune.halving import Rung
+from trimtab.tune.tune import tune
+
+FASTER = Target(50)
+EQUAL = Target(1)
+KIND = "detectable_format:number_bullet_lists"
+UNSTEERED = -1
+
+
+def run(prompts: int, tokens: int) -> Report:
+    """Seconds and tokens per second of the search, each way."""
+    lm = LM.load()
+    layers = default_layers(lm.layout.layers)
+    kind = instruction_type(KIND)
+    pairs = instruction_pairs(queries("learn"), kind.phrasings("learn"))
+    moments = learn_many(lm, {KIND: pairs}, layers)[KIND]
+    asked = [f"{query} {kind.phrasings('test')[0]}" for query in queries("tune")[:prompts]]
+    candidates = []
+    for layer in layers:
+        steering = steering_from(moments, layer)
+        candidates.append(Candidate(Setting(layer, 1.0, str(steering.edits[0].positions), "project"), steering))
+    lm.generate(asked[0], max_new_tokens=2)  # a warm-up
+
+    started = time.perf_counter()
+    expected, generated = reference_search(lm, asked, candidates, tokens)
+    reference = time.perf_counter() - started
+
+    options: dict[str, Any] = {"max_new_tokens": tokens, "held_out": 0.0}
+    started = time.perf_counter()
+    whole = tune(lm, candidates, asked, complies, rungs=[Rung(prompts, len(candidates))], guard=None, **options)
+    seconds = time.perf_counter() - started
+    found = {UNSTEERED if row.setting is None else row.setting.layer: row.score for row in whole.table}
+    equal = sum(abs(found[layer] - expected[layer]) < 1e-9 for layer in expected) / len(expected)
+
+    started = time.perf_counter()
+    tune(lm, candidates, asked, complies, **options)
+    shipped = time.perf_counter() - started
+    case = f"{len(layers)} layers and none, {prompts} prompts, {tokens} tokens"
+    return Report(
+        "instruct",
+        machine(),
+        versions(),
+        (
+            Result(case, "as the reference", reference, "s"),
+            Result(case, "as the reference, speed", generated / reference, "tokens/s"),
+            Result(case, "tune, every layer on every prompt", seconds, "s"),
+            Result(case, "tune, every layer on every prompt, speed", whole.tokens / seconds, "tokens/s"),
+            Result(case, "reference / tune", reference / seconds, "times the seconds", target=FASTER),
+            Result(case, "layers at which both find the same accuracy", equal, "share", target=EQUAL),
+            Result(case, "tune with halving and the quality guard", shipped, "s"),
+            Result(case, "reference / tune with halving and guard", reference / shipped, "times the seconds"),
+        ),
+    )
+
+
+def complies(_: int, answer: str, cut: bool) -> bool:
+    return is_bullets(answer, cut=cut)
+
+
+def reference_search(
+    lm: LM, prompts: Sequence[str], candidates: Sequence[Candidate], tokens: int
+) -> tuple[dict[int, float], int]:
+    """The accuracy by layer, and how many tokens were generated: batch 1, no cache, one layer after the other."""
+    accuracy, generated = {}, 0
+    for candidate in [None, *candidates]:
+        passed = 0
+        for prompt in prompts:
+            ids = torch.tensor([lm.encode(prompt)], device=lm.model.device)
+            with torch.no_grad(), clamped(lm, candidate):
+                whole = lm.model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=tokens,
+                    do_sample=False,
+                    use_cache=False,
+                    pad_token_id=lm.tokenizer.eos_token_id,
+                )[0, ids.shape[1] :]
+            generated += len(whole)
+            text = lm.tokenizer.decode(whole, skip_special_tokens=True)
+            passed += complies(0, text, int(whole[-1]) != lm.tokenizer.eos_token_id)
+        accuracy[UNSTEERED if candidate is None else candidate.setting.layer] = passed / len(prompts)
+    return accuracy, generated
+
+
+@contextmanager
+def clamped(lm: LM, candidate: Candidate | None) -> Iterator[None]:
+    """A plain hook that sets the projection at every position but the first, as the paper's code does."""
+    if candidate is None:
+        yield
+        return
+    (edit,) = candidate.steering.edits
+    operation = edit.operation
+    assert isinstance(operation, SetProjection)
+    direction = operation.direction.to(lm.model.device, lm.model.dtype)
+
+    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        x: Tensor = output if isinstance(output, Tensor) else output[0]
+        share = (operation.target - x[:, 1:] @ direction)[..., None] * direction
+        new = torch.cat([x[:, :1], x[:, 1:] + share], 1)
+        return new if isinstance(output, Tensor) else (new, *output[1:])
+
+    handle = lm.layout.blocks[edit.site.layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
