@@ -22,7 +22,7 @@ MAY_SEE = {
     "engines": ENGINES,
     "lm": LM,
     "learn": ENGINES | {"learn"},
-    "methods": ENGINES | {"learn", "methods"},
+    "methods": ENGINES | {"data", "learn", "methods"},
     "evaluate": LM | {"data", "evaluate"},
     "tune": LM | {"learn", "methods", "data", "evaluate", "tune"},
     "report": LM | {"evaluate", "report"},

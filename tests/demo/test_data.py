@@ -18,8 +18,16 @@ def test_the_queries_are_many_different_and_in_one_split_each():
     assert sum((queries(split) for split in SPLITS), ()) == queries()
 
 
+def test_more_queries_come_after_the_others_of_their_split():
+    assert [len(queries(split, more=True)) for split in SPLITS] == [64, 48, 56]
+    every = [_plain(query) for query in queries(more=True)]
+    assert len(every) == len(set(every)) == 168
+    for split in SPLITS:
+        assert queries(split, more=True)[: len(queries(split))] == queries(split)
+
+
 def test_the_queries_are_short_clean_and_of_many_kinds():
-    for query in queries():
+    for query in queries(more=True):
         assert query == query.strip()
         assert query[-1] in "?."
         assert query[0].isupper()
@@ -30,7 +38,7 @@ def test_the_queries_are_short_clean_and_of_many_kinds():
 
 def test_no_query_speaks_of_the_form_that_an_instruction_asks_for():
     words = ("json", "title", "german", "bullet", "one sentence", "single sentence", "capital letters", "<<")
-    assert not [query for query in queries() for word in words if word in query.lower()]
+    assert not [query for query in queries(more=True) for word in words if word in query.lower()]
 
 
 def test_an_unknown_split_is_refused():

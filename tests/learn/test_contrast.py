@@ -7,7 +7,8 @@ from tiny import LAYERS, WIDTH, direction, prompt
 
 from trimtab import LM, Site, TrimtabError
 from trimtab.engines.transformers.read import Text
-from trimtab.learn.contrast import contrast
+from trimtab.learn import contrast as module
+from trimtab.learn.contrast import contrast, contrast_many
 from trimtab.learn.moments import PairMoments
 
 
@@ -119,3 +120,66 @@ def test_activations_that_overflow_are_not_learned_from(lm: LM) -> None:
             contrast(lm, pairs(lm), [0])
     finally:
         handle.remove()
+
+
+def many_sets(lm: LM) -> dict[str, list[tuple[Text, Text]]]:
+    """Three sets over the same eight queries, the last over half of them, and one with its own negatives."""
+    sets: dict[str, list[tuple[Text, Text]]] = {"a": [], "b": [], "half": []}
+    for i in range(8):
+        head = lm.encode(prompt(i, 9 + (5 * i) % 7))
+        plain = Text(head, [len(head) - 1])
+        for n, name in enumerate(sets):
+            ids = [*head, *lm.encode(prompt(50 + n, 2 + n))]
+            if name != "half" or i % 2:
+                sets[name].append((Text(ids, [len(ids) - 1]), plain))
+    sets["own"] = pairs(lm, 5)
+    return sets
+
+
+def test_many_at_once_equal_each_alone(lm: LM) -> None:
+    sets = many_sets(lm)
+    for budget in (1, 60, 4096):
+        found = contrast_many(lm, sets, [0, 2], tokens_per_batch=budget)
+        for name, texts in sets.items():
+            alone = contrast(lm, texts, [0, 2])
+            for layer in (0, 2):
+                mine, theirs = found[name][layer], alone[layer]
+                assert mine.count == theirs.count == len(texts)
+                assert torch.allclose(mine.difference, theirs.difference, atol=1e-5, rtol=1e-5)
+                assert mine.target() == pytest.approx(theirs.target(), rel=1e-4, abs=1e-4)
+                assert mine.agreement == pytest.approx(theirs.agreement, abs=1e-5)
+
+
+def test_many_read_each_text_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Text] = []
+    original = module.read_groups
+
+    def counted(layout, groups, sites, **options):
+        read.extend(text for group in groups for text in group)
+        return original(layout, groups, sites, **options)
+
+    monkeypatch.setattr(module, "read_groups", counted)
+    sets = many_sets(lm)
+    contrast_many(lm, {**sets, "again": sets["a"]}, [1])
+    keys = [tuple(text.ids) for text in read]
+    assert len(keys) == len(set(keys)) == len({tuple(t.ids) for texts in sets.values() for pair in texts for t in pair})
+
+
+def test_many_count_pairs_and_name_the_empty(lm: LM) -> None:
+    seen: list[tuple[int, int]] = []
+    contrast_many(lm, many_sets(lm), [0], tokens_per_batch=30, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (25, 25)
+    assert len(seen) > 2
+    with pytest.raises(TrimtabError, match="no pairs to learn 'b' from"):
+        contrast_many(lm, {"a": pairs(lm), "b": []}, [0])
+    with pytest.raises(TrimtabError, match="no pairs"):
+        contrast_many(lm, {}, [0])
+    with pytest.raises(TrimtabError, match="no layer"):
+        contrast_many(lm, {"a": pairs(lm)}, [])
+
+
+def test_sides_that_do_not_differ_have_no_direction() -> None:
+    moments = PairMoments(WIDTH)
+    moments.add(torch.ones(3, WIDTH), torch.ones(3, WIDTH))
+    with pytest.raises(TrimtabError, match="don't differ"):
+        moments.target()

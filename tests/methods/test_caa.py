@@ -14,8 +14,6 @@ from trimtab.methods.instruct import learn_instruct
 from trimtab.text.letters import answer_ids, letter_of
 from trimtab.text.pairs import Pair
 
-QUESTIONS = ["w5 w6 w7", "w8 w9", "w10 w11 w12 w13"]
-
 
 def letters_tokenizer(merges: bool) -> PreTrainedTokenizerFast:
     """Characters as tokens; with `merges`, `(A` and `(B` are one, as after a newline in Qwen2.5."""
@@ -94,16 +92,6 @@ def test_swapped_pairs_negate(lm: LM) -> None:
     swapped = [Pair(p.negative, p.positive, p.prompt, p.shape) for p in PAIRS]
     mine, theirs = learn_caa(lm, PAIRS, 2).edits[0].operation, learn_caa(lm, swapped, 2).edits[0].operation
     assert mine.direction == pytest.approx(-theirs.direction.numpy(), abs=1e-6)
-
-
-def test_instruct_reads_the_last_prompt_token() -> None:
-    lm = tiny.tiny("llama")
-    pairs = [Pair(f"{q} w70", q, "", "prompts") for q in QUESTIONS]
-    steering = learn_instruct(lm, pairs, 1)
-    expected = torch.stack(
-        [_read(lm, lm.encode(p.positive), 1) - _read(lm, lm.encode(p.negative), 1) for p in pairs]
-    ).mean(0)
-    assert steering.edits[0].operation.direction == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_bad_input(lm: LM) -> None:

@@ -149,7 +149,7 @@ def try_setting(
     pairs = instruction_pairs(learn, instruction.learn)
     asked = prompts(test, instruction.test)
     steps = _Steps(progress, [2 * len(pairs), MAX_NEW_TOKENS * len(asked), MAX_NEW_TOKENS * len(asked)])
-    steering = learn_instruct(lm, pairs, layers=[layer], progress=steps.part(0)) * setting.strength
+    steering = learn_instruct(lm, pairs, layers=[layer], operation="add", progress=steps.part(0)) * setting.strength
     unsteered = _answers(lm, asked, None, steps.part(1))
     steered = _answers(lm, asked, steering, steps.part(2))
     before = tuple(_judged(setting.name, query, answer) for query, answer in zip(test, unsteered, strict=True))

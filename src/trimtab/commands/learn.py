@@ -1,7 +1,8 @@
-"""`trimtab learn`: a steering from pairs of texts."""
+"""`trimtab learn`: a steering from pairs of texts, or from an instruction."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,15 +25,72 @@ from trimtab.files.target import check_target
 from trimtab.text.pairs import read_pairs
 
 if TYPE_CHECKING:
+    from trimtab.commands.instructions import Lesson
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
     from trimtab.report.pushes import Push
+    from trimtab.steering import Positions, Steering
+
+SOURCE = "What to learn from"
+OPERATIONS = ("project", "add", "unit")
 
 
 def learn(
     method: Annotated[
         str, typer.Argument(help="caa or instruct; `trimtab methods` tells them apart.", show_default=False)
     ],
-    pairs: Annotated[Path, typer.Option(help="A .jsonl, .json or .csv file of pairs.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(help="The .safetensors file to write; with --all, the folder for the files.", show_default=False),
+    ],
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="A .jsonl, .json or .csv file of pairs.", show_default=False, rich_help_panel=SOURCE),
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            help="A sentence: pairs are made of it and of queries that come along. If its type is recognised, other"
+            " phrasings of it are learned from too.",
+            metavar="SENTENCE",
+            show_default=False,
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Every type of instruction that IFEval has, in one pass over the model; one file each.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = False,
+    word: Annotated[
+        str | None,
+        typer.Option(help="A word to get into answers.", show_default=False, rich_help_panel=SOURCE),
+    ] = None,
+    exclude: Annotated[
+        bool, typer.Option("--exclude", help="With --word: keep it out instead.", rich_help_panel=SOURCE)
+    ] = False,
+    length: Annotated[
+        str | None,
+        typer.Option(
+            help="Answers that are concise, or verbose.",
+            metavar="concise|verbose",
+            show_default=False,
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--queries",
+            min=1,
+            help="Learn from at most so many of the queries that come along.",
+            show_default=False,
+            rich_help_panel=SOURCE,
+        ),
+    ] = None,
     layers: Annotated[
         str | None,
         typer.Option(
@@ -40,6 +98,28 @@ def learn(
             show_default=False,
         ),
     ] = None,
+    operation: Annotated[
+        str | None,
+        typer.Option(
+            help="For instruct: project (move the projection to where the instruction puts it), add (the mean"
+            " difference) or unit (the unit direction: the strength is the weight). Without it: add for words and"
+            " lengths, else project.",
+            metavar="project|add|unit",
+            show_default=False,
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="For instruct, at which tokens to steer, as `trimtab generate --positions` has them. Without it:"
+            " all-but-first; for --pairs with add, from-last-prompt-token.",
+            metavar="RULE",
+            show_default=False,
+        ),
+    ] = None,
+    one_sided: Annotated[
+        bool, typer.Option("--one-sided", help="With project: only ever raise the projection, never lower it.")
+    ] = False,
     strength: Annotated[float, typer.Option(help="Multiply the steering by this before it is saved.")] = 1.0,
     model: ModelOption = None,
     device: DeviceOption = None,
@@ -48,12 +128,20 @@ def learn(
     layers_path: LayersPathOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Learn a steering from contrastive pairs and save it to a file.
+    """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
 
-    [bold]  trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
+    [bold]  trimtab learn instruct --instruction "Answer in all lowercase letters." \\
+        --out lower.safetensors
+      trimtab learn instruct --all --layers 18 --out instructions/
+      trimtab learn instruct --word harbour --exclude --out dry.safetensors
+      trimtab learn instruct --length concise --out short.safetensors
+      trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
       trimtab learn caa --pairs rude.csv --layers 12 --out rude.safetensors
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
+
+    --instruction says which type of instruction it took the sentence for. The
+    queries that it is put after come with trimtab, as do its other phrasings.
 
     Pairs come as JSONL (one object a line), JSON (a list of objects) or CSV
     (with a header line). Each pair has the keys of one of these shapes:
@@ -80,29 +168,170 @@ def learn(
 
     Nothing is written until all is learned; an existing file is replaced.
     """
-    check_target(out, ".safetensors")
-    read = read_pairs(pairs)
+    sources = {"--pairs": pairs, "--instruction": instruction, "--all": every, "--word": word, "--length": length}
+    source = _the_one(method, {name: value for name, value in sources.items() if value not in (None, False)})
+    if method != "instruct" and (operation is not None or positions is not None or one_sided):
+        raise TrimtabError(f"--operation, --positions and --one-sided are for instruct, not for {method}")
+    if exclude and word is None:
+        raise TrimtabError("--exclude keeps a word out; say which with --word")
+    if limit is not None and pairs is not None:
+        raise TrimtabError("--queries is about the queries that come along, and --pairs brings its own")
+    if not every:
+        check_target(out, ".safetensors")
+    read = read_pairs(pairs) if pairs is not None else []
     recipe = recipe_for(method, read, str(pairs))
     wanted = parse_layers(layers)
 
-    from trimtab.files.steering_file import save_steering
-    from trimtab.report.pushes import pushes
+    from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
+    from trimtab.steering.positions import Positions
     from trimtab.steering.steering import check_strength
 
     check_strength(strength)
-    function = recipe.load()
+    rule = None if positions is None else Positions.parse(positions)
+    _check_operation(operation, one_sided)
+    if one_sided and (word is not None or length is not None):
+        raise TrimtabError("--one-sided is for projections; words and lengths are steered by a fixed weight")
+    lessons = [lesson_of(instruction, base_queries(limit))] if instruction is not None else []
+    lessons = every_lesson(base_queries(limit)) if every else lessons
+    if every:
+        _check_folder(out, [lesson.name for lesson in lessons])
+    if one_sided and not every and any((operation or lesson.operation) != "project" for lesson in lessons):
+        raise TrimtabError("--one-sided is for projections, and lengths and words are added; say --operation project")
+    for lesson in lessons:
+        note(lesson.remark, quiet=json or not lesson.remark)
     lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
-    chosen = list(range(lm.layout.layers)) if wanted == "all" else wanted
+    chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=json) as progress:
-        steering = strength * function(lm, read, chosen, progress=progress)
-    digest = save_steering(steering, out)
-    learned = pushes(steering)
+        steerings: dict[Path, Steering]
+        if lessons:
+            made = _taught(lm, lessons, chosen, operation, rule, one_sided, progress)
+            steerings = {out / f"{name}.safetensors" if every else out: one for name, one in made.items()}
+        elif word is not None or length is not None:
+            steerings = {out: _by_weight(lm, word, exclude, length, chosen, operation, rule, limit, progress)}
+        else:
+            given: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
+            given |= {} if operation is None else {"operation": operation}
+            steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
+    _save(
+        out, {path: strength * one for path, one in steerings.items()}, method, source, lm.name, model, strength, json
+    )
+
+
+def _the_one(method: str, given: dict[str, Any]) -> str:
+    """The name of the one source that was given. Raises for none, for several, and for one that the method hasn't."""
+    if not given:
+        raise typer.BadParameter("nothing to learn from: give --pairs FILE, or for instruct --instruction SENTENCE")
+    if len(given) > 1:
+        raise TrimtabError(f"{' and '.join(given)} are different things to learn from; give one of them")
+    (source,) = given
+    if method == "caa" and source != "--pairs":
+        raise TrimtabError(f"{source} is for instruct; caa learns from --pairs")
+    return source
+
+
+def _check_operation(operation: str | None, one_sided: bool) -> None:
+    if operation not in (None, *OPERATIONS):
+        raise TrimtabError(f"--operation {operation!r} is not known; operations: {', '.join(OPERATIONS)}")
+    if one_sided and operation in ("add", "unit"):
+        raise TrimtabError(f"--one-sided is for projections, and {operation} adds; use --operation project")
+
+
+def _check_folder(out: Path, names: Sequence[str]) -> None:
+    """Raises `TrimtabError` when the files can't be written into this folder, or it can't be made."""
+    if out.suffix == ".safetensors" or (out.exists() and not out.is_dir()):
+        raise TrimtabError(f"--all writes one file a type of instruction; {out} is no folder")
+    if out.is_dir():
+        for name in names:
+            check_target(out / f"{name}.safetensors", ".safetensors")
+    else:
+        check_target(out.with_suffix(".safetensors"), ".safetensors")
+
+
+def _taught(
+    lm: LM,
+    lessons: Sequence[Lesson],
+    layers: list[int] | None,
+    operation: str | None,
+    positions: Positions | None,
+    one_sided: bool,
+    progress: Progress | None,
+) -> dict[str, Steering]:
+    """The lessons' steerings, all learned in one pass."""
+    from trimtab.methods.instruct import instruct_card, learn_many, steering_from
+
+    moments = learn_many(lm, {lesson.name: lesson.pairs for lesson in lessons}, layers, progress=progress)
+    return {
+        lesson.name: steering_from(
+            moments[lesson.name],
+            operation=operation or lesson.operation,
+            positions=positions or lesson.positions,
+            one_sided=one_sided and (operation or lesson.operation) == "project",
+            card=instruct_card(lm, lesson.pairs, moments[lesson.name], lesson.options),
+        )
+        for lesson in lessons
+    }
+
+
+def _by_weight(
+    lm: LM,
+    word: str | None,
+    exclude: bool,
+    length: str | None,
+    layers: list[int] | None,
+    operation: str | None,
+    positions: Positions | None,
+    limit: int | None,
+    progress: Progress | None,
+) -> Steering:
+    from trimtab.commands.instructions import base_queries
+    from trimtab.methods.words import learn_length, learn_word
+
+    if operation == "project":
+        raise TrimtabError("words and lengths are steered by a fixed weight; use --operation add or unit")
+    given: dict[str, Any] = {
+        "weight": 1.0 if operation == "unit" else None,
+        "base": None if limit is None else base_queries(limit),
+        "positions": positions,
+        "progress": progress,
+    }
+    if word is not None:
+        return learn_word(lm, word, layers, exclude=exclude, **given)
+    assert length is not None
+    return learn_length(lm, length, layers, **given)
+
+
+def _save(
+    out: Path,
+    steerings: dict[Path, Steering],
+    method: str,
+    source: str,
+    model: str,
+    asked: str | None,
+    strength: float,
+    json: bool,
+) -> None:
+    """Write the files, now that all is learned, and say what they are."""
+    from trimtab.files.steering_file import save_steering
+    from trimtab.report.pushes import pushes
+
+    if source == "--all":
+        out.mkdir(exist_ok=True)
+    documents = []
+    for path, steering in steerings.items():
+        digest, found = save_steering(steering, path), pushes(steering)
+        count = int(steering.card.measured["pairs"])
+        documents.append(_document(path, digest, method, model, count, strength, found, steering))
+        if not json and source != "--all":
+            show(f"{method} on {model}, from {count} pairs", _table(found), f"saved {path}")
     if json:
-        write_json(_document(out, digest, method, lm.name, len(read), strength, learned))
+        write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])
         return
-    show(f"{method} on {lm.name}, from {len(read)} pairs", _table(learned), f"saved {out}")
+    if source == "--all":
+        show(_overview(documents), f"saved {len(documents)} files in {out}")
+    shown = documents[0]["file"] if source == "--all" else out
     note(
-        f'try: trimtab generate {f"--model {model} " if model else ""}--steer {out} --prompt "…" --compare', quiet=json
+        f'try: trimtab generate {f"--model {asked} " if asked else ""}--steer {shown} --prompt "…" --compare',
+        quiet=False,
     )
 
 
@@ -117,8 +346,17 @@ def parse_layers(text: str | None) -> list[int] | str | None:
 
 
 def _document(
-    out: Path, digest: str, method: str, model: str, pairs: int, strength: float, learned: list[Push]
+    out: Path,
+    digest: str,
+    method: str,
+    model: str,
+    pairs: int,
+    strength: float,
+    learned: list[Push],
+    steering: Steering,
 ) -> dict[str, Any]:
+    options = steering.card.options
+    about = {name: options[name] for name in ("operation", "type", "instruction", "values") if name in options}
     return {
         "file": str(out),
         "digest": digest,
@@ -126,6 +364,7 @@ def _document(
         "model": model,
         "pairs": pairs,
         "strength": strength,
+        **about,
         "layers": [
             {
                 "layer": push.layer,
@@ -136,6 +375,22 @@ def _document(
             for push in learned
         ],
     }
+
+
+def _overview(documents: list[dict[str, Any]]) -> Table:
+    """One line a file: its name, what it does, and at its first layer the push and the agreement."""
+    table = Table("file", "does", "of the activation's norm", "agreement", box=None, header_style="dim")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for one in documents:
+        first = one["layers"][0]
+        table.add_row(
+            Path(one["file"]).name,
+            one["operation"],
+            f"{first['norm'] / first['activation_norm']:.0%}",
+            f"{first['agreement']:.2f}",
+        )
+    return table
 
 
 def _table(learned: list[Push]) -> Table:

@@ -49,17 +49,18 @@ RECIPES = {
         shapes=("prompts", "texts"),
         data="prompt + prompt_without_instruction; or positive + negative, both prompts",
         reads="the last prompt token",
-        acts="adds at one block (default: 0.6 of the depth), from the last prompt token on",
+        acts="moves the projection at one block (default: 0.6 of the depth) to where the instruction puts it, at every"
+        " token but the first; or adds",
         function="trimtab.methods.instruct:learn_instruct",
     ),
 }
 
 
 def recipe_for(name: str, pairs: Sequence[Pair], source: str) -> Recipe:
-    """The method of that name. Raises `TrimtabError` when there is none or it can't learn from such pairs."""
+    """The method of that name. Raises `TrimtabError` when there is none or it can't learn from such pairs, if any."""
     if name not in RECIPES:
         raise TrimtabError(f"there is no method {name!r}; methods: {', '.join(RECIPES)}")
-    shape = pairs[0].shape
+    shape = pairs[0].shape if pairs else RECIPES[name].shapes[0]
     if shape not in RECIPES[name].shapes:
         able = [other for other, recipe in RECIPES.items() if shape in recipe.shapes]
         raise TrimtabError(

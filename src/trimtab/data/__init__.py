@@ -1,19 +1,43 @@
 """Small data sets that come with the package, written for it: base queries, and instructions to put after them.
 
 The queries are plain requests of many kinds (questions, how-tos, short writing tasks, lists, explanations) that
-say nothing about the form of the answer. The instructions say just that, each in several phrasings.
+say nothing about the form of the answer. The instructions say just that, each in several phrasings: `instructions`
+are the few that the demo measures, `instruction_types` the 25 types of IFEval.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
-from typing import Any
 
+from trimtab.data.read import read_json
+from trimtab.data.recognise import Recognised, recognise
+from trimtab.data.types import (
+    COMMON_LANGUAGES,
+    LANGUAGES,
+    InstructionType,
+    instruction_type,
+    instruction_types,
+    length_phrasings,
+)
 from trimtab.text.pairs import Pair
+
+__all__ = [
+    "COMMON_LANGUAGES",
+    "LANGUAGES",
+    "SPLITS",
+    "Instruction",
+    "InstructionType",
+    "Recognised",
+    "instruction_pairs",
+    "instruction_type",
+    "instruction_types",
+    "instructions",
+    "length_phrasings",
+    "prompts",
+    "queries",
+    "recognise",
+]
 
 SPLITS = ("learn", "tune", "test")
 
@@ -27,18 +51,21 @@ class Instruction:
     test: tuple[str, ...]
 
 
-def queries(split: str | None = None) -> tuple[str, ...]:
+def queries(split: str | None = None, *, more: bool = False) -> tuple[str, ...]:
     """The base queries of one of `SPLITS`, or all of them; no query is in two splits.
 
-    Raises `KeyError` for any other split.
+    There are 112, and with `more` half as many again after those of each split. Raises `KeyError` for any other split.
     """
-    stored = _read("queries.json")
-    return tuple(query for name in (SPLITS if split is None else (split,)) for query in stored[name])
+    stored = read_json("queries.json")
+    found: list[str] = []
+    for name in SPLITS if split is None else (split,):
+        found += stored[name] + (stored["more"][name] if more else [])
+    return tuple(found)
 
 
 def instructions() -> dict[str, Instruction]:
     """The instructions by name."""
-    stored = _read("instructions.json")
+    stored = read_json("instructions.json")
     return {name: Instruction(name, tuple(one["learn"]), tuple(one["test"])) for name, one in stored.items()}
 
 
@@ -51,8 +78,3 @@ def instruction_pairs(base: Sequence[str], phrasings: Sequence[str]) -> list[Pai
     """Pairs of prompts with and without the instruction, as `learn_instruct` takes them."""
     with_it = prompts(base, phrasings)
     return [Pair(positive, negative, shape="prompts") for positive, negative in zip(with_it, base, strict=True)]
-
-
-@cache
-def _read(name: str) -> Any:
-    return json.loads(files(__name__).joinpath(name).read_text(encoding="utf-8"))

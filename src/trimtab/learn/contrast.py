@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from trimtab.engines.transformers.read import TOKENS_PER_BATCH, Text, read_groups
 from trimtab.errors import TrimtabError
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 Progress = Callable[[int, int], None]
+TextPair = tuple[Text, Text]
 
 
 def contrast(
     lm: LM,
-    pairs: Sequence[tuple[Text, Text]],
+    pairs: Sequence[TextPair],
     layers: Sequence[int],
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -44,15 +46,87 @@ def contrast(
     for batch in read_groups(lm.layout, pairs, sites, tokens_per_batch=tokens_per_batch):
         for site in sites:
             values = torch.stack([torch.cat(group) for group in batch.values[site]])  # [pairs, 2, width]
-            if not torch.isfinite(values).all():
-                raise TrimtabError(
-                    f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
-                )
+            values = _finite(values, site)
             moments[site.layer].add(values[:, 0], values[:, 1])
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(pairs))
     return moments
+
+
+def contrast_many(
+    lm: LM,
+    sets: Mapping[str, Sequence[TextPair]],
+    layers: Sequence[int],
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: Progress | None = None,
+) -> dict[str, dict[int, PairMoments]]:
+    """The moments of many sets of (positive, negative) texts, by the set's name and the layer, in one pass.
+
+    Every text is read once, whatever number of pairs it is in: a negative that all sets share, with all its
+    positives, is one group, whose common beginning runs once. `progress(done, total)` counts pairs.
+
+    Raises `TrimtabError` as `contrast` does, naming the set that has no pairs.
+    """
+    for name, pairs in sets.items():
+        if not pairs:
+            raise TrimtabError(f"there are no pairs to learn {name!r} from")
+    if not sets:
+        raise TrimtabError("there are no pairs to learn from")
+    if not layers:
+        raise TrimtabError("no layer is named")
+    groups, uses = _grouped(sets)
+    # read_groups counts a group of texts with one beginning as one row, which is right for about two of them
+    budget = max(1, 2 * tokens_per_batch // max(len(group) for group in groups))
+    sites = [Site(layer) for layer in layers]
+    moments = {name: {layer: PairMoments(lm.layout.width) for layer in layers} for name in sets}
+    done, total = 0, sum(len(pairs) for pairs in sets.values())
+    for batch in read_groups(lm.layout, groups, sites, tokens_per_batch=budget):
+        places: dict[str, list[tuple[int, int]]] = {}
+        for row, g in enumerate(batch.groups):
+            for name, member in uses[g]:
+                places.setdefault(name, []).append((row, member))
+        for site in sites:
+            values = torch.stack([torch.cat(group) for group in batch.values[site]])  # [groups, members, width]
+            values = _finite(values, site).to("cpu", torch.float64)
+            for name, where in places.items():
+                rows, members = torch.tensor(where).T
+                moments[name][site.layer].add(values[rows, members], values[rows, 0])
+        done += sum(len(where) for where in places.values())
+        if progress is not None:
+            progress(done, total)
+    return moments
+
+
+def _grouped(sets: Mapping[str, Sequence[TextPair]]) -> tuple[list[list[Text]], list[list[tuple[str, int]]]]:
+    """Groups of a negative and all its positives; and for each, which set pairs which member with the negative."""
+    groups: list[list[Text]] = []
+    uses: list[list[tuple[str, int]]] = []
+    known: dict[tuple, int] = {}
+    members: list[dict[tuple, int]] = []
+    for name, pairs in sets.items():
+        for positive, negative in pairs:
+            g = known.setdefault(_key(negative), len(groups))
+            if g == len(groups):
+                groups.append([negative])
+                uses.append([])
+                members.append({})
+            m = members[g].setdefault(_key(positive), len(groups[g]))
+            if m == len(groups[g]):
+                groups[g].append(positive)
+            uses[g].append((name, m))
+    return groups, uses
+
+
+def _key(text: Text) -> tuple:
+    return tuple(text.ids), tuple(text.positions)
+
+
+def _finite(values: Tensor, site: Site) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise TrimtabError(f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16")
+    return values
 
 
 def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:
@@ -67,7 +141,7 @@ def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> 
 
 
 def learned_card(
-    lm: LM, method: str, pairs: Sequence[Pair], moments: dict[int, PairMoments], options: dict[str, Any]
+    lm: LM, method: str, pairs: Sequence[Pair], moments: Mapping[int, PairMoments], options: dict[str, Any]
 ) -> Card:
     """The card of a steering learned from pairs; everything in it is repeatable, so there is no date."""
     measured = {

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.errors import TrimtabError
+
 
 @dataclass
 class PairMoments:
@@ -49,6 +51,15 @@ class PairMoments:
         """The mean norm of the activations, in units of the residual stream."""
         return float(self.norms) / self.count
 
+    @property
+    def direction(self) -> Tensor:
+        """The unit mean difference: `[width]`. Raises `TrimtabError` where the two sides don't differ."""
+        difference = self.difference
+        norm = float(difference.norm())
+        if not norm > 0:
+            raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
+        return difference / norm
+
     def target(self) -> float:
         """The positives' mean projection on the unit mean difference (Stolfo et al., section 3.2)."""
-        return float(self.positive @ self.difference) / (self.count * float(self.difference.norm()))
+        return float(self.positive @ self.direction) / self.count

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.steering import Add, Steering
+from trimtab.steering import Add, SetProjection, Steering
 
 
 @dataclass(frozen=True)
 class Push:
-    """One edit. `norm` is its direction's, times the strength where the operation adds.
+    """One edit. `norm` is its direction's, times the strength where the operation adds; where it sets a projection,
+    the mean shift that the instruction itself makes there, times the strength, if the card has it.
 
     `activation_norm` is the mean norm of the activations it was learned from, `agreement` the mean cosine of the
     pairs' differences to their mean: both `None` where the card doesn't say.
@@ -31,10 +32,13 @@ def pushes(steering: Steering) -> list[Push]:
     """One `Push` an edit, in the edits' order. A sum's edits have no measurements: several cards could be theirs."""
     found = []
     for edit in steering.edits:
-        adds = isinstance(edit.operation, Add)
-        norm = float(edit.operation.direction.double().norm()) * (abs(edit.strength) if adds else 1.0)
         layer = edit.site.layer
         measured = steering.card.measured
+        adds = isinstance(edit.operation, Add)
+        norm = float(edit.operation.direction.double().norm()) * (abs(edit.strength) if adds else 1.0)
+        shift = _at(measured.get("shift"), layer)
+        if isinstance(edit.operation, SetProjection) and shift is not None:
+            norm = shift * abs(edit.strength)
         found.append(
             Push(layer, norm, _at(measured.get("activation_norm"), layer), _at(measured.get("agreement"), layer))
         )

@@ -1,0 +1,103 @@
+"""What `trimtab learn instruct` learns from when it isn't a file of pairs: a sentence, or every type of instruction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.data import (
+    COMMON_LANGUAGES,
+    InstructionType,
+    Recognised,
+    instruction_pairs,
+    instruction_types,
+    queries,
+    recognise,
+)
+from trimtab.errors import TrimtabError
+from trimtab.steering.positions import NAMED, Positions
+from trimtab.text.pairs import Pair
+
+LANGUAGE = "language:response_language"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Pairs to learn an instruction from; the operation that suits it, and where; what its card should say."""
+
+    name: str
+    pairs: tuple[Pair, ...]
+    operation: str
+    positions: Positions
+    options: dict[str, Any]
+    remark: str = ""
+
+
+def lesson_of(sentence: str, base: Sequence[str]) -> Lesson:
+    """A lesson on one instruction, in the user's words and, if its type is recognised, in other phrasings of it.
+
+    Raises `TrimtabError` for an empty sentence.
+    """
+    sentence = " ".join(sentence.split())
+    if not sentence:
+        raise TrimtabError('--instruction is empty; write a sentence: --instruction "Answer in all lowercase letters."')
+    found = recognise(sentence)
+    phrasings = (sentence, *found.type.phrasings("learn", found.values)) if found else (sentence,)
+    about = {"instruction": sentence, **({"type": found.type.name, "values": dict(found.values)} if found else {})}
+    return _lesson(found.type if found else None, "instruction", base, phrasings, about, _remark(found))
+
+
+def every_lesson(base: Sequence[str]) -> list[Lesson]:
+    """One lesson for each of IFEval's types, and for the language one for each of the common languages.
+
+    Other parameters, such as a number of bullet points, take some values in turn.
+    """
+    lessons = []
+    for name, kind in instruction_types().items():
+        each = [{"language": language} for language in COMMON_LANGUAGES] if name == LANGUAGE else [{}]
+        for values in each:
+            stem = "_".join((name.partition(":")[2], *(str(value).lower() for value in values.values())))
+            about = {"type": name, "values": values}
+            lessons.append(_lesson(kind, stem, base, kind.phrasings("learn", values), about))
+    return lessons
+
+
+def base_queries(limit: int | None) -> tuple[str, ...]:
+    """The package's queries for learning, or the first `limit` of them."""
+    return queries("learn", more=True)[:limit]
+
+
+def _lesson(
+    kind: InstructionType | None,
+    name: str,
+    base: Sequence[str],
+    phrasings: Sequence[str],
+    about: dict[str, Any],
+    remark: str = "",
+) -> Lesson:
+    different = tuple(dict.fromkeys(phrasings))
+    formats = kind is None or kind.kind == "format"
+    return Lesson(
+        name,
+        tuple(instruction_pairs(base, different)),
+        # a fixed weight for lengths and words, as in the paper: the length of the difference that was found
+        "project" if formats else "add",
+        NAMED["all-but-first"],
+        {**about, "phrasings": _digest(different), "queries": "learn"},
+        remark,
+    )
+
+
+def _remark(found: Recognised | None) -> str:
+    if found is None:
+        return "no known type of instruction: learning from the sentence alone"
+    values = ", ".join(f"{name} {value}" for name, value in found.values.items())
+    how = "" if found.exact else f", by its likeness ({found.likeness:.0%}) to a phrasing of it"
+    return f"recognised as {found.type.name}{f' ({values})' if values else ''}{how}"
+
+
+def _digest(phrasings: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(phrasings), ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""Which type of instruction a sentence is: an exact phrasing, or one that is close."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+from trimtab.data.read import read_json
+from trimtab.data.types import (
+    ALIASES,
+    LANGUAGES,
+    InstructionType,
+    Parameter,
+    Value,
+    instruction_type,
+    instruction_types,
+)
+
+LIKENESS = 0.7
+"""From this likeness to a phrasing on, a sentence is of its type: the `difflib` ratio of their words, or the share of
+words that they have in common in any order."""
+
+COUNTED = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = {word: i for i, word in enumerate(COUNTED, 1)}
+RELATIONS = {
+    "at least": "at least",
+    "no fewer than": "at least",
+    "no less than": "at least",
+    "less than": "less than",
+    "fewer than": "less than",
+}
+PATTERNS = {
+    "number": rf"\d+|{'|'.join(NUMBERS)}",
+    "relation": "|".join(RELATIONS),
+    "language": "|".join(name.lower() for name in LANGUAGES),
+    "letter": "[^\\W\\d_]",
+    "text": ".+?",
+}
+QUOTED = re.compile(r"[\"“”«»]([^\"“”«»]+)[\"“”«»]")
+MARKS = re.compile(r"P\.(?:P\.)?S\.?")
+HOLE = "_"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """The type of a sentence, the values of its parameters, and how alike the nearest phrasing is (1: the same)."""
+
+    type: InstructionType
+    values: dict[str, Value] = field(default_factory=dict)
+    likeness: float = 1.0
+
+    @property
+    def exact(self) -> bool:
+        return self.likeness == 1.0
+
+
+def recognise(sentence: str) -> Recognised | None:
+    """The type of the sentence; `None` when it is like none of the phrasings, or a parameter's value isn't in it."""
+    for name, (kind, values) in ALIASES.items():
+        if _plain(sentence) in map(_plain, read_json("instructions.json")[name]["learn"]):
+            return Recognised(instruction_type(kind), dict(values))
+    types = instruction_types().values()
+    exact = [found for kind in types if (found := _exactly(kind, sentence))]
+    if exact:
+        # "Write 3 sections" could fill a hole made for a text; the phrasing with the fewest texts is the one meant
+        return min(exact, key=lambda one: sum(p.kind == "text" for p in one.type.parameters))
+    near = sorted(
+        ((_likeness(sentence, template), kind.name, kind) for kind in types for template in kind.learn + kind.test),
+        key=lambda one: (-one[0], one[1]),
+    )
+    likeness, _, nearest = near[0]
+    values = _values(nearest, sentence)
+    if likeness < LIKENESS or len(values) < len(nearest.parameters):
+        return None
+    return Recognised(nearest, values, min(likeness, 0.999))
+
+
+def _exactly(kind: InstructionType, sentence: str) -> Recognised | None:
+    by_name = {p.name: p for p in kind.parameters}
+    for template in kind.learn + kind.test:
+        if match := re.fullmatch(_pattern(template, by_name), _plain(sentence), re.IGNORECASE):
+            return Recognised(kind, {name: _value(by_name[name], text) for name, text in match.groupdict().items()})
+    return None
+
+
+def _pattern(template: str, by_name: dict[str, Parameter]) -> str:
+    pieces, seen = [], set()
+    for literal, name in _pieces(template):
+        pieces.append(re.escape(literal).replace('"', '["“”]?'))
+        if name and name in seen:
+            pieces.append(f"(?P={name})")
+        elif name:
+            seen.add(name)
+            pieces.append(f"(?P<{name}>{PATTERNS[by_name[name].kind]})")
+    return "".join(pieces)
+
+
+def _pieces(template: str) -> Iterator[tuple[str, str | None]]:
+    """The template's literal stretches, each with the name of the hole after it."""
+    parts = re.split(r"\{(\w+)\}", _plain(template))
+    for i in range(0, len(parts), 2):
+        yield parts[i], parts[i + 1] if i + 1 < len(parts) else None
+
+
+def _plain(text: str) -> str:
+    """Without a full stop at the end, runs of spaces, and the case of a first letter."""
+    text = " ".join(text.split())
+    return text if MARKS.search(text[-6:]) else text.rstrip(".!")
+
+
+def _value(parameter: Parameter, text: str) -> Value:
+    text = text.strip()
+    if parameter.kind == "number":
+        return NUMBERS[text.lower()] if text.lower() in NUMBERS else int(text)
+    if parameter.kind == "relation":
+        return RELATIONS[text.lower()]
+    if parameter.kind == "language":
+        return next(name for name in LANGUAGES if name.lower() == text.lower())
+    return text.strip('"“”«»')
+
+
+def _likeness(sentence: str, template: str) -> float:
+    mine, theirs = _words(sentence), _words(re.sub(r"\{\w+\}", HOLE, template))
+    in_order = SequenceMatcher(None, mine, theirs, autojunk=False).ratio()
+    common = sum((Counter(mine) & Counter(theirs)).values())
+    return max(in_order, 2 * common / max(1, len(mine) + len(theirs)))
+
+
+def _words(text: str) -> list[str]:
+    """The words, with a hole for each number, relation, language and quotation."""
+    text = QUOTED.sub(HOLE, text)
+    for kind in ("relation", "number", "language"):
+        text = re.sub(rf"\b(?:{PATTERNS[kind]})\b", HOLE, text, flags=re.IGNORECASE)
+    return re.findall(r"\w+|[<>*#]+", text.lower())
+
+
+def _values(kind: InstructionType, sentence: str) -> dict[str, Value]:
+    """The values of the type's parameters, as far as the sentence has something that they could be, in its order."""
+    found: dict[str, list[str]] = {
+        name: [m[0] for m in re.finditer(rf"\b(?:{PATTERNS[name]})\b", QUOTED.sub(HOLE, sentence), re.IGNORECASE)]
+        for name in ("number", "relation", "language")
+    }
+    found["text"] = QUOTED.findall(sentence) or MARKS.findall(sentence)
+    found["letter"] = [text for text in found["text"] if len(text) == 1]
+    values: dict[str, Value] = {}
+    for parameter in kind.parameters:
+        if found[parameter.kind]:
+            values[parameter.name] = _value(parameter, found[parameter.kind].pop(0))
+    return values

@@ -1,0 +1,171 @@
+"""The 25 types of instructions that IFEval checks (Zhou et al., arXiv 2311.07911), each in phrasings written for this
+package: some to learn from, others to test with.
+
+A type may have parameters, such as a number of bullet points; `values` gives each a value. A phrasing names them in
+braces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.data.read import read_json
+from trimtab.errors import TrimtabError
+
+Value = str | int
+Values = Mapping[str, Value]
+
+KINDS = ("format", "length", "words")
+SIDES = ("learn", "test")
+
+LANGUAGES = {
+    "Arabic": "ar",
+    "Bengali": "bn",
+    "Bulgarian": "bg",
+    "Chinese": "zh-cn",
+    "Dutch": "nl",
+    "English": "en",
+    "Finnish": "fi",
+    "French": "fr",
+    "German": "de",
+    "Gujarati": "gu",
+    "Hindi": "hi",
+    "Italian": "it",
+    "Japanese": "ja",
+    "Kannada": "kn",
+    "Korean": "ko",
+    "Marathi": "mr",
+    "Nepali": "ne",
+    "Persian": "fa",
+    "Polish": "pl",
+    "Portuguese": "pt",
+    "Punjabi": "pa",
+    "Russian": "ru",
+    "Spanish": "es",
+    "Swahili": "sw",
+    "Swedish": "sv",
+    "Tamil": "ta",
+    "Telugu": "te",
+    "Thai": "th",
+    "Turkish": "tr",
+    "Ukrainian": "uk",
+    "Urdu": "ur",
+    "Vietnamese": "vi",
+}
+"""Languages by name, and the codes that language detectors give them."""
+
+COMMON_LANGUAGES = (
+    "German",
+    "French",
+    "Spanish",
+    "Italian",
+    "Portuguese",
+    "Russian",
+    "Arabic",
+    "Hindi",
+    "Chinese",
+    "Japanese",
+)
+
+ALIASES: dict[str, tuple[str, dict[str, Value]]] = {
+    "json": ("detectable_format:json_format", {}),
+    "title": ("detectable_format:title", {}),
+    "bullets": ("detectable_format:number_bullet_lists", {}),
+    "sentence": ("length_constraints:number_sentences", {"relation": "less than", "n": 2}),
+    "german": ("language:response_language", {"language": "German"}),
+    "capitals": ("change_case:english_capital", {}),
+}
+"""The short names of `instructions()`, as types and the values of their parameters."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter: what IFEval calls it, what it may be (text, number, relation, letter, language), and some values."""
+
+    name: str
+    argument: str
+    kind: str
+    values: tuple[Value, ...]
+    is_list: bool
+
+    def as_argument(self, value: Value) -> Any:
+        """The value as IFEval's checkers take it. Raises `TrimtabError` for a language that isn't known."""
+        if self.kind == "language":
+            if value not in LANGUAGES:
+                raise TrimtabError(f"{value!r} is no language that is known here; known: {', '.join(LANGUAGES)}")
+            return LANGUAGES[str(value)]
+        return [value] if self.is_list else value
+
+
+@dataclass(frozen=True)
+class InstructionType:
+    """One type: IFEval's name for it, its kind (one of `KINDS`), its parameters and its phrasings."""
+
+    name: str
+    kind: str
+    parameters: tuple[Parameter, ...]
+    learn: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def phrasings(self, side: str, values: Values | None = None) -> list[str]:
+        """The phrasings of one of `SIDES`, filled in.
+
+        A parameter that isn't among `values` takes its own values in turn, so that there are as many rounds of the
+        phrasings as the longest list of values. Raises `TrimtabError` for a parameter that the type doesn't have.
+        """
+        given = dict(values or {})
+        if unknown := sorted(set(given) - {p.name for p in self.parameters}):
+            has = ", ".join(p.name for p in self.parameters) or "none"
+            raise TrimtabError(f"{self.name} has no parameter {unknown[0]!r}; parameters: {has}")
+        templates: tuple[str, ...] = {"learn": self.learn, "test": self.test}[side]
+        free = [p for p in self.parameters if p.name not in given]
+        rounds = max((len(p.values) for p in free), default=1)
+        filled = []
+        for turn in range(rounds):
+            for i, template in enumerate(templates):
+                own = {p.name: p.values[(turn + i) % len(p.values)] for p in free}
+                filled.append(template.format(**{**own, **given}))
+        return filled
+
+    def arguments(self, values: Values, query: str | None = None) -> dict[str, Any]:
+        """IFEval's arguments for these values, as its checkers take them.
+
+        Repeating the prompt is checked against the `query`. Raises `TrimtabError` for a missing value.
+        """
+        if self.name == "combination:repeat_prompt":
+            if query is None:
+                raise TrimtabError(f"{self.name} is checked against the query; give it")
+            return {"prompt_to_repeat": query}
+        if missing := [p.name for p in self.parameters if p.name not in values]:
+            raise TrimtabError(f"{self.name} needs a value for {', '.join(missing)}")
+        return {p.argument: p.as_argument(values[p.name]) for p in self.parameters}
+
+
+def instruction_types() -> dict[str, InstructionType]:
+    """The 25 types by IFEval's names."""
+    return {name: _type(name, stored) for name, stored in read_json("types.json").items()}
+
+
+def instruction_type(name: str) -> InstructionType:
+    """The type of that name (IFEval's, or one of `ALIASES`). Raises `TrimtabError` when there is none."""
+    types = instruction_types()
+    name = ALIASES[name][0] if name in ALIASES else name
+    if name not in types:
+        raise TrimtabError(f"there is no type of instructions {name!r}; types: {', '.join(types)}")
+    return types[name]
+
+
+def length_phrasings(length: str) -> Sequence[str]:
+    """Phrasings that ask for `"concise"` or `"verbose"` answers. Raises `KeyError` for anything else."""
+    phrasings: dict[str, list[str]] = read_json("lengths.json")
+    return tuple(phrasings[length])
+
+
+def _type(name: str, stored: dict[str, Any]) -> InstructionType:
+    parameters = tuple(
+        Parameter(key, one["argument"], one.get("kind", "text"), tuple(one["values"]), bool(one.get("list")))
+        for key, one in stored["parameters"].items()
+    )
+    return InstructionType(name, stored["kind"], parameters, tuple(stored["learn"]), tuple(stored["test"]))
