@@ -245,6 +245,8 @@ def tune(
                 progress=progress,
                 **common,
             )
+    if len(found.table) < 2:
+        figure = None  # interrupted before anything was tried: nothing to draw
     if figure is not None:
         from trimtab.report.search import plot_search
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
@@ -51,7 +52,7 @@ def plot_search(table: Sequence[Row], path: Path, title: str, *, chosen: Setting
     axes[1][0].set_ylabel("score")
     bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.85, pad=0.02)
     bar.set_label("gain over not steering", fontsize=9)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
     write_atomically(path, data.getvalue())
