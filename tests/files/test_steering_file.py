@@ -168,6 +168,21 @@ def test_appended_bytes(saved):
     refused(saved)
 
 
+def test_headers_of_every_size_are_read(tmp_path):
+    """A header's size comes first in the file, and may look like the beginning of a pickle or of a zip."""
+    path, begins = tmp_path / "s.safetensors", set()
+    for text in (*("x" * n for n in range(0, 272, 8)), "x" * (0x4B50 - 1000), "x" * (0x4B50 - 500)):
+        made = simple(card(options={"note": text}))
+        save_steering(made, path)
+        begins.add(path.read_bytes()[:1])
+        assert load_steering(path) == made
+    assert b"\x80" in begins
+    pad = 0x4B50 - int.from_bytes(path.read_bytes()[:8], "little") + 0x4B50 - 500
+    save_steering(simple(card(options={"note": "x" * pad})), path)
+    assert path.read_bytes()[:2] == b"PK"
+    assert load_steering(path).edits == simple().edits
+
+
 class Trap:
     def __init__(self, path):
         self.path = str(path)

@@ -112,7 +112,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _metadata(path: Path, start: bytes) -> dict[str, Any]:
     """The metadata in the beginning of a safetensors file: its header's size in 8 bytes, then its header, JSON."""
-    if start[:1] == b"\x80" or start[:2] == b"PK":
+    # the first bytes alone don't tell: they are a size here, and one in 32 headers is of a size that begins with \x80
+    if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
         raise TrimtabError(f"{path} looks like a pickle, which trimtab never opens; it reads .safetensors files only")
     if len(start) < 8 or len(start) < 8 + int.from_bytes(start[:8], "little"):
         raise TrimtabError(f"{path} is no safetensors file, or it is cut short; get a fresh copy")
