@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.methods.caa import learn_caa
-    from trimtab.methods.instruct import learn_instruct
+    from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
+    from trimtab.methods.words import learn_length, learn_word
     from trimtab.steering import (
         Ablate,
         Add,
@@ -55,16 +56,22 @@ __all__ = [
     "UnsupportedError",
     "learn_caa",
     "learn_instruct",
+    "learn_length",
+    "learn_many",
+    "learn_word",
     "load",
     "read_pairs",
     "save",
+    "steering_from",
+    "steerings_from",
 ]
 
 _HOMES = {
     "trimtab.errors": ("TrimtabError", "UnsupportedError"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.methods.caa": ("learn_caa",),
-    "trimtab.methods.instruct": ("learn_instruct",),
+    "trimtab.methods.instruct": ("learn_instruct", "learn_many", "steering_from", "steerings_from"),
+    "trimtab.methods.words": ("learn_length", "learn_word"),
     "trimtab.steering": (
         "Ablate",
         "Add",
