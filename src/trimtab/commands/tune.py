@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.checkers import Check, checker_for
+from trimtab.commands.instructions import lesson_of
 from trimtab.commands.learn import parse_layers
 from trimtab.commands.model import (
     DeviceOption,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 SEARCH, COST = "Search", "Cost"
 LEARN_SHARE = 0.5
+REPEAT = "combination:repeat_prompt"  # each query has a check of its own
 SHOWN = 12
 
 
@@ -64,7 +67,7 @@ def tune(
         str | None,
         typer.Option(
             help="When an answer complies: json, title, german, bullets, sentence, capitals, or a function of"
-            " yours that takes the answer (and, by name, prompt and cut).",
+            " yours that takes the answer (and, by name, prompt and cut). A known --instruction needs none.",
             metavar="NAME|MODULE:FUNCTION",
             show_default=False,
         ),
@@ -209,7 +212,9 @@ def tune(
             if instruction is not None
             else _own(read, with_instruction, limit, seed, str(pairs))
         )
-        checker = checker_for(check or (None if type_ else _check_of(instruction)), type_, kwargs, task.queries)
+        if instruction is not None and check is None and type_ is None and kwargs is None:
+            check, type_, kwargs = _check_of(instruction)
+        checker = checker_for(check, type_, kwargs, task.queries)
 
     from trimtab.files.steering_file import save_steering
     from trimtab.tune import default_layers, grid, learn_operations, tune_letters
@@ -263,15 +268,13 @@ def tune(
 
 def _shipped(instruction: str, with_it: bool, limit: int | None) -> Task:
     """The package's queries: `learn` to learn from, `tune` to search and confirm on."""
-    from trimtab.data import instruction_pairs, prompts, queries
+    from trimtab.data import prompts, queries
 
     sentence = instruction.strip()
-    if not sentence:
-        raise TrimtabError("--instruction is empty; write the sentence that asks for it")
+    lesson = lesson_of(sentence, queries("learn"))
     base = list(queries("tune")[:limit])
     instructed = prompts(base, [sentence])
-    learned = instruction_pairs(queries("learn"), [sentence])
-    return Task(f'"{sentence}"', learned, base, instructed if with_it else base, instructed)
+    return Task(f'"{sentence}"', list(lesson.pairs), base, instructed if with_it else base, instructed)
 
 
 def _own(read: list[Pair], with_it: bool, limit: int | None, seed: int, source: str) -> Task:
@@ -302,13 +305,11 @@ def _held_pairs(read: list[Pair], task: Task) -> list[Pair]:
     return [pair for pair in read if pair.prompt in asked]
 
 
-def _check_of(instruction: str | None) -> str | None:
-    """The named check of an instruction that the package knows, so that it need not be named twice."""
-    from trimtab.data import instructions
+def _check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
+    """The check of an instruction that the package knows, to save naming it: a name, or a type and kwargs."""
+    from trimtab.data import instructions, recognise
     from trimtab.evaluate.constraints import CONSTRAINTS
 
-    if instruction is None:
-        return None
     phrasings = {
         text.lower(): name
         for name, one in instructions().items()
@@ -316,7 +317,12 @@ def _check_of(instruction: str | None) -> str | None:
         for text in (*one.learn, *one.test)
     }
     close = difflib.get_close_matches(instruction.strip().lower(), phrasings, n=1, cutoff=0.9)
-    return phrasings[close[0]] if close else None
+    if close:
+        return phrasings[close[0]], None, None
+    found = recognise(instruction)
+    if found is None or found.type.name == REPEAT:
+        return None, None, None
+    return None, found.type.name, dumps(found.type.arguments(found.values))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ class Halved(Generic[R]):
     exhausted: bool
 
 
-def ladder(candidates: int, items: int, *, first: int = 4, keep: float = 0.5) -> list[Rung]:
+def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) -> list[Rung]:
     """A schedule: all candidates on the first `first` items, then a share `keep` of them on 1/`keep` as many.
 
     Every rung costs about the same. `candidates` counts those besides "don't steer". Raises `ValueError` for
