@@ -89,6 +89,7 @@ def following(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
     tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(help="A type not to search for, and so not to steer.")] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -103,7 +104,7 @@ def following(
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
-    finish(run(model, file, mode, folder, tokens, tune_tokens, limit), json_file, check, as_markdown)
+    finish(run(model, file, mode, folder, tokens, tune_tokens, limit, skip or ()), json_file, check, as_markdown)
 
 
 @peaks.command("static")

@@ -77,9 +77,16 @@ class Choice:
 
 
 def run(
-    model: str | None, file: Path, mode: str, folder: Path, tokens: int, tune_tokens: int, limit: int | None
+    model: str | None,
+    file: Path,
+    mode: str,
+    folder: Path,
+    tokens: int,
+    tune_tokens: int,
+    limit: int | None,
+    skip: Sequence[str] = (),
 ) -> Report:
-    """Tune and evaluate, with the instruction in the prompt or `without` it."""
+    """Tune and evaluate, with the instruction in the prompt or `without` it. Types to `skip` are not steered."""
     lm = LM.load(model)
     folder.mkdir(parents=True, exist_ok=True)
     items = read_ifeval(file, limit)
@@ -92,6 +99,9 @@ def run(
         by_kind[one.kind].append(one)
     chosen = {}
     for kind in sorted(by_kind):
+        if kind in skip:
+            chosen[kind] = Choice(None, "not searched", 0, 0)
+            continue
         kept = folder / f"{mode}-{kind.replace(':', '-')}.json"
         if not kept.is_file():
             _keep(kept, tune_kind(lm, by_kind[kind], moments, layers, mode, tune_tokens))
