@@ -14,6 +14,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.commands.demo import demo
+from trimtab.commands.eval import evaluations
 from trimtab.commands.generate import generate
 from trimtab.commands.inspect import inspect
 from trimtab.commands.learn import learn
@@ -68,6 +69,7 @@ def trimtab(
 app.command()(demo)
 app.command()(learn)
 app.command()(tune)
+app.add_typer(evaluations)
 app.command()(generate)
 app.command()(inspect)
 app.command()(models)
@@ -103,6 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _help_command(given: list[str]) -> str:
-    name = next((argument for argument in given if not argument.startswith("-")), "")
-    known = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    return f"trimtab {name} --help" if name in known else "trimtab --help"
+    here, words = app, ["trimtab"]
+    for name in [argument for argument in given if not argument.startswith("-")]:
+        groups = {g.typer_instance.info.name: g.typer_instance for g in here.registered_groups if g.typer_instance}
+        known = [command.name or command.callback.__name__ for command in here.registered_commands if command.callback]
+        if name not in known and name not in groups:
+            break
+        words.append(name)
+        if (below := groups.get(name)) is None:
+            break
+        here = below
+    return f"{' '.join(words)} --help"

@@ -50,16 +50,13 @@ def paired_bootstrap(
         raise ValueError("there is nothing to draw from")
     if not 0 < level < 1:
         raise ValueError(f"a level lies between 0 and 1, got {level}")
-    if groups is None:
-        sums, counts = values, np.ones(len(values))
-    else:
-        if len(groups) != len(values):
-            raise ValueError(f"{len(groups)} groups for {len(values)} items: each item of the pairs needs one")
-        numbers: dict[Hashable, int] = {}
-        member = [numbers.setdefault(group, len(numbers)) for group in groups]
-        sums, counts = np.bincount(member, values), np.bincount(member).astype(np.float64)
+    if groups is not None and len(groups) != len(values):
+        raise ValueError(f"{len(groups)} groups for {len(values)} items: each item of the pairs needs one")
+    numbers: dict[Hashable, int] = {}
+    member = [numbers.setdefault(group, len(numbers)) for group in (range(len(values)) if groups is None else groups)]
+    sums, sizes = np.bincount(member, values), np.bincount(member)
     drawn = np.random.default_rng(seed).integers(len(sums), size=(resamples, len(sums)))
-    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    means = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 

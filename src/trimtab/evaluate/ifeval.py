@@ -1,0 +1,362 @@
+"""IFEval: instructions that code can check (Zhou et al., 2311.07911), and IFBench's (2507.02833) through the same door.
+
+The checkers are those of the package `if-verifiable`, the official ones repackaged. Two things are added. A verdict
+depends on the instruction and the answer alone: what the checkers leave to chance is seeded. And an answer whose
+language can't be told doesn't follow an instruction about language, unless the official rule is asked for.
+
+Chance plays a part in two places. Where a letter is to be counted that is no letter (the prompts 1122 and 1129 ask
+for "#" and "!"), the official checker draws a random one instead; and langdetect samples the answer.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.punkt import ensure_punkt, has
+from trimtab.evaluate.records import Record, Request
+from trimtab.steering import Steering
+from trimtab.text.read import read_text
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.generate import Generation
+
+Detection = Literal["required", "official"]
+"""What an answer is worth whose language can't be told: nothing, or (the official rule) as if it were right."""
+
+HUB = "google/IFEval"
+RANDOM_LETTERS = (1122, 1129)
+"""The keys of the official prompts whose verdict hangs on a letter that the checker draws."""
+
+NEEDS_PUNKT = {"length_constraints:number_sentences", "change_case:capital_word_frequency"}
+CASES: dict[str, Callable[[str], bool]] = {
+    "language:response_language": lambda _: True,
+    "change_case:english_capital": str.isupper,
+    "change_case:english_lowercase": str.islower,
+}
+"""The types that look at the language, and what each asks besides."""
+
+TAGGER = "taggers/averaged_perceptron_tagger_eng"
+MORE_DATA = {"words:start_verb": TAGGER, "ratio:stop_words": "corpora/stopwords"}
+
+
+@dataclass(frozen=True)
+class IFEvalItem:
+    """A prompt and the instructions in it.
+
+    `item` is its own name, `key` that of the query it was made from; several items may share it. `types` and `kwargs`
+    are the instructions to be checked, one by one.
+    """
+
+    item: str
+    key: str
+    prompt: str
+    types: tuple[str, ...]
+    kwargs: tuple[Mapping[str, Any], ...]
+    prompt_without_instruction: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which instructions an answer follows: as it stands (`strict`), or after one of eight lenient edits (`loose`)."""
+
+    types: tuple[str, ...]
+    strict: tuple[bool, ...]
+    loose: tuple[bool, ...]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """`strict` and `loose` for the prompt as a whole, 1 or 0, and `strict/<number>/<type>` for each instruction."""
+        found = {"strict": float(all(self.strict)), "loose": float(all(self.loose))}
+        for number, kind in enumerate(self.types):
+            found[f"strict/{number}/{kind}"] = float(self.strict[number])
+            found[f"loose/{number}/{kind}"] = float(self.loose[number])
+        return found
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+
+def read_ifeval(path: str | Path | None = None, limit: int | None = None) -> list[IFEvalItem]:
+    """The items of a JSONL file in the official format, or of `google/IFEval` on the Hub; at most `limit` of them.
+
+    A row has `prompt`, `instruction_id_list` and `kwargs`, one for each instruction; `key`, and in paired files
+    `prompt_without_instruction`, where there are any. Whatever data the checkers of these instructions need is fetched
+    here, before anything is generated.
+
+    Raises `TrimtabError` for a file or a row that can't be read, an unknown type of instruction, arguments that don't
+    fit it, or when the package of checkers isn't installed.
+    """
+    checkers()
+    name = HUB if path is None else str(path)
+    rows = _from_hub() if path is None else _from_file(Path(path))
+    rows = rows if limit is None else rows[:limit]
+    if not rows:
+        raise TrimtabError(f"{name} has no rows; one prompt a line was expected")
+    raw = [_item(row, f"{name}:{number}", number) for number, row in rows]
+    _prepare({kind for item in raw for kind in item.types})
+    seen: Counter[str] = Counter()
+    items = []
+    for item in raw:
+        seen[item.key] += 1
+        items.append(item if seen[item.key] == 1 else replace(item, item=f"{item.key}.{seen[item.key]}"))
+    return items
+
+
+def _from_file(path: Path) -> list[tuple[int, Any]]:
+    rows = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise TrimtabError(f"{path}:{number}: not JSON: {error}") from None
+    return rows
+
+
+def _from_hub() -> list[tuple[int, Any]]:
+    from datasets import load_dataset
+
+    try:
+        return list(enumerate(load_dataset(HUB, split="train"), 1))
+    except Exception as error:  # offline, gated, moved: every layer below raises its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrimtabError(f"can't get {HUB} from the Hub: {reason}. Name a file with the same rows instead") from None
+
+
+def _item(row: Any, where: str, number: int) -> IFEvalItem:
+    if not isinstance(row, Mapping):
+        raise TrimtabError(f"{where}: an object with prompt, instruction_id_list and kwargs was expected")
+    prompt: Any = row.get("prompt")
+    types, kwargs, bare = (row.get(name) for name in ("instruction_id_list", "kwargs", "prompt_without_instruction"))
+    for name, text in (("prompt", prompt), ("prompt_without_instruction", "-" if bare is None else bare)):
+        if not isinstance(text, str) or not text.strip():
+            raise TrimtabError(f"{where}: {name} is empty or no text")
+    if not isinstance(kwargs, list) or not kwargs or not all(isinstance(one, Mapping) for one in kwargs):
+        raise TrimtabError(f"{where}: kwargs is a list with one object for each instruction")
+    if not isinstance(types, list) or len(types) != len(kwargs) or not all(isinstance(one, str) for one in types):
+        raise TrimtabError(f"{where}: instruction_id_list is a list of texts, as many as kwargs has objects")
+    given = [{name: value for name, value in one.items() if value is not None} for one in kwargs]
+    for kind, arguments in zip(types, given, strict=True):
+        try:
+            _checker(kind, arguments, prompt)
+        except TrimtabError as error:
+            raise TrimtabError(f"{where}: {error}") from None
+    key = str(row["key"]) if row.get("key") is not None else f"row {number}"
+    return IFEvalItem(key, key, prompt, tuple(types), tuple(given), bare)
+
+
+def _prepare(types: set[str]) -> None:
+    """Fetch, or ask for, what the checkers of these types read. Raises `TrimtabError` when it can't be had."""
+    official, _ = checkers()
+    if any(kind in NEEDS_PUNKT or kind not in official for kind in types):
+        ensure_punkt()
+    for kind in sorted(types & set(MORE_DATA)):
+        if not has(MORE_DATA[kind]):
+            name = MORE_DATA[kind].rpartition("/")[2]
+            raise TrimtabError(f"checking {kind} needs NLTK data; get them with `python -m nltk.downloader {name}`")
+
+
+# ---- judging -----------------------------------------------------------------------------------------------
+
+
+def judge(item: IFEvalItem, answer: str, *, detection: Detection = "required") -> Verdict:
+    """Which of the item's instructions the answer follows. An empty answer follows none.
+
+    Raises `TrimtabError` when the package of checkers, or data that they need, isn't there.
+    """
+    strict, loose = [], []
+    for kind, arguments in zip(item.types, item.kwargs, strict=True):
+        with _repeatable(kind, arguments):
+            checker = _checker(kind, arguments, item.prompt)
+            strict.append(_follows(checker, kind, answer, detection))
+            loose.append(strict[-1] or any(_follows(checker, kind, text, detection) for text in _variants(answer)))
+    return Verdict(item.types, tuple(strict), tuple(loose))
+
+
+def follows(
+    instruction_id: str,
+    kwargs: Mapping[str, Any],
+    answer: str,
+    *,
+    loose: bool = True,
+    prompt: str = "",
+    detection: Detection = "required",
+) -> bool:
+    """Whether an answer follows one instruction, as `judge` would say.
+
+    `prompt` matters to the few types of IFBench's that read it. Raises `TrimtabError` for an unknown type, or
+    arguments that don't fit it.
+    """
+    _prepare({instruction_id})
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    item = IFEvalItem("", "", prompt, (instruction_id,), (given,))
+    verdict = judge(item, answer, detection=detection)
+    return (verdict.loose if loose else verdict.strict)[0]
+
+
+def described(item: IFEvalItem) -> str:
+    """The item's instructions in the benchmark's own words, one after the other."""
+    said = []
+    for kind, arguments in zip(item.types, item.kwargs, strict=True):
+        with _repeatable(kind, arguments):
+            said.append(str(_build(_checker_class(kind)(kind), kind, arguments)).strip())
+    return " ".join(said)
+
+
+@cache
+def checkers() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The checkers' classes by type of instruction: IFEval's, and IFBench's.
+
+    Raises `TrimtabError` when the package isn't installed.
+    """
+    try:
+        import nltk
+
+        kept = nltk.download
+        nltk.download = lambda *_, **__: False  # importing IFBench's would fetch data there and then
+        try:
+            from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT as IFBENCH
+            from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT as IFEVAL
+        finally:
+            nltk.download = kept
+    except ImportError as error:
+        raise TrimtabError(
+            f"the checkers of IFEval aren't installed ({error}); get them, for Python 3.11 and later, with"
+            ' pip install "trimtab[eval]"'
+        ) from None
+    return IFEVAL, IFBENCH
+
+
+def _checker_class(kind: str) -> Any:
+    official, more = checkers()
+    if kind not in official and kind not in more:
+        alike = [name for name in (*official, *more) if name.partition(":")[0] == kind.partition(":")[0]]
+        raise TrimtabError(f"unknown type of instruction {kind!r}; known: {', '.join(alike or official)}")
+    return official.get(kind) or more[kind]
+
+
+def _checker(kind: str, arguments: Mapping[str, Any], prompt: str) -> Any:
+    """A checker for one instruction. Raises `TrimtabError` for arguments that it doesn't take, or lacks."""
+    checker = _checker_class(kind)(kind)
+    with _repeatable(kind, arguments):
+        _build(checker, kind, arguments)
+        official, _ = checkers()
+        lacking = set(checker.get_instruction_args_keys()) - set(arguments) if kind in official else set()
+        if lacking:  # the checker would draw it at random
+            raise TrimtabError(f"{kind} needs {', '.join(sorted(lacking))}")
+        if "prompt" in (checker.get_instruction_args() or {}):
+            _build(checker, kind, {"prompt": prompt})
+    return checker
+
+
+def _build(checker: Any, kind: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return checker.build_description(**arguments)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+        raise TrimtabError(f"{kind} can't take {json.dumps(dict(arguments), default=str)}: {error}") from None
+
+
+def _follows(checker: Any, kind: str, text: str, detection: Detection) -> bool:
+    if not text.strip():
+        return False
+    if kind in CASES and not _has_language(text):
+        return detection == "official" and CASES[kind](text)
+    official, _ = checkers()
+    try:
+        return bool(checker.check_following(text))
+    except Exception:
+        if kind in official:
+            raise
+        return False  # some of IFBench's index what an answer of another form doesn't have
+
+
+def _has_language(text: str) -> bool:
+    import langdetect
+
+    try:
+        langdetect.detect(text)
+    except langdetect.LangDetectException:
+        return False
+    return True
+
+
+def _variants(answer: str) -> list[str]:
+    from if_verifiable.common import get_loose_transformations
+
+    return get_loose_transformations(answer)
+
+
+@contextmanager
+def _repeatable(kind: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Chance seeded by the instruction, and as it was afterwards."""
+    from langdetect import DetectorFactory
+
+    state, seed = random.getstate(), DetectorFactory.seed
+    random.seed(json.dumps([kind, dict(arguments)], sort_keys=True, default=str))
+    DetectorFactory.seed = 0
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        DetectorFactory.seed = seed
+
+
+# ---- in an evaluation --------------------------------------------------------------------------------------
+
+
+def requests_of(
+    items: Sequence[IFEvalItem], arms: Mapping[str, Steering | None], *, without_instruction: bool = False
+) -> list[Request]:
+    """Every item in every arm. Raises `TrimtabError` for an item without the bare prompt asked for."""
+    requests = []
+    for item in items:
+        prompt = item.prompt_without_instruction if without_instruction else item.prompt
+        if prompt is None:
+            raise TrimtabError(
+                f"item {item.item} has no prompt_without_instruction; use a file of pairs, or leave the instruction in"
+            )
+        requests += [Request(arm, item.item, prompt, steering, item.key) for arm, steering in arms.items()]
+    return requests
+
+
+def repeated(items: Sequence[IFEvalItem]) -> list[IFEvalItem]:
+    """The items with their instructions said once more at the end: what words alone can do."""
+    return [replace(item, prompt=f"{item.prompt}\n\n{described(item)}") for item in items]
+
+
+def scorer(
+    items: Sequence[IFEvalItem], *, detection: Detection = "required"
+) -> Callable[[Request, Generation], dict[str, float]]:
+    """The function that `answer` scores with: `Verdict.scores` of the request's item."""
+    by_name = {item.item: item for item in items}
+    return lambda request, answer: judge(by_name[request.item], answer.text, detection=detection).scores
+
+
+def by_instruction(records: Sequence[Record]) -> list[Record]:
+    """One record for each instruction of each record, with its own `strict` and `loose`.
+
+    Means over these are the benchmark's instruction-level accuracies. Instructions of one query are a group.
+    """
+    found = []
+    for record in records:
+        for name, value in record.scores.items():
+            kind, _, rest = name.partition("/")
+            if kind == "strict" and rest:
+                scores = {"strict": value, "loose": record.scores[f"loose/{rest}"]}
+                group = record.item if record.group is None else record.group
+                found.append(replace(record, item=f"{record.item}/{rest}", scores=scores, group=group))
+    return found
+
+
+def type_of(record: Record) -> str:
+    """The type of instruction of a record that `by_instruction` made."""
+    return record.item.rpartition("/")[2]
