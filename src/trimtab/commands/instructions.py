@@ -86,7 +86,7 @@ def _lesson(
         # a fixed weight for lengths and words, as in the paper: the length of the difference that was found
         "project" if formats else "add",
         NAMED["all-but-first"],
-        {**about, "phrasings": _digest(different), "queries": "learn"},
+        {**{key: value for key, value in about.items() if value}, "phrasings": _digest(different), "queries": "learn"},
         remark,
     )
 

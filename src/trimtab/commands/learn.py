@@ -378,17 +378,19 @@ def _document(
 
 
 def _overview(documents: list[dict[str, Any]]) -> Table:
-    """One line a file: its name, what it does, and at its first layer the push and the agreement."""
-    table = Table("file", "does", "of the activation's norm", "agreement", box=None, header_style="dim")
+    """One line a file: its name, what it does, and the push and the agreement at the layer where it pushes hardest."""
+    table = Table("file", "does", "layer", "of the activation's", "agreement", box=None, header_style="dim")
     for column in table.columns[2:]:
         column.justify = "right"
     for one in documents:
-        first = one["layers"][0]
+        shares = [layer["norm"] / layer["activation_norm"] for layer in one["layers"]]
+        most = one["layers"][shares.index(max(shares))]
         table.add_row(
-            Path(one["file"]).name,
+            Path(one["file"]).stem,
             one["operation"],
-            f"{first['norm'] / first['activation_norm']:.0%}",
-            f"{first['agreement']:.2f}",
+            str(most["layer"]),
+            f"{max(shares):.0%}",
+            f"{most['agreement']:.2f}",
         )
     return table
 
