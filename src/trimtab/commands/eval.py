@@ -108,7 +108,8 @@ def ifeval(
     stands, as loose when it does after one of the lenient edits of the benchmark (a
     first or last line dropped, asterisks removed). By instruction: the share of single
     instructions followed. Intervals are 95 % bootstrap intervals, differences are paired
-    with the unsteered answers, and p is McNemar's exact test.
+    with the unsteered answers; won/lost counts the prompts that changed by the loose rule,
+    and p is McNemar's exact test on them.
 
     A file of IFEval's format has on each line
 
@@ -284,12 +285,12 @@ def _difference_table(document: Mapping[str, Any]) -> Table | None:
     arms = [arm for arm in document["arms"] if arm != document["baseline"]]
     if not arms:
         return None
-    table = _table(f"minus {document['baseline']}", "strict", "loose", "better", "worse", "p (loose)")
+    table = _table(f"minus {document['baseline']}", "strict", "loose", "won/lost", "p")
     for arm in arms:
         strict, loose = (_find(document["by_prompt"], arm, score)["difference"] for score in ("strict", "loose"))
         p = "" if loose["p"] is None else f"{loose['p']:.2g}"
         means = [_mean(one["mean"], sign=True) for one in (strict, loose)]
-        table.add_row(arm, *means, str(loose["better"]), str(loose["worse"]), p)
+        table.add_row(arm, *means, f"{loose['better']}/{loose['worse']}", p)
     return table
 
 
