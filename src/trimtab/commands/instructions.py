@@ -1,4 +1,7 @@
-"""What `trimtab learn instruct` learns from when it isn't a file of pairs: a sentence, or every type of instruction."""
+"""What `trimtab learn instruct` learns from when it isn't a file of pairs: a sentence, or every type of instruction.
+
+Nothing here imports torch.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from trimtab.data import (
     recognise,
 )
 from trimtab.errors import TrimtabError
-from trimtab.steering.positions import NAMED, Positions
 from trimtab.text.pairs import Pair
 
 LANGUAGE = "language:response_language"
@@ -26,12 +28,11 @@ LANGUAGE = "language:response_language"
 
 @dataclass(frozen=True)
 class Lesson:
-    """Pairs to learn an instruction from; the operation that suits it, and where; what its card should say."""
+    """Pairs to learn an instruction from, the operation that suits it, and what its card should say."""
 
     name: str
     pairs: tuple[Pair, ...]
     operation: str
-    positions: Positions
     options: dict[str, Any]
     remark: str = ""
 
@@ -85,7 +86,6 @@ def _lesson(
         tuple(instruction_pairs(base, different)),
         # a fixed weight for lengths and words, as in the paper: the length of the difference that was found
         "project" if formats else "add",
-        NAMED["all-but-first"],
         {**{key: value for key, value in about.items() if value}, "phrasings": _digest(different), "queries": "learn"},
         remark,
     )

@@ -258,13 +258,14 @@ def _taught(
 ) -> dict[str, Steering]:
     """The lessons' steerings, all learned in one pass."""
     from trimtab.methods.instruct import instruct_card, learn_many, steering_from
+    from trimtab.steering import Positions
 
     moments = learn_many(lm, {lesson.name: lesson.pairs for lesson in lessons}, layers, progress=progress)
     return {
         lesson.name: steering_from(
             moments[lesson.name],
             operation=operation or lesson.operation,
-            positions=positions or lesson.positions,
+            positions=positions or Positions.all_but_first(),
             one_sided=one_sided and (operation or lesson.operation) == "project",
             card=instruct_card(lm, lesson.pairs, moments[lesson.name], lesson.options),
         )
