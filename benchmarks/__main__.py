@@ -107,6 +107,40 @@ def following(
     finish(run(model, file, mode, folder, tokens, tune_tokens, limit, skip or ()), json_file, check, as_markdown)
 
 
+@app.command()
+def words(
+    folder: Annotated[Path, typer.Option(help="Where answers and choices are kept; a second start goes on there.")],
+    task: Annotated[str, typer.Option(help="include, exclude, length, or both (a letter case and a word left out).")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "with",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
+    tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Words to include or exclude, lengths, and two instructions at once, with tuned steerings against none."""
+    from benchmarks.words import WORDS, both, lengths
+    from benchmarks.words import words as one_word
+
+    if mode not in ("with", "without"):
+        raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+    if task not in (*WORDS, "length", "both"):
+        raise typer.BadParameter(f"{task!r} is none of include, exclude, length and both", param_hint="--task")
+    if task != "length" and not (data / "ifeval").is_dir():
+        Console(stderr=True).print(f"skipped: there is no {data / 'ifeval'}; name the folder of data sets with --data")
+        return
+    if task == "length":
+        report = lengths(model, mode, folder, tokens, tune_tokens)
+    elif task == "both":
+        report = both(model, data, mode, folder, tokens, limit)
+    else:
+        report = one_word(model, data, task, mode, folder, tokens, tune_tokens, limit)
+    finish(report, json_file, check, as_markdown)
+
+
 @peaks.command("static")
 def peak_static(
     case: Annotated[str, typer.Option()],

@@ -1,0 +1,154 @@
+"""Choosing a layer, an operation and a strength for a benchmark, each prompt with a direction of its own."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trimtab.engines.transformers.generate import Generation
+from trimtab.evaluate.constraints import repeated_share
+from trimtab.evaluate.fluency import Fluency, distinct_n, fluencies
+from trimtab.learn.moments import PairMoments
+from trimtab.lm import LM, DoseWarning
+from trimtab.methods.instruct import steering_from
+from trimtab.steering import Steering
+from trimtab.tune.candidates import Candidate, Setting
+from trimtab.tune.guard import STANDARD
+from trimtab.tune.halving import Rung
+from trimtab.tune.split import split_by_query
+from trimtab.tune.tune import Outcome, search
+
+SEARCH_QUERIES = 12
+HELD_OUT_QUERIES = 8
+RUNGS = (Rung(2, 6), Rung(6, 3), Rung(SEARCH_QUERIES, 1))
+DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+BATCH = 64
+
+Progress = Callable[[int, int], None]
+Moments = Mapping[int, PairMoments]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search chose: a setting, or `None` for not steering, and why."""
+
+    setting: Setting | None
+    reason: str
+    answers: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts to search on, `SEARCH_QUERIES + HELD_OUT_QUERIES` of them, each with the moments of its own instruction.
+
+    `told` are the prompts with the instruction, after which perplexities are taken; `complies(i, answer, cut)` judges.
+    """
+
+    name: str
+    prompts: Sequence[str]
+    told: Sequence[str]
+    moments: Sequence[Moments]
+    complies: Callable[[int, str, bool], bool]
+
+
+def layers_of(lm: LM) -> list[int]:
+    """The layers that are tried."""
+    return sorted({round(depth * lm.layout.layers) for depth in DEPTHS})
+
+
+def steering_of(moments: Moments, setting: Setting | None) -> Steering | None:
+    """The steering that a setting makes of these moments."""
+    if setting is None:
+        return None
+    return setting.strength * steering_from(moments, setting.layer, operation=setting.operation)
+
+
+def choose(lm: LM, task: Task, grid: Sequence[tuple[str, float]], tokens: int) -> Choice:
+    """Search all layers with each (operation, strength) of the grid."""
+    candidates, settings = [], {}
+    for operation, strength in grid:
+        for layer in layers_of(lm):
+            steering = strength * steering_from(task.moments[0], layer, operation=operation)
+            setting = Setting(layer, strength, str(steering.edits[0].positions), operation)
+            candidates.append(Candidate(setting, steering))
+            settings[steering] = setting
+
+    def trial(steerings: Sequence[Steering | None], rows: Sequence[int], progress: Progress) -> list[Outcome]:
+        own = [
+            None if one is None else steering_of(task.moments[i], settings[one])
+            for one, i in zip(steerings, rows, strict=True)
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DoseWarning)
+            answers = lm.generate(
+                [task.prompts[i] for i in rows], own, max_new_tokens=tokens, batch_size=BATCH, progress=progress
+            )
+        read = _read(lm, [task.told[i] for i in rows], answers, confirm=set(rows) <= held_out)
+        return [
+            Outcome(
+                float(task.complies(i, found.text, found.finish_reason == "length")),
+                found.applied.dose,
+                len(found.token_ids),
+                fluency,
+            )
+            for i, found, fluency in zip(rows, answers, read, strict=True)
+        ]
+
+    names = [f"{i} {prompt}" for i, prompt in enumerate(task.prompts)]
+    share = HELD_OUT_QUERIES / len(names)
+    held_out = set(split_by_query(names, held_out=share, seed=0).held_out)
+    tuned = search(
+        candidates,
+        names,
+        trial,
+        guard=STANDARD,
+        rows=BATCH,
+        rungs=RUNGS,
+        held_out=share,
+        tokens_each=tokens,
+        progress=say(task.name),
+    )
+    print(f"{task.name}: {tuned.setting}: {tuned.reason}", flush=True)
+    return Choice(tuned.setting, tuned.reason, tuned.answers, tuned.tokens)
+
+
+def _read(lm: LM, prompts: Sequence[str], answers: Sequence[Generation], *, confirm: bool) -> list[Fluency]:
+    """How the answers read; perplexities, which cost as much as the answers, only where the choice is confirmed."""
+    if confirm:
+        return fluencies(lm, prompts, answers)
+    return [
+        Fluency(
+            perplexity=math.e,
+            distinct=distinct_n(one.text),
+            repeated=repeated_share(one.text),
+            tokens=len(one.token_ids),
+            empty=not one.text.strip(),
+            cut=one.finish_reason == "length",
+        )
+        for one in answers
+    ]
+
+
+def keep(path: Path, make: Callable[[], Choice]) -> Choice:
+    """The choice in a file; if there is none yet, one is made and written."""
+    if not path.is_file():
+        choice = make()
+        path.write_text(json.dumps(asdict(choice), indent=2) + "\n")
+    return kept(path)
+
+
+def kept(path: Path) -> Choice:
+    """The choice in a file."""
+    stored = json.loads(path.read_text())
+    setting = None if stored["setting"] is None else Setting(**stored["setting"])
+    return Choice(**{**stored, "setting": setting})
+
+
+def say(what: str) -> Progress:
+    """A line that counts."""
+    return lambda done, total: print(f"\r{what}: {done}/{total}   ", end="", flush=True)

@@ -1,0 +1,118 @@
+"""Unsteered, steered and control arms over IFEval's items, and the table of what they came to."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from benchmarks.choosing import BATCH, say
+from benchmarks.harness import Report, Result, Target
+from benchmarks.machine import machine, versions
+from trimtab.evaluate.answers import answer
+from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.fluency import perplexities
+from trimtab.evaluate.ifeval import IFEvalItem, repeated, scorer
+from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
+from trimtab.evaluate.records import Record, Request
+from trimtab.lm import LM, DoseWarning
+from trimtab.steering import Steering
+from trimtab.tune.candidates import Setting
+
+
+def evaluate(
+    lm: LM, items: Sequence[IFEvalItem], steerings: Mapping[str, Steering | None], mode: str, out: Path, tokens: int
+) -> list[Record]:
+    """Every arm on every item; where a type isn't steered, its unsteered answer stands for the steered arms."""
+    twice = {item.item: item.prompt for item in repeated(items)}
+    requests = []
+    for item in items:
+        prompt = item.prompt if mode == "with" else str(item.prompt_without_instruction)
+        steering = steerings[item.item]
+        requests.append(Request("unsteered", item.item, prompt, None, item.key))
+        if steering is not None:
+            seed = int(hashlib.sha256(item.item.encode()).hexdigest()[:6], 16)
+            requests.append(Request("steered", item.item, prompt, steering, item.key))
+            requests.append(Request("random", item.item, prompt, random_like(steering, seed), item.key))
+        if mode == "with":
+            requests.append(Request("said twice", item.item, twice[item.item], None, item.key))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoseWarning)
+        found = answer(
+            lm,
+            requests,
+            score=scorer(items),
+            max_new_tokens=tokens,
+            out=out,
+            batch_size=BATCH,
+            progress=say(f"{mode} answers"),
+        )
+    plain = {record.item: record for record in found if record.arm == "unsteered"}
+    return [
+        *found,
+        *(
+            replace(plain[item.item], arm=arm)
+            for item in items
+            if steerings[item.item] is None
+            for arm in ("steered", "random")
+        ),
+    ]
+
+
+def report(
+    lm: LM,
+    benchmark: str,
+    items: Sequence[IFEvalItem],
+    records: Sequence[Record],
+    steerings: Mapping[str, Steering | None],
+    mode: str,
+    settings: Mapping[str, Setting | None],
+    target: Target | None = None,
+) -> Report:
+    """The table: accuracy (loose) of each arm, the paired gain, each type, perplexity and length."""
+    arms: dict[str, dict[str, Record]] = defaultdict(dict)
+    for record in records:
+        arms[record.arm][record.item] = record
+    prompts = {item.item: item.prompt for item in items}
+    groups = [item.key for item in items]
+    results = []
+    before = [arms["unsteered"][item.item].scores["loose"] for item in items]
+    for arm, found in arms.items():
+        case = f"{mode} instruction: {arm}"
+        listed = [found[item.item] for item in items]
+        after = [record.scores["loose"] for record in listed]
+        results.append(_interval(case, "loose accuracy", paired_bootstrap(after, groups=groups)))
+        if arm != "unsteered":
+            gain = paired_bootstrap(before, after, groups=groups)
+            results.append(_interval(case, "gain", gain, target if arm == "steered" else None))
+            results.append(Result(case, "McNemar p", mcnemar(before, after), ""))
+        results.append(Result(case, "tokens an answer", mean(r.tokens for r in listed), "tokens"))
+        perplexity = perplexities_of(lm, [prompts[r.item] for r in listed], [r.answer for r in listed])
+        results.append(Result(case, "median perplexity", median(perplexity), ""))
+    share = mean(steering is not None for steering in steerings.values())
+    results.append(Result(f"{mode} instruction", "share of prompts steered", share, ""))
+    for kind, count in Counter(item.types[0] for item in items).most_common():
+        mine = [item.item for item in items if item.types[0] == kind]
+        case = f"{mode} instruction: {kind} (n={count}; {settings.get(kind) or 'not steered'})"
+        for arm in ("unsteered", "steered", "random", *(["said twice"] if mode == "with" else [])):
+            results.append(Result(case, arm, mean(arms[arm][item].scores["loose"] for item in mine), ""))
+    return Report(benchmark, machine(), {**versions(), "model": lm.name}, tuple(results))
+
+
+def perplexities_of(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+    """Of the answers under the unsteered model, after the prompts with the instruction; empty ones left out."""
+    texts = []
+    for prompt, text in zip(prompts, answers, strict=True):
+        ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids:
+            texts.append((lm.encode(prompt), ids))
+    return perplexities(lm, texts)
+
+
+def _interval(case: str, metric: str, found: Any, target: Target | None = None) -> Result:
+    return Result(case, metric, found.estimate, "", found.low, found.high, target)
