@@ -18,6 +18,7 @@ from torch import Tensor
 from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
+from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits, effective
 from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
@@ -186,6 +187,45 @@ class LM:
         done = [answer for i in range(len(many)) for answer in answers[i]]
         _warn_of_doses(done)
         return done
+
+    def next_logprobs(
+        self,
+        choices: Sequence[Choice],
+        steering: Steering | Sequence[Steering | None] | None = None,
+        *,
+        batch_size: int = 32,
+        transfer: bool = False,
+        progress: Any = None,
+    ) -> list[NextToken]:
+        """How likely each text's candidate tokens are to come next, each text under its own steering.
+
+        Nothing is generated: a row costs one pass, and what rows of the same text have in common before anything is
+        steered runs once for all of them. Rows are sorted so that such ones meet in a batch of `batch_size`; the
+        results come in the order of `choices`. `progress(done, total)` is called after each batch.
+
+        Raises `TrimtabError` before anything runs for a steering or a text that doesn't fit.
+        """
+        steerings = _one_each(steering, len(choices))
+        for one in set(steerings) - {None}:
+            assert one is not None
+            self.check(one, transfer=transfer)
+        check_choices(self.layout, choices)
+        reach = []
+        for choice, one in zip(choices, steerings, strict=True):
+            reach.append(len(choice.ids) - first_steered(one.edits if one else (), choice))
+        order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].ids), tuple(choices[i].ids), reach[i], i))
+        found: dict[int, NextToken] = {}
+        with self._exclusive():
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
+                edits = self._decide([steerings[i] for i in chosen], prompts)
+                session = Session(self.model, self.layout, _always(edits))
+                batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
+                found |= dict(zip(chosen, batch, strict=True))
+                if progress is not None:
+                    progress(min(start + batch_size, len(order)), len(order))
+        return [found[i] for i in range(len(choices))]
 
     @contextmanager
     def steered(

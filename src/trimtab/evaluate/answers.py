@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 Score = Callable[[Request, "Generation"], dict[str, float]]
+Make = Callable[[int, Sequence[Request], Mapping[int, str]], list[Record]]
 
 
 def answer(
@@ -49,8 +50,7 @@ def answer(
     Raises `TrimtabError` before anything is generated for a request that can't run, two requests of the same arm and
     item, or a file that another run wrote.
     """
-    if not requests:
-        raise TrimtabError("there are no requests; give at least one")
+    check_names(requests)
     if batch_size < 1:
         raise TrimtabError(f"a batch holds at least one request, got {batch_size}")
     if options.get("num_return_sequences", 1) != 1:
@@ -58,16 +58,9 @@ def answer(
     lengths = _check(lm, requests, max_new_tokens, transfer, options)
     order = sorted(range(len(requests)), key=lambda i: -lengths[i])
     batches = [[requests[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
-    digests = {id(r.steering): steering_digest(r.steering) for r in requests if r.steering is not None}
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **options}
-    header = _header(lm, requests, digests, settings, about) if out is not None else b""
-    records = _resume(Path(out), header, batches) if out is not None else []
-    if progress is not None:
-        progress(len(records), len(requests))
-    done = len(records)
-    for number, batch in enumerate(batches):
-        if number * batch_size < done:
-            continue
+
+    def make(number: int, batch: Sequence[Request], digests: Mapping[int, str]) -> list[Record]:
         drawn = _batch_seed(seed, number) if options.get("do_sample") else None
         found = lm.generate(
             [request.prompt for request in batch],
@@ -78,7 +71,7 @@ def answer(
             transfer=transfer,
             **options,
         )
-        new = [
+        return [
             Record(
                 arm=request.arm,
                 item=request.item,
@@ -95,12 +88,56 @@ def answer(
             )
             for request, one in zip(batch, found, strict=True)
         ]
+
+    return run(lm, requests, batches, make, settings=settings, out=out, progress=progress, about=about)
+
+
+def run(
+    lm: LM,
+    requests: Sequence[Request],
+    batches: Sequence[Sequence[Request]],
+    make: Make,
+    *,
+    settings: Mapping[str, Any],
+    out: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> list[Record]:
+    """Have `make(number, batch, digests)` answer each batch, and keep the file `out` as `answer` says.
+
+    `batches` are the requests in the order in which they are run; `digests` are those of the steerings, by their `id`.
+    What `make` gives may depend on the batch and `settings` alone, or a run that goes on would not end the same.
+    """
+    digests = {id(r.steering): steering_digest(r.steering) for r in requests if r.steering is not None}
+    header = _header(lm, requests, digests, settings, about) if out is not None else b""
+    records = _resume(Path(out), header, batches) if out is not None else []
+    total = sum(map(len, batches))
+    if progress is not None:
+        progress(len(records), total)
+    done = len(records)
+    before = 0
+    for number, batch in enumerate(batches):
+        before += len(batch)
+        if before <= done:
+            continue
+        new = make(number, batch, digests)
         if out is not None:
             _append(Path(out), "".join(record.to_json() + "\n" for record in new).encode())
         records += new
         if progress is not None:
-            progress(len(records), len(requests))
+            progress(len(records), total)
     return records
+
+
+def check_names(requests: Sequence[Request]) -> None:
+    """Raises `TrimtabError` for no requests, or two of the same arm and item."""
+    if not requests:
+        raise TrimtabError("there are no requests; give at least one")
+    seen: set[tuple[str, str]] = set()
+    for request in requests:
+        if (name := (request.arm, request.item)) in seen:
+            raise TrimtabError(f"item {request.item!r} is twice in arm {request.arm!r}; give each its own name")
+        seen.add(name)
 
 
 def _check(
@@ -109,11 +146,6 @@ def _check(
     """The lengths of the prompts in tokens. Raises `TrimtabError` for what would fail in a later batch."""
     from trimtab.engines.transformers.generate import check_request
 
-    seen: set[tuple[str, str]] = set()
-    for request in requests:
-        if (name := (request.arm, request.item)) in seen:
-            raise TrimtabError(f"item {request.item!r} is twice in arm {request.arm!r}; give each its own name")
-        seen.add(name)
     steerings = {id(request.steering): request.steering for request in requests}
     for steering in steerings.values():
         if steering is not None:

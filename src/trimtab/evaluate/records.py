@@ -36,9 +36,9 @@ class Request:
 class Record:
     """One answer, what steered it, and what it scored.
 
-    `tokens` counts the generated ones, `finish` is `"stop"` or `"length"`; `steering` is the digest of the steering,
-    `edits` those that acted, and `dose` the largest mean `‖edit‖ / ‖activation‖` of any layer. `seed` is that of the
-    request's batch, `None` where decoding was greedy.
+    `tokens` counts the generated ones, `finish` is `"stop"`, `"length"`, or `"scored"` where nothing was generated;
+    `steering` is the digest of the steering, `edits` those that acted, and `dose` the largest mean `‖edit‖ /
+    ‖activation‖` of any layer. `seed` is that of the request's batch, `None` where decoding was greedy.
     """
 
     arm: str

@@ -7,24 +7,56 @@ ACL 2024, arXiv 2312.06681, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from trimtab.engines.transformers.read import Text
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
-from trimtab.learn.contrast import Progress, check_layers, contrast, learned_card
+from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card
+from trimtab.learn.moments import PairMoments
 from trimtab.steering import Add, Edit, Positions, Site, Steering
-from trimtab.text.chat import has_template
-from trimtab.text.letters import answer_ids, letter_of
+from trimtab.text.letters import BASE_FORMAT, ask, letter_balance, letter_of
 from trimtab.text.pairs import Pair
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
+__all__ = [
+    "BASE_FORMAT",
+    "Norm",
+    "PairsWarning",
+    "activations",
+    "beyond_chance",
+    "equalised",
+    "learn_behaviours",
+    "learn_caa",
+    "moved",
+]
+
 DEPTH = 0.4
 """Where CAA works best in the paper: layer 13 of 32 (7B) and 14 of 40 (13B)."""
 
-BASE_FORMAT = "Input: {question}\nResponse:"
+Norm = Literal["raw", "unit", "relative"]
+"""What strength 1 is: the mean difference itself (`raw`, the paper's), a push of length 1 (`unit`), or one as long as
+the mean activation at that layer (`relative`)."""
+
+BALANCE_LIMIT = 0.1
+"""Above this a letter is so much oftener positive than negative that its own direction is in the steering: of the
+paper's sets all are below 0.06 but survival instinct (0.24 for A, -0.33 for B)."""
+
+AGREEMENT_FLOOR = 0.1
+"""Pairs that agree less than this, beyond chance, hardly have a direction in common. Nor do n pairs below
+`1 / sqrt(n)`: there, the mean holds more of the pairs' differences from each other than of what they share."""
+
+
+class PairsWarning(UserWarning):
+    """What is learned from these pairs may not be what was meant: unbalanced letters, or pairs that don't agree."""
 
 
 def learn_caa(
@@ -32,32 +64,169 @@ def learn_caa(
     pairs: Sequence[Pair],
     layers: int | Sequence[int] | None = None,
     *,
+    norm: Norm = "raw",
+    positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
     """Learn the mean difference of the pairs' activations at each layer (default: the one at 0.4 of the depth).
 
-    Multiple-choice pairs are read at the answer's letter, other answers and texts at their last token. The
-    steering adds the raw difference from the last prompt token on: strength 1 is the paper's multiplier 1.
+    Multiple-choice pairs are read at the answer's letter, other answers and texts at their last token; all layers
+    come of one pass. The steering adds at `positions`, from the last prompt token on unless told otherwise. With
+    `norm` raw, strength 1 is the paper's multiplier 1.
 
-    Raises `TrimtabError` for no pairs, an unknown layer, an answer that is no bracketed letter, or pairs of
-    prompts (they are for `learn_instruct`).
+    Warns (`PairsWarning`) of letters out of balance and of pairs that don't agree. Raises `TrimtabError` for no
+    pairs, an unknown layer or norm, an answer that is no bracketed letter, or pairs of prompts (they are for
+    `learn_instruct`).
     """
+    options: dict[str, Any] = {"norm": norm, "positions": positions, "progress": progress}
+    return learn_behaviours(lm, {"caa": pairs}, layers, **options)["caa"]
+
+
+def learn_behaviours(
+    lm: LM,
+    behaviours: Mapping[str, Sequence[Pair]],
+    layers: int | Sequence[int] | None = None,
+    *,
+    norm: Norm = "raw",
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Steering]:
+    """`learn_caa` for several behaviours, each with its pairs, in one pass; texts they share are read once.
+
+    For vectors of equal length at each layer, as the paper has them, put the result through `equalised`.
+    """
+    if norm not in get_args(Norm):
+        raise TrimtabError(f"there is no norm {norm!r}; norms: {', '.join(get_args(Norm))}")
     chosen = check_layers(lm, layers, DEPTH)
-    texts = [(_text(lm, pair, pair.positive), _text(lm, pair, pair.negative)) for pair in pairs]
-    moments = contrast(lm, texts, chosen, progress=progress)
-    position = Positions.from_last_prompt_token()
-    edits = tuple(Edit(Site(layer), Add(moments[layer].difference.float()), position) for layer in chosen)
-    options = {"layers": chosen, "read_at": "letter" if pairs[0].shape == "letters" else "last token"}
-    return Steering(edits, learned_card(lm, "caa", pairs, moments, options))
+    if not behaviours:
+        raise TrimtabError("there are no behaviours to learn")
+    texts: dict[str, Sequence[TextPair]] = {
+        name: [(_text(lm, pair, pair.positive), _text(lm, pair, pair.negative)) for pair in pairs]
+        for name, pairs in behaviours.items()
+    }
+    found = contrast_many(lm, texts, chosen, progress=progress)
+    position = Positions.from_last_prompt_token() if positions is None else positions
+    learned = {}
+    for name, moments in found.items():
+        pairs = behaviours[name]
+        of = f" of {name!r}" if len(behaviours) > 1 else ""
+        letters = pairs[0].shape == "letters"
+        options = {"layers": chosen, "read_at": "letter" if letters else "last token", "norm": norm}
+        if positions is not None:
+            options["positions"] = str(positions)
+        card = learned_card(lm, "caa", pairs, moments, options)
+        if letters:
+            balance = {letter: round(net, 6) for letter, net in letter_balance(pairs).items()}
+            card = replace(card, measured={**card.measured, "letter_balance": balance})
+            _warn_of_balance(balance, of)
+        _warn_of_agreement(moments, of)
+        edits = tuple(
+            Edit(Site(layer), Add(_scaled(moments[layer], norm, layer).float()), position) for layer in chosen
+        )
+        learned[name] = Steering(edits, card)
+    return learned
+
+
+def equalised(steerings: Mapping[str, Steering]) -> dict[str, Steering]:
+    """The behaviours' vectors, at each layer all as long as they are on average (the paper's normalisation).
+
+    Directions stay. Strength 1 then is the same shift for every behaviour; it depends on which ones are given.
+
+    Raises `TrimtabError` unless all have one raw addition at each of the same layers, or where a vector is zero.
+    """
+    lengths: dict[str, dict[int, float]] = {}
+    for name, steering in steerings.items():
+        lengths[name] = {edit.site.layer: _length(edit, name) for edit in steering.edits}
+        if len(lengths[name]) != len(steering.edits) or set(lengths[name]) != set(next(iter(lengths.values()))):
+            raise TrimtabError(f"behaviours are equalised layer by layer; {name!r} hasn't one edit at each of the same")
+    together = sorted(steerings)
+    result = {}
+    for name, steering in steerings.items():
+        edits = []
+        for edit in steering.edits:
+            layer = edit.site.layer
+            mean = sum(of[layer] for of in lengths.values()) / len(lengths)
+            direction = edit.operation.direction.double() * (mean / lengths[name][layer])
+            edits.append(replace(edit, operation=Add(direction.float())))
+        card = replace(steering.card, options={**steering.card.options, "norm": "equalised", "with": together})
+        result[name] = Steering(tuple(edits), card)
+    return result
+
+
+def moved(steering: Steering, layer: int) -> Steering:
+    """The vector learned at one layer, added at another (the paper's transfer between layers, section 3).
+
+    Raises `TrimtabError` when the steering acts at several layers: choose one with `steering.only([…])`.
+    """
+    if len(steering.layers) != 1:
+        raise TrimtabError(
+            f"a vector of one layer is moved, and this steering acts at {len(steering.layers)} layers;"
+            " choose one with only([…])"
+        )
+    edits = tuple(replace(edit, site=Site(layer, edit.site.kind)) for edit in steering.edits)
+    moved_from = {"moved_from": steering.layers[0]} if steering.layers != (layer,) else {}
+    return Steering(edits, replace(steering.card, options={**steering.card.options, **moved_from}))
+
+
+def _length(edit: Edit, name: str) -> float:
+    if not isinstance(edit.operation, Add) or edit.operation.keep_norm or edit.strength != 1:
+        raise TrimtabError(f"only additions of strength 1 are equalised; {name!r} has {edit}")
+    length = float(edit.operation.direction.double().norm())
+    if not length > 0:
+        raise TrimtabError(f"the vector of {name!r} at layer {edit.site.layer} is zero, so it has no direction")
+    return length
+
+
+def _scaled(moments: PairMoments, norm: Norm, layer: int) -> Tensor:
+    if norm == "raw":
+        return moments.difference
+    try:
+        return moments.direction * (moments.norm if norm == "relative" else 1.0)
+    except TrimtabError as error:
+        raise TrimtabError(f"layer {layer}: {error}") from None
+
+
+def beyond_chance(agreement: float, pairs: int) -> float:
+    """The agreement that would be left with endlessly many such pairs.
+
+    Differences in random directions agree with their own mean by about `1 / sqrt(pairs)`; that share is taken out:
+    `sqrt((n a² - 1) / (n - 1))`, the root of the mean cosine between two different pairs, 0 where that is negative.
+    """
+    return math.sqrt(max(0.0, (pairs * agreement**2 - 1) / (pairs - 1))) if pairs > 1 else 1.0
+
+
+def _warn_of_agreement(moments: Mapping[int, PairMoments], of: str) -> None:
+    count = next(iter(moments.values())).count
+    limit = max(AGREEMENT_FLOOR, 1 / math.sqrt(count))
+    low = [layer for layer, m in moments.items() if beyond_chance(m.agreement, count) < limit]
+    if low:
+        at = ", ".join(map(str, low))
+        warnings.warn(
+            f"the {count} pairs{of} hardly agree on a direction at layer {at} (less than {limit:.2g} beyond chance);"
+            " such a steering tends to do little. Use more pairs, more alike ones, or another layer",
+            PairsWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
+    worst = max(balance, key=lambda letter: abs(balance[letter]))
+    if abs(balance[worst]) > BALANCE_LIMIT:
+        listed = ", ".join(f"{letter} {net:+.2f}" for letter, net in balance.items())
+        warnings.warn(
+            f"the letters of the pairs{of} are out of balance ({listed} a pair): the steering pushes towards a letter"
+            " too. Swap the options of some questions",
+            PairsWarning,
+            stacklevel=3,
+        )
 
 
 def _text(lm: LM, pair: Pair, side: str) -> Text:
     """The ids of one side of a pair, and the position at which it is read (section 3.1)."""
     if pair.shape == "letters":
-        chat = has_template(lm.tokenizer)
-        prompt = lm.encode(pair.prompt) if chat else lm.encode(BASE_FORMAT.format(question=pair.prompt), chat=False)
-        opening, letter, closing = answer_ids(lm.tokenizer, letter_of(side), after_space=not chat)
-        return Text([*prompt, *opening, letter, *closing], [len(prompt) + len(opening)])
+        letter = letter_of(side)
+        asked = ask(lm.tokenizer, pair.prompt, (letter,))
+        return Text(asked.answered(letter), [len(asked.ids)])
     if pair.shape == "answers":
         ids = [*lm.encode(pair.prompt), *lm.tokenizer(side, add_special_tokens=False)["input_ids"]]
     elif pair.shape == "texts":
@@ -65,3 +234,26 @@ def _text(lm: LM, pair: Pair, side: str) -> Text:
     else:
         raise TrimtabError("CAA learns from answers or texts; pairs of prompts are for the method instruct")
     return Text(ids, [len(ids) - 1])
+
+
+def activations(
+    lm: LM, pairs: Sequence[Pair], layers: Sequence[int], *, progress: Progress | None = None
+) -> dict[int, Tensor]:
+    """What `learn_caa` reads, pair by pair: at each layer `[pairs, 2, width]`, positive and negative, float32, CPU.
+
+    For pictures and probes; learning keeps sums only. Raises `TrimtabError` as `learn_caa` does.
+    """
+    chosen = check_layers(lm, layers, DEPTH)
+    if not pairs:
+        raise TrimtabError("there are no pairs to read")
+    groups = [[_text(lm, pair, pair.positive), _text(lm, pair, pair.negative)] for pair in pairs]
+    found = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
+    done = 0
+    for batch in read_groups(lm.layout, groups, [Site(layer) for layer in chosen]):
+        for site, members in batch.values.items():
+            for g, member in zip(batch.groups, members, strict=True):
+                found[site.layer][g] = torch.cat(member).float().cpu()
+        done += len(batch.groups)
+        if progress is not None:
+            progress(done, len(pairs))
+    return found

@@ -1,13 +1,22 @@
-"""Multiple-choice answers such as `(A)` as token ids, on any tokenizer."""
+"""Multiple-choice questions and answers such as `(A)` as token ids, on any tokenizer."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
+from trimtab.text.chat import Prompt, encode, has_template
+
+if TYPE_CHECKING:
+    from trimtab.text.pairs import Pair
 
 ANSWER = re.compile(r"\(([A-Z])\)")
+BASE_FORMAT = "Input: {question}\nResponse:"
+"""How a model without a chat template is asked (the paper's format for base models)."""
 
 
 def letter_of(answer: str) -> str:
@@ -16,6 +25,63 @@ def letter_of(answer: str) -> str:
     if match is None:
         raise TrimtabError(f"the answer {answer!r} is no bracketed letter such as (A)")
     return match[1]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A multiple-choice question as token ids.
+
+    `prompt` ends where the answer begins, so that its last token is the last prompt token; `opening` is the bracket
+    after it. `letters` holds each letter's token, `closing` what comes after the letter.
+    """
+
+    prompt: tuple[int, ...]
+    opening: tuple[int, ...]
+    letters: Mapping[str, int]
+    closing: tuple[int, ...]
+
+    @property
+    def ids(self) -> list[int]:
+        """What is read when the letter is asked for: the prompt and the opening bracket."""
+        return [*self.prompt, *self.opening]
+
+    def answered(self, letter: str) -> list[int]:
+        """The prompt and the whole answer `(A)`; its letter stands at position `len(self.ids)`."""
+        return [*self.ids, self.letters[letter], *self.closing]
+
+
+def question_prompt(tokenizer: Any, question: str, system: str | None = None) -> Prompt:
+    """The question as a chat model's message, or in the base format where there is no chat template.
+
+    Raises `TrimtabError` for a system message without a template.
+    """
+    if not has_template(tokenizer):
+        if system is not None:
+            raise TrimtabError("a system message needs a chat template, and this tokenizer has none")
+        return BASE_FORMAT.format(question=question)
+    if system is None:
+        return question
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> Asked:
+    """A question and the letters that answer it, put together by id: learning and scoring read the same ids.
+
+    Raises `TrimtabError` as `question_prompt` and `answer_ids` do.
+    """
+    return ask_prompt(tokenizer, question_prompt(tokenizer, question, system), letters)
+
+
+def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> Asked:
+    """`ask` for a prompt that `question_prompt` has made."""
+    found = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
+    opening, _, closing = next(iter(found.values()))
+    return Asked(
+        prompt=tuple(encode(tokenizer, prompt)),
+        opening=tuple(opening),
+        letters={letter: token for letter, (_, token, _) in found.items()},
+        closing=tuple(closing),
+    )
 
 
 def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tuple[list[int], int, list[int]]:
@@ -36,6 +102,18 @@ def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tup
     if len(alone) != 1:
         raise TrimtabError(f"{letter!r} is {len(alone)} tokens in this tokenizer, so letter answers can't be read")
     return _ids(tokenizer, opening), alone[0], _ids(tokenizer, ")")
+
+
+def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
+    """How much oftener each letter is the positive answer than the negative one, per pair: from -1 to 1, 0 is even.
+
+    The mean difference holds the letters' own directions with just these weights.
+    """
+    net: Counter[str] = Counter()
+    for pair in pairs:
+        net[letter_of(pair.positive)] += 1
+        net[letter_of(pair.negative)] -= 1
+    return {letter: net[letter] / len(pairs) for letter in sorted(net)}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

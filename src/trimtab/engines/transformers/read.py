@@ -78,7 +78,7 @@ def read_groups(
                     f"text {g + 1}: positions {list(text.positions)} of a text of {len(text.ids)} tokens"
                 )
     cut = [[Text(t.ids[: max(t.positions) + 1], t.positions) for t in group] for group in groups]
-    share = _can_share(layout)
+    share = can_share(layout)
     shared = [_shared_length(group) if share else 0 for group in cut]
     opening = _run_opening(layout, [group for group, n in zip(cut, shared, strict=True) if n], sites)
     # the cost of a group, in tokens; batches are made of neighbours in this order
@@ -135,7 +135,7 @@ def _common(texts: Sequence[Text]) -> int:
     return next((i for i in range(longest) if any(t.ids[i] != first[i] for t in texts)), longest)
 
 
-def _can_share(layout: Layout) -> bool:
+def can_share(layout: Layout) -> bool:
     """Whether the model's cache is of plain keys and values, so that rows of it can be repeated."""
     decoder: Any = layout.decoder
     if getattr(decoder, "_is_stateful", False) or "past_key_values" not in _parameters(decoder):
@@ -159,14 +159,14 @@ def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]
     length = min(_common(texts), read_from, *(_common(group) - 1 for group in groups))
     if length < SHARE_FROM:
         return _Opening(0, cache)
-    ids, mask = _padded([texts[0].ids[:length]], left=False, device=_device(layout))
+    ids, mask = padded([texts[0].ids[:length]], left=False, device=_device(layout))
     _run(layout, ids, mask, sites, ([], []), cache)
     return _Opening(length, cache)
 
 
 def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> dict[Site, list[list[Tensor]]]:
     texts = [text for group in groups for text in group]
-    ids, mask = _padded([text.ids for text in texts], left=False, device=_device(layout))
+    ids, mask = padded([text.ids for text in texts], left=False, device=_device(layout))
     rows = [row for row, text in enumerate(texts) for _ in text.positions]
     columns = [position for text in texts for position in text.positions]
     found = _run(layout, ids, mask, sites, (rows, columns))
@@ -182,9 +182,9 @@ def _read_shared(
     texts = [text for group in groups for text in group]
     starts = [n for n in prefix for _ in range(members)]
     heads = [group[0].ids[opening.length : n] for group, n in zip(groups, prefix, strict=True)]
-    ids, mask = _padded(heads, left=True, device=device)
+    ids, mask = padded(heads, left=True, device=device)
     head_mask = torch.cat([mask.new_ones(len(groups), opening.length), mask], 1)
-    tails, mask = _padded([t.ids[n:] for t, n in zip(texts, starts, strict=True)], left=False, device=device)
+    tails, mask = padded([t.ids[n:] for t, n in zip(texts, starts, strict=True)], left=False, device=device)
     tail_mask = torch.cat([head_mask.repeat_interleave(members, 0), mask], 1)
 
     places = [(row, p, p - starts[row]) for row, text in enumerate(texts) for p in text.positions]
@@ -209,7 +209,8 @@ def _regroup(values: Tensor, groups: list[list[Text]]) -> list[list[Tensor]]:
     return [[next(each) for _ in group] for group in groups]
 
 
-def _padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def padded(sequences: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[rows, columns]` of texts of different lengths, padded on the left or on the right."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros(len(sequences), width, dtype=torch.long)

@@ -105,13 +105,20 @@ class Session:
         self._pads: list[int] = []  # a row's masked columns so far
 
     def expect(
-        self, prompt_lengths: Sequence[int] | None, columns: int | None = None, ends: Sequence[int] = ()
+        self,
+        prompt_lengths: Sequence[int] | None,
+        columns: int | None = None,
+        ends: Sequence[int] = (),
+        *,
+        resumed: bool = False,
     ) -> None:
         """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
 
         `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
-        fed has ended: what runs on behind it isn't part of its answer, and not of its doses.
+        fed has ended: what runs on behind it isn't part of its answer, and not of its doses. `resumed` says that the
+        next pass goes on from a cache of tokens that no edit touches.
         """
+        self._resumed = resumed
         self._ends = torch.tensor(list(ends), dtype=torch.long)
         self.prompt_lengths = prompt_lengths
         self._columns = columns
@@ -142,7 +149,7 @@ class Session:
         past = _past(given, mask, length)
         if length > 1 or past == 0:
             self._pads = self._count_pads(given, mask, rows)
-        if past == 0:
+        if past == 0 or (self._fresh and self._resumed):
             self._begin(length, given, mask, tokens.device)
         elif self._fresh or self.plan is None:
             raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")

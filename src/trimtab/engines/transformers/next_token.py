@@ -1,0 +1,112 @@
+"""How likely given tokens are to come next, for many texts and many steerings of each text, in few passes.
+
+Rows that read the same text under different steerings have everything in common up to the first token at which one
+of them steers. That part runs once a text, unsteered; its keys and values are repeated for the text's rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from trimtab.engines.transformers.generate import Applied
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.read import SHARE_FROM, can_share, check_length, padded
+from trimtab.engines.transformers.session import Session
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A text to read to its end, and the tokens that may come next.
+
+    The prompt is the first `prompt_length` ids, which is what position rules count from; what follows are the first
+    tokens of an answer. `candidates` are the ids whose probability is asked for.
+    """
+
+    ids: Sequence[int]
+    prompt_length: int
+    candidates: Sequence[int]
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The natural log-probability of each candidate, over the whole vocabulary, and what steered it."""
+
+    logprobs: tuple[float, ...]
+    applied: Applied
+
+
+def check_choices(layout: Layout, choices: Sequence[Choice]) -> None:
+    """Raises `TrimtabError` for a text that is empty or too long, a prompt longer than it, or no candidates."""
+    for i, choice in enumerate(choices):
+        check_length(layout, len(choice.ids), f"text {i + 1}")
+        if not 0 < choice.prompt_length <= len(choice.ids):
+            raise TrimtabError(f"text {i + 1}: a prompt of {choice.prompt_length} tokens in {len(choice.ids)}")
+        if not choice.candidates:
+            raise TrimtabError(f"text {i + 1}: no token is asked for")
+
+
+def first_steered(edits: Sequence[Edit], choice: Choice) -> int:
+    """The first position of the text at which one of these edits acts; the text's length if none does."""
+    starts = [start for edit in edits for start, _ in edit.positions.resolve(choice.prompt_length)]
+    return min([*starts, len(choice.ids)])
+
+
+@torch.no_grad()
+def next_tokens(
+    model: Any,
+    layout: Layout,
+    choices: Sequence[Choice],
+    session: Session,
+    edits: Sequence[tuple[Edit, ...]],
+) -> list[NextToken]:
+    """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`."""
+    layers = sorted({edit.site.layer for one in edits for edit in one})
+    texts: dict[tuple[int, ...], int] = {}
+    of = [texts.setdefault(tuple(choice.ids), len(texts)) for choice in choices]
+    tail = max(max(1, len(choice.ids) - first_steered(one, choice)) for choice, one in zip(choices, edits, strict=True))
+    device = model.get_input_embeddings().weight.device
+    shortest = min(len(text) for text in texts) - tail
+    session.expect([choice.prompt_length for choice in choices])
+    if len(texts) < len(choices) and shortest >= SHARE_FROM and can_share(layout):
+        cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
+        ids, mask = padded([text[:-tail] for text in texts], left=True, device=device)
+        _run(layout.decoder, ids, mask, cache)
+        cache.batch_select_indices(torch.tensor(of, device=device))
+        mask = torch.cat([mask[of], mask.new_ones(len(choices), tail)], 1)
+        ids = torch.tensor([list(choice.ids[-tail:]) for choice in choices], device=device)
+        session.expect([choice.prompt_length for choice in choices], resumed=True)
+    else:
+        cache = None
+        ids, mask = padded([choice.ids for choice in choices], left=True, device=device)
+    with session.hooked(layers):
+        logits = _run(model, ids, mask, cache).logits[:, -1]
+    logprobs = logits.double().log_softmax(-1).cpu()
+    return [
+        NextToken(
+            tuple(logprobs[row, list(choice.candidates)].tolist()),
+            Applied(tuple(str(edit) for edit in edits[row]), session.doses(row) if layers else ()),
+        )
+        for row, choice in enumerate(choices)
+    ]
+
+
+def _run(module: Callable[..., Any], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
+    """A pass over ids, of which the mask covers those in the cache as well; logits for the last column only."""
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+    takes = inspect.signature(type(module).forward).parameters  # type: ignore[attr-defined]
+    if cache is not None:
+        inputs["past_key_values"] = cache
+    if "position_ids" in takes:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"] = 1
+    return module(**inputs)
