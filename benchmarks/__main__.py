@@ -141,6 +141,42 @@ def words(
     finish(report, json_file, check, as_markdown)
 
 
+@app.command()
+def directer(
+    rounds: Annotated[int, typer.Option(min=1, help="Prompts (or batches of them) that count.")] = 24,
+    tokens: Annotated[int, typer.Option(min=2, help="New tokens a request.")] = 64,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes; repeatable. 1 and 8 unless given.")] = None,
+    naive_rounds: Annotated[int, typer.Option(min=0, help="Prompts that the naive form is run on.")] = 4,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    bench: Annotated[bool, typer.Option(help="Run on the bench model, too, where it can be built.")] = True,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Emphasis with rejection (DIRECTER): time a token of each schedule, unsteered, and of the naive form."""
+    from benchmarks.directer import PROMPTS, bench_model, run
+
+    if not (data / PROMPTS).is_file():
+        Console(stderr=True).print(f"skipped: there is no {data / PROMPTS}; name the folder of data sets with --data")
+        return
+    other = bench_model(data.parent / "tools" / "fetch_bench_model.sh") if bench else ""
+    if bench and not other:
+        Console(stderr=True).print("the bench model can't be built here; running on the default model alone")
+    finish(run(data, rounds, tokens, batch or [1, 8], naive_rounds, other), json_file, check, as_markdown)
+
+
+@peaks.command("directer")
+def peak_directer(
+    data: Annotated[Path, typer.Option()],
+    batch: Annotated[int, typer.Option()],
+    tokens: Annotated[int, typer.Option()],
+    steered: Annotated[bool, typer.Option("--steered")] = False,
+) -> None:
+    from benchmarks.directer import peak
+
+    print(json.dumps({"peak_mib": peak(data, batch, tokens, steered)}))
+
+
 @peaks.command("static")
 def peak_static(
     case: Annotated[str, typer.Option()],

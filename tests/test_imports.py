@@ -11,7 +11,7 @@ import trimtab
 
 ROOT = Path(trimtab.__file__).parent
 STEERING = {"errors", "steering"}
-ENGINES = STEERING | {"text", "files", "engines"}
+ENGINES = STEERING | {"text", "files", "decoding", "engines"}
 LM = ENGINES | {"lm"}
 MAY_SEE = {
     "errors": set(),
@@ -19,6 +19,7 @@ MAY_SEE = {
     "text": {"errors", "text"},
     "data": {"errors", "text", "data"},
     "files": STEERING | {"files"},
+    "decoding": STEERING | {"decoding"},
     "engines": ENGINES,
     "lm": LM,
     "learn": ENGINES | {"learn"},

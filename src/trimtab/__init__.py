@@ -10,28 +10,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimtab.decoding.rejection import Rejection
     from trimtab.errors import TrimtabError, UnsupportedError
     from trimtab.files.steering_file import load_steering as load
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.methods.caa import learn_caa
+    from trimtab.methods.directer import directer
     from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
+    from trimtab.methods.pasta import pasta
+    from trimtab.methods.spotlight import spotlight
     from trimtab.methods.words import learn_length, learn_word
     from trimtab.steering import (
         Ablate,
         Add,
         Always,
+        BiasScores,
         Card,
         Edit,
         Gate,
         Operation,
         Positions,
+        ScaleScores,
         SetProjection,
         Site,
         Steering,
+        TargetMass,
         Threshold,
     )
     from trimtab.text.pairs import Pair, read_pairs
+    from trimtab.text.spans import Part, Pattern, Phrase
 
 __version__ = "0.1.0"
 
@@ -40,6 +48,7 @@ __all__ = [
     "Ablate",
     "Add",
     "Always",
+    "BiasScores",
     "Card",
     "DoseWarning",
     "Edit",
@@ -47,43 +56,60 @@ __all__ = [
     "MismatchWarning",
     "Operation",
     "Pair",
+    "Part",
+    "Pattern",
+    "Phrase",
     "Positions",
+    "Rejection",
+    "ScaleScores",
     "SetProjection",
     "Site",
     "Steering",
+    "TargetMass",
     "Threshold",
     "TrimtabError",
     "UnsupportedError",
+    "directer",
     "learn_caa",
     "learn_instruct",
     "learn_length",
     "learn_many",
     "learn_word",
     "load",
+    "pasta",
     "read_pairs",
     "save",
+    "spotlight",
     "steering_from",
     "steerings_from",
 ]
 
 _HOMES = {
+    "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.methods.caa": ("learn_caa",),
+    "trimtab.methods.directer": ("directer",),
+    "trimtab.methods.pasta": ("pasta",),
+    "trimtab.methods.spotlight": ("spotlight",),
+    "trimtab.text.spans": ("Part", "Pattern", "Phrase"),
     "trimtab.methods.instruct": ("learn_instruct", "learn_many", "steering_from", "steerings_from"),
     "trimtab.methods.words": ("learn_length", "learn_word"),
     "trimtab.steering": (
         "Ablate",
         "Add",
         "Always",
+        "BiasScores",
         "Card",
         "Edit",
         "Gate",
         "Operation",
         "Positions",
+        "ScaleScores",
         "SetProjection",
         "Site",
         "Steering",
+        "TargetMass",
         "Threshold",
     ),
     "trimtab.text.pairs": ("Pair", "read_pairs"),

@@ -8,6 +8,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.decoding.rejection import Rejection
+from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits, effective
 from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
+from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check_rejection
+from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
-from trimtab.errors import TrimtabError
-from trimtab.steering import Edit, ModelId, Positions, Site, Steering
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
 from trimtab.text.chat import Prompt, encode, template_digest
+from trimtab.text.spans import Emphasis, find_spans
 
 LAST = Positions.last_prompt_token()
 
@@ -55,6 +61,7 @@ class LM:
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._lock = threading.RLock()
         self._steered = False
+        self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
     @classmethod
     def load(cls, name: str | Path | None = None, *, layers: str | None = None, **options: Any) -> LM:
@@ -115,6 +122,9 @@ class LM:
                 message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
                 warnings.warn(message, MismatchWarning, stacklevel=3)
         check_edits(steering, self.layout.layers, self.layout.width)
+        if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
+            check_attention(self.layout)
+            check_score_edits(scores, self.layout.layers, head_count(self.layout))
 
     # ---- text --------------------------------------------------------------------------------------------
 
@@ -134,6 +144,8 @@ class LM:
         batch_size: int = 32,
         seed: int | None = None,
         transfer: bool = False,
+        emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
+        rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -145,10 +157,22 @@ class LM:
         `progress(done, total)` is called after each batch. `transfer=True` allows a steering learned on another
         model of the same width.
 
+        `emphasize` names what the model should heed: a phrase of every prompt, or one item for each prompt (several
+        phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
+        `rejection` weakens or rejects steering, of whatever kind, where its token is implausible, and the answers
+        then have a `trace`; with `emphasize` it is on unless it is `False`.
+
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """
         many = _as_list(prompts)
         steerings = _one_each(steering, len(many))
+        marked = _marks(emphasize, len(many))
+        for i, marks in enumerate(marked):
+            if marks is not None:
+                spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat)
+                towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
+                steerings[i] = towards if steerings[i] is None else steerings[i] + towards
+        rejections = _rejections(rejection, marked)
         for one in set(steerings) - {None}:
             assert one is not None
             self.check(one, transfer=transfer)
@@ -161,29 +185,28 @@ class LM:
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
+        batches = _batches(order, batch_size, steerings, rejections)
         answers: dict[int, list[Generation]] = {}
+        requests = [
+            Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
+        ]
+        check_rejection([request for request in requests if request.rejection is not None], options)
         with self._exclusive():
             if seed is not None:
                 torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
+            for chosen in batches:
                 edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
                 names = [tuple(str(edit) for edit in one) for one in edits]
-                found = generate_batch(
-                    self.model,
-                    self.tokenizer,
-                    [ids[i] for i in chosen],
-                    Session(self.model, self.layout, _always(edits)),
-                    sorted({edit.site.layer for one in edits for edit in one}),
-                    names,
-                    max_new_tokens=max_new_tokens,
-                    logprobs=logprobs,
-                    options=options,
-                )
+                given = {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options}
+                prompts_of = [ids[i] for i in chosen]
+                if any(rejections[i] for i in chosen):
+                    found = self._reject(prompts_of, edits, [rejections[i] for i in chosen], names, given)
+                else:
+                    found = self._steer(prompts_of, edits, names, given)
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
                 if progress is not None:
-                    progress(min(start + batch_size, len(order)), len(order))
+                    progress(len(answers), len(order))
         done = [answer for i in range(len(many)) for answer in answers[i]]
         _warn_of_doses(done)
         return done
@@ -208,6 +231,8 @@ class LM:
         steerings = _one_each(steering, len(choices))
         for one in set(steerings) - {None}:
             assert one is not None
+            if any(is_score_edit(edit) for edit in one.edits):
+                raise UnsupportedError("attention scores are steered by lm.generate(…), not by lm.next_logprobs(…)")
             self.check(one, transfer=transfer)
         check_choices(self.layout, choices)
         reach = []
@@ -226,6 +251,50 @@ class LM:
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
         return [found[i] for i in range(len(choices))]
+
+    def spans(
+        self,
+        prompt: Prompt,
+        emphasize: Emphasis | Sequence[Emphasis],
+        *,
+        system: str | None = None,
+        chat: bool | None = None,
+    ) -> tuple[tuple[int, int], ...]:
+        """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
+        return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat)
+
+    def _steer(
+        self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]
+    ) -> list[Generation]:
+        """The answers to one batch, steered at every token."""
+        residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
+        session = Session(self.model, self.layout, _always(residual))
+        layers = sorted({edit.site.layer for one in residual for edit in one})
+        scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
+        with attending(self.layout, scores, [len(prompt) for prompt in ids]):
+            return generate_batch(self.model, self.tokenizer, ids, session, layers, names, **given)
+
+    def _reject(
+        self,
+        ids: list[list[int]],
+        edits: list[tuple[Edit, ...]],
+        rejections: list[Rejection | None],
+        names: list[tuple[str, ...]],
+        given: dict[str, Any],
+    ) -> list[Generation]:
+        """The answers to one batch, steered where that is plausible."""
+        requests = [Request(len(i), e, r) for i, e, r in zip(ids, edits, rejections, strict=True)]
+        streamer = given["options"].get("streamer")
+        loop = RejectingLoop(self.model, self.layout, requests, self._row_costs, streamer)
+        given = {**given, "options": {**given["options"], "custom_generate": loop.decode}}
+        with loop.open():
+            session = Session(self.model, self.layout, _always([() for _ in ids]))
+            found = generate_batch(self.model, self.tokenizer, ids, session, [], names, **given)
+        traces = loop.traces()
+        return [
+            replace(answer, trace=replace(trace, steps=trace.steps[: len(answer.token_ids)]))
+            for answer, trace in zip(found, traces, strict=True)
+        ]
 
     @contextmanager
     def steered(
@@ -248,6 +317,8 @@ class LM:
         listed = None if isinstance(steering, Steering) else list(steering)
         for one in {steering} if listed is None else set(listed) - {None}:
             self.check(one, transfer=transfer)  # type: ignore[arg-type]
+            if any(is_score_edit(edit) for edit in one.edits):  # type: ignore[union-attr]
+                raise UnsupportedError("attention scores are steered by lm.generate(…), not inside lm.steered(…)")
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
             chosen = _one_each(steering, count)
@@ -383,6 +454,48 @@ def _always(edits: list[tuple[Edit, ...]]) -> Decide:
 
 def _gate_sites(steering: Steering | None) -> list[Site]:
     return sorted({site for edit in (steering.edits if steering else ()) if edit.strength for site in edit.gate.sites})
+
+
+def _marks(emphasize: Any, count: int) -> list[Any]:
+    """What to emphasize in each prompt, `None` where nothing."""
+    if emphasize is None or isinstance(emphasize, Emphasis):
+        return [emphasize] * count
+    if len(emphasize) != count:
+        raise TrimtabError(
+            f"{len(emphasize)} things to emphasize for {count} prompts; give one, or one for each (a list of phrases,"
+            " or None for none)"
+        )
+    return list(emphasize)
+
+
+def _rejections(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
+    """Each prompt's rejection: as given, or by default where something is emphasized."""
+    if rejection is None:
+        return [Rejection() if mark is not None else None for mark in marks]
+    if isinstance(rejection, bool):
+        return [Rejection() if rejection else None for _ in marks]
+    if isinstance(rejection, Rejection):
+        return [rejection] * len(marks)
+    if len(rejection) != len(marks):
+        raise TrimtabError(f"{len(rejection)} rejections for {len(marks)} prompts; give one, or one for each")
+    return list(rejection)
+
+
+def _batches(
+    order: list[int], size: int, steerings: list[Steering | None], rejections: list[Rejection | None]
+) -> list[list[int]]:
+    """The prompts in batches of at most `size`, in order; a batch rejects by one schedule, or steers at every token.
+
+    What isn't steered goes with the first of them.
+    """
+    kinds: dict[str, list[int]] = {}
+    for i in order:
+        schedule = rejections[i].schedule if rejections[i] is not None else ""  # type: ignore[union-attr]
+        kinds.setdefault("unsteered" if steerings[i] is None else schedule, []).append(i)
+    unsteered = kinds.pop("unsteered", [])
+    groups = list(kinds.values()) or [[]]
+    groups[0] = sorted(groups[0] + unsteered, key=order.index)
+    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

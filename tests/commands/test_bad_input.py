@@ -261,8 +261,8 @@ def test_ctrl_c_while_learning(model, tmp_path):
     ready = tmp_path / "ready"
     program = (  # runs the command line, and tells when learning has begun
         "import pathlib, sys, trimtab.learn.contrast as c, trimtab.methods.caa as m, trimtab.commands\n"
-        f"def told(*a, **k): pathlib.Path({str(ready)!r}).touch(); return c.contrast(*a, **k)\n"
-        "m.contrast = told\n"
+        f"def told(*a, **k): pathlib.Path({str(ready)!r}).touch(); return c.contrast_many(*a, **k)\n"
+        "m.contrast_many = told\n"
         "sys.exit(trimtab.commands.main(sys.argv[1:]))"
     )
     arguments = ["learn", "caa", "--model", model, "--device", "cpu", "--pairs", pairs, "--out", out]

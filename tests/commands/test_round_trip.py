@@ -40,7 +40,9 @@ def test_learn_inspect_generate_compare(trimtab, cpu, prompt_pairs, tmp_path):
 def test_json(trimtab, cpu, answer_pairs, tmp_path):
     out = tmp_path / "s.safetensors"
     learned = cpu("learn caa --layers all --json", "--pairs", answer_pairs, "--out", out)
-    assert (learned.code, learned.err) == (0, "")
+    assert learned.code == 0
+    assert learned.err.startswith("warning: the 4 pairs hardly agree")  # random weights, and few pairs
+    assert learned.err.count("\n") == 1
     assert [row["layer"] for row in learned.json["layers"]] == [0, 1, 2, 3]
     assert learned.json["digest"] == steering_digest(load_steering(out))
 

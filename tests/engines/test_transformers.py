@@ -107,7 +107,13 @@ class TestGenerate:
 
     @pytest.mark.parametrize(
         ("option", "value"),
-        [("streamer", object()), ("guidance_scale", 2.0), ("input_ids", 1), ("assistant_model", 1)],
+        [
+            ("inputs_embeds", 1),
+            ("attention_mask", 1),
+            ("guidance_scale", 2.0),
+            ("input_ids", 1),
+            ("assistant_model", 1),
+        ],
     )
     def test_options_that_cant_be_honoured(self, lm: LM, option: str, value: Any) -> None:
         with pytest.raises(TrimtabError, match=f"can't take {option}"):

@@ -25,13 +25,16 @@ from trimtab.commands.model import (
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target, write_atomically
 
 if TYPE_CHECKING:
+    from trimtab.decoding.trace import Trace
     from trimtab.engines.transformers.generate import Generation
     from trimtab.steering import Steering
     from trimtab.text.chat import Prompt
 
 DECODING = "Decoding"
+ATTENTION = "Attention and rejection"
 
 
 def generate(
@@ -62,6 +65,61 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    emphasize: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A phrase of every prompt to steer attention towards (DIRECTER); repeatable.",
+            metavar="TEXT",
+            rich_help_panel=ATTENTION,
+            show_default=False,
+        ),
+    ] = None,
+    emphasize_system: Annotated[
+        bool,
+        typer.Option(
+            "--emphasize-system", rich_help_panel=ATTENTION, help="Steer attention towards the whole system message."
+        ),
+    ] = False,
+    rejection: Annotated[
+        bool | None,
+        typer.Option(
+            help="Weaken or reject steering, of whatever kind, where its token is implausible. With --emphasize on.",
+            rich_help_panel=ATTENTION,
+            show_default=False,
+        ),
+    ] = None,
+    beta: Annotated[
+        float | None,
+        typer.Option(
+            help="With rejection: the least share of the likeliest token's probability; 0.5 unless given.",
+            rich_help_panel=ATTENTION,
+            show_default=False,
+        ),
+    ] = None,
+    ladder: Annotated[
+        str | None,
+        typer.Option(
+            help="With rejection: halve (the layers; the default) or strength.",
+            rich_help_panel=ATTENTION,
+            show_default=False,
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="With rejection: auto (the default), sequential, two_phase or fused. The answers are the same.",
+            rich_help_panel=ATTENTION,
+            show_default=False,
+        ),
+    ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", rich_help_panel=ATTENTION, help="Colour each token by what rejection did there."),
+    ] = False,
+    trace_html: Annotated[
+        Path | None,
+        typer.Option(help="Write the traces to a page.", metavar="FILE", rich_help_panel=ATTENTION, show_default=False),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message before each prompt.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Prompts are plain text: no chat template.")] = False,
     transfer: Annotated[
@@ -91,6 +149,8 @@ def generate(
       trimtab generate --steer shout.safetensors:2 --compare \\
         --steer rude.safetensors:-0.5 --prompt "Hello" --prompt "Who are you?"
       trimtab generate --steer shout.safetensors --prompts questions.txt --json
+      trimtab generate --prompt "Name a fruit. Use capitals." \\
+        --emphasize "Use capitals." --compare --trace
       echo "Once upon a time" | trimtab generate --prompts - --plain[/bold]
 
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
@@ -100,8 +160,14 @@ def generate(
     asked = gather_prompts(prompt or [], prompts)
     files = [split_strength(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
-    if compare and not files:
-        raise TrimtabError("--compare needs something to compare with; give --steer FILE")
+    marks = _marks(emphasize or [], emphasize_system, system)
+    rejecting = _rejection(rejection, beta, ladder, schedule, bool(files), marks is not None)
+    if (trace or trace_html) and not rejecting:
+        raise TrimtabError(f"{'--trace' if trace else '--trace-html'} shows what rejection did; add --rejection")
+    if trace_html is not None:
+        check_target(trace_html, ".html")
+    if compare and not files and marks is None:
+        raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     steering = _steering(files, positions)
@@ -115,20 +181,65 @@ def generate(
         **decoding,
     }
     with progress_bar("generating", quiet=json) as progress:
-        answers = lm.generate(asked, steering, transfer=transfer, progress=progress, **given)
+        towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(asked)}
+        answers = lm.generate(
+            asked, steering, transfer=transfer, rejection=rejecting, progress=progress, **towards, **given
+        )
     unsteered = None
     if compare:
         with progress_bar("unsteered", quiet=json) as progress:
             unsteered = lm.generate(asked, progress=progress, **given)
+    if trace_html is not None:
+        from trimtab.report.traces import trace_page
+
+        write_atomically(trace_html, trace_page(lm.tokenizer, asked, answers).encode())
     if json:
         write_json(_document(lm.name, files, asked, answers, unsteered))
         return
-    _print(asked, answers, unsteered)
-    if steering is not None:
+    _print(asked, answers, unsteered, lm.tokenizer if trace else None)
+    traced = [answer.trace for answer in answers if answer.trace is not None]
+    if traced:
+        steps = [step for one in traced for step in one.steps]
+        opened, changed = sum(s.open for s in steps), sum(s.replaced is not None for s in steps)
+        note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} were changed", quiet=False)
+        if trace:
+            note(
+                "green: steered; yellow: a weaker rung; red: every rung was rejected; underlined: changed", quiet=False
+            )
+    elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
         dose = max(answer.applied.dose for answer in answers)
         note(f"steered: {named or 'nothing'}; dose {dose:.2g}", quiet=False)
+
+
+def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:
+    """What to emphasize in each prompt; `None`: nothing."""
+    from trimtab.text.spans import Part
+
+    if any(not phrase.strip() for phrase in phrases):
+        raise TrimtabError("an --emphasize is empty; give it some text of the prompt")
+    if whole_system and system is None:
+        raise TrimtabError("--emphasize-system needs a system message; give --system TEXT")
+    return [*phrases, *([Part("system")] if whole_system else [])] or None
+
+
+def _rejection(
+    wanted: bool | None, beta: float | None, ladder: str | None, schedule: str | None, steers: bool, marks: bool
+) -> Any:
+    """The rejection of all prompts, or `False`."""
+    from trimtab.decoding.rejection import Rejection
+
+    on = marks if wanted is None else wanted
+    settings = {"beta": beta, "ladder": ladder, "schedule": schedule}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    if not on:
+        if given:
+            raise TrimtabError(f"--{next(iter(given))} is a setting of rejection; add --rejection")
+        return False
+    if not steers and not marks:
+        raise TrimtabError("--rejection needs a steering to reject; give --steer FILE or --emphasize TEXT")
+    return Rejection(**given)
 
 
 def split_strength(text: str) -> tuple[Path, float]:
@@ -201,22 +312,41 @@ def _answer(answer: Generation) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": len(answer.token_ids),
+        **({} if answer.trace is None else {"trace": _trace(answer.trace)}),
     }
 
 
-def _print(prompts: Sequence[Prompt], answers: Sequence[Generation], unsteered: Sequence[Generation] | None) -> None:
+def _trace(trace: Trace) -> dict[str, Any]:
+    return {
+        "schedule": trace.schedule,
+        "rungs": list(trace.rungs),
+        "ranking": list(trace.order),
+        "passes": trace.passes,
+        "steps": [{"open": step.open, "rung": step.rung, "replaced": step.replaced} for step in trace.steps],
+    }
+
+
+def _print(
+    prompts: Sequence[Prompt], answers: Sequence[Generation], unsteered: Sequence[Generation] | None, tokenizer: Any
+) -> None:
+    """The answers; with a tokenizer, coloured by their traces."""
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if len(prompts) > 1:
             heading = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             show(*[""][: i > 0], _heading(heading))
+        text = Text(answer.text)
+        if tokenizer is not None and answer.trace is not None:
+            from trimtab.report.traces import coloured
+
+            text = coloured(tokenizer, answer)
         if unsteered is None:
-            show(answer.text)
+            show(text if tokenizer is not None else answer.text)
             continue
         table = Table("unsteered", "steered", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
         for column in table.columns:
             column.ratio = 1
         table.expand = True
-        table.add_row(Text(unsteered[i].text), Text(answer.text))
+        table.add_row(Text(unsteered[i].text), text)
         show(table)
 
 

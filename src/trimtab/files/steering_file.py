@@ -22,6 +22,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
 from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
+from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
 from trimtab.steering.gates import AllOf, AnyOf, Not
 from trimtab.steering.operations import NAMES, OPERATIONS
 
@@ -133,13 +134,18 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
     edits = []
     for i, edit in enumerate(steering.edits):
         name = f"direction.{edit.site.layer}" if plain else f"edit.{i}.direction"
-        tensors[name] = edit.operation.direction
-        settings = {f.name: getattr(edit.operation, f.name) for f in fields(edit.operation) if f.name != "direction"}
+        operation = edit.operation
+        settings = {f.name: getattr(operation, f.name) for f in fields(operation) if f.name != "direction"}
+        if isinstance(operation, ScoreOperation):  # all numbers, no direction
+            settings = {"name": SCORE_NAMES[type(operation)], **settings}
+        else:
+            tensors[name] = operation.direction
+            settings = {"name": NAMES[type(operation)], "direction": name, **settings}
         edits.append(
             {
                 "site": asdict(edit.site),
                 "positions": edit.positions.to_json(),
-                "operation": {"name": NAMES[type(edit.operation)], "direction": name, **settings},
+                "operation": settings,
                 "strength": edit.strength,
                 "gate": _gate_json(edit.gate, f"edit.{i}.gate", tensors),
             }
@@ -154,11 +160,15 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
     settings = dict(data["operation"])
-    kind: type[Operation] = OPERATIONS[settings.pop("name")]
-    direction = tensors[settings.pop("direction")]
+    name = settings.pop("name")
+    operation: Operation | ScoreOperation
+    if name in SCORE_OPERATIONS:
+        operation = SCORE_OPERATIONS[name](**settings)
+    else:
+        operation = OPERATIONS[name](tensors[settings.pop("direction")], **settings)
     return Edit(
         site=Site(**data["site"]),
-        operation=kind(direction, **settings),
+        operation=operation,
         positions=Positions.from_json(data["positions"]),
         strength=data["strength"],
         gate=_gate(data["gate"], tensors),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trimtab.steering import Add, SetProjection, Steering
+from trimtab.errors import UnsupportedError
+from trimtab.steering import Add, ScoreOperation, SetProjection, Steering
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,14 @@ class Push:
 
 
 def pushes(steering: Steering) -> list[Push]:
-    """One `Push` an edit, in the edits' order. A sum's edits have no measurements: several cards could be theirs."""
+    """One `Push` an edit, in the edits' order. A sum's edits have no measurements: several cards could be theirs.
+
+    Raises `UnsupportedError` for edits of attention scores, which push in no direction.
+    """
     found = []
     for edit in steering.edits:
+        if isinstance(edit.operation, ScoreOperation):
+            raise UnsupportedError(f"{edit} steers attention: it has no direction, and so no push to show")
         layer = edit.site.layer
         measured = steering.card.measured
         adds = isinstance(edit.operation, Add)

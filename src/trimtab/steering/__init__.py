@@ -1,6 +1,8 @@
 """What a steering is: plain data, with no model and no engine in it."""
 
+from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass
 from trimtab.steering.card import Card, ModelId
+from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
 from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
 from trimtab.steering.positions import Positions
@@ -11,14 +13,19 @@ __all__ = [
     "Ablate",
     "Add",
     "Always",
+    "BiasScores",
     "Card",
     "Edit",
     "Gate",
     "ModelId",
     "Operation",
     "Positions",
+    "ScaleScores",
+    "ScoreOperation",
     "SetProjection",
     "Site",
     "Steering",
+    "TargetMass",
     "Threshold",
+    "emphasis",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("residual",)
+KINDS = ("residual", "scores")
 
 
 @dataclass(frozen=True, order=True)
@@ -12,7 +12,8 @@ class Site:
     """A place in the network.
 
     `kind="residual"` is the residual stream at the *output* of block `layer`, counted from 0
-    (Hugging Face's `hidden_states[layer + 1]`, except that their last entry is already normalised).
+    (Hugging Face's `hidden_states[layer + 1]`, except that their last entry is already normalised);
+    `"scores"` are the scores of that block's attention, before the softmax.
     """
 
     layer: int

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.card import Card
 from trimtab.steering.gates import ALWAYS, Gate
-from trimtab.steering.operations import NAMES, Operation
+from trimtab.steering.operations import NAMES
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
 
@@ -23,17 +25,21 @@ class Edit:
     """
 
     site: Site
-    operation: Operation
+    operation: Any  # an Operation, or a ScoreOperation where the site is attention scores
     positions: Positions = NAMED["from-last-prompt-token"]
     strength: float = 1.0
     gate: Gate = ALWAYS
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", check_strength(self.strength))
+        if isinstance(self.operation, ScoreOperation) != (self.site.kind == "scores"):
+            raise TrimtabError(f"{type(self.operation).__name__} can't act at {self.site}")
 
     def __str__(self) -> str:
         gate = "" if self.gate == ALWAYS else f" when {self.gate}"
-        return f"{self.strength:g} * {NAMES[type(self.operation)]} @ {self.site} {self.positions}{gate}"
+        operation = self.operation
+        name = SCORE_NAMES[type(operation)] if isinstance(operation, ScoreOperation) else NAMES[type(operation)]
+        return f"{self.strength:g} * {name} @ {self.site} {self.positions}{gate}"
 
 
 @dataclass(frozen=True)

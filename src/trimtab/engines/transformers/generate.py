@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trimtab.decoding.trace import Trace
 from trimtab.engines.transformers.read import check_length
 from trimtab.engines.transformers.session import Dose, Session
 from trimtab.errors import TrimtabError
@@ -17,7 +18,6 @@ REFUSED = {
     "input_ids": "give prompts, or use lm.steered(…) around model.generate",
     "inputs_embeds": "use lm.steered(…) around model.generate",
     "attention_mask": "trimtab pads and masks by itself",
-    "streamer": "stream with lm.steered(…) around model.generate",
     "return_dict_in_generate": "use logprobs=True, or lm.steered(…) around model.generate",
     "guidance_scale": "its second, unconditional pass would be steered as well",
     "assistant_model": "a draft model isn't steered, so its drafts would be rejected",
@@ -43,7 +43,8 @@ class Generation:
 
     `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"` or
     `"length"`; `logprobs`, where asked for, holds the natural log-probability of each generated token under the
-    (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt.
+    (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt; `trace` tells
+    what rejection did at each token, where there was rejection.
     """
 
     text: str
@@ -52,6 +53,7 @@ class Generation:
     prompt_tokens: int
     applied: Applied
     logprobs: tuple[float, ...] | None = None
+    trace: Trace | None = None
 
 
 def generate_batch(
@@ -121,6 +123,8 @@ def check_request(layout: Any, lengths: Sequence[int], max_new_tokens: int, opti
     for name, instead in REFUSED.items():
         if options.get(name) is not None:
             raise TrimtabError(f"generate can't take {name}: {instead}")
+    if options.get("streamer") is not None and len(lengths) > 1:
+        raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
     for i, length in enumerate(lengths):

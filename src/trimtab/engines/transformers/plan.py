@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, Positions, Steering
+from trimtab.steering import Edit, Positions, ScoreOperation, Steering
 from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, add
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
@@ -59,21 +59,22 @@ def effective(steering: Steering | None, readings: dict | None = None) -> tuple[
 def check_edits(steering: Steering, layers: int, width: int) -> None:
     """Raises `TrimtabError` unless every edit fits a model with so many blocks of this width."""
     for edit in steering.edits:
-        if not isinstance(edit.operation, Operation):
+        scores = isinstance(edit.operation, ScoreOperation)  # checked with the model's attention, see `scores`
+        if not scores and not isinstance(edit.operation, Operation):
             raise UnsupportedError(f"the transformers engine can't run {type(edit.operation).__name__}")
-        for site in (edit.site, *edit.gate.sites):
+        for site in (*(() if scores else (edit.site,)), *edit.gate.sites):
             if site.kind != "residual":
                 raise UnsupportedError(f"the transformers engine has no site {site}")
             if site.layer >= layers:
                 raise TrimtabError(f"the steering acts at layer {site.layer}; this model has layers 0 to {layers - 1}")
-        if edit.operation.width != width:
+        if not isinstance(edit.operation, ScoreOperation) and edit.operation.width != width:
             raise TrimtabError(f"the steering's width is {edit.operation.width}, this model's is {width}")
     _check_together(steering)
 
 
 def _check_together(steering: Steering) -> None:
     """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
-    possible = tuple(edit for edit in steering.edits if edit.strength != 0)
+    possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
     for layer in sorted({edit.site.layer for edit in possible}):
         for slot in _slots(possible, layer):
             alike: dict[tuple, list[Edit]] = {}

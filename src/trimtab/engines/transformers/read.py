@@ -21,7 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trimtab.engines.transformers.layout import Layout
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
 TOKENS_PER_BATCH = 4096
@@ -94,6 +94,8 @@ def read_groups(
 def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
     """Raises `TrimtabError` for a site that the model doesn't have."""
     for site in sites:
+        if site.kind == "scores":
+            raise UnsupportedError("attention scores are steered, not read; read the residual stream")
         if site.layer >= layout.layers:
             raise TrimtabError(f"there is no layer {site.layer}; this model has layers 0 to {layout.layers - 1}")
 

@@ -1,0 +1,138 @@
+"""The plausibility test of a decoding step, its gate, and the ladder of weaker steerings (DIRECTER, 2603.06745,
+section 3).
+
+    z = raw logits;  tau = max z + ln beta
+    gate shut    the second best of z is below tau: no other token could be accepted, so nothing is steered
+    gate open    the first rung whose best token c has z[c] >= tau gives the token; if none has, the raw best does
+
+Judged on the raw logits, whatever the steering is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, Steering
+
+LADDERS = ("halve", "strength")
+SCHEDULES = ("auto", "sequential", "two_phase", "fused")
+RANKINGS = ("paper", "repo")
+STRENGTH_RUNGS = 5
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """How a steering is weakened or rejected where its token is implausible.
+
+    `beta` is the least share of the best raw token's probability that an accepted token has: 0 accepts everything,
+    1 nothing but ties. `ladder="halve"` keeps the first half of the layers at each rung, in the order of `ranking`
+    (`"paper"`, `"repo"`: as the released code computes it, or a tuple of layers, best first), down to `min_layers`
+    (2: the released code; 1: the paper's text); `"strength"` keeps all layers and halves the strength, in five rungs.
+    `schedule` says how rungs are computed; all give the same tokens, `"auto"` measures which is fastest.
+    """
+
+    beta: float = 0.5
+    min_layers: int = 2
+    ladder: str = "halve"
+    schedule: str = "auto"
+    ranking: str | tuple[int, ...] = "paper"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
+            raise TrimtabError(f"beta lies between 0 and 1, got {self.beta!r}")
+        if isinstance(self.min_layers, bool) or not isinstance(self.min_layers, int) or self.min_layers < 1:
+            raise TrimtabError(f"min_layers is a whole number from 1, got {self.min_layers!r}")
+        for name, value, known in (("ladder", self.ladder, LADDERS), ("schedule", self.schedule, SCHEDULES)):
+            if value not in known:
+                raise TrimtabError(f"unknown {name} {value!r}; known: {', '.join(known)}")
+        if isinstance(self.ranking, str):
+            if self.ranking not in RANKINGS:
+                raise TrimtabError(
+                    f"unknown ranking {self.ranking!r}; known: {', '.join(RANKINGS)}, or layers in order"
+                )
+        else:
+            object.__setattr__(self, "ranking", tuple(self.ranking))
+            if len(set(self.ranking)) != len(self.ranking):
+                raise TrimtabError(f"the ranking {self.ranking} names a layer twice")
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the layers' order has to be found out."""
+        return self.ladder == "halve" and isinstance(self.ranking, str)
+
+
+def halved(order: Sequence[int], min_layers: int = 2) -> tuple[tuple[int, ...], ...]:
+    """All layers, then the first half of the order, a quarter, … while at least `min_layers` are left.
+
+    `floor(log2 L)` rungs with `min_layers=2`, and one more with 1.
+    """
+    rungs = []
+    size = len(order)
+    while size >= min_layers:
+        rungs.append(tuple(order[:size]))
+        size //= 2
+    return tuple(rungs)
+
+
+def ladder(edits: Sequence[Edit], rejection: Rejection, order: Sequence[int] = ()) -> tuple[tuple[Edit, ...], ...]:
+    """The edits of each rung, strongest first; rungs that repeat another are left out.
+
+    `order` ranks the layers of the edits, best first, where the ladder halves them. Raises `TrimtabError` where
+    there is an edit and yet no rung, and for an order that leaves one of their layers out.
+    """
+    if not edits:
+        return ()
+    steering = Steering(tuple(edits))
+    if rejection.ladder == "strength":
+        rungs = [(0.5**t * steering).edits for t in range(STRENGTH_RUNGS)]
+    else:
+        if missing := sorted(set(steering.layers) - set(order)):
+            raise TrimtabError(f"the ranking leaves out layer {missing[0]}, at which the steering acts")
+        sets = halved([layer for layer in order if layer in steering.layers], rejection.min_layers)
+        rungs = [tuple(edit for edit in edits if edit.site.layer in chosen) for chosen in sets]
+    if not rungs:
+        raise TrimtabError(
+            f"the steering acts at {len(steering.layers)} layer, and min_layers is {rejection.min_layers}, so that"
+            ' no rung is left; use ladder="strength", or min_layers=1'
+        )
+    return tuple(dict.fromkeys(rungs))
+
+
+def threshold(raw: Tensor, beta: Tensor) -> Tensor:
+    """`max z + ln beta`, for raw logits `[rows, vocabulary]` and `beta` `[rows]`; -inf where beta is 0."""
+    return raw.max(-1).values + beta.to(raw.dtype).log()
+
+
+def gate_open(raw: Tensor, tau: Tensor) -> Tensor:
+    """`[rows]`: whether any token but the best could be accepted. Where it is shut, steering can't change a token."""
+    return raw.topk(2, dim=-1).values[:, 1] >= tau
+
+
+def accepted_rung(raw: Tensor, tau: Tensor, candidates: Tensor) -> Tensor:
+    """`[rows]`: the first rung whose candidate is plausible, -1 where none is.
+
+    `candidates` is `[rows, rungs]`, the best token of each rung's logits, -1 where a row has no such rung.
+    """
+    plausible = (raw.gather(-1, candidates.clamp(min=0)) >= tau[:, None]) & (candidates >= 0)
+    first = plausible.long().argmax(-1)
+    return torch.where(plausible.any(-1), first, -1)
+
+
+def plausible_set(raw: Tensor, tau: Tensor) -> Tensor:
+    """`[rows, vocabulary]`: the tokens with `z >= tau`. It has at most `1 / (beta * max p)` members."""
+    return raw >= tau[:, None]
+
+
+def expected_cost(schedule: str, cost: dict[str, float], batch: int, open_share: float, tries: float) -> float:
+    """Seconds a token takes, from those of passes of `raw`, `one` (a rung), `rungs` (all) and `fused` rows."""
+    some_open = 1 - (1 - open_share) ** batch
+    return {
+        "sequential": cost["raw"] + some_open * tries * cost["one"],
+        "two_phase": cost["raw"] + some_open * cost["rungs"],
+        "fused": cost["fused"],
+    }[schedule]

@@ -1,0 +1,233 @@
+"""Attention with steered scores, through transformers' attention interface.
+
+While a run is open, the decoder's configuration names an attention of our own, registered for this run only; the
+model's own implementation is put back however the run ends. Layers and requests that aren't steered are computed by
+the model's own implementation, so that they stay as they were to the bit.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
+from trimtab.errors import UnsupportedError
+from trimtab.steering import Edit
+
+FULL = {"full_attention", "sliding_attention"}
+PLAIN = ("eager", "sdpa")
+UNKNOWN = ("s_aux", "position_bias", "head_mask")  # what changes scores in ways that steering them doesn't know
+_numbers = itertools.count()
+
+Attention = Callable[..., tuple[Tensor, Any]]
+
+
+def check_attention(layout: Layout) -> None:
+    """Raises `UnsupportedError` for a model whose attention scores can't be steered."""
+    decoder: Any = layout.decoder
+    name = type(decoder).__name__
+    if not getattr(decoder, "_supports_attention_backend", False):
+        raise UnsupportedError(f"{name} computes its attention outside of transformers' attention interface")
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    if other := sorted(kinds - FULL):
+        raise UnsupportedError(f"attention scores can't be steered in {name}, which has layers of {', '.join(other)}")
+    if getattr(decoder.config, "alibi", False):
+        raise UnsupportedError(f"{name} adds position biases to its scores, which steering them doesn't know")
+
+
+def attention_modules(layout: Layout) -> tuple[nn.Module, ...]:
+    """Each block's attention, as the model declares it. Raises `UnsupportedError` where that isn't one a block."""
+    declared = (getattr(type(layout.decoder), "_can_record_outputs", None) or {}).get("attentions")
+    declared = declared[0] if isinstance(declared, list) and declared else declared
+    kind = getattr(declared, "target_class", declared)
+    if not isinstance(kind, type):
+        raise UnsupportedError(f"{type(layout.decoder).__name__} doesn't declare what its attention is")
+    found = [[m for m in block.modules() if isinstance(m, kind)] for block in layout.blocks]
+    if any(len(modules) != 1 for modules in found):
+        raise UnsupportedError(f"{type(layout.decoder).__name__} has blocks without one {kind.__name__}")
+    return tuple(modules[0] for modules in found)
+
+
+def head_count(layout: Layout) -> int:
+    """How many query heads a layer has."""
+    return int(layout.decoder.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+
+
+@contextmanager
+def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
+    """A name under which transformers knows this attention, and how its masks are made, while the context is open."""
+    name = f"trimtab-{next(_numbers)}"
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    try:
+        yield name
+    finally:
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+
+
+def configurations(layout: Layout) -> list[Any]:
+    """The configurations that the decoder's modules read their attention's name from, each once."""
+    found = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
+    return list({id(config): config for config in found}.values())
+
+
+@contextmanager
+def using(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """While open, these configurations name this attention."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation = old
+
+
+@contextmanager
+def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequence[int]) -> Iterator[None]:
+    """While open, each request's attention is steered by its edits of scores, in `generate` and its like.
+
+    `lengths` are those of the prompts, in tokens; the batch pads them on the left. Nothing happens without edits.
+    """
+    if not any(edits):
+        yield
+        return
+    check_attention(layout)
+    width = max(lengths)
+    rows = [Row(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
+    layers = compile_scores(rows, width, head_count(layout), next(layout.decoder.parameters()).device)
+    columns = 0
+
+    def count(_decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal columns
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise UnsupportedError(
+                f"{type(layout.decoder).__name__} was called with neither input_ids nor inputs_embeds"
+            )
+        cache = given.get("past_key_values")
+        columns = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+
+    names = list(inspect.signature(type(layout.decoder).forward).parameters)[1:]
+    handle = layout.decoder.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        with steered_scores(layout, layers, lambda: columns):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Callable[[], int]) -> Iterator[None]:
+    """While open, attention to a batch's prompts is steered at these layers, for all queries.
+
+    `columns()` says how many columns a row has so far, pads and those of the running pass included.
+    """
+    check_attention(layout)
+    own = str(layout.decoder.config._attn_implementation)  # type: ignore[union-attr]
+    if own not in PLAIN:
+        raise UnsupportedError(f"attention scores can't be steered under {own}; load the model with sdpa or eager")
+    at = {id(module): layers[i] for i, module in enumerate(attention_modules(layout)) if i in layers}
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
+    ) -> tuple[Tensor, Any]:
+        plain = ALL_ATTENTION_FUNCTIONS.get_interface(own, _eager(module))
+        if given.get("softcap") is None and own == "sdpa":
+            given.pop("softcap", None)
+        output, weights = plain(module, query, key, value, mask, **given)
+        steered = at.get(id(module))
+        if steered is None:
+            return output, weights
+        rows = _touched(steered, len(query))
+        if not len(rows):
+            return output, weights
+        requests = rows // (len(query) // len(steered.touched))
+        inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
+        new = _steered_attention(*inputs, steered, columns(), requests, given)
+        output = output.clone()
+        output[rows] = new
+        return output, None
+
+    with registered(attention, ALL_MASK_ATTENTION_FUNCTIONS[own]) as name, using(configurations(layout), name):
+        yield
+
+
+def refuse_unknown(given: dict[str, Any]) -> None:
+    """Raises `UnsupportedError` for an attention with parts that steering its scores doesn't know."""
+    for name in UNKNOWN:
+        if given.get(name) is not None:
+            raise UnsupportedError(f"attention with {name} can't be steered")
+
+
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores after the model's soft cap (Gemma 2)."""
+    return scores if softcap is None else torch.tanh(scores / softcap) * softcap
+
+
+def _touched(steered: LayerScores, count: int) -> Tensor:
+    """The rows of a batch of `count` that are steered; a request may stand in several neighbouring rows."""
+    touched = steered.touched
+    return touched.repeat_interleave(count // len(touched)).nonzero().flatten()
+
+
+def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
+    return mask if mask is None or mask.shape[0] == 1 else mask[rows.to(mask.device)]
+
+
+def _steered_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    steered: LayerScores,
+    columns: int,
+    requests: Tensor,
+    given: dict[str, Any],
+) -> Tensor:
+    """The output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`, scores in full."""
+    refuse_unknown(given)
+    count, heads, queries, size = query.shape
+    groups, length = key.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scaling = given.get("scaling")
+    scaling = size**-0.5 if scaling is None else scaling
+    scores = query.reshape(count, groups, -1, size) @ key.transpose(-1, -2)
+    scores = scores.view(count, heads, queries, length).to(wide) * scaling
+    missing = columns - length
+    chosen = steered.select(requests)
+    chosen.scale(scores, missing)
+    scores = capped(scores, given.get("softcap"))
+    if mask is None and queries > 1:
+        mask = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)[None, None]
+    if mask is not None:
+        mask = mask[..., :length]
+        scores = scores.masked_fill(~mask if mask.dtype == torch.bool else mask < -1, -torch.inf)
+    empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
+    scores = scores.masked_fill(empty, 0)
+    chosen.shift(scores, missing)
+    weights = scores.softmax(-1).to(value.dtype)
+    output = weights.view(count, groups, -1, length) @ value
+    return output.view(count, heads, queries, -1).transpose(1, 2)
+
+
+def _eager(module: nn.Module) -> Attention:
+    """The attention that the module's own file falls back on."""
+    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
+    return found

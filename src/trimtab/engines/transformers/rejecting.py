@@ -1,0 +1,439 @@
+"""The decoding loop with rejection, for transformers' `generate(custom_generate=…)`.
+
+The raw stream is decoded as ever, with the model's own attention. Where its gate opens, the rungs of the ladder are
+computed as rows over its cache (see `rows`), and the first plausible one gives the token. As the cache is always the
+raw one, each decision depends on the text so far and on nothing else, and schedules differ only in their speed:
+
+    sequential   the raw pass; then, while no rung was accepted, a pass for the next one
+    two_phase    the raw pass; then, if a gate is open, all rungs in one pass
+    fused        the raw token and all rungs in one pass each step
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from trimtab.decoding.ranking import disturbance, order_of, sensitivity
+from trimtab.decoding.rejection import (
+    SCHEDULES,
+    Rejection,
+    accepted_rung,
+    expected_cost,
+    gate_open,
+    ladder,
+    plausible_set,
+    threshold,
+)
+from trimtab.decoding.trace import Step, Trace
+from trimtab.engines.transformers.attention import attention_modules
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.rows import RawCache, Rows, Token, Versions, compile_versions
+from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Edit
+
+OPEN_SHARE = 0.25
+"""How often a gate is taken to open, when a schedule is chosen: 14 to 27 % of tokens were measured."""
+TRIES = 2.1
+"""How many rungs are taken to be tried at an open gate."""
+
+REFUSED = {
+    "num_beams": "beams share no cache; decode greedily or sample",
+    "prompt_lookup_num_tokens": "drafts aren't checked for plausibility",
+    "cache_implementation": "rows need the default cache",
+    "past_key_values": "rows need a cache of their own",
+    "use_cache": "rows need the cache",
+    "custom_generate": "the loop is trimtab's own",
+    "prefill_chunk_size": "the last prompt token's own pass is needed whole",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt of a batch: its length, the edits in force, and how they are rejected (`None`: nothing is steered)."""
+
+    prompt_length: int
+    edits: tuple[Edit, ...]
+    rejection: Rejection | None
+
+
+@dataclass
+class _Stream:
+    """One row of the batch: which versions its rungs are, and its steps so far."""
+
+    versions: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
+    steps: list[Step] = field(default_factory=list)
+
+
+def check_rejection(requests: Sequence[Request], options: dict[str, Any]) -> None:
+    """Raises `TrimtabError` for what can't run with rejection; without a request there is nothing to refuse."""
+    if not requests:
+        return
+    for name, why in REFUSED.items():
+        if options.get(name) not in (None, 1) and not (name == "use_cache" and options[name] is True):
+            raise TrimtabError(f"rejection can't run with {name}: {why}")
+    for request in requests:
+        for edit in request.edits:
+            if not is_score_edit(edit) and not _reaches_decoding(edit, request.prompt_length):
+                raise UnsupportedError(
+                    f"rejection steers the token that is being decoded, and {edit} acts on the prompt alone"
+                )
+    schedules = {r.rejection.schedule for r in requests if r.rejection is not None}
+    if len(schedules) > 1:
+        raise TrimtabError(f"one batch has one schedule, not {', '.join(sorted(schedules))}")
+
+
+def _reaches_decoding(edit: Edit, prompt_length: int) -> bool:
+    spans = edit.positions.resolve(prompt_length)
+    return any(stop is None or stop >= prompt_length for _, stop in spans)
+
+
+class RejectingLoop:
+    """Decodes one batch. `open()` around `model.generate(custom_generate=loop.decode)`; then `traces()`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        requests: Sequence[Request],
+        costs: dict[tuple[int, ...], float],
+        streamer: Any = None,
+    ) -> None:
+        self.model: Any = model
+        self.layout = layout
+        self.requests = list(requests)
+        self.rows = Rows(model, layout)
+        self.costs = costs
+        self.streamer = streamer  # transformers keeps it from a custom_generate
+        self.streams: list[_Stream] = []
+        self.schedule = next((r.rejection.schedule for r in requests if r.rejection is not None), "sequential")
+        self.passes = 0
+        self.first = 0.0
+        self._began = 0.0
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """The hooks and the attention that rows need, for as long as the context is open."""
+        layers = {e.site.layer for r in self.requests for e in r.edits if not is_score_edit(e)}
+        self._began = time.perf_counter()
+        with self.rows.open(sorted(layers)):
+            yield
+
+    def traces(self) -> list[Trace]:
+        """What happened in each row of the batch, one step a token (those after a row's end included)."""
+        found = []
+        for stream, request in zip(self.streams, self._spread(self.requests), strict=True):
+            rungs: tuple[str, ...] = ()
+            if request.rejection is not None and request.edits:
+                rungs = tuple(_describe(edits) for edits in ladder(request.edits, request.rejection, stream.order))
+            found.append(Trace(tuple(stream.steps), rungs, stream.order, self.schedule, self.passes, self.first))
+        return found
+
+    def _spread(self, each: Sequence[Any]) -> list[Any]:
+        repeat = len(self.streams) // len(each)
+        return [one for one in each for _ in range(repeat)]
+
+    # ---- the loop ----------------------------------------------------------------------------------------
+
+    def decode(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Transformers' own greedy or sampling loop, with the choice of each token put in between."""
+        if synced_gpus:
+            raise UnsupportedError("rejection can't run with synced_gpus")
+        config = generation_config
+        streamer = self.streamer if streamer is None else streamer
+        cache = RawCache(model.config)
+        model_kwargs["past_key_values"] = cache
+        count = len(input_ids)
+        self.streams = [_Stream() for _ in range(count)]
+        unfinished = torch.ones(count, dtype=torch.long, device=input_ids.device)
+        ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
+        pad = config._pad_token_tensor
+        logits: tuple[Tensor, ...] = ()
+
+        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        output = model(**inputs, return_dict=True)
+        token = Token.of(inputs)
+        raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+        del output, inputs
+        steer = self._prepare(token, cache, input_ids.shape[1])
+        ahead: Tensor | None = None  # [rows of all rungs], the rungs' logits where they came with the raw ones
+        while True:
+            chosen = self._choose(
+                input_ids, token, cache, raw, ahead, steer, unfinished.bool(), logits_processor, config.do_sample
+            )
+            next_tokens, used = chosen
+            if config.return_dict_in_generate and config.output_logits:
+                logits += (used,)
+            if ends:
+                next_tokens = next_tokens * unfinished + pad.to(next_tokens.device) * (1 - unfinished)
+            input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
+            if streamer is not None:
+                streamer.put(next_tokens.cpu())
+            if not self.first:
+                self.first = time.perf_counter() - self._began
+            unfinished = unfinished & ~stopping_criteria(input_ids, ())
+            if not unfinished.any():
+                break
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+            token = Token.of(inputs)
+            ahead = None
+            self.passes += 1
+            if self.schedule == "fused" and steer is not None:
+                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, unfinished.bool())
+                model_kwargs = _next_kwargs(model, cache, model_kwargs)
+            else:
+                output = model(**inputs, return_dict=True)
+                raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+                del output
+        if streamer is not None:
+            streamer.end()
+        if not config.return_dict_in_generate:
+            return input_ids
+        return GenerateDecoderOnlyOutput(sequences=input_ids, logits=logits or None, past_key_values=cache)  # type: ignore[arg-type]
+
+    def _choose(
+        self,
+        input_ids: Tensor,
+        token: Token,
+        cache: RawCache,
+        raw: Tensor,
+        ahead: Tensor | None,
+        steer: Versions | None,
+        live: Tensor,
+        processor: Any,
+        sample: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The next token of each row, and the logits that it was chosen from."""
+        scores = processor(input_ids, raw.clone() if len(processor) else raw)
+        best = scores.argmax(-1)
+        betas = [r.rejection.beta if r.rejection is not None else 1.0 for r in self._spread(self.requests)]
+        tau = threshold(scores, torch.tensor(betas, device=scores.device))
+        steered = torch.tensor([bool(stream.versions) for stream in self.streams], device=scores.device)
+        opened = gate_open(scores, tau) & steered & live
+        rung = torch.full_like(best, -1)
+        used, final, choice = raw, scores, best
+        if steer is not None and bool(opened.any()):
+            rung, choice, final, used = self._rungs(
+                input_ids, token, cache, raw, scores, tau, ahead, steer, opened, processor, best
+            )
+        if sample:
+            allowed = plausible_set(scores, tau) | ~steered[:, None]
+            probabilities = final.masked_fill(~allowed, -torch.inf).softmax(-1)
+            choice = torch.multinomial(probabilities, 1)[:, 0]
+        facts = zip(self.streams, opened.tolist(), rung.tolist(), choice.tolist(), best.tolist(), strict=True)
+        for stream, was_open, accepted, emitted, raw_best in facts:
+            step = Step(was_open, accepted if accepted >= 0 else None, raw_best if emitted != raw_best else None)
+            stream.steps.append(step)
+        return choice, used
+
+    def _rungs(
+        self,
+        input_ids: Tensor,
+        token: Token,
+        cache: RawCache,
+        raw: Tensor,
+        scores: Tensor,
+        tau: Tensor,
+        ahead: Tensor | None,
+        steer: Versions,
+        opened: Tensor,
+        processor: Any,
+        best: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """For rows whose gate is open: the accepted rung, the token, the scores and logits that it came from."""
+        open_rows = opened.nonzero().flatten().tolist()
+        most = max(len(self.streams[b].versions) for b in open_rows)
+        columns = input_ids.shape[1]
+        rung = torch.full_like(best, -1)
+        final, used = scores, raw
+        waiting = open_rows
+        together = self.schedule != "sequential"
+        for start in range(0, 1 if together else most):
+            tried = range(0, most) if together else range(start, start + 1)
+            asked = [(b, r) for b in waiting for r in tried if r < len(self.streams[b].versions)]
+            if not asked:
+                break
+            versions = [self.streams[b].versions[r] for b, r in asked]
+            if ahead is None:
+                self.passes += 1
+                found = self.rows.run(token, cache, columns, steer, versions, [b for b, _ in asked])
+                found = found.to(dtype=torch.float32, device=raw.device)
+            else:
+                found = ahead[torch.tensor(versions, device=ahead.device)]
+            rows_of = {place: i for i, place in enumerate(asked)}
+            candidates = torch.full((len(best), len(tried)), -1, device=best.device)
+            processed: list[tuple[Tensor, Tensor]] = []
+            for n, r in enumerate(tried):
+                here = [b for b in waiting if (b, r) in rows_of]
+                logits = raw.clone()
+                logits[here] = found[[rows_of[b, r] for b in here]]
+                after = processor(input_ids, logits.clone()) if len(processor) else logits
+                candidates[here, n] = after[here].argmax(-1)
+                processed.append((logits, after))
+            accepted = accepted_rung(scores, tau, candidates)
+            for b in waiting:
+                n = int(accepted[b])
+                if n >= 0:
+                    if final is scores:
+                        final, used, best = scores.clone(), raw.clone(), best.clone()
+                    rung[b], best[b] = tried[n], candidates[b, n]
+                    used[b], final[b] = processed[n][0][b], processed[n][1][b]
+            waiting = [b for b in waiting if int(accepted[b]) < 0]
+            if not waiting:
+                break
+        return rung, best, final, used
+
+    def _fused(
+        self, token: Token, cache: RawCache, columns: int, steer: Versions, live: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One pass of the raw rows and of all rungs of rows that are still going: `[batch, …]` and `[versions, …]`."""
+        chosen: list[int | None] = []
+        requests: list[int] = []
+        for b, stream in enumerate(self.streams):
+            mine: list[int | None] = [None, *(stream.versions if bool(live[b]) else ())]
+            chosen += mine
+            requests += [b] * len(mine)
+        found = self.rows.run(token, cache, columns, steer, chosen, requests, raw_enters_cache=True)
+        found = found.to(dtype=torch.float32, device=token.ids.device)
+        raw = found[[i for i, version in enumerate(chosen) if version is None]]
+        ahead = found.new_full((len(steer.requests), found.shape[1]), torch.nan)
+        where = [(i, version) for i, version in enumerate(chosen) if version is not None]
+        ahead[[version for _, version in where]] = found[[i for i, _ in where]]
+        return raw, ahead
+
+    # ---- before the first token --------------------------------------------------------------------------
+
+    def _prepare(self, token: Token, cache: RawCache, columns: int) -> Versions | None:
+        """Rank the layers, build the ladders, and choose the schedule."""
+        requests = self._spread(self.requests)
+        lengths = [request.prompt_length for request in requests]
+        pads = [columns - length for length in lengths]
+        versions: list[tuple[int, tuple[Edit, ...]]] = []
+        ranked: dict[int, tuple[int, ...]] = {}
+        for b, (request, stream) in enumerate(zip(requests, self.streams, strict=True)):
+            if request.rejection is None or not request.edits:
+                continue
+            stream.order = ranked.get(id(request), ())
+            if request.rejection.ranks and not stream.order:
+                ranking = str(request.rejection.ranking)
+                stream.order = self._rank(token, cache, columns, b, request.edits, lengths, pads, ranking)
+            elif not isinstance(request.rejection.ranking, str):
+                stream.order = request.rejection.ranking
+            ranked[id(request)] = stream.order
+            rungs = ladder(request.edits, request.rejection, stream.order)
+            stream.versions = tuple(range(len(versions), len(versions) + len(rungs)))
+            versions += [(b, edits) for edits in rungs]
+        if not versions:
+            return None
+        steer = compile_versions(self.layout, versions, lengths, pads)
+        if self.schedule == "auto":
+            self.schedule = self._fastest(token, cache, columns, steer)
+        return steer
+
+    def _rank(
+        self,
+        token: Token,
+        cache: RawCache,
+        columns: int,
+        row: int,
+        edits: tuple[Edit, ...],
+        lengths: list[int],
+        pads: list[int],
+        ranking: str,
+    ) -> tuple[int, ...]:
+        """The order of the layers for one request, from one pass with a row for each layer steered alone."""
+        layers = sorted({edit.site.layer for edit in edits})
+        if len(layers) == 1:
+            return tuple(layers)
+        alone = [(row, tuple(edit for edit in edits if edit.site.layer == layer)) for layer in layers]
+        steer = compile_versions(self.layout, alone, lengths, pads)
+        found: list[tuple[Tensor, Tensor]] = []
+        before: list[Tensor] = []
+        handles: list[Any] = []
+
+        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            before.append(given[0])
+
+        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
+            after = output if isinstance(output, Tensor) else output[0]
+            found.append(disturbance(before.pop(), after[0]))
+
+        modules = attention_modules(self.layout)
+        try:
+            for module in modules:
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave))
+            self.rows.run(token, cache, columns, steer, [None, *range(len(layers))], [row] * (1 + len(layers)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        crossed = torch.stack([column.cpu() for column, _ in found], dim=1)
+        if ranking == "repo":
+            scores = sensitivity(crossed, torch.empty(0), ranking)[layers]
+        else:
+            scores = sensitivity(crossed, torch.stack([raw.cpu() for _, raw in found]), ranking)
+        return order_of(scores, layers)
+
+    def _fastest(self, token: Token, cache: RawCache, columns: int, steer: Versions) -> str:
+        """The schedule with the least expected time a token, from what passes of so many rows cost here."""
+        going = [b for b, stream in enumerate(self.streams) if stream.versions]
+        rungs = max(len(self.streams[b].versions) for b in going)
+        opened = max(1, round(OPEN_SHARE * len(going)))
+        raw: list[tuple[int, int | None]] = [(b, None) for b in range(len(self.streams))]
+        one: list[tuple[int, int | None]] = [(b, self.streams[b].versions[0]) for b in going[:opened]]
+        some: list[tuple[int, int | None]] = [(b, v) for b in going[:opened] for v in self.streams[b].versions]
+        full = [(b, v) for b, stream in enumerate(self.streams) for v in (None, *stream.versions)]
+        cost = {}
+        for name, rows in (("raw", raw), ("one", one), ("rungs", some), ("fused", full)):
+            key = (len(rows), len({b for b, _ in rows}))
+            if key not in self.costs:
+                self.costs[key] = self._time(token, cache, columns, steer, rows)
+            cost[name] = self.costs[key]
+        tries = min(TRIES, rungs)
+        return min(SCHEDULES[1:], key=lambda name: expected_cost(name, cost, len(going), OPEN_SHARE, tries))
+
+    def _time(
+        self, token: Token, cache: RawCache, columns: int, steer: Versions, rows: Sequence[tuple[int, int | None]]
+    ) -> float:
+        """Seconds of a pass of these rows, the best of three; such a pass leaves nothing behind."""
+        requests, versions = [b for b, _ in rows], [v for _, v in rows]
+        best = float("inf")
+        for _ in range(3):
+            began = time.perf_counter()
+            float(self.rows.run(token, cache, columns, steer, versions, requests)[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - began)
+        return best
+
+
+def _next_kwargs(model: Any, cache: RawCache, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    output = CausalLMOutputWithPast(past_key_values=cache)
+    return model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+
+
+def _describe(edits: tuple[Edit, ...]) -> str:
+    layers = sorted({edit.site.layer for edit in edits})
+    strengths = sorted({edit.strength for edit in edits})
+    return f"{len(layers)} layers at strength {', '.join(f'{strength:g}' for strength in strengths)}"

@@ -1,0 +1,341 @@
+"""Rows: several versions of the token that is being decoded, in one forward pass over one shared cache.
+
+A row is one request's newest token under one steering. All rows stand in one batch entry, as queries side by side;
+each attends to the past of its own request, which it shares with that request's other rows, and to itself. Nothing
+of the past is copied, and a row's own key and value are forgotten, except those of raw rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import sdpa_mask
+
+from trimtab.engines.transformers.attention import (
+    capped,
+    check_attention,
+    configurations,
+    head_count,
+    refuse_unknown,
+    registered,
+    using,
+)
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
+from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
+from trimtab.engines.transformers.session import _apply, _dtype, _replaced, _state
+from trimtab.errors import UnsupportedError
+from trimtab.steering import Edit
+
+KEPT = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # one entry a token, last axis
+
+
+class RawCache(DynamicCache):
+    """The cache of the unsteered stream. It remembers what each layer attended to last: `seen[layer]`."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers):
+            raise UnsupportedError("rejection needs a cache of plain keys and values, which this model doesn't have")
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.seen.pop(layer_idx, None)  # not held twice
+        self.seen[layer_idx] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.seen[layer_idx]
+
+
+class _RowCache(DynamicCache):
+    """What a pass of rows is given for a cache: raw rows go on into the raw one, the others stay outside."""
+
+    def __init__(self, run: _Run) -> None:
+        super().__init__()
+        self.layers = run.raw.layers
+        self.run = run
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        run = self.run
+        if run.raw_rows is not None:
+            keys, values = (x[0][:, run.raw_rows].transpose(0, 1).unsqueeze(2) for x in (key_states, value_states))
+            run.raw.update(keys, values, layer_idx)  # [requests, groups, 1, size]
+        run.layer = layer_idx
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.run.columns - 1
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.run.columns - 1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.run.columns - 1 + query_length, 0
+
+
+@dataclass
+class _Run:
+    """One pass: which request each row is of, and what is done in it."""
+
+    raw: RawCache
+    columns: int  # of the cache with the token that is being decoded, pads included
+    spans: list[tuple[int, slice]]  # request -> its rows, which are neighbours
+    padding: Tensor | None  # [requests, columns]
+    scores: dict[int, LayerScores]
+    states: Tensor | None  # [rows], for edits of the residual stream
+    raw_rows: Tensor | None
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """The newest token of each request of a batch, as the model wants it: ids and positions `[…, requests, 1]`."""
+
+    ids: Tensor
+    more: dict[str, Tensor]
+    mask: Tensor | None  # [requests, columns], of pads
+
+    @classmethod
+    def of(cls, inputs: dict[str, Any]) -> Token:
+        """The last token of a pass, from the inputs that transformers prepared for it."""
+        more = {name: inputs[name][..., -1:] for name in KEPT if isinstance(inputs.get(name), Tensor)}
+        if "position_ids" not in more:
+            raise UnsupportedError("rejection needs a model that is told its tokens' positions")
+        mask = inputs.get("attention_mask")
+        return cls(inputs["input_ids"][:, -1:], more, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+
+    def rows(self, requests: Tensor) -> dict[str, Tensor]:
+        """The inputs of a pass with one row for each of these requests: `[…, 1, rows]`."""
+        inputs = {"input_ids": self.ids[requests].transpose(0, 1)}
+        for name, value in self.more.items():
+            if value.shape[-2] == 1 and len(self.ids) > 1:
+                value = value.expand(*value.shape[:-2], len(self.ids), 1)
+            inputs[name] = value.index_select(-2, requests).transpose(-1, -2)
+        return inputs
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What rows may be: for each of a batch's steerings its request, and its edits compiled.
+
+    `layers` are those whose residual stream some version edits.
+    """
+
+    requests: tuple[int, ...]
+    scores: dict[int, LayerScores]
+    plan: Plan
+    pads: tuple[int, ...]
+    device: torch.device
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted(self.plan.stages))
+
+
+def compile_versions(
+    layout: Layout, versions: Sequence[tuple[int, tuple[Edit, ...]]], lengths: Sequence[int], pads: Sequence[int]
+) -> Versions:
+    """The versions `(request, edits)` of a batch whose prompts have these lengths and pads on their left."""
+    device = next(layout.decoder.parameters()).device
+    rows = [
+        Row(tuple(edit for edit in edits if is_score_edit(edit)), lengths[request], pads[request])
+        for request, edits in versions
+    ]
+    width = max(length + pad for length, pad in zip(lengths, pads, strict=True))
+    residual = [tuple(edit for edit in edits if not is_score_edit(edit)) for _, edits in versions]
+    plan = compile_plan(residual, [lengths[request] for request, _ in versions], _dtype(layout))
+    return Versions(
+        tuple(request for request, _ in versions),
+        compile_scores(rows, width, head_count(layout), device),
+        plan,
+        tuple(pads[request] for request, _ in versions),
+        device,
+    )
+
+
+class Rows:
+    """Passes of rows through a model, while `open`. The model is as it was outside of the passes."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        check_attention(layout)
+        self.model = model
+        self.layout = layout
+        self._configs = configurations(layout)
+        self._run: _Run | None = None
+        self._name = ""
+        self._plan: Plan | None = None
+
+    @contextmanager
+    def open(self, layers: Sequence[int]) -> Iterator[None]:
+        """Hooks at the blocks that some version edits, and our attention known to transformers."""
+        handles: list[Any] = []
+        try:
+            with registered(self._attend, self._mask) as self._name:
+                for layer in layers:
+                    handles.append(self.layout.blocks[layer].register_forward_hook(self._hook(layer)))
+                yield
+        finally:
+            self._run = None
+            for handle in handles:
+                handle.remove()
+
+    def run(
+        self,
+        token: Token,
+        cache: RawCache,
+        columns: int,
+        versions: Versions,
+        chosen: Sequence[int | None],
+        requests: Sequence[int],
+        *,
+        raw_enters_cache: bool = False,
+    ) -> Tensor:
+        """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
+
+        `requests[i]` is the request of row i; the rows of one are neighbours. `columns` counts the cache's columns
+        with this token. With `raw_enters_cache`, the unsteered rows, one for each request in order, put their keys
+        and values into the cache; otherwise the raw pass has done so.
+        """
+        device = token.ids.device
+        picked = torch.tensor([-1 if version is None else version for version in chosen], device=device)
+        self._plan = versions.plan
+        self._run = _Run(
+            cache,
+            columns,
+            _neighbours(requests),
+            None if token.mask is None or bool(token.mask.all()) else token.mask.bool(),
+            _select(versions.scores, picked),
+            self._states(versions, chosen, columns, device),
+            (picked < 0).nonzero().flatten() if raw_enters_cache else None,
+        )
+        try:
+            with using(self._configs, self._name):
+                inputs = token.rows(torch.tensor(list(requests), device=device))
+                output = self.model(**inputs, past_key_values=_RowCache(self._run), use_cache=True, return_dict=True)
+        finally:
+            self._run = None
+        return output.logits[0]
+
+    def _states(
+        self, versions: Versions, chosen: Sequence[int | None], columns: int, device: torch.device
+    ) -> Tensor | None:
+        if not versions.plan.stages:
+            return None
+        states = [
+            0 if version is None else _state(versions.plan.segments[version], columns - 1 - versions.pads[version])
+            for version in chosen
+        ]
+        return torch.tensor(states, device=device) if any(states) else None
+
+    def _hook(self, layer: int) -> Any:
+        def edit(_module: nn.Module, _args: Any, output: Any) -> Any:
+            run = self._run
+            if run is None or run.states is None or self._plan is None:
+                return None
+            x = output if isinstance(output, Tensor) else output[0]
+            states = run.states.to(x.device)
+            for stage in self._plan.stages[layer]:
+                x = _edited(stage, states, x)
+            return _replaced(output, x)
+
+        return edit
+
+    def _mask(self, *_: Any, **given: Any) -> Tensor | None:
+        """Which past columns the newest token of each request sees: `[requests, 1, 1, columns]`; `None`: all.
+
+        Made by the rule that the model asks for (causal, or a sliding window), for the one position that rows have.
+        """
+        run = self._run
+        assert run is not None
+        kept = {name: given[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in given}
+        count = 1 if run.padding is None else len(run.padding)
+        return sdpa_mask(
+            batch_size=count, q_length=1, kv_length=run.columns, q_offset=run.columns - 1, kv_offset=0,
+            attention_mask=run.padding, **kept,
+        )  # fmt: skip
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
+    ) -> tuple[Tensor, None]:
+        """`[1, rows, heads, size]` for the rows' queries `[1, heads, rows, size]` and their own keys and values."""
+        refuse_unknown(given)
+        run = self._run
+        if run is None or run.layer is None:
+            raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
+        past_keys, past_values = run.raw.seen[run.layer]
+        steered = run.scores.get(run.layer)
+        run.layer = None
+        heads, rows, size = query.shape[1:]
+        groups, length = past_keys.shape[1:3]
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scaling = given.get("scaling")
+        scaling = size**-0.5 if scaling is None else scaling
+
+        scores = torch.empty(heads, rows, length, dtype=wide, device=query.device)
+        by_group = query[0].view(groups, -1, rows, size)
+        scores[..., -1] = (by_group * key[0][:, None]).sum(-1).view(heads, rows)
+        for request, span in run.spans:
+            asked = by_group[:, :, span].reshape(groups, -1, size)
+            products = asked @ past_keys[request, :, :-1].transpose(-1, -2)
+            scores[:, span, :-1] = products.view(heads, -1, length - 1).to(wide)
+        scores *= scaling
+        by_row = scores.transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, columns]
+        missing = run.columns - length
+        if steered is not None:
+            steered.scale(by_row, missing, own=1)
+        softcap = given.get("softcap")
+        if softcap is not None:
+            scores.copy_(capped(scores, softcap))
+        if mask is not None:
+            for request, span in run.spans:
+                unseen = ~mask[request if len(mask) > 1 else 0, 0, 0, -length:-1]
+                scores[:, span, :-1].masked_fill_(unseen, -torch.inf)
+        if steered is not None:
+            steered.shift(by_row, missing, own=1)
+        weights = scores.softmax(-1).to(value.dtype)
+
+        own = (weights[..., -1:].view(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
+        for request, span in run.spans:
+            given_weights = weights[:, span, :-1].reshape(groups, -1, length - 1)
+            own[:, span] += (given_weights @ past_values[request, :, :-1]).view(heads, -1, own.shape[-1])
+        return own.transpose(0, 1)[None].contiguous(), None
+
+
+def _edited(stage: Stage, states: Tensor, x: Tensor) -> Tensor:
+    """One stage applied to rows `[1, rows, width]` in these states."""
+    rows = {name: bank.to(x.device)[states] for name, bank in stage.rows.items()}
+    if stage.only_adds:
+        return x + rows["vector"].to(x.dtype)
+    return _apply(stage, rows, stage.active.to(x.device)[states], x)
+
+
+def _select(layers: dict[int, LayerScores], picked: Tensor) -> dict[int, LayerScores]:
+    """Each layer's parameters for these rows; -1 is a row of nothing."""
+    raw = picked < 0
+    some_raw = bool(raw.any())
+    made: dict[int, LayerScores] = {}
+    for scores in layers.values():
+        if id(scores) not in made:
+            chosen = scores.select(picked.clamp(min=0))
+            made[id(scores)] = chosen.without(raw) if some_raw else chosen
+    return {layer: made[id(scores)] for layer, scores in layers.items()}
+
+
+def _neighbours(requests: Sequence[int]) -> list[tuple[int, slice]]:
+    """The runs of equal requests, as slices of rows."""
+    spans: list[tuple[int, slice]] = []
+    for row, request in enumerate(requests):
+        if spans and spans[-1][0] == request:
+            spans[-1] = (request, slice(spans[-1][1].start, row + 1))
+        else:
+            spans.append((request, slice(row, row + 1)))
+    return spans

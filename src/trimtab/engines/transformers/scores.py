@@ -1,0 +1,230 @@
+"""Edits of attention scores, compiled into tensors over rows: what is done to the scores of one layer.
+
+A row is a request, or one of its rungs; it has its own prompt, padded on the left to the same width. A layer keeps
+its rows' factors, biases and target masses by prompt column; scores are `[rows, heads, queries, columns]`, and may
+show only the last columns (a sliding window), so that each call says how many columns are missing on the left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import BiasScores, Edit, Positions, ScaleScores, ScoreOperation, TargetMass
+from trimtab.steering.positions import END
+
+SMALLEST_MASS = 1e-10
+
+
+@dataclass(frozen=True)
+class Row:
+    """The edits of attention scores in force in one row, its prompt's length, and the pads before it."""
+
+    edits: tuple[Edit, ...]
+    prompt_length: int
+    pads: int
+
+
+@dataclass(frozen=True)
+class _Bias:
+    values: Tensor  # [rows, heads or 1, columns]
+
+    def select(self, rows: Tensor) -> _Bias:
+        return _Bias(self.values[rows])
+
+    def without(self, rows: Tensor) -> _Bias:
+        return _Bias(self.values.masked_fill(rows[:, None, None], 0))
+
+    @property
+    def touched(self) -> Tensor:
+        return self.values.flatten(1).ne(0).any(-1)
+
+    def apply(self, scores: Tensor, missing: int, own: int) -> None:
+        part = _part(scores, self.values.shape[-1], missing, own)
+        part += self.values[:, :, None, missing : missing + part.shape[-1]].to(part.dtype)
+
+
+@dataclass(frozen=True)
+class _Mass:
+    columns: Tensor  # [rows, columns], whether in the span
+    target: Tensor  # [rows]; nothing is done where it is 0
+    pool: str
+    exact: bool
+
+    def select(self, rows: Tensor) -> _Mass:
+        return _Mass(self.columns[rows], self.target[rows], self.pool, self.exact)
+
+    def without(self, rows: Tensor) -> _Mass:
+        return _Mass(self.columns, self.target.masked_fill(rows, 0), self.pool, self.exact)
+
+    @property
+    def touched(self) -> Tensor:
+        return self.target > 0
+
+    def apply(self, scores: Tensor, missing: int, own: int) -> None:
+        part = _part(scores, self.columns.shape[-1], missing, own)
+        columns = self.columns[:, None, None, missing : missing + part.shape[-1]]
+        weights = scores.softmax(-1)[..., : part.shape[-1]]
+        mass = torch.where(columns, weights, 0).sum(-1, keepdim=True)
+        if self.pool == "layer":
+            mass = mass.mean(1, keepdim=True)
+        target = self.target.to(mass.dtype)[:, None, None, None]
+        low = mass.clamp(min=SMALLEST_MASS)
+        bias = (target / low).log()
+        if self.exact:
+            bias = bias + (1 - low).log() - (1 - target).log()
+        part += torch.where(columns & (mass < target), bias, 0)
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """What is done to one layer's scores: `factor` `[rows, columns]` first, then the stages in order."""
+
+    factor: Tensor | None
+    stages: tuple[_Bias | _Mass, ...]
+
+    def select(self, rows: Tensor) -> LayerScores:
+        """The same for these rows, in this order."""
+        factor = None if self.factor is None else self.factor[rows]
+        return LayerScores(factor, tuple(stage.select(rows) for stage in self.stages))
+
+    def without(self, rows: Tensor) -> LayerScores:
+        """The same, with nothing done where `rows`, `[rows]`, is true."""
+        factor = None if self.factor is None else self.factor.masked_fill(rows[:, None], 1)
+        return LayerScores(factor, tuple(stage.without(rows) for stage in self.stages))
+
+    @property
+    def touched(self) -> Tensor:
+        """`[rows]`: in which rows anything is done."""
+        parts = [stage.touched for stage in self.stages]
+        return torch.stack(parts if self.factor is None else [*parts, self.factor.ne(1).any(-1)]).any(0)
+
+    def scale(self, scores: Tensor, missing: int, own: int = 0) -> None:
+        """In place, before soft caps and the mask: what stands for other keys.
+
+        The last `own` columns are left alone: in a pass of rows, a row's own, which no cache holds.
+        """
+        if self.factor is not None:
+            part = _part(scores, self.factor.shape[-1], missing, own)
+            part *= self.factor[:, None, None, missing : missing + part.shape[-1]].to(part.dtype)
+
+    def shift(self, scores: Tensor, missing: int, own: int = 0) -> None:
+        """In place, after soft caps and the mask; the last `own` columns are left alone."""
+        for stage in self.stages:
+            stage.apply(scores, missing, own)
+
+
+def _part(scores: Tensor, width: int, missing: int, own: int) -> Tensor:
+    """The scores' columns of the prompt: of `width` columns the first `missing` aren't there."""
+    return scores[..., : max(0, min(width - missing, scores.shape[-1] - own))]
+
+
+def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
+    """Raises `TrimtabError` unless every edit of scores fits a model with so many layers and heads."""
+    for edit in edits:
+        if edit.site.layer >= layers:
+            raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
+        if any(stop is None or (stop.anchor == END and stop.offset > 0) for _, stop in edit.positions.intervals):
+            raise UnsupportedError(
+                f"attention is steered towards tokens of the prompt, not {edit.positions}; use Positions.span(…)"
+            )
+        chosen = edit.operation.heads if isinstance(edit.operation, BiasScores) else None
+        if chosen and chosen[-1] >= heads:
+            raise TrimtabError(f"the steering names head {chosen[-1]}; this model has heads 0 to {heads - 1}")
+
+
+def compile_scores(rows: Sequence[Row], width: int, heads: int, device: torch.device) -> dict[int, LayerScores]:
+    """What each steered layer does to these rows, whose prompts are padded to `width` columns.
+
+    Layers in which the same is done share one `LayerScores`.
+    """
+    layers = sorted({edit.site.layer for row in rows for edit in row.edits})
+    made: dict[tuple, LayerScores] = {}
+    found = {}
+    for layer in layers:
+        here = [tuple(edit for edit in row.edits if edit.site.layer == layer) for row in rows]
+        key = tuple(tuple((edit.operation, edit.positions, edit.strength) for edit in edits) for edits in here)
+        if key not in made:
+            made[key] = _compile(rows, here, width, heads, device)
+        found[layer] = made[key]
+    return found
+
+
+def _compile(
+    rows: Sequence[Row], here: list[tuple[Edit, ...]], width: int, heads: int, device: torch.device
+) -> LayerScores:
+    factor: Tensor | None = None
+    slots: list[dict[int, Edit]] = []
+    for r, (row, edits) in enumerate(zip(rows, here, strict=True)):
+        later = 0
+        for edit in edits:
+            if isinstance(edit.operation, ScaleScores):
+                if factor is None:
+                    factor = torch.ones(len(rows), width)
+                factor[r, _columns(edit.positions, row, width)] *= edit.operation.factor(edit.strength)
+                continue
+            if later == len(slots):
+                slots.append({})
+            slots[later][r] = edit
+            later += 1
+    stages: list[_Bias | _Mass] = []
+    for slot in slots:
+        kinds = dict.fromkeys(_kind(edit.operation) for edit in slot.values())
+        for kind in kinds:
+            chosen = {r: edit for r, edit in slot.items() if _kind(edit.operation) == kind}
+            stages.append(_stage(kind, chosen, rows, width, heads, device))
+    return LayerScores(None if factor is None else factor.to(device), tuple(stages))
+
+
+def _kind(operation: object) -> tuple:
+    """Operations of one kind run together."""
+    if isinstance(operation, TargetMass):
+        return ("mass", operation.pool, operation.exact)
+    if isinstance(operation, BiasScores):
+        return ("bias",)
+    raise UnsupportedError(f"the transformers engine can't run {type(operation).__name__}")
+
+
+def _stage(
+    kind: tuple, chosen: dict[int, Edit], rows: Sequence[Row], width: int, heads: int, device: torch.device
+) -> _Bias | _Mass:
+    if kind[0] == "bias":
+        operations: dict[int, BiasScores] = {r: e.operation for r, e in chosen.items()}
+        some = any(operation.heads is not None for operation in operations.values())
+        values = torch.zeros(len(rows), heads if some else 1, width, dtype=torch.float64)
+        for r, operation in operations.items():
+            columns = _columns(chosen[r].positions, rows[r], width)
+            if operation.outside:
+                columns = ~columns
+                columns[: rows[r].pads] = False
+            which = list(operation.heads) if operation.heads is not None else list(range(values.shape[1]))
+            for head in which:
+                values[r, head, columns] += operation.bias * chosen[r].strength
+        return _Bias(values.to(device, torch.float64 if device.type == "cpu" else torch.float32))
+    inside = torch.zeros(len(rows), width, dtype=torch.bool)
+    target = torch.zeros(len(rows), dtype=torch.float64)
+    for r, edit in chosen.items():
+        assert isinstance(edit.operation, TargetMass)
+        inside[r] = _columns(edit.positions, rows[r], width)
+        target[r] = edit.operation.mass(edit.strength)
+    return _Mass(
+        inside.to(device), target.to(device, torch.float64 if device.type == "cpu" else torch.float32), *kind[1:]
+    )
+
+
+def _columns(positions: Positions, row: Row, width: int) -> Tensor:
+    """`[width]`: the row's columns at which these positions are."""
+    columns = torch.zeros(width, dtype=torch.bool)
+    for start, stop in positions.resolve(row.prompt_length):
+        assert stop is not None
+        columns[row.pads + start : row.pads + stop] = True
+    return columns
+
+
+def is_score_edit(edit: Edit) -> bool:
+    """Whether it acts on attention scores."""
+    return isinstance(edit.operation, ScoreOperation)

@@ -1,0 +1,96 @@
+"""What rejection did at each token of an answer: as coloured text, and as a page that stands alone."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from trimtab.decoding.trace import Step
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from trimtab.engines.transformers.generate import Generation
+    from trimtab.text.chat import Prompt
+
+STYLES = {"shut": "", "steered": "green", "weakened": "yellow", "rejected": "red"}
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Traces of rejection</title><style>
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+.answer { white-space: pre-wrap; } .prompt { color: #666; white-space: pre-wrap; border-left: 3px solid #ddd;
+padding-left: .8rem; } .steered { background: #d5ecd4; } .weakened { background: #f7eab5; }
+.rejected { background: #f6cfcb; } .changed { border-bottom: 2px solid #222; } small { color: #666; }
+@media (prefers-color-scheme: dark) { body { background: #1b1b1b; color: #ddd; } .changed { border-color: #ddd; }
+.steered { background: #2c4a2b; } .weakened { background: #564a17; } .rejected { background: #5c2a25; } }
+</style></head><body>
+<h1>Traces of rejection</h1>
+<p><span class="steered">steered by the strongest rung</span> · <span class="weakened">by a weaker one</span> ·
+<span class="rejected">every rung was rejected</span> · <span class="changed">another token than the raw model's</span>
+· plain: the gate was shut. Hold the pointer over a token for details.</p>
+%s
+</body></html>
+"""
+
+
+def kind_of(step: Step) -> str:
+    """`"shut"`, `"steered"` (by the strongest rung), `"weakened"` (by another) or `"rejected"`."""
+    if not step.open:
+        return "shut"
+    return "rejected" if step.rung is None else "weakened" if step.rung else "steered"
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds: they join to the whole text. A character of several tokens is the last one's."""
+    found, shown = [], ""
+    for stop in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
+        if text.endswith("\ufffd") and stop < len(ids):
+            found.append("")
+            continue
+        found.append(text[len(shown) :])
+        shown = text
+    return found
+
+
+def coloured(tokenizer: Any, answer: Generation) -> Text:
+    """The answer for a terminal; tokens that differ from the raw model's are underlined."""
+    from rich.text import Text
+
+    text = Text()
+    assert answer.trace is not None
+    for piece, step in zip(pieces(tokenizer, answer.token_ids), answer.trace.steps, strict=True):
+        style = f"{STYLES[kind_of(step)]}{' underline' if step.replaced is not None else ''}".strip()
+        text.append(piece, style=style or None)
+    return text
+
+
+def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Generation]) -> str:
+    """An HTML page, with nothing loaded from elsewhere. Answers without a trace are shown plain."""
+    parts = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        parts.append(f'<div class="prompt">{html.escape(asked)}</div>')
+        parts.append(f'<p class="answer">{"".join(_spans(tokenizer, answer))}</p>')
+        if answer.trace is not None:
+            trace = answer.trace
+            parts.append(
+                f"<small>{len(trace.steps)} tokens; gate open at {trace.open_share:.0%}, {trace.changed_share:.0%}"
+                f" changed; {trace.passes} passes after the prompt's ({html.escape(trace.schedule)})</small>"
+            )
+    return PAGE % "\n".join(parts)
+
+
+def _spans(tokenizer: Any, answer: Generation) -> Iterator[str]:
+    if answer.trace is None:
+        yield html.escape(answer.text)
+        return
+    for piece, step in zip(pieces(tokenizer, answer.token_ids), answer.trace.steps, strict=True):
+        kind = kind_of(step)
+        if kind == "shut":
+            yield html.escape(piece)
+            continue
+        names = kind + (" changed" if step.replaced is not None else "")
+        rung = "every rung was rejected" if step.rung is None else f"rung {step.rung}: {answer.trace.rungs[step.rung]}"
+        raw = "" if step.replaced is None else f"; the raw model: {tokenizer.decode([step.replaced])!r}"
+        yield f'<span class="{names}" title="{html.escape(rung + raw, quote=True)}">{html.escape(piece)}</span>'

@@ -1,0 +1,29 @@
+"""A steering of attention towards spans of a prompt: one operation on scores, at many layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.attention import ScoreOperation
+from trimtab.steering.card import Card
+from trimtab.steering.positions import Positions
+from trimtab.steering.site import Site
+from trimtab.steering.steering import Edit, Steering
+
+
+def emphasis(
+    operation: ScoreOperation, spans: Sequence[tuple[int, int]], layers: Iterable[int], method: str = "manual"
+) -> Steering:
+    """The operation on the scores of these layers, in the columns of all spans `(start, stop)` of a prompt's tokens.
+
+    Raises `TrimtabError` for no spans or layers.
+    """
+    chosen = tuple(layers)
+    if not spans or not chosen:
+        raise TrimtabError(f"there are no {'layers' if spans else 'spans'} at which to steer attention")
+    positions = Positions.span(*spans[0])
+    for span in spans[1:]:
+        positions = positions | Positions.span(*span)
+    edits = tuple(Edit(Site(layer, "scores"), operation, positions) for layer in chosen)
+    return Steering(edits, Card(method, options={"operation": repr(operation), "spans": [list(s) for s in spans]}))

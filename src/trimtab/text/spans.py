@@ -1,0 +1,196 @@
+"""Phrases of a prompt to token positions.
+
+The prompt is rendered to text, the phrase is found there, and the tokenizer's own offsets say which tokens hold a
+character of it. Tokens are never searched for tokens: at its edges a phrase may be merged with what stands next to it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.text.chat import Message, Prompt, encode, has_template
+
+Span = tuple[int, int]
+CONTEXT = 40
+MARK = "trimtab\u2060marks\u2060this"
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """A text as it stands in the prompt: its occurrence number `occurrence` (from 0), or all of them."""
+
+    text: str
+    occurrence: int | None = None
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A regular expression, searched over the whole rendered prompt: one of its matches, or all of them."""
+
+    regex: str
+    occurrence: int | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The whole content of a chat message: message number `index` (from 0) among those of `role`; -1 is the last."""
+
+    role: str = "system"
+    index: int = -1
+
+
+Emphasis = str | Phrase | Pattern | Part
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A prompt as text, its token ids, and the characters `(start, stop)` of each token."""
+
+    text: str
+    ids: tuple[int, ...]
+    offsets: tuple[Span, ...]
+
+
+def render(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> Rendered:
+    """The prompt as `trimtab.text.chat.encode` gives it, with its text and offsets.
+
+    Raises `UnsupportedError` for a tokenizer that has no offsets, and whatever `encode` raises.
+    """
+    ids = encode(tokenizer, prompt, system=system, chat=chat)
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedError("this tokenizer doesn't tell which characters a token holds; load its fast version")
+    messages = _messages(tokenizer, prompt, system, chat)
+    if messages is None:
+        assert isinstance(prompt, str)
+        text = prompt
+        read = tokenizer(text, return_offsets_mapping=True)
+    else:
+        text = _template(tokenizer, messages)
+        read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    if list(read["input_ids"]) != ids:
+        raise UnsupportedError("the chat template's tokens aren't those of its text, so phrases can't be placed in it")
+    return Rendered(text, tuple(ids), tuple((int(a), int(b)) for a, b in read["offset_mapping"]))
+
+
+def find_spans(
+    tokenizer: Any,
+    prompt: Prompt,
+    emphasis: Emphasis | Sequence[Emphasis],
+    *,
+    system: str | None = None,
+    chat: bool | None = None,
+) -> tuple[Span, ...]:
+    """The token positions `(start, stop)` of phrases in the rendered prompt, in order, overlaps joined.
+
+    A string is a `Phrase`, found wherever it occurs. Raises `TrimtabError` for a phrase that isn't there (showing
+    what comes closest), an occurrence that isn't, a malformed pattern, or a message that isn't there.
+    """
+    rendered = render(tokenizer, prompt, system=system, chat=chat)
+    wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
+    if not wanted:
+        raise TrimtabError("there is no phrase to emphasize; give at least one")
+    characters: list[Span] = []
+    for one in wanted:
+        if isinstance(one, Part):
+            characters.append(_part(tokenizer, rendered, _messages(tokenizer, prompt, system, chat), one))
+        else:
+            characters += _places(rendered.text, one)
+    return _join([_tokens(rendered, start, stop) for start, stop in characters])
+
+
+def _places(text: str, wanted: str | Phrase | Pattern) -> list[Span]:
+    if isinstance(wanted, str):
+        wanted = Phrase(wanted)
+    if isinstance(wanted, Phrase):
+        if not isinstance(wanted.text, str) or not wanted.text.strip():
+            raise TrimtabError(f"a phrase to emphasize is a text that isn't empty, got {wanted.text!r}")
+        what, places = repr(wanted.text), [m.span() for m in re.finditer(re.escape(wanted.text), text)]
+        if not places:
+            raise TrimtabError(f"the phrase {what} isn't in the prompt; {_closest(text, wanted.text)}")
+    else:
+        what = f"pattern {wanted.regex!r}"
+        try:
+            places = [m.span() for m in re.finditer(wanted.regex, text) if m.end() > m.start()]
+        except re.error as error:
+            raise TrimtabError(f"{what} is no regular expression: {error}") from None
+        if not places:
+            raise TrimtabError(f"the {what} matches nothing in the prompt, which is {_shorten(text)!r}")
+    if wanted.occurrence is None:
+        return places
+    if not 0 <= wanted.occurrence < len(places):
+        count = f"{len(places)} time{'s' * (len(places) > 1)}"
+        raise TrimtabError(f"{what} stands in the prompt {count}; occurrence {wanted.occurrence} (from 0) isn't there")
+    return [places[wanted.occurrence]]
+
+
+def _tokens(rendered: Rendered, start: int, stop: int) -> Span:
+    """The tokens that hold a character of `start` to `stop`."""
+    inside = [i for i, (a, b) in enumerate(rendered.offsets) if a < stop and b > start]
+    if not inside:
+        raise TrimtabError(f"no token holds {rendered.text[start:stop]!r}; emphasize more of the prompt")
+    return inside[0], inside[-1] + 1
+
+
+def _join(spans: list[Span]) -> tuple[Span, ...]:
+    joined: list[Span] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def _part(tokenizer: Any, rendered: Rendered, messages: list[Message] | None, part: Part) -> Span:
+    """Where a message's content stands: where a mark stands when it is rendered instead."""
+    if messages is None:
+        raise TrimtabError(f"the prompt is plain text and has no {part.role} message; name a phrase of it")
+    numbers = [i for i, message in enumerate(messages) if message["role"] == part.role]
+    try:
+        number = numbers[part.index]
+    except IndexError:
+        roles = ", ".join(message["role"] for message in messages)
+        raise TrimtabError(f"there is no {part.role} message number {part.index}; the messages are {roles}") from None
+    marked = [{**m, "content": MARK} if i == number else m for i, m in enumerate(messages)]
+    start = _template(tokenizer, marked).find(MARK)
+    for content in (messages[number]["content"], messages[number]["content"].strip()):
+        if content and start >= 0 and rendered.text[start : start + len(content)] == content:
+            return start, start + len(content)
+    raise TrimtabError(f"the chat template changes the {part.role} message's content; name a phrase of it")
+
+
+def _messages(tokenizer: Any, prompt: Prompt, system: str | None, chat: bool | None) -> list[Message] | None:
+    """The messages that are rendered, as `encode` puts them together; `None` for plain text."""
+    if isinstance(prompt, str):
+        if not (has_template(tokenizer) if chat is None else chat):
+            return None
+        prompt = [{"role": "user", "content": prompt}]
+    opening: list[Mapping[str, str]] = [] if system is None else [{"role": "system", "content": system}]
+    return [*opening, *prompt]
+
+
+def _template(tokenizer: Any, messages: Sequence[Message]) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates raise whatever their authors chose
+        raise TrimtabError(f"the chat template refuses these messages: {error}") from error
+
+
+def _closest(text: str, phrase: str) -> str:
+    """What of the text is most like the phrase, with what stands around it."""
+    match = SequenceMatcher(None, text.lower(), phrase.lower(), autojunk=False).find_longest_match()
+    if not match.size:
+        return f"nothing is like it in {_shorten(text)!r}"
+    start = max(0, match.a - match.b)
+    stop = min(len(text), start + len(phrase))
+    before, after = text[max(0, start - CONTEXT) : start], text[stop : stop + CONTEXT]
+    return f"the closest is {text[start:stop]!r}, in {before + '»' + text[start:stop] + '«' + after!r}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 4 * CONTEXT else f"{text[: 2 * CONTEXT]} … {text[-2 * CONTEXT :]}"

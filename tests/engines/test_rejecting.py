@@ -1,0 +1,226 @@
+"""Decoding with rejection through `lm.generate`: endings, processors, sampling, streams, traces, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import LAYERS, direction, prompt
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
+from trimtab.decoding.rejection import Rejection
+from trimtab.steering import ScaleScores, emphasis
+from trimtab.text.spans import Phrase
+
+PROMPTS = [prompt(seed, length) for seed, length in enumerate((9, 14, 6))]
+PHRASES = [" ".join(text.split()[2:5]) for text in PROMPTS]
+WAYS = [Rejection(0.3, schedule=schedule) for schedule in ("sequential", "two_phase", "fused")]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return tiny.tiny("qwen3", seed=1)
+
+
+def tokens(answers: list[Any]) -> list[tuple[int, ...]]:
+    return [answer.token_ids for answer in answers]
+
+
+class TestEmphasize:
+    def test_a_phrase_is_scaled_scores_at_its_tokens(self, lm: LM) -> None:
+        named = lm.generate(PROMPTS, emphasize=PHRASES, max_new_tokens=6)
+        spans = [lm.spans(text, phrase) for text, phrase in zip(PROMPTS, PHRASES, strict=True)]
+        built = [emphasis(ScaleScores(100.0), span, range(LAYERS)) for span in spans]
+        assert tokens(named) == tokens(lm.generate(PROMPTS, built, rejection=Rejection(), max_new_tokens=6))
+        assert all(answer.trace is not None for answer in named)
+        assert [len(answer.applied.edits) for answer in named] == [LAYERS] * 3
+
+    def test_one_phrase_for_all_several_for_one_and_none(self, lm: LM) -> None:
+        shared = [f"w5 w6 {text}" for text in PROMPTS]
+        assert all(a.applied.edits for a in lm.generate(shared, emphasize="w5 w6", max_new_tokens=1))
+        some = lm.generate(
+            PROMPTS, emphasize=[[PHRASES[0], Phrase(PROMPTS[0].split()[-1])], None, None], max_new_tokens=4
+        )
+        assert some[0].applied.edits
+        assert tokens(some)[1:] == tokens(lm.generate(PROMPTS, max_new_tokens=4))[1:]
+
+    def test_without_rejection_every_token_is_steered(self, lm: LM) -> None:
+        plain = lm.generate(PROMPTS, emphasize=PHRASES, rejection=False, max_new_tokens=6)
+        assert all(answer.trace is None for answer in plain)
+        built = [emphasis(ScaleScores(), lm.spans(t, p), range(LAYERS)) for t, p in zip(PROMPTS, PHRASES, strict=True)]
+        assert tokens(plain) == tokens(lm.generate(PROMPTS, built, max_new_tokens=6))
+
+    def test_rejecting_steered_and_unsteered_requests_in_one_call(self, lm: LM) -> None:
+        one = Steering(tuple(Edit(Site(layer), Add(direction(layer, 3.0))) for layer in range(LAYERS)))
+        ways = [WAYS[0], None, None]
+        mixed = lm.generate(PROMPTS, [one, one, None], rejection=ways, max_new_tokens=6)
+        for i, (steering, way) in enumerate(((one, WAYS[0]), (one, None), (None, None))):
+            (alone,) = lm.generate(PROMPTS[i], steering, rejection=way, max_new_tokens=6)
+            assert mixed[i].token_ids == alone.token_ids
+        assert mixed[0].trace is not None
+        assert mixed[1].trace is None
+
+
+class TestGenerate:
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.schedule)
+    def test_any_end_token_ends_a_row_and_the_others_go_on(self, lm: LM, way: Rejection) -> None:
+        free = lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=10)
+        ends = [free[0].token_ids[2], free[1].token_ids[5]]
+        ended = lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=10, eos_token_id=ends)
+        for a, b in zip(free, ended, strict=True):
+            stop = next((i + 1 for i, token in enumerate(a.token_ids) if token in ends), 10)
+            assert b.token_ids == a.token_ids[:stop]
+            assert b.finish_reason == ("stop" if stop < 10 or a.token_ids[-1] in ends else "length")
+            assert b.trace.steps == a.trace.steps[:stop]
+        assert len({len(answer.token_ids) for answer in ended}) > 1
+
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.schedule)
+    def test_processors_act_on_raw_and_steered_logits_alike(self, lm: LM, way: Rejection) -> None:
+        """A processor that forbids all but some tokens: what is emitted, and what it replaced, are among them."""
+        allowed = torch.arange(10, 60, 3)
+
+        class Only(LogitsProcessor):
+            def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+                assert len(ids) == len(scores) == 3  # rows stand where their requests do
+                kept = torch.full_like(scores, -torch.inf)
+                kept[:, allowed] = scores[:, allowed]
+                return kept
+
+        given = {"logits_processor": LogitsProcessorList([Only()]), "repetition_penalty": 1.2}
+        answers = lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=8, **given)
+        for answer in answers:
+            assert set(answer.token_ids) <= set(allowed.tolist())
+            assert {s.replaced for s in answer.trace.steps} - {None} <= set(allowed.tolist())
+        assert any(step.replaced for answer in answers for step in answer.trace.steps)
+        strict = Rejection(1.0, schedule=way.schedule)
+        raw = lm.generate(PROMPTS, emphasize=PHRASES, rejection=strict, max_new_tokens=8, **given)
+        assert tokens(raw) == tokens(lm.generate(PROMPTS, max_new_tokens=8, **given))
+
+    def test_processed_schedules_agree(self, lm: LM) -> None:
+        given = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+        found = [tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=w, max_new_tokens=8, **given)) for w in WAYS]
+        assert found[0] == found[1] == found[2]
+
+    def test_the_likelihoods_are_those_of_the_logits_that_gave_the_tokens(self, lm: LM) -> None:
+        (answer,) = lm.generate(
+            PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(0.0), max_new_tokens=5, logprobs=True
+        )
+        assert answer.logprobs is not None
+        vocabulary = lm.model.config.vocab_size
+        assert all(value >= -torch.log(torch.tensor(vocabulary)) for value in answer.logprobs)  # each was the best
+
+    def test_a_streamer_sees_the_tokens(self, lm: LM) -> None:
+        class Collect:
+            def __init__(self) -> None:
+                self.seen: list[int] = []
+                self.ended = False
+
+            def put(self, value: torch.Tensor) -> None:
+                self.seen += value.flatten().tolist()
+
+            def end(self) -> None:
+                self.ended = True
+
+        stream = Collect()
+        (answer,) = lm.generate(PROMPTS[0], emphasize=PHRASES[0], max_new_tokens=5, streamer=stream)
+        assert stream.seen == [*lm.encode(PROMPTS[0]), *answer.token_ids]
+        assert stream.ended
+        with pytest.raises(TrimtabError, match="streamer"):
+            lm.generate(PROMPTS, emphasize=PHRASES, max_new_tokens=5, streamer=stream)
+
+
+class TestSampling:
+    def test_every_token_is_plausible_and_a_seed_repeats_it(self, lm: LM) -> None:
+        import naive_rejection
+
+        given = {"do_sample": True, "temperature": 1.3, "seed": 3, "max_new_tokens": 8}
+        answers = lm.generate(PROMPTS, emphasize=PHRASES, rejection=WAYS[1], **given)
+        assert tokens(answers) == tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=WAYS[1], **given))
+        for text, answer in zip(PROMPTS, answers, strict=True):
+            ids = lm.encode(text)
+            for token in answer.token_ids:
+                p = (naive_rejection.row(lm, ids, 0, ()) / 1.3).softmax(-1)
+                assert float(p[token]) >= 0.3 * float(p.max()) * (1 - 1e-5)
+                ids.append(token)
+
+    def test_it_is_the_steered_distribution_on_the_plausible_set(self, lm: LM) -> None:
+        """Shares of the first token over many samples, against the distribution worked out by hand."""
+        import naive_rejection
+
+        spans = lm.spans(PROMPTS[1], PHRASES[1])
+        one = emphasis(ScaleScores(4.0), spans, range(LAYERS))
+        way = Rejection(0.05, schedule="two_phase", ladder="strength")
+        answers = lm.generate(
+            PROMPTS[1], one, rejection=way, do_sample=True, num_return_sequences=400, max_new_tokens=1, seed=0
+        )
+        ids = lm.encode(PROMPTS[1])
+        raw = naive_rejection.row(lm, ids, len(ids), ())
+        allowed = raw.softmax(-1) >= 0.05 * raw.softmax(-1).max()
+        for t in range(5):
+            steered = naive_rejection.row(lm, ids, len(ids), (0.5**t * one).edits)
+            if allowed[steered.argmax()]:
+                break
+        expected = steered.masked_fill(~allowed, -torch.inf).softmax(-1)
+        shares = torch.bincount(torch.tensor([a.token_ids[0] for a in answers]), minlength=len(raw)) / 400
+        assert int(allowed.sum()) > 1
+        assert float((shares - expected).abs().max()) < 4 * 0.5 / 20  # four standard errors of a share of a half
+
+    def test_unsteered_neighbours_sample_from_the_whole_distribution(self, lm: LM) -> None:
+        answers = lm.generate(
+            PROMPTS, emphasize=[PHRASES[0], None, None], rejection=Rejection(0.9), do_sample=True, temperature=2.0,
+            num_return_sequences=30, max_new_tokens=1, seed=0,
+        )  # fmt: skip
+        kinds = [{answer.token_ids for answer in answers[i * 30 : (i + 1) * 30]} for i in range(3)]
+        assert len(kinds[0]) < 4 < len(kinds[1])
+
+
+class TestWhatCannotRun:
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ({"num_beams": 2}, "num_beams"),
+            ({"use_cache": False}, "use_cache"),
+            ({"cache_implementation": "static"}, "cache_implementation"),
+            ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+            ({"emphasize": "w1 w1 w1 w1"}, "isn't in the prompt"),
+            ({"emphasize": [None]}, "1 things to emphasize for 3 prompts"),
+            ({"rejection": [None]}, "1 rejections for 3 prompts"),
+            ({"rejection": Rejection(ranking=(0, 1))}, "leaves out layer 2"),
+        ],
+    )
+    def test_it_says_so(self, lm: LM, given: dict, named: str) -> None:
+        with pytest.raises(TrimtabError, match=named):
+            lm.generate(PROMPTS, **{"emphasize": PHRASES, "max_new_tokens": 2, **given})
+
+    def test_edits_of_the_prompt_alone(self, lm: LM) -> None:
+        one = Steering((Edit(Site(1), Add(direction(1)), Positions.span(0, 2)),))
+        with pytest.raises(TrimtabError, match="being decoded"):
+            lm.generate(PROMPTS[0], one, rejection=Rejection(ladder="strength"), max_new_tokens=2)
+
+    def test_one_layer_and_no_rung(self, lm: LM) -> None:
+        one = Steering((Edit(Site(1), Add(direction(1))),))
+        with pytest.raises(TrimtabError, match="strength"):
+            lm.generate(PROMPTS[0], one, rejection=Rejection(), max_new_tokens=2)
+        (answer,) = lm.generate(PROMPTS[0], one, rejection=Rejection(min_layers=1), max_new_tokens=2)
+        assert answer.trace.rungs == ("1 layers at strength 1",)
+
+
+class TestAuto:
+    def test_it_measures_once_and_picks_the_cheapest(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+        for costs, expected in (
+            ((1.0, 1.2, 3.0), "two_phase"),  # of one row, of the rungs, and of both
+            ((1.0, 1.2, 1.1), "fused"),
+            ((1.0, 4.0, 4.0), "sequential"),
+        ):
+            given = iter(costs)
+            monkeypatch.setattr(
+                "trimtab.engines.transformers.rejecting.RejectingLoop._time", lambda *_, given=given: next(given)
+            )
+            lm._row_costs.clear()
+            first = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(min_layers=1), max_new_tokens=2)
+            again = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(min_layers=1), max_new_tokens=2)
+            assert first[0].trace.schedule == again[0].trace.schedule == expected
+        lm._row_costs.clear()
