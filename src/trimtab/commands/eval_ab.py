@@ -1,0 +1,168 @@
+"""`trimtab eval ab`: does a steering make the matching answer of two more probable?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimtab.commands.arms import Arm, LayersOption, Plan, RandomOption, SteerOption, StrengthOption, SystemOption
+from trimtab.commands.eval import evaluations
+from trimtab.commands.eval_common import (
+    LimitOption,
+    OutOption,
+    ReportOption,
+    TransferOption,
+    check_targets,
+    document_of,
+    resumable,
+    scores_table,
+)
+from trimtab.commands.eval_report import sweep_page
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+
+if TYPE_CHECKING:
+    from trimtab.evaluate.ab import ABItem
+    from trimtab.lm import LM
+    from trimtab.report.page import Picture
+
+COLUMNS = {"matching": "p(matching)", "mass": "mass", "chosen": "chosen"}
+DRAWN_PAIRS = 100
+DRAWN_LAYERS = 6
+
+
+@evaluations.command()
+def ab(
+    data: Annotated[
+        Path,
+        typer.Option(help="A .json list of two-letter questions, such as CAA's test sets.", show_default=False),
+    ],
+    steer: SteerOption = None,
+    strength: StrengthOption = None,
+    layers: LayersOption = None,
+    random: RandomOption = 0,
+    system_prompt: SystemOption = None,
+    exclude: Annotated[
+        bool, typer.Option("--exclude", help="Leave out (and name) items whose answers aren't A and B.")
+    ] = False,
+    limit: LimitOption = None,
+    transfer: TransferOption = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 64,
+    out: OutOption = None,
+    report: ReportOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: JsonOption = False,
+) -> None:
+    """A or B: how probable is the answer that matches a behaviour?
+
+    [bold]  trimtab eval ab --data refusal/test_dataset_ab.json \\
+        --steer refusal.safetensors --strength -2,-1,0,1,2
+      trimtab eval ab --data refusal/test_dataset_ab.json \\
+        --steer all.safetensors --layers 10,12,14 --strength -1,1 --random 3 \\
+        --system-prompt "Refuse." --out ab.jsonl --report ab.html[/bold]
+
+    Nothing is generated: each question and an opening bracket are read, and what
+    counts is p(matching) / (p(matching) + p(other)) of the letter to come. The mass of
+    both letters stands beside it: where that is small, the share says nothing. Intervals
+    are 95 % bootstrap intervals, differences are paired with the unsteered model.
+
+    All arms of a question run together, and what they have in common runs once.
+
+    The file is a list of objects
+
+    [dim]    {"question": "Is it so?\\n (A) Yes\\n (B) No",
+         "answer_matching_behavior": "(A)", "answer_not_matching_behavior": "(B)"}[/dim]
+
+    (or with prompt, correct and incorrect). Other letters than A and B are refused, or
+    left out by name with --exclude. Choose layer and strength on other questions than
+    these: the best of many on the same questions looks better than it is.
+    """
+    plan = Plan.of(steer, strength, layers, random, system_prompt)
+    check_targets(out, report)
+
+    from trimtab.evaluate.ab import SCORES, category_of, polarity, read_ab, requests_of, score_ab
+
+    items, left_out = read_ab(data, exclude=exclude, limit=limit)
+    arms = plan.arms()
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)
+    systems = {name: arm.system for name, arm in arms.items() if arm.system is not None}
+    requests = requests_of(lm, items, {name: arm.steering for name, arm in arms.items()}, systems)
+    with resumable(out, quiet=json), progress_bar("scoring", quiet=json) as progress:
+        records = score_ab(
+            lm,
+            requests,
+            items,
+            out=out,
+            batch_size=batch_size,
+            transfer=transfer,
+            progress=progress,
+            about={"evaluation": "ab"},
+        )
+    document: dict[str, Any] = {
+        "evaluation": "ab",
+        "model": lm.name,
+        "data": str(data),
+        "items": len(items),
+        "polarity": polarity(data),
+        "excluded": left_out,
+        **document_of(records, arms, SCORES, category_of),
+    }
+    if out is not None:
+        document["records"] = str(out)
+    if report is not None:
+        title = f"{data.parent.name or data.stem} on {lm.name}, {len(items)} questions"
+        sweep_page(report, document, arms, records, title, COLUMNS, pictures=_pictures(lm, items, arms))
+        document["report"] = str(report)
+    if json:
+        write_json(document)
+        return
+    show(f"A or B on {lm.name}: {len(items)} questions of {data}")
+    show(f"p(matching): {document['polarity']}. mass: p(A) + p(B), which should not be small", "")
+    if left_out:
+        show(f"left out, as their answers aren't A and B: {', '.join(left_out)}", "")
+    show(scores_table(document, COLUMNS))
+    for path in (out, report):
+        if path is not None:
+            note(f"wrote {path}", quiet=False)
+
+
+def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture]:
+    """How a file's vectors resemble each other, and how these questions' answers lie apart at its layers."""
+    from trimtab.files.steering_file import load_steering
+    from trimtab.methods.caa import activations
+    from trimtab.report.page import Picture
+    from trimtab.report.sweep import draw_planes, draw_similarity, similarity
+    from trimtab.text.pairs import Pair
+
+    found = []
+    files = dict.fromkeys(arm.about["file"] for arm in arms.values() if arm.about["kind"] == "steered")
+    for file in files:
+        steering = load_steering(file)
+        if len(steering.layers) == len(steering.edits) > 1:
+            title = f"vectors of {Path(file).stem}, layer by layer"
+            found.append(Picture(draw_similarity(*similarity(steering), title), f"cosines between the {title}"))
+    sites = sorted({layer for arm in arms.values() if arm.steering is not None for layer in arm.steering.layers})
+    sites = [sites[i * len(sites) // DRAWN_LAYERS] for i in range(DRAWN_LAYERS)] if len(sites) > DRAWN_LAYERS else sites
+    if sites and len(items) > 2:
+        some = items[:DRAWN_PAIRS]
+        pairs = [Pair(f"({item.matching})", f"({item.other})", item.question, "letters") for item in some]
+        letters = [(item.matching, item.other) for item in some]
+        title = "activations at the answers' letters, two principal components"
+        picture = draw_planes(activations(lm, pairs, sites), letters, title)
+        found.append(Picture(picture, f"{title}; colour: side, marker: letter"))
+    return found

@@ -1,0 +1,210 @@
+"""Pictures of an evaluation: scores by layer and strength, how vectors resemble each other, how pairs lie apart."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.intervals import Interval
+from trimtab.report.plots import check_matplotlib
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trimtab.steering import Steering
+
+RANDOM = "#9a9a9a"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A score at one layer and strength; `layer` is `None` where a steering acts at several at once."""
+
+    layer: int | None
+    strength: float
+    score: Interval
+    random: bool = False
+
+
+def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str) -> bytes:
+    """A PNG: the score by strength with a line for each layer, and a map of layer × strength where there are several.
+
+    The unsteered score stands at strength 0 of every line. Bars are 95 % intervals; the grey band holds the random
+    directions of all layers, from the lowest to the highest score at each strength.
+
+    Raises `TrimtabError` when nothing was steered, or matplotlib is missing.
+    """
+    check_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    steered = [cell for cell in cells if not cell.random]
+    if not steered:
+        raise TrimtabError("nothing was steered, so there is no sweep to draw")
+    layers = sorted({cell.layer for cell in steered}, key=lambda layer: (layer is None, layer))
+    mapped = len(layers) > 1 and None not in layers
+    figure = Figure(figsize=(11 if mapped else 6, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2 if mapped else 1, squeeze=False)[0]
+    _random_band(axes[0], cells, baseline)
+    shades = colormaps["viridis"]
+    for n, layer in enumerate(layers):
+        mine = sorted((cell for cell in steered if cell.layer == layer), key=lambda cell: cell.strength)
+        points = sorted([(cell.strength, cell.score) for cell in mine] + [(0.0, baseline)], key=lambda point: point[0])
+        colour = shades(0.9 * n / max(1, len(layers) - 1))
+        x, means = [at for at, _ in points], [one.estimate for _, one in points]
+        bars = [[one.estimate - one.low for _, one in points], [one.high - one.estimate for _, one in points]]
+        label = "all its layers" if layer is None else f"layer {layer}"
+        axes[0].errorbar(
+            x, means, yerr=bars, fmt="o-", color=colour, capsize=2, markersize=4, elinewidth=0.8, label=label
+        )
+    axes[0].axhline(baseline.estimate, color="#888888", linestyle="--", linewidth=1, label="unsteered")
+    axes[0].set_xlabel("strength")
+    axes[0].set_ylabel(score)
+    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].spines[["top", "right"]].set_visible(False)
+    axes[0].grid(axis="y", alpha=0.25)
+    if mapped:
+        _map(figure, axes[1], steered, [layer for layer in layers if layer is not None], baseline)
+    figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
+    return _png(figure)
+
+
+def _random_band(axes: Any, cells: Sequence[Cell], baseline: Interval) -> None:
+    found: dict[float, list[float]] = {}
+    for cell in cells:
+        if cell.random:
+            found.setdefault(cell.strength, []).append(cell.score.estimate)
+    if not found:
+        return
+    found[0.0] = [baseline.estimate]
+    x = sorted(found)
+    low, high = [min(found[at]) for at in x], [max(found[at]) for at in x]
+    axes.fill_between(x, low, high, color=RANDOM, alpha=0.35, linewidth=0, label="random directions")
+
+
+def _map(figure: Any, axes: Any, cells: Sequence[Cell], layers: Sequence[int], baseline: Interval) -> None:
+    import numpy as np
+
+    strengths = sorted({cell.strength for cell in cells})
+    gains = np.full((len(strengths), len(layers)), np.nan)
+    for cell in cells:
+        assert cell.layer is not None
+        gains[strengths.index(cell.strength), layers.index(cell.layer)] = cell.score.estimate - baseline.estimate
+    reach = max(0.05, float(np.nanmax(np.abs(gains))))
+    image = axes.imshow(gains, cmap="RdBu", vmin=-reach, vmax=reach, aspect="auto", origin="lower")
+    for (y, x), gain in np.ndenumerate(gains):
+        if not np.isnan(gain):
+            colour = "white" if abs(gain) > 0.6 * reach else "#222222"
+            text = f"{baseline.estimate + gain:.2f}"
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(layers)), [str(layer) for layer in layers])
+    axes.set_yticks(range(len(strengths)), [f"{strength:g}" for strength in strengths])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("strength")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.85).set_label("minus unsteered", fontsize=9)
+
+
+def similarity(steering: Steering) -> tuple[list[int], Tensor]:
+    """The layers at which it has a direction, and the cosines between these: `[layers, layers]`.
+
+    Raises `TrimtabError` when a layer has several edits, or an operation without a direction.
+    """
+    import torch
+
+    layers = [edit.site.layer for edit in steering.edits]
+    if len(set(layers)) < len(layers):
+        raise TrimtabError("vectors are compared layer by layer, and a layer of this steering has several edits")
+    found = {}
+    for edit in steering.edits:
+        direction = getattr(edit.operation, "direction", None)
+        if direction is None:
+            raise TrimtabError(f"the edit at layer {edit.site.layer} has no direction")
+        found[edit.site.layer] = direction.double() / direction.double().norm().clamp_min(1e-300)
+    order = sorted(found)
+    stack = torch.stack([found[layer] for layer in order])
+    return order, stack @ stack.T
+
+
+def draw_similarity(layers: Sequence[int], cosines: Tensor, title: str) -> bytes:
+    """A PNG of the layer × layer cosines `[layers, layers]` of a behaviour's vectors."""
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 4.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(cosines.numpy(), cmap="RdBu", vmin=-1, vmax=1, origin="lower")
+    step = max(1, len(layers) // 12)
+    shown = range(0, len(layers), step)
+    axes.set_xticks(shown, [str(layers[i]) for i in shown])
+    axes.set_yticks(shown, [str(layers[i]) for i in shown])
+    axes.set_xlabel("layer")
+    axes.set_ylabel("layer")
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.85).set_label("cosine", fontsize=9)
+    axes.set_title(fill(title, 52), loc="left", fontsize=11)
+    return _png(figure)
+
+
+def plane(activations: Tensor) -> tuple[Tensor, tuple[float, float]]:
+    """The first two principal components of `[items, width]`, as `[items, 2]`, and the share of variance of each.
+
+    A component's sign is such that its largest coordinate is positive, so that pictures don't flip.
+    """
+    import torch
+
+    centred = activations.double() - activations.double().mean(0)
+    u, s, _ = torch.linalg.svd(centred, full_matrices=False)
+    points = u[:, :2] * s[:2]
+    largest = points.gather(0, points.abs().argmax(0, keepdim=True))
+    total = float((s**2).sum()) or 1.0
+    shares = (s[:2] ** 2 / total).tolist()
+    return points * torch.where(largest < 0, -1.0, 1.0), (shares[0], shares[1])
+
+
+def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, str]] | None, title: str) -> bytes:
+    """A PNG: for each layer, the pairs' activations `[pairs, 2, width]` (positive, negative) in their plane.
+
+    Colour is the side of the pair; with `letters`, those of the positive and the negative answer are the markers, so
+    that one sees which of the two, behaviour or letter, sets the points apart.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(activations))
+    rows = -(-len(activations) // columns)
+    figure = Figure(figsize=(3.4 * columns + 0.4, 3.3 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    kinds = sorted({letter for pair in letters or [("", "")] for letter in pair})
+    markers = dict(zip(kinds, "o^sDvP*X", strict=False))
+    for axis, (layer, values) in zip(axes.flat, sorted(activations.items()), strict=False):
+        points, shares = plane(values.flatten(0, 1))
+        sides = points.reshape(len(values), 2, 2)
+        for side, colour, name in ((0, "#b5651d", "positive"), (1, "#33658a", "negative")):
+            for kind in kinds:
+                mine = [i for i in range(len(values)) if (letters[i][side] if letters else "") == kind]
+                label = f"{name} {kind}".strip()
+                x, y = sides[mine, side, 0], sides[mine, side, 1]
+                axis.scatter(x, y, s=16, c=colour, marker=markers[kind], alpha=0.65, linewidths=0, label=label)
+        axis.set_title(f"layer {layer}", fontsize=9, loc="left")
+        axis.set_xlabel(f"{shares[0]:.0%} of the variance", fontsize=8)
+        axis.set_ylabel(f"{shares[1]:.0%}", fontsize=8)
+        axis.set_xticks([])
+        axis.set_yticks([])
+    for axis in list(axes.flat)[len(activations) :]:
+        axis.set_axis_off()
+    handles, names = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
+    return _png(figure)
+
+
+def _png(figure: Any) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
+    return data.getvalue()
