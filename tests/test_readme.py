@@ -31,8 +31,8 @@ def test_links() -> None:
         assert (ROOT / target).exists(), target
 
 
-def test_every_method_is_listed() -> None:
-    from trimtab.commands.recipes import RECIPES
+def test_every_method_has_a_page() -> None:
+    from trimtab.methods.recipe import recipes
 
-    for name in RECIPES:
-        assert f"| `{name}` |" in README
+    for name in recipes():
+        assert (ROOT / "docs" / "methods" / f"{name}.md").exists(), name

@@ -18,15 +18,25 @@ from torch import Tensor
 
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
+from trimtab.engines.transformers.deciding import (
+    check_gates,
+    check_prompt,
+    conditionals,
+    decided,
+    read_gates,
+    read_gates_with,
+    wanted,
+)
 from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
-from trimtab.engines.transformers.plan import check_edits, effective
+from trimtab.engines.transformers.plan import check_edits
 from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
 from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check_rejection
 from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
+from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
 from trimtab.text.chat import Prompt, encode, template_digest
@@ -121,7 +131,8 @@ class LM:
             if learned.template != here.template:
                 message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
                 warnings.warn(message, MismatchWarning, stacklevel=3)
-        check_edits(steering, self.layout.layers, self.layout.width)
+        check_edits(steering, self.layout)
+        check_gates(steering, self.layout)
         if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
             check_attention(self.layout)
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
@@ -182,6 +193,7 @@ class LM:
         for i, one in enumerate(steerings):
             for edit in one.edits if one else ():
                 edit.positions.resolve(len(ids[i]))
+            check_prompt(one, len(ids[i]))
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
@@ -197,6 +209,7 @@ class LM:
             for chosen in batches:
                 edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
                 names = [tuple(str(edit) for edit in one) for one in edits]
+                edits = conditionals(settle(edits, read_prompts(self.layout, [ids[i] for i in chosen])))
                 given = {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options}
                 prompts_of = [ids[i] for i in chosen]
                 if any(rejections[i] for i in chosen):
@@ -244,7 +257,9 @@ class LM:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
-                edits = self._decide([steerings[i] for i in chosen], prompts)
+                edits = settle(
+                    self._decide([steerings[i] for i in chosen], prompts), read_prompts(self.layout, prompts)
+                )
                 session = Session(self.model, self.layout, _always(edits))
                 batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
                 found |= dict(zip(chosen, batch, strict=True))
@@ -269,10 +284,10 @@ class LM:
         """The answers to one batch, steered at every token."""
         residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
         session = Session(self.model, self.layout, _always(residual))
-        layers = sorted({edit.site.layer for one in residual for edit in one})
+        sites = sorted({edit.site for one in residual for edit in one})
         scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
         with attending(self.layout, scores, [len(prompt) for prompt in ids]):
-            return generate_batch(self.model, self.tokenizer, ids, session, layers, names, **given)
+            return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **given)
 
     def _reject(
         self,
@@ -322,13 +337,16 @@ class LM:
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
             chosen = _one_each(steering, count)
-            readings = self._readings_of_pass(chosen, session.prompt_lengths, first)
-            return [effective(one, read) for one, read in zip(chosen, readings, strict=True)]
+            read = self._prompts_of_pass(count, session.prompt_lengths, first)
+            repeat = len(first.lengths) // count
+            readings = read_gates_with(read, first.lengths[::repeat], [wanted(one) for one in chosen])
+            edits = [decided(one, found) for one, found in zip(chosen, readings, strict=True)]
+            return conditionals(settle(edits, read))
 
         session = Session(self.model, self.layout, decide, prompt_lengths)
         everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
-        layers = sorted({edit.site.layer for one in everything for edit in _possible(one)})  # type: ignore[arg-type]
-        with self._exclusive(), session.hooked(layers), _known_prompts(self.model, session, bool(layers)):
+        sites = sorted({edit.site for one in everything for edit in _possible(one)})  # type: ignore[arg-type]
+        with self._exclusive(), session.hooked(sites), _known_prompts(self.model, session, bool(sites)):
             yield session
 
     @contextmanager
@@ -347,32 +365,29 @@ class LM:
 
     def _decide(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's effective edits; gates that read activations read the unsteered prompt."""
-        decided = []
-        for steering, prompt in zip(steerings, ids, strict=True):
-            sites = _gate_sites(steering)
-            readings = {}
-            if sites:
-                groups = [[Text(prompt, [len(prompt) - 1])]]
-                (batch,) = read_groups(self.layout, groups, sites)
-                readings = {site: batch.values[site][0][0][0] for site in sites}
-            decided.append(effective(steering, readings))
-        return decided
+        readings = read_gates(self.layout, ids, [wanted(steering) for steering in steerings])
+        return [decided(steering, found) for steering, found in zip(steerings, readings, strict=True)]
 
-    def _readings_of_pass(
-        self, steerings: list[Steering | None], lengths: Sequence[int] | None, first: FirstPass
-    ) -> list[dict[Site, Tensor]]:
-        """What gates read at the last prompt token, for a first pass over the prompts."""
-        sites = sorted({site for steering in steerings for site in _gate_sites(steering)})
-        if not sites:
-            return [{} for _ in steerings]
-        inputs = {k: v for k, v in first.inputs.items() if k not in ("past_key_values", "use_cache")}
-        found = run_decoder(self.layout, {**inputs, "use_cache": False}, sites)
-        repeat = len(first.lengths) // len(steerings)
-        rows = [request * repeat for request in range(len(steerings))]
-        for request, row in enumerate(rows):
-            if lengths is not None and first.lengths[row] != lengths[request]:
-                raise TrimtabError("a gate can't be decided from a part of the prompt; prefill it in one pass")
-        return [{site: x[row, first.last[row]] for site, x in found.items()} for row in rows]
+    def _prompts_of_pass(self, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
+        """Reads the prompts' activations in a first pass over them."""
+
+        def read(numbers: Sequence[int], sites: Sequence[Site]) -> dict[int, dict[Site, Tensor]]:
+            inputs = {k: v for k, v in first.inputs.items() if k not in ("past_key_values", "use_cache")}
+            activations = run_decoder(self.layout, {**inputs, "use_cache": False}, sites)
+            repeat = len(first.lengths) // count
+            found = {}
+            for request in numbers:
+                row = request * repeat
+                if lengths is not None and first.lengths[row] != lengths[request]:
+                    raise TrimtabError(
+                        "a gate or mask can't be decided from a part of the prompt; prefill it in one pass"
+                    )
+                stop = first.last[row] + 1
+                columns = slice(stop - first.lengths[row], stop)
+                found[request] = {site: x[row, columns] for site, x in activations.items()}
+            return found
+
+        return read
 
     # ---- activations -------------------------------------------------------------------------------------
 
@@ -450,10 +465,6 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
 
 def _always(edits: list[tuple[Edit, ...]]) -> Decide:
     return lambda _requests, _first: edits
-
-
-def _gate_sites(steering: Steering | None) -> list[Site]:
-    return sorted({site for edit in (steering.edits if steering else ()) if edit.strength for site in edit.gate.sites})
 
 
 def _marks(emphasize: Any, count: int) -> list[Any]:

@@ -170,7 +170,7 @@ class TestMixedBatches:
     def test_one_stage_for_any_number_of_clamps(self) -> None:
         """A layer calls the kernel once, however many projections each of the requests sets there."""
         requests = [at(1, *THREE[:count]).edits for count in range(4)]
-        (stage,) = compile_plan(requests, [4] * 4, torch.float32).stages[1]
+        (stage,) = compile_plan(requests, [4] * 4, torch.float32).stages[Site(1)]
         assert {name for name in stage.rows if name.startswith("weight")} == {f"weight.{i}" for i in range(3)}
 
 
@@ -234,7 +234,7 @@ def test_any_number_of_any_kind(given: Sequence[tuple[int, float, float, bool]])
         Edit(Site(0), clamp(seed, target, one_sided=sided), ALL, strength)
         for seed, (target, strength, sided) in unique.items()
     )
-    (stage,) = compile_plan([edits], [3], torch.float64).stages[0]
+    (stage,) = compile_plan([edits], [3], torch.float64).stages[Site(0)]
     x = torch.randn(7, tiny.WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = stage.kernel(x, {name: bank[1].expand(7, -1) for name, bank in stage.rows.items()})
     expected = torch.stack([naive_projections(edits, row) for row in x])

@@ -99,7 +99,7 @@ def test_selecting() -> None:
 def test_gates_combine() -> None:
     high = Threshold(Site(0), U, 1.0)
     facing = Threshold(Site(0), 5 * U, 0.9, measure="cosine")
-    readings = {Site(0): 3 * U + 4 * torch.eye(8)[1]}  # dot 3, cosine 0.6
+    readings = {Reading(Site(0)): 3 * U + 4 * torch.eye(8)[1]}  # dot 3, cosine 0.6
     assert high.is_open(readings)
     assert not facing.is_open(readings)
     assert (high | facing).is_open(readings)

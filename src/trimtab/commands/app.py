@@ -19,6 +19,7 @@ from trimtab.commands.eval import evaluations
 from trimtab.commands.generate import generate
 from trimtab.commands.inspect import inspect
 from trimtab.commands.learn import learn
+from trimtab.commands.learn_method import Learn
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
 from trimtab.commands.terminal import say, warnings_as_lines
@@ -68,7 +69,7 @@ def trimtab(
 
 
 app.command()(demo)
-app.command()(learn)
+app.command(cls=Learn)(learn)
 app.command()(tune)
 app.add_typer(evaluations)
 app.command()(generate)

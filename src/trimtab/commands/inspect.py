@@ -192,7 +192,7 @@ def describe(gate: Gate) -> str:
         case Always():
             return "always"
         case Threshold():
-            return f"{gate.measure} at {gate.site} > {gate.threshold:g}"
+            return str(gate)
         case Not():
             return f"not ({describe(gate.gate)})"
         case AllOf() | AnyOf():

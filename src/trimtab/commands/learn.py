@@ -37,7 +37,10 @@ OPERATIONS = ("project", "add", "unit")
 
 def learn(
     method: Annotated[
-        str, typer.Argument(help="caa or instruct; `trimtab methods` tells them apart.", show_default=False)
+        str,
+        typer.Argument(
+            help="caa, instruct, or another of `trimtab methods`, which has a help of its own.", show_default=False
+        ),
     ],
     out: Annotated[
         Path,
@@ -129,6 +132,9 @@ def learn(
     json: JsonOption = False,
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
+
+    What follows is for caa and instruct. `trimtab methods` lists all methods,
+    and `trimtab learn METHOD --help` shows what each of the others can be told.
 
     [bold]  trimtab learn instruct --instruction "Answer in all lowercase letters." \\
         --out lower.safetensors

@@ -5,33 +5,35 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from rich.table import Table
+from rich.text import Text
 
 from trimtab.commands.model import JsonOption
-from trimtab.commands.recipes import RECIPES
 from trimtab.commands.terminal import show, write_json
-
-ROWS = {
-    "what": "title",
-    "paper": "paper",
-    "learns from": "data",
-    "reads": "reads",
-    "acts": "acts",
-}
+from trimtab.methods.recipe import recipes
 
 
 def methods(json: JsonOption = False) -> None:
-    """Show the methods: their papers, the data they need, and where they act.
+    """Show the methods: their papers, the data they need, where they act, and what that costs.
 
     [bold]  trimtab methods
       trimtab methods --json[/bold]
 
-    Each learns from pairs of texts; `trimtab learn --help` shows their shapes.
+    `trimtab learn METHOD --help` shows what each can be told.
     """
+    found = recipes()
     if json:
-        write_json({name: asdict(recipe) for name, recipe in RECIPES.items()})
+        write_json({name: asdict(recipe) for name, recipe in found.items()})
         return
-    table = Table("", *RECIPES, box=None, pad_edge=False, padding=(0, 2, 1, 0), header_style="bold")
-    table.columns[0].style = "dim"
-    for label, attribute in ROWS.items():
-        table.add_row(label, *(str(getattr(recipe, attribute)) for recipe in RECIPES.values()))
+    table = Table("", "", box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.columns[0].style = "bold"
+    for name, recipe in found.items():
+        table.add_row(name, f"{recipe.title}. {recipe.paper}")
+        for label, value in (
+            ("learns from", recipe.data),
+            ("reads", recipe.reads),
+            ("acts", f"{recipe.acts} ({recipe.sites})"),
+            ("costs", recipe.cost),
+        ):
+            table.add_row("", Text.assemble((f"{label}: ", "dim"), value))
+        table.add_row("", "")
     show(table, "trimtab learn METHOD --pairs FILE --out FILE.safetensors")

@@ -23,11 +23,12 @@ from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
 from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
-from trimtab.steering.gates import AllOf, AnyOf, Not
+from trimtab.steering.gates import LAST, AllOf, AnyOf, Not
 from trimtab.steering.operations import NAMES, OPERATIONS
 
 FORMAT = 1
 KEY = "trimtab"
+GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
@@ -130,7 +131,7 @@ def _metadata(path: Path, start: bytes) -> dict[str, Any]:
 
 def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
     layers = [edit.site.layer for edit in steering.edits]
-    plain = len(set(layers)) == len(layers)
+    plain = len(set(layers)) == len(layers) and all(e.site.kind in ("residual", "scores") for e in steering.edits)
     edits = []
     for i, edit in enumerate(steering.edits):
         name = f"direction.{edit.site.layer}" if plain else f"edit.{i}.direction"
@@ -140,6 +141,10 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
             settings = {"name": SCORE_NAMES[type(operation)], **settings}
         else:
             tensors[name] = operation.direction
+            for key, value in settings.items():
+                if isinstance(value, Tensor):
+                    tensors[f"edit.{i}.{key}"] = value
+                    settings[key] = {"tensor": f"edit.{i}.{key}"}
             settings = {"name": NAMES[type(operation)], "direction": name, **settings}
         edits.append(
             {
@@ -165,6 +170,7 @@ def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
     if name in SCORE_OPERATIONS:
         operation = SCORE_OPERATIONS[name](**settings)
     else:
+        settings = {key: tensors[v["tensor"]] if isinstance(v, dict) else v for key, v in settings.items()}
         operation = OPERATIONS[name](tensors[settings.pop("direction")], **settings)
     return Edit(
         site=Site(**data["site"]),
@@ -185,11 +191,16 @@ def _gate_json(gate: Gate, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"all" if isinstance(gate, AllOf) else "any": parts}
     if isinstance(gate, Threshold):
         tensors[name] = gate.direction
+        more: dict[str, Any] = {}  # only what isn't as always, so that older files keep their digest
+        if gate.positions != LAST:
+            more["positions"] = gate.positions.to_json()
+        more |= {key: getattr(gate, key) for key, usual in GATE_DEFAULTS.items() if getattr(gate, key) != usual}
         return {
             "site": asdict(gate.site),
             "direction": name,
             "threshold": gate.threshold,
             "measure": gate.measure,
+            **more,
         }
     raise TrimtabError(f"a {type(gate).__name__} gate can't be saved")
 
@@ -202,7 +213,10 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
     for key, kind in (("all", AllOf), ("any", AnyOf)):
         if key in data:
             return kind(tuple(_gate(part, tensors) for part in data[key]))
-    return Threshold(Site(**data["site"]), tensors[data["direction"]], data["threshold"], data["measure"])
+    more = {key: data[key] for key in GATE_DEFAULTS if key in data}
+    if "positions" in data:
+        more["positions"] = Positions.from_json(data["positions"])
+    return Threshold(Site(**data["site"]), tensors[data["direction"]], data["threshold"], data["measure"], **more)
 
 
 def _card(data: dict[str, Any]) -> Card:

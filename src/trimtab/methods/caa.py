@@ -20,6 +20,7 @@ from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card
 from trimtab.learn.moments import PairMoments
+from trimtab.methods.recipe import Recipe
 from trimtab.steering import Add, Edit, Positions, Site, Steering
 from trimtab.text.letters import BASE_FORMAT, ask, letter_balance, letter_of
 from trimtab.text.pairs import Pair
@@ -38,6 +39,18 @@ __all__ = [
     "learn_caa",
     "moved",
 ]
+
+RECIPE = Recipe(
+    name="caa",
+    title="contrastive activation addition",
+    paper="Rimsky et al., ACL 2024, arXiv 2312.06681",
+    shapes=("letters", "answers", "texts"),
+    data="question + answer_matching_behavior + answer_not_matching_behavior; or positive + negative (+ prompt)",
+    reads="the answer's letter, or the last token of a text",
+    acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
+    cost="one addition at one layer a token",
+    function="learn_caa",
+)
 
 DEPTH = 0.4
 """Where CAA works best in the paper: layer 13 of 32 (7B) and 14 of 40 (13B)."""

@@ -2,24 +2,29 @@
 
 from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass
 from trimtab.steering.card import Card, ModelId
+from trimtab.steering.elements import MaskNeurons, ScaleElements
 from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
 from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
 from trimtab.steering.positions import Positions
+from trimtab.steering.scaled import AddScaled
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
 
 __all__ = [
     "Ablate",
     "Add",
+    "AddScaled",
     "Always",
     "BiasScores",
     "Card",
     "Edit",
     "Gate",
     "ModelId",
+    "MaskNeurons",
     "Operation",
     "Positions",
+    "ScaleElements",
     "ScaleScores",
     "ScoreOperation",
     "SetProjection",

@@ -1,34 +1,114 @@
-"""On which requests an edit acts: a condition on the prompt's own, unsteered activations.
+"""On which requests, or at which tokens, an edit acts: a condition on the prompt's own, unsteered activations.
 
-A gate is decided once per request, from the activations at the last prompt token, before anything is
-steered. Gates combine with `&`, `|` and `~`.
+A gate is decided once per request, from what it reads in the prompt (the last token, a span, the mean of a
+stretch), before anything is steered. A condition with `each_token` is decided anew at every token instead, from the
+activation that the edit finds there. Gates combine with `&`, `|` and `~`, of either kind.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from trimtab.errors import TrimtabError
+from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
 from trimtab.steering.tensors import as_direction, same
 
-Readings = Mapping[Site, Tensor]
-MEASURES = ("dot", "cosine")
+MEASURES = ("dot", "cosine", "ratio", "cast", "probability")
+POOLS = ("mean", "unit-mean")
+LAST = NAMED["last-prompt-token"]
+
+
+def measure_of(x: Tensor, direction: Tensor, measure: str, bias: Tensor | float = 0.0) -> Tensor:
+    """`measure` of activations `x` and a direction, both `[..., width]`: `[...]`. See `Threshold`."""
+    along = (x * direction).sum(-1)
+    if measure == "dot":
+        return along
+    if measure == "probability":
+        return torch.sigmoid(along + bias)
+    if measure == "cast":
+        # cos(x, tanh((c.x) c)) of section 3, with a unit direction c
+        c = direction / torch.linalg.vector_norm(direction, dim=-1, keepdim=True).clamp_min(1e-300)
+        direction = torch.tanh((x * c).sum(-1, keepdim=True) * c)
+        along = (x * direction).sum(-1)
+    norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(direction, dim=-1)
+    cosine = along / torch.where(norms > 0, norms, torch.ones_like(norms))
+    return cosine.abs() if measure == "ratio" else cosine
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a gate looks at: the activations at `site`, at `positions` of the prompt, pooled into one `[width]`.
+
+    `pool="mean"` is their mean; `"unit-mean"` the mean of them scaled to length 1, in which a few tokens with
+    outsized activations (the first one, in most models) count no more than others. Of one token, `"mean"` is itself.
+    """
+
+    site: Site
+    positions: Positions = LAST
+    pool: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.pool not in POOLS:
+            raise ValueError(f"unknown pooling {self.pool!r}; known: {', '.join(POOLS)}")
+
+    def tokens(self, prompt_length: int) -> list[int]:
+        """The positions that are read in a prompt of this length. Raises `TrimtabError` when there are none."""
+        spans = self.positions.resolve(prompt_length)
+        cut = [(a, prompt_length if b is None else min(b, prompt_length)) for a, b in spans]
+        found = sorted({p for a, b in cut for p in range(a, b)})
+        if not found:
+            raise TrimtabError(
+                f"a gate reads the prompt at {self.positions}, where a prompt of {prompt_length} tokens has none"
+            )
+        return found
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What is read, of the activations `[tokens, width]` at those positions: `[width]`, float64, on the CPU."""
+        x = x.detach().to("cpu", torch.float64)
+        if not torch.isfinite(x).all():
+            raise TrimtabError(f"activations at {self.site} are not finite; load the model in float32 or bfloat16")
+        if self.pool == "unit-mean":
+            x = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-300)
+        return x[0] if len(x) == 1 else x.mean(0)
+
+
+Readings = Mapping[Reading, Tensor]
 
 
 class Gate:
-    """A condition. `is_open` answers it from `readings`, a `[width]` activation for each of `sites`."""
+    """A condition. `is_open` answers it from `readings`, a `[width]` activation for each of its `readings`."""
+
+    @property
+    def readings(self) -> frozenset[Reading]:
+        """What is read of the prompt to decide it; nothing: it is decided without reading, or at each token."""
+        return frozenset()
+
+    @property
+    def token_sites(self) -> frozenset[Site]:
+        """The sites of the conditions that are decided at each token."""
+        return frozenset()
 
     @property
     def sites(self) -> frozenset[Site]:
-        """The sites whose activations the condition reads; none: it is decided without reading."""
-        return frozenset()
+        """All the sites whose activations the condition is about."""
+        return frozenset(reading.site for reading in self.readings) | self.token_sites
+
+    def settled(self, readings: Readings) -> Gate:
+        """What is left to decide at each token once the prompt was read; `ALWAYS` or `NEVER` if nothing is."""
+        raise NotImplementedError
 
     def is_open(self, readings: Readings) -> bool:
-        raise NotImplementedError
+        """Raises `ValueError` for a gate that is decided at each token."""
+        left = self.settled(readings)
+        if left.token_sites:
+            raise ValueError(f"{left} is decided at each token, not by a prompt")
+        return left == ALWAYS
 
     def __and__(self, other: Gate) -> Gate:
         return other if self == Always() else self if other == Always() else AllOf((self, other))
@@ -47,8 +127,8 @@ class Always(Gate):
     def __str__(self) -> str:
         return "always"
 
-    def is_open(self, readings: Readings) -> bool:
-        return True
+    def settled(self, readings: Readings) -> Gate:
+        return self
 
 
 ALWAYS = Always()
@@ -58,47 +138,84 @@ ALWAYS = Always()
 class Threshold(Gate):
     """Open when `measure` of the prompt's activation and `direction` exceeds `threshold`.
 
-    `measure="dot"` is the dot product, in units of the residual stream times the direction's norm;
-    `"cosine"` lies in -1 … 1 (CAST, 2409.05907, section 3). The direction is `[width]`.
+    The measures, of an activation x and a direction v, `[width]`:
+
+    - `"dot"`: `x.v`, in units of the residual stream times the direction's norm;
+    - `"cosine"`: -1 … 1;
+    - `"ratio"`: the share of x's length that lies along v, whichever way, 0 … 1;
+    - `"cast"`: the cosine of x and `tanh((c.x) c)` for the unit direction c (CAST, 2409.05907, section 3). It is
+      blind to the sign of v, and its size depends on that of x;
+    - `"probability"`: a logistic probe's, `sigmoid(x.v + bias)`.
+
+    x is what stands at `positions` of the prompt, pooled (see `Reading`). With `each_token` there is no reading: the
+    condition is decided at every token from the activation there. It is then about the site at which the edit acts.
     """
 
     site: Site
     direction: Tensor
     threshold: float
     measure: str = "dot"
+    positions: Positions = field(default=LAST, kw_only=True)
+    pool: str = field(default="mean", kw_only=True)
+    bias: float = field(default=0.0, kw_only=True)
+    each_token: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"unknown measure {self.measure!r}; known: {', '.join(MEASURES)}")
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, (int, float)):
-            raise ValueError(f"a threshold is a number, got {self.threshold!r}")
-        if not math.isfinite(self.threshold):
-            raise ValueError(f"a threshold is finite, got {self.threshold!r}")
+        for name in ("threshold", "bias"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"a {name} is a number, got {value!r}")
+            if not math.isfinite(value):
+                raise ValueError(f"a {name} is finite, got {value!r}")
+        if self.bias and self.measure != "probability":
+            raise ValueError(f"only a probability has a bias, not a {self.measure}")
+        if not isinstance(self.each_token, bool):
+            raise ValueError(f"each_token is true or false, got {self.each_token!r}")
+        if self.each_token and (self.positions != LAST or self.pool != "mean"):
+            raise ValueError("a condition on each token reads that token: it has no positions and no pooling")
         object.__setattr__(self, "direction", as_direction(self.direction, "gate direction"))
+        Reading(self.site, self.positions, self.pool)
 
     @property
-    def sites(self) -> frozenset[Site]:
-        return frozenset({self.site})
+    def reading(self) -> Reading:
+        """What is read of the prompt."""
+        return Reading(self.site, self.positions, self.pool)
+
+    @property
+    def readings(self) -> frozenset[Reading]:
+        return frozenset() if self.each_token else frozenset({self.reading})
+
+    @property
+    def token_sites(self) -> frozenset[Site]:
+        return frozenset({self.site}) if self.each_token else frozenset()
 
     def __str__(self) -> str:
-        return f"{self.measure} at {self.site} > {self.threshold:g}"
+        at = " at each token" if self.each_token else ""
+        if not self.each_token and (self.positions != LAST or self.pool != "mean"):
+            at = f" ({self.pool} over {self.positions})"
+        return f"{self.measure} at {self.site}{at} > {self.threshold:g}"
 
-    def is_open(self, readings: Readings) -> bool:
-        x = readings[self.site].to(device="cpu").double()
-        v = self.direction.double()
-        value = float(x @ v)
-        if self.measure == "cosine":
-            value /= float(x.norm() * v.norm()) or 1.0
-        return value > self.threshold
+    def value(self, x: Tensor) -> float:
+        """The measure of what was read, `[width]`."""
+        return float(measure_of(x.to("cpu", torch.float64), self.direction.double(), self.measure, self.bias))
+
+    def settled(self, readings: Readings) -> Gate:
+        if self.each_token:
+            return self
+        return ALWAYS if self.value(readings[self.reading]) > self.threshold else NEVER
+
+    def _numbers(self) -> tuple:
+        return (self.site, self.threshold, self.measure, self.positions, self.pool, self.bias, self.each_token)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Threshold):
             return NotImplemented
-        mine, others = (self.site, self.threshold, self.measure), (other.site, other.threshold, other.measure)
-        return mine == others and same(self.direction, other.direction)
+        return self._numbers() == other._numbers() and same(self.direction, other.direction)
 
     def __hash__(self) -> int:
-        return hash((self.site, self.threshold, self.measure, self.direction.numpy().tobytes()))
+        return hash((*self._numbers(), self.direction.numpy().tobytes()))
 
 
 @dataclass(frozen=True)
@@ -111,11 +228,19 @@ class Not(Gate):
         return f"not ({self.gate})"
 
     @property
-    def sites(self) -> frozenset[Site]:
-        return self.gate.sites
+    def readings(self) -> frozenset[Reading]:
+        return self.gate.readings
 
-    def is_open(self, readings: Readings) -> bool:
-        return not self.gate.is_open(readings)
+    @property
+    def token_sites(self) -> frozenset[Site]:
+        return self.gate.token_sites
+
+    def settled(self, readings: Readings) -> Gate:
+        left = self.gate.settled(readings)
+        return NEVER if left == ALWAYS else ALWAYS if left == NEVER else Not(left)
+
+
+NEVER = Not(ALWAYS)
 
 
 @dataclass(frozen=True)
@@ -123,8 +248,19 @@ class _Many(Gate):
     gates: tuple[Gate, ...]
 
     @property
-    def sites(self) -> frozenset[Site]:
-        return frozenset().union(*(gate.sites for gate in self.gates))
+    def readings(self) -> frozenset[Reading]:
+        return frozenset().union(*(gate.readings for gate in self.gates))
+
+    @property
+    def token_sites(self) -> frozenset[Site]:
+        return frozenset().union(*(gate.token_sites for gate in self.gates))
+
+    def _left(self, readings: Readings, decisive: Gate, neutral: Gate) -> Gate:
+        left = tuple(gate.settled(readings) for gate in self.gates)
+        if decisive in left:
+            return decisive
+        open_still = tuple(gate for gate in left if gate != neutral)
+        return neutral if not open_still else open_still[0] if len(open_still) == 1 else type(self)(open_still)
 
 
 class AllOf(_Many):
@@ -133,8 +269,8 @@ class AllOf(_Many):
     def __str__(self) -> str:
         return " and ".join(f"({gate})" for gate in self.gates)
 
-    def is_open(self, readings: Readings) -> bool:
-        return all(gate.is_open(readings) for gate in self.gates)
+    def settled(self, readings: Readings) -> Gate:
+        return self._left(readings, NEVER, ALWAYS)
 
 
 class AnyOf(_Many):
@@ -143,5 +279,5 @@ class AnyOf(_Many):
     def __str__(self) -> str:
         return " or ".join(f"({gate})" for gate in self.gates)
 
-    def is_open(self, readings: Readings) -> bool:
-        return any(gate.is_open(readings) for gate in self.gates)
+    def settled(self, readings: Readings) -> Gate:
+        return self._left(readings, ALWAYS, NEVER)

@@ -41,6 +41,10 @@ def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(norm > 0, y * (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / norm), y)
 
 
+OPERATIONS: dict[str, type[Operation]] = {}
+NAMES: dict[type[Operation], str] = {}
+
+
 @dataclass(frozen=True, eq=False)
 class Operation:
     """What all operations share. `keep_norm` rescales each edited activation to the norm it had before."""
@@ -49,6 +53,13 @@ class Operation:
     keep_norm: bool = field(default=False, kw_only=True)
 
     kernel: ClassVar[Any]  # a Kernel; mypy takes a callable class attribute for a method
+
+    def __init_subclass__(cls, name: str | None = None, **given: Any) -> None:
+        """`name` is what the operation is called in files and in texts."""
+        super().__init_subclass__(**given)
+        if name is not None:
+            OPERATIONS[name] = cls
+            NAMES[cls] = name
 
     def row(self, strength: float) -> dict[str, Tensor]:
         """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`."""
@@ -70,14 +81,15 @@ class Operation:
 
     def __repr__(self) -> str:
         shown = [f"width={self.width}", f"norm={float(self.direction.double().norm()):.4g}"]
-        shown += [
-            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name not in ("direction", "keep_norm")
-        ]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in ("direction", "keep_norm"):
+                shown.append(f"{f.name}={list(value.shape) if isinstance(value, Tensor) else repr(value)}")
         return f"{type(self).__name__}({', '.join(shown)}{', keep_norm=True' if self.keep_norm else ''})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Add(Operation):
+class Add(Operation, name="add"):
     """`x' = x + strength * direction` (activation addition; CAA, ActAdd and most others).
 
     The direction is `[width]` and of any norm; at strength 1 the shift has exactly that norm.
@@ -93,7 +105,7 @@ class Add(Operation):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SetProjection(Operation):
+class SetProjection(Operation, name="set_projection"):
     """`x' = x + strength * (target - x.u) u`: moves the projection on a unit direction to `target`.
 
     Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 leaves it, a half goes half-way. With
@@ -123,7 +135,7 @@ class SetProjection(Operation):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ablate(Operation):
+class Ablate(Operation, name="ablate"):
     """`x' = x - strength * (x.u) u`: removes a unit direction (at strength 1, all of it).
 
     It is `SetProjection` with target 0, and acts together with its neighbours as that does.
@@ -143,9 +155,10 @@ def _projection(direction: Tensor, target: float, share: float, floor: float) ->
     return {"direction": direction, "target": target * one, "share": share * one, "floor": floor * one}
 
 
-OPERATIONS: dict[str, type[Operation]] = {"add": Add, "set_projection": SetProjection, "ablate": Ablate}
-NAMES = {operation: name for name, operation in OPERATIONS.items()}
 TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projections}
 """How the rows of neighbours that share a kernel, and keep no norm, become the rows of one call of it.
 
 The names are those of the edits, for errors. A kernel without an entry takes one operation's row at a time."""
+
+NEUTRAL: dict[Kernel, float] = {add: -0.0}
+"""Kernels that act in place, and the parameter at which they leave every activation as it is, to the bit."""

@@ -12,6 +12,7 @@ from trimtab.decoding.trace import Trace
 from trimtab.engines.transformers.read import check_length
 from trimtab.engines.transformers.session import Dose, Session
 from trimtab.errors import TrimtabError
+from trimtab.steering import Site
 
 REFUSED = {
     "inputs": "give prompts",
@@ -26,14 +27,14 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Applied:
-    """What steered one answer: the edits that acted, and the dose at each layer (`‖edit‖ / ‖activation‖`)."""
+    """What steered one answer: the edits that acted, and the dose at each site (`‖edit‖ / ‖activation‖`)."""
 
     edits: tuple[str, ...]
     doses: tuple[Dose, ...]
 
     @property
     def dose(self) -> float:
-        """The largest mean dose of any layer; 0 when nothing was steered."""
+        """The largest mean dose of any site; 0 when nothing was steered."""
         return max((dose.ratio for dose in self.doses), default=0.0)
 
 
@@ -61,7 +62,7 @@ def generate_batch(
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     session: Session,
-    layers: Sequence[int],
+    sites: Sequence[Site],
     edits: Sequence[tuple[str, ...]],
     *,
     max_new_tokens: int,
@@ -77,13 +78,13 @@ def generate_batch(
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
     device = model.get_input_embeddings().weight.device
-    if layers:
+    if sites:
         options = {"disable_compile": True, **options}
     if options.get("stop_strings") is not None:
         options = {"tokenizer": tokenizer, **options}
     ends = _end_ids(model, options)
     session.expect([len(prompt) for prompt in prompts], width, sorted({*ends, pad}))
-    with torch.no_grad(), session.hooked(layers):
+    with torch.no_grad(), session.hooked(sites):
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
@@ -111,7 +112,7 @@ def generate_batch(
                 token_ids=tuple(tokens[:length]),
                 finish_reason="stop" if stopped else "length",
                 prompt_tokens=len(prompts[request]),
-                applied=Applied(edits[request], session.doses(request) if layers else ()),
+                applied=Applied(edits[request], session.doses(request) if sites else ()),
                 logprobs=None if scores is None else tuple(scores[row, :length].tolist()),
             )
         )

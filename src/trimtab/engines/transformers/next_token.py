@@ -69,7 +69,7 @@ def next_tokens(
     edits: Sequence[tuple[Edit, ...]],
 ) -> list[NextToken]:
     """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`."""
-    layers = sorted({edit.site.layer for one in edits for edit in one})
+    sites = sorted({edit.site for one in edits for edit in one})
     texts: dict[tuple[int, ...], int] = {}
     of = [texts.setdefault(tuple(choice.ids), len(texts)) for choice in choices]
     tail = max(max(1, len(choice.ids) - first_steered(one, choice)) for choice, one in zip(choices, edits, strict=True))
@@ -87,13 +87,13 @@ def next_tokens(
     else:
         cache = None
         ids, mask = padded([choice.ids for choice in choices], left=True, device=device)
-    with session.hooked(layers):
+    with session.hooked(sites):
         logits = _run(model, ids, mask, cache).logits[:, -1]
     logprobs = logits.double().log_softmax(-1).cpu()
     return [
         NextToken(
             tuple(logprobs[row, list(choice.candidates)].tolist()),
-            Applied(tuple(str(edit) for edit in edits[row]), session.doses(row) if layers else ()),
+            Applied(tuple(str(edit) for edit in edits[row]), session.doses(row) if sites else ()),
         )
         for row, choice in enumerate(choices)
     ]

@@ -1,13 +1,13 @@
 """A batch of requests, each with its own steering, compiled into banks of rows that a block indexes.
 
 At any token a request is in one *state*: which steering it has, and which of that steering's position rules
-hold there. State 0 is "nothing". Each layer keeps, for each of its stages, a bank with one row of parameters
-a state; a forward pass carries one state a token. What a block does then doesn't depend on how many
+hold there. State 0 is "nothing". Each site keeps, for each of its stages, a bank with one row of parameters
+a state; a forward pass carries one state a token. What a site's hook does then doesn't depend on how many
 different steerings the batch mixes.
 
-Neighbours of a request at a layer that act together (`TOGETHER`: additions add up, projections are solved for) become
-one row beforehand, from those that are active in the state. Where a layer only adds, the rows of inactive states are
-*negative* zeros: `x + -0.0` is `x` to the bit, for every `x`.
+Neighbours of a request at a site that act together (`TOGETHER`: additions add up, projections are solved for) become
+one row beforehand, from those that are active in the state. Where a site only adds, the rows of inactive states are
+*negative* zeros: `x + -0.0` is `x` to the bit, for every `x`; where it only scales, they are ones (`NEUTRAL`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, Positions, ScoreOperation, Steering
-from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, add
+from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
+from trimtab.steering.operations import NEUTRAL, TOGETHER, Kernel, Operation, Rows, add
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One kernel call at one layer: `rows[name]` is `[states, size]`, `active` is `[states]`."""
+    """One kernel call at one site: `rows[name]` is `[states, size]`, `active` is `[states]`."""
 
     kernel: Kernel
     keep_norm: bool
@@ -39,14 +41,19 @@ class Stage:
     def only_adds(self) -> bool:
         return self.kernel is add and not self.keep_norm
 
+    @property
+    def in_place(self) -> bool:
+        """Whether it is one addition or multiplication, with rows that do nothing where it is inactive."""
+        return self.kernel in NEUTRAL and not self.keep_norm
+
 
 @dataclass(frozen=True)
 class Plan:
     """`segments[r]` are request r's `(start, stop, state)`, in order, without gaps in state 0 filled in."""
 
     segments: tuple[tuple[tuple[int, int | None, int], ...], ...]
-    stages: dict[int, tuple[Stage, ...]]
-    touches: dict[int, frozenset[int]]  # layer -> the states in which it does something
+    stages: dict[Site, tuple[Stage, ...]]
+    touches: dict[Site, frozenset[int]]  # site -> the states in which it does something
 
 
 def effective(steering: Steering | None, readings: dict | None = None) -> tuple[Edit, ...]:
@@ -56,27 +63,32 @@ def effective(steering: Steering | None, readings: dict | None = None) -> tuple[
     return tuple(edit for edit in steering.edits if edit.strength != 0 and edit.gate.is_open(readings or {}))
 
 
-def check_edits(steering: Steering, layers: int, width: int) -> None:
-    """Raises `TrimtabError` unless every edit fits a model with so many blocks of this width."""
+def check_edits(steering: Steering, layout: Layout) -> None:
+    """Raises `TrimtabError` unless every edit, and what every gate reads, fits the model."""
     for edit in steering.edits:
         scores = isinstance(edit.operation, ScoreOperation)  # checked with the model's attention, see `scores`
         if not scores and not isinstance(edit.operation, Operation):
             raise UnsupportedError(f"the transformers engine can't run {type(edit.operation).__name__}")
         for site in (*(() if scores else (edit.site,)), *edit.gate.sites):
-            if site.kind != "residual":
-                raise UnsupportedError(f"the transformers engine has no site {site}")
-            if site.layer >= layers:
-                raise TrimtabError(f"the steering acts at layer {site.layer}; this model has layers 0 to {layers - 1}")
-        if not isinstance(edit.operation, ScoreOperation) and edit.operation.width != width:
-            raise TrimtabError(f"the steering's width is {edit.operation.width}, this model's is {width}")
+            if site.kind == "scores":
+                raise UnsupportedError("attention scores are steered, not read; a gate reads activations")
+            if site.layer >= layout.layers:
+                raise TrimtabError(
+                    f"the steering acts at layer {site.layer}; this model has layers 0 to {layout.layers - 1}"
+                )
+            size = place(layout, site).size
+            if site == edit.site and not scores and edit.operation.width != size:
+                where = "" if site.kind == "residual" else f" at {site}"
+                raise TrimtabError(f"the steering's width{where} is {edit.operation.width}, this model's is {size}")
     _check_together(steering)
 
 
 def _check_together(steering: Steering) -> None:
     """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
     possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
-    for layer in sorted({edit.site.layer for edit in possible}):
-        for slot in _slots(possible, layer):
+    possible = tuple(e for e in possible if not hasattr(e.operation, "settled"))
+    for site in sorted({edit.site for edit in possible}):
+        for slot in _slots(possible, site):
             alike: dict[tuple, list[Edit]] = {}
             for edit in slot:
                 alike.setdefault((edit.positions, edit.gate), []).append(edit)
@@ -99,18 +111,18 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
         for start, stop, active in _sweep(edits, length):
             found.append((start, stop, states.setdefault((program, active), len(states) + 1)))
         segments.append(tuple(found))
-    stages: dict[int, tuple[Stage, ...]] = {}
-    touches: dict[int, frozenset[int]] = {}
+    stages: dict[Site, tuple[Stage, ...]] = {}
+    touches: dict[Site, frozenset[int]] = {}
     programs_in_order = list(programs)
     acting = {
         state: tuple(edit for edit in programs_in_order[program] if edit.positions in rules)
         for (program, rules), state in states.items()
     }
-    for layer in sorted({edit.site.layer for edits in programs for edit in edits}):
-        slots = {state: _slots(edits, layer) for state, edits in acting.items()}
-        stages[layer] = tuple(_stages(slots, dtype))
-        touches[layer] = frozenset(
-            state for stage in stages[layer] for state in stage.active.nonzero().flatten().tolist()
+    for site in sorted({edit.site for edits in programs for edit in edits}):
+        slots = {state: _slots(edits, site) for state, edits in acting.items()}
+        stages[site] = tuple(_stages(slots, dtype))
+        touches[site] = frozenset(
+            state for stage in stages[site] for state in stage.active.nonzero().flatten().tolist()
         )
     return Plan(tuple(segments), stages, touches)
 
@@ -131,10 +143,10 @@ def _sweep(edits: tuple[Edit, ...], length: int) -> list[tuple[int, int | None, 
     return swept
 
 
-def _slots(edits: tuple[Edit, ...], layer: int) -> list[Slot]:
+def _slots(edits: tuple[Edit, ...], site: Site) -> list[Slot]:
     slots: list[Slot] = []
     for edit in edits:
-        if edit.site.layer != layer:
+        if edit.site != site:
             continue
         if slots and _acts_together(slots[-1][-1], edit):
             slots[-1] += (edit,)
@@ -172,8 +184,9 @@ def _bank(kernel: Kernel, keep_norm: bool, rows_of: dict[int, Rows], count: int,
     """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
     only_adds = kernel is add and not keep_norm
     compute = dtype if only_adds else torch.promote_types(dtype, torch.float32)
+    nothing = NEUTRAL.get(kernel, -0.0)
     sizes = {name: value.shape[0] for row in rows_of.values() for name, value in row.items()}
-    rows = {name: torch.full((count, size), -0.0, dtype=compute) for name, size in sizes.items()}
+    rows = {name: torch.full((count, size), nothing, dtype=compute) for name, size in sizes.items()}
     active = torch.zeros(count, dtype=torch.bool)
     for state, row in rows_of.items():
         active[state] = True

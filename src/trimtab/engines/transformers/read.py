@@ -1,9 +1,9 @@
 """Reading activations: nothing is computed that isn't read.
 
-A pass stops at the deepest block asked for and never reaches the language-model head; texts are cut after the
+A pass stops at the deepest site asked for and never reaches the language-model head; texts are cut after the
 last position asked for, sorted by length into batches of a bounded number of tokens, and what texts begin with
 runs once: what all of them have in common (a chat template's system prompt, say), then what the texts of a group
-have (the two members of a contrastive pair). Of each block's output only the positions asked for are kept.
+have (the two members of a contrastive pair). Of the activations only the positions asked for are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
@@ -96,8 +97,7 @@ def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
     for site in sites:
         if site.kind == "scores":
             raise UnsupportedError("attention scores are steered, not read; read the residual stream")
-        if site.layer >= layout.layers:
-            raise TrimtabError(f"there is no layer {site.layer}; this model has layers 0 to {layout.layers - 1}")
+        place(layout, site)
 
 
 def check_length(layout: Layout, length: int, what: str) -> None:
@@ -253,20 +253,36 @@ def run_decoder(
 
 @contextmanager
 def recording(layout: Layout, sites: Sequence[Site], keep: Callable[[Tensor], Tensor]) -> Iterator[dict[Site, Tensor]]:
-    """Hooks that record what `keep` makes of the activations at `sites`, and end the pass at the deepest of them."""
+    """Hooks that record what `keep` makes of the activations at `sites`, and end the pass when all are there."""
     found: dict[Site, Tensor] = {}
-    last = max(site.layer for site in sites)
-    handles = []
+    wanted = sorted(set(sites))
+    rows = 0
+    handles: list[Any] = []
 
-    def record(site: Site, output: Any) -> None:
-        found[site] = keep(output if isinstance(output, Tensor) else output[0])
-        if site.layer == last:
+    def begin(_module: Any, args: tuple, kwargs: dict) -> None:
+        nonlocal rows
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        rows = len(next(tokens for tokens in given if isinstance(tokens, Tensor)))
+
+    def record(site: Site, given: Any) -> None:
+        x = given if isinstance(given, Tensor) else given[0]
+        # some blocks run their MLP over the tokens of all rows as one list
+        found[site] = keep(x if x.dim() == 3 else x.view(rows, -1, x.shape[-1]))
+        if len(found) == len(wanted):
             raise _Enough
 
+    def entering(site: Site) -> Any:
+        return lambda _m, args, kwargs: record(site, args[0] if args else kwargs["hidden_states"])
+
     try:
-        for site in sorted(set(sites)):
-            block = layout.blocks[site.layer]
-            handles.append(block.register_forward_hook(lambda _m, _a, output, site=site: record(site, output)))
+        handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
+        for site in wanted:
+            where = place(layout, site)
+            if where.side == "input":
+                handles.append(where.module.register_forward_pre_hook(entering(site), with_kwargs=True))
+            else:
+                leave = lambda _m, _a, output, site=site: record(site, output)  # noqa: E731
+                handles.append(where.module.register_forward_hook(leave))
         yield found
     finally:
         for handle in handles:

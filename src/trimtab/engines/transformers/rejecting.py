@@ -124,9 +124,9 @@ class RejectingLoop:
     @contextmanager
     def open(self) -> Iterator[None]:
         """The hooks and the attention that rows need, for as long as the context is open."""
-        layers = {e.site.layer for r in self.requests for e in r.edits if not is_score_edit(e)}
+        sites = {e.site for r in self.requests for e in r.edits if not is_score_edit(e)}
         self._began = time.perf_counter()
-        with self.rows.open(sorted(layers)):
+        with self.rows.open(sorted(sites)):
             yield
 
     def traces(self) -> list[Trace]:

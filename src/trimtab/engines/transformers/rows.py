@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from trimtab.engines.transformers.attention import (
     using,
 )
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
-from trimtab.engines.transformers.session import _apply, _dtype, _replaced, _state
+from trimtab.engines.transformers.session import _apply, _dtype, _state, attach
 from trimtab.errors import UnsupportedError
-from trimtab.steering import Edit
+from trimtab.steering import Edit, Site
 
 KEPT = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # one entry a token, last axis
 
@@ -127,7 +129,7 @@ class Token:
 class Versions:
     """What rows may be: for each of a batch's steerings its request, and its edits compiled.
 
-    `layers` are those whose residual stream some version edits.
+    `sites` are those whose activations some version edits.
     """
 
     requests: tuple[int, ...]
@@ -137,7 +139,7 @@ class Versions:
     device: torch.device
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def sites(self) -> tuple[Site, ...]:
         return tuple(sorted(self.plan.stages))
 
 
@@ -175,13 +177,13 @@ class Rows:
         self._plan: Plan | None = None
 
     @contextmanager
-    def open(self, layers: Sequence[int]) -> Iterator[None]:
-        """Hooks at the blocks that some version edits, and our attention known to transformers."""
+    def open(self, sites: Sequence[Site]) -> Iterator[None]:
+        """Hooks at the sites that some version edits, and our attention known to transformers."""
         handles: list[Any] = []
         try:
             with registered(self._attend, self._mask) as self._name:
-                for layer in layers:
-                    handles.append(self.layout.blocks[layer].register_forward_hook(self._hook(layer)))
+                for site in sites:
+                    handles.append(attach(place(self.layout, site), partial(self._edit, site)))
                 yield
         finally:
             self._run = None
@@ -236,18 +238,15 @@ class Rows:
         ]
         return torch.tensor(states, device=device) if any(states) else None
 
-    def _hook(self, layer: int) -> Any:
-        def edit(_module: nn.Module, _args: Any, output: Any) -> Any:
-            run = self._run
-            if run is None or run.states is None or self._plan is None:
-                return None
-            x = output if isinstance(output, Tensor) else output[0]
-            states = run.states.to(x.device)
-            for stage in self._plan.stages[layer]:
-                x = _edited(stage, states, x)
-            return _replaced(output, x)
-
-        return edit
+    def _edit(self, site: Site, given: Tensor) -> Tensor | None:
+        run = self._run
+        if run is None or run.states is None or self._plan is None or site not in self._plan.stages:
+            return None
+        x = given.view(1, -1, given.shape[-1])
+        states = run.states.to(x.device)
+        for stage in self._plan.stages[site]:
+            x = _edited(stage, states, x)
+        return x.view(given.shape)
 
     def _mask(self, *_: Any, **given: Any) -> Tensor | None:
         """Which past columns the newest token of each request sees: `[requests, 1, 1, columns]`; `None`: all.

@@ -1,8 +1,9 @@
 """Hooks that steer the forward passes of a model while a session is open, and leave nothing behind.
 
 One hook before the decoder works out which absolute positions this pass computes, and so the state of every
-token (see `plan`). One hook after each steered block applies that layer's stages. In steady decoding the
-states don't change from step to step, and a block's hook is one in-place addition of a prepared tensor.
+token (see `plan`). One hook at each steered site applies that site's stages. In steady decoding the states don't
+change from step to step, and the hook of a site that only adds, or only scales, is one in-place addition or
+multiplication of a prepared tensor.
 
 Doses are measured over whole prompts; in decoding at the first token of a state and at every `STRIDE`-th after it,
 each standing for those since the last.
@@ -14,15 +15,17 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import Place, place
 from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit
+from trimtab.steering import Edit, Site
 from trimtab.steering.operations import with_norm_of
 
 STRIDE = 8
@@ -31,7 +34,7 @@ STRIDE = 8
 
 @dataclass(frozen=True)
 class Dose:
-    """How hard one layer was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
+    """How hard one site was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
 
     Of generated tokens one in `STRIDE` is measured, and stands for those since the last, so that up to
     `STRIDE - 1` tokens at an answer's end aren't counted.
@@ -40,6 +43,7 @@ class Dose:
     layer: int
     ratio: float
     tokens: int
+    kind: str = "residual"
 
 
 Prepared = list[tuple[Stage, dict[str, Tensor], Tensor | None]]
@@ -49,18 +53,20 @@ Prepared = list[tuple[Stage, dict[str, Tensor], Tensor | None]]
 class _Step:
     """One forward pass, from the first column on in which anything is steered.
 
-    What layers prepare is kept for passes of one token, which repeat; for a prompt it would hold a batch of
-    activations a layer.
+    What sites prepare is kept for passes of one token, which repeat; for a prompt it would hold a batch of
+    activations a site.
     """
 
     states: tuple[tuple[int, ...], ...]  # one tuple a row, all columns
     first: int
     index: Tensor  # states from column `first` on: [rows, tokens]
     present: frozenset[int]
-    prepared: dict[int, Prepared] = field(default_factory=dict)
-    # layers that only add, in a pass of one token: the rows to add, and where the activations' norms go
-    adds: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    steered: Tensor | None = None  # [layers, rows, tokens], what `present` says token by token
+    prepared: dict[Site, Prepared] = field(default_factory=dict)
+    # sites that only add, in a pass of one token: the rows to add, and where the activations' norms go
+    adds: dict[Site, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # sites that only scale, likewise: the factors, and where the norms of activations and edits go
+    scales: dict[Site, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    steered: Tensor | None = None  # [sites, rows, tokens], what `present` says token by token
     passes: int = 0  # how many passes in a row had these states
 
 
@@ -197,9 +203,9 @@ class Session:
             finally:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
-            self.layers = sorted(self.plan.stages)
-            self._row = {layer: i for i, layer in enumerate(self.layers)}
-            self._sums = torch.zeros(2, len(self.layers), len(lengths), device=device)
+            self.sites = sorted(self.plan.stages)
+            self._row = {site: i for i, site in enumerate(self.sites)}
+            self._sums = torch.zeros(2, len(self.sites), len(lengths), device=device)
             self._active = _activity(self.plan).to(device)
             self._step = None
             self._steady = None
@@ -222,58 +228,86 @@ class Session:
             index = torch.tensor([row[first:] for row in states], device=device)
             self._step = _Step(states, first, index, frozenset(s for row in states for s in row))
             dtype = torch.promote_types(self._dtype, torch.float32)
-            self._norms = torch.ones(2, len(self.layers), *index.shape, dtype=dtype, device=device)
+            self._norms = torch.ones(2, len(self.sites), *index.shape, dtype=dtype, device=device)
         marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
         settled = max(marks, default=0) + max(self._pads, default=0)
         self._steady = past + 1 if length == 1 and past >= settled else None
 
-    # ---- what a block does -------------------------------------------------------------------------------
+    # ---- what a site's hook does -------------------------------------------------------------------------
 
-    def after(self, layer: int, output: Any) -> Any:
-        """A block's hook: apply the layer's stages to its output, in place where nothing needs the old one."""
+    def edit(self, site: Site, given: Tensor) -> Tensor | None:
+        """Apply the site's stages to its activations, in place where nothing needs the old ones.
+
+        `None`: there was nothing to do, or it is done; otherwise the tensor that takes their place.
+        """
         step, plan = self._step, self.plan
-        if self._deciding or step is None or plan is None or layer not in plan.stages:
+        if self._deciding or step is None or plan is None or site not in plan.stages:
             return None
-        ready = step.adds.get(layer)
-        if ready is not None:
-            x = output if isinstance(output, Tensor) else output[0]
-            if not x.requires_grad:
-                if self._measures:
-                    torch.linalg.vector_norm(x, dim=-1, dtype=ready[1].dtype, out=ready[1])
-                x += ready[0]
-                return None
-        if step.present.isdisjoint(plan.touches[layer]):
+        if step.present.isdisjoint(plan.touches[site]):
             return None
-        whole = output if isinstance(output, Tensor) else output[0]
+        own = site.kind == "block_input"  # the tensor that the block before gave out, or the caller's embeddings
+        if own and not given.requires_grad:
+            given = given.clone()
+        # some blocks run their MLP over the tokens of all rows as one list
+        whole = given if given.dim() == 3 else given.view(len(step.states), -1, given.shape[-1])
+        if not whole.requires_grad and self._steadily(site, step, whole):
+            return given if own else None
         x = whole[:, step.first :] if step.first else whole
-        lengths, edits = self._norms[:, self._row[layer]]
-        prepared = step.prepared.get(layer)
+        lengths, edits = self._norms[:, self._row[site]]
+        prepared = step.prepared.get(site)
         if prepared is None:
-            prepared = [_prepare(stage, step, x) for stage in plan.stages[layer]]
+            prepared = [_prepare(stage, step, x) for stage in plan.stages[site]]
             if len(prepared) == 1 and prepared[0][0].only_adds:
                 edits.copy_(_norm(prepared[0][1]["vector"]))
             if step.index.shape[1] == 1:
-                step.prepared[layer] = prepared
+                step.prepared[site] = prepared
         if whole.requires_grad:
             new = _apply_all(prepared, x)
             if self._measures:
                 lengths.copy_(_norm(x))
                 edits.copy_(_norm(new - x))
-            return _replaced(output, torch.cat([whole[:, : step.first], new], 1) if step.first else new)
+            new = torch.cat([whole[:, : step.first], new], 1) if step.first else new
+            return new.reshape(given.shape)
         if self._measures and lengths.device == x.device:
             torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
         elif self._measures:
             lengths.copy_(_norm(x))
+        lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
-            if step.index.shape[1] == 1 and not step.first and lengths.device == x.device:
-                step.adds[layer] = prepared[0][1]["vector"], lengths
+            if lasting:
+                step.adds[site] = prepared[0][1]["vector"], lengths
+        elif len(prepared) == 1 and prepared[0][0].in_place:
+            factor = prepared[0][1]["factor"]
+            if self._measures:
+                edits.copy_(_norm(x * (factor - 1)))
+            x *= factor
+            if lasting:
+                step.scales[site] = factor, lengths, edits
         else:
             new = _apply_all(prepared, x)
             if self._measures:
                 edits.copy_(_norm(new - x))
             x.copy_(new)
-        return None
+        return given if own else None
+
+    def _steadily(self, site: Site, step: _Step, x: Tensor) -> bool:
+        """Whether the site is one whose one addition or multiplication is prepared; then it is done."""
+        ready = step.adds.get(site)
+        if ready is not None:
+            if self._measures:
+                torch.linalg.vector_norm(x, dim=-1, dtype=ready[1].dtype, out=ready[1])
+            x += ready[0]
+            return True
+        scaled = step.scales.get(site)
+        if scaled is None:
+            return False
+        factor, lengths, edits = scaled
+        if self._measures:
+            torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
+            edits.copy_(_norm(x * (factor - 1)))
+        x *= factor
+        return True
 
     def finish(self, *_: Any) -> None:
         """The decoder's hook: add this pass's doses to the sums."""
@@ -289,41 +323,59 @@ class Session:
         if self._live is not None:
             steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
-        shape = (len(self.layers), self._sums.shape[2], -1)
+        shape = (len(self.sites), self._sums.shape[2], -1)
         weight = STRIDE if step.passes > STRIDE else 1
         self._sums[0] += weight * ratio.reshape(shape).sum(-1)
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
 
     def doses(self, request: int) -> tuple[Dose, ...]:
-        """The doses that a request has had at each layer at which it was steered."""
+        """The doses that a request has had at each site at which it was steered."""
         if self.plan is None:
             return ()
         sums, counts = self._sums[:, :, request].tolist()
-        return tuple(Dose(layer, s / n, int(n)) for layer, s, n in zip(self.layers, sums, counts, strict=True) if n)
+        return tuple(
+            Dose(site.layer, s / n, int(n), site.kind) for site, s, n in zip(self.sites, sums, counts, strict=True) if n
+        )
 
     # ---- hooks -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def hooked(self, layers: Sequence[int]) -> Iterator[None]:
-        """The hooks, on the decoder and on these blocks, for as long as the context is open."""
+    def hooked(self, sites: Sequence[Site]) -> Iterator[None]:
+        """The hooks, on the decoder and at these sites, for as long as the context is open."""
         handles = []
+        places = [(site, place(self.layout, site)) for site in sites]
         try:
-            if layers:
+            if places:
                 if self.model is not self.layout.decoder:
                     handles.append(self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
                 handles.append(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(self.layout.decoder.register_forward_hook(self.finish))
-            for layer in layers:
-                hook = _block_hook(self, layer)
-                handles.append(self.layout.blocks[layer].register_forward_hook(hook))
+            for site, where in places:
+                handles.append(attach(where, partial(self.edit, site)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def _block_hook(session: Session, layer: int) -> Callable[[Any, Any, Any], Any]:
-    return lambda _module, _args, output: session.after(layer, output)
+def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
+    """A hook that puts what `edit` makes of a place's activations in their stead (`None`: they stay)."""
+    if where.side == "output":
+
+        def after(_module: Any, _args: Any, output: Any) -> Any:
+            x = edit(output if isinstance(output, Tensor) else output[0])
+            return None if x is None else _replaced(output, x)
+
+        return where.module.register_forward_hook(after)
+
+    def before(_module: Any, args: Any, kwargs: Any) -> Any:
+        if args:
+            x = edit(args[0])
+            return None if x is None else ((x, *args[1:]), kwargs)
+        x = edit(kwargs["hidden_states"])
+        return None if x is None else (args, {**kwargs, "hidden_states": x})
+
+    return where.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _flat(mask: Any) -> Tensor | None:
@@ -374,11 +426,11 @@ def _state(segments: tuple[tuple[int, int | None, int], ...], position: int) -> 
 
 
 def _activity(plan: Plan) -> Tensor:
-    """`[layers, states]`: whether a layer does something in a state."""
+    """`[sites, states]`: whether a site does something in a state."""
     count = 1 + max((state for segments in plan.segments for _, _, state in segments), default=0)
     table = torch.zeros(len(plan.stages), count, dtype=torch.bool)
-    for row, layer in enumerate(sorted(plan.stages)):
-        table[row, list(plan.touches[layer])] = True
+    for row, site in enumerate(sorted(plan.stages)):
+        table[row, list(plan.touches[site])] = True
     return table
 
 
@@ -388,6 +440,8 @@ def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Ten
     rows = {name: bank.to(x.device)[index] for name, bank in stage.rows.items()}
     if stage.only_adds:
         return stage, {"vector": rows["vector"].to(x.dtype)}, None
+    if stage.in_place:
+        return stage, rows, None
     return stage, rows, stage.active.to(x.device)[index]
 
 
@@ -399,7 +453,7 @@ def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
 
 def _apply(stage: Stage, rows: dict[str, Tensor], active: Tensor | None, x: Tensor) -> Tensor:
     if active is None:
-        return x + rows["vector"]
+        return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
     wide = x.to(next(iter(rows.values())).dtype)
     new = stage.kernel(wide, rows)
     if stage.keep_norm:

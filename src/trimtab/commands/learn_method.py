@@ -1,0 +1,214 @@
+"""`trimtab learn METHOD` for every method that describes itself: its command is made from its recipe."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from typer.core import TyperCommand
+
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.recipes import check_shape
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target
+from trimtab.methods.recipe import Option, Recipe, recipes
+from trimtab.text.pairs import read_pairs
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
+
+OWN_COMMAND = ("caa", "instruct")
+"""These two learn by `trimtab learn` itself, which has more sources to learn from."""
+
+METHOD = "The method's own options"
+TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool}
+FILES = {"pairs": "FILE", "texts": "FILE", "steering": "FILE", "positions": "RULE"}
+
+
+class Learn(TyperCommand):
+    """`trimtab learn`, which for a method that describes itself becomes that method's own command."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Where the first argument is such a method, the context of its command."""
+        if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
+            known = recipes()
+            if args[0] in known:
+                return command_for(known[args[0]]).make_context(
+                    f"{info_name} {args[0]}", args[1:], parent=parent, **extra
+                )
+        return super().make_context(info_name, args, parent=parent, **extra)
+
+
+def command_for(recipe: Recipe) -> Any:
+    """The command of one method: common options, and those of its recipe."""
+
+    def run(**given: Any) -> None:
+        _learn(recipe, given)
+
+    parameters = [*_source(recipe), *(_parameter(option) for option in recipe.options), *_COMMON]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__doc__ = (
+        f"{recipe.title[:1].upper()}{recipe.title[1:]}: {recipe.paper}\n\n"
+        f"Learns from {recipe.data}. Reads {recipe.reads}. Acts: {recipe.acts}. Costs {recipe.cost}."
+    )
+    alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name=recipe.name, context_settings={"help_option_names": ["-h", "--help"]})(run)
+    return typer.main.get_command(alone)
+
+
+def _keyword(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Without it: the method's own choice.",
+        show_default=False,
+    ),
+]
+StrengthOption = Annotated[float, typer.Option(help="Multiply the steering by this before it is saved.")]
+_COMMON = [
+    _keyword("out", OutOption),
+    _keyword("layers", LayersOption, None),
+    _keyword("strength", StrengthOption, 1.0),
+    _keyword("model", ModelOption, None),
+    _keyword("device", DeviceOption, None),
+    _keyword("dtype", DtypeOption, "auto"),
+    _keyword("revision", RevisionOption, None),
+    _keyword("layers_path", LayersPathOption, None),
+    _keyword("json", JsonOption, False),
+]
+
+
+def _source(recipe: Recipe) -> list[inspect.Parameter]:
+    if recipe.takes == "nothing":
+        return []
+    helps = {
+        "pairs": "A .jsonl, .json or .csv file of pairs; `trimtab learn --help` shows their shapes.",
+        "texts": "A file of texts: one a line, or JSON lines with prompt or messages; - reads standard input.",
+    }
+    source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
+    return [_keyword(recipe.takes, Annotated[str, source])]
+
+
+def _parameter(option: Option) -> inspect.Parameter:
+    kind = TYPES.get(option.kind, str)
+    names = [f"--{option.name.replace('_', '-')}"]
+    if option.kind == "bool":
+        names = [f"{names[0]}/--no-{names[0][2:]}"]
+    setting = typer.Option(
+        *names,
+        help=option.help,
+        metavar="|".join(option.choices) or FILES.get(option.kind),
+        show_default=option.default is not None,
+        rich_help_panel=METHOD,
+    )
+    default = option.default
+    return _keyword(option.name, Annotated[kind if default is not None else kind | None, setting], default)
+
+
+def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
+    """Check, read the data, learn and save, in this order: nothing is loaded for what can't be done."""
+    out, quiet = given["out"], given["json"]
+    check_target(out, ".safetensors")
+    from trimtab.commands.learn import parse_layers
+
+    wanted = parse_layers(given["layers"])
+    options = {option.name: _value(option, given[option.name]) for option in recipe.options}
+    data: list[Any] = []
+    if recipe.takes == "pairs":
+        pairs = read_pairs(Path(given["pairs"]))
+        check_shape(recipe, pairs, given["pairs"])
+        data = [pairs]
+    elif recipe.takes == "texts":
+        data = [gather_prompts([], given["texts"])]
+
+    from trimtab.files.steering_file import save_steering
+    from trimtab.steering.steering import check_strength
+
+    strength = check_strength(given["strength"])
+    lm = load_model(
+        given["model"],
+        device=given["device"],
+        dtype=given["dtype"],
+        revision=given["revision"],
+        layers_path=given["layers_path"],
+        quiet=quiet,
+    )
+    layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    with progress_bar("learning", quiet=quiet) as progress:
+        chosen = {name: value for name, value in options.items() if value is not None}
+        learned = strength * recipe.load()(lm, *data, layers, progress=progress, **chosen)
+    digest = save_steering(learned, out)
+    if quiet:
+        write_json(_document(recipe, lm.name, strength, learned, out, digest))
+        return
+    count = len(data[0]) if data else 0
+    title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
+    show(title, _table(learned), f"saved {out}")
+    asked = f"--model {given['model']} " if given["model"] else ""
+    note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
+
+
+def _value(option: Option, value: Any) -> Any:
+    """What the function is given for what the command line was."""
+    if value is None:
+        return None
+    if option.choices and value not in option.choices:
+        flag = f"--{option.name.replace('_', '-')}"
+        raise TrimtabError(f"{flag} {value!r} is not known; it is one of {', '.join(option.choices)}")
+    if option.kind == "pairs":
+        return read_pairs(Path(value))
+    if option.kind == "texts":
+        return gather_prompts([], value)
+    if option.kind == "positions":
+        from trimtab.steering.positions import Positions
+
+        return Positions.parse(value)
+    if option.kind == "steering":
+        from trimtab.files.steering_file import load_steering
+
+        return load_steering(value)
+    return value
+
+
+def _document(recipe: Recipe, model: str, strength: float, learned: Steering, out: Path, digest: str) -> dict[str, Any]:
+    return {
+        "file": str(out),
+        "digest": digest,
+        "method": recipe.name,
+        "model": model,
+        "strength": strength,
+        "options": dict(learned.card.options),
+        "measured": dict(learned.card.measured),
+        "edits": [str(edit) for edit in learned.edits],
+    }
+
+
+def _table(learned: Steering) -> Table:
+    """One line an edit; of very many, the first ones and how many more there are."""
+    table = Table("site", "does", "strength", "positions", box=None, header_style="dim")
+    shown: Sequence[Any] = learned.edits[:12]
+    for edit in shown:
+        operation = str(edit).split(" * ", 1)[1].split(" @ ")[0]
+        table.add_row(str(edit.site), operation, f"{edit.strength:g}", str(edit.positions))
+    if len(learned.edits) > len(shown):
+        table.add_row(f"… {len(learned.edits) - len(shown)} more")
+    return table
