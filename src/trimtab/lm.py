@@ -257,9 +257,8 @@ class LM:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
-                edits = settle(
-                    self._decide([steerings[i] for i in chosen], prompts), read_prompts(self.layout, prompts)
-                )
+                edits = self._decide([steerings[i] for i in chosen], prompts)
+                edits = conditionals(settle(edits, read_prompts(self.layout, prompts)))
                 session = Session(self.model, self.layout, _always(edits))
                 batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
                 found |= dict(zip(chosen, batch, strict=True))

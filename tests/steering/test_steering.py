@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from trimtab import Ablate, Add, Always, Card, Edit, Positions, SetProjection, Site, Steering, Threshold, TrimtabError
+from trimtab.steering.gates import Reading
 
 U = torch.eye(8)[0]
 

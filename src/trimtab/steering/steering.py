@@ -37,7 +37,7 @@ class Edit:
 
     def __str__(self) -> str:
         gate = "" if self.gate == ALWAYS else f" when {self.gate}"
-        operation = self.operation
+        operation = getattr(self.operation, "operation", self.operation)  # of a conditional one, what it does
         name = SCORE_NAMES[type(operation)] if isinstance(operation, ScoreOperation) else NAMES[type(operation)]
         return f"{self.strength:g} * {name} @ {self.site} {self.positions}{gate}"
 

@@ -56,13 +56,6 @@ class Plan:
     touches: dict[Site, frozenset[int]]  # site -> the states in which it does something
 
 
-def effective(steering: Steering | None, readings: dict | None = None) -> tuple[Edit, ...]:
-    """The edits that do something: of non-zero strength, and whose gate is open for these readings."""
-    if steering is None:
-        return ()
-    return tuple(edit for edit in steering.edits if edit.strength != 0 and edit.gate.is_open(readings or {}))
-
-
 def check_edits(steering: Steering, layout: Layout) -> None:
     """Raises `TrimtabError` unless every edit, and what every gate reads, fits the model."""
     for edit in steering.edits:

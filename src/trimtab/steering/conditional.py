@@ -1,0 +1,116 @@
+"""An operation that acts where a condition on the activation itself holds: what a gate with `each_token` comes to.
+
+It isn't written by hand or saved: a steering's edit has the operation and the gate, and the engine puts this in their
+place once it has decided what the prompt decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold, measure_of
+from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, with_norm_of
+
+Shape = tuple  # a gate without its numbers: ("dot",), ("not", shape), ("all", shape, …) or ("any", shape, …)
+
+
+class Conditional(Operation):
+    """`x' = operation(x)` where `gate` holds of x, and x elsewhere, to the bit."""
+
+    def __init__(self, operation: Operation, gate: Gate) -> None:
+        object.__setattr__(self, "operation", operation)
+        object.__setattr__(self, "gate", gate)
+        object.__setattr__(self, "direction", operation.direction)
+        object.__setattr__(self, "keep_norm", False)  # the kernel does it, where the condition holds
+
+    operation: Operation
+    gate: Gate
+
+    @property
+    def kernel(self) -> Kernel:  # type: ignore[override]
+        return _kernel(self.operation.kernel, self.operation.keep_norm, _shape(self.gate))
+
+    @property
+    def settled(self) -> Callable[[Tensor], Conditional]:
+        """For an operation that its request's prompt decides; raises `AttributeError` where it isn't one."""
+        inner: Any = self.operation
+        settle = inner.settled
+        return lambda prompt: Conditional(settle(prompt), self.gate)
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        rows = dict(self.operation.row(strength))
+        together = TOGETHER.get(self.operation.kernel)
+        if together is not None:
+            rows = dict(together([rows], [repr(self.operation)]))
+        for i, test in enumerate(_tests(self.gate)):
+            rows[f"if.{i}.direction"] = test.direction
+            rows[f"if.{i}.threshold"] = torch.tensor([test.threshold], dtype=torch.float64)
+            rows[f"if.{i}.bias"] = torch.tensor([test.bias], dtype=torch.float64)
+        return rows
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Conditional):
+            return NotImplemented
+        return (self.operation, self.gate) == (other.operation, other.gate)
+
+    def __hash__(self) -> int:
+        return hash((self.operation, self.gate))
+
+    def __repr__(self) -> str:
+        return f"Conditional({self.operation!r}, {self.gate})"
+
+
+def conditional(edit: Any) -> Any:
+    """The edit with its gate in its operation, where the gate is decided at each token; else the edit."""
+    return replace(edit, operation=Conditional(edit.operation, edit.gate)) if edit.gate.token_sites else edit
+
+
+def _tests(gate: Gate) -> list[Threshold]:
+    if isinstance(gate, Threshold):
+        return [gate]
+    if isinstance(gate, Not):
+        return _tests(gate.gate)
+    if isinstance(gate, (AllOf, AnyOf)):
+        return [test for part in gate.gates for test in _tests(part)]
+    raise TypeError(f"{gate} is no condition on a token")
+
+
+def _shape(gate: Gate) -> Shape:
+    if isinstance(gate, Threshold):
+        return (gate.measure,)
+    if isinstance(gate, Not):
+        return ("not", _shape(gate.gate))
+    if isinstance(gate, (AllOf, AnyOf)):
+        return ("all" if isinstance(gate, AllOf) else "any", *(_shape(part) for part in gate.gates))
+    raise TypeError(f"{gate} is no condition on a token")
+
+
+@lru_cache(maxsize=None)
+def _kernel(inner: Kernel, keep_norm: bool, shape: Shape) -> Kernel:
+    """One for all gates of a shape, so that requests with such gates still run in one call."""
+
+    def conditionally(x: Tensor, rows: Rows) -> Tensor:
+        new = inner(x, {name: value for name, value in rows.items() if not name.startswith("if.")})
+        if keep_norm:
+            new = with_norm_of(x, new)
+        return torch.where(_holds(shape, x, rows, iter(range(len(rows))))[..., None], new, x)
+
+    return conditionally
+
+
+def _holds(shape: Shape, x: Tensor, rows: Rows, numbers: Any) -> Tensor:
+    kind, *parts = shape
+    if kind == "not":
+        return ~_holds(parts[0], x, rows, numbers)
+    if parts:
+        answers = torch.stack([_holds(part, x, rows, numbers) for part in parts])
+        return answers.all(0) if kind == "all" else answers.any(0)
+    i = next(numbers)
+    value = measure_of(x, rows[f"if.{i}.direction"], kind, rows[f"if.{i}.bias"][..., 0])
+    return value > rows[f"if.{i}.threshold"][..., 0]
