@@ -114,7 +114,7 @@ def learn_behaviours(
     if not behaviours:
         raise TrimtabError("there are no behaviours to learn")
     texts: dict[str, Sequence[TextPair]] = {
-        name: [(_text(lm, pair, pair.positive), _text(lm, pair, pair.negative)) for pair in pairs]
+        name: [(answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)) for pair in pairs]
         for name, pairs in behaviours.items()
     }
     found = contrast_many(lm, texts, chosen, progress=progress)
@@ -234,7 +234,7 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
         )
 
 
-def _text(lm: LM, pair: Pair, side: str) -> Text:
+def answer_text(lm: LM, pair: Pair, side: str) -> Text:
     """The ids of one side of a pair, and the position at which it is read (section 3.1)."""
     if pair.shape == "letters":
         letter = letter_of(side)
@@ -259,7 +259,7 @@ def activations(
     chosen = check_layers(lm, layers, DEPTH)
     if not pairs:
         raise TrimtabError("there are no pairs to read")
-    groups = [[_text(lm, pair, pair.positive), _text(lm, pair, pair.negative)] for pair in pairs]
+    groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
     found = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
     done = 0
     for batch in read_groups(lm.layout, groups, [Site(layer) for layer in chosen]):

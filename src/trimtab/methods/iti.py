@@ -1,0 +1,195 @@
+"""ITI: Li et al., "Inference-Time Intervention: Eliciting Truthful Answers from a Language Model", NeurIPS 2023,
+arXiv 2306.03341, section 3.
+
+    a probe for each head, on x = its output at the last token of an answer     80 of 100 questions
+    the K heads of the best accuracy on the others
+    u = (mean of true x - mean of false x), of length 1;    sigma = the deviation of x.u
+    x[head] <- x[head] + alpha * sigma * u          at the last prompt token and every generated one
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.places import head_size, query_heads
+from trimtab.engines.transformers.read import Text, read_groups
+from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.probes import logistic
+from trimtab.methods.caa import answer_text
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
+from trimtab.text.chat import Prompt
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="iti",
+    title="inference-time intervention",
+    paper="Li et al., NeurIPS 2023, arXiv 2306.03341",
+    shapes=("letters", "answers", "texts"),
+    data="pairs of a true and a false answer, at least a few hundred",
+    reads="every head's output at the answer's letter, or the last token of a text",
+    acts="adds at the heads whose probes do best, from the last prompt token on",
+    sites="heads",
+    cost="one addition a token at each layer that has chosen heads",
+    function="learn_iti",
+    options=(
+        Option("heads", "int", 48, "How many heads, over all layers."),
+        Option("alpha", "float", 15.0, "How far, in deviations of the activations along the direction."),
+        Option("direction", "str", "mean", "The difference of means, or the probe's weight.", ("mean", "probe")),
+        Option("validation", "float", 0.2, "The share of questions that heads are ranked on."),
+        Option("seed", "int", 0, "Of the split into questions to fit and to rank on."),
+        Option("bank", "texts", None, "Other texts to measure the deviation on. Without it: the pairs' own."),
+        Option("positions", "positions", None, "At which tokens. Without it: from-last-prompt-token."),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head: how well its probe does on unseen questions, its unit direction `[head size]`, its deviation."""
+
+    layer: int
+    head: int
+    accuracy: float
+    direction: Tensor
+    sigma: float
+
+
+def learn_iti(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    heads: int = 48,
+    alpha: float = 15.0,
+    direction: str = "mean",
+    validation: float = 0.2,
+    seed: int = 0,
+    bank: Sequence[Prompt] | None = None,
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """Learn from true (positive) and false (negative) answers which heads know, and push them (default: all layers).
+
+    The strength of the edits is `alpha`. `heads` in all are chosen; the card has them, with their probes' accuracies on
+    the share `validation` of the questions. Pairs of one prompt are one question and stay together.
+
+    Raises `TrimtabError` for fewer than two questions, or more heads than there are.
+    """
+    ranked = rank_heads(
+        lm, pairs, layers, direction=direction, validation=validation, seed=seed, bank=bank, progress=progress
+    )
+    if isinstance(heads, bool) or not isinstance(heads, int) or not 1 <= heads <= len(ranked):
+        raise TrimtabError(f"heads is a whole number from 1 to {len(ranked)}, which is all there are, got {heads!r}")
+    chosen = ranked[:heads]
+    size = head_size(lm.layout, chosen[0].layer)
+    edits = []
+    for layer in sorted({one.layer for one in chosen}):
+        push = torch.zeros(query_heads(lm.layout), size, dtype=torch.float64)
+        for one in chosen:
+            if one.layer == layer:
+                push[one.head] = one.sigma * one.direction
+        where = positions or Positions.from_last_prompt_token()
+        edits.append(Edit(Site(layer, "heads"), Add(push.flatten().float()), where, alpha))
+    options: dict[str, Any] = {
+        "heads": heads, "alpha": alpha, "direction": direction, "validation": validation, "seed": seed,
+    }  # fmt: skip
+    measured = {
+        "pairs": len(pairs),
+        "heads": [[h.layer, h.head, round(h.accuracy, 6), round(h.sigma, 6)] for h in chosen],
+    }
+    return Steering(tuple(edits), Card("iti", lm.identity, digest(pairs), options, measured, versions()))
+
+
+def rank_heads(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    direction: str = "mean",
+    validation: float = 0.2,
+    seed: int = 0,
+    bank: Sequence[Prompt] | None = None,
+    progress: Progress | None = None,
+) -> list[Head]:
+    """All heads of these layers (default: all), the one with the best probe first; of equals, the earlier one.
+
+    Raises `TrimtabError` as `learn_iti` does.
+    """
+    if direction not in ("mean", "probe"):
+        raise TrimtabError(f"unknown direction {direction!r}; directions: mean, probe")
+    chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
+    fitted, held = split(pairs, validation, seed)
+    groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
+    x = _read(lm, groups, chosen, progress)  # {layer: [pairs, 2, heads, size]}
+    others: dict[int, Tensor] = {}
+    if bank is not None:
+        texts = [lm.encode(prompt) for prompt in bank]
+        others = _read(lm, [[Text(ids, [len(ids) - 1])] for ids in texts], chosen, None)
+    found = []
+    for layer in chosen:
+        members = x[layer]
+        train = members[fitted].flatten(0, 1).transpose(0, 1)  # [heads, 2 n, size]
+        test = members[held].flatten(0, 1).transpose(0, 1)
+        weight, bias = logistic(train, torch.tensor([1, 0]).repeat(len(fitted)))
+        says = (test @ weight[..., None])[..., 0] + bias[:, None] > 0
+        accuracy = (says == torch.tensor([True, False]).repeat(len(held))).double().mean(-1)
+        means = members[:, 0].mean(0) - members[:, 1].mean(0) if direction == "mean" else weight
+        norms = means.norm(dim=-1, keepdim=True)
+        unit = torch.where(norms > 0, means / norms.clamp_min(1e-300), 0)
+        spread = others.get(layer, members).flatten(0, 1)  # [texts, heads, size]
+        sigma = (spread * unit).sum(-1).std(0, correction=0)
+        found += [Head(layer, h, float(accuracy[h]), unit[h], float(sigma[h])) for h in range(query_heads(lm.layout))]
+    return sorted(found, key=lambda one: (-one.accuracy, one.layer, one.head))
+
+
+def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Which pairs probes are fitted on, and which heads are ranked on: disjoint in their questions.
+
+    Raises `TrimtabError` for fewer than two questions, or a share that isn't between 0 and 1.
+    """
+    if not 0 < validation < 1:
+        raise TrimtabError(f"validation is a share between 0 and 1, got {validation}")
+    questions: dict[Any, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        questions.setdefault(pair.prompt or i, []).append(i)
+    if len(questions) < 2:
+        raise TrimtabError(f"heads are ranked on questions that probes haven't seen; {len(questions)} is too few")
+    order = list(questions.values())
+    random.Random(seed).shuffle(order)
+    count = min(max(1, round(validation * len(order))), len(order) - 1)
+    held = sorted(i for group in order[:count] for i in group)
+    return sorted(i for group in order[count:] for i in group), held
+
+
+def _read(
+    lm: LM, groups: Sequence[Sequence[Text]], layers: Sequence[int], progress: Progress | None
+) -> dict[int, Tensor]:
+    """At each layer `[groups, members, heads, size]`, float64."""
+    sites = [Site(layer, "heads") for layer in layers]
+    heads = query_heads(lm.layout)
+    found: dict[int, Tensor] = {}
+    done = 0
+    for batch in read_groups(lm.layout, groups, sites):
+        for site in sites:
+            values = torch.stack([torch.cat(members) for members in batch.values[site]]).to("cpu", torch.float64)
+            if not torch.isfinite(values).all():
+                raise TrimtabError(f"activations at {site} are not finite; load the model in float32 or bfloat16")
+            if site.layer not in found:
+                shape = (len(groups), values.shape[1], heads, values.shape[2] // heads)
+                found[site.layer] = torch.zeros(shape, dtype=torch.float64)
+            found[site.layer][batch.groups] = values.view(len(values), values.shape[1], heads, -1)
+        done += len(batch.groups)
+        if progress is not None:
+            progress(done, len(groups))
+    return found

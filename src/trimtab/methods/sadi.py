@@ -1,0 +1,167 @@
+"""SADI: Wang et al., "Semantics-Adaptive Activation Intervention for LLMs via Dynamic Steering Vectors", ICLR 2025,
+arXiv 2410.12299.
+
+    s = mean over pairs of (x[positive] - x[negative])     at the last token, for every element of every layer
+    M = 1 on the K elements (or whole heads) of the highest score, over all layers together
+    x <- x + delta * (x * M)                               at the last prompt token
+
+What is added depends on the input: it is the activation's own elements that grow. The released code multiplies by
+`delta + 1`; it also overwrites the site in all layers with what a clean pass had there, so that no layer sees what
+was done before it. Here the layers see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.places import place, query_heads
+from trimtab.engines.transformers.read import read_groups
+from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.moments import PairMoments
+from trimtab.methods.caa import answer_text
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Operation, Positions, ScaleElements, Site, Steering
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="sadi",
+    title="semantics-adaptive dynamic intervention",
+    paper="Wang et al., ICLR 2025, arXiv 2410.12299",
+    shapes=("letters", "answers", "texts"),
+    data="pairs of a right and a wrong answer, hundreds of them",
+    reads="the answer's letter, or the last token of a text, at heads, neurons or the MLP's output",
+    acts="scales the most telling heads or elements, at the last prompt token",
+    sites="heads, neurons or mlp",
+    cost="nothing after the prompt; one multiplication a layer and token where it acts on generated tokens",
+    function="learn_sadi",
+    options=(
+        Option("site", "str", "heads", "Whole heads, neurons, or the MLP's output.", ("heads", "neurons", "hidden")),
+        Option("k", "int", None, "How many, over all layers. Without it: 8 heads, 100 neurons, 10 elements."),
+        Option("delta", "float", 1.0, "By how much of themselves they grow."),
+        Option("score", "str", "norm", "What they are chosen by (code: signed).", ("norm", "signed", "absolute")),
+        Option("operation", "str", "scale", "scale, or add the mean difference under the mask.", ("scale", "add")),
+        Option("positions", "positions", None, "At which tokens. Without it: last-prompt-token."),
+    ),
+)
+
+KINDS = {"heads": "heads", "neurons": "neurons", "hidden": "mlp"}
+USUAL = {"heads": 8, "neurons": 100, "hidden": 10}
+"""The paper has no default, but takes each task's best: of 1 to 10 heads, 3 to 500 neurons, 1 to 20 elements."""
+
+Score = Literal["norm", "signed", "absolute"]
+"""What a head is chosen by: the norm of its mean difference; its mean over the head's elements, as the released code
+has it, where elements of opposite signs cancel; or that mean's size. Of one element norm and absolute are the same."""
+
+
+def learn_sadi(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    site: str = "heads",
+    k: int | None = None,
+    delta: float = 1.0,
+    score: Score = "norm",
+    operation: str = "scale",
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """Learn which heads or elements tell the sides of the pairs apart, and scale them (default: of all layers).
+
+    The strength of the edits is `delta`: at 1 a chosen element is doubled. With `operation="add"` the mean difference
+    is added under the mask, which is the paper's fixed vector to compare with; `delta` is then its multiple.
+
+    Raises `TrimtabError` for no pairs, an unknown site, score or operation, or a K beyond what there is.
+    """
+    if operation not in ("scale", "add"):
+        raise TrimtabError(f"unknown operation {operation!r}; known: scale, add")
+    differences = read_differences(lm, pairs, layers, site=site, progress=progress)
+    wanted = USUAL.get(site, 1) if k is None else k
+    masks = choose(lm, differences, k=wanted, score=score)
+    edits = []
+    for where, mask in masks.items():
+        what: Operation = ScaleElements(mask) if operation == "scale" else Add(mask * differences[where].float())
+        edits.append(Edit(where, what, positions or Positions.last_prompt_token(), delta))
+    options = {"site": site, "k": wanted, "delta": delta, "score": score, "operation": operation}
+    measured = {"pairs": len(pairs), "chosen": _chosen(lm, masks)}
+    card = Card("sadi", lm.identity, digest(pairs), options, measured, versions())
+    return Steering(tuple(edits), card)
+
+
+def read_differences(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    site: str = "heads",
+    progress: Progress | None = None,
+) -> dict[Site, Tensor]:
+    """The mean difference of the pairs' sides `[width there]` at each layer's site (default: all), float64."""
+    if site not in KINDS:
+        raise TrimtabError(f"unknown site {site!r}; sites: {', '.join(KINDS)}")
+    if not pairs:
+        raise TrimtabError("there are no pairs to learn from")
+    chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
+    sites = [Site(layer, KINDS[site]) for layer in chosen]
+    moments = {where: PairMoments(place(lm.layout, where).size) for where in sites}
+    groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
+    done = 0
+    for batch in read_groups(lm.layout, groups, sites):
+        for where in sites:
+            values = torch.stack([torch.cat(members) for members in batch.values[where]])  # [pairs, 2, width]
+            if not torch.isfinite(values).all():
+                raise TrimtabError(f"activations at {where} are not finite; load the model in float32 or bfloat16")
+            moments[where].add(values[:, 0], values[:, 1])
+        done += len(batch.groups)
+        if progress is not None:
+            progress(done, len(pairs))
+    return {where: found.difference for where, found in moments.items()}
+
+
+def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "norm") -> dict[Site, Tensor]:
+    """Masks `[width there]` of ones and zeros, for the sites where something is among the K of the highest score.
+
+    Heads are chosen whole, elements of other sites one by one; of equal scores the earlier layer's come first. The
+    masks can be put to other uses: `Add(mask * direction)` adds where they are.
+
+    Raises `TrimtabError` for an unknown score, or a K that is not between 1 and what there is.
+    """
+    if score not in get_args(Score):
+        raise TrimtabError(f"unknown score {score!r}; scores: {', '.join(get_args(Score))}")
+    sites = sorted(differences)
+    scores = [_scores(lm, where, differences[where], score) for where in sites]
+    together = torch.cat(scores)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(together):
+        raise TrimtabError(f"k is a whole number from 1 to {len(together)}, which is all there is, got {k!r}")
+    best = torch.zeros(len(together))
+    best[torch.sort(together, descending=True, stable=True).indices[:k]] = 1
+    masks = {}
+    for where, part in zip(sites, best.split([len(one) for one in scores]), strict=True):
+        if bool(part.any()):
+            masks[where] = part.repeat_interleave(len(differences[where]) // len(part))
+    return masks
+
+
+def _scores(lm: LM, site: Site, difference: Tensor, score: Score) -> Tensor:
+    """A score for each head, or for each element."""
+    units = difference.view(query_heads(lm.layout) if site.kind == "heads" else len(difference), -1)
+    if score == "norm":
+        return units.norm(dim=-1)
+    return units.mean(-1) if score == "signed" else units.mean(-1).abs()
+
+
+def _chosen(lm: LM, masks: dict[Site, Tensor]) -> dict[str, list[int]]:
+    """The numbers of the heads or elements that were chosen, by layer."""
+    found = {}
+    for site, mask in masks.items():
+        units = mask.view(query_heads(lm.layout), -1)[:, 0] if site.kind == "heads" else mask
+        found[str(site.layer)] = units.nonzero().flatten().tolist()
+    return found

@@ -1,0 +1,166 @@
+"""TDA: Ma et al., "First Activations Matter: Training-Free Methods for Dynamic Activation in Large Language Models",
+arXiv 2408.11393.
+
+    n_j = neuron_j * W_down[:, j],    |n_j| = |neuron_j| * |W_down[:, j]|
+    CETT(x) = |sum of the n_j with |n_j| < eps| / |MLP(x)|
+    eps of a layer = the largest whose mean CETT over calibration tokens is at most the target
+    m_j = 1 where |n_j| over the prompt exceeds eps;    neuron <- neuron * m     at generated tokens
+
+The prompt is computed in full, and so is the first generated token. What could be read of the paper doesn't tell the
+statistic over the prompt (a neuron's largest value, or its root mean square), nor the target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.places import output_weight
+from trimtab.engines.transformers.read import Text, read_groups
+from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Card, Edit, MaskNeurons, Positions, Site, Steering
+from trimtab.text.chat import Prompt
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="tda",
+    title="training-free dynamic activation",
+    paper="Ma et al., 2024, arXiv 2408.11393",
+    takes="texts",
+    data="a few texts like those to be read, to calibrate on",
+    reads="the MLPs' neurons at all tokens but the first",
+    acts="switches off neurons that were small in the prompt, at generated tokens",
+    sites="neurons",
+    cost="a second reading of the prompt, and one multiplication a layer and token; saves nothing by itself",
+    function="learn_tda",
+    options=(
+        Option("cett", "float", 0.2, "What share of the MLP's output may be lost, on average."),
+        Option("statistic", "str", "any", "A neuron's size over the prompt: its largest, or rms.", ("any", "rms")),
+        Option("tokens", "int", 512, "Calibrate on at most so many tokens."),
+    ),
+)
+
+LEVELS = 4096
+"""The threshold is looked for among so many quantiles of the neurons' sizes."""
+
+
+def learn_tda(
+    lm: LM,
+    texts: Sequence[Prompt],
+    layers: int | Sequence[int] | None = None,
+    *,
+    cett: float = 0.2,
+    statistic: str = "any",
+    tokens: int = 512,
+    progress: Progress | None = None,
+) -> Steering:
+    """Learn each layer's threshold (default: all layers) from a few texts' first `tokens` tokens.
+
+    A text's first token doesn't count (in most models its activations are of another size), neither here nor in the
+    prompts that masks are made from. The card has the thresholds and the mean error at them. What is kept depends on
+    the prompt, see `kept`.
+
+    Raises `TrimtabError` for texts without a second token, a target that isn't between 0 and 1, and a model without
+    plain MLPs or with quantized ones.
+    """
+    if not 0 <= cett < 1:
+        raise TrimtabError(f"cett is a share from 0 to below 1, got {cett}")
+    chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
+    sites = [Site(layer, "neurons") for layer in chosen]
+    weights = {site: output_weight(lm.layout, site).to("cpu", torch.float64) for site in sites}
+    read = _read(lm, texts, chosen, tokens)
+    edits, thresholds, errors = [], {}, {}
+    for done, site in enumerate(sites, 1):
+        neurons, output = read[site], read[Site(site.layer, "mlp")]
+        eps, error = threshold(neurons, weights[site], output, cett)
+        lengths = weights[site].norm(dim=0)
+        limits = torch.where(lengths > 0, eps / lengths.clamp_min(1e-300), 0)
+        operation = MaskNeurons(limits.float(), statistic=statistic)
+        edits.append(Edit(site, operation, Positions.generated()))
+        thresholds[str(site.layer)], errors[str(site.layer)] = round(eps, 9), round(error, 6)
+        if progress is not None:
+            progress(done, len(sites))
+    options = {"cett": cett, "statistic": statistic, "tokens": tokens}
+    measured = {"texts": len(texts), "tokens": len(next(iter(read.values()))), "eps": thresholds, "cett": errors}
+    return Steering(tuple(edits), Card("tda", lm.identity, _digest(lm, texts), options, measured, versions()))
+
+
+def errors_at(eps: float, neurons: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+    """`CETT` of each token: how long what is lost is, in lengths of the MLP's output.
+
+    `neurons` is `[tokens, size]`, `weight` `[width, size]`, `output` `[tokens, width]`.
+    """
+    small = neurons.abs() * weight.norm(dim=0) < eps
+    lost = torch.where(small, neurons, 0) @ weight.T
+    return lost.norm(dim=-1) / output.norm(dim=-1).clamp_min(1e-300)
+
+
+def threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) -> tuple[float, float]:
+    """The largest size, of `LEVELS` quantiles, below which all may go at a mean error of at most `target`; that error.
+
+    Found by bisection: the mean error grows with the threshold, but for small ups and downs.
+    """
+    sizes = (neurons.abs() * weight.norm(dim=0)).flatten().sort().values
+    low, high = 0, min(LEVELS, len(sizes))  # at level 0 nothing is lost
+    steps = high
+
+    def at(level: int) -> float:
+        return 0.0 if level == 0 else float(sizes[level * (len(sizes) - 1) // steps])
+
+    error = 0.0
+    while low < high:
+        middle = (low + high + 1) // 2
+        found = float(errors_at(at(middle), neurons, weight, output).mean())
+        if found <= target:
+            low, error = middle, found
+        else:
+            high = middle - 1
+    return at(low), error
+
+
+def kept(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> list[dict[int, float]]:
+    """For each prompt, the share of each layer's neurons that generation after it keeps; exact, by counting.
+
+    Raises `TrimtabError` where the steering masks no neurons.
+    """
+    masks = [edit for edit in steering.edits if isinstance(edit.operation, MaskNeurons)]
+    if not masks:
+        raise TrimtabError("this steering masks no neurons")
+    found = lm.capture(prompts, sorted({edit.site for edit in masks}), Positions.all())
+    return [
+        {edit.site.layer: float(edit.operation.kept(one[edit.site]).double().mean()) for edit in masks} for one in found
+    ]
+
+
+def _digest(lm: LM, texts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(json.dumps([lm.encode(text) for text in texts]).encode()).hexdigest()
+
+
+def _read(lm: LM, texts: Sequence[Prompt], layers: Sequence[int], tokens: int) -> dict[Site, Tensor]:
+    """The neurons and the MLP's output `[tokens, …]` at each layer, of the texts' tokens but the first ones."""
+    groups = []
+    left = tokens
+    for text in texts:
+        ids = lm.encode(text)
+        count = min(len(ids) - 1, left)
+        if count > 0:
+            groups.append([Text(ids, range(1, 1 + count))])
+            left -= count
+    if not groups:
+        raise TrimtabError("there is nothing to calibrate on: give texts of at least two tokens, and tokens from 1")
+    sites = [Site(layer, kind) for layer in layers for kind in ("neurons", "mlp")]
+    parts: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(groups) for site in sites}
+    for batch in read_groups(lm.layout, groups, sites):
+        for site in sites:
+            for g, members in zip(batch.groups, batch.values[site], strict=True):
+                parts[site][g] = members[0].to("cpu", torch.float64)
+    return {site: torch.cat(found) for site, found in parts.items()}
