@@ -131,3 +131,32 @@ def test_listing_waits_for_no_torch() -> None:
         "[command_for(r) for r in recipes().values()]; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_heads_neurons_and_masks_from_the_command_line(
+    trimtab: Any, tmp_path: Path, model: Path, answer_pairs: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The sea is wide and blue.\nA question, an answer; yes or no?\n")
+    cases: dict[str, list[Any]] = {
+        "sadi": ["--pairs", answer_pairs, "--k", 3, "--site", "neurons", "--delta", "0.5"],
+        "iti": ["--pairs", answer_pairs, "--heads", 3, "--alpha", "2", "--bank", texts],
+        "tda": ["--texts", texts, "--cett", "0.3"],
+    }
+    for name, options in cases.items():
+        out = tmp_path / f"{name}.safetensors"
+        common = ["--out", out, "--model", model, "--device", "cpu"]
+        learned = trimtab("learn", name, *options, *common, "--json")
+        assert learned.code == 0, learned.err
+        assert learned.json["edits"] == [str(edit) for edit in load(out).edits]
+        again = tmp_path / "again.safetensors"
+        shown = trimtab("learn", name, *options, "--out", again, "--model", model, "--device", "cpu")
+        assert (shown.code, "saved" in shown.out) == (0, True), shown.err
+        assert again.read_bytes() == out.read_bytes()
+        seen = trimtab("inspect", out, "--json")
+        assert (seen.code, seen.json["card"]["method"]) == (0, name)
+        assert trimtab("inspect", out).code == 0
+        told = trimtab(
+            "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
+        )
+        assert told.code == 0, told.err
