@@ -63,7 +63,8 @@ def mixed(lm: LM) -> list[Steering | None]:
         edits.append(Edit(Site(1 + i % 2, kind), Add(vector(size, i, 0.7)), rules[i % 4], 0.8))
         edits.append(Edit(Site(1 + i % 2, kind), ScaleElements(mask(size, i)), rules[(i + 1) % 4], 1.5))
         edits.append(Edit(Site(3, kind), ScaleElements(mask(size, 9 + i)), rules[(i + 2) % 4], -0.6))
-        edits.append(Edit(Site(2, kind), AddScaled(vector(size, 5 + i), by="opposed", keep_norm=True), rules[i % 4]))
+        by = ("opposed", "norm", "sign")[i % 3]
+        edits.append(Edit(Site(2, kind), AddScaled(vector(size, 5 + i), by=by, keep_norm=i < 3), rules[i % 4], 0.7))
     half = [edit for edit in edits if edit.site.layer == 3]
     masks = [edit for edit in edits if isinstance(edit.operation, ScaleElements) and edit.site.kind != "neurons"]
     last = (Edit(Site(2, "heads"), ScaleElements(mask(naive.size_of(lm, "heads"), 3), keep_norm=True), rules[2]),)

@@ -8,21 +8,28 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import Operation
+from trimtab.steering.operations import Kernel, Operation
 from trimtab.steering.projections import Rows
 from trimtab.steering.tensors import as_unit
 
-MEASURES = ("norm", "opposed", "sign")
+
+def by_norm(x: Tensor, rows: Rows) -> Tensor:
+    """`x + |x| * vector`, for `x` and `vector` of shape `[..., width]`."""
+    return torch.addcmul(x, torch.linalg.vector_norm(x, dim=-1, keepdim=True), rows["vector"])
 
 
-def add_scaled(x: Tensor, rows: Rows) -> Tensor:
-    """`x + c(x) * vector`, for `x` and `vector` of shape `[..., width]`; `by_norm`, `opposed` and `sign` choose c."""
-    vector = rows["vector"]
-    along = (x * rows["direction"]).sum(-1, keepdim=True)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    against = (-along).clamp_min(0)  # |x| max(0, cos(x, -v))
-    c = rows["by_norm"] * norm + rows["opposed"] * (norm + against) + rows["sign"] * torch.sign(along)
-    return x + c * vector
+def opposed(x: Tensor, rows: Rows) -> Tensor:
+    """`x + (|x| + max(0, -x.direction)) * vector`, with a unit direction."""
+    against = (x * rows["direction"]).sum(-1, keepdim=True).neg_().clamp_(min=0)  # |x| max(0, cos(x, -direction))
+    return torch.addcmul(x, against.add_(torch.linalg.vector_norm(x, dim=-1, keepdim=True)), rows["vector"])
+
+
+def by_sign(x: Tensor, rows: Rows) -> Tensor:
+    """`x + sign(x.direction) * vector`."""
+    return torch.addcmul(x, (x * rows["direction"]).sum(-1, keepdim=True).sign_(), rows["vector"])
+
+
+KERNELS: dict[str, Kernel] = {"norm": by_norm, "opposed": opposed, "sign": by_sign}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,15 +43,14 @@ class AddScaled(Operation, name="add_scaled"):
 
     by: str = field(default="norm", kw_only=True)
 
-    kernel = staticmethod(add_scaled)
+    @property
+    def kernel(self) -> Kernel:
+        return KERNELS[self.by]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "direction", as_unit(self.direction))
-        if self.by not in MEASURES:
-            raise TrimtabError(f"unknown measure {self.by!r}; known: {', '.join(MEASURES)}")
+        if self.by not in KERNELS:
+            raise TrimtabError(f"unknown measure {self.by!r}; known: {', '.join(KERNELS)}")
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        one = self.direction.new_ones(1)
-        names = {"norm": "by_norm", "opposed": "opposed", "sign": "sign"}
-        chosen = {row: one * (measure == self.by) for measure, row in names.items()}
-        return {"direction": self.direction, "vector": strength * self.direction, **chosen}
+        return {"direction": self.direction, "vector": strength * self.direction}

@@ -46,7 +46,9 @@ class Dose:
     kind: str = "residual"
 
 
-Prepared = list[tuple[Stage, dict[str, Tensor], Tensor | None]]
+Active = Tensor | bool | None
+"""Where a stage acts: `[rows, tokens]`, `True` for everywhere; `None` where its rows see to it themselves."""
+Prepared = list[tuple[Stage, dict[str, Tensor], Active]]
 
 
 @dataclass
@@ -434,7 +436,7 @@ def _activity(plan: Plan) -> Tensor:
     return table
 
 
-def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Tensor], Tensor | None]:
+def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Tensor], Active]:
     """A stage's rows and activity, one for each token of this step."""
     index = step.index.to(x.device)
     rows = {name: bank.to(x.device)[index] for name, bank in stage.rows.items()}
@@ -442,7 +444,10 @@ def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Ten
         return stage, {"vector": rows["vector"].to(x.dtype)}, None
     if stage.in_place:
         return stage, rows, None
-    return stage, rows, stage.active.to(x.device)[index]
+    active = stage.active.to(x.device)[index]
+    if index.shape[1] == 1 and bool(active.all()):  # prepared once for many passes, so that it pays to ask
+        return stage, rows, True
+    return stage, rows, active
 
 
 def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
@@ -451,13 +456,15 @@ def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
     return x
 
 
-def _apply(stage: Stage, rows: dict[str, Tensor], active: Tensor | None, x: Tensor) -> Tensor:
+def _apply(stage: Stage, rows: dict[str, Tensor], active: Active, x: Tensor) -> Tensor:
     if active is None:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
     wide = x.to(next(iter(rows.values())).dtype)
     new = stage.kernel(wide, rows)
     if stage.keep_norm:
         new = with_norm_of(wide, new)
+    if isinstance(active, bool):
+        return new.to(x.dtype)
     return torch.where(active[..., None], new.to(x.dtype), x)
 
 
