@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 
-import torch
 from torch import Tensor
 
-from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Card, Edit, Operation, SetProjection, Site, Steering
+from trimtab.steering import Card, Site, Steering
+from trimtab.steering.random_edits import random_edits
 
 
 def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:
@@ -18,7 +16,7 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
 
     Sites, positions, strengths, gates and kinds of operation stay. Each direction becomes one drawn evenly from the
     sphere, of the same norm; edits that share a direction share the random one. A random direction of an `Ablate`
-    removes what little lies along it, so that control is a weak one.
+    removes what little lies along it, so that control is a weak one. Masks and thresholds of elements are shuffled.
 
     A `SetProjection` pushes by `target - x.u`, which depends on the activation. `means`, an activation `[width]` for
     each site, sets the new target to where a mean activation is pushed as far as before: `target' = m.r + (target -
@@ -27,38 +25,10 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
     The same steering and seed give the same control. Raises `TrimtabError` for an operation without a direction, a
     missing mean, or one of another width.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[bytes, Tensor] = {}
-    edits = tuple(replace(edit, operation=_randomized(edit, drawn, generator, means)) for edit in steering.edits)
     models = steering.card.models
     card = Card(
         method="random",
         model=models[0] if models else None,
         options={"seed": seed, "like": steering_digest(steering), "targets": "shifted" if means else "kept"},
     )
-    return Steering(edits, card)
-
-
-def _randomized(
-    edit: Edit, drawn: dict[bytes, Tensor], generator: torch.Generator, means: Mapping[Site, Tensor] | None
-) -> Operation:
-    operation = edit.operation
-    if not any(f.name == "direction" for f in fields(operation)):
-        raise TrimtabError(f"a {type(operation).__name__} has no direction that could be replaced by a random one")
-    old = operation.direction.double()
-    key = operation.direction.numpy().tobytes()
-    if key not in drawn:
-        vector = torch.randn(operation.width, generator=generator, dtype=torch.float64)
-        drawn[key] = vector / vector.norm()
-    new = drawn[key] * (1.0 if isinstance(operation, SetProjection) else float(old.norm()))
-    if not isinstance(operation, SetProjection):
-        return replace(operation, direction=new.to(operation.direction.dtype))
-    target = operation.target
-    if means is not None:
-        if edit.site not in means:
-            raise TrimtabError(f"there is no mean activation of {edit.site}, where the steering sets a projection")
-        mean = means[edit.site].detach().to(device="cpu", dtype=torch.float64)
-        if mean.shape != old.shape:
-            raise TrimtabError(f"the mean at {edit.site} has shape {list(mean.shape)}, the direction {list(old.shape)}")
-        target = float(mean @ new) + target - float(mean @ old)
-    return replace(operation, direction=new.to(operation.direction.dtype), target=target)
+    return Steering(random_edits(steering, seed, means), card)

@@ -7,6 +7,7 @@ from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
 from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
 from trimtab.steering.positions import Positions
+from trimtab.steering.rotations import Rotate, RotatePredicted
 from trimtab.steering.scaled import AddScaled
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
@@ -24,6 +25,8 @@ __all__ = [
     "MaskNeurons",
     "Operation",
     "Positions",
+    "Rotate",
+    "RotatePredicted",
     "ScaleElements",
     "ScaleScores",
     "ScoreOperation",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Conditional(Operation):
     gate: Gate
 
     @property
-    def kernel(self) -> Kernel:  # type: ignore[override]
+    def kernel(self) -> Kernel:
         return _kernel(self.operation.kernel, self.operation.keep_norm, _shape(self.gate))
 
     @property
@@ -91,7 +91,7 @@ def _shape(gate: Gate) -> Shape:
     raise TypeError(f"{gate} is no condition on a token")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(inner: Kernel, keep_norm: bool, shape: Shape) -> Kernel:
     """One for all gates of a shape, so that requests with such gates still run in one call."""
 

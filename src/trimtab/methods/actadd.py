@@ -1,0 +1,106 @@
+"""Activation addition (ActAdd): Turner et al., "Steering Language Models With Activation Engineering", arXiv
+2308.10248, section 3.
+
+    A[j] = h_l[j](prompt+) - h_l[j](prompt-)        one pair, padded to k tokens; h_l is the input of block l
+    h_l[j] <- h_l[j] + c * A[j]        for the first k tokens of the user's prompt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from trimtab.engines.transformers.read import Text
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import digest_of, read_each
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
+from trimtab.steering.positions import END, Bound
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="actadd",
+    title="activation addition",
+    paper="Turner et al., 2023, arXiv 2308.10248",
+    takes="nothing",
+    data="two short texts, no more",
+    reads="every token of the two texts, at a block's input",
+    acts="adds at one block's input (default: 1/8 of the depth), at the prompt's first tokens",
+    sites="block_input",
+    cost="nothing a generated token: it acts on the prompt only",
+    function="learn_actadd",
+    options=(
+        Option("positive", "str", None, "The text to go towards, such as Love."),
+        Option("negative", "str", None, "The text to go away from, such as Hate."),
+        Option("coefficient", "float", 5.0, "How many times the difference is added (c)."),
+        Option("align", "str", "front", "At the prompt's first tokens, or its last.", choices=("front", "back")),
+    ),
+)
+
+DEPTH = 0.125
+"""Layer 6 of GPT-2 XL's 48, the paper's most used."""
+
+Align = Literal["front", "back"]
+
+
+def learn_actadd(
+    lm: LM,
+    layers: int | Sequence[int] | None = None,
+    *,
+    positive: str | None = None,
+    negative: str | None = None,
+    coefficient: float = 5.0,
+    align: Align = "front",
+    progress: Progress | None = None,
+) -> Steering:
+    """The difference of two texts, token by token, added to the first (or last) tokens of a prompt.
+
+    The shorter text is padded with spaces (where a space is no token: with the pad token). The texts are read as they
+    are, without a chat template. Where they begin alike (a BOS token) nothing is added. A prompt needs as many tokens
+    as the longer text. `coefficient` becomes the edits' strength.
+
+    Raises `TrimtabError` for a missing text, two of the same tokens, or an unknown layer.
+    """
+    if not positive or not negative:
+        raise TrimtabError("ActAdd needs two texts, a positive one and a negative one")
+    if align not in ("front", "back"):
+        raise TrimtabError(f"unknown alignment {align!r}; known: front, back")
+    chosen = check_layers(lm, layers, DEPTH)
+    ids = [lm.encode(text, chat=False) for text in (positive, negative)]
+    length = max(map(len, ids))
+    filler = _filler(lm)
+    texts = [Text([*one, *[filler] * (length - len(one))], range(length)) for one in ids]
+    if list(texts[0].ids) == list(texts[1].ids):
+        raise TrimtabError(f"{positive!r} and {negative!r} are the same tokens; nothing would be added")
+    sites = [Site(layer, "block_input") for layer in chosen]
+    found = read_each(lm, [texts], sites, progress=progress)
+    edits = []
+    for site in sites:
+        plus, minus = found[site][0]
+        for j, row in enumerate(plus - minus):
+            if bool(row.any()):
+                edits.append(Edit(site, Add(row.float()), _at(j, length, align), coefficient))
+    options = {"layers": chosen, "positive": positive, "negative": negative, "align": align, "tokens": length}
+    card = Card("actadd", lm.identity, digest_of(texts=[positive, negative]), options, versions=versions())
+    return Steering(tuple(edits), card)
+
+
+def _at(j: int, length: int, align: Align) -> Positions:
+    if align == "front":
+        return Positions.span(j, j + 1)
+    return Positions(((Bound(END, j - length), Bound(END, j - length + 1)),))
+
+
+def _filler(lm: LM) -> int:
+    """A space, as in the paper, where it is one token; else what the tokenizer pads with."""
+    space = lm.tokenizer(" ", add_special_tokens=False)["input_ids"]
+    if len(space) == 1:
+        return int(space[0])
+    for token in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise TrimtabError("the tokenizer has neither a token for a space nor one for padding; give texts of equal length")

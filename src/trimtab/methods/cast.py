@@ -1,0 +1,193 @@
+"""Conditional activation steering (CAST): Lee et al., "Programming Refusal with Conditional Activation Steering",
+ICLR 2025, arXiv 2409.05907, section 3.
+
+    if f(h_c(prompt)) > theta:        c, theta and f's direction learned from prompts that should open it, and others
+        h_l[t] <- h_l[t] + strength * v[l]        every token, at the behaviour's layers
+    v[l] = first principal component of contrasting answers, each less its pair's mean
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.directions import centred_members, mean_difference, unit
+from trimtab.learn.thresholds import Choice, learn_threshold
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
+from trimtab.steering.gates import MEASURES, POOLS, Gate, Reading
+from trimtab.text.chat import Prompt
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="cast",
+    title="conditional activation steering",
+    paper="Lee et al., ICLR 2025, arXiv 2409.05907",
+    shapes=("answers", "texts"),
+    data="prompt + positive + negative for the behaviour; prompts that should trigger it, and others",
+    reads="the answers' tokens, and the prompts'",
+    acts="adds at blocks from 0.3 to 0.5 of the depth, at every token, where the prompt meets the condition",
+    cost="one addition a layer and token, and a reading of the prompt",
+    function="learn_cast",
+    options=(
+        Option("when", "texts", None, "Prompts on which the behaviour should act."),
+        Option("unless", "texts", None, "Prompts on which it should not."),
+        Option("coefficient", "float", 0.2, "The length of the push, in shares of the mean activation's."),
+        Option("behaviour", "str", "pca", "The behaviour's direction.", choices=("pca", "mean")),
+        Option(
+            "measure",
+            "str",
+            "dot",
+            "The condition's measure (the paper's: cast).",
+            choices=("dot", "cosine", "ratio", "cast"),
+        ),
+        Option("pool", "str", "unit-mean", "How tokens are pooled (the paper's: mean).", choices=("unit-mean", "mean")),
+        Option("choice", "str", "f1", "Which threshold is best.", choices=("f1", "youden")),
+        Option("condition_layer", "int", None, "Where the condition reads (default: best of the first half)."),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A learned gate, and for a card: where it reads, the curve of its thresholds, and the chosen one."""
+
+    gate: Gate
+    measured: dict[str, Any]
+
+
+def learn_condition(
+    lm: LM,
+    when: Sequence[Prompt],
+    unless: Sequence[Prompt],
+    layers: int | Sequence[int] | None = None,
+    *,
+    measure: str = "dot",
+    pool: str = "unit-mean",
+    positions: Positions | None = None,
+    choice: Choice = "f1",
+    false_alarms: float | None = None,
+    progress: Progress | None = None,
+) -> Condition:
+    """A gate that opens for prompts like `when` and stays shut for those like `unless`.
+
+    Half of the prompts give the direction at each layer (default: the first half of the blocks), the other half its
+    threshold and the choice of the layer: the best by `choice`, then by the area under its curve. The direction is the
+    mean difference; for the sign-blind measures `ratio` and `cast` it is, as in the paper, the first principal
+    component of both sides about their midpoint. `false_alarms` bounds the share of `unless` that opens the gate.
+
+    `positions` are all tokens of the prompt unless told otherwise, `measure` and `pool` those of a `Threshold`. A
+    signed measure of tokens scaled to length 1 is the default, since the paper's (`cast` of `mean`) can't tell a
+    direction from its opposite, and follows the few largest activations, and with them a prompt's length.
+
+    Gates combine: `a.gate | ~b.gate`. Raises `TrimtabError` for too few prompts, unknown layers and options, or sides
+    that don't differ.
+    """
+    if measure not in MEASURES or measure == "probability" or pool not in POOLS:
+        raise TrimtabError(f"a condition's measure is one of dot, cosine, ratio, cast, pooled by {', '.join(POOLS)}")
+    fit_on, held_on = in_two(when, "prompts on which to act")
+    fit_off, held_off = in_two(unless, "prompts on which not to")
+    chosen = check_layers(lm, range((lm.layout.layers + 1) // 2) if layers is None else layers, 0.5)
+    readings = [Reading(Site(layer), positions or Positions.all(), pool) for layer in chosen]
+    on, off = read_pooled(lm, fit_on, readings, progress=progress), read_pooled(lm, fit_off, readings)
+    test_on, test_off = read_pooled(lm, held_on, readings), read_pooled(lm, held_off, readings)
+    found = []
+    for reading in readings:
+        direction = _condition(on[reading], off[reading], measure, reading.site.layer).float()
+        probe = Threshold(reading.site, direction, 0.0, measure, positions=reading.positions, pool=pool)
+        scores = [[probe.value(x) for x in side[reading]] for side in (test_on, test_off)]
+        # the sign-blind measures don't say which side is the larger
+        turned = measure in ("ratio", "cast") and sum(scores[0]) / len(held_on) < sum(scores[1]) / len(held_off)
+        if turned:
+            scores = [[-score for score in side] for side in scores]
+        point, curve = learn_threshold(scores[0], scores[1], by=choice)
+        if false_alarms is not None:
+            point = curve.chosen(choice, false_alarms)
+        worth = _worth(
+            point.hits * len(held_on), point.false_alarms * len(held_off), len(held_on), len(held_off), choice
+        )
+        line = -point.threshold if turned else point.threshold
+        gate = Threshold(reading.site, direction, line, measure, positions=reading.positions, pool=pool)
+        card = {"layer": reading.site.layer, "below": turned, **curve.for_card(point)}
+        found.append((round(worth, 12), curve.area, ~gate if turned else gate, card))
+    best = max(found, key=lambda one: one[:2])
+    return Condition(best[2], best[3])
+
+
+def learn_cast(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    when: Sequence[Prompt] | None = None,
+    unless: Sequence[Prompt] | None = None,
+    coefficient: float = 0.2,
+    behaviour: Literal["pca", "mean"] = "pca",
+    measure: str = "dot",
+    pool: str = "unit-mean",
+    choice: Choice = "f1",
+    condition_layer: int | None = None,
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """A behaviour learned from pairs of answers, on prompts like `when` and not on those like `unless`.
+
+    The behaviour's direction at each layer (default: from 0.3 to 0.5 of the depth) is read over all tokens of the
+    answers. It has length 1; the edits' strength is `coefficient` times the mean activation's norm there (the paper's
+    strengths are in units of the residual stream). The condition is `learn_condition`'s. For several conditions learn
+    them apart, and put them together: `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`.
+
+    Raises `TrimtabError` as `learn_condition` does, and for pairs of other shapes.
+    """
+    if not when or not unless:
+        raise TrimtabError("CAST needs prompts on which to act (when) and others (unless)")
+    if behaviour not in ("pca", "mean"):
+        raise TrimtabError(f"unknown behaviour direction {behaviour!r}; known: pca, mean")
+    if layers is None:
+        count = lm.layout.layers
+        layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
+    chosen = check_layers(lm, layers, 0.4)
+    sites = [Site(layer) for layer in chosen]
+    found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    edits, norms = [], {}
+    for site in sites:
+        positive, negative = (torch.stack([pair[m].mean(0) for pair in found[site]]) for m in (0, 1))
+        try:
+            v = (centred_members if behaviour == "pca" else mean_difference)(positive, negative)
+        except TrimtabError as error:
+            raise TrimtabError(f"layer {site.layer}: {error}") from None
+        norm = float(torch.cat([x for pair in found[site] for x in pair]).norm(dim=-1).median())
+        norms[str(site.layer)] = round(norm, 6)
+        edits.append(Edit(site, Add(v.float()), positions or Positions.all(), coefficient * norm))
+    condition = learn_condition(lm, when, unless, condition_layer, measure=measure, pool=pool, choice=choice)
+    options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
+    prompts = {"when": len(when), "unless": len(unless)}
+    measured = {"pairs": len(pairs), **prompts, "activation_norm": norms, "condition": condition.measured}
+    data = digest_of(pairs=[digest(pairs)], when=list(when), unless=list(unless))
+    card = Card("cast", lm.identity, data, {**options, "choice": choice}, measured, versions())
+    return Steering(tuple(edits), card).when(condition.gate)
+
+
+def _condition(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:
+    try:
+        if measure in ("dot", "cosine"):
+            return unit(on.mean(0) - off.mean(0))
+        centred = torch.cat([on, off]) - (on.mean(0) + off.mean(0)) / 2
+        return torch.linalg.svd(centred, full_matrices=False).Vh[0]
+    except TrimtabError:
+        raise TrimtabError(f"layer {layer}: prompts of both kinds read alike there") from None
+
+
+def _worth(hits: float, alarms: float, on: int, off: int, choice: str) -> float:
+    return hits / on - alarms / off if choice == "youden" else 2 * hits / (hits + alarms + on)

@@ -1,0 +1,186 @@
+"""Householder pseudo-rotation (HPR): Pham and Nguyen, "Householder Pseudo-Rotation: A Novel Approach to Activation
+Editing in LLMs with Direction-Magnitude Perspective", EMNLP 2024, arXiv 2409.10053, section 3.
+
+    p(x) = sigmoid(w.x)        a probe without bias: its plane goes through the origin
+    g(x) = pi sigmoid(MLP(x))        the angle by which to turn x
+    x <- x turned towards w by alpha * g(x), its norm kept        where p(x) < 1/2; at the best layers
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.read import Text
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Card, Edit, Positions, Rotate, RotatePredicted, Site, Steering
+from trimtab.steering.rotations import angle_sizes, predicted_angle
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="hpr",
+    title="Householder pseudo-rotation",
+    paper="Pham and Nguyen, EMNLP 2024, arXiv 2409.10053",
+    shapes=("answers", "texts"),
+    data="prompt + positive + negative, a few hundred or more",
+    reads="all tokens of the answers from where the two part, at every block",
+    acts="turns activations on the wrong side of a probe, at the best 5 blocks, from the last prompt token on",
+    cost="a small network a layer and token (none with --turn fixed or reflect)",
+    function="learn_hpr",
+    options=(
+        Option("keep", "int", 5, "So many layers, those whose probes are best on held-out pairs."),
+        Option(
+            "turn",
+            "str",
+            "predicted",
+            "By a predicted angle, the mean angle of the pairs, or the reflection.",
+            choices=("predicted", "fixed", "reflect"),
+        ),
+        Option("alpha", "float", 1.0, "Multiplies the angle."),
+        Option("epochs", "int", 5, "Of training the angle network."),
+        Option("seed", "int", 0, "Of the network's first weights and the order of its batches."),
+        Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
+    ),
+)
+
+Turn = Literal["predicted", "fixed", "reflect"]
+TURNS = ("predicted", "fixed", "reflect")
+RATE, BATCH, WARM_UP = 5e-4, 16, 0.05
+HELD_OUT = 5
+"""One pair in so many is held out, for the probes' accuracy."""
+RIDGE = 1e-3
+"""The probe's penalty on its squared weights, for activations scaled to a mean square norm of 1 an element."""
+
+
+def learn_hpr(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    keep: int = 5,
+    turn: Turn = "predicted",
+    alpha: float = 1.0,
+    epochs: int = 5,
+    seed: int = 0,
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """Probes at each of the layers (default: all), and at the `keep` best ones what turns the wrong side of them.
+
+    The two answers of a pair are read token by token from where they part, token j of one beside token j of the other,
+    up to the shorter one's end. The angle network learns from negatives only, since positives are never turned; it
+    sees activations at one length, as an angle doesn't depend on it (the authors' sees them raw). `alpha` becomes the
+    edits' strength; with 1, a token ends where the network says, which may be short of the plane.
+
+    Raises `TrimtabError` for fewer than two pairs, other shapes, unknown layers and options, and answers that are the
+    same in all tokens.
+    """
+    if turn not in TURNS:
+        raise TrimtabError(f"unknown turn {turn!r}; known: {', '.join(TURNS)}")
+    if keep < 1 or epochs < 1:
+        raise TrimtabError(f"keep and epochs are 1 or more, got {keep} and {epochs}")
+    if len(pairs) < 2:
+        raise TrimtabError(f"a probe is learned from two pairs or more, got {len(pairs)}")
+    chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0.5)
+    sites = [Site(layer) for layer in chosen]
+    groups = [_aligned(*group) for group in pair_texts(lm, pairs, suffix=True)]
+    found = read_each(lm, groups, sites, progress=progress)
+    held = [i for i in range(len(pairs)) if i % HELD_OUT == HELD_OUT - 1] or [len(pairs) - 1]
+    fitted = [i for i in range(len(pairs)) if i not in set(held)]
+    probes, accuracy = {}, {}
+    for site in sites:
+        plus, minus = (torch.cat([found[site][i][m] for i in fitted]) for m in (0, 1))
+        probes[site] = fit_probe(plus, minus)
+        right = [torch.cat([found[site][i][m] for i in held]) @ probes[site] for m in (0, 1)]
+        accuracy[site] = float(torch.cat([right[0] > 0, right[1] < 0]).double().mean())
+    best = sorted(sorted(sites, key=lambda site: (-accuracy[site], site))[:keep])
+    edits, angles = [], {}
+    for site in best:
+        plus, minus = (torch.cat([found[site][i][m] for i in range(len(pairs))]) for m in (0, 1))
+        u = probes[site].float()
+        between = angle_between(minus, plus)
+        angles[str(site.layer)] = round(float(between.mean()), 6)
+        operation: Rotate | RotatePredicted
+        if turn == "predicted":
+            operation = RotatePredicted(u, fit_angles(minus, between, epochs=epochs, seed=seed))
+        else:
+            operation = Rotate(u, None if turn == "reflect" else float(between.mean()))
+        edits.append(Edit(site, operation, positions or Positions.from_last_prompt_token(), alpha))
+    options = {"layers": chosen, "keep": keep, "turn": turn, "alpha": alpha, "epochs": epochs, "seed": seed}
+    accuracies = {str(site.layer): round(value, 6) for site, value in accuracy.items()}
+    measured = {"pairs": len(pairs), "probe_accuracy": accuracies, "mean_angle": angles}
+    return Steering(tuple(edits), Card("hpr", lm.identity, digest(pairs), options, measured, versions()))
+
+
+def _aligned(positive: Text, negative: Text) -> list[Text]:
+    """Both answers at the tokens from where they part to the shorter one's end."""
+    a, b = list(positive.positions), list(negative.positions)
+    count = min(len(a), len(b))
+    part = next((j for j in range(count) if positive.ids[a[j]] != negative.ids[b[j]]), None)
+    if part is None:
+        raise TrimtabError("two answers don't part before the shorter one ends; give answers with different words")
+    return [Text(positive.ids, a[part:count]), Text(negative.ids, b[part:count])]
+
+
+def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:
+    """The unit normal `[width]` of a logistic probe without bias, from activations `[tokens, width]` of either side."""
+    x = torch.cat([positive, -negative]).double()  # a negative is right where its opposite is positive
+    x = x / x.square().mean().sqrt().clamp_min(1e-300)
+    w = torch.zeros(x.shape[1], dtype=torch.float64, requires_grad=True)
+    solver = torch.optim.LBFGS([w], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = torch.nn.functional.softplus(-(x @ w)).mean() + RIDGE * w.square().sum()
+        value.backward()
+        return value
+
+    solver.step(loss)
+    found = w.detach()
+    if not bool(found.norm() > 0):
+        raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
+    return found / found.norm()
+
+
+def angle_between(x: Tensor, y: Tensor) -> Tensor:
+    """The angle between activations `[tokens, width]`, in radians: `[tokens]`. Exact near 0, as an arc cosine isn't."""
+    a, b = (v / v.norm(dim=-1, keepdim=True).clamp_min(1e-300) for v in (x, y))
+    return 2 * torch.atan2((a - b).norm(dim=-1), (a + b).norm(dim=-1))
+
+
+def fit_angles(x: Tensor, angles: Tensor, *, epochs: int = 5, seed: int = 0) -> Tensor:
+    """The weights of a network that predicts `angles` `[tokens]` from activations `[tokens, width]` (least squares).
+
+    AdamW at 5e-4 after a warm-up over a twentieth of the steps, batches of 16. The same seed gives the same weights.
+    """
+    x, angles = x.float(), angles.float()
+    generator = torch.Generator().manual_seed(seed)
+    sizes = angle_sizes(x.shape[1])
+    parts = []
+    for a, b in pairwise(sizes):  # torch's own start: evenly within 1 / sqrt(inputs)
+        parts += [(2 * torch.rand(n, generator=generator) - 1) / math.sqrt(a) for n in (a * b, b)]
+    weights = torch.cat(parts).requires_grad_()
+    solver = torch.optim.AdamW([weights], lr=RATE)
+    steps = epochs * math.ceil(len(x) / BATCH)
+    warm = max(1, round(WARM_UP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(solver, lambda step: min(1.0, (step + 1) / warm))
+    for _ in range(epochs):
+        for batch in torch.randperm(len(x), generator=generator).split(BATCH):
+            solver.zero_grad()
+            error = predicted_angle(x[batch], weights)[:, 0] - angles[batch]
+            error.square().mean().backward()
+            solver.step()
+            schedule.step()
+    return weights.detach()

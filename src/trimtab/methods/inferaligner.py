@@ -1,0 +1,142 @@
+"""InferAligner: Wang et al., "InferAligner: Inference-Time Alignment for Harmlessness through Cross-Model Guidance",
+EMNLP 2024, arXiv 2401.11206, section 3.
+
+    s[l] = mean over harmful - mean over harmless prompts of h_l, last prompt token, in the target model
+    theta[l] = the same in an aligned guide model
+    g = 1 where h_l . s[l] > the midpoint of the two sides, at the last prompt token
+    h_l[t] <- h_l[t] + alpha * g * theta[l]        every token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import digest_of, read_pooled
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.directions import unit
+from trimtab.learn.thresholds import CHOICES, Choice, learn_threshold
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
+from trimtab.steering.gates import Reading
+from trimtab.text.chat import Prompt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="inferaligner",
+    title="cross-model guidance towards refusal of harmful prompts",
+    paper="Wang et al., EMNLP 2024, arXiv 2401.11206",
+    takes="texts",
+    data="harmful prompts, and harmless ones",
+    reads="the last token of each prompt",
+    acts="adds at the middle third of the blocks, at every token, where the prompt reads as harmful",
+    cost="one addition a layer and token, and where there is a gate a reading of the prompt",
+    function="learn_inferaligner",
+    options=(
+        Option("harmless", "texts", None, "Prompts that are not harmful."),
+        Option("alpha", "float", 1.0, "How many times the guide's difference is added."),
+        Option("gate", "str", "each", "A gate a layer, or the best layer's for all.", choices=("each", "best")),
+        Option(
+            "threshold",
+            "str",
+            "midpoint",
+            "Where a gate opens: half-way between the sides, or by its curve.",
+            choices=("midpoint", "youden", "f1"),
+        ),
+        Option("positions", "positions", None, "At which tokens (default: all)."),
+    ),
+)
+
+
+def learn_inferaligner(
+    lm: LM,
+    harmful: Sequence[Prompt],
+    layers: int | Sequence[int] | None = None,
+    *,
+    harmless: Sequence[Prompt] | None = None,
+    guide: LM | None = None,
+    alpha: float = 1.0,
+    gate: Literal["each", "best"] = "each",
+    threshold: Choice = "midpoint",
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """Guide `lm` by the safety directions of `guide`, an aligned model of the same shape (default: `lm` itself).
+
+    Directions are learned from all the prompts, and so is the midpoint, whose curve in the card is therefore one of
+    what was learned from: measure the gate on other prompts. `gate="best"` uses one gate, of the layer whose curve has
+    the largest area, throughout. Gates read the unsteered prompt; an edit of a lower layer doesn't reach into them.
+
+    alpha isn't published; it becomes the edits' strength. Raises `TrimtabError` for prompts of one side only, a guide
+    of another width, depth or tokenizer, unknown layers or options, and sides that don't differ.
+    """
+    if not harmful or not harmless:
+        raise TrimtabError("InferAligner learns from harmful and from harmless prompts; one of the two is missing")
+    if gate not in ("each", "best") or threshold not in CHOICES:
+        raise TrimtabError(f"a gate is for each layer or the best, by {', '.join(CHOICES)}; got {gate}, {threshold}")
+    check_guide(lm, guide)
+    if layers is None:
+        count = lm.layout.layers
+        layers = range(count // 3, max(count // 3 + 1, 2 * count // 3))
+    chosen = check_layers(lm, layers, 0.5)
+    own = {layer: Reading(Site(layer)) for layer in chosen}
+    meant = read_pooled(lm, harmful, list(own.values()), progress=progress)
+    others = read_pooled(lm, harmless, list(own.values()))
+    if guide is None:
+        theta = {layer: _difference(meant[r], others[r], layer) for layer, r in own.items()}
+    else:
+        high, low = (read_pooled(guide, side, list(own.values())) for side in (harmful, harmless))
+        theta = {layer: _difference(high[r], low[r], layer) for layer, r in own.items()}
+    gates, cards, areas = {}, {}, {}
+    for layer, reading in own.items():
+        s = unit(_difference(meant[reading], others[reading], layer)).float()
+        scores = [(x @ s.double()).tolist() for x in (meant[reading], others[reading])]
+        point, curve = learn_threshold(scores[0], scores[1], by=threshold)
+        gates[layer] = Threshold(reading.site, s, point.threshold)
+        cards[str(layer)], areas[layer] = curve.for_card(point), curve.area
+    best = max(chosen, key=lambda layer: areas[layer])
+    edits = tuple(
+        Edit(
+            Site(layer),
+            Add(theta[layer].float()),
+            positions or Positions.all(),
+            alpha,
+            gates[best if gate == "best" else layer],
+        )
+        for layer in chosen
+    )
+    options: dict[str, Any] = {"layers": chosen, "alpha": alpha, "gate": gate, "threshold": threshold}
+    if guide is not None:
+        options["guide"] = {"name": guide.identity.name, "fingerprint": guide.identity.fingerprint}
+    measured = {"harmful": len(harmful), "harmless": len(harmless), "gates": cards, "best_gate": best}
+    data = digest_of(harmful=list(harmful), harmless=list(harmless))
+    return Steering(edits, Card("inferaligner", lm.identity, data, options, measured, versions()))
+
+
+def check_guide(lm: LM, guide: LM | None) -> None:
+    """Raises `TrimtabError` unless the guide's directions mean something in the model: one shape, one tokenizer."""
+    if guide is None:
+        return
+    for what, mine, theirs in (
+        ("width", lm.layout.width, guide.layout.width),
+        ("number of layers", lm.layout.layers, guide.layout.layers),
+        ("vocabulary", lm.tokenizer.get_vocab(), guide.tokenizer.get_vocab()),
+    ):
+        if mine != theirs:
+            shown = "" if isinstance(mine, dict) else f" ({theirs} instead of {mine})"
+            raise TrimtabError(
+                f"{guide.name} can't guide {lm.name}: they differ in {what}{shown}; a guide is a sibling of its target"
+            )
+
+
+def _difference(meant: Tensor, others: Tensor, layer: int) -> Tensor:
+    difference = meant.mean(0) - others.mean(0)
+    if not bool(difference.any()):
+        raise TrimtabError(f"layer {layer}: harmful and harmless prompts don't differ there")
+    return difference

@@ -1,0 +1,70 @@
+"""Random directions of the same norm: the control of every steering paper, e.g. Rimsky et al., arXiv 2312.06681.
+
+r ~ uniform on the sphere,   v' = |v| r        in place of each learned direction v
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from trimtab.files.steering_file import steering_digest
+from trimtab.learn.contrast import check_layers
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
+from trimtab.steering.random_edits import random_edits, random_unit
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="random",
+    title="norm-matched random control",
+    paper="the control of Rimsky et al., ACL 2024, arXiv 2312.06681, and most others",
+    takes="nothing",
+    data="nothing, or a steering to imitate",
+    reads="nothing",
+    acts="as the steering it imitates; else adds at one block, from the last prompt token on",
+    cost="what the steering that it imitates costs",
+    function="learn_random",
+    options=(
+        Option("like", "steering", None, "A steering whose directions are replaced, at their norms."),
+        Option("length", "float", 1.0, "Without --like: the length of the push at strength 1."),
+        Option("seed", "int", 0, "Which directions are drawn."),
+    ),
+)
+
+DEPTH = 0.4
+
+
+def learn_random(
+    lm: LM,
+    layers: int | Sequence[int] | None = None,
+    *,
+    like: Steering | None = None,
+    length: float = 1.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Steering:
+    """A steering in random directions: as `like` (at those of its `layers` that are named), or additions of a length.
+
+    Raises `TrimtabError` for a layer that isn't there, or an operation without a direction.
+    """
+    if like is not None:
+        steering = like if layers is None else like.only([layers] if isinstance(layers, int) else layers)
+        options = {"seed": seed, "like": steering_digest(steering)}
+        return Steering(random_edits(steering, seed), Card("random", lm.identity, options=options))
+    chosen = check_layers(lm, layers, DEPTH)
+    generator = torch.Generator().manual_seed(seed)
+    edits = tuple(
+        Edit(
+            Site(layer),
+            Add((length * random_unit(lm.layout.width, generator)).float()),
+            Positions.from_last_prompt_token(),
+        )
+        for layer in chosen
+    )
+    return Steering(edits, Card("random", lm.identity, options={"layers": chosen, "length": length, "seed": seed}))

@@ -1,0 +1,128 @@
+"""Representation engineering (RepE, LAT): Zou et al., "Representation Engineering", arXiv 2310.01405, sections 3 and 4.
+
+v[l] = first principal component of the pairs' members, each less its pair's mean; its sign by majority
+h_l[t] <- h_l[t] + c * v[l]        at some middle layers, every token      (or c * sign(h.v) v)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.directions import centred_members, mean_difference, random_order
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, AddScaled, Card, Edit, Positions, Site, Steering
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="repe",
+    title="representation reading and control",
+    paper="Zou et al., 2023, arXiv 2310.01405",
+    shapes=("texts", "answers"),
+    data="positive + negative (+ prompt)",
+    reads="the last token of a text",
+    acts="adds a unit direction at the middle third of the blocks, at every token",
+    cost="one addition a layer and token",
+    function="learn_repe",
+    options=(
+        Option(
+            "reader",
+            "str",
+            "pca",
+            "How a direction is read: principal component of centred members, of differences in random order, or mean.",
+            choices=("pca", "random-order", "cluster-mean"),
+        ),
+        Option("coefficient", "float", 1.0, "The length of the push, in shares of the mean activation's."),
+        Option("control", "str", "add", "Add the direction, or what is there of it.", choices=("add", "sign")),
+        Option("keep_norm", "bool", False, "Keep each activation's norm."),
+        Option("positions", "positions", None, "At which tokens (default: all)."),
+        Option("seed", "int", 0, "Of the random order."),
+    ),
+)
+
+Reader = Literal["pca", "random-order", "cluster-mean"]
+READERS = ("pca", "random-order", "cluster-mean")
+Control = Literal["add", "sign"]
+APART = 0.5
+"""Below this cosine to the mean difference, a principal component has found something else than what the pairs have in
+common: a noisier direction (with weak contrasts it does)."""
+
+
+class ReaderWarning(UserWarning):
+    """A reader's direction is far from what the pairs differ in on the mean."""
+
+
+def learn_repe(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    reader: Reader = "pca",
+    coefficient: float = 1.0,
+    control: Control = "add",
+    keep_norm: bool = False,
+    positions: Positions | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Steering:
+    """A unit direction for each layer (default: the middle third), added at every token.
+
+    The paper's coefficient is in units of the residual stream, which differ from layer to layer and model to model;
+    here it is a share of the mean activation's norm there (the edit's strength is their product). `control="sign"`
+    adds along what the activation already has of the direction, whichever way.
+
+    PCA of the differences themselves is not offered: centring them removes the direction that is sought. The card has
+    each layer's cosine to the mean difference. Warns (`ReaderWarning`) where it is below 0.5.
+
+    Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and sides that don't differ.
+    """
+    if reader not in READERS:
+        raise TrimtabError(f"unknown reader {reader!r}; known: {', '.join(READERS)}")
+    if control not in ("add", "sign"):
+        raise TrimtabError(f"unknown control {control!r}; known: add, sign")
+    if layers is None:
+        count = lm.layout.layers
+        layers = range(count // 3, max(count // 3 + 1, 2 * count // 3))
+    chosen = check_layers(lm, layers, 0.5)
+    sites = [Site(layer) for layer in chosen]
+    found = read_each(lm, pair_texts(lm, pairs), sites, progress=progress)
+    edits, cosines, norms = [], {}, {}
+    for site in sites:
+        positive = torch.cat([plus for plus, _ in found[site]])
+        negative = torch.cat([minus for _, minus in found[site]])
+        try:
+            if reader == "cluster-mean":
+                v = mean_difference(positive, negative)
+            elif reader == "pca":
+                v = centred_members(positive, negative)
+            else:
+                v = random_order(positive, negative, seed)
+            cosines[str(site.layer)] = round(float(v @ mean_difference(positive, negative)), 6)
+        except TrimtabError as error:
+            raise TrimtabError(f"layer {site.layer}: {error}") from None
+        norm = float(torch.cat([positive, negative]).norm(dim=-1).mean())
+        norms[str(site.layer)] = round(norm, 6)
+        add = Add(v.float(), keep_norm=keep_norm) if control == "add" else None
+        operation = add or AddScaled(v.float(), by="sign", keep_norm=keep_norm)
+        edits.append(Edit(site, operation, positions or Positions.all(), coefficient * norm))
+    if far := [layer for layer, cosine in cosines.items() if abs(cosine) < APART]:
+        warnings.warn(
+            f"the direction read by {reader} at layer {', '.join(far)} is not what the pairs differ in on the mean; use"
+            " more pairs, or reader cluster-mean",
+            ReaderWarning,
+            stacklevel=2,
+        )
+    options = {"layers": chosen, "reader": reader, "control": control, "coefficient": coefficient, "seed": seed}
+    measured = {"pairs": len(pairs), "cosine_to_mean_difference": cosines, "activation_norm": norms}
+    card = Card("repe", lm.identity, digest(pairs), options, measured, versions())
+    return Steering(tuple(edits), card)

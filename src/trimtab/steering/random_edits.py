@@ -1,0 +1,60 @@
+"""Edits in random directions, which push as hard as those that they stand in for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.elements import MaskNeurons, ScaleElements
+from trimtab.steering.operations import Operation, SetProjection
+from trimtab.steering.site import Site
+from trimtab.steering.steering import Edit, Steering
+
+
+def random_edits(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> tuple[Edit, ...]:
+    """The steering's edits in random directions of the same norms; masks and thresholds of elements are shuffled.
+
+    `means` is for what sets projections, see `trimtab.evaluate.controls.random_like`. Raises `TrimtabError` for an
+    operation without a direction, a missing mean, or one of another width.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[bytes, Tensor] = {}
+    return tuple(replace(edit, operation=_randomized(edit, drawn, generator, means)) for edit in steering.edits)
+
+
+def random_unit(width: int, generator: torch.Generator) -> Tensor:
+    """A unit vector `[width]`, evenly from the sphere, float64."""
+    vector = torch.randn(width, generator=generator, dtype=torch.float64)
+    return vector / vector.norm()
+
+
+def _randomized(
+    edit: Edit, drawn: dict[bytes, Tensor], generator: torch.Generator, means: Mapping[Site, Tensor] | None
+) -> Operation:
+    operation = edit.operation
+    if not any(f.name == "direction" for f in fields(operation)):
+        raise TrimtabError(f"a {type(operation).__name__} has no direction that could be replaced by a random one")
+    old = operation.direction.double()
+    key = operation.direction.numpy().tobytes()
+    if isinstance(operation, (ScaleElements, MaskNeurons)):
+        if key not in drawn:
+            drawn[key] = old[torch.randperm(len(old), generator=generator)]
+        return replace(operation, direction=drawn[key].to(operation.direction.dtype))
+    if key not in drawn:
+        drawn[key] = random_unit(operation.width, generator)
+    new = drawn[key] * (1.0 if isinstance(operation, SetProjection) else float(old.norm()))
+    if not isinstance(operation, SetProjection):
+        return replace(operation, direction=new.to(operation.direction.dtype))
+    target = operation.target
+    if means is not None:
+        if edit.site not in means:
+            raise TrimtabError(f"there is no mean activation of {edit.site}, where the steering sets a projection")
+        mean = means[edit.site].detach().to(device="cpu", dtype=torch.float64)
+        if mean.shape != old.shape:
+            raise TrimtabError(f"the mean at {edit.site} has shape {list(mean.shape)}, the direction {list(old.shape)}")
+        target = float(mean @ new) + target - float(mean @ old)
+    return replace(operation, direction=new.to(operation.direction.dtype), target=target)

@@ -1,0 +1,150 @@
+"""Rotations in the plane of an activation and a direction: the norm stays, and so does all that is off that plane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.operations import Kernel, Operation
+from trimtab.steering.projections import Rows
+from trimtab.steering.tensors import as_direction, as_unit
+
+NEARLY = 64
+"""An activation within so many roundings of the direction's line has no plane to turn in."""
+
+
+def rotated(x: Tensor, u: Tensor, angle: Tensor, share: Tensor, one_sided: Tensor) -> Tensor:
+    """`x` `[..., width]` turned towards the unit direction `u` by `angle + share * 2 phi`, where phi is the angle by
+    which x is below the plane through the origin that u is normal to.
+
+    In closed form, x' = |x| (sin t u + cos t (x - c u) / q) with c = u.x, q = |x - c u|, phi = atan2(-c, q) and t the
+    turn less phi. The published form divides by the sine of 2 phi, which fails near the plane. Where `one_sided` isn't
+    0, activations on or above the plane stay; so does one along u, which has no plane to turn in.
+    """
+    c = (x * u).sum(-1, keepdim=True)
+    rest = x - c * u
+    rest = rest - (rest * u).sum(-1, keepdim=True) * u  # again: near u the first time leaves rounding along it
+    q = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+    phi = torch.atan2(-c, q)
+    t = angle + (2 * share - 1) * phi
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    plane = q > NEARLY * torch.finfo(x.dtype).eps * norm
+    new = norm * (torch.sin(t) * u + torch.cos(t) * rest / torch.where(q > 0, q, torch.ones_like(q)))
+    return torch.where(plane & ((c < 0) | (one_sided == 0)), new, x)
+
+
+def rotate(x: Tensor, rows: Rows) -> Tensor:
+    """`rotated` by the rows `direction`, `angle`, `share` and `one_sided`."""
+    return rotated(x, rows["direction"], rows["angle"], rows["share"], rows["one_sided"])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Rotate(Operation, name="rotate"):
+    """Turns activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053, section 3).
+
+    The turn is `strength * angle` (radians), in the plane of the activation and the direction. `angle=None` is the
+    Householder reflection on the plane that the direction is normal to: at strength 1 the projection changes its sign,
+    at 1/2 it becomes 0. With `one_sided` only activations with a negative projection are turned.
+    """
+
+    angle: float | None = None
+    one_sided: bool = field(default=True, kw_only=True)
+
+    kernel = staticmethod(rotate)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", as_unit(self.direction))
+        if self.angle is not None:
+            object.__setattr__(self, "angle", float(self.angle))
+            if not math.isfinite(self.angle):
+                raise TrimtabError(f"an angle is a finite number of radians, got {self.angle}")
+        if not isinstance(self.one_sided, bool):
+            raise TrimtabError(f"one_sided is true or false, got {self.one_sided!r}")
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        one = self.direction.new_ones(1)
+        return {
+            "direction": self.direction,
+            "angle": one * (strength * (self.angle or 0.0)),
+            "share": one * (strength if self.angle is None else 0.0),
+            "one_sided": one * self.one_sided,
+        }
+
+
+def angle_sizes(width: int) -> list[int]:
+    """The layer sizes of the network that predicts angles: d, d/2, d/4, d/8, 1."""
+    return [width, *(max(1, width // part) for part in (2, 4, 8)), 1]
+
+
+def weight_count(width: int) -> int:
+    """How many weights that network has."""
+    sizes = angle_sizes(width)
+    return sum(a * b + b for a, b in pairwise(sizes))
+
+
+def predicted_angle(x: Tensor, weights: Tensor) -> Tensor:
+    """The network's angle for activations `[..., width]`, 0 … pi: `[..., 1]`.
+
+    It sees activations scaled to a mean square of 1, so that, as an angle should, its own doesn't depend on their size.
+    """
+    x = x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-30))
+    parts = list(_layers(weights, x.shape[-1]))
+    for i, (weight, bias) in enumerate(parts):
+        x = torch.nn.functional.linear(x, weight, bias)
+        if i + 1 < len(parts):
+            x = torch.nn.functional.gelu(x)
+    return math.pi * torch.sigmoid(x)
+
+
+def _layers(weights: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
+    sizes = angle_sizes(width)
+    start = 0
+    for a, b in pairwise(sizes):
+        yield weights[start : start + a * b].view(b, a), weights[start + a * b : start + a * b + b]
+        start += a * b + b
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RotatePredicted(Operation, name="rotate_predicted"):
+    """As a one-sided `Rotate`, by an angle that a small network predicts from the activation (HPR, section 3.2).
+
+    `weights` are the network's, one layer after the other (weight `[out, in]`, then bias), in one vector. The turn is
+    `strength` times the predicted angle.
+    """
+
+    weights: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", as_unit(self.direction))
+        object.__setattr__(self, "weights", as_direction(self.weights, "vector of the angle network's weights"))
+        if len(self.weights) != weight_count(self.width):
+            raise TrimtabError(
+                f"an angle network for width {self.width} has {weight_count(self.width)} weights, got"
+                f" {len(self.weights)}"
+            )
+
+    @cached_property
+    def kernel(self) -> Kernel:
+        """Bound to the network, which is too large for a row: each such operation runs in a call of its own."""
+        copies: dict[Any, Tensor] = {}
+
+        def rotate_predicted(x: Tensor, rows: Rows) -> Tensor:
+            key = (x.device, x.dtype)
+            if key not in copies:
+                copies[key] = self.weights.to(device=x.device, dtype=x.dtype)
+            angle = rows["strength"] * predicted_angle(x, copies[key])
+            zero = torch.zeros_like(angle)
+            return rotated(x, rows["direction"], angle, zero, zero + 1)
+
+        return rotate_predicted
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        return {"direction": self.direction, "strength": self.direction.new_full((1,), strength)}

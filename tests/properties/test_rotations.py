@@ -1,0 +1,155 @@
+"""Rotations: norms stay, angles are as asked for, nothing fails near the plane; in a model as in the formula."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import WIDTH, direction, prompt
+from torch import Tensor
+
+from trimtab import LM, Edit, Positions, Site, Steering, TrimtabError, load, save
+from trimtab.steering import Rotate, RotatePredicted
+from trimtab.steering.rotations import angle_sizes, weight_count
+
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "falcon", "opt", "gpt_neox")
+PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 13, 5))]
+U = direction(2)
+
+
+def turned(x: Tensor, operation: Rotate | RotatePredicted, strength: float = 1.0) -> Tensor:
+    rows = {name: value.to(x.dtype) for name, value in operation.row(strength).items()}
+    return operation.kernel(x, rows)
+
+
+def published(x: Tensor, w: Tensor, gamma1: float) -> Tensor:
+    """The paper's form, for one activation on the wrong side, with a Householder matrix."""
+    if float(w @ x) >= 0:
+        return x
+    reflected = (torch.eye(len(x), dtype=x.dtype) - 2 * torch.outer(w, w) / (w @ w)) @ x
+    gamma2 = torch.arccos((x @ reflected) / (x.norm() * reflected.norm()))
+    return math.sin(gamma1) / torch.sin(gamma2) * reflected + torch.sin(gamma2 - gamma1) / torch.sin(gamma2) * x
+
+
+def published_angle(x: Tensor, weights: Tensor) -> float:
+    """The network, layer by layer, for one activation."""
+    sizes, start = angle_sizes(len(x)), 0
+    x = x / x.square().mean().sqrt()
+    for i, (a, b) in enumerate(pairwise(sizes)):
+        matrix = weights[start : start + a * b].reshape(b, a).to(x.dtype)
+        x = matrix @ x + weights[start + a * b : start + a * b + b].to(x.dtype)
+        start += a * b + b
+        if i < len(sizes) - 2:
+            x = x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+    return float(math.pi / (1 + torch.exp(-x)))
+
+
+def network(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(weight_count(WIDTH), generator=generator, dtype=torch.float64) * 0.3
+
+
+def at_angle(phi: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """An activation below the plane by phi."""
+    side = direction(9) - (direction(9) @ U) * U
+    return (3 * (math.cos(phi) * side / side.norm() - math.sin(phi) * U)).to(dtype)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 3.0])
+def test_it_is_the_published_rotation(gamma: float) -> None:
+    x = torch.randn(50, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = turned(x, Rotate(U, gamma))
+    expected = torch.stack([published(row, 5 * U, gamma) for row in x])
+    assert torch.allclose(found, expected, atol=1e-9)
+    below = x @ U < 0
+    assert 0 < int(below.sum()) < 50
+    assert torch.equal(found[~below], x[~below])
+
+
+@pytest.mark.parametrize(("dtype", "off"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("degrees", [0.0, 1e-6, 1e-3, 45.0, 90.0])
+def test_the_norm_stays_and_nothing_fails_near_the_plane(dtype: torch.dtype, off: float, degrees: float) -> None:
+    x = at_angle(math.radians(degrees), dtype)[None]
+    for operation in (Rotate(U, 0.7), Rotate(U), Rotate(U, 0.7, one_sided=False), RotatePredicted(U, network())):
+        y = turned(x, operation)
+        assert bool(torch.isfinite(y).all())
+        assert float((y.norm() - x.norm()).abs() / x.norm()) < off
+
+
+def test_angles() -> None:
+    phi = 0.4
+    x = at_angle(phi)[None]
+    y = turned(x, Rotate(U, 0.9))
+    assert math.acos(float((x @ y.T)[0, 0] / 9)) == pytest.approx(0.9)
+    assert float((y @ U)[0]) == pytest.approx(3 * math.sin(0.9 - phi))  # across the plane, as 0.9 > phi
+    assert torch.allclose(turned(x, Rotate(U)), x - 2 * (x @ U)[:, None] * U)  # the reflection
+    assert torch.allclose(turned(x, Rotate(U), 0.5) @ U, torch.zeros(1, dtype=x.dtype), atol=1e-12)
+    assert torch.allclose(turned(x, Rotate(U, 0.9), 0.0), x)
+    assert torch.allclose(turned(7 * x, Rotate(U, 0.9)), 7 * y)
+    both = Rotate(U, None, one_sided=False)
+    assert torch.allclose(turned(turned(x, both), both), x)
+    along = -2 * U[None]  # has no plane to turn in
+    assert torch.equal(turned(along, Rotate(U, 0.9)), along)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_a_model(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.tiny(family)
+    weights = network(3)
+    operations = [Rotate(U, 0.8), Rotate(direction(4)), RotatePredicted(direction(5), weights)]
+    rows: list[Steering | None] = [
+        Steering((Edit(Site(1), operation, Positions.all()), Edit(Site(2), operation))) for operation in operations
+    ]
+    rows = [rows[0], None, rows[1], rows[2], 0.5 * rows[2]]  # type: ignore[operator]
+    answers = lm.generate(PROMPTS, rows, max_new_tokens=5, logprobs=True)
+    plain = lm.generate(PROMPTS, max_new_tokens=5, logprobs=True)
+    assert answers[1].logprobs == plain[1].logprobs
+
+    def literal(edit: Edit, x: Tensor) -> Tensor:
+        operation, u = edit.operation, edit.operation.direction.to(x.dtype)
+        if isinstance(operation, RotatePredicted):
+            return published(x, u, edit.strength * published_angle(x, operation.weights))
+        if operation.angle is None:
+            return x - 2 * (x @ u) * u if float(x @ u) < 0 else x
+        return published(x, u, edit.strength * operation.angle)
+
+    monkeypatch.setattr(tiny, "naive_edit", literal)
+    for i in (0, 2, 3, 4):
+        tokens, logprobs = tiny.naive_generate(lm, PROMPTS[i], rows[i], 5)
+        assert list(answers[i].token_ids) == tokens
+        assert answers[i].logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_where_all_is_on_the_right_side_nothing_changes() -> None:
+    lm: LM = tiny.tiny("llama")
+    (found,) = lm.capture(PROMPTS[1], [1], Positions.all())
+    u = found[Site(1)].mean(0)
+    u = u / u.norm()
+    if not bool((found[Site(1)] @ u > 0).all()):  # turn to where they all are
+        u = torch.linalg.pinv(found[Site(1)]) @ torch.ones(len(found[Site(1)]), dtype=u.dtype)
+        u = u / u.norm()
+    assert bool((found[Site(1)] @ u > 0).all())
+    steering = Steering((Edit(Site(1), RotatePredicted(u, network()), Positions.prompt()),))
+    (one,) = lm.generate(PROMPTS[1], steering, max_new_tokens=4, logprobs=True)
+    (other,) = lm.generate(PROMPTS[1], max_new_tokens=4, logprobs=True)
+    assert (one.token_ids, one.logprobs) == (other.token_ids, other.logprobs)
+
+
+def test_files(tmp_path: Path) -> None:
+    operations = (Rotate(U, 0.8), Rotate(U, one_sided=False), RotatePredicted(U, network()))
+    steering = Steering(tuple(Edit(Site(i), operation) for i, operation in enumerate(operations)))
+    save(steering, tmp_path / "turn.safetensors")
+    assert load(tmp_path / "turn.safetensors") == steering
+
+
+def test_bad_input() -> None:
+    with pytest.raises(TrimtabError, match="unit vector"):
+        Rotate(2 * U, 0.5)
+    with pytest.raises(TrimtabError, match="finite number of radians"):
+        Rotate(U, math.inf)
+    with pytest.raises(TrimtabError, match=f"has {weight_count(WIDTH)} weights, got 3"):
+        RotatePredicted(U, torch.ones(3))
