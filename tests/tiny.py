@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.lm import LM
-from trimtab.steering import Ablate, Add, Edit, SetProjection, Steering
+from trimtab.steering import Ablate, Add, Edit, Rotate, SetProjection, Steering
 
 VOCABULARY = 90
 WIDTH = 32
@@ -216,6 +216,10 @@ def naive_edit(edit: Edit, x: Tensor) -> Tensor:
         new = x + _asked(edit, x) * v
     elif isinstance(operation, Ablate):
         new = x - s * torch.dot(x, v) * v
+    elif isinstance(operation, Rotate) and operation.angle is None and not operation.one_sided:
+        phi = torch.arcsin(-torch.dot(x, v) / x.norm())  # the reflection turns by 2 phi
+        rest = x - torch.dot(x, v) * v
+        new = x.norm() * (torch.sin((2 * s - 1) * phi) * v + torch.cos((2 * s - 1) * phi) * rest / rest.norm())
     else:
         raise AssertionError(operation)
     return new * (x.norm() / new.norm()) if operation.keep_norm else new

@@ -21,6 +21,7 @@ from trimtab import (
     Threshold,
     TrimtabError,
 )
+from trimtab.steering import Rotate
 
 RULES = [
     Positions.all(),
@@ -40,6 +41,7 @@ OPERATIONS = [
     Add(direction(4, 2.0), keep_norm=True),
     SetProjection(direction(5), target=-2.0, keep_norm=True),
     Ablate(direction(6), keep_norm=True),
+    Rotate(direction(7), one_sided=False),
 ]
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 13, 5))]
 NEW = 6
