@@ -165,6 +165,48 @@ def directer(
     finish(run(data, rounds, tokens, batch or [1, 8], naive_rounds, other), json_file, check, as_markdown)
 
 
+@app.command("eval")
+def evaluate(
+    rounds: Rounds = 3,
+    items: Annotated[int, typer.Option(min=1, help="Questions.")] = 20,
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """A/B evaluation: one batched sweep over strengths and layers against one setting and one item at a time."""
+    from benchmarks.eval import DATASET, run
+
+    if not (data / DATASET).is_dir():
+        Console(stderr=True).print(f"skipped: there is no {data / DATASET}; name the folder of data sets with --data")
+        return
+    finish(run(data, items, rounds, model), json_file, check, as_markdown)
+
+
+@app.command()
+def behaviours(
+    folder: Annotated[Path, typer.Option(help="Where all is kept and drawn; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only so many test questions a behaviour.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn a behaviour from.")] = 100,
+    held_out: Annotated[int, typer.Option(min=2, help="Other pairs, to choose the layer on.")] = 24,
+    seeds: Annotated[int, typer.Option(min=1, help="Random directions.")] = 3,
+    questions: Annotated[int, typer.Option(min=2, help="Questions of MMLU.")] = 57,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """CAA on five behaviours: A/B probability by strength, random directions, system messages, and what it costs."""
+    from benchmarks.behaviours import CAPABILITY, run
+
+    if not (data / "caa").is_dir() or not (data / CAPABILITY).is_file():
+        Console(stderr=True).print(f"skipped: {data} has no caa or no {CAPABILITY}; name the data with --data")
+        return
+    finish(run(model, data, folder, limit, pairs, held_out, seeds, questions), json_file, check, as_markdown)
+
+
 @peaks.command("directer")
 def peak_directer(
     data: Annotated[Path, typer.Option()],
