@@ -116,14 +116,15 @@ def show_two(files: Sequence[Path], plot: Path | None, *, json: bool) -> None:
 
 
 def _nearest(layers: Sequence[int], across: Sequence[int], cosines: Sequence[Sequence[float]], names: Any) -> Table:
-    """For each layer of the one: the cosine at the same layer of the other, and where it is most alike."""
+    """For each layer of the one: the cosine at the same layer of the other, and at which other one it is most alike."""
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
-    for name in (f"layer of {names[0]}", "same layer", f"most alike in {names[1]}", "cosine"):
+    for name in (f"layer of {names[0]}", "same layer", f"else most alike in {names[1]}", "cosine"):
         table.add_column(name, justify="right")
     for layer, row in zip(layers, cosines, strict=True):
-        best = max(range(len(row)), key=lambda i: abs(row[i]))
         same = f"{row[across.index(layer)]:+.3f}" if layer in across else ""
-        table.add_row(str(layer), same, str(across[best]), f"{row[best]:+.3f}")
+        elsewhere = [i for i in range(len(row)) if across[i] != layer]
+        best = max(elsewhere, key=lambda i: abs(row[i]), default=None)
+        table.add_row(str(layer), same, *(("", "") if best is None else (str(across[best]), f"{row[best]:+.3f}")))
     return table
 
 
