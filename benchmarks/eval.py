@@ -7,6 +7,7 @@ for each setting in turn. Target: the sweep scores at least 5 times as many item
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -19,7 +20,7 @@ from benchmarks.harness import Report, Result, Target, interleave, ratios, summa
 from benchmarks.machine import machine, versions
 from trimtab.evaluate.ab import ABItem, read_ab, requests_of, score_ab
 from trimtab.lm import LM
-from trimtab.methods.caa import learn_caa
+from trimtab.methods.caa import PairsWarning, learn_caa
 from trimtab.steering import Steering
 from trimtab.text.letters import ask
 from trimtab.text.pairs import read_pairs
@@ -40,7 +41,9 @@ def run(data: Path, items: int, rounds: int, model: str | None = None) -> Report
     lm = LM.load(model)
     chosen, _ = read_ab(data / DATASET / "test_dataset_ab.json", exclude=True, limit=items)
     pairs = read_pairs(data / DATASET / "generate_dataset.json")[:PAIRS]
-    vector = learn_caa(lm, pairs, sorted({round(depth * lm.layout.layers) for depth in DEPTHS}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PairsWarning)  # so few pairs do for a question of speed
+        vector = learn_caa(lm, pairs, sorted({round(depth * lm.layout.layers) for depth in DEPTHS}))
     found: dict[str, Scores] = {}
 
     def timed(name: str, work: Callable[[LM, Steering, Sequence[ABItem]], Scores]) -> Callable[[], float]:
