@@ -24,6 +24,7 @@ from trimtab.report.tokens import (
     tokens_page,
 )
 
+pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'trimtab[plot]'")
 PNG = b"\x89PNG\r\n"
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 RANDOM = "#9a9a9a"
+MOST_BARS = 4
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Cell:
 def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str) -> bytes:
     """A PNG: the score by strength with a line for each layer, and a map of layer × strength where there are several.
 
-    The unsteered score stands at strength 0 of every line. Bars are 95 % intervals; the grey band holds the random
-    directions of all layers, from the lowest to the highest score at each strength.
+    The unsteered score stands at strength 0 of every line. Bars are 95 % intervals, left out where so many lines would
+    hide each other; the grey band holds the random directions of all layers, from the lowest to the highest score at
+    each strength.
 
     Raises `TrimtabError` when nothing was steered, or matplotlib is missing.
     """
@@ -59,7 +61,15 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
         bars = [[one.estimate - one.low for _, one in points], [one.high - one.estimate for _, one in points]]
         label = "all its layers" if layer is None else f"layer {layer}"
         axes[0].errorbar(
-            x, means, yerr=bars, fmt="o-", color=colour, capsize=2, markersize=4, elinewidth=0.8, label=label
+            x,
+            means,
+            yerr=bars if len(layers) <= MOST_BARS else None,
+            fmt="o-",
+            color=colour,
+            capsize=2,
+            markersize=4,
+            elinewidth=0.8,
+            label=label,
         )
     axes[0].axhline(baseline.estimate, color="#888888", linestyle="--", linewidth=1, label="unsteered")
     axes[0].set_xlabel("strength")
