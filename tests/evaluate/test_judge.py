@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
+from judging import Served, complete, fails, send, serving
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.judge import (
@@ -35,31 +34,6 @@ openai = pytest.importorskip("openai", reason="needs trimtab[judge]")
 RUBRIC = Rubric("How polite is the answer?")
 
 
-@dataclass
-class Served:
-    """A running server: what it was asked, and what it is to do with the next requests."""
-
-    url: str
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    keys: list[str | None] = field(default_factory=list)
-    times: list[float] = field(default_factory=list)
-    faults: list[Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=list)
-    reply: Callable[[str], str] = lambda prompt: "Fine.\nScore: 7"
-
-
-def send(handler: BaseHTTPRequestHandler, status: int, body: bytes, **headers: str) -> None:
-    handler.send_response(status)
-    for name, value in {"Content-Type": "application/json", **headers}.items():
-        handler.send_header(name.replace("_", "-"), value)
-    handler.send_header("Content-Length", str(len(body)))
-    handler.end_headers()
-    handler.wfile.write(body)
-
-
-def fails(status: int, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
-    return lambda handler: send(handler, status, json.dumps({"error": {"message": "so it goes"}}).encode(), **headers)
-
-
 def answers(body: bytes, kind: str = "application/json") -> Callable[[BaseHTTPRequestHandler], None]:
     return lambda handler: send(handler, 200, body, Content_Type=kind)
 
@@ -74,40 +48,8 @@ def hangs(seconds: float) -> Callable[[BaseHTTPRequestHandler], None]:
 
 @pytest.fixture
 def served() -> Iterator[Served]:
-    lock = threading.Lock()
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            data = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            with lock:
-                state.requests.append(data)
-                state.keys.append(self.headers["Authorization"])
-                state.times.append(time.monotonic())
-                fault = state.faults.pop(0) if state.faults else None
-            if self.path != "/v1/chat/completions":
-                return send(self, 404, b"{}")
-            if fault is not None:
-                return fault(self)
-            text = state.reply(data["messages"][-1]["content"])
-            message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            document = {"id": "1", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice]}
-            send(self, 200, json.dumps(document).encode())
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    state = Served(f"http://127.0.0.1:{server.server_port}/v1")
-    thread.start()
-    yield state
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving() as state:
+        yield state
 
 
 @pytest.fixture(autouse=True)
@@ -281,6 +223,18 @@ def test_what_was_paid_for_is_kept_when_the_judge_refuses_in_the_middle(served: 
     with pytest.raises(TrimtabError):
         judge_answers(judge, RUBRIC, [("q", "a"), ("q", "b")], cache=tmp_path)
     assert [v.score for v in judge_answers(judge, RUBRIC, [("q", "a"), ("q", "b")], cache=tmp_path)] == [7, 7]
+
+
+def test_replies_that_are_under_way_when_the_judge_refuses_are_kept(served: Served, tmp_path: Path) -> None:
+    def slow(handler: BaseHTTPRequestHandler) -> None:
+        time.sleep(0.3)
+        complete(handler, "Score: 5")
+
+    served.faults = [slow, slow, fails(401), *[fails(401)] * 9]
+    with pytest.raises(TrimtabError, match="HTTP 401"):
+        judge_answers(endpoint(served, workers=3), RUBRIC, [("q", a) for a in "abcdefgh"], cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert len(served.requests) < 8  # and no new ones are sent
 
 
 def test_progress_counts_to_the_end(served: Served) -> None:

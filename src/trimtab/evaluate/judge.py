@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
@@ -161,6 +162,13 @@ class Endpoint:
     def _options(self) -> dict[str, Any]:
         return {"temperature": 0, "seed": 0, "max_tokens": self.max_tokens}
 
+    def check(self) -> None:
+        """Raises `TrimtabError` when it can't be asked: the address is none, or openai's client isn't installed.
+
+        Sends nothing.
+        """
+        _ = self._client
+
     @cached_property
     def _client(self) -> Any:
         try:
@@ -185,13 +193,29 @@ class Endpoint:
     def ask(self, prompts: Sequence[Sequence[Message]], given: Given) -> None:
         """Raises `TrimtabError` for what no second try would change: a refused key, an unknown model or address."""
         client = self._client
+        stop = Event()
+        refused: TrimtabError | None = None
+
+        def work(messages: Sequence[Message]) -> Reply | None:
+            return None if stop.is_set() else self._reply(client, messages)
+
         pool = ThreadPoolExecutor(self.workers)
         try:
-            futures = {pool.submit(self._reply, client, messages): i for i, messages in enumerate(prompts)}
+            futures = {pool.submit(work, messages): i for i, messages in enumerate(prompts)}
             for future in as_completed(futures):
-                given(futures[future], future.result())
+                try:
+                    reply = future.result()
+                except TrimtabError as error:  # the replies to requests that are out already are still taken
+                    refused = refused or error
+                    stop.set()
+                    continue
+                if reply is not None:
+                    given(futures[future], reply)
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
+        if refused is not None:
+            raise refused
 
     def _reply(self, client: Any, messages: Sequence[Message]) -> Reply:
         import openai
