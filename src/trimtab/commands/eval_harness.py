@@ -11,7 +11,7 @@ from trimtab.commands.eval import evaluations
 
 @evaluations.command(name="lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def lm_eval(context: typer.Context) -> None:
-    """EleutherAI's evaluation harness: all its tasks, steered. Needs trimtab[lm-eval].
+    """EleutherAI's evaluation harness: all its tasks, steered. Needs the extra lm-eval.
 
     [bold]  trimtab eval lm-eval --tasks hellaswag --limit 100 --batch_size 16 \\
         --model_args pretrained=Qwen/Qwen2.5-0.5B,steer=caps.safetensors:2
