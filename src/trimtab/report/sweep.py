@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 RANDOM = "#9a9a9a"
 MOST_BARS = 4
+SPAN = 0.2
+"""The least height of a sweep's axis: what moves a score by a hundredth should look like it."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
     axes[0].axhline(baseline.estimate, color="#888888", linestyle="--", linewidth=1, label="unsteered")
     axes[0].set_xlabel("strength")
     axes[0].set_ylabel(score)
+    low, high = axes[0].get_ylim()
+    if high - low < SPAN:
+        axes[0].set_ylim((low + high - SPAN) / 2, (low + high + SPAN) / 2)
     axes[0].legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
     axes[0].spines[["top", "right"]].set_visible(False)
     axes[0].grid(axis="y", alpha=0.25)
