@@ -177,7 +177,7 @@ def _report(
     for name, listed in records.items():
         mine = sorted(listed, key=lambda record: record.item)
         for what, shape in (("prompt", list), ("instruction", by_instruction)):
-            before, after = shape(plain), shape(mine)  # type: ignore[operator]
+            before, after = shape(plain), shape(mine)
             groups = [record.group for record in after]
             for score in ("strict", "loose"):
                 here = [record.scores[score] for record in after]
