@@ -24,6 +24,9 @@ from trimtab.lm import LM, DoseWarning
 from trimtab.steering import Steering
 from trimtab.tune.candidates import Setting
 
+READ = 32
+"""How many prompts' answers are read again for their perplexity, which costs as much as writing them."""
+
 
 def evaluate(
     lm: LM, items: Sequence[IFEvalItem], steerings: Mapping[str, Steering | None], mode: str, out: Path, tokens: int
@@ -82,6 +85,8 @@ def report(
     groups = [item.key for item in items]
     results = []
     before = [arms["unsteered"][item.item].scores["loose"] for item in items]
+    changed = [item.item for item in items if steerings[item.item] is not None]
+    read = [changed[i * len(changed) // READ] for i in range(READ)] if len(changed) > READ else changed
     for arm, found in arms.items():
         case = f"{mode} instruction: {arm}"
         listed = [found[item.item] for item in items]
@@ -92,8 +97,11 @@ def report(
             results.append(_interval(case, "gain", gain, target if arm == "steered" else None))
             results.append(Result(case, "McNemar p", mcnemar(before, after), ""))
         results.append(Result(case, "tokens an answer", mean(r.tokens for r in listed), "tokens"))
-        perplexity = perplexities_of(lm, [prompts[r.item] for r in listed], [r.answer for r in listed])
-        results.append(Result(case, "median perplexity", median(perplexity), ""))
+        some = [found[item] for item in read]
+        perplexity = perplexities_of(lm, [prompts[r.item] for r in some], [r.answer for r in some])
+        if perplexity:
+            what = f"median perplexity, {len(read)} of the prompts that are steered"
+            results.append(Result(case, what, median(perplexity), ""))
     share = mean(steering is not None for steering in steerings.values())
     results.append(Result(f"{mode} instruction", "share of prompts steered", share, ""))
     for kind, count in Counter(item.types[0] for item in items).most_common():
