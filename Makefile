@@ -42,7 +42,7 @@ test-newest: setup
 
 # The other end of the range of transformers that is supported, laid over the same environment.
 test-oldest: setup $(OLDEST)/.installed
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods -m "not slow"
 
 $(OLDEST)/.installed: pyproject.toml
 	rm -rf $(OLDEST)
