@@ -15,7 +15,7 @@ from benchmarks.choosing import BATCH, say
 from benchmarks.harness import Report, Result, Target
 from benchmarks.machine import machine, versions
 from trimtab.evaluate.answers import answer
-from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.ifeval import IFEvalItem, repeated, scorer
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
@@ -33,15 +33,17 @@ def evaluate(
 ) -> list[Record]:
     """Every arm on every item; where a type isn't steered, its unsteered answer stands for the steered arms."""
     twice = {item.item: item.prompt for item in repeated(items)}
+    asked = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
+    means = means_for(lm, [one for one in steerings.values() if one is not None], list(asked.values()))
     requests = []
     for item in items:
-        prompt = item.prompt if mode == "with" else str(item.prompt_without_instruction)
+        prompt = asked[item.item]
         steering = steerings[item.item]
         requests.append(Request("unsteered", item.item, prompt, None, item.key))
         if steering is not None:
             seed = int(hashlib.sha256(item.item.encode()).hexdigest()[:6], 16)
             requests.append(Request("steered", item.item, prompt, steering, item.key))
-            requests.append(Request("random", item.item, prompt, random_like(steering, seed), item.key))
+            requests.append(Request("random", item.item, prompt, random_like(steering, seed, means), item.key))
         if mode == "with":
             requests.append(Request("said twice", item.item, twice[item.item], None, item.key))
     with warnings.catch_warnings():
