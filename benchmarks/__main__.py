@@ -141,6 +141,19 @@ def words(
     finish(report, json_file, check, as_markdown)
 
 
+@app.command("demo-settings")
+def demo_settings(
+    limit: Annotated[int | None, typer.Option(min=8, help="Only so many queries to search and confirm on.")] = None,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """What `tune` chooses for the demo's instructions on the default model."""
+    from benchmarks.demo_settings import run
+
+    finish(run(limit), json_file, check, as_markdown)
+
+
 @app.command()
 def directer(
     rounds: Annotated[int, typer.Option(min=1, help="Prompts (or batches of them) that count.")] = 24,
@@ -163,6 +176,71 @@ def directer(
     if bench and not other:
         Console(stderr=True).print("the bench model can't be built here; running on the default model alone")
     finish(run(data, rounds, tokens, batch or [1, 8], naive_rounds, other), json_file, check, as_markdown)
+
+
+@app.command("eval")
+def evaluate(
+    rounds: Rounds = 3,
+    items: Annotated[int, typer.Option(min=1, help="Questions.")] = 20,
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """A/B evaluation: one batched sweep over strengths and layers against one setting and one item at a time."""
+    from benchmarks.eval import DATASET, run
+
+    if not (data / DATASET).is_dir():
+        Console(stderr=True).print(f"skipped: there is no {data / DATASET}; name the folder of data sets with --data")
+        return
+    finish(run(data, items, rounds, model), json_file, check, as_markdown)
+
+
+@app.command()
+def behaviours(
+    folder: Annotated[Path, typer.Option(help="Where all is kept and drawn; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only so many test questions a behaviour.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn a behaviour from.")] = 100,
+    held_out: Annotated[int, typer.Option(min=2, help="Other pairs, to choose the layer on.")] = 24,
+    seeds: Annotated[int, typer.Option(min=1, help="Random directions.")] = 3,
+    questions: Annotated[int, typer.Option(min=2, help="Questions of MMLU.")] = 57,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """CAA on five behaviours: A/B probability by strength, random directions, system messages, and what it costs."""
+    from benchmarks.behaviours import CAPABILITY, run
+
+    if not (data / "caa").is_dir() or not (data / CAPABILITY).is_file():
+        Console(stderr=True).print(f"skipped: {data} has no caa or no {CAPABILITY}; name the data with --data")
+        return
+    finish(run(model, data, folder, limit, pairs, held_out, seeds, questions), json_file, check, as_markdown)
+
+
+@app.command()
+def emphasis(
+    folder: Annotated[Path, typer.Option(help="Where answers are kept; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, evenly spread.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 96,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """IFEval with the instruction emphasized: DIRECTER, PASTA and SpotLight, with and without rejection."""
+    from benchmarks.directer import PROMPTS, WITHOUT
+    from benchmarks.emphasis import run
+
+    if missing := [file for file in (PROMPTS, WITHOUT) if not (data / file).is_file()]:
+        Console(stderr=True).print(
+            f"skipped: there is no {data / missing[0]}; name the folder of data sets with --data"
+        )
+        return
+    finish(run(model, data, folder, limit, tokens), json_file, check, as_markdown)
 
 
 @peaks.command("directer")

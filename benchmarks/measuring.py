@@ -15,7 +15,7 @@ from benchmarks.choosing import BATCH, say
 from benchmarks.harness import Report, Result, Target
 from benchmarks.machine import machine, versions
 from trimtab.evaluate.answers import answer
-from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.ifeval import IFEvalItem, repeated, scorer
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
@@ -24,21 +24,26 @@ from trimtab.lm import LM, DoseWarning
 from trimtab.steering import Steering
 from trimtab.tune.candidates import Setting
 
+READ = 32
+"""How many prompts' answers are read again for their perplexity, which costs as much as writing them."""
+
 
 def evaluate(
     lm: LM, items: Sequence[IFEvalItem], steerings: Mapping[str, Steering | None], mode: str, out: Path, tokens: int
 ) -> list[Record]:
     """Every arm on every item; where a type isn't steered, its unsteered answer stands for the steered arms."""
     twice = {item.item: item.prompt for item in repeated(items)}
+    asked = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
+    means = means_for(lm, [one for one in steerings.values() if one is not None], list(asked.values()))
     requests = []
     for item in items:
-        prompt = item.prompt if mode == "with" else str(item.prompt_without_instruction)
+        prompt = asked[item.item]
         steering = steerings[item.item]
         requests.append(Request("unsteered", item.item, prompt, None, item.key))
         if steering is not None:
             seed = int(hashlib.sha256(item.item.encode()).hexdigest()[:6], 16)
             requests.append(Request("steered", item.item, prompt, steering, item.key))
-            requests.append(Request("random", item.item, prompt, random_like(steering, seed), item.key))
+            requests.append(Request("random", item.item, prompt, random_like(steering, seed, means), item.key))
         if mode == "with":
             requests.append(Request("said twice", item.item, twice[item.item], None, item.key))
     with warnings.catch_warnings():
@@ -82,6 +87,8 @@ def report(
     groups = [item.key for item in items]
     results = []
     before = [arms["unsteered"][item.item].scores["loose"] for item in items]
+    changed = [item.item for item in items if steerings[item.item] is not None]
+    read = [changed[i * len(changed) // READ] for i in range(READ)] if len(changed) > READ else changed
     for arm, found in arms.items():
         case = f"{mode} instruction: {arm}"
         listed = [found[item.item] for item in items]
@@ -92,8 +99,11 @@ def report(
             results.append(_interval(case, "gain", gain, target if arm == "steered" else None))
             results.append(Result(case, "McNemar p", mcnemar(before, after), ""))
         results.append(Result(case, "tokens an answer", mean(r.tokens for r in listed), "tokens"))
-        perplexity = perplexities_of(lm, [prompts[r.item] for r in listed], [r.answer for r in listed])
-        results.append(Result(case, "median perplexity", median(perplexity), ""))
+        some = [found[item] for item in read]
+        perplexity = perplexities_of(lm, [prompts[r.item] for r in some], [r.answer for r in some])
+        if perplexity:
+            what = f"median perplexity, {len(read)} of the prompts that are steered"
+            results.append(Result(case, what, median(perplexity), ""))
     share = mean(steering is not None for steering in steerings.values())
     results.append(Result(f"{mode} instruction", "share of prompts steered", share, ""))
     for kind, count in Counter(item.types[0] for item in items).most_common():

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import trimtab.methods
 from trimtab.methods.recipe import recipes
 
-PAGE = (Path(__file__).parents[1] / "docs" / "adding-a-method.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "add-a-method.md").read_text()
 METHOD, TEST = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
@@ -40,7 +40,7 @@ def test_the_method_is_found_by_its_file() -> None:
 @pytest.mark.usefixtures("added")
 def test_the_methods_own_test_passes() -> None:
     names: dict = {"__name__": "test_median"}
-    exec(compile(TEST, "docs/adding-a-method.md", "exec"), names)
+    exec(compile(TEST, "docs/add-a-method.md", "exec"), names)
     for family in names["test_median"].pytestmark[0].args[1]:
         names["test_median"](family)
 

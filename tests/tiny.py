@@ -162,6 +162,8 @@ def tiny(family: str, seed: int = 0, dtype: torch.dtype | None = None) -> LM:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25)
     model.generation_config.eos_token_id = None
+    if family == "gemma2":
+        model.set_attn_implementation("eager")  # as newer transformers load it: sdpa would leave out its soft cap
     if family in MIXTURES and dtype == torch.float64:  # the grouped kernel has no float64
         model.set_experts_implementation("eager")
     return LM(model.to(dtype).eval(), tokenizer(), name=f"tiny-{family}")

@@ -259,12 +259,17 @@ def test_ctrl_c_while_learning(model, tmp_path):
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out.write_bytes(b"old")
     ready = tmp_path / "ready"
-    program = (  # runs the command line, and tells when learning has begun
-        "import pathlib, sys, trimtab.learn.contrast as c, trimtab.methods.caa as m, trimtab.commands\n"
-        f"def told(*a, **k): pathlib.Path({str(ready)!r}).touch(); return c.contrast_many(*a, **k)\n"
-        "m.contrast_many = told\n"
-        "sys.exit(trimtab.commands.main(sys.argv[1:]))"
-    )
+    program = f"""  # runs the command line; tells when learning has begun, and takes its time
+import pathlib, signal, sys, time, trimtab.learn.contrast as c, trimtab.methods.caa as m, trimtab.commands
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may have switched it off
+def slow(*given, progress=None, **rest):
+    def told(done, total):
+        pathlib.Path({str(ready)!r}).touch()
+        time.sleep(0.2)
+    return c.contrast_many(*given, progress=told, **rest)
+m.contrast_many = slow
+sys.exit(trimtab.commands.main(sys.argv[1:]))
+"""
     arguments = ["learn", "caa", "--model", model, "--device", "cpu", "--pairs", pairs, "--out", out]
     command = [sys.executable, "-c", program, *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

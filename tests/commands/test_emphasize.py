@@ -48,6 +48,13 @@ class TestEmphasize:
         assert "src=" not in text
         assert "Write in capitals!" in text
 
+    def test_a_picture(self, ask: Callable[..., Any], tmp_path: Path) -> None:
+        pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'trimtab[plot]'")
+        picture = tmp_path / "trace.png"
+        ran = ask("--emphasize", "Write in capitals!", "--beta", 0.01, "--plot", picture)
+        assert ran.code == 0, ran.err
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
     def test_a_whole_system_message(self, ask: Callable[..., Any]) -> None:
         ran = ask("--system", "Write.", "--emphasize-system", "--compare", "--json")
         assert ran.code == 0
@@ -72,6 +79,8 @@ class TestEmphasize:
             (["--emphasize", "sea", "--schedule", "quick"], "unknown schedule"),
             (["--emphasize", "sea", "--no-rejection", "--trace"], "--trace shows what rejection did"),
             (["--emphasize", "sea", "--trace-html", "a.txt"], "must be named"),
+            (["--emphasize", "sea", "--no-rejection", "--plot", "a.png"], "--plot shows what rejection did"),
+            (["--emphasize", "sea", "--plot", "a.txt"], "must be named"),
         ],
     )
     def test_bad_input(self, ask: Callable[..., Any], arguments: list[str], named: str) -> None:

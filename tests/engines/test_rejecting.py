@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.transformers.rows import Rows
 from trimtab.steering import ScaleScores, emphasis
 from trimtab.text.spans import Phrase
 
@@ -76,6 +78,31 @@ class TestGenerate:
             assert b.finish_reason == ("stop" if stop < 10 or a.token_ids[-1] in ends else "length")
             assert b.trace.steps == a.trace.steps[:stop]
         assert len({len(answer.token_ids) for answer in ended}) > 1
+
+    @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.schedule)
+    def test_a_finished_request_has_no_more_rungs(self, lm: LM, way: Rejection, monkeypatch: Any) -> None:
+        way = replace(way, beta=0.0)  # every gate is open at every token
+        free = lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=8)
+        ended: list[set[int]] = []
+        run = Rows.run
+
+        def spied(
+            self: Any, token: Any, cache: Any, columns: int, steer: Any, chosen: Any, rows: Any, **rest: Any
+        ) -> Any:
+            ended.append({row for version, row in zip(chosen, rows, strict=True) if version is not None})
+            return run(self, token, cache, columns, steer, chosen, rows, **rest)
+
+        end = next(t for t in free[0].token_ids if all(t not in other.token_ids for other in free[1:]))
+        stop = free[0].token_ids.index(end) + 1
+        assert stop < 8
+        monkeypatch.setattr(Rows, "run", spied)
+        lm.generate(PROMPTS, emphasize=PHRASES, rejection=way, max_new_tokens=8, eos_token_id=end)
+        steps = [rows for rows in ended if len(rows) != 1]  # a ranking has rows of one request
+        first = [request for request in range(3) if any(request not in rows for rows in steps)]
+        assert len(first) == 1  # the request that ended, and only that one
+        gone = next(i for i, rows in enumerate(steps) if first[0] not in rows)
+        assert all(first[0] not in rows for rows in steps[gone:])
+        assert gone > 0
 
     @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.schedule)
     def test_processors_act_on_raw_and_steered_logits_alike(self, lm: LM, way: Rejection) -> None:

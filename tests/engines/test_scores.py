@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab import LM, Steering, TrimtabError, load, save
 from trimtab.engines.transformers.scores import Row, compile_scores
+from trimtab.errors import UnsupportedError
 from trimtab.methods.directer import directer
 from trimtab.methods.pasta import pasta
 from trimtab.methods.spotlight import spotlight
@@ -277,3 +278,10 @@ def test_a_file_holds_them(name: str, tmp_path: Path) -> None:
     read = load(tmp_path / "a.safetensors")
     assert read == one
     assert read.card == one.card
+
+
+def test_a_soft_cap_that_the_model_itself_leaves_out_is_refused() -> None:
+    lm = tiny.tiny("gemma2")
+    lm.model.config._attn_implementation = "sdpa"
+    with pytest.raises(UnsupportedError, match="attn_implementation='eager'"):
+        lm.generate("w5 w6 w7", emphasize="w6", max_new_tokens=1)

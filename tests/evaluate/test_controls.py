@@ -5,7 +5,7 @@ import torch
 from tiny import direction, prompt, tiny
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.controls import means_for, random_like
 from trimtab.steering import Ablate, Add, Card, Edit, Positions, SetProjection, Site, Steering, Threshold
 
 GATE = Threshold(Site(0), direction(9), 0.5)
@@ -71,3 +71,13 @@ def test_with_means_a_set_projection_pushes_a_mean_activation_as_far():
         random_like(real, 3, {Site(1): mean})
     with pytest.raises(TrimtabError, match="shape"):
         random_like(real, 3, {Site(2): mean[:5]})
+
+
+def test_means_are_read_where_projections_are_set_and_nowhere_else():
+    lm = tiny("llama")
+    prompts = [prompt(1, 5), prompt(2, 9)]
+    means = means_for(lm, [REAL], prompts)
+    last = [lm.capture(text, [Site(2)])[0][Site(2)][-1] for text in prompts]  # one prompt at a time
+    assert set(means) == {Site(2)}
+    torch.testing.assert_close(means[Site(2)], (last[0] + last[1]) / 2)
+    assert means_for(lm, [Steering(REAL.edits[:1], Card("caa"))], prompts) is None

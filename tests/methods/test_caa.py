@@ -231,6 +231,25 @@ def test_activations_are_what_is_averaged(lm: LM) -> None:
         assert (values[:, 0] - values[:, 1]).mean(0) == pytest.approx(vector(learned, layer).float().numpy(), abs=1e-5)
 
 
+def test_a_direction_that_is_planted_in_a_block_is_learned_there() -> None:
+    """Positives get a known push at the token that is read; texts differ in much else."""
+    lm, mark, planted = tiny.tiny("llama"), 85, tiny.direction(5, 60.0)
+    pairs = [Pair(f"{tiny.prompt(i, 6)} w{mark}", f"{tiny.prompt(100 + i, 6)} w84", "", "texts") for i in range(60)]
+    read: list[torch.Tensor] = []
+    handles = [
+        lm.model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: read.append(args[0])),
+        lm.layout.blocks[1].register_forward_hook(lambda _m, _a, o: o + (read[-1] == mark)[..., None] * planted),
+    ]
+    try:
+        steering = learn_caa(lm, pairs, [0, 1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [float(torch.cosine_similarity(vector(steering, layer), planted, dim=0)) for layer in (0, 1)]
+    assert found[1] > 0.99
+    assert abs(found[0]) < 0.9  # before it is planted, it isn't there
+
+
 # ---- what the letters put into it ----------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from trimtab import __version__
-from trimtab.commands import eval_ab, eval_capability, eval_refusal  # noqa: F401 (they register under `eval`)
+from trimtab.commands import eval_ab, eval_capability, eval_harness, eval_judge, eval_refusal  # noqa: F401 (register)
 from trimtab.commands.demo import demo
 from trimtab.commands.eval import evaluations
 from trimtab.commands.generate import generate

@@ -137,21 +137,13 @@ class Plan:
             return {}
         from dataclasses import replace
 
-        import torch
-
-        from trimtab.evaluate.controls import random_like
-        from trimtab.steering import SetProjection
+        from trimtab.evaluate.controls import means_for, random_like
 
         steered = {name: arm for name, arm in arms.items() if arm.steering is not None}
-        edits = [edit for arm in steered.values() for edit in (arm.steering.edits if arm.steering else ())]
-        for arm in steered.values():
-            assert arm.steering is not None
-            lm.check(arm.steering, transfer=transfer)
-        sites = sorted({edit.site for edit in edits if isinstance(edit.operation, SetProjection)})
-        means = None
-        if sites:
-            read = lm.capture(list(prompts), sites)
-            means = {site: torch.stack([one[site][-1].double() for one in read]).mean(0) for site in sites}
+        steerings = [arm.steering for arm in steered.values() if arm.steering is not None]
+        for steering in steerings:
+            lm.check(steering, transfer=transfer)
+        means = means_for(lm, steerings, prompts)
         found = {}
         for name, arm in steered.items():
             assert arm.steering is not None

@@ -83,9 +83,9 @@ def _imported(name: str) -> Callable[..., Any]:
 def _adapted(function: Callable[..., Any], queries: Sequence[str]) -> Check:
     """A function of the answer, and of `cut` and `prompt` where it has parameters of these names."""
     try:
-        takes = inspect.signature(function).parameters
+        takes = frozenset(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        takes = {}  # type: ignore[assignment]
+        takes = frozenset()
 
     def check(i: int, answer: str, cut: bool) -> bool | float:
         given: dict[str, Any] = {"cut": cut, "prompt": queries[i]}

@@ -212,17 +212,10 @@ def _controls(
     lm: LM, steerings: Mapping[str, Steering], items: Sequence[IFEvalItem], count: int, bare: bool
 ) -> dict[str, Steering | None]:
     """`count` random arms like each steering. Where projections are set, pushes are matched on these prompts."""
-    import torch
+    from trimtab.evaluate.controls import means_for, random_like
 
-    from trimtab.evaluate.controls import random_like
-    from trimtab.steering import SetProjection
-
-    sites = sorted({e.site for s in steerings.values() for e in s.edits if isinstance(e.operation, SetProjection)})
-    means = None
-    if sites:
-        prompts = [str(item.prompt_without_instruction if bare else item.prompt) for item in items]
-        found = lm.capture(prompts, sites)
-        means = {site: torch.stack([one[site][-1].double() for one in found]).mean(0) for site in sites}
+    prompts = [str(item.prompt_without_instruction if bare else item.prompt) for item in items]
+    means = means_for(lm, steerings.values(), prompts)
     return {
         f"{name}, random {seed}": random_like(steering, seed, means)
         for name, steering in steerings.items()

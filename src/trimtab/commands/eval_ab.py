@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,7 @@ from trimtab.commands.eval_common import (
     scores_table,
 )
 from trimtab.commands.eval_report import sweep_page
+from trimtab.commands.finetuned import FinetuneOption, check_finetune, sides
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
@@ -33,6 +35,7 @@ from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
     from trimtab.evaluate.ab import ABItem
+    from trimtab.evaluate.records import Record
     from trimtab.lm import LM
     from trimtab.report.page import Picture
 
@@ -60,6 +63,7 @@ def ab(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 64,
     out: OutOption = None,
     report: ReportOption = None,
+    finetune: FinetuneOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -80,7 +84,9 @@ def ab(
     both letters stands beside it: where that is small, the share says nothing. Intervals
     are 95 % bootstrap intervals, differences are paired with the unsteered model.
 
-    All arms of a question run together, and what they have in common runs once.
+    All arms of a question run together, and what they have in common runs once. With
+    --finetune, a LoRA is trained on pairs (other questions than these), towards their
+    positive and their negative sides; each is an arm alone and under each steering.
 
     The file is a list of objects
 
@@ -93,6 +99,7 @@ def ab(
     """
     plan = Plan.of(steer, strength, layers, random, system_prompt)
     check_targets(out, report)
+    pairs = check_finetune(finetune)
 
     from trimtab.evaluate.ab import SCORES, category_of, polarity, read_ab, requests_of, score_ab
 
@@ -100,19 +107,27 @@ def ab(
     arms = plan.arms()
     lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
     arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)
-    systems = {name: arm.system for name, arm in arms.items() if arm.system is not None}
-    requests = requests_of(lm, items, {name: arm.steering for name, arm in arms.items()}, systems)
-    with resumable(out, quiet=json), progress_bar("scoring", quiet=json) as progress:
-        records = score_ab(
-            lm,
-            requests,
-            items,
-            out=out,
-            batch_size=batch_size,
-            transfer=transfer,
-            progress=progress,
-            about={"evaluation": "ab"},
-        )
+
+    def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:
+        systems = {name: arm.system for name, arm in of.items() if arm.system is not None}
+        requests = requests_of(on, items, {name: arm.steering for name, arm in of.items()}, systems)
+        with resumable(file, quiet=json), progress_bar("scoring", quiet=json) as progress:
+            return score_ab(
+                on,
+                requests,
+                items,
+                out=file,
+                batch_size=batch_size,
+                transfer=transfer,
+                progress=progress,
+                about={"evaluation": "ab", **about},
+            )
+
+    records = score(lm, arms, out, {})
+    if pairs:
+        for more, found in sides(lm, pairs, dict(arms), out, score, quiet=json):
+            arms |= more
+            records += found
     document: dict[str, Any] = {
         "evaluation": "ab",
         "model": lm.name,
@@ -122,6 +137,8 @@ def ab(
         "excluded": left_out,
         **document_of(records, arms, SCORES, category_of),
     }
+    if finetune is not None:
+        document["finetune"] = {"pairs": str(finetune), "count": len(pairs)}
     if out is not None:
         document["records"] = str(out)
     if report is not None:

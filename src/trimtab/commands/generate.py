@@ -120,6 +120,15 @@ def generate(
         Path | None,
         typer.Option(help="Write the traces to a page.", metavar="FILE", rich_help_panel=ATTENTION, show_default=False),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="Draw the traces into this .png (needs trimtab\\[plot]).",
+            metavar="FILE",
+            rich_help_panel=ATTENTION,
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message before each prompt.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Prompts are plain text: no chat template.")] = False,
     transfer: Annotated[
@@ -162,10 +171,16 @@ def generate(
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)
     rejecting = _rejection(rejection, beta, ladder, schedule, bool(files), marks is not None)
-    if (trace or trace_html) and not rejecting:
-        raise TrimtabError(f"{'--trace' if trace else '--trace-html'} shows what rejection did; add --rejection")
+    for name, shows in (("--trace", trace), ("--trace-html", trace_html), ("--plot", plot)):
+        if shows and not rejecting:
+            raise TrimtabError(f"{name} shows what rejection did; add --rejection")
     if trace_html is not None:
         check_target(trace_html, ".html")
+    if plot is not None:
+        from trimtab.report.plots import check_matplotlib
+
+        check_target(plot, ".png")
+        check_matplotlib()
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and not all(isinstance(one, str) for one in asked):
@@ -193,6 +208,10 @@ def generate(
         from trimtab.report.traces import trace_page
 
         write_atomically(trace_html, trace_page(lm.tokenizer, asked, answers).encode())
+    if plot is not None:
+        from trimtab.report.trace_picture import plot_traces
+
+        plot_traces(answers, plot)
     if json:
         write_json(_document(lm.name, files, asked, answers, unsteered))
         return

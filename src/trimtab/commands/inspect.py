@@ -1,4 +1,4 @@
-"""`trimtab inspect`: what is in a steering file."""
+"""`trimtab inspect`: what is in a steering file, and what it reads in a text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.model import JsonOption
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
 from trimtab.commands.terminal import show, write_json
+from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
 
 if TYPE_CHECKING:
@@ -23,29 +32,82 @@ BAR = 24  # columns
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="A steering file.", show_default=False)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE [FILE]", help="A steering file, or two to compare.", show_default=False),
+    ],
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw a picture of it into this .png (needs trimtab\\[plot]).", show_default=False),
     ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Colour each token of this text by its cosine with the direction.", show_default=False),
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Draw these pairs' activations, two principal components a layer.", show_default=False),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(help="With --text or --pairs: at this layer, not at all of the file's.", show_default=False),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option("--html", help="With --text: write the coloured text into this .html page.", show_default=False),
+    ] = None,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="With --text or --pairs: allow another model of the same width.")
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a steering file: its origin, its edits, and how hard they push.
 
     [bold]  trimtab inspect shout.safetensors
       trimtab inspect shout.safetensors --plot shout.png
+      trimtab inspect shout.safetensors --text "HELLO there" --layer 14 --html hello.html
+      trimtab inspect shout.safetensors --pairs shout.jsonl --plot planes.png
+      trimtab inspect shout.safetensors rude.safetensors --plot alike.png
       trimtab inspect shout.safetensors --json[/bold]
 
     The norm is that of the direction, times the strength where the edit adds
     it. Its share of the activation's norm tells how hard that is: near 100 %
     and above, text tends to fall apart. The agreement is the mean cosine of
     the pairs' differences to their mean: low means a weak steering.
+
+    Two files are compared layer by layer, whatever their methods and models,
+    if the widths agree; name a file twice to compare its layers with each
+    other. --text and --pairs load the model; the text is read as it is,
+    without a chat template.
     """
+    _check_options(files, plot, text, pairs, layer, page)
     if plot is not None:
         from trimtab.report.plots import check_matplotlib
 
         check_target(plot, ".png")
         check_matplotlib()
+    if page is not None:
+        check_target(page, ".html")
+    if len(files) == 2:
+        from trimtab.commands.inspect_text import show_two
+
+        show_two(files, plot, json=json)
+        return
+    file = files[0]
+    if text is not None or pairs is not None:
+        from trimtab.commands.inspect_text import show_plane, show_text
+
+        lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+        if text is not None:
+            show_text(lm, file, text, layer, page, plot, transfer=transfer, json=json)
+        elif pairs is not None and plot is not None:
+            show_plane(lm, file, pairs, layer, plot, transfer=transfer, json=json)
+        return
 
     from trimtab.files.steering_file import load_steering, steering_digest
     from trimtab.report.pushes import pushes
@@ -62,6 +124,24 @@ def inspect(
     show(f"{file}: {_origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
     if plot is not None:
         show("", f"drew {plot}")
+
+
+def _check_options(
+    files: Sequence[Path], plot: Path | None, text: str | None, pairs: Path | None, layer: int | None, page: Path | None
+) -> None:
+    """Raises `TrimtabError` for options that make no sense together."""
+    if len(files) > 2:
+        raise TrimtabError(f"two files are compared, not {len(files)}")
+    if len(files) == 2 and (text is not None or pairs is not None):
+        raise TrimtabError("--text and --pairs are about one file; name one")
+    if text is not None and pairs is not None:
+        raise TrimtabError("--text and --pairs are two pictures; ask for one at a time")
+    if pairs is not None and plot is None:
+        raise TrimtabError("--pairs draws a picture; say where with --plot FILE.png")
+    if layer is not None and text is None and pairs is None:
+        raise TrimtabError("--layer is about --text or --pairs")
+    if page is not None and text is None:
+        raise TrimtabError("--html is about a text; give --text TEXT")
 
 
 def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Card, Site, Steering
+from trimtab.steering import Card, SetProjection, Site, Steering
 from trimtab.steering.random_edits import random_edits
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.text.chat import Prompt
+
+
+def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) -> dict[Site, Tensor] | None:
+    """What `random_like` needs to push as hard as these steerings do: the mean of the prompts' last tokens, `[width]`
+    in float64, at each site where a projection is set; `None` where none is, and nothing is read."""
+    edits = [edit for steering in steerings for edit in steering.edits]
+    sites = sorted({edit.site for edit in edits if isinstance(edit.operation, SetProjection)})
+    if not sites:
+        return None
+    read = lm.capture(list(prompts), sites)
+    return {site: torch.stack([one[site][-1].double() for one in read]).mean(0) for site in sites}
 
 
 def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 RANDOM = "#9a9a9a"
+MOST_BARS = 4
+SPAN = 0.2
+"""The least height of a sweep's axis: what moves a score by a hundredth should look like it."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,9 @@ class Cell:
 def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str) -> bytes:
     """A PNG: the score by strength with a line for each layer, and a map of layer × strength where there are several.
 
-    The unsteered score stands at strength 0 of every line. Bars are 95 % intervals; the grey band holds the random
-    directions of all layers, from the lowest to the highest score at each strength.
+    The unsteered score stands at strength 0 of every line. Bars are 95 % intervals, left out where so many lines would
+    hide each other; the grey band holds the random directions of all layers, from the lowest to the highest score at
+    each strength.
 
     Raises `TrimtabError` when nothing was steered, or matplotlib is missing.
     """
@@ -59,18 +63,29 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
         bars = [[one.estimate - one.low for _, one in points], [one.high - one.estimate for _, one in points]]
         label = "all its layers" if layer is None else f"layer {layer}"
         axes[0].errorbar(
-            x, means, yerr=bars, fmt="o-", color=colour, capsize=2, markersize=4, elinewidth=0.8, label=label
+            x,
+            means,
+            yerr=bars if len(layers) <= MOST_BARS else None,
+            fmt="o-",
+            color=colour,
+            capsize=2,
+            markersize=4,
+            elinewidth=0.8,
+            label=label,
         )
     axes[0].axhline(baseline.estimate, color="#888888", linestyle="--", linewidth=1, label="unsteered")
     axes[0].set_xlabel("strength")
     axes[0].set_ylabel(score)
-    axes[0].legend(fontsize=8, frameon=False)
+    low, high = axes[0].get_ylim()
+    if high - low < SPAN:
+        axes[0].set_ylim((low + high - SPAN) / 2, (low + high + SPAN) / 2)
+    axes[0].legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
     axes[0].spines[["top", "right"]].set_visible(False)
     axes[0].grid(axis="y", alpha=0.25)
     if mapped:
         _map(figure, axes[1], steered, [layer for layer in layers if layer is not None], baseline)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _random_band(axes: Any, cells: Sequence[Cell], baseline: Interval) -> None:
@@ -110,45 +125,81 @@ def _map(figure: Any, axes: Any, cells: Sequence[Cell], layers: Sequence[int], b
     figure.colorbar(image, ax=axes, shrink=0.85).set_label("minus unsteered", fontsize=9)
 
 
-def similarity(steering: Steering) -> tuple[list[int], Tensor]:
-    """The layers at which it has a direction, and the cosines between these: `[layers, layers]`.
+def directions(steering: Steering) -> dict[int, Tensor]:
+    """Its unit direction at each layer, `[width]` in float64, by layer in order.
 
-    Raises `TrimtabError` when a layer has several edits, or an operation without a direction.
+    What is added with a negative strength is turned round. Raises `TrimtabError` when a layer has several edits, or
+    an operation without a direction, or one of length 0.
     """
-    import torch
+    from trimtab.steering import Add
 
     layers = [edit.site.layer for edit in steering.edits]
     if len(set(layers)) < len(layers):
         raise TrimtabError("vectors are compared layer by layer, and a layer of this steering has several edits")
     found = {}
-    for edit in steering.edits:
+    for edit in sorted(steering.edits, key=lambda edit: edit.site.layer):
         direction = getattr(edit.operation, "direction", None)
-        if direction is None:
+        if direction is None or not direction.any():
             raise TrimtabError(f"the edit at layer {edit.site.layer} has no direction")
-        found[edit.site.layer] = direction.double() / direction.double().norm().clamp_min(1e-300)
-    order = sorted(found)
-    stack = torch.stack([found[layer] for layer in order])
-    return order, stack @ stack.T
+        turned = -1.0 if isinstance(edit.operation, Add) and edit.strength < 0 else 1.0
+        found[edit.site.layer] = turned * direction.double() / direction.double().norm()
+    return found
 
 
-def draw_similarity(layers: Sequence[int], cosines: Tensor, title: str) -> bytes:
-    """A PNG of the layer × layer cosines `[layers, layers]` of a behaviour's vectors."""
+def similarity(steering: Steering) -> tuple[list[int], Tensor]:
+    """The layers at which it has a direction, and the cosines between these: `[layers, layers]`.
+
+    Raises `TrimtabError` as `directions` does.
+    """
+    layers, _, cosines = similarity_between(steering, steering)
+    return layers, cosines
+
+
+def similarity_between(one: Steering, other: Steering) -> tuple[list[int], list[int], Tensor]:
+    """The layers of both, and the cosines of the one's directions with the other's: `[layers of one, of other]`.
+
+    They may be of other methods and models, as long as the widths agree; between models of different training,
+    cosines say something only where one was made of the other (a base model and its chat model, say). Raises
+    `TrimtabError` as `directions` does, and for different widths.
+    """
+    import torch
+
+    a, b = directions(one), directions(other)
+    stacks = torch.stack(list(a.values())), torch.stack(list(b.values()))
+    widths = [stack.shape[1] for stack in stacks]
+    if widths[0] != widths[1]:
+        raise TrimtabError(f"directions of width {widths[0]} and {widths[1]} can't be compared")
+    return list(a), list(b), stacks[0] @ stacks[1].T
+
+
+def draw_similarity(
+    layers: Sequence[int],
+    cosines: Tensor,
+    title: str,
+    *,
+    across: Sequence[int] | None = None,
+    names: tuple[str, str] = ("", ""),
+) -> bytes:
+    """A PNG of the layer × layer cosines of a behaviour's vectors, or of two steerings'.
+
+    `cosines` is `[layers, across]`, where `across` are the other steering's layers (default: the same ones), and
+    `names` says whose they are.
+    """
     check_matplotlib()
     from matplotlib.figure import Figure
 
+    across = layers if across is None else across
     figure = Figure(figsize=(5.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(cosines.numpy(), cmap="RdBu", vmin=-1, vmax=1, origin="lower")
-    step = max(1, len(layers) // 12)
-    shown = range(0, len(layers), step)
-    axes.set_xticks(shown, [str(layers[i]) for i in shown])
-    axes.set_yticks(shown, [str(layers[i]) for i in shown])
-    axes.set_xlabel("layer")
-    axes.set_ylabel("layer")
+    image = axes.imshow(cosines.numpy(), cmap="RdBu", vmin=-1, vmax=1, origin="lower", aspect="auto")
+    for axis, listed, name in ((axes.yaxis, layers, names[0]), (axes.xaxis, across, names[1])):
+        shown = range(0, len(listed), max(1, len(listed) // 12))
+        axis.set_ticks(shown, [str(listed[i]) for i in shown])
+        axis.set_label_text(f"layer of {name}" if name else "layer", parse_math=False)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.85).set_label("cosine", fontsize=9)
-    axes.set_title(fill(title, 52), loc="left", fontsize=11)
-    return _png(figure)
+    axes.set_title(fill(title, 52), loc="left", fontsize=11, parse_math=False)
+    return as_png(figure)
 
 
 def plane(activations: Tensor) -> tuple[Tensor, tuple[float, float]]:
@@ -201,10 +252,11 @@ def draw_planes(activations: Mapping[int, Tensor], letters: Sequence[tuple[str, 
     handles, names = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
-    return _png(figure)
+    return as_png(figure)
 
 
-def _png(figure: Any) -> bytes:
+def as_png(figure: Any) -> bytes:
+    """The bytes of a figure's PNG; the same figure gives the same ones."""
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
     return data.getvalue()

@@ -43,6 +43,11 @@ def check_attention(layout: Layout) -> None:
         raise UnsupportedError(f"attention scores can't be steered in {name}, which has layers of {', '.join(other)}")
     if getattr(decoder.config, "alibi", False):
         raise UnsupportedError(f"{name} adds position biases to its scores, which steering them doesn't know")
+    if getattr(decoder.config, "attn_logit_softcapping", None) and decoder.config._attn_implementation == "sdpa":
+        raise UnsupportedError(
+            f"{name} caps its scores, and the sdpa attention it was loaded with leaves that out; load it with"
+            " attn_implementation='eager'"
+        )
 
 
 def attention_modules(layout: Layout) -> tuple[nn.Module, ...]:

@@ -162,7 +162,7 @@ def _row(edits: Sequence[Edit]) -> Rows:
 def _stages(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
     """Slot i of every state runs in step i; within a step, one stage a kernel."""
     found = []
-    for step in range(max(len(one) for one in slots.values())):
+    for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
         groups: dict[tuple[Kernel, bool], dict[int, Rows]] = {}
         for state, one in slots.items():
             if step < len(one):

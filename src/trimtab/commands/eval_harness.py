@@ -1,0 +1,48 @@
+"""`trimtab eval lm-eval`: the tasks of EleutherAI's evaluation harness, steered."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from trimtab.commands.eval import evaluations
+
+
+@evaluations.command(name="lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """EleutherAI's evaluation harness: all its tasks, steered. Needs the extra lm-eval.
+
+    [bold]  trimtab eval lm-eval --tasks hellaswag --limit 100 --batch_size 16 \\
+        --model_args pretrained=Qwen/Qwen2.5-0.5B,steer=caps.safetensors:2
+      trimtab eval lm-eval ls tasks[/bold]
+
+    This is the harness's own program, which knows one more model class: trimtab, the
+    default here. All that follows goes to it as it stands, so its options have
+    underscores. In --model_args, next to all that the class hf takes (pretrained, dtype,
+    peft …):
+
+    [dim]    steer=FILE[:STRENGTH]    a steering; without it, results are those of hf
+        transfer=True            allow one learned on another model of the same width
+        layers_path=model.layers where the blocks are, if trimtab can't find them[/dim]
+
+    A task's context is the prompt, and what it scores or generates is the answer: a
+    steering from the last prompt token on acts on the answer. Don't share --use_cache
+    between steerings; the harness keys it by requests only.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    import trimtab.evaluate.harness  # noqa: F401 (it registers the model class)
+
+    given = list(context.args)
+    commands = ("run", "ls", "validate")
+    runs = not given or given[0] not in commands[1:]
+    if runs:
+        given = given[1:] if given and given[0] == "run" else given
+        named = any(word.partition("=")[0] in ("-M", "--model", "-C", "--config") for word in given)
+        given = ["run", *([] if named else ["--model", "trimtab"]), *given]
+    before, sys.argv = sys.argv, ["lm-eval", *given]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

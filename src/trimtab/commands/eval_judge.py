@@ -1,0 +1,334 @@
+"""`trimtab eval judge`: open-ended answers, scored by another language model."""
+
+from __future__ import annotations
+
+import json as json_lines
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trimtab.commands.arms import (
+    BASELINE,
+    Arm,
+    LayersOption,
+    Plan,
+    RandomOption,
+    SteerOption,
+    StrengthOption,
+    SystemOption,
+)
+from trimtab.commands.eval import evaluations
+from trimtab.commands.eval_common import (
+    LimitOption,
+    OutOption,
+    ReportOption,
+    TransferOption,
+    check_targets,
+    find,
+    interval,
+    resumable,
+    shorten,
+)
+from trimtab.commands.eval_report import sweep_page
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.evaluate.judge import Judge, Rubric, Tally, Verdict
+    from trimtab.evaluate.records import Record
+
+PANEL = "Judge"
+COLUMNS = {"judge": "score"}
+
+
+@evaluations.command()
+def judge(
+    prompts: Annotated[
+        str,
+        typer.Option(
+            help="A file of prompts: one a line, or .jsonl with prompt or messages. -: standard input.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What the judge is to look for, in a sentence.",
+            metavar="TEXT",
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="The lowest and the highest score.", metavar="LOW,HIGH", rich_help_panel=PANEL)
+    ] = "0,10",
+    ends: Annotated[
+        str, typer.Option(help="What the two ends of the scale mean.", metavar="LOW,HIGH", rich_help_panel=PANEL)
+    ] = "not at all,entirely",
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local",
+            help="The judge is the model itself, unsteered: a weak judge, labelled so.",
+            rich_help_panel=PANEL,
+        ),
+    ] = False,
+    steer: SteerOption = None,
+    strength: StrengthOption = None,
+    layers: LayersOption = None,
+    random: RandomOption = 0,
+    system_prompt: SystemOption = None,
+    limit: LimitOption = None,
+    transfer: TransferOption = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 32,
+    out: OutOption = None,
+    report: ReportOption = None,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Open-ended answers, scored by another language model with a rubric.
+
+    [bold]  export TRIMTAB_JUDGE_URL=http://localhost:8000/v1 TRIMTAB_JUDGE_MODEL=big
+      trimtab eval judge --prompts asked.txt --criterion "How polite is the answer?" \\
+        --steer polite.safetensors --strength -1,1 --out polite.jsonl
+      trimtab eval judge --prompts asked.txt --criterion "…" --scale 1,5 --local[/bold]
+
+    Each prompt is answered greedily in every arm. The judge is any server that speaks
+    OpenAI's chat completions, named by TRIMTAB_JUDGE_URL, TRIMTAB_JUDGE_MODEL and, where
+    it needs one, TRIMTAB_JUDGE_KEY. It sees the question and the answer, not the arm. Replies
+    without a score on the scale, and requests that failed, are counted beside the mean and
+    are in no mean; differences are over the prompts that have a score in both arms.
+
+    With --out r.jsonl, answers go there as they come, the judge's replies to the folder
+    r-replies, and both together to r-judged.jsonl in the end. The same command goes on
+    where a run stopped, and asks again for the replies that failed.
+    """
+    plan = Plan.of(steer, strength, layers, random, system_prompt)
+    check_targets(out, report)
+    rubric = _rubric(criterion, scale, ends)
+    asked = gather_prompts([], prompts)
+
+    from trimtab.evaluate.ab import spread
+    from trimtab.evaluate.answers import answer
+    from trimtab.evaluate.judge import Endpoint, LocalJudge, judge_records, tally
+    from trimtab.evaluate.records import Request
+
+    endpoint = None if local else _endpoint(Endpoint)
+    chosen = spread(list(enumerate(asked, 1)), limit)
+    arms = plan.arms()
+    if any(arm.system is not None for arm in arms.values()):
+        _check_systems([prompt for _, prompt in chosen])
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    arms |= plan.controls(lm, arms, [prompt for _, prompt in chosen], transfer=transfer)
+    requests = [
+        Request(name, str(number), _with_system(prompt, arm.system), arm.steering)
+        for number, prompt in chosen
+        for name, arm in arms.items()
+    ]
+    with resumable(out, quiet=json), progress_bar("answering", quiet=json) as progress:
+        records = answer(
+            lm,
+            requests,
+            score=lambda _request, one: {"empty": float(not one.text.strip())},
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            out=out,
+            transfer=transfer,
+            progress=progress,
+            about={"evaluation": "judge"},
+        )
+    by: Judge = LocalJudge(lm) if endpoint is None else endpoint
+    cache = None if out is None else out.with_name(f"{out.stem}-replies")
+    with resumable(out, quiet=json), progress_bar("judging", quiet=json) as progress:
+        questions = {str(number): prompt for number, prompt in chosen}
+        bare = [_as_asked(record, questions) for record in records]
+        scored, verdicts = judge_records(by, rubric, bare, cache=cache, progress=progress)
+    tallies = {
+        name: tally(by, [v for record, v in zip(scored, verdicts, strict=True) if record.arm == name]) for name in arms
+    }
+    document: dict[str, Any] = {
+        "evaluation": "judge",
+        "model": lm.name,
+        "data": prompts,
+        "items": len(chosen),
+        "max_new_tokens": max_new_tokens,
+        "judge": {**by.identity, "weak": by.weak},
+        "rubric": asdict(rubric),
+        **_document(scored, arms, tallies),
+    }
+    if out is not None:
+        judged = out.with_name(f"{out.stem}-judged.jsonl")
+        _write(judged, scored, verdicts)
+        document |= {"records": str(out), "judged": str(judged)}
+    if report is not None:
+        label = " (weak judge)" if by.weak else ""
+        title = f"{criterion.strip()} {lm.name}, {len(chosen)} prompts{label}"
+        sweep_page(report, _drawable(document), arms, scored, title, COLUMNS)
+        document["report"] = str(report)
+    if json:
+        write_json(document)
+        return
+    who = f"{lm.name} itself, a weak judge" if by.weak else f"{document['judge']['model']}"
+    show(f"{criterion.strip()} Answers of {lm.name} to {len(chosen)} prompts, judged by {who}")
+    show(f"scores from {rubric.low:g} ({rubric.lowest}) to {rubric.high:g} ({rubric.highest})", "")
+    show(_table(document))
+    for arm, facts in document["arms"].items():
+        if facts["unreadable"] or facts["failed"]:
+            show(f"{shorten(arm)}: {facts['unreadable']} replies unreadable, {facts['failed']} requests failed")
+    for path in (out, document.get("judged"), report):
+        if path is not None:
+            note(f"wrote {path}", quiet=False)
+
+
+def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
+    from trimtab.evaluate.judge import Rubric
+
+    try:
+        low, high = (float(part) for part in scale.split(","))
+    except ValueError:
+        raise TrimtabError(f"--scale {scale!r} is no pair of numbers; write 0,10") from None
+    words = [word.strip() for word in ends.split(",")]
+    if len(words) != 2 or not all(words):
+        raise TrimtabError(f"--ends {ends!r} is no pair of words; write 'not at all,entirely'")
+    return Rubric(criterion, low, high, *words)
+
+
+def _endpoint(kind: Any) -> Judge:
+    """The server that the environment names, before a model is loaded."""
+    try:
+        found = kind.from_environment()
+    except TrimtabError as error:
+        raise TrimtabError(f"{error}; --local takes the model itself, a weak judge") from None
+    found.check()
+    return found
+
+
+def _check_systems(prompts: Sequence[Any]) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, str) and prompt[0]["role"] == "system":
+            raise TrimtabError("a prompt of the file has a system message already; leave out --system-prompt")
+
+
+def _with_system(prompt: Any, system: str | None) -> Any:
+    if system is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _as_asked(record: Record, questions: Mapping[str, Any]) -> Record:
+    """The record with the file's prompt: an arm's own system message is not the judge's business."""
+    from dataclasses import replace
+
+    return replace(record, prompt=questions[record.item])
+
+
+def _document(records: Sequence[Record], arms: Mapping[str, Arm], tallies: Mapping[str, Tally]) -> dict[str, Any]:
+    """As of the other evaluations, over what has a score; differences over what has one in both arms."""
+    return {
+        "baseline": BASELINE,
+        "arms": {
+            name: {**arm.about, **_facts([r for r in records if r.arm == name], tallies[name])}
+            for name, arm in arms.items()
+        },
+        "scores": [line for name in arms if (line := _line(records, name, tallies[name])) is not None],
+        "by_part": [],
+    }
+
+
+def _facts(records: Sequence[Record], tally: Tally) -> dict[str, Any]:
+    count = len(records)
+    return {
+        "items": count,
+        "scored": tally.scored,
+        "unreadable": tally.unreadable,
+        "failed": tally.failed,
+        "empty": sum(record.scores["empty"] for record in records),
+        "mean_dose": sum(record.dose for record in records) / count,
+        "mean_tokens": sum(record.tokens for record in records) / count,
+        "cut": sum(record.finish == "length" for record in records),
+    }
+
+
+def _line(records: Sequence[Record], arm: str, tally: Tally) -> dict[str, Any] | None:
+    """The arm's mean and its difference from the baseline, as `summarize` has them; `None` without any score."""
+    from math import isnan
+
+    from trimtab.evaluate.summary import summarize
+
+    if tally.mean is None:
+        return None
+    have = {
+        name: {r.item: r for r in records if r.arm == name and not isnan(r.scores["judge"])} for name in (BASELINE, arm)
+    }
+    both = have[BASELINE].keys() & have[arm].keys()
+    difference, pairs = None, None
+    if arm != BASELINE and both:
+        some = [r for of in have.values() for item, r in of.items() if item in both]
+        line = next(line for line in summarize(some, ["judge"], baseline=BASELINE) if line.arm == arm)
+        difference, pairs = line.to_json()["difference"], line.n
+    return {
+        "arm": arm,
+        "score": "judge",
+        "key": None,
+        "n": tally.scored,
+        "mean": asdict(tally.mean),
+        "difference": difference,
+        "pairs": pairs,
+    }
+
+
+def _drawable(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the arms that have a score; with none when nothing can be compared with the baseline."""
+    have = {line["arm"] for line in document["scores"]}
+    arms = {name: facts for name, facts in document["arms"].items() if name in have and BASELINE in have}
+    return {**document, "arms": arms}
+
+
+def _write(path: Path, records: Sequence[Record], verdicts: Sequence[Verdict]) -> None:
+    """One line an answer: the record with its score, and the judge's reply or what went wrong."""
+    from trimtab.files.target import write_atomically
+
+    lines = [
+        {**json_lines.loads(record.to_json()), "reply": verdict.reply, "problem": verdict.problem}
+        for record, verdict in zip(records, verdicts, strict=True)
+    ]
+    text = "".join(json_lines.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _table(document: Mapping[str, Any]) -> Table:
+    table = Table("arm", "score", f"minus {BASELINE}", "scored", box=None, header_style="dim", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    for arm, facts in document["arms"].items():
+        line = find(document, arm, "judge")
+        change = None if line is None else line["difference"]
+        table.add_row(
+            shorten(arm),
+            "none" if line is None else interval(line["mean"]),
+            "" if change is None else interval(change["mean"], sign=True),
+            f"{facts['scored']} of {facts['items']}",
+        )
+    return table

@@ -1,0 +1,133 @@
+"""What `trimtab inspect` does beyond a file's own facts: a text's tokens, pairs in their plane, and two files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from trimtab.commands.terminal import show, write_json
+from trimtab.errors import TrimtabError
+from trimtab.files.target import write_atomically
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+DRAWN_LAYERS = 9
+DRAWN_PAIRS = 200
+
+
+def show_text(
+    lm: LM,
+    file: Path,
+    text: str,
+    layer: int | None,
+    page: Path | None,
+    plot: Path | None,
+    *,
+    transfer: bool,
+    json: bool,
+) -> None:
+    """The text, each token coloured by its cosine with the file's direction at this layer, or at each of its layers."""
+    from trimtab.files.steering_file import load_steering
+    from trimtab.report.tokens import coloured_cosines, draw_tokens, reach, token_cosines, tokens_page
+
+    steering = load_steering(file)
+    found = token_cosines(lm, steering, text, None if layer is None else [layer], transfer=transfer)
+    full = reach(found)
+    title = f"Cosine with {file.stem}" + (f" at layer {found[0].layer}" if len(found) == 1 else "") + f", {lm.name}"
+    written = {}
+    if page is not None:
+        write_atomically(page, tokens_page(found, title).encode("utf-8", "backslashreplace"))
+        written["html"] = str(page)
+    if plot is not None:
+        write_atomically(plot, draw_tokens(found, title))
+        written["plot"] = str(plot)
+    if json:
+        layers = [{"layer": one.layer, "cosines": list(one.cosines)} for one in found]
+        write_json({"file": str(file), "model": lm.name, "tokens": list(found[0].pieces), "layers": layers, **written})
+        return
+    show(f"{title}: blue along it, red against it, full colour at ±{full:.2f}")
+    for one in found:
+        show("", f"layer {one.layer}", coloured_cosines(one, full))
+    _tell(written)
+
+
+def show_plane(lm: LM, file: Path, pairs: Path, layer: int | None, plot: Path, *, transfer: bool, json: bool) -> None:
+    """Draw the pairs' activations at the file's layers, two principal components at each."""
+    from trimtab.evaluate.ab import spread
+    from trimtab.files.steering_file import load_steering
+    from trimtab.methods.caa import activations
+    from trimtab.report.sweep import draw_planes, plane
+    from trimtab.text.letters import letter_of
+    from trimtab.text.pairs import read_pairs
+
+    steering, some = load_steering(file), spread(read_pairs(pairs), DRAWN_PAIRS)
+    if len(some) < 2:
+        raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs two at least")
+    lm.check(steering, transfer=transfer)
+    layers = [layer] if layer is not None else list(spread(steering.layers, DRAWN_LAYERS))
+    steering.only(layers)  # says which layers it has
+    found = activations(lm, some, layers)
+    lettered = some[0].shape == "letters"
+    letters = [(letter_of(pair.positive), letter_of(pair.negative)) for pair in some] if lettered else None
+    of = f"{pairs.parent.name}/{pairs.name}" if pairs.parent.name else pairs.name
+    write_atomically(
+        plot, draw_planes(found, letters, f"{len(some)} pairs of {of}, two principal components, {lm.name}")
+    )
+    shares = {at: plane(values.flatten(0, 1))[1] for at, values in found.items()}
+    if json:
+        listed = [{"layer": at, "variance": list(of)} for at, of in shares.items()]
+        write_json({"file": str(file), "pairs": str(pairs), "drawn": len(some), "layers": listed, "plot": str(plot)})
+        return
+    show(f"{len(some)} pairs of {pairs} at layers {', '.join(map(str, shares))}")
+    _tell({"plot": str(plot)})
+
+
+def show_two(files: Sequence[Path], plot: Path | None, *, json: bool) -> None:
+    """How alike the directions of two files are, layer by layer; drawn, each layer with each."""
+    from trimtab.files.steering_file import load_steering
+    from trimtab.report.sweep import draw_similarity, similarity_between
+
+    one, other = (load_steering(file) for file in files)
+    layers, across, cosines = similarity_between(one, other)
+    names = (files[0].stem, files[1].stem)
+    written = {}
+    if plot is not None:
+        title = f"{names[0]}, layer by layer" if names[0] == names[1] else f"{names[0]} and {names[1]}"
+        write_atomically(plot, draw_similarity(layers, cosines, title, across=across, names=names))
+        written["plot"] = str(plot)
+    document: dict[str, Any] = {
+        "files": list(map(str, files)),
+        "models": [[model.name for model in steering.card.models] for steering in (one, other)],
+        "layers": layers,
+        "across": across,
+        "cosines": cosines.tolist(),
+        **written,
+    }
+    if json:
+        write_json(document)
+        return
+    show(f"{files[0]} and {files[1]}: cosine of their directions")
+    show(_nearest(layers, across, document["cosines"], names))
+    _tell(written)
+
+
+def _nearest(layers: Sequence[int], across: Sequence[int], cosines: Sequence[Sequence[float]], names: Any) -> Table:
+    """For each layer of the one: the cosine at the same layer of the other, and at which other one it is most alike."""
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for name in (f"layer of {names[0]}", "same layer", f"else most alike in {names[1]}", "cosine"):
+        table.add_column(name, justify="right")
+    for layer, row in zip(layers, cosines, strict=True):
+        same = f"{row[across.index(layer)]:+.3f}" if layer in across else ""
+        elsewhere = [i for i in range(len(row)) if across[i] != layer]
+        best = max(elsewhere, key=lambda i: abs(row[i]), default=None)
+        table.add_row(str(layer), same, *(("", "") if best is None else (str(across[best]), f"{row[best]:+.3f}")))
+    return table
+
+
+def _tell(written: dict[str, str]) -> None:
+    for path in written.values():
+        show("", f"wrote {path}")

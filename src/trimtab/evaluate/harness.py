@@ -1,0 +1,169 @@
+"""EleutherAI's evaluation harness, steered: importing this registers the model class `trimtab` with it.
+
+Needs `trimtab[lm-eval]`.
+
+    trimtab eval lm-eval --model_args pretrained=gpt2,steer=s.safetensors:2 --tasks hellaswag --batch_size 16
+
+or, in a program of your own, `import trimtab.evaluate.harness` and then `lm_eval.simple_evaluate(model="trimtab", …)`.
+The harness (0.4.x) finds model classes by its registry alone and looks for no plugins, so its own `lm_eval` program
+doesn't know this one.
+
+The class is the harness's `hf` with a steering: the same tokens, contexts and windows, so that results differ by the
+steering only. A request's context is the prompt that position rules and gates speak of, its continuation is what is
+generated. Tested with lm-eval 0.4.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from trimtab.engines.transformers import default_model
+from trimtab.engines.transformers.read import padded
+from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.session import Session
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.steering_file import load_steering, steering_digest
+from trimtab.lm import LM
+from trimtab.steering import Steering
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from tqdm import tqdm
+except ImportError as error:
+    raise TrimtabError(f"the evaluation harness isn't installed ({error}): pip install 'trimtab[lm-eval]'") from None
+
+Tokens = tuple[Any, list[int], list[int]]  # what the harness asks: (its own key, context, continuation)
+
+
+@register_model("trimtab")
+class SteeredHFLM(HFLM):
+    """The harness's `hf` model class, steered.
+
+    `steer` is `FILE` or `FILE:STRENGTH`; without it, this is `hf`. `transfer` allows a steering learned on another
+    model of the same width, `layers_path` names the list of blocks where it can't be found; all other arguments are
+    those of `hf`. Without `pretrained` it is trimtab's default model.
+
+    The harness's `use_cache` knows requests only: don't share its file between steerings.
+
+    Raises `TrimtabError` when the steering can't be read or doesn't fit the model, and `UnsupportedError` when it
+    steers attention scores.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        steer: str | None = None,
+        transfer: bool = False,
+        layers_path: str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        **options: Any,
+    ) -> None:
+        steering = None if steer is None else read_steer(str(steer))
+        if steering is not None and str(batch_size).startswith("auto"):
+            raise TrimtabError("a steered run needs a batch size that is a number; give --batch_size 16")
+        super().__init__(
+            pretrained=str(default_model.default_folder()) if pretrained is None else pretrained,
+            device=device or _best_device(),
+            batch_size=batch_size,
+            **options,
+        )
+        self.lm = LM(self.model, self.tokenizer, layers=layers_path)
+        self.steering = steering
+        self.steer = steer
+        self.transfer = bool(transfer)
+        if steering is not None:
+            self.lm.check(steering, transfer=self.transfer)
+            if any(is_score_edit(edit) for edit in steering.edits):
+                raise UnsupportedError(f"{steer} steers attention scores, which the harness's requests can't have")
+
+    def _loglikelihood_tokens(
+        self, requests: list[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Each continuation's log-probability, and whether greedy decoding would give it."""
+        if self.steering is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = {}  # requests that differ in their last token share one
+        for i, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise TrimtabError(
+                    f"a continuation of {len(continuation)} tokens after {len(context)}: the harness scores at least"
+                    f" one after at least one, and at most {self.max_length}"
+                )
+            whole = (*context, *continuation)[-(self.max_length + 1) :]
+            rows.setdefault((whole[:-1], len(whole) - len(continuation)), []).append(i)
+        order = sorted(rows, key=lambda row: (-len(row[0]), row))
+        size = override_bs or int(self.batch_size)
+        found: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="steered loglikelihoods") as bar:
+            for start in range(0, len(order), size):
+                batch = order[start : start + size]
+                for row, logits in zip(batch, self._steered_logits(batch), strict=True):
+                    text, prompt = row
+                    logprobs = log_softmax(logits[prompt - 1 : len(text)], dim=-1, dtype=self.softmax_dtype)
+                    for i in rows[row]:
+                        key, _, continuation = requests[i]
+                        found[i] = _scored(logprobs, continuation)
+                        if key is not None:
+                            self.cache_hook.add_partial("loglikelihood", key, found[i])
+                        bar.update()
+        return [found[i] for i in range(len(requests))]
+
+    @torch.no_grad()
+    def _steered_logits(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
+        """`[rows, tokens, vocabulary]` for texts and their prompts' lengths; padded on the right, as `hf` does."""
+        ids, mask = padded([text for text, _ in rows], left=False, device=self.device)
+        lengths = [prompt for _, prompt in rows]
+        with self.lm._exclusive():
+            prompts = [list(text[:prompt]) for text, prompt in rows]
+            edits = self.lm._decide([self.steering] * len(rows), prompts)
+            session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths)
+            sites = sorted({edit.site for one in edits for edit in one})
+            with session.hooked(sites), self._precision():
+                return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    def _precision(self) -> Any:
+        mixed = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=mixed, enabled=mixed is not None)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        if self.steering is None:
+            return super()._model_generate(context, max_length, stop, **options)
+        with self.lm.steered(self.steering, transfer=self.transfer):
+            return super()._model_generate(context, max_length, stop, **options)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes down about the model, and the steering."""
+        steering = None if self.steering is None else steering_digest(self.steering)
+        return {**super().get_model_info(), "steer": self.steer, "steering": steering}
+
+
+def read_steer(text: str) -> Steering:
+    """The steering of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had."""
+    path, strength = text, 1.0
+    if not Path(text).exists() and ":" in text:
+        path, _, tail = text.rpartition(":")
+        try:
+            strength = float(tail)
+        except ValueError:
+            raise TrimtabError(f"steer={text}: the strength {tail!r} is no number; write FILE:2") from None
+    return strength * load_steering(path)
+
+
+def _scored(logprobs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:
+    tokens = torch.tensor(list(continuation), device=logprobs.device)
+    greedy = bool((logprobs.argmax(-1) == tokens).all())
+    return float(logprobs.gather(-1, tokens[:, None]).sum()), greedy
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

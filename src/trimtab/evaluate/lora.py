@@ -1,0 +1,249 @@
+"""The other way to change a behaviour, to compare with: a LoRA finetuned on the same contrastive pairs.
+
+Rimsky et al. (2312.06681), in their comparison with finetuning, train on the matching answers, or on the others:
+cross-entropy at the answer's letter only, one epoch. They train all weights by SGD; here it is a small LoRA on all
+linear layers (Hu et al., 2106.09685) by AdamW, which a laptop can hold. Steering on top of it works as on any model.
+Needs `trimtab[finetune]`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from trimtab.engines.transformers.read import check_length, padded
+from trimtab.errors import TrimtabError
+from trimtab.files.target import write_atomically
+from trimtab.lm import LM
+from trimtab.text.letters import ask, letter_of
+from trimtab.text.pairs import Pair, digest
+
+Progress = Callable[[int, int], None]
+Side = Literal["positive", "negative"]
+SIDES: tuple[Side, ...] = get_args(Side)
+
+ABOUT = "trimtab.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """How it is trained: its rank and scale, AdamW's learning rate, epochs, pairs a step, and the seed of the first
+    weights and of the order."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    learning_rate: float = 2e-4
+    epochs: int = 1
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "alpha", "learning_rate", "epochs", "batch_size"):
+            if not getattr(self, name) > 0:
+                raise TrimtabError(f"a LoRA's {name} is above 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A text as token ids, of which the last `count` are to become more probable."""
+
+    ids: tuple[int, ...]
+    count: int
+
+
+def description(lm: LM, pairs: Sequence[Pair], side: Side, lora: Lora = Lora()) -> dict[str, Any]:
+    """All that the result of `finetuned` depends on, as plain values."""
+    here = lm.identity
+    model = {"width": here.width, "layers": here.layers, "fingerprint": here.fingerprint}
+    dtype = str(next(lm.model.parameters()).dtype)
+    return {"pairs": digest(pairs), "count": len(pairs), "side": side, **asdict(lora), "model": model, "dtype": dtype}
+
+
+@contextmanager
+def finetuned(
+    lm: LM,
+    pairs: Sequence[Pair],
+    side: Side = "positive",
+    lora: Lora = Lora(),
+    *,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Iterator[LM]:
+    """While open: the model finetuned towards one side of the pairs. When left, `lm` is as it was.
+
+    While open, don't use `lm`: both are the same weights, and the adapter's layers stand in them. With `folder`, the
+    adapter is kept there, and taken from there when it was trained on the same pairs in the same way.
+    `progress(done, total)` counts pairs. The same seed gives the same weights on the same machine.
+
+    Raises `TrimtabError` for pairs of prompts or none, a text that is too long, a folder that holds another adapter,
+    or without `peft`.
+    """
+    peft = _peft()
+    if side not in SIDES:
+        raise TrimtabError(f"a side of the pairs is {' or '.join(SIDES)}, got {side!r}")
+    about, name = description(lm, pairs, side, lora), f"{lm.name}, finetuned {side}"
+    if folder is not None and (Path(folder) / ABOUT).exists():
+        if (found := read_about(folder)) != about:
+            differ = ", ".join(key for key in {**found, **about} if found.get(key) != about.get(key))
+            raise TrimtabError(
+                f"{folder} holds a LoRA of another training ({differ} differ); delete it or name another"
+            )
+        with load_adapter(lm, folder, name) as tuned:
+            yield tuned
+        return
+    targets = [target(lm, pair, side) for pair in pairs]
+    if not targets:
+        raise TrimtabError("there are no pairs to finetune on")
+    for i, one in enumerate(targets):
+        check_length(lm.layout, len(one.ids), f"pair {i + 1}")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear"
+    )
+
+    def make() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(lora.seed)
+            return peft.get_peft_model(lm.model, config)
+
+    with _adapted(lm, make, name) as tuned:
+        _train(tuned, targets, lora, progress)
+        if folder is not None:
+            save_adapter(tuned, folder, about)
+        yield tuned
+
+
+@contextmanager
+def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterator[LM]:
+    """While open: the model with the LoRA of a folder. When left, `lm` is as it was; don't use it meanwhile.
+
+    `name` is what the model is then called in records.
+
+    Raises `TrimtabError` when there is none, it is no safetensors file, or it doesn't fit the model.
+    """
+    peft = _peft()
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise TrimtabError(f"{folder} has no {WEIGHTS}, so it holds no LoRA that can be read")
+    if not (folder / "adapter_config.json").is_file():
+        raise TrimtabError(f"{folder} has no adapter_config.json, so it holds no LoRA that can be read")
+
+    def make() -> Any:
+        try:
+            return peft.PeftModel.from_pretrained(lm.model, str(folder))
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise TrimtabError(f"the LoRA in {folder} doesn't fit {lm.name}: {str(error).splitlines()[0]}") from None
+
+    with _adapted(lm, make, name or f"{lm.name} + {folder.name}") as tuned:
+        yield tuned
+
+
+def save_adapter(lm: LM, folder: str | Path, about: Mapping[str, Any]) -> None:
+    """Write the adapter of a finetuned model, and what it comes from. Raises `TrimtabError` when that can't be."""
+    folder = Path(folder)
+    try:
+        lm.model.save_pretrained(str(folder), safe_serialization=True)
+    except OSError as error:
+        raise TrimtabError(f"can't write the LoRA to {folder}: {error.strerror}") from None
+    write_atomically(folder / ABOUT, json.dumps(about, indent=2).encode())  # last: what lacks it is not whole
+
+
+def read_about(folder: str | Path) -> dict[str, Any]:
+    """What the adapter in a folder comes from. Raises `TrimtabError` when it can't be read."""
+    path = Path(folder) / ABOUT
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrimtabError(f"can't read {path}: {error}") from None
+    if not isinstance(found, dict):
+        raise TrimtabError(f"{path} is no description of a LoRA")
+    return found
+
+
+def target(lm: LM, pair: Pair, side: Side) -> Target:
+    """What is trained of a pair: the letter of a multiple-choice answer, a whole answer, or a whole text."""
+    text = pair.positive if side == "positive" else pair.negative
+    if pair.shape == "letters":
+        letter = letter_of(text)
+        asked = ask(lm.tokenizer, pair.prompt, (letter,))
+        return Target((*asked.ids, asked.letters[letter]), 1)
+    if pair.shape == "answers":
+        answer = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return Target((*lm.encode(pair.prompt), *answer), len(answer))
+    if pair.shape == "texts":
+        ids = lm.encode(text, chat=False)
+        if len(ids) < 2:
+            raise TrimtabError(f"the text {text!r} is one token, and nothing comes before it to learn it from")
+        return Target(tuple(ids), len(ids) - 1)
+    raise TrimtabError("a LoRA is finetuned on answers or texts; pairs of prompts have no answer to learn")
+
+
+@contextmanager
+def _adapted(lm: LM, make: Callable[[], Any], name: str) -> Iterator[LM]:
+    """What `make` makes of the model; peft's layers are taken out of `lm` again at the end, gradients as before."""
+    asked = {parameter: parameter.requires_grad for parameter in lm.model.parameters()}
+    adapted = make()
+    try:
+        yield LM(adapted.eval(), lm.tokenizer, layers=f"base_model.model.{lm.layout.path}", name=name)
+    finally:
+        adapted.unload()
+        for parameter, before in asked.items():
+            parameter.requires_grad_(before)
+
+
+def _train(lm: LM, targets: Sequence[Target], lora: Lora, progress: Progress | None) -> None:
+    """In evaluation mode: without dropout, so that the seed decides all."""
+    weights = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=lora.learning_rate, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(lora.seed)
+    total, done = lora.epochs * len(targets), 0
+    with lm._exclusive(), torch.enable_grad():  # nobody else's hooks
+        for _ in range(lora.epochs):
+            order = torch.randperm(len(targets), generator=generator).tolist()
+            for start in range(0, len(order), lora.batch_size):
+                batch = [targets[i] for i in order[start : start + lora.batch_size]]
+                optimizer.zero_grad(set_to_none=True)
+                loss(lm, batch).backward()
+                optimizer.step()
+                done += len(batch)
+                if progress is not None:
+                    progress(done, total)
+    for parameter in weights:
+        parameter.grad = None
+        parameter.requires_grad_(False)
+
+
+def loss(lm: LM, batch: Sequence[Target]) -> Tensor:
+    """The cross-entropy of a batch's targets, in nats: the mean over its texts of each one's mean over its tokens."""
+    device = lm.model.get_input_embeddings().weight.device
+    ids, mask = padded([one.ids[:-1] for one in batch], left=True, device=device)
+    tail = max(one.count for one in batch)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    takes = inspect.signature(type(lm.model.get_base_model()).forward).parameters
+    if "position_ids" in takes:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"] = tail
+    logits = lm.model(**inputs).logits[:, -tail:].float()
+    losses = [
+        cross_entropy(row[-one.count :], torch.tensor(one.ids[-one.count :], device=device))
+        for row, one in zip(logits, batch, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise TrimtabError("finetuning a LoRA needs peft: pip install 'trimtab[finetune]'") from None
+    return peft

@@ -1,0 +1,194 @@
+"""How a text lies along a direction, token by token: as coloured text, as a page, and as a picture.
+
+The paper of CAA (Rimsky et al., 2312.06681, section 3) shows so that a vector reads the behaviour that it steers.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.report.plots import check_matplotlib
+from trimtab.report.sweep import as_png, directions
+from trimtab.report.traces import pieces
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+
+BLUE, RED = (47, 103, 160), (184, 62, 48)  # along the direction, and against it: as the pictures' colour map has them
+PER_LINE = 36
+"""Tokens in a line of the picture."""
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>%(title)s</title><style>
+body { font: 16px/1.7 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.4rem } h2 { font-size: 1rem; margin: 1.6rem 0 .3rem } .text { white-space: pre-wrap; margin: 0 }
+.text span { border-radius: 2px } .key span { padding: .1rem .5rem; border-radius: 2px }
+@media (prefers-color-scheme: dark) { body { background: #1b1b1b; color: #eee; } }
+</style></head><body>
+<h1>%(title)s</h1>
+<p class="key">Cosine of each token's activation with the direction: %(key)s. Hold the pointer over a token for its
+number.</p>
+%(parts)s
+</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class TokenCosines:
+    """A text's tokens, as pieces that join to it, and the cosine of each one's activation with a layer's direction."""
+
+    layer: int
+    pieces: tuple[str, ...]
+    cosines: tuple[float, ...]
+
+
+def token_cosines(
+    lm: LM, steering: Steering, text: str, layers: Sequence[int] | None = None, *, transfer: bool = False
+) -> list[TokenCosines]:
+    """`cos(h_l[t], v_l)` for every token of a plain text, read unsteered, at each of these layers (default: all).
+
+    A direction that is added with a negative strength counts the other way round. Raises `TrimtabError` for an
+    empty text, a layer without a direction or with several, and a steering of another model unless `transfer`.
+    """
+    import torch
+
+    from trimtab.steering import Positions
+
+    found = directions(steering if layers is None else steering.only(layers))
+    lm.check(steering, transfer=transfer)
+    ids = lm.encode(text, chat=False)
+    if not ids:
+        raise TrimtabError("the text is empty; there is no token to read")
+    (read,) = lm.capture(text, list(found), Positions.all(), chat=False)
+    shown = tuple(pieces(lm.tokenizer, ids))
+    result = []
+    for site, values in read.items():
+        cosines = torch.cosine_similarity(values.double().cpu(), found[site.layer][None], dim=-1)
+        result.append(TokenCosines(site.layer, shown, tuple(cosines.tolist())))
+    return result
+
+
+def reach(found: Sequence[TokenCosines]) -> float:
+    """The cosine that has the full colour: the largest of either sign, first tokens aside, which lie apart from all."""
+    values = [abs(value) for one in found for value in one.cosines[1:] or one.cosines]
+    return max(max(values), 1e-6)
+
+
+def coloured_cosines(one: TokenCosines, full: float) -> Text:
+    """The text for a terminal: blue where it lies along the direction, red against it; `full` is `reach`'s."""
+    from rich.style import Style
+    from rich.text import Text
+
+    text = Text()
+    for piece, cosine in zip(one.pieces, one.cosines, strict=True):
+        red, green, blue = _mixed(cosine, full)
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 115
+        text.append(piece, Style.parse(f"{'#ffffff' if dark else '#222222'} on #{red:02x}{green:02x}{blue:02x}"))
+    return text
+
+
+def tokens_page(found: Sequence[TokenCosines], title: str) -> str:
+    """An HTML page, with nothing loaded from elsewhere: the text once for each layer, coloured."""
+    full = reach(found)
+    parts = []
+    for one in found:
+        spans = "".join(
+            f'<span style="background: {_shade(cosine, full)}" title="{cosine:+.3f}">{html.escape(piece)}</span>'
+            for piece, cosine in zip(one.pieces, one.cosines, strict=True)
+            if piece
+        )
+        parts.append(f'<h2>layer {one.layer}</h2>\n<p class="text">{spans}</p>')
+    key = " ".join(
+        f'<span style="background: {_shade(value, full)}">{value:+.2f}</span>'
+        for value in (-full, -full / 2, full / 2, full)
+    )
+    return PAGE % {"title": html.escape(title), "key": key, "parts": "\n".join(parts)}
+
+
+def draw_tokens(found: Sequence[TokenCosines], title: str) -> bytes:
+    """A PNG: bars token by token for one layer, in lines as text has them; for several, a map of layer × token.
+
+    Raises `TrimtabError` when matplotlib is missing.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
+    full, count = reach(found), len(found[0].pieces)
+    starts = range(0, count, PER_LINE)
+    tall = 1.7 if len(found) == 1 else 0.9 + 0.13 * len(found)
+    wide = 1.5 + 0.26 * min(count, PER_LINE)
+    figure = Figure(figsize=(max(4.0, wide), 0.6 + len(starts) * (tall + 0.3)), layout="constrained")
+    lines = figure.subplots(len(starts), 1, squeeze=False)[:, 0]
+    for axes, start in zip(lines, starts, strict=True):
+        part = slice(start, start + PER_LINE)
+        if len(found) == 1:
+            _bars(axes, found[0], part, full)
+        else:
+            image = _layers(axes, found, part, full)
+        labels = [_label(piece) for piece in found[0].pieces[part]]
+        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
+        axes.set_xlim(-0.5, min(count, PER_LINE) - 0.5)
+        axes.tick_params(axis="x", length=0)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+        axes.spines["left"].set_visible(len(found) == 1)
+    if len(found) > 1:
+        figure.colorbar(image, ax=list(lines), shrink=0.85).set_label("cosine", fontsize=9)
+    figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
+    return as_png(figure)
+
+
+def _bars(axes: Any, one: TokenCosines, part: slice, full: float) -> None:
+    values = one.cosines[part]
+    colours = ["#%02x%02x%02x" % (BLUE if value > 0 else RED) for value in values]
+    axes.bar(range(len(values)), values, color=colours, width=0.8)
+    for i, value in enumerate(values):
+        if abs(value) > 1.08 * full:  # cut off: say how far it would go
+            side = "top" if value > 0 else "bottom"
+            at = full if value > 0 else -full
+            axes.text(i, at, f"{value:+.2f}", ha="center", va=side, rotation=90, fontsize=8, color="white")
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_ylim(-1.08 * full, 1.08 * full)
+    axes.set_ylabel("cosine", fontsize=9)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def _layers(axes: Any, found: Sequence[TokenCosines], part: slice, full: float) -> Any:
+    values = [one.cosines[part] for one in found]
+    image = axes.imshow(values, cmap="RdBu", vmin=-full, vmax=full, aspect="auto", origin="lower")
+    step = max(1, len(found) // 8)
+    shown = range(0, len(found), step)
+    axes.set_yticks(shown, [str(found[i].layer) for i in shown], fontsize=8)
+    axes.set_ylabel("layer", fontsize=9)
+    return image
+
+
+def _label(piece: str) -> str:
+    """A token as a tick has it: a line's end is shown, and what is long or empty is cut or marked."""
+    text = piece.replace("\n", "⏎").strip(" ")
+    return (text if len(text) <= 12 else text[:11] + "…") or "·"
+
+
+def _share(cosine: float, full: float) -> float:
+    return min(1.0, abs(cosine) / full)
+
+
+def _mixed(cosine: float, full: float) -> tuple[int, int, int]:
+    """White, mixed with the colour of the sign."""
+    share = _share(cosine, full)
+    red, green, blue = (round(255 + share * (part - 255)) for part in (BLUE if cosine > 0 else RED))
+    return red, green, blue
+
+
+def _shade(cosine: float, full: float) -> str:
+    """The same for a page, whatever its background."""
+    red, green, blue = BLUE if cosine > 0 else RED
+    return f"rgba({red},{green},{blue},{0.85 * _share(cosine, full):.2f})"

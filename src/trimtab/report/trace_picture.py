@@ -1,0 +1,71 @@
+"""A picture of traces: for each answer, what rejection did at each of its tokens, rung by rung."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.decoding.trace import Trace
+from trimtab.errors import TrimtabError
+from trimtab.files.target import write_atomically
+from trimtab.report.plots import check_matplotlib
+from trimtab.report.traces import kind_of
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.generate import Generation
+
+COLOURS = {"steered": "#3f8f3c", "weakened": "#d9a514", "rejected": "#c8452f"}
+MOST = 12
+
+
+def plot_traces(answers: Sequence[Generation], path: Path) -> None:
+    """Draw the traces of answers, below each other: the tokens from left to right, a line for each rung.
+
+    A mark stands where the gate was open: at the rung that was accepted, or at the bottom where all were rejected. It
+    is filled where the token is another than the raw model's. Of more than 12 traces the first 12 are drawn.
+
+    Raises `TrimtabError` when matplotlib is missing, or no answer has a trace with a token in it.
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    traces = [one.trace for one in answers if one.trace is not None and one.trace.steps]
+    if not traces:
+        raise TrimtabError("no answer has a trace, so there is nothing to draw; generate with rejection")
+    shown = traces[:MOST]
+    heights = [0.7 + 0.26 * (len(trace.rungs) + 1) for trace in shown]
+    figure = Figure(figsize=(9, sum(heights) + 0.5), layout="constrained")
+    panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, trace in zip(panels, shown, strict=True):
+        _draw(axes, trace)
+    panels[-1].set_xlabel("token; filled: another than the raw model's")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].set_xlim(0, max(len(trace.steps) for trace in shown) + 1)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
+    write_atomically(path, data.getvalue())
+
+
+def marks(trace: Trace) -> list[tuple[int, int, str, bool]]:
+    """`(token from 1, line from 0, kind, changed)` of each open gate; the last line is that of "all rejected"."""
+    return [
+        (number, len(trace.rungs) if step.rung is None else step.rung, kind_of(step), step.replaced is not None)
+        for number, step in enumerate(trace.steps, 1)
+        if step.open
+    ]
+
+
+def _draw(axes: Any, trace: Trace) -> None:
+    labels = [*trace.rungs, "all rejected"]
+    for number, line, kind, changed in marks(trace):
+        colour = COLOURS[kind]
+        axes.plot(number, line, "o", markersize=5, markeredgecolor=colour, color=colour if changed else "white")
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)  # the strongest at the top
+    share = f"gate open at {trace.open_share:.0%} of {len(trace.steps)} tokens, {trace.changed_share:.0%} changed"
+    axes.set_title(share, loc="left", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
