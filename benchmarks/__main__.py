@@ -162,6 +162,7 @@ def directer(
     naive_rounds: Annotated[int, typer.Option(min=0, help="Prompts that the naive form is run on.")] = 4,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     bench: Annotated[bool, typer.Option(help="Run on the bench model, too, where it can be built.")] = True,
+    default: Annotated[bool, typer.Option(help="Run on the default model.")] = True,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -175,7 +176,7 @@ def directer(
     other = bench_model(data.parent / "tools" / "fetch_bench_model.sh") if bench else ""
     if bench and not other:
         Console(stderr=True).print("the bench model can't be built here; running on the default model alone")
-    finish(run(data, rounds, tokens, batch or [1, 8], naive_rounds, other), json_file, check, as_markdown)
+    finish(run(data, rounds, tokens, batch or [1, 8], naive_rounds, other, default), json_file, check, as_markdown)
 
 
 @app.command("eval")
@@ -206,6 +207,10 @@ def behaviours(
     held_out: Annotated[int, typer.Option(min=2, help="Other pairs, to choose the layer on.")] = 24,
     seeds: Annotated[int, typer.Option(min=1, help="Random directions.")] = 3,
     questions: Annotated[int, typer.Option(min=2, help="Questions of MMLU.")] = 57,
+    dose: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="What share of the activation strength 1 pushes by; else the vectors' own length."),
+    ] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -217,7 +222,7 @@ def behaviours(
     if not (data / "caa").is_dir() or not (data / CAPABILITY).is_file():
         Console(stderr=True).print(f"skipped: {data} has no caa or no {CAPABILITY}; name the data with --data")
         return
-    finish(run(model, data, folder, limit, pairs, held_out, seeds, questions), json_file, check, as_markdown)
+    finish(run(model, data, folder, limit, pairs, held_out, seeds, questions, dose), json_file, check, as_markdown)
 
 
 @app.command()

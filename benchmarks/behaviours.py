@@ -27,7 +27,7 @@ from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.evaluate.records import Record, Request
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM
-from trimtab.methods.caa import equalised, learn_behaviours
+from trimtab.methods.caa import Norm, equalised, learn_behaviours
 from trimtab.report.sweep import Cell, draw_sweep
 from trimtab.steering import Steering
 from trimtab.text.chat import has_template
@@ -118,14 +118,19 @@ def run(
     held_out: int,
     seeds: int,
     questions: int,
+    dose: float | None = None,
 ) -> Report:
-    """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder."""
+    """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder.
+
+    With a `dose`, strength 1 is a push of that share of the pairs' activations; without it, the mean length of the
+    behaviours' own vectors.
+    """
     lm = LM.load(model)
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in SYSTEM if (data / "caa" / name).is_dir()]
     parts = {name: read(data / "caa" / name, limit, pairs, held_out) for name in names}
     layers = sorted({round(depth * lm.layout.layers) for depth in DEPTHS})
-    vectors = learn(lm, {name: part.learn for name, part in parts.items()}, layers, folder)
+    vectors = learn(lm, {name: part.learn for name, part in parts.items()}, layers, folder, dose)
     chosen, curves = {}, {}
     for name, part in parts.items():
         chosen[name] = choose(lm, name, part.held_out, vectors[name], folder)
@@ -166,8 +171,11 @@ def stem(question: str) -> str:
     return question.partition("(A)")[0].partition("Choices:")[0].strip()
 
 
-def learn(lm: LM, items: Mapping[str, Sequence[ABItem]], layers: Sequence[int], folder: Path) -> dict[str, Steering]:
-    """The behaviours' vectors at all the layers, equally long at each (the paper's normalisation)."""
+def learn(
+    lm: LM, items: Mapping[str, Sequence[ABItem]], layers: Sequence[int], folder: Path, dose: float | None
+) -> dict[str, Steering]:
+    """The behaviours' vectors at all the layers, equally long at each (the paper's normalisation), or of a dose."""
+    norm: Norm = "raw" if dose is None else "relative"
     pairs = {
         name: [Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in of] for name, of in items.items()
     }
@@ -175,14 +183,17 @@ def learn(lm: LM, items: Mapping[str, Sequence[ABItem]], layers: Sequence[int], 
     for name in pairs:
         path = folder / f"{name}.safetensors"
         kept = load_steering(path) if path.is_file() else None
-        if kept is not None and (kept.card.data, list(kept.layers)) == (digest(pairs[name]), list(layers)):
+        wanted = (digest(pairs[name]), list(layers), norm)
+        if kept is not None and (kept.card.data, list(kept.layers), kept.card.options["norm"]) == wanted:
             lm.check(kept)
             found[name] = kept
     if missing := {name: of for name, of in pairs.items() if name not in found}:
-        new = learn_behaviours(lm, missing, layers, progress=say("learning"))
+        new = learn_behaviours(lm, missing, layers, norm=norm, progress=say("learning"))
         for name, vector in new.items():
             save_steering(vector, folder / f"{name}.safetensors")
         found |= new
+    if dose is not None:
+        return {name: dose * found[name] for name in pairs}
     return equalised({name: found[name] for name in pairs})
 
 

@@ -84,18 +84,27 @@ def _after(prompt: str, query: str) -> str:
     return rest.lstrip(".!?").strip() if rest[:1] in (".", "!", "?") else ""
 
 
-def run(folder: Path, rounds: int, tokens: int, batches: Sequence[int], naive_rounds: int, bench_model: str) -> Report:
-    """Speed and memory on the default model and, where there is one, on the bench model (a `.gguf` file)."""
+def run(
+    folder: Path,
+    rounds: int,
+    tokens: int,
+    batches: Sequence[int],
+    naive_rounds: int,
+    bench_model: str,
+    default: bool = True,
+) -> Report:
+    """Speed and memory on the default model (unless told not to) and, where there is one, on the bench model (a
+    `.gguf` file), there without memory."""
     asked = clean_suffixes(folder)[:COUNT]
     results: list[Result] = []
     for name, path in (("default model", None), ("bench model", bench_model or None)):
-        if name == "bench model" and path is None:
+        if not (default if name == "default model" else path):
             continue
         lm = LM.load(path, dtype="float32")
         for batch in batches:
             results += _speed(f"{name}, batch {batch}", lm, asked, batch, rounds, tokens, naive_rounds)
         del lm
-    for batch in batches:
+    for batch in batches if default else ():
         results.append(_memory(f"default model, batch {batch}", folder, batch, tokens))
     return Report("directer", machine(), versions(), tuple(results))
 
