@@ -9,6 +9,8 @@ import pytest
 import tiny
 import torch
 from tiny import LAYERS, direction, prompt
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
@@ -251,3 +253,41 @@ class TestAuto:
             again = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(min_layers=1), max_new_tokens=2)
             assert first[0].trace.schedule == again[0].trace.schedule == expected
         lm._row_costs.clear()
+
+
+class _Largest(TorchDispatchMode):
+    """The most elements that one operation put into memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.elements = max(self.elements, x.numel())
+        return made
+
+
+@pytest.mark.parametrize("copying", [False, True])
+def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch, copying: bool) -> None:
+    """No tensor as large as a layer's keys is made, however long the text; where keys are copied, one is seen."""
+    length, seen, run = 110, _Largest(), Rows.run
+
+    def watched(self: Rows, token: Any, cache: Any, *args: Any, **given: Any) -> torch.Tensor:
+        with seen:
+            if copying:
+                cache.layers[0].keys.clone()
+            return run(self, token, cache, *args, **given)
+
+    monkeypatch.setattr(Rows, "run", watched)
+    rejection = Rejection(1e-3, schedule="two_phase", min_layers=LAYERS, ranking=tuple(range(LAYERS)))
+    text = prompt(1, length)
+    (answer,) = lm.generate([text], emphasize=" ".join(text.split()[3:9]), rejection=rejection, max_new_tokens=4)
+    assert answer.trace is not None and any(step.open for step in answer.trace.steps)
+    config = lm.model.config
+    past = config.num_key_value_heads * length * config.head_dim
+    assert config.num_attention_heads * length < past  # one rung's scores are smaller
+    assert (seen.elements >= past) == copying
