@@ -286,7 +286,8 @@ def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch,
     rejection = Rejection(1e-3, schedule="two_phase", min_layers=LAYERS, ranking=tuple(range(LAYERS)))
     text = prompt(1, length)
     (answer,) = lm.generate([text], emphasize=" ".join(text.split()[3:9]), rejection=rejection, max_new_tokens=4)
-    assert answer.trace is not None and any(step.open for step in answer.trace.steps)
+    assert answer.trace is not None
+    assert any(step.open for step in answer.trace.steps)
     config = lm.model.config
     past = config.num_key_value_heads * length * config.head_dim
     assert config.num_attention_heads * length < past  # one rung's scores are smaller
