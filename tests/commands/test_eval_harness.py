@@ -169,7 +169,7 @@ def test_a_gate_reads_the_context(steered, tmp_path):
     heights = [float(x.double() @ direction.double()) for x in reads]
     middle = sorted(heights)[2] + 1e-6
     gate = Threshold(Site(1), direction, middle * 1.0)
-    open_for = [gate.is_open({Site(1): x}) for x in reads]
+    open_for = [gate.is_open({gate.reading: x}) for x in reads]
     assert {True, False} == set(open_for)
     file = tmp_path / "gated.safetensors"
     save(Steering((Edit(Site(2), Add(20 * direction), gate=gate),)), file)
