@@ -89,6 +89,7 @@ def test_verdicts() -> None:
     assert slope({-2.0: 0.1, -1.0: 0.2, 1.0: 0.4, 2.0: 0.5}) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_tables_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = letters_lm()
     monkeypatch.setattr(LM, "load", lambda *_: lm)

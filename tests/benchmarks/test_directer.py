@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import tiny
 
 from benchmarks.directer import PROMPTS, WITHOUT, Asked, clean_suffixes, naive
@@ -32,6 +33,7 @@ def test_clean_suffixes(tmp_path: Path) -> None:
     assert clean_suffixes(tmp_path) == expected
 
 
+@pytest.mark.slow
 def test_the_naive_form_gives_the_same_tokens() -> None:
     lm = tiny.tiny("llama", seed=2)
     for seed in range(4):

@@ -252,6 +252,7 @@ def test_a_failure_is_one_line_and_exit_1(trimtab, monkeypatch):
         trimtab("generate", "--prompt", "Why?")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_learning(model, tmp_path):
     out = tmp_path / "s.safetensors"
     pairs = tmp_path / "pairs.jsonl"
@@ -283,6 +284,7 @@ sys.exit(trimtab.commands.main(sys.argv[1:]))
     assert {path.name for path in tmp_path.iterdir()} == {"s.safetensors", "pairs.jsonl", "ready"}
 
 
+@pytest.mark.slow
 def test_a_real_process(tmp_path, model):
     """The exit code and the streams, as a shell sees them."""
     command = [sys.executable, "-m", "trimtab", "generate", "--model", str(model), "--prompt", "Why?", "--json"]

@@ -138,6 +138,7 @@ def test_help_teaches(trimtab):
     assert "ifeval" in trimtab("eval", "--help").out
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_file_that_goes_on(ifeval, model, prompts, steering, tmp_path):
     many, out = tmp_path / "many.jsonl", tmp_path / "r.jsonl"
     many.write_text("".join(json.dumps({**row(n, ASKED[n % 5]), "key": n}) + "\n" for n in range(60)))

@@ -11,6 +11,8 @@ import pytest
 
 from trimtab.evaluate.records import read_records
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft", reason="needs trimtab[finetune]")
 
 WORDS = ["the sea", "a question", "an answer", "the user", "it", "capitals", "blue"]

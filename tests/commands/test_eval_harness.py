@@ -18,6 +18,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="needs trimtab[lm-eval]")
 
 from trimtab.evaluate.harness import SteeredHFLM  # noqa: E402 (after the skip)
 
+pytestmark = pytest.mark.slow
+
 CHOICE = """
 task: local_choice
 dataset_path: json

@@ -321,6 +321,7 @@ def test_punkt_out_of_reach_or_altered(no_punkt, monkeypatch):
     assert follows("punctuation:no_comma", {}, "Nothing to fetch")
 
 
+@pytest.mark.slow
 def test_without_the_package(tmp_path):
     """What a user sees who hasn't installed the extra."""
     program = (

@@ -17,6 +17,8 @@ pytest.importorskip("peft", reason="needs trimtab[finetune]")
 from trimtab.evaluate.ab import ABItem, requests_of, score_ab
 from trimtab.evaluate.lora import Lora, Target, finetuned, load_adapter, loss, target
 
+pytestmark = pytest.mark.slow
+
 QUICK = Lora(learning_rate=5e-3, epochs=4, batch_size=4)
 
 

@@ -124,6 +124,7 @@ def test_tensor_names(tmp_path):
         assert {name for name in found if "gate" not in name} == names
 
 
+@pytest.mark.slow
 def test_the_same_bytes_in_every_process(tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); from test_steering_file import *;"

@@ -323,6 +323,7 @@ def real_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(QWEN.parent, gguf_file=QWEN.name)
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("template", [True, False])
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5"])
