@@ -138,7 +138,7 @@ def _speed(
     runs: dict[str, Callable[[], float]] = {"unsteered": unsteered, "first": first}
     for name in SCHEDULES:
         runs[name] = _each(chunks, lambda chunk, name=name: _traced(lm, chunk, tokens, name, seen[name]))  # type: ignore[misc]
-    values = interleave(runs, rounds)
+    values = interleave(runs, rounds, case=case)
     on_gpu = lm.model.device.type == "cuda"
     results = [
         summarized(case, f"{name}, time a token", "ms", [1000 * v for v in values[name]])
@@ -173,7 +173,7 @@ def _speed(
             "naive": _each(chunks, lambda chunk: naive(lm, chunk[0], tokens)[1] / tokens),
             "auto": _each(chunks, lambda chunk: _traced(lm, chunk, tokens, "auto", Seen())),
         }
-        found = interleave(pair, naive_rounds)
+        found = interleave(pair, naive_rounds, case=case)
         results.append(summarized(case, "naive, time a token", "ms", [1000 * v for v in found["naive"]]))
         results.append(
             summarized(case, "naive / auto, time a token", "ratio", ratios(found["naive"], found["auto"]), NAIVE)

@@ -103,7 +103,7 @@ def _case(
         request = {"layers": layers, "pairs": pairs, "batch": batches.get(name), "save": str(saved[name])}
         return lambda: pairs / workers[name].seconds(**request)
 
-    values = interleave({name: speed(name) for name in workers}, rounds, warm_ups=0)
+    values = interleave({name: speed(name) for name in workers}, rounds, warm_ups=0, case=case)
     fastest = [max(values[name][i] for name in batches) for i in range(rounds)]
     named = {name: f"{name} (batch {batches[name]})" if name in batches else name for name in workers}
     cosine = _least_cosine(load_file(saved[OURS]), load_file(saved[REFERENCE]))

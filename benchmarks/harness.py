@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,8 +78,10 @@ class Report:
         }
 
 
-def interleave(runs: Mapping[str, Run], rounds: int, *, warm_ups: int = 1) -> dict[str, list[float]]:
+def interleave(runs: Mapping[str, Run], rounds: int, *, warm_ups: int = 1, case: str = "") -> dict[str, list[float]]:
     """What each run returns, round by round; the order rotates, and the first `warm_ups` rounds don't count.
+
+    Each value is also printed as it comes, to stderr: a long benchmark that is stopped has then said something.
 
     Values of the same round are neighbours in time, so their ratios are little disturbed by a machine that
     slows down or speeds up over minutes.
@@ -89,6 +92,8 @@ def interleave(runs: Mapping[str, Run], rounds: int, *, warm_ups: int = 1) -> di
         first = number % len(names)
         for name in names[first:] + names[:first]:
             value = runs[name]()
+            label = f"round {number + 1} of {rounds}" if number >= 0 else "warm-up"
+            print(f"{case}{', ' if case else ''}{label}: {name} {value:.4g}", file=sys.stderr, flush=True)
             if number >= 0:
                 values[name].append(value)
     return values

@@ -122,7 +122,7 @@ def _speed(lm: LM, case: Case, norms: Sequence[float], rounds: int, tokens: int)
         "unsteered": _timed(lambda: _generate(lm, case.batch, None, tokens), new),
         "steered": _timed(lambda: _generate(lm, case.batch, steerings, tokens), new),
     }
-    values = interleave(runs, rounds)
+    values = interleave(runs, rounds, case=case.name)
     by_name = [summarized(case.name, name, "tokens/s", values[name]) for name in runs]
     return [
         *by_name,
