@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class _Run:
     """One pass: which request each row is of, and what is done in it."""
 
     raw: RawCache
+    rows: int
     columns: int  # of the cache with the token that is being decoded, pads included
     spans: list[tuple[int, slice]]  # request -> its rows, which are neighbours
     padding: Tensor | None  # [requests, columns]
@@ -200,18 +202,23 @@ class Rows:
         requests: Sequence[int],
         *,
         raw_enters_cache: bool = False,
+        joining: Sequence[int] = (),
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
         `requests[i]` is the request of row i; the rows of one are neighbours. `columns` counts the cache's columns
         with this token. With `raw_enters_cache`, the unsteered rows, one for each request in order, put their keys
         and values into the cache; otherwise the raw pass has done so.
+
+        With `joining`, all rows are of one request, row 0 is unsteered, and row i + 1 isn't steered before block
+        `joining[i]` (these rise): until there it is row 0, and is computed from there on. Only row 0's logits come.
         """
         device = token.ids.device
         picked = torch.tensor([-1 if version is None else version for version in chosen], device=device)
         self._plan = versions.plan
         self._run = _Run(
             cache,
+            len(chosen),
             columns,
             _neighbours(requests),
             None if token.mask is None or bool(token.mask.all()) else token.mask.bool(),
@@ -220,12 +227,35 @@ class Rows:
             (picked < 0).nonzero().flatten() if raw_enters_cache else None,
         )
         try:
-            with using(self._configs, self._name):
-                inputs = token.rows(torch.tensor(list(requests), device=device))
+            with using(self._configs, self._name), self._joined(joining):
+                inputs: dict[str, Any] = token.rows(
+                    torch.tensor(list(requests[:1] if joining else requests), device=device)
+                )
+                if joining and "logits_to_keep" in signature(self.model.forward).parameters:
+                    inputs["logits_to_keep"] = 1
                 output = self.model(**inputs, past_key_values=_RowCache(self._run), use_cache=True, return_dict=True)
         finally:
             self._run = None
         return output.logits[0]
+
+    @contextmanager
+    def _joined(self, joining: Sequence[int]) -> Iterator[None]:
+        """Hooks by which a row joins before each of these blocks, as a copy of row 0."""
+
+        def join(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            if "hidden_states" in kwargs:
+                return args, {**kwargs, "hidden_states": _with_another(kwargs["hidden_states"])}
+            return (_with_another(args[0]), *args[1:]), kwargs
+
+        handles: list[Any] = []
+        try:
+            for layer in joining:
+                block = self.layout.blocks[layer]
+                handles.append(block.register_forward_pre_hook(join, with_kwargs=True, prepend=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _states(
         self, versions: Versions, chosen: Sequence[int | None], columns: int, device: torch.device
@@ -243,7 +273,7 @@ class Rows:
         if run is None or run.states is None or self._plan is None or site not in self._plan.stages:
             return None
         x = given.view(1, -1, given.shape[-1])
-        states = run.states.to(x.device)
+        states = run.states[: x.shape[1]].to(x.device)
         for stage in self._plan.stages[site]:
             x = _edited(stage, states, x)
         return x.view(given.shape)
@@ -274,6 +304,8 @@ class Rows:
         steered = run.scores.get(run.layer)
         run.layer = None
         heads, rows, size = query.shape[1:]
+        if steered is not None and rows < run.rows:
+            steered = steered.select(torch.arange(rows, device=query.device))
         groups, length = past_keys.shape[1:3]
         wide = torch.promote_types(query.dtype, torch.float32)
         scaling = given.get("scaling")
@@ -307,6 +339,11 @@ class Rows:
             given_weights = weights[:, span, :-1].reshape(groups, -1, length - 1)
             own[:, span] += (given_weights @ past_values[request, :, :-1]).view(heads, -1, own.shape[-1])
         return own.transpose(0, 1)[None].contiguous(), None
+
+
+def _with_another(x: Tensor) -> Tensor:
+    """Rows `[1, rows, width]` and one more, a copy of the first."""
+    return torch.cat([x, x[:, :1]], 1)
 
 
 def _edited(stage: Stage, states: Tensor, x: Tensor) -> Tensor:
