@@ -243,6 +243,36 @@ def emphasis(
     finish(run(model, data, folder, limit, tokens), json_file, check, as_markdown)
 
 
+@app.command()
+def methods(
+    rounds: Annotated[int, typer.Option(min=0, help="Interleaved rounds that count; 0: memory alone.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 32,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch sizes; repeatable. 1 and 16 unless given.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this method (or: gate); repeatable.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, too, each case in a process of its own.")] = True,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Every method, and gates, against unsteered generation: time a token and peak memory."""
+    from benchmarks.methods import run
+
+    finish(run(batch or [1, 16], rounds, tokens, only or (), memory), json_file, check, as_markdown)
+
+
+@peaks.command("methods")
+def peak_methods(
+    batch: Annotated[int, typer.Option()],
+    tokens: Annotated[int, typer.Option()],
+    file: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    from benchmarks.methods import peak
+
+    print(json.dumps({"peak_mib": peak(file, batch, tokens)}))
+
+
 @peaks.command("directer")
 def peak_directer(
     data: Annotated[Path, typer.Option()],
