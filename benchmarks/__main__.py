@@ -266,9 +266,8 @@ def methods(
 def safety(
     folder: Annotated[Path, typer.Option(help="Where answers are kept; a second start goes on there.")],
     model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
-    limit: Annotated[
-        int, typer.Option(min=1, help="So many test requests of AdvBench, half as many of JailbreakBench.")
-    ] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="So many test requests of AdvBench.")] = 100,
+    jailbreaks: Annotated[int, typer.Option(min=0, help="So many of JailbreakBench.")] = 50,
     safe: Annotated[int, typer.Option(min=1, help="So many of XSTest's safe prompts.")] = 250,
     questions: Annotated[int, typer.Option(min=1, help="Questions of MMLU.")] = 114,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 24,
@@ -285,7 +284,7 @@ def safety(
             f"skipped: there is no {data / missing[0]}; name the folder of data sets with --data"
         )
         return
-    finish(run(model, data, folder, limit, safe, questions, tokens), json_file, check, as_markdown)
+    finish(run(model, data, folder, limit, jailbreaks, safe, questions, tokens), json_file, check, as_markdown)
 
 
 @app.command()

@@ -115,12 +115,13 @@ class Chosen:
     tried: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def run(model: str | None, data: Path, folder: Path, limit: int, safe: int, questions: int, tokens: int) -> Report:
-    """Learn, choose and test. `limit` requests of AdvBench and half as many of JailbreakBench, `safe` of XSTest's,
-    `questions` of MMLU's."""
+def run(
+    model: str | None, data: Path, folder: Path, limit: int, jailbreaks: int, safe: int, questions: int, tokens: int
+) -> Report:
+    """Learn, choose and test, on so many requests of AdvBench (`limit`), JailbreakBench, XSTest (`safe`) and MMLU."""
     lm = LM.load(model, dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
-    parts = read(data, limit, safe, questions)
+    parts = read(data, limit, jailbreaks, safe, questions)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
         chosen = choose(lm, parts, folder, tokens)
@@ -144,7 +145,7 @@ def run(model: str | None, data: Path, folder: Path, limit: int, safe: int, ques
 # ---- data --------------------------------------------------------------------------------------------------
 
 
-def read(data: Path, limit: int, safe: int, questions: int) -> Data:
+def read(data: Path, limit: int, jailbreaks: int, safe: int, questions: int) -> Data:
     """The sets, each split with a seed; a request of another set that was learned from is left out of the tests."""
     harmful = read_refusal(data / ADVBENCH)
     random.Random(0).shuffle(harmful)
@@ -155,7 +156,7 @@ def read(data: Path, limit: int, safe: int, questions: int) -> Data:
         random.Random(0).shuffle(kind)
     harmless = [one for both in zip(*kinds, strict=False) for one in both]
     used = {item.prompt.casefold() for item in harmful[: LEARN + TUNE]}
-    jailbreaks = [item for item in read_refusal(data / JAILBREAKS) if item.prompt.casefold() not in used]
+    others = [item for item in read_refusal(data / JAILBREAKS) if item.prompt.casefold() not in used]
     xstest = read_refusal(data / XSTEST)
     unsafe = [item.prompt for item in xstest if item.harmful]
     return Data(
@@ -167,8 +168,8 @@ def read(data: Path, limit: int, safe: int, questions: int) -> Data:
         ],
         tests={
             "AdvBench": harmful[LEARN + TUNE :][:limit],
-            "JailbreakBench": spread(jailbreaks, max(1, limit // 2)),
             "XSTest, safe": spread([item for item in xstest if not item.harmful], safe),
+            **({"JailbreakBench": spread(others, jailbreaks)} if jailbreaks else {}),
         },
         others={
             "XSTest, unsafe": spread(unsafe, GATED),

@@ -66,24 +66,25 @@ def lm(monkeypatch: pytest.MonkeyPatch) -> LM:
 
 
 def test_no_request_is_in_two_parts(data: Path, lm: LM) -> None:
-    parts = read(data, 12, 5, 4)
+    parts = read(data, 12, 10, 5, 4)
     tests = [item.prompt for items in parts.tests.values() for item in items]
     every = [*parts.harmful, *parts.harmless, *(item.prompt for item in parts.tune)]
     every += [one for others in parts.others.values() for one in others]
     assert len({*every, *parts.tests["AdvBench"]}) == len([*every, *parts.tests["AdvBench"]])
     assert not set(tests) & set(every)
     assert (len(parts.harmful), len(parts.harmless), len(parts.tune)) == (8, 8, 8)
-    assert [len(of) for of in parts.tests.values()][::2] == [12, 5]
+    assert [len(parts.tests[name]) for name in ("AdvBench", "XSTest, safe")] == [12, 5]
     assert 6 <= len(parts.tests["JailbreakBench"]) <= 10
-    assert read(data, 12, 5, 4) == parts
+    assert set(read(data, 12, 0, 5, 4).tests) == {"AdvBench", "XSTest, safe"}
+    assert read(data, 12, 10, 5, 4) == parts
 
 
 def test_a_run_answers_as_the_gated_steerings_themselves_do(
     data: Path, lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "run"
-    first = run(None, data, folder, 12, 5, 4, TOKENS)
-    parts = read(data, 12, 5, 4)
+    first = run(None, data, folder, 12, 10, 5, 4, TOKENS)
+    parts = read(data, 12, 10, 5, 4)
     chosen = benchmark.choose(lm, parts, folder, TOKENS)
     arms = benchmark.arms_of(lm, parts, chosen, folder)
     assert set(arms) == {UNSTEERED, VECTOR, RANDOM, CAST, BORROWED, ALIGNER, REJECTED}
@@ -116,13 +117,13 @@ def test_a_run_answers_as_the_gated_steerings_themselves_do(
     monkeypatch.setattr(lm, "next_logprobs", never)
     monkeypatch.setattr(benchmark, "learn_safety", never)
     monkeypatch.setattr(benchmark, "learn_inferaligner", never)
-    assert run(None, data, folder, 12, 5, 4, TOKENS).results == first.results
+    assert run(None, data, folder, 12, 10, 5, 4, TOKENS).results == first.results
 
 
 def test_the_choice_is_what_refuses_most_unbroken_then_the_lightest(
     data: Path, lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parts = read(data, 12, 5, 4)
+    parts = read(data, 12, 10, 5, 4)
     told = {"refused": {}, "dose": {}}
     names = [benchmark.name_of(one) for one in benchmark.SETTINGS]
     real = benchmark.answers
