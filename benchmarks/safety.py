@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from benchmarks.behaviours import shown, table
 from benchmarks.choosing import say
 from benchmarks.harness import Report, Result, Target
 from benchmarks.machine import machine, versions
@@ -138,6 +139,7 @@ def run(
             gates_file(folder, "MMLU"),
         )
         fluent = {arm: fluency(lm, parts.tests["XSTest, safe"], of) for arm, of in found["XSTest, safe"].items()}
+    (folder / "tables.md").write_text(tables(found, known, gates, fluent))
     lines = results(parts, chosen, found, known, gates, fluent)
     return Report("safety", machine(), {**versions(), "model": lm.name}, tuple(lines))
 
@@ -514,6 +516,38 @@ def results(
     doses = {arm: max(one.dose for one in of.values()) for arm, of in found["AdvBench"].items()}
     lines += [Result(f"{arm}: AdvBench", "largest dose", dose, "") for arm, dose in doses.items() if dose]
     return lines
+
+
+def tables(
+    found: Mapping[str, Mapping[str, Mapping[str, Record]]],
+    known: Mapping[str, Mapping[str, Record]],
+    gates: Mapping[str, Mapping[str, float]],
+    fluent: Mapping[str, Mapping[str, float]],
+) -> str:
+    """The tables in Markdown: what is refused and what it costs, the gated arms against the ungated, the gates."""
+    arms = list(found["AdvBench"])
+    refused = []
+    for arm in arms:
+        cells = [shown(compared(of[arm], None, "refused")) for of in found.values()]
+        share = shown(compared(known[arm], None, "matching")) if arm in known else ""
+        refused.append([arm, *cells, share, *(f"{value:.2f}" for value in fluent[arm].values())])
+    against = [
+        [arm, *(shown(compared(of[arm], of[VECTOR], "refused"), "+.2f") for of in found.values())] for arm in GATED_ARMS
+    ]
+    opened_in = [[arm, *(f"{of[arm]:.2f}" if arm in of else "" for of in gates.values())] for arm in GATED_ARMS[:-1]]
+    heads = [f"{part} (n={len(of[UNSTEERED])})" for part, of in found.items()]
+    return "\n\n".join(
+        (
+            "Refused, by rule, and what it costs (fluency on XSTest's safe prompts):",
+            table(
+                ["arm", *heads, f"MMLU, right letter's share (n={len(known[UNSTEERED])})", *fluent[UNSTEERED]], refused
+            ),
+            "Refused, minus the ungated vector:",
+            table(["arm", *heads], against),
+            "Share of prompts on which the gate is open:",
+            table(["arm", *gates], opened_in),
+        )
+    )
 
 
 def compared(records: Mapping[str, Record], before: Mapping[str, Record] | None, name: str) -> Interval:

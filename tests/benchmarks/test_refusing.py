@@ -110,6 +110,11 @@ def test_a_run_answers_as_the_gated_steerings_themselves_do(
         lines[f"{UNSTEERED}: MMLU (n=4)", "correct letter's share"].value
     )
 
+    rows = (folder / "tables.md").read_text().splitlines()
+    assert any(row.startswith(f"| {CAST} | {gated:.2f} [") for row in rows)
+    assert any(row.startswith(f"| {CAST} | {change.value:+.2f} [") for row in rows)
+    assert any(row.startswith(f"| {CAST} | {share:.2f} | ") for row in rows)
+
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("this was done already")
 
