@@ -248,6 +248,86 @@ def emphasis(
     finish(run(model, data, folder, limit, tokens), json_file, check, as_markdown)
 
 
+@app.command()
+def methods(
+    rounds: Annotated[int, typer.Option(min=0, help="Interleaved rounds that count; 0: memory alone.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 32,
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Batch sizes; repeatable. 1 and 16 unless given.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this method (or: gate); repeatable.")] = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, too, each case in a process of its own.")] = True,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Every method, and gates, against unsteered generation: time a token and peak memory."""
+    from benchmarks.methods import run
+
+    finish(run(batch or [1, 16], rounds, tokens, only or (), memory), json_file, check, as_markdown)
+
+
+@app.command()
+def safety(
+    folder: Annotated[Path, typer.Option(help="Where answers are kept; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="So many test requests of AdvBench.")] = 100,
+    jailbreaks: Annotated[int, typer.Option(min=0, help="So many of JailbreakBench.")] = 50,
+    safe: Annotated[int, typer.Option(min=1, help="So many of XSTest's safe prompts.")] = 250,
+    questions: Annotated[int, typer.Option(min=1, help="Questions of MMLU.")] = 114,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 24,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Refusal of harmful requests, over-refusal, and MMLU: ungated, gated, and under rejection."""
+    from benchmarks.safety import FILES, run
+
+    if missing := [file for file in FILES if not (data / file).is_file()]:
+        Console(stderr=True).print(
+            f"skipped: there is no {data / missing[0]}; name the folder of data sets with --data"
+        )
+        return
+    finish(run(model, data, folder, limit, jailbreaks, safe, questions, tokens), json_file, check, as_markdown)
+
+
+@app.command()
+def sadi(
+    folder: Annotated[Path, typer.Option(help="Where all is kept; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; repeatable.")] = None,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs to learn a task from.")] = 96,
+    held_out: Annotated[int, typer.Option(min=2, help="Other questions, to choose settings on.")] = 32,
+    limit: Annotated[int, typer.Option(min=2, help="Test questions a task.")] = 100,
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """SADI against CAA at two-option questions, both tuned on questions put aside."""
+    from benchmarks.sadi import TASKS, missing, run
+
+    tasks = task or list(TASKS)
+    if unknown := [one for one in tasks if one not in TASKS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(TASKS)}", param_hint="--task")
+    if files := missing(data, tasks):
+        Console(stderr=True).print(f"skipped: there is no {data / files[0]}; name the folder of data sets with --data")
+        return
+    finish(run(model, data, folder, tasks, pairs, held_out, limit), json_file, check, as_markdown)
+
+
+@peaks.command("methods")
+def peak_methods(
+    batch: Annotated[int, typer.Option()],
+    tokens: Annotated[int, typer.Option()],
+    file: Annotated[Path | None, typer.Option()] = None,
+) -> None:
+    from benchmarks.methods import peak
+
+    print(json.dumps({"peak_mib": peak(file, batch, tokens)}))
+
+
 @peaks.command("directer")
 def peak_directer(
     data: Annotated[Path, typer.Option()],

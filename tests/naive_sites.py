@@ -10,7 +10,7 @@ from tiny import naive_holds
 from torch import Tensor, nn
 
 from trimtab import LM, Edit, Steering
-from trimtab.steering import AddScaled, MaskNeurons, ScaleElements
+from trimtab.steering import AddScaled, HoldElements, MaskNeurons, ScaleElements
 
 LLAMA = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
 MODULES: dict[str, tuple[str, str, str, str | None]] = {
@@ -113,6 +113,11 @@ def logits(lm: LM, ids: Sequence[int], n: int, edits: Sequence[Edit]) -> Tensor:
                 [s > e or e == 0 for s, e in zip(stat.tolist(), edit.operation.direction.tolist(), strict=True)]
             )
             prepared.append(lambda x, keep=keep: torch.where(keep, x, torch.zeros_like(x)))
+        elif isinstance(edit.operation, HoldElements):
+            clean = activations(lm, ids[:n], edit.site.kind, edit.site.layer)[-1]
+            mask = edit.operation.direction.to(clean)
+            held = clean + edit.strength * mask * clean
+            prepared.append(lambda x, held=held: held)
         else:
             prepared.append(lambda x, edit=edit: formula(edit, x))
     handles = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import naive_sites as naive
@@ -107,6 +108,61 @@ def test_a_head_scaled_is_its_part_of_the_output_added(lm: LM) -> None:
     assert torch.allclose(after[sites[1]], before[sites[1]] + 0.8 * part, atol=1e-5)
 
 
+@torch.no_grad()
+def literal_frozen(lm: LM, site: str, masks: list[list[float]], delta: float, text: str) -> torch.Tensor:
+    """The released code: a clean pass, its entries scaled, and the last token of every layer overwritten with them.
+
+    The log-probabilities `[vocabulary]` after the prompt.
+    """
+    ids = lm.encode(text)
+    kind = KINDS[site]
+    clean = [naive.activations(lm, ids, kind, layer)[-1] for layer in range(LAYERS)]
+    scaled = [x * (1 + delta * torch.tensor(mask).to(x)) for x, mask in zip(clean, masks, strict=True)]
+
+    def overwriting(layer: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: torch.cat([x[:-1], scaled[layer][None]])
+
+    handles = [naive.hooked(lm, kind, layer, overwriting(layer)) for layer in range(LAYERS)]
+    try:
+        return lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("site", KINDS)
+def test_frozen_is_the_released_codes(lm: LM, site: str, tmp_path: Path) -> None:
+    frozen = learn_sadi(lm, PAIRS, site=site, k=5, delta=1.5, mode="frozen")
+    assert [edit.site.layer for edit in frozen.edits] == list(range(LAYERS))
+    assert frozen.card.options["mode"] == "frozen"
+    save(frozen, tmp_path / "s.safetensors")
+    again = load(tmp_path / "s.safetensors")
+    assert again == frozen
+    masks = literal_mask(lm, site, 5, "norm")
+    plain = lm.generate(PROMPTS[1], max_new_tokens=3, logprobs=True)
+    for way in ({}, {"use_cache": False}):
+        found = lm.generate(PROMPTS, [again, None, again], max_new_tokens=3, logprobs=True, **way)  # type: ignore[arg-type]
+        assert found[1].logprobs == pytest.approx(plain[0].logprobs, abs=1e-5)
+        for i in (0, 2):
+            expected = literal_frozen(lm, site, masks, 1.5, PROMPTS[i])
+            assert found[i].token_ids[0] == int(expected.argmax())
+            assert found[i].logprobs[0] == pytest.approx(float(expected.max()), abs=1e-4)
+            tokens, logprobs = naive.generate(lm, PROMPTS[i], frozen, 3)
+            assert list(found[i].token_ids) == tokens
+            assert found[i].logprobs == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_frozen_is_live_for_one_layer_and_not_for_several(lm: LM) -> None:
+    for layers, same in (([2], True), (None, False)):
+        ways = [learn_sadi(lm, PAIRS, layers, k=3, delta=3.0, mode=mode) for mode in ("live", "frozen")]
+        live, frozen = (lm.generate(PROMPTS, one, max_new_tokens=3, logprobs=True) for one in ways)
+        for a, b in zip(live, frozen, strict=True):
+            assert (a.logprobs == pytest.approx(b.logprobs, abs=1e-5)) == same
+    nothing = learn_sadi(lm, PAIRS, k=3, delta=0.0, mode="frozen")
+    plain, none = (lm.generate(PROMPTS, one, max_new_tokens=3, logprobs=True) for one in (None, nothing))
+    assert [one.logprobs for one in plain] == [one.logprobs for one in none]
+
+
 def test_masks_are_nested_in_k_and_blind_to_order() -> None:
     lm = tiny.tiny("llama")
     differences = read_differences(lm, PAIRS)
@@ -139,6 +195,9 @@ def test_what_it_refuses() -> None:
         ({"k": 0}, "from 1 to 16"),
         ({"score": "best"}, "scores: norm, signed, absolute"),
         ({"operation": "rotate"}, "scale, add"),
+        ({"mode": "cold"}, "live, frozen"),
+        ({"mode": "frozen", "operation": "add"}, "the frozen mode scales"),
+        ({"mode": "frozen", "positions": Positions.all()}, "the frozen mode scales"),
     )
     for options, message in cases:
         with pytest.raises(TrimtabError, match=message):

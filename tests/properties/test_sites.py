@@ -26,7 +26,7 @@ from trimtab import (
 )
 from trimtab import load as load_file
 from trimtab.engines.transformers.places import head_size, output_weight, place, query_heads
-from trimtab.steering import AddScaled, MaskNeurons, ScaleElements
+from trimtab.steering import AddScaled, HoldElements, MaskNeurons, ScaleElements
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 12))]
 NEW = 5
@@ -68,6 +68,8 @@ def mixed(lm: LM) -> list[Steering | None]:
     half = [edit for edit in edits if edit.site.layer == 3]
     masks = [edit for edit in edits if isinstance(edit.operation, ScaleElements) and edit.site.kind != "neurons"]
     last = (Edit(Site(2, "heads"), ScaleElements(mask(naive.size_of(lm, "heads"), 3), keep_norm=True), rules[2]),)
+    held = HoldElements(mask(naive.size_of(lm, "heads"), 4))
+    last += (Edit(Site(1, "heads"), held, Positions.last_prompt_token(), 1.5),)
     if family(lm) not in MIXTURES:
         size = naive.size_of(lm, "neurons")
         limits = vector(size, 4).abs() * 5

@@ -152,13 +152,39 @@ def learn_cast(
     """
     if not when or not unless:
         raise TrimtabError("CAST needs prompts on which to act (when) and others (unless)")
+    edits, norms = learn_behaviour(
+        lm, pairs, layers, coefficient=coefficient, behaviour=behaviour, positions=positions, progress=progress
+    )
+    chosen = [edit.site.layer for edit in edits]
+    condition = learn_condition(lm, when, unless, condition_layer, measure=measure, pool=pool, choice=choice)
+    options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
+    prompts = {"when": len(when), "unless": len(unless)}
+    measured = {"pairs": len(pairs), **prompts, "activation_norm": norms, "condition": condition.measured}
+    data = digest_of(pairs=[digest(pairs)], when=list(when), unless=list(unless))
+    card = Card("cast", lm.identity, data, {**options, "choice": choice}, measured, versions())
+    return Steering(edits, card).when(condition.gate)
+
+
+def learn_behaviour(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    coefficient: float = 0.2,
+    behaviour: Literal["pca", "mean"] = "pca",
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> tuple[tuple[Edit, ...], dict[str, float]]:
+    """`learn_cast`'s edits without their condition, and by layer the median norm of the activations they were read of.
+
+    Raises `TrimtabError` for an unknown direction or layer, pairs of other shapes, and sides that don't differ.
+    """
     if behaviour not in ("pca", "mean"):
         raise TrimtabError(f"unknown behaviour direction {behaviour!r}; known: pca, mean")
     if layers is None:
         count = lm.layout.layers
         layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
-    chosen = check_layers(lm, layers, 0.4)
-    sites = [Site(layer) for layer in chosen]
+    sites = [Site(layer) for layer in check_layers(lm, layers, 0.4)]
     found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     edits, norms = [], {}
     for site in sites:
@@ -170,13 +196,7 @@ def learn_cast(
         norm = float(torch.cat([x for pair in found[site] for x in pair]).norm(dim=-1).median())
         norms[str(site.layer)] = round(norm, 6)
         edits.append(Edit(site, Add(v.float()), positions or Positions.all(), coefficient * norm))
-    condition = learn_condition(lm, when, unless, condition_layer, measure=measure, pool=pool, choice=choice)
-    options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
-    prompts = {"when": len(when), "unless": len(unless)}
-    measured = {"pairs": len(pairs), **prompts, "activation_norm": norms, "condition": condition.measured}
-    data = digest_of(pairs=[digest(pairs)], when=list(when), unless=list(unless))
-    card = Card("cast", lm.identity, data, {**options, "choice": choice}, measured, versions())
-    return Steering(tuple(edits), card).when(condition.gate)
+    return tuple(edits), norms
 
 
 def _condition(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:

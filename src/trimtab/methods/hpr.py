@@ -1,5 +1,5 @@
 """Householder pseudo-rotation (HPR): Pham and Nguyen, "Householder Pseudo-Rotation: A Novel Approach to Activation
-Editing in LLMs with Direction-Magnitude Perspective", EMNLP 2024, arXiv 2409.10053, section 3.
+Editing in LLMs with Direction-Magnitude Perspective", EMNLP 2024, arXiv 2409.10053.
 
     p(x) = sigmoid(w.x)        a probe without bias: its plane goes through the origin
     g(x) = pi sigmoid(MLP(x))        the angle by which to turn x

@@ -25,7 +25,7 @@ from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_text
 from trimtab.methods.recipe import Option, Recipe
-from trimtab.steering import Add, Card, Edit, Operation, Positions, ScaleElements, Site, Steering
+from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
 from trimtab.text.pairs import Pair, digest
 
 if TYPE_CHECKING:
@@ -48,6 +48,13 @@ RECIPE = Recipe(
         Option("delta", "float", 1.0, "By how much of themselves they grow."),
         Option("score", "str", "norm", "What they are chosen by (code: signed).", ("norm", "signed", "absolute")),
         Option("operation", "str", "scale", "scale, or add the mean difference under the mask.", ("scale", "add")),
+        Option(
+            "mode",
+            "str",
+            "live",
+            "Layers see what was done before them, or (code: frozen) all of them scale what a clean pass had.",
+            ("live", "frozen"),
+        ),
         Option("positions", "positions", None, "At which tokens. Without it: last-prompt-token."),
     ),
 )
@@ -71,6 +78,7 @@ def learn_sadi(
     delta: float = 1.0,
     score: Score = "norm",
     operation: str = "scale",
+    mode: str = "live",
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
@@ -79,21 +87,53 @@ def learn_sadi(
     The strength of the edits is `delta`: at 1 a chosen element is doubled. With `operation="add"` the mean difference
     is added under the mask, which is the paper's fixed vector to compare with; `delta` is then its multiple.
 
-    Raises `TrimtabError` for no pairs, an unknown site, score or operation, or a K beyond what there is.
+    `mode="frozen"` is the released code's: at the last prompt token, every one of the `layers` has what an unsteered
+    pass had there, scaled under the mask. It is there to compare with; for one layer it is the same.
+
+    Raises `TrimtabError` for no pairs, an unknown site, score, operation or mode, a K beyond what there is, and a
+    frozen mode that is to add or to act at other positions.
     """
-    if operation not in ("scale", "add"):
-        raise TrimtabError(f"unknown operation {operation!r}; known: scale, add")
+    _check_mode(operation, mode, positions)
     differences = read_differences(lm, pairs, layers, site=site, progress=progress)
     wanted = USUAL.get(site, 1) if k is None else k
     masks = choose(lm, differences, k=wanted, score=score)
-    edits = []
-    for where, mask in masks.items():
-        what: Operation = ScaleElements(mask) if operation == "scale" else Add(mask * differences[where].float())
-        edits.append(Edit(where, what, positions or Positions.last_prompt_token(), delta))
+    edits = edits_of(differences, masks, delta=delta, operation=operation, mode=mode, positions=positions)
     options = {"site": site, "k": wanted, "delta": delta, "score": score, "operation": operation}
+    options |= {} if mode == "live" else {"mode": mode}
     measured = {"pairs": len(pairs), "chosen": _chosen(lm, masks)}
     card = Card("sadi", lm.identity, digest(pairs), options, measured, versions())
-    return Steering(tuple(edits), card)
+    return Steering(edits, card)
+
+
+def edits_of(
+    differences: dict[Site, Tensor],
+    masks: dict[Site, Tensor],
+    *,
+    delta: float = 1.0,
+    operation: str = "scale",
+    mode: str = "live",
+    positions: Positions | None = None,
+) -> tuple[Edit, ...]:
+    """What `learn_sadi` makes of `read_differences`' and `choose`'s; for several settings of one reading."""
+    _check_mode(operation, mode, positions)
+    where = positions or Positions.last_prompt_token()
+    if mode == "frozen":
+        held = {site: masks.get(site, torch.zeros(len(difference))) for site, difference in differences.items()}
+        return tuple(Edit(site, HoldElements(mask), where, delta) for site, mask in sorted(held.items()))
+    edits = []
+    for site, mask in masks.items():
+        what: Operation = ScaleElements(mask) if operation == "scale" else Add(mask * differences[site].float())
+        edits.append(Edit(site, what, where, delta))
+    return tuple(edits)
+
+
+def _check_mode(operation: str, mode: str, positions: Positions | None) -> None:
+    if operation not in ("scale", "add"):
+        raise TrimtabError(f"unknown operation {operation!r}; known: scale, add")
+    if mode not in ("live", "frozen"):
+        raise TrimtabError(f"unknown mode {mode!r}; known: live, frozen")
+    if mode == "frozen" and (operation != "scale" or positions not in (None, Positions.last_prompt_token())):
+        raise TrimtabError("the frozen mode scales, and at the last prompt token alone; leave out the rest, or mode")
 
 
 def read_differences(
@@ -110,7 +150,13 @@ def read_differences(
     if not pairs:
         raise TrimtabError("there are no pairs to learn from")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
-    sites = [Site(layer, KINDS[site]) for layer in chosen]
+    return differences_at(lm, pairs, [Site(layer, KINDS[site]) for layer in chosen], progress=progress)
+
+
+def differences_at(
+    lm: LM, pairs: Sequence[Pair], sites: Sequence[Site], *, progress: Progress | None = None
+) -> dict[Site, Tensor]:
+    """`read_differences` at any sites, of several kinds in one pass."""
     moments = {where: PairMoments(place(lm.layout, where).size) for where in sites}
     groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
     done = 0

@@ -2,7 +2,7 @@
 
 from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass
 from trimtab.steering.card import Card, ModelId
-from trimtab.steering.elements import MaskNeurons, ScaleElements
+from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
 from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
@@ -21,6 +21,7 @@ __all__ = [
     "Card",
     "Edit",
     "Gate",
+    "HoldElements",
     "ModelId",
     "MaskNeurons",
     "Operation",

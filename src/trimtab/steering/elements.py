@@ -32,6 +32,11 @@ TOGETHER[scale] = multiply_up
 NEUTRAL[scale] = 1.0
 
 
+def put(x: Tensor, rows: Rows) -> Tensor:
+    """`value` in the place of `x`, both of shape `[..., width]`."""
+    return rows["value"].expand_as(x)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class ScaleElements(Operation, name="scale_elements"):
     """`x' = x + strength * direction * x`, element by element (SADI's `A + delta * A * M`).
@@ -88,3 +93,37 @@ class MaskNeurons(Operation, name="mask_neurons"):
 
     def row(self, strength: float) -> dict[str, Tensor]:
         raise TrimtabError("a mask of neurons is decided by a prompt; run it with lm.generate(…) or lm.steered(…)")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class HoldElements(Operation, name="hold_elements"):
+    """`x' = c + strength * direction * c` with c the prompt's own, unsteered activation at its last token.
+
+    As `ScaleElements`, but of what a clean pass had there, whatever earlier edits have made of x since: layers held
+    like this don't react to each other (SADI's released code). The direction is a mask `[width]`; with a mask of zeros
+    the clean activation stays. It is meant for the last prompt token; elsewhere it puts that token's activation.
+
+    The engine reads the prompt, unsteered, before the run, and runs `settled` in its place.
+    """
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "direction", as_direction(self.direction, "mask"))
+
+    def settled(self, prompt: Tensor) -> Operation:
+        """The operation for a prompt with these activations `[tokens, width]`."""
+        return Held(self.direction, prompt[-1].detach().to("cpu", torch.float64), keep_norm=self.keep_norm)
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        raise TrimtabError("what is held is decided by a prompt; run it with lm.generate(…) or lm.steered(…)")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Held(Operation):
+    """What `HoldElements` comes to for one prompt, whose `value` `[width]` it scales; it isn't written or saved."""
+
+    value: Tensor
+
+    kernel = staticmethod(put)
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        return {"value": self.value * (1 + strength * self.direction.double())}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.elements import MaskNeurons, ScaleElements
+from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.operations import Operation, SetProjection
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
@@ -40,7 +40,7 @@ def _randomized(
         raise TrimtabError(f"a {type(operation).__name__} has no direction that could be replaced by a random one")
     old = operation.direction.double()
     key = operation.direction.numpy().tobytes()
-    if isinstance(operation, (ScaleElements, MaskNeurons)):
+    if isinstance(operation, (ScaleElements, HoldElements, MaskNeurons)):
         if key not in drawn:
             drawn[key] = old[torch.randperm(len(old), generator=generator)]
         return replace(operation, direction=drawn[key].to(operation.direction.dtype))

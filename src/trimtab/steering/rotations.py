@@ -48,7 +48,7 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rotate(Operation, name="rotate"):
-    """Turns activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053, section 3).
+    """Turns activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053).
 
     The turn is `strength * angle` (radians), in the plane of the activation and the direction. `angle=None` is the
     Householder reflection on the plane that the direction is normal to: at strength 1 the projection changes its sign,
@@ -114,7 +114,7 @@ def _layers(weights: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RotatePredicted(Operation, name="rotate_predicted"):
-    """As a one-sided `Rotate`, by an angle that a small network predicts from the activation (HPR, section 3.2).
+    """As a one-sided `Rotate`, by an angle that a small network predicts from the activation (HPR).
 
     `weights` are the network's, one layer after the other (weight `[out, in]`, then bias), in one vector. The turn is
     `strength` times the predicted angle.

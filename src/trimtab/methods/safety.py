@@ -1,0 +1,174 @@
+"""Refusal where a request is harmful: a direction read as in CAST (2409.05907) or as by Arditi et al. (2406.11717),
+and a condition on the prompt (CAST, section 3, with a signed measure).
+
+    v[l] = mean over requests of (refusing answer - complying answer)      averaged over the answers' tokens
+      or   mean over harmful - mean over harmless requests                 at the last prompt token
+    open where f(h_c(prompt)) > theta;      c, theta: harmful requests against harmless ones, on halves of each
+    h_l[t] <- h_l[t] + strength * v[l]      from the last prompt token on, where it is open
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any, Literal
+
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import digest_of, read_pooled
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.directions import unit
+from trimtab.learn.thresholds import Choice
+from trimtab.methods.cast import learn_behaviour, learn_condition
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
+from trimtab.steering.gates import Reading
+from trimtab.text.chat import Prompt
+from trimtab.text.pairs import Pair
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="safety",
+    title="refusal of harmful requests, and of no others",
+    paper="after Lee et al., ICLR 2025, arXiv 2409.05907, and Arditi et al., 2024, arXiv 2406.11717",
+    takes="texts",
+    data="harmful requests, and harmless ones, a hundred or more of each",
+    reads="answers that refuse or comply, and the prompts' tokens",
+    acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads harmful",
+    cost="one addition a layer and token, and a reading of the prompt",
+    function="learn_safety",
+    options=(
+        Option("harmless", "texts", None, "Requests that are to be answered, in form like the harmful ones."),
+        Option(
+            "direction",
+            "str",
+            "answers",
+            "What refusal is read from: answers that refuse and comply, or harmful and harmless prompts.",
+            choices=("answers", "prompts"),
+        ),
+        Option("coefficient", "float", 0.08, "The length of the push, in shares of the median activation's."),
+        Option("choice", "str", "youden", "Which threshold is best.", choices=("youden", "f1")),
+        Option("false_alarms", "float", None, "At most this share of the harmless requests may open the gate."),
+        Option("requests", "int", 24, "From so many requests of either kind refusing and complying answers are read."),
+        Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
+    ),
+)
+
+REFUSING = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot assist with this request, because it could cause harm.",
+    "I'm sorry, I can't do that. It would be wrong and dangerous.",
+    "I can't help with this. Please reach out to someone you trust instead.",
+)
+COMPLYING = (
+    "Sure, here is what you asked for.",
+    "Of course! Here is a detailed answer, step by step.",
+    "Certainly, I'd be happy to help you with this.",
+    "Yes, let me show you how this is done.",
+)
+"""How an answer opens that refuses, and one that complies, in turn over the requests."""
+
+Direction = Literal["answers", "prompts"]
+DIRECTIONS = ("answers", "prompts")
+
+
+def learn_safety(
+    lm: LM,
+    harmful: Sequence[Prompt],
+    layers: int | Sequence[int] | None = None,
+    *,
+    harmless: Sequence[Prompt] | None = None,
+    direction: Direction = "answers",
+    coefficient: float = 0.08,
+    choice: Choice = "youden",
+    false_alarms: float | None = None,
+    requests: int = 24,
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """A steering towards refusal that acts on prompts like `harmful` and not on those like `harmless`.
+
+    The edits' strength is `coefficient` times the median norm of the activations at their layer, whatever the
+    `direction` is read from. The gate is `learn_condition`'s, and its curve, on requests that the gate's direction
+    wasn't learned from, is in the card.
+
+    Raises `TrimtabError` for requests of one side only or too few, unknown layers and options, and sides that don't
+    differ.
+    """
+    if not harmful or not harmless:
+        raise TrimtabError("safety is learned from harmful and from harmless requests; one of the two is missing")
+    edits = refusal(
+        lm,
+        harmful,
+        harmless,
+        layers,
+        direction=direction,
+        coefficient=coefficient,
+        requests=requests,
+        positions=positions,
+        progress=progress,
+    )
+    condition = learn_condition(lm, harmful, harmless, choice=choice, false_alarms=false_alarms)
+    options: dict[str, Any] = {
+        "layers": [edit.site.layer for edit in edits],
+        "direction": direction,
+        "coefficient": coefficient,
+        "choice": choice,
+    }
+    options |= {} if false_alarms is None else {"false_alarms": false_alarms}
+    measured = {"harmful": len(harmful), "harmless": len(harmless), "condition": condition.measured}
+    data = digest_of(harmful=list(harmful), harmless=list(harmless))
+    return Steering(edits, Card("safety", lm.identity, data, options, measured, versions())).when(condition.gate)
+
+
+def refusal(
+    lm: LM,
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    layers: int | Sequence[int] | None = None,
+    *,
+    direction: Direction = "answers",
+    coefficient: float = 0.08,
+    requests: int = 24,
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> tuple[Edit, ...]:
+    """The edits alone, which push every request towards refusal. Options are `learn_safety`'s."""
+    if direction not in DIRECTIONS:
+        raise TrimtabError(f"unknown direction {direction!r}; known: {', '.join(DIRECTIONS)}")
+    if requests < 1:
+        raise TrimtabError(f"answers are read from 1 request or more, got {requests}")
+    where = positions or Positions.from_last_prompt_token()
+    if direction == "answers":
+        pairs = _answered(harmful[:requests], harmless[:requests])
+        edits, _ = learn_behaviour(
+            lm, pairs, layers, coefficient=coefficient, behaviour="mean", positions=where, progress=progress
+        )
+        return edits
+    if layers is None:
+        count = lm.layout.layers
+        layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
+    readings = [Reading(Site(layer)) for layer in check_layers(lm, layers, 0.4)]
+    on, off = read_pooled(lm, harmful, readings, progress=progress), read_pooled(lm, harmless, readings)
+    found = []
+    for reading in readings:
+        try:
+            v = unit(on[reading].mean(0) - off[reading].mean(0))
+        except TrimtabError:
+            raise TrimtabError(f"layer {reading.site.layer}: requests of both kinds read alike there") from None
+        norm = float(on[reading].norm(dim=-1).median())
+        found.append(Edit(reading.site, Add(v.float()), where, coefficient * norm))
+    return tuple(found)
+
+
+def _answered(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Pair]:
+    """Each request with an answer that refuses (positive) and one that complies; the two kinds in turn."""
+    mixed = [one for both in zip_longest(harmful, harmless) for one in both if one is not None]
+    if odd := [one for one in mixed if not isinstance(one, str)]:
+        raise TrimtabError(f"refusing answers are read after requests that are texts, got messages: {odd[0]!r}")
+    return [
+        Pair(REFUSING[i // 2 % len(REFUSING)], COMPLYING[i // 2 % len(COMPLYING)], str(one), "answers")
+        for i, one in enumerate(mixed)
+    ]
