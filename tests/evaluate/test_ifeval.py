@@ -53,6 +53,7 @@ def file(path, *rows):
 # ---- verdicts ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @data
 def test_golden_verdicts(items, golden):
     """All 834 instructions, strict and loose, but for the two whose letter the official checker draws at random."""
@@ -69,6 +70,7 @@ def test_golden_verdicts(items, golden):
     assert len(differ) <= 2
 
 
+@pytest.mark.slow
 @data
 def test_verdicts_depend_on_the_answer_alone(items, golden):
     chance = [
