@@ -31,9 +31,13 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# The fast tier: no weights, no processes of their own, and of the property tests two families of models.
+# The fast tier: no weights, no processes of their own, and the longest property tests on one or two families of models.
+LONG := test_promises or test_rejection or test_scores or test_sites or test_gates or test_capture or test_opening \
+  or test_residual_family or test_sadi or test_tda or test_iti
+FAST := not ($(LONG)) or llama or (gemma3 and not multimodal and not test_rejection)
+
 check: lint types
-	$(BIN)/pytest -n $(WORKERS) -m "not real and not slow" -k "not (test_promises or test_rejection or test_scores or test_sites or test_gates or test_capture or test_opening or test_residual_family) or llama or gemma3"
+	$(BIN)/pytest -n $(WORKERS) -m "not real and not slow" -k "$(FAST)"
 
 test: lint types test-newest test-oldest
 
