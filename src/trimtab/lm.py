@@ -257,8 +257,7 @@ class LM:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
-                edits = self._decide([steerings[i] for i in chosen], prompts)
-                edits = conditionals(settle(edits, read_prompts(self.layout, prompts)))
+                edits = self._ready([steerings[i] for i in chosen], prompts)
                 session = Session(self.model, self.layout, _always(edits))
                 batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
                 found |= dict(zip(chosen, batch, strict=True))
@@ -366,6 +365,10 @@ class LM:
         """Each request's effective edits; gates that read activations read the unsteered prompt."""
         readings = read_gates(self.layout, ids, [wanted(steering) for steering in steerings])
         return [decided(steering, found) for steering, found in zip(steerings, readings, strict=True)]
+
+    def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
+        """Each request's edits as a session runs them: gates decided, masks settled, conditions on tokens put in."""
+        return conditionals(settle(self._decide(steerings, ids), read_prompts(self.layout, ids)))
 
     def _prompts_of_pass(self, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
         """Reads the prompts' activations in a first pass over them."""

@@ -10,8 +10,9 @@ import torch
 from tiny import naive_generate, naive_logits
 
 from trimtab import Add, Edit, Positions, Site, Steering, TrimtabError, load, save
+from trimtab.engines.transformers.next_token import Choice
 from trimtab.errors import UnsupportedError
-from trimtab.steering import ScaleScores
+from trimtab.steering import MaskNeurons, ScaleScores
 from trimtab.steering.gates import Threshold
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs trimtab[lm-eval]")
@@ -180,6 +181,34 @@ def test_a_gate_reads_the_context(steered, tmp_path):
     gated = steered(str(file))._loglikelihood_tokens(requests, disable_tqdm=True)
     for one, other, opened in zip(plain, gated, open_for, strict=True):
         assert (one[0] == pytest.approx(other[0], abs=1e-9)) is not opened
+
+
+@pytest.mark.parametrize("kind", ["each token", "mask"])
+def test_what_is_decided_at_tokens_or_by_the_prompt_is_decided_here_too(steered, tmp_path, kind):
+    lm = steered(None)
+    context, continuation = lm.tok_encode(QUESTIONS[0]), lm.tok_encode(" yes, it")
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(2))
+    (read,) = lm.lm.capture(QUESTIONS[0], [2], Positions.all(), chat=False)
+    middle = float((read[Site(2)].double() @ direction.double()).median())
+    gate = Threshold(Site(2), direction, middle, each_token=True)
+    (neurons,) = lm.lm.capture(QUESTIONS[0], [Site(1, "neurons")], Positions.all(), chat=False)
+    sizes = neurons[Site(1, "neurons")][1:].abs().amax(0).float()
+    edit = {
+        "each token": Edit(Site(2), Add(20 * direction), Positions.all(), gate=gate),
+        "mask": Edit(Site(1, "neurons"), MaskNeurons(sizes.median().expand_as(sizes)), Positions.generated()),
+    }[kind]
+    file = tmp_path / "steering.safetensors"
+    save(Steering((edit,)), file)
+    whole = [*context, *continuation]
+    choices = [Choice(whole[:n], len(context), (whole[n],)) for n in range(len(context), len(whole))]
+    expected = sum(one.logprobs[0] for one in lm.lm.next_logprobs(choices, load(file)))
+    requests = [(None, context, continuation)]
+    found = [steered(given)._loglikelihood_tokens(requests, disable_tqdm=True)[0][0] for given in (str(file), None)]
+    assert found[0] == pytest.approx(expected, abs=1e-6)
+    assert found[1] != pytest.approx(expected, abs=1e-6)
+    if kind == "each token":
+        ungated = lm.lm.next_logprobs(choices, Steering((Edit(Site(2), Add(20 * direction), Positions.all()),)))
+        assert found[0] != pytest.approx(sum(one.logprobs[0] for one in ungated), abs=1e-6)
 
 
 def test_long_texts_are_read_in_windows(steered, added):

@@ -123,7 +123,7 @@ class SteeredHFLM(HFLM):
         lengths = [prompt for _, prompt in rows]
         with self.lm._exclusive():
             prompts = [list(text[:prompt]) for text, prompt in rows]
-            edits = self.lm._decide([self.steering] * len(rows), prompts)
+            edits = self.lm._ready([self.steering] * len(rows), prompts)
             session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths)
             sites = sorted({edit.site for one in edits for edit in one})
             with session.hooked(sites), self._precision():
