@@ -1,0 +1,1 @@
+"""Steered generation for other programs, over HTTP."""
