@@ -358,6 +358,24 @@ def peak_extract(file: Annotated[Path, typer.Option()], pairs: Annotated[int, ty
     print(json.dumps({"peak_mib": peak(file, pairs)}))
 
 
+@app.command()
+def serve(
+    rounds: Rounds = 3,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 48,
+    clients: Annotated[
+        list[int] | None, typer.Option(help="Clients at once; repeatable.", show_default="1, 8, 32")
+    ] = None,
+    peer: Annotated[bool, typer.Option(help="Measure `transformers serve` beside it.")] = True,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """The server: throughput and latency, steered against unsteered, and against `transformers serve`."""
+    from benchmarks.serve import CLIENTS, run
+
+    finish(run(rounds, tokens, clients or CLIENTS, peer=peer), json_file, check, as_markdown)
+
+
 def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:
     """Write, print and check a report. Exits with status 1 when `check` and a target is missed."""
     if json_file is not None:

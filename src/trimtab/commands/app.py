@@ -22,6 +22,7 @@ from trimtab.commands.learn import learn
 from trimtab.commands.learn_method import Learn
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
+from trimtab.commands.serve import serve
 from trimtab.commands.terminal import say, warnings_as_lines
 from trimtab.commands.tune import tune
 from trimtab.errors import TrimtabError
@@ -74,6 +75,7 @@ app.command()(tune)
 app.add_typer(evaluations)
 app.command()(generate)
 app.command()(inspect)
+app.command()(serve)
 app.command()(models)
 app.command()(methods)
 

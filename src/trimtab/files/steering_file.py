@@ -8,11 +8,12 @@ for the same steering, writes are atomic, and a digest in the header covers both
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -60,7 +61,25 @@ def load_steering(path: str | Path) -> Steering:
     Raises `TrimtabError` when there is none, or it is truncated, altered, of another kind or of a newer format.
     """
     path = Path(path)
-    header, tensors = _read(path)
+    try:
+        with path.open("rb") as stream:
+            start = _beginning(path, stream)
+            data = start + stream.read()
+    except FileNotFoundError:
+        raise TrimtabError(f"there is no file {path}") from None
+    except OSError as error:
+        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+    return _steering(path, data)
+
+
+def steering_from_bytes(data: bytes, name: str) -> Steering:
+    """The steering of a file's content. Raises `TrimtabError`, which calls it `name`, as `load_steering` does."""
+    _beginning(name, io.BytesIO(data))
+    return _steering(name, data)
+
+
+def _steering(path: Path | str, data: bytes) -> Steering:
+    header, tensors = _read(path, data)
     if header.get("format") != FORMAT:
         raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
     digest = header.pop("digest", None)
@@ -86,19 +105,18 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            size = int.from_bytes(start, "little")
-            start += stream.read(size) if size <= LARGEST_HEADER else b""
-            metadata = _metadata(path, start)
-            data = start + stream.read()
-    except FileNotFoundError:
-        raise TrimtabError(f"there is no file {path}") from None
-    except OSError as error:
-        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+def _beginning(path: Path | str, stream: BinaryIO) -> bytes:
+    """The size and the header. A file of another kind is told from its first bytes, however large it is."""
+    start = stream.read(8)
+    size = int.from_bytes(start, "little")
+    start += stream.read(size) if size <= LARGEST_HEADER else b""
+    _metadata(path, start)
+    return start
+
+
+def _read(path: Path | str, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors."""
+    metadata = _metadata(path, data[: 8 + int.from_bytes(data[:8], "little")])
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
@@ -112,7 +130,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _metadata(path: Path, start: bytes) -> dict[str, Any]:
+def _metadata(path: Path | str, start: bytes) -> dict[str, Any]:
     """The metadata in the beginning of a safetensors file: its header's size in 8 bytes, then its header, JSON."""
     # the first bytes alone don't tell: they are a size here, and one in 32 headers is of a size that begins with \x80
     if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):

@@ -155,9 +155,10 @@ class Session:
         mask = _flat(given.get("attention_mask"))
         mask = _flat(self._outer_mask) if mask is None else mask
         past = _past(given, mask, length)
-        if length > 1 or past == 0:
+        begins = past == 0 or (self._fresh and self._resumed)
+        if length > 1 or begins:
             self._pads = self._count_pads(given, mask, rows)
-        if past == 0 or (self._fresh and self._resumed):
+        if begins:
             self._begin(length, given, mask, tokens.device)
         elif self._fresh or self.plan is None:
             raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")

@@ -1,0 +1,159 @@
+"""Serving: tokens per second and latency at 1, 8 and 32 clients, steered against unsteered, and against a peer.
+
+Both servers are processes of their own on the same machine and the same model, in float32. Rounds alternate between
+steered and unsteered requests (each client has one of eight steerings) of one trimtab server, and unsteered ones of
+`transformers serve`; each client sends one request and waits for its answer. Target: steered at least 0.95 of
+unsteered, and at least as fast as transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from benchmarks.harness import Report, Result, Target, interleave, ratios, summarized
+from benchmarks.machine import machine, versions
+from benchmarks.static import PROMPTS, Case, residual_norms, steerings_of
+
+CLIENTS = (1, 8, 32)
+STEERED = Target(0.95)
+AGAINST_PEER = Target(1.0)
+READY_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it listens, and what it calls its model."""
+
+    url: str
+    model: str
+
+
+def run(rounds: int, tokens: int, clients: Sequence[int], *, peer: bool) -> Report:
+    """All numbers of clients, with `transformers serve` beside where `peer` is true."""
+    from trimtab.engines.transformers.default_model import default_folder
+
+    folder = default_folder()
+    with ExitStack() as stack:
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        names = _steerings(folder, made)
+        ours = stack.enter_context(_trimtab(folder, made, max(clients)))
+        theirs = stack.enter_context(_transformers(folder)) if peer else None
+        results = [r for count in clients for r in _case(ours, theirs, names, count, rounds, tokens)]
+    return Report("serve", machine(), versions(), tuple(results))
+
+
+def _steerings(folder: Path, made: Path) -> list[str]:
+    """Eight files of one vector at every layer, short enough that the text stays sane."""
+    from dataclasses import replace
+
+    from trimtab import LM, Card, save
+
+    lm = LM.load(folder, dtype="float32")
+    case = Case("eight", 8, different=True)
+    for i, steering in enumerate(steerings_of(lm, case, residual_norms(lm))):
+        save(replace(steering, card=Card("random", model=lm.identity)), made / f"s{i}.safetensors")
+    return [f"s{i}" for i in range(8)]
+
+
+def _case(
+    ours: Server, theirs: Server | None, names: list[str], clients: int, rounds: int, tokens: int
+) -> Iterator[Result]:
+    waits: dict[str, list[float]] = {}
+    runs: dict[str, Callable[[], float]] = {
+        "unsteered": lambda: _load(ours, [None] * clients, tokens, waits.setdefault("unsteered", [])),
+        "steered": lambda: _load(ours, [names[i % 8] for i in range(clients)], tokens, waits.setdefault("steered", [])),
+    }
+    if theirs is not None:
+        peer = theirs
+        runs["transformers"] = lambda: _load(peer, [None] * clients, tokens, waits.setdefault("transformers", []))
+    case = f"{clients} client{'s' * (clients > 1)}"
+    values = interleave(runs, rounds, case=case)
+    for name in runs:
+        yield summarized(case, name, "tokens/s", values[name])
+        yield Result(case, f"{name}, median latency", statistics.median(waits[name]), "s")
+    yield summarized(case, "steered / unsteered", "ratio", ratios(values["steered"], values["unsteered"]), STEERED)
+    if theirs is not None:
+        against = ratios(values["unsteered"], values["transformers"])
+        yield summarized(case, "unsteered / transformers", "ratio", against, AGAINST_PEER)
+
+
+def _load(server: Server, steerings: Sequence[str | None], tokens: int, waits: list[float]) -> float:
+    """Tokens per second of one request a client, all at once."""
+
+    def ask(number: int) -> int:
+        body: dict[str, Any] = {
+            "model": server.model,
+            "messages": [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}],
+            "max_tokens": tokens,
+            "temperature": 0,
+        }
+        if (name := steerings[number]) is not None:
+            body["steering"] = [{"name": name}]
+        began = time.perf_counter()
+        found = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=600)
+        found.raise_for_status()
+        waits.append(time.perf_counter() - began)
+        return int(found.json()["usage"]["completion_tokens"])
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(len(steerings)) as pool:
+        made = sum(pool.map(ask, range(len(steerings))))
+    return made / (time.perf_counter() - began)
+
+
+@contextmanager
+def _trimtab(folder: Path, steerings: Path, rows: int) -> Iterator[Server]:
+    port = _free_port()
+    command = ["-m", "trimtab", "serve", "--model", str(folder), "--dtype", "float32", "--steerings", str(steerings)]
+    with _process([*command, "--port", str(port), "--rows", str(rows)], f"http://127.0.0.1:{port}", "/readyz") as url:
+        yield Server(url, "trimtab")
+
+
+@contextmanager
+def _transformers(folder: Path) -> Iterator[Server]:
+    """With continuous batching, which is how it serves many clients."""
+    port = _free_port()
+    start = "from transformers.cli.transformers import main; main()"
+    command = ["-c", start, "serve", str(folder), "--dtype", "float32", "--continuous-batching"]
+    with _process([*command, "--port", str(port)], f"http://localhost:{port}", "/health") as url:
+        yield Server(url, str(folder))
+
+
+@contextmanager
+def _process(command: list[str], url: str, ready: str) -> Iterator[str]:
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=dict(os.environ))
+        try:
+            for _ in range(READY_SECONDS * 2):
+                try:
+                    if httpx.get(url + ready, timeout=10).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise RuntimeError(f"the server ended: {log.read()[-2000:].decode(errors='replace')}") from None
+                time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(90)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

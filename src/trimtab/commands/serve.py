@@ -1,0 +1,230 @@
+"""`trimtab serve`: an OpenAI-compatible API with steering."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.terminal import note, show
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.serve.library import Library
+    from trimtab.serve.policy import Policy
+
+LIMITS = "Limits"
+SAFETY = "Policy"
+KEY = "TRIMTAB_API_KEY"
+
+
+def serve(
+    steerings: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of steering files. Requests name them as the files are named.",
+            metavar="DIR",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Let clients bring steering files. They are kept in memory only.")
+    ] = False,
+    learn: Annotated[
+        bool, typer.Option("--learn", help="Let clients learn steerings from pairs. Others wait meanwhile.")
+    ] = False,
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSON file: API keys, what each may use and how hard, what is always on.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=SAFETY,
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen on other addresses without API keys.", rich_help_panel=SAFETY),
+    ] = False,
+    max_dose: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Refuse answers whose push is longer than this, in lengths of the activation.",
+            show_default=False,
+            rich_help_panel=SAFETY,
+        ),
+    ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append a line of JSON for each request: who, what was applied, what came of it.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=SAFETY,
+        ),
+    ] = None,
+    audit_prompts: Annotated[
+        bool, typer.Option("--audit-prompts", help="Write prompts into it as well.", rich_help_panel=SAFETY)
+    ] = False,
+    rows: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.", rich_help_panel=LIMITS)] = 32,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Answers that may wait; more get status 429.", rich_help_panel=LIMITS)
+    ] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.", rich_help_panel=LIMITS)] = 300.0,
+    grace: Annotated[
+        float, typer.Option(min=0.0, help="Seconds to end what runs, after SIGTERM.", rich_help_panel=LIMITS)
+    ] = 60.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.", rich_help_panel=LIMITS)] = 512,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of a prompt, at most. Without it: the model's context.",
+            show_default=False,
+            rich_help_panel=LIMITS,
+        ),
+    ] = None,
+    max_answers: Annotated[
+        int, typer.Option(min=1, help="Answers to one request, at most.", rich_help_panel=LIMITS)
+    ] = 16,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.", rich_help_panel=LIMITS)] = 1
+    << 20,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+) -> None:
+    """Serve a model over HTTP, as OpenAI's API does, with steering as extra fields.
+
+    [bold]  trimtab serve --steerings steerings/
+      curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"model": "trimtab", "temperature": 0,
+             "messages": [{"role": "user", "content": "Name a fruit."}],
+             "steering": [{"name": "json", "strength": 1.2}]}'[/bold]
+
+    With OpenAI's Python client, put the extra fields into extra_body:
+
+    [bold]  client = OpenAI(base_url="http://localhost:8000/v1", api_key="none")
+      client.chat.completions.create(model="trimtab", messages=[…],
+        extra_body={"steering": [{"name": "json", "strength": 1.2}]})[/bold]
+
+    Each request has its own steering, and all run in one batch. "emphasize"
+    takes phrases of the prompt, "rejection" {"beta": 0.5} weakens steering
+    where it is implausible. The response's "trimtab" says what was applied.
+    /v1/steerings lists the steerings, /docs explains all fields, /metrics is
+    for Prometheus, /healthz and /readyz for whoever starts it.
+
+    A policy is a JSON file; all of it is optional:
+
+    [bold]  {"keys": [{"name": "alice", "sha256": "…", "steerings": ["json"],
+                 "strength": [0, 2], "max_dose": 0.5}],
+       "always": [{"name": "safety", "strength": 1}],
+       "strength": [-4, 4], "max_dose": 1.0}[/bold]
+
+    sha256 is that of the API key: printf %s "$KEY" | sha256sum. A single key
+    can be given in the environment instead, as TRIMTAB_API_KEY. Without keys
+    the server listens on this machine only, unless --insecure. What is
+    always on, no request can take off, weaken or reject; whoever may add
+    steerings of their own (--upload, --learn) could still push against it.
+
+    On SIGTERM nothing more is accepted, and what was accepted is finished.
+    """
+    check_installed()
+    from trimtab.serve.policy import check_names
+
+    rules = _policy(policy, max_dose)
+    if audit_prompts and audit is None:
+        raise TrimtabError("--audit-prompts writes into the audit log; give --audit FILE")
+    _check_reach(host, rules, insecure)
+    if steerings is not None and not steerings.is_dir():
+        raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
+    from trimtab.serve.audit import Audit
+    from trimtab.serve.run import bind, is_loopback
+    from trimtab.serve.run import serve as run
+
+    written = Audit(audit, prompts=audit_prompts)
+    bound = bind(host, port)
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=False)
+    from trimtab.serve.app import make_app
+    from trimtab.serve.library import Library, read_folder
+    from trimtab.serve.metrics import Metrics
+    from trimtab.serve.scheduler import Scheduler
+    from trimtab.serve.service import Limits, Service
+
+    library = Library(lm) if steerings is None else read_folder(lm, steerings)
+    check_names(rules, library.names)
+    metrics = Metrics()
+    scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished)
+    service = Service(
+        lm,
+        library,
+        scheduler,
+        rules,
+        written,
+        metrics,
+        Limits(max_body, 64 * max_body, max_prompt_tokens, max_tokens, max_answers, timeout),
+        upload,
+        learn,
+        int(time.time()),
+    )
+    address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    _greet(address, library, rules)
+    run(make_app(service, local=is_loopback(host)), scheduler, bound, grace=grace)
+    note("stopped", quiet=False)
+
+
+def check_installed() -> None:
+    """Raises `TrimtabError` where the packages aren't there."""
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(name) is None:
+            raise TrimtabError(f"serving needs {name}: pip install 'trimtab[serve]'")
+
+
+def _policy(path: Path | None, max_dose: float | None) -> Policy:
+    from dataclasses import replace
+
+    from trimtab.serve.policy import Policy, read_policy, with_key
+
+    rules = Policy() if path is None else read_policy(path)
+    if (secret := os.environ.get(KEY)) is not None:
+        rules = with_key(rules, secret)
+    if max_dose is not None:
+        rules = replace(rules, max_dose=max_dose if rules.max_dose is None else min(max_dose, rules.max_dose))
+    return rules
+
+
+def _check_reach(host: str, rules: Policy, insecure: bool) -> None:
+    from trimtab.serve.run import is_loopback
+
+    if not is_loopback(host) and not rules.keys and not insecure:
+        raise TrimtabError(
+            f"--host {host} can be reached from other machines, and there are no API keys; set {KEY} or give a"
+            " --policy with keys, or --insecure if everybody may ask"
+        )
+
+
+def _greet(address: str, library: Library, rules: Policy) -> None:
+    show(f"serving {library.lm.name} at {address}")
+    names = library.names
+    listed = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+    note(f"steerings: {listed or 'none; --steerings names a folder of them'}", quiet=False)
+    if rules.always:
+        note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)
+    keys = f"{len(rules.keys)} API key{'s' * (len(rules.keys) > 1)}" if rules.keys else "no API keys: anybody may ask"
+    note(f"{keys}; fields and examples: {address}/docs", quiet=False)

@@ -1,0 +1,147 @@
+"""The cache of a batch that rows join and leave: buffers with room, in which a step writes one column.
+
+Every row ends in the same column, the newest; it begins wherever it begins, and the columns before are its pads. So
+a row that joins is written to the left of the batch's end, a row that leaves gives its place to the last one, and
+neither moves the others. Windows are kept whole: the model's masks see to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 128
+"""Columns that are allocated ahead, at least; beyond it, half as many as there are."""
+
+
+class Columns(DynamicCache):
+    """Keys and values `[rows, heads, columns, size]` of each layer, seen through a window on its buffers.
+
+    `lengths[r]` counts row r's tokens. Pads are zeros: what a row before left in a buffer may be no number at all, and
+    a weight of zero doesn't hide that.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+        self.stop = 0  # the column after the newest
+        self._capacity = (0, 0)  # rows, columns
+        self._buffers: list[_Layer] = []  # the same as `layers`, of which others know less
+
+    @property
+    def start(self) -> int:
+        """The first column that any row has."""
+        return self.stop - max(self.lengths, default=0)
+
+    @property
+    def width(self) -> int:
+        """How many columns the batch has, pads included."""
+        return self.stop - self.start
+
+    def mask(self, device: torch.device, more: int = 0) -> Tensor:
+        """`[rows, width + more]`: 1 where a row has a token, or will have in the next `more` columns."""
+        columns = torch.arange(self.width + more, device=device)
+        pads = torch.tensor([self.width - length for length in self.lengths], device=device)
+        return (columns[None] >= pads[:, None]).long()
+
+    def adopt(self, source: DynamicCache, picks: Sequence[tuple[int, int]]) -> None:
+        """Take in rows `(row, tokens)` of another cache, whose last `tokens` columns are theirs; they come last."""
+        longest = max([*self.lengths, *(length for _, length in picks)])
+        first = len(self.lengths)
+        if not self._buffers:
+            self._buffers = [_Layer(self) for _ in source.layers]
+            self.layers = list(self._buffers)
+        self._make_room(first + len(picks), longest, 1)
+        others: list[Any] = list(source.layers)
+        for mine, theirs in zip(self._buffers, others, strict=True):
+            if theirs.keys is None or theirs.values is None:  # a layer that attends to another's keys
+                continue
+            if mine.keys is None:
+                mine.allocate(theirs.keys, theirs.values, *self._capacity)
+            for row, (place, length) in enumerate(picks, first):
+                for buffer, given in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                    assert buffer is not None
+                    buffer[row, :, : self.stop - length] = 0
+                    buffer[row, :, self.stop - length : self.stop] = given[place, :, given.shape[2] - length :]
+        self.lengths += [length for _, length in picks]
+
+    def drop(self, row: int) -> None:
+        """A row leaves; the last one takes its place."""
+        last = len(self.lengths) - 1
+        if row != last:
+            for layer in self._buffers:
+                for buffer in (layer.keys, layer.values):
+                    if buffer is not None:
+                        buffer[row, :, : self.stop] = buffer[last, :, : self.stop]
+        self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        if not self.lengths:  # an idle batch holds no memory
+            self.layers, self._buffers, self.stop, self._capacity = [], [], 0, (0, 0)
+
+    def open_column(self) -> None:
+        """See to it that the next pass finds a column to write to."""
+        self._make_room(len(self.lengths), max(self.lengths), 1)
+
+    def close_column(self) -> None:
+        """The pass is done: every row has one token more."""
+        self.stop += 1
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _make_room(self, rows: int, longest: int, ahead: int) -> None:
+        """Buffers for so many rows, whose longest has so many tokens, and for `ahead` columns to come."""
+        have_rows, have_columns = self._capacity
+        if rows <= have_rows and longest <= self.stop and self.stop + ahead <= have_columns:
+            return
+        rows = have_rows if rows <= have_rows else max(rows, min(2 * have_rows, have_rows + 16))
+        columns = longest + max(ROOM, longest // 2)
+        count, kept = len(self.lengths), self.width
+        for layer in self._buffers:
+            if layer.keys is not None and layer.values is not None:
+                old = (layer.keys[:count, :, self.start : self.stop], layer.values[:count, :, self.start : self.stop])
+                layer.allocate(*old, rows, columns)
+                layer.keys[:count, :, longest - kept : longest] = old[0]
+                layer.values[:count, :, longest - kept : longest] = old[1]
+        self.stop = longest
+        self._capacity = (rows, columns)
+
+    # ---- what transformers asks --------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.width
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.width + query_length, 0
+
+
+class _Layer(DynamicLayer):
+    """One layer's buffers; where the batch stands in them is the same for all layers."""
+
+    def __init__(self, batch: Columns) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def allocate(self, keys: Tensor, values: Tensor, rows: int, columns: int) -> None:
+        """Buffers of zeros, of the kind of these keys and values."""
+        self.keys = keys.new_zeros(rows, keys.shape[1], columns, keys.shape[3])
+        self.values = values.new_zeros(rows, values.shape[1], columns, values.shape[3])
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None
+        assert self.values is not None
+        rows, start, stop = len(self.batch.lengths), self.batch.start, self.batch.stop
+        after = stop + key_states.shape[2]
+        self.keys[:rows, :, stop:after] = key_states
+        self.values[:rows, :, stop:after] = value_states
+        return self.keys[:rows, :, start:after], self.values[:rows, :, start:after]
+
+    def get_seq_length(self) -> int:
+        return self.batch.width
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.batch.width + query_length, 0

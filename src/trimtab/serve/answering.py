@@ -1,0 +1,207 @@
+"""A request's answers over time: submitted, told whole or as a stream, and let go when the client goes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.scheduler import Draining, Full
+from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.service import Prepared, Service
+from trimtab.serve.tasks import Done, Event, Failed, Piece
+from trimtab.serve.wire import END, Collected, Wire, event, new_id
+
+STATUS = {"timeout": 504, "dose": 400, "input": 400, "shutdown": 503, "cancelled": 499, "server": 500}
+CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_down"}
+
+Queue = asyncio.Queue[tuple[int, Event]]
+
+
+async def answer(service: Service, request: Request, asked: ChatRequest | CompletionRequest) -> Any:
+    """The response to a request. Raises `Refusal` for one that can't be answered, or whose answer failed."""
+    key: Key = request.state.key
+    chat = isinstance(asked, ChatRequest)
+    prepared = await asyncio.to_thread(service.prepare, key, asked)
+    loop = asyncio.get_running_loop()
+    queue: Queue = asyncio.Queue()
+
+    def deliver(index: int) -> Callable[[Event], None]:
+        def told(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server is gone
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event))
+
+        return told
+
+    for i, task in enumerate(prepared.tasks):
+        task.deliver = deliver(i)
+    try:
+        service.scheduler.submit(prepared.tasks)
+    except Full as full:
+        raise Refusal(429, str(full), code="queue_full", retry=full.seconds) from None
+    except Draining as draining:
+        raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
+    name = new_id(chat)
+    wire = Wire(name, asked.model, chat, prepared.tasks[0].alternatives is not None, service.lm.tokenizer)
+    answers = [Collected() for _ in prepared.tasks]
+    run = _Run(service, request, asked, prepared, wire, answers, queue)
+    if asked.stream:
+        first = await run.first()
+        return StreamingResponse(
+            run.stream(first), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+        )
+    return await run.whole()
+
+
+class _Run:
+    """One request under way."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: Request,
+        asked: ChatRequest | CompletionRequest,
+        prepared: Prepared,
+        wire: Wire,
+        answers: list[Collected],
+        queue: Queue,
+    ) -> None:
+        self.service = service
+        self.request = request
+        self.asked = asked
+        self.prepared = prepared
+        self.wire = wire
+        self.answers = answers
+        self.queue = queue
+        self._began = False
+
+    async def whole(self) -> Json:
+        """All answers, once they are there. When the client goes, or one fails, all are let go."""
+        leaving = asyncio.ensure_future(self._gone())
+        outcome = "cancelled"
+        try:
+            while not self._complete:
+                coming = asyncio.ensure_future(self.queue.get())
+                await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if not coming.done():
+                    coming.cancel()
+                    raise Refusal(499, "the client went away")
+                self._take(*coming.result())
+            outcome = "done"
+            return Json(self.wire.whole(self.prepared, self.answers))
+        except Refusal as refusal:
+            outcome = refusal.code or str(refusal.status)
+            raise
+        finally:
+            leaving.cancel()
+            self._close(outcome)
+
+    async def first(self) -> tuple[int, Event]:
+        """What comes first: an error still has a status of its own then. The client may go already while it waits."""
+        leaving = asyncio.ensure_future(self._gone())
+        coming = asyncio.ensure_future(self.queue.get())
+        outcome: str | None = "cancelled"
+        try:
+            await asyncio.wait({coming, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                raise Refusal(499, "the client went away")
+            index, told = coming.result()
+            if isinstance(told, Failed):
+                outcome = told.kind
+                raise _refusal(told)
+            outcome = None
+            return index, told
+        finally:
+            coming.cancel()
+            leaving.cancel()
+            if outcome is not None:
+                self._close(outcome)
+
+    async def stream(self, first: tuple[int, Event]) -> AsyncIterator[bytes]:
+        """Server-sent events. Closing the iterator, as happens when the client goes, lets the answers go."""
+        outcome = "cancelled"
+        try:
+            for i in range(len(self.answers)):
+                if (opening := self.wire.opening(i)) is not None:
+                    yield event(opening)
+            coming = first
+            while True:
+                index, told = coming
+                before = len(self.answers[index].text)
+                self._take(index, told)
+                if isinstance(told, Piece):
+                    yield event(self.wire.piece(index, told, before))
+                elif isinstance(told, Done):
+                    yield event(self.wire.ending(index, told))
+                if self._complete:
+                    break
+                coming = await self.queue.get()
+            usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
+            yield event(self.wire.last(self.prepared, self.answers, usage))
+            yield END
+            outcome = "done"
+        except Refusal as refusal:  # the response has begun: the error is an event
+            outcome = refusal.code or str(refusal.status)
+            yield event(refusal.body)
+            yield END
+        finally:
+            self._close(outcome)
+
+    @property
+    def _complete(self) -> bool:
+        return all(answer.done for answer in self.answers)
+
+    def _take(self, index: int, told: Event) -> None:
+        if isinstance(told, Failed):
+            raise _refusal(told)
+        if not self._began:
+            self._began = True
+            loop = asyncio.get_running_loop()
+            self.service.metrics.first.observe(loop.time() - self.started)
+        self.answers[index].take(told)
+
+    @property
+    def started(self) -> float:
+        task = self.prepared.tasks[0]
+        return task.deadline - task.seconds  # both clocks are time.monotonic
+
+    async def _gone(self) -> None:
+        while True:
+            if (await self.request.receive())["type"] == "http.disconnect":
+                return
+
+    def _close(self, outcome: str) -> None:
+        """Let go of what hasn't ended, and write down what was done."""
+        unfinished = [t for t, answer in zip(self.prepared.tasks, self.answers, strict=True) if not answer.done]
+        if unfinished:
+            self.service.scheduler.cancel(unfinished)
+        told = self.wire.told(self.prepared, self.answers)
+        asked = self.asked
+        self.service.audit.write(
+            {
+                "request": self.request.state.request_id,
+                "id": self.wire.id,
+                "key": self.request.state.key.name,
+                "route": self.request.url.path,
+                "model": self.service.lm.name,
+                "user": asked.user,
+                "steering": [one.model_dump() for one in told.steering],
+                "emphasized_tokens": told.emphasized_tokens,
+                "rejection": self.prepared.tasks[0].rejection is not None,
+                "doses": [one.dose for one in told.answers],
+                "tokens": [answer.done.tokens for answer in self.answers if answer.done],
+                "prompt_tokens": self.prepared.lengths,
+                "outcome": outcome,
+            },
+            prompt=[m.model_dump() for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt,
+        )
+
+
+def _refusal(failed: Failed) -> Refusal:
+    return Refusal(STATUS[failed.kind], failed.message, code=CODES.get(failed.kind))

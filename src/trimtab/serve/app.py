@@ -1,0 +1,297 @@
+"""The routes, as a FastAPI application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+from fastapi import Body, Depends, FastAPI, Path, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from trimtab import __version__
+from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import steering_from_bytes
+from trimtab.serve.answering import answer
+from trimtab.serve.guard import Guard
+from trimtab.serve.library import Loaded
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.scheduler import Draining
+from trimtab.serve.schema import (
+    NAME,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ErrorBody,
+    Health,
+    LearnRequest,
+    ModelList,
+    ModelTold,
+    SteeringList,
+    SteeringTold,
+)
+from trimtab.serve.service import Service
+from trimtab.steering import Steering
+from trimtab.text.pairs import pairs_from_rows
+
+DESCRIPTION = """OpenAI's completions with activation steering.
+
+`steering` names steerings of this server and how strong each is to be, `emphasize` what of the prompt to heed, and
+`rejection` weakens steering where it is implausible. The response's `trimtab` says what was applied. With OpenAI's
+Python client: `client.chat.completions.create(…, extra_body={"steering": [{"name": "json", "strength": 1.2}]})`.
+"""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is malformed, or can't be honoured."},
+    401: {"model": ErrorBody, "description": "No API key, or a wrong one."},
+    403: {"model": ErrorBody, "description": "Not allowed to this key."},
+    404: {"model": ErrorBody, "description": "There is no such model or steering."},
+    408: {"model": ErrorBody, "description": "The request's body came too slowly."},
+    413: {"model": ErrorBody, "description": "The request is too large."},
+    503: {"model": ErrorBody, "description": "The server is shutting down."},
+}
+BUSY: dict[int | str, dict[str, Any]] = {
+    429: {
+        "model": ErrorBody,
+        "description": "The queue is full.",
+        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    },
+    504: {"model": ErrorBody, "description": "The answer took too long."},
+}
+STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
+
+
+def make_app(service: Service, *, local: bool = False) -> ASGIApp:
+    """The application. The scheduler starts and ends with it; `local` as `Guard` has it."""
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        if not service.scheduler.alive:
+            service.scheduler.start()
+        yield
+        await asyncio.to_thread(service.scheduler.close)
+        service.audit.close()
+
+    app = FastAPI(
+        title="trimtab",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        dependencies=[Depends(HTTPBearer(auto_error=False))],
+    )
+    _errors(app)
+    _health(app, service)
+    _completions(app, service)
+    _steerings(app, service)
+    _document(app)
+    return Guard(app, service, local=local)
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document without the 422 that FastAPI writes everywhere: here that is a 400, as OpenAI has it."""
+    document = app.openapi()
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document.get("components", {}).get("schemas", {}).pop(name, None)
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refuse(_request: Request, refusal: Refusal) -> Response:
+        return refusal.response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part != "body"]
+        message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
+        return Refusal(400, message[:1000], param=".".join(where)[:200] or None).response
+
+    @app.exception_handler(HTTPException)
+    async def failed(_request: Request, error: HTTPException) -> Response:
+        response = Refusal(error.status_code, str(error.detail)).response
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(TrimtabError)
+    async def bad(_request: Request, error: TrimtabError) -> Response:
+        return Refusal(400, str(error)).response
+
+
+def _health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz", tags=["health"], summary="Whether the server is alive", responses={503: {"model": Health}})
+    async def healthz() -> Health:
+        return Health(status="ok") if service.scheduler.alive else _unwell("dead")
+
+    @app.get("/readyz", tags=["health"], summary="Whether it takes requests", responses={503: {"model": Health}})
+    async def readyz() -> Health:
+        if not service.scheduler.alive:
+            return _unwell("dead")
+        return _unwell("draining") if service.scheduler.draining else Health(status="ok")
+
+    @app.get(
+        "/metrics",
+        tags=["health"],
+        summary="For Prometheus",
+        response_class=Response,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 401: ERRORS[401]},
+    )
+    async def metrics() -> Response:
+        return Response(service.metrics.text(service.scheduler), media_type="text/plain; version=0.0.4")
+
+
+def _unwell(status: str) -> Any:
+    return Json({"status": status}, 503)
+
+
+def _completions(app: FastAPI, service: Service) -> None:
+    answers = {**ERRORS, **BUSY}
+
+    @app.post(
+        "/v1/chat/completions",
+        tags=["completions"],
+        summary="Answer a conversation",
+        response_model=ChatCompletion,
+        responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
+    )
+    async def chat(request: Request, asked: ChatRequest) -> Any:
+        return await answer(service, request, asked)
+
+    @app.post(
+        "/v1/completions",
+        tags=["completions"],
+        summary="Continue a text",
+        response_model=Completion,
+        responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
+    )
+    async def complete(request: Request, asked: CompletionRequest) -> Any:
+        return await answer(service, request, asked)
+
+    @app.get("/v1/models", tags=["completions"], summary="The model", responses={401: ERRORS[401]})
+    async def models() -> ModelList:
+        return ModelList(data=[_model(service)])
+
+    @app.get(
+        "/v1/models/{model:path}",
+        tags=["completions"],
+        summary="The model",
+        responses={c: ERRORS[c] for c in (401, 404)},
+    )
+    async def model(model: str) -> ModelTold:
+        if model not in (service.lm.name, "trimtab"):
+            raise Refusal(404, f"this server has the model {service.lm.name}", code="model_not_found")
+        return _model(service)
+
+
+def _model(service: Service) -> ModelTold:
+    return ModelTold(id=service.lm.name, created=service.started)
+
+
+def _steerings(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/steerings", tags=["steerings"], summary="The steerings you may use", responses={401: ERRORS[401]})
+    async def steerings(request: Request) -> SteeringList:
+        key: Key = request.state.key
+        return SteeringList(data=[_told(service, key, one) for one in service.visible(key)])
+
+    @app.get(
+        "/v1/steerings/{name}",
+        tags=["steerings"],
+        summary="One of them",
+        responses={c: ERRORS[c] for c in (400, 401, 404)},
+    )
+    async def steering(request: Request, name: str) -> SteeringTold:
+        key: Key = request.state.key
+        for one in service.visible(key):
+            if one.name == name:
+                return _told(service, key, one)
+        raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
+
+    if service.learn:
+
+        @app.post(
+            "/v1/steerings",
+            tags=["steerings"],
+            summary="Learn one from pairs",
+            response_model=SteeringTold,
+            status_code=201,
+            responses=ERRORS,
+        )
+        async def learn(request: Request, asked: LearnRequest) -> SteeringTold:
+            key = _may_add(request)
+            _check_free(service, asked.name)
+            pairs = pairs_from_rows(asked.pairs)
+            try:
+                job = service.scheduler.run(lambda: _learned(service, asked.method, pairs, asked.layers))
+            except Draining as draining:
+                raise Refusal(503, str(draining), retry=5) from None
+            made = await asyncio.wrap_future(job)
+            return _told(service, key, _added(service, request, asked.name, made, "learned"))
+
+    if service.upload:
+
+        @app.put(
+            "/v1/steerings/{name}",
+            tags=["steerings"],
+            summary="Bring one: the bytes of a .safetensors file",
+            response_model=SteeringTold,
+            status_code=201,
+            responses=ERRORS,
+        )
+        async def upload(
+            request: Request,
+            name: Annotated[str, Path(pattern=NAME)],
+            data: Annotated[bytes, Body(media_type="application/octet-stream")],
+        ) -> SteeringTold:
+            key = _may_add(request)
+            _check_free(service, name)
+            made = await asyncio.to_thread(steering_from_bytes, data, "the upload")
+            return _told(service, key, _added(service, request, name, made, "uploaded"))
+
+
+def _may_add(request: Request) -> Key:
+    key: Key = request.state.key
+    if not key.add:
+        raise Refusal(403, "your key may not add steerings")
+    return key
+
+
+def _check_free(service: Service, name: str) -> None:
+    if service.library.get(name) is not None:
+        raise Refusal(400, "there is a steering of this name already; choose another", param="name")
+
+
+def _learned(service: Service, method: str, pairs: Any, layers: list[int] | None) -> Steering:
+    from trimtab.methods.caa import learn_caa
+    from trimtab.methods.instruct import learn_instruct
+
+    return (learn_caa if method == "caa" else learn_instruct)(service.lm, pairs, layers)
+
+
+def _added(service: Service, request: Request, name: str, steering: Steering, source: str) -> Loaded:
+    found = service.library.add(name, steering, source)
+    entry = {"request": request.state.request_id, "key": request.state.key.name, "route": request.url.path}
+    service.audit.write({**entry, "added": name, "digest": found.digest, "source": source})
+    return found
+
+
+def _told(service: Service, key: Key, one: Loaded) -> SteeringTold:
+    return SteeringTold(
+        name=one.name,
+        digest=one.digest,
+        source=one.source,  # type: ignore[arg-type]
+        layers=list(one.steering.layers),
+        edits=[str(edit) for edit in one.steering.edits[:64]],
+        strength=list(service.policy.range_of(key)),
+        always=one.name in {name for name, _ in service.policy.always},
+        card=asdict(one.steering.card),
+    )

@@ -1,0 +1,61 @@
+"""What Prometheus reads at `/metrics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from trimtab.serve.scheduler import Scheduler
+from trimtab.serve.tasks import Done, Event, Failed, Task
+
+SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        mine: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter("trimtab_requests", "Requests by route and status.", ["route", "status"], **mine)
+        self.seconds = Histogram(
+            "trimtab_request_seconds", "From a request to the end of its response.", ["route"], buckets=SECONDS, **mine
+        )
+        self.first = Histogram(
+            "trimtab_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **mine
+        )
+        self.prompt = Counter("trimtab_prompt_tokens", "Tokens of prompts.", **mine)
+        self.generated = Counter("trimtab_generated_tokens", "Tokens generated.", **mine)
+        self.answers = Counter("trimtab_answers", "Answers by how they ended.", ["end"], **mine)
+        self.steered = Counter("trimtab_steered_answers", "Answers that something steered.", **mine)
+        self.judged = Counter(
+            "trimtab_rejection_tokens", "Tokens decoded with rejection, by what came of it.", ["result"], **mine
+        )
+        self.queued = Gauge("trimtab_queued", "Answers that wait.", **mine)
+        self.running = Gauge("trimtab_running", "Answers that are being decoded.", **mine)
+        self.steps = Gauge("trimtab_steps", "Steps of the batch so far.", **mine)
+
+    def finished(self, event: Event, task: Task) -> None:
+        """An answer has ended."""
+        if isinstance(event, Failed):
+            self.answers.labels(event.kind).inc()
+        if not isinstance(event, Done):
+            return
+        self.answers.labels(event.finish).inc()
+        self.prompt.inc(len(task.ids))
+        self.generated.inc(event.tokens)
+        if event.applied.edits:
+            self.steered.inc()
+        for step in event.trace.steps if event.trace else ():
+            result = (
+                "shut" if not step.open else "rejected" if step.rung is None else "weakened" if step.rung else "steered"
+            )
+            self.judged.labels(result).inc()
+
+    def text(self, scheduler: Scheduler) -> bytes:
+        """All of it, in Prometheus's text format."""
+        self.queued.set(scheduler.queued)
+        self.running.set(scheduler.running)
+        self.steps.set(scheduler.steps)
+        return generate_latest(self.registry)

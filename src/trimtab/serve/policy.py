@@ -1,0 +1,166 @@
+"""Who may ask, what they may steer with, and how hard. Steering is dual-use: what makes a model safer can undo it too.
+
+A policy is a JSON file, all of it optional:
+
+    {"keys": [{"name": "alice", "sha256": "…of the key…", "steerings": ["json"], "strength": [0, 2],
+               "max_dose": 0.5, "add": true}],
+     "always": [{"name": "safety", "strength": 1}],
+     "strength": [-4, 4],
+     "max_dose": 1.0}
+
+A key without `steerings` may use all; the tighter of its own and the common limits holds. `always` are put on every
+request, and no request can name, weaken or reject them. `add` lets a key bring steerings of its own, where the server
+allows that at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trimtab.errors import TrimtabError
+
+STRENGTHS = (-100.0, 100.0)
+"""No request steers by more than this, whatever the policy says of it or doesn't."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A caller. `steerings=None`: all; `max_dose=None`: no cap of its own. `digest` is the SHA-256 of the API key."""
+
+    name: str
+    digest: bytes = b""
+    steerings: frozenset[str] | None = None
+    strength: tuple[float, float] = STRENGTHS
+    max_dose: float | None = None
+    add: bool = False
+
+
+ANYBODY = Key("anybody", add=True)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The callers, what is common to all of them, and the steerings that are always on: `(name, strength)`."""
+
+    keys: tuple[Key, ...] = ()
+    always: tuple[tuple[str, float], ...] = ()
+    strength: tuple[float, float] = STRENGTHS
+    max_dose: float | None = None
+
+    def caller(self, given: str | None) -> Key | None:
+        """Whose key this is; `None` if nobody's. Takes as long for any key, right or wrong.
+
+        Without keys, everybody is `ANYBODY`.
+        """
+        if not self.keys:
+            return ANYBODY
+        digest = hashlib.sha256((given or "").encode("utf-8", "surrogatepass")).digest()
+        found = None
+        for key in self.keys:
+            if hmac.compare_digest(key.digest, digest):
+                found = key
+        return found
+
+    def range_of(self, key: Key) -> tuple[float, float]:
+        """The strengths that a caller may ask for."""
+        return max(self.strength[0], key.strength[0]), min(self.strength[1], key.strength[1])
+
+    def dose_of(self, key: Key) -> float | None:
+        """The largest mean dose at any site that a caller's answers may have; `None`: any."""
+        caps = [cap for cap in (self.max_dose, key.max_dose) if cap is not None]
+        return min(caps) if caps else None
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Key(_Strict):
+    name: str = Field(min_length=1, max_length=64)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    steerings: list[str] | None = None
+    strength: list[float] | None = Field(None, min_length=2, max_length=2)
+    max_dose: float | None = Field(None, gt=0)
+    add: bool = False
+
+
+class _Always(_Strict):
+    name: str
+    strength: float = 1.0
+
+
+class _Policy(_Strict):
+    keys: list[_Key] = []
+    always: list[_Always] = []
+    strength: list[float] | None = Field(None, min_length=2, max_length=2)
+    max_dose: float | None = Field(None, gt=0)
+
+
+def read_policy(path: Path) -> Policy:
+    """The policy in a file. Raises `TrimtabError` for one that can't be read, or says something that isn't known."""
+    try:
+        given = _Policy.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise TrimtabError(f"can't read the policy {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise TrimtabError(f"the policy {path} is not valid at {where}: {first['msg']}") from None
+    names = [key.name for key in given.keys]
+    if len(set(names)) < len(names) or len({key.sha256 for key in given.keys}) < len(names):
+        raise TrimtabError(f"the policy {path} has two keys of one name, or the same key twice")
+    keys = tuple(
+        Key(
+            key.name,
+            bytes.fromhex(key.sha256),
+            None if key.steerings is None else frozenset(key.steerings),
+            _range(key.strength, path),
+            key.max_dose,
+            key.add,
+        )
+        for key in given.keys
+    )
+    always = tuple((one.name, _finite(one.strength, path)) for one in given.always)
+    return Policy(keys, always, _range(given.strength, path), given.max_dose)
+
+
+def with_key(policy: Policy, secret: str) -> Policy:
+    """The policy with one more caller, who may do all that the policy allows."""
+    if not secret.strip():
+        raise TrimtabError("the API key is empty; give a long random one")
+    key = Key("default", hashlib.sha256(secret.encode()).digest(), add=True)
+    return Policy((*policy.keys, key), policy.always, policy.strength, policy.max_dose)
+
+
+def check_names(policy: Policy, known: Iterable[str]) -> None:
+    """Raises `TrimtabError` where the policy names a steering that isn't there: none may go missing unseen."""
+    names = set(known)
+    asked = {name for name, _ in policy.always}.union(*(key.steerings or () for key in policy.keys))
+    if missing := sorted(asked - names):
+        raise TrimtabError(
+            f"the policy names {missing[0]!r}, and the steerings are {', '.join(sorted(names)) or 'none'}"
+        )
+
+
+def _range(given: list[float] | None, path: Path) -> tuple[float, float]:
+    if given is None:
+        return STRENGTHS
+    low, high = (_finite(value, path) for value in given)
+    if low > high:
+        raise TrimtabError(
+            f"the policy {path} has a range of strengths from {low:g} to {high:g}; the lower comes first"
+        )
+    return max(low, STRENGTHS[0]), min(high, STRENGTHS[1])
+
+
+def _finite(value: float, path: Path) -> float:
+    if not math.isfinite(value):
+        raise TrimtabError(f"the policy {path} has a strength that is no finite number")
+    return value

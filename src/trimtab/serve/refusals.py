@@ -1,0 +1,46 @@
+"""Errors as OpenAI's API says them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.responses import Response
+
+
+class Json(Response):
+    """JSON in ASCII, which holds any text that a request may have, half a surrogate pair as well."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
+
+
+class Refusal(Exception):
+    """A request that is answered by an error, with its HTTP status."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry = retry
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The response's JSON."""
+        kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def response(self) -> Json:
+        """The whole response."""
+        headers = {} if self.retry is None else {"Retry-After": str(self.retry)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return Json(self.body, self.status, headers)

@@ -1,0 +1,69 @@
+"""The server process: uvicorn around the application, and what a signal does.
+
+On SIGTERM or SIGINT nothing more is accepted, what was accepted has its time to end, and what hasn't ended by then is
+told so. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.scheduler import Scheduler
+
+LAST_WORDS = 5
+"""Seconds to send what is left when the time to end is over."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to this address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may stand for anything
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens there; port 0 takes any free one. Raises `TrimtabError` where it can't."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(2048)
+    except OSError as error:
+        bound.close()
+        raise TrimtabError(f"can't listen on {host} port {port}: {error.strerror or error}; choose another") from None
+    return bound
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, seconds: float) -> None:
+        super().__init__(config)
+        self._scheduler = scheduler
+        self._seconds = seconds
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self._scheduler.drain(self._seconds)
+        self.should_exit = True
+
+
+def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float) -> None:
+    """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(grace) + LAST_WORDS,
+    )
+    _Server(config, scheduler, grace).run(sockets=[bound])

@@ -1,0 +1,392 @@
+"""The one thread in which the model runs: a bounded queue, and a batch that tasks join and leave at each step.
+
+Tasks with rejection need a decoding loop of their own. It runs beside the batch: after each of its tokens the batch
+makes a step, so that neither waits for the other to end. Greedy tasks of one kind that wait for that loop run in it
+together; sampled ones run alone, as its random numbers are shared.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
+from trimtab.engines.transformers.rejecting import Request, check_rejection
+from trimtab.engines.transformers.stepping import Asked, Stepper, Told
+from trimtab.errors import TrimtabError
+from trimtab.lm import LM
+from trimtab.serve.tasks import Done, Event, Failed, Piece, Task, TokenTold
+from trimtab.text.unfolding import Unfolding
+
+DOSE_EVERY = 8
+"""How often a row's dose is compared with its cap, in tokens; and at its first two."""
+
+
+class Full(Exception):
+    """The queue is full; `seconds` from now there may be room."""
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"the server is busy; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class Draining(Exception):
+    """The server is shutting down and takes nothing more."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
+
+
+@dataclass(eq=False)
+class _Answer:
+    """A task that has begun."""
+
+    task: Task
+    text: Unfolding
+    tokens: int = 0
+    unsaid: list[TokenTold] = field(default_factory=list)
+    finish: str | None = None  # with rejection: why it is done, before the loop has ended
+    over: bool = False
+
+    def take(self, told: TokenTold, last: bool) -> None:
+        """One more token; says what it lets go. With the `last` there is nothing to wait for any more."""
+        self.tokens += 1
+        self.unsaid.append(told)
+        piece = self.text.add(told.id)
+        if last or self.text.stopped:
+            piece += self.text.finish()
+        if piece or last or self.text.stopped:
+            self.task.deliver(Piece(piece, tuple(self.unsaid)))
+            self.unsaid = []
+
+    def end(self, event: Event) -> None:
+        self.over = True
+        self.task.deliver(event)
+
+
+class Scheduler:
+    """`submit` from any thread; answers come through each task's `deliver`.
+
+    At most `rows` tasks are decoded at a time and at most `waiting` more are accepted. `finished(event, task)` hears of
+    each task's end, for metrics.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        *,
+        rows: int = 32,
+        waiting: int = 64,
+        finished: Callable[[Event, Task], None] = lambda _event, _task: None,
+    ) -> None:
+        self.lm = lm
+        self.rows = rows
+        self.waiting = waiting
+        self.steps = 0
+        self._finished = finished
+        self._stepper = Stepper(lm.model, lm.tokenizer, lm.layout)
+        self._ends = _end_ids(lm.model, {})
+        self._changed = threading.Condition()
+        self._queue: deque[Task] = deque()
+        self._cancelled: set[Task] = set()
+        self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
+        self._answers: dict[int, _Answer] = {}
+        self._apart: list[_Answer] = []  # in the loop with rejection
+        self._drain_until: float | None = None
+        self._closed = False
+        self._pace = 1.0  # seconds that a task takes, of late
+        self._thread = threading.Thread(target=self._loop, name="trimtab-scheduler", daemon=True)
+
+    # ---- from any thread ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    @property
+    def queued(self) -> int:
+        """Tasks that were accepted and haven't begun."""
+        return len(self._queue)
+
+    @property
+    def running(self) -> int:
+        """Tasks that are being answered."""
+        return len(self._answers) + sum(not answer.over for answer in self._apart)
+
+    @property
+    def draining(self) -> bool:
+        """Whether it takes nothing more."""
+        return self._drain_until is not None or self._closed
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread is there."""
+        return self._thread.is_alive()
+
+    def check(self, task: Task) -> None:
+        """Raises `TrimtabError` for a task that can't run; `lm.check(steering)` is the caller's."""
+        self._stepper.check(_asked(task))
+        if task.rejects:
+            assert task.steering is not None
+            if task.prompt is None:
+                raise TrimtabError("rejection needs a prompt of text, not of token ids")
+            if task.alternatives is not None:
+                raise TrimtabError("log-probabilities aren't told with rejection; leave logprobs out")
+            if task.max_dose is not None and any(edit.site.kind != "scores" for edit in task.steering.edits):
+                raise TrimtabError(
+                    "doses aren't measured with rejection, and this server caps them; leave rejection out"
+                )
+            options = task.sampling.options
+            check_request(self.lm.layout, [len(task.ids)], task.max_new_tokens, options)
+            check_rejection([Request(len(task.ids), task.steering.edits, task.rejection)], options)
+
+    def submit(self, tasks: list[Task]) -> None:
+        """Accept all of these tasks. Raises `Full` or `Draining`, and then has accepted none."""
+        with self._changed:
+            if self.draining:
+                raise Draining
+            free = max(0, self.rows - self.running)
+            if len(self._queue) + len(tasks) > self.waiting + free:
+                ahead = (len(self._queue) + len(tasks)) / max(1, self.rows)
+                raise Full(max(1, min(60, round(self._pace * ahead))))
+            now = time.monotonic()
+            for task in tasks:
+                task.deadline = now + task.seconds
+                self._queue.append(task)
+            self._changed.notify()
+
+    def cancel(self, tasks: list[Task]) -> None:
+        """Nobody waits for these any more: they leave before the next step, and are told nothing."""
+        with self._changed:
+            self._cancelled.update(tasks)
+            self._changed.notify()
+
+    def run(self, job: Callable[[], Any]) -> Future:
+        """Have something else done with the model, between two steps. Raises `Draining`."""
+        future: Future = Future()
+        with self._changed:
+            if self.draining:
+                raise Draining
+            self._jobs.append((job, future))
+            self._changed.notify()
+        return future
+
+    def drain(self, seconds: float) -> None:
+        """Take nothing more; what is accepted has so many seconds to end before it fails. Returns at once."""
+        with self._changed:
+            until = time.monotonic() + seconds
+            self._drain_until = until if self._drain_until is None else min(until, self._drain_until)
+            self._changed.notify()
+
+    def close(self, seconds: float = 0.0) -> None:
+        """Drain, then end the thread."""
+        self.drain(seconds)
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(seconds + 30)
+
+    # ---- in the thread -----------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._queue or self._cancelled or self._jobs or self._answers):
+                    if self._closed:
+                        return
+                    self._changed.wait()
+            try:
+                self._turn()
+            except Exception as error:  # the model's, in a step of the whole batch: its memory ran out, say
+                self._fail_all(f"{type(error).__name__} while the model ran")
+
+    def _turn(self) -> None:
+        together = self._sweep_and_admit(begin_apart=True)
+        if together:
+            self._run_apart(together)
+        elif self._answers:
+            with self.lm._exclusive():
+                self._step()
+        if self._jobs:
+            job, future = self._jobs.popleft()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(job())
+                except Exception as error:
+                    future.set_exception(error)
+
+    def _between(self) -> None:
+        """Beside the loop with rejection, after each of its tokens."""
+        self._sweep_and_admit(begin_apart=False)
+        if self._answers:
+            self._step()
+
+    def _sweep_and_admit(self, *, begin_apart: bool) -> list[Task]:
+        """Let go of what is cancelled or too late, and begin what there is room for.
+
+        Tasks with rejection stay in the queue, unless they may begin: then those that run together are returned.
+        """
+        with self._changed:
+            gone, self._cancelled = self._cancelled, set()
+            now = time.monotonic()
+            shut = self._drain_until is not None and now > self._drain_until
+            for key, answer in list(self._answers.items()):
+                if (why := self._why_over(answer.task, gone, now, shut)) is not None:
+                    self._stepper.leave(key)
+                    del self._answers[key]
+                    self._end(answer, why)
+            for answer in self._apart:
+                going = not answer.over and answer.finish is None
+                if going and (why := self._why_over(answer.task, gone, now, shut)) is not None:
+                    self._end(answer, why)
+            together: list[Task] = []
+            left: deque[Task] = deque()
+            for task in self._queue:
+                if (why := self._why_over(task, gone, now, shut)) is not None:
+                    self._end(self._begin(task), why)
+                elif task.rejects:
+                    (together if begin_apart and self._fits(task, together) else left).append(task)
+                elif len(self._answers) < self.rows:
+                    self._join(task)
+                else:
+                    left.append(task)
+            self._queue = left
+            return together
+
+    def _why_over(self, task: Task, gone: set[Task], now: float, shut: bool) -> Failed | None:
+        if task in gone:
+            return Failed("cancelled", "the client has gone")
+        if now > task.deadline:
+            return Failed("timeout", f"the answer took longer than {task.seconds:g} s")
+        return Failed("shutdown", "the server is shutting down") if shut else None
+
+    def _begin(self, task: Task) -> _Answer:
+        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop))
+
+    def _join(self, task: Task) -> None:
+        answer = self._begin(task)
+        try:
+            self._answers[self._stepper.join(_asked(task))] = answer
+        except TrimtabError as error:  # what else could raise was checked before
+            self._end(answer, Failed("input", str(error)))
+
+    def _step(self) -> None:
+        self.steps += 1
+        for told in self._stepper.step():
+            answer = self._answers.get(told.key)
+            if answer is not None:
+                self._tell(answer, told)
+
+    def _tell(self, answer: _Answer, told: Told) -> None:
+        task = answer.task
+        if told.error is not None:
+            del self._answers[told.key]
+            expected = isinstance(told.error, TrimtabError)
+            message = str(told.error) if expected else f"{type(told.error).__name__} while the prompt was read"
+            self._end(answer, Failed("input" if expected else "server", message))
+            return
+        applied = told.applied
+        if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
+            dose = (applied or self._stepper.applied(told.key) or Applied((), ())).dose
+            if not dose <= task.max_dose:
+                self._stepper.leave(told.key)
+                del self._answers[told.key]
+                message = f"the steering's dose is {dose:.2g} and may be {task.max_dose:g}; lower the strength"
+                self._end(answer, Failed("dose", message))
+                return
+        answer.take(TokenTold(told.token, told.logprob, told.likeliest), bool(told.finish))
+        finish = "stop" if answer.text.stopped else told.finish
+        if finish:
+            del self._answers[told.key]
+            applied = applied or self._stepper.leave(told.key) or Applied((), ())
+            self._end(answer, Done(finish, answer.tokens, applied))
+
+    def _end(self, answer: _Answer, event: Event) -> None:
+        if not isinstance(event, Failed):
+            took = time.monotonic() - (answer.task.deadline - answer.task.seconds)
+            self._pace += 0.1 * (took - self._pace)
+        answer.end(event)
+        self._finished(event, answer.task)
+
+    def _fail_all(self, message: str) -> None:
+        self._stepper.clear()
+        answers, self._answers = list(self._answers.values()), {}
+        for answer in answers:
+            self._end(answer, Failed("server", message))
+
+    # ---- with rejection ----------------------------------------------------------------------------------
+
+    def _fits(self, task: Task, together: list[Task]) -> bool:
+        """Whether it can run in one loop with these."""
+        if not together:
+            return True
+        first = together[0]
+        if len(together) >= self.rows or not (first.sampling.greedy and task.sampling.greedy):
+            return False
+        assert first.rejection is not None
+        assert task.rejection is not None
+        if (first.rejection.schedule, first.chat) != (task.rejection.schedule, task.chat):
+            return False
+        both = [*together, task]
+        most = max(one.max_new_tokens for one in both)
+        context = self.lm.layout.context
+        return context is None or max(len(one.ids) for one in both) + most <= context
+
+    def _run_apart(self, tasks: list[Task]) -> None:
+        tasks = sorted(tasks, key=lambda task: -len(task.ids))  # as lm.generate orders its rows
+        self._apart = [self._begin(task) for task in tasks]
+        first = tasks[0]
+        try:
+            found = self.lm.generate(
+                [task.prompt for task in tasks if task.prompt is not None],  # none is: `check` saw to it
+                [task.steering for task in tasks],
+                rejection=[task.rejection for task in tasks],
+                max_new_tokens=max(task.max_new_tokens for task in tasks),
+                chat=first.chat,
+                batch_size=len(tasks),
+                seed=first.sampling.seed,
+                transfer=True,  # whether a steering fits was checked when it was loaded
+                stopping_criteria=[self._after_token],
+                **first.sampling.options,
+            )
+            for answer, generation in zip(self._apart, found, strict=True):
+                if not answer.over:
+                    trace = generation.trace
+                    trace = trace and replace(trace, steps=trace.steps[: answer.tokens])
+                    self._end(answer, Done(answer.finish or "length", answer.tokens, generation.applied, trace))
+        except Exception as error:
+            expected = isinstance(error, TrimtabError)
+            message = str(error) if expected else f"{type(error).__name__} while the model ran"
+            for answer in self._apart:
+                if not answer.over:
+                    self._end(answer, Failed("input" if expected else "server", message))
+        finally:
+            self._apart = []
+
+    def _after_token(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        """The loop's stopping criterion: which rows are done. It also lets everybody else have a step."""
+        for answer, token in zip(self._apart, input_ids[:, -1].tolist(), strict=True):
+            if answer.over or answer.finish is not None:
+                continue
+            last = token in self._ends or answer.tokens + 1 >= answer.task.max_new_tokens
+            answer.take(TokenTold(token), last)
+            if answer.text.stopped or token in self._ends:
+                answer.finish = "stop"
+            elif last:
+                answer.finish = "length"
+        self._between()
+        over = [answer.over or answer.finish is not None for answer in self._apart]
+        return torch.tensor(over, device=input_ids.device)
+
+
+def _asked(task: Task) -> Asked:
+    return Asked(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)

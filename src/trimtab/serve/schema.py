@@ -1,0 +1,400 @@
+"""Requests and responses as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
+
+What OpenAI's API has and this server doesn't is accepted where it asks for nothing, and refused where it asks for
+something. A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a steering may be called."""
+Text = Annotated[str, Field(max_length=1_000_000)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+class _In(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class _Out(BaseModel):
+    pass
+
+
+# ---- steering ------------------------------------------------------------------------------------------------
+
+
+class SteeringChoice(_In):
+    """A steering of the server's, and what its strength is multiplied by."""
+
+    name: str = Field(max_length=64, examples=["json"])
+    strength: Finite = Field(1.0, ge=-100, le=100, description="2 pushes twice as hard, -1 the other way.")
+
+
+class PhraseChoice(_In):
+    """A phrase as it stands in the prompt: all its occurrences, or one of them, counted from 0."""
+
+    text: str = Field(min_length=1, max_length=2000)
+    occurrence: int | None = Field(None, ge=0, lt=10_000)
+
+
+class PartChoice(_In):
+    """The whole content of a message: number `index` among those of `role`; -1 is the last."""
+
+    role: Literal["system", "user", "assistant"]
+    index: int = Field(-1, ge=-1000, lt=1000)
+
+
+class RejectionChoice(_In):
+    """How a steering is weakened or rejected where its token is implausible (DIRECTER)."""
+
+    beta: Finite = Field(0.5, ge=0, le=1, description="The least share of the likeliest raw token's probability.")
+    ladder: Literal["halve", "strength"] = "halve"
+    min_layers: int = Field(2, ge=1, le=10_000)
+
+
+class Steered(_In):
+    """The fields beyond OpenAI's; with its Python client they go into `extra_body`."""
+
+    steering: list[SteeringChoice] = Field(
+        [], max_length=16, description="Added up.", examples=[[{"name": "json", "strength": 1.2}]]
+    )
+    emphasize: list[Annotated[str, Field(min_length=1, max_length=2000)] | PhraseChoice | PartChoice] = Field(
+        [], max_length=16, description="What of the prompt to steer attention towards.", examples=[["in one sentence"]]
+    )
+    rejection: bool | RejectionChoice | None = Field(
+        None, description="Weaken or reject steering where it is implausible. With `emphasize` on, unless false."
+    )
+
+
+# ---- what both kinds of completion are asked by --------------------------------------------------------------
+
+
+class StreamOptions(_In):
+    """What else a stream tells."""
+
+    include_usage: bool = Field(False, description="One more chunk at the end, with the tokens counted.")
+    include_obfuscation: bool | None = None
+
+
+class Common(Steered):
+    """What both kinds of completion have."""
+
+    model: str = Field(max_length=512, description="As /v1/models has it.", examples=["trimtab"])
+    max_tokens: int | None = Field(None, ge=1, le=1_000_000, description="Without it: as many as the server allows.")
+    temperature: Finite | None = Field(None, ge=0, le=2, description="1 unless given; 0 is greedy.")
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=128, description="How many answers.")
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=200)]
+        | list[Annotated[str, Field(min_length=1, max_length=200)]]
+        | None
+    ) = Field(None, description="At most 4 texts that end an answer; they aren't part of it.")
+    seed: Seed | None = Field(None, description="The same seed gives the same samples; answer i of `n` has seed + i.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512)
+    metadata: dict[str, str] | None = None
+    presence_penalty: Finite | None = Field(None, ge=0, le=0, description="Not supported.")
+    frequency_penalty: Finite | None = Field(None, ge=0, le=0, description="Not supported.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Not supported.")
+
+
+class TextPart(_In):
+    """A part of a message's content."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(_In):
+    """A message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+    name: str | None = Field(None, max_length=64)
+    refusal: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class PlainFormat(_In):
+    """The only format of answers."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Common):
+    """`POST /v1/chat/completions`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "model": "trimtab",
+                    "messages": [{"role": "user", "content": "Name a fruit."}],
+                    "max_tokens": 32,
+                    "temperature": 0,
+                    "steering": [{"name": "json", "strength": 1.2}],
+                }
+            ]
+        }
+    )
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="The newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: PlainFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = Field(None, max_length=512)
+    prompt_cache_key: str | None = Field(None, max_length=512)
+
+
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1_000_000)]
+Prompts = (
+    Text
+    | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    | Ids
+    | Annotated[list[Ids], Field(min_length=1, max_length=64)]
+)
+
+
+class CompletionRequest(Common):
+    """`POST /v1/completions`: plain text, no chat template."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "trimtab", "prompt": "The sea is", "max_tokens": 16, "temperature": 0}]
+        }
+    )
+
+    prompt: Prompts = Field(description="A text, several, or token ids.")
+    logprobs: int | None = Field(None, ge=0, le=5)
+    echo: Literal[False] | None = Field(None, description="Not supported.")
+    suffix: Literal[""] | None = Field(None, description="Not supported.")
+    best_of: Literal[1] | None = Field(None, description="Not supported.")
+
+
+# ---- responses -----------------------------------------------------------------------------------------------
+
+
+class AppliedSteering(_Out):
+    """A steering that was asked for, or is always on."""
+
+    name: str
+    digest: str
+    strength: float
+    always: bool = False
+
+
+class DoseTold(_Out):
+    """How hard a site was pushed: the mean of ‖edit‖ / ‖activation‖ over `tokens`."""
+
+    layer: int
+    kind: str
+    ratio: float
+    tokens: int
+
+
+class RejectionTold(_Out):
+    """Of an answer's tokens: at how many the gate was open, and what came of it."""
+
+    tokens: int
+    open: int
+    steered: int
+    weakened: int
+    rejected: int
+    changed: int
+
+
+class AppliedTold(_Out):
+    """What steered one answer. `dose` is the largest of `doses`."""
+
+    index: int
+    edits: list[str]
+    dose: float | None
+    doses: list[DoseTold]
+    rejection: RejectionTold | None = None
+
+
+class Told(_Out):
+    """What was applied, in the response's field `trimtab`."""
+
+    steering: list[AppliedSteering]
+    emphasized_tokens: int
+    answers: list[AppliedTold]
+
+
+class Usage(_Out):
+    """Tokens; the prompt's counted once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(_Out):
+    """A token and its natural log-probability under the steered model, before any temperature."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """The same, with the likeliest tokens in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Out):
+    """One entry a token."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class ChatMessage(_Out):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(_Out):
+    """One of `n` answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(_Out):
+    """The answer to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    trimtab: Told
+
+
+class TextLogprobs(_Out):
+    """One entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(_Out):
+    """One answer; prompts' answers come one prompt after the other."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(_Out):
+    """The answer to a completion request."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    trimtab: Told
+
+
+class ModelTold(_Out):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "trimtab"
+
+
+class ModelList(_Out):
+    """All one of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelTold]
+
+
+class SteeringTold(_Out):
+    """A steering that requests may name. `card` says what it was learned from, and what was measured."""
+
+    name: str
+    object: Literal["steering"] = "steering"
+    digest: str
+    source: Literal["file", "uploaded", "learned"]
+    layers: list[int]
+    edits: list[str]
+    strength: list[float] = Field(description="The range that you may ask for.", examples=[[-4, 4]])
+    always: bool
+    card: dict[str, Any]
+
+
+class SteeringList(_Out):
+    """The steerings that you may use."""
+
+    object: Literal["list"] = "list"
+    data: list[SteeringTold]
+
+
+class LearnRequest(_In):
+    """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "polite",
+                    "method": "caa",
+                    "pairs": [{"prompt": "How are you?", "positive": "Splendid, thanks!", "negative": "Go away."}],
+                }
+            ]
+        }
+    )
+
+    name: str = Field(pattern=NAME)
+    method: Literal["caa", "instruct"]
+    pairs: list[dict[str, Annotated[str, Field(max_length=20_000)]]] = Field(min_length=1, max_length=512)
+    layers: list[Annotated[int, Field(ge=0, lt=10_000)]] | None = Field(None, min_length=1, max_length=256)
+
+
+class Health(_Out):
+    """Whether the server is there, or ready."""
+
+    status: Literal["ok", "draining", "dead"]
+
+
+class ErrorTold(_Out):
+    """What is wrong, in words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(_Out):
+    """The body of every error."""
+
+    error: ErrorTold

@@ -1,0 +1,281 @@
+"""All that a server has, and what becomes of a request: checked against the policy, rendered, and made into tasks."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab.decoding.rejection import Rejection
+from trimtab.engines.transformers.generate import check_request
+from trimtab.engines.transformers.sampling import Sampling
+from trimtab.errors import TrimtabError
+from trimtab.lm import LM
+from trimtab.serve.audit import Audit
+from trimtab.serve.library import Library, Loaded
+from trimtab.serve.metrics import Metrics
+from trimtab.serve.policy import Key, Policy
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.scheduler import Scheduler
+from trimtab.serve.schema import (
+    AppliedSteering,
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    PartChoice,
+    PhraseChoice,
+    RejectionChoice,
+    Steered,
+)
+from trimtab.serve.tasks import Task
+from trimtab.steering import ScaleScores, Steering, emphasis
+from trimtab.text.chat import Prompt
+from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
+
+ALIAS = "trimtab"
+"""The served model's other name, so that a client's configuration needn't know which it is."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds."""
+
+    body: int = 1 << 20
+    upload: int = 64 << 20
+    prompt_tokens: int | None = None
+    max_tokens: int = 512
+    answers: int = 16
+    seconds: float = 300.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """One server."""
+
+    lm: LM
+    library: Library
+    scheduler: Scheduler
+    policy: Policy
+    audit: Audit
+    metrics: Metrics
+    limits: Limits
+    upload: bool = False
+    learn: bool = False
+    started: int = 0
+    _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
+
+    # ---- who may do what -----------------------------------------------------------------------------------
+
+    def visible(self, key: Key) -> list[Loaded]:
+        """The steerings that a caller may name, and those that are always on."""
+        always = {name for name, _ in self.policy.always}
+        found = [self.library.get(name) for name in self.library.names]
+        return [one for one in found if one and (_allowed(key, one) or one.name in always)]
+
+    def chosen(self, key: Key, asked: Steered) -> tuple[list[AppliedSteering], Steering | None]:
+        """What is always on, and what the request asks for: as it is told, and as one steering.
+
+        Raises `Refusal` for what isn't there or isn't allowed.
+        """
+        low, high = self.policy.range_of(key)
+        always = dict(self.policy.always)
+        told, total = [], None
+        for name, strength in self.policy.always:
+            loaded = self.library.get(name)
+            assert loaded is not None  # checked at the start
+            told.append(AppliedSteering(name=name, digest=loaded.digest, strength=strength, always=True))
+            total = strength * loaded.steering if total is None else total + strength * loaded.steering
+        for i, choice in enumerate(asked.steering):
+            where = f"steering.{i}"
+            if choice.name in always:
+                raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
+            loaded = self.library.get(choice.name)
+            if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
+                raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
+            if not low <= choice.strength <= high:
+                raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=f"{where}.strength")
+            told.append(AppliedSteering(name=choice.name, digest=loaded.digest, strength=choice.strength))
+            one = choice.strength * loaded.steering
+            total = one if total is None else total + one
+        return told, total
+
+    def rejection(self, asked: Steered) -> Rejection | None:
+        """The request's rejection. Raises `Refusal` where it would undo what is always on.
+
+        By default there is some where something is emphasized.
+        """
+        given = asked.rejection
+        wanted = bool(asked.emphasize) if given is None else given is not False
+        if not wanted:
+            return None
+        if self.policy.always:
+            raise Refusal(
+                403, "steerings that are always on can't be rejected; ask for rejection: false", param="rejection"
+            )
+        if isinstance(given, RejectionChoice):
+            return Rejection(given.beta, given.min_layers, given.ladder)
+        return Rejection()
+
+    # ---- tasks ---------------------------------------------------------------------------------------------
+
+    def prepare(self, key: Key, asked: ChatRequest | CompletionRequest) -> Prepared:
+        """The tasks of a request, to be given where to deliver. Raises `Refusal` for all that can't run.
+
+        May take a while: call it in a thread.
+        """
+        if asked.model not in (self.lm.name, ALIAS):
+            raise Refusal(404, f"this server has the model {self.lm.name}", param="model", code="model_not_found")
+        chat = isinstance(asked, ChatRequest)
+        count = asked.n or 1
+        prompts = [_messages(asked.messages)] if isinstance(asked, ChatRequest) else _prompts(asked.prompt)
+        if count * len(prompts) > self.limits.answers:
+            raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
+        told, steering = self.chosen(key, asked)
+        rejection = self.rejection(asked)
+        stop = _stop(asked.stop)
+        tasks, marked, lengths = [], 0, []
+        try:
+            for prompt in prompts:
+                ids = self._encode(prompt, chat)
+                lengths.append(len(ids))
+                mine, tokens = self._emphasized(asked, prompt, chat, steering)
+                marked += tokens
+                most = self._most(asked, len(ids))
+                for i in range(count):
+                    task = Task(
+                        tuple(ids),
+                        lambda _event: None,
+                        mine,
+                        most,
+                        _sampling(asked, i),
+                        _alternatives(asked),
+                        stop,
+                        rejection,
+                        prompt if isinstance(prompt, (str, list)) and not _is_ids(prompt) else None,
+                        None if chat else False,
+                        self.policy.dose_of(key),
+                        self.limits.seconds,
+                    )
+                    self.scheduler.check(task)
+                    tasks.append(task)
+        except TrimtabError as error:
+            raise Refusal(400, str(error)) from None
+        return Prepared(tasks, told, marked, lengths)
+
+    def _encode(self, prompt: Any, chat: bool) -> list[int]:
+        if _is_ids(prompt):
+            size = self.lm.model.get_input_embeddings().weight.shape[0]
+            if max(prompt) >= size:
+                raise Refusal(400, f"a token id is below {size} for this model", param="prompt")
+            ids = list(prompt)
+        else:
+            with self._tokenizing:
+                ids = self.lm.encode(prompt, chat=None if chat else False)
+        most = self.limits.prompt_tokens
+        if most is not None and len(ids) > most:
+            raise Refusal(400, f"the prompt has {len(ids)} tokens, {most} are allowed", code="context_length_exceeded")
+        return ids
+
+    def _most(self, asked: ChatRequest | CompletionRequest, length: int) -> int:
+        """How many tokens the answer may have. Without a number: what is allowed and fits."""
+        given = asked.max_tokens
+        if isinstance(asked, ChatRequest) and asked.max_completion_tokens is not None:
+            given = asked.max_completion_tokens
+        if given is not None and given > self.limits.max_tokens:
+            raise Refusal(400, f"max_tokens is {self.limits.max_tokens} at most on this server", param="max_tokens")
+        context = self.lm.layout.context
+        room = self.limits.max_tokens if context is None else min(self.limits.max_tokens, context - length)
+        wanted = max(1, room) if given is None else given
+        try:
+            check_request(self.lm.layout, [length], wanted, {})
+        except TrimtabError as error:
+            raise Refusal(400, str(error), code="context_length_exceeded") from None
+        return wanted
+
+    def _emphasized(
+        self, asked: Steered, prompt: Any, chat: bool, steering: Steering | None
+    ) -> tuple[Steering | None, int]:
+        """The steering with attention towards the phrases, and how many tokens those are."""
+        if not asked.emphasize:
+            return steering, 0
+        if _is_ids(prompt):
+            raise Refusal(400, "phrases can't be placed in token ids; give text", param="emphasize")
+        marks: list[Emphasis] = []
+        with self._tokenizing:
+            given: dict[str, Any] = {"chat": None if chat else False}
+            text = render(self.lm.tokenizer, prompt, **given).text
+            for i, one in enumerate(asked.emphasize):
+                phrase = one if isinstance(one, str) else one.text if isinstance(one, PhraseChoice) else None
+                if phrase is not None and (not phrase.strip() or phrase not in text):
+                    raise Refusal(400, "the phrase to emphasize isn't in the prompt", param=f"emphasize.{i}")
+                if isinstance(one, PhraseChoice):
+                    marks.append(Phrase(one.text, one.occurrence))
+                elif isinstance(one, PartChoice):
+                    marks.append(Part(one.role, one.index))
+                else:
+                    marks.append(Phrase(one))
+            spans = find_spans(self.lm.tokenizer, prompt, marks, **given)
+        towards = emphasis(ScaleScores(), spans, range(self.lm.layout.layers), "directer")
+        self.lm.check(towards)
+        return (towards if steering is None else steering + towards), sum(stop - start for start, stop in spans)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request's tasks, and what the response says beforehand. `lengths` are those of its prompts, in tokens."""
+
+    tasks: list[Task]
+    told: list[AppliedSteering]
+    emphasized: int
+    lengths: list[int]
+
+
+def _allowed(key: Key, loaded: Loaded) -> bool:
+    return key.steerings is None or loaded.name in key.steerings
+
+
+def _messages(messages: Sequence[Message]) -> Prompt:
+    found = []
+    for message in messages:
+        role = "system" if message.role == "developer" else message.role
+        content = message.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        found.append({"role": role, "content": text})
+    return found
+
+
+def _prompts(given: Any) -> list[Any]:
+    if isinstance(given, str) or _is_ids(given):
+        return [given]
+    return list(given)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], int)
+
+
+def _stop(given: str | list[str] | None) -> tuple[str, ...]:
+    stop = (given,) if isinstance(given, str) else tuple(given or ())
+    if len(stop) > 4:
+        raise Refusal(400, "there are 4 stop texts at most", param="stop")
+    return stop
+
+
+def _sampling(asked: ChatRequest | CompletionRequest, number: int) -> Sampling:
+    temperature = 1.0 if asked.temperature is None else float(asked.temperature)
+    if 0 < temperature < 1e-4:  # dividing by it would leave no numbers
+        temperature = 0.0
+    top_p = 1.0 if asked.top_p is None else float(asked.top_p)
+    seed = None if asked.seed is None else (asked.seed + number) % 2**63
+    assert math.isfinite(temperature)
+    return Sampling(temperature, top_p, seed)
+
+
+def _alternatives(asked: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(asked, CompletionRequest):
+        return asked.logprobs
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    return (asked.top_logprobs or 0) if asked.logprobs else None

@@ -1,0 +1,79 @@
+"""One answer that is asked for, and what is told while it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from trimtab.decoding.rejection import Rejection
+from trimtab.decoding.trace import Trace
+from trimtab.engines.transformers.generate import Applied
+from trimtab.engines.transformers.sampling import GREEDY, Sampling
+from trimtab.steering import Steering
+from trimtab.text.chat import Prompt
+
+
+@dataclass(frozen=True)
+class TokenTold:
+    """A token's id, and where asked for its log-probability and the likeliest ones', best first."""
+
+    id: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More text, and the tokens that came since the piece before."""
+
+    text: str
+    tokens: tuple[TokenTold, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """The end: why (`"stop"` or `"length"`), how many tokens there were, and what steered them."""
+
+    finish: str
+    tokens: int
+    applied: Applied
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The end, without an answer. `kind`: `"timeout"`, `"dose"`, `"input"`, `"shutdown"`, `"cancelled"`, `"server"`."""
+
+    kind: str
+    message: str
+
+
+Event = Piece | Done | Failed
+
+
+@dataclass(eq=False)
+class Task:
+    """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
+
+    `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs. `steering` holds edits of
+    attention scores as well. `seconds` counts from when it is submitted.
+    """
+
+    ids: tuple[int, ...]
+    deliver: Callable[[Event], None]
+    steering: Steering | None = None
+    max_new_tokens: int = 128
+    sampling: Sampling = GREEDY
+    alternatives: int | None = None
+    stop: tuple[str, ...] = ()
+    rejection: Rejection | None = None
+    prompt: Prompt | None = None
+    chat: bool | None = None
+    max_dose: float | None = None
+    seconds: float = 600.0
+    deadline: float = field(default=float("inf"), init=False)
+
+    @property
+    def rejects(self) -> bool:
+        """Whether it needs the loop with rejection: there must be something to reject."""
+        return self.rejection is not None and self.steering is not None and bool(self.steering.edits)

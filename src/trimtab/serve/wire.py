@@ -1,0 +1,196 @@
+"""Answers as they stand on the wire, whole or in chunks."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trimtab.serve.schema import (
+    AppliedTold,
+    ChatChoice,
+    ChatCompletion,
+    ChatLogprobs,
+    ChatMessage,
+    Completion,
+    DoseTold,
+    RejectionTold,
+    TextChoice,
+    TextLogprobs,
+    TokenLogprob,
+    Told,
+    TopLogprob,
+    Usage,
+)
+from trimtab.serve.service import Prepared
+from trimtab.serve.tasks import Done, Piece, TokenTold
+
+LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
+
+
+def new_id(chat: bool) -> str:
+    """A completion's id."""
+    return f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}"
+
+
+@dataclass
+class Collected:
+    """One answer as far as it has come."""
+
+    text: str = ""
+    tokens: list[TokenTold] = field(default_factory=list)
+    done: Done | None = None
+
+    def take(self, event: Piece | Done) -> None:
+        """Add a piece, or the end."""
+        if isinstance(event, Done):
+            self.done = event
+        else:
+            self.text += event.text
+            self.tokens += event.tokens
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How one request's answers are written: `id`, model, whether it is a chat, and with log-probabilities or not."""
+
+    id: str
+    model: str
+    chat: bool
+    logprobs: bool
+    tokenizer: Any
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
+        """The response of a request that doesn't stream."""
+        told, usage = self.told(prepared, answers), self.usage(prepared, answers)
+        head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
+        if self.chat:
+            chosen = [
+                ChatChoice(
+                    index=i,
+                    message=ChatMessage(content=answer.text),
+                    logprobs=self._chat_logprobs(answer.tokens),
+                    finish_reason=_finish(answer),
+                )
+                for i, answer in enumerate(answers)
+            ]
+            return ChatCompletion(choices=chosen, trimtab=told, **head).model_dump()
+        texts = [
+            TextChoice(
+                index=i,
+                text=answer.text,
+                logprobs=self._text_logprobs(answer.tokens, 0),
+                finish_reason=_finish(answer),
+            )
+            for i, answer in enumerate(answers)
+        ]
+        return Completion(choices=texts, trimtab=told, **head).model_dump()
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """A chat stream's first chunk for an answer says whose words they are."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.chat else None
+
+    def piece(self, index: int, piece: Piece, before: int) -> dict[str, Any]:
+        """A chunk with more text, `before` characters into the answer."""
+        if self.chat:
+            logprobs = self._chat_logprobs(piece.tokens)
+            return self._chunk(index, {"content": piece.text}, logprobs and logprobs.model_dump(), None)
+        found = self._text_logprobs(piece.tokens, before)
+        return self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)
+
+    def ending(self, index: int, done: Done) -> dict[str, Any]:
+        """The chunk that says why an answer has ended."""
+        return self._chunk(index, {} if self.chat else {"text": ""}, None, done.finish)
+
+    def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
+        """The chunk after all answers: what was applied, and the usage where it was asked for."""
+        found: dict[str, Any] = {**self._head(), "choices": [], "trimtab": self.told(prepared, answers).model_dump()}
+        return {**found, "usage": self.usage(prepared, answers).model_dump()} if usage else found
+
+    def usage(self, prepared: Prepared, answers: Sequence[Collected]) -> Usage:
+        """The tokens of the prompts and of all answers."""
+        prompt = sum(prepared.lengths)
+        made = sum(answer.done.tokens for answer in answers if answer.done)
+        return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+
+    def told(self, prepared: Prepared, answers: Sequence[Collected]) -> Told:
+        """What steered the answers."""
+        found = [_applied(i, answer.done) for i, answer in enumerate(answers) if answer.done]
+        return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found)
+
+    def _head(self) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
+        inner: dict[str, Any] = {"delta": delta} if self.chat else delta
+        choice = {"index": index, **inner, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._head(), "choices": [choice]}
+
+    def _chat_logprobs(self, tokens: Sequence[TokenTold]) -> ChatLogprobs | None:
+        if not self.logprobs:
+            return None
+        content = []
+        for told in tokens:
+            top = [TopLogprob(**self._named(id, value)) for id, value in told.likeliest]
+            content.append(TokenLogprob(**self._named(told.id, told.logprob), top_logprobs=top))
+        return ChatLogprobs(content=content)
+
+    def _text_logprobs(self, tokens: Sequence[TokenTold], before: int) -> TextLogprobs | None:
+        if not self.logprobs:
+            return None
+        texts = [self._text(told.id) for told in tokens]
+        offsets, at = [], before
+        for text in texts:
+            offsets.append(at)
+            at += len(text)
+        top = [{self._text(id): _finite(value) for id, value in told.likeliest} for told in tokens]
+        values = [_finite(told.logprob) for told in tokens]
+        return TextLogprobs(tokens=texts, token_logprobs=values, top_logprobs=top, text_offset=offsets)
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._text(token)
+        whole = "\ufffd" not in text  # a part of a character has no text of its own
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+
+    def _text(self, token: int) -> str:
+        return str(self.tokenizer.decode([token]))
+
+
+def event(chunk: dict[str, Any]) -> bytes:
+    """A chunk as a server-sent event."""
+    return b"data: " + json.dumps(chunk, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+END = b"data: [DONE]\n\n"
+
+
+def _finish(answer: Collected) -> Any:
+    assert answer.done is not None
+    return answer.done.finish
+
+
+def _finite(value: float | None) -> float:
+    return LOWEST if value is None or not value > LOWEST else value
+
+
+def _applied(index: int, done: Done) -> AppliedTold:
+    doses = [DoseTold(layer=d.layer, kind=d.kind, ratio=d.ratio, tokens=d.tokens) for d in done.applied.doses]
+    rejection = None
+    if done.trace is not None:
+        steps = done.trace.steps
+        opened = [step for step in steps if step.open]
+        rejection = RejectionTold(
+            tokens=len(steps),
+            open=len(opened),
+            steered=sum(step.rung == 0 for step in opened),
+            weakened=sum(bool(step.rung) for step in opened),
+            rejected=sum(step.rung is None for step in opened),
+            changed=sum(step.replaced is not None for step in steps),
+        )
+    dose = None if done.trace is not None else done.applied.dose  # not measured with rejection
+    return AppliedTold(index=index, edits=list(done.applied.edits), dose=dose, doses=doses, rejection=rejection)

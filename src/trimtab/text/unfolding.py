@@ -1,0 +1,66 @@
+"""Text out of tokens that come one at a time: whole characters only, and nothing that may belong to a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+BROKEN = "\ufffd"  # what a character that isn't complete yet decodes to
+
+
+class Unfolding:
+    """One answer. `add` takes a token and gives the text that can be shown now; `finish` gives what was held back.
+
+    All pieces together are the decoded tokens, up to the first of the `stop` texts, which isn't part of them;
+    `stopped` says whether one has come.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = tuple(stop)
+        self.stopped = False
+        self._tokens: list[int] = []
+        self._context = 0  # decoding starts here, as a tokenizer may treat the first token specially
+        self._read = 0  # tokens whose text is known
+        self._held = ""
+
+    def add(self, token: int) -> str:
+        """The text that this token lets go."""
+        if self.stopped:
+            return ""
+        self._tokens.append(token)
+        known = self._decode(self._tokens[self._context : self._read])
+        whole = self._decode(self._tokens[self._context :])
+        if len(whole) <= len(known) or whole.endswith(BROKEN):
+            return ""
+        self._context, self._read = self._read, len(self._tokens)
+        return self._let_go(whole[len(known) :])
+
+    def finish(self) -> str:
+        """The rest, once there are no more tokens."""
+        if self.stopped:
+            return ""
+        known = self._decode(self._tokens[self._context : self._read])
+        rest = self._decode(self._tokens[self._context :])[len(known) :]
+        self._read = self._context = len(self._tokens)
+        shown = self._let_go(rest)
+        held, self._held = self._held, ""
+        return shown + held
+
+    def _let_go(self, more: str) -> str:
+        text = self._held + more
+        places = [place for place in (text.find(one) for one in self.stop) if place >= 0]
+        if places:
+            self.stopped, self._held = True, ""
+            return text[: min(places)]
+        kept = max((_overlap(text, one) for one in self.stop), default=0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of the text may be the beginning of a stop text."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

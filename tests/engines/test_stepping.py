@@ -1,0 +1,297 @@
+"""Rows that join and leave a batch get what each gets alone, on tiny random models of many families."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import FAMILIES, LAYERS, direction, prompt
+
+from trimtab import (
+    LM,
+    Ablate,
+    Add,
+    Edit,
+    Positions,
+    ScaleScores,
+    SetProjection,
+    Site,
+    Steering,
+    Threshold,
+    TrimtabError,
+)
+from trimtab.engines.transformers.columns import ROOM
+from trimtab.engines.transformers.sampling import Sampling
+from trimtab.engines.transformers.stepping import PREFILL, Asked, Stepper, Told
+from trimtab.steering import Rotate, emphasis
+
+STEPPED = [family for family in FAMILIES if family not in ("mixtral",)]  # one mixture of experts will do
+SCORES = ("llama", "qwen3", "gemma3", "gemma2")  # families whose attention can be steered, windows and caps included
+
+
+@pytest.fixture(scope="module", params=STEPPED)
+def lm(request: pytest.FixtureRequest) -> LM:
+    return tiny.tiny(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> LM:
+    return tiny.tiny("llama")
+
+
+def steering(*edits: tuple[int, Any, Positions]) -> Steering:
+    return Steering(tuple(Edit(Site(layer), operation, positions) for layer, operation, positions in edits))
+
+
+STEERINGS = [
+    None,
+    steering((1, Add(direction(1, 2.0)), Positions.from_last_prompt_token())),
+    steering((1, SetProjection(direction(2), target=1.5), Positions.all()), (3, Add(direction(3)), Positions.all())),
+    steering((0, Ablate(direction(4)), Positions.all_but_first()), (2, Add(direction(5, 3.0)), Positions.prompt())),
+    steering((2, Add(direction(6, 2.0), keep_norm=True), Positions.first_generated(2))),
+    steering((2, Rotate(direction(7), one_sided=False), Positions.window(1, 4))),
+    steering((1, Add(direction(8, 3.0)), Positions.all())).when(Threshold(Site(0), direction(9), 0.0)),
+    steering((1, Add(direction(8, 3.0)), Positions.all())).when(~Threshold(Site(0), direction(9), 0.0)),
+    0.0 * steering((1, Add(direction(1, 2.0)), Positions.all())),
+]
+
+
+def asked(lm: LM, number: int, length: int, count: int, **more: Any) -> Asked:
+    ids = tuple(lm.encode(prompt(number, length)))
+    return Asked(ids, STEERINGS[number % len(STEERINGS)], count, **more)
+
+
+def stepper(lm: LM) -> Stepper:
+    return Stepper(lm.model, lm.tokenizer, lm.layout)
+
+
+def alone(lm: LM, number: int, length: int, count: int, **options: Any) -> Any:
+    (answer,) = lm.generate(
+        prompt(number, length),
+        STEERINGS[number % len(STEERINGS)],
+        max_new_tokens=count,
+        chat=False,
+        logprobs=True,
+        **options,
+    )
+    return answer
+
+
+def drain(batch: Stepper) -> dict[int, list[Told]]:
+    told: dict[int, list[Told]] = {}
+    while len(batch):
+        for one in batch.step():
+            told.setdefault(one.key, []).append(one)
+    return told
+
+
+class TestRowsGetWhatTheyGetAlone:
+    @pytest.mark.parametrize("seed", range(2))
+    def test_joining_at_random_steps(self, lm: LM, seed: int) -> None:
+        """Prompts longer and shorter than the batch, several at once, some leaving in the middle."""
+        chance = random.Random(seed)
+        waiting = [(number, chance.randint(2, 14), chance.randint(1, 9)) for number in range(12)]
+        expected = {number: alone(lm, number, length, count) for number, length, count in waiting}
+        batch, told, of = stepper(lm), {}, {}
+        cancelled: set[int] = set()
+        while waiting or len(batch):
+            for _ in range(min(len(waiting), chance.choice([0, 0, 1, 3]))):
+                number, length, count = waiting.pop(0)
+                of[batch.join(asked(lm, number, length, count, alternatives=2))] = number
+            before = batch.running
+            steps = batch.step()
+            assert len({one.key for one in steps}) == len(steps) >= before
+            for one in steps:
+                assert one.error is None
+                told.setdefault(one.key, []).append(one)
+            if chance.random() < 0.1 and batch.running:
+                key = chance.choice([row.key for row in batch._rows])
+                assert batch.leave(key) is not None
+                cancelled.add(key)
+        assert set(of.values()) == set(range(12))
+        tolerance = 2e-3 if lm.model.dtype == torch.float32 else 1e-4
+        for key, number in of.items():
+            answer, found = expected[number], told.get(key, [])
+            ids = [one.token for one in found]
+            if key in cancelled:
+                assert ids == list(answer.token_ids)[: len(ids)]
+                assert not any(one.finish for one in found)
+                continue
+            assert ids == list(answer.token_ids)
+            assert [one.logprob for one in found] == pytest.approx(answer.logprobs, abs=tolerance)
+            assert all(one.likeliest[0] == (one.token, one.logprob) for one in found)
+            assert [one.finish for one in found] == [None] * (len(ids) - 1) + ["length"]
+            assert found[-1].applied is not None
+            assert found[-1].applied.edits == answer.applied.edits
+
+    def test_samples_are_those_of_the_seed(self, llama: LM) -> None:
+        batch = stepper(llama)
+        wanted: dict[int, Any] = {}
+        for number in range(6):
+            sampling = Sampling(0.8 + number / 10, 1.0 if number % 2 else 0.7, seed=number)
+            key = batch.join(asked(llama, number, 5 + number, 7, sampling=sampling))
+            wanted[key] = alone(llama, number, 5 + number, 7, seed=number, **sampling.options)
+            batch.step()
+        told = drain(batch)
+        for key, answer in wanted.items():
+            ids = [one.token for one in told[key]]
+            assert tuple(ids) == answer.token_ids[-len(ids) :]  # it had begun before
+        greedy = {number: alone(llama, number, 5 + number, 7).token_ids for number in range(6)}
+        assert any(wanted[key].token_ids != greedy[n] for n, key in enumerate(wanted))
+
+    @pytest.mark.parametrize("family", SCORES)
+    def test_edits_of_attention_scores(self, family: str) -> None:
+        lm = tiny.tiny(family)
+        towards = emphasis(ScaleScores(3.0), [(1, 3)], range(LAYERS))
+        both = towards + STEERINGS[1]  # type: ignore[operator]
+        rows = [(1, 4, towards), (2, 11, both), (3, 6, None), (4, 9, towards), (5, 5, STEERINGS[3])]
+        batch, keys = stepper(lm), []
+        told: dict[int, list[Told]] = {}
+        for number, length, one in rows:
+            keys.append(batch.join(Asked(tuple(lm.encode(prompt(number, length))), one, 6)))
+            for token in batch.step():
+                told.setdefault(token.key, []).append(token)
+        for key, tokens in drain(batch).items():
+            told.setdefault(key, []).extend(tokens)
+        changed = 0
+        for key, (number, length, one) in zip(keys, rows, strict=True):
+            (answer,) = lm.generate(prompt(number, length), one, max_new_tokens=6, rejection=False)
+            assert tuple(token.token for token in told[key]) == answer.token_ids
+            (plain,) = lm.generate(prompt(number, length), max_new_tokens=6)
+            changed += plain.token_ids != answer.token_ids
+        assert changed >= 3
+
+    def test_beyond_the_room_that_was_allocated(self) -> None:
+        """Buffers grow in the middle of an answer, and a long row that leaves takes its columns with it."""
+        lm = tiny.tiny("llama", seed=3)
+        lm.layout = type(lm.layout)(**{**vars(lm.layout), "context": None})
+        batch = stepper(lm)
+        keys = [batch.join(asked(lm, 1, 4, ROOM + 20)), batch.join(asked(lm, 2, 60, 5))]
+        told = batch.step() + batch.step()
+        assert batch._cache.width == 61
+        keys.append(batch.join(asked(lm, 3, 7, 30)))
+        found = drain(batch)
+        for one in reversed(told):
+            found[one.key].insert(0, one)
+        for key, (number, length, count) in zip(keys, ((1, 4, ROOM + 20), (2, 60, 5), (3, 7, 30)), strict=True):
+            assert tuple(one.token for one in found[key]) == alone(lm, number, length, count).token_ids
+        assert batch._cache.width == 0
+
+    def test_the_models_own_generation_settings_count(self) -> None:
+        lm = tiny.tiny("llama")
+        lm.model.generation_config.repetition_penalty = 1.7
+        expected = [alone(lm, number, 6, 12).token_ids for number in range(3)]
+        lm.model.generation_config.repetition_penalty = 1.0
+        assert [alone(lm, number, 6, 12).token_ids for number in range(3)] != expected
+        lm.model.generation_config.repetition_penalty = 1.7
+        batch = stepper(lm)
+        keys = [batch.join(asked(lm, number, 6, 12)) for number in range(3)]
+        told = drain(batch)
+        assert [tuple(one.token for one in told[key]) for key in keys] == expected
+
+    def test_an_answer_ends_where_the_model_ends_it(self) -> None:
+        lm = tiny.tiny("llama")
+        end = alone(lm, 1, 6, 8).token_ids[4]
+        lm.model.generation_config.eos_token_id = end
+        answer = alone(lm, 1, 6, 8)
+        batch = stepper(lm)
+        key, other = batch.join(asked(lm, 1, 6, 8)), batch.join(asked(lm, 2, 9, 8))
+        told = drain(batch)
+        assert [one.token for one in told[key]] == list(answer.token_ids)
+        assert (told[key][-1].finish, answer.finish_reason) == ("stop", "stop")
+        assert tuple(one.token for one in told[other]) == alone(lm, 2, 9, 8).token_ids
+
+
+class TestTheBatch:
+    def test_a_row_that_leaves_is_gone_before_the_next_step(self, llama: LM) -> None:
+        batch = stepper(llama)
+        keys = [batch.join(asked(llama, number, 6, 20)) for number in range(3)]
+        batch.step()
+        batch.leave(keys[1])
+        assert (batch.running, len(batch._cache.lengths)) == (2, 2)
+        assert {one.key for one in batch.step()} == {keys[0], keys[2]}
+        assert batch.leave(keys[1]) is None
+        batch.join(asked(llama, 5, 6, 20))
+        assert len(batch.clear()) == 3
+        assert len(batch) == 0
+        assert batch.step() == []
+
+    def test_rows_of_one_prompt_are_read_once(self, llama: LM) -> None:
+        batch, widths = stepper(llama), []
+        handle = llama.layout.decoder.register_forward_pre_hook(
+            lambda _m, _a, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+        )
+        keys = [batch.join(asked(llama, 1, 6, 5)) for _ in range(3)] + [batch.join(asked(llama, 2, 6, 5))]
+        told = drain(batch)
+        handle.remove()
+        assert widths[0] == (2, 6)
+        assert set(widths[1:]) == {(4, 1)}
+        for key in keys[:3]:
+            assert tuple(one.token for one in told[key]) == alone(llama, 1, 6, 5).token_ids
+
+    def test_one_step_reads_so_many_tokens_at_most(self, llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert PREFILL > 1000
+        monkeypatch.setattr("trimtab.engines.transformers.stepping.PREFILL", 20)
+        batch = stepper(llama)
+        keys = [batch.join(asked(llama, number, 8, 4)) for number in range(5)]
+        firsts = [[one.key for one in batch.step()] for _ in range(3)]
+        assert firsts == [keys[:2], keys[:4], keys]
+
+    def test_what_steered_a_row_is_what_steered_it_alone(self, llama: LM) -> None:
+        """All tokens are measured up to the stride, so short answers have the same dose wherever they are."""
+        one = steering((1, Add(direction(1, 2.0)), Positions.all()))
+        batch = stepper(llama)
+        key = batch.join(Asked(tuple(llama.encode(prompt(1, 6))), one, 2))
+        batch.join(asked(llama, 2, 9, 2))
+        batch.step()
+        halfway = batch.applied(key)
+        assert halfway is not None
+        assert [(d.layer, d.tokens) for d in halfway.doses] == [(1, 6)]
+        told = {t.key: t for t in batch.step()}
+        (answer,) = llama.generate(prompt(1, 6), one, max_new_tokens=2)
+        applied = told[key].applied
+        assert applied is not None
+        assert [(d.layer, d.tokens) for d in applied.doses] == [(d.layer, d.tokens) for d in answer.applied.doses]
+        assert applied.dose == pytest.approx(answer.applied.dose, rel=1e-5)
+
+    def test_a_row_steered_to_pieces_leaves_the_others_alone(self, llama: LM) -> None:
+        wild = steering((1, Add(direction(1, 1e300)), Positions.generated()))
+        batch = stepper(llama)
+        bad = batch.join(Asked(tuple(llama.encode(prompt(1, 9))), wild, 6))
+        good = batch.join(asked(llama, 2, 6, 6))
+        told = batch.step() + batch.step()
+        late = batch.join(asked(llama, 3, 4, 6))  # takes a place in which there are no numbers
+        more = drain(batch)
+        errors = [one for one in [*told, *more.get(bad, [])] if one.error]
+        assert [one.key for one in errors] == [bad]
+        assert "lower the strength" in str(errors[0].error)
+        ids = [one.token for one in [*told, *more[good]] if one.key == good]
+        assert tuple(ids) == alone(llama, 2, 6, 6).token_ids
+        assert tuple(one.token for one in more[late]) == alone(llama, 3, 4, 6).token_ids
+
+    def test_nothing_is_left_on_the_model(self, llama: LM) -> None:
+        def hooks() -> int:
+            return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in llama.model.modules())
+
+        before, own = hooks(), llama.model.config._attn_implementation
+        batch = stepper(llama)
+        batch.join(Asked(tuple(llama.encode(prompt(1, 6))), emphasis(ScaleScores(), [(1, 2)], [0, 1]), 4))
+        batch.join(asked(llama, 1, 6, 4))
+        batch.step()
+        batch.step()
+        assert (hooks(), llama.model.config._attn_implementation) == (before, own)
+
+    def test_what_cant_run_is_said_before(self, llama: LM) -> None:
+        batch = stepper(llama)
+        with pytest.raises(TrimtabError, match="context"):
+            batch.join(asked(llama, 1, 100, 100))
+        far = Asked(tuple(llama.encode(prompt(1, 6))), steering((1, Add(direction(1)), Positions.span(3, 99))), 4)
+        with pytest.raises(TrimtabError, match="span 3:99"):
+            batch.join(far)
+        for bad in ({"temperature": float("nan")}, {"temperature": -1}, {"top_p": 2.0}, {"seed": 1.5}):
+            with pytest.raises(TrimtabError, match=next(iter(bad))):
+                Sampling(**bad)  # type: ignore[arg-type]
+        assert len(batch) == 0

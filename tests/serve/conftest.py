@@ -1,0 +1,153 @@
+"""A tiny model in a folder, steerings for it, the application in this process, and a server in one of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving needs trimtab[serve]")
+pytest.importorskip("httpx", reason="these tests need httpx")
+
+NAMES = [f"s{i}" for i in range(8)]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from commands.conftest import save_model
+
+    return save_model(tmp_path_factory.mktemp("served") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(folder: Path) -> Any:
+    from trimtab import LM
+
+    return LM.load(folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def steerings(tiny_lm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight files: additions, clamps and ablations, at several layers and positions."""
+    import torch
+
+    from trimtab import Ablate, Add, Card, Edit, Positions, SetProjection, Site, Steering, save
+
+    where = tmp_path_factory.mktemp("steerings")
+    rules = [Positions.all(), Positions.from_last_prompt_token(), Positions.generated(), Positions.all_but_first()]
+    for i, name in enumerate(NAMES):
+        v = torch.randn(32, generator=torch.Generator().manual_seed(i))
+        v = v / v.norm()
+        operation = [Add(3.0 * v), SetProjection(v, target=2.0), Ablate(v), Add(2.0 * v, keep_norm=True)][i % 4]
+        steering = Steering((Edit(Site(i % 3), operation, rules[i // 2]),), Card("manual", model=tiny_lm.identity))
+        save(steering, where / f"{name}.safetensors")
+    return where
+
+
+@pytest.fixture
+def make_service(tiny_lm: Any, steerings: Path) -> Iterator[Callable[..., Any]]:
+    """A service on the tiny model; its threads end with the test."""
+    from trimtab.serve.audit import Audit
+    from trimtab.serve.library import read_folder
+    from trimtab.serve.metrics import Metrics
+    from trimtab.serve.policy import Policy
+    from trimtab.serve.scheduler import Scheduler
+    from trimtab.serve.service import Limits, Service
+
+    made = []
+
+    def make(
+        *, policy: Policy | None = None, rows: int = 8, waiting: int = 16, audit: Any = None, **given: Any
+    ) -> Service:
+        metrics = Metrics()
+        scheduler = Scheduler(tiny_lm, rows=rows, waiting=waiting, finished=metrics.finished)
+        limits = Limits(**{"max_tokens": 64, **given.pop("limits", {})})
+        library = read_folder(tiny_lm, steerings)
+        service = Service(tiny_lm, library, scheduler, policy or Policy(), audit or Audit(), metrics, limits, **given)
+        made.append(service)
+        return service
+
+    yield make
+    for service in made:
+        service.scheduler.close()
+
+
+@pytest.fixture
+def client_of() -> Iterator[Callable[..., Any]]:
+    """A client of a service's application, in this process."""
+    from starlette.testclient import TestClient
+
+    from trimtab.serve.app import make_app
+
+    opened = []
+
+    def make(service: Any, *, local: bool = False, **headers: str) -> TestClient:
+        client = TestClient(make_app(service, local=local), raise_server_exceptions=False, headers=headers)
+        client.__enter__()
+        opened.append(client)
+        return client
+
+    yield make
+    for client in opened:
+        client.__exit__(None, None, None)
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen
+    url: str
+    log: Path
+
+    def stop(self, sig: int = signal.SIGTERM, wait: float = 60) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+        return self.process.wait(wait)
+
+
+@pytest.fixture(scope="session")
+def start(folder: Path, steerings: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
+    """`trimtab serve …` in a process of its own, on a free port."""
+    started = []
+
+    def begin(*arguments: str, **environment: str) -> Server:
+        log = tmp_path_factory.mktemp("log") / "err"
+        command = [sys.executable, "-m", "trimtab", "serve", "--model", str(folder), "--device", "cpu"]
+        command += ["--steerings", str(steerings), "--port", "0", *arguments]
+        with log.open("wb") as errors:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environment}
+            )
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "http://" in line, log.read_text()
+        server = Server(process, line.split(" at ")[1].strip(), log)
+        started.append(server)
+        _until_ready(server)
+        return server
+
+    yield begin
+    for server in started:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()
+
+
+def _until_ready(server: Server) -> None:
+    import httpx
+
+    for _ in range(600):
+        try:
+            if httpx.get(f"{server.url}/readyz", timeout=60).status_code == 200:
+                return
+        except httpx.TransportError:
+            assert server.process.poll() is None, server.log.read_text()
+        time.sleep(0.1)
+    raise AssertionError("the server didn't get ready")

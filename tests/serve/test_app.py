@@ -1,0 +1,226 @@
+"""The routes in this process: what the policy allows, what is malformed, and the OpenAPI document."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve.conftest import NAMES
+
+from trimtab.serve.audit import Audit
+from trimtab.serve.policy import Key, Policy
+
+ASK = [{"role": "user", "content": "The sea is wide and blue."}]
+BODY: dict[str, Any] = {"model": "trimtab", "messages": ASK, "max_tokens": 5, "temperature": 0}
+PATH = "/v1/chat/completions"
+
+
+def secret(name: str, **given: Any) -> Key:
+    return Key(name, hashlib.sha256(name.encode()).digest(), **given)
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {name}"}
+
+
+class TestPolicy:
+    @pytest.fixture
+    def client(self, make_service: Callable[..., Any], client_of: Callable[..., Any], tmp_path: Path) -> Any:
+        keys = (secret("alice", steerings=frozenset({"s0"}), strength=(0, 2)), secret("bob", add=True))
+        policy = Policy(keys, (("s7", 1.0),), (-3, 3))
+        self.log = tmp_path / "audit.jsonl"
+        service = make_service(policy=policy, audit=Audit(self.log, prompts=True), upload=True, learn=True)
+        return client_of(service)
+
+    def ask(self, client: Any, who: str, **more: Any) -> Any:
+        return client.post(PATH, json={**BODY, **more}, headers=bearer(who))
+
+    @pytest.mark.parametrize("path", ["/v1/models", "/v1/steerings", "/metrics", "/docs", "/v1/nothing"])
+    def test_who_has_no_key_sees_nothing(self, client: Any, path: str) -> None:
+        for headers in ({}, bearer("eve"), {"Authorization": "Basic alice"}, bearer("alice2")):
+            assert client.get(path, headers=headers).status_code == 401
+        assert client.get("/healthz").json() == client.get("/readyz").json() == {"status": "ok"}
+
+    def test_a_key_has_its_steerings_and_its_range(self, client: Any) -> None:
+        found = client.get("/v1/steerings", headers=bearer("alice")).json()["data"]
+        assert [(one["name"], one["always"], one["strength"]) for one in found] == [
+            ("s0", False, [0, 2]),
+            ("s7", True, [0, 2]),
+        ]
+        assert len(client.get("/v1/steerings", headers=bearer("bob")).json()["data"]) == 8
+        assert self.ask(client, "alice", steering=[{"name": "s0", "strength": 2}]).status_code == 200
+        assert self.ask(client, "alice", steering=[{"name": "s0", "strength": 2.1}]).status_code == 403
+        assert self.ask(client, "alice", steering=[{"name": "s0", "strength": -0.1}]).status_code == 403
+        hidden, missing = (self.ask(client, "alice", steering=[{"name": n}]) for n in ("s1", "s99"))
+        assert (hidden.status_code, hidden.json()) == (404, missing.json())
+        assert self.ask(client, "bob", steering=[{"name": "s1", "strength": -3}]).status_code == 200
+
+    def test_what_is_always_on_stays_on(self, client: Any, tiny_lm: Any, steerings: Path) -> None:
+        from trimtab import load
+
+        told = self.ask(client, "bob").json()
+        assert told["trimtab"]["steering"][0]["name"] == "s7"
+        (answer,) = tiny_lm.generate(ASK, load(steerings / "s7.safetensors"), max_new_tokens=5)
+        assert told["choices"][0]["message"]["content"] == answer.text
+        for way in (
+            {"steering": [{"name": "s7", "strength": -1}]},
+            {"steering": [{"name": "s0"}], "rejection": True},
+            {"rejection": {"beta": 1.0}},
+            {"emphasize": ["The sea"]},
+        ):
+            assert self.ask(client, "bob", **way).status_code == 403, way
+        assert self.ask(client, "bob", emphasize=["The sea"], rejection=False).status_code == 200
+
+    def test_every_request_is_written_down(self, client: Any) -> None:
+        self.ask(client, "alice", steering=[{"name": "s0"}], user="u1")
+        self.ask(client, "bob", stream=True)
+        self.ask(client, "bob", steering=[{"name": "s99"}])
+        first, second = [json.loads(line) for line in self.log.read_text().splitlines()]
+        assert (first["key"], first["user"], first["outcome"]) == ("alice", "u1", "done")
+        assert [(one["name"], one["always"]) for one in first["steering"]] == [("s7", True), ("s0", False)]
+        assert first["prompt"][0]["content"] == ASK[0]["content"]
+        assert (second["key"], second["outcome"]) == ("bob", "done")
+
+    def test_steerings_can_be_added_by_who_may(self, client: Any, steerings: Path) -> None:
+        data = (steerings / "s0.safetensors").read_bytes()
+        kind = {"Content-Type": "application/octet-stream"}
+        put = lambda who, name, content: client.put(  # noqa: E731
+            f"/v1/steerings/{name}", content=content, headers={**kind, **bearer(who)}
+        )
+        assert put("alice", "mine", data).status_code == 403
+        assert put("bob", "s0", data).status_code == 400
+        assert put("bob", "mine", data[:-8]).status_code == 400
+        assert put("bob", "mine", b"\x80\x05pickle").status_code == 400
+        for name in ("..", "a%2Fb", "%2e%2e%2fetc", "-x", "a" * 65):
+            assert put("bob", name, data).status_code in (400, 404, 405), name
+        made = put("bob", "mine", data)
+        assert (made.status_code, made.json()["source"]) == (201, "uploaded")
+        one, two = (self.ask(client, "bob", steering=[{"name": name}]).json() for name in ("mine", "s0"))
+        assert one["choices"] == two["choices"]
+        pairs = [{"prompt": f"{ask}?", "positive": "yes yes", "negative": "no no"} for ask in ("What", "Why", "Who")]
+        asked = {"name": "learned", "method": "caa", "pairs": pairs, "layers": [1]}
+        assert client.post("/v1/steerings", json=asked, headers=bearer("alice")).status_code == 403
+        learned = client.post("/v1/steerings", json=asked, headers=bearer("bob"))
+        assert (learned.status_code, learned.json()["layers"]) == (201, [1])
+        assert self.ask(client, "bob", steering=[{"name": "learned", "strength": 2}]).status_code == 200
+        assert (
+            client.post("/v1/steerings", json={**asked, "name": "x", "pairs": [{}]}, headers=bearer("bob")).status_code
+            == 400
+        )
+        assert sorted(path.name for path in steerings.iterdir()) == [f"{name}.safetensors" for name in NAMES]
+
+
+class TestLimits:
+    def test_adding_is_off_unless_it_is_on(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        client = client_of(make_service())
+        assert client.put("/v1/steerings/x", content=b"").status_code == 405
+        assert client.post("/v1/steerings", json={}).status_code == 405
+
+    def test_sizes(self, make_service: Callable[..., Any], client_of: Callable[..., Any]) -> None:
+        client = client_of(make_service(limits={"body": 4096, "answers": 4, "prompt_tokens": 40}))
+        assert client.post(PATH, content=b"x" * 5000).status_code == 413
+        assert client.post(PATH, content=iter([b"x" * 3000] * 2)).status_code == 413
+        assert client.post(PATH, json={**BODY, "n": 5}).status_code == 400
+        assert client.post(PATH, json={**BODY, "max_tokens": 65}).status_code == 400
+        long = [{"role": "user", "content": "blue " * 60}]
+        assert "40 are allowed" in client.post(PATH, json={**BODY, "messages": long}).json()["error"]["message"]
+        assert client.post(PATH, json={**BODY, "stop": ["a"] * 5}).status_code == 400
+        assert client.post(PATH, json={**BODY, "n": 4}).status_code == 200
+
+    def test_a_dose_above_the_cap(self, make_service: Callable[..., Any], client_of: Callable[..., Any]) -> None:
+        client = client_of(make_service(policy=Policy(max_dose=1.0)))
+        mild, wild = ({**BODY, "steering": [{"name": "s0", "strength": s}]} for s in (0.01, 100))
+        assert client.post(PATH, json=mild).status_code == 200
+        for stream in (False, True):
+            refused = client.post(PATH, json={**wild, "stream": stream})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "dose_too_high")
+        assert client.post(PATH, json={**mild, "rejection": True}).status_code == 400
+
+    def test_it_answers_to_its_own_names_only(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        client = client_of(make_service(), local=True)
+        for host, status in (("localhost:8000", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("evil.example", 403)):
+            assert client.get("/healthz", headers={"Host": host}).status_code == status, host
+
+
+VALUES: list[Any] = [
+    None, True, -1, 0, 10**30, 1e308, -1e308, "", "x", "\x00", "../../etc/passwd", "/etc/passwd", "s0\n", "💥" * 50,
+    "\ud800", [], [[]], {}, {"a": {}}, [None], ["x"] * 200, {"name": "../s0"}, [{"name": "s0", "strength": "1"}],
+    [{"name": "s0", "strength": 1e400}], [{"name": "/etc/passwd"}], [{"name": "s0", "strength": float("nan")}],
+    [{"name": "s0", "strength": float("inf")}], [{"name": "s0", "path": "x"}], [{"role": "user"}],
+    [{"role": "god", "content": "x"}], [{"role": "user", "content": 5}], {"beta": 2}, {"beta": float("nan")},
+    [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], 3.5, "9" * 5000,
+]  # fmt: skip
+
+
+class TestMalformed:
+    """A thousand requests that make no sense: each gets a 4xx with an error in words, and the server goes on."""
+
+    def fuzzed(self, chance: random.Random) -> bytes:
+        kind = chance.random()
+        if kind < 0.1:
+            return bytes(chance.randrange(256) for _ in range(chance.randrange(60)))
+        if kind < 0.2:
+            return json.dumps(BODY).encode()[: chance.randrange(1, 60)]
+        if kind < 0.25:
+            return b"[" * chance.choice([10, 10_000]) + b"]" * 5
+        body: dict[str, Any] = dict(BODY)
+        if kind < 0.35:
+            body[chance.choice(["steerng", "path", "__class__", "file", "\ud800"])] = chance.choice(VALUES)
+        fields = [*BODY, "steering", "emphasize", "rejection", "n", "top_p", "seed", "stop", "stream", "logit_bias"]
+        fields += ["stream_options", "top_logprobs", "tools", "response_format", "presence_penalty"]
+        for name in chance.sample(fields, chance.randint(1, 4)):
+            body[name] = chance.choice(VALUES)
+        return json.dumps(body).encode()
+
+    def test_a_thousand(self, make_service: Callable[..., Any], client_of: Callable[..., Any]) -> None:
+        service = make_service()
+        client, chance = client_of(service), random.Random(0)
+        refused = 0
+        for i in range(1000):
+            content = self.fuzzed(chance)
+            where = "/v1/completions" if i % 5 == 0 else PATH
+            found = client.post(where, content=content, headers={"Content-Type": "application/json"})
+            assert found.status_code < 500, (content, found.text)
+            if found.status_code >= 400:
+                refused += 1
+                error = found.json()["error"]
+                assert error["message"]
+                assert error["type"]
+                assert "Traceback" not in found.text
+        assert refused > 750  # some of them make sense by chance
+        assert client.post(PATH, json=BODY).status_code == 200
+        assert service.scheduler.running == service.scheduler.queued == 0
+
+    @pytest.mark.parametrize(
+        "path",
+        ["/v1/steerings/..%2f..%2fetc%2fpasswd", "/v1/steerings/%00", "/v1/models/../../etc", "/../../etc/passwd"],
+    )
+    def test_paths_that_lead_nowhere(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any], path: str
+    ) -> None:
+        assert client_of(make_service()).get(path).status_code == 404
+
+
+class TestDocument:
+    def test_every_route_has_an_example_and_says_its_errors(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        document = client_of(make_service(learn=True, upload=True)).get("/openapi.json").json()
+        assert set(document["paths"]) >= {PATH, "/v1/completions", "/v1/models", "/v1/steerings", "/healthz", "/readyz"}
+        for name in ("ChatRequest", "CompletionRequest", "LearnRequest"):
+            (example,) = document["components"]["schemas"][name]["examples"]
+            assert example
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                assert operation["summary"], path
+                if path.startswith("/v1"):
+                    assert "401" in operation["responses"], (path, method)
