@@ -27,6 +27,7 @@ from trimtab.engines.transformers.deciding import (
     read_gates_with,
     wanted,
 )
+from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
@@ -157,6 +158,7 @@ class LM:
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
+        drop_finished: bool = False,
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -172,6 +174,10 @@ class LM:
         phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
         `rejection` weakens or rejects steering, of whatever kind, where its token is implausible, and the answers
         then have a `trace`; with `emphasize` it is on unless it is `False`.
+
+        `drop_finished` lets rows leave their batch when they end, which is faster where answers differ in length; a
+        row then has other neighbours than in a whole batch, and near-ties may fall otherwise. It holds for greedy
+        answers without rejection or further options, of models whose rows can share a batch, and is nothing to others.
 
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """
@@ -198,6 +204,7 @@ class LM:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
         batches = _batches(order, batch_size, steerings, rejections)
+        leaving = drop_finished and can_leave(self.layout, options)
         answers: dict[int, list[Generation]] = {}
         requests = [
             Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
@@ -207,15 +214,26 @@ class LM:
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in batches:
-                edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
-                names = [tuple(str(edit) for edit in one) for one in edits]
-                edits = conditionals(settle(edits, read_prompts(self.layout, [ids[i] for i in chosen])))
-                given = {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options}
-                prompts_of = [ids[i] for i in chosen]
-                if any(rejections[i] for i in chosen):
-                    found = self._reject(prompts_of, edits, [rejections[i] for i in chosen], names, given)
+                if leaving and not any(rejections[i] for i in chosen):
+                    found = finish_batch(
+                        self.model,
+                        self.tokenizer,
+                        self.layout,
+                        [ids[i] for i in chosen],
+                        [steerings[i] for i in chosen],
+                        max_new_tokens=max_new_tokens,
+                        logprobs=logprobs,
+                    )
                 else:
-                    found = self._steer(prompts_of, edits, names, given)
+                    edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
+                    names = [tuple(str(edit) for edit in one) for one in edits]
+                    edits = conditionals(settle(edits, read_prompts(self.layout, [ids[i] for i in chosen])))
+                    given = {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options}
+                    prompts_of = [ids[i] for i in chosen]
+                    if any(rejections[i] for i in chosen):
+                        found = self._reject(prompts_of, edits, [rejections[i] for i in chosen], names, given)
+                    else:
+                        found = self._steer(prompts_of, edits, names, given)
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
                 if progress is not None:

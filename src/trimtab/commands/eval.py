@@ -81,7 +81,7 @@ def ifeval(
         bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 64,
     out: Annotated[
         Path | None,
         typer.Option(

@@ -53,7 +53,7 @@ def refusal(
     limit: LimitOption = None,
     transfer: TransferOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 48,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time, of all arms together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time, of all arms together.")] = 64,
     out: OutOption = None,
     report: ReportOption = None,
     model: ModelOption = None,

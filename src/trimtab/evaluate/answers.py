@@ -30,7 +30,7 @@ def answer(
     score: Score,
     max_new_tokens: int = 256,
     out: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int = 64,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     transfer: bool = False,
@@ -40,8 +40,9 @@ def answer(
     """Answer and score all requests, whatever their arms and steerings, under the same stop rules.
 
     The batches are fixed before the first one runs: the requests, longest prompt first, cut into `batch_size`. So an
-    answer doesn't depend on where a run was interrupted. Records come, and are written, in that order. `options` go
-    to `lm.generate`; with `do_sample=True` each batch has a seed of its own, drawn from `seed`.
+    answer doesn't depend on where a run was interrupted. Rows leave their batch as they end, where `lm.generate` can
+    let them (`drop_finished`). Records come, and are written, in that order. `options` go to `lm.generate`; with
+    `do_sample=True` each batch has a seed of its own, drawn from `seed`.
 
     With `out`, each batch is appended to that JSONL file as soon as it is done. When the file is there already, the
     run goes on after its last whole batch, and ends with the bytes that an uninterrupted run writes. Its first line
@@ -69,6 +70,7 @@ def answer(
             batch_size=batch_size,
             seed=drawn,
             transfer=transfer,
+            drop_finished=True,
             **options,
         )
         return [

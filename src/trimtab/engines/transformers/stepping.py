@@ -92,16 +92,18 @@ class _Row:
 class Stepper:
     """The batch. `join` and `leave` at any time between steps; `step` gives every row its next token.
 
-    It isn't for several threads at once, and nothing else may steer the model during a step.
+    It isn't for several threads at once, and nothing else may steer the model during a step. `strict`: a row whose
+    logits are no numbers any more leaves with an error; otherwise it goes on as in `lm.generate`, with some token.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, layout: Layout) -> None:
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout, *, strict: bool = True) -> None:
         if not can_share(layout):
             raise UnsupportedError(
                 f"{type(layout.decoder).__name__} keeps a state that rows can't share a batch of steps with"
             )
         self.model = model
         self.layout = layout
+        self.strict = strict
         self.ends = _end_ids(model, {})
         self.pad = _pad_id(model, tokenizer)
         self.device = model.get_input_embeddings().weight.device
@@ -198,7 +200,7 @@ class Stepper:
         best, greedy = (x.tolist() for x in logits.max(-1))  # a NaN is the largest of all
         told = []
         for place, row in enumerate(rows):
-            if not abs(best[place]) < float("inf"):
+            if self.strict and not abs(best[place]) < float("inf"):
                 error = TrimtabError(
                     "the model's logits are no numbers any more: it was steered too hard, lower the strength"
                 )

@@ -1,0 +1,97 @@
+"""Rows that leave their batch as they end get the answers of a whole batch, on tiny random models of many families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+from test_stepping import STEERINGS, STEPPED
+from tiny import prompt
+
+from trimtab import LM
+from trimtab.engines.transformers import finishing
+from trimtab.engines.transformers.generate import Generation
+from trimtab.engines.transformers.read import can_share
+from trimtab.lm import DoseWarning
+
+COUNT = 9
+PROMPTS = [prompt(seed, 3 + seed) for seed in range(len(STEERINGS))]
+
+
+@pytest.fixture(params=STEPPED)
+def lm(request: pytest.FixtureRequest) -> LM:
+    return tiny.tiny(request.param)
+
+
+def answers(lm: LM, **more: Any) -> list[Generation]:
+    return lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False, batch_size=6, **more)
+
+
+def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
+    lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_share(lm.layout):
+        pytest.skip("rows of this family can't share a batch of steps")
+    free = answers(lm)
+    ends = sorted({free[1].token_ids[1], free[2].token_ids[4], free[7].token_ids[0]})
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", ends)
+    whole = answers(lm, logprobs=True)
+    assert len({len(one.token_ids) for one in whole}) > 1
+    found = answers(lm, logprobs=True, drop_finished=True)
+    for one, other in zip(found, whole, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.text == other.text
+        assert (one.finish_reason, one.prompt_tokens) == (other.finish_reason, other.prompt_tokens)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+        assert one.applied.edits == other.applied.edits
+        assert [(dose.layer, dose.kind, dose.tokens) for dose in one.applied.doses] == [
+            (dose.layer, dose.kind, dose.tokens) for dose in other.applied.doses
+        ]
+        assert [dose.ratio for dose in one.applied.doses] == pytest.approx([dose.ratio for dose in other.applied.doses])
+
+
+def test_the_batch_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of each pass are counted: a finished one isn't computed again."""
+    lm = tiny.tiny("llama")
+    free = answers(lm)
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [free[0].token_ids[0]])
+    lengths = [len(one.token_ids) for one in answers(lm)]
+    assert min(lengths) == 1
+    rows: list[int] = []
+    handle = lm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    try:
+        lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False, drop_finished=True)
+    finally:
+        handle.remove()
+    decoding = rows[-(COUNT - 1) :]
+    assert decoding == [sum(length > step for length in lengths) for step in range(1, COUNT)]
+
+
+def test_other_options_are_decoded_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.tiny("llama")
+    monkeypatch.setattr(finishing.Stepper, "step", lambda self: pytest.fail("rows must not leave here"))
+    for options in ({"do_sample": True, "top_k": 5}, {"repetition_penalty": 1.3}, {"num_beams": 2}):
+        one = lm.generate(PROMPTS[:2], max_new_tokens=3, chat=False, seed=1, drop_finished=True, **options)
+        assert one == lm.generate(PROMPTS[:2], max_new_tokens=3, chat=False, seed=1, **options)
+
+
+def test_the_models_own_penalty_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny.tiny("llama")
+    plain = answers(lm)
+    monkeypatch.setattr(lm.model.generation_config, "repetition_penalty", 5.0)
+    whole = answers(lm)
+    assert [one.token_ids for one in whole] != [one.token_ids for one in plain]
+    assert [one.token_ids for one in answers(lm, drop_finished=True)] == [one.token_ids for one in whole]
+
+
+def test_an_answer_steered_out_of_all_numbers_goes_on_as_in_a_whole_batch() -> None:
+    lm = tiny.tiny("llama")
+    steerings = [1e300 * STEERINGS[1], None]  # type: ignore[operator]
+    with pytest.warns(DoseWarning):
+        whole, plain = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False)
+    with pytest.warns(DoseWarning):
+        found = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False, drop_finished=True)
+    assert [one.token_ids for one in found] == [whole.token_ids, plain.token_ids]
