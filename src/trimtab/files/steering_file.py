@@ -11,8 +11,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
@@ -43,10 +44,20 @@ def save_steering(steering: Steering, path: str | Path) -> str:
         raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")
     if not steering.edits:
         raise TrimtabError("the steering has no edits, so there is nothing to save")
+    digest, data = _encoded(steering)
+    write_atomically(path, data)
+    return digest
+
+
+def steering_to_bytes(steering: Steering) -> bytes:
+    """What `save_steering` writes; it raises what that raises."""
+    return _encoded(steering)[1]
+
+
+def _encoded(steering: Steering) -> tuple[str, bytes]:
     header, tensors, digest = _content(steering)
     alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: a gate, say
-    write_atomically(path, save(alone, metadata={KEY: _json({**header, "digest": digest})}))
-    return digest
+    return digest, save(alone, metadata={KEY: _json({**header, "digest": digest})})
 
 
 def steering_digest(steering: Steering) -> str:
@@ -60,7 +71,22 @@ def load_steering(path: str | Path) -> Steering:
     Raises `TrimtabError` when there is none, or it is truncated, altered, of another kind or of a newer format.
     """
     path = Path(path)
-    header, tensors = _read(path)
+    try:
+        with path.open("rb") as stream:
+            return _decoded(path, stream)
+    except FileNotFoundError:
+        raise TrimtabError(f"there is no file {path}") from None
+    except OSError as error:
+        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+
+
+def steering_from_bytes(data: bytes, name: str) -> Steering:
+    """The steering of these bytes, which errors call `name`; it raises what `load_steering` raises."""
+    return _decoded(Path(name), BytesIO(data))
+
+
+def _decoded(path: Path, stream: BinaryIO) -> Steering:
+    header, tensors = _read(path, stream)
     if header.get("format") != FORMAT:
         raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
     digest = header.pop("digest", None)
@@ -86,19 +112,13 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
         ) from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(8)
-            size = int.from_bytes(start, "little")
-            start += stream.read(size) if size <= LARGEST_HEADER else b""
-            metadata = _metadata(path, start)
-            data = start + stream.read()
-    except FileNotFoundError:
-        raise TrimtabError(f"there is no file {path}") from None
-    except OSError as error:
-        raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+    start = stream.read(8)
+    size = int.from_bytes(start, "little")
+    start += stream.read(size) if size <= LARGEST_HEADER else b""
+    metadata = _metadata(path, start)
+    data = start + stream.read()
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
