@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab import engines
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
+from trimtab.engines.doses import DoseWarning as DoseWarning
+from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.deciding import (
     check_gates,
@@ -44,13 +47,6 @@ from trimtab.text.spans import Emphasis, find_spans
 
 LAST = Positions.last_prompt_token()
 
-DOSE_WARNING = 1.0
-"""Above this mean `‖edit‖ / ‖activation‖` at a layer, the text is likely to fall apart."""
-
-
-class DoseWarning(UserWarning):
-    """A steering pushed harder than `DOSE_WARNING`."""
-
 
 class LM:
     """A model that can be steered and read.
@@ -78,14 +74,11 @@ class LM:
         Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, and anything
         that `from_pretrained` takes. Raises `TrimtabError` where the model can't be had.
 
-        `engine="vllm"` starts a vLLM engine instead, with vLLM's options, and gives a `VllmLM`.
+        `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
+        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
         """
-        if engine == "vllm":
-            from trimtab.engines.vllm.lm import VllmLM
-
-            return VllmLM.load(name, layers=layers, **options)
         if engine != "transformers":
-            raise TrimtabError(f"unknown engine {engine!r}; known: transformers, vllm")
+            return engines.engine(engine).load(name, layers=layers, **options)
         model, tokenizer, label = load(name, **options)
         return cls(model, tokenizer, layers=layers, name=label)
 
@@ -207,7 +200,7 @@ class LM:
                 if progress is not None:
                     progress(len(answers), len(order))
         done = [answer for i in range(len(many)) for answer in answers[i]]
-        _warn_of_doses(done)
+        warn_of_doses(done)
         return done
 
     def next_logprobs(
@@ -509,14 +502,3 @@ def _one_each(steering: Steering | Sequence[Steering | None] | None, count: int)
     if len(steering) != count:
         raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
     return list(steering)
-
-
-def _warn_of_doses(answers: list[Generation]) -> None:
-    worst = max((dose for answer in answers for dose in answer.applied.doses), key=lambda d: d.ratio, default=None)
-    if worst is not None and worst.ratio > DOSE_WARNING:
-        warnings.warn(
-            f"at layer {worst.layer} the edit is {worst.ratio:.2g} times as long as the activation; above"
-            f" {DOSE_WARNING:g} text tends to fall apart. Lower the strength",
-            DoseWarning,
-            stacklevel=3,
-        )
