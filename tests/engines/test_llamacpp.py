@@ -285,6 +285,25 @@ def test_loading(folder, file, tmp_path, monkeypatch):
     load(r"pip install 'trimtab\[llamacpp\]'", file, engine="llamacpp")
 
 
+def test_the_default_models_file_is_fetched_once(tmp_path, monkeypatch):
+    from trimtab.engines.transformers import default_model
+
+    fetched = []
+
+    def fetch(work: Path) -> Path:
+        (work / "some.gguf").write_bytes(b"GGUF")
+        fetched.append(work)
+        return work / "some.gguf"
+
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(default_model, "_fetch", fetch)
+    path = default_model.default_gguf()
+    assert default_model.default_gguf() == path
+    assert path.read_bytes() == b"GGUF"
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [path.name]
+    assert len(fetched) == 1
+
+
 def test_an_unknown_layout_is_refused(monkeypatch):
     from trimtab.engines.llamacpp import library
 

@@ -24,14 +24,16 @@ def vectors(*layers: int, seed: int = 0) -> dict[int, np.ndarray]:
     return {layer: random.standard_normal(WIDTH).astype(np.float32) for layer in layers}
 
 
-def gguf_file(path: Path, directions: dict, architecture: str = "controlvector", signed: bool = False, **more) -> Path:
-    """As repeng's `export_gguf` does it; with `signed`, as llama.cpp's cvector-generator."""
+def gguf_file(
+    path: Path, directions: dict, architecture: str = "controlvector", signed: bool = False, count: int = 0, **more
+) -> Path:
+    """As repeng's `export_gguf` does it; with `signed`, as cvector-generator, and with a `count`, as jukofyork's."""
     writer = GGUFWriter(path, architecture)
     for key, value in more.items():
         name = key.replace("__", ".")
         add = {str: writer.add_string, float: writer.add_float32, int: writer.add_int32, list: writer.add_array}
         add[type(value)](name, value)
-    (writer.add_int32 if signed else writer.add_uint32)(f"{architecture}.layer_count", len(directions))
+    (writer.add_int32 if signed else writer.add_uint32)(f"{architecture}.layer_count", count or len(directions))
     for layer, vector in directions.items():
         writer.add_tensor(f"direction.{layer}", vector)
     writer.write_header_to_file()
@@ -113,6 +115,13 @@ def test_the_generators_shift_is_warned_about_and_never_guessed(tmp_path):
     assert shifted.card.options["layer_offset"] == -1
     with pytest.raises(TrimtabError, match="no block -2"):
         load(path, layer_offset=-3)
+
+
+def test_a_count_of_all_layers_is_warned_about_too(tmp_path):
+    path = gguf_file(tmp_path / "v.gguf", vectors(1, 2), count=12, controlvector__model_hint="llama")
+    with pytest.warns(FormatWarning, match=r"is 12, and it has 2 vectors, as jukofyork.*--layer-offset -1"):
+        load(path)
+    assert load(path, layer_offset=-1).layers == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])

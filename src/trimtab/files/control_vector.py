@@ -30,9 +30,8 @@ PREFIX = "direction."
 OURS = "controlvector.trimtab."
 INT32 = 5
 SHIFTED = (
-    "its layer count is a signed number, as llama.cpp's cvector-generator writes it, whose direction.N was read at the"
-    " output of block N-1; it is added at block N, as llama.cpp does. Say --layer-offset -1 (layer_offset=-1) to add"
-    " it where it was read, 0 to leave it"
+    "{why}, as {program} writes files whose direction.N was read at the output of block N-1; it is added at block N, as"
+    " llama.cpp does. Say --layer-offset -1 (layer_offset=-1) to add it where it was read, 0 to leave it"
 )
 
 
@@ -53,8 +52,18 @@ def read_control_vector(path: Path) -> Found:
                 raise TrimtabError("it doesn't say that it is a control vector (no general.architecture)")
             directions = _directions(data, container)
     kind, about = _writer(container)
-    doubt = SHIFTED if container.kinds.get("controlvector.layer_count") == INT32 else None
-    return Found(kind, additions(directions), about, doubt)
+    return Found(kind, additions(directions), about, _doubt(container, len(directions)))
+
+
+def _doubt(container: Container, vectors: int) -> str | None:
+    """What tells that its layers may mean another block; a file of these programs needn't have it."""
+    count = container.metadata.get("controlvector.layer_count")
+    if container.kinds.get("controlvector.layer_count") == INT32:
+        return SHIFTED.format(why="its layer count is a signed number", program="llama.cpp's cvector-generator")
+    if count is not None and count != vectors:
+        why = f"its layer count is {count}, and it has {vectors} vectors"
+        return SHIFTED.format(why=why, program="jukofyork's control-vectors")
+    return None
 
 
 def _check(key: str, value: Any) -> None:
