@@ -231,6 +231,18 @@ def test_crafted_archives(tmp_path, case):
     assert [file.name for file in tmp_path.iterdir()] == ["layer_1.pt"]
 
 
+def test_a_harmless_pickle_before_the_real_one(tmp_path):
+    def decoy(entries):
+        kept = dict(entries)
+        top = next(iter(kept)).split("/")[0]
+        entries.clear()
+        entries.update({f"{top}/x/data.pkl": b"N.", **kept, f"{top}/data.pkl": b"cos\nsystem\n(S'true'\ntR."})
+
+    path = tmp_path / "layer_1.pt"
+    path.write_bytes(rezipped(decoy))
+    refused(path, "os.system")
+
+
 def test_archives_that_are_larger_than_they_are(tmp_path):
     path = tmp_path / "layer_1.pt"
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ ELSEWHERE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2
 """Other ways in which a pickle names what it wants called."""
 
 
+DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(ValueError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError),  # NotImplementedError among them
+)
+"""What `zipfile` raises for archives that aren't whole."""
+
+
 def read_torch_file(path: Path) -> Any:
     """What `torch.save` saved: tensors, and lists and dicts of tensors, numbers and texts.
 
@@ -44,11 +53,11 @@ def read_torch_file(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = _entries(archive, path.stat().st_size)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, KeyError) as error:
-        if isinstance(error, TrimtabError):
-            raise
-        raise TrimtabError(f"it is cut short or damaged: {error}") from None
-    _check_pickle(next(data for name, data in entries.items() if name.endswith("/data.pkl")))
+    except TrimtabError:
+        raise
+    except DAMAGE as error:
+        raise TrimtabError(f"it is cut short or damaged: {str(error)[:200] or type(error).__name__}") from None
+    _check_pickle(entries[f"{next(iter(entries)).split('/')[0]}/data.pkl"])  # the one that torch reads
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as again:
         for name, data in entries.items():
