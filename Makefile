@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 MODEL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := build/oldest-transformers
+PEERS := build/peers
 WORKERS ?= 2
 
-.PHONY: setup demo check lint types test test-newest test-oldest bench clean
+.PHONY: setup demo peers check lint types test test-newest test-oldest bench clean
 
 setup: $(VENV)/.installed
 
@@ -41,7 +42,7 @@ check: lint types
 
 test: lint types test-newest test-oldest
 
-test-newest: setup
+test-newest: setup peers
 	$(BIN)/pytest -n $(WORKERS)
 
 # The other end of the range of transformers that is supported, laid over the same environment.
@@ -51,6 +52,14 @@ test-oldest: setup $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml
 	rm -rf $(OLDEST)
 	$(PIP) install --quiet --target $(OLDEST) $$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/transformers==\1.0/p' pyproject.toml)
+	touch $@
+
+# Libraries whose files the tests exchange, alone: what they say they need would take an older transformers and numpy.
+peers: setup $(PEERS)/.installed
+
+$(PEERS)/.installed: requirements-peers.txt
+	rm -rf $(PEERS)
+	$(PIP) install --quiet --no-deps --target $(PEERS) -r requirements-peers.txt
 	touch $@
 
 bench: setup

@@ -328,6 +328,20 @@ def peak_methods(
     print(json.dumps({"peak_mib": peak(file, batch, tokens)}))
 
 
+@app.command()
+def llamacpp(
+    rounds: Rounds = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 64,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """llama.cpp beside transformers: equal texts with equal weights, and what steering costs there."""
+    from benchmarks.llamacpp import run
+
+    finish(run(rounds, tokens), json_file, check, as_markdown)
+
+
 @peaks.command("directer")
 def peak_directer(
     data: Annotated[Path, typer.Option()],

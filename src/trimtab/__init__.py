@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimtab.decoding.rejection import Rejection
     from trimtab.errors import TrimtabError, UnsupportedError
-    from trimtab.files.steering_file import load_steering as load
+    from trimtab.files.export import export
+    from trimtab.files.foreign import FormatWarning
+    from trimtab.files.hub import from_pretrained, push_to_hub
+    from trimtab.files.load import load
+    from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.methods.caa import learn_caa
@@ -58,6 +62,7 @@ __all__ = [
     "Card",
     "DoseWarning",
     "Edit",
+    "FormatWarning",
     "Gate",
     "MaskNeurons",
     "MismatchWarning",
@@ -80,6 +85,10 @@ __all__ = [
     "TrimtabError",
     "UnsupportedError",
     "directer",
+    "export",
+    "from_pretrained",
+    "from_repeng",
+    "from_steering_vectors",
     "learn_caa",
     "learn_instruct",
     "learn_length",
@@ -87,16 +96,24 @@ __all__ = [
     "learn_word",
     "load",
     "pasta",
+    "push_to_hub",
     "read_pairs",
     "save",
     "spotlight",
     "steering_from",
     "steerings_from",
+    "to_repeng",
+    "to_steering_vectors",
 ]
 
 _HOMES = {
     "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError"),
+    "trimtab.files.export": ("export",),
+    "trimtab.files.foreign": ("FormatWarning",),
+    "trimtab.files.hub": ("from_pretrained", "push_to_hub"),
+    "trimtab.files.load": ("load",),
+    "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.methods.caa": ("learn_caa",),
     "trimtab.methods.directer": ("directer",),
@@ -130,7 +147,6 @@ _HOMES = {
     "trimtab.text.pairs": ("Pair", "read_pairs"),
 }
 _PUBLIC = {name: (home, name) for home, names in _HOMES.items() for name in names} | {
-    "load": ("trimtab.files.steering_file", "load_steering"),
     "save": ("trimtab.files.steering_file", "save_steering"),
 }
 

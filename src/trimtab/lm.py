@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab import engines
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
+from trimtab.engines.doses import DoseWarning as DoseWarning
+from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.deciding import (
     check_gates,
@@ -40,21 +41,12 @@ from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
+from trimtab.steering.identity import MismatchWarning as MismatchWarning
+from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.text.chat import Prompt, encode, template_digest
 from trimtab.text.spans import Emphasis, find_spans
 
 LAST = Positions.last_prompt_token()
-
-DOSE_WARNING = 1.0
-"""Above this mean `‖edit‖ / ‖activation‖` at a layer, the text is likely to fall apart."""
-
-
-class DoseWarning(UserWarning):
-    """A steering pushed harder than `DOSE_WARNING`."""
-
-
-class MismatchWarning(UserWarning):
-    """A steering differs from the model in something that matters less than its identity."""
 
 
 class LM:
@@ -75,12 +67,19 @@ class LM:
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
     @classmethod
-    def load(cls, name: str | Path | None = None, *, layers: str | None = None, **options: Any) -> LM:
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: str = "transformers", **options: Any
+    ) -> Any:
         """Load a Hub id, a folder, a GGUF file (dequantized) or, without a name, SmolLM2-135M-Instruct.
 
         Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, and anything
         that `from_pretrained` takes. Raises `TrimtabError` where the model can't be had.
+
+        `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
+        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
         """
+        if engine != "transformers":
+            return engines.engine(engine).load(name, layers=layers, **options)
         model, tokenizer, label = load(name, **options)
         return cls(model, tokenizer, layers=layers, name=label)
 
@@ -94,13 +93,14 @@ class LM:
         """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
         config = self.model.config
         family = str(config.get_text_config(decoder=True).model_type)
+        weight = self.model.get_input_embeddings().weight
         return ModelId(
             name=self.name,
             revision=getattr(config, "_commit_hash", None),
             family=family,
             width=self.layout.width,
             layers=self.layout.layers,
-            fingerprint=_fingerprint(self.model, family),
+            fingerprint=fingerprint(family, weight.shape, weight.detach()[sampled_rows(weight.shape[0])]),
             template=template_digest(self.tokenizer),
         )
 
@@ -110,28 +110,7 @@ class LM:
         Layers and width must fit. It must also have been learned on this model, unless `transfer` is true; a
         different chat template or revision is warned about.
         """
-        here = self.identity
-        for learned in steering.card.models:
-            same = learned.fingerprint == here.fingerprint or learned.name == here.name
-            differ = [
-                f"{what} {there} instead of {mine}"
-                for what, there, mine in (
-                    ("family", learned.family, here.family),
-                    ("width", learned.width, here.width),
-                    ("number of layers", learned.layers, here.layers),
-                )
-                if there != mine
-            ]
-            if learned.width != here.width or (not transfer and (differ or not same)):
-                detail = f" ({', '.join(differ)})" if differ else " (same shape, other weights)"
-                hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
-                raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
-            if not transfer and learned.fingerprint != here.fingerprint:
-                message = f"{here.name} has other weights than when the steering was learned (revision, quantization?)"
-                warnings.warn(message, MismatchWarning, stacklevel=3)
-            if learned.template != here.template:
-                message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
-                warnings.warn(message, MismatchWarning, stacklevel=3)
+        check_learned_on(steering, self.identity, transfer=transfer)
         check_edits(steering, self.layout)
         check_gates(steering, self.layout)
         if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
@@ -239,7 +218,7 @@ class LM:
                 if progress is not None:
                     progress(len(answers), len(order))
         done = [answer for i in range(len(many)) for answer in answers[i]]
-        _warn_of_doses(done)
+        warn_of_doses(done)
         return done
 
     def next_logprobs(
@@ -544,23 +523,3 @@ def _one_each(steering: Steering | Sequence[Steering | None] | None, count: int)
     if len(steering) != count:
         raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
     return list(steering)
-
-
-def _warn_of_doses(answers: list[Generation]) -> None:
-    worst = max((dose for answer in answers for dose in answer.applied.doses), key=lambda d: d.ratio, default=None)
-    if worst is not None and worst.ratio > DOSE_WARNING:
-        warnings.warn(
-            f"at layer {worst.layer} the edit is {worst.ratio:.2g} times as long as the activation; above"
-            f" {DOSE_WARNING:g} text tends to fall apart. Lower the strength",
-            DoseWarning,
-            stacklevel=3,
-        )
-
-
-def _fingerprint(model: Any, family: str) -> str:
-    """A digest of some rows of the embeddings, rounded to bfloat16 so that a change of dtype doesn't matter."""
-    weight = model.get_input_embeddings().weight
-    rows = torch.linspace(0, weight.shape[0] - 1, 16).long().to(weight.device)
-    sample = weight.detach()[rows].to(device="cpu", dtype=torch.bfloat16)
-    shape = json.dumps([family, list(weight.shape)])
-    return hashlib.sha256(shape.encode() + sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

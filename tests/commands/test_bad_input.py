@@ -180,7 +180,7 @@ def damage(how, path, good, tmp_path):
         ("truncated", "fresh copy"),
         ("tampered", "altered"),
         ("pickle", "never opens"),
-        ("torch pickle", "never opens"),
+        ("torch pickle", "its pickle asks for io.open"),
         ("foreign", "no steering of trimtab's"),
         ("NaN", "NaN"),
     ],

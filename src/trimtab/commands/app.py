@@ -14,9 +14,11 @@ import typer
 
 from trimtab import __version__
 from trimtab.commands import eval_ab, eval_capability, eval_harness, eval_judge, eval_refusal  # noqa: F401 (register)
+from trimtab.commands.convert import convert
 from trimtab.commands.demo import demo
 from trimtab.commands.eval import evaluations
 from trimtab.commands.generate import generate
+from trimtab.commands.hub import list_, pull, push
 from trimtab.commands.inspect import inspect
 from trimtab.commands.learn import learn
 from trimtab.commands.learn_method import Learn
@@ -75,7 +77,14 @@ app.command()(tune)
 app.add_typer(evaluations)
 app.command()(generate)
 app.command()(inspect)
+<<<<<<< HEAD
 app.command()(serve)
+=======
+app.command()(convert)
+app.command("list")(list_)
+app.command()(pull)
+app.command()(push)
+>>>>>>> formats
 app.command()(models)
 app.command()(methods)
 

@@ -111,7 +111,7 @@ class Plan:
 
     def arms(self) -> dict[str, Arm]:
         """All arms by name but the random ones, the baseline first. Raises `TrimtabError` as `load_steering` does."""
-        from trimtab.files.steering_file import load_steering
+        from trimtab.files.load import load as load_steering
 
         found = {BASELINE: Arm(about={"kind": "baseline"})}
         stems = [path.stem for path, _ in self.files]

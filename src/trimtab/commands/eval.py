@@ -132,7 +132,7 @@ def ifeval(
 
     from trimtab.evaluate.answers import answer
     from trimtab.evaluate.ifeval import read_ifeval, repeated, requests_of, scorer
-    from trimtab.files.steering_file import load_steering
+    from trimtab.files.load import load as load_steering
 
     items = read_ifeval(data, limit)
     steerings = {name: strength * load_steering(path) for name, (path, strength) in files.items()}

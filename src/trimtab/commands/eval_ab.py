@@ -160,7 +160,7 @@ def ab(
 
 def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture]:
     """How a file's vectors resemble each other, and how these questions' answers lie apart at its layers."""
-    from trimtab.files.steering_file import load_steering
+    from trimtab.files.load import load as load_steering
     from trimtab.methods.caa import activations
     from trimtab.report.page import Picture
     from trimtab.report.sweep import draw_planes, draw_similarity, similarity

@@ -16,6 +16,7 @@ from rich.text import Text
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -41,7 +42,8 @@ def generate(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A steering file, with a strength to multiply it by after a colon. Several are added up.",
+            help="A steering file, of trimtab's or another program's, with a strength to multiply it by after a colon."
+            " Several are added up.",
             metavar="FILE[:STRENGTH]",
             show_default=False,
         ),
@@ -146,6 +148,7 @@ def generate(
         int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.", show_default=False)
     ] = None,
     model: ModelOption = None,
+    engine: EngineOption = "transformers",
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
@@ -160,7 +163,9 @@ def generate(
       trimtab generate --steer shout.safetensors --prompts questions.txt --json
       trimtab generate --prompt "Name a fruit. Use capitals." \\
         --emphasize "Use capitals." --compare --trace
-      echo "Once upon a time" | trimtab generate --prompts - --plain[/bold]
+      echo "Once upon a time" | trimtab generate --prompts - --plain
+      trimtab generate --model model.gguf --engine llamacpp --steer rude.gguf \\
+        --prompt "Hello"[/bold]
 
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
     way, 0 not at all. The dose reported at the end is how long the push was,
@@ -186,7 +191,9 @@ def generate(
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     steering = _steering(files, positions)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+    )
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -269,7 +276,7 @@ def split_strength(text: str) -> tuple[Path, float]:
         try:
             path, strength = Path(head), float(tail)
         except ValueError:
-            if head.endswith(".safetensors"):
+            if head.endswith((".safetensors", ".gguf", ".pt", ".svec", ".json")):
                 raise TrimtabError(f"--steer {text}: the strength {tail!r} is no number") from None
     if not math.isfinite(strength):
         raise TrimtabError(f"--steer {text}: a strength is a finite number, got {strength}")
@@ -290,7 +297,7 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
 
 
 def _steering(files: Sequence[tuple[Path, float]], positions: str | None) -> Steering | None:
-    from trimtab.files.steering_file import load_steering
+    from trimtab.files.load import load as load_steering
     from trimtab.steering import Positions
 
     if positions is not None and not files:

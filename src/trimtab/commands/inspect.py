@@ -109,7 +109,8 @@ def inspect(
             show_plane(lm, file, pairs, layer, plot, transfer=transfer, json=json)
         return
 
-    from trimtab.files.steering_file import load_steering, steering_digest
+    from trimtab.files.load import load as load_steering
+    from trimtab.files.steering_file import steering_digest
     from trimtab.report.pushes import pushes
 
     steering = load_steering(file)

@@ -31,7 +31,7 @@ def show_text(
     json: bool,
 ) -> None:
     """The text, each token coloured by its cosine with the file's direction at this layer, or at each of its layers."""
-    from trimtab.files.steering_file import load_steering
+    from trimtab.files.load import load as load_steering
     from trimtab.report.tokens import coloured_cosines, draw_tokens, reach, token_cosines, tokens_page
 
     steering = load_steering(file)
@@ -58,7 +58,7 @@ def show_text(
 def show_plane(lm: LM, file: Path, pairs: Path, layer: int | None, plot: Path, *, transfer: bool, json: bool) -> None:
     """Draw the pairs' activations at the file's layers, two principal components at each."""
     from trimtab.evaluate.ab import spread
-    from trimtab.files.steering_file import load_steering
+    from trimtab.files.load import load as load_steering
     from trimtab.methods.caa import activations
     from trimtab.report.sweep import draw_planes, plane
     from trimtab.text.letters import letter_of
@@ -88,7 +88,7 @@ def show_plane(lm: LM, file: Path, pairs: Path, layer: int | None, plot: Path, *
 
 def show_two(files: Sequence[Path], plot: Path | None, *, json: bool) -> None:
     """How alike the directions of two files are, layer by layer; drawn, each layer with each."""
-    from trimtab.files.steering_file import load_steering
+    from trimtab.files.load import load as load_steering
     from trimtab.report.sweep import draw_similarity, similarity_between
 
     one, other = (load_steering(file) for file in files)

@@ -183,7 +183,7 @@ def _value(option: Option, value: Any) -> Any:
 
         return Positions.parse(value)
     if option.kind == "steering":
-        from trimtab.files.steering_file import load_steering
+        from trimtab.files.load import load as load_steering
 
         return load_steering(value)
     return value

@@ -51,6 +51,14 @@ LayersPathOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        help="transformers, or llamacpp for a .gguf file as it is stored (needs"
+        " trimtab\\[llamacpp]; steerings that add directions only).",
+        rich_help_panel=PANEL,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 
 
@@ -62,6 +70,7 @@ def load_model(
     revision: str | None,
     layers_path: str | None,
     quiet: bool,
+    engine: str = "transformers",
 ) -> LM:
     """The model that the options name. Raises `TrimtabError` when it can't be had on that device."""
     quiet = quiet or not sys.stderr.isatty()
@@ -72,7 +81,7 @@ def load_model(
 
     _check_device(device)
     _silence(quiet)
-    return LM.load(name, device=device, dtype=dtype, revision=revision, layers=layers_path)
+    return LM.load(name, engine=engine, device=device, dtype=dtype, revision=revision, layers=layers_path)
 
 
 def _check_device(device: str | None) -> None:

@@ -28,7 +28,8 @@ from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.files.steering_file import load_steering, steering_digest
+from trimtab.files.load import load as load_steering
+from trimtab.files.steering_file import steering_digest
 from trimtab.lm import LM
 from trimtab.steering import Steering
 

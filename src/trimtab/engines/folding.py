@@ -1,0 +1,137 @@
+"""Edits folded into rows of parameters: what acts together becomes one row, and rows of a kernel one call of it.
+
+An engine asks at which stretches of tokens which edits act (`sweep`), what a request's edits at a site come to there
+(`slots_at`), and for the calls that run all requests' at once (`stages_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
+from trimtab.steering.operations import NEUTRAL, TOGETHER, Kernel, Rows, add, with_norm_of
+
+Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
+Active = Tensor | bool | None
+"""Where a stage acts: `[..., tokens]`, `True` for everywhere; `None` where its rows see to it themselves."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One kernel call at one site: `rows[name]` is `[states, size]`, `active` is `[states]`."""
+
+    kernel: Kernel
+    keep_norm: bool
+    rows: dict[str, Tensor]
+    active: Tensor
+
+    @property
+    def only_adds(self) -> bool:
+        return self.kernel is add and not self.keep_norm
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it is one addition or multiplication, with rows that do nothing where it is inactive."""
+        return self.kernel in NEUTRAL and not self.keep_norm
+
+
+def check_together(steering: Steering) -> None:
+    """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
+    possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
+    possible = tuple(e for e in possible if not hasattr(e.operation, "settled"))
+    for site in sorted({edit.site for edit in possible}):
+        for slot in slots_at(possible, site):
+            alike: dict[tuple, list[Edit]] = {}
+            for edit in slot:
+                alike.setdefault((edit.positions, edit.gate), []).append(edit)
+            for edits in alike.values():
+                if len(edits) > 1:
+                    row_of(edits)
+
+
+def sweep(edits: tuple[Edit, ...], length: int) -> list[tuple[int, int | None, frozenset[Positions]]]:
+    """The stretches of tokens over which the set of a request's active position rules stays the same."""
+    resolved = {rule: rule.resolve(length) for rule in {edit.positions for edit in edits}}
+    marks = {bound for spans in resolved.values() for span in spans for bound in span if bound is not None}
+    borders: list[int | None] = [*sorted(marks), None]
+    swept = []
+    for start, stop in pairwise(borders):
+        assert start is not None
+        active = frozenset(
+            rule for rule, spans in resolved.items() if any(a <= start and (b is None or start < b) for a, b in spans)
+        )
+        if active:
+            swept.append((start, stop, active))
+    return swept
+
+
+def slots_at(edits: tuple[Edit, ...], site: Site) -> list[Slot]:
+    """A request's edits at a site, in order, with neighbours that act together in one slot."""
+    slots: list[Slot] = []
+    for edit in edits:
+        if edit.site != site:
+            continue
+        if slots and _acts_together(slots[-1][-1], edit):
+            slots[-1] += (edit,)
+        else:
+            slots.append((edit,))
+    return slots
+
+
+def _acts_together(one: Edit, other: Edit) -> bool:
+    a, b = one.operation, other.operation
+    return a.kernel is b.kernel and a.kernel in TOGETHER and not (a.keep_norm or b.keep_norm)
+
+
+def row_of(edits: Sequence[Edit]) -> Rows:
+    """The parameters of one slot. Raises `TrimtabError` for projections that can't all be had."""
+    rows = [edit.operation.row(edit.strength) for edit in edits]
+    together = TOGETHER.get(edits[0].operation.kernel)
+    return rows[0] if together is None else together(rows, [str(edit) for edit in edits])
+
+
+def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
+    """Slot i of every state runs in step i; within a step, one stage a kernel."""
+    found = []
+    for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
+        groups: dict[tuple[Kernel, bool], dict[int, Rows]] = {}
+        for state, one in slots.items():
+            if step < len(one):
+                first = one[step][0].operation
+                groups.setdefault((first.kernel, first.keep_norm), {})[state] = row_of(one[step])
+        for (kernel, keep_norm), rows_of in groups.items():
+            found.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, dtype))
+    return found
+
+
+def _bank(kernel: Kernel, keep_norm: bool, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
+    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
+    only_adds = kernel is add and not keep_norm
+    compute = dtype if only_adds else torch.promote_types(dtype, torch.float32)
+    nothing = NEUTRAL.get(kernel, -0.0)
+    sizes = {name: value.shape[0] for row in rows_of.values() for name, value in row.items()}
+    rows = {name: torch.full((count, size), nothing, dtype=compute) for name, size in sizes.items()}
+    active = torch.zeros(count, dtype=torch.bool)
+    for state, row in rows_of.items():
+        active[state] = True
+        for name, value in row.items():
+            rows[name][state] = value.to(compute)
+    return Stage(kernel, keep_norm, rows, active)
+
+
+def apply(stage: Stage, rows: dict[str, Tensor], active: Active, x: Tensor) -> Tensor:
+    """One stage applied to activations, with its rows and activity gathered: one for each of them."""
+    if active is None:
+        return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
+    wide = x.to(next(iter(rows.values())).dtype)
+    new = stage.kernel(wide, rows)
+    if stage.keep_norm:
+        new = with_norm_of(wide, new)
+    if isinstance(active, bool):
+        return new.to(x.dtype)
+    return torch.where(active[..., None], new.to(x.dtype), x)

@@ -1,0 +1,103 @@
+"""Which vectors act on which tokens: a steering's additions, as llama.cpp's control vectors can carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from trimtab.engines.llamacpp.context import Vectors
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Add, Always, Edit, Steering
+
+NOTHING: Vectors = {}
+
+
+def check_additions(steering: Steering, layers: int, width: int) -> None:
+    """Raises `UnsupportedError` for edits that a control vector can't carry, `TrimtabError` for ones that don't fit.
+
+    It adds directions to the residual stream after any block but the first, at any positions, on every request.
+    """
+    for edit in acting(steering):
+        if not isinstance(edit.operation, Add) or edit.operation.keep_norm:
+            raise UnsupportedError(f"llama.cpp can only add directions, and this steering has {edit}")
+        if edit.site.kind != "residual":
+            raise UnsupportedError(f"llama.cpp steers the residual stream only, and this steering has {edit}")
+        if not isinstance(edit.gate, Always):
+            raise UnsupportedError(f"the engine llamacpp has no gates, and this steering has one: {edit}")
+        if edit.site.layer == 0:
+            raise UnsupportedError(f"llama.cpp can't steer block 0, and this steering has {edit}")
+        if edit.site.layer >= layers:
+            raise TrimtabError(f"{edit} is for block {edit.site.layer}, and this model's blocks are 0 to {layers - 1}")
+        if edit.operation.width != width:
+            raise TrimtabError(f"{edit} has width {edit.operation.width}, and this model has {width}")
+
+
+def acting(steering: Steering | None) -> tuple[Edit, ...]:
+    """The edits that do anything: all but those of strength 0."""
+    return tuple(edit for edit in steering.edits if edit.strength != 0) if steering is not None else ()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The edits of one request, and the intervals of token positions at which each acts."""
+
+    edits: tuple[Edit, ...]
+    intervals: tuple[tuple[tuple[int, int | None], ...], ...]
+
+    @classmethod
+    def of(cls, steering: Steering | None, prompt_length: int) -> Schedule:
+        """Raises `TrimtabError` for positions that the prompt hasn't."""
+        edits = acting(steering)
+        return cls(edits, tuple(edit.positions.resolve(prompt_length) for edit in edits))
+
+    def at(self, position: int) -> tuple[int, ...]:
+        """The numbers of the edits that act at this token."""
+        return tuple(
+            i
+            for i, spans in enumerate(self.intervals)
+            if any(start <= position and (stop is None or position < stop) for start, stop in spans)
+        )
+
+    def stretches(self, length: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """The prompt of `length` tokens in stretches `(start, stop, edits)` within which the same edits act."""
+        edges = {0, length}
+        for spans in self.intervals:
+            for start, stop in spans:
+                edges |= {start, *(() if stop is None else (stop,))}
+        bounds = sorted(edge for edge in edges if 0 <= edge <= length)
+        for start, stop in pairwise(bounds):
+            yield start, stop, self.at(start)
+
+    def vectors(self, numbers: Sequence[int]) -> Vectors:
+        """The sum of these edits at each block, in float32; the same object for the same edits."""
+        sums: dict[int, torch.Tensor] = {}
+        for i in numbers:
+            edit = self.edits[i]
+            vector = edit.strength * edit.operation.direction.double()
+            sums[edit.site.layer] = sums[edit.site.layer] + vector if edit.site.layer in sums else vector
+        return {block: vector.float().numpy() for block, vector in sums.items()} or NOTHING
+
+    def layers(self) -> tuple[int, ...]:
+        """The blocks at which anything acts."""
+        return tuple(sorted({edit.site.layer for edit in self.edits}))
+
+
+def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:
+    """At each block the mean `‖edit‖ / ‖activation‖` over the steered tokens of a prompt, and how many those are.
+
+    `after` are the steered activations `[tokens, width]` of the prompt.
+    """
+    found = {}
+    for block, values in after.items():
+        ratios = []
+        for position, x in enumerate(values):
+            vector = schedule.vectors(schedule.at(position)).get(block)
+            if vector is not None and (norm := float(np.linalg.norm(x - vector))) > 0:
+                ratios.append(float(np.linalg.norm(vector)) / norm)
+        if ratios:
+            found[block] = (sum(ratios) / len(ratios), len(ratios))
+    return found

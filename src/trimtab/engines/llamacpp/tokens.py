@@ -1,0 +1,67 @@
+"""A GGUF model's own tokenizer and chat template, as the rest of trimtab knows tokenizers."""
+
+from __future__ import annotations
+
+import ctypes as c
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+
+class GgufTokenizer:
+    """llama.cpp's tokenizer of a model: `tokenizer(text)["input_ids"]`, `decode`, and the template in its file."""
+
+    def __init__(self, library: Any, vocabulary: int, template: str | None) -> None:
+        self._library, self._vocabulary = library, vocabulary
+        self.chat_template = template
+        self.vocab_size = int(library.llama_vocab_n_tokens(vocabulary))
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """The ids of plain text, with what the model begins texts with."""
+        return {"input_ids": self._ids(text, special=True)}
+
+    def _ids(self, text: str, special: bool) -> list[int]:
+        data = text.encode("utf-8", "surrogatepass")
+        room = len(data) + 8
+        ids = (c.c_int32 * room)()
+        count = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, room, special, True)
+        if count < 0:
+            raise TrimtabError(f"llama.cpp can't tokenize this text of {len(text)} characters")
+        return list(ids[:count])
+
+    def apply_chat_template(
+        self, messages: Sequence[Any], *, add_generation_prompt: bool = True, tokenize: bool = True, **_: Any
+    ) -> Any:
+        """The rendered messages: text, or with `tokenize` `{"input_ids": …}`."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        rendered: Any = render_jinja_template(  # texts, and spans of them
+            conversations=[list(messages)],
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=self._text(self._library.llama_vocab_bos(self._vocabulary)),
+            eos_token=self._text(self._library.llama_vocab_eos(self._vocabulary)),
+        )
+        text = str(rendered[0][0])
+        return {"input_ids": self._ids(text, special=False)} if tokenize else text
+
+    def _text(self, token: int) -> str:
+        return self._library.llama_vocab_get_text(self._vocabulary, token).decode() if token >= 0 else ""
+
+    def is_end(self, token: int) -> bool:
+        """Whether a token ends a text."""
+        return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
+
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of generated tokens; bytes that are no UTF-8 become `\\ufffd`."""
+        ids = (c.c_int32 * max(1, len(tokens)))(*tokens)
+        room = 16 * len(tokens) + 64
+        while True:
+            buffer = c.create_string_buffer(room)
+            count = self._library.llama_detokenize(
+                self._vocabulary, ids, len(tokens), buffer, room, False, not skip_special_tokens
+            )
+            if count >= 0:
+                return buffer.raw[:count].decode("utf-8", "replace")
+            room = -count

@@ -1,0 +1,173 @@
+"""GGUF control vectors: tensors `direction.<N>`, one `[width]` vector a block, which many programs read and write.
+
+N is the block (from 0) at whose output the vector is added, as llama.cpp and repeng add it. llama.cpp's own
+cvector-generator and jukofyork's control-vectors write a vector that was *read* at block N - 1 under N: adding it where
+it was read takes a layer offset of -1. Nothing in a file of theirs says so for sure, so the offset is never guessed.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.files.foreign import FormatWarning, Found, additions, folded, layer_number, model_family
+from trimtab.files.gguf_container import TYPES, Container, Place, read_container
+from trimtab.files.target import write_atomically
+from trimtab.steering import Steering
+
+ARCHITECTURES = ("controlvector", "steeringvector")  # the latter is dialz's
+PREFIX = "direction."
+OURS = "controlvector.trimtab."
+INT32 = 5
+SHIFTED = (
+    "{why}, as {program} writes files whose direction.N was read at the output of block N-1; it is added at block N, as"
+    " llama.cpp does. Say --layer-offset -1 (layer_offset=-1) to add it where it was read, 0 to leave it"
+)
+
+
+def read_control_vector(path: Path) -> Found:
+    """The directions of a GGUF control vector.
+
+    Raises `TrimtabError` for another kind of file, a damaged one, and for what no program here writes: two vectors
+    for one block, vectors that aren't one-dimensional, or quantized.
+    """
+    with path.open("rb") as stream:
+        try:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise TrimtabError("it is empty") from None
+        with data:
+            container = read_container(data, _check)
+            if "general.architecture" not in container.metadata:
+                raise TrimtabError("it doesn't say that it is a control vector (no general.architecture)")
+            directions = _directions(data, container)
+    kind, about = _writer(container)
+    return Found(kind, additions(directions), about, _doubt(container, len(directions)))
+
+
+def _doubt(container: Container, vectors: int) -> str | None:
+    """What tells that its layers may mean another block; a file of these programs needn't have it."""
+    count = container.metadata.get("controlvector.layer_count")
+    if container.kinds.get("controlvector.layer_count") == INT32:
+        return SHIFTED.format(why="its layer count is a signed number", program="llama.cpp's cvector-generator")
+    if count is not None and count != vectors:
+        why = f"its layer count is {count}, and it has {vectors} vectors"
+        return SHIFTED.format(why=why, program="jukofyork's control-vectors")
+    return None
+
+
+def _check(key: str, value: Any) -> None:
+    if key == "general.architecture" and value not in ARCHITECTURES:
+        raise TrimtabError(f"it is a GGUF file of {str(value)[:40]!r}, a model perhaps, and no control vector")
+    if key == "hook_site" and value != "resid_post":
+        raise TrimtabError(f"its directions are for the hook site {value!r}, and only resid_post can be read")
+
+
+def _directions(data: Any, container: Container) -> dict[int, Tensor]:
+    found: dict[int, Tensor] = {}
+    places = {name: place for name, place in container.tensors.items() if name.startswith(PREFIX)}
+    room = len(data)
+    for name, place in places.items():
+        number = name.removeprefix(PREFIX)
+        layer = -1 if number == "-1" else layer_number(number, f"the tensor {name!r}")
+        size = _size(name, place)
+        room -= size
+        if place.start + size > len(data) or room < 0:
+            raise TrimtabError(f"it is cut short or damaged: the tensor {name!r} reaches past its end")
+        found[layer] = _tensor(data[place.start : place.start + size], place)
+    total = container.metadata.get("n_total_layers")  # steerkit's: the final norm comes after the last block
+    if isinstance(total, int) and total in found:
+        raise TrimtabError(f"its direction.{total} is for the final norm, which is no block's output")
+    return found
+
+
+def _size(name: str, place: Place) -> int:
+    if place.type not in TYPES:
+        raise TrimtabError(f"its tensor {name!r} is of GGUF type {place.type}; {_known()} are read")
+    if len(place.shape) != 1 or not place.shape[0]:
+        raise TrimtabError(f"its tensor {name!r} has shape {list(place.shape)}, and a direction has [width]")
+    return place.shape[0] * TYPES[place.type][1]
+
+
+def _known() -> str:
+    return ", ".join(name for name, _ in TYPES.values())
+
+
+def _tensor(data: bytes, place: Place) -> Tensor:
+    dtype = {"F32": torch.float32, "F16": torch.float16, "F64": torch.float64, "BF16": torch.bfloat16}
+    return torch.frombuffer(bytearray(data), dtype=dtype[TYPES[place.type][0]])
+
+
+def _writer(container: Container) -> tuple[str, dict[str, Any]]:
+    """Which program wrote it, as far as the file tells, and what it says."""
+    metadata = container.metadata
+    about: dict[str, Any] = {}
+    for key, value in metadata.items():
+        name = key.partition(".")[2] if key.startswith(ARCHITECTURES) else key
+        plain = not isinstance(value, float) or math.isfinite(value)
+        if key not in ("general.architecture", "general.alignment") and name != "layer_count" and plain:
+            about[name] = value
+    if any(key.startswith(OURS) for key in metadata):
+        return "control vector of trimtab", about
+    if "steerkit.method" in metadata:
+        return "steerkit", about
+    if "controlvector.method" in metadata:
+        return "EasySteer", about
+    if metadata["general.architecture"] == "steeringvector":
+        return "dialz", about
+    if container.kinds.get("controlvector.layer_count") == INT32:
+        return "cvector-generator", about
+    return "repeng", about
+
+
+def write_control_vector(steering: Steering, path: Path, target: str) -> None:
+    """Write the steering's additions as a GGUF control vector, strengths folded in.
+
+    `target` is `"llama.cpp"`, which adds at every block but the first (what is meant for that is left out, with a
+    warning), `"repeng"` or `"easysteer"`. Raises `UnsupportedError` for anything that isn't an addition at every
+    token, and `TrimtabError` when nothing is left.
+    """
+    sites = folded(steering, f"a control vector for {target}")
+    directions = {site.layer: vector for site, vector in sites.items()}
+    if target == "llama.cpp" and directions.pop(0, None) is not None:
+        if not directions:
+            raise TrimtabError("llama.cpp can't steer block 0, and this steering has no other")
+        message = "llama.cpp can't steer block 0 and rejects files that try; its direction is left out"
+        warnings.warn(message, FormatWarning, stacklevel=3)
+    extra = {"controlvector.method": steering.card.method} if target == "easysteer" else {}
+    about = {
+        "controlvector.model_hint": model_family(steering) or "unknown",
+        **extra,
+        f"{OURS}method": steering.card.method,
+        f"{OURS}model": next((model.name for model in steering.card.models), ""),
+    }
+    write_atomically(path, control_vector(directions, about))
+
+
+def control_vector(directions: Mapping[int, Tensor], about: Mapping[str, str]) -> bytes:
+    """A GGUF file's bytes, with the vectors `[width]` in float32 and these texts."""
+    from gguf import GGUFWriter
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "control-vector.gguf"
+        writer = GGUFWriter(path, "controlvector")
+        for key, value in about.items():
+            writer.add_string(key, value)
+        writer.add_uint32("controlvector.layer_count", len(directions))
+        for layer in sorted(directions):
+            writer.add_tensor(f"{PREFIX}{layer}", np.ascontiguousarray(directions[layer].float().numpy()))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()

@@ -1,0 +1,63 @@
+"""Writing a steering as other programs read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from trimtab.errors import TrimtabError
+from trimtab.files.control_vector import write_control_vector
+from trimtab.files.steering_file import save_steering
+from trimtab.files.target import check_target
+from trimtab.files.torch_layouts import write_lm_eval
+from trimtab.steering import Steering
+
+
+@dataclass(frozen=True)
+class Target:
+    """A program that reads steerings: the suffix of its files, what they carry, and how one is written."""
+
+    suffix: str
+    carries: str
+    write: Callable[[Steering, Path], object]
+
+
+ADDITIONS = "additions to the residual stream at every token, strengths folded in"
+TARGETS: dict[str, Target] = {
+    "trimtab": Target(".safetensors", "everything", save_steering),
+    "llama.cpp": Target(".gguf", f"{ADDITIONS}; no block 0", partial(write_control_vector, target="llama.cpp")),
+    "repeng": Target(".gguf", ADDITIONS, partial(write_control_vector, target="repeng")),
+    "easysteer": Target(".gguf", ADDITIONS, partial(write_control_vector, target="easysteer")),
+    "lm-eval": Target(".pt", f"{ADDITIONS}, or one projection a block", write_lm_eval),
+}
+BY_SUFFIX = {".safetensors": "trimtab", ".gguf": "llama.cpp", ".pt": "lm-eval"}
+
+
+def target_of(path: Path, to: str | None) -> str:
+    """The program to write for: as named, or the usual one of the file's suffix. Raises `TrimtabError` for neither."""
+    if to is not None and to not in TARGETS:
+        raise TrimtabError(f"can't write for {to!r}; known: {', '.join(TARGETS)}")
+    if to is None and path.suffix not in BY_SUFFIX:
+        suffixes = ", ".join(f"{suffix} ({name})" for suffix, name in BY_SUFFIX.items())
+        raise TrimtabError(f"{path} has no suffix that says what to write; use {suffixes}, or say for which program")
+    name = to or BY_SUFFIX[path.suffix]
+    check_target(path, TARGETS[name].suffix)
+    return name
+
+
+def export(steering: Steering, path: str | Path, to: str | None = None) -> str:
+    """Write a steering for another program, and return that program's name.
+
+    `to` is `llama.cpp`, `repeng`, `easysteer`, `lm-eval` or `trimtab`; without it the suffix decides: `.gguf` is for
+    llama.cpp, `.pt` for lm-eval. A GGUF file that repeng or EasySteer is to read, and that steers block 0, is refused
+    by llama.cpp whole, so for that its direction is left out, with a warning.
+
+    Raises `UnsupportedError` for a steering that the program's files can't carry, and says what of it; nothing is
+    dropped in silence.
+    """
+    path = Path(path)
+    name = target_of(path, to)
+    TARGETS[name].write(steering, path)
+    return name

@@ -1,0 +1,165 @@
+"""Steerings on the Hugging Face Hub: a repository is a steering file and a page made from its card."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.files.load import load
+from trimtab.files.page import HUB_ID, LIBRARY, steering_page
+from trimtab.files.steering_file import save_steering
+from trimtab.files.target import write_atomically
+from trimtab.steering import Steering
+
+FILE, PAGE = "steering.safetensors", "README.md"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A steering that is to be had: its name (on the Hub or a path), the models it is for, and its other tags."""
+
+    name: str
+    models: tuple[str, ...]
+    tags: tuple[str, ...]
+    modified: str | None = None
+
+
+def save_folder(
+    steering: Steering,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+) -> None:
+    """Write a folder as a repository holds it: `steering.safetensors` and a `README.md` made from the card.
+
+    See `push_to_hub` for the rest. Raises `TrimtabError` where the folder can't be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrimtabError(f"can't make the folder {folder}: {error.strerror}") from None
+    page = steering_page(steering, name or folder.name, file=FILE, base_model=base_model, license=license)
+    save_steering(steering, folder / FILE)
+    write_atomically(folder / PAGE, page.encode())
+
+
+def push_to_hub(
+    steering: Steering,
+    repo: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Put a steering on the Hub as `user/name`, which is made where it isn't there yet; returns the commit's address.
+
+    Its page is made from the card: `base_model` is a Hub id (without it, the model's name where that is one), and
+    `license` that of the data. `revision` names a branch; `token` is the Hub's, from its usual places unless given.
+
+    Raises `TrimtabError` for a bad name, for a steering that can't be saved, and for what the Hub refuses.
+    """
+    _check_name(repo)
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(steering, folder, name=repo, base_model=base_model, license=license)
+        with _hub(f"put a steering on the Hub as {repo}"):
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=token)
+            api.create_repo(repo, private=private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=repo, folder_path=folder, revision=revision, commit_message=message or "A steering"
+            )
+    return str(done.commit_url)
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    file: str = FILE,
+    token: str | None = None,
+    **options: Any,
+) -> Steering:
+    """Load a steering from the Hub (`user/name`), or from a folder that `save_folder` wrote.
+
+    `revision` is a branch, a tag or a commit; `file` names another file of the repository, of any program that `load`
+    reads, and `options` go to `load`. Raises `TrimtabError` where it can't be had, and as `load` does.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise TrimtabError(f"{name} is a folder, which has no revisions; leave revision out")
+        return load(Path(name) / file, **options)
+    _check_name(str(name))
+    with _hub(f"get {file} of {name} from the Hub"):
+        from huggingface_hub import hf_hub_download
+
+        path = hf_hub_download(str(name), file, revision=revision, token=token)
+    return load(path, **options)
+
+
+def list_steerings(where: str | Path, *, limit: int | None = None, token: str | None = None) -> list[Listed]:
+    """The steerings of a user or an organisation on the Hub (`user`, or `user/beginning-of-name`), or in a folder.
+
+    In a folder, all `.safetensors` files of trimtab's, however deep. Raises `TrimtabError` where the Hub can't be
+    asked.
+    """
+    if Path(where).is_dir():
+        return list(_in_folder(Path(where)))[:limit]
+    author, _, start = str(where).partition("/")
+    if not re.fullmatch(r"[\w.-]+", author, re.ASCII) or "/" in start:
+        raise TrimtabError(f"{where} is neither a folder nor a name on the Hub (user, or user/name)")
+    with _hub(f"list the steerings of {author} on the Hub"):
+        from huggingface_hub import HfApi
+
+        found = [_listed(one) for one in HfApi(token=token).list_models(author=author, filter=LIBRARY)]
+    return [one for one in found if one.name.partition("/")[2].startswith(start)][:limit]
+
+
+def _listed(info: Any) -> Listed:
+    tags = [str(tag) for tag in info.tags or ()]
+    models = dict.fromkeys(tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:"))
+    rest = tuple(tag for tag in tags if ":" not in tag and tag != LIBRARY)
+    modified = getattr(info, "last_modified", None)
+    return Listed(str(info.id), tuple(models), rest, None if modified is None else modified.date().isoformat())
+
+
+def _in_folder(folder: Path) -> Iterator[Listed]:
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            steering = load(path, source="trimtab")
+        except TrimtabError:
+            continue  # a model's weights, say
+        yield Listed(str(path), tuple(model.name for model in steering.card.models), (steering.card.method,))
+
+
+def _check_name(repo: str) -> None:
+    if not HUB_ID.fullmatch(repo):
+        raise TrimtabError(f"{repo!r} is no folder and no name on the Hub, which has the form user/name")
+
+
+@contextmanager
+def _hub(what: str) -> Iterator[None]:
+    """What the Hub's client raises becomes a `TrimtabError` that says what couldn't be done, and why."""
+    try:
+        yield
+    except TrimtabError:
+        raise
+    except Exception as error:
+        home = type(error).__module__.partition(".")[0]
+        if not isinstance(error, OSError) and home not in ("huggingface_hub", "httpx", "httpx2"):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+        raise TrimtabError(f"can't {what}: {reason[:300].rstrip('.')}") from error

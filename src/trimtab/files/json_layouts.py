@@ -1,0 +1,144 @@
+"""Steering vectors as JSON: the `.svec` of CAST's own program and AISteer360, and vLLM steering modules."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.files.foreign import Found, additions, check_vector, layer_number
+
+LARGEST = 1 << 28  # bytes
+BLOCK = "post_block"  # the only hook whose vector is added to a block's output
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+EARLY = (
+    "CAST's own program adds a .svec's vector N at the input of block N, one block before where it was read; it is"
+    " added at the output of block N, where it was read. Say --layer-offset -1 (layer_offset=-1) to do as that program"
+    " does, 0 to leave it"
+)
+
+
+def read_json_layout(path: Path) -> Found:
+    """The directions in a JSON file.
+
+    Raises `TrimtabError` for JSON of another shape, keys given twice, numbers that aren't finite, and several vectors
+    for one block.
+    """
+    if path.stat().st_size > LARGEST:
+        raise TrimtabError(f"it has {path.stat().st_size >> 20} MB of JSON; a steering is smaller")
+    try:
+        value = json.loads(path.read_bytes(), object_pairs_hook=_once, parse_constant=_no_constant)
+    except TrimtabError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise TrimtabError(f"it is no valid JSON: {str(error)[:120]}") from None
+    if isinstance(value, dict) and isinstance(value.get("directions"), dict):
+        return _svec(value)
+    if isinstance(value, dict) and isinstance(value.get("vectors"), dict):
+        value = value["vectors"]
+    if isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values()):
+        return _module(value)
+    raise TrimtabError("its JSON is none of the layouts of steering vectors known here (.svec, steering modules)")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise TrimtabError(f"its JSON has the key {twice[:80]!r} twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise TrimtabError(f"its JSON holds {name}, which is no number")
+
+
+def _svec(value: Mapping[str, Any]) -> Found:
+    directions = {}
+    for key, rows in value["directions"].items():
+        layer = layer_number(key, "its directions")
+        vector = _vector(rows, f"layer {key}")
+        if vector.dim() == 2 and vector.shape[0] > 1:
+            raise TrimtabError(
+                f"layer {key} has {vector.shape[0]} vectors (for tokens, heads or a plane), and an addition has one"
+            )
+        directions[layer] = vector.reshape(-1)
+    about = {"model_hint": value["model_type"]} if isinstance(value.get("model_type"), str) else {}
+    variances = value.get("explained_variances")
+    if isinstance(variances, dict) and all(isinstance(v, (int, float)) for v in variances.values()):
+        about["explained_variances"] = variances
+    return Found("svec", additions(directions), about, EARLY)
+
+
+def _module(value: Mapping[str, Any]) -> Found:
+    """`{hook: {layer: {vector, scale}}}`, or packed `{hook: {dtype, shape, layer_indices, data, scales}}`."""
+    if set(value) != {BLOCK}:
+        other = next(hook for hook in value if hook != BLOCK)
+        raise TrimtabError(f"it steers at the hook {other[:80]!r}, and only {BLOCK} is a block's output")
+    hook = value[BLOCK]
+    if "data" in hook:
+        return Found("steering module", additions(_packed(hook)))
+    directions = {}
+    for key, item in hook.items():
+        rows, scale = (item.get("vector"), item.get("scale", 1.0)) if isinstance(item, dict) else (item, 1.0)
+        directions[layer_number(key, BLOCK)] = _vector(rows, f"layer {key}").reshape(-1) * _number(scale, "its scale")
+    return Found("steering module", additions(directions))
+
+
+def _packed(hook: Mapping[str, Any]) -> dict[int, Tensor]:
+    shape, layers, dtype, data = (hook.get(name) for name in ("shape", "layer_indices", "dtype", "data"))
+    if dtype not in DTYPES:
+        raise TrimtabError(f"its vectors are {str(dtype)[:40]!r}; {', '.join(DTYPES)} are read")
+    whole = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)
+    if not whole or not isinstance(layers, list) or not isinstance(data, str):
+        raise TrimtabError("its packed vectors have no shape [layers, width], layer_indices and data")
+    assert isinstance(shape, list)
+    if len(layers) != shape[0] or len(set(map(str, layers))) != len(layers):
+        raise TrimtabError(f"it has {shape[0]} vectors for {len(layers)} layers, which must be different ones")
+    size = prod(shape) * DTYPES[dtype].itemsize
+    if size > len(data):
+        raise TrimtabError(f"its packed vectors say that they are {shape}, and aren't that long")
+    try:
+        raw = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError):
+        raise TrimtabError("its packed vectors are no base64") from None
+    if len(raw) != size:
+        raise TrimtabError(f"its packed vectors have {len(raw)} bytes instead of {size}")
+    scales = hook.get("scales") or [1.0] * len(layers)
+    if not isinstance(scales, list) or len(scales) != len(layers):
+        raise TrimtabError("its packed vectors have another number of scales than of layers")
+    rows = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
+    found = {}
+    for layer, row, scale in zip(layers, rows, scales, strict=True):
+        found[layer_number(layer, BLOCK)] = check_vector(row, f"layer {layer}") * _number(scale, "its scale")
+    return found
+
+
+def _number(value: Any, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TrimtabError(f"{name} is {str(value)[:40]!r}, which is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise TrimtabError(f"{name} is too large a number") from None
+
+
+def _vector(rows: Any, name: str) -> Tensor:
+    if not isinstance(rows, list) or not rows:
+        raise TrimtabError(f"{name} has no list of numbers")
+    flat = [row for row in rows if isinstance(row, list)]
+    if flat and len(flat) != len(rows):
+        raise TrimtabError(f"{name} mixes numbers and lists")
+    if len({len(row) for row in flat}) > 1:
+        raise TrimtabError(f"{name} has rows of different lengths")
+    numbers = [[_number(n, name) for n in row] for row in (flat or [rows])]
+    return torch.tensor(numbers, dtype=torch.float64).float()

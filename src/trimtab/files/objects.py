@@ -1,0 +1,76 @@
+"""Steerings from and to the objects of other libraries: steering-vectors' `SteeringVector`, repeng's `ControlVector`.
+
+Reading goes by what an object has, so that no library need be installed for it; writing makes the library's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from trimtab.errors import TrimtabError
+from trimtab.files.foreign import Found, additions, folded, layer_number, model_family, steering_of
+from trimtab.steering import Positions, Steering
+
+KINDS = {"decoder_block": "residual", "self_attn": "attention", "mlp": "mlp"}
+"""steering-vectors' layer types that are sites here; it can also hook norms, which aren't."""
+
+
+def from_steering_vectors(vector: Any, *, positions: Positions | None = None) -> Steering:
+    """The steering of a `SteeringVector` of steering-vectors: its layers' activations, added at every token.
+
+    Raises `TrimtabError` for an object without `layer_activations`, and for a layer type that is no site here.
+    """
+    activations, kind = getattr(vector, "layer_activations", None), getattr(vector, "layer_type", "decoder_block")
+    if not isinstance(activations, dict):
+        raise TrimtabError(f"a {type(vector).__name__} has no layer_activations, so it is no SteeringVector")
+    if kind not in KINDS:
+        raise TrimtabError(f"its layer type {kind!r} is no site here; known: {', '.join(KINDS)}")
+    directions = {layer_number(layer, "the vector"): value for layer, value in activations.items()}
+    return steering_of(Found("steering-vectors", additions(directions), kind=KINDS[kind]), positions=positions)
+
+
+def to_steering_vectors(steering: Steering) -> Any:
+    """A `SteeringVector` of steering-vectors that adds what the steering adds; strengths are folded in.
+
+    Raises `UnsupportedError` for anything but additions at every token to one kind of site, and `TrimtabError` where
+    the library isn't installed.
+    """
+    kinds = {edit.site.kind for edit in steering.edits}
+    layer_type = next((name for name, kind in KINDS.items() if kinds == {kind}), "decoder_block")
+    sums = folded(steering, "steering-vectors", (KINDS[layer_type],))
+    try:
+        from steering_vectors import SteeringVector
+    except ImportError as error:
+        raise TrimtabError(f"steering-vectors isn't installed ({error}): pip install steering-vectors") from None
+    return SteeringVector({site.layer: vector for site, vector in sums.items()}, layer_type)
+
+
+def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
+    """The steering of a `ControlVector` of repeng (or dialz): a direction a block, added at every token.
+
+    Raises `TrimtabError` for an object without `directions`.
+    """
+    directions = getattr(vector, "directions", None)
+    if not isinstance(directions, dict):
+        raise TrimtabError(f"a {type(vector).__name__} has no directions, so it is no ControlVector")
+    tensors = {layer_number(int(layer), "the vector"): torch.tensor(np.asarray(v)) for layer, v in directions.items()}
+    hint = getattr(vector, "model_type", None)
+    about = {"model_hint": hint} if isinstance(hint, str) else {}
+    return steering_of(Found("repeng", additions(tensors), about), positions=positions)
+
+
+def to_repeng(steering: Steering) -> Any:
+    """A `ControlVector` of repeng that adds what the steering adds; strengths are folded in.
+
+    Raises as `to_steering_vectors` does.
+    """
+    sums = folded(steering, "repeng")
+    try:
+        from repeng import ControlVector
+    except ImportError as error:
+        raise TrimtabError(f"repeng isn't installed ({error}): pip install repeng") from None
+    hint = model_family(steering) or "unknown"
+    return ControlVector(model_type=hint, directions={site.layer: vector.numpy() for site, vector in sums.items()})

@@ -1,0 +1,137 @@
+"""A steering's page for people: the README.md of its repository, made from its card."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trimtab.files.steering_file import steering_digest
+from trimtab.steering import Card, Operation, Steering
+from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
+from trimtab.steering.operations import NAMES
+
+LIBRARY = "trimtab"
+TAGS = ("activation-steering", "steering-vector")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+TAG = re.compile(r"[\w.-]{1,40}", re.ASCII)
+DEEPEST, LONGEST, MOST = 4, 120, 60
+
+
+def steering_page(
+    steering: Steering, name: str, *, file: str, base_model: str | None = None, license: str | None = None
+) -> str:
+    """The text of README.md: a header that the Hub reads, what the steering does, and what was measured.
+
+    `base_model` is a Hub id; without it, the model's name where that is one. `license` is that of the data that the
+    steering was learned from, as the Hub spells licences (`apache-2.0`, `cc-by-4.0`).
+    """
+    card = steering.card
+    models = [base_model] if base_model else [model.name for model in card.models]
+    models = [name for name in models if HUB_ID.fullmatch(name)]
+    sections = [
+        f"---\n{_header(card, models, license)}\n---\n",
+        f"# {_inline(name)}\n",
+        _summary(steering, models),
+        f"```python\nfrom trimtab import LM, from_pretrained\n\nlm = LM.load({_quoted(models)})\n"
+        f'steering = from_pretrained("{name}")\n'
+        f'for answer in lm.generate(["…"] * 2, [None, steering]):\n    print(answer.text)\n```\n',
+        "## What it does\n",
+        _table(("layer", "site", "operation", "at", "strength", "norm"), list(_edits(steering))),
+    ]
+    measured = [row for one in _cards(card) for row in _flat(one.measured)]
+    if measured:
+        sections += ["## What was measured\n", _table(("measure", "value"), measured[:MOST])]
+    sections += ["## Where it comes from\n", _table(("", ""), list(_origin(steering)))]
+    sections.append(f"The steering is `{file}`; its digest covers its edits and its card.\n")
+    return "\n".join(sections)
+
+
+def _header(card: Card, models: Sequence[str], license: str | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    methods = dict.fromkeys(one.method for one in _cards(card))
+    given: dict[str, Any] = {"base_model": list(models) if len(models) > 1 else models[0]} if models else {}
+    if license is not None:
+        given["license"] = license
+    known = (method for method in methods if TAG.fullmatch(method) and method not in ("sum", "manual", "imported"))
+    tags = [*TAGS, *known]
+    return ModelCardData(library_name=LIBRARY, pipeline_tag="text-generation", tags=tags, **given).to_yaml()
+
+
+def _cards(card: Card) -> Iterator[Card]:
+    if not card.parts:
+        yield card
+    for part in card.parts:
+        yield from _cards(part)
+
+
+def _summary(steering: Steering, models: Sequence[str]) -> str:
+    methods = " and ".join(dict.fromkeys(one.method for one in _cards(steering.card)))
+    of = f" for {_inline(' and '.join(models or [model.name for model in steering.card.models]))}"
+    what = f"A steering ({_inline(methods)}){of if steering.card.models or models else ''}, made with trimtab."
+    asked = [one.options["instruction"] for one in _cards(steering.card) if "instruction" in one.options]
+    return f"{what}{f' It was learned from: *{_inline(str(asked[0]))}*' if asked else ''}\n"
+
+
+def _edits(steering: Steering) -> Iterator[tuple[str, ...]]:
+    for edit in steering.edits:
+        operation = getattr(edit.operation, "operation", edit.operation)
+        name = SCORE_NAMES[type(operation)] if isinstance(operation, ScoreOperation) else NAMES[type(operation)]
+        norm = f"{float(operation.direction.double().norm()):.4g}" if isinstance(operation, Operation) else ""
+        yield str(edit.site.layer), edit.site.kind, name, str(edit.positions), f"{edit.strength:g}", norm
+
+
+def _origin(steering: Steering) -> Iterator[tuple[str, str]]:
+    for card in _cards(steering.card):
+        yield "method", card.method
+        if card.model is not None:
+            model = card.model
+            revision = f", revision {model.revision}" if model.revision else ""
+            yield "model", f"{model.name} ({model.family}, {model.layers} layers, width {model.width}{revision})"
+            yield "fingerprint of its weights", model.fingerprint
+        if card.data:
+            yield "data", card.data
+        yield from _flat(card.options)
+        if card.versions:
+            yield "versions", ", ".join(f"{name} {number}" for name, number in card.versions.items())
+    yield "digest", steering_digest(steering)
+
+
+def _flat(values: Mapping[str, Any], above: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """The numbers and texts of nested dicts, a row each; lists of anything but a few numbers or texts are counted."""
+    for key, value in values.items():
+        name = f"{above}{str(key).replace('_', ' ')}"
+        if isinstance(value, Mapping) and depth < DEEPEST:
+            yield from _flat(value, f"{name}, ", depth + 1)
+        elif isinstance(value, (list, tuple)):
+            short = len(value) <= 12 and all(isinstance(item, (int, float, str)) for item in value)
+            yield name, ", ".join(map(_number, value)) if short else f"{len(value)} items"
+        else:
+            yield name, _number(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float) and math.isfinite(value):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+    lines += [f"| {' | '.join(map(_inline, row))} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _inline(text: str) -> str:
+    """Text in one line of Markdown: nothing in it makes a table, a link or a tag."""
+    short = " ".join(text.split())
+    short = short if len(short) <= LONGEST else f"{short[: LONGEST - 1]}…"
+    for sign in "\\|`*_[]<>#":
+        short = short.replace(sign, f"\\{sign}")
+    return short
+
+
+def _quoted(models: Sequence[str]) -> str:
+    return f'"{models[0]}"' if models else ""

@@ -1,0 +1,130 @@
+"""Tensors out of a `.pt` file, with nothing in it ever run and nothing in it believed.
+
+The file is looked at before torch sees it: the archive must hold no more than it is long, the pickle in it may name
+nothing but tensors, and torch gets a fresh archive of exactly what was looked at, with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+
+LARGEST = 1 << 31  # bytes of a file
+LARGEST_PICKLE = 1 << 24
+MOST_ENTRIES = 100_000
+DEEPEST = 4  # how far below the top tensors are looked for
+STORAGES = ("Half", "BFloat16", "Float", "Double", "Byte", "Char", "Short", "Int", "Long", "Bool")
+HARMLESS = {
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "collections OrderedDict",
+    *(f"torch {name}Storage" for name in STORAGES),
+}
+ELSEWHERE = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"}
+"""Other ways in which a pickle names what it wants called."""
+
+
+DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(ValueError, KeyError, IndexError, RuntimeError, OverflowError, MemoryError),  # NotImplementedError among them
+)
+"""What `zipfile` raises for archives that aren't whole."""
+
+
+def read_torch_file(path: Path) -> Any:
+    """What `torch.save` saved: tensors, and lists and dicts of tensors, numbers and texts.
+
+    Raises `TrimtabError` for a file that holds anything else, was made by hand to do harm, or is damaged.
+    """
+    if path.stat().st_size > LARGEST:
+        raise TrimtabError(f"it has {path.stat().st_size >> 20} MB; a steering is smaller")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = _entries(archive, path.stat().st_size)
+    except TrimtabError:
+        raise
+    except DAMAGE as error:
+        raise TrimtabError(f"it is cut short or damaged: {str(error)[:200] or type(error).__name__}") from None
+    _check_pickle(entries[f"{next(iter(entries)).split('/')[0]}/data.pkl"])  # the one that torch reads
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as again:
+        for name, data in entries.items():
+            again.writestr(zipfile.ZipInfo(name), data)
+    buffer.seek(0)
+    try:
+        value = torch.load(buffer, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, EOFError) as error:
+        raise TrimtabError(f"it is damaged: {(str(error).splitlines() or [type(error).__name__])[0][:200]}") from None
+    except (IndexError, OverflowError, MemoryError, RecursionError, AssertionError) as error:
+        raise TrimtabError(f"it is damaged: {type(error).__name__}") from None
+    _check_tensors(value, max((len(data) for name, data in entries.items() if "/data/" in name), default=0))
+    return value
+
+
+def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
+    """The archive's content: stored, not compressed, under one folder, and no more than the file is long."""
+    infos = archive.infolist()
+    names = [info.filename for info in infos]
+    if len(infos) > MOST_ENTRIES or sum(info.file_size for info in infos) > size:
+        raise TrimtabError("its archive says that it holds more than the file is long")
+    if len(set(names)) != len(names):
+        raise TrimtabError("its archive has a name twice")
+    for name in names:
+        parts = name.split("/")
+        if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or "\\" in name or ":" in parts[0]:
+            raise TrimtabError(f"its archive has the name {name[:80]!r}, which torch never writes")
+    tops = {name.split("/")[0] for name in names}
+    if len(tops) != 1 or f"{next(iter(tops))}/data.pkl" not in names:
+        raise TrimtabError("it is an archive, but not one of torch's; PyTorch 1.6 and later writes what can be read")
+    if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 for info in infos):
+        raise TrimtabError("its archive is compressed or encrypted, which torch never does")
+    return {info.filename: archive.read(info) for info in infos}
+
+
+def _check_pickle(data: bytes) -> None:
+    """Raises `TrimtabError` when the pickle names anything but tensors. Nothing of it runs."""
+    if len(data) > LARGEST_PICKLE:
+        raise TrimtabError("its pickle is too large for one that holds tensors")
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ELSEWHERE or (opcode.name == "GLOBAL" and argument not in HARMLESS):
+                named = str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else f"an object ({opcode.name})"
+                raise TrimtabError(
+                    f"its pickle asks for {named[:80]}, and trimtab opens pickles of tensors, numbers and texts only;"
+                    " save the tensors alone, with torch.save"
+                )
+    except TrimtabError:
+        raise
+    except Exception as error:  # pickletools raises whatever it stumbles over
+        raise TrimtabError(f"it is damaged: its pickle can't be followed ({type(error).__name__})") from None
+
+
+def _check_tensors(value: Any, largest: int) -> None:
+    """Raises `TrimtabError` for a tensor that is more than the file's own numbers, once each."""
+    for tensor in _tensors(value, DEEPEST):
+        stored = tensor.untyped_storage().nbytes()
+        if tensor.layout != torch.strided or stored > largest or tensor.numel() * tensor.element_size() > stored:
+            raise TrimtabError(f"it holds a tensor of shape {list(tensor.shape)} that isn't all there")
+
+
+def _tensors(value: Any, depth: int) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item, depth - 1)

@@ -1,0 +1,169 @@
+"""What people keep in `.pt` files: EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook and lm-eval.
+
+The files hold tensors and say little. Which program made one is told by its shape; the layer of a single vector comes
+from the file's name (`layer_<N>.pt`), a `.json` beside it, or the caller.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.foreign import Found, additions, check_plain, check_vector, folded, layer_number
+from trimtab.files.target import write_atomically
+from trimtab.files.torch_file import read_torch_file
+from trimtab.steering import Ablate, Add, Operation, SetProjection, Steering
+
+NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
+HOOKPOINT = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(0|[1-9][0-9]{0,5})")
+UNIT = 1e-3
+LARGEST_SIDECAR = 1 << 20
+
+
+def read_torch_layout(path: Path, layer: int | None = None) -> Found:
+    """The directions in a `.pt` file. `layer` says where a file with a single vector acts.
+
+    Raises `TrimtabError` when it can't be told what the tensors are, or where they act.
+    """
+    value = read_torch_file(path)
+    if isinstance(value, Mapping) and value and all(_is_hook(item) for item in value.values()):
+        _not_needed(layer)
+        return _lm_eval(value)
+    if isinstance(value, Mapping) and "dir" in value:
+        return _vllm_hook(value, _layer_of(path, layer))
+    if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values()):
+        _not_needed(layer)
+        directions = {layer_number(key, "its dict"): item for key, item in value.items()}
+        return Found("dict of tensors", additions(directions))
+    if not isinstance(value, Tensor):
+        keys = f" with the keys {', '.join(map(repr, list(value)[:6]))}" if isinstance(value, Mapping) else ""
+        raise TrimtabError(f"it holds a {type(value).__name__}{keys}, which is no known layout of steering vectors")
+    if value.dim() == 2 and value.shape[0] > 1:
+        _not_needed(layer)
+        return Found("tensor of layers", additions(dict(enumerate(value))))
+    at = _layer_of(path, layer)
+    return Found("tensor of one layer", ((at, Add(check_vector(value, "its tensor"))),))
+
+
+def read_torch_folder(path: Path) -> Found:
+    """A folder of `layer_<N>.pt` files with one vector each, as EasyEdit2 writes it."""
+    files = {int(match[1]): file for file in path.iterdir() if (match := NAMED_LAYER.fullmatch(file.stem))}
+    files = {layer: file for layer, file in files.items() if file.suffix == ".pt"}
+    if not files:
+        raise TrimtabError("it is a folder without files layer_<N>.pt")
+    operations: list[tuple[int, Operation]] = []
+    for layer in sorted(files):
+        operations.append((layer, Add(check_vector(read_torch_file(files[layer]), files[layer].name))))
+    return Found("folder of layers", tuple(operations))
+
+
+def _layer_of(path: Path, layer: int | None) -> int:
+    if layer is not None:
+        return layer
+    if match := NAMED_LAYER.fullmatch(path.stem):
+        return int(match[1])
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file() and sidecar.stat().st_size < LARGEST_SIDECAR:
+        try:
+            said = json.loads(sidecar.read_bytes())
+        except (ValueError, RecursionError):
+            said = None
+        if isinstance(said, dict) and "layer_index" in said:
+            return layer_number(said["layer_index"], sidecar.name)
+    raise TrimtabError("it doesn't say at which block its vector acts; say --layer N (layer=N)")
+
+
+def _not_needed(layer: int | None) -> None:
+    if layer is not None:
+        raise TrimtabError("it names its layers itself; leave --layer out, or shift them with --layer-offset")
+
+
+def _is_hook(item: Any) -> bool:
+    return isinstance(item, Mapping) and "steering_vector" in item and "action" in item
+
+
+def _lm_eval(value: Mapping[Any, Any]) -> Found:
+    """lm-eval's steered models: hook points, each with an action."""
+    operations: list[tuple[int, Operation]] = []
+    for name, item in value.items():
+        match = HOOKPOINT.fullmatch(str(name))
+        if match is None:
+            raise TrimtabError(f"its hook point {str(name)[:80]!r} is no block's output (layers.N)")
+        if item.get("head_index") is not None or item.get("bias") is not None:
+            raise TrimtabError(f"its hook point {name} has a head or a bias, which no operation here has")
+        vector = check_vector(item["steering_vector"], f"the hook point {name}")
+        factor = item.get("steering_coefficient", 1.0)
+        if isinstance(factor, Tensor) and factor.numel() == 1:
+            factor = factor.item()
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)):
+            raise TrimtabError(f"its hook point {name} has the coefficient {factor!r}, which is no number")
+        if item["action"] == "add":
+            operations.append((int(match[1]), Add(vector * factor)))
+        elif item["action"] == "clamp":
+            if not float(vector.norm()) > 0:
+                raise TrimtabError(f"its hook point {name} clamps along a vector of zeros")
+            operations.append((int(match[1]), SetProjection(vector / vector.norm(), float(factor))))
+        else:
+            raise TrimtabError(f"its hook point {name} has the action {str(item['action'])[:40]!r}, not add or clamp")
+    return Found("lm-eval", tuple(sorted(operations, key=lambda one: one[0])))
+
+
+def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Found:
+    """vLLM-Hook's `{dir, avg_proj}`: sets the projection on `dir` to `avg_proj`, or adds `dir` where there is none."""
+    direction = check_vector(value["dir"], "its dir")
+    target = value.get("avg_proj")
+    if target is None:
+        return Found("vLLM-Hook", ((layer, Add(direction)),))
+    if abs(float(direction.double().norm()) - 1) > UNIT:
+        raise TrimtabError(
+            f"its dir has the norm {float(direction.norm()):.4g}, and vLLM-Hook takes it as it is for a unit vector;"
+            " divide it by its norm, and avg_proj too"
+        )
+    number = float(target.reshape(-1)[0]) if isinstance(target, Tensor) and target.numel() == 1 else target
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise TrimtabError("its avg_proj is no number")
+    return Found("vLLM-Hook", ((layer, SetProjection(direction, float(number))),))
+
+
+def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> None:
+    """Write a steering for `lm_eval --model steered --model_args steer_path=…`, one hook point a block.
+
+    It adds, or sets one projection a block, at every token. `blocks` is where the model keeps its blocks, seen from
+    its `base_model` (`h` in GPT-2's). Raises `UnsupportedError` for anything else.
+    """
+    hooks: dict[str, dict[str, Any]] = {}
+    target = "lm-eval"
+    clamps = [edit for edit in steering.edits if isinstance(edit.operation, (SetProjection, Ablate))]
+    for edit in clamps:
+        check_plain(edit, target)
+        if edit.site.kind != "residual" or edit.strength != 1 or getattr(edit.operation, "one_sided", False):
+            raise UnsupportedError(f"{target} sets whole projections of the residual stream, to both sides, not {edit}")
+        name = f"{blocks}.{edit.site.layer}"
+        if sum(other.site == edit.site for other in steering.edits) > 1:
+            raise UnsupportedError(f"{target} does one thing a block, and this steering does several at {edit.site}")
+        number = float(getattr(edit.operation, "target", 0.0))
+        hooks[name] = _hook("clamp", edit.operation.direction.float(), number)
+    if len(clamps) < len(steering.edits) or not clamps:
+        rest = Steering(tuple(edit for edit in steering.edits if edit not in clamps), steering.card)
+        hooks |= {f"{blocks}.{site.layer}": _hook("add", v, 1.0) for site, v in folded(rest, target).items()}
+    buffer = io.BytesIO()
+    torch.save(hooks, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def _hook(action: str, vector: Tensor, coefficient: float) -> dict[str, Any]:
+    return {
+        "action": action,
+        "steering_vector": vector.contiguous().clone(),
+        "steering_coefficient": coefficient,
+        "bias": None,
+        "head_index": None,
+    }

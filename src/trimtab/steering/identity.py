@@ -1,0 +1,59 @@
+"""Whether a steering belongs to a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.card import ModelId
+from trimtab.steering.steering import Steering
+
+
+class MismatchWarning(UserWarning):
+    """A steering differs from the model in something that matters less than its identity."""
+
+
+def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = False) -> None:
+    """Raises `TrimtabError` when the steering was learned on another model, saying precisely what differs.
+
+    With `transfer` only the width must be the same. Another chat template or revision is warned about.
+    """
+    for learned in steering.card.models:
+        same = learned.fingerprint == here.fingerprint or learned.name == here.name
+        differ = [
+            f"{what} {there} instead of {mine}"
+            for what, there, mine in (
+                ("family", learned.family, here.family),
+                ("width", learned.width, here.width),
+                ("number of layers", learned.layers, here.layers),
+            )
+            if there != mine
+        ]
+        if learned.width != here.width or (not transfer and (differ or not same)):
+            detail = f" ({', '.join(differ)})" if differ else " (same shape, other weights)"
+            hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
+            raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
+        if not transfer and learned.fingerprint != here.fingerprint:
+            message = f"{here.name} has other weights than when the steering was learned (revision, quantization?)"
+            warnings.warn(message, MismatchWarning, stacklevel=4)
+        if learned.template != here.template:
+            message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
+            warnings.warn(message, MismatchWarning, stacklevel=4)
+
+
+def sampled_rows(vocabulary: int) -> list[int]:
+    """The rows of the embeddings that a fingerprint looks at."""
+    return torch.linspace(0, vocabulary - 1, 16).long().tolist()
+
+
+def fingerprint(family: str, shape: Sequence[int], rows: Tensor) -> str:
+    """A digest of the embeddings' `shape` and `sampled_rows`, rounded so that a change of dtype doesn't matter."""
+    sample = rows.detach().to(device="cpu", dtype=torch.bfloat16).contiguous()
+    described = json.dumps([family, list(shape)])
+    return hashlib.sha256(described.encode() + sample.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,119 @@
+"""`trimtab convert`, and other programs' files where a steering is asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from files.test_foreign_files import gguf_file, vectors
+
+from trimtab import Add, Edit, Positions, Site, Steering, load, save
+
+WIDTH = 8
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    edits = (Edit(Site(1), Add(torch.ones(WIDTH)), Positions.all()), Edit(Site(2), Add(torch.ones(WIDTH))))
+    save(Steering(edits), path)
+    return path
+
+
+def test_there_and_back(trimtab, tmp_path):
+    given = vectors(1, 2, 3)
+    there = gguf_file(tmp_path / "v.gguf", given, controlvector__model_hint="llama")
+    done = trimtab("convert", there, tmp_path / "v.safetensors", "--strength", "2")
+    assert done.code == 0, done.err
+    assert done.out == f"wrote {tmp_path / 'v.safetensors'} for trimtab: layers 1, 2, 3\n"
+    back = trimtab("convert", tmp_path / "v.safetensors", tmp_path / "w.gguf", "--strength", "0.5", "--json")
+    assert back.json == {
+        "from": str(tmp_path / "v.safetensors"),
+        "format": "repeng",
+        "to": str(tmp_path / "w.gguf"),
+        "target": "llama.cpp",
+        "layers": [1, 2, 3],
+    }
+    for edit in load(tmp_path / "w.gguf").edits:
+        assert torch.equal(edit.operation.direction, torch.tensor(given[edit.site.layer]))
+
+
+def test_options(trimtab, tmp_path, mine):
+    generated = gguf_file(tmp_path / "g.gguf", vectors(1), signed=True)
+    warned = trimtab("convert", generated, tmp_path / "a.safetensors")
+    assert (warned.code, warned.err.startswith("warning: ")) == (0, True)
+    assert "--layer-offset -1" in warned.err
+    shifted = trimtab("convert", generated, tmp_path / "a.safetensors", "--layer-offset", "-1", "--json")
+    assert (shifted.json["layers"], shifted.err) == ([0], "")
+    torch.save(torch.ones(WIDTH), tmp_path / "v.pt")
+    assert trimtab("convert", tmp_path / "v.pt", tmp_path / "b.safetensors", "--layer", "7", "--json").json[
+        "layers"
+    ] == [7]
+    done = trimtab("convert", mine, tmp_path / "c.pt", "--positions", "all", "--json")
+    assert done.json["target"] == "lm-eval"
+    assert trimtab("convert", mine, tmp_path / "d.gguf", "--positions", "all", "--to", "repeng").code == 0
+
+
+def test_what_is_refused(trimtab, tmp_path, mine):
+    out = tmp_path / "v.gguf"
+    torch.save(torch.ones(WIDTH), tmp_path / "v.pt")
+    (tmp_path / "v.json").write_text(json.dumps({"a": 1}))
+    cases = {
+        "--positions all": [mine, out],
+        "no file": [tmp_path / "nowhere", out],
+        "say --layer N": [tmp_path / "v.pt", out],
+        "none of the layouts": [tmp_path / "v.json", out],
+        "named *.gguf": [mine, tmp_path / "v.safetensors", "--to", "llama.cpp"],
+        "no suffix that says": [mine, tmp_path / "v"],
+        "can't write for 'vim'": [mine, out, "--to", "vim"],
+        "unknown kind of file 'x'": [mine, out, "--from", "x"],
+        "leave layer_offset out": [mine, out, "--layer-offset", "1"],
+        "finite": [mine, out, "--strength", "nan"],
+        "'everywhere'": [mine, out, "--positions", "everywhere"],
+    }
+    for words, arguments in cases.items():
+        done = trimtab("convert", *arguments)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith("error: ")
+        assert words in done.err
+        assert done.err.count("\n") == 1
+        assert not out.exists()
+
+
+def test_other_programs_files_are_steerings(trimtab, model, tmp_path):
+    """`generate` and `inspect` take them as they are."""
+    import numpy as np
+
+    there = gguf_file(tmp_path / "v.gguf", {2: np.ones(32, dtype=np.float32)}, controlvector__model_hint="llama")
+    shown = trimtab("inspect", there, "--json")
+    assert shown.code == 0, shown.err
+    assert shown.json["card"]["options"]["format"] == "repeng"
+    given = ["generate", "--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--json"]
+    answered = trimtab(*given, "--steer", f"{there}:0.5")
+    assert answered.code == 0, answered.err
+    assert answered.json["answers"][0]["edits"] == ["0.5 * add @ residual[2] all"]
+    assert "is no number" in trimtab(*given, "--steer", f"{there}:strong").err
+
+
+def test_generating_with_llama_cpp(trimtab, model, tmp_path):
+    pytest.importorskip("xllamacpp", reason="needs trimtab[llamacpp]")
+    from gguf_models import write_llama
+
+    file = write_llama(model, tmp_path / "tiny.gguf")
+    save(Steering((Edit(Site(2), Add(torch.ones(32))),)), tmp_path / "s.safetensors")
+    given = ["--prompt", "Why?", "--max-new-tokens", 4, "--steer", f"{tmp_path / 's.safetensors'}:0.5", "--json"]
+    llama = trimtab("generate", "--model", file, "--engine", "llamacpp", "--compare", *given)
+    assert llama.code == 0, llama.err
+    plain = trimtab("generate", "--model", model, "--dtype", "float32", "--compare", *given)
+    for key in ("text", "edits", "prompt_tokens", "unsteered"):
+        assert llama.json["answers"][0][key] == plain.json["answers"][0][key]
+    assert llama.json["answers"][0]["dose"] == pytest.approx(plain.json["answers"][0]["dose"], rel=0.5)
+    for more, words in (
+        (["--model", model, "--engine", "llamacpp"], "runs .gguf files"),
+        (["--model", file, "--engine", "ollama"], "no engine 'ollama'"),
+        (["--model", file, "--engine", "llamacpp", "--rejection"], "use transformers"),
+        (["--model", file, "--engine", "llamacpp", "--device", "meta"], "takes no device"),
+    ):
+        done = trimtab("generate", *more, *given)
+        assert (done.code, words in done.err) == (2, True), done.err

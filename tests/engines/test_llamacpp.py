@@ -1,0 +1,364 @@
+"""The engine llamacpp against transformers, on the same tiny model in both programs' files."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands.conftest import save_model
+from gguf_models import write_llama
+
+from trimtab import (
+    LM,
+    Add,
+    Card,
+    DoseWarning,
+    Edit,
+    MismatchWarning,
+    Phrase,
+    Positions,
+    SetProjection,
+    Site,
+    Steering,
+    Threshold,
+    TrimtabError,
+    UnsupportedError,
+)
+
+if importlib.util.find_spec("xllamacpp") is None:
+    pytest.skip("needs trimtab[llamacpp]", allow_module_level=True)
+
+WIDTH, LAYERS = 32, 4
+PROMPTS = ["What is the sea?", "Who are you? A question, an answer; (A) yes (B) no.", "Why?", "Is it blue or wide?"]
+RULES = {
+    "all": Positions.all(),
+    "all but the first": Positions.all_but_first(),
+    "prompt": Positions.prompt(),
+    "generated": Positions.generated(),
+    "from the last prompt token": Positions.from_last_prompt_token(),
+    "last prompt token": Positions.last_prompt_token(),
+    "window": Positions.window(1, 4),
+    "span": Positions.span(1, 3),
+    "two": Positions.span(2, 4) | Positions.window(2, 3),
+}
+NEW = 8
+
+
+def vector(seed: int, scale: float = 1.5) -> torch.Tensor:
+    made = torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+    return scale * made / made.norm()
+
+
+def adding(*layers: int, positions: Positions = RULES["all"], strength: float = 1.0) -> Steering:
+    return Steering(tuple(Edit(Site(i), Add(vector(i)), positions, strength) for i in layers))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> LM:
+    return LM.load(folder, device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def file(folder: Path) -> Path:
+    return write_llama(folder, folder.parent / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def llama(file: Path) -> Iterator[Any]:
+    made = LM.load(file, engine="llamacpp", cache="float32", threads=1)
+    yield made
+    made.close()
+
+
+def agree(theirs: list, ours: list) -> None:
+    """The same tokens, and their log-probabilities to what float32 sums in another order allow."""
+    for a, b in zip(theirs, ours, strict=True):
+        assert a.token_ids == b.token_ids
+        assert a.text == b.text
+        assert (a.finish_reason, a.prompt_tokens) == (b.finish_reason, b.prompt_tokens)
+        assert a.logprobs == pytest.approx(b.logprobs, abs=2e-4)
+
+
+def test_it_is_another_class_with_the_same_tokens(lm, llama):
+    assert type(llama).__name__ == "LlamaCpp"
+    assert repr(llama) == "LlamaCpp(tiny, 4 layers, width 32)"
+    for prompt in (*PROMPTS, [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]):
+        assert llama.encode(prompt) == lm.encode(prompt)
+    assert llama.encode("sea ü €", chat=False) == lm.encode("sea ü €", chat=False)
+    assert llama.encode("Why?", system="Write!") == lm.encode("Why?", system="Write!")
+    ids = lm.encode("the sea ü €", chat=False)
+    assert llama.tokenizer.decode(ids) == lm.tokenizer.decode(ids) == "the sea ü €"
+
+
+def test_it_has_the_same_identity(lm, llama):
+    ours, theirs = llama.identity, lm.identity
+    assert (ours.fingerprint, ours.family, ours.width, ours.layers, ours.template, ours.name) == (
+        theirs.fingerprint,
+        "llama",
+        WIDTH,
+        LAYERS,
+        theirs.template,
+        "tiny",
+    )
+
+
+def test_unsteered_it_answers_alike(lm, llama):
+    agree(
+        llama.generate(PROMPTS, max_new_tokens=NEW, logprobs=True),
+        lm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True),
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_steered_it_answers_alike(lm, llama, rule):
+    """Two blocks and a negative strength, at every kind of positions: the control vector changes between tokens."""
+    steering = adding(1, 3, positions=RULES[rule]) + adding(2, positions=Positions.generated(), strength=-0.8)
+    ours = llama.generate(PROMPTS, steering, max_new_tokens=NEW, logprobs=True)
+    agree(ours, lm.generate(PROMPTS, steering, max_new_tokens=NEW, logprobs=True))
+    assert [a.applied.edits for a in ours] == [tuple(str(edit) for edit in steering.edits)] * len(PROMPTS)
+    plain = llama.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+    assert any(a.logprobs != b.logprobs for a, b in zip(ours, plain, strict=True))
+
+
+def test_each_prompt_under_its_own(llama):
+    """What runs before a prompt, and how, changes nothing about it: to the bit."""
+    steerings = [adding(1), None, adding(2, strength=-1.0), adding(1, 3, positions=RULES["generated"])]
+    together = llama.generate(PROMPTS, steerings, max_new_tokens=NEW, logprobs=True)
+    for i in (3, 1, 0, 2):
+        assert llama.generate(PROMPTS[i], steerings[i], max_new_tokens=NEW, logprobs=True) == [together[i]]
+
+
+@pytest.mark.parametrize(
+    "nothing", [None, Steering(), adding(1, 2, strength=0.0), Steering((Edit(Site(0), Add(vector(0)), strength=0.0),))]
+)
+def test_nothing_means_nothing(llama, nothing):
+    plain = llama.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+    llama.generate(PROMPTS[0], adding(1), max_new_tokens=2)
+    answers = llama.generate(PROMPTS, nothing, max_new_tokens=NEW, logprobs=True)
+    for a, b in zip(answers, plain, strict=True):
+        assert (a.token_ids, a.logprobs, a.applied.doses) == (b.token_ids, b.logprobs, ())
+
+
+def test_activations_agree(lm, llama):
+    """Before, at and after the steered block; the edit moves the block's output by itself."""
+    steering = adding(2)
+    everywhere = Positions.all()
+    ours = llama.capture(PROMPTS, range(LAYERS), everywhere, steering=steering)
+    with lm.steered(steering):
+        theirs = lm.capture(PROMPTS, range(LAYERS), everywhere)
+    plain = llama.capture(PROMPTS, [1, 2], everywhere)
+    for a, b, c in zip(ours, theirs, plain, strict=True):
+        for layer in range(LAYERS):
+            assert torch.allclose(a[Site(layer)], b[Site(layer)], atol=1e-4)
+        assert torch.equal(a[Site(1)], c[Site(1)])
+        assert torch.allclose(a[Site(2)] - c[Site(2)], vector(2).expand_as(c[Site(2)]), atol=1e-5)
+    (last,) = llama.capture(PROMPTS[0], [3])
+    assert torch.equal(last[Site(3)], llama.capture(PROMPTS[0], [3], everywhere)[0][Site(3)][-1:])
+
+
+def test_doses(lm, llama):
+    steering = adding(1, 3)
+    ours = llama.generate(PROMPTS, steering, max_new_tokens=1)
+    for a, b in zip(ours, lm.generate(PROMPTS, steering, max_new_tokens=1), strict=True):
+        assert {d.layer: d.tokens for d in a.applied.doses} == {d.layer: d.tokens for d in b.applied.doses}
+        assert [d.ratio for d in a.applied.doses] == pytest.approx([d.ratio for d in b.applied.doses], rel=1e-3)
+    assert llama.generate(PROMPTS[0], adding(1, positions=RULES["generated"]), max_new_tokens=2)[0].applied.doses == ()
+    with pytest.warns(DoseWarning, match="at layer 2 the edit is"):
+        llama.generate(PROMPTS[0], adding(2, strength=50.0), max_new_tokens=1)
+
+
+def test_sampling(lm, llama):
+    greedy = llama.generate(PROMPTS, max_new_tokens=NEW)
+    assert llama.generate(PROMPTS, max_new_tokens=NEW, do_sample=True, top_k=1, seed=0) == greedy
+    assert llama.generate(PROMPTS, max_new_tokens=NEW, do_sample=True, top_p=1e-9, seed=0) == greedy
+    hot = {"max_new_tokens": NEW, "do_sample": True, "temperature": 3.0}
+    assert llama.generate(PROMPTS, seed=1, **hot) == llama.generate(PROMPTS, seed=1, **hot)
+    assert llama.generate(PROMPTS, seed=1, **hot) != llama.generate(PROMPTS, seed=2, **hot)
+    end = greedy[0].text[:2]
+    (stopped,) = llama.generate(PROMPTS[0], max_new_tokens=NEW, stop_strings=[end])
+    assert stopped.finish_reason == "stop"
+    assert end in stopped.text
+    assert len(stopped.token_ids) < NEW
+
+
+def test_samples_follow_the_probabilities():
+    import numpy as np
+
+    from trimtab.engines.llamacpp.sampling import Sampling
+
+    shares = np.array([0.5, 0.3, 0.15, 0.05])
+    logits, generator = np.log(shares).astype(np.float32), torch.Generator().manual_seed(0)
+    for how, kept in ((Sampling(1.0), 4), (Sampling(1.0, top_k=2), 2), (Sampling(1.0, top_p=0.81), 3)):
+        drawn = [how.pick(logits, generator) for _ in range(3000)]
+        found = np.bincount(drawn, minlength=4) / 3000
+        expected = np.where(np.arange(4) < kept, shares, 0)
+        assert found == pytest.approx(expected / expected.sum(), abs=0.04)
+
+
+REFUSED = {
+    "only add directions, and": Steering((Edit(Site(1), SetProjection(vector(1, 1.0), 1.0)),)),
+    "only add directions, and ": Steering((Edit(Site(1), Add(vector(1), keep_norm=True)),)),
+    "no gates": adding(1).when(Threshold(Site(1), vector(1), 0.5)),
+    "residual stream only": Steering((Edit(Site(1, "mlp"), Add(vector(1))),)),
+    "can't steer block 0": adding(0),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_it_cannot_do_is_refused(llama, words):
+    with pytest.raises(UnsupportedError, match=words):
+        llama.generate(PROMPTS, REFUSED[words])
+    with pytest.raises(UnsupportedError, match=words):
+        llama.capture(PROMPTS, [1], steering=REFUSED[words])
+
+
+def test_what_makes_no_sense_is_refused(llama, folder):
+    def ask(words, *given, **more):
+        with pytest.raises(TrimtabError, match=words):
+            llama.generate(*given, **{"max_new_tokens": 4, **more})
+
+    ask("blocks are 0 to 3", PROMPTS, adding(4))
+    ask("width 3", PROMPTS, Steering((Edit(Site(1), Add(torch.ones(3))),)))
+    ask("2 steerings for 4 prompts", PROMPTS, [None, None])
+    ask("no prompts", [])
+    ask("is empty", "", chat=False)
+    ask("which has", "Why?", adding(1, positions=Positions.span(100, 200)))
+    ask("context holds 128", "sea " * 200)
+    ask("from 1, got 0", "Why?", max_new_tokens=0)
+    ask("steer attention", "Why?", emphasize=Phrase("Why"))
+    ask("reject tokens", "Why?", rejection=True)
+    ask("no option 'num_beams'", "Why?", num_beams=2)
+    ask("above 0", "Why?", do_sample=True, temperature=0.0)
+    ask("top_p in", "Why?", do_sample=True, top_p=1.5)
+    ask("stop string is empty", "Why?", stop_strings=[""])
+    for sites, words in (([Site(1, "mlp")], "outputs only"), ([9], "blocks are 0 to 3")):
+        with pytest.raises(TrimtabError, match=words):
+            llama.capture(PROMPTS, sites)
+    with pytest.raises(TrimtabError, match="hold no token"):
+        llama.capture("Why?", [1], Positions.generated())
+
+
+def test_another_models_steering_is_refused(lm, llama, tmp_path):
+    here = lm.identity
+    mine = Steering(adding(1).edits, Card("caa", here))
+    llama.generate("Why?", mine, max_new_tokens=1)
+    from dataclasses import replace
+
+    other = replace(mine, card=Card("caa", replace(here, name="other", fingerprint="0" * 16)))
+    with pytest.raises(TrimtabError, match="learned on other"):
+        llama.generate("Why?", other)
+    llama.generate("Why?", other, transfer=True, max_new_tokens=1)
+    with pytest.warns(MismatchWarning, match="other weights"):
+        llama.check(replace(mine, card=Card("caa", replace(here, fingerprint="0" * 16))))
+
+
+def test_loading(folder, file, tmp_path, monkeypatch):
+    def load(words, *given, **more):
+        with pytest.raises(TrimtabError, match=words):
+            LM.load(*given, **more)
+
+    load("no engine 'onnx'; engines: transformers, .*llamacpp", file, engine="onnx")
+    load("runs .gguf files", folder, engine="llamacpp")
+    load("there is no file", tmp_path / "nowhere.gguf", engine="llamacpp")
+    load("takes no device", file, engine="llamacpp", device="cuda")
+    load("takes no dtype", file, engine="llamacpp", dtype="bf16")
+    load("unknown cache 'q4'", file, engine="llamacpp", cache="q4")
+    load("not speed", file, engine="llamacpp", speed=9)
+    data = file.read_bytes()
+    for name, content in {"cut": data[: len(data) // 2], "empty": b"", "text": b"GGUF" + b"\xff" * 99}.items():
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        load("can't load", tmp_path / f"{name}.gguf", engine="llamacpp")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    from trimtab.engines.llamacpp.library import open_library
+
+    open_library.cache_clear()
+    load(r"pip install 'trimtab\[llamacpp\]'", file, engine="llamacpp")
+
+
+def test_the_default_models_file_is_fetched_once(tmp_path, monkeypatch):
+    from trimtab.engines.transformers import default_model
+
+    fetched = []
+
+    def fetch(work: Path) -> Path:
+        (work / "some.gguf").write_bytes(b"GGUF")
+        fetched.append(work)
+        return work / "some.gguf"
+
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(default_model, "_fetch", fetch)
+    path = default_model.default_gguf()
+    assert default_model.default_gguf() == path
+    assert path.read_bytes() == b"GGUF"
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == [path.name]
+    assert len(fetched) == 1
+
+
+def test_an_unknown_layout_is_refused(monkeypatch):
+    from trimtab.engines.llamacpp import library
+
+    known = library.open_library()
+    model, context = known.llama_model_default_params(), known.llama_context_default_params()
+    library._check_layout(model, context)
+    for params, name, value in ((context, "type_k", 7), (context, "n_batch", 1), (model, "no_host", 9)):
+        before = getattr(params, name)
+        setattr(params, name, value)
+        with pytest.raises(TrimtabError, match="has other parameters"):
+            library._check_layout(model, context)
+        setattr(params, name, before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reaches into libstdc++'s layout of vectors and texts")
+def test_llama_cpps_own_loader_reads_ours(tmp_path, file):
+    """The function behind `--control-vector-scaled FILE:2` finds our vectors, twice as long."""
+    import ctypes as c
+
+    import numpy as np
+
+    from trimtab import export
+    from trimtab.engines.llamacpp.library import open_library
+
+    load = open_library()._Z26common_control_vector_loadRKSt6vectorI31common_control_vector_load_infoSaIS0_EE
+
+    class Text(c.Structure):  # what a std::string of the wheel's (older) kind points into
+        _fields_ = [("size", c.c_size_t), ("room", c.c_size_t), ("owners", c.c_int), ("text", c.c_char * 1000)]
+
+    class Info(c.Structure):
+        _fields_ = [("strength", c.c_float), ("file", c.c_void_p)]
+
+    class Vector(c.Structure):
+        _fields_ = [("begin", c.c_void_p), ("end", c.c_void_p), ("limit", c.c_void_p)]
+
+    class Data(c.Structure):
+        _fields_ = [("width", c.c_int), ("values", Vector)]
+
+    load.restype, load.argtypes = Data, [c.POINTER(Vector)]
+
+    def read(path: Path) -> tuple[int, np.ndarray]:
+        name = str(path).encode()
+        held = Text(len(name), 999, 9, name)
+        infos = (Info * 1)(Info(2.0, c.addressof(held) + Text.text.offset))
+        start = c.addressof(infos)
+        found = load(c.byref(Vector(start, start + c.sizeof(infos), start + c.sizeof(infos))))
+        count = ((found.values.end or 0) - (found.values.begin or 0)) // 4
+        values = (c.c_float * count).from_address(found.values.begin) if count else []
+        return found.width, np.array(values, dtype=np.float32)
+
+    export(adding(1, 3, strength=0.5), tmp_path / "v.gguf")
+    width, values = read(tmp_path / "v.gguf")
+    assert width == WIDTH
+    assert values.reshape(-1, WIDTH).shape == (3, WIDTH)
+    expected = np.stack([vector(1).numpy(), np.zeros(WIDTH, dtype=np.float32), vector(3).numpy()])
+    assert np.allclose(values.reshape(-1, WIDTH), expected, atol=1e-6)
+    export(adding(0, 1), tmp_path / "w.gguf", "repeng")  # with a direction.0, which it rejects: why ours leaves it out
+    assert read(tmp_path / "w.gguf")[0] == -1
