@@ -16,6 +16,7 @@ from rich.text import Text
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -146,6 +147,7 @@ def generate(
         int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.", show_default=False)
     ] = None,
     model: ModelOption = None,
+    engine: EngineOption = "transformers",
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
@@ -186,7 +188,9 @@ def generate(
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     steering = _steering(files, positions)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+    )
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -213,7 +217,11 @@ def generate(
 
         plot_traces(answers, plot)
     if json:
-        write_json(_document(lm.name, files, asked, answers, unsteered))
+        document = _document(lm.name, files, asked, answers, unsteered)
+        if engine != "transformers":
+            for row in document["answers"]:
+                row["dose"] = None  # it isn't measured there
+        write_json(document)
         return
     _print(asked, answers, unsteered, lm.tokenizer if trace else None)
     traced = [answer.trace for answer in answers if answer.trace is not None]
@@ -228,8 +236,9 @@ def generate(
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
-        dose = max(answer.applied.dose for answer in answers)
-        note(f"steered: {named or 'nothing'}; dose {dose:.2g}", quiet=False)
+        measured = engine == "transformers"
+        dose = f"; dose {max(answer.applied.dose for answer in answers):.2g}" if measured else ""
+        note(f"steered: {named or 'nothing'}{dose}", quiet=False)
 
 
 def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:

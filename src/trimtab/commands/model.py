@@ -51,6 +51,13 @@ LayersPathOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+EngineOption = Annotated[
+    str,
+    typer.Option(
+        help="transformers, or vllm: a vLLM engine, which must be installed.",
+        rich_help_panel=PANEL,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 
 
@@ -62,6 +69,7 @@ def load_model(
     revision: str | None,
     layers_path: str | None,
     quiet: bool,
+    engine: str = "transformers",
 ) -> LM:
     """The model that the options name. Raises `TrimtabError` when it can't be had on that device."""
     quiet = quiet or not sys.stderr.isatty()
@@ -70,6 +78,11 @@ def load_model(
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: before what follows
     from trimtab.lm import LM
 
+    if engine != "transformers":
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+        _silence(quiet)
+        return LM.load(name, engine=engine, device=device, dtype=dtype, revision=revision, layers=layers_path)
     _check_device(device)
     _silence(quiet)
     return LM.load(name, device=device, dtype=dtype, revision=revision, layers=layers_path)
