@@ -8,8 +8,15 @@ from typing import Any
 from trimtab.errors import TrimtabError
 
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty")
-TAKEN: dict[str, Callable[[Any], dict[str, Any]]] = {
-    **{name: (lambda value, name=name: {name: float(value)}) for name in SAME},
+Made = Callable[[Any], dict[str, Any]]
+
+
+def _same(name: str) -> Made:
+    return lambda value: {name: float(value)}
+
+
+TAKEN: dict[str, Made] = {
+    **{name: _same(name) for name in SAME},
     "top_k": lambda value: {"top_k": int(value)},
     "min_new_tokens": lambda value: {"min_tokens": int(value)},
     "num_return_sequences": lambda value: {"n": int(value)},
