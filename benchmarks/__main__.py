@@ -342,6 +342,26 @@ def llamacpp(
     finish(run(rounds, tokens), json_file, check, as_markdown)
 
 
+@app.command("vllm")
+def vllm_engine(
+    rounds: Rounds = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a request.")] = 128,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch sizes; repeatable. 1, 32 and 128 unless given.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    dummy: Annotated[bool, typer.Option("--dummy", help="Random weights of the model's shape.")] = False,
+    options: Annotated[str, typer.Option(help="vLLM's engine arguments, as a JSON object.")] = "{}",
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Steered generation on vLLM against the same vLLM without the plugin (run it where vLLM is installed)."""
+    from benchmarks.vllm import BATCHES, run
+
+    finish(run(rounds, tokens, batch or BATCHES, model, dummy, json.loads(options)), json_file, check, as_markdown)
+
+
 @peaks.command("directer")
 def peak_directer(
     data: Annotated[Path, typer.Option()],

@@ -77,14 +77,11 @@ app.command()(tune)
 app.add_typer(evaluations)
 app.command()(generate)
 app.command()(inspect)
-<<<<<<< HEAD
 app.command()(serve)
-=======
 app.command()(convert)
 app.command("list")(list_)
 app.command()(pull)
 app.command()(push)
->>>>>>> formats
 app.command()(models)
 app.command()(methods)
 

@@ -220,7 +220,11 @@ def generate(
 
         plot_traces(answers, plot)
     if json:
-        write_json(_document(lm.name, files, asked, answers, unsteered))
+        document = _document(lm.name, files, asked, answers, unsteered)
+        if engine != "transformers":
+            for row in document["answers"]:
+                row["dose"] = None  # it isn't measured there
+        write_json(document)
         return
     _print(asked, answers, unsteered, lm.tokenizer if trace else None)
     traced = [answer.trace for answer in answers if answer.trace is not None]
@@ -235,8 +239,9 @@ def generate(
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
-        dose = max(answer.applied.dose for answer in answers)
-        note(f"steered: {named or 'nothing'}; dose {dose:.2g}", quiet=False)
+        measured = engine == "transformers"
+        dose = f"; dose {max(answer.applied.dose for answer in answers):.2g}" if measured else ""
+        note(f"steered: {named or 'nothing'}{dose}", quiet=False)
 
 
 def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:

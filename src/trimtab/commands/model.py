@@ -54,7 +54,7 @@ LayersPathOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="transformers, or llamacpp for a .gguf file as it is stored (needs"
+        help="transformers; vllm, which must be installed; or llamacpp for a .gguf file as it is stored (needs"
         " trimtab\\[llamacpp]; steerings that add directions only).",
         rich_help_panel=PANEL,
     ),
@@ -79,7 +79,11 @@ def load_model(
         os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: before what follows
     from trimtab.lm import LM
 
-    _check_device(device)
+    if engine == "vllm":
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    else:
+        _check_device(device)
     _silence(quiet)
     return LM.load(name, engine=engine, device=device, dtype=dtype, revision=revision, layers=layers_path)
 

@@ -8,7 +8,6 @@ for the same steering, writes are atomic, and a digest in the header covers both
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -74,29 +73,11 @@ def load_steering(path: str | Path) -> Steering:
     path = Path(path)
     try:
         with path.open("rb") as stream:
-<<<<<<< HEAD
-            start = _beginning(path, stream)
-            data = start + stream.read()
-=======
             return _decoded(path, stream)
->>>>>>> formats
     except FileNotFoundError:
         raise TrimtabError(f"there is no file {path}") from None
     except OSError as error:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
-<<<<<<< HEAD
-    return _steering(path, data)
-
-
-def steering_from_bytes(data: bytes, name: str) -> Steering:
-    """The steering of a file's content. Raises `TrimtabError`, which calls it `name`, as `load_steering` does."""
-    _beginning(name, io.BytesIO(data))
-    return _steering(name, data)
-
-
-def _steering(path: Path | str, data: bytes) -> Steering:
-    header, tensors = _read(path, data)
-=======
 
 
 def steering_from_bytes(data: bytes, name: str) -> Steering:
@@ -106,7 +87,6 @@ def steering_from_bytes(data: bytes, name: str) -> Steering:
 
 def _decoded(path: Path, stream: BinaryIO) -> Steering:
     header, tensors = _read(path, stream)
->>>>>>> formats
     if header.get("format") != FORMAT:
         raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
     digest = header.pop("digest", None)
@@ -132,20 +112,6 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
         ) from None
 
 
-<<<<<<< HEAD
-def _beginning(path: Path | str, stream: BinaryIO) -> bytes:
-    """The size and the header. A file of another kind is told from its first bytes, however large it is."""
-    start = stream.read(8)
-    size = int.from_bytes(start, "little")
-    start += stream.read(size) if size <= LARGEST_HEADER else b""
-    _metadata(path, start)
-    return start
-
-
-def _read(path: Path | str, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors."""
-    metadata = _metadata(path, data[: 8 + int.from_bytes(data[:8], "little")])
-=======
 def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
     start = stream.read(8)
@@ -153,7 +119,6 @@ def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tenso
     start += stream.read(size) if size <= LARGEST_HEADER else b""
     metadata = _metadata(path, start)
     data = start + stream.read()
->>>>>>> formats
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:

@@ -1,0 +1,168 @@
+"""Steered generation on vLLM against the same vLLM without the plugin. Target: at least 0.97 of its throughput.
+
+Two engines stand side by side, each in a process of its own, one started without trimtab's plugin; they run in turns,
+in rounds, on the same prompts. On a CPU the ratio is of processor time, which other programs disturb less than time on
+the clock; on a GPU it is of the latter. There, `--dummy` runs random weights of a large model's shape.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import Report, Result, Target, interleave, ratios, summarized
+from benchmarks.machine import machine, versions
+from benchmarks.static import DOSE, PROMPTS
+from trimtab.engines.vllm.versions import vllm_version
+from trimtab.steering import Add, Edit, Site, Steering
+
+SPEED = Target(0.97)
+BATCHES = (1, 32, 128)
+CASES = ("idle", "one vector, one layer", "one vector, every layer", "three vectors, every layer", "32 steerings")
+
+
+def run(
+    rounds: int, tokens: int, batches: Sequence[int], model: str | None, dummy: bool, options: dict[str, Any]
+) -> Report:
+    """Each case's throughput over that of the engine without the plugin, at each batch size."""
+    job = {"model": model, "dummy": dummy, "options": options, "tokens": tokens}
+    plain, ours = Contender(job, plugin=False), Contender(job, plugin=True)
+    results: list[Result] = []
+    try:
+        clock = "cpu" if plain.about["device"] == "cpu" else "wall"
+        for batch in batches:
+            runs = {"without plugin": plain.timed("none", batch, clock)}
+            runs |= {case: ours.timed(case, batch, clock) for case in CASES}
+            values = interleave(runs, rounds)
+            per = "tokens/CPU-s" if clock == "cpu" else "tokens/s"
+            for name in runs:
+                results.append(summarized(f"{name}, batch {batch}", "throughput", per, values[name]))
+            for case in CASES:
+                shares = ratios(values[case], values["without plugin"])
+                results.append(summarized(f"{case}, batch {batch}", "of without plugin", "ratio", shares, SPEED))
+        if ours.about["graphs"] is not None:
+            results.append(Result("captured graphs", "sizes", ours.about["graphs"], "", target=Target(1)))
+    finally:
+        plain.close()
+        ours.close()
+    return Report("vllm", machine(), {**versions(), "vllm": vllm_version()}, tuple(results))
+
+
+class Contender:
+    """An engine in a process of its own, that runs a case whenever it is asked."""
+
+    def __init__(self, job: dict[str, Any], *, plugin: bool) -> None:
+        given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+        given |= {"VLLM_CPU_KVCACHE_SPACE": "2"} | ({} if plugin else {"VLLM_PLUGINS": "none"})
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.vllm", json.dumps({**job, "plugin": plugin})],
+            env={**given, **os.environ, **({} if plugin else {"VLLM_PLUGINS": "none"})},
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.tokens = job["tokens"]
+        self.about = self._answer()
+
+    def timed(self, case: str, batch: int, clock: str) -> Callable[[], float]:
+        """Runs the case; tokens per second by this clock."""
+
+        def once() -> float:
+            assert self.process.stdin is not None
+            print(json.dumps({"case": case, "batch": batch}), file=self.process.stdin, flush=True)
+            return batch * self.tokens / self._answer()[clock]
+
+        return once
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"an engine ended with status {self.process.wait()}; its messages are above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def serve(job: dict[str, Any]) -> None:
+    """What a contender does: it starts its engine, and runs cases until there are no more."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever vLLM prints is no answer
+    from vllm import LLM, SamplingParams
+
+    from trimtab.engines.transformers.default_model import default_folder
+
+    dummy = {"load_format": "dummy"} if job["dummy"] else {}
+    llm = LLM(model=job["model"] or str(default_folder()), enable_prefix_caching=False, **dummy, **job["options"])
+    config = llm.llm_engine.vllm_config
+    text = config.model_config.hf_text_config
+    ids = [llm.get_tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
+    steerings = _steerings(text.num_hidden_layers, text.hidden_size) if job["plugin"] else {}
+    if job["plugin"]:
+        from trimtab.engines.vllm.frontend import NAMES
+
+        for name, steering in steerings.items():
+            NAMES.register(name, steering)
+    graphs = None
+    if config.device_config.device_type != "cpu":
+        graphs = len(config.compilation_config.cudagraph_capture_sizes or ())
+    print(json.dumps({"device": config.device_config.device_type, "graphs": graphs}), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        params = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=job["tokens"],
+                ignore_eos=True,
+                extra_args=_asks(asked["case"], i),
+            )
+            for i in range(asked["batch"])
+        ]
+        prompts = [{"prompt_token_ids": ids[i % len(ids)]} for i in range(asked["batch"])]
+        wall, cpu = time.perf_counter(), time.process_time()
+        llm.generate(prompts, params, use_tqdm=False)
+        spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+        print(json.dumps(spent), file=answers, flush=True)
+
+
+def _asks(case: str, request: int) -> dict[str, Any] | None:
+    if case in ("none", "idle"):
+        return None
+    return {"steering": [{"name": f"different {request % 32}" if case == "32 steerings" else case}]}
+
+
+def _steerings(layers: int, width: int) -> dict[str, Steering]:
+    """Random directions, short enough that the text stays sane in a model whose residual norms are near 100."""
+
+    def one(seed: int, count: int, where: Sequence[int]) -> Steering:
+        generator = torch.Generator().manual_seed(seed)
+        vectors = [torch.randn(width, generator=generator) for _ in range(count * len(where))]
+        edits = [Edit(Site(where[i % len(where)]), Add(v * (100 * DOSE / v.norm()))) for i, v in enumerate(vectors)]
+        return Steering(tuple(edits))
+
+    every = range(layers)
+    found = {
+        "one vector, one layer": one(0, 1, [layers * 2 // 5]),
+        "one vector, every layer": one(1, 1, every),
+        "three vectors, every layer": one(2, 3, every),
+    }
+    return found | {f"different {i}": one(10 + i, 1, every) for i in range(32)}
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[1]))

@@ -1,0 +1,90 @@
+"""The bank of what is added: one row a state and layer, and for each token the number of its row."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.vllm.program import State
+from trimtab.errors import TrimtabError
+
+NOTHING = 0
+"""The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` to the bit."""
+
+
+class Slots:
+    """Which state has which slot, from 1. A state whose last user has gone keeps its slot until another needs it."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._free = list(range(capacity - 1, NOTHING, -1))
+        self._slot: dict[str, int] = {}
+        self._users: dict[str, int] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()
+
+    def take(self, key: str) -> tuple[int, bool]:
+        """The slot of a state with one more user, and whether it is newly written. Raises `TrimtabError` if none is."""
+        if key in self._slot:
+            self._users[key] = self._users.get(key, 0) + 1
+            self._idle.pop(key, None)
+            return self._slot[key], False
+        if not self._free and self._idle:
+            oldest, _ = self._idle.popitem(last=False)
+            self._free.append(self._slot.pop(oldest))
+        if not self._free:
+            raise TrimtabError(f"all {self.capacity - 1} slots for steerings are in use; raise TRIMTAB_SLOTS")
+        self._slot[key] = self._free.pop()
+        self._users[key] = 1
+        return self._slot[key], True
+
+    def release(self, key: str) -> None:
+        """One user less."""
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self._idle[key] = None
+
+    def __getitem__(self, key: str) -> int:
+        return self._slot[key]
+
+    @property
+    def used(self) -> int:
+        """How many slots have users."""
+        return len(self._users)
+
+
+class Bank:
+    """`rows[layer]` is `[slots, width]` on the model's device, in its dtype; `index` is `[tokens]`, one slot each.
+
+    Both stay where they are, so that captured graphs read what was last written there.
+    """
+
+    def __init__(
+        self, layers: Sequence[int], width: int, capacity: int, tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.slots = Slots(capacity)
+        self.rows = {layer: torch.full((capacity, width), -0.0, dtype=dtype, device=device) for layer in layers}
+        self.index = torch.zeros(tokens, dtype=torch.long, device=device)
+
+    def take(self, state: State) -> None:
+        """One more user of a state, whose rows are written if they aren't there yet."""
+        slot, new = self.slots.take(state.key)
+        if not new:
+            return
+        for layer, rows in self.rows.items():
+            if layer in state.added:
+                rows[slot] = state.row(layer).to(rows)
+            else:
+                rows[slot] = -0.0
+
+    def release(self, state: State) -> None:
+        """One user less."""
+        self.slots.release(state.key)
+
+    def fill(self, skipped: int, index: Tensor) -> None:
+        """The slots of a step's tokens, behind so many that get nothing; nor do those behind them."""
+        self.index.zero_()
+        self.index[skipped : skipped + len(index)].copy_(index)

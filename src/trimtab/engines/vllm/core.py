@@ -1,0 +1,152 @@
+"""The plugin's part in vLLM's engine core: keys of the prefix cache, and waiting for slots.
+
+A block of the cache is keyed by what acts on its own tokens; what acted on those before it is in its parent's key. So
+a request that is steered while it generates shares its prompt's blocks with unsteered ones, blocks of generated
+tokens are found again only under the same steering, and so are prompt blocks that a steering has touched.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable
+from typing import Any
+
+from trimtab.engines.vllm.settings import settings_of
+from trimtab.engines.vllm.wire import ASKED, Wire, wire_of
+from trimtab.errors import TrimtabError
+
+Key = tuple[str, str]
+
+
+def block_keys(wire: Wire | None, start: int, stop: int) -> list[Key]:
+    """What a block of tokens `start` to `stop` is keyed by, besides its tokens: nothing, where nothing acts on it."""
+    acting = [
+        f"{max(span.start, start) - start}:{(stop if span.stop is None else min(span.stop, stop)) - start}:{span.key}"
+        for span in (wire.spans if wire else ())
+        if span.start < stop and (span.stop is None or span.stop > start)
+    ]
+    return [("trimtab", ",".join(acting))] if acting else []
+
+
+def patch_keys(module: Any) -> None:
+    """Let vLLM's `kv_cache_utils` put `block_keys` among a block's extra keys."""
+    original = module._gen_prompt_embeds_extra_hash_keys  # of its parts, the one that is told the block's bounds
+
+    def keys(request: Any, start_token_idx: int, end_token_idx: int) -> list[Any]:
+        found = original(request, start_token_idx, end_token_idx)
+        return [*found, *block_keys(_wire(request), start_token_idx, end_token_idx)]
+
+    module._gen_prompt_embeds_extra_hash_keys = keys
+
+
+def _wire(request: Any) -> Wire | None:
+    """A request's wire, which is read from plain data once."""
+    try:
+        return request._trimtab_wire
+    except AttributeError:
+        request._trimtab_wire = wire_of(request.sampling_params)
+        return request._trimtab_wire
+
+
+class Room:
+    """Which slots the requests of a scheduler need, and which requests wait for one, in the order of their arrival."""
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots - 1
+        self.users: Counter[str] = Counter()
+        self.waiting: deque[Any] = deque()
+        self.held: dict[str, frozenset[str]] = {}
+
+    def enter(self, request: Any) -> bool:
+        """Whether there is room for a request, which then holds it."""
+        wire = _wire(request)
+        needs = wire.slots if wire else frozenset()
+        if needs and len(self.users) + len(needs - self.users.keys()) > self.slots:
+            return False
+        if needs:
+            self.users.update(needs)
+            self.held[request.request_id] = needs
+        return True
+
+    def leave(self, request: str) -> None:
+        """A request is done; what it held is free."""
+        for key in self.held.pop(request, ()):
+            self.users[key] -= 1
+            if not self.users[key]:
+                del self.users[key]
+
+    def needed(self) -> set[str]:
+        """The digests that waiting requests need."""
+        return {part.digest for request in self.waiting for part in _parts(request)}
+
+
+def _parts(request: Any) -> tuple[Any, ...]:
+    wire = _wire(request)
+    return wire.parts if wire else ()
+
+
+def _room(scheduler: Any) -> Room:
+    try:
+        return scheduler._trimtab_room
+    except AttributeError:
+        scheduler._trimtab_room = Room(settings_of(scheduler.vllm_config).slots)
+        return scheduler._trimtab_room
+
+
+def patch_scheduler(scheduler: Any) -> None:
+    """Let vLLM's `Scheduler` keep back requests for whose steering there is no slot, until there is one."""
+    add, free, finish = scheduler.add_request, scheduler._free_request, scheduler.finish_requests
+
+    def add_request(self: Any, request: Any) -> None:
+        room = _room(self)
+        if request.request_id in self.requests:  # a session goes on
+            add(self, request)
+        elif (room.waiting and _parts(request)) or not room.enter(request):
+            room.waiting.append(request)
+        else:
+            add(self, request)
+
+    def _free_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        done = free(self, request, *args, **kwargs)
+        room = _room(self)
+        room.leave(request.request_id)
+        while room.waiting and room.enter(room.waiting[0]):
+            add(self, room.waiting.popleft())
+        return done
+
+    def finish_requests(self: Any, request_ids: str | Iterable[str] | None, finished_status: Any) -> Any:
+        room = _room(self)
+        if request_ids is None:
+            room.waiting.clear()
+        else:
+            gone = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+            room.waiting = deque(request for request in room.waiting if request.request_id not in gone)
+            request_ids = gone
+        return finish(self, request_ids, finished_status)
+
+    scheduler.add_request = add_request
+    scheduler._free_request = _free_request
+    scheduler.finish_requests = finish_requests
+
+
+def patch_core(core: Any) -> None:
+    """Let vLLM's `EngineCore` keep what requests still need, and refuse steering that no front end has resolved."""
+    call, preprocess = core.collective_rpc, core.preprocess_add_request
+
+    def collective_rpc(self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        if method == "trimtab_drop":
+            scheduler = self.scheduler
+            alive = {part.digest for request in scheduler.requests.values() for part in _parts(request)}
+            kept = [digest for digest in args[0] if digest in alive | _room(scheduler).needed()]
+            call(self, method, timeout, ([digest for digest in args[0] if digest not in kept],), kwargs)
+            return [kept]
+        return call(self, method, timeout, args, kwargs)
+
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        if extra.get(ASKED):
+            raise TrimtabError("a request for steering came through a front end without trimtab's plugin")
+        return preprocess(self, request)
+
+    core.collective_rpc = collective_rpc
+    core.preprocess_add_request = preprocess_add_request

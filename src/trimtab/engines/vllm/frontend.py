@@ -1,0 +1,288 @@
+"""The plugin's part in vLLM's front end: steerings by name, and requests for them checked, resolved and counted.
+
+A request asks with `extra_args={"steering": …}` (over HTTP: `vllm_xargs`): a list of `{"name": …}`, each with a
+`"strength"` (1 unless given) and `"positions"` (a rule, as on the command line; otherwise the steering's own), or the
+same as JSON text, or one name. Several are added up. What can't be honoured raises before the request is taken.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.program import Identified, compile_program
+from trimtab.engines.vllm.settings import STEERINGS, settings_of
+from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.steering_file import load_steering, steering_to_bytes
+from trimtab.steering import Positions, Steering
+
+Rpc = Generator[tuple[str, tuple[Any, ...]], Any, Any]
+"""Calls `(method, arguments)` of every worker; what is sent back is the list of their answers."""
+
+UNNAMED = 256
+"""So many contents that no name stands for, the last ones that were used, stay with the workers."""
+
+GRACE = 60.0
+"""Seconds that a content stays after that: a request that was just resolved may not have reached the core yet."""
+
+FIELDS = {"name", "strength", "positions"}
+
+
+class Names:
+    """The steerings that requests can name."""
+
+    def __init__(self) -> None:
+        self._steerings: dict[str, Steering] = {}
+
+    def register(self, name: str, steering: Steering) -> None:
+        """Make a steering known, or put it in the place of the one that had this name."""
+        if not name or not isinstance(name, str):
+            raise TrimtabError(f"a steering's name is a text, got {name!r}")
+        if not isinstance(steering, Steering) or not steering.edits:
+            raise TrimtabError(f"{name!r} is no steering with edits")
+        if any(edit.gate.readings for edit in steering.edits):
+            raise UnsupportedError(
+                f"{name!r} has a gate that reads the prompt before anything is steered, which takes a pass of its own;"
+                " give it to LM.generate(…, steering=…)"
+            )
+        self._steerings[name] = steering
+
+    def unregister(self, name: str) -> None:
+        """Raises `TrimtabError` where there is none of this name."""
+        self[name]
+        del self._steerings[name]
+
+    def __getitem__(self, name: str) -> Steering:
+        if not isinstance(name, str) or name not in self._steerings:
+            raise TrimtabError(
+                f"there is no steering {name!r}; registered: {', '.join(sorted(self._steerings)) or 'none'}"
+            )
+        return self._steerings[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._steerings))
+
+    def load(self, folder: str | Path) -> None:
+        """All `.safetensors` files of a folder, by their names without the ending."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise TrimtabError(f"there is no folder {folder} of steerings")
+        for file in sorted(folder.glob("*.safetensors")):
+            self.register(file.stem, load_steering(file))
+
+    def load_environment(self) -> None:
+        """The folder that `$TRIMTAB_STEERINGS` names, if it names one."""
+        if folder := os.environ.get(STEERINGS):
+            self.load(folder)
+
+
+NAMES = Names()
+"""This process's, for whatever engines run in it."""
+
+
+def parse(asked: Any, names: Names) -> Steering:
+    """The steering that a request asks for. Raises `TrimtabError` for one that isn't understood or known."""
+    if isinstance(asked, str):
+        try:
+            asked = json.loads(asked) if asked.lstrip()[:1] in ("[", "{") else [{"name": asked}]
+        except ValueError:
+            raise TrimtabError(f"a request's steering is no JSON: {asked[:80]!r}") from None
+    items = [asked] if isinstance(asked, Mapping) else asked
+    if not isinstance(items, Sequence) or not items:
+        raise TrimtabError('a request\'s steering is a list such as [{"name": "shout", "strength": 1.5}]')
+    total = Steering()
+    for item in items:
+        if not isinstance(item, Mapping) or "name" not in item or set(item) - FIELDS:
+            raise TrimtabError(f"of a steering a request gives name, strength and positions, got {item!r}")
+        one = item.get("strength", 1.0) * names[item["name"]]
+        if item.get("positions") is not None:
+            one = one.at(Positions.parse(str(item["positions"])))
+        total = total + one
+    return total
+
+
+@dataclass
+class Link:
+    """What a front end knows of its engine: what it can do, and which contents its workers have."""
+
+    slots: int
+    layers: int
+    width: int
+    static: bool
+    sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
+    retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
+
+    def check(self, steering: Steering) -> None:
+        """Raises `TrimtabError` for a steering that the engine can't run."""
+        check_supported(steering, layers=self.layers, width=self.width, static=self.static)
+
+    def place(self, wire: Wire, prompt_length: int) -> Wire:
+        """The wire for a prompt of this length. Raises `TrimtabError` where it reaches past it, or needs more slots."""
+        edits: list[Identified] = []
+        for part in wire.parts:
+            edits += identified(part, self.sent[part.digest])
+        placed = wire.placed(compile_program(edits, prompt_length), prompt_length)
+        if len(placed.slots) > self.slots - 1:
+            raise TrimtabError(
+                f"this request needs {len(placed.slots)} slots, the engine has {self.slots - 1}; raise TRIMTAB_SLOTS"
+            )
+        return placed
+
+
+def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
+    """The link to an engine whose workers have answered so. Raises `UnsupportedError` unless all of them can steer."""
+    workers = config.parallel_config.world_size
+    if len(hellos) < workers:
+        raise UnsupportedError(f"{len(hellos)} of {workers} workers answered trimtab; its plugin isn't in all of them")
+    for hello in hellos:
+        if hello["reasons"]:
+            raise UnsupportedError(f"this engine can't be steered: {'; '.join(hello['reasons'])}")
+        if hello["unfired"]:
+            raise UnsupportedError(
+                f"worker {hello['rank']}'s compiled graph lacks trimtab's operator after block {hello['unfired'][0]};"
+                " delete vLLM's compile cache and start again"
+            )
+    layers = hellos[0]["layers"]
+    if missing := sorted(set(range(layers)) - {layer for hello in hellos for layer in hello["here"]}):
+        raise UnsupportedError(f"no worker steers after block {missing[0]}")
+    return Link(settings_of(config).slots, layers, hellos[0]["width"], any(hello["static"] for hello in hellos))
+
+
+LINK = "_trimtab_link"
+
+
+def connect(engine: Any) -> Rpc:
+    """The engine's link; at first use its workers are asked."""
+    link = getattr(engine, LINK, None)
+    if link is None:
+        try:
+            hellos = yield "trimtab_hello", ()
+        except Exception as error:
+            raise UnsupportedError(
+                "this engine's workers don't know trimtab: its plugin failed to load there (see the log for 'Failed to"
+                f" load plugin'), or VLLM_PLUGINS leaves it out ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
+        link = link_from(hellos, engine.vllm_config)
+        setattr(engine, LINK, link)
+        setattr(engine.input_processor, LINK, link)
+    return link
+
+
+def send(link: Link, steering: Steering) -> Rpc:
+    """The part that stands for a steering, whose content every worker has from now on."""
+    digest, content, strengths = content_of(steering)
+    link.retired.pop(digest, None)
+    if digest not in link.sent:
+        link.check(content)
+        yield "trimtab_put", (digest, steering_to_bytes(content))
+        link.sent[digest] = content
+    link.sent.move_to_end(digest)
+    return Part(digest, strengths)
+
+
+def tidy(link: Link, names: Names) -> Rpc:
+    """Let the workers forget contents that no name stands for, but for the `UNNAMED` that were used last."""
+    named = {content_of(names[name])[0] for name in names}
+    unnamed = [digest for digest in link.sent if digest not in named]
+    now = time.monotonic()
+    for digest in unnamed[: max(0, len(unnamed) - UNNAMED)]:
+        link.retired.setdefault(digest, now)
+    gone = [digest for digest, since in link.retired.items() if now - since >= GRACE]
+    if not gone:
+        return
+    for digest in gone:
+        link.sent.pop(digest, None)  # whoever asks for it again sends it again
+    kept = yield "trimtab_drop", (gone,)
+    link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in one for one in kept)}
+
+
+def resolve(engine: Any, params: Any, names: Names) -> Rpc:
+    """The parameters with the steering that they ask for resolved, or as they are."""
+    extra = getattr(params, "extra_args", None) or {}
+    if not extra.get(ASKED):
+        return params
+    link = yield from connect(engine)
+    steering = parse(extra[ASKED], names)
+    link.check(steering)
+    part = yield from send(link, steering)
+    yield from tidy(link, names)
+    params = copy.copy(params)
+    params.extra_args = {k: v for k, v in extra.items() if k != ASKED} | {RESOLVED: Wire((part,)).to_plain()}
+    return params
+
+
+def patch_engines(sync: Any, asynchronous: Any, names: Names = NAMES) -> None:
+    """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken."""
+    add_sync, add_async = sync.add_request, asynchronous.add_request
+
+    def add_request(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        return add_sync(self, request_id, prompt, run(resolve(self, params, names), self), *args, **kwargs)
+
+    async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        params = await run_async(resolve(self, params, names), self)
+        return await add_async(self, request_id, prompt, params, *args, **kwargs)
+
+    sync.add_request = add_request
+    asynchronous.add_request = add_request_async
+
+
+def patch_inputs(processor: Any) -> None:
+    """Let vLLM's `InputProcessor` say over which tokens of a request which steering acts."""
+    original = processor.process_inputs
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        wire = wire_of(request.sampling_params)
+        if wire is not None:
+            if request.prompt_token_ids is None:
+                raise UnsupportedError("a prompt of embeddings has no tokens to steer at; give text or token ids")
+            extra = request.sampling_params.extra_args
+            link: Link = getattr(self, LINK)
+            placed = link.place(wire, len(request.prompt_token_ids))
+            request.sampling_params.extra_args = {**extra, RESOLVED: placed.to_plain()}
+        return request
+
+    processor.process_inputs = process_inputs
+
+
+def run(calls: Rpc, engine: Any) -> Any:
+    """Make the calls through an `LLMEngine`; what the generator returns."""
+    answer: Any = None
+    error: Exception | None = None
+    while True:
+        try:
+            method, args = calls.send(answer) if error is None else calls.throw(error)
+        except StopIteration as done:
+            return done.value
+        try:
+            answer, error = engine.collective_rpc(method, args=args), None
+        except Exception as failed:
+            answer, error = None, failed
+
+
+async def run_async(calls: Rpc, engine: Any) -> Any:
+    """As `run`, through an `AsyncLLM`; under data parallelism every engine is called."""
+    answer: Any = None
+    error: Exception | None = None
+    while True:
+        try:
+            method, args = calls.send(answer) if error is None else calls.throw(error)
+        except StopIteration as done:
+            return done.value
+        try:
+            if engine.vllm_config.parallel_config.data_parallel_size > 1:
+                each = await engine.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
+                answer, error = [one for answers in each for one in answers], None
+            else:
+                answer, error = await engine.collective_rpc(method, args=args), None
+        except Exception as failed:
+            answer, error = None, failed

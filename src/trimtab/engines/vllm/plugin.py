@@ -1,0 +1,46 @@
+"""The entry point of vLLM's plugins: it puts trimtab's parts into vLLM's classes, in every process, and once.
+
+vLLM logs a plugin that fails and goes on without it. So nothing here is trusted to have worked: whoever asks for
+steering first asks every worker (see `frontend.connect`).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from trimtab.engines.vllm.versions import check_version
+
+log = logging.getLogger("vllm.trimtab")
+
+_registered = False
+
+
+def register() -> None:
+    """Raises `UnsupportedError` for a version of vLLM that this engine isn't made for."""
+    global _registered
+    if _registered:
+        return
+    check_version()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from trimtab.engines.vllm.core import patch_core, patch_keys, patch_scheduler
+    from trimtab.engines.vllm.frontend import NAMES, patch_engines, patch_inputs
+    from trimtab.engines.vllm.settings import patch_arguments
+    from trimtab.engines.vllm.worker import patch_worker
+
+    patch_arguments(EngineArgs, NAMES.load_environment)
+    patch_engines(LLMEngine, AsyncLLM)
+    patch_inputs(InputProcessor)
+    patch_keys(kv_cache_utils)
+    patch_scheduler(Scheduler)
+    patch_core(EngineCore)
+    patch_worker(WorkerWrapperBase)
+    _registered = True
+    log.info("trimtab's plugin is loaded")

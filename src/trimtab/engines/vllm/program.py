@@ -1,0 +1,119 @@
+"""A request's steering as a program: over which of its tokens it is in which state, and what a state does.
+
+Positions are absolute, so that a program is the same however its prompt is cut into chunks, and however often the
+request is preempted and resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import Tensor
+
+from trimtab.engines.folding import Slot, row_of, slots_at, sweep
+from trimtab.steering import Edit
+from trimtab.steering.conditional import conditional
+from trimtab.steering.operations import add
+
+
+@dataclass(frozen=True)
+class Identified:
+    """An edit, and a name that is the same exactly for edits of the same content and strength."""
+
+    name: str
+    edit: Edit
+
+
+@dataclass(frozen=True)
+class State:
+    """What acts on a token: these edits, in order. States of the same `key` are the same."""
+
+    key: str
+    edits: tuple[Edit, ...]
+
+    @cached_property
+    def slots(self) -> dict[int, list[Slot]]:
+        """By layer."""
+        edits = tuple(conditional(edit) for edit in self.edits)
+        return {site.layer: slots_at(edits, site) for site in sorted({edit.site for edit in edits})}
+
+    @cached_property
+    def added(self) -> dict[int, Slot]:
+        """The layers at which it only adds."""
+        return {layer: slots[0] for layer, slots in self.slots.items() if len(slots) == 1 and _adds(slots[0])}
+
+    @cached_property
+    def staged(self) -> dict[int, list[Slot]]:
+        """All other layers."""
+        return {layer: slots for layer, slots in self.slots.items() if layer not in self.added}
+
+    @property
+    def banked(self) -> bool:
+        """Whether it adds anywhere, and so needs a slot of the bank."""
+        return bool(self.added)
+
+    def row(self, layer: int) -> Tensor:
+        """What it adds after a layer: `[width]`."""
+        return row_of(self.added[layer])["vector"]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """From token `start` to `stop` (`None`: the end) a request is in this state."""
+
+    start: int
+    stop: int | None
+    state: State
+
+
+def compile_program(edits: Sequence[Identified], prompt_length: int) -> tuple[Segment, ...]:
+    """The segments, in order; between them nothing acts. Raises `TrimtabError` for a span that reaches past the prompt.
+
+    What is next to each other and the same is one segment.
+    """
+    plain = tuple(one.edit for one in edits)
+    states: dict[str, State] = {}
+    segments: list[Segment] = []
+    for start, stop, rules in sweep(plain, prompt_length):
+        acting = [one for one in edits if one.edit.positions in rules]
+        key = hashlib.sha256("\n".join(one.name for one in acting).encode()).hexdigest()[:32]
+        state = states.setdefault(key, State(key, tuple(one.edit for one in acting)))
+        if segments and segments[-1].stop == start and segments[-1].state is state:
+            segments[-1] = replace(segments[-1], stop=stop)
+        else:
+            segments.append(Segment(start, stop, state))
+    return tuple(segments)
+
+
+def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:
+    """Tokens `first` to `first + count` as stretches `(length, state)`, `None` where nothing acts."""
+    at, end = first, first + count
+    for segment in segments:
+        if segment.stop is not None and segment.stop <= at:
+            continue
+        if at >= end:
+            return
+        if segment.start >= end:
+            break
+        if segment.start > at:
+            yield segment.start - at, None
+            at = segment.start
+        stop = end if segment.stop is None else min(end, segment.stop)
+        yield stop - at, segment.state
+        at = stop
+    if at < end:
+        yield end - at, None
+
+
+def next_border(segments: Sequence[Segment], position: int) -> int | None:
+    """The first position from `position` on at which the state changes; `None`: it doesn't any more."""
+    borders = (bound for s in segments for bound in (s.start, s.stop) if bound is not None and bound >= position)
+    return min(borders, default=None)
+
+
+def _adds(slot: Slot) -> bool:
+    operation = slot[0].operation
+    return operation.kernel is add and not operation.keep_norm

@@ -1,0 +1,51 @@
+"""Transformers' names of generation options as vLLM's sampling parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+SAME = ("temperature", "top_p", "min_p", "repetition_penalty")
+Made = Callable[[Any], dict[str, Any]]
+
+
+def _same(name: str) -> Made:
+    return lambda value: {name: float(value)}
+
+
+TAKEN: dict[str, Made] = {
+    **{name: _same(name) for name in SAME},
+    "top_k": lambda value: {"top_k": int(value)},
+    "min_new_tokens": lambda value: {"min_tokens": int(value)},
+    "num_return_sequences": lambda value: {"n": int(value)},
+    "stop_strings": lambda value: {"stop": value, "include_stop_str_in_output": True},
+    "eos_token_id": lambda value: {
+        "stop_token_ids": [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
+    },
+}
+SAMPLES = ("temperature", "top_p", "min_p", "top_k")
+
+
+def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: Mapping[str, Any]) -> Any:
+    """The `SamplingParams` for transformers' `options`: greedy unless `do_sample` is true.
+
+    Raises `TrimtabError` for an option that vLLM hasn't.
+    """
+    from vllm import SamplingParams
+
+    rest = {name: value for name, value in options.items() if value is not None and name != "do_sample"}
+    if unknown := sorted(set(rest) - set(TAKEN)):
+        raise TrimtabError(f"the vllm engine can't take {unknown[0]}; it takes do_sample, {', '.join(TAKEN)}")
+    given: dict[str, Any] = {}
+    for name, value in rest.items():
+        given |= TAKEN[name](value)
+    if not options.get("do_sample"):
+        given = {name: value for name, value in given.items() if name not in SAMPLES} | {"temperature": 0.0}
+    try:
+        return SamplingParams(
+            max_tokens=max_new_tokens, logprobs=0 if logprobs else None, seed=seed, skip_special_tokens=True, **given
+        )
+    except ValueError as error:
+        raise TrimtabError(f"vLLM refuses these options: {error}") from error

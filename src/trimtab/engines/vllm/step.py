@@ -1,0 +1,104 @@
+"""One forward pass: what is done to which of its tokens, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.folding import Stage, apply
+from trimtab.engines.vllm.bank import NOTHING, Bank
+from trimtab.engines.vllm.program import State
+
+KEPT = 512
+"""Passes of at most so many tokens keep what they have gathered, for the next pass that is alike."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """What doesn't merely add: calls of kernels for all requests' states at once, which are numbered from 1."""
+
+    numbers: Mapping[str, int]
+    layers: Mapping[int, Sequence[Stage]]
+
+
+@dataclass(eq=False)
+class Step:
+    """What acts on tokens `low` to `high` of a pass. Tokens before and behind are left alone, as are other layers.
+
+    `index` are these tokens' slots of the bank, `numbers` those of `staged`, both `[high - low]`; `adds` the layers at
+    which something is added.
+    """
+
+    low: int
+    high: int
+    index: Tensor
+    numbers: Tensor
+    adds: frozenset[int]
+    staged: Staged
+    _rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def apply(self, bank: Bank, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit the residual stream `hidden + residual`, `[tokens, width]` each, by changing `hidden` alone."""
+        whole = self.low == 0 and self.high == hidden.shape[0]
+        if layer in self.adds:
+            (hidden if whole else hidden[self.low : self.high]).add_(self._added(bank, layer))
+        stages = self.staged.layers.get(layer)
+        if stages:
+            x = hidden[self.low : self.high]
+            x.copy_(_edited(x, None if residual is None else residual[self.low : self.high], stages, self.numbers))
+
+    def _added(self, bank: Bank, layer: int) -> Tensor:
+        rows = self._rows.get(layer)
+        if rows is None:
+            rows = bank.rows[layer].index_select(0, self.index)
+            if len(self.index) <= KEPT:
+                self._rows[layer] = rows
+        return rows
+
+
+def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Staged) -> Step | None:
+    """The step for a pass over tokens in these stretches `(length, state)`; `None` where nothing acts."""
+    while runs and runs[-1][1] is None:
+        runs = runs[:-1]
+    skipped = 0
+    while runs and runs[0][1] is None:
+        skipped += runs[0][0]
+        runs = runs[1:]
+    if not runs:
+        return None
+    lengths = torch.tensor([length for length, _ in runs])
+    slots = [bank.slots[state.key] if state is not None and state.banked else NOTHING for _, state in runs]
+    numbers = [staged.numbers.get(state.key, 0) if state is not None else 0 for _, state in runs]
+    device = bank.index.device
+    present = {state.key: state for _, state in runs if state is not None}.values()
+    return Step(
+        low=skipped,
+        high=skipped + int(lengths.sum()),
+        index=torch.tensor(slots).repeat_interleave(lengths).to(device),
+        numbers=torch.tensor(numbers).repeat_interleave(lengths).to(device),
+        adds=frozenset(layer for state in present for layer in state.added if layer in bank.rows),
+        staged=Staged(
+            staged.numbers,
+            {
+                layer: stages
+                for layer, stages in staged.layers.items()
+                if any(layer in state.staged for state in present)
+            },
+        ),
+    )
+
+
+def _edited(hidden: Tensor, residual: Tensor | None, stages: Sequence[Stage], numbers: Tensor) -> Tensor:
+    """The new `hidden`, after these stages have acted on the residual stream; where nothing changes, to the bit."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    old = hidden.to(wide) if residual is None else hidden.to(wide) + residual.to(wide)
+    x = old
+    for stage in stages:
+        rows = {name: bank[numbers] for name, bank in stage.rows.items()}
+        x = apply(stage, rows, None if stage.in_place else stage.active[numbers], x)
+    changed = (x != old).any(-1, keepdim=True)
+    new = x if residual is None else x - residual.to(wide)
+    return torch.where(changed, new.to(hidden.dtype), hidden)

@@ -1,0 +1,112 @@
+"""How a steering travels with a request, as plain data: in the front end resolved, in core and workers obeyed.
+
+In the request's `extra_args`, what the user gives is `"steering"` (see `frontend`), and what the front end makes of it
+`"trimtab"`. A steering's content, at strength 1, is sent to the workers once, under its digest; a request then names
+digests and strengths, so that the same vectors at 200 strengths are sent once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from trimtab.engines.vllm.program import Identified, Segment
+from trimtab.files.steering_file import steering_digest
+from trimtab.steering import Steering
+
+ASKED = "steering"
+RESOLVED = "trimtab"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A steering's digest, and the strength of each of its edits (0: it doesn't act)."""
+
+    digest: str
+    strengths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Activations to be kept for `take(id)`: after these blocks, at these positions of the prompt."""
+
+    id: str
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Over tokens `start` to `stop` (`None`: the end) what acts is named by `key`; `banked`: it needs a slot."""
+
+    start: int
+    stop: int | None
+    key: str
+    banked: bool
+
+
+@dataclass(frozen=True)
+class Wire:
+    """All that core and workers are told. `spans` are there once the prompt's length is known."""
+
+    parts: tuple[Part, ...] = ()
+    reading: Reading | None = None
+    prompt_length: int = 0
+    spans: tuple[Span, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        reading = self.reading
+        return {
+            "parts": [[part.digest, list(part.strengths)] for part in self.parts],
+            "reading": None if reading is None else [reading.id, list(reading.layers), list(reading.positions)],
+            "prompt_length": self.prompt_length,
+            "spans": [[span.start, span.stop, span.key, span.banked] for span in self.spans],
+        }
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Wire:
+        reading = data["reading"]
+        return cls(
+            tuple(Part(digest, tuple(strengths)) for digest, strengths in data["parts"]),
+            None if reading is None else Reading(reading[0], tuple(reading[1]), tuple(reading[2])),
+            data["prompt_length"],
+            tuple(Span(*span) for span in data["spans"]),
+        )
+
+    def placed(self, segments: Sequence[Segment], prompt_length: int) -> Wire:
+        """The same for a prompt of this length, with its segments' spans."""
+        spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked) for s in segments)
+        return replace(self, prompt_length=prompt_length, spans=spans)
+
+    @property
+    def slots(self) -> frozenset[str]:
+        """The keys of what needs a slot."""
+        return frozenset(span.key for span in self.spans if span.banked)
+
+
+def wire_of(params: Any) -> Wire | None:
+    """What sampling parameters say of steering; `None`: nothing."""
+    extra = getattr(params, "extra_args", None)
+    return Wire.from_plain(extra[RESOLVED]) if extra and RESOLVED in extra else None
+
+
+def content_of(steering: Steering) -> tuple[str, Steering, tuple[float, ...]]:
+    """A steering as its content (all strengths 1, no card), the content's digest, and the strengths."""
+    content = Steering(tuple(replace(edit, strength=1.0) for edit in steering.edits))
+    return _digest(content), content, tuple(edit.strength for edit in steering.edits)
+
+
+@lru_cache(maxsize=512)
+def _digest(content: Steering) -> str:
+    return steering_digest(content)
+
+
+def identified(part: Part, content: Steering) -> list[Identified]:
+    """The part's edits that act, with names that tell their content."""
+    return [
+        Identified(f"{part.digest}.{i}*{strength!r}", replace(edit, strength=strength))
+        for i, (edit, strength) in enumerate(zip(content.edits, part.strengths, strict=True))
+        if strength != 0
+    ]

@@ -1,0 +1,224 @@
+"""The plugin's part in vLLM's workers: a rig for each, filled before each step, and what can be asked of it.
+
+The worker's class and its model runner stay as they are on disk; the runner that a worker has made gets its methods
+wrapped, V1's (`GPUModelRunner`, `CPUModelRunner`) as well as V2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+
+from trimtab import __version__
+from trimtab.engines.vllm import operator
+from trimtab.engines.vllm.attach import attach, find_blocks
+from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.settings import settings_of
+from trimtab.engines.vllm.versions import vllm_version
+from trimtab.engines.vllm.wire import wire_of
+from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import steering_from_bytes
+
+RIG = "_trimtab_rig"
+
+
+def patch_worker(wrapper: type) -> None:
+    """Let vLLM's `WorkerWrapperBase` give each worker a rig once its model is loaded, and answer what is asked."""
+    inherited = wrapper.__dict__.get("load_model")
+
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = inherited(self, *args, **kwargs) if inherited else self.worker.load_model(*args, **kwargs)
+        _fit(self.worker)
+        return done
+
+    for function in (load_model, trimtab_hello, trimtab_put, trimtab_drop, trimtab_take, trimtab_rows):
+        setattr(wrapper, function.__name__, function)
+
+
+def _fit(worker: Any) -> None:
+    """A rig for this worker's model, unless it can't be steered; then `trimtab_hello` says why."""
+    runner, config = worker.model_runner, worker.vllm_config
+    reasons = unsupported(config)
+    worker._trimtab_reasons = reasons
+    if reasons:
+        return
+    text = config.model_config.hf_text_config
+    try:
+        blocks = find_blocks(runner.get_model(), text.num_hidden_layers)
+    except TrimtabError as error:
+        reasons.append(str(error))
+        return
+    first = next(iter(blocks.values()))
+    device = next(first.parameters()).device
+    dtype = config.model_config.dtype
+    graphs = config.compilation_config.cudagraph_mode
+    static = device.type != "cpu" and graphs is not None and graphs.name != "NONE"
+    captured = config.compilation_config.max_cudagraph_capture_size or 0
+    tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
+    bank = Bank(sorted(blocks), text.hidden_size, settings_of(config).slots, tokens, dtype, device)
+    rig = Rig(tuple(sorted(blocks)), text.hidden_size, dtype, device, bank, static)
+    operator.RIGS.append(rig)
+    setattr(runner, RIG, rig)
+    attach(blocks, len(operator.RIGS) - 1)
+    _wrap_runner(runner, rig)
+
+
+def unsupported(config: Any) -> list[str]:
+    """Why an engine of this configuration can't be steered; empty if it can."""
+    compilation, parallel = config.compilation_config, config.parallel_config
+    found = {
+        "speculative decoding is on, whose drafts aren't steered": config.speculative_config is not None,
+        "a KV connector is set, which keeps blocks under keys that don't know of steering": (
+            config.kv_transfer_config is not None
+        ),
+        "sequence parallelism is on, which spreads a block's output over workers": bool(
+            getattr(compilation.pass_config, "enable_sp", False)
+        ),
+        "micro-batches overlap (DBO), so that a pass's tokens don't come together": bool(
+            getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
+        ),
+        "a prompt's tokens are spread over workers (prefill context parallelism)": (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1
+        ),
+        "the model embeds, it doesn't generate": config.model_config.runner_type != "generate",
+        "the model is an encoder-decoder": config.model_config.is_encoder_decoder,
+    }
+    return [reason for reason, holds in found.items() if holds]
+
+
+def _wrap_runner(runner: Any, rig: Rig) -> None:
+    """Tell the rig of each step: before the forward pass, and after it."""
+    firsts: dict[str, int] = {}
+    planned: list[Any] = []
+
+    def begin(requests: Sequence[str]) -> None:
+        counts = planned[-1].num_scheduled_tokens
+        rig.begin(Chunks(list(requests), [firsts[r] for r in requests], [counts[r] for r in requests]))
+
+    def execute(original: Callable, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("dummy_run"):
+            return original(scheduled, *args, **kwargs)
+        _follow(rig, firsts, scheduled)
+        planned[:] = [scheduled]
+        done = original(scheduled, *args, **kwargs)
+        if scheduled.total_num_scheduled_tokens:
+            rig.end()
+        return done
+
+    def forward(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        begin(runner.input_batch.req_ids)
+        return original(*args, **kwargs)
+
+    def prepare(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        batch = original(*args, **kwargs)
+        begin(batch.req_ids)
+        return batch
+
+    _wrap(runner, "execute_model", execute)
+    if hasattr(runner, "_model_forward"):  # V1
+        _wrap(runner, "_model_forward", forward)
+    else:  # V2: its inputs are prepared for real steps only
+        _wrap(runner, "prepare_inputs", prepare)
+
+
+def _wrap(thing: Any, name: str, around: Callable) -> None:
+    original = getattr(thing, name)
+
+    @wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    setattr(thing, name, wrapped)
+
+
+def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
+    """Requests that finish, arrive and go on, and at which position each one's next tokens stand."""
+    for request in scheduled.finished_req_ids:
+        firsts.pop(request, None)
+    rig.finish(scheduled.finished_req_ids)
+    for new in scheduled.scheduled_new_reqs:
+        firsts[new.req_id] = new.num_computed_tokens
+        wire = wire_of(new.sampling_params)
+        if wire is not None:
+            rig.start(new.req_id, wire)
+    cached = scheduled.scheduled_cached_reqs
+    firsts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+
+
+# ---- what can be asked of every worker, through `collective_rpc` ---------------------------------------------
+
+
+def _rig(wrapper: Any) -> Rig:
+    rig = getattr(wrapper.worker.model_runner, RIG, None)
+    if rig is None:
+        raise RuntimeError(f"this worker can't steer: {'; '.join(wrapper.worker._trimtab_reasons)}")
+    return rig
+
+
+def trimtab_hello(self: Any) -> dict[str, Any]:
+    """That the plugin is here, and what it can do; `"reasons"` why it can't steer."""
+    rig: Rig | None = getattr(self.worker.model_runner, RIG, None)
+    text = self.worker.model_config.hf_text_config
+    found = {
+        "trimtab": __version__,
+        "vllm": vllm_version(),
+        "rank": self.worker.rank,
+        "reasons": list(self.worker._trimtab_reasons),
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+    }
+    if rig is not None:
+        found |= {
+            "here": list(rig.layers),
+            "unfired": rig.unfired if _runs_before_use(self.worker) else [],
+            "static": rig.static,
+            "dtype": str(rig.dtype).removeprefix("torch."),
+            **rig.describe(),
+        }
+    return found
+
+
+def _runs_before_use(worker: Any) -> bool:
+    """Whether the model has run by the time that anybody can ask: on a GPU to measure memory, compiled to warm up."""
+    return worker.device_config.device_type != "cpu" or worker.compilation_config.mode != 0
+
+
+def trimtab_put(self: Any, digest: str, content: bytes) -> None:
+    """Give a steering's content."""
+    _rig(self).steerings[digest] = steering_from_bytes(content, digest[:12])
+
+
+def trimtab_drop(self: Any, digests: list[str]) -> None:
+    """Forget steerings that no request needs any more."""
+    for digest in digests:
+        _rig(self).steerings.pop(digest, None)
+
+
+def trimtab_take(self: Any, readings: list[str]) -> list[dict[int, tuple[list[int], bytes]]]:
+    """What was read: for each reading, for each layer of this worker's, shape and bytes, in float32."""
+    rig = _rig(self)
+    taken = [rig.take(reading) for reading in readings]
+    return [{layer: (list(x.shape), _bytes(x)) for layer, x in found.items()} for found in taken]
+
+
+def trimtab_rows(self: Any, rows: list[int]) -> dict[int, bytes]:
+    """Those of these rows of the embeddings that this worker has, in bfloat16."""
+    table = _embeddings(self.worker.get_model())
+    if table is None:
+        return {}
+    low, high = table.shard_indices.org_vocab_start_index, table.shard_indices.org_vocab_end_index
+    return {row: _bytes(table.weight[row - low], torch.bfloat16) for row in rows if low <= row < high}
+
+
+def _embeddings(model: Any) -> Any:
+    """The table of input embeddings, of which each tensor-parallel worker has some rows; not every stage has one."""
+    inner = model.get_language_model() if hasattr(model, "get_language_model") else model
+    return next((m for m in inner.modules() if type(m).__name__ == "VocabParallelEmbedding"), None)
+
+
+def _bytes(x: torch.Tensor, dtype: torch.dtype = torch.float32) -> bytes:
+    return x.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()

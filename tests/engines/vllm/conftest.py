@@ -1,0 +1,24 @@
+"""vLLM stands in an environment of its own: `make test-vllm` makes it, and runs these there module by module."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ENGINES = {"test_engine.py", "test_compiled.py", "test_processes.py", "test_serve.py"}
+
+os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # not to the one core that others may be on
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if find_spec("vllm") is None:
+        skip = pytest.mark.skip(reason="vLLM isn't installed in this environment; make test-vllm runs these")
+        for item in items:
+            if Path(item.path).name in ENGINES and Path(item.path).parent == Path(__file__).parent:
+                item.add_marker(skip)

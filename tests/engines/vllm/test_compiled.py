@@ -1,0 +1,72 @@
+"""The same where the model is compiled, as vLLM does by default: a Python hook would silently never run there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import PROMPTS, added, direction, without_plugin
+
+from trimtab import LM, Edit, Positions, SetProjection, Site, Steering
+
+OPTIONS = {
+    "dtype": "bfloat16",
+    "max_model_len": 256,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+    "num_gpu_blocks_override": 32,
+    "seed": 0,
+}
+NEW = 16
+
+
+@pytest.fixture(scope="module")
+def vllm() -> Iterator[Any]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    made = LM.load(engine="vllm", **OPTIONS)
+    assert int(made._engine.vllm_config.compilation_config.mode) > 0
+    yield made
+    made.close()
+
+
+def test_the_compiled_graph_has_the_operator_after_every_block(vllm: Any) -> None:
+    (hello,) = vllm._rpc("trimtab_hello")
+    assert hello["unfired"] == []
+    assert hello["here"] == list(range(30))
+
+
+def test_unsteered_is_what_a_compiled_engine_without_the_plugin_says(vllm: Any, tmp_path: Path) -> None:
+    plain = without_plugin(OPTIONS, [vllm.encode(p) for p in PROMPTS], NEW, tmp_path)
+    assert [list(a.token_ids) for a in vllm.generate(PROMPTS, max_new_tokens=NEW)] == plain
+
+
+def test_rows_of_a_mixed_batch_are_identical_to_the_bit_and_steered_ones_change(vllm: Any) -> None:
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "logprobs": True, "chat": False}
+    assert vllm.llm.reset_prefix_cache()
+    plain = vllm.generate(PROMPTS[:8], **options)
+    rows = [added(3) if i % 2 else None for i in range(8)]
+    rows[5] = Steering((Edit(Site(9), SetProjection(direction(4), 60.0), Positions.all()),))
+    rows[7] = added(5, positions=Positions.generated())
+    assert vllm.llm.reset_prefix_cache()
+    mixed = vllm.generate(PROMPTS[:8], rows, **options)
+    for i in range(8):
+        assert (mixed[i].logprobs == plain[i].logprobs) == (rows[i] is None)
+    assert mixed[7].logprobs[0] == plain[7].logprobs[0]  # the prompt yields the first token, and it isn't steered
+    assert vllm.llm.reset_prefix_cache()
+    zero = vllm.generate(PROMPTS[:8], [0.0 * added(3)] * 8, **options)
+    assert [a.logprobs for a in zero] == [a.logprobs for a in plain]
+
+
+def test_an_added_vector_is_added(vllm: Any) -> None:
+    """Captured after the block: exactly the vector, up to what bfloat16 rounds."""
+    steering = Steering(tuple(edit for edit in added(2, 50.0).edits if edit.site == Site(11)))
+    everywhere = Positions.prompt()
+    plain = vllm.capture(PROMPTS[0], [10, 11], everywhere)[0]
+    steered = vllm.capture(PROMPTS[0], [10, 11], everywhere, steering=steering)[0]
+    assert steered[Site(10)].equal(plain[Site(10)])
+    change = (steered[Site(11)] - plain[Site(11)])[1:]  # the first token's activation is so large that little is left
+    wanted = steering.edits[0].operation.direction
+    assert float((change - wanted).norm(dim=-1).max() / wanted.norm()) < 0.05

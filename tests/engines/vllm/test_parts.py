@@ -1,0 +1,508 @@
+"""The parts of the vLLM engine that need no vLLM: programs, keys, slots, waiting, requests, and what a rig does."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
+
+from trimtab import Ablate, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, UnsupportedError, save
+from trimtab.engines.vllm.bank import Bank, Slots
+from trimtab.engines.vllm.core import Room, block_keys, patch_core, patch_scheduler
+from trimtab.engines.vllm.endpoint import Endpoint
+from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, patch_engines, run, send, tidy
+from trimtab.engines.vllm.program import compile_program, next_border, runs
+from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.settings import Settings, settings_from_environment
+from trimtab.engines.vllm.versions import check_version
+from trimtab.engines.vllm.wire import RESOLVED, Reading, Wire, content_of, identified, wire_of
+from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
+from trimtab.steering import Rotate, SetProjection
+
+RULES = [
+    Positions.all(),
+    Positions.prompt(),
+    Positions.generated(),
+    Positions.from_last_prompt_token(),
+    Positions.window(1, 4),
+    Positions.span(1, 3),
+]
+
+
+def steering(*edits: tuple[int, Any, Positions]) -> Steering:
+    return Steering(tuple(Edit(Site(layer), operation, where) for layer, operation, where in edits))
+
+
+def placed(given: Steering, prompt_length: int) -> tuple[Wire, Steering]:
+    """The wire of a steering for a prompt of this length, and its content."""
+    digest, content, strengths = content_of(given)
+    part = Wire.from_plain({"parts": [[digest, list(strengths)]], "reading": None, "prompt_length": 0, "spans": []})
+    wire = part.placed(compile_program(identified(part.parts[0], content), prompt_length), prompt_length)
+    assert Wire.from_plain(wire.to_plain()) == wire
+    return wire, content
+
+
+def rig(slots: int = 8, static: bool = False, dtype: torch.dtype = torch.float64) -> Rig:
+    device = torch.device("cpu")
+    bank = Bank(range(LAYERS), WIDTH, slots, 64, dtype, device)
+    return Rig(tuple(range(LAYERS)), WIDTH, dtype, device, bank, static)
+
+
+def start(one: Rig, request: str, given: Steering, prompt_length: int) -> None:
+    wire, content = placed(given, prompt_length)
+    one.steerings[wire.parts[0].digest] = content
+    one.start(request, wire)
+
+
+class TestPrograms:
+    def test_runs_cut_where_the_state_changes(self) -> None:
+        wire, content = placed(steering((1, Add(direction(1)), RULES[4]), (1, Add(direction(2)), RULES[3])), 5)
+        segments = compile_program(identified(wire.parts[0], content), 5)
+        assert [(s.start, s.stop) for s in segments] == [(4, 6), (6, 9), (9, None)]
+        assert segments[0].state is segments[2].state
+        cut = [(n, state.key if state else None) for n, state in runs(segments, 3, 5)]
+        first, second = segments[0].state.key, segments[1].state.key
+        assert cut == [(1, None), (2, first), (2, second)]
+        assert list(runs(segments, 0, 3)) == [(3, None)]
+        assert [n for n, _ in runs(segments, 20, 2)] == [2]
+        assert [next_border(segments, p) for p in (0, 5, 7, 10)] == [4, 6, 9, None]
+
+    def test_a_key_tells_content_and_strength(self) -> None:
+        one = steering((1, Add(direction(1)), RULES[0]))
+        keys = [placed(s, 4)[0].spans[0].key for s in (one, 2.0 * one, 1.0 * one, one.at(RULES[3]))]
+        assert keys[0] == keys[2] != keys[1]
+        assert content_of(one)[0] == content_of(2.0 * one)[0]
+
+    def test_what_only_stages_needs_no_slot(self) -> None:
+        assert placed(steering((1, Ablate(direction(1)), RULES[0])), 4)[0].slots == frozenset()
+        assert (
+            len(placed(steering((1, Ablate(direction(1)), RULES[1]), (2, Add(direction(1)), RULES[0])), 4)[0].slots)
+            == 2
+        )
+
+
+class TestKeys:
+    def test_only_what_acts_on_a_block_keys_it(self) -> None:
+        wire, _ = placed(steering((1, Add(direction(1)), RULES[3])), 40)
+        assert block_keys(wire, 0, 16) == block_keys(wire, 16, 32) == block_keys(None, 32, 48) == []
+        ((_, key),) = block_keys(wire, 32, 48)
+        assert key == f"7:16:{wire.spans[0].key}"
+        assert block_keys(wire, 48, 64) == [("trimtab", f"0:16:{wire.spans[0].key}")]
+
+    def test_another_place_in_the_block_is_another_key(self) -> None:
+        a, _ = placed(steering((1, Add(direction(1)), Positions.span(2, 5))), 40)
+        b, _ = placed(steering((1, Add(direction(1)), Positions.span(3, 5))), 40)
+        assert block_keys(a, 0, 16) != block_keys(b, 0, 16)
+
+
+class TestSlots:
+    def test_they_are_counted_and_used_again(self) -> None:
+        slots = Slots(3)
+        assert slots.take("a") == (1, True)
+        assert slots.take("b") == (2, True)
+        assert slots.take("a") == (1, False)
+        with pytest.raises(TrimtabError, match="all 2 slots"):
+            slots.take("c")
+        slots.release("a")
+        with pytest.raises(TrimtabError, match="all 2 slots"):
+            slots.take("c")  # it still has a user
+        slots.release("a")
+        assert slots.take("a") == (1, False)  # nobody has needed it meanwhile
+        slots.release("a")
+        assert slots.take("c") == (1, True)
+        assert slots.used == 2
+
+
+class Scheduler:
+    """As vLLM's, as far as requests that come and go are concerned."""
+
+    def __init__(self, slots: int) -> None:
+        self.vllm_config = SimpleNamespace(additional_config={"trimtab": {"slots": slots}})
+        self.requests: dict[str, Any] = {}
+
+    def add_request(self, request: Any) -> None:
+        self.requests[request.request_id] = request
+
+    def _free_request(self, request: Any) -> None:
+        del self.requests[request.request_id]
+
+    def finish_requests(self, request_ids: Any, _status: Any) -> list[Any]:
+        gone = [self.requests[r] for r in request_ids if r in self.requests]
+        for request in gone:
+            self._free_request(request)
+        return gone
+
+
+def request(name: str, given: Steering | None) -> Any:
+    extra = {RESOLVED: placed(given, 4)[0].to_plain()} if given else None
+    return SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+
+
+class TestWaiting:
+    @pytest.fixture
+    def scheduler(self) -> Any:
+        kind = type("Patched", (Scheduler,), {})
+        patch_scheduler(kind)
+        return kind(slots=2)
+
+    def test_requests_wait_for_a_slot_in_order(self, scheduler: Any) -> None:
+        one, other = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
+        for name, given in (("a", one), ("b", one), ("c", other), ("d", one), ("e", None)):
+            scheduler.add_request(request(name, given))
+        assert list(scheduler.requests) == ["a", "b", "e"]  # d could run, but c has waited longer
+        scheduler._free_request(scheduler.requests["a"])
+        assert "c" not in scheduler.requests
+        scheduler._free_request(scheduler.requests["b"])
+        assert list(scheduler.requests) == ["e", "c"]
+        scheduler._free_request(scheduler.requests["c"])
+        assert list(scheduler.requests) == ["e", "d"]
+
+    def test_who_gives_up_waits_no_more(self, scheduler: Any) -> None:
+        one, other = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
+        for name, given in (("a", one), ("b", other), ("c", other)):
+            scheduler.add_request(request(name, given))
+        scheduler.finish_requests("b", None)
+        scheduler.finish_requests(["a"], None)
+        assert list(scheduler.requests) == ["c"]
+
+    def test_a_room_without_steering_is_never_full(self) -> None:
+        room = Room(1)
+        assert all(room.enter(request(str(i), None)) for i in range(9))
+
+
+class TestCore:
+    def test_what_is_needed_is_kept(self) -> None:
+        calls = []
+
+        class Core:
+            def __init__(self) -> None:
+                self.scheduler = Scheduler(4)
+
+            def collective_rpc(self, method: str, timeout: Any, args: Any, kwargs: Any) -> list[Any]:
+                calls.append((method, args))
+                return ["done"]
+
+            def preprocess_add_request(self, request: Any) -> str:
+                return "taken"
+
+        patch_core(Core)
+        core = Core()
+        running = request("a", steering((1, Add(direction(1)), RULES[0])))
+        core.scheduler.add_request(running)
+        digest = wire_of(running.sampling_params).parts[0].digest  # type: ignore[union-attr]
+        assert core.collective_rpc("trimtab_drop", None, ([digest, "other"],)) == [[digest]]
+        assert calls == [("trimtab_drop", (["other"],))]
+        assert core.preprocess_add_request(running) == "taken"
+        running.sampling_params.extra_args = {"steering": "shout"}
+        with pytest.raises(TrimtabError, match="a front end without trimtab's plugin"):
+            core.preprocess_add_request(running)
+
+
+class TestRig:
+    EDITS = (
+        (1, Add(direction(1, 2.0)), RULES[3]),
+        (1, SetProjection(direction(2), target=1.5), RULES[0]),
+        (1, Add(direction(7)), RULES[2]),
+        (2, Add(direction(8)), RULES[0]),
+        (2, Add(direction(9)), RULES[5]),
+        (3, Rotate(direction(3), one_sided=False), RULES[1]),
+        (3, Ablate(direction(6), keep_norm=True), RULES[4]),
+    )
+
+    @pytest.mark.parametrize("chunk", [1, 3, 12])
+    @pytest.mark.parametrize("pair", [False, True])
+    def test_a_mixed_batch_is_the_textbook_formula_token_by_token(self, chunk: int, pair: bool) -> None:
+        one = rig()
+        given = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5])}
+        for name, what in given.items():
+            if what is not None:
+                start(one, name, what, 5)
+        seed = torch.Generator().manual_seed(chunk)
+        for first in range(0, 12, chunk):
+            one.begin(Chunks(list(given), [first] * 3, [chunk] * 3))
+            for layer in range(LAYERS):
+                x = torch.randn(3 * chunk + 2, WIDTH, generator=seed, dtype=torch.float64)  # two rows of padding
+                residual = torch.randn(x.shape, generator=seed, dtype=torch.float64) if pair else None
+                hidden = x.clone()
+                one.apply(layer, hidden, residual)
+                stream, new = (x, hidden) if residual is None else (x + residual, hidden + residual)
+                for row in range(len(x)):
+                    name, t = ("abc"[row // chunk], first + row % chunk) if row < 3 * chunk else ("b", 0)
+                    edits = [e for e in (given[name].edits if given[name] else ()) if e.site.layer == layer]
+                    holding = [e for e in edits if naive_holds(e, t, 5)]
+                    if holding:
+                        torch.testing.assert_close(new[row], naive_together(holding, stream[row]), rtol=1e-9, atol=1e-9)
+                    else:
+                        assert torch.equal(hidden[row], x[row])
+            one.end()
+        one.finish(list(given))
+        assert one.bank.slots.used == 0
+        assert not one.programs
+
+    def test_captured_graphs_read_the_index(self) -> None:
+        """Python doesn't run then: what was written to the buffers before the step is all that counts."""
+        one = rig(static=True)
+        start(one, "a", steering((1, Add(direction(1)), RULES[2])), 3)
+        one.begin(Chunks(["b", "a"], [7, 2], [2, 3]))
+        x = torch.zeros(8, WIDTH, dtype=torch.float64)
+        one.apply(1, x, None)
+        assert x.norm(dim=-1).gt(0).tolist() == [False, False, False, True, True, False, False, False]
+        one.finish(["a"])
+        one.begin(Chunks(["b"], [9], [1]))
+        y = torch.zeros(8, WIDTH, dtype=torch.float64)
+        one.apply(1, y, None)
+        assert not y.any()
+
+    def test_steady_decoding_notices_borders_and_changes_of_the_batch(self) -> None:
+        one = rig()
+        start(one, "a", steering((1, Add(direction(1)), Positions.window(2, 4))), 3)
+        seen = []
+        for first in range(3, 10):
+            one.begin(Chunks(["a"], [first], [1]))
+            x = torch.zeros(1, WIDTH, dtype=torch.float64)
+            one.apply(1, x, None)
+            seen.append(bool(x.any()))
+        assert seen == [False, False, True, True, False, False, False]
+        start(one, "b", steering((1, Add(direction(1)), RULES[0])), 1)
+        one.begin(Chunks(["a", "b"], [10, 1], [1, 1]))
+        x = torch.zeros(2, WIDTH, dtype=torch.float64)
+        one.apply(1, x, None)
+        assert x.norm(dim=-1).gt(0).tolist() == [False, True]
+
+    def test_readings_gather_over_chunks_what_the_steering_made(self) -> None:
+        one = rig()
+        wire, content = placed(steering((1, Add(direction(1)), RULES[0])), 6)
+        one.steerings[wire.parts[0].digest] = content
+        one.start("a", Wire(wire.parts, Reading("r", (1, 2), (1, 4)), 6, wire.spans))
+        for first in (0, 3):
+            one.begin(Chunks(["b", "a"], [0, first], [1, 3]))
+            for layer in (1, 2):
+                one.apply(layer, torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH))
+            one.end()
+        found = one.take("r")
+        assert torch.equal(found[2][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
+        torch.testing.assert_close(found[1][1], 4 + direction(1))
+        assert one.take("r") == {}
+
+    def test_a_graph_without_the_operator_fails_loudly(self) -> None:
+        one = rig()
+        start(one, "a", steering((1, Add(direction(1)), RULES[0])), 3)
+        one.begin(Chunks(["a"], [0], [3]))
+        one.apply(0, torch.zeros(3, WIDTH, dtype=torch.float64), None)
+        with pytest.raises(RuntimeError, match="doesn't steer after block 1"):
+            one.end()
+
+    def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
+        with pytest.raises(TrimtabError, match="wasn't given"):
+            rig().start("a", placed(steering((1, Add(direction(1)), RULES[0])), 3)[0])
+
+
+class Engine:
+    """A front end's engine whose workers answer as told."""
+
+    def __init__(self, answers: dict[str, Any], workers: int = 1) -> None:
+        self.answers, self.calls = answers, []
+        self.input_processor = SimpleNamespace()
+        parallel = SimpleNamespace(world_size=workers, data_parallel_size=1)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config={"trimtab": {"slots": 4}})
+
+    def collective_rpc(self, method: str, args: tuple) -> list[Any]:
+        self.calls.append((method, args))
+        if method not in self.answers:
+            raise NotImplementedError(f"Method {method!r} is not implemented.")
+        return self.answers[method]
+
+    def add_request(self, _id: str, _prompt: Any, params: Any) -> Any:
+        return params
+
+
+HELLO = {
+    "reasons": [],
+    "unfired": [],
+    "rank": 0,
+    "layers": LAYERS,
+    "width": WIDTH,
+    "here": [0, 1, 2, 3],
+    "static": False,
+}
+
+
+class TestFrontEnd:
+    @pytest.fixture
+    def names(self) -> Names:
+        names = Names()
+        names.register("shout", steering((1, Add(direction(1)), RULES[0])))
+        return names
+
+    def ask(self, engine: Engine, asked: Any, names: Names) -> Any:
+        kind = type("Patched", (Engine,), {})
+        patch_engines(kind, type("Async", (Engine,), {}), names)
+        return kind.add_request(engine, "1", "hi", SimpleNamespace(extra_args={"steering": asked, "other": 1}))
+
+    def test_a_request_is_resolved_and_its_content_sent_once(self, names: Names) -> None:
+        engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
+        for strength in (1, 2):
+            params = self.ask(engine, [{"name": "shout", "strength": strength}], names)
+            assert set(params.extra_args) == {RESOLVED, "other"}
+            assert wire_of(params).parts[0].strengths == (float(strength),)  # type: ignore[union-attr]
+        methods = [method for method, _ in engine.calls]
+        assert methods == ["trimtab_hello", "trimtab_put"]
+        digest, data = engine.calls[1][1]
+        assert steering_from_bytes(data, "it") == names["shout"]
+        assert digest == content_of(names["shout"])[0]
+
+    def test_an_engine_without_the_plugin_is_an_error(self, names: Names) -> None:
+        with pytest.raises(UnsupportedError, match="don't know trimtab: its plugin failed to load"):
+            self.ask(Engine({}), "shout", names)
+
+    @pytest.mark.parametrize(
+        ("hellos", "workers", "why"),
+        [
+            ([HELLO], 2, "1 of 2 workers"),
+            ([{**HELLO, "reasons": ["speculative decoding is on"]}], 1, "can't be steered: speculative decoding"),
+            ([{**HELLO, "unfired": [2]}], 1, "lacks trimtab's operator after block 2"),
+            ([{**HELLO, "here": [0, 1]}, {**HELLO, "here": [3]}], 2, "no worker steers after block 2"),
+        ],
+    )
+    def test_every_worker_must_be_able_to(self, hellos: list[Any], workers: int, why: str) -> None:
+        with pytest.raises(UnsupportedError, match=why):
+            link_from(hellos, Engine({}, workers).vllm_config)
+
+    @pytest.mark.parametrize(
+        ("asked", "why"),
+        [
+            ("[{", "no JSON"),
+            ("loud", "no steering 'loud'; registered: shout"),
+            ([{"name": "shout", "layer": 1}], "name, strength and positions"),
+            ([{"name": "shout", "strength": float("nan")}], "finite"),
+            ([{"name": "shout", "positions": "somewhere"}], "positions 'somewhere' are not known"),
+            (7, "is a list such as"),
+        ],
+    )
+    def test_requests_that_arent_understood(self, asked: Any, why: str, names: Names) -> None:
+        with pytest.raises(TrimtabError, match=why):
+            parse(asked, names)
+
+    def test_several_add_up(self, names: Names) -> None:
+        asked = [{"name": "shout", "strength": -1, "positions": "generated"}, {"name": "shout"}]
+        shout = names["shout"]
+        assert parse(asked, names) == (-shout).at(Positions.generated()) + shout
+
+    def test_a_folder_of_steerings(self, tmp_path: Any) -> None:
+        save(steering((1, Add(direction(1)), RULES[0])), tmp_path / "calm.safetensors")
+        names = Names()
+        names.load(tmp_path)
+        assert list(names) == ["calm"]
+        gated = steering((1, Add(direction(1)), RULES[0])).when(Threshold(Site(0), direction(2), 0.0))
+        with pytest.raises(UnsupportedError, match="a pass of its own"):
+            names.register("gated", gated)
+        with pytest.raises(TrimtabError, match="no folder"):
+            names.load(tmp_path / "none")
+
+    def test_workers_forget_what_is_no_longer_named(self, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("trimtab.engines.vllm.frontend.UNNAMED", 1)
+        monkeypatch.setattr("trimtab.engines.vllm.frontend.GRACE", 0.0)
+        engine = Engine({"trimtab_put": [None], "trimtab_drop": [[]]})
+        link = Link(4, LAYERS, WIDTH, False)
+        run(send(link, names["shout"]), engine)
+        others = [steering((1, Add(direction(i)), RULES[0])) for i in (2, 3)]
+        for other in others:
+            run(send(link, other), engine)
+        run(tidy(link, names), engine)
+        assert engine.calls[-1] == ("trimtab_drop", ([content_of(others[0])[0]],))
+        assert list(link.sent) == [content_of(s)[0] for s in (names["shout"], others[1])]
+
+
+class TestEndpoint:
+    """Steerings over HTTP, with the server's own web framework."""
+
+    @pytest.fixture
+    def client(self, names: Names, monkeypatch: pytest.MonkeyPatch) -> Any:
+        applications = pytest.importorskip("starlette.applications", reason="there is no web framework here")
+        testing = pytest.importorskip("starlette.testclient", reason="there is no client for tests here")
+        engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None], "trimtab_drop": [[]]})
+        call = engine.collective_rpc
+
+        async def answer(method: str, args: tuple) -> list[Any]:
+            return call(method, args)
+
+        engine.collective_rpc = answer  # type: ignore[method-assign, assignment]
+        app = applications.Starlette()
+        endpoint = Endpoint(names)
+        endpoint.attach_router(app)
+        asyncio.run(endpoint.init_state(engine, app.state, SimpleNamespace()))
+        monkeypatch.setenv("TRIMTAB_ADMIN_KEY", "secret")
+        return testing.TestClient(app)
+
+    @pytest.fixture
+    def names(self) -> Names:
+        names = Names()
+        names.register("shout", steering((1, Add(direction(1)), RULES[0])))
+        return names
+
+    def test_steerings_come_and_go(self, client: Any, names: Names) -> None:
+        key = {"Authorization": "Bearer secret"}
+        assert client.get("/trimtab").json() == {"steerings": ["shout"], "layers": LAYERS, "width": WIDTH}
+        calm = steering((2, Add(direction(2)), RULES[2]))
+        put = client.put("/trimtab/steerings/calm", content=steering_to_bytes(calm), headers=key)
+        assert put.json() == {"steerings": ["calm", "shout"]}
+        assert names["calm"] == calm
+        assert client.delete("/trimtab/steerings/shout", headers=key).json() == {"steerings": ["calm"]}
+        gone = client.delete("/trimtab/steerings/shout", headers=key)
+        assert gone.status_code == 400
+        assert "there is no steering 'shout'; registered: calm" in gone.json()["error"]
+
+    def test_only_with_the_key(self, client: Any, names: Names, monkeypatch: pytest.MonkeyPatch) -> None:
+        for headers in ({}, {"Authorization": "Bearer guess"}):
+            assert client.delete("/trimtab/steerings/shout", headers=headers).status_code == 401
+        monkeypatch.delenv("TRIMTAB_ADMIN_KEY")
+        assert client.delete("/trimtab/steerings/shout", headers={"Authorization": "Bearer "}).status_code == 403
+        assert list(names) == ["shout"]
+
+    def test_what_doesnt_fit_isnt_taken(self, client: Any, names: Names) -> None:
+        key = {"Authorization": "Bearer secret"}
+        for content, why in (
+            (b"nonsense", "no safetensors file"),
+            (steering_to_bytes(steering((LAYERS, Add(direction(1)), RULES[0]))), "this model has layers"),
+        ):
+            answer = client.put("/trimtab/steerings/bad", content=content, headers=key)
+            assert answer.status_code == 400
+            assert why in answer.json()["error"]
+        assert list(names) == ["shout"]
+
+
+class TestAround:
+    def test_versions(self) -> None:
+        assert check_version("0.32.0") == "0.32.0"
+        with pytest.raises(UnsupportedError, match=r"steers vLLM 0\.32 and 0\.33, and this is 0\.40\.1"):
+            check_version("0.40.1")
+
+    def test_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert settings_from_environment() == Settings()
+        monkeypatch.setenv("TRIMTAB_SLOTS", "12")
+        assert settings_from_environment().slots == 12
+        monkeypatch.setenv("TRIMTAB_SLOTS", "one")
+        with pytest.raises(TrimtabError, match="TRIMTAB_SLOTS is a whole number from 2, got 'one'"):
+            settings_from_environment()
+
+    def test_a_steering_as_bytes(self) -> None:
+        given = steering((1, Add(direction(1)), RULES[0]), (2, Ablate(direction(2)), RULES[1]))
+        assert steering_from_bytes(steering_to_bytes(given), "it") == given
+        with pytest.raises(TrimtabError, match="it is no safetensors file"):
+            steering_from_bytes(b"{}", "it")
+
+    @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+    def test_the_command_line_says_that_vllm_is_missing(self, trimtab: Any) -> None:
+        ran = trimtab("generate", "--engine", "vllm", "--prompt", "What is the sea?")
+        assert ran.code == 2
+        assert "needs vLLM, which isn't installed here" in ran.err
+
+    def test_an_unknown_engine(self) -> None:
+        with pytest.raises(TrimtabError, match="unknown engine 'tgi'; known: transformers, vllm"):
+            tiny.LM.load(engine="tgi")
