@@ -280,7 +280,7 @@ def learned(lm: LM, parts: Data, folder: Path, arm: str, setting: Mapping[str, A
     if setting is None:
         made = learn_inferaligner(lm, parts.harmful, **options)
     else:
-        options |= {"direction": setting["direction"], "coefficient": setting["coefficient"]}
+        options |= {"direction": setting["direction"], "coefficient": setting["coefficient"], "gate": "cast"}
         made = learn_safety(lm, parts.harmful, band(lm, setting), **options)
     save_steering(made, file)
     return made

@@ -27,7 +27,7 @@ def test_from_files_to_a_steering(tmp_path: Path, trimtab: Any, model: Path) -> 
     assert steering.layers == (1, 2)
     gates = {edit.gate for edit in steering.edits}
     assert len(gates) == 1
-    assert "unit-mean" in str(*gates)
+    assert steering.card.options["gate"] == "inferaligner"
     chosen = steering.card.measured["condition"]["chosen"]
     assert {"threshold", "hits", "false_alarms"} == set(chosen)
     asked = ["generate", "--model", model, "--steer", out, "--prompt", HARMFUL[0], "--max-new-tokens", "3", "--json"]

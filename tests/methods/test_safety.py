@@ -65,9 +65,9 @@ def test_from_prompts(lm: LM) -> None:
         assert edit.strength == pytest.approx(0.5 * float(on.norm(dim=-1).median()), rel=1e-4)
 
 
-@pytest.mark.parametrize("direction", ["answers", "prompts"])
-def test_it_acts_where_the_prompt_reads_as_harmful(lm: LM, tmp_path: Path, direction: Any) -> None:
-    made = learn_safety(lm, HARMFUL, [2], harmless=HARMLESS, direction=direction, coefficient=0.4)
+@pytest.mark.parametrize(("direction", "kind"), [("answers", "inferaligner"), ("answers", "cast"), ("prompts", "cast")])
+def test_it_acts_where_the_prompt_reads_as_harmful(lm: LM, tmp_path: Path, direction: Any, kind: Any) -> None:
+    made = learn_safety(lm, HARMFUL, [2], harmless=HARMLESS, direction=direction, coefficient=0.4, gate=kind)
     save(made, tmp_path / "s.safetensors")
     steering = load(tmp_path / "s.safetensors")
     assert steering == made
@@ -79,7 +79,8 @@ def test_it_acts_where_the_prompt_reads_as_harmful(lm: LM, tmp_path: Path, direc
     opened = []
     for text, before, after in zip([*HARMFUL, *HARMLESS, *OTHERS], plain, found, strict=True):
         x = at(lm, text, gate.site.layer)
-        score = float((x / x.norm(dim=-1, keepdim=True)).mean(0) @ gate.direction.double())
+        read = x[-1] if kind == "inferaligner" else (x / x.norm(dim=-1, keepdim=True)).mean(0)
+        score = float(read @ gate.direction.double())
         opened.append(score > gate.threshold)
         assert bool(after.applied.edits) == opened[-1]
         if opened[-1]:
@@ -97,8 +98,9 @@ def test_it_acts_where_the_prompt_reads_as_harmful(lm: LM, tmp_path: Path, direc
 def test_false_alarms_are_bounded() -> None:
     lm = tiny.tiny("llama")
     mixed = [*HARMLESS, *HARMFUL[1::2]]  # half of what should open the gate is also among what shouldn't
-    free = learn_safety(lm, HARMFUL, [2], harmless=mixed).card.measured["condition"]["chosen"]
-    strict = learn_safety(lm, HARMFUL, [2], harmless=mixed, false_alarms=0.0).card.measured["condition"]["chosen"]
+    free = learn_safety(lm, HARMFUL, [2], harmless=mixed, gate="cast").card.measured["condition"]["chosen"]
+    bounded = learn_safety(lm, HARMFUL, [2], harmless=mixed, gate="cast", false_alarms=0.0).card
+    strict = bounded.measured["condition"]["chosen"]
     assert strict["false_alarms"] == 0
     assert free["hits"] - free["false_alarms"] >= strict["hits"]
 
@@ -111,6 +113,8 @@ def test_bad_input() -> None:
         (HARMFUL[:1], {"harmless": HARMLESS}, "at least two"),
         (HARMFUL, {"harmless": HARMLESS, "direction": "up"}, "answers, prompts"),
         (HARMFUL, {"harmless": HARMLESS, "requests": 0}, "1 request or more"),
+        (HARMFUL, {"harmless": HARMLESS, "gate": "wide"}, "inferaligner, cast"),
+        (HARMFUL, {"harmless": HARMLESS, "false_alarms": 0.1}, "give gate=cast"),
         (HARMFUL, {"harmless": HARMLESS, "layers": 9}, "layer"),
         (HARMFUL, {"harmless": HARMFUL, "direction": "prompts"}, "alike"),
         ([[{"role": "user", "content": "w3"}]] * 4, {"harmless": HARMLESS}, "messages"),
@@ -120,9 +124,9 @@ def test_bad_input() -> None:
 
 
 def test_the_card_is_plain(lm: LM) -> None:
-    card = learn_safety(lm, HARMFUL, [1, 2], harmless=HARMLESS, false_alarms=0.5).card
+    card = learn_safety(lm, HARMFUL, [1, 2], harmless=HARMLESS, gate="cast", false_alarms=0.5).card
     assert json.loads(json.dumps(card.options)) == {
-        "layers": [1, 2], "direction": "answers", "coefficient": 0.08, "choice": "youden", "false_alarms": 0.5,
+        "layers": [1, 2], "direction": "answers", "coefficient": 0.08, "gate": "cast", "choice": "youden", "false_alarms": 0.5,
     }  # fmt: skip
     assert card.data == learn_safety(lm, HARMFUL, [1], harmless=HARMLESS).card.data
     assert card.data != learn_safety(lm, HARMFUL[1:], [1], harmless=HARMLESS).card.data

@@ -1,9 +1,10 @@
 """Refusal where a request is harmful: a direction read as in CAST (2409.05907) or as by Arditi et al. (2406.11717),
-and a condition on the prompt (CAST, section 3, with a signed measure).
+and a condition on the prompt, InferAligner's (2401.11206) or CAST's (section 3, with a signed measure).
 
     v[l] = mean over requests of (refusing answer - complying answer)      averaged over the answers' tokens
       or   mean over harmful - mean over harmless requests                 at the last prompt token
-    open where f(h_c(prompt)) > theta;      c, theta: harmful requests against harmless ones, on halves of each
+    open where h_c . s > theta at the last prompt token                    s, theta: InferAligner's, at its best layer
+      or   where f(h_c(prompt)) > theta                                    c, theta: CAST's, on halves of the requests
     h_l[t] <- h_l[t] + strength * v[l]      from the last prompt token on, where it is open
 """
 
@@ -19,9 +20,10 @@ from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import unit
 from trimtab.learn.thresholds import Choice
 from trimtab.methods.cast import learn_behaviour, learn_condition
+from trimtab.methods.inferaligner import learn_inferaligner
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
-from trimtab.steering.gates import Reading
+from trimtab.steering.gates import Gate, Reading
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
 
@@ -35,7 +37,7 @@ RECIPE = Recipe(
     paper="after Lee et al., ICLR 2025, arXiv 2409.05907, and Arditi et al., 2024, arXiv 2406.11717",
     takes="texts",
     data="harmful requests, and harmless ones, a hundred or more of each",
-    reads="answers that refuse or comply, and the prompts' tokens",
+    reads="answers that refuse or comply, and the last token of each prompt",
     acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads harmful",
     cost="one addition a layer and token, and a reading of the prompt",
     function="learn_safety",
@@ -49,8 +51,15 @@ RECIPE = Recipe(
             choices=("answers", "prompts"),
         ),
         Option("coefficient", "float", 0.08, "The length of the push, in shares of the median activation's."),
-        Option("choice", "str", "youden", "Which threshold is best.", choices=("youden", "f1")),
-        Option("false_alarms", "float", None, "At most this share of the harmless requests may open the gate."),
+        Option("gate", "str", "inferaligner", "How a request is told to be harmful.", choices=("inferaligner", "cast")),
+        Option(
+            "choice",
+            "str",
+            None,
+            "CAST's gate: which threshold is best; youden if not given.",
+            choices=("youden", "f1"),
+        ),
+        Option("false_alarms", "float", None, "CAST's gate: at most this share of the harmless requests may open it."),
         Option("requests", "int", 24, "From so many requests of either kind refusing and complying answers are read."),
         Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
     ),
@@ -72,6 +81,8 @@ COMPLYING = (
 
 Direction = Literal["answers", "prompts"]
 DIRECTIONS = ("answers", "prompts")
+Gating = Literal["inferaligner", "cast"]
+GATINGS = ("inferaligner", "cast")
 
 
 def learn_safety(
@@ -82,7 +93,8 @@ def learn_safety(
     harmless: Sequence[Prompt] | None = None,
     direction: Direction = "answers",
     coefficient: float = 0.08,
-    choice: Choice = "youden",
+    gate: Gating = "inferaligner",
+    choice: Choice | None = None,
     false_alarms: float | None = None,
     requests: int = 24,
     positions: Positions | None = None,
@@ -91,14 +103,21 @@ def learn_safety(
     """A steering towards refusal that acts on prompts like `harmful` and not on those like `harmless`.
 
     The edits' strength is `coefficient` times the median norm of the activations at their layer, whatever the
-    `direction` is read from. The gate is `learn_condition`'s, and its curve, on requests that the gate's direction
-    wasn't learned from, is in the card.
+    `direction` is read from. The gate is that of `learn_inferaligner` (its best layer's), or of `learn_condition`,
+    whose threshold `choice` and `false_alarms` bound. Its curve is in the card: CAST's on requests that the gate's
+    direction wasn't learned from, InferAligner's on those that it was.
 
     Raises `TrimtabError` for requests of one side only or too few, unknown layers and options, and sides that don't
     differ.
     """
     if not harmful or not harmless:
         raise TrimtabError("safety is learned from harmful and from harmless requests; one of the two is missing")
+    if min(len(harmful), len(harmless)) < 2:
+        raise TrimtabError("safety is learned from at least two harmful and two harmless requests")
+    if gate not in GATINGS:
+        raise TrimtabError(f"unknown gate {gate!r}; known: {', '.join(GATINGS)}")
+    if gate != "cast" and (choice is not None or false_alarms is not None):
+        raise TrimtabError("choice and false_alarms are of CAST's gate; give gate=cast, or leave them out")
     edits = refusal(
         lm,
         harmful,
@@ -110,17 +129,30 @@ def learn_safety(
         positions=positions,
         progress=progress,
     )
-    condition = learn_condition(lm, harmful, harmless, choice=choice, false_alarms=false_alarms)
+    opens, condition = _gate(lm, harmful, harmless, gate, choice or "youden", false_alarms)
     options: dict[str, Any] = {
         "layers": [edit.site.layer for edit in edits],
         "direction": direction,
         "coefficient": coefficient,
-        "choice": choice,
+        "gate": gate,
     }
+    options |= {"choice": choice or "youden"} if gate == "cast" else {}
     options |= {} if false_alarms is None else {"false_alarms": false_alarms}
-    measured = {"harmful": len(harmful), "harmless": len(harmless), "condition": condition.measured}
+    measured = {"harmful": len(harmful), "harmless": len(harmless), "condition": condition}
     data = digest_of(harmful=list(harmful), harmless=list(harmless))
-    return Steering(edits, Card("safety", lm.identity, data, options, measured, versions())).when(condition.gate)
+    return Steering(edits, Card("safety", lm.identity, data, options, measured, versions())).when(opens)
+
+
+def _gate(
+    lm: LM, harmful: Sequence[Prompt], harmless: Sequence[Prompt], gate: Gating, choice: Choice, bound: float | None
+) -> tuple[Gate, dict[str, Any]]:
+    """The gate, and what the card tells of it."""
+    if gate == "cast":
+        condition = learn_condition(lm, harmful, harmless, choice=choice, false_alarms=bound)
+        return condition.gate, condition.measured
+    aligner = learn_inferaligner(lm, harmful, harmless=harmless, gate="best")
+    told = aligner.card.measured
+    return aligner.edits[0].gate, {"layer": told["best_gate"], **told["gates"][str(told["best_gate"])]}
 
 
 def refusal(
