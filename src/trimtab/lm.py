@@ -34,6 +34,7 @@ from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
+from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
 from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check_rejection
 from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
@@ -183,7 +184,6 @@ class LM:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
         batches = _batches(order, batch_size, steerings, rejections)
-        leaving = drop_finished and can_leave(self.layout, options)
         answers: dict[int, list[Generation]] = {}
         requests = [
             Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
@@ -193,26 +193,13 @@ class LM:
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in batches:
-                if leaving and not any(rejections[i] for i in chosen):
-                    found = finish_batch(
-                        self.model,
-                        self.tokenizer,
-                        self.layout,
-                        [ids[i] for i in chosen],
-                        [steerings[i] for i in chosen],
-                        max_new_tokens=max_new_tokens,
-                        logprobs=logprobs,
-                    )
-                else:
-                    edits = self._decide([steerings[i] for i in chosen], [ids[i] for i in chosen])
-                    names = [tuple(str(edit) for edit in one) for one in edits]
-                    edits = conditionals(settle(edits, read_prompts(self.layout, [ids[i] for i in chosen])))
-                    given = {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options}
-                    prompts_of = [ids[i] for i in chosen]
-                    if any(rejections[i] for i in chosen):
-                        found = self._reject(prompts_of, edits, [rejections[i] for i in chosen], names, given)
-                    else:
-                        found = self._steer(prompts_of, edits, names, given)
+                found = self._answer(
+                    [ids[i] for i in chosen],
+                    [steerings[i] for i in chosen],
+                    [rejections[i] for i in chosen],
+                    {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options},
+                    drop_finished,
+                )
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
                 if progress is not None:
@@ -283,6 +270,38 @@ class LM:
         scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
         with attending(self.layout, scores, [len(prompt) for prompt in ids]):
             return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **given)
+
+    def _answer(
+        self,
+        ids: list[list[int]],
+        steerings: list[Steering | None],
+        rejections: list[Rejection | None],
+        given: dict[str, Any],
+        drop_finished: bool,
+    ) -> list[Generation]:
+        """The answers to one batch, by the way that suits it."""
+        options = given["options"]
+        if not any(rejections):
+            if drop_finished and can_leave(self.layout, options):
+                limits = {"max_new_tokens": given["max_new_tokens"], "logprobs": given["logprobs"]}
+                return finish_batch(self.model, self.tokenizer, self.layout, ids, steerings, **limits)
+            if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], options):
+                return self._steer_from_prefill(ids, steerings, given)
+        edits = self._decide(steerings, ids)
+        names = [tuple(str(edit) for edit in one) for one in edits]
+        edits = conditionals(settle(edits, read_prompts(self.layout, ids)))
+        if any(rejections):
+            return self._reject(ids, edits, rejections, names, given)
+        return self._steer(ids, edits, names, given)
+
+    def _steer_from_prefill(
+        self, ids: list[list[int]], steerings: list[Steering | None], given: dict[str, Any]
+    ) -> list[Generation]:
+        """The answers to one batch, whose gates the pass over its prompts decides."""
+        prefill = Prefill(self.model, self.layout, steerings, [len(prompt) for prompt in ids])
+        session = Session(self.model, self.layout, prefill.decide)
+        with prefill.watching(session):
+            return generate_batch(self.model, self.tokenizer, ids, session, prefill.sites, prefill.names, **given)
 
     def _reject(
         self,

@@ -126,7 +126,8 @@ def test_bad_input() -> None:
 def test_the_card_is_plain(lm: LM) -> None:
     card = learn_safety(lm, HARMFUL, [1, 2], harmless=HARMLESS, gate="cast", false_alarms=0.5).card
     assert json.loads(json.dumps(card.options)) == {
-        "layers": [1, 2], "direction": "answers", "coefficient": 0.08, "gate": "cast", "choice": "youden", "false_alarms": 0.5,
+        "layers": [1, 2], "direction": "answers", "coefficient": 0.08, "gate": "cast", "choice": "youden",
+        "false_alarms": 0.5,
     }  # fmt: skip
     assert card.data == learn_safety(lm, HARMFUL, [1], harmless=HARMLESS).card.data
     assert card.data != learn_safety(lm, HARMFUL[1:], [1], harmless=HARMLESS).card.data

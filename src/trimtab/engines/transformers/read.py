@@ -252,8 +252,13 @@ def run_decoder(
 
 
 @contextmanager
-def recording(layout: Layout, sites: Sequence[Site], keep: Callable[[Tensor], Tensor]) -> Iterator[dict[Site, Tensor]]:
-    """Hooks that record what `keep` makes of the activations at `sites`, and end the pass when all are there."""
+def recording(
+    layout: Layout, sites: Sequence[Site], keep: Callable[[Tensor], Tensor], *, to_the_end: bool = False
+) -> Iterator[dict[Site, Tensor]]:
+    """Hooks that record what `keep` makes of the activations at `sites`, and end the pass when all are there.
+
+    `to_the_end` lets it go on.
+    """
     found: dict[Site, Tensor] = {}
     wanted = sorted(set(sites))
     rows = 0
@@ -268,7 +273,7 @@ def recording(layout: Layout, sites: Sequence[Site], keep: Callable[[Tensor], Te
         x = given if isinstance(given, Tensor) else given[0]
         # some blocks run their MLP over the tokens of all rows as one list
         found[site] = keep(x if x.dim() == 3 else x.view(rows, -1, x.shape[-1]))
-        if len(found) == len(wanted):
+        if len(found) == len(wanted) and not to_the_end:
             raise _Enough
 
     def entering(site: Site) -> Any:

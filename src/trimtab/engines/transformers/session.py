@@ -117,6 +117,14 @@ class Session:
         self._columns = columns
         self._fresh = True
 
+    def pause(self, still: bool) -> None:
+        """Leave passes alone, neither steered nor counted, until this is called with `False`."""
+        self._deciding = still
+
+    def resume(self) -> None:
+        """The next pass goes on from a cache of tokens that no edit touches; all else is as expected."""
+        self._resumed = True
+
     # ---- what the decoder is about to compute ------------------------------------------------------------
 
     def outside(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:

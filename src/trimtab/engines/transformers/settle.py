@@ -26,14 +26,14 @@ def settle(requests: Sequence[tuple[Edit, ...]], read: Read) -> list[tuple[Edit,
     `read(numbers, sites)` gives for each of these requests the activations `[prompt tokens, width]` at the sites; it
     isn't called where nothing is to be decided.
     """
-    sites = [sorted({edit.site for edit in edits if _open(edit)}) for edits in requests]
+    sites = [sorted({edit.site for edit in edits if is_open(edit)}) for edits in requests]
     numbers = [i for i, wanted in enumerate(sites) if wanted]
     if not numbers:
         return list(requests)
     found = read(numbers, sorted({site for wanted in sites for site in wanted}))
     return [
         tuple(
-            replace(edit, operation=edit.operation.settled(found[i][edit.site])) if _open(edit) else edit
+            replace(edit, operation=edit.operation.settled(found[i][edit.site])) if is_open(edit) else edit
             for edit in edits
         )
         for i, edits in enumerate(requests)
@@ -54,5 +54,6 @@ def read_prompts(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
     return read
 
 
-def _open(edit: Edit) -> bool:
+def is_open(edit: Edit) -> bool:
+    """Whether the request's prompt decides the edit's operation."""
     return hasattr(edit.operation, "settled")

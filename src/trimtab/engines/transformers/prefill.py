@@ -1,0 +1,186 @@
+"""Gates decided by the pass over the prompt that generation makes anyway, instead of by one of their own.
+
+That is possible where no edit acts before the last prompt token: up to there the prompt is read unsteered in any case.
+The pass runs unsteered and is recorded; then gates are decided. Requests whose gates stay shut keep all of it, to the
+bit. For the others the last token is run again, steered, in place of the first reading of it: one more column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from trimtab.engines.transformers.deciding import conditionals, decided, wanted
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.read import TOKENS_PER_BATCH, can_share, recording
+from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.settle import TOKENS_PER_BATCH as TOKENS_TO_SETTLE
+from trimtab.engines.transformers.settle import is_open, settle
+from trimtab.steering import Edit, Site, Steering
+
+CUT = ("input_ids", "position_ids", "cache_position", "token_type_ids")
+"""The inputs of a pass that have a column a token, of which the last is run again."""
+OTHERS = (
+    "cache_implementation",
+    "cache_config",
+    "use_cache",
+    "past_key_values",
+    "prefill_chunk_size",
+    "prompt_lookup_num_tokens",
+)
+"""Options of `generate` under which the first pass isn't one over the whole prompt, to a cache that can be cut."""
+
+
+def decides_at_prefill(
+    layout: Layout, steerings: Sequence[Steering | None], lengths: Sequence[int], options: Mapping[str, Any]
+) -> bool:
+    """Whether this batch has something to decide, and its first pass can tell."""
+    edits = [tuple(edit for edit in one.edits if edit.strength) if one else () for one in steerings]
+    asked = [bool(wanted(one)) or any(map(is_open, acting)) for one, acting in zip(steerings, edits, strict=True)]
+    if not any(asked) or any(options.get(name) is not None for name in OTHERS):
+        return False
+    if any(is_score_edit(edit) for acting in edits for edit in acting) or not _plain(layout):
+        return False
+    starts = [
+        (start, length)
+        for acting, length in zip(edits, lengths, strict=True)
+        for edit in acting
+        for start, _ in edit.positions.resolve(length)
+    ]
+    to_settle = sum(n for acting, n in zip(edits, lengths, strict=True) if any(map(is_open, acting)))
+    to_read = sum(n for one, n in zip(steerings, lengths, strict=True) if wanted(one))
+    return (
+        all(start >= length - 1 for start, length in starts)
+        and to_settle <= TOKENS_TO_SETTLE
+        and to_read <= TOKENS_PER_BATCH
+    )
+
+
+class Prefill:
+    """One batch whose edits its own first pass decides; `edits` and `names` are there from then on.
+
+    `names` is filled in place: whoever tells what was applied can hold it before.
+    """
+
+    def __init__(
+        self, model: Any, layout: Layout, steerings: Sequence[Steering | None], lengths: Sequence[int]
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.steerings = list(steerings)
+        self.lengths = list(lengths)
+        self.edits: list[tuple[Edit, ...]] = [() for _ in lengths]
+        self.names: list[tuple[str, ...]] = [() for _ in lengths]
+        possible = [edit for one in steerings if one for edit in one.edits if edit.strength]
+        self.sites: list[Site] = sorted({edit.site for edit in possible})
+        self._asked = [sorted(wanted(one), key=str) for one in steerings]
+        self._opens = [any(is_open(edit) for edit in one.edits if edit.strength) if one else False for one in steerings]
+        gates = {reading.site for readings in self._asked for reading in readings}
+        self._read: list[Site] = sorted(gates | {edit.site for edit in possible if is_open(edit)})
+        self._where = [self._tokens(i) for i in range(len(self.lengths))]
+        self._kept: Mapping[Site, Tensor] | None = None
+
+    def decide(self, _requests: int, _first: Any) -> Sequence[tuple[Edit, ...]]:
+        """For the session: what was decided."""
+        return self.edits
+
+    @contextmanager
+    def watching(self, session: Session) -> Iterator[None]:
+        """The first pass of the whole model inside decides, and the session goes on from it."""
+        rows: Tensor | None = None
+        recorder: Any = None
+
+        def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+            nonlocal recorder
+            if self._kept is not None or recorder is not None:
+                return
+            recorder = recording(self.layout, self._read, self._places(kwargs["input_ids"]), to_the_end=True)
+            self._kept = recorder.__enter__()
+            session.pause(True)
+
+        def after(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal recorder, rows
+            if recorder is None:
+                return
+            recorder.__exit__(None, None, None)
+            recorder = None
+            session.pause(False)
+            self._decide()
+            session.resume()
+            repeat = kwargs["input_ids"].shape[0] // len(self.lengths)
+            open_rows = [i * repeat + n for i, edits in enumerate(self.edits) if edits for n in range(repeat)]
+            if open_rows:
+                self._again(kwargs, output, open_rows)
+
+        handles = [
+            self.model.register_forward_pre_hook(before, with_kwargs=True),
+            self.model.register_forward_hook(after, with_kwargs=True),
+        ]
+        try:
+            yield
+        finally:
+            if recorder is not None:
+                recorder.__exit__(None, None, None)
+                session.pause(False)
+            for handle in handles:
+                handle.remove()
+
+    def _tokens(self, request: int) -> list[int]:
+        """The prompt's tokens that are read, in order."""
+        if self._opens[request]:
+            return list(range(self.lengths[request]))
+        return sorted({p for reading in self._asked[request] for p in reading.tokens(self.lengths[request])})
+
+    def _places(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """What is kept of activations `[rows, columns, width]`: `[tokens, width]`, request after request."""
+        count, width = ids.shape
+        repeat = count // len(self.lengths)
+        rows = [i * repeat for i, tokens in enumerate(self._where) for _ in tokens]
+        columns = [width - self.lengths[i] + p for i, tokens in enumerate(self._where) for p in tokens]
+        at = torch.tensor(rows, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+        return lambda x: x[at[0].to(x.device), at[1].to(x.device)]
+
+    def _decide(self) -> None:
+        assert self._kept is not None
+        sizes = [len(tokens) for tokens in self._where]
+        found = {site: x.split(sizes) for site, x in self._kept.items()}
+        readings = []
+        for i, (asked, tokens) in enumerate(zip(self._asked, self._where, strict=True)):
+            row = {p: at for at, p in enumerate(tokens)}
+            readings.append({r: r.pooled(found[r.site][i][[row[p] for p in r.tokens(self.lengths[i])]]) for r in asked})
+        edits = [decided(one, values) for one, values in zip(self.steerings, readings, strict=True)]
+        self.names[:] = [tuple(str(edit) for edit in one) for one in edits]
+        settled = settle(edits, lambda numbers, sites: {i: {site: found[site][i] for site in sites} for i in numbers})
+        self.edits[:] = conditionals(settled)
+        self._kept = {}
+
+    def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
+        """Run the last column again, steered, and put what comes of these rows in the place of what there was."""
+        cache = kwargs["past_key_values"]
+        ends = [(layer.keys[..., -1:, :], layer.values[..., -1:, :]) for layer in cache.layers if layer.is_initialized]
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        for layer in layers:
+            layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
+        cut = {name: value[..., -1:] for name, value in kwargs.items() if name in CUT and isinstance(value, Tensor)}
+        steered = self.model(**{**kwargs, **cut})
+        open_ = torch.zeros(len(output.logits), dtype=torch.bool)
+        open_[rows] = True
+        for layer, (keys, values) in zip(layers, ends, strict=True):
+            shut = ~open_.to(keys.device)
+            layer.keys[shut, :, -1:] = keys[shut]
+            layer.values[shut, :, -1:] = values[shut]
+        at = open_.to(output.logits.device)
+        output.logits[at, -1] = steered.logits[at, -1]
+
+
+def _plain(layout: Layout) -> bool:
+    """Whether the cache is one of keys and values without windows, whose last column can be taken off."""
+    layers = DynamicCache(config=layout.decoder.config).layers  # type: ignore[arg-type]
+    return can_share(layout) and all(type(layer) is DynamicLayer for layer in layers)
