@@ -26,7 +26,7 @@ SEARCH_QUERIES = 12
 HELD_OUT_QUERIES = 8
 RUNGS = (Rung(2, 6), Rung(6, 3), Rung(SEARCH_QUERIES, 1))
 DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-BATCH = 64
+BATCH = 96
 
 Progress = Callable[[int, int], None]
 Moments = Mapping[int, PairMoments]
@@ -86,7 +86,12 @@ def choose(lm: LM, task: Task, grid: Sequence[tuple[str, float]], tokens: int) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoseWarning)
             answers = lm.generate(
-                [task.prompts[i] for i in rows], own, max_new_tokens=tokens, batch_size=BATCH, progress=progress
+                [task.prompts[i] for i in rows],
+                own,
+                max_new_tokens=tokens,
+                batch_size=BATCH,
+                progress=progress,
+                drop_finished=True,
             )
         read = _read(lm, [task.told[i] for i in rows], answers, confirm=set(rows) <= held_out)
         return [
