@@ -221,7 +221,7 @@ def generate(
         plot_traces(answers, plot)
     if json:
         document = _document(lm.name, files, asked, answers, unsteered)
-        if engine != "transformers":
+        if engine == "vllm":
             for row in document["answers"]:
                 row["dose"] = None  # it isn't measured there
         write_json(document)
@@ -239,7 +239,7 @@ def generate(
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
-        measured = engine == "transformers"
+        measured = engine != "vllm"
         dose = f"; dose {max(answer.applied.dose for answer in answers):.2g}" if measured else ""
         note(f"steered: {named or 'nothing'}{dose}", quiet=False)
 
