@@ -26,6 +26,7 @@ from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.deciding import check_prompt, conditionals, decided, read_gates, wanted
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import can_share
 from trimtab.engines.transformers.sampling import GREEDY, Chooser, Sampling
 from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
@@ -272,18 +273,29 @@ class Stepper:
         asked = [(row.asked.ids, row.asked.steering) for row in rows]
         texts = list(dict.fromkeys(asked))
         prompts = [list(ids) for ids, _ in texts]
-        readings = read_gates(self.layout, prompts, [wanted(steering) for _, steering in texts])
-        acting = [decided(steering, found) for (_, steering), found in zip(texts, readings, strict=True)]
-        names = [tuple(str(edit) for edit in edits) for edits in acting]
-        edits = conditionals(settle(acting, read_prompts(self.layout, prompts)))
         width = max(map(len, prompts))
-        session, cache = Session(self.model, self.layout, lambda *_: _residual(edits)), DynamicCache()
-        session.expect([len(ids) for ids in prompts], width)
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        scored = [Row(_scores(one), len(i), width - len(i)) for one, i in zip(edits, prompts, strict=True)]
-        with self._steering(session, edits, scored, width, lambda: width):
-            logits = self._logits(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        cache = DynamicCache()
+        inputs = ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache
+        steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
+        if decides_at_prefill(self.layout, steerings, lengths, {}):
+            prefill = Prefill(self.model, self.layout, steerings, lengths)
+            edits, names = prefill.edits, prefill.names  # from the pass on
+            session = Session(self.model, self.layout, prefill.decide)
+            session.expect(lengths, width)
+            with prefill.watching(session), session.hooked(prefill.sites):
+                logits = self._logits(*inputs)
+        else:
+            readings = read_gates(self.layout, prompts, [wanted(steering) for steering in steerings])
+            acting = [decided(steering, found) for steering, found in zip(steerings, readings, strict=True)]
+            names = [tuple(str(edit) for edit in one) for one in acting]
+            edits = conditionals(settle(acting, read_prompts(self.layout, prompts)))
+            session = Session(self.model, self.layout, lambda *_: _residual(edits))
+            session.expect(lengths, width)
+            scored = [Row(_scores(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
+            with self._steering(session, edits, scored, width, lambda: width):
+                logits = self._logits(*inputs)
         which = [texts.index(one) for one in asked]
         for row, text in zip(rows, which, strict=True):
             row.edits, row.names = edits[text], names[text]
