@@ -86,6 +86,7 @@ def test_as_it_is_stored(lm: LM) -> None:
     assert stored.identity.fingerprint == lm.identity.fingerprint
     assert stored.identity.template == lm.identity.template
     assert stored.name == lm.name
-    (answer,) = stored.generate("What is the capital of France?", max_new_tokens=20)
-    assert answer.text == "The capital of France is Paris."
-    assert answer.finish_reason == "stop"
+    prompt = "Tell me about rain"  # where no two first words are as likely as the rounding of activations is large
+    (answer,), (exact,) = (one.generate(prompt, max_new_tokens=12) for one in (stored, lm))
+    assert answer.text == exact.text
+    assert answer.applied.edits == ()
