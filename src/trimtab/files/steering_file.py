@@ -42,12 +42,22 @@ def save_steering(steering: Steering, path: str | Path) -> str:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")
+    data, digest = _file(steering)
+    write_atomically(path, data)
+    return digest
+
+
+def steering_to_bytes(steering: Steering) -> bytes:
+    """The content of the file that `save_steering` writes; raises as that does."""
+    return _file(steering)[0]
+
+
+def _file(steering: Steering) -> tuple[bytes, str]:
     if not steering.edits:
         raise TrimtabError("the steering has no edits, so there is nothing to save")
     header, tensors, digest = _content(steering)
     alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: a gate, say
-    write_atomically(path, save(alone, metadata={KEY: _json({**header, "digest": digest})}))
-    return digest
+    return save(alone, metadata={KEY: _json({**header, "digest": digest})}), digest
 
 
 def steering_digest(steering: Steering) -> str:
