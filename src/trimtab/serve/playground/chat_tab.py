@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from trimtab.serve.playground.talk import Talk, Turn
 from trimtab.serve.service import Service
 
 EXAMPLE = "Name three rivers."
+SETTLED = 0.3
+"""Seconds without a move after which a slider stands still."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,11 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     """The components, and what happens when somebody uses them."""
     told = gr.State(Talk())
     said = gr.HTML(show.WELCOME, elem_id="tt-talk")
-    trouble = gr.HTML()
-    with gr.Row():
+    trouble = gr.HTML(elem_classes="tt-say")
+    with gr.Row(equal_height=True):
         message = gr.Textbox(
             show_label=False,
+            container=False,
             label="Message",
             placeholder=f"Say something, such as: {EXAMPLE}",
             lines=1,
@@ -48,21 +52,23 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             autofocus=not service.policy.keys,
             elem_id="tt-message",
         )
-        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="tt-send")
-    with gr.Row():
+        send = gr.Button("Send", variant="primary", scale=0, min_width=90, elem_id="tt-send")
+        stop = gr.Button("Stop", scale=0, min_width=70, elem_id="tt-stop")
+    with gr.Row(equal_height=True, elem_classes="tt-tools"):
         colour = gr.Dropdown(
             [("nothing", NOTHING), ("what rejection did", REJECTION)],
             value=NOTHING,
             label="Colour tokens by",
+            scale=2,
             min_width=180,
             elem_id="tt-colour",
         )
-        live = gr.Checkbox(True, label="Answer again when a slider moves", min_width=160, elem_id="tt-live")
-        stop = gr.Button("Stop", min_width=70, elem_id="tt-stop")
-        clear = gr.Button("New chat", min_width=90, elem_id="tt-clear")
+        live = gr.Checkbox(True, label="Answer again when a slider moves", scale=2, min_width=180, elem_id="tt-live")
+        clear = gr.Button("New chat", scale=0, min_width=110, size="sm", elem_id="tt-clear")
     with gr.Accordion("The request, to copy", open=False):
-        curl = gr.Code(language="shell", label="curl", interactive=False, wrap_lines=True, elem_id="tt-curl")
-        python = gr.Code(language="python", label="Python", interactive=False, wrap_lines=True, elem_id="tt-python")
+        plain: dict[str, Any] = {"wrap_lines": True, "show_line_numbers": False}
+        curl = gr.Code(language="shell", label="curl", interactive=False, **plain, elem_id="tt-curl")
+        python = gr.Code(language="python", label="Python", interactive=False, **plain, elem_id="tt-python")
 
     async def answer(
         number: int, asking: Asking, talk: Talk, tint: str, first: list[Any]
@@ -107,6 +113,12 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             yield [gr.skip(), gr.skip(), gr.skip()]
             return
         turn = talk.turns[-1]
+        talk.moves += 1
+        moved = talk.moves
+        await asyncio.sleep(SETTLED)
+        if talk.moves != moved or turn is not talk.turns[-1]:  # it moves on
+            yield [gr.skip(), gr.skip(), gr.skip()]
+            return
         try:
             mine, given = caller(service, secret), chosen(values)
             said = talk.said(steered=True, before=len(talk.turns) - 1)
@@ -163,7 +175,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     shown = [said, message, trouble]
     for event in (message.submit, send.click):
         event(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
-    for event in (part for slot in panel.slots for part in (slot.strength.release, slot.layer.input)):
+    for event in (part for slot in panel.slots for part in (slot.strength.input, slot.layer.input)):
         event(again, [key, told, colour, live, *panel.inputs], shown, **streams)
     colour.change(tinted, [key, told, colour], [said, trouble], **quick)
     stop.click(halt, told, None, **quick)

@@ -63,8 +63,8 @@ def make_learn(service: Service, key: Any) -> LearnTab:
                 label="Layers", placeholder="the method's own", min_width=120, elem_id="tt-learn-layers"
             )
         go = gr.Button("Learn", variant="primary", elem_id="tt-learn")
-    trouble = gr.HTML()
-    result = gr.HTML(elem_id="tt-lesson")
+    trouble = gr.HTML(elem_classes="tt-say")
+    result = gr.HTML(elem_id="tt-lesson", elem_classes="tt-say")
 
     def append(before: str, opening: str, positive: str, negative: str) -> list[Any]:
         try:

@@ -48,7 +48,7 @@ def make_blocks(service: Service) -> gr.Blocks:
                 autofocus=keys,
             )
             use = gr.Button("Use it", scale=1, min_width=100)
-        trouble = gr.HTML()
+        trouble = gr.HTML(elem_classes="tt-say")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 panel = make_panel(service)

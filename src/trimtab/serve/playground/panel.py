@@ -61,7 +61,7 @@ class Panel:
 def make_panel(service: Service) -> Panel:
     """The components, within whatever holds them."""
     names = gr.Dropdown([], multiselect=True, max_choices=SLOTS, label="Steerings", info="added up", elem_id="tt-names")
-    none = gr.HTML()
+    none = gr.HTML(elem_classes="tt-say")
     slots = tuple(_slot(service, number) for number in range(SLOTS))
     with gr.Accordion("Emphasis", open=False):
         emphasis = gr.Textbox(
@@ -72,7 +72,7 @@ def make_panel(service: Service) -> Panel:
             max_lines=6,
             elem_id="tt-emphasis",
         )
-        marks = gr.HTML()
+        marks = gr.HTML(elem_classes="tt-say")
         rejection = gr.Radio(
             list(REJECTIONS),
             value=REJECTIONS[2] if service.policy.always else REJECTIONS[0],
@@ -98,7 +98,7 @@ def _slot(service: Service, number: int) -> Slot:
             low, high, _begin(low, high), step=0.1, label="strength", elem_id=f"tt-strength-{number}", min_width=180
         )
         layer = gr.Dropdown(
-            [("as learned", AS_LEARNED)], value=AS_LEARNED, label="layer", elem_id=f"tt-layer-{number}", min_width=110
+            [("own", AS_LEARNED)], value=AS_LEARNED, label="layer", elem_id=f"tt-layer-{number}", min_width=110
         )
     return Slot(row, strength, layer)
 
@@ -134,7 +134,7 @@ def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
         choices = [(f"{own[0]} to {own[-1]}", AS_LEARNED)]
         return {"choices": choices, "value": AS_LEARNED, "interactive": False, "label": "layers"}
     others = [(str(layer), layer) for layer in range(service.lm.layout.layers)]
-    return {"choices": [(f"{own[0]}, as learned", AS_LEARNED), *others], "value": value, "interactive": True}
+    return {"choices": [(f"own: {own[0]}", AS_LEARNED), *others], "value": value, "interactive": True}
 
 
 def nameable(service: Service, key: Key) -> list[str]:

@@ -15,8 +15,19 @@ EXTRA = ("steering", "emphasize", "rejection")
 
 
 def body_of(asked: Request) -> dict[str, Any]:
-    """The request's JSON, without what it leaves to the server."""
-    return asked.model_dump(exclude_unset=True)
+    """The request's JSON, without what it leaves to the server; what steers comes last."""
+    body = _plain(asked.model_dump(exclude_unset=True))
+    order = ["model", "messages", "prompt", *(name for name in body if name not in EXTRA), *EXTRA]
+    return {name: body[name] for name in dict.fromkeys(order) if name in body}
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers without a point, as a person writes them."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def as_curl(asked: Request, address: str, *, keys: bool) -> str:
@@ -25,7 +36,11 @@ def as_curl(asked: Request, address: str, *, keys: bool) -> str:
     lines = [f"curl {shlex.quote(f'{address}/v1/{path}')}", "-H 'Content-Type: application/json'"]
     if keys:
         lines.append('-H "Authorization: Bearer $TRIMTAB_API_KEY"')
-    lines.append(f"-d {shlex.quote(json.dumps(body_of(asked), ensure_ascii=False, indent=2))}")
+    fields = ",\n".join(
+        f"    {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in body_of(asked).items()
+    )
+    body = f"{{\n{fields}\n  }}"
+    lines.append(f"-d {shlex.quote(body)}")
     return " \\\n  ".join(lines)
 
 

@@ -39,13 +39,20 @@ def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
             _default(low, high), label="Strengths", info="0 is unsteered", min_width=160, elem_id="tt-strengths"
         )
         layers = gr.Textbox(label="Layers", info="empty: where it was learned", placeholder="8, 12, 16", min_width=160)
-    with gr.Row():
+    with gr.Row(equal_height=True):
         prompt = gr.Textbox(
-            EXAMPLE, label="Message", show_label=False, scale=6, max_lines=8, min_width=180, elem_id="tt-sweep-prompt"
+            EXAMPLE,
+            label="Message",
+            show_label=False,
+            container=False,
+            scale=6,
+            max_lines=8,
+            min_width=180,
+            elem_id="tt-sweep-prompt",
         )
-        go = gr.Button("Sweep", variant="primary", scale=1, min_width=80, elem_id="tt-sweep-go")
-        stop = gr.Button("Stop", scale=1, min_width=70)
-    trouble = gr.HTML()
+        go = gr.Button("Sweep", variant="primary", scale=0, min_width=90, elem_id="tt-sweep-go")
+        stop = gr.Button("Stop", scale=0, min_width=70)
+    trouble = gr.HTML(elem_classes="tt-say")
     grid = gr.HTML(elem_id="tt-grid")
 
     async def run(

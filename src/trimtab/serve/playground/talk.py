@@ -20,11 +20,12 @@ class Turn:
 
 @dataclass
 class Talk:
-    """All of it. `running` is what is being answered just now; `number` counts what was asked."""
+    """All of it. `running` is what is being answered just now; `number` counts what was asked, `moves` a slider's."""
 
     turns: list[Turn] = field(default_factory=list)
     running: Asking | None = None
     number: int = 0
+    moves: int = 0
 
     def said(self, *, steered: bool, before: int | None = None) -> list[Message]:
         """The messages of one side, up to a turn."""
