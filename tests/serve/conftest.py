@@ -114,13 +114,17 @@ class Server:
 
 @pytest.fixture(scope="session")
 def start(folder: Path, steerings: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """`trimtab serve …` in a process of its own, on a free port."""
+    """`trimtab serve …` in a process of its own, on a free port, without the page unless it is asked for.
+
+    Of the tiny model and its steerings, unless others are given.
+    """
     started = []
 
-    def begin(*arguments: str, **environment: str) -> Server:
+    def begin(*arguments: str, model: Path | None = folder, known: Path = steerings, **environment: str) -> Server:
         log = tmp_path_factory.mktemp("log") / "err"
-        command = [sys.executable, "-m", "trimtab", "serve", "--model", str(folder), "--device", "cpu"]
-        command += ["--steerings", str(steerings), "--port", "0", *arguments]
+        command = [sys.executable, "-m", "trimtab", "serve", "--device", "cpu", "--port", "0", "--no-playground"]
+        command += [] if model is None else ["--model", str(model)]
+        command += ["--steerings", str(known), *arguments]
         with log.open("wb") as errors:
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, **environment}

@@ -47,6 +47,9 @@ def serve(
     learn: Annotated[
         bool, typer.Option("--learn", help="Let clients learn steerings from pairs. Others wait meanwhile.")
     ] = False,
+    playground: Annotated[
+        bool, typer.Option("--playground/--no-playground", help="The page at /, to see and feel what a steering does.")
+    ] = True,
     policy: Annotated[
         Path | None,
         typer.Option(
@@ -128,7 +131,8 @@ def serve(
     takes phrases of the prompt, "rejection" {"beta": 0.5} weakens steering
     where it is implausible. The response's "trimtab" says what was applied.
     /v1/steerings lists the steerings, /docs explains all fields, /metrics is
-    for Prometheus, /healthz and /readyz for whoever starts it.
+    for Prometheus, /healthz and /readyz for whoever starts it. The page at /
+    is for people: a chat with and without steering, side by side.
 
     A policy is a JSON file; all of it is optional:
 
@@ -146,6 +150,7 @@ def serve(
     On SIGTERM nothing more is accepted, and what was accepted is finished.
     """
     check_installed()
+    page = playground and find_spec("gradio") is not None
     from trimtab.serve.policy import check_names
 
     rules = _policy(policy, max_dose)
@@ -184,8 +189,13 @@ def serve(
         int(time.time()),
     )
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
+    made = make_app(service, local=is_loopback(host), playground=page)
     _greet(address, library, rules)
-    run(make_app(service, local=is_loopback(host)), scheduler, bound, grace=grace)
+    if page:
+        note(f"a page to try them on: {address}/", quiet=False)
+    elif playground:
+        note("no page to try them on: it needs gradio, pip install 'trimtab[serve]'", quiet=False)
+    run(made, scheduler, bound, grace=grace)
     note("stopped", quiet=False)
 
 

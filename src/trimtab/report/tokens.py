@@ -76,6 +76,30 @@ def token_cosines(
     return result
 
 
+def answer_cosines(
+    lm: LM, steering: Steering, prompt: Sequence[int], answer: Sequence[int], layer: int
+) -> TokenCosines:
+    """The same for the tokens of an answer, read in their place behind the prompt, at one layer.
+
+    The pieces leave special tokens out, as the answer's text does. Raises `TrimtabError` as `token_cosines` does,
+    and for an answer without tokens.
+    """
+    import torch
+
+    from trimtab.engines.transformers.read import Text, read_groups
+    from trimtab.steering import Site
+
+    direction = directions(steering.only([layer]))[layer]
+    ids = [*prompt, *answer]
+    where = list(range(len(prompt), len(ids)))
+    if not where:
+        raise TrimtabError("the answer is empty; there is no token to read")
+    (batch,) = read_groups(lm.layout, [[Text(ids, where)]], [Site(layer)])
+    values = batch.values[Site(layer)][0][0]
+    cosines = torch.cosine_similarity(values.double().cpu(), direction[None], dim=-1)
+    return TokenCosines(layer, tuple(pieces(lm.tokenizer, answer)), tuple(cosines.tolist()))
+
+
 def reach(found: Sequence[TokenCosines]) -> float:
     """The cosine that has the full colour: the largest of either sign, first tokens aside, which lie apart from all."""
     values = [abs(value) for one in found for value in one.cosines[1:] or one.cosines]
@@ -100,17 +124,25 @@ def tokens_page(found: Sequence[TokenCosines], title: str) -> str:
     full = reach(found)
     parts = []
     for one in found:
-        spans = "".join(
-            f'<span style="background: {_shade(cosine, full)}" title="{cosine:+.3f}">{html.escape(piece)}</span>'
-            for piece, cosine in zip(one.pieces, one.cosines, strict=True)
-            if piece
-        )
-        parts.append(f'<h2>layer {one.layer}</h2>\n<p class="text">{spans}</p>')
-    key = " ".join(
+        parts.append(f'<h2>layer {one.layer}</h2>\n<p class="text">{cosine_spans(one, full)}</p>')
+    return PAGE % {"title": html.escape(title), "key": cosine_key(full), "parts": "\n".join(parts)}
+
+
+def cosine_spans(one: TokenCosines, full: float) -> str:
+    """The text as HTML, each token shaded and with its number in a title; `full` is `reach`'s."""
+    return "".join(
+        f'<span style="background: {_shade(cosine, full)}" title="{cosine:+.3f}">{html.escape(piece)}</span>'
+        for piece, cosine in zip(one.pieces, one.cosines, strict=True)
+        if piece
+    )
+
+
+def cosine_key(full: float) -> str:
+    """What the shades of `cosine_spans` stand for, as HTML."""
+    return " ".join(
         f'<span style="background: {_shade(value, full)}">{value:+.2f}</span>'
         for value in (-full, -full / 2, full / 2, full)
     )
-    return PAGE % {"title": html.escape(title), "key": key, "parts": "\n".join(parts)}
 
 
 def draw_tokens(found: Sequence[TokenCosines], title: str) -> bytes:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from trimtab.decoding.trace import Step
+from trimtab.decoding.trace import Step, Trace
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -71,7 +71,10 @@ def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Gene
     for prompt, answer in zip(prompts, answers, strict=True):
         asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
         parts.append(f'<div class="prompt">{html.escape(asked)}</div>')
-        parts.append(f'<p class="answer">{"".join(_spans(tokenizer, answer))}</p>')
+        shown = html.escape(answer.text)
+        if answer.trace is not None:
+            shown = "".join(trace_spans(tokenizer, answer.token_ids, answer.trace))
+        parts.append(f'<p class="answer">{shown}</p>')
         if answer.trace is not None:
             trace = answer.trace
             parts.append(
@@ -81,16 +84,14 @@ def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Gene
     return PAGE % "\n".join(parts)
 
 
-def _spans(tokenizer: Any, answer: Generation) -> Iterator[str]:
-    if answer.trace is None:
-        yield html.escape(answer.text)
-        return
-    for piece, step in zip(pieces(tokenizer, answer.token_ids), answer.trace.steps, strict=True):
+def trace_spans(tokenizer: Any, ids: Sequence[int], trace: Trace) -> Iterator[str]:
+    """The HTML of each token: its class is `kind_of`'s, and `changed` where it differs from the raw model's."""
+    for piece, step in zip(pieces(tokenizer, ids), trace.steps, strict=True):
         kind = kind_of(step)
         if kind == "shut":
             yield html.escape(piece)
             continue
         names = kind + (" changed" if step.replaced is not None else "")
-        rung = "every rung was rejected" if step.rung is None else f"rung {step.rung}: {answer.trace.rungs[step.rung]}"
+        rung = "every rung was rejected" if step.rung is None else f"rung {step.rung}: {trace.rungs[step.rung]}"
         raw = "" if step.replaced is None else f"; the raw model: {tokenizer.decode([step.replaced])!r}"
         yield f'<span class="{names}" title="{html.escape(rung + raw, quote=True)}">{html.escape(piece)}</span>'

@@ -181,26 +181,40 @@ class _Run:
         unfinished = [t for t, answer in zip(self.prepared.tasks, self.answers, strict=True) if not answer.done]
         if unfinished:
             self.service.scheduler.cancel(unfinished)
-        told = self.wire.told(self.prepared, self.answers)
-        asked = self.asked
-        self.service.audit.write(
-            {
-                "request": self.request.state.request_id,
-                "id": self.wire.id,
-                "key": self.request.state.key.name,
-                "route": self.request.url.path,
-                "model": self.service.lm.name,
-                "user": asked.user,
-                "steering": [one.model_dump() for one in told.steering],
-                "emphasized_tokens": told.emphasized_tokens,
-                "rejection": self.prepared.tasks[0].rejection is not None,
-                "doses": [one.dose for one in told.answers],
-                "tokens": [answer.done.tokens for answer in self.answers if answer.done],
-                "prompt_tokens": self.prepared.lengths,
-                "outcome": outcome,
-            },
-            prompt=[m.model_dump() for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt,
-        )
+        state = self.request.state
+        who = {"request": state.request_id, "key": state.key.name, "route": self.request.url.path}
+        write_down(self.service, who, self.asked, self.prepared, self.wire, self.answers, outcome)
+
+
+def write_down(
+    service: Service,
+    who: dict[str, str],
+    asked: ChatRequest | CompletionRequest,
+    prepared: Prepared,
+    wire: Wire,
+    answers: list[Collected],
+    outcome: str,
+) -> None:
+    """The line of the audit log for a request, answered or not. `who`: its id, its key's name, the route."""
+    told = wire.told(prepared, answers)
+    service.audit.write(
+        {
+            "request": who["request"],
+            "id": wire.id,
+            "key": who["key"],
+            "route": who["route"],
+            "model": service.lm.name,
+            "user": asked.user,
+            "steering": [one.model_dump() for one in told.steering],
+            "emphasized_tokens": told.emphasized_tokens,
+            "rejection": prepared.tasks[0].rejection is not None,
+            "doses": [one.dose for one in told.answers],
+            "tokens": [answer.done.tokens for answer in answers if answer.done],
+            "prompt_tokens": prepared.lengths,
+            "outcome": outcome,
+        },
+        prompt=[m.model_dump() for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt,
+    )
 
 
 def _refusal(failed: Failed) -> Refusal:

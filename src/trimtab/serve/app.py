@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -18,12 +18,12 @@ from starlette.types import ASGIApp
 from trimtab import __version__
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
+from trimtab.serve.adding import added, check_may_add, learned
 from trimtab.serve.answering import answer
 from trimtab.serve.guard import Guard
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Json, Refusal
-from trimtab.serve.scheduler import Draining
 from trimtab.serve.schema import (
     NAME,
     ChatCompletion,
@@ -39,8 +39,6 @@ from trimtab.serve.schema import (
     SteeringTold,
 )
 from trimtab.serve.service import Service
-from trimtab.steering import Steering
-from trimtab.text.pairs import pairs_from_rows
 
 DESCRIPTION = """OpenAI's completions with activation steering.
 
@@ -69,14 +67,23 @@ BUSY: dict[int | str, dict[str, Any]] = {
 STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
 
 
-def make_app(service: Service, *, local: bool = False) -> ASGIApp:
-    """The application. The scheduler starts and ends with it; `local` as `Guard` has it."""
+def make_app(service: Service, *, local: bool = False, playground: bool = False) -> ASGIApp:
+    """The application. The scheduler starts and ends with it; `local` as `Guard` has it.
+
+    `playground`: with the page at `/`, which needs gradio.
+    """
+    page: FastAPI | None = None
+    if playground:
+        from trimtab.serve.playground.page import make_page
+
+        page = make_page(service)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if not service.scheduler.alive:
             service.scheduler.start()
-        yield
+        async with page.router.lifespan_context(page) if page else nullcontext():
+            yield
         await asyncio.to_thread(service.scheduler.close)
         service.audit.close()
 
@@ -92,7 +99,7 @@ def make_app(service: Service, *, local: bool = False) -> ASGIApp:
     _completions(app, service)
     _steerings(app, service)
     _document(app)
-    return Guard(app, service, local=local)
+    return Guard(app, service, local=local, page=page)
 
 
 def _document(app: FastAPI) -> None:
@@ -227,15 +234,10 @@ def _steerings(app: FastAPI, service: Service) -> None:
             responses=ERRORS,
         )
         async def learn(request: Request, asked: LearnRequest) -> SteeringTold:
-            key = _may_add(request)
-            _check_free(service, asked.name)
-            pairs = pairs_from_rows(asked.pairs)
-            try:
-                job = service.scheduler.run(lambda: _learned(service, asked.method, pairs, asked.layers))
-            except Draining as draining:
-                raise Refusal(503, str(draining), retry=5) from None
-            made = await asyncio.wrap_future(job)
-            return _told(service, key, _added(service, request, asked.name, made, "learned"))
+            key: Key = request.state.key
+            check_may_add(service, key, asked.name)
+            made = await learned(service, asked)
+            return _told(service, key, added(service, _who(request), asked.name, made.steering, "learned"))
 
     if service.upload:
 
@@ -252,36 +254,14 @@ def _steerings(app: FastAPI, service: Service) -> None:
             name: Annotated[str, Path(pattern=NAME)],
             data: Annotated[bytes, Body(media_type="application/octet-stream")],
         ) -> SteeringTold:
-            key = _may_add(request)
-            _check_free(service, name)
+            key: Key = request.state.key
+            check_may_add(service, key, name)
             made = await asyncio.to_thread(steering_from_bytes, data, "the upload")
-            return _told(service, key, _added(service, request, name, made, "uploaded"))
+            return _told(service, key, added(service, _who(request), name, made, "uploaded"))
 
 
-def _may_add(request: Request) -> Key:
-    key: Key = request.state.key
-    if not key.add:
-        raise Refusal(403, "your key may not add steerings")
-    return key
-
-
-def _check_free(service: Service, name: str) -> None:
-    if service.library.get(name) is not None:
-        raise Refusal(400, "there is a steering of this name already; choose another", param="name")
-
-
-def _learned(service: Service, method: str, pairs: Any, layers: list[int] | None) -> Steering:
-    from trimtab.methods.caa import learn_caa
-    from trimtab.methods.instruct import learn_instruct
-
-    return (learn_caa if method == "caa" else learn_instruct)(service.lm, pairs, layers)
-
-
-def _added(service: Service, request: Request, name: str, steering: Steering, source: str) -> Loaded:
-    found = service.library.add(name, steering, source)
-    entry = {"request": request.state.request_id, "key": request.state.key.name, "route": request.url.path}
-    service.audit.write({**entry, "added": name, "digest": found.digest, "source": source})
-    return found
+def _who(request: Request) -> dict[str, str]:
+    return {"request": request.state.request_id, "key": request.state.key.name, "route": request.url.path}
 
 
 def _told(service: Service, key: Key, one: Loaded) -> SteeringTold:

@@ -1,6 +1,7 @@
 """What stands before the routes: who asks, how large the body is, which host was meant, and the count of requests.
 
-The body is read here, whole and within its limit and time, before anything looks at it.
+The body is read here, whole and within its limit and time, before anything looks at it. The playground's paths, and no
+others, go to the playground; they need no key, as the page asks for it and checks it itself.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trimtab.serve.playground.paths import HEADERS, is_page
+from trimtab.serve.playground.streams import until_drained
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Service
 
@@ -27,8 +30,9 @@ class Guard:
     That keeps a page in a browser on this machine from reaching it under a name of its own (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, service: Service, *, local: bool = False) -> None:
+    def __init__(self, app: ASGIApp, service: Service, *, local: bool = False, page: ASGIApp | None = None) -> None:
         self.app = app
+        self.page = page
         self.service = service
         self.local = local
 
@@ -37,6 +41,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began, status = time.perf_counter(), 500
+        page = self.page is not None and is_page(scope["path"])
         state = scope.setdefault("state", {})
         state["request_id"] = f"req-{uuid.uuid4().hex}"
         state["began"] = time.perf_counter()
@@ -49,31 +54,35 @@ class Guard:
                     *message.get("headers", []),
                     (b"x-request-id", state["request_id"].encode()),
                     (b"x-content-type-options", b"nosniff"),
+                    *(HEADERS if page else ()),
                 ]
             await send(message)
 
         try:
             try:
-                self._admit(scope, state)
+                self._admit(scope, state, page)
                 inside = await self._body(scope, receive)
             except Refusal as refusal:
                 await refusal.response(scope, receive, out)
                 return
-            await self.app(scope, inside, out)
+            if page and self.page is not None:
+                await until_drained(self.page, self.service.scheduler, scope, inside, out)
+            else:
+                await self.app(scope, inside, out)
         finally:
             metrics = self.service.metrics
-            found = scope.get("route")
-            route = getattr(found, "path", "other") if status != 404 or found is not None else "other"
+            found = None if page else scope.get("route")
+            route = "playground" if page else getattr(found, "path", "other")
             metrics.requests.labels(route, str(status)).inc()
             metrics.seconds.labels(route).observe(time.perf_counter() - began)
 
-    def _admit(self, scope: Scope, state: dict[str, Any]) -> None:
+    def _admit(self, scope: Scope, state: dict[str, Any], page: bool) -> None:
         headers = dict(scope["headers"])
         if self.local:
             host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if not _bare(headers) else "::1"
             if host not in LOCAL:
                 raise Refusal(403, "this server is bound to this machine alone; ask for it as localhost")
-        if scope["path"] in OPEN:
+        if page or scope["path"] in OPEN:
             return
         given = headers.get(b"authorization", b"").decode("latin-1")
         kind, _, secret = given.partition(" ")

@@ -33,6 +33,9 @@ class SteeringChoice(_In):
 
     name: str = Field(max_length=64, examples=["json"])
     strength: Finite = Field(1.0, ge=-100, le=100, description="2 pushes twice as hard, -1 the other way.")
+    layer: int | None = Field(
+        None, ge=0, lt=10_000, description="Act at this layer instead; for a steering that acts at one."
+    )
 
 
 class PhraseChoice(_In):
@@ -193,6 +196,7 @@ class AppliedSteering(_Out):
     digest: str
     strength: float
     always: bool = False
+    layer: int | None = Field(None, description="Where it acts instead of where it was learned.")
 
 
 class DoseTold(_Out):

@@ -96,10 +96,23 @@ class Service:
                 raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
             if not low <= choice.strength <= high:
                 raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=f"{where}.strength")
-            told.append(AppliedSteering(name=choice.name, digest=loaded.digest, strength=choice.strength))
-            one = choice.strength * loaded.steering
+            told.append(
+                AppliedSteering(name=choice.name, digest=loaded.digest, strength=choice.strength, layer=choice.layer)
+            )
+            one = choice.strength * self._placed(loaded, choice.layer, f"{where}.layer")
             total = one if total is None else total + one
         return told, total
+
+    def _placed(self, loaded: Loaded, layer: int | None, param: str) -> Steering:
+        """The steering where it was learned, or at another layer."""
+        if layer is None:
+            return loaded.steering
+        try:
+            moved = loaded.steering.at_layer(layer)
+            self.lm.check(moved)
+        except TrimtabError as error:
+            raise Refusal(400, str(error), param=param) from None
+        return moved
 
     def rejection(self, asked: Steered) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
@@ -163,6 +176,12 @@ class Service:
         except TrimtabError as error:
             raise Refusal(400, str(error)) from None
         return Prepared(tasks, told, marked, lengths)
+
+    def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
+        """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't, as `find_spans`."""
+        with self._tokenizing:
+            spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), chat=None if chat else False)
+        return sum(stop - start for start, stop in spans)
 
     def _encode(self, prompt: Any, chat: bool) -> list[int]:
         if _is_ids(prompt):

@@ -93,6 +93,12 @@ class Steering:
             raise TrimtabError(f"this steering has nothing at layer {missing[0]}; it has layers {_list(self.layers)}")
         return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
 
+    def at_layer(self, layer: int) -> Steering:
+        """The same edits at another layer. Raises `TrimtabError` for a steering that acts at several, or at none."""
+        if len(self.layers) != 1:
+            raise TrimtabError(f"only what acts at one layer can act at another; this acts at {_list(self.layers)}")
+        return replace(self, edits=tuple(replace(edit, site=replace(edit.site, layer=layer)) for edit in self.edits))
+
     @property
     def layers(self) -> tuple[int, ...]:
         """The layers at which it acts, in order."""

@@ -82,6 +82,23 @@ def pairs_from_rows(rows: Iterable[dict[str, Any]], name: str = "pairs") -> list
     return pairs
 
 
+def rows_from_text(text: str, name: str = "pairs") -> list[dict[str, Any]]:
+    """The rows of what somebody typed or pasted: a JSON list, JSONL or CSV, told apart by how it begins.
+
+    They go to `pairs_from_rows`. Raises `TrimtabError` for text that is none of these, naming the line.
+    """
+    begins = text.lstrip("\ufeff \t\r\n")
+    if not begins:
+        raise TrimtabError(f"{name} is empty; write one a row: {_shapes()}")
+    kind = ".json" if begins.startswith("[") else ".jsonl" if begins.startswith("{") else ".csv"
+    rows = list(READERS[kind](Path(name), begins.replace("\r\n", "\n")))
+    for where, row in rows:
+        _pair(row, where)  # here the error can name the line
+    if not rows:
+        raise TrimtabError(f"{name} has no rows; write one a row: {_shapes()}")
+    return [row for _, row in rows]
+
+
 def digest(pairs: Sequence[Pair]) -> str:
     """A digest of the pairs, in their order."""
     text = json.dumps([asdict(pair) for pair in pairs], ensure_ascii=False, sort_keys=True)

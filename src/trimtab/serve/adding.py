@@ -1,0 +1,64 @@
+"""Steerings that come while the server runs: who may bring them, learning them from pairs, and writing down that."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from dataclasses import dataclass
+
+from trimtab.learn.contrast import Progress
+from trimtab.methods.caa import learn_caa
+from trimtab.methods.instruct import learn_instruct
+from trimtab.serve.library import Loaded
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.scheduler import Draining
+from trimtab.serve.schema import LearnRequest
+from trimtab.serve.service import Service
+from trimtab.steering import Steering
+from trimtab.text.pairs import pairs_from_rows
+
+
+def check_may_add(service: Service, key: Key, name: str) -> None:
+    """Raises `Refusal` for a key that may not add steerings, and for a name that is taken."""
+    if not key.add:
+        raise Refusal(403, "your key may not add steerings")
+    if service.library.get(name) is not None:
+        raise Refusal(400, "there is a steering of this name already; choose another", param="name")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A steering, and what was warned of while it was learned."""
+
+    steering: Steering
+    remarks: tuple[str, ...] = ()
+
+
+async def learned(service: Service, asked: LearnRequest, progress: Progress | None = None) -> Learned:
+    """Learn from the request's pairs, between two steps of the batch. `progress` is called in the model's thread.
+
+    Raises `TrimtabError` for pairs that nothing can be learned from, and `Refusal` when the server is shutting down.
+    """
+    pairs = pairs_from_rows(asked.pairs)
+    learn = learn_caa if asked.method == "caa" else learn_instruct
+
+    def job() -> Learned:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            made = learn(service.lm, pairs, asked.layers, progress=progress)
+        return Learned(made, tuple(dict.fromkeys(str(one.message) for one in caught)))
+
+    try:
+        future = service.scheduler.run(job)
+    except Draining as draining:
+        raise Refusal(503, str(draining), retry=5) from None
+    made: Learned = await asyncio.wrap_future(future)
+    return made
+
+
+def added(service: Service, who: dict[str, str], name: str, steering: Steering, source: str) -> Loaded:
+    """Put it among the server's, and write that down. `who`: the request's id, its key's name, the route."""
+    found = service.library.add(name, steering, source)
+    service.audit.write({**who, "added": name, "digest": found.digest, "source": source})
+    return found

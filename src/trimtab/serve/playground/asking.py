@@ -1,0 +1,121 @@
+"""Several requests of one person side by side, as their answers come.
+
+They go the way that the API's do: prepared under the policy, accepted all or none by the scheduler, decoded in one
+batch, and written down in the audit log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from trimtab.report.tokens import TokenCosines
+from trimtab.serve.answering import write_down
+from trimtab.serve.playground.callers import new_request
+from trimtab.serve.playground.choices import Request
+from trimtab.serve.policy import Key
+from trimtab.serve.schema import AppliedSteering, ChatRequest
+from trimtab.serve.service import Prepared, Service
+from trimtab.serve.tasks import Done, Event, Failed
+from trimtab.serve.wire import Collected, Wire, new_id
+
+
+@dataclass
+class Side:
+    """One answer as far as it has come. `prompt` is its prompt's token ids, `told` what was asked to steer it.
+
+    `cosines` are those of its tokens with vectors that it was coloured by.
+    """
+
+    prompt: tuple[int, ...] = ()
+    told: tuple[AppliedSteering, ...] = ()
+    collected: Collected = field(default_factory=Collected)
+    error: str = ""
+    over: bool = False
+    cosines: dict[str, TokenCosines] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What has been said so far."""
+        return self.collected.text
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Its tokens."""
+        return tuple(token.id for token in self.collected.tokens)
+
+    @property
+    def done(self) -> Done | None:
+        """How it ended, if it ended well."""
+        return self.collected.done
+
+
+class Asking:
+    """Requests that are asked together. `sides` are their answers, in the requests' order."""
+
+    def __init__(self, service: Service, key: Key, asked: Sequence[Request]) -> None:
+        self.service = service
+        self.key = key
+        self.asked = list(asked)
+        self.sides = [Side() for _ in asked]
+        self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
+
+    def stop(self) -> None:
+        """Let go of what hasn't ended. Nobody needs to wait for it."""
+        self._queue.put_nowait(None)
+
+    async def run(self) -> AsyncGenerator[list[Side], None]:
+        """The sides, again whenever there is more. Closing the iterator lets the answers go.
+
+        Raises before anything runs: `Refusal` for what can't be or may not be asked, `Full` and `Draining`.
+        """
+        prepared = [await asyncio.to_thread(self.service.prepare, self.key, one) for one in self.asked]
+        tasks = [one.tasks[0] for one in prepared]
+        for i, (side, one) in enumerate(zip(self.sides, prepared, strict=True)):
+            side.prompt, side.told = one.tasks[0].ids, tuple(one.told)
+            one.tasks[0].deliver = self._deliver(i)
+        self.service.scheduler.submit(tasks)
+        try:
+            yield self.sides
+            while not all(side.over for side in self.sides):
+                told = await self._queue.get()
+                if told is None:
+                    return
+                self._take(*told)
+                while not self._queue.empty():
+                    if (told := self._queue.get_nowait()) is None:
+                        return
+                    self._take(*told)
+                yield self.sides
+        finally:
+            self._close(prepared)
+
+    def _deliver(self, number: int) -> Callable[[Event], None]:
+        loop = asyncio.get_running_loop()
+
+        def deliver(event: Event) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server is gone
+                loop.call_soon_threadsafe(self._queue.put_nowait, (number, event))
+
+        return deliver
+
+    def _take(self, number: int, event: Event) -> None:
+        side = self.sides[number]
+        if isinstance(event, Failed):
+            side.error, side.over = event.message, True
+        else:
+            side.collected.take(event)
+            side.over = isinstance(event, Done)
+
+    def _close(self, prepared: list[Prepared]) -> None:
+        unfinished = [one.tasks[0] for one, side in zip(prepared, self.sides, strict=True) if not side.over]
+        if unfinished:
+            self.service.scheduler.cancel(unfinished)
+        for asked, one, side in zip(self.asked, prepared, self.sides, strict=True):
+            outcome = "done" if side.done else "failed" if side.error else "cancelled"
+            chat = isinstance(asked, ChatRequest)
+            wire = Wire(new_id(chat), asked.model, chat, False, self.service.lm.tokenizer)
+            write_down(self.service, new_request(self.key), asked, one, wire, [side.collected], outcome)
+            side.over = True

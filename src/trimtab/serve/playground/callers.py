@@ -1,0 +1,47 @@
+"""Whose key it is, and what went wrong in words."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+
+from pydantic import ValidationError
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.scheduler import Draining, Full
+from trimtab.serve.service import Service
+
+ROUTE = "/"
+"""What stands for the page in the audit log, where a request's route does."""
+
+log = logging.getLogger("trimtab")
+
+
+def caller(service: Service, secret: str | None) -> Key:
+    """The key that somebody typed. Raises `Refusal` where it is nobody's; without keys, everybody may ask."""
+    key = service.policy.caller((secret or "").strip() or None)
+    if key is None:
+        given = bool((secret or "").strip())
+        raise Refusal(401, "this API key isn't known to the server" if given else "type your API key first")
+    return key
+
+
+def new_request(key: Key) -> dict[str, str]:
+    """Who asks, as the audit log has it."""
+    return {"request": f"req-{uuid.uuid4().hex}", "key": key.name, "route": ROUTE}
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong, for a person. Whatever isn't expected is told to the server's log, not to the page."""
+    if isinstance(error, Refusal):
+        return error.message
+    if isinstance(error, (TrimtabError, Full, Draining)):
+        return str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = " ".join(str(part) for part in first["loc"])
+        return f"{where}: {first['msg']}" if where else str(first["msg"])
+    log.error("the playground failed", exc_info=error)
+    return "something went wrong inside the server; its log says what"

@@ -1,0 +1,207 @@
+"""The chat: what is said goes to both sides, and both answers stream in side by side."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.playground import show
+from trimtab.serve.playground.asking import Asking
+from trimtab.serve.playground.callers import caller, in_words
+from trimtab.serve.playground.choices import Chosen, chosen, prompt_of, request, talks
+from trimtab.serve.playground.colours import NOTHING, REJECTION, read
+from trimtab.serve.playground.marks import found_marks
+from trimtab.serve.playground.panel import Panel
+from trimtab.serve.playground.snippets import as_curl, as_python
+from trimtab.serve.playground.talk import Talk, Turn
+from trimtab.serve.service import Service
+
+EXAMPLE = "Name three rivers."
+SETTLED = 0.3
+"""Seconds without a move after which a slider stands still."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """The components that others set."""
+
+    colour: Any
+
+
+def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
+    """The components, and what happens when somebody uses them."""
+    told = gr.State(Talk())
+    said = gr.HTML(show.WELCOME, elem_id="tt-talk")
+    trouble = gr.HTML(elem_classes="tt-say")
+    with gr.Row(equal_height=True):
+        message = gr.Textbox(
+            show_label=False,
+            container=False,
+            label="Message",
+            placeholder=f"Say something, such as: {EXAMPLE}",
+            lines=1,
+            max_lines=8,
+            scale=6,
+            min_width=180,
+            autofocus=not service.policy.keys,
+            elem_id="tt-message",
+        )
+        send = gr.Button("Send", variant="primary", scale=0, min_width=90, elem_id="tt-send")
+        stop = gr.Button("Stop", scale=0, min_width=70, elem_id="tt-stop")
+    with gr.Row(equal_height=True, elem_classes="tt-tools"):
+        colour = gr.Dropdown(
+            [("nothing", NOTHING), ("what rejection did", REJECTION)],
+            value=NOTHING,
+            label="Colour tokens by",
+            scale=2,
+            min_width=180,
+            elem_id="tt-colour",
+        )
+        live = gr.Checkbox(True, label="Answer again when a slider moves", scale=2, min_width=180, elem_id="tt-live")
+        clear = gr.Button("New chat", scale=0, min_width=110, size="sm", elem_id="tt-clear")
+    with gr.Accordion("The request, to copy", open=False):
+        plain: dict[str, Any] = {"wrap_lines": True, "show_line_numbers": False}
+        curl = gr.Code(language="shell", label="curl", interactive=False, **plain, elem_id="tt-curl")
+        python = gr.Code(language="python", label="Python", interactive=False, **plain, elem_id="tt-python")
+
+    async def answer(
+        number: int, asking: Asking, talk: Talk, tint: str, first: list[Any]
+    ) -> AsyncGenerator[list[Any], None]:
+        """The conversation as the answers come, until something else is asked. `first`: the message box and errors."""
+        try:
+            async with aclosing(asking.run()) as coming:
+                async for _ in coming:
+                    if talk.number != number:
+                        return
+                    yield [show.talk(service, talk, NOTHING), *first]
+        finally:
+            if talk.running is asking:
+                talk.running = None
+        await _tinted(service, asking, talk, tint)
+        if talk.number == number:
+            yield [show.talk(service, talk, tint), *first]
+
+    async def speak(secret: str, text: str, talk: Talk, tint: str, *values: Any) -> AsyncGenerator[list[Any], None]:
+        try:
+            text = _checked(text)
+            mine, given = caller(service, secret), chosen(values)
+            plain = request(service, given, prompt_of(service, given, talk.said(steered=False), text), steered=False)
+            steered = request(service, given, prompt_of(service, given, talk.said(steered=True), text))
+            asking = Asking(service, mine, [plain, steered])
+            turn = Turn(text, given.phrases, *asking.sides)
+            started = False
+            number = talk.begin(asking)
+            async with aclosing(answer(number, asking, talk, tint, ["", ""])) as coming:
+                async for update in coming:
+                    if not started:  # accepted: now it is a part of the conversation
+                        started = True
+                        talk.turns.append(turn)
+                        update[0] = show.talk(service, talk, NOTHING)
+                    yield update
+        except Exception as error:
+            yield [show.talk(service, talk, tint), gr.update(), show.error(in_words(error))]
+
+    async def again(secret: str, talk: Talk, tint: str, on: bool, *values: Any) -> AsyncGenerator[list[Any], None]:
+        """The last message once more, for the steered side alone: somebody moved a slider."""
+        if not (on and talk.turns):
+            yield [gr.skip(), gr.skip(), gr.skip()]
+            return
+        turn = talk.turns[-1]
+        talk.moves += 1
+        moved = talk.moves
+        await asyncio.sleep(SETTLED)
+        if talk.moves != moved or turn is not talk.turns[-1]:  # it moves on
+            yield [gr.skip(), gr.skip(), gr.skip()]
+            return
+        try:
+            mine, given = caller(service, secret), chosen(values)
+            said = talk.said(steered=True, before=len(talk.turns) - 1)
+            asking = Asking(service, mine, [request(service, given, prompt_of(service, given, said, turn.text))])
+            number = talk.begin(asking)
+            async with aclosing(answer(number, asking, talk, tint, [gr.skip(), ""])) as coming:
+                async for update in coming:
+                    if turn.steered is not asking.sides[0]:
+                        turn.steered, turn.phrases = asking.sides[0], given.phrases
+                        update[0] = show.talk(service, talk, NOTHING)
+                    yield update
+        except Exception as error:
+            yield [show.talk(service, talk, tint), gr.skip(), show.error(in_words(error))]
+
+    async def tinted(secret: str, talk: Talk, tint: str) -> list[Any]:
+        try:
+            sides = [side for turn in talk.turns for side in (turn.plain, turn.steered)]
+            await read(service, caller(service, secret), sides, tint)
+            return [show.talk(service, talk, tint), ""]
+        except Exception as error:
+            return [show.talk(service, talk), show.error(in_words(error))]
+
+    def halt(talk: Talk) -> None:
+        talk.stop()
+
+    def forget(talk: Talk) -> list[Any]:
+        talk.stop()
+        talk.number += 1
+        talk.turns.clear()
+        return [show.talk(service, talk), ""]
+
+    def look(text: str, talk: Talk, *values: Any) -> str:
+        """Whether the phrases are in what would be asked now: in what is typed, or in the conversation so far."""
+        try:
+            given = chosen(values)
+            wanted = given.phrases
+            if not wanted or not ((text or "").strip() or talk.turns):
+                return show.note("It is looked for in your message.") if wanted else ""
+            return show.marks(found_marks(service, _asked_now(service, given, talk, text), wanted, chat=talks(service)))
+        except Exception as error:
+            return show.error(in_words(error))
+
+    def copied(text: str, talk: Talk, here: gr.Request, *values: Any) -> list[str]:
+        try:
+            given = chosen(values)
+            asked = request(service, given, _asked_now(service, given, talk, text or ""))
+            address, keys = str(here.request.base_url).rstrip("/"), bool(service.policy.keys)
+            return [as_curl(asked, address, keys=keys), as_python(asked, address, keys=keys)]
+        except Exception as error:
+            return [f"# {in_words(error)}", ""]
+
+    quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    streams: dict[str, Any] = {**quick, "trigger_mode": "multiple"}
+    shown = [said, message, trouble]
+    for event in (message.submit, send.click):
+        event(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
+    for event in (part for slot in panel.slots for part in (slot.strength.input, slot.layer.input)):
+        event(again, [key, told, colour, live, *panel.inputs], shown, **streams)
+    colour.change(tinted, [key, told, colour], [said, trouble], **quick)
+    stop.click(halt, told, None, **quick)
+    clear.click(forget, told, [said, trouble], **quick)
+    looking = [message, told, *panel.inputs]
+    for event in (panel.emphasis.change, message.blur):
+        event(look, looking, panel.marks, **quick)
+    changed = [*(part.change for part in panel.inputs), said.change, message.blur]
+    gr.on(changed, copied, looking, [curl, python], trigger_mode="always_last", **quick)
+    return Chat(colour)
+
+
+async def _tinted(service: Service, asking: Asking, talk: Talk, tint: str) -> None:
+    sides = [side for turn in talk.turns for side in (turn.plain, turn.steered)]
+    await read(service, asking.key, sides, tint)
+
+
+def _asked_now(service: Service, given: Chosen, talk: Talk, text: str) -> Any:
+    """The prompt that sending would make; after an answer, with nothing typed yet, the one it was made for."""
+    if (text or "").strip() or not talk.turns:
+        return prompt_of(service, given, talk.said(steered=True), (text or "").strip() or EXAMPLE)
+    said = talk.said(steered=True, before=len(talk.turns) - 1)
+    return prompt_of(service, given, said, talk.turns[-1].text)
+
+
+def _checked(text: str | None) -> str:
+    if not (text or "").strip():
+        raise TrimtabError("type something to say first")
+    return (text or "").strip()

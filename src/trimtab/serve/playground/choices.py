@@ -1,0 +1,114 @@
+"""What a person chose on the page, and the API's requests that ask for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.service import ALIAS, Service
+from trimtab.text.chat import Message, has_template
+
+SLOTS = 4
+"""How many steerings the page has sliders for."""
+AS_LEARNED = -1
+"""Among layers: the one where it was learned."""
+WIDEST = 4.0
+"""Sliders end here on either side, or where the policy does."""
+REJECTIONS = ("where something is emphasized", "always", "never")
+
+Request = ChatRequest | CompletionRequest
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The state of the panel. `steering` is (name, strength, layer), where a layer may be `AS_LEARNED`."""
+
+    steering: tuple[tuple[str, float, int], ...] = ()
+    phrases: tuple[str, ...] = ()
+    rejection: str = REJECTIONS[0]
+    beta: float = 0.5
+    system: str = ""
+    max_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a request that steer it; those that ask for nothing are left out."""
+        steering = [
+            {"name": name, "strength": strength} | ({} if layer == AS_LEARNED else {"layer": layer})
+            for name, strength, layer in self.steering
+        ]
+        found: dict[str, Any] = {"steering": steering} if steering else {}
+        if self.phrases:
+            found["emphasize"] = list(self.phrases)
+        if self.rejection == REJECTIONS[1] or (self.rejection == REJECTIONS[0] and self.phrases):
+            found["rejection"] = {"beta": self.beta}
+        elif self.phrases:
+            found["rejection"] = False
+        return found
+
+
+def chosen(values: Sequence[Any]) -> Chosen:
+    """What the panel's values say, in the order in which the panel lists them."""
+    names, values = list(values[0] or []), values[1:]
+    strengths, layers, rest = values[:SLOTS], values[SLOTS : 2 * SLOTS], values[2 * SLOTS :]
+    emphasis, rejection, beta, system, max_tokens, temperature, seed = rest
+    steering = tuple(
+        (str(name), float(strength or 0), AS_LEARNED if layer is None else int(layer))
+        for name, strength, layer in zip(names, strengths, layers, strict=False)
+    )
+    return Chosen(
+        steering,
+        phrases(emphasis),
+        str(rejection),
+        float(beta),
+        (system or "").strip(),
+        int(max_tokens),
+        float(temperature),
+        int(seed or 0),
+    )
+
+
+def phrases(text: str | None) -> tuple[str, ...]:
+    """One phrase a line."""
+    return tuple(dict.fromkeys(line.strip() for line in (text or "").split("\n") if line.strip()))
+
+
+def talks(service: Service) -> bool:
+    """Whether the model holds conversations; without a chat template it continues texts."""
+    return has_template(service.lm.tokenizer)
+
+
+def prompt_of(service: Service, given: Chosen, said: Sequence[Message], text: str) -> Any:
+    """The prompt: the conversation so far and what is said now; or the text, where the model only continues texts."""
+    if not talks(service):
+        return text
+    opening = [{"role": "system", "content": given.system}] if given.system else []
+    return [*opening, *said, {"role": "user", "content": text}]
+
+
+def request(service: Service, given: Chosen, prompt: Any, *, steered: bool = True) -> Request:
+    """The API's request. Raises pydantic's `ValidationError` for what no request can say."""
+    body: dict[str, Any] = {"model": ALIAS, "messages" if talks(service) else "prompt": prompt}
+    body |= {"max_tokens": given.max_tokens, "temperature": given.temperature}
+    if given.temperature > 0:
+        body["seed"] = given.seed
+    if steered:
+        body |= given.fields
+    return (ChatRequest if talks(service) else CompletionRequest).model_validate(body)
+
+
+def span_of(low: float, high: float) -> tuple[float, float]:
+    """The ends of a slider, where a policy allows strengths from `low` to `high`."""
+    ends = max(low, -WIDEST), min(high, WIDEST)
+    return ends if ends[0] < ends[1] else (low, high)
+
+
+def carried(old: Sequence[str], new: Sequence[str], values: Sequence[Any], default: Any) -> list[Any]:
+    """The values of the slots of `old` names, as the slots of `new` names have them."""
+    known = dict(zip(old, values, strict=False))
+    found = [known.get(name, default) for name in new]
+    return found + [default] * (SLOTS - len(found))

@@ -1,0 +1,108 @@
+"""Learning a steering from pairs that somebody typed or dropped in, with progress."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import html
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import steering_to_bytes
+from trimtab.report.pushes import pushes
+from trimtab.serve.adding import added, check_may_add, learned
+from trimtab.serve.library import Loaded
+from trimtab.serve.playground.callers import new_request
+from trimtab.serve.playground.sweep import whole_numbers
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema import LearnRequest
+from trimtab.serve.service import Service
+from trimtab.steering import Steering
+from trimtab.text.pairs import pairs_from_rows, rows_from_text
+
+METHODS = ("as the pairs ask for", "caa", "instruct")
+OFF = "Learning is off on this server. Start it with: trimtab serve --learn"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """Something was learned: the steering as the server has it now, and what was said about it on the way."""
+
+    loaded: Loaded
+    remarks: tuple[str, ...] = ()
+
+
+def lesson_of(name: str, method: str, text: str, layers: str) -> LearnRequest:
+    """The API's request. Raises `TrimtabError` for pairs that can't be read, and pydantic's `ValidationError`."""
+    if not name.strip():
+        raise TrimtabError("give the steering a name, such as polite")
+    rows = rows_from_text(text)
+    if method == METHODS[0]:
+        method = "instruct" if pairs_from_rows(rows)[0].shape == "prompts" else "caa"
+    texts = [{key: value for key, value in row.items() if isinstance(value, str)} for row in rows]
+    asked: dict[str, Any] = {"name": name.strip(), "method": method, "pairs": texts}
+    if chosen := whole_numbers(layers):
+        asked["layers"] = list(chosen)
+    return LearnRequest.model_validate(asked)
+
+
+async def learn(service: Service, key: Key, asked: LearnRequest) -> AsyncIterator[tuple[int, int] | Lesson]:
+    """How many pairs of how many were read, again and again; at last what was learned, which the server has then.
+
+    Raises `Refusal` where learning is off, or not for this key, and `TrimtabError` where nothing can be learned.
+    """
+    if not service.learn:
+        raise Refusal(403, OFF)
+    check_may_add(service, key, asked.name)
+    loop = asyncio.get_running_loop()
+    told: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+    job = asyncio.ensure_future(
+        learned(service, asked, lambda done, total: loop.call_soon_threadsafe(told.put_nowait, (done, total)))
+    )
+    job.add_done_callback(lambda _: told.put_nowait(None))
+    yield 0, len(asked.pairs)
+    while (step := await told.get()) is not None:
+        yield step
+    made = await job
+    yield Lesson(added(service, new_request(key), asked.name, made.steering, "learned"), made.remarks)
+
+
+def as_row(prompt: str, positive: str, negative: str) -> str:
+    """One typed pair as a line of JSONL. Raises `TrimtabError` for a side that is missing."""
+    if not positive.strip() or not negative.strip():
+        raise TrimtabError("a pair needs both: what the model should say, and what not")
+    opening = {"prompt": prompt.strip()} if prompt.strip() else {}
+    return json.dumps({**opening, "positive": positive.strip(), "negative": negative.strip()}, ensure_ascii=False)
+
+
+def told(lesson: Lesson) -> str:
+    """What was learned, as HTML, with the file to save."""
+    loaded = lesson.loaded
+    data = base64.b64encode(steering_to_bytes(loaded.steering)).decode()
+    name = html.escape(loaded.name, quote=True)
+    remarks = "".join(f'<p class="tt-note">{html.escape(remark)}</p>' for remark in lesson.remarks)
+    return (
+        f'<div class="tt-lesson" role="status"><p><strong>{name}</strong> is learned, and chosen on the panel.</p>'
+        f"<p>{html.escape(_measured(loaded.steering))}</p>{remarks}"
+        f'<p><a class="tt-save" download="{name}.safetensors" href="data:application/octet-stream;base64,{data}">'
+        f"Save {name}.safetensors</a></p>"
+        '<p class="tt-note">The server keeps it until it stops. With the file it is there again: put it into the'
+        " folder that --steerings names.</p></div>"
+    )
+
+
+def _measured(steering: Steering) -> str:
+    """Where it acts, how long its push is, and how much the pairs agree, as far as the card tells."""
+    said = []
+    for push in pushes(steering)[:4]:
+        words = f"layer {push.layer}: push of {push.norm:.3g}"
+        if push.share is not None:
+            words += f", {push.share:.0%} of the activation's length"
+        if push.agreement is not None:
+            words += f"; the pairs agree by {push.agreement:.2f}"
+        said.append(words)
+    return " · ".join(said)

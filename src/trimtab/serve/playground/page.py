@@ -1,0 +1,111 @@
+"""The page, as an application of its own: the server's guard sends it the requests that are the page's."""
+
+from __future__ import annotations
+
+import html
+import logging
+from typing import Any
+
+import gradio as gr
+from fastapi import FastAPI
+
+from trimtab.serve.playground import show
+from trimtab.serve.playground.callers import caller, in_words
+from trimtab.serve.playground.chat_tab import make_chat
+from trimtab.serve.playground.choices import SLOTS
+from trimtab.serve.playground.colours import offered
+from trimtab.serve.playground.learn_tab import make_learn
+from trimtab.serve.playground.looks import options
+from trimtab.serve.playground.panel import arrange, make_panel, nameable
+from trimtab.serve.playground.sweep_tab import make_sweep
+from trimtab.serve.service import Service
+
+WAITING = 256
+"""Clicks that wait at most; what they ask for waits in the scheduler's own queue."""
+
+
+def make_page(service: Service) -> FastAPI:
+    """The application that serves the page; to be run with the server's."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    given = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False, "mcp_server": False}
+    gr.mount_gradio_app(page, make_blocks(service), path="/", **given, **options())
+    return page
+
+
+def make_blocks(service: Service) -> gr.Blocks:
+    """The page's components, and what happens when somebody uses them."""
+    keys = bool(service.policy.keys)
+    with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
+        head = gr.HTML(_head(""))
+        with gr.Row(visible=keys):
+            key = gr.Textbox(
+                label="API key",
+                type="password",
+                placeholder="this server asks for one",
+                elem_id="tt-key",
+                scale=4,
+                autofocus=keys,
+            )
+            use = gr.Button("Use it", scale=1, min_width=100)
+        trouble = gr.HTML(elem_classes="tt-say")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                panel = make_panel(service)
+            with gr.Column(scale=5, min_width=280), gr.Tabs():
+                with gr.Tab("Chat"):
+                    chat = make_chat(service, key, panel)
+                with gr.Tab("Sweep"):
+                    sweep = make_sweep(service, key, panel)
+                with gr.Tab("Learn"):
+                    lesson = make_learn(service, key)
+
+        def arrive(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+            """What this key may choose from. `names` are what was chosen before."""
+            try:
+                mine = caller(service, secret)
+            except Exception as error:
+                quiet = keys and not (secret or "").strip()
+                nothing = [gr.update(choices=[], value=[]), "", gr.update(), gr.update()]
+                return [_head(""), "" if quiet else show.error(in_words(error)), *nothing, *(gr.update(),) * len(slots)]
+            known = nameable(service, mine)
+            kept = [name for name in names or [] if name in known]
+            empty = "" if known else show.note("There are no steerings yet: learn one, or start with --steerings DIR.")
+            return [
+                _head(service.lm.name),
+                "",
+                gr.update(choices=known, value=kept),
+                empty,
+                gr.update(choices=offered(service, mine)),
+                gr.update(choices=known, value=kept[0] if kept else known[0] if known else None),
+                *arrange(service, mine, kept, was, values),
+            ]
+
+        slots = panel.arranged
+        known_parts = [head, trouble, panel.names, panel.none, chat.colour, sweep.name, *slots]
+        given = [key, panel.names, panel.was, *panel.values]
+        quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+        for event in (blocks.load, use.click, key.submit):
+            event(arrive, given, known_parts, **quick)
+
+        def choose(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+            try:
+                return ["", *arrange(service, caller(service, secret), names or [], was, values)]
+            except Exception as error:
+                return [show.error(in_words(error)), *(gr.update(),) * len(slots)]
+
+        panel.names.change(choose, given, [trouble, *slots], **quick)
+
+        def admit(secret: str, learned: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
+            """What was just learned is chosen too, in place of the last where there is no room."""
+            room = [name for name in names or [] if name != learned][: SLOTS - 1]
+            return arrive(secret, [*room, learned] if learned else room, was, *values)
+
+        lesson.learned.change(admit, [key, lesson.learned, *given[1:]], known_parts, **quick)
+    blocks.queue(max_size=WAITING, default_concurrency_limit=None, api_open=False)
+    return blocks
+
+
+def _head(model: str) -> str:
+    served = f"<p>{html.escape(model)} · <a href='docs'>API</a></p>" if model else ""
+    return f'<div class="tt-head"><h1>trimtab</h1>{served}</div>'

@@ -1,0 +1,143 @@
+"""The panel: which steerings, how strong and at which layer, what to emphasize, and how answers are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from trimtab.serve.library import Loaded
+from trimtab.serve.playground.choices import AS_LEARNED, REJECTIONS, SLOTS, carried, span_of
+from trimtab.serve.policy import Key
+from trimtab.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A chosen steering's controls."""
+
+    row: Any
+    strength: Any
+    layer: Any
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The panel's components. `was` holds the names whose values the slots show."""
+
+    names: Any
+    was: Any
+    slots: tuple[Slot, ...]
+    none: Any
+    emphasis: Any
+    marks: Any
+    rejection: Any
+    beta: Any
+    system: Any
+    max_tokens: Any
+    temperature: Any
+    seed: Any
+
+    @property
+    def inputs(self) -> list[Any]:
+        """In the order in which `choices.chosen` reads them."""
+        strengths, layers = [slot.strength for slot in self.slots], [slot.layer for slot in self.slots]
+        rest = [self.emphasis, self.rejection, self.beta, self.system, self.max_tokens, self.temperature, self.seed]
+        return [self.names, *strengths, *layers, *rest]
+
+    @property
+    def arranged(self) -> list[Any]:
+        """What `arrange` sets."""
+        return [self.was, *(part for slot in self.slots for part in (slot.row, slot.strength, slot.layer))]
+
+    @property
+    def values(self) -> list[Any]:
+        """The slots' values, for `arrange`."""
+        return [slot.strength for slot in self.slots] + [slot.layer for slot in self.slots]
+
+
+def make_panel(service: Service) -> Panel:
+    """The components, within whatever holds them."""
+    names = gr.Dropdown([], multiselect=True, max_choices=SLOTS, label="Steerings", info="added up", elem_id="tt-names")
+    none = gr.HTML(elem_classes="tt-say")
+    slots = tuple(_slot(service, number) for number in range(SLOTS))
+    with gr.Accordion("Emphasis", open=False):
+        emphasis = gr.Textbox(
+            label="Phrases of your message to emphasize",
+            info="One a line, as they stand there.",
+            placeholder="in one sentence",
+            lines=2,
+            max_lines=6,
+            elem_id="tt-emphasis",
+        )
+        marks = gr.HTML(elem_classes="tt-say")
+        rejection = gr.Radio(
+            list(REJECTIONS),
+            value=REJECTIONS[2] if service.policy.always else REJECTIONS[0],
+            label="Weaken or reject steering where it is implausible",
+            elem_id="tt-rejection",
+        )
+        beta = gr.Slider(0, 1, 0.5, step=0.05, label="How plausible a token must be (β)")
+    with gr.Accordion("Answers", open=False):
+        most = service.limits.max_tokens
+        max_tokens = gr.Slider(1, most, min(128, most), step=1, label="Tokens at most", elem_id="tt-tokens")
+        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest token")
+        seed = gr.Number(0, precision=0, label="Seed", info="for temperatures above 0")
+        system = gr.Textbox(label="System message", lines=1, max_lines=6)
+    return Panel(
+        names, gr.State([]), slots, none, emphasis, marks, rejection, beta, system, max_tokens, temperature, seed
+    )
+
+
+def _slot(service: Service, number: int) -> Slot:
+    low, high = span_of(*service.policy.strength)
+    with gr.Row(visible=False, elem_classes="tt-slot") as row:
+        strength = gr.Slider(
+            low, high, _begin(low, high), step=0.1, label="strength", elem_id=f"tt-strength-{number}", min_width=180
+        )
+        layer = gr.Dropdown(
+            [("own", AS_LEARNED)], value=AS_LEARNED, label="layer", elem_id=f"tt-layer-{number}", min_width=110
+        )
+    return Slot(row, strength, layer)
+
+
+def _begin(low: float, high: float) -> float:
+    return min(max(1.0, low), high)
+
+
+def arrange(service: Service, key: Key, names: Sequence[str], was: Sequence[str], values: Sequence[Any]) -> list[Any]:
+    """The slots for these names, each with the values that its steering had, as updates for `Panel.arranged`."""
+    low, high = span_of(*service.policy.range_of(key))
+    known = {one.name: one for one in service.visible(key)}
+    strengths = carried(was, names, values[:SLOTS], _begin(low, high))
+    layers = carried(was, names, values[SLOTS:], AS_LEARNED)
+    updates: list[Any] = [list(names)]
+    for number in range(SLOTS):
+        loaded = known.get(names[number]) if number < len(names) else None
+        updates.append(gr.update(visible=loaded is not None))
+        if loaded is None:
+            updates += [gr.update(), gr.update()]
+            continue
+        strength = gr.update(
+            label=f"{loaded.name}: strength", minimum=low, maximum=high, value=min(max(strengths[number], low), high)
+        )
+        updates += [strength, gr.update(**_layers(service, loaded, layers[number]))]
+    return updates
+
+
+def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
+    """What a steering's layer can be: one that acts at several stays where it is."""
+    own = loaded.steering.layers
+    if len(own) != 1:
+        choices = [(f"{own[0]} to {own[-1]}", AS_LEARNED)]
+        return {"choices": choices, "value": AS_LEARNED, "interactive": False, "label": "layers"}
+    others = [(str(layer), layer) for layer in range(service.lm.layout.layers)]
+    return {"choices": [(f"own: {own[0]}", AS_LEARNED), *others], "value": value, "interactive": True}
+
+
+def nameable(service: Service, key: Key) -> list[str]:
+    """The steerings that may be chosen: what is always on needs no choosing."""
+    always = {name for name, _ in service.policy.always}
+    return [one.name for one in service.visible(key) if one.name not in always]

@@ -1,0 +1,30 @@
+"""Which requests are the page's, and what its responses say to the browser.
+
+Gradio has more routes than the page needs: files by their path, uploads, a proxy. They aren't reached: a path that
+isn't listed here goes to the API, which doesn't know it.
+"""
+
+from __future__ import annotations
+
+import re
+
+PAGE = re.compile(
+    r"/(?:|config|theme\.css|favicon\.ico|manifest\.json"
+    r"|(?:assets|static|svelte)/[A-Za-z0-9_@][A-Za-z0-9_@.-]*(?:/[A-Za-z0-9_@][A-Za-z0-9_@.-]*)*"
+    r"|gradio_api/(?:info|app_id|startup-events|cancel|reset|queue/join|queue/data|heartbeat/[A-Za-z0-9]+))"
+)
+
+HEADERS = (
+    (
+        b"content-security-policy",
+        b"default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:;"
+        b" style-src 'self' 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'; form-action 'none'",
+    ),
+    (b"referrer-policy", b"no-referrer"),
+)
+"""The page loads nothing from elsewhere and tells nobody of its reader, whatever Gradio's own page asks for."""
+
+
+def is_page(path: str) -> bool:
+    """Whether a request for this path is the page's."""
+    return PAGE.fullmatch(path) is not None

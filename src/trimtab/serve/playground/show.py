@@ -1,0 +1,140 @@
+"""The page's HTML: a conversation in two columns, a grid of answers, phrases that were found, and errors.
+
+Whatever a person or the model wrote is escaped here.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from trimtab.report.traces import kind_of
+from trimtab.serve.playground.asking import Side
+from trimtab.serve.playground.colours import NOTHING, coloured, full_of, key_of
+from trimtab.serve.playground.marks import Mark
+from trimtab.serve.playground.talk import Talk, Turn
+from trimtab.serve.schema import AppliedSteering
+from trimtab.serve.service import Service
+
+WELCOME = """<div class="tt-welcome"><p>Choose a steering, say something, and compare: the same model answers twice,
+side by side, without the steering and with it. Then move the slider.</p></div>"""
+
+
+def error(words: str) -> str:
+    """An error, which a screen reader says at once; nothing for no words."""
+    return f'<p class="tt-error" role="alert">{html.escape(words[:1].upper() + words[1:])}</p>' if words else ""
+
+
+def note(words: str) -> str:
+    """A remark."""
+    return f'<p class="tt-note">{html.escape(words)}</p>' if words else ""
+
+
+def talk(service: Service, told: Talk, colour: str = NOTHING) -> str:
+    """The conversation."""
+    if not told.turns:
+        return WELCOME
+    sides = [side for turn in told.turns for side in (turn.plain, turn.steered)]
+    full = full_of(sides, colour)
+    turns = "".join(_turn(service, turn, colour, full) for turn in told.turns)
+    key = key_of(sides, colour, full)
+    return turns + (f'<p class="tt-key">{key}</p>' if key else "")
+
+
+def _turn(service: Service, turn: Turn, colour: str, full: float) -> str:
+    always = [one.name for one in turn.plain.told if one.always]
+    plain = f"Unsteered, but for {', '.join(always)}" if always else "Unsteered"
+    asked = [_named(one) for one in turn.steered.told if not one.always]
+    emphasized = [f"emphasis on “{phrase}”" for phrase in turn.phrases]
+    steered = " + ".join(asked + emphasized) or "nothing chosen"
+    return (
+        f'<section class="tt-turn"><p class="tt-you">{_marked(turn.text, turn.phrases)}</p><div class="tt-two">'
+        f"{_answer(service, turn.plain, plain, '', colour, full)}"
+        f"{_answer(service, turn.steered, 'Steered', steered, colour, full, 'tt-steered')}</div></section>"
+    )
+
+
+def _named(one: AppliedSteering) -> str:
+    layer = "" if one.layer is None else f" at layer {one.layer}"
+    return f"{one.name} × {one.strength:g}{layer}"
+
+
+def _answer(
+    service: Service, side: Side, title: str, how: str, colour: str, full: float, kind: str = "tt-plain"
+) -> str:
+    more = f" <small>{html.escape(how)}</small>" if how else ""
+    return (
+        f'<article class="tt-answer {kind}"><h3>{html.escape(title)}{more}</h3>'
+        f'<p class="tt-text">{coloured(service, side, colour, full)}{_caret(side)}</p>{_ending(side)}</article>'
+    )
+
+
+def _caret(side: Side) -> str:
+    return "" if side.over else '<span class="tt-caret" aria-hidden="true"></span>'
+
+
+def _ending(side: Side) -> str:
+    """Why it ended, and what steered it."""
+    if side.error:
+        return error(side.error)
+    if not side.over:
+        return ""
+    if side.done is None:
+        return '<p class="tt-end">stopped</p>'
+    done = side.done
+    said = [f"{done.tokens} token{'s' * (done.tokens != 1)}"]
+    if done.finish == "length":
+        said.append("cut at the limit")
+    if done.trace is not None:
+        kinds = [kind_of(step) for step in done.trace.steps]
+        said += [f"{kinds.count(kind)} {kind}" for kind in ("steered", "weakened", "rejected") if kinds.count(kind)]
+        said.append(f"{sum(step.replaced is not None for step in done.trace.steps)} changed")
+    elif done.applied.doses:
+        hardest = max(done.applied.doses, key=lambda dose: dose.ratio)
+        said.append(f"dose {hardest.ratio:.2g} at layer {hardest.layer}")
+    return f'<p class="tt-end">{" · ".join(said)}</p>'
+
+
+def _marked(text: str, phrases: Sequence[str]) -> str:
+    """The text, with the phrases in it marked."""
+    shown = html.escape(text)
+    for phrase in sorted(phrases, key=len, reverse=True):
+        escaped = html.escape(phrase)
+        if "<mark>" not in shown or escaped not in shown[shown.index("<mark>") :]:
+            shown = shown.replace(escaped, f"<mark>{escaped}</mark>")
+    return shown
+
+
+def marks(found: Sequence[Mark]) -> str:
+    """Which phrases are in the prompt, and which aren't."""
+    if not found:
+        return ""
+    items = "".join(
+        f'<li class="tt-missing">{html.escape(one.error)}</li>'
+        if one.error
+        else f"<li>“{html.escape(one.phrase)}”: found, {one.tokens} token{'s' * (one.tokens != 1)}</li>"
+        for one in found
+    )
+    return f'<ul class="tt-marks" aria-live="polite">{items}</ul>'
+
+
+def grid(rows: Sequence[tuple[str, Sequence[tuple[str, Side]]]]) -> str:
+    """A grid of answers: each row with a title, each cell with its own."""
+    parts = []
+    for title, cells in rows:
+        shown = "".join(
+            f'<article class="tt-answer {"tt-plain" if head == "0" else "tt-steered"}"><h3>{html.escape(head)}</h3>'
+            f'<p class="tt-text">{html.escape(side.text)}{_caret(side)}</p>{_ending(side)}</article>'
+            for head, side in cells
+        )
+        heading = f"<h2>{html.escape(title)}</h2>" if title else ""
+        parts.append(f'<section class="tt-row">{heading}<div class="tt-grid">{shown}</div></section>')
+    return "".join(parts)
+
+
+def progress(share: float, words: str) -> str:
+    """How far something has come."""
+    return (
+        f'<p class="tt-note" role="status"><progress max="1" value="{share:.3f}" aria-label="progress"></progress>'
+        f" {html.escape(words)}</p>"
+    )

@@ -1,0 +1,71 @@
+"""A sweep: one steering at several strengths, and layers, on one prompt, as a grid of answers in one batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.playground.choices import AS_LEARNED, Chosen, Request, prompt_of, request
+from trimtab.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """`layers` may hold `AS_LEARNED`."""
+
+    name: str
+    strengths: tuple[float, ...]
+    layers: tuple[int, ...] = (AS_LEARNED,)
+
+    def requests(self, service: Service, given: Chosen, text: str) -> list[Request]:
+        """One for each cell, row by row. Raises `TrimtabError` for more than a request may have."""
+        count = len(self.strengths) * len(self.layers)
+        if count > service.limits.answers:
+            raise TrimtabError(f"these are {count} answers, {service.limits.answers} at most are given at once")
+        found = []
+        for layer in self.layers:
+            for strength in self.strengths:
+                mine = replace(given, steering=((self.name, strength, layer),))
+                prompt = prompt_of(service, mine, [], text)
+                found.append(request(service, mine, prompt, steered=strength != 0))
+        return found
+
+    def rows(self) -> list[str]:
+        """The titles of the rows; none where there is only one."""
+        if self.layers == (AS_LEARNED,):
+            return [""]
+        return ["where it was learned" if layer == AS_LEARNED else f"layer {layer}" for layer in self.layers]
+
+
+def numbers(text: str, what: str) -> tuple[float, ...]:
+    """Numbers with commas or spaces between them, each once. Raises `TrimtabError` for what is none."""
+    found = []
+    for word in re.split(r"[,;\s]+", text.strip().replace("\N{MINUS SIGN}", "-")):
+        if not word:
+            continue
+        try:
+            found.append(float(word))
+        except ValueError:
+            raise TrimtabError(f"{word!r} is no number; {what} are numbers with commas between them") from None
+    return tuple(dict.fromkeys(found))
+
+
+def sweep_of(name: str | None, strengths: str, layers: str) -> Sweep:
+    """What was typed. Raises `TrimtabError` for what makes no sweep."""
+    if not name:
+        raise TrimtabError("choose a steering to sweep")
+    pushed = numbers(strengths, "strengths")
+    if not pushed:
+        raise TrimtabError("type the strengths to try, such as -2, -1, 0, 1, 2")
+    return Sweep(name, pushed, whole_numbers(layers) or (AS_LEARNED,))
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """Layers, as somebody typed them. Raises `TrimtabError` for what is none."""
+    found: Sequence[float] = numbers(text, "layers")
+    for value in found:
+        if value != int(value) or value < 0:
+            raise TrimtabError(f"a layer is a whole number from 0, not {value:g}")
+    return tuple(int(value) for value in found)

@@ -1,0 +1,49 @@
+"""A conversation that two sides answer: the one unsteered, the other steered. Each goes on from its own answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trimtab.serve.playground.asking import Asking, Side
+from trimtab.text.chat import Message
+
+
+@dataclass
+class Turn:
+    """What was said, which phrases of it were emphasized, and both answers."""
+
+    text: str
+    phrases: tuple[str, ...] = ()
+    plain: Side = field(default_factory=Side)
+    steered: Side = field(default_factory=Side)
+
+
+@dataclass
+class Talk:
+    """All of it. `running` is what is being answered just now; `number` counts what was asked, `moves` a slider's."""
+
+    turns: list[Turn] = field(default_factory=list)
+    running: Asking | None = None
+    number: int = 0
+    moves: int = 0
+
+    def said(self, *, steered: bool, before: int | None = None) -> list[Message]:
+        """The messages of one side, up to a turn."""
+        found: list[Message] = []
+        for turn in self.turns[:before]:
+            side = turn.steered if steered else turn.plain
+            found += [{"role": "user", "content": turn.text}, {"role": "assistant", "content": side.text}]
+        return found
+
+    def begin(self, asking: Asking) -> int:
+        """Something else is asked: what was being answered is let go. Its number tells it from what comes after."""
+        self.stop()
+        self.running = asking
+        self.number += 1
+        return self.number
+
+    def stop(self) -> None:
+        """Let go of what is being answered."""
+        if self.running is not None:
+            self.running.stop()
+            self.running = None

@@ -1,0 +1,301 @@
+"""The page as a person has it: a real server of the default model, and a real browser without a window."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
+sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need playwright: pip install playwright")
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 180_000  # milliseconds: machines that test are often slow
+ASK = "What makes a good friend?"
+TOKENS = 16
+TOPICS = ["Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?"]
+
+
+@pytest.fixture(scope="module")
+def bullets(lm: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a steering towards bullet points."""
+    from trimtab import learn_instruct, save
+    from trimtab.text.pairs import Pair
+
+    folder = tmp_path_factory.mktemp("known")
+    pairs = [Pair(f"{topic} Answer as a list of bullet points.", topic, "", "prompts") for topic in TOPICS]
+    save(learn_instruct(lm, pairs), folder / "bullets.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(start: Callable[..., Any], bullets: Path) -> Any:
+    arguments = ("--playground", "--learn", "--max-tokens", str(TOKENS), "--dtype", "float32")
+    return start(*arguments, model=None, known=bullets)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A page in a context of its own. It must load nothing from elsewhere, and never show a traceback."""
+    contexts = []
+
+    def begin(url: str, width: int = 1280, height: int = 900, ready: str = ".tt-head p") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE)
+        elsewhere: list[str] = []
+        failed: list[str] = []
+        page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.on("response", lambda r: failed.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        contexts.append((context, page, elsewhere, failed))
+        page.goto(url)
+        page.wait_for_selector(ready)
+        return page
+
+    yield begin
+    for context, page, elsewhere, failed in contexts:
+        shown = "" if page.is_closed() else page.inner_text("body")
+        context.close()
+        assert elsewhere == []
+        assert failed == []
+        assert "Traceback" not in shown
+
+
+@pytest.fixture
+def page(open_page: Callable[..., Any], server: Any) -> Any:
+    return open_page(server.url)
+
+
+def choose(page: Any, name: str) -> None:
+    page.click("#tt-names input")
+    page.get_by_role("option", name=name).click()
+    page.keyboard.press("Escape")
+    page.wait_for_function("name => document.body.innerText.includes(name + ': strength')", arg=name)
+
+
+def say(page: Any, text: str) -> None:
+    """Type it and press Enter; wait for both answers."""
+    before = page.locator(".tt-turn").count()
+    page.fill("#tt-message textarea", text)
+    page.press("#tt-message textarea", "Enter")
+    page.wait_for_function("n => document.querySelectorAll('#tt-talk .tt-end').length >= n", arg=2 * before + 2)
+
+
+def words(page: Any, side: str) -> str:
+    """What a side said last."""
+    return str(page.locator(f"#tt-talk .{side} .tt-text").last.text_content())
+
+
+def until(page: Any, side: str, expected: str) -> None:
+    page.wait_for_function(
+        "([side, text]) => [...document.querySelectorAll(`#tt-talk .${side} .tt-text`)].at(-1).textContent == text",
+        arg=[side, expected],
+    )
+
+
+class TestChat:
+    def test_both_answers_the_slider_and_the_colours(self, page: Any, lm: Any, bullets: Path) -> None:
+        from trimtab import load
+
+        steering = load(bullets / "bullets.safetensors")
+        choose(page, "bullets")
+        say(page, ASK)
+        prompt = [{"role": "user", "content": ASK}]
+        expected = {
+            strength: lm.generate(prompt, strength * steering, max_new_tokens=TOKENS)[0].text
+            for strength in (0, 0.5, 1)
+        }
+        assert words(page, "tt-plain") == expected[0]
+        assert words(page, "tt-steered") == expected[1] != expected[0]
+        assert page.input_value("#tt-message textarea") == ""
+        assert page.evaluate("document.activeElement.closest('#tt-message') != null")
+        # with the keyboard: five steps to the left are half the strength
+        assert expected[0.5] not in (expected[0], expected[1])
+        page.focus("#tt-strength-0 input[type=range]")
+        for _ in range(5):
+            page.keyboard.press("ArrowLeft")
+        until(page, "tt-steered", expected[0.5])
+        assert words(page, "tt-plain") == expected[0]
+        assert "bullets × 0.5" in page.locator(".tt-steered h3").last.inner_text()
+        # colours
+        page.click("#tt-colour input")
+        layer = steering.layers[0]
+        page.get_by_role("option", name=f"bullets, layer {layer}").click()
+        page.wait_for_selector("#tt-talk .tt-steered .tt-text span[title]")
+        assert words(page, "tt-steered") == expected[0.5]
+        assert "Cosine" in page.locator(".tt-key").inner_text()
+        # the request, to copy
+        page.get_by_text("The request, to copy").click()
+        page.wait_for_function("document.querySelector('#tt-curl').innerText.includes('\"strength\": 0.5')")
+        assert f"curl {page.url}v1/chat/completions" in page.inner_text("#tt-curl")
+        assert "extra_body" in page.inner_text("#tt-python")
+
+    def test_emphasis_and_what_rejection_did(self, page: Any, lm: Any) -> None:
+        text = "Name a fruit. Answer in capital letters."
+        page.get_by_role("button", name="Emphasis").click()
+        page.fill("#tt-message textarea", text)
+        page.fill("#tt-emphasis textarea", "in purple letters")
+        page.wait_for_selector(".tt-missing")
+        assert "isn't in the prompt; the closest is" in page.inner_text(".tt-missing")
+        # it isn't sent, and the message stays
+        page.press("#tt-message textarea", "Enter")
+        page.wait_for_selector(".tt-error[role=alert]")
+        assert "isn't in the prompt" in page.inner_text(".tt-error[role=alert]")
+        assert page.input_value("#tt-message textarea") == text
+        assert page.locator(".tt-turn").count() == 0
+        page.fill("#tt-emphasis textarea", "in capital letters")
+        page.wait_for_function("document.querySelector('.tt-marks')?.innerText.includes('found, ')")
+        say(page, text)
+        assert page.locator(".tt-error").count() == 0
+        (answer,) = lm.generate(
+            [[{"role": "user", "content": text}]], emphasize=["in capital letters"], max_new_tokens=TOKENS
+        )
+        assert words(page, "tt-steered") == answer.text
+        changed = sum(step.replaced is not None for step in answer.trace.steps)
+        assert f"{changed} changed" in page.locator(".tt-steered .tt-end").inner_text()
+        assert page.inner_text(".tt-you mark") == "in capital letters"
+        page.click("#tt-colour input")
+        page.get_by_role("option", name="what rejection did").click()
+        page.wait_for_selector("#tt-talk .tt-steered .tt-text span")
+        opened = sum(step.open for step in answer.trace.steps)
+        assert page.locator("#tt-talk .tt-steered .tt-text span").count() == opened > 0
+
+    def test_errors_are_words(self, page: Any) -> None:
+        page.press("#tt-message textarea", "Enter")
+        page.wait_for_selector(".tt-error[role=alert]")
+        assert "Type something to say first" in page.inner_text(".tt-error")
+        say(page, ASK)  # and it goes on
+        assert page.locator(".tt-error").count() == 0
+        page.get_by_role("tab", name="Learn").click()
+        page.fill("#tt-name textarea, #tt-name input", "broken")
+        page.fill("#tt-pairs textarea", '{"positive": "yes"}')
+        page.click("#tt-learn")
+        page.wait_for_selector(".tt-error[role=alert]")
+        assert "Pairs:1: no pair" in page.inner_text(".tt-error")
+
+    def test_it_can_be_stopped_and_closing_the_page_frees_the_model(self, page: Any, server: Any) -> None:
+        page.fill("#tt-message textarea", "Tell me a long story.")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".tt-caret")
+        page.context.close()
+        until = time.monotonic() + 60
+        while time.monotonic() < until and metric(server, "trimtab_running") + metric(server, "trimtab_queued"):
+            time.sleep(0.2)
+        assert metric(server, "trimtab_running") == metric(server, "trimtab_queued") == 0
+
+
+class TestSweep:
+    def test_a_grid_of_answers(self, page: Any, lm: Any, bullets: Path) -> None:
+        from trimtab import load
+
+        page.get_by_role("tab", name="Sweep").click()
+        page.fill("#tt-strengths textarea, #tt-strengths input", "0, 1")
+        page.fill("#tt-sweep-prompt textarea", ASK)
+        page.click("#tt-sweep-go")
+        page.wait_for_function("document.querySelectorAll('#tt-grid .tt-end').length == 2")
+        steering = load(bullets / "bullets.safetensors")
+        prompt = [{"role": "user", "content": ASK}]
+        expected = [lm.generate(prompt, s * steering, max_new_tokens=TOKENS)[0].text for s in (0, 1)]
+        assert page.locator("#tt-grid .tt-text").all_text_contents() == expected
+        assert page.locator("#tt-grid h3").all_inner_texts() == ["0", "1"]
+
+
+class TestLearning:
+    def test_from_a_dropped_file_and_a_typed_pair(self, page: Any, lm: Any, tmp_path: Path) -> None:
+        from trimtab import load
+
+        page.get_by_role("tab", name="Learn").click()
+        rows = [{"prompt": t, "positive": "I'd love to!", "negative": "I hate that."} for t in TOPICS]
+        transfer = page.evaluate_handle(
+            """text => { const data = new DataTransfer();
+                data.items.add(new File([text], "kind words.jsonl")); return data; }""",
+            "\n".join(map(json.dumps, rows)),
+        )
+        page.dispatch_event("#tt-pairs textarea", "drop", {"dataTransfer": transfer})
+        page.wait_for_function("document.querySelector('#tt-pairs textarea').value.includes('hate')")
+        page.get_by_role("button", name="Add a pair by typing").click()
+        page.fill("#tt-pair-prompt textarea", "Help?")
+        page.fill("#tt-pair-positive textarea", "Gladly!")
+        page.fill("#tt-pair-negative textarea", "Never.")
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#tt-pairs textarea').value.includes('Gladly')")
+        assert page.locator("#tt-name").locator("textarea, input").input_value() == "kind-words"
+        page.click("#tt-learn")
+        page.wait_for_selector(".tt-save")
+        with page.expect_download() as coming:
+            page.click(".tt-save")
+        assert coming.value.suggested_filename == "kind-words.safetensors"
+        coming.value.save_as(tmp_path / "kind.safetensors")
+        steering = load(tmp_path / "kind.safetensors")
+        assert steering.card.options is not None
+        # it is chosen, and steers
+        page.wait_for_function("document.body.innerText.includes('kind-words: strength')")
+        page.get_by_role("tab", name="Chat").click()
+        say(page, ASK)
+        (answer,) = lm.generate([{"role": "user", "content": ASK}], steering, max_new_tokens=TOKENS)
+        assert words(page, "tt-steered") == answer.text
+
+
+class TestNarrow:
+    def test_a_telephone(self, open_page: Callable[..., Any], server: Any) -> None:
+        page = open_page(server.url, 390, 844)
+        choose(page, "bullets")
+        say(page, ASK)
+        for tab in ("Chat", "Sweep", "Learn"):
+            page.get_by_role("tab", name=tab).click()
+            page.wait_for_timeout(300)
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
+        page.get_by_role("tab", name="Chat").click()
+        plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))
+        assert steered["y"] >= plain["y"] + plain["height"]  # one below the other
+        assert plain["width"] > 300
+        page.set_viewport_size({"width": 1280, "height": 900})
+        plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))
+        assert steered["x"] >= plain["x"] + plain["width"]  # side by side
+        assert steered["y"] == plain["y"]
+
+
+class TestKeys:
+    def test_a_server_with_keys_asks_for_one(self, start: Callable[..., Any], open_page: Callable[..., Any]) -> None:
+        server = start("--playground", TRIMTAB_API_KEY="open sesame")
+        page = open_page(server.url, ready="#tt-key input")
+        assert "s0" not in page.content()
+        page.fill("#tt-key input", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".tt-error")
+        assert "isn't known" in page.inner_text(".tt-error")
+        page.fill("#tt-key input", "open sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(".tt-head p")
+        choose(page, "s1")
+        say(page, "The sea")
+        assert "s1 × 1" in page.locator(".tt-steered h3").inner_text()
+        # the server ends although the page is open
+        began = time.monotonic()
+        assert server.stop(signal.SIGTERM) == 0
+        assert time.monotonic() - began < 30
+
+
+def metric(server: Any, name: str) -> float:
+    text = httpx.get(f"{server.url}/metrics", timeout=60).text
+    found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
