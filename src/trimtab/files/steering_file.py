@@ -42,8 +42,6 @@ def save_steering(steering: Steering, path: str | Path) -> str:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")
-    if not steering.edits:
-        raise TrimtabError("the steering has no edits, so there is nothing to save")
     digest, data = _encoded(steering)
     write_atomically(path, data)
     return digest
@@ -55,6 +53,8 @@ def steering_to_bytes(steering: Steering) -> bytes:
 
 
 def _encoded(steering: Steering) -> tuple[str, bytes]:
+    if not steering.edits:
+        raise TrimtabError("the steering has no edits, so there is nothing to save")
     header, tensors, digest = _content(steering)
     alone = {name: tensor.clone() for name, tensor in tensors.items()}  # edits may share one: a gate, say
     return digest, save(alone, metadata={KEY: _json({**header, "digest": digest})})
