@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import tiny
 import torch
 from commands.conftest import save_model
-from other_programs import library
+from other_programs import FOLDER, library
 
 from trimtab import (
     LM,
@@ -154,6 +157,12 @@ def test_saklas_files(monkeypatch, tmp_path):
 
 
 def test_steerkit_files(monkeypatch, tmp_path):
+    package = types.ModuleType("steerkit")  # its own imports TransformerLens, which its files have no need of
+    package.__path__ = [str(FOLDER / "steerkit")]
+    monkeypatch.setitem(sys.modules, "steerkit", package)
+    lens = types.ModuleType("transformer_lens")
+    lens.HookedTransformer = object
+    monkeypatch.setitem(sys.modules, "transformer_lens", lens)
     kit = library(monkeypatch, "steerkit.gguf_export")
     probe = library(monkeypatch, "steerkit.probe")
     unit = tiny.direction(3).float()
