@@ -70,6 +70,14 @@ def test_there_and_back(hub):
     }
 
 
+def test_as_methods(hub, tmp_path):
+    """The same, typed on the steering itself."""
+    first = steering().push_to_hub("me/capitals", token=TOKEN).rpartition("/")[2]
+    assert Steering.from_pretrained("me/capitals", revision=first) == steering()
+    assert steering().save(tmp_path / "s.safetensors") == steering_digest(steering())
+    assert Steering.load(tmp_path / "s.safetensors") == steering()
+
+
 def test_revisions(hub):
     first = push_to_hub(steering(), "me/capitals", token=TOKEN).rpartition("/")[2]
     second = push_to_hub(steering(2.0), "me/capitals", token=TOKEN).rpartition("/")[2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
@@ -78,6 +80,24 @@ class Steering:
     def __sub__(self, other: Steering) -> Steering:
         return self + -other
 
+    @classmethod
+    def load(cls, path: str | Path, **options: Any) -> Steering:
+        """A steering from a file, trimtab's or another program's: `trimtab.load`."""
+        return _above("load", "load")(path, **options)
+
+    @classmethod
+    def from_pretrained(cls, repository: str | Path, **options: Any) -> Steering:
+        """A steering from the Hugging Face Hub, or a folder: `trimtab.from_pretrained`."""
+        return _above("hub", "from_pretrained")(repository, **options)
+
+    def save(self, path: str | Path) -> str:
+        """Write it to a `.safetensors` file: `trimtab.save`. Returns the digest."""
+        return _above("steering_file", "save_steering")(self, path)
+
+    def push_to_hub(self, repository: str, **options: Any) -> str:
+        """Put it on the Hugging Face Hub, with a page made from its card: `trimtab.push_to_hub`."""
+        return _above("hub", "push_to_hub")(self, repository, **options)
+
     def at(self, positions: Positions) -> Steering:
         """The same edits at other positions."""
         return replace(self, edits=tuple(replace(edit, positions=positions) for edit in self.edits))
@@ -110,6 +130,11 @@ class Steering:
         else:
             inner = ", ".join(str(edit) for edit in self.edits)
         return f"Steering({self.card.method}: {inner or 'nothing'})"
+
+
+def _above(module: str, name: str) -> Any:
+    """A function of `trimtab.files`, which stands above: looked up when it is called, as a word for who types it."""
+    return getattr(import_module(f"trimtab.files.{module}"), name)
 
 
 def _parts(steering: Steering) -> tuple[Card, ...]:
