@@ -19,7 +19,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need p
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 180_000  # milliseconds: machines that test are often slow
+PATIENCE = 90_000  # milliseconds: machines that test are often slow
 ASK = "What makes a good friend?"
 TOKENS = 16
 TOPICS = ["Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?"]
@@ -155,7 +155,7 @@ class TestChat:
         page.fill("#tt-message textarea", text)
         page.fill("#tt-emphasis textarea", "in purple letters")
         page.wait_for_selector(".tt-missing")
-        assert "isn't in the prompt; the closest is" in page.inner_text(".tt-missing")
+        assert "'in purple letters' isn't in the prompt" in page.inner_text(".tt-missing")
         # it isn't sent, and the message stays
         page.press("#tt-message textarea", "Enter")
         page.wait_for_selector(".tt-error[role=alert]")

@@ -233,7 +233,7 @@ class TestEmphasis:
         there, missing = found_marks(service, prompt, ("wide and blue", "wide and red"), chat=True)
         assert there.tokens > 0
         assert not there.error
-        assert "isn't in the prompt; the closest is" in missing.error
+        assert "'wide and red' isn't in the prompt" in missing.error
         shown = show.marks([there, missing])
         assert "found" in shown
         assert "tt-missing" in shown

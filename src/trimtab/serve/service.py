@@ -178,9 +178,12 @@ class Service:
         return Prepared(tasks, told, marked, lengths)
 
     def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
-        """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't, as `find_spans`."""
+        """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't."""
+        given: dict[str, Any] = {"chat": None if chat else False}
         with self._tokenizing:
-            spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), chat=None if chat else False)
+            if phrase not in render(self.lm.tokenizer, prompt, **given).text:
+                raise TrimtabError(_missing(phrase))
+            spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **given)
         return sum(stop - start for start, stop in spans)
 
     def _encode(self, prompt: Any, chat: bool) -> list[int]:
@@ -228,7 +231,7 @@ class Service:
             for i, one in enumerate(asked.emphasize):
                 phrase = one if isinstance(one, str) else one.text if isinstance(one, PhraseChoice) else None
                 if phrase is not None and (not phrase.strip() or phrase not in text):
-                    raise Refusal(400, "the phrase to emphasize isn't in the prompt", param=f"emphasize.{i}")
+                    raise Refusal(400, _missing(phrase), param=f"emphasize.{i}")
                 if isinstance(one, PhraseChoice):
                     marks.append(Phrase(one.text, one.occurrence))
                 elif isinstance(one, PartChoice):
@@ -249,6 +252,11 @@ class Prepared:
     told: list[AppliedSteering]
     emphasized: int
     lengths: list[int]
+
+
+def _missing(phrase: str) -> str:
+    shown = phrase if len(phrase) <= 80 else f"{phrase[:79]}…"
+    return f"the phrase {shown!r} isn't in the prompt; write it as it stands there"
 
 
 def _allowed(key: Key, loaded: Loaded) -> bool:

@@ -81,7 +81,8 @@ def make_panel(service: Service) -> Panel:
         )
         beta = gr.Slider(0, 1, 0.5, step=0.05, label="How plausible a token must be (β)")
     with gr.Accordion("Answers", open=False):
-        most = service.limits.max_tokens
+        context = service.lm.layout.context
+        most = service.limits.max_tokens if context is None else min(service.limits.max_tokens, max(2, context // 2))
         max_tokens = gr.Slider(1, most, min(128, most), step=1, label="Tokens at most", elem_id="tt-tokens")
         temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest token")
         seed = gr.Number(0, precision=0, label="Seed", info="for temperatures above 0")
