@@ -15,7 +15,7 @@ from trimtab.steering import Add, Edit, Positions, Site, Steering
 
 WIDTH = 576
 LAYERS = 30
-TINY = {  # a pool of 32 blocks of 32 tokens, prompts in chunks of at most 48: everything that can go wrong happens
+TINY = {  # a pool of 24 blocks of 32 tokens, prompts in chunks of at most 48: everything that can go wrong happens
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 512,
@@ -23,7 +23,7 @@ TINY = {  # a pool of 32 blocks of 32 tokens, prompts in chunks of at most 48: e
     "max_num_batched_tokens": 48,
     "enable_chunked_prefill": True,
     "block_size": 32,
-    "num_gpu_blocks_override": 32,
+    "num_gpu_blocks_override": 24,
     "disable_log_stats": False,
     "seed": 0,
 }
