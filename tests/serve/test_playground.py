@@ -261,8 +261,8 @@ class TestEmphasis:
         assert "No answer here" in key_of([plain], REJECTION, 1.0)
 
     def test_a_phrase_that_is_missing_asks_nothing(self, service: Any) -> None:
+        given = Chosen(phrases=("purple",), max_tokens=4)
         with pytest.raises(Refusal, match="isn't in the prompt"):
-            given = Chosen(phrases=("purple",), max_tokens=4)
             ask(service, (given, False), (given, True))
         assert service.scheduler.running == service.scheduler.queued == 0
 

@@ -44,11 +44,11 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             show_label=False,
             container=False,
             label="Message",
-            placeholder=f"Say something, such as: {EXAMPLE}",
+            placeholder="Say something",
             lines=1,
             max_lines=8,
             scale=6,
-            min_width=180,
+            min_width=120,
             autofocus=not service.policy.keys,
             elem_id="tt-message",
         )
