@@ -1,7 +1,7 @@
 """Take docs/images/playground-*.png from the page of a running server that has a steering called bullets.
 
 trimtab learn instruct --instruction "Answer as a list of bullet points." --out steerings/bullets.safetensors
-trimtab serve --steerings steerings --max-tokens 60
+trimtab serve --steerings steerings --max-tokens 44
 python docs/images/make_playground_pictures.py http://localhost:8000/ docs/images
 
 It drives the Chromium that is there; on Debian: apt-get install chromium.
@@ -24,7 +24,7 @@ def take(address: str, folder: Path) -> None:
     """A chat whose tokens are coloured by their projection, and a sweep."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1120, "height": 620})
+        page = browser.new_page(viewport={"width": 1240, "height": 700})
         page.set_default_timeout(PATIENCE)
         page.goto(address)
         page.wait_for_selector(".tt-head p")

@@ -162,7 +162,11 @@ class TestChat:
         assert "isn't in the prompt" in page.inner_text(".tt-error[role=alert]")
         assert page.input_value("#tt-message textarea") == text
         assert page.locator(".tt-turn").count() == 0
-        page.fill("#tt-emphasis textarea", "in capital letters")
+        page.fill("#tt-emphasis textarea", "")
+        start = text.index("in capital letters")
+        page.evaluate(f"document.querySelector('#tt-message textarea').setSelectionRange({start}, {len(text) - 1})")
+        page.click("#tt-marking")
+        page.wait_for_function("document.querySelector('#tt-emphasis textarea').value == 'in capital letters'")
         page.wait_for_function("document.querySelector('.tt-marks')?.innerText.includes('found, ')")
         say(page, text)
         assert page.locator(".tt-error").count() == 0

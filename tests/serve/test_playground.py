@@ -150,6 +150,18 @@ class TestAnswers:
         with pytest.raises(TrimtabError, match="acts at none"):
             Steering().at_layer(1)
 
+    def test_a_model_without_a_template_continues_texts(
+        self, service: Any, tiny_lm: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(tiny_lm.tokenizer, "chat_template", None)
+        given = Chosen(phrases=("wide",), rejection=REJECTIONS[2], max_tokens=6)
+        asked = request(service, given, prompt_of(service, given, [{"role": "user", "content": "Who?"}], TEXT))
+        assert as_curl(asked, "http://x", keys=False).startswith("curl http://x/v1/completions ")
+        plain, steered = ask(service, (given, False), (given, True))
+        (a,) = tiny_lm.generate(TEXT, max_new_tokens=6)
+        (b,) = tiny_lm.generate([TEXT], emphasize=["wide"], rejection=False, max_new_tokens=6)
+        assert (plain.ids, steered.ids) == (a.token_ids, b.token_ids)
+
     def test_they_go_on_from_their_own_words(self, service: Any) -> None:
         talk = Talk()
         given = Chosen((("s0", 3.0, AS_LEARNED),), system="Be kind.", max_tokens=6)

@@ -196,7 +196,7 @@ class AppliedSteering(_Out):
     digest: str
     strength: float
     always: bool = False
-    layer: int | None = Field(None, description="Where it acts instead of where it was learned.")
+    layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
 
 
 class DoseTold(_Out):

@@ -44,11 +44,11 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             show_label=False,
             container=False,
             label="Message",
-            placeholder=f"Say something, such as: {EXAMPLE}",
+            placeholder="Say something",
             lines=1,
             max_lines=8,
             scale=6,
-            min_width=180,
+            min_width=120,
             autofocus=not service.policy.keys,
             elem_id="tt-message",
         )
@@ -165,6 +165,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         try:
             given = chosen(values)
             asked = request(service, given, _asked_now(service, given, talk, text or ""))
+            assert here.request is not None  # Gradio gives it to what runs on the page's behalf
             address, keys = str(here.request.base_url).rstrip("/"), bool(service.policy.keys)
             return [as_curl(asked, address, keys=keys), as_python(asked, address, keys=keys)]
         except Exception as error:

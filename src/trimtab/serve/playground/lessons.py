@@ -60,9 +60,11 @@ async def learn(service: Service, key: Key, asked: LearnRequest) -> AsyncIterato
     check_may_add(service, key, asked.name)
     loop = asyncio.get_running_loop()
     told: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-    job = asyncio.ensure_future(
-        learned(service, asked, lambda done, total: loop.call_soon_threadsafe(told.put_nowait, (done, total)))
-    )
+
+    def progress(done: int, total: int) -> None:
+        loop.call_soon_threadsafe(told.put_nowait, (done, total))
+
+    job = asyncio.ensure_future(learned(service, asked, progress))
     job.add_done_callback(lambda _: told.put_nowait(None))
     yield 0, len(asked.pairs)
     while (step := await told.get()) is not None:

@@ -13,6 +13,13 @@ from trimtab.serve.playground.choices import AS_LEARNED, REJECTIONS, SLOTS, carr
 from trimtab.serve.policy import Key
 from trimtab.serve.service import Service
 
+SELECTED = """(phrases) => {
+  const { value, selectionStart, selectionEnd } = document.querySelector("#tt-message textarea");
+  const phrase = value.slice(selectionStart, selectionEnd).trim();
+  return phrase ? [phrases, phrase].filter((part) => part && part.trim()).join("\\n") : phrases;
+}"""
+"""In the browser: what is selected in the message becomes one more phrase."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -72,6 +79,8 @@ def make_panel(service: Service) -> Panel:
             max_lines=6,
             elem_id="tt-emphasis",
         )
+        marking = gr.Button("Add what is selected in the message", size="sm", elem_id="tt-marking")
+        marking.click(None, emphasis, emphasis, js=SELECTED)
         marks = gr.HTML(elem_classes="tt-say")
         rejection = gr.Radio(
             list(REJECTIONS),
@@ -96,10 +105,10 @@ def _slot(service: Service, number: int) -> Slot:
     low, high = span_of(*service.policy.strength)
     with gr.Row(visible=False, elem_classes="tt-slot") as row:
         strength = gr.Slider(
-            low, high, _begin(low, high), step=0.1, label="strength", elem_id=f"tt-strength-{number}", min_width=180
+            low, high, _begin(low, high), step=0.1, label="strength", elem_id=f"tt-strength-{number}", min_width=170
         )
         layer = gr.Dropdown(
-            [("own", AS_LEARNED)], value=AS_LEARNED, label="layer", elem_id=f"tt-layer-{number}", min_width=110
+            [("own", AS_LEARNED)], value=AS_LEARNED, label="layer", elem_id=f"tt-layer-{number}", min_width=150
         )
     return Slot(row, strength, layer)
 
