@@ -30,6 +30,7 @@ def take(address: str, folder: Path) -> None:
         page.wait_for_selector(".tt-head p")
         _chat(page)
         page.screenshot(path=folder / "playground-chat.png")
+        page.set_viewport_size({"width": 1240, "height": 790})
         _sweep(page)
         page.screenshot(path=folder / "playground-sweep.png")
         browser.close()

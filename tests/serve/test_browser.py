@@ -19,7 +19,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need p
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 90_000  # milliseconds: machines that test are often slow
+PATIENCE = 180_000  # milliseconds: machines that test are often slow
 ASK = "What makes a good friend?"
 TOKENS = 16
 TOPICS = ["Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?"]

@@ -238,6 +238,38 @@ class TestPolicy:
             study(guarded, caller(guarded, "alice"), asked)
         assert study(guarded, caller(guarded, "bob"), asked)[-1].loaded.name == "mine"
 
+    def test_nothing_on_the_page_answers_without_a_key(self, guarded: Any) -> None:
+        pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
+        from trimtab.serve.playground.page import make_blocks
+
+        panel = [["s0"], *[1.0] * SLOTS, *[AS_LEARNED] * SLOTS, "", REJECTIONS[2], 0.5, "", 8, 0.0, 0]
+        talk = Talk([Turn(TEXT)])
+        asked = {
+            "speak": (TEXT, talk, "nothing", *panel),
+            "again": (talk, "nothing", True, *panel),
+            "tinted": (talk, "s0@0"),
+            "look": (TEXT, talk, *panel),
+            "run": ("s0", "0, 1", "", TEXT, Talk(), *panel),
+            "study": ("\n".join(map(json.dumps, PAIRS)), "mine", METHODS[0], ""),
+            "choose": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+            "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+            "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
+        }
+        harmless = {"halt", "forget", "append", "copied", "<lambda>"}
+        functions = {one.name: one.fn for one in make_blocks(guarded).fns.values() if one.fn is not None}
+        assert set(functions) == set(asked) | harmless
+
+        async def told(name: str) -> Any:
+            found = functions[name]("eve", *asked[name])
+            if hasattr(found, "__aiter__"):
+                return [step async for step in found][-1]
+            return await found if asyncio.iscoroutine(found) else found
+
+        for name in asked:
+            assert "API key isn&#x27;t known" in str(asyncio.run(told(name))), name
+        assert guarded.scheduler.steps == 0
+        assert guarded.library.get("mine") is None
+
 
 class TestEmphasis:
     def test_phrases_are_looked_for(self, service: Any) -> None:

@@ -150,9 +150,10 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         talk.turns.clear()
         return [show.talk(service, talk), ""]
 
-    def look(text: str, talk: Talk, *values: Any) -> str:
+    def look(secret: str, text: str, talk: Talk, *values: Any) -> str:
         """Whether the phrases are in what would be asked now: in what is typed, or in the conversation so far."""
         try:
+            caller(service, secret)
             given = chosen(values)
             wanted = given.phrases
             if not wanted or not ((text or "").strip() or talk.turns):
@@ -161,7 +162,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         except Exception as error:
             return show.error(in_words(error))
 
-    def copied(text: str, talk: Talk, here: gr.Request, *values: Any) -> list[str]:
+    def copied(here: gr.Request, text: str, talk: Talk, *values: Any) -> list[str]:
         try:
             given = chosen(values)
             asked = request(service, given, _asked_now(service, given, talk, text or ""))
@@ -181,11 +182,11 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     colour.change(tinted, [key, told, colour], [said, trouble], **quick)
     stop.click(halt, told, None, **quick)
     clear.click(forget, told, [said, trouble], **quick)
-    looking = [message, told, *panel.inputs]
+    looking = [key, message, told, *panel.inputs]
     for event in (panel.emphasis.change, message.blur):
         event(look, looking, panel.marks, **quick)
     changed = [*(part.change for part in panel.inputs), said.change, message.blur]
-    gr.on(changed, copied, looking, [curl, python], trigger_mode="always_last", **quick)
+    gr.on(changed, copied, looking[1:], [curl, python], trigger_mode="always_last", **quick)
     return Chat(colour)
 
 
