@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.commands.model import (
+    PANEL,
     DeviceOption,
     DtypeOption,
     EngineOption,
@@ -31,6 +32,7 @@ from trimtab.files.target import check_target, write_atomically
 if TYPE_CHECKING:
     from trimtab.decoding.trace import Trace
     from trimtab.engines.transformers.generate import Generation
+    from trimtab.engines.vllm.on_ray import RayEngines
     from trimtab.steering import Steering
     from trimtab.text.chat import Prompt
 
@@ -149,6 +151,16 @@ def generate(
     ] = None,
     model: ModelOption = None,
     engine: EngineOption = "transformers",
+    ray: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --engine vllm: spread the prompts over so many engines, on a Ray cluster or here.",
+            metavar="N",
+            rich_help_panel=PANEL,
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
@@ -191,9 +203,15 @@ def generate(
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     steering = _steering(files, positions)
-    lm = load_model(
-        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
-    )
+    lm: Any
+    if ray is None:
+        lm = load_model(
+            model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+        )
+    else:
+        if engine != "vllm":
+            raise TrimtabError("--ray spreads prompts over engines of vLLM; add --engine vllm")
+        lm = _ray(ray, model, dtype, revision, device=device, layers_path=layers_path)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -242,6 +260,16 @@ def generate(
         measured = engine != "vllm"
         dose = f"; dose {max(answer.applied.dose for answer in answers):.2g}" if measured else ""
         note(f"steered: {named or 'nothing'}{dose}", quiet=False)
+
+
+def _ray(workers: int, model: str | None, dtype: str, revision: str | None, **unknown: Any) -> RayEngines:
+    from trimtab.engines.vllm.on_ray import RayEngines
+
+    for name, value in unknown.items():
+        if value is not None:
+            raise TrimtabError(f"--ray can't take --{name.replace('_', '-')}: vLLM sees to that")
+    given = {"dtype": None if dtype == "auto" else dtype, "revision": revision}
+    return RayEngines(model, workers, {name: value for name, value in given.items() if value is not None})
 
 
 def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:

@@ -6,11 +6,12 @@ import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from trimtab.commands.model import (
+    PANEL,
     DeviceOption,
     DtypeOption,
     LayersPathOption,
@@ -18,6 +19,7 @@ from trimtab.commands.model import (
     RevisionOption,
     load_model,
 )
+from trimtab.commands.serve_vllm import check_options, hand_over, vllm_command, vllm_environment
 from trimtab.commands.terminal import note, show
 from trimtab.errors import TrimtabError
 
@@ -31,6 +33,11 @@ KEY = "TRIMTAB_API_KEY"
 
 
 def serve(
+    context: typer.Context,
+    vllm: Annotated[
+        list[str] | None,
+        typer.Argument(help="With --engine vllm: options of vLLM's, behind --.", metavar="[-- …]", show_default=False),
+    ] = None,
     steerings: Annotated[
         Path | None,
         typer.Option(
@@ -108,6 +115,10 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.", rich_help_panel=LIMITS)] = 1
     << 20,
     model: ModelOption = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="transformers; or vllm, which must be installed: its own server.", rich_help_panel=PANEL),
+    ] = "transformers",
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
@@ -148,7 +159,19 @@ def serve(
     steerings of their own (--upload, --learn) could still push against it.
 
     On SIGTERM nothing more is accepted, and what was accepted is finished.
+
+    With --engine vllm this becomes vLLM's server, which takes "steering" as
+    well, has options of its own and no policy:
+
+    [bold]  trimtab serve --engine vllm --steerings steerings/ -- --tensor-parallel-size 2[/bold]
     """
+    if engine == "vllm":
+        check_options(context)
+        _serve_vllm(context, steerings, host, port, insecure, rows, model, dtype, revision, vllm or [])
+    if engine != "transformers":
+        raise TrimtabError(f"--engine {engine} can't serve; transformers and vllm can")
+    if vllm:
+        raise TrimtabError(f"{vllm[0]!r} is not understood; only --engine vllm takes more options")
     check_installed()
     page = playground and find_spec("gradio") is not None
     from trimtab.serve.policy import check_names
@@ -197,6 +220,31 @@ def serve(
         note("no page to try them on: it needs gradio, pip install 'trimtab[serve]'", quiet=False)
     run(made, scheduler, bound, grace=grace)
     note("stopped", quiet=False)
+
+
+def _serve_vllm(
+    context: typer.Context,
+    steerings: Path | None,
+    host: str,
+    port: int,
+    insecure: bool,
+    rows: int,
+    model: str | None,
+    dtype: str,
+    revision: str | None,
+    more: list[str],
+) -> NoReturn:
+    from trimtab.engines.vllm.versions import check_version
+
+    check_version()
+    from trimtab.serve.policy import Policy, with_key
+
+    key = os.environ.get(KEY)
+    _check_reach(host, Policy() if key is None else with_key(Policy(), key), insecure)
+    given = context.get_parameter_source("rows")
+    wanted = rows if given is not None and given.name == "COMMANDLINE" else None
+    command = vllm_command(model=model, host=host, port=port, rows=wanted, dtype=dtype, revision=revision, more=more)
+    hand_over(command, vllm_environment(os.environ, steerings), steerings)
 
 
 def check_installed() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -13,17 +15,26 @@ import torch
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
 
 from trimtab import Ablate, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, UnsupportedError, save
+from trimtab.engines.answer import Applied, Generation
+from trimtab.engines.vllm import operator
+from trimtab.engines.vllm.attach import attach
 from trimtab.engines.vllm.bank import Bank, Slots
 from trimtab.engines.vllm.core import Room, block_keys, patch_core, patch_scheduler
 from trimtab.engines.vllm.endpoint import Endpoint
-from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, patch_engines, run, send, tidy
+from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, patch_engines, send, tidy
+from trimtab.engines.vllm.identity import identify
+from trimtab.engines.vllm.on_ray import Answers, RayEngines, answer_from
 from trimtab.engines.vllm.program import compile_program, next_border, runs
+from trimtab.engines.vllm.requests import patch_request
 from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.settings import Settings, settings_from_environment
 from trimtab.engines.vllm.versions import check_version
 from trimtab.engines.vllm.wire import RESOLVED, Reading, Wire, content_of, identified, wire_of
+from trimtab.engines.vllm.worker import unsupported
 from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
-from trimtab.steering import Rotate, SetProjection
+from trimtab.steering import Card, Rotate, SetProjection
+from trimtab.steering.identity import fingerprint, sampled_rows
 
 RULES = [
     Positions.all(),
@@ -321,6 +332,9 @@ class Engine:
     def add_request(self, _id: str, _prompt: Any, params: Any) -> Any:
         return params
 
+    def get_tokenizer(self) -> Any:
+        return SimpleNamespace(chat_template=None)
+
 
 HELLO = {
     "reasons": [],
@@ -394,6 +408,33 @@ class TestFrontEnd:
         shout = names["shout"]
         assert parse(asked, names) == (-shout).at(Positions.generated()) + shout
 
+    def test_one_learned_on_another_model_is_refused(self, names: Names) -> None:
+        """Of the same shape, too: what tells is the fingerprint of the weights."""
+        learned = steering((1, Add(direction(1)), RULES[0]))
+        config = SimpleNamespace(model_type="llama", vocab_size=32, hidden_size=WIDTH, num_hidden_layers=LAYERS)
+        table = torch.randn(32, WIDTH).bfloat16()
+        rows = {row: table[row].view(torch.uint8).numpy().tobytes() for row in range(32)}
+        engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None], "trimtab_rows": [rows]})
+        engine.vllm_config.model_config = SimpleNamespace(model="org/this", hf_text_config=config, hf_config=None)
+        here = run(identify(engine), engine)
+        assert here.name == "org/this"
+        assert here.fingerprint == fingerprint("llama", [32, WIDTH], table[sampled_rows(32)])
+        for model, refused in ((here, False), (replace(here, name="org/that", fingerprint="0" * 16), True)):
+            names.register("calm", replace(learned, card=Card("caa", model=model)))
+            if refused:
+                with pytest.raises(TrimtabError, match="was learned on org/that, this is org/this"):
+                    self.ask(engine, "calm", names)
+            else:
+                assert wire_of(self.ask(engine, "calm", names))
+
+    def test_what_the_server_makes_of_a_request_cant_be_asked_for(self, names: Names) -> None:
+        """Over HTTP any sampling parameters can be given; this one says what acts, unchecked."""
+        made = type("Async", (Engine,), {})
+        patch_engines(type("Patched", (Engine,), {}), made, names)
+        forged = SimpleNamespace(extra_args={RESOLVED: Wire().to_plain()})
+        with pytest.raises(TrimtabError, match="asks for steering as 'steering'"):
+            asyncio.run(made.add_request(made({}), "1", "hi", forged))
+
     def test_a_folder_of_steerings(self, tmp_path: Any) -> None:
         save(steering((1, Add(direction(1)), RULES[0])), tmp_path / "calm.safetensors")
         names = Names()
@@ -417,6 +458,47 @@ class TestFrontEnd:
         run(tidy(link, names), engine)
         assert engine.calls[-1] == ("trimtab_drop", ([content_of(others[0])[0]],))
         assert list(link.sent) == [content_of(s)[0] for s in (names["shout"], others[1])]
+
+
+class TestRequests:
+    """What vLLM's server is asked, in the shape that trimtab's own server takes."""
+
+    @pytest.fixture
+    def kind(self) -> type:
+        class Request:
+            def __init__(self, xargs: Any = None, **fields: Any) -> None:
+                self.vllm_xargs, self.model_extra = xargs, fields
+
+            def to_sampling_params(self) -> Any:
+                return SimpleNamespace(extra_args=self.vllm_xargs)
+
+            def to_beam_search_params(self) -> str:
+                return "beams"
+
+        patch_request(Request)
+        patch_request(Request)
+        return Request
+
+    def test_steering_as_a_field_of_its_own(self, kind: type) -> None:
+        asked = [{"name": "shout", "strength": 2.0}]
+        assert kind(steering=asked).to_sampling_params().extra_args == {"steering": asked}
+        assert kind({"other": 1}, steering=asked).to_sampling_params().extra_args == {"other": 1, "steering": asked}
+        assert kind({"steering": "shout"}).to_sampling_params().extra_args == {"steering": "shout"}
+        assert kind(steering=[], emphasize=[], rejection=False).to_sampling_params().extra_args is None
+        assert kind().to_beam_search_params() == "beams"
+
+    def test_what_would_be_dropped_is_refused(self, kind: type) -> None:
+        asked = [{"name": "shout"}]
+        for fields, why in (
+            ({"emphasize": ["in capitals"]}, "emphasize needs attention scores"),
+            ({"rejection": True, "steering": asked}, "rejection needs more than one row"),
+            ({"xargs": {"steering": "shout"}, "steering": asked}, "give it once"),
+        ):
+            with pytest.raises(TrimtabError, match=why):
+                kind(**fields).to_sampling_params()
+        for fields in ({"steering": asked}, {"xargs": {"steering": "shout"}}):
+            with pytest.raises(UnsupportedError, match="beam search"):
+                kind(**fields).to_beam_search_params()
 
 
 class TestEndpoint:
@@ -477,6 +559,109 @@ class TestEndpoint:
         assert list(names) == ["shout"]
 
 
+class TestWorkers:
+    @pytest.mark.parametrize("adds_only", [False, True])
+    def test_a_block_is_steered_behind_what_it_puts_out(self, adds_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What adds needs the first of a pair alone; shown the second, the compiler has to keep it."""
+        seen: list[Any] = []
+        shown = SimpleNamespace(apply=lambda layer, hidden, residual: seen.append((layer, hidden, residual)))
+        monkeypatch.setattr(operator, "RIGS", [shown])
+        one, two = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
+        block, plain = torch.nn.Identity(), torch.nn.Identity()
+        attach({5: block, 6: plain}, 0, adds_only=adds_only)
+        assert block((one, two)) == (one, two)
+        plain(one)
+        assert [layer for layer, _, _ in seen] == [5, 6]
+        assert seen[0][1].equal(one)
+        assert seen[0][2] is None if adds_only else seen[0][2].equal(two)
+        assert seen[1][1].equal(one)
+        assert seen[1][2] is None
+        with pytest.raises(UnsupportedError, match="neither a tensor nor a pair"):
+            block((one, two, one))
+
+    def test_engines_that_cant_be_steered_say_why(self) -> None:
+        """All reasons, each from the setting that it is about, and none for an ordinary engine."""
+
+        def config(**given: Any) -> Any:
+            part = {"model_config": SimpleNamespace(runner_type="generate", is_encoder_decoder=False)}
+            part |= {"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=False))}
+            part |= {"parallel_config": SimpleNamespace(enable_dbo=False, prefill_context_parallel_size=1)}
+            return SimpleNamespace(**part | {"speculative_config": None, "kv_transfer_config": None} | given)
+
+        assert unsupported(config()) == []
+        parallel = SimpleNamespace(enable_dbo=True, prefill_context_parallel_size=2)
+        for given, why in (
+            ({"speculative_config": object()}, ["speculative decoding"]),
+            ({"kv_transfer_config": object()}, ["KV connector"]),
+            ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, ["sequence"]),
+            ({"parallel_config": parallel}, ["DBO", "prefill context"]),
+            ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embeds", "encoder"]),
+        ):
+            found = unsupported(config(**given))
+            assert len(found) == len(why)
+            assert all(word in reason for word, reason in zip(why, found, strict=True))
+
+
+class TestOnRay:
+    """What goes to Ray's workers and comes back, without Ray."""
+
+    @pytest.fixture
+    def loads(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        """What an engine is loaded with, and asked for; it answers each prompt with itself."""
+        seen: dict[str, Any] = {}
+
+        def generate(prompts: list[Any], given: Steering | None, **options: Any) -> list[Generation]:
+            seen["asked"] = (given, options)
+            if options.get("max_new_tokens") == 0:
+                raise TrimtabError("max_new_tokens is a whole number from 1")
+            applied = Applied(("1 * add @ residual[1] all",), ())
+            return [Generation(str(p), (1, 2), "stop", 3, applied, (-0.1, -0.25)) for p in prompts]
+
+        def load(name: str | None, **options: Any) -> Any:
+            seen["loaded"] = (name, options)
+            if name == "none":
+                raise TrimtabError("vLLM can't load the model 'none'")
+            return SimpleNamespace(generate=generate)
+
+        monkeypatch.setattr("trimtab.engines.vllm.lm.VllmLM.load", load)
+        return seen
+
+    def test_answers_come_back_as_they_were(self, loads: dict[str, Any]) -> None:
+        shout = steering((1, Add(direction(1)), RULES[0]))
+        worker = Answers("m", {"dtype": "float32"}, steering_to_bytes(shout), {"max_new_tokens": 7})
+        batch = {"number": [4, 9], "prompt": [json.dumps(p) for p in ("hi", [{"role": "user", "content": "ho"}])]}
+        made = worker(batch)
+        assert made["number"] == [4, 9]
+        assert loads == {"loaded": ("m", {"dtype": "float32"}), "asked": (shout, {"max_new_tokens": 7})}
+        answers = [answer_from(text) for text in made["answer"]]
+        assert answers[0] == Generation(
+            "hi", (1, 2), "stop", 3, Applied(("1 * add @ residual[1] all",), ()), (-0.1, -0.25)
+        )
+        assert answers[1].text == "[{'role': 'user', 'content': 'ho'}]"
+
+    @pytest.mark.parametrize(("name", "tokens", "why"), [("none", 7, "can't load"), ("m", 0, "a whole number from 1")])
+    def test_what_a_worker_refuses_is_raised_here(
+        self, loads: dict[str, Any], name: str, tokens: int, why: str
+    ) -> None:
+        made = Answers(name, {}, None, {"max_new_tokens": tokens})({"number": [0], "prompt": ['"hi"']})
+        with pytest.raises(TrimtabError, match=why):
+            answer_from(made["answer"][0])
+
+    def test_what_is_refused_before_a_worker_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("trimtab.engines.vllm.versions.vllm_version", lambda: "0.32.0")
+        monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: name)
+        with pytest.raises(TrimtabError, match="whole number from 1, got 0"):
+            RayEngines(None, 0)
+        with pytest.raises(UnsupportedError, match="tensor_parallel_size can't be given"):
+            RayEngines(None, 2, {"tensor_parallel_size": 2})
+        with pytest.raises(TrimtabError, match="has 2 CPUs, one for each engine, and 3 engines are asked for"):
+            RayEngines(None, 3).check_room({"CPU": 2.0})
+        assert RayEngines(None, 3).check_room({"CPU": 1.0, "GPU": 8.0}) == 1
+        monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: None)
+        with pytest.raises(TrimtabError, match="needs Ray"):
+            RayEngines(None, 2)
+
+
 class TestAround:
     def test_versions(self) -> None:
         assert check_version("0.32.0") == "0.32.0"
@@ -504,5 +689,5 @@ class TestAround:
         assert "needs vLLM, which isn't installed here" in ran.err
 
     def test_an_unknown_engine(self) -> None:
-        with pytest.raises(TrimtabError, match="unknown engine 'tgi'; known: transformers, vllm"):
+        with pytest.raises(TrimtabError, match="there is no engine 'tgi'; engines: transformers, vllm"):
             tiny.LM.load(engine="tgi")

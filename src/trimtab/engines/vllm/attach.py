@@ -37,19 +37,23 @@ def _is_block(module: nn.Module) -> bool:
     return sum(1 for _ in module.children()) > 1
 
 
-def attach(blocks: dict[int, nn.Module], rig: int) -> None:
-    """Let the operator act on what each block puts out: a tensor, or a pair of tensors whose sum is the stream."""
+def attach(blocks: dict[int, nn.Module], rig: int, *, adds_only: bool = False) -> None:
+    """Let the operator act on what each block puts out: a tensor, or a pair of tensors whose sum is the stream.
+
+    To add, it needs the first of the two alone (`adds_only`). One that is shown the other as well makes the compiler
+    keep that in memory, in the model's dtype, where it would have kept a sum in float32 for itself.
+    """
     define()
     for layer, block in blocks.items():
-        block.register_forward_hook(_hook(rig, layer))
+        block.register_forward_hook(_hook(rig, layer, adds_only))
 
 
-def _hook(rig: int, layer: int) -> Any:
+def _hook(rig: int, layer: int, adds_only: bool) -> Any:
     def steer(_module: nn.Module, _args: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             torch.ops.trimtab.steer(output, None, rig, layer)
         elif isinstance(output, tuple) and len(output) == 2:
-            torch.ops.trimtab.steer(output[0], output[1], rig, layer)
+            torch.ops.trimtab.steer(output[0], None if adds_only else output[1], rig, layer)
         else:
             raise UnsupportedError("this model's blocks put out neither a tensor nor a pair; trimtab can't steer it")
 

@@ -11,7 +11,8 @@ import hmac
 import os
 from typing import Any
 
-from trimtab.engines.vllm.frontend import NAMES, Names, connect, run_async, send, tidy
+from trimtab.engines.vllm.frontend import NAMES, Names, check, connect, send, tidy
+from trimtab.engines.vllm.rpc import run_async
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
 
@@ -35,7 +36,7 @@ class Endpoint:
             raise TrimtabError("steerings are registered with one server process; start with --api-server-count 1")
         link = await run_async(connect(engine_client), engine_client)
         for name in self.names:
-            link.check(self.names[name])
+            await run_async(check(link, engine_client, self.names[name]), engine_client)
             await run_async(send(link, self.names[name]), engine_client)
         state.trimtab_engine = engine_client
 
@@ -60,7 +61,7 @@ class Endpoint:
                     self.names.unregister(name)
                 else:
                     steering = steering_from_bytes(await request.body(), name)
-                    link.check(steering)
+                    await run_async(check(link, engine, steering), engine)
                     await run_async(send(link, steering), engine)
                     self.names.register(name, steering)
                 await run_async(tidy(link, self.names), engine)

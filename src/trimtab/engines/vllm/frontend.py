@@ -12,21 +12,21 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.program import Identified, compile_program
+from trimtab.engines.vllm.rpc import Rpc, run, run_async
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
 from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.steering_file import load_steering, steering_to_bytes
-from trimtab.steering import Positions, Steering
-
-Rpc = Generator[tuple[str, tuple[Any, ...]], Any, Any]
-"""Calls `(method, arguments)` of every worker; what is sent back is the list of their answers."""
+from trimtab.steering import ModelId, Positions, Steering
+from trimtab.steering.identity import check_learned_on
 
 UNNAMED = 256
 """So many contents that no name stands for, the last ones that were used, stay with the workers."""
@@ -120,6 +120,7 @@ class Link:
     static: bool
     sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
     retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
+    identity: ModelId | None = None  # once it was asked for
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
@@ -177,6 +178,15 @@ def connect(engine: Any) -> Rpc:
     return link
 
 
+def check(link: Link, engine: Any, steering: Steering) -> Rpc:
+    """Raises `TrimtabError` for a steering that the engine can't run, or that was learned on another model."""
+    link.check(steering)
+    if steering.card.models:
+        if link.identity is None:
+            link.identity = yield from identify(engine)
+        check_learned_on(steering, link.identity)
+
+
 def send(link: Link, steering: Steering) -> Rpc:
     """The part that stands for a steering, whose content every worker has from now on."""
     digest, content, strengths = content_of(steering)
@@ -212,7 +222,7 @@ def resolve(engine: Any, params: Any, names: Names) -> Rpc:
         return params
     link = yield from connect(engine)
     steering = parse(extra[ASKED], names)
-    link.check(steering)
+    yield from check(link, engine, steering)
     part = yield from send(link, steering)
     yield from tidy(link, names)
     params = copy.copy(params)
@@ -228,6 +238,8 @@ def patch_engines(sync: Any, asynchronous: Any, names: Names = NAMES) -> None:
         return add_sync(self, request_id, prompt, run(resolve(self, params, names), self), *args, **kwargs)
 
     async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if RESOLVED in (getattr(params, "extra_args", None) or {}):
+            raise TrimtabError(f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it")
         params = await run_async(resolve(self, params, names), self)
         return await add_async(self, request_id, prompt, params, *args, **kwargs)
 
@@ -252,37 +264,3 @@ def patch_inputs(processor: Any) -> None:
         return request
 
     processor.process_inputs = process_inputs
-
-
-def run(calls: Rpc, engine: Any) -> Any:
-    """Make the calls through an `LLMEngine`; what the generator returns."""
-    answer: Any = None
-    error: Exception | None = None
-    while True:
-        try:
-            method, args = calls.send(answer) if error is None else calls.throw(error)
-        except StopIteration as done:
-            return done.value
-        try:
-            answer, error = engine.collective_rpc(method, args=args), None
-        except Exception as failed:
-            answer, error = None, failed
-
-
-async def run_async(calls: Rpc, engine: Any) -> Any:
-    """As `run`, through an `AsyncLLM`; under data parallelism every engine is called."""
-    answer: Any = None
-    error: Exception | None = None
-    while True:
-        try:
-            method, args = calls.send(answer) if error is None else calls.throw(error)
-        except StopIteration as done:
-            return done.value
-        try:
-            if engine.vllm_config.parallel_config.data_parallel_size > 1:
-                each = await engine.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
-                answer, error = [one for answers in each for one in answers], None
-            else:
-                answer, error = await engine.collective_rpc(method, args=args), None
-        except Exception as failed:
-            answer, error = None, failed

@@ -18,15 +18,17 @@ from torch import Tensor
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.transformers.deciding import check_prompt, decided, read_gates_with, wanted
 from trimtab.engines.transformers.default_model import NAME, default_folder
-from trimtab.engines.vllm.frontend import NAMES, Link, connect, run, send, tidy
+from trimtab.engines.vllm.frontend import NAMES, Link, connect, send, tidy
+from trimtab.engines.vllm.identity import identify
+from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.sampling import sampling_of
 from trimtab.engines.vllm.versions import check_version
 from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, Site, Steering
 from trimtab.steering.gates import ALWAYS
-from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
-from trimtab.text.chat import Prompt, encode, template_digest
+from trimtab.steering.identity import check_learned_on
+from trimtab.text.chat import Prompt, encode
 
 LAST = Positions.last_prompt_token()
 
@@ -101,22 +103,8 @@ class VllmLM:
     @cached_property
     def identity(self) -> ModelId:
         """As `LM.identity`; the weights are looked at where they are, in the workers."""
-        config = self._engine.vllm_config.model_config.hf_text_config
-        family, size = str(config.model_type), config.vocab_size
-        rows = sampled_rows(size)
-        found: dict[int, bytes] = {}
-        for worker in self._rpc("trimtab_rows", rows):
-            found |= {int(row): data for row, data in worker.items()}
-        sample = torch.frombuffer(bytearray(b"".join(found[row] for row in rows)), dtype=torch.bfloat16)
-        return ModelId(
-            name=self.name,
-            revision=getattr(self._engine.vllm_config.model_config.hf_config, "_commit_hash", None),
-            family=family,
-            width=self.layout.width,
-            layers=self.layout.layers,
-            fingerprint=fingerprint(family, [size, self.layout.width], sample.view(len(rows), -1)),
-            template=template_digest(self.tokenizer),
-        )
+        with self._alive():
+            return run(identify(self._engine, self.name), self._engine)
 
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
         """Raises `TrimtabError` when the steering doesn't fit this model, or this engine can't run it."""

@@ -32,10 +32,15 @@ def register() -> None:
 
     from trimtab.engines.vllm.core import patch_core, patch_keys, patch_scheduler
     from trimtab.engines.vllm.frontend import NAMES, patch_engines, patch_inputs
+    from trimtab.engines.vllm.requests import patch_server
     from trimtab.engines.vllm.settings import patch_arguments
     from trimtab.engines.vllm.worker import patch_worker
 
-    patch_arguments(EngineArgs, NAMES.load_environment)
+    def started() -> None:
+        NAMES.load_environment()
+        patch_server()
+
+    patch_arguments(EngineArgs, started)
     patch_engines(LLMEngine, AsyncLLM)
     patch_inputs(InputProcessor)
     patch_keys(kv_cache_utils)

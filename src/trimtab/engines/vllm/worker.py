@@ -63,7 +63,7 @@ def _fit(worker: Any) -> None:
     rig = Rig(tuple(sorted(blocks)), text.hidden_size, dtype, device, bank, static)
     operator.RIGS.append(rig)
     setattr(runner, RIG, rig)
-    attach(blocks, len(operator.RIGS) - 1)
+    attach(blocks, len(operator.RIGS) - 1, adds_only=static)
     _wrap_runner(runner, rig)
 
 

@@ -1,0 +1,68 @@
+"""What clients of vLLM's own server ask, in the shape that `trimtab serve` takes: `steering` as a field of its own.
+
+vLLM takes any field and ignores those that it doesn't know. So the fields that this engine can't honour are refused
+here, and so is steering where vLLM would drop it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from trimtab.engines.vllm.wire import ASKED
+from trimtab.errors import TrimtabError, UnsupportedError
+
+PROTOCOLS = {
+    "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
+    "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
+    "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
+}
+REFUSED = {
+    "emphasize": "attention scores, which the vllm engine doesn't give out",
+    "rejection": "more than one row of logits a token, which the vllm engine hasn't",
+}
+
+
+def patch_server() -> None:
+    """Where this process has vLLM's server, let its requests carry `steering` as a field."""
+    for module, name in PROTOCOLS.items():
+        if module in sys.modules:
+            patch_request(getattr(sys.modules[module], name))
+
+
+def patch_request(request: Any) -> None:
+    """Let a kind of request put its field `steering` among the sampling parameters. A second time does nothing."""
+    if "_trimtab" in request.__dict__:
+        return
+    request._trimtab = True
+    sampling = request.to_sampling_params
+
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = _asked(self)
+        params = sampling(self, *args, **kwargs)
+        if asked:
+            params.extra_args = {**(params.extra_args or {}), ASKED: asked}
+        return params
+
+    request.to_sampling_params = to_sampling_params
+    if hasattr(request, "to_beam_search_params"):
+        beams = request.to_beam_search_params
+
+        def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if _asked(self):
+                raise UnsupportedError("vLLM's beam search forgets what its requests ask beside; leave out steering")
+            return beams(self, *args, **kwargs)
+
+        request.to_beam_search_params = to_beam_search_params
+
+
+def _asked(request: Any) -> Any:
+    """The steering that a request asks for, in either place; what it can't have raises `TrimtabError`."""
+    fields = request.model_extra or {}
+    for name, why in REFUSED.items():
+        if fields.get(name):
+            raise UnsupportedError(f"{name} needs {why}; the transformers engine can (trimtab serve)")
+    beside = (request.vllm_xargs or {}).get(ASKED)
+    if beside and fields.get(ASKED):
+        raise TrimtabError("steering stands in the request and in its vllm_xargs; give it once")
+    return fields.get(ASKED) or beside
