@@ -48,7 +48,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
             lines=1,
             max_lines=8,
             scale=6,
-            min_width=120,
+            min_width=240,
             autofocus=not service.policy.keys,
             elem_id="tt-message",
         )

@@ -47,7 +47,7 @@ def make_sweep(service: Service, key: Any, panel: Panel) -> SweepTab:
             container=False,
             scale=6,
             max_lines=8,
-            min_width=120,
+            min_width=240,
             elem_id="tt-sweep-prompt",
         )
         go = gr.Button("Sweep", variant="primary", scale=0, min_width=90, elem_id="tt-sweep-go")
