@@ -65,7 +65,25 @@ def added(
     return Steering(tuple(Edit(Site(layer), Add(direction(seed + layer, norm)), where) for layer in layers))
 
 
-def without_plugin(options: dict[str, Any], ids: list[list[int]], tokens: int, folder: Path) -> list[list[int]]:
+def small_model(folder: Path) -> str:
+    """A random model with four blocks of four heads, whose width and tokens are the default model's."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from trimtab.engines.transformers.default_model import default_folder
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, head_dim=64, initializer_range=0.1, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(default_folder()).save_pretrained(folder)
+    return str(folder)
+
+
+Said = tuple[list[int], list[float]]
+"""An answer's tokens, and the log-probability of each."""
+
+
+def without_plugin(options: dict[str, Any], ids: list[list[int]], tokens: int, folder: Path) -> list[Said]:
     """What vLLM says to these prompts where trimtab's plugin is left out."""
     (folder / "in.json").write_text(json.dumps({"options": options, "ids": ids, "tokens": tokens}))
     code = f"""
@@ -75,13 +93,15 @@ if __name__ == "__main__":
     from vllm import LLM, SamplingParams
     from trimtab.engines.transformers.default_model import default_folder
     given = json.load(open({str(folder / "in.json")!r}))
-    llm = LLM(model=str(default_folder()), **given["options"])
-    params = SamplingParams(temperature=0, max_tokens=given["tokens"])
+    llm = LLM(**dict(model=str(default_folder())) | given["options"])
+    params = SamplingParams(temperature=0, max_tokens=given["tokens"], logprobs=0)
     answers = llm.generate([dict(prompt_token_ids=i) for i in given["ids"]], params, use_tqdm=False)
-    json.dump([list(a.outputs[0].token_ids) for a in answers], open({str(folder / "out.json")!r}, "w"))
+    said = [answer.outputs[0] for answer in answers]
+    rows = [(list(a.token_ids), [step[t].logprob for t, step in zip(a.token_ids, a.logprobs)]) for a in said]
+    json.dump(rows, open({str(folder / "out.json")!r}, "w"))
 """
     script = folder / "plain.py"
     script.write_text(code)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads((folder / "out.json").read_text())
+    return [(ids, logprobs) for ids, logprobs in json.loads((folder / "out.json").read_text())]

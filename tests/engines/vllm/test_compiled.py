@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import PROMPTS, added, direction, without_plugin
+from cases import PROMPTS, added, direction, small_model, without_plugin
+from test_processes import run
 
 from trimtab import LM, Edit, Positions, SetProjection, Site, Steering
 
@@ -38,9 +40,25 @@ def test_the_compiled_graph_has_the_operator_after_every_block(vllm: Any) -> Non
     assert hello["here"] == list(range(30))
 
 
-def test_unsteered_is_what_a_compiled_engine_without_the_plugin_says(vllm: Any, tmp_path: Path) -> None:
-    plain = without_plugin(OPTIONS, [vllm.encode(p) for p in PROMPTS], NEW, tmp_path)
-    assert [list(a.token_ids) for a in vllm.generate(PROMPTS, max_new_tokens=NEW)] == plain
+def test_unsteered_is_what_a_compiled_engine_without_the_plugin_says(tmp_path: Path) -> None:
+    """To the bit in float32. In bfloat16 the compiler left alone rounds the stream less often than the model does."""
+    options = {**OPTIONS, "dtype": "float32", "model": small_model(tmp_path / "model")}
+    body = f"""
+options = {options!r}
+lm = LM.load(options.pop("model"), engine="vllm", **options)
+ids = [lm.encode(prompt) for prompt in PROMPTS]
+asked = dict(max_new_tokens={NEW}, logprobs=True)
+answers = lm.generate(PROMPTS, **asked)
+steered = lm.generate(PROMPTS, added(1, layers=(1, 2)), **asked)
+rows = [(list(a.token_ids), list(a.logprobs)) for a in answers]
+print(json.dumps(dict(ids=ids, rows=rows, changed=sum(a != b for a, b in zip(answers, steered)))))
+lm.close()
+"""
+    told = json.loads(run(tmp_path, body).strip().splitlines()[-1])
+    assert told["changed"] == len(PROMPTS)
+    assert [(tokens, logprobs) for tokens, logprobs in told["rows"]] == without_plugin(
+        options, told["ids"], NEW, tmp_path
+    )
 
 
 def test_rows_of_a_mixed_batch_are_identical_to_the_bit_and_steered_ones_change(vllm: Any) -> None:

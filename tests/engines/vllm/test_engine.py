@@ -82,7 +82,7 @@ def forget(vllm: Any) -> None:
 class TestNothingMeansNothing:
     def test_unsteered_is_what_an_engine_without_the_plugin_says(self, vllm: Any, tmp_path: Path) -> None:
         """Beside steered requests too: the same prompts in the same places, so that batches are cut the same."""
-        plain = without_plugin(TINY, [vllm.encode(p) for p in PROMPTS], NEW, tmp_path)
+        plain = [said for said, _ in without_plugin(TINY, [vllm.encode(p) for p in PROMPTS], NEW, tmp_path)]
         forget(vllm)
         assert [list(t) for t in tokens(vllm.generate(PROMPTS, max_new_tokens=NEW))] == plain
         rows = [added(i, 0.5) if i % 2 else None for i in range(4)] + [None] * 16

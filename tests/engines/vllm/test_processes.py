@@ -21,7 +21,7 @@ def run(tmp_path: Path, body: str, **environment: str) -> str:
     here = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     given = {**os.environ, "PYTHONPATH": here, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
     done = subprocess.run([sys.executable, str(script)], env=given, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-12000:]
     return done.stdout
 
 

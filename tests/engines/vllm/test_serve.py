@@ -1,4 +1,6 @@
-"""Plain `vllm serve` with the plugin installed: steering by name over vLLM's own API, and names that come and go."""
+"""vLLM's own server with the plugin in it, as `trimtab serve --engine vllm` starts it: steering by name, over its own
+API, and names that come and go.
+"""
 
 from __future__ import annotations
 
@@ -12,49 +14,37 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import PROMPTS, added
 
 from trimtab import save
-from trimtab.engines.transformers.default_model import default_folder
 from trimtab.files.steering_file import steering_to_bytes
 
 KEY = {"Authorization": "Bearer secret"}
+STEERINGS = 20
+NAMES = sorted(f"s{i}" for i in range(STEERINGS))
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server with eight slots for twenty steerings."""
     folder = tmp_path_factory.mktemp("steerings")
-    for i in range(4):
+    for i in range(STEERINGS):
         save(added(50 + 10 * i, 4.0), folder / f"s{i}.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    given = {"TRIMTAB_STEERINGS": str(folder), "TRIMTAB_ADMIN_KEY": "secret", "VLLM_PLUGINS": "trimtab"}
-    program = str(Path(sys.executable).with_name("vllm"))
-    options = "--enforce-eager --dtype float32 --max-model-len 256 --max-num-seqs 16 --host 127.0.0.1"
+    ours = f"serve --engine vllm --steerings {folder} --port {port} --rows 16 --dtype float32"
+    theirs = "--enforce-eager --max-model-len 256 --disable-uvicorn-access-log"
+    given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret"}
+    command = [sys.executable, "-m", "trimtab", *ours.split(), "--", *theirs.split()]
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            [
-                program,
-                "serve",
-                str(default_folder()),
-                *options.split(),
-                "--port",
-                str(port),
-                "--served-model-name",
-                "m",
-            ],
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TRIMTAB_SLOTS": "4", **given},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        server = subprocess.Popen(command, env={**os.environ, **given}, stdout=log, stderr=subprocess.STDOUT)
     base = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(300):
+        for _ in range(600):
             assert server.poll() is None, (folder / "log").read_text()[-3000:]
             try:
                 if ask(f"{base}/health")[0] == 200:
@@ -80,52 +70,92 @@ def ask(
         return error.code, json.loads(error.read() or b"null")
 
 
-def chat(url: str, prompt: str, steering: Any = None) -> tuple[int, Any]:
-    more = {} if steering is None else {"vllm_xargs": {"steering": json.dumps(steering)}}
-    messages = [{"role": "user", "content": prompt}]
-    status, answer = ask(
-        f"{url}/v1/chat/completions", {"model": "m", "messages": messages, "max_tokens": 12, "temperature": 0, **more}
-    )
-    return status, answer["choices"][0]["message"]["content"] if status == 200 else answer
+def complete(url: str, prompt: str, steering: Any = None, **more: Any) -> tuple[int, Any]:
+    """Status, and the first choice of the answer or what else came."""
+    asked = {"model": "trimtab", "messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0}
+    more = {"return_token_ids": True} | more | ({} if steering is None else {"steering": steering})
+    status, answer = ask(f"{url}/v1/chat/completions", {**asked, **more})
+    return status, answer["choices"][0] if status == 200 else answer
+
+
+def tokens(url: str, prompt: str, steering: Any = None, **more: Any) -> list[int]:
+    status, choice = complete(url, prompt, steering, **more)
+    assert status == 200, choice
+    return choice["token_ids"]
 
 
 def test_requests_are_steered_by_name(url: str) -> None:
-    assert ask(f"{url}/trimtab")[1] == {"steerings": ["s0", "s1", "s2", "s3"], "layers": 30, "width": 576}
-    plain = chat(url, PROMPTS[0])
-    assert plain[0] == 200
-    assert chat(url, PROMPTS[0], [{"name": "s0", "strength": 0}]) == plain
-    assert chat(url, PROMPTS[0], [{"name": "s0", "strength": 4}]) != plain
-    assert chat(url, PROMPTS[0]) == plain
+    assert ask(f"{url}/trimtab")[1] == {"steerings": NAMES, "layers": 30, "width": 576}
+    plain = tokens(url, PROMPTS[0])
+    assert tokens(url, PROMPTS[0], [{"name": "s0", "strength": 0}]) == plain
+    steered = tokens(url, PROMPTS[0], [{"name": "s0", "strength": 12}])
+    assert steered != plain
+    as_vllm_has_it = {"vllm_xargs": {"steering": '[{"name": "s0", "strength": 12}]'}}
+    assert tokens(url, PROMPTS[0], **as_vllm_has_it) == steered
+    assert tokens(url, PROMPTS[0]) == plain
 
 
-def test_what_cant_be_honoured_is_answered_with_an_error(url: str) -> None:
-    for steering, why in (
-        ([{"name": "nobody"}], "no steering 'nobody'; registered: s0, s1, s2, s3"),
-        ([{"name": "s0", "positions": "span:2:9999"}], "is not in the prompt"),
-        ([{"name": "s0", "layer": 2}], "name, strength and positions"),
-    ):
-        status, answer = chat(url, PROMPTS[0], steering)
-        assert status == 400
-        assert why in json.dumps(answer)
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"steering": [{"name": "nobody"}]}, "no steering 'nobody'; registered: s0, s1, s10"),
+        ({"steering": [{"name": "s0", "positions": "span:2:9999"}]}, "is not in the prompt"),
+        ({"steering": [{"name": "s0", "layer": 2}]}, "name, strength and positions"),
+        ({"steering": [{"name": "s0"}], "use_beam_search": True, "n": 2}, "beam search"),
+        ({"emphasize": ["ship"]}, "attention scores"),
+        ({"rejection": True}, "logits"),
+        ({"vllm_xargs": {"trimtab": "[]"}}, "asks for steering as"),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cant_be_honoured_is_answered_with_an_error(url: str, more: dict[str, Any], why: str) -> None:
+    status, answer = complete(url, PROMPTS[0], **more)
+    assert status == 400
+    assert why in json.dumps(answer)
 
 
-def test_many_clients_while_steerings_come_and_go(url: str) -> None:
-    """Three slots for four steerings: none is lost, and each answer is what it is alone, but for near-ties."""
-    jobs = [
-        (PROMPTS[i % 20], None if i % 5 == 4 else [{"name": f"s{i % 5}", "strength": 1 + i % 2}]) for i in range(60)
-    ]
-    alone = {i: chat(url, *jobs[i]) for i in range(0, 60, 6)}
+def asked_for(i: int) -> tuple[str, Any]:
+    """A hundred different requests: twenty prompts, each unsteered and under four of twenty steerings."""
+    prompt, turn = i % 20, i // 20 % 5
+    return PROMPTS[prompt], [{"name": f"s{(prompt + 5 * turn) % 20}", "strength": 1 + turn % 2}] if turn < 4 else None
+
+
+@pytest.mark.parametrize(
+    ("requests", "clients", "looked_at"), [(60, 8, 20), pytest.param(500, 16, 100, marks=pytest.mark.slow)]
+)
+def test_many_clients_while_steerings_come_and_go(url: str, requests: int, clients: int, looked_at: int) -> None:
+    """Eight slots for twenty steerings at two strengths: none is lost, and each answer is what it is alone."""
+    jobs = [asked_for(7 * i) for i in range(requests)]
     changing = steering_to_bytes(added(99))
-    with ThreadPoolExecutor(8) as clients:
-        answers = [clients.submit(chat, url, *job) for job in jobs]
-        for i in range(6):
-            put = ask(f"{url}/trimtab/steerings/new{i}", changing, "PUT", KEY)
-            assert put[0] == 200
-            assert f"new{i}" in put[1]["steerings"]
-            assert ask(f"{url}/trimtab/steerings/new{i}", None, "DELETE", KEY)[0] == 200
+    with ThreadPoolExecutor(clients) as pool:
+        answers = [pool.submit(complete, url, *job) for job in jobs]
+        changes = 0
+        while changes < 4 or not all(answer.done() for answer in answers):
+            status, told = ask(f"{url}/trimtab/steerings/new", changing, "PUT", KEY)
+            assert (status, told["steerings"]) == (200, sorted([*NAMES, "new"]))
+            assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 200
+            assert ask(f"{url}/trimtab/steerings/new", None, "DELETE", KEY)[0] == 200
+            assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 400
+            changes += 1
         done = [answer.result() for answer in answers]
-    assert [status for status, _ in done] == [200] * 60
-    assert sum(done[i] == one for i, one in alone.items()) >= 9
+    assert [status for status, _ in done] == [200] * requests
+    for i in range(looked_at):
+        alone = {"logprobs": True, "top_logprobs": 2, "return_tokens_as_token_ids": True}
+        status, choice = complete(url, *jobs[i], **alone)
+        assert status == 200
+        for job, (_, answer) in zip(jobs, done, strict=True):
+            assert job != jobs[i] or is_said(answer["token_ids"], choice), (job, answer["token_ids"], choice)
+
+
+def is_said(answer: list[int], alone: Any) -> bool:
+    """Whether an answer is the one that was given alone, or parts from it where two tokens were about as likely."""
+    if answer == alone["token_ids"]:
+        return True
+    at = next((i for i, (a, b) in enumerate(zip(answer, alone["token_ids"], strict=False)) if a != b), None)
+    if at is None:
+        return False
+    step = {one["token"]: one["logprob"] for one in alone["logprobs"]["content"][at]["top_logprobs"]}
+    return max(step.values()) - step.get(f"token_id:{answer[at]}", float("-inf")) < 0.01
 
 
 def test_names_are_changed_only_with_the_key(url: str) -> None:

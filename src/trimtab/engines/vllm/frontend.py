@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,18 +230,28 @@ def resolve(engine: Any, params: Any, names: Names) -> Rpc:
     return params
 
 
-def patch_engines(sync: Any, asynchronous: Any, names: Names = NAMES) -> None:
-    """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken."""
+def patch_engines(
+    sync: Any, asynchronous: Any, names: Names = NAMES, refusal: Callable[[str], Exception] = TrimtabError
+) -> None:
+    """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken.
+
+    A server takes any error for one of its own but for vLLM's `refusal`, which it answers with a reason.
+    """
     add_sync, add_async = sync.add_request, asynchronous.add_request
 
     def add_request(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         return add_sync(self, request_id, prompt, run(resolve(self, params, names), self), *args, **kwargs)
 
     async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if RESOLVED in (getattr(params, "extra_args", None) or {}):
-            raise TrimtabError(f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it")
-        params = await run_async(resolve(self, params, names), self)
-        return await add_async(self, request_id, prompt, params, *args, **kwargs)
+        try:
+            if RESOLVED in (getattr(params, "extra_args", None) or {}):
+                raise TrimtabError(
+                    f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it"
+                )
+            params = await run_async(resolve(self, params, names), self)
+            return await add_async(self, request_id, prompt, params, *args, **kwargs)
+        except TrimtabError as error:
+            raise refusal(str(error)) from error
 
     sync.add_request = add_request
     asynchronous.add_request = add_request_async

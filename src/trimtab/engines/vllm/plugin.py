@@ -21,7 +21,8 @@ def register() -> None:
     if _registered:
         return
     check_version()
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.exceptions import VLLMValidationError
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -36,12 +37,13 @@ def register() -> None:
     from trimtab.engines.vllm.settings import patch_arguments
     from trimtab.engines.vllm.worker import patch_worker
 
-    def started() -> None:
+    def started(arguments: EngineArgs) -> None:
         NAMES.load_environment()
-        patch_server()
+        if isinstance(arguments, AsyncEngineArgs):  # a server's, or whoever answers requests as they come
+            patch_server()
 
     patch_arguments(EngineArgs, started)
-    patch_engines(LLMEngine, AsyncLLM)
+    patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError)
     patch_inputs(InputProcessor)
     patch_keys(kv_cache_utils)
     patch_scheduler(Scheduler)

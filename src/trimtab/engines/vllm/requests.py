@@ -6,7 +6,7 @@ here, and so is steering where vLLM would drop it.
 
 from __future__ import annotations
 
-import sys
+from importlib import import_module
 from typing import Any
 
 from trimtab.engines.vllm.wire import ASKED
@@ -24,10 +24,9 @@ REFUSED = {
 
 
 def patch_server() -> None:
-    """Where this process has vLLM's server, let its requests carry `steering` as a field."""
+    """Let requests to vLLM's server, which this process has or may have, carry `steering` as a field."""
     for module, name in PROTOCOLS.items():
-        if module in sys.modules:
-            patch_request(getattr(sys.modules[module], name))
+        patch_request(getattr(import_module(module), name))
 
 
 def patch_request(request: Any) -> None:

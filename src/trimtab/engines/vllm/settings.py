@@ -39,10 +39,10 @@ def settings_from_environment() -> Settings:
     return Settings(int(given))
 
 
-def patch_arguments(arguments: type, started: Callable[[], None]) -> None:
+def patch_arguments(arguments: type, started: Callable[[Any], None]) -> None:
     """Let vLLM's `EngineArgs`, from which a front end starts its engine, put the settings into the configuration.
 
-    `started` is called then.
+    `started` is called then, with the arguments.
     """
     original = arguments.create_engine_config  # type: ignore[attr-defined]
 
@@ -51,7 +51,7 @@ def patch_arguments(arguments: type, started: Callable[[], None]) -> None:
         if not isinstance(config.additional_config, dict):
             raise TrimtabError("trimtab needs an additional_config that is a dictionary, or none")
         config.additional_config = {**config.additional_config, KEY: asdict(settings_from_environment())}
-        started()
+        started(self)
         return config
 
     arguments.create_engine_config = create_engine_config  # type: ignore[attr-defined]
