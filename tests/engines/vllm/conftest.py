@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINES = {"test_engine.py", "test_compiled.py", "test_processes.py", "test_serve.py"}
+ENGINES = {"test_engine.py", "test_compiled.py", "test_processes.py", "test_parallel.py", "test_serve.py"}
 
 os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
