@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINES = {"test_engine.py", "test_compiled.py", "test_processes.py", "test_parallel.py", "test_serve.py"}
+ENGINES = {f"test_{name}.py" for name in ("engine", "compiled", "processes", "parallel", "serve", "ray")}
 
 os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
