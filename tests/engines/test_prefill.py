@@ -105,6 +105,17 @@ def test_no_pass_is_made_for_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         handle.remove()
 
 
+def test_what_acts_on_generated_tokens_alone_leaves_the_first_to_the_bit(lm: LM) -> None:
+    later = Steering((Edit(Site(1), Add(direction(1, 4.0)), Positions.generated(), gate=gate(8, 0) | ~gate(8, 0)),))
+    steerings = [later, None, STEERINGS[5], later, None, later]
+    plain, found = answers(lm, None), answers(lm, steerings)
+    for one, other, steering in zip(found, plain, steerings, strict=True):
+        assert one.logprobs is not None
+        assert other.logprobs is not None
+        assert (one.logprobs[0] == other.logprobs[0]) == (steering is not STEERINGS[5])
+        assert (one.logprobs == other.logprobs) == (steering is None)
+
+
 def test_operations_that_the_prompt_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.tiny("llama")
     size = place(lm.layout, Site(1, "neurons")).size

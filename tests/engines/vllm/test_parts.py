@@ -682,7 +682,7 @@ class TestAround:
         with pytest.raises(TrimtabError, match="it is no safetensors file"):
             steering_from_bytes(b"{}", "it")
 
-    @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed here")
+    @pytest.mark.skipif(getattr(find_spec("vllm"), "origin", None) is not None, reason="vLLM is installed here")
     def test_the_command_line_says_that_vllm_is_missing(self, trimtab: Any) -> None:
         ran = trimtab("generate", "--engine", "vllm", "--prompt", "What is the sea?")
         assert ran.code == 2

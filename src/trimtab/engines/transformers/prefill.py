@@ -2,7 +2,8 @@
 
 That is possible where no edit acts before the last prompt token: up to there the prompt is read unsteered in any case.
 The pass runs unsteered and is recorded; then gates are decided. Requests whose gates stay shut keep all of it, to the
-bit. For the others the last token is run again, steered, in place of the first reading of it: one more column.
+bit, and so do those whose edits act on generated tokens alone. For the others the last token is run again, steered, in
+place of the first reading of it: one more column.
 """
 
 from __future__ import annotations
@@ -94,7 +95,6 @@ class Prefill:
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """The first pass of the whole model inside decides, and the session goes on from it."""
-        rows: Tensor | None = None
         recorder: Any = None
 
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -106,7 +106,7 @@ class Prefill:
             session.pause(True)
 
         def after(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal recorder, rows
+            nonlocal recorder
             if recorder is None:
                 return
             recorder.__exit__(None, None, None)
@@ -115,9 +115,9 @@ class Prefill:
             self._decide()
             session.resume()
             repeat = kwargs["input_ids"].shape[0] // len(self.lengths)
-            open_rows = [i * repeat + n for i, edits in enumerate(self.edits) if edits for n in range(repeat)]
-            if open_rows:
-                self._again(kwargs, output, open_rows)
+            begun = [i * repeat + n for i in range(len(self.lengths)) if self._begins(i) for n in range(repeat)]
+            if begun:
+                self._again(kwargs, output, begun)
 
         handles = [
             self.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -161,6 +161,12 @@ class Prefill:
         self.edits[:] = conditionals(settled)
         self._kept = {}
 
+    def _begins(self, request: int) -> bool:
+        """Whether an edit acts at the last prompt token; what acts later finds all as it was."""
+        last = self.lengths[request] - 1
+        spans = [span for edit in self.edits[request] for span in edit.positions.resolve(last + 1)]
+        return any(start <= last and (stop is None or last < stop) for start, stop in spans)
+
     def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
         """Run the last column again, steered, and put what comes of these rows in the place of what there was."""
         cache = kwargs["past_key_values"]
@@ -170,13 +176,13 @@ class Prefill:
             layer.keys, layer.values = layer.keys[..., :-1, :], layer.values[..., :-1, :]
         cut = {name: value[..., -1:] for name, value in kwargs.items() if name in CUT and isinstance(value, Tensor)}
         steered = self.model(**{**kwargs, **cut})
-        open_ = torch.zeros(len(output.logits), dtype=torch.bool)
-        open_[rows] = True
+        again = torch.zeros(len(output.logits), dtype=torch.bool)
+        again[rows] = True
         for layer, (keys, values) in zip(layers, ends, strict=True):
-            shut = ~open_.to(keys.device)
-            layer.keys[shut, :, -1:] = keys[shut]
-            layer.values[shut, :, -1:] = values[shut]
-        at = open_.to(output.logits.device)
+            kept = ~again.to(keys.device)
+            layer.keys[kept, :, -1:] = keys[kept]
+            layer.values[kept, :, -1:] = values[kept]
+        at = again.to(output.logits.device)
         output.logits[at, -1] = steered.logits[at, -1]
 
 
