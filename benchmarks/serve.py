@@ -2,8 +2,8 @@
 
 Both servers are processes of their own on the same machine and the same model, in float32. Rounds alternate between
 steered and unsteered requests (each client has one of eight steerings) of one trimtab server, and unsteered ones of
-`transformers serve`; each client sends one request and waits for its answer. Target: steered at least 0.95 of
-unsteered, and at least as fast as transformers.
+`transformers serve`; each client sends one request and waits for its answer. No prompt comes twice, as transformers
+would read it once. Target: steered at least 0.95 of unsteered, and at least as fast as transformers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CLIENTS = (1, 8, 32)
 STEERED = Target(0.95)
 AGAINST_PEER = Target(1.0)
 READY_SECONDS = 300
+SERIAL = count(1)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _load(server: Server, steerings: Sequence[str | None], tokens: int, waits: l
     def ask(number: int) -> int:
         body: dict[str, Any] = {
             "model": server.model,
-            "messages": [{"role": "user", "content": PROMPTS[number % len(PROMPTS)]}],
+            "messages": [{"role": "user", "content": f"{next(SERIAL)}. {PROMPTS[number % len(PROMPTS)]}"}],
             "max_tokens": tokens,
             "temperature": 0,
         }

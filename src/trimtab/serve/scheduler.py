@@ -197,6 +197,7 @@ class Scheduler:
 
     # ---- in the thread -----------------------------------------------------------------------------------
 
+    @torch.inference_mode()  # a token costs some 5 % less than with no_grad
     def _loop(self) -> None:
         while True:
             with self._changed:
@@ -220,7 +221,8 @@ class Scheduler:
             job, future = self._jobs.popleft()
             if future.set_running_or_notify_cancel():
                 try:
-                    future.set_result(job())
+                    with torch.inference_mode(False):  # what it makes is used elsewhere
+                        future.set_result(job())
                 except Exception as error:
                     future.set_exception(error)
 
