@@ -71,6 +71,7 @@ def extract(
 def instruct(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts to search on.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 32,
+    layers: Annotated[int | None, typer.Option(min=1, help="Let the reference search so many layers only.")] = None,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -78,7 +79,7 @@ def instruct(
     """The search for a layer, as the paper's code does it against `tune`."""
     from benchmarks.instruct import run
 
-    finish(run(prompts, tokens), json_file, check, as_markdown)
+    finish(run(prompts, tokens, layers), json_file, check, as_markdown)
 
 
 @app.command()
