@@ -128,8 +128,8 @@ class TestDecidedByThePrompt:
         monkeypatch.setattr(
             reading_module, "run_decoder", lambda *a, **k: passes.append(len(a[1]["input_ids"])) or original(*a, **k)
         )
-        everywhere = Steering((EDIT,)).at(Positions.all())  # otherwise the generating pass would tell
-        gated = everywhere.when(Threshold(Site(1), direction(3), 0.0))
+        everywhere = Steering((EDIT,)).at(Positions.all())
+        gated = everywhere.when(Threshold(EDIT.site, direction(3), 0.0))  # shallower, the generating pass would tell
         lm.generate(PROMPTS, [gated, None, gated, gated, gated], max_new_tokens=1)
         assert passes == [4]
 

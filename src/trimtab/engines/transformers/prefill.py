@@ -1,15 +1,18 @@
 """Gates decided by the pass over the prompt that generation makes anyway, instead of by one of their own.
 
-That is possible where no edit acts before the last prompt token: up to there the prompt is read unsteered in any case.
-The pass runs unsteered and is recorded; then gates are decided. Requests whose gates stay shut keep all of it, to the
-bit, and so do those whose edits act on generated tokens alone. For the others the last token is run again, steered, in
-place of the first reading of it: one more column.
+Where every edit of a batch is at a deeper layer than what its gates read, they are decided on the way: the pass runs
+unsteered as far as that, and goes on steered.
+
+Otherwise it is possible where no edit acts before the last prompt token: up to there the prompt is read unsteered in
+any case. The pass runs unsteered and is recorded; then gates are decided. Requests whose gates stay shut keep all of
+it, to the bit, and so do those whose edits act on generated tokens alone. For the others the last token is run again,
+steered, in place of the first reading of it: one more column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -43,12 +46,16 @@ def decides_at_prefill(
     layout: Layout, steerings: Sequence[Steering | None], lengths: Sequence[int], options: Mapping[str, Any]
 ) -> bool:
     """Whether this batch has something to decide, and its first pass can tell."""
-    edits = [tuple(edit for edit in one.edits if edit.strength) if one else () for one in steerings]
+    edits = _acting(steerings)
     asked = [bool(wanted(one)) or any(map(is_open, acting)) for one, acting in zip(steerings, edits, strict=True)]
     if not any(asked) or any(options.get(name) is not None for name in OTHERS):
         return False
-    if any(is_score_edit(edit) for acting in edits for edit in acting) or not _plain(layout):
+    if any(is_score_edit(edit) for acting in edits for edit in acting) or not can_share(layout):
         return False
+    if sum(n for one, n in zip(steerings, lengths, strict=True) if wanted(one)) > TOKENS_PER_BATCH:
+        return False
+    if _on_the_way(steerings) is not None:
+        return True
     starts = [
         (start, length)
         for acting, length in zip(edits, lengths, strict=True)
@@ -56,12 +63,7 @@ def decides_at_prefill(
         for start, _ in edit.positions.resolve(length)
     ]
     to_settle = sum(n for acting, n in zip(edits, lengths, strict=True) if any(map(is_open, acting)))
-    to_read = sum(n for one, n in zip(steerings, lengths, strict=True) if wanted(one))
-    return (
-        all(start >= length - 1 for start, length in starts)
-        and to_settle <= TOKENS_TO_SETTLE
-        and to_read <= TOKENS_PER_BATCH
-    )
+    return _plain(layout) and all(start >= n - 1 for start, n in starts) and to_settle <= TOKENS_TO_SETTLE
 
 
 class Prefill:
@@ -79,13 +81,15 @@ class Prefill:
         self.lengths = list(lengths)
         self.edits: list[tuple[Edit, ...]] = [() for _ in lengths]
         self.names: list[tuple[str, ...]] = [() for _ in lengths]
-        possible = [edit for one in steerings if one for edit in one.edits if edit.strength]
+        acting = _acting(steerings)
+        possible = [edit for edits in acting for edit in edits]
         self.sites: list[Site] = sorted({edit.site for edit in possible})
         self._asked = [sorted(wanted(one), key=str) for one in steerings]
-        self._opens = [any(is_open(edit) for edit in one.edits if edit.strength) if one else False for one in steerings]
+        self._opens = [any(map(is_open, edits)) for edits in acting]
         gates = {reading.site for readings in self._asked for reading in readings}
         self._read: list[Site] = sorted(gates | {edit.site for edit in possible if is_open(edit)})
         self._where = [self._tokens(i) for i in range(len(self.lengths))]
+        self._deepest = _on_the_way(steerings)
         self._kept: Mapping[Site, Tensor] | None = None
 
     def decide(self, _requests: int, _first: Any) -> Sequence[tuple[Edit, ...]]:
@@ -95,23 +99,33 @@ class Prefill:
     @contextmanager
     def watching(self, session: Session) -> Iterator[None]:
         """The first pass of the whole model inside decides, and the session goes on from it."""
-        recorder: Any = None
+        decoder = self.layout.decoder
 
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            nonlocal recorder
-            if self._kept is not None or recorder is not None:
+            if self._kept is not None:
                 return
-            recorder = recording(self.layout, self._read, self._places(kwargs["input_ids"]), to_the_end=True)
-            self._kept = recorder.__enter__()
+            places = self._places(kwargs["input_ids"])
+            self._kept = first.enter_context(recording(self.layout, self._read, places, to_the_end=True))
             session.pause(True)
+            first.callback(session.pause, False)
+            if self._deepest is not None:
+                first.callback(decoder.register_forward_pre_hook(note, with_kwargs=True).remove)
+                # behind the recorder's own hook there
+                first.callback(self.layout.blocks[self._deepest].register_forward_hook(on_the_way).remove)
+
+        def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            given[:] = args, {**kwargs, "past_key_values": None}  # empty now, not when it goes on
+
+        def on_the_way(*_: Any) -> None:
+            self._decide()
+            session.pause(False)
+            session.before(decoder, *given)
 
         def after(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal recorder
-            if recorder is None:
+            if not self._kept:
+                first.close()
                 return
-            recorder.__exit__(None, None, None)
-            recorder = None
-            session.pause(False)
+            first.close()
             self._decide()
             session.resume()
             repeat = kwargs["input_ids"].shape[0] // len(self.lengths)
@@ -119,18 +133,11 @@ class Prefill:
             if begun:
                 self._again(kwargs, output, begun)
 
-        handles = [
-            self.model.register_forward_pre_hook(before, with_kwargs=True),
-            self.model.register_forward_hook(after, with_kwargs=True),
-        ]
-        try:
+        given: list[Any] = []
+        with ExitStack() as stack, ExitStack() as first:
+            stack.callback(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(self.model.register_forward_hook(after, with_kwargs=True).remove)
             yield
-        finally:
-            if recorder is not None:
-                recorder.__exit__(None, None, None)
-                session.pause(False)
-            for handle in handles:
-                handle.remove()
 
     def _tokens(self, request: int) -> list[int]:
         """The prompt's tokens that are read, in order."""
@@ -186,7 +193,21 @@ class Prefill:
         output.logits[at, -1] = steered.logits[at, -1]
 
 
+def _acting(steerings: Sequence[Steering | None]) -> list[tuple[Edit, ...]]:
+    """The edits that act where their gates let them."""
+    return [tuple(edit for edit in one.edits if edit.strength) if one else () for one in steerings]
+
+
+def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
+    """The deepest layer that gates read, if all that is decided there is about edits of deeper ones."""
+    edits = [edit for acting in _acting(steerings) for edit in acting]
+    read = max((reading.site.layer for one in steerings for reading in wanted(one)), default=None)
+    if read is None or any(map(is_open, edits)) or min(edit.site.layer for edit in edits) <= read:
+        return None
+    return read
+
+
 def _plain(layout: Layout) -> bool:
     """Whether the cache is one of keys and values without windows, whose last column can be taken off."""
     layers = DynamicCache(config=layout.decoder.config).layers  # type: ignore[arg-type]
-    return can_share(layout) and all(type(layer) is DynamicLayer for layer in layers)
+    return all(type(layer) is DynamicLayer for layer in layers)
