@@ -38,7 +38,7 @@ RECIPE = Recipe(
     data="prompt + positive + negative for the behaviour; prompts that should trigger it, and others",
     reads="the answers' tokens, and the prompts'",
     acts="adds at blocks from 0.3 to 0.5 of the depth, at every token, where the prompt meets the condition",
-    cost="one addition a layer and token, and a reading of the prompt",
+    cost="one addition a layer and token; a reading of the prompt where the condition isn't below all steered layers",
     function="learn_cast",
     options=(
         Option("when", "texts", None, "Prompts on which the behaviour should act."),

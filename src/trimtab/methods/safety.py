@@ -39,7 +39,7 @@ RECIPE = Recipe(
     data="harmful requests, and harmless ones, a hundred or more of each",
     reads="answers that refuse or comply, and the last token of each prompt",
     acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads harmful",
-    cost="one addition a layer and token, and a reading of the prompt",
+    cost="one addition a layer and token",
     function="learn_safety",
     options=(
         Option("harmless", "texts", None, "Requests that are to be answered, in form like the harmful ones."),
