@@ -272,10 +272,14 @@ class TestNarrow:
         plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))
         assert steered["y"] >= plain["y"] + plain["height"]  # one below the other
         assert plain["width"] > 300
+        message, names = (page.locator(part).bounding_box() for part in ("#tt-message", "#tt-names"))
+        assert names["y"] >= message["y"] + message["height"]  # the panel below the chat
         page.set_viewport_size({"width": 1280, "height": 900})
         plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))
         assert steered["x"] >= plain["x"] + plain["width"]  # side by side
         assert steered["y"] == plain["y"]
+        message, names = (page.locator(part).bounding_box() for part in ("#tt-message", "#tt-names"))
+        assert names["x"] + names["width"] <= message["x"]  # and beside it
 
 
 class TestKeys:

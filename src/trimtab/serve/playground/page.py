@@ -50,7 +50,7 @@ def make_blocks(service: Service) -> gr.Blocks:
             use = gr.Button("Use it", scale=1, min_width=100)
         trouble = gr.HTML(elem_classes="tt-say")
         with gr.Row():
-            with gr.Column(scale=2, min_width=280):
+            with gr.Column(scale=2, min_width=280, elem_classes="tt-panel"):
                 panel = make_panel(service)
             with gr.Column(scale=5, min_width=280), gr.Tabs():
                 with gr.Tab("Chat"):
