@@ -43,7 +43,8 @@ def markdown(report: Report, arguments: Sequence[str], date: datetime.date | Non
 
 def _machine(report: Report) -> str:
     m = report.machine
-    return f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {m['threads']} thread{'s' * (m['threads'] != 1)}, {m['system']}"
+    threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
+    return f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {threads}, {m['system']}"
 
 
 def _cells(result: Result) -> tuple[str, ...]:
