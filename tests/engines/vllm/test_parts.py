@@ -371,6 +371,34 @@ class TestFrontEnd:
         assert steering_from_bytes(data, "it") == names["shout"]
         assert digest == content_of(names["shout"])[0]
 
+    def test_what_was_asked_before_is_resolved_by_a_look_unless_it_means_something_else_now(
+        self, names: Names, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
+        checked: list[Steering] = []
+        monkeypatch.setattr(Link, "check", lambda _, steering: checked.append(steering))
+
+        def digest() -> str:
+            (part,) = wire_of(self.ask(engine, [{"name": "shout"}], names)).parts  # type: ignore[union-attr]
+            return part.digest
+
+        before = digest()
+        count = len(checked)
+        assert digest() == before
+        assert len(checked) == count
+        other = steering((1, Add(direction(2)), RULES[0]))
+        names.register("shout", other)
+        assert digest() == content_of(other)[0] != before
+        assert len(checked) > count
+        link = engine._trimtab_link
+        del link.sent[content_of(other)[0]]  # the workers have forgotten it
+        sent = sum(method == "trimtab_put" for method, _ in engine.calls)
+        digest()
+        assert sum(method == "trimtab_put" for method, _ in engine.calls) == sent + 1
+        names.unregister("shout")
+        with pytest.raises(TrimtabError, match="no steering 'shout'"):
+            digest()
+
     def test_an_engine_without_the_plugin_is_an_error(self, names: Names) -> None:
         with pytest.raises(UnsupportedError, match="don't know trimtab: its plugin failed to load"):
             self.ask(Engine({}), "shout", names)

@@ -31,6 +31,10 @@ from trimtab.steering.identity import check_learned_on
 UNNAMED = 256
 """So many contents that no name stands for, the last ones that were used, stay with the workers."""
 
+REMEMBERED = 1024
+LONGEST = 4096
+"""So many different requests for steering, the last ones, of so many characters at most, are resolved by a look."""
+
 GRACE = 60.0
 """Seconds that a content stays after that: a request that was just resolved may not have reached the core yet."""
 
@@ -42,6 +46,8 @@ class Names:
 
     def __init__(self) -> None:
         self._steerings: dict[str, Steering] = {}
+        self.version = 0
+        """Another one whenever a name comes, goes or changes."""
 
     def register(self, name: str, steering: Steering) -> None:
         """Make a steering known, or put it in the place of the one that had this name."""
@@ -55,11 +61,13 @@ class Names:
                 " give it to LM.generate(…, steering=…)"
             )
         self._steerings[name] = steering
+        self.version += 1
 
     def unregister(self, name: str) -> None:
         """Raises `TrimtabError` where there is none of this name."""
         self[name]
         del self._steerings[name]
+        self.version += 1
 
     def __getitem__(self, name: str) -> Steering:
         if not isinstance(name, str) or name not in self._steerings:
@@ -121,6 +129,7 @@ class Link:
     sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
     retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
     identity: ModelId | None = None  # once it was asked for
+    known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
@@ -201,6 +210,8 @@ def send(link: Link, steering: Steering) -> Rpc:
 
 def tidy(link: Link, names: Names) -> Rpc:
     """Let the workers forget contents that no name stands for, but for the `UNNAMED` that were used last."""
+    if len(link.sent) <= UNNAMED and not link.retired:
+        return
     named = {content_of(names[name])[0] for name in names}
     unnamed = [digest for digest in link.sent if digest not in named]
     now = time.monotonic()
@@ -221,13 +232,30 @@ def resolve(engine: Any, params: Any, names: Names) -> Rpc:
     if not extra.get(ASKED):
         return params
     link = yield from connect(engine)
-    steering = parse(extra[ASKED], names)
-    yield from check(link, engine, steering)
-    part = yield from send(link, steering)
-    yield from tidy(link, names)
+    part = yield from _part_of(link, engine, extra[ASKED], names)
     params = copy.copy(params)
     params.extra_args = {k: v for k, v in extra.items() if k != ASKED} | {RESOLVED: Wire((part,)).to_plain()}
     return params
+
+
+def _part_of(link: Link, engine: Any, asked: Any, names: Names) -> Rpc:
+    """The part that stands for what a request asks; what was asked before isn't checked and hashed again."""
+    key = names.version, asked if isinstance(asked, str) else json.dumps(asked, default=repr)
+    part = link.known.get(key)
+    if part is not None and part.digest in link.sent:
+        link.known.move_to_end(key)
+        link.sent.move_to_end(part.digest)
+        link.retired.pop(part.digest, None)
+        return part
+    steering = parse(asked, names)
+    yield from check(link, engine, steering)
+    part = yield from send(link, steering)
+    yield from tidy(link, names)
+    if len(key[1]) <= LONGEST:
+        link.known[key] = part
+    if len(link.known) > REMEMBERED:
+        link.known.popitem(last=False)
+    return part
 
 
 def patch_engines(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class State:
     """What acts on a token: these edits, in order. States of the same `key` are the same."""
 
     key: str
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit, ...] = field(compare=False)
 
     @cached_property
     def slots(self) -> dict[int, list[Slot]]:
@@ -75,17 +75,22 @@ def compile_program(edits: Sequence[Identified], prompt_length: int) -> tuple[Se
     What is next to each other and the same is one segment.
     """
     plain = tuple(one.edit for one in edits)
-    states: dict[str, State] = {}
     segments: list[Segment] = []
     for start, stop, rules in sweep(plain, prompt_length):
         acting = [one for one in edits if one.edit.positions in rules]
         key = hashlib.sha256("\n".join(one.name for one in acting).encode()).hexdigest()[:32]
-        state = states.setdefault(key, State(key, tuple(one.edit for one in acting)))
-        if segments and segments[-1].stop == start and segments[-1].state is state:
+        state = _kept(State(key, tuple(one.edit for one in acting)))
+        if segments and segments[-1].stop == start and segments[-1].state == state:
             segments[-1] = replace(segments[-1], stop=stop)
         else:
             segments.append(Segment(start, stop, state))
     return tuple(segments)
+
+
+@lru_cache(maxsize=512)
+def _kept(state: State) -> State:
+    """The state of this key that was made first, with what it has worked out since."""
+    return state
 
 
 def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
 from trimtab.engines.vllm.bank import Bank
-from trimtab.engines.vllm.program import Segment, State, compile_program, next_border, runs
+from trimtab.engines.vllm.program import Identified, Segment, State, compile_program, next_border, runs
 from trimtab.engines.vllm.step import Staged, Step, make_step
 from trimtab.engines.vllm.wire import Reading, Wire, identified
 from trimtab.errors import TrimtabError
@@ -76,7 +76,7 @@ class Rig:
         """A request arrives. Raises `TrimtabError` for one that names what the worker wasn't given."""
         if request in self.programs:
             return  # it was preempted, and is resumed
-        edits = []
+        edits: list[Identified] = []
         for part in wire.parts:
             if part.digest not in self.steerings:
                 raise TrimtabError(f"request {request} needs {part.digest[:12]}, which this worker wasn't given")

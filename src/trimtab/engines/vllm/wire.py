@@ -8,7 +8,7 @@ digests and strengths, so that the same vectors at 200 strengths are sent once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -103,10 +103,24 @@ def _digest(content: Steering) -> str:
     return steering_digest(content)
 
 
-def identified(part: Part, content: Steering) -> list[Identified]:
+def identified(part: Part, content: Steering) -> tuple[Identified, ...]:
     """The part's edits that act, with names that tell their content."""
-    return [
+    return _identified(_Known(part, content))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A part and its content, which its digest tells already."""
+
+    part: Part
+    content: Steering = field(compare=False)
+
+
+@lru_cache(maxsize=512)
+def _identified(known: _Known) -> tuple[Identified, ...]:
+    part = known.part
+    return tuple(
         Identified(f"{part.digest}.{i}*{strength!r}", replace(edit, strength=strength))
-        for i, (edit, strength) in enumerate(zip(content.edits, part.strengths, strict=True))
+        for i, (edit, strength) in enumerate(zip(known.content.edits, part.strengths, strict=True))
         if strength != 0
-    ]
+    )
