@@ -54,7 +54,7 @@ RECIPE = Recipe(
         ),
         Option("pool", "str", "unit-mean", "How tokens are pooled (the paper's: mean).", choices=("unit-mean", "mean")),
         Option("choice", "str", "f1", "Which threshold is best.", choices=("f1", "youden")),
-        Option("condition_layer", "int", None, "Where the condition reads (default: best of the first half)."),
+        Option("condition_layer", "int", None, "Where the condition reads (default: best below the behaviour)."),
     ),
 )
 
@@ -145,8 +145,9 @@ def learn_cast(
 
     The behaviour's direction at each layer (default: from 0.3 to 0.5 of the depth) is read over all tokens of the
     answers. It has length 1; the edits' strength is `coefficient` times the mean activation's norm there (the paper's
-    strengths are in units of the residual stream). The condition is `learn_condition`'s. For several conditions learn
-    them apart, and put them together: `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`.
+    strengths are in units of the residual stream). The condition is `learn_condition`'s, by default at a layer below
+    all of the behaviour's, so that the pass that generates decides it on its way. For several conditions learn them
+    apart, and put them together: `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`.
 
     Raises `TrimtabError` as `learn_condition` does, and for pairs of other shapes.
     """
@@ -156,7 +157,8 @@ def learn_cast(
         lm, pairs, layers, coefficient=coefficient, behaviour=behaviour, positions=positions, progress=progress
     )
     chosen = [edit.site.layer for edit in edits]
-    condition = learn_condition(lm, when, unless, condition_layer, measure=measure, pool=pool, choice=choice)
+    where = condition_layer if condition_layer is not None else range(min(chosen)) or None
+    condition = learn_condition(lm, when, unless, where, measure=measure, pool=pool, choice=choice)
     options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
     prompts = {"when": len(when), "unless": len(unless)}
     measured = {"pairs": len(pairs), **prompts, "activation_norm": norms, "condition": condition.measured}
