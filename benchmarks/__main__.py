@@ -212,18 +212,22 @@ def behaviours(
         float | None,
         typer.Option(min=0.0, help="What share of the activation strength 1 pushes by; else the vectors' own length."),
     ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this behaviour; repeatable.")] = None,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
     """CAA on five behaviours: A/B probability by strength, random directions, system messages, and what it costs."""
-    from benchmarks.behaviours import CAPABILITY, run
+    from benchmarks.behaviours import CAPABILITY, SYSTEM, run
 
+    if unknown := sorted(set(only or ()) - set(SYSTEM)):
+        raise typer.BadParameter(f"no behaviour {unknown[0]!r}; known: {', '.join(SYSTEM)}", param_hint="--only")
     if not (data / "caa").is_dir() or not (data / CAPABILITY).is_file():
         Console(stderr=True).print(f"skipped: {data} has no caa or no {CAPABILITY}; name the data with --data")
         return
-    finish(run(model, data, folder, limit, pairs, held_out, seeds, questions, dose), json_file, check, as_markdown)
+    report = run(model, data, folder, limit, pairs, held_out, seeds, questions, dose, only or ())
+    finish(report, json_file, check, as_markdown)
 
 
 @app.command()

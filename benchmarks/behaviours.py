@@ -119,15 +119,16 @@ def run(
     seeds: int,
     questions: int,
     dose: float | None = None,
+    only: Sequence[str] = (),
 ) -> Report:
-    """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder.
+    """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder; of some behaviours, or all.
 
     With a `dose`, strength 1 is a push of that share of the pairs' activations; without it, the mean length of the
     behaviours' own vectors.
     """
     lm = LM.load(model)
     folder.mkdir(parents=True, exist_ok=True)
-    names = [name for name in SYSTEM if (data / "caa" / name).is_dir()]
+    names = [name for name in SYSTEM if (data / "caa" / name).is_dir() and (not only or name in only)]
     parts = {name: read(data / "caa" / name, limit, pairs, held_out) for name in names}
     layers = sorted({round(depth * lm.layout.layers) for depth in DEPTHS})
     vectors = learn(lm, {name: part.learn for name, part in parts.items()}, layers, folder, dose)
