@@ -596,6 +596,7 @@ class TestWorkers:
             ({"speculative_config": object()}, ["speculative decoding"]),
             ({"kv_transfer_config": object()}, ["KV connector"]),
             ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, ["sequence"]),
+            ({"parallel_config": SimpleNamespace(use_sequence_parallel_moe=True)}, ["sequence"]),
             ({"parallel_config": parallel}, ["DBO", "prefill context"]),
             ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embeds", "encoder"]),
         ):
