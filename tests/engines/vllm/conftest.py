@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ENGINES = {f"test_{name}.py" for name in ("engine", "compiled", "processes", "parallel", "serve", "ray")}
+ENGINES = {f"test_{name}.py" for name in ("engine", "adapters", "compiled", "processes", "parallel", "serve", "ray")}
 
 os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

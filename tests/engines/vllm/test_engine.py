@@ -82,14 +82,15 @@ def forget(vllm: Any) -> None:
 class TestNothingMeansNothing:
     def test_unsteered_is_what_an_engine_without_the_plugin_says(self, vllm: Any, tmp_path: Path) -> None:
         """Beside steered requests too: the same prompts in the same places, so that batches are cut the same."""
-        plain = [said for said, _ in without_plugin(TINY, [vllm.encode(p) for p in PROMPTS], NEW, tmp_path)]
+        plain = without_plugin(TINY, [vllm.encode(p) for p in PROMPTS], NEW, tmp_path)
         forget(vllm)
-        assert [list(t) for t in tokens(vllm.generate(PROMPTS, max_new_tokens=NEW))] == plain
+        unsteered = vllm.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
+        assert [(list(a.token_ids), list(a.logprobs)) for a in unsteered] == plain
         rows = [added(i, 0.5) if i % 2 else None for i in range(4)] + [None] * 16
         forget(vllm)
         mixed = vllm.generate(PROMPTS, rows, max_new_tokens=NEW)
         ends_alike = [list(t) for i, t in enumerate(tokens(mixed)) if rows[i] is None]
-        assert ends_alike == [t for i, t in enumerate(plain) if rows[i] is None]
+        assert ends_alike == [t for i, (t, _) in enumerate(plain) if rows[i] is None]
 
     @pytest.mark.parametrize(
         "nothing",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +31,7 @@ from trimtab.engines.vllm.requests import patch_request
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.settings import Settings, settings_from_environment
-from trimtab.engines.vllm.versions import check_version
+from trimtab.engines.vllm.versions import SUPPORTED, check_version
 from trimtab.engines.vllm.wire import RESOLVED, Reading, Wire, content_of, identified, wire_of
 from trimtab.engines.vllm.worker import unsupported
 from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
@@ -622,6 +624,7 @@ class TestWorkers:
             ({"speculative_config": object()}, ["speculative decoding"]),
             ({"kv_transfer_config": object()}, ["KV connector"]),
             ({"compilation_config": SimpleNamespace(pass_config=SimpleNamespace(enable_sp=True))}, ["sequence"]),
+            ({"parallel_config": SimpleNamespace(use_sequence_parallel_moe=True)}, ["sequence"]),
             ({"parallel_config": parallel}, ["DBO", "prefill context"]),
             ({"model_config": SimpleNamespace(runner_type="pooling", is_encoder_decoder=True)}, ["embeds", "encoder"]),
         ):
@@ -693,8 +696,13 @@ class TestOnRay:
 class TestAround:
     def test_versions(self) -> None:
         assert check_version("0.32.0") == "0.32.0"
-        with pytest.raises(UnsupportedError, match=r"steers vLLM 0\.32 and 0\.33, and this is 0\.40\.1"):
+        with pytest.raises(UnsupportedError, match=r"steers vLLM 0\.31, 0\.32 and 0\.33, and this is 0\.40\.1"):
             check_version("0.40.1")
+
+    def test_what_is_installed_with_trimtab_is_a_version_that_is_steered(self) -> None:
+        project = (Path(__file__).parents[3] / "pyproject.toml").read_text()
+        low, high = (int(minor) for minor in re.search(r'"vllm>=0\.(\d+),<0\.(\d+)"', project).groups())
+        assert tuple(f"0.{minor}" for minor in range(low, high)) == SUPPORTED
 
     def test_settings(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert settings_from_environment() == Settings()

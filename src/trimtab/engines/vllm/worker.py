@@ -76,7 +76,8 @@ def unsupported(config: Any) -> list[str]:
             config.kv_transfer_config is not None
         ),
         "sequence parallelism is on, which spreads a block's output over workers": bool(
-            getattr(compilation.pass_config, "enable_sp", False)
+            getattr(compilation.pass_config, "enable_sp", False)  # a pass of the compiler, up to vLLM 0.31
+            or getattr(parallel, "use_sequence_parallel_moe", False)
         ),
         "micro-batches overlap (DBO), so that a pass's tokens don't come together": bool(
             getattr(parallel, "enable_dbo", False) or getattr(parallel, "use_ubatching", False)
