@@ -1,8 +1,9 @@
-"""The libraries whose files are read and written, in a folder of their own: see `make peers`."""
+"""Other programs: vLLM, and the libraries whose files are read and written, in a folder of their own (`make peers`)."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ import numpy as np
 import pytest
 
 FOLDER = Path(os.environ.get("TRIMTAB_PEERS") or Path(__file__).parents[1] / "build" / "peers")
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed. Where it isn't, the folder of its engine's tests looks like a package of this name."""
+    found = importlib.util.find_spec("vllm")
+    return found is not None and found.origin is not None
 
 
 def library(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:

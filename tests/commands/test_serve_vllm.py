@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from other_programs import has_vllm
 
 from trimtab import save
 from trimtab.commands.serve_vllm import vllm_command, vllm_environment
@@ -116,7 +116,7 @@ def test_other_engines(trimtab: Callable[..., Any]) -> None:
         assert words in ran.err
 
 
-@pytest.mark.skipif(getattr(find_spec("vllm"), "origin", None) is not None, reason="vLLM is installed here")
+@pytest.mark.skipif(has_vllm(), reason="vLLM is installed here")
 def test_without_vllm(trimtab: Callable[..., Any]) -> None:
     ran = trimtab("serve", "--engine", "vllm")
     assert ran.code == 2

@@ -59,6 +59,11 @@ RECIPE = Recipe(
 )
 
 
+ENOUGH = 3
+"""So many layers below the behaviour are enough to choose the condition's from. The first one alone tells less: on
+SmolLM2-135M-Instruct a condition on harmful requests opens for 22 of 100 safe ones there, and for 13 at the best."""
+
+
 @dataclass(frozen=True)
 class Condition:
     """A learned gate, and for a card: where it reads, the curve of its thresholds, and the chosen one."""
@@ -146,8 +151,9 @@ def learn_cast(
     The behaviour's direction at each layer (default: from 0.3 to 0.5 of the depth) is read over all tokens of the
     answers. It has length 1; the edits' strength is `coefficient` times the mean activation's norm there (the paper's
     strengths are in units of the residual stream). The condition is `learn_condition`'s, by default at a layer below
-    all of the behaviour's, so that the pass that generates decides it on its way. For several conditions learn them
-    apart, and put them together: `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`.
+    all of the behaviour's, so that the pass that generates decides it on its way; where there are fewer than three
+    such layers, in the first half of the blocks. For several conditions learn them apart, and put them together:
+    `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`.
 
     Raises `TrimtabError` as `learn_condition` does, and for pairs of other shapes.
     """
@@ -157,7 +163,8 @@ def learn_cast(
         lm, pairs, layers, coefficient=coefficient, behaviour=behaviour, positions=positions, progress=progress
     )
     chosen = [edit.site.layer for edit in edits]
-    where = condition_layer if condition_layer is not None else range(min(chosen)) or None
+    below = range(min(chosen)) if min(chosen) >= ENOUGH else None
+    where = below if condition_layer is None else condition_layer
     condition = learn_condition(lm, when, unless, where, measure=measure, pool=pool, choice=choice)
     options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
     prompts = {"when": len(when), "unless": len(unless)}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from other_programs import has_vllm
 
 ENGINES = {f"test_{name}.py" for name in ("engine", "adapters", "compiled", "processes", "parallel", "serve", "ray")}
 
@@ -17,7 +17,7 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # not to the one c
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if getattr(find_spec("vllm"), "origin", None) is None:  # without an origin it is this very folder
+    if not has_vllm():
         skip = pytest.mark.skip(reason="vLLM isn't installed in this environment; make test-vllm runs these")
         for item in items:
             if Path(item.path).name in ENGINES and Path(item.path).parent == Path(__file__).parent:

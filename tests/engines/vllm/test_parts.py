@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from other_programs import has_vllm
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
 
 from trimtab import Ablate, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, UnsupportedError, save
@@ -32,7 +32,7 @@ from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.settings import Settings, settings_from_environment
 from trimtab.engines.vllm.versions import SUPPORTED, check_version
-from trimtab.engines.vllm.wire import RESOLVED, Reading, Wire, content_of, identified, wire_of
+from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire, content_of, identified, wire_of
 from trimtab.engines.vllm.worker import unsupported
 from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
 from trimtab.steering import Card, Rotate, SetProjection
@@ -208,7 +208,7 @@ class TestCore:
         core = Core()
         running = request("a", steering((1, Add(direction(1)), RULES[0])))
         core.scheduler.add_request(running)
-        digest = wire_of(running.sampling_params).parts[0].digest  # type: ignore[union-attr]
+        digest = parts_of(running.sampling_params)[0].digest
         assert core.collective_rpc("trimtab_drop", None, ([digest, "other"],)) == [[digest]]
         assert calls == [("trimtab_drop", (["other"],))]
         assert core.preprocess_add_request(running) == "taken"
@@ -338,6 +338,13 @@ class Engine:
         return SimpleNamespace(chat_template=None)
 
 
+def parts_of(params: Any) -> tuple[Part, ...]:
+    """The steerings that a resolved request carries."""
+    wire = wire_of(params)
+    assert wire is not None
+    return wire.parts
+
+
 HELLO = {
     "reasons": [],
     "unfired": [],
@@ -366,7 +373,7 @@ class TestFrontEnd:
         for strength in (1, 2):
             params = self.ask(engine, [{"name": "shout", "strength": strength}], names)
             assert set(params.extra_args) == {RESOLVED, "other"}
-            assert wire_of(params).parts[0].strengths == (float(strength),)  # type: ignore[union-attr]
+            assert parts_of(params)[0].strengths == (float(strength),)
         methods = [method for method, _ in engine.calls]
         assert methods == ["trimtab_hello", "trimtab_put"]
         digest, data = engine.calls[1][1]
@@ -378,10 +385,11 @@ class TestFrontEnd:
     ) -> None:
         engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
         checked: list[Steering] = []
-        monkeypatch.setattr(Link, "check", lambda _, steering: checked.append(steering))
+        check = Link.check
+        monkeypatch.setattr(Link, "check", lambda link, one: (checked.append(one), check(link, one))[1])
 
         def digest() -> str:
-            (part,) = wire_of(self.ask(engine, [{"name": "shout"}], names)).parts  # type: ignore[union-attr]
+            (part,) = parts_of(self.ask(engine, [{"name": "shout"}], names))
             return part.digest
 
         before = digest()
@@ -400,6 +408,14 @@ class TestFrontEnd:
         names.unregister("shout")
         with pytest.raises(TrimtabError, match="no steering 'shout'"):
             digest()
+
+    def test_what_json_cannot_say_is_refused_and_not_remembered(self, names: Names) -> None:
+        engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
+        with pytest.raises(TrimtabError, match="name, strength and positions"):
+            self.ask(engine, [{("name",): "shout"}], names)
+        with pytest.raises(TrimtabError, match="strength"):
+            self.ask(engine, [{"name": "shout", "strength": torch.tensor([1.0, 2.0])}], names)
+        assert not engine._trimtab_link.known
 
     def test_an_engine_without_the_plugin_is_an_error(self, names: Names) -> None:
         with pytest.raises(UnsupportedError, match="don't know trimtab: its plugin failed to load"):
@@ -718,7 +734,7 @@ class TestAround:
         with pytest.raises(TrimtabError, match="it is no safetensors file"):
             steering_from_bytes(b"{}", "it")
 
-    @pytest.mark.skipif(getattr(find_spec("vllm"), "origin", None) is not None, reason="vLLM is installed here")
+    @pytest.mark.skipif(has_vllm(), reason="vLLM is installed here")
     def test_the_command_line_says_that_vllm_is_missing(self, trimtab: Any) -> None:
         ran = trimtab("generate", "--engine", "vllm", "--prompt", "What is the sea?")
         assert ran.code == 2

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.answer import Applied, Dose, Generation
+from trimtab.engines.arguments import as_list, one_each
 from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
@@ -146,8 +147,8 @@ class LlamaCpp:
         del batch_size  # for the same signature
         if emphasize is not None or rejection not in (None, False):
             raise UnsupportedError("the engine llamacpp can't steer attention or reject tokens; use transformers")
-        many = _as_list(prompts)
-        steerings = _one_each(steering, len(many))
+        many = as_list(prompts)
+        steerings = one_each(steering, len(many))
         for one in set(steerings) - {None}:
             assert one is not None
             self.check(one, transfer=transfer)
@@ -241,7 +242,7 @@ class LlamaCpp:
         if steering is not None:
             self.check(steering, transfer=transfer)
         found = []
-        for i, prompt in enumerate(_as_list(prompts)):
+        for i, prompt in enumerate(as_list(prompts)):
             ids = self.encode(prompt, system=system, chat=chat)
             self._check_length(len(ids), 0, f"prompt {i + 1}")
             spans = positions.resolve(len(ids))
@@ -318,20 +319,3 @@ def _fingerprint(path: Path, family: str) -> str:
         starts = [place.start + row * size for row in sampled_rows(place.shape[0])]
         raw = np.stack([np.frombuffer(data[start : start + size], dtype=np.uint8) for start in starts])
     return fingerprint(family, place.shape, torch.from_numpy(np.array(dequantize(raw, kind), dtype=np.float32)))
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: list[Any] = list(prompts)
-    if not listed:
-        raise TrimtabError("there are no prompts")
-    return [listed] if isinstance(listed[0], dict) else listed
-
-
-def _one_each(steering: Steering | Sequence[Steering | None] | None, count: int) -> list[Steering | None]:
-    if steering is None or isinstance(steering, Steering):
-        return [steering] * count
-    if len(steering) != count:
-        raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
-    return list(steering)

@@ -240,9 +240,10 @@ def resolve(engine: Any, params: Any, names: Names) -> Rpc:
 
 def _part_of(link: Link, engine: Any, asked: Any, names: Names) -> Rpc:
     """The part that stands for what a request asks; what was asked before isn't checked and hashed again."""
-    key = names.version, asked if isinstance(asked, str) else json.dumps(asked, default=repr)
-    part = link.known.get(key)
-    if part is not None and part.digest in link.sent:
+    text = _as_text(asked)
+    key = None if text is None or len(text) > LONGEST else (names.version, text)
+    part = None if key is None else link.known.get(key)
+    if key is not None and part is not None and part.digest in link.sent:
         link.known.move_to_end(key)
         link.sent.move_to_end(part.digest)
         link.retired.pop(part.digest, None)
@@ -251,11 +252,21 @@ def _part_of(link: Link, engine: Any, asked: Any, names: Names) -> Rpc:
     yield from check(link, engine, steering)
     part = yield from send(link, steering)
     yield from tidy(link, names)
-    if len(key[1]) <= LONGEST:
+    if key is not None:
         link.known[key] = part
     if len(link.known) > REMEMBERED:
         link.known.popitem(last=False)
     return part
+
+
+def _as_text(asked: Any) -> str | None:
+    """What a request asks as text, by which it is known again; `None` for what JSON can't say, such as a tensor."""
+    if isinstance(asked, str):
+        return asked
+    try:
+        return json.dumps(asked)
+    except (TypeError, ValueError):
+        return None
 
 
 def patch_engines(

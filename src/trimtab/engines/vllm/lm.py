@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.answer import Applied, Generation
+from trimtab.engines.arguments import as_list, one_each
 from trimtab.engines.transformers.deciding import check_prompt, decided, read_gates_with, wanted
 from trimtab.engines.transformers.default_model import NAME, default_folder
 from trimtab.engines.vllm.frontend import NAMES, Link, connect, send, tidy
@@ -157,8 +158,8 @@ class VllmLM:
             raise UnsupportedError("emphasis steers attention scores, which the vllm engine doesn't give out")
         if rejection not in (None, False):
             raise UnsupportedError("the vllm engine has no rejection: a step has one row of logits a request")
-        many = _as_list(prompts)
-        steerings = [NAMES[one] if isinstance(one, str) else one for one in _one_each(steering, len(many))]
+        many = as_list(prompts)
+        steerings = [NAMES[one] if isinstance(one, str) else one for one in one_each(steering, len(many), named=True)]
         for one in {one for one in steerings if one is not None}:
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
@@ -242,7 +243,7 @@ class VllmLM:
         With `steering` it is what that makes of the activations.
         """
         wanted_sites = [site if isinstance(site, Site) else Site(site) for site in sites]
-        ids = [self.encode(prompt, system=system, chat=chat) for prompt in _as_list(prompts)]
+        ids = [self.encode(prompt, system=system, chat=chat) for prompt in as_list(prompts)]
         self._check_lengths(ids, 1)
         where = []
         for tokens in ids:
@@ -352,20 +353,3 @@ def _bar(progress: Any) -> Any:
 
 def _tensor(shape: Sequence[int], data: bytes) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.float32).view(*shape)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: list[Any] = list(prompts)
-    if not listed:
-        raise TrimtabError("there are no prompts")
-    return [listed] if isinstance(listed[0], dict) else listed
-
-
-def _one_each(steering: Any, count: int) -> list[Any]:
-    if steering is None or isinstance(steering, (Steering, str)):
-        return [steering] * count
-    if len(steering) != count:
-        raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
-    return list(steering)
