@@ -230,6 +230,8 @@ def naive_edit(edit: Edit, x: Tensor) -> Tensor:
 def naive_holds(edit: Edit, t: int, n: int) -> bool:
     """Whether an edit acts at position t of a text whose prompt has n tokens, by the rule's name."""
     name = str(edit.positions)
+    if name.startswith("opening:"):
+        return n - 1 <= t < n - 1 + int(name.split(":")[1])
     if ":" in name:
         kind, a, b = name.split(":")
         return int(a) + (n if kind == "window" else 0) <= t < int(b) + (n if kind == "window" else 0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab import engines
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.arguments import as_list, batches_of, marks_for, one_each, rejections_for
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
@@ -28,6 +29,7 @@ from trimtab.engines.transformers.deciding import (
     read_gates_with,
     wanted,
 )
+from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
@@ -161,15 +163,15 @@ class LM:
 
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """
-        many = _as_list(prompts)
-        steerings = _one_each(steering, len(many))
-        marked = _marks(emphasize, len(many))
+        many = as_list(prompts)
+        steerings = one_each(steering, len(many))
+        marked = marks_for(emphasize, len(many))
         for i, marks in enumerate(marked):
             if marks is not None:
                 spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat)
                 towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
-        rejections = _rejections(rejection, marked)
+        rejections = rejections_for(rejection, marked)
         for one in set(steerings) - {None}:
             assert one is not None
             self.check(one, transfer=transfer)
@@ -183,13 +185,13 @@ class LM:
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
-        batches = _batches(order, batch_size, steerings, rejections)
+        batches = batches_of(order, batch_size, steerings, rejections)
         answers: dict[int, list[Generation]] = {}
         requests = [
             Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
         ]
         check_rejection([request for request in requests if request.rejection is not None], options)
-        with self._exclusive():
+        with self._exclusive(), few_rows(self.model):
             if seed is not None:
                 torch.manual_seed(seed)
             for chosen in batches:
@@ -225,7 +227,7 @@ class LM:
 
         Raises `TrimtabError` before anything runs for a steering or a text that doesn't fit.
         """
-        steerings = _one_each(steering, len(choices))
+        steerings = one_each(steering, len(choices))
         for one in set(steerings) - {None}:
             assert one is not None
             if any(is_score_edit(edit) for edit in one.edits):
@@ -237,7 +239,7 @@ class LM:
             reach.append(len(choice.ids) - first_steered(one.edits if one else (), choice))
         order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].ids), tuple(choices[i].ids), reach[i], i))
         found: dict[int, NextToken] = {}
-        with self._exclusive():
+        with self._exclusive(), few_rows(self.model):
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
@@ -350,7 +352,7 @@ class LM:
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not inside lm.steered(…)")
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
-            chosen = _one_each(steering, count)
+            chosen = one_each(steering, count)
             read = self._prompts_of_pass(count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
             readings = read_gates_with(read, first.lengths[::repeat], [wanted(one) for one in chosen])
@@ -425,7 +427,7 @@ class LM:
         """
         wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
         texts = []
-        for i, prompt in enumerate(_as_list(prompts)):
+        for i, prompt in enumerate(as_list(prompts)):
             ids = self.encode(prompt, system=system, chat=chat)
             check_length(self.layout, len(ids), f"prompt {i + 1}")
             spans = positions.resolve(len(ids))
@@ -483,62 +485,3 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
 
 def _always(edits: list[tuple[Edit, ...]]) -> Decide:
     return lambda _requests, _first: edits
-
-
-def _marks(emphasize: Any, count: int) -> list[Any]:
-    """What to emphasize in each prompt, `None` where nothing."""
-    if emphasize is None or isinstance(emphasize, Emphasis):
-        return [emphasize] * count
-    if len(emphasize) != count:
-        raise TrimtabError(
-            f"{len(emphasize)} things to emphasize for {count} prompts; give one, or one for each (a list of phrases,"
-            " or None for none)"
-        )
-    return list(emphasize)
-
-
-def _rejections(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
-    """Each prompt's rejection: as given, or by default where something is emphasized."""
-    if rejection is None:
-        return [Rejection() if mark is not None else None for mark in marks]
-    if isinstance(rejection, bool):
-        return [Rejection() if rejection else None for _ in marks]
-    if isinstance(rejection, Rejection):
-        return [rejection] * len(marks)
-    if len(rejection) != len(marks):
-        raise TrimtabError(f"{len(rejection)} rejections for {len(marks)} prompts; give one, or one for each")
-    return list(rejection)
-
-
-def _batches(
-    order: list[int], size: int, steerings: list[Steering | None], rejections: list[Rejection | None]
-) -> list[list[int]]:
-    """The prompts in batches of at most `size`, in order; a batch rejects by one schedule, or steers at every token.
-
-    What isn't steered goes with the first of them.
-    """
-    kinds: dict[str, list[int]] = {}
-    for i in order:
-        schedule = rejections[i].schedule if rejections[i] is not None else ""  # type: ignore[union-attr]
-        kinds.setdefault("unsteered" if steerings[i] is None else schedule, []).append(i)
-    unsteered = kinds.pop("unsteered", [])
-    groups = list(kinds.values()) or [[]]
-    groups[0] = sorted(groups[0] + unsteered, key=order.index)
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    listed: list[Any] = list(prompts)
-    if not listed:
-        raise TrimtabError("there are no prompts")
-    return [listed] if isinstance(listed[0], dict) else listed
-
-
-def _one_each(steering: Steering | Sequence[Steering | None] | None, count: int) -> list[Steering | None]:
-    if steering is None or isinstance(steering, Steering):
-        return [steering] * count
-    if len(steering) != count:
-        raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
-    return list(steering)

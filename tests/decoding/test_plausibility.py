@@ -14,11 +14,11 @@ from torch import Tensor
 from trimtab.decoding.ranking import disturbance, order_of, sensitivity
 from trimtab.decoding.rejection import (
     Rejection,
-    accepted_rung,
     expected_cost,
     gate_open,
     halved,
     ladder,
+    plausible,
     plausible_set,
     threshold,
 )
@@ -88,15 +88,9 @@ class TestPlausibility:
         z[1, 1] = threshold(z[1:], torch.tensor([0.5]))[0]
         tau = threshold(z, torch.tensor([1.0, 0.5]))
         assert gate_open(z, tau).tolist() == [True, True]
-        assert accepted_rung(z, tau, torch.tensor([[2, 1], [2, 1]])).tolist() == [1, 1]
+        assert plausible(z, tau, torch.tensor([1, 1])).tolist() == [True, True]
+        assert plausible(z, tau, torch.tensor([2, 2])).tolist() == [False, False]
         assert plausible_set(z, tau).tolist() == [[True, True, False], [True, True, False]]
-
-    def test_the_first_plausible_rung_is_taken(self) -> None:
-        z = rows([0.0, -0.5, -9.0])
-        tau = threshold(z, torch.tensor([0.5]))
-        assert accepted_rung(z, tau, torch.tensor([[2, 1, 0]])).tolist() == [1]
-        assert accepted_rung(z, tau, torch.tensor([[2, 2, 2]])).tolist() == [-1]
-        assert accepted_rung(z, tau, torch.tensor([[2, -1, -1]])).tolist() == [-1]
 
     @given(logits, betas)
     def test_the_bar_is_a_share_of_the_best_probability(self, values: list[float], beta: float) -> None:
@@ -113,16 +107,15 @@ class TestPlausibility:
         """Where it is shut, whatever is proposed, the token is the raw one."""
         z = torch.tensor([values])
         tau = threshold(z, torch.tensor([beta]))
-        proposals = data.draw(st.lists(st.integers(0, len(values) - 1), min_size=1, max_size=4))
-        rung = int(accepted_rung(z, tau, torch.tensor([proposals]))[0])
-        if not bool(gate_open(z, tau)[0]) and rung >= 0:
-            assert proposals[rung] == int(z.argmax())
+        proposal = data.draw(st.integers(0, len(values) - 1))
+        if not bool(gate_open(z, tau)[0]) and bool(plausible(z, tau, torch.tensor([proposal]))[0]):
+            assert proposal == int(z.argmax())
 
     def test_beta_zero_accepts_everything_and_one_only_the_best(self) -> None:
         z = rows([3.0, -200.0, -torch.inf])
         everything = threshold(z, torch.tensor([0.0]))
         assert gate_open(z, everything).tolist() == [True]
-        assert accepted_rung(z, everything, torch.tensor([[1]])).tolist() == [0]
+        assert plausible(z, everything, torch.tensor([1])).tolist() == [True]
         assert gate_open(z, threshold(z, torch.tensor([1.0]))).tolist() == [False]
 
 
@@ -155,7 +148,7 @@ class TestRankings:
         assert float(raw) == pytest.approx(1.0)
 
 
-COST = {"raw": 1.0, "one": 1.0, "rungs": 1.5, "fused": 1.6}
+COST = {"raw": 1.0, "one": 1.0, "rungs": 1.5, "optimistic": 1.8, "fused": 1.6}
 
 
 class TestCosts:
@@ -163,7 +156,16 @@ class TestCosts:
         assert expected_cost("sequential", COST, 1, 0.25, 2.0) == pytest.approx(1.5)
         assert expected_cost("two_phase", COST, 1, 0.25, 2.0) == pytest.approx(1.375)
         assert expected_cost("two_phase", COST, 2, 0.5, 2.0) == pytest.approx(1 + 0.75 * 1.5)
+        assert expected_cost("optimistic", COST, 1, 0.25, 2.0) == pytest.approx(1 - 0.25 * 0.87 + 0.25 * 1.8)
+        assert expected_cost("optimistic", COST, 2, 0.5, 2.0) == pytest.approx(
+            1 - 0.75 * 0.87 ** (1 / 0.75) + 0.75 * 1.8
+        )
         assert expected_cost("fused", COST, 8, 0.25, 2.0) == pytest.approx(1.6)
+        assert expected_cost("narrow", COST, 1, 0.25, 2.0) == float("inf")
+        narrow = {**COST, "three": 1.1, "more": 1.2}
+        again, guessed = 0.25 * 0.6, 0.25 * 0.6 * 0.7
+        expected = (1 - guessed) * 1.1 + again * 1.2 + guessed * 0.25 * 1.2
+        assert expected_cost("narrow", narrow, 1, 0.25, 2.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

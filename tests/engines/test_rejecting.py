@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
-from trimtab.decoding.rejection import Rejection
+from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError
+from trimtab.decoding.rejection import SCHEDULES, Rejection
 from trimtab.engines.transformers.rows import Rows
 from trimtab.steering import ScaleScores, emphasis
 from trimtab.text.spans import Phrase
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((9, 14, 6))]
 PHRASES = [" ".join(text.split()[2:5]) for text in PROMPTS]
-WAYS = [Rejection(0.3, schedule=schedule) for schedule in ("sequential", "two_phase", "fused")]
+WAYS = [Rejection(0.3, schedule=schedule) for schedule in ("sequential", "two_phase", "optimistic", "narrow", "fused")]
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,20 @@ class TestEmphasize:
             assert mixed[i].token_ids == alone.token_ids
         assert mixed[0].trace is not None
         assert mixed[1].trace is None
+
+    @pytest.mark.parametrize("schedule", SCHEDULES)
+    def test_where_nothing_is_steered_the_answer_is_the_raw_one(self, lm: LM, schedule: str) -> None:
+        """No steering, an empty one, one whose gate is shut; alone, and beside one that is in force."""
+        one = Steering(tuple(Edit(Site(layer), Add(direction(layer, 3.0))) for layer in range(LAYERS)))
+        shut = one.when(Threshold(Site(0), direction(0), 1e9))
+        way = Rejection(0.3, schedule=schedule)
+        plain = tokens(lm.generate(PROMPTS, max_new_tokens=4))
+        for steering in (None, Steering(), shut):
+            answers = lm.generate(PROMPTS, steering, rejection=way, max_new_tokens=4)
+            assert tokens(answers) == plain
+            assert not any(step.open for answer in answers if answer.trace for step in answer.trace.steps)
+        mixed = lm.generate(PROMPTS, [shut, one, None], rejection=way, max_new_tokens=4)
+        assert [mixed[0].token_ids, mixed[2].token_ids] == [plain[0], plain[2]]
 
 
 class TestGenerate:
@@ -131,7 +145,7 @@ class TestGenerate:
     def test_processed_schedules_agree(self, lm: LM) -> None:
         given = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
         found = [tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=w, max_new_tokens=8, **given)) for w in WAYS]
-        assert found[0] == found[1] == found[2]
+        assert found[0] == found[1] == found[2] == found[3] == found[4]
 
     def test_the_likelihoods_are_those_of_the_logits_that_gave_the_tokens(self, lm: LM) -> None:
         (answer,) = lm.generate(
@@ -240,14 +254,16 @@ class TestWhatCannotRun:
 class TestAuto:
     def test_it_measures_once_and_picks_the_cheapest(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         for costs, expected in (
-            ((1.0, 1.2, 3.0), "two_phase"),  # of one row, of the rungs, and of both
-            ((1.0, 1.2, 1.1), "fused"),
-            ((1.0, 4.0, 4.0), "sequential"),
+            ((1.0, 1.5, 3.0, 3.0), "two_phase"),  # of one rung, all three, these with guesses, these with the raw row
+            ((1.0, 1.5, 1.6, 3.0), "optimistic"),
+            ((1.0, 1.05, 3.0, 3.0), "narrow"),
+            ((1.0, 1.5, 1.6, 1.05), "fused"),
+            ((1.0, 4.0, 4.0, 4.0), "sequential"),
         ):
             given = iter(costs)
-            monkeypatch.setattr(
-                "trimtab.engines.transformers.rejecting.RejectingLoop._time", lambda *_, given=given: next(given)
-            )
+            loop = "trimtab.engines.transformers.rejecting.RejectingLoop"
+            monkeypatch.setattr(f"{loop}._time", lambda *_, given=given: next(given))
+            monkeypatch.setattr(f"{loop}._time_raw", lambda *_: 1.0)
             lm._row_costs.clear()
             first = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(min_layers=1), max_new_tokens=2)
             again = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(min_layers=1), max_new_tokens=2)
@@ -271,8 +287,8 @@ class _Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("copying", [False, True])
-def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch, copying: bool) -> None:
+@pytest.mark.parametrize(("schedule", "copying"), [("two_phase", False), ("optimistic", False), ("two_phase", True)])
+def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch, schedule: str, copying: bool) -> None:
     """No tensor as large as a layer's keys is made, however long the text; where keys are copied, one is seen."""
     length, seen, run = 110, _Largest(), Rows.run
 
@@ -283,7 +299,7 @@ def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch,
             return run(self, token, cache, *args, **given)
 
     monkeypatch.setattr(Rows, "run", watched)
-    rejection = Rejection(1e-3, schedule="two_phase", min_layers=LAYERS, ranking=tuple(range(LAYERS)))
+    rejection = Rejection(1e-3, schedule=schedule, min_layers=LAYERS, ranking=tuple(range(LAYERS)))
     text = prompt(1, length)
     (answer,) = lm.generate([text], emphasize=" ".join(text.split()[3:9]), rejection=rejection, max_new_tokens=4)
     assert answer.trace is not None
@@ -292,3 +308,14 @@ def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch,
     past = config.num_key_value_heads * length * config.head_dim
     assert config.num_attention_heads * length < past  # one rung's scores are smaller
     assert (seen.elements >= past) == copying
+
+
+def test_timing_the_raw_pass_leaves_the_cache_as_it_is(lm: LM) -> None:
+    """With and without it, the same tokens, and as many columns: what is measured never enters the answer."""
+    lm._row_costs.clear()
+    (measured,) = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(0.01), max_new_tokens=6)
+    assert (0, 1) in lm._row_costs
+    (again,) = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=Rejection(0.01), max_new_tokens=6)
+    way = Rejection(0.01, schedule="sequential")
+    (plain,) = lm.generate(PROMPTS[0], emphasize=PHRASES[0], rejection=way, max_new_tokens=6)
+    assert measured.token_ids == again.token_ids == plain.token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import naive_sites as naive
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from trimtab import LM, Positions, Site, Steering, Threshold, TrimtabError, load, save
 from trimtab.learn.directions import centred_members, mean_difference, random_order
+from trimtab.methods import cast
 from trimtab.methods.actadd import learn_actadd
 from trimtab.methods.cast import learn_cast, learn_condition
 from trimtab.methods.hpr import angle_between, fit_angles, fit_probe, learn_hpr
@@ -157,6 +159,23 @@ def test_inferaligner(lm: LM, tmp_path: Path) -> None:
     for a, b_edit in zip(learn_inferaligner(lm, ON, [1, 2], harmless=OFF).edits, turned.edits, strict=True):
         assert torch.allclose(a.operation.direction, -b_edit.operation.direction)
         assert opens(lm, PROMPTS[0], a.gate) != opens(lm, PROMPTS[0], b_edit.gate)
+
+
+def test_cast_looks_for_its_condition_below_the_behaviour(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless next to nothing is below, where it looks in the first half of the blocks, or where it is told."""
+    read: list[set[int]] = []
+    pooled = cast.read_pooled
+
+    def noted(lm: LM, prompts: Any, readings: Any, **given: Any) -> Any:
+        read.append({reading.site.layer for reading in readings})
+        return pooled(lm, prompts, readings, **given)
+
+    monkeypatch.setattr(cast, "read_pooled", noted)
+    for layers, given, expected in (([3], {}, {0, 1, 2}), ([1, 3], {}, {0, 1}), ([3], {"condition_layer": 3}, {3})):
+        steering = learn_cast(lm, PAIRS, layers, when=ON, unless=OFF, **given)
+        (gate,) = {edit.gate for edit in steering.edits}
+        assert {reading.site.layer for reading in gate.readings} <= expected
+        assert read.pop() == expected
 
 
 def test_cast(lm: LM, tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_a_transposed_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
         return sensitivity(crossed.T, raw, ranking)
 
     fails_only_with(
-        lambda: monkeypatch.setattr("trimtab.engines.transformers.rejecting.sensitivity", transposed),
+        lambda: monkeypatch.setattr("trimtab.engines.transformers.ranked.sensitivity", transposed),
         lambda: module.TestAgainstTheNaiveReference().test_one_pass_ranks_the_layers_as_separate_passes_do(lm, "paper"),
     )
 
@@ -91,10 +91,10 @@ def test_a_bar_that_is_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     module = module_of("decoding/test_plausibility.py")
 
     def strict(raw: Tensor, tau: Tensor, candidates: Tensor) -> Tensor:
-        return rejection.accepted_rung(raw, torch.nextafter(tau, tau + 1), candidates)
+        return rejection.plausible(raw, torch.nextafter(tau, tau + 1), candidates)
 
     check = module.TestPlausibility().test_the_bar_itself_is_plausible
-    fails_only_with(lambda: monkeypatch.setattr(module, "accepted_rung", strict), check)
+    fails_only_with(lambda: monkeypatch.setattr(module, "plausible", strict), check)
 
 
 def test_a_gate_that_is_strict(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ RULES = [
     Positions.from_last_prompt_token(),
     Positions.last_prompt_token(),
     Positions.first_generated(2),
+    Positions.opening(3),
     Positions.window(1, 4),
     Positions.span(1, 3),
 ]

@@ -14,14 +14,15 @@ from transformers import DynamicCache
 
 from trimtab import LM, Ablate, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.transformers.raw_cache import RawCache
 from trimtab.engines.transformers.rejecting import RejectingLoop, Request
-from trimtab.engines.transformers.rows import RawCache, Rows, Token, compile_versions
+from trimtab.engines.transformers.rows import Rows, Token, compile_versions
 from trimtab.steering import BiasScores, ScaleScores, ScoreOperation, TargetMass, emphasis
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((9, 14, 6, 11))]
 SPANS = [((2, 5),), ((3, 4), (6, 9)), ((0, 2),), ((4, 8),)]
 NEW = 8
-SCHEDULES = ("sequential", "two_phase", "fused")
+SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused")
 OPERATIONS: dict[str, ScoreOperation] = {
     "scaling": ScaleScores(20.0),
     "pasta": BiasScores(math.log(0.01), heads=(0, 2), outside=True),
@@ -60,6 +61,29 @@ def tokens(answers: list[Any]) -> list[list[int]]:
     return [list(answer.token_ids) for answer in answers]
 
 
+def ranks(lm: LM, text: str, answer: Any) -> list[int]:
+    """The place of each token in the raw model's order, 0 for its best."""
+    ids, found = lm.encode(text), []
+    for token in answer.token_ids:
+        raw = naive_rejection.row(lm, ids, 0, ())
+        found.append(int((raw > raw[token]).sum()))
+        ids.append(token)
+    return found
+
+
+def narrow_passes(steps: Any, places: list[int], count: int) -> int:
+    """How many passes `narrow` takes after the prompt's, for these steps, tokens' places and number of rungs."""
+    passes, beside = 0, 0
+    for k, (step, place) in enumerate(zip(steps, places, strict=True)):
+        tries = 0 if not step.open else count if step.rung is None else step.rung + 1
+        of_rungs = -(-max(0, tries - beside) // 2)
+        last = k + 1 == len(steps)
+        guessed = not last and place < of_rungs
+        passes += of_rungs + (not last and not guessed)
+        beside = 0 if guessed else 2
+    return passes
+
+
 def rungs(answer: Any) -> list[int | None]:
     """The rung of each token at which the gate was open."""
     return [step.rung for step in answer.trace.steps if step.open]
@@ -87,12 +111,13 @@ class TestAgainstTheNaiveReference:
             open_steps = [k for k, step in enumerate(answers[i].trace.steps) if step.open]
             assert rungs(answers[i]) == [accepted[k] for k in open_steps]
 
+    @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     @pytest.mark.parametrize("name", ["pasta", "boost", "spotlight", "spotlight exact layer"])
-    def test_every_operation_on_scores(self, lm: LM, name: str) -> None:
+    def test_every_operation_on_scores(self, lm: LM, name: str, schedule: str) -> None:
         beta = beta_of(lm)
         for i in (0, 1):
             one = steering(OPERATIONS[name], i)
-            (answer,) = lm.generate(PROMPTS[i], one, rejection=Rejection(beta, schedule="fused"), max_new_tokens=NEW)
+            (answer,) = lm.generate(PROMPTS[i], one, rejection=Rejection(beta, schedule=schedule), max_new_tokens=NEW)
             expected, _ = naive_rejection.generate(lm, PROMPTS[i], one.edits, beta, NEW)
             assert list(answer.token_ids) == expected
 
@@ -121,6 +146,12 @@ class TestTheLoop:
         assert answers["two_phase"].trace.passes == NEW - 1 + opened
         # the first token's raw logits come from the prompt's pass, so its rungs have a pass of their own
         assert answers["fused"].trace.passes == NEW - 1 + first.trace.steps[0].open
+        places = ranks(lm, PROMPTS[1], first)
+        # the rungs' pass is the next raw pass too where the token was one of the raw model's best two
+        assert answers["optimistic"].trace.passes == NEW - 1 + opened - sum(
+            step.open and place < 2 for step, place in zip(first.trace.steps[:-1], places, strict=False)
+        )
+        assert answers["narrow"].trace.passes == narrow_passes(first.trace.steps, places, count)
 
     @pytest.mark.parametrize("schedule", SCHEDULES)
     def test_alpha_one_changes_nothing(self, lm: LM, schedule: str) -> None:
@@ -177,7 +208,8 @@ class TestTheLoop:
     def test_the_cache_is_the_raw_one(self, lm: LM) -> None:
         """Bit for bit where the raw token has a pass of its own; to rounding where it shares one with the rungs."""
         ids = lm.encode(PROMPTS[1])
-        for schedule, exact in (("sequential", True), ("two_phase", True), ("fused", False)):
+        for schedule in SCHEDULES:
+            exact = schedule in ("sequential", "two_phase")
             way = Rejection(beta_of(lm), schedule=schedule, ladder="strength")
             loop = RejectingLoop(lm.model, lm.layout, [Request(len(ids), steering(ScaleScores(), 1).edits, way)], {})
             with loop.open(), torch.no_grad():
@@ -197,6 +229,7 @@ class TestTheLoop:
                     assert torch.equal(mine.values, other.values)
                 else:
                     torch.testing.assert_close(mine.keys, other.keys, rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(mine.values, other.values, rtol=1e-4, atol=1e-4)
 
     def test_nothing_is_left_behind_when_a_pass_of_rows_raises(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         def state() -> tuple:

@@ -25,7 +25,7 @@ def scores_of(lm: LM, alpha: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Te
         seen.append(sensitivity(crossed, raw, ranking))
         return seen[-1]
 
-    monkeypatch.setattr("trimtab.engines.transformers.rejecting.sensitivity", noted)
+    monkeypatch.setattr("trimtab.engines.transformers.ranked.sensitivity", noted)
     text = tiny.prompt(1, 12)
     end = len(lm.encode(text)) - 1  # a span that ends just before the last token lies in every sliding window
     steering = emphasis(ScaleScores(alpha), [(end - 2, end)], range(tiny.LAYERS))

@@ -128,6 +128,8 @@ def test_gates_combine() -> None:
         (Positions.from_last_prompt_token(), "56789"),
         (Positions.last_prompt_token(), "5"),
         (Positions.first_generated(2), "67"),
+        (Positions.opening(1), "5"),
+        (Positions.opening(3), "567"),
         (Positions.window(1, 3), "78"),
         (Positions.span(2, 4), "23"),
         (Positions.span(0, 1) | Positions.generated(), "06789"),
@@ -143,10 +145,16 @@ def test_positions(rule: Positions, expected: str) -> None:
 
 
 def test_positions_from_words() -> None:
-    for rule in (Positions.all(), Positions.window(1, 3), Positions.span(2, 4), Positions.from_last_prompt_token()):
+    end = (
+        Positions.from_last_prompt_token(),
+        Positions.last_prompt_token(),
+        Positions.opening(1),
+        Positions.opening(8),
+    )
+    for rule in (Positions.all(), Positions.window(1, 3), Positions.span(2, 4), *end):
         assert Positions.parse(str(rule)) == rule
     assert Positions.parse("first:3") == Positions.first_generated(3)
-    for bad in ("everywhere", "span:1", "span:4:2", "window:a:b", "first:0"):
+    for bad in ("everywhere", "span:1", "span:4:2", "window:a:b", "first:0", "opening:0", "opening:x"):
         with pytest.raises(TrimtabError, match="not known"):
             Positions.parse(bad)
 

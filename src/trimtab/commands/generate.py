@@ -64,7 +64,7 @@ def generate(
         str | None,
         typer.Option(
             help="Steer at other tokens than the file says: all, all-but-first, prompt, generated,"
-            " from-last-prompt-token, last-prompt-token, first:K, window:FROM:TO or span:FROM:TO.",
+            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO or span:FROM:TO.",
             metavar="RULE",
             show_default=False,
         ),
@@ -111,7 +111,8 @@ def generate(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="With rejection: auto (the default), sequential, two_phase or fused. The answers are the same.",
+            help="With rejection: auto (the default), sequential, two_phase, optimistic, narrow or fused; the answers"
+            " are the same.",
             rich_help_panel=ATTENTION,
             show_default=False,
         ),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
 from trimtab.engines.transformers.rejecting import Request, check_rejection
 from trimtab.engines.transformers.stepping import Asked, Stepper, Told
@@ -199,6 +200,10 @@ class Scheduler:
 
     @torch.inference_mode()  # a token costs some 5 % less than with no_grad
     def _loop(self) -> None:
+        with few_rows(self.lm.model):
+            self._turns()
+
+    def _turns(self) -> None:
         while True:
             with self._changed:
                 while not (self._queue or self._cancelled or self._jobs or self._answers):

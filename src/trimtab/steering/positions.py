@@ -84,6 +84,16 @@ class Positions:
         return cls.window(0, k)
 
     @classmethod
+    def opening(cls, k: int) -> Positions:
+        """Where the answer's first `k` tokens are made: the last prompt token and the first `k - 1` generated.
+
+        For formats that a text holds by itself once it has begun so, such as JSON.
+        """
+        if k < 1:
+            raise ValueError(f"an opening has one token or more, got {k}")
+        return cls(((Bound(END, -1), Bound(END, k - 1)),))
+
+    @classmethod
     def span(cls, start: int, stop: int) -> Positions:
         """Prompt tokens `start` to `stop` (excluded), counted from 0 in the rendered prompt."""
         if not 0 <= start < stop:
@@ -122,17 +132,22 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str) -> Positions:
-        """From the command line: a name of `NAMED`, `first:K`, `window:A:B` or `span:A:B`."""
+        """From the command line: a name of `NAMED`, `opening:K`, `first:K`, `window:A:B` or `span:A:B`."""
         name, *numbers = text.split(":")
         try:
             if not numbers:
                 return NAMED[name]
             make: dict[str, Callable[..., Positions]]
-            make = {"first": cls.first_generated, "window": cls.window, "span": cls.span}
+            make = {
+                "opening": cls.opening,
+                "first": cls.first_generated,
+                "window": cls.window,
+                "span": cls.span,
+            }
             return make[name](*(int(number) for number in numbers))
         except (KeyError, TypeError, ValueError):
             raise TrimtabError(
-                f"positions {text!r} are not known; use {', '.join(NAMED)}, first:K, window:A:B or span:A:B"
+                f"positions {text!r} are not known; use {', '.join(NAMED)}, opening:K, first:K, window:A:B or span:A:B"
             ) from None
 
     def __str__(self) -> str:
@@ -146,6 +161,8 @@ class Positions:
 
 
 def _interval(start: Bound, stop: Bound | None) -> str:
+    if stop is not None and (start, stop.anchor) == (Bound(END, -1), END):
+        return f"opening:{stop.offset + 1}"
     if stop is not None and start.anchor == stop.anchor:
         return f"{'span' if start.anchor == START else 'window'}:{start.offset}:{stop.offset}"
     return f"{start.anchor}{start.offset:+d}..{'' if stop is None else f'{stop.anchor}{stop.offset:+d}'}"

@@ -147,25 +147,29 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
     if own not in PLAIN:
         raise UnsupportedError(f"attention scores can't be steered under {own}; load the model with sdpa or eager")
     at = {id(module): layers[i] for i, module in enumerate(attention_modules(layout)) if i in layers}
+    chosen: dict[tuple[int, int], tuple[Tensor, LayerScores]] = {}  # for a layer's scores and a batch of so many rows
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, Any]:
+        count = len(query)
+        steered = at.get(id(module))
+        rows: Tensor | None = None
+        if steered is not None:
+            if (id(steered), count) not in chosen:
+                chosen[id(steered), count] = _steered_rows(steered, count)
+            rows, steered = chosen[id(steered), count]
+            if len(rows) == count:
+                return _steered_attention(query, key, value, mask, steered, columns(), given), None
         plain = ALL_ATTENTION_FUNCTIONS.get_interface(own, _eager(module))
         if given.get("softcap") is None and own == "sdpa":
             given.pop("softcap", None)
         output, weights = plain(module, query, key, value, mask, **given)
-        steered = at.get(id(module))
-        if steered is None:
+        if steered is None or rows is None or not len(rows):
             return output, weights
-        rows = _touched(steered, len(query))
-        if not len(rows):
-            return output, weights
-        requests = rows // (len(query) // len(steered.touched))
         inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
-        new = _steered_attention(*inputs, steered, columns(), requests, given)
         output = output.clone()
-        output[rows] = new
+        output[rows] = _steered_attention(*inputs, steered, columns(), given)
         return output, None
 
     with registered(attention, ALL_MASK_ATTENTION_FUNCTIONS[own]) as name, using(configurations(layout), name):
@@ -184,10 +188,15 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _touched(steered: LayerScores, count: int) -> Tensor:
-    """The rows of a batch of `count` that are steered; a request may stand in several neighbouring rows."""
+def _steered_rows(steered: LayerScores, count: int) -> tuple[Tensor, LayerScores]:
+    """The rows of a batch of `count` that are steered, and what is done to them.
+
+    A request may stand in several neighbouring rows.
+    """
     touched = steered.touched
-    return touched.repeat_interleave(count // len(touched)).nonzero().flatten()
+    repeat = count // len(touched)
+    rows = touched.repeat_interleave(repeat).nonzero().flatten()
+    return rows, steered.select(rows // repeat)
 
 
 def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -201,7 +210,6 @@ def _steered_attention(
     mask: Tensor | None,
     steered: LayerScores,
     columns: int,
-    requests: Tensor,
     given: dict[str, Any],
 ) -> Tensor:
     """The output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`, scores in full."""
@@ -212,19 +220,19 @@ def _steered_attention(
     scaling = given.get("scaling")
     scaling = size**-0.5 if scaling is None else scaling
     scores = query.reshape(count, groups, -1, size) @ key.transpose(-1, -2)
-    scores = scores.view(count, heads, queries, length).to(wide) * scaling
+    scores = scores.view(count, heads, queries, length).to(wide).mul_(scaling)
     missing = columns - length
-    chosen = steered.select(requests)
-    chosen.scale(scores, missing)
+    steered.scale(scores, missing)
     scores = capped(scores, given.get("softcap"))
     if mask is None and queries > 1:
         mask = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)[None, None]
     if mask is not None:
         mask = mask[..., :length]
         scores = scores.masked_fill(~mask if mask.dtype == torch.bool else mask < -1, -torch.inf)
-    empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
-    scores = scores.masked_fill(empty, 0)
-    chosen.shift(scores, missing)
+    if queries > 1:
+        empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
+        scores = scores.masked_fill(empty, 0)
+    steered.shift(scores, missing)
     weights = scores.softmax(-1).to(value.dtype)
     output = weights.view(count, groups, -1, length) @ value
     return output.view(count, heads, queries, -1).transpose(1, 2)

@@ -6,14 +6,20 @@ raw one, each decision depends on the text so far and on nothing else, and sched
 
     sequential   the raw pass; then, while no rung was accepted, a pass for the next one
     two_phase    the raw pass; then, if a gate is open, all rungs in one pass
+    optimistic   like two_phase, and the pass of the rungs is the next step's raw pass too: unsteered rows of the token
+                 after go with it, for the raw model's two best tokens, one of which is mostly taken
     fused        the raw token and all rungs in one pass each step
+    narrow       no more than three rows in a pass: the raw token and the two strongest rungs; then, while no rung was
+                 accepted, two more, with one guess as above. For CPUs on which three rows cost little more than one,
+                 and four nearly twice as much (see `few_rows`)
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,21 +28,21 @@ from torch import Tensor, nn
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from trimtab.decoding.ranking import disturbance, order_of, sensitivity
 from trimtab.decoding.rejection import (
     SCHEDULES,
     Rejection,
-    accepted_rung,
     expected_cost,
     gate_open,
     ladder,
+    plausible,
     plausible_set,
     threshold,
 )
 from trimtab.decoding.trace import Step, Trace
-from trimtab.engines.transformers.attention import attention_modules
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.rows import RawCache, Rows, Token, Versions, compile_versions
+from trimtab.engines.transformers.ranked import rank_layers
+from trimtab.engines.transformers.raw_cache import Guesses, RawCache
+from trimtab.engines.transformers.rows import Rows, Token, Versions, compile_versions
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
@@ -45,6 +51,25 @@ OPEN_SHARE = 0.25
 """How often a gate is taken to open, when a schedule is chosen: 14 to 27 % of tokens were measured."""
 TRIES = 2.1
 """How many rungs are taken to be tried at an open gate."""
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """How many rungs stand beside the raw row, how many in each pass of rungs, and beside these how many guesses."""
+
+    beside: int
+    together: int
+    guesses: int
+
+
+ALL = 1_000
+SHAPES = {
+    "sequential": _Shape(0, 1, 0),
+    "two_phase": _Shape(0, ALL, 0),
+    "optimistic": _Shape(0, ALL, 2),
+    "narrow": _Shape(2, 2, 1),
+    "fused": _Shape(ALL, ALL, 0),
+}
 
 REFUSED = {
     "num_beams": "beams share no cache; decode greedily or sample",
@@ -55,6 +80,14 @@ REFUSED = {
     "custom_generate": "the loop is trimtab's own",
     "prefill_chunk_size": "the last prompt token's own pass is needed whole",
 }
+
+
+Found = dict[tuple[int, int], Tensor]
+"""The logits `[vocabulary]` of a request's rung."""
+
+
+_Pass = tuple[list[tuple[int, int | None]], list[int]]
+"""Rows (a request, and a version or none), and the requests of guesses."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +153,9 @@ class RejectingLoop:
         self.passes = 0
         self.first = 0.0
         self._began = 0.0
+        self._filler: Tensor | None = None  # what ended rows go on with; without it, with their best token
+        self._guessing = 0  # how many guesses of the next step's raw row a pass of this one's rungs takes along
+        self._guessed: list[tuple[Guesses, Tensor]] = []  # these, pass by pass, and their logits
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -168,6 +204,7 @@ class RejectingLoop:
         unfinished = torch.ones(count, dtype=torch.long, device=input_ids.device)
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         pad = config._pad_token_tensor
+        self._filler = pad if ends else None
         logits: tuple[Tensor, ...] = ()
 
         inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
@@ -177,8 +214,12 @@ class RejectingLoop:
         model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
         del output, inputs
         steer = self._prepare(token, cache, input_ids.shape[1])
-        ahead: Tensor | None = None  # [rows of all rungs], the rungs' logits where they came with the raw ones
+        ahead: Found = {}
+        shape = SHAPES[self.schedule]
         while True:
+            last = input_ids.shape[1] + 1 >= config.max_length
+            self._guessed = []
+            self._guessing = 0 if last or (shape.beside and count > 1) else shape.guesses
             chosen = self._choose(
                 input_ids, token, cache, raw, ahead, steer, unfinished.bool(), logits_processor, config.do_sample
             )
@@ -197,12 +238,17 @@ class RejectingLoop:
                 break
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
             token = Token.of(inputs)
-            ahead = None
-            self.passes += 1
-            if self.schedule == "fused" and steer is not None:
-                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, unfinished.bool())
+            ahead = {}
+            guessed = self._come_true(cache, next_tokens)
+            if guessed is not None:
+                raw = guessed
+                model_kwargs = _next_kwargs(model, cache, model_kwargs)
+            elif shape.beside and steer is not None:
+                self.passes += 1
+                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, unfinished.bool(), shape.beside)
                 model_kwargs = _next_kwargs(model, cache, model_kwargs)
             else:
+                self.passes += 1
                 output = model(**inputs, return_dict=True)
                 raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
                 model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
@@ -219,7 +265,7 @@ class RejectingLoop:
         token: Token,
         cache: RawCache,
         raw: Tensor,
-        ahead: Tensor | None,
+        ahead: Found,
         steer: Versions | None,
         live: Tensor,
         processor: Any,
@@ -236,7 +282,7 @@ class RejectingLoop:
         used, final, choice = raw, scores, best
         if steer is not None and bool(opened.any()):
             rung, choice, final, used = self._rungs(
-                input_ids, token, cache, raw, scores, tau, ahead, steer, opened, processor, best
+                input_ids, token, cache, raw, scores, tau, ahead, steer, opened, live, processor, best
             )
         if sample:
             allowed = plausible_set(scores, tau) | ~steered[:, None]
@@ -256,72 +302,83 @@ class RejectingLoop:
         raw: Tensor,
         scores: Tensor,
         tau: Tensor,
-        ahead: Tensor | None,
+        ahead: Found,
         steer: Versions,
         opened: Tensor,
+        live: Tensor,
         processor: Any,
         best: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """For rows whose gate is open: the accepted rung, the token, the scores and logits that it came from."""
-        open_rows = opened.nonzero().flatten().tolist()
-        most = max(len(self.streams[b].versions) for b in open_rows)
-        columns = input_ids.shape[1]
+        waiting = opened.nonzero().flatten().tolist()
         rung = torch.full_like(best, -1)
-        final, used = scores, raw
-        waiting = open_rows
-        together = self.schedule != "sequential"
-        for start in range(0, 1 if together else most):
-            tried = range(0, most) if together else range(start, start + 1)
-            asked = [(b, r) for b in waiting for r in tried if r < len(self.streams[b].versions)]
-            if not asked:
+        final, used, best = scores.clone(), raw.clone(), best.clone()
+        found = dict(ahead)
+        for r in range(max(len(self.streams[b].versions) for b in waiting)):
+            here = [b for b in waiting if r < len(self.streams[b].versions)]
+            if not here:
                 break
-            versions = [self.streams[b].versions[r] for b, r in asked]
-            if ahead is None:
+            if (here[0], r) not in found:
+                rungs = range(r, r + SHAPES[self.schedule].together)
+                asked = [(b, n) for b in here for n in rungs if n < len(self.streams[b].versions)]
+                versions = [self.streams[b].versions[n] for b, n in asked]
+                guesses = self._guess(scores, opened, live) if self._guessing else None
                 self.passes += 1
-                found = self.rows.run(token, cache, columns, steer, versions, [b for b, _ in asked])
-                found = found.to(dtype=torch.float32, device=raw.device)
-            else:
-                found = ahead[torch.tensor(versions, device=ahead.device)]
-            rows_of = {place: i for i, place in enumerate(asked)}
-            candidates = torch.full((len(best), len(tried)), -1, device=best.device)
-            processed: list[tuple[Tensor, Tensor]] = []
-            for n, r in enumerate(tried):
-                here = [b for b in waiting if (b, r) in rows_of]
-                logits = raw.clone()
-                logits[here] = found[[rows_of[b, r] for b in here]]
-                after = processor(input_ids, logits.clone()) if len(processor) else logits
-                candidates[here, n] = after[here].argmax(-1)
-                processed.append((logits, after))
-            accepted = accepted_rung(scores, tau, candidates)
-            for b in waiting:
-                n = int(accepted[b])
-                if n >= 0:
-                    if final is scores:
-                        final, used, best = scores.clone(), raw.clone(), best.clone()
-                    rung[b], best[b] = tried[n], candidates[b, n]
-                    used[b], final[b] = processed[n][0][b], processed[n][1][b]
-            waiting = [b for b in waiting if int(accepted[b]) < 0]
-            if not waiting:
-                break
+                rows = self.rows.run(
+                    token, cache, input_ids.shape[1], steer, versions, [b for b, _ in asked], guesses=guesses
+                ).to(dtype=torch.float32, device=raw.device)
+                found |= dict(zip(asked, rows, strict=False))
+                if guesses is not None:
+                    self._guessed.append((guesses, rows[len(asked) :]))
+            logits = raw.clone()
+            logits[here] = torch.stack([found[b, r] for b in here])
+            after = processor(input_ids, logits.clone()) if len(processor) else logits
+            candidate = after.argmax(-1)
+            accepted = plausible(scores, tau, candidate).tolist()
+            for b in [b for b in here if accepted[b]]:
+                rung[b], best[b], used[b], final[b] = r, candidate[b], logits[b], after[b]
+                waiting.remove(b)
         return rung, best, final, used
 
+    def _guess(self, scores: Tensor, opened: Tensor, live: Tensor) -> Guesses:
+        """The best tokens of rows whose gate is open that weren't guessed yet, and what the others go on with."""
+        first = len(self._guessed) * self._guessing
+        best = scores.topk(first + self._guessing, dim=-1).indices.tolist()
+        pad = None if self._filler is None else int(self._filler)
+        requests: list[int] = []
+        ids: list[int] = []
+        for b, (is_open, going) in enumerate(zip(opened.tolist(), live.tolist(), strict=True)):
+            mine = best[b][first:] if is_open else best[b][:1]
+            mine = mine if going or pad is None else [pad]
+            requests += [b] * len(mine)
+            ids += mine
+        return Guesses(tuple(requests), tuple(ids))
+
+    def _come_true(self, cache: RawCache, tokens: Tensor) -> Tensor | None:
+        """The raw logits of the next step, `[batch, vocabulary]`, if all of its tokens were guessed; `None` else."""
+        for guesses, logits in self._guessed:
+            rows = guesses.true(tokens.tolist())
+            if rows is not None:
+                guesses.enter(cache, rows)
+                return logits[rows]
+        return None
+
     def _fused(
-        self, token: Token, cache: RawCache, columns: int, steer: Versions, live: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """One pass of the raw rows and of all rungs of rows that are still going: `[batch, …]` and `[versions, …]`."""
+        self, token: Token, cache: RawCache, columns: int, steer: Versions, live: Tensor, beside: int
+    ) -> tuple[Tensor, Found]:
+        """One pass of the raw rows, `[batch, …]`, and the first rungs of rows that are still going."""
         chosen: list[int | None] = []
         requests: list[int] = []
+        asked: dict[tuple[int, int], int] = {}  # the row of a request's rung
         for b, stream in enumerate(self.streams):
-            mine: list[int | None] = [None, *(stream.versions if bool(live[b]) else ())]
-            chosen += mine
-            requests += [b] * len(mine)
+            mine = stream.versions[:beside] if bool(live[b]) else ()
+            asked |= {(b, r): len(chosen) + 1 + r for r in range(len(mine))}
+            chosen += [None, *mine]
+            requests += [b] * (1 + len(mine))
         found = self.rows.run(token, cache, columns, steer, chosen, requests, raw_enters_cache=True)
         found = found.to(dtype=torch.float32, device=token.ids.device)
         raw = found[[i for i, version in enumerate(chosen) if version is None]]
-        ahead = found.new_full((len(steer.requests), found.shape[1]), torch.nan)
-        where = [(i, version) for i, version in enumerate(chosen) if version is not None]
-        ahead[[version for _, version in where]] = found[[i for i, _ in where]]
-        return raw, ahead
+        return raw, {place: found[row] for place, row in asked.items()}
 
     # ---- before the first token --------------------------------------------------------------------------
 
@@ -338,7 +395,9 @@ class RejectingLoop:
             stream.order = ranked.get(id(request), ())
             if request.rejection.ranks and not stream.order:
                 ranking = str(request.rejection.ranking)
-                stream.order = self._rank(token, cache, columns, b, request.edits, lengths, pads, ranking)
+                stream.order = rank_layers(
+                    self.rows, self.layout, token, cache, columns, b, request.edits, lengths, pads, ranking
+                )
             elif not isinstance(request.rejection.ranking, str):
                 stream.order = request.rejection.ranking
             ranked[id(request)] = stream.order
@@ -346,63 +405,12 @@ class RejectingLoop:
             stream.versions = tuple(range(len(versions), len(versions) + len(rungs)))
             versions += [(b, edits) for edits in rungs]
         if not versions:
+            self.schedule = "sequential" if self.schedule == "auto" else self.schedule
             return None
         steer = compile_versions(self.layout, versions, lengths, pads)
         if self.schedule == "auto":
             self.schedule = self._fastest(token, cache, columns, steer)
         return steer
-
-    def _rank(
-        self,
-        token: Token,
-        cache: RawCache,
-        columns: int,
-        row: int,
-        edits: tuple[Edit, ...],
-        lengths: list[int],
-        pads: list[int],
-        ranking: str,
-    ) -> tuple[int, ...]:
-        """The order of the layers for one request, from one pass with a row for each layer steered alone.
-
-        A row joins at its layer, so the pass costs about half of what so many rows cost.
-        """
-        layers = sorted({edit.site.layer for edit in edits})
-        if len(layers) == 1:
-            return tuple(layers)
-        alone = [(row, tuple(edit for edit in edits if edit.site.layer == layer)) for layer in layers]
-        steer = compile_versions(self.layout, alone, lengths, pads)
-        found: list[tuple[Tensor, Tensor]] = []
-        before: list[Tensor] = []
-        handles: list[Any] = []
-
-        def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            before.append(given[0])
-
-        def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-            after = output if isinstance(output, Tensor) else output[0]
-            found.append(disturbance(before.pop(), after[0]))
-
-        modules = attention_modules(self.layout)
-        try:
-            for module in modules:
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                handles.append(module.register_forward_hook(leave))
-            chosen = [None, *range(len(layers))]
-            self.rows.run(token, cache, columns, steer, chosen, [row] * len(chosen), joining=layers)
-        finally:
-            for handle in handles:
-                handle.remove()
-        waiting = [raw.expand(len(layers) - len(column)) for column, raw in found]  # rows that are still row 0
-        crossed = torch.stack(
-            [torch.cat([column, 2 * rest]).cpu() for (column, _), rest in zip(found, waiting, strict=True)], dim=1
-        )
-        if ranking == "repo":
-            scores = sensitivity(crossed, torch.empty(0), ranking)[layers]
-        else:
-            scores = sensitivity(crossed, torch.stack([raw.cpu() for _, raw in found]), ranking)
-        return order_of(scores, layers)
 
     def _fastest(self, token: Token, cache: RawCache, columns: int, steer: Versions) -> str:
         """The schedule with the least expected time a token, from what passes of so many rows cost here."""
@@ -412,27 +420,63 @@ class RejectingLoop:
         raw: list[tuple[int, int | None]] = [(b, None) for b in range(len(self.streams))]
         one: list[tuple[int, int | None]] = [(b, self.streams[b].versions[0]) for b in going[:opened]]
         some: list[tuple[int, int | None]] = [(b, v) for b in going[:opened] for v in self.streams[b].versions]
-        full = [(b, v) for b, stream in enumerate(self.streams) for v in (None, *stream.versions)]
-        cost = {}
-        for name, rows in (("raw", raw), ("one", one), ("rungs", some), ("fused", full)):
-            key = (len(rows), len({b for b, _ in rows}))
+        full: list[tuple[int, int | None]] = [
+            (b, v) for b, stream in enumerate(self.streams) for v in (None, *stream.versions)
+        ]
+        guesses = [b for b, _ in raw for _ in range(2 if b in going[:opened] else 1)]
+        passes: dict[str, _Pass] = {
+            "one": (one, []),
+            "rungs": (some, []),
+            "optimistic": (some, guesses),
+            "fused": (full, []),
+        }
+        if len(full) == 1 + rungs > 3:
+            passes |= {"three": (full[:3], []), "more": (full[1:3], [0])}
+        alone = (0, len(raw))
+        if alone not in self.costs:
+            self.costs[alone] = self._time_raw(token, cache)
+        cost = {"raw": self.costs[alone]}
+        for name, (rows, guessed) in passes.items():
+            key = (len(rows) + len(guessed), len({b for b, _ in rows} | set(guessed)))
             if key not in self.costs:
-                self.costs[key] = self._time(token, cache, columns, steer, rows)
+                self.costs[key] = self._time(token, cache, columns, steer, rows, guessed)
             cost[name] = self.costs[key]
         tries = min(TRIES, rungs)
         return min(SCHEDULES[1:], key=lambda name: expected_cost(name, cost, len(going), OPEN_SHARE, tries))
 
+    def _time_raw(self, token: Token, cache: RawCache) -> float:
+        """Seconds of a pass of the raw rows alone, through the model's own attention; the cache is left as it is."""
+
+        def once() -> Tensor:
+            aside = copy(cache)
+            aside.layers = [copy(layer) for layer in cache.layers]  # that are given other tensors, not changed ones
+            aside.seen = {}
+            return self.model(input_ids=token.ids, past_key_values=aside, use_cache=True, **token.more).logits[0]
+
+        return _best_of_three(once)
+
     def _time(
-        self, token: Token, cache: RawCache, columns: int, steer: Versions, rows: Sequence[tuple[int, int | None]]
+        self,
+        token: Token,
+        cache: RawCache,
+        columns: int,
+        steer: Versions,
+        rows: Sequence[tuple[int, int | None]],
+        guessed: Sequence[int],
     ) -> float:
-        """Seconds of a pass of these rows, the best of three; such a pass leaves nothing behind."""
+        """Seconds of a pass of these rows and guesses; such a pass leaves nothing behind."""
         requests, versions = [b for b, _ in rows], [v for _, v in rows]
-        best = float("inf")
-        for _ in range(3):
-            began = time.perf_counter()
-            float(self.rows.run(token, cache, columns, steer, versions, requests)[0, 0])  # waits for the device
-            best = min(best, time.perf_counter() - began)
-        return best
+        guesses = Guesses(tuple(guessed), (0,) * len(guessed)) if guessed else None
+        return _best_of_three(lambda: self.rows.run(token, cache, columns, steer, versions, requests, guesses=guesses))
+
+
+def _best_of_three(work: Callable[[], Tensor]) -> float:
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        float(work()[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 def _next_kwargs(model: Any, cache: RawCache, model_kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 A row is one request's newest token under one steering. All rows stand in one batch entry, as queries side by side;
 each attends to the past of its own request, which it shares with that request's other rows, and to itself. Nothing
 of the past is copied, and a row's own key and value are forgotten, except those of raw rows.
+
+Beside them may stand guesses: unsteered rows of the token *after* the newest, so that the raw pass of the next step is
+done already when a guess turns out right (see `Guesses`).
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import sdpa_mask
 
 from trimtab.engines.folding import Stage, apply
@@ -33,29 +35,13 @@ from trimtab.engines.transformers.attention import (
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.plan import Plan, compile_plan
+from trimtab.engines.transformers.raw_cache import Guesses, RawCache, entries
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import _dtype, _state, attach
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit, Site
 
 KEPT = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # one entry a token, last axis
-
-
-class RawCache(DynamicCache):
-    """The cache of the unsteered stream. It remembers what each layer attended to last: `seen[layer]`."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config=config)
-        self.seen: dict[int, tuple[Tensor, Tensor]] = {}
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self.layers):
-            raise UnsupportedError("rejection needs a cache of plain keys and values, which this model doesn't have")
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        self.seen.pop(layer_idx, None)  # not held twice
-        self.seen[layer_idx] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return self.seen[layer_idx]
 
 
 class _RowCache(DynamicCache):
@@ -71,8 +57,10 @@ class _RowCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         run = self.run
         if run.raw_rows is not None:
-            keys, values = (x[0][:, run.raw_rows].transpose(0, 1).unsqueeze(2) for x in (key_states, value_states))
-            run.raw.update(keys, values, layer_idx)  # [requests, groups, 1, size]
+            run.raw.update(*entries(key_states, value_states, run.raw_rows), layer_idx)
+        if run.guesses is not None:
+            first = run.rows - len(run.guesses.ids)
+            run.guesses.states[layer_idx] = key_states[:, :, first:], value_states[:, :, first:]
         run.layer = layer_idx
         return key_states, value_states
 
@@ -93,11 +81,13 @@ class _Run:
     raw: RawCache
     rows: int
     columns: int  # of the cache with the token that is being decoded, pads included
-    spans: list[tuple[int, slice]]  # request -> its rows, which are neighbours
+    spans: list[tuple[int, slice]]  # a request and neighbouring rows of it
+    queries: Tensor  # [rows, 2]: each row's request, and 0; or 1 for a guess
     padding: Tensor | None  # [requests, columns]
     scores: dict[int, LayerScores]
     states: Tensor | None  # [rows], for edits of the residual stream
     raw_rows: Tensor | None
+    guesses: Guesses | None
     layer: int | None = None
 
 
@@ -118,13 +108,23 @@ class Token:
         mask = inputs.get("attention_mask")
         return cls(inputs["input_ids"][:, -1:], more, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
 
-    def rows(self, requests: Tensor) -> dict[str, Tensor]:
-        """The inputs of a pass with one row for each of these requests: `[…, 1, rows]`."""
-        inputs = {"input_ids": self.ids[requests].transpose(0, 1)}
+    def rows(self, requests: Sequence[int], guesses: Guesses | None = None) -> dict[str, Tensor]:
+        """The inputs of a pass with one row for each of these requests, and each guess: `[…, 1, rows]`."""
+        device = self.ids.device
+        picked = torch.tensor(requests, device=device)
+        ids = [self.ids[picked]]
+        if guesses is not None:
+            ids.append(torch.tensor(guesses.ids, device=device)[:, None])
+            picked = torch.cat([picked, torch.tensor(guesses.requests, device=device)])
+        inputs = {"input_ids": torch.cat(ids).transpose(0, 1)}
         for name, value in self.more.items():
             if value.shape[-2] == 1 and len(self.ids) > 1:
                 value = value.expand(*value.shape[:-2], len(self.ids), 1)
-            inputs[name] = value.index_select(-2, requests).transpose(-1, -2)
+            inputs[name] = value.index_select(-2, picked).transpose(-1, -2)
+        if guesses is not None:
+            positions = inputs["position_ids"].clone()
+            positions[..., len(requests) :] += 1
+            inputs["position_ids"] = positions
         return inputs
 
 
@@ -204,6 +204,7 @@ class Rows:
         *,
         raw_enters_cache: bool = False,
         joining: Sequence[int] = (),
+        guesses: Guesses | None = None,
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
@@ -213,25 +214,32 @@ class Rows:
 
         With `joining`, all rows are of one request, row 0 is unsteered, and row i + 1 isn't steered before block
         `joining[i]` (these rise): until there it is row 0, and is computed from there on. Only row 0's logits come.
+
+        With `guesses`, whose logits come last, the raw pass must have entered the cache already.
         """
         device = token.ids.device
+        guessed: tuple[int, ...] = ()
+        if guesses is not None:
+            guessed = tuple(guesses.requests)
+            chosen = [*chosen, *(None for _ in guessed)]
         picked = torch.tensor([-1 if version is None else version for version in chosen], device=device)
+        queries = [(request, 0) for request in requests] + [(request, 1) for request in guessed]
         self._plan = versions.plan
         self._run = _Run(
             cache,
             len(chosen),
             columns,
-            _neighbours(requests),
+            _neighbours([*requests, *guessed]),
+            torch.tensor(queries, device=device),
             None if token.mask is None or bool(token.mask.all()) else token.mask.bool(),
             _select(versions.scores, picked),
             self._states(versions, chosen, columns, device),
             (picked < 0).nonzero().flatten() if raw_enters_cache else None,
+            guesses,
         )
         try:
             with using(self._configs, self._name), self._joined(joining):
-                inputs: dict[str, Any] = token.rows(
-                    torch.tensor(list(requests[:1] if joining else requests), device=device)
-                )
+                inputs: dict[str, Any] = token.rows(requests[:1] if joining else requests, guesses)
                 if joining and "logits_to_keep" in signature(self.model.forward).parameters:
                     inputs["logits_to_keep"] = 1
                 output = self.model(**inputs, past_key_values=_RowCache(self._run), use_cache=True, return_dict=True)
@@ -280,18 +288,32 @@ class Rows:
         return x.view(given.shape)
 
     def _mask(self, *_: Any, **given: Any) -> Tensor | None:
-        """Which past columns the newest token of each request sees: `[requests, 1, 1, columns]`; `None`: all.
+        """Which columns each row does not see, `[1, 1, rows, columns]`; `None`: it sees all.
 
-        Made by the rule that the model asks for (causal, or a sliding window), for the one position that rows have.
+        Made by the rule that the model asks for (causal, or a sliding window), for the newest token of each request,
+        and where there are guesses, for the one after it.
         """
         run = self._run
         assert run is not None
         kept = {name: given[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in given}
-        count = 1 if run.padding is None else len(run.padding)
-        return sdpa_mask(
-            batch_size=count, q_length=1, kv_length=run.columns, q_offset=run.columns - 1, kv_offset=0,
-            attention_mask=run.padding, **kept,
+        padding, queries = run.padding, 1 if run.guesses is None else 2
+        if padding is not None and queries == 2:
+            padding = torch.cat([padding, padding.new_ones(len(padding), 1)], dim=1)
+        columns = run.columns + queries - 1
+        seen = sdpa_mask(
+            batch_size=1 if padding is None else len(padding), q_length=queries, kv_length=columns,
+            q_offset=run.columns - 1, kv_offset=0, attention_mask=padding, **kept,
         )  # fmt: skip
+        requests, ahead = run.queries.unbind(1)
+        if seen is None:
+            unseen = torch.zeros(run.rows, columns, dtype=torch.bool, device=requests.device)
+        else:
+            unseen = ~seen[requests if len(seen) > 1 else torch.zeros_like(requests), 0, ahead]
+        if run.guesses is not None:  # they alone see the newest column: the others have one of their own instead
+            unseen[ahead == 0, -2] = True
+        else:
+            unseen[:, -1] = False  # left out of what is attended to
+        return unseen[None, None] if bool(unseen.any()) else None
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
@@ -302,6 +324,10 @@ class Rows:
         if run is None or run.layer is None:
             raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
         past_keys, past_values = run.raw.seen[run.layer]
+        missing = run.columns - past_keys.shape[2]  # a sliding window has left them behind
+        if run.guesses is None:  # nobody sees the newest column but guesses; the others have one of their own instead
+            past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
+        own = 1 if run.guesses is None else 2
         steered = run.scores.get(run.layer)
         run.layer = None
         heads, rows, size = query.shape[1:]
@@ -311,35 +337,35 @@ class Rows:
         wide = torch.promote_types(query.dtype, torch.float32)
         scaling = given.get("scaling")
         scaling = size**-0.5 if scaling is None else scaling
+        spans = run.spans if rows == run.rows else [(run.spans[0][0], slice(0, rows))]  # rows that join are of one
 
-        scores = torch.empty(heads, rows, length, dtype=wide, device=query.device)
         by_group = query[0].view(groups, -1, rows, size)
-        scores[..., -1] = (by_group * key[0][:, None]).sum(-1).view(heads, rows)
-        for request, span in run.spans:
-            asked = by_group[:, :, span].reshape(groups, -1, size)
-            products = asked @ past_keys[request, :, :-1].transpose(-1, -2)
-            scores[:, span, :-1] = products.view(heads, -1, length - 1).to(wide)
-        scores *= scaling
+        products = [
+            (by_group[:, :, span].reshape(groups, -1, size) @ past_keys[request].transpose(-1, -2)).view(
+                heads, -1, length
+            )
+            for request, span in spans
+        ]
+        past = products[0] if len(products) == 1 else torch.cat(products, 1)
+        alone = (by_group * key[0][:, None]).sum(-1, keepdim=True).view(heads, rows, 1)
+        scores = torch.cat([past, alone], -1).to(wide).mul_(scaling)
         by_row = scores.transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, columns]
-        missing = run.columns - length
         if steered is not None:
-            steered.scale(by_row, missing, own=1)
+            steered.scale(by_row, missing, own)
         softcap = given.get("softcap")
         if softcap is not None:
             scores.copy_(capped(scores, softcap))
         if mask is not None:
-            for request, span in run.spans:
-                unseen = ~mask[request if len(mask) > 1 else 0, 0, 0, -length:-1]
-                scores[:, span, :-1].masked_fill_(unseen, -torch.inf)
+            scores[..., :-1].masked_fill_(mask[0, 0, :rows, missing : missing + length], -torch.inf)
         if steered is not None:
-            steered.shift(by_row, missing, own=1)
+            steered.shift(by_row, missing, own)
         weights = scores.softmax(-1).to(value.dtype)
 
-        own = (weights[..., -1:].view(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
-        for request, span in run.spans:
-            given_weights = weights[:, span, :-1].reshape(groups, -1, length - 1)
-            own[:, span] += (given_weights @ past_values[request, :, :-1]).view(heads, -1, own.shape[-1])
-        return own.transpose(0, 1)[None].contiguous(), None
+        output = (weights[..., -1:].view(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
+        for request, span in spans:
+            given_weights = weights[:, span, :-1].reshape(groups, -1, length)
+            output[:, span] += (given_weights @ past_values[request]).view(heads, -1, output.shape[-1])
+        return output.transpose(0, 1)[None].contiguous(), None
 
 
 def _with_another(x: Tensor) -> Tensor:
