@@ -164,20 +164,26 @@ def directer(
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     bench: Annotated[bool, typer.Option(help="Run on the bench model, too, where it can be built.")] = True,
     default: Annotated[bool, typer.Option(help="Run on the default model.")] = True,
+    schedule: Annotated[
+        list[str] | None, typer.Option(help="Only this schedule beside unsteered and the naive form; repeatable.")
+    ] = None,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
     """Emphasis with rejection (DIRECTER): time a token of each schedule, unsteered, and of the naive form."""
-    from benchmarks.directer import PROMPTS, bench_model, run
+    from benchmarks.directer import PROMPTS, SCHEDULES, bench_model, run
 
+    if unknown := sorted(set(schedule or ()) - set(SCHEDULES)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(SCHEDULES)}", param_hint="--schedule")
     if not (data / PROMPTS).is_file():
         Console(stderr=True).print(f"skipped: there is no {data / PROMPTS}; name the folder of data sets with --data")
         return
     other = bench_model(data.parent / "tools" / "fetch_bench_model.sh") if bench else ""
     if bench and not other:
         Console(stderr=True).print("the bench model can't be built here; running on the default model alone")
-    finish(run(data, rounds, tokens, batch or [1, 8], naive_rounds, other, default), json_file, check, as_markdown)
+    found = run(data, rounds, tokens, batch or [1, 8], naive_rounds, other, default, schedule or SCHEDULES)
+    finish(found, json_file, check, as_markdown)
 
 
 @app.command("eval")
@@ -260,7 +266,7 @@ def methods(
     batch: Annotated[
         list[int] | None, typer.Option(min=1, help="Batch sizes; repeatable. 1 and 16 unless given.")
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Only this method (or: gate); repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this method (or: gate, scores); repeatable.")] = None,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, too, each case in a process of its own.")] = True,
     json_file: Json = None,
     check: Check = False,

@@ -15,12 +15,12 @@ from trimtab.evaluate.fluency import Fluency, distinct_n, fluencies
 from trimtab.learn.moments import PairMoments
 from trimtab.lm import LM, DoseWarning
 from trimtab.methods.instruct import steering_from
-from trimtab.steering import Steering
+from trimtab.steering import Positions, Steering
 from trimtab.tune.candidates import Candidate, Setting
 from trimtab.tune.guard import STANDARD
 from trimtab.tune.halving import Rung
 from trimtab.tune.split import split_by_query
-from trimtab.tune.tune import Outcome, search
+from trimtab.tune.tune import Outcome, Tuned, search
 
 SEARCH_QUERIES = 12
 HELD_OUT_QUERIES = 8
@@ -28,18 +28,22 @@ RUNGS = (Rung(2, 6), Rung(6, 3), Rung(SEARCH_QUERIES, 1))
 DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 BATCH = 96
 
+Form = tuple[str, float, Positions | None]
+"""An operation, a strength, and where it acts; `None`: where the operation does unless told."""
+
 Progress = Callable[[int, int], None]
 Moments = Mapping[int, PairMoments]
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the search chose: a setting, or `None` for not steering, and why."""
+    """What the search chose: a setting, or `None` for not steering, and why; what it cost, and its score held out."""
 
     setting: Setting | None
     reason: str
     answers: int
     tokens: int
+    score: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,16 @@ def steering_of(moments: Moments, setting: Setting | None) -> Steering | None:
     """The steering that a setting makes of these moments."""
     if setting is None:
         return None
-    return setting.strength * steering_from(moments, setting.layer, operation=setting.operation)
+    where = Positions.parse(setting.positions)
+    return setting.strength * steering_from(moments, setting.layer, operation=setting.operation, positions=where)
 
 
-def choose(lm: LM, task: Task, grid: Sequence[tuple[str, float]], tokens: int) -> Choice:
-    """Search all layers with each (operation, strength) of the grid."""
+def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
+    """Search all layers with each form of the grid."""
     candidates, settings = [], {}
-    for operation, strength in grid:
+    for operation, strength, where in grid:
         for layer in layers_of(lm):
-            steering = strength * steering_from(task.moments[0], layer, operation=operation)
+            steering = strength * steering_from(task.moments[0], layer, operation=operation, positions=where)
             setting = Setting(layer, strength, str(steering.edits[0].positions), operation)
             candidates.append(Candidate(setting, steering))
             settings[steering] = setting
@@ -107,19 +112,37 @@ def choose(lm: LM, task: Task, grid: Sequence[tuple[str, float]], tokens: int) -
     names = [f"{i} {prompt}" for i, prompt in enumerate(task.prompts)]
     share = HELD_OUT_QUERIES / len(names)
     held_out = set(split_by_query(names, held_out=share, seed=0).held_out)
-    tuned = search(
-        candidates,
-        names,
-        trial,
-        guard=STANDARD,
-        rows=BATCH,
-        rungs=RUNGS,
-        held_out=share,
-        tokens_each=tokens,
-        progress=say(task.name),
-    )
+
+    def attempt(some: Sequence[Candidate], rungs: Sequence[Rung]) -> Tuned:
+        return search(
+            some,
+            names,
+            trial,
+            guard=STANDARD,
+            rows=BATCH,
+            rungs=rungs,
+            held_out=share,
+            tokens_each=tokens,
+            progress=say(task.name),
+        )
+
+    tuned = attempt(candidates, RUNGS)
+    if tuned.held_out is not None and tuned.held_out.broken:
+        # perplexities are read where a choice is confirmed, and only there: the next best gets its turn
+        last = [row for row in tuned.table if row.setting is not None and row.items == SEARCH_QUERIES]
+        last.sort(key=lambda row: (-row.score, row.dose))
+        beaten = [row.setting for row in last[1:] if row.score > row.unsteered]
+        if beaten:
+            print(f"{task.name}: {tuned.reason}", flush=True)
+            tuned = attempt([one for one in candidates if one.setting in beaten], RUNGS[-1:])
     print(f"{task.name}: {tuned.setting}: {tuned.reason}", flush=True)
-    return Choice(tuned.setting, tuned.reason, tuned.answers, tuned.tokens)
+    score = 0.0 if tuned.held_out is None else tuned.held_out.steered
+    return Choice(tuned.setting, tuned.reason, tuned.answers, tuned.tokens, score)
+
+
+def better(choices: Sequence[Choice]) -> Choice:
+    """The choice that steers with the best score on held-out queries, the first of equals; else the first."""
+    return max(choices, key=lambda one: (one.setting is not None, one.score if one.setting else 0.0))
 
 
 def _read(lm: LM, prompts: Sequence[str], answers: Sequence[Generation], *, confirm: bool) -> list[Fluency]:

@@ -34,7 +34,7 @@ from trimtab.lm import LM
 
 PROMPTS = Path("ifeval") / "input_data.jsonl"
 WITHOUT = Path("ifeval") / "without_instructions.jsonl"
-SCHEDULES = ("sequential", "two_phase", "fused", "auto")
+SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused", "auto")
 COUNT = 24
 ALPHA, BETA = 100.0, 0.5
 TIME, TIME_ON_GPU = Target(1.2, at_least=False), Target(1.1, at_least=False)
@@ -92,6 +92,7 @@ def run(
     naive_rounds: int,
     bench_model: str,
     default: bool = True,
+    schedules: Sequence[str] = SCHEDULES,
 ) -> Report:
     """Speed and memory on the default model (unless told not to) and, where there is one, on the bench model (a
     `.gguf` file), there without memory."""
@@ -102,7 +103,7 @@ def run(
             continue
         lm = LM.load(path, dtype="float32")
         for batch in batches:
-            results += _speed(f"{name}, batch {batch}", lm, asked, batch, rounds, tokens, naive_rounds)
+            results += _speed(f"{name}, batch {batch}", lm, asked, batch, rounds, tokens, naive_rounds, schedules)
         del lm
     for batch in batches if default else ():
         results.append(_memory(f"default model, batch {batch}", folder, batch, tokens))
@@ -128,23 +129,30 @@ def peak(folder: Path, batch: int, tokens: int, steered: bool) -> float:
 
 
 def _speed(
-    case: str, lm: LM, asked: Sequence[Asked], batch: int, rounds: int, tokens: int, naive_rounds: int
+    case: str,
+    lm: LM,
+    asked: Sequence[Asked],
+    batch: int,
+    rounds: int,
+    tokens: int,
+    naive_rounds: int,
+    schedules: Sequence[str],
 ) -> list[Result]:
     chunks = [list(asked[i : i + batch]) for i in range(0, len(asked) - batch + 1, batch)]
     rounds = min(rounds, len(chunks))
-    seen = {name: Seen() for name in SCHEDULES}
+    seen = {name: Seen() for name in schedules}
     unsteered = _each(chunks, lambda chunk: _seconds(lambda: _generate(lm, chunk, tokens, None)) / tokens)
     first = _each(chunks, lambda chunk: _seconds(lambda: _generate(lm, chunk, 1, None)))
     runs: dict[str, Callable[[], float]] = {"unsteered": unsteered, "first": first}
-    for name in SCHEDULES:
+    for name in schedules:
         runs[name] = _each(chunks, lambda chunk, name=name: _traced(lm, chunk, tokens, name, seen[name]))  # type: ignore[misc]
     values = interleave(runs, rounds, case=case)
     on_gpu = lm.model.device.type == "cuda"
     results = [
         summarized(case, f"{name}, time a token", "ms", [1000 * v for v in values[name]])
-        for name in ("unsteered", *SCHEDULES)
+        for name in ("unsteered", *schedules)
     ]
-    for name in SCHEDULES:
+    for name in schedules:
         target = (TIME_ON_GPU if on_gpu else TIME) if name == "auto" and batch == 1 else None
         whole = ratios(values[name], values["unsteered"])
         results.append(summarized(case, f"{name} / unsteered, time a token", "ratio", whole, target))
@@ -152,22 +160,30 @@ def _speed(
         base = [(u * tokens - f) / (tokens - 1) for u, f in zip(values["unsteered"], values["first"], strict=True)]
         later = ratios(mine.later[-rounds:], base)
         results.append(summarized(case, f"{name} / unsteered, after the first token", "ratio", later))
-    auto = seen["auto"]
+    last = seen[schedules[-1]]
     results += [
-        summarized(case, "auto, time to the first token, ranking included", "ms", [1000 * v for v in auto.first[1:]]),
+        summarized(
+            case,
+            f"{schedules[-1]}, time to the first token, ranking included",
+            "ms",
+            [1000 * v for v in last.first[1:]],
+        ),
         summarized(case, "unsteered, time to the first token", "ms", [1000 * v for v in values["first"]]),
     ]
-    for name in SCHEDULES:
+    for name in schedules:
         results.append(summarized(case, f"{name}, passes a token", "passes", seen[name].passes))
-    two = seen["two_phase"]
     results += [
-        Result(case, "gate open", sum(two.opened) / len(two.opened), "of tokens"),
-        Result(case, "tokens changed", sum(two.changed) / len(two.changed), "of tokens"),
+        Result(case, "gate open", sum(last.opened) / len(last.opened), "of tokens"),
+        Result(case, "tokens changed", sum(last.changed) / len(last.changed), "of tokens"),
     ]
-    for rung in (*sorted({r for r in two.rungs if r is not None}), None):
-        share = sum(r == rung for r in two.rungs) / max(1, len(two.rungs))
+    for rung in (*sorted({r for r in last.rungs if r is not None}), None):
+        share = sum(r == rung for r in last.rungs) / max(1, len(last.rungs))
         label = "all rungs rejected" if rung is None else f"rung {rung} accepted"
         results.append(Result(case, label, share, "of open gates"))
+    costs = lm._row_costs
+    if batch == 1 and (0, 1) in costs:  # what `auto` chose by
+        for rows in sorted(rows for rows, requests in costs if rows and requests == 1):
+            results.append(Result(case, f"a pass of {rows} rows / the raw pass", costs[rows, 1] / costs[0, 1], "ratio"))
     if batch == 1 and naive_rounds:
         pair = {
             "naive": _each(chunks, lambda chunk: naive(lm, chunk[0], tokens)[1] / tokens),

@@ -21,6 +21,7 @@ from benchmarks.choosing import (
     Choice,
     Moments,
     Task,
+    better,
     choose,
     keep,
     layers_of,
@@ -31,15 +32,23 @@ from benchmarks.harness import Report, Target
 from benchmarks.measuring import evaluate, report
 from trimtab.data import instruction_pairs, instruction_type, queries
 from trimtab.data.types import LANGUAGES, Value
-from trimtab.evaluate.constraints import is_bullets, is_json
+from trimtab.evaluate.constraints import is_bullets
 from trimtab.evaluate.ifeval import IFEvalItem, follows, read_ifeval
 from trimtab.lm import LM
 from trimtab.methods.instruct import learn_many
+from trimtab.steering import Positions
 
 DATASET = Path("ifeval") / "ifeval_single_instr_format.jsonl"
 GAINS = {"without": Target(0.15), "with": Target(0.08)}
 LEARN_QUERIES = 20
-GRID = (("project", 1.0), ("add", 1.0), ("add", 2.0))
+OPENING = Positions.opening(8)
+EVERYWHERE = (("project", 1.0, None), ("add", 1.0, None), ("add", 2.0, None))
+OPENINGS = (("add", 2.0, OPENING), ("add", 4.0, OPENING))
+"""Two searches for each type: steering throughout, and while the answer begins."""
+
+JSON = "detectable_format:json_format"
+JSON_TOKENS = 128
+"""JSON holds when it ends: cut answers don't count, so those of the search are at least so long."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,14 @@ def run(
         if kind in skip:
             chosen[kind] = Choice(None, "not searched", 0, 0)
             continue
-        path = folder / f"{mode}-{kind.replace(':', '-')}.json"
         task = task_of(by_kind[kind], moments, mode)
-        chosen[kind] = keep(path, partial(choose, lm, task, GRID, tune_tokens))
+        longest = max(tune_tokens, JSON_TOKENS) if kind == JSON else tune_tokens
+        chosen[kind] = better(
+            [
+                keep(folder / f"{mode}-{kind.replace(':', '-')}{name}.json", partial(choose, lm, task, grid, longest))
+                for name, grid in {"": EVERYWHERE, "-opening": OPENINGS}.items()
+            ]
+        )
     steerings = {
         item.item: steering_of(moments[instances[item.item].name], chosen[instances[item.item].kind].setting)
         for item in items
@@ -136,8 +150,6 @@ def complies(kind: str, arguments: Mapping[str, Any], text: str, cut: bool) -> b
     """IFEval's loose verdict; an answer that the token limit cut is given the benefit of what it had no time for."""
     if cut and kind == "startend:quotation":
         return text.strip().startswith('"')
-    if cut and kind == "detectable_format:json_format":
-        return is_json(text, cut=True)
     if cut and kind == "detectable_format:number_bullet_lists":
         return is_bullets(text, cut=True)
     return follows(kind, arguments, text, loose=True)

@@ -3,13 +3,14 @@
 Each is learned from a handful of short texts, with its own defaults: what a steering costs doesn't depend on how good
 it is. Gates are made to open (or to stay shut) whatever they read, so that both are measured; reading is the same.
 
-Targets, of the unsteered throughput: 0.98 for the residual stream and the outputs of attention and MLPs, 0.95 for heads
-and neurons, 0.98 for gates. A gate on the prompt reads it once more, however long the answer is: with few new tokens
-that weighs more.
+Targets, of the unsteered throughput: 0.98 for the residual stream and the outputs of attention and MLPs, 0.95 for
+heads, neurons and attention scores, 0.98 for gates. A gate on the prompt reads it once more, however long the answer
+is: with few new tokens that weighs more.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 import warnings
@@ -27,12 +28,13 @@ from trimtab.engines.transformers.places import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM
+from trimtab.methods.pasta import ALPHA as PASTA_ALPHA
 from trimtab.methods.recipe import Recipe, recipes
-from trimtab.steering import Always, Gate, Positions, Steering, Threshold
+from trimtab.steering import Always, BiasScores, Gate, Positions, ScaleScores, Steering, TargetMass, Threshold, emphasis
 from trimtab.text.pairs import Pair
 
 RESIDUAL, INSIDE, GATED = Target(0.98), Target(0.95), Target(0.98)
-TARGETS = {"residual": RESIDUAL, "heads, neurons": INSIDE, "gate": GATED}
+TARGETS = {"residual": RESIDUAL, "heads, neurons": INSIDE, "scores": INSIDE, "gate": GATED}
 QUERIES = 12
 TOGETHER = 3
 """So many steered runs share one unsteered run, their neighbour in time."""
@@ -41,8 +43,9 @@ MEMORY_TOKENS = 8
 FAR = 1e30
 HEADS = 48
 """What ITI steers in the paper; a small model may have fewer."""
-GATES = "gate"
-"""What `only` calls the cases that are about gates and no method."""
+GATES, SCORES = "gate", "scores"
+"""What `only` calls the cases that are about gates, and about attention to a span, and no method of the registry."""
+SPAN = (5, 10)
 
 ASKED = queries("learn")[:QUERIES]
 OTHERS = queries("tune")[:QUERIES]
@@ -61,7 +64,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A steering that is measured; `method` is its recipe's name, or `GATES`."""
+    """A steering that is measured; `method` is its recipe's name, `GATES` or `SCORES`."""
 
     method: str
     name: str
@@ -72,6 +75,8 @@ class Case:
         """Which target it has."""
         if any(edit.gate != Always() for edit in self.steering.edits):
             return "gate"
+        if any(edit.site.kind == "scores" for edit in self.steering.edits):
+            return "scores"
         inside = any(edit.site.kind in ("heads", "neurons") for edit in self.steering.edits)
         return "heads, neurons" if inside else "residual"
 
@@ -81,7 +86,7 @@ class Case:
 
 def run(batches: Sequence[int], rounds: int, tokens: int, only: Sequence[str], memory: bool) -> Report:
     """All cases, or those of the methods in `only`, at each size of batch; with 0 rounds their memory alone."""
-    known = [*recipes(), GATES]
+    known = [*recipes(), GATES, SCORES]
     if unknown := [name for name in only if name not in known]:
         raise TrimtabError(f"there is no method {unknown[0]!r} to measure; there are {', '.join(known)}")
     lm = LM.load()
@@ -110,7 +115,7 @@ def peak(file: Path | None, batch: int, tokens: int) -> float:
 
 
 def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:
-    """Each method in its default form and its variants, then gates: on the prompt and at each token."""
+    """Each method in its default form and its variants; gates on the prompt and at each token; attention to a span."""
     found = []
     for name, recipe in recipes().items():
         if only and name not in only:
@@ -129,6 +134,14 @@ def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:
             Case(GATES, "one addition, gate shut", opened(caa.when(prompt), to=False)),
             Case(GATES, "one addition, a gate at each token", caa.when(token)),
         ]
+    if not only or SCORES in only:
+        layers = range(lm.layout.layers)
+        operations = {
+            "scaled keys": ScaleScores(),
+            "PASTA": BiasScores(math.log(PASTA_ALPHA), outside=True),
+            "SpotLight": TargetMass(),
+        }
+        found += [Case(SCORES, name, emphasis(one, [SPAN], layers)) for name, one in operations.items()]
     return found
 
 

@@ -57,7 +57,7 @@ class Case:
 
 CASES = (
     *(Case(f"one vector, one layer, batch {batch}", batch, layers=1) for batch in (1, 16)),
-    *(Case(f"one vector, every layer, batch {batch}", batch) for batch in (1, 16)),
+    *(Case(f"one vector, every layer, batch {batch}", batch) for batch in (1, 4, 8, 12, 16)),
     *(Case(f"three vectors, every layer, batch {batch}", batch, vectors=3) for batch in (1, 16)),
     Case("16 different steerings, every layer, batch 16", 16, different=True),
 )

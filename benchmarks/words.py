@@ -69,7 +69,7 @@ def words(
                 [moments[item.kwargs[0][argument][0]] for item in tried],
                 lambda i, answer, _: follows(kind, tried[i].kwargs[0], answer, loose=False),
             ),
-            [("add", sign * weight) for weight in WEIGHTS],
+            [("add", sign * weight, None) for weight in WEIGHTS],
             tune_tokens,
         ),
     )
@@ -98,7 +98,7 @@ def lengths(model: str | None, mode: str, folder: Path, tokens: int, tune_tokens
                 [moments] * len(tried),
                 lambda i, answer, cut: not cut and follows(SENTENCES, tried[i].kwargs[0], answer, loose=False),
             ),
-            [("add", weight) for weight in (0.5, 1.0, 2.0)],
+            [("add", weight, None) for weight in (0.5, 1.0, 2.0)],
             tune_tokens,
         ),
     )
