@@ -20,6 +20,24 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need p
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 180_000  # milliseconds: machines that test are often slow
+LATE_ENDS = """{
+    const ask = window.fetch.bind(window);
+    window.fetch = async (...given) => {
+        const response = await ask(...given);
+        if (!response.url.includes("/queue/data")) return response;
+        const late = new TransformStream({
+            async transform(chunk, out) {
+                const at = new TextDecoder().decode(chunk).indexOf('data: {"msg":"close_stream"');
+                if (at > 0) out.enqueue(chunk.slice(0, at));
+                if (at >= 0) await new Promise((resolve) => setTimeout(resolve, 1000));
+                window.lateEnds = (window.lateEnds || 0) + (at >= 0);
+                out.enqueue(at > 0 ? chunk.slice(at) : chunk);
+            },
+        });
+        return new Response(response.body.pipeThrough(late), response);
+    };
+}"""
+"""The end of the stream of answers reaches the page a second late, as it may where the browser is busy."""
 ASK = "What makes a good friend?"
 TOKENS = 16
 TOPICS = ["Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?"]
@@ -58,9 +76,10 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
     """A page in a context of its own. It must load nothing from elsewhere, and never show a traceback."""
     contexts = []
 
-    def begin(url: str, width: int = 1280, height: int = 900, ready: str = ".tt-head p") -> Any:
+    def begin(url: str, width: int = 1280, height: int = 900, ready: str = ".tt-head p", script: str = "") -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
         page = context.new_page()
+        page.add_init_script(script)
         page.set_default_timeout(PATIENCE)
         elsewhere: list[str] = []
         failed: list[str] = []
@@ -107,7 +126,7 @@ def words(page: Any, side: str) -> str:
 
 def until(page: Any, side: str, expected: str) -> None:
     page.wait_for_function(
-        "([side, text]) => [...document.querySelectorAll(`#tt-talk .${side} .tt-text`)].at(-1).textContent == text",
+        "([side, text]) => [...document.querySelectorAll(`#tt-talk .${side} .tt-text`)].at(-1)?.textContent == text",
         arg=[side, expected],
     )
 
@@ -145,7 +164,7 @@ class TestChat:
         assert "Cosine" in page.locator(".tt-key").inner_text()
         # the request, to copy
         page.get_by_text("The request, to copy").click()
-        page.wait_for_function("document.querySelector('#tt-curl').innerText.includes('\"strength\": 0.5')")
+        page.wait_for_function("document.querySelector('#tt-curl')?.innerText.includes('\"strength\": 0.5')")
         assert f"curl {page.url}v1/chat/completions" in page.inner_text("#tt-curl")
         assert "extra_body" in page.inner_text("#tt-python")
 
@@ -166,7 +185,7 @@ class TestChat:
         start = text.index("in capital letters")
         page.evaluate(f"document.querySelector('#tt-message textarea').setSelectionRange({start}, {len(text) - 1})")
         page.click("#tt-marking")
-        page.wait_for_function("document.querySelector('#tt-emphasis textarea').value == 'in capital letters'")
+        page.wait_for_function("document.querySelector('#tt-emphasis textarea')?.value == 'in capital letters'")
         page.wait_for_function("document.querySelector('.tt-marks')?.innerText.includes('found, ')")
         say(page, text)
         assert page.locator(".tt-error").count() == 0
@@ -195,6 +214,19 @@ class TestChat:
         page.click("#tt-learn")
         page.wait_for_selector(".tt-error[role=alert]")
         assert "Pairs:1: no pair" in page.inner_text(".tt-error")
+
+    def test_what_is_asked_while_the_last_answer_ends_is_answered(
+        self, open_page: Callable[..., Any], server: Any
+    ) -> None:
+        page = open_page(server.url, script=LATE_ENDS)
+        for _ in range(4):
+            page.press("#tt-message textarea", "Enter")
+            page.wait_for_selector(".tt-error[role=alert]")
+            page.wait_for_timeout(200)  # the server has ended the stream, and the page doesn't know
+            page.click("#tt-clear")
+            page.wait_for_selector(".tt-error[role=alert]", state="detached")
+        assert page.evaluate("window.lateEnds") > 0
+        say(page, ASK)
 
     def test_it_can_be_stopped_and_closing_the_page_frees_the_model(self, page: Any, server: Any) -> None:
         page.fill("#tt-message textarea", "Tell me a long story.")
@@ -235,13 +267,13 @@ class TestLearning:
             "\n".join(map(json.dumps, rows)),
         )
         page.dispatch_event("#tt-pairs textarea", "drop", {"dataTransfer": transfer})
-        page.wait_for_function("document.querySelector('#tt-pairs textarea').value.includes('hate')")
+        page.wait_for_function("document.querySelector('#tt-pairs textarea')?.value.includes('hate')")
         page.get_by_role("button", name="Add a pair by typing").click()
         page.fill("#tt-pair-prompt textarea", "Help?")
         page.fill("#tt-pair-positive textarea", "Gladly!")
         page.fill("#tt-pair-negative textarea", "Never.")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.querySelector('#tt-pairs textarea').value.includes('Gladly')")
+        page.wait_for_function("document.querySelector('#tt-pairs textarea')?.value.includes('Gladly')")
         assert page.locator("#tt-name").locator("textarea, input").input_value() == "kind-words"
         page.click("#tt-learn")
         page.wait_for_selector(".tt-save")
@@ -269,12 +301,14 @@ class TestNarrow:
             page.wait_for_timeout(300)
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, tab
         page.get_by_role("tab", name="Chat").click()
+        page.wait_for_selector("#tt-talk .tt-steered")
         plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))
         assert steered["y"] >= plain["y"] + plain["height"]  # one below the other
         assert plain["width"] > 300
         message, names = (page.locator(part).bounding_box() for part in ("#tt-message", "#tt-names"))
         assert names["y"] >= message["y"] + message["height"]  # the panel below the chat
         page.set_viewport_size({"width": 1280, "height": 900})
+        page.wait_for_function("innerWidth == 1280")
         plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))
         assert steered["x"] >= plain["x"] + plain["width"]  # side by side
         assert steered["y"] == plain["y"]

@@ -21,9 +21,11 @@ def theme() -> gr.themes.Base:
 
 
 def options() -> dict[str, Any]:
-    """Theme, style and script, as `mount_gradio_app` takes them."""
+    """Theme, style and scripts, as `mount_gradio_app` takes them."""
+    stream = (HERE / "stream.js").read_text(encoding="utf-8")
     return {
         "theme": theme(),
+        "head": f"<script>{stream}</script>",  # at the head it runs before Gradio asks for anything
         "css": (HERE / "page.css").read_text(encoding="utf-8"),
         "js": (HERE / "page.js").read_text(encoding="utf-8"),
     }
