@@ -38,7 +38,7 @@ def replaced(some: nn.Module) -> list[str]:
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 15])
 @pytest.mark.parametrize("bias", [True, False])
 def test_it_is_the_linear_map(shape: tuple[int, int], rows: int, bias: bool) -> None:
-    """Against float64, as near as torch's own result in float32."""
+    """Against float64, within what sums of so many products in float32 are off by, in whatever order they are taken."""
     torch.manual_seed(1)
     x, weight = torch.randn(rows, shape[1]), torch.randn(shape)
     added = torch.randn(shape[0]) if bias else None
@@ -46,8 +46,8 @@ def test_it_is_the_linear_map(shape: tuple[int, int], rows: int, bias: bool) -> 
     assert found.shape == (rows, shape[0])
     assert found.is_contiguous()
     exact = linear(x.double(), weight.double(), None if added is None else added.double())
-    theirs = (linear(x, weight, added) - exact).abs().max()
-    assert (found - exact).abs().max() <= 2 * theirs + 1e-6
+    off = torch.finfo(torch.float32).eps * x.norm(dim=1).max() * weight.norm(dim=1).max()
+    assert (found - exact).abs().max() <= 4 * off
 
 
 def test_one_piece_fits_and_no_output_is_lost() -> None:

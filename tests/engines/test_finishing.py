@@ -43,7 +43,7 @@ def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
         assert one.token_ids == other.token_ids
         assert one.text == other.text
         assert (one.finish_reason, one.prompt_tokens) == (other.finish_reason, other.prompt_tokens)
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
         assert one.applied.edits == other.applied.edits
         doses, others = one.applied.doses, other.applied.doses
         assert [(dose.layer, dose.kind) for dose in doses] == [(dose.layer, dose.kind) for dose in others]
