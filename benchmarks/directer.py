@@ -249,7 +249,9 @@ def naive(lm: LM, one: Asked, tokens: int) -> tuple[list[int], float]:
     spans = lm.spans(one.prompt, one.instruction)
     device = lm.model.device
     cache = lm.model(torch.tensor([ids[:-1]], device=device), use_cache=True).past_key_values
-    token, order, found = ids[-1], (), []
+    token = ids[-1]
+    order: tuple[int, ...] = ()
+    found: list[int] = []
     for _ in range(tokens):
         before = copy.deepcopy(cache)
         raw = _step(lm, token, cache)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,12 @@ def _agreement(lm: LM, steering: Steering) -> list[Result]:
         everywhere = steering.at(Positions.all())
         layers = [*everywhere.layers, lm.layout.layers - 1]
         with lm.steered(everywhere):
-            theirs = lm.capture(PROMPTS[:5], layers, Positions.all())
-        ours = llama.capture(PROMPTS[:5], layers, Positions.all(), steering=everywhere)
+            expected = lm.capture(PROMPTS[:5], layers, Positions.all())
+        found = llama.capture(PROMPTS[:5], layers, Positions.all(), steering=everywhere)
         llama.close()
     off = [
         float(((a[site] - b[site]).norm(dim=-1) / b[site].norm(dim=-1)).max())
-        for a, b in zip(ours, theirs, strict=True)
+        for a, b in zip(found, expected, strict=True)
         for site in map(Site, layers)
     ]
     metric = "largest relative difference of an activation, steered"
@@ -85,7 +86,7 @@ def _speed(lm: LM, rounds: int, tokens: int) -> list[Result]:
         "one block": _steering(lm, (12,), DOSE),
         "every block": _steering(lm, every, DOSE / len(every)),
     }.items():
-        runs[name] = _timed(lambda s=steering: llama.generate(PROMPTS[0], s, max_new_tokens=tokens))
+        runs[name] = _timed(partial(llama.generate, PROMPTS[0], steering, max_new_tokens=tokens))
     values = interleave(runs, rounds)
     case = "as it is stored (Q4_1), one prompt at a time"
     results = [summarized(case, name, "tokens/s", values[name]) for name in runs]

@@ -167,9 +167,9 @@ def _thresholds(gate: Gate) -> list[Threshold]:
 
 
 def _learned(lm: LM, recipe: Recipe, options: Mapping[str, Any]) -> Steering:
-    data: list[Any] = {"pairs": [_pairs(recipe)], "texts": [ASKED], "nothing": []}[recipe.takes]
+    data: dict[str, list[Any]] = {"pairs": [_pairs(recipe)], "texts": [ASKED], "nothing": []}
     needed = {name: value for name, value in _needed(lm).items() if name in {option.name for option in recipe.options}}
-    learned: Steering = recipe.load()(lm, *data, None, **needed, **options)
+    learned: Steering = recipe.load()(lm, *data[recipe.takes], None, **needed, **options)
     return learned
 
 

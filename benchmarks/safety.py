@@ -203,7 +203,7 @@ def choose(lm: LM, parts: Data, folder: Path, tokens: int) -> Chosen:
     records = answers(lm, parts.tune, arms, folder, "tune", tokens)
     harmful = {item.item for item in parts.tune if item.harmful}
     before = fluencies_of(lm, parts.tune, records[UNSTEERED])
-    tried = {}
+    tried: dict[str, dict[str, Any]] = {}
     for name in arms:
         mine = records[name]
         refused = mean(mine[item].scores["refused"] for item in harmful)
@@ -356,9 +356,9 @@ def answers(
         records += _rejecting(lm, requests, rejection, folder / f"{stem}-rejection.jsonl", tokens, name)
     by_name = {(record.arm, record.item): record for record in records}
     found: dict[str, dict[str, Record]] = {arm: {} for arm in arms}
-    for (arm, item), key in wanted.items():
+    for (arm, number), key in wanted.items():
         request = once[key]
-        found[arm][item] = replace(by_name[request.arm, request.item], arm=arm)
+        found[arm][number] = replace(by_name[request.arm, request.item], arm=arm)
     return found
 
 
