@@ -42,6 +42,7 @@ RULES = {
     "generated": Positions.generated(),
     "from the last prompt token": Positions.from_last_prompt_token(),
     "last prompt token": Positions.last_prompt_token(),
+    "opening": Positions.opening(3),
     "window": Positions.window(1, 4),
     "span": Positions.span(1, 3),
     "two": Positions.span(2, 4) | Positions.window(2, 3),

@@ -45,6 +45,7 @@ RULES = [
     Positions.from_last_prompt_token(),
     Positions.window(1, 4),
     Positions.span(1, 3),
+    Positions.opening(3),
 ]
 
 
@@ -226,12 +227,13 @@ class TestRig:
         (2, Add(direction(9)), RULES[5]),
         (3, Rotate(direction(3), one_sided=False), RULES[1]),
         (3, Ablate(direction(6), keep_norm=True), RULES[4]),
+        (2, Add(direction(10)), RULES[6]),
     )
 
     @pytest.mark.parametrize("chunk", [1, 3, 12])
     @pytest.mark.parametrize("pair", [False, True])
     def test_a_mixed_batch_is_the_textbook_formula_token_by_token(self, chunk: int, pair: bool) -> None:
-        one = rig()
+        one = rig(slots=10)
         given = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5])}
         for name, what in given.items():
             if what is not None:
