@@ -231,7 +231,7 @@ class TestChat:
     def test_it_can_be_stopped_and_closing_the_page_frees_the_model(self, page: Any, server: Any) -> None:
         page.fill("#tt-message textarea", "Tell me a long story.")
         page.keyboard.press("Enter")
-        page.wait_for_selector(".tt-turn")
+        page.wait_for_selector(".tt-caret")
         page.context.close()
         until = time.monotonic() + 60
         while time.monotonic() < until and metric(server, "trimtab_running") + metric(server, "trimtab_queued"):
