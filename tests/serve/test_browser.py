@@ -38,6 +38,25 @@ LATE_ENDS = """{
     };
 }"""
 """The end of the stream of answers reaches the page a second late, as it may where the browser is busy."""
+LATE_MOVE = """{
+    const ask = window.fetch.bind(window);
+    let sent = 0;
+    let rest;
+    const others = new Promise((resolve) => { rest = resolve; });
+    window.fetch = async (input, init) => {
+        if (!String(input.url ?? input).includes("/queue/join")) return ask(input, init);
+        const { fn_index: number } = JSON.parse(init.body);
+        const events = window.gradio_config.dependencies.find(({ id }) => id === number).targets;
+        if (!events.some(([, name]) => name === "input")) return ask(input, init);
+        const move = ++sent;
+        if (move === 1) await others;
+        const response = await ask(input, init);
+        if (move === 5) rest();
+        if (move === 1) window.lateMove = true;
+        return response;
+    };
+}"""
+"""The first of five moves of a slider reaches the server after the others, as any may where it is busy."""
 ASK = "What makes a good friend?"
 TOKENS = 16
 TOPICS = ["Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?"]
@@ -227,6 +246,24 @@ class TestChat:
             page.wait_for_selector(".tt-error[role=alert]", state="detached")
         assert page.evaluate("window.lateEnds") > 0
         say(page, ASK)
+
+    def test_a_move_that_arrives_late_is_passed_over(
+        self, open_page: Callable[..., Any], server: Any, lm: Any, bullets: Path
+    ) -> None:
+        from trimtab import load
+
+        page = open_page(server.url, script=LATE_MOVE)
+        choose(page, "bullets")
+        say(page, ASK)
+        page.focus("#tt-strength-0 input[type=range]")
+        for _ in range(5):
+            page.keyboard.press("ArrowLeft")
+        page.wait_for_function("window.lateMove")
+        (answer,) = lm.generate(
+            [{"role": "user", "content": ASK}], 0.5 * load(bullets / "bullets.safetensors"), max_new_tokens=TOKENS
+        )
+        until(page, "tt-steered", answer.text)
+        assert "bullets × 0.5" in page.locator(".tt-steered h3").last.inner_text()
 
     def test_it_can_be_stopped_and_closing_the_page_frees_the_model(self, page: Any, server: Any) -> None:
         page.fill("#tt-message textarea", "Tell me a long story.")

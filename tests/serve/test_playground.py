@@ -11,6 +11,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -246,7 +247,7 @@ class TestPolicy:
         talk = Talk([Turn(TEXT)])
         asked = {
             "speak": (TEXT, talk, "nothing", *panel),
-            "again": (talk, "nothing", True, *panel),
+            "again": (1, talk, "nothing", True, *panel),
             "tinted": (talk, "s0@0"),
             "look": (TEXT, talk, *panel),
             "run": ("s0", "0, 1", "", TEXT, Talk(), *panel),
@@ -269,6 +270,35 @@ class TestPolicy:
             assert "API key isn&#x27;t known" in str(asyncio.run(told(name))), name
         assert guarded.scheduler.steps == 0
         assert guarded.library.get("mine") is None
+
+
+class TestMoves:
+    def test_the_last_move_is_answered_whatever_arrives_last(self, service: Any) -> None:
+        pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
+        from trimtab.serve.playground.page import make_blocks
+
+        again = next(one.fn for one in make_blocks(service).fns.values() if one.name == "again")
+        assert again is not None
+
+        def move(talk: Talk, number: int, strength: float) -> Any:
+            rest = ("", REJECTIONS[2], 0.5, "", 8, 0.0, 0)
+            return again("", number, talk, "nothing", True, ["s0"], *[strength] * SLOTS, *[AS_LEARNED] * SLOTS, *rest)
+
+        async def answered(talk: Talk, *moves: tuple[int, float]) -> None:
+            async def one(number: int, strength: float) -> None:
+                async for _ in move(talk, number, strength):
+                    pass
+
+            await asyncio.gather(*(one(*given) for given in moves))
+
+        for order in permutations([(1, 0.6), (2, 0.5), (3, 0.4)]):
+            talk = Talk([Turn(TEXT)])
+            asyncio.run(answered(talk, *order))
+            assert [one.strength for one in talk.turns[-1].steered.told] == [0.4], order
+            assert talk.number == 1, order  # and the others weren't asked
+            before = talk.turns[-1].steered
+            asyncio.run(answered(talk, (2, 0.5)))  # long after it
+            assert talk.turns[-1].steered is before
 
 
 class TestEmphasis:

@@ -25,6 +25,8 @@ from trimtab.serve.service import Service
 EXAMPLE = "Name three rivers."
 SETTLED = 0.3
 """Seconds without a move after which a slider stands still."""
+COUNTED = "(key, move, ...rest) => [key, (window.trimtabMoves = (window.trimtabMoves ?? 0) + 1), ...rest]"
+"""In the browser: numbers a slider's moves as they are made. They reach the server in any order."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Chat:
 def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     """The components, and what happens when somebody uses them."""
     told = gr.State(Talk())
+    move = gr.Number(0, precision=0, visible=False)
     said = gr.HTML(show.WELCOME, elem_id="tt-talk")
     trouble = gr.HTML(elem_classes="tt-say")
     with gr.Row(equal_height=True):
@@ -107,16 +110,17 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         except Exception as error:
             yield [show.talk(service, talk, tint), gr.update(), show.error(in_words(error))]
 
-    async def again(secret: str, talk: Talk, tint: str, on: bool, *values: Any) -> AsyncGenerator[list[Any], None]:
-        """The last message once more, for the steered side alone: somebody moved a slider."""
+    async def again(
+        secret: str, move: int, talk: Talk, tint: str, on: bool, *values: Any
+    ) -> AsyncGenerator[list[Any], None]:
+        """The last message once more, for the steered side alone: somebody moved a slider, for the `move`-th time."""
         if not (on and talk.turns):
             yield [gr.skip(), gr.skip(), gr.skip()]
             return
         turn = talk.turns[-1]
-        talk.moves += 1
-        moved = talk.moves
+        talk.moves = max(move, talk.moves)
         await asyncio.sleep(SETTLED)
-        if talk.moves != moved or turn is not talk.turns[-1]:  # it moves on
+        if move < talk.moves or turn is not talk.turns[-1]:  # it moves on
             yield [gr.skip(), gr.skip(), gr.skip()]
             return
         try:
@@ -178,7 +182,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     for event in (message.submit, send.click):
         event(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
     for event in (part for slot in panel.slots for part in (slot.strength.input, slot.layer.input)):
-        event(again, [key, told, colour, live, *panel.inputs], shown, **streams)
+        event(again, [key, move, told, colour, live, *panel.inputs], shown, js=COUNTED, **streams)
     colour.change(tinted, [key, told, colour], [said, trouble], **quick)
     stop.click(halt, told, None, **quick)
     clear.click(forget, told, [said, trouble], **quick)

@@ -20,7 +20,10 @@ class Turn:
 
 @dataclass
 class Talk:
-    """All of it. `running` is what is being answered just now; `number` counts what was asked, `moves` a slider's."""
+    """All of it. `running` is what is being answered just now; `number` counts what was asked.
+
+    `moves` is the number of the last move of a slider that is known of.
+    """
 
     turns: list[Turn] = field(default_factory=list)
     running: Asking | None = None
