@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -14,15 +13,16 @@ from torch.nn.functional import linear
 from trimtab import Add, Edit, Site, Steering
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.transformers import few_rows as module
-from trimtab.engines.transformers.few_rows import FEWEST, MOST, few_rows, in_pieces, pays
+from trimtab.engines.transformers.few_rows import MOST, few_rows, fewest, in_pieces
 
 CAN_REJECT = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "phi3")
 SHAPES = [(576, 576), (192, 576), (1000, 130), (64, 1536), (13, 40_000), (7, 3), (50_257, 16)]
+FEWEST = 3
 
 
 @pytest.fixture(autouse=True)
 def _it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "pays", lambda: True)
+    monkeypatch.setattr(module, "fewest", lambda: FEWEST)
 
 
 def model(*, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
@@ -127,28 +127,31 @@ def test_what_is_left_alone() -> None:
 
 
 def test_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "pays", lambda: False)
+    monkeypatch.setattr(module, "fewest", lambda: MOST + 1)
     with few_rows(some := model()):
         assert replaced(some) == []
 
 
-def test_without_mkl_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    pays.cache_clear()
-    try:
-        assert pays() is False
-    finally:
-        pays.cache_clear()
-
-
-def test_where_pieces_are_slower_they_do_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(module, "in_pieces", lambda *given: time.sleep(0.05) or in_pieces(*given))
-    pays.cache_clear()
-    try:
-        assert pays() is False
-    finally:
-        pays.cache_clear()
+@pytest.mark.parametrize(
+    ("mkl", "capability", "threads", "expected"),
+    [
+        (True, "AVX512", 1, 4),
+        (True, "AVX512", 2, 4),
+        (True, "AVX2", 1, MOST + 1),
+        (True, "AVX2", 2, 2),
+        (True, "DEFAULT", 1, MOST + 1),
+        (False, "AVX512", 1, MOST + 1),
+        (False, "AVX2", 2, MOST + 1),
+    ],
+)
+def test_where_it_pays(
+    mkl: bool, capability: str, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processor and the threads decide, so that every run on a machine rounds alike."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert fewest() == expected
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
@@ -204,7 +207,7 @@ def test_the_default_model_answers_as_without(lm: Any, rows: int, monkeypatch: p
     monkeypatch.setattr(module, "in_pieces", lambda *given: used.append(1) or in_pieces(*given))
     ours = lm.generate(prompts, max_new_tokens=6, logprobs=True)
     assert used
-    monkeypatch.setattr(module, "pays", lambda: False)
+    monkeypatch.setattr(module, "fewest", lambda: MOST + 1)
     theirs = lm.generate(prompts, max_new_tokens=6, logprobs=True)
     for one, other in zip(ours, theirs, strict=True):
         pairs = list(zip(one.token_ids, other.token_ids, strict=False))

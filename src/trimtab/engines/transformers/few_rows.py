@@ -5,44 +5,42 @@ reads the whole weight anew for each three: 8 rows take nearly three times as lo
 pieces that stay in the processor's cache while all rows pass through them, by one batched product over views of it.
 Nothing is copied or packed but the result, which is torch's but for rounding; with one thread it was equal to the bit.
 
-From 16 rows on MKL has another way, which is left to it. On other processors and libraries a trial decides; an AMD EPYC
-without AVX-512 gains nothing on one thread.
+From 16 rows on MKL has another way, which is left to it, and so is a single row. From how many rows pieces pay was
+measured on an Intel Xeon with AVX-512 and on an AMD EPYC without it, where they gain nothing on one thread and much on
+two. It is decided by that and not by trying, so that every run on a machine rounds alike.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-FEWEST, MOST = 4, 15
+MOST = 15
 LEAST_WEIGHT = 1 << 16
 """Numbers in a weight from which it pays: a smaller one stays in the cache by itself."""
 PIECE = 48 * 1024
 """Numbers in a piece, at most: 192 KiB in float32, beside the rows, in a second-level cache of 256 KiB or more."""
 NARROWEST, WIDEST = 8, 64
 """Outputs of a piece."""
-PAYS = 1.15
-"""How many times as fast the trial has to be."""
 
 
 @contextmanager
 def few_rows(model: nn.Module) -> Iterator[None]:
-    """While open, the model's linear maps in float32 on a CPU take 4 to 15 rows in pieces, if that pays here.
+    """While open, the model's linear maps in float32 on a CPU take few rows (`fewest()` to 15) in pieces.
 
     Modules that are no plain `nn.Linear`, or whose `forward` somebody has replaced, are left alone. The model is as it
     was when the context is left.
     """
-    modules = [] if hasattr(model, "_orig_mod") else [module for module in model.modules() if _suits(module)]
-    if modules and not pays():
-        modules = []
-    ours = [(module, partial(_forward, module)) for module in modules]
+    least = fewest()
+    left_alone = least > MOST or hasattr(model, "_orig_mod")
+    modules = [] if left_alone else [module for module in model.modules() if _suits(module)]
+    ours = [(module, partial(_forward, module, least)) for module in modules]
     try:
         for module, forward in ours:
             module.forward = forward  # type: ignore[method-assign]
@@ -86,29 +84,19 @@ def _suits(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def _forward(module: nn.Linear, x: Tensor) -> Tensor:
+def _forward(module: nn.Linear, least: int, x: Tensor) -> Tensor:
     weight = module.weight
     rows = x.numel() // weight.shape[1]
-    if not FEWEST <= rows <= MOST:
+    if not least <= rows <= MOST:
         return linear(x, weight, module.bias)
     found = in_pieces(x.reshape(rows, -1), weight, module.bias)
     return found.view(*x.shape[:-1], -1)
 
 
-@cache
-def pays() -> bool:
-    """Whether pieces are faster here: tried once a process, in a tenth of a second, on a few weights of 9 MiB."""
+def fewest() -> int:
+    """The fewest rows that are faster in pieces here; more than `MOST` where none are."""
     if not torch.backends.mkl.is_available():
-        return False
-    with torch.no_grad():
-        weights = [torch.ones(1536, 1536) for _ in range(6)]  # more together than the caches hold
-        rows = torch.ones(8, 1536)
-        ways: tuple[Callable[[Tensor, Tensor], Tensor], ...] = (linear, in_pieces)
-        best = [float("inf")] * 2
-        for _ in range(3):
-            for i, way in enumerate(ways):
-                began = time.perf_counter()
-                for weight in weights:
-                    way(rows, weight)
-                best[i] = min(best[i], time.perf_counter() - began)
-    return best[0] >= PAYS * best[1]
+        return MOST + 1
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        return 4
+    return 2 if torch.get_num_threads() > 1 else MOST + 1
