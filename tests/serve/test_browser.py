@@ -57,6 +57,20 @@ LATE_MOVE = """{
     };
 }"""
 """The first of five moves of a slider reaches the server after the others, as any may where it is busy."""
+LATE_ARRIVAL = """{
+    const ask = window.fetch.bind(window);
+    let first = true;
+    window.fetch = async (input, init) => {
+        const late = first && String(input.url ?? input).includes("/queue/join");
+        if (late) {
+            first = false;
+            await new Promise((resolve) => setTimeout(resolve, 3000));
+            setTimeout(() => { window.lateArrival = true; }, 2000);  // and the server's answer to it is there
+        }
+        return ask(input, init);
+    };
+}"""
+"""What the page asks for when it opens is asked three seconds late."""
 ASK = "What makes a good friend?"
 TOKENS = 16
 TOPICS = ["Name three rivers.", "What is a friend?", "How do I boil an egg?", "Tell me about the moon.", "Why read?"]
@@ -374,6 +388,17 @@ class TestKeys:
         assert "s1 × 1" in page.locator(".tt-steered h3").inner_text()
         # the server ends although the page is open
         assert server.stop(signal.SIGTERM) == 0
+
+    def test_what_was_asked_without_a_key_replaces_nothing(
+        self, start: Callable[..., Any], open_page: Callable[..., Any]
+    ) -> None:
+        server = start("--playground", TRIMTAB_API_KEY="open sesame")
+        page = open_page(server.url, ready="#tt-key input", script=LATE_ARRIVAL)
+        page.fill("#tt-key input", "open sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_function("window.lateArrival")
+        page.wait_for_selector(".tt-head p")
+        choose(page, "s1")
 
 
 def metric(server: Any, name: str) -> float:

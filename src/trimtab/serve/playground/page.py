@@ -85,8 +85,8 @@ def make_blocks(service: Service) -> gr.Blocks:
         known_parts = [head, trouble, panel.names, panel.none, chat.colour, sweep.name, *slots]
         given = [key, panel.names, panel.was, *panel.values]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-        for event in (blocks.load, use.click, key.submit):
-            event(arrive, given, known_parts, **quick)
+        # one after the other, the last always: what an earlier key may see never replaces what this one may
+        gr.on([blocks.load, use.click, key.submit], arrive, given, known_parts, trigger_mode="always_last", **quick)
 
         def choose(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
             try:
