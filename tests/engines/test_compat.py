@@ -198,6 +198,6 @@ class TestARenamedArgument:
         with faults.renamed_cache(lm.model, wrapped=True):
             with pytest.raises(UnsupportedError, match="was given kv, a Memory"):
                 lm.generate(self.PROMPTS[0], GENERATED, max_new_tokens=6)
+            ids = torch.tensor([lm.encode(self.PROMPTS[0])])
             with lm.steered(GENERATED), pytest.raises(UnsupportedError, match="was given kv, a Memory"):
-                ids = torch.tensor([lm.encode(self.PROMPTS[0])])
                 lm.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)

@@ -126,6 +126,7 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
     owner = get_ident()
     asked: set[int] = set()  # the modules that have asked for this attention in the pass that is running
     passes = 0
+    running = False
     chosen: dict[tuple[int, int], tuple[Tensor, LayerScores]] = {}  # for a layer's scores and a batch of so many rows
 
     def attention(
@@ -134,6 +135,8 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
         count = len(query)
         steered = at.get(id(module)) if get_ident() == owner else None
         asked.add(id(module))
+        if steered is not None and not running:
+            raise TrimtabError("the model ran past trimtab's hooks, which tell its tokens' positions to its attention")
         rows: Tensor | None = None
         if steered is not None:
             if (id(steered), count) not in chosen:
@@ -153,14 +156,16 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
         return output, None
 
     def begin(*_: Any) -> None:
+        nonlocal running
         if get_ident() == owner:
+            running = True
             asked.clear()
 
     def end(*_: Any) -> None:
-        nonlocal passes
+        nonlocal passes, running
         if get_ident() != owner:
             return
-        passes += 1
+        passes, running = passes + 1, False
         if missing := [i for i, module in enumerate(attention_modules(layout)) if id(module) in at.keys() - asked]:
             raise TrimtabError(
                 f"the attention of layer {missing[0]} wasn't steered in this pass: it doesn't look up the attention"

@@ -35,6 +35,9 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
 
     Raises `TrimtabError`, naming the candidates, when that leaves none or several.
     """
+    if isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config"):
+        kind = type(model).__name__
+        raise UnsupportedError(f"{kind} runs copies of the model; pass the model inside: LM(model.module, tokenizer)")
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")

@@ -429,6 +429,11 @@ class Session:
             return None
         if self._pass is not None and not self._deciding:
             self._called[number] += 1
+        elif self._pass is None and not torch.is_grad_enabled():  # with gradients, a checkpointed block may run anew
+            raise TrimtabError(
+                f"the part of the model at {site} ran outside of a pass of the decoder: something runs the model past"
+                " trimtab's hooks (a captured graph, a replaced forward)"
+            )
         return self.edit(site, given)
 
 
