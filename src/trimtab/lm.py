@@ -454,6 +454,7 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
     outside = session.prompt_lengths
 
     def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
+        session.ran = True  # or it raises here, or finds at its end that the passes weren't seen
         tokens = next(
             (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
         )

@@ -68,9 +68,9 @@ class TestGenerate:
         assert (endless.finish_reason, len(endless.token_ids), endless.prompt_tokens) == ("length", 5, 6)
         assert endless.applied.edits == ("1 * add @ residual[1] all",)
         assert [dose.layer for dose in endless.applied.doses] == [1]
-        assert endless.applied.doses[0].tokens == 6 + 1  # the prompt, and one of each eight that are decoded
+        assert endless.applied.doses[0].tokens == 6 + 4  # the last token is never fed back
         (longer,) = lm.generate(TEXT, STEERING, max_new_tokens=20)
-        assert longer.applied.doses[0].tokens == 6 + 17  # of 19: the last token is never fed back
+        assert longer.applied.doses[0].tokens == 6 + 19
         stop = endless.token_ids[2]
         (stopped,) = lm.generate(TEXT, STEERING, max_new_tokens=5, eos_token_id=stop)
         assert stopped.token_ids == endless.token_ids[: endless.token_ids.index(stop) + 1]
@@ -84,7 +84,7 @@ class TestGenerate:
         for answer, whole in zip(answers, free, strict=True):
             assert answer.token_ids == whole.token_ids[: len(answer.token_ids)]
             assert (answer.finish_reason == "stop") == (end in whole.token_ids)
-            assert answer.applied.doses[0].tokens == answer.prompt_tokens + (len(answer.token_ids) > 1)
+            assert answer.applied.doses[0].tokens == answer.prompt_tokens + len(answer.token_ids) - 1
 
     def test_samples_repeat_with_a_seed(self, lm: LM) -> None:
         options: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12}
@@ -226,7 +226,7 @@ class TestSteered:
         assert lm.layout.layers == LAYERS
         plain, steered = (lm.generate(TEXT, s, max_new_tokens=6)[0] for s in (None, 5 * STEERING))
         assert plain.token_ids != steered.token_ids
-        assert steered.applied.doses[0].tokens == 6 + 1
+        assert steered.applied.doses[0].tokens == 6 + 5
 
 
 class TestIdentity:

@@ -321,8 +321,10 @@ class TestNothingIsGuessed:
             lm.generate(PROMPTS[0], [MIXED[0], None])
 
     def test_steering_twice_at_once(self, lm: LM) -> None:
-        with lm.steered(MIXED[0]), pytest.raises(TrimtabError, match="steered already"):
-            lm.generate(PROMPTS[0], MIXED[0], max_new_tokens=NEW)
+        with lm.steered(MIXED[0]):
+            with pytest.raises(TrimtabError, match="steered already"):
+                lm.generate(PROMPTS[0], MIXED[0], max_new_tokens=NEW)
+            lm.model(torch.tensor([lm.encode(PROMPTS[0])]))
 
 
 def test_the_families_of_single_precision_are_few() -> None:

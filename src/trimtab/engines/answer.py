@@ -11,7 +11,8 @@ from trimtab.decoding.trace import Trace
 class Dose:
     """How hard one site was pushed in one request: `‖edit‖ / ‖activation‖`, mean over `tokens` steered tokens.
 
-    An engine may measure one generated token in several, which then stands for those since the last.
+    `tokens` is a count. For the mean an engine may measure one generated token in several, which then stands for those
+    since the last.
     """
 
     layer: int
