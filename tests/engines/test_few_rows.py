@@ -184,6 +184,7 @@ def test_what_runs_inside_steered_keeps_its_arithmetic(monkeypatch: pytest.Monke
     some = tiny.tiny("llama")
     monkeypatch.setattr(module, "_suits", lambda m: type(m) is nn.Linear and "forward" not in vars(m))
     with some.steered(Steering((Edit(Site(1), Add(tiny.direction(1))),))):
+        some.model(torch.ones(1, 3, dtype=torch.long))
         assert replaced(some.model) == []
 
 
