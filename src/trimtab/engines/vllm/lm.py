@@ -35,7 +35,7 @@ from trimtab.text.chat import Prompt, encode
 LAST = Positions.last_prompt_token()
 
 
-class EngineDied(TrimtabError):
+class EngineDied(TrimtabError, RuntimeError):
     """The engine's processes are gone, a worker with them; load it again."""
 
 
