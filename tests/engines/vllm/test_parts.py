@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -1034,6 +1036,53 @@ class TestOnRay:
         monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: None)
         with pytest.raises(TrimtabError, match="needs Ray"):
             RayEngines(None, 2)
+
+
+@pytest.mark.skipif(not has_vllm(), reason="vLLM isn't installed here")
+class TestPlaces:
+    """The places inside vLLM that the plugin relies on, by its source: a GPU's runner can't be imported on a CPU."""
+
+    @pytest.mark.parametrize(
+        ("file", "name", "methods"),
+        [
+            ("v1/worker/gpu_model_runner.py", "GPUModelRunner", {"execute_model", "sample_tokens", "_model_forward"}),
+            ("v1/worker/gpu/model_runner.py", "GPUModelRunner", {"execute_model", "sample_tokens", "prepare_inputs"}),
+            ("v1/core/sched/scheduler.py", "Scheduler", {"update_from_output", "finish_requests", "_free_request"}),
+            ("v1/engine/llm_engine.py", "LLMEngine", {"step", "has_unfinished_requests", "add_request"}),
+            ("v1/engine/async_llm.py", "AsyncLLM", {"generate", "add_request"}),
+        ],
+    )
+    def test_methods(self, file: str, name: str, methods: set[str]) -> None:
+        (found,) = (node for node in self.tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
+        assert methods <= {
+            part.name for part in found.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+
+    def test_steps_are_prepared_and_run_where_the_plugin_listens(self) -> None:
+        first = ast.unparse(self.tree("v1/worker/gpu_model_runner.py"))
+        assert first.count("self._model_forward(") == 1
+        second = ast.unparse(self.tree("v1/worker/gpu/model_runner.py"))
+        assert second.count("self.prepare_inputs(") == 1
+        assert "if not dummy_run:" in second
+        assert "dummy_run: bool=False" in second
+        assert "dummy_run=True" in second  # by name, as the plugin looks for it
+
+    def test_failures_reach_a_front_end(self) -> None:
+        from vllm.exceptions import GenerationError
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+        from vllm.v1.request import RequestStatus
+
+        assert RequestStatus.get_finished_reason(RequestStatus.FINISHED_ERROR) == FinishReason.ERROR
+        sent = EngineCoreOutputs()
+        sent.outputs.append(EngineCoreOutput("a", [], finish_reason=FinishReason.ERROR, stop_reason="trimtab: why"))
+        assert EngineCoreOutputs().outputs == []
+        assert str(GenerationError("trimtab: why")) == "trimtab: why"
+
+    def tree(self, file: str) -> ast.Module:
+        spec = find_spec("vllm")
+        assert spec is not None
+        assert spec.origin is not None
+        return ast.parse((Path(spec.origin).parent / file).read_text())
 
 
 class TestAround:

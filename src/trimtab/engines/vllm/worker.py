@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import wraps
 from typing import Any
 
@@ -161,6 +162,7 @@ def send_with(receipt: Receipt, output: Any) -> Any:
         arrive = output.get_output
         output.get_output = lambda: send_with(receipt, arrive())
         return output
+    output = copy(output)  # one of vLLM's is shared, and sent whenever there is nothing to say
     setattr(output, RECEIPT, receipt.plain())
     return output
 
