@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,24 +19,16 @@ RECEIPT = "_trimtab_receipt"
 MARK = "trimtab: "
 """How the reason begins for which a request is failed."""
 
-CALL = 1 << 32  # in a number of a graph's: calls above, tokens below
+CALL = 1 << 32
+"""What a call of the operator adds to a block's count, besides its tokens: calls stand above this, tokens below."""
 
 
-class Seen(NamedTuple):
-    """How often the operator ran behind a block in one pass, and on how many tokens."""
-
-    calls: int = 0
-    tokens: int = 0
-
-    def again(self, tokens: int) -> Seen:
-        return Seen(self.calls + 1, self.tokens + tokens)
-
-
-def fault(layer: int, seen: Seen, tokens: int) -> str | None:
+def fault(layer: int, count: int, tokens: int) -> str | None:
     """What is wrong where the operator was to run once behind a block, on at least `tokens` tokens; `None`: nothing."""
-    if seen.calls == 1 and seen.tokens >= tokens:
+    if CALL + tokens <= count < 2 * CALL:
         return None
-    found = "wasn't run" if not seen.calls else f"ran {seen.calls} times, on {seen.tokens} tokens"
+    calls, seen = divmod(count, CALL)
+    found = "wasn't run" if not calls else f"ran {calls} times, on {seen} tokens"
     return f"{MARK}behind block {layer} the steering was to run once, on {tokens} tokens, and {found}"
 
 
@@ -80,7 +72,7 @@ class GraphCounts:
         """Before a pass."""
         self._all.zero_()
 
-    def copy(self) -> tuple[Callable[[], dict[int, Seen]], Callable[[], bool]]:
+    def copy(self) -> tuple[Callable[[], dict[int, int]], Callable[[], bool]]:
         """What is counted by now, on its way to the host: how to read it, and whether it has arrived. Nothing waits."""
         on_gpu = self._all.is_cuda
         host = torch.empty(len(self.layers), dtype=torch.int64, pin_memory=on_gpu)
@@ -90,9 +82,9 @@ class GraphCounts:
             event = torch.cuda.Event()
             event.record()
 
-        def read() -> dict[int, Seen]:
+        def read() -> dict[int, int]:
             if event is not None:
                 event.synchronize()  # the sampled tokens are here, so it has arrived
-            return {layer: Seen(*divmod(value, CALL)) for layer, value in zip(self.layers, host.tolist(), strict=True)}
+            return dict(zip(self.layers, host.tolist(), strict=True))
 
         return read, lambda: event is None or event.query()

@@ -7,7 +7,7 @@ compares what was done with what was planned.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
 from trimtab.engines.vllm.bank import Bank
-from trimtab.engines.vllm.counting import MARK, GraphCounts, Receipt, Seen, fault
+from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
 from trimtab.engines.vllm.program import Identified, Segment, State, compile_program, next_border, runs
 from trimtab.engines.vllm.step import Staged, Step, make_step
 from trimtab.engines.vllm.wire import Reading, Wire, identified
@@ -49,7 +49,6 @@ class Program:
 
 
 IDLE = Program()
-NEVER = Seen()
 NO_CHUNKS = Chunks((), (), ())
 NOT_ASKED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer this request"
 
@@ -81,8 +80,8 @@ class Rig:
     _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
     _filled: bool = False
     _open: bool = False
-    _seen: dict[int, Seen] = field(default_factory=dict)
-    _due: Sequence[str] = ()  # the requests with a program that vLLM's step is about
+    _seen: dict[int, int] = field(default_factory=dict)  # calls and tokens behind each block, as `CALL` says
+    _due: Set[str] = frozenset()  # the requests with a program that vLLM's step is about
     _here: Mapping[str, frozenset[int]] = field(default_factory=dict)  # those that `begin` was told of, their blocks
     _needed: dict[int, int] = field(default_factory=dict)  # on how many rows each block acts or reads
     _pass: Chunks = NO_CHUNKS
@@ -153,9 +152,9 @@ class Rig:
 
     # ---- passes ------------------------------------------------------------------------------------------
 
-    def expect(self, requests: Container[str]) -> None:
+    def expect(self, requests: Mapping[str, int]) -> None:
         """vLLM takes a step for these requests; `begin` must be told of the same."""
-        self._due = [request for request in self.programs if request in requests]
+        self._due = self.programs.keys() & requests.keys()
 
     def begin(self, chunks: Chunks) -> None:
         """The next pass computes these stretches. Passes outside of `begin` and `end` are vLLM's own, to warm up."""
@@ -208,7 +207,7 @@ class Rig:
         """Whether the last step holds for this pass too: the same requests, each's next token, in the same states."""
         if not self._last or self._last != chunks.requests or max(chunks.counts) > 1:
             return False
-        if any(first != last + 1 for first, last in zip(chunks.firsts, self._pass.firsts, strict=False)):
+        if list(chunks.firsts) != [first + 1 for first in self._pass.firsts]:
             return False
         if self._lasts is not None:
             self._lasts -= 1
@@ -243,7 +242,7 @@ class Rig:
 
     def apply(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """After block `layer`, whose output is `hidden + residual`: `[tokens, width]` each."""
-        self._seen[layer] = self._seen.get(layer, NEVER).again(hidden.shape[0])
+        self._seen[layer] = self._seen.get(layer, 0) + CALL + hidden.shape[0]
         if self.counts is not None:
             hidden.add_(self.bank.rows[layer].index_select(0, self.bank.index[: hidden.shape[0]]))
             self.counts.count(layer, hidden.shape[0])
@@ -263,16 +262,15 @@ class Rig:
         """
         self.fired.update(self._seen)
         opened, self._open = self._open, False
-        due, self._due = self._due, ()
+        due, self._due = self._due, frozenset()
         if not opened:
             if not due:
                 return None
             self._last, self._pass = (), NO_CHUNKS
             return Receipt(len(due), dict.fromkeys(due, NOT_ASKED))
         faults = self._faults
-        for request in due:
-            if request not in self._here:
-                faults[request] = NOT_ASKED
+        if not due <= self._here.keys():
+            faults |= dict.fromkeys(due - self._here.keys(), NOT_ASKED)
         receipt = Receipt(max(len(due), len(self._here)), faults)
         if self.counts is None:
             faults.update(_miscounted(self._seen, self._needed, self._here))
@@ -298,12 +296,12 @@ class Rig:
 
 
 def _miscounted(
-    seen: Mapping[int, Seen], needed: Mapping[int, int], here: Mapping[str, frozenset[int]]
+    seen: Mapping[int, int], needed: Mapping[int, int], here: Mapping[str, frozenset[int]]
 ) -> dict[str, str]:
     """Of these requests those that need the operator behind a block where it didn't run as it was to."""
     faults: dict[str, str] = {}
     for layer, tokens in needed.items():
-        wrong = fault(layer, seen.get(layer, NEVER), tokens)
+        wrong = fault(layer, seen.get(layer, 0), tokens)
         if wrong is not None:
             faults |= {request: wrong for request, layers in here.items() if layer in layers}
     return faults
