@@ -554,6 +554,27 @@ class TestCounting:
         assert receipt is not None
         assert "behind block 2" in receipt.settle()["r"]
 
+    def test_a_stage_answers_for_its_own_blocks(self) -> None:
+        """Of a pipeline: the other blocks are other workers'."""
+        device = torch.device("cpu")
+        here = (0, 1)
+        one = Rig(here, WIDTH, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
+        wire, content = placed(steering(*((layer, edit, RULES[0]) for layer in (1, 3) for edit in self.BOTH)), 6)
+        one.steerings[wire.parts[0].digest] = content
+        one.start("a", Wire(wire.parts, Reading("r", (0, 3), (1, 4)), 6, wire.spans))
+        for missing in (None, 1):
+            one.expect({"a": 6})
+            one.begin(Chunks(["a"], [0], [6]))
+            for layer in here:
+                if layer != missing:
+                    one.apply(layer, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+            receipt = one.end()
+            assert receipt is not None
+            assert list(receipt.settle()) == ([] if missing is None else ["a"])
+        assert list(one.take("r")) == [0]
+
+    BOTH = (Add(direction(1)), SetProjection(direction(2), 1.0))
+
     def test_the_first_that_failed_is_raised_when_all_have_ended(self) -> None:
         kind, asynchronous = type("Patched", (Engine,), {}), type("Async", (Engine,), {})
         patch_engines(kind, asynchronous, Names(), failure=KeyError)

@@ -234,7 +234,7 @@ class Rig:
             reading = self.programs.get(request, IDLE).reading
             if reading is not None:
                 here = [p for p in reading.positions if first <= p < first + count]
-                for layer in reading.layers:
+                for layer in self.bank.rows.keys() & reading.layers:  # of a pipeline's stages each has some
                     found.setdefault(layer, []).extend((reading.id, offset + p - first, p) for p in here)
                 self._last = ()
             offset += count
