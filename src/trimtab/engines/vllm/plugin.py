@@ -21,8 +21,8 @@ def register() -> None:
     if _registered:
         return
     check_version()
-    from vllm import exceptions
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.exceptions import GenerationError, VLLMValidationError
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -45,8 +45,7 @@ def register() -> None:
             patch_server()
 
     patch_arguments(EngineArgs, started)
-    failed = getattr(exceptions, "GenerationError", RuntimeError)  # a server answers it with status 500 and the reason
-    patch_engines(LLMEngine, AsyncLLM, NAMES, exceptions.VLLMValidationError, failed)
+    patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError, GenerationError)
     patch_inputs(InputProcessor)
     patch_keys(kv_cache_utils)
     patch_scheduler(
