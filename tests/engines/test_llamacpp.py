@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from trimtab import (
     TrimtabError,
     UnsupportedError,
 )
+from trimtab.engines.llamacpp.context import Context
 
 if importlib.util.find_spec("xllamacpp") is None:
     pytest.skip("needs trimtab[llamacpp]", allow_module_level=True)
@@ -363,3 +365,131 @@ def test_llama_cpps_own_loader_reads_ours(tmp_path, file):
     assert np.allclose(values.reshape(-1, WIDTH), expected, atol=1e-6)
     export(adding(0, 1), tmp_path / "w.gguf", "repeng")  # with a direction.0, which it rejects: why ours leaves it out
     assert read(tmp_path / "w.gguf")[0] == -1
+
+
+class Planted:
+    """llama.cpp with a fault in some of its functions."""
+
+    def __init__(self, library: Any, **faulty: Any) -> None:
+        self._library, self._faulty = library, faulty
+
+    def __getattr__(self, name: str) -> Any:
+        return self._faulty.get(name, getattr(self._library, name))
+
+
+def forgetting(real, after):
+    """Decodes, and forgets the control vector after so many times."""
+    left = [after]
+
+    def decode(pointer, batch):
+        left[0] -= 1
+        if left[0] == 0:
+            assert real.llama_set_adapter_cvec(pointer, None, 0, WIDTH, 0, 0) == 0
+        return real.llama_decode(pointer, batch)
+
+    return decode
+
+
+def cvec(change):
+    """Sets another control vector than it is given."""
+    return lambda real: {"llama_set_adapter_cvec": lambda *given: change(real.llama_set_adapter_cvec, *given)}
+
+
+def shifted(data, by):
+    """The numbers from there on."""
+    return data and ctypes.cast(ctypes.addressof(data.contents) + 4 * by, type(data))
+
+
+FAULTS = {
+    "not set": (cvec(lambda _put, *_given: 0), "block 2 doesn't add its vector"),
+    "fewer layers": (
+        cvec(lambda put, p, data, size, w, low, _high: put(p, data, size, w, low, low)),
+        "block 3 doesn't add its vector",
+    ),
+    "one layer off": (
+        cvec(lambda put, p, data, size, w, low, high: put(p, shifted(data, w), size - w, w, low, high)),
+        "block 2 doesn't add its vector",
+    ),
+    "too short": (
+        cvec(lambda put, p, data, _size, w, low, high: put(p, data, 2 * w, w, low, high)),
+        "block 3 doesn't add its vector",
+    ),
+    "refused": (cvec(lambda _put, *_given: -1), "llama.cpp refuses the control vector"),
+    "forgotten": (lambda real: {"llama_decode": forgetting(real, 5)}, "block 2 doesn't add its vector"),
+    "no decoding": (lambda _real: {"llama_decode": lambda _pointer, _batch: 1}, "llama.cpp stopped with code 1"),
+    "no logits": (lambda _real: {"llama_get_logits_ith": lambda _pointer, _i: None}, "llama.cpp gives no logits"),
+    "no names": (lambda _real: {"ggml_get_name": lambda _pointer: b"node"}, "doesn't (run|name)"),
+    "other tensors": (lambda _real: {"ggml_get_name": named_alike(_real)}, "isn't laid out as is known here"),
+}
+
+
+def named_alike(real):
+    """Says of a block's output another name than is in memory."""
+
+    def name(pointer):
+        told = real.ggml_get_name(pointer)
+        return told.replace(b"l_out-2", b"l_out-3") if told == b"l_out-2" else told
+
+    return name
+
+
+@pytest.mark.parametrize("where", ["all", "generated"])
+@pytest.mark.parametrize("fault", list(FAULTS))
+def test_a_planted_fault_raises(llama, file, fault, where):
+    plant, why = FAULTS[fault]
+    steering = adding(2, 3, positions=RULES[where])
+    right = llama.generate(PROMPTS[0], steering, max_new_tokens=NEW)
+    other = LM.load(file, engine="llamacpp", cache="float32", threads=1)
+    real = other.weights.library
+    other.weights.library = Planted(real, **plant(real))
+    with pytest.raises(TrimtabError, match=why):
+        other.generate(PROMPTS[0], steering, max_new_tokens=NEW)
+    other.weights.library = real
+    other._kept.library = real
+    assert other.generate(PROMPTS[0], steering, max_new_tokens=NEW) == right
+    other.close()
+
+
+def test_a_vector_that_stays_is_noticed(file):
+    """Unsteered prompts are run without the vectors of those before, or not at all."""
+    lm = LM.load(file, engine="llamacpp", cache="float32", threads=1)
+    lm.generate(PROMPTS[0], adding(2, positions=RULES["generated"]), max_new_tokens=4)
+    real = lm.weights.library
+    kept = Planted(real, llama_set_adapter_cvec=lambda _p, data, *_: 0)
+    lm._kept.library = kept
+    with pytest.raises(TrimtabError, match="block 2 still adds a vector that was taken away"):
+        lm.generate(PROMPTS[0], max_new_tokens=4)
+    lm.close()
+
+
+@pytest.mark.parametrize("call", [2, 3, 6, 7])
+def test_a_swallowed_change_is_noticed(file, monkeypatch, call):
+    """Where the engine itself forgets to set what a stretch of tokens is steered by, or sets it too late."""
+    lm = LM.load(file, engine="llamacpp", cache="float32", threads=1)
+    steer, calls = Context.steer, []
+
+    def forgetful(self, vectors):
+        calls.append(vectors)
+        if len(calls) != call:
+            steer(self, vectors)
+
+    monkeypatch.setattr(Context, "steer", forgetful)
+    with pytest.raises(TrimtabError, match=r"block 2 was to be steered at \d+ tokens, and was at \d+"):
+        lm.generate(PROMPTS[0], adding(2, positions=Positions.span(2, 4) | Positions.window(1, 3)), max_new_tokens=6)
+    lm.close()
+
+
+def test_each_block_is_looked_at_again_and_again(file, monkeypatch):
+    """After the first run under a vector one block a run, each in its turn."""
+    lm = LM.load(file, engine="llamacpp", cache="float32", threads=1)
+    looked = []
+    compare = Context._compare
+    monkeypatch.setattr(
+        Context, "_compare", lambda self, block, *rest: (looked.append(block), compare(self, block, *rest))[1]
+    )
+    lm.generate(PROMPTS[0], adding(1, 2, positions=RULES["generated"]), max_new_tokens=7)
+    assert looked == [1, 2, 1, 2, 1, 2, 1]
+    looked.clear()
+    lm.generate(PROMPTS[0], max_new_tokens=3)
+    assert looked == [1, 2]  # that nothing is left of it
+    lm.close()

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
 from trimtab.steering.operations import NEUTRAL, TOGETHER, Kernel, Rows, add, with_norm_of
 
@@ -95,32 +96,54 @@ def row_of(edits: Sequence[Edit]) -> Rows:
     return rows[0] if together is None else together(rows, [str(edit) for edit in edits])
 
 
+def as_rows(row: Rows, dtype: torch.dtype, edits: Sequence[Edit]) -> Rows:
+    """One slot's parameters in the dtype that an engine computes with.
+
+    Raises `TrimtabError` for a number that is finite and no longer is in that dtype.
+    """
+    cast = {name: value.to(dtype) for name, value in row.items()}
+    for name, value in row.items():
+        if bool((cast[name].isinf() & value.isfinite()).any()):
+            largest, most = float(value[value.isfinite()].abs().max()), torch.finfo(dtype).max
+            kind = str(dtype).removeprefix("torch.")
+            raise TrimtabError(
+                f"{' + '.join(str(edit) for edit in edits)}: at layer {edits[0].site.layer} the largest element, times"
+                f" the strength, is {largest:.4g}, and the model computes in {kind}, which holds at most {most:.4g};"
+                " lower the strength, or load the model in bfloat16 or float32"
+            )
+    return cast
+
+
 def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
-    """Slot i of every state runs in step i; within a step, one stage a kernel."""
+    """Slot i of every state runs in step i; within a step, one stage a kernel.
+
+    Raises `TrimtabError` for numbers that the dtype can't hold.
+    """
     found = []
     for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
-        groups: dict[tuple[Kernel, bool], dict[int, Rows]] = {}
+        groups: dict[tuple[Kernel, bool], dict[int, Slot]] = {}
         for state, one in slots.items():
             if step < len(one):
                 first = one[step][0].operation
-                groups.setdefault((first.kernel, first.keep_norm), {})[state] = row_of(one[step])
-        for (kernel, keep_norm), rows_of in groups.items():
-            found.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, dtype))
+                groups.setdefault((first.kernel, first.keep_norm), {})[state] = one[step]
+        for (kernel, keep_norm), slot_of in groups.items():
+            only_adds = kernel is add and not keep_norm
+            compute = dtype if only_adds else torch.promote_types(dtype, torch.float32)
+            rows_of = {state: as_rows(row_of(slot), compute, slot) for state, slot in slot_of.items()}
+            found.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, compute))
     return found
 
 
 def _bank(kernel: Kernel, keep_norm: bool, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
     """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
-    only_adds = kernel is add and not keep_norm
-    compute = dtype if only_adds else torch.promote_types(dtype, torch.float32)
     nothing = NEUTRAL.get(kernel, -0.0)
     sizes = {name: value.shape[0] for row in rows_of.values() for name, value in row.items()}
-    rows = {name: torch.full((count, size), nothing, dtype=compute) for name, size in sizes.items()}
+    rows = {name: torch.full((count, size), nothing, dtype=dtype) for name, size in sizes.items()}
     active = torch.zeros(count, dtype=torch.bool)
     for state, row in rows_of.items():
         active[state] = True
         for name, value in row.items():
-            rows[name][state] = value.to(compute)
+            rows[name][state] = value
     return Stage(kernel, keep_norm, rows, active)
 
 

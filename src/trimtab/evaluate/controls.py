@@ -11,6 +11,7 @@ from torch import Tensor
 from trimtab.files.steering_file import steering_digest
 from trimtab.steering import Card, SetProjection, Site, Steering
 from trimtab.steering.random_edits import random_edits
+from trimtab.steering.tensors import to_float64
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -25,7 +26,7 @@ def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) 
     if not sites:
         return None
     read = lm.capture(list(prompts), sites)
-    return {site: torch.stack([one[site][-1].double() for one in read]).mean(0) for site in sites}
+    return {site: torch.stack([to_float64(one[site][-1]) for one in read]).mean(0) for site in sites}
 
 
 def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:

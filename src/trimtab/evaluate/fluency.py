@@ -19,6 +19,7 @@ from torch import Tensor
 from trimtab.engines.transformers.read import TOKENS_PER_BATCH, check_length
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.constraints import UNIT, repeated_share
+from trimtab.steering.tensors import to_float64
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
@@ -167,7 +168,7 @@ def _token_nll(lm: LM, output: type, hidden: Tensor, tokens: Tensor) -> Tensor:
             logits = give(some)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             chosen = logits.gather(-1, wanted.to(logits.device)[:, None])[:, 0]
-            parts.append((logits.logsumexp(-1) - chosen).to("cpu", torch.float64))
+            parts.append(to_float64(logits.logsumexp(-1) - chosen))
     found = torch.cat(parts)
     if found.isnan().any():
         raise TrimtabError(f"{lm.name} gives logits that are not numbers; load it in float32 or bfloat16")

@@ -14,6 +14,7 @@ from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 from trimtab.steering.gates import Reading
+from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
 
@@ -38,7 +39,7 @@ def read_each(
     for batch in read_groups(lm.layout, groups, sites):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
-                found[site][g] = [x.to("cpu", torch.float64) for x in members]
+                found[site][g] = [to_float64(x) for x in members]
                 if not all(bool(torch.isfinite(x).all()) for x in members):
                     raise TrimtabError(
                         f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"

@@ -14,6 +14,7 @@ from trimtab.engines.transformers.read import TOKENS_PER_BATCH, Text, read_group
 from trimtab.errors import TrimtabError
 from trimtab.learn.moments import PairMoments
 from trimtab.steering import Card, Site
+from trimtab.steering.tensors import to_float64
 from trimtab.text.pairs import Pair, digest
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def contrast_many(
                 places.setdefault(name, []).append((row, member))
         for site in sites:
             values = torch.stack([torch.cat(group) for group in batch.values[site]])  # [groups, members, width]
-            values = _finite(values, site).to("cpu", torch.float64)
+            values = to_float64(_finite(values, site))
             for name, where in places.items():
                 rows, members = torch.tensor(where).T
                 moments[name][site.layer].add(values[rows, members], values[rows, 0])

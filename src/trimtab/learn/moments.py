@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.steering.tensors import to_float64
 
 
 @dataclass
@@ -27,7 +28,7 @@ class PairMoments:
         self.norms = torch.zeros((), dtype=torch.float64)
 
     def add(self, positive: Tensor, negative: Tensor) -> None:
-        positive, negative = positive.to("cpu", torch.float64), negative.to("cpu", torch.float64)
+        positive, negative = to_float64(positive), to_float64(negative)
         difference = positive - negative
         self.count += len(positive)
         self.positive += positive.sum(0)

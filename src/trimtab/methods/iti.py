@@ -25,6 +25,7 @@ from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_text
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
+from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair, digest
 
@@ -182,7 +183,7 @@ def _read(
     done = 0
     for batch in read_groups(lm.layout, groups, sites):
         for site in sites:
-            values = torch.stack([torch.cat(members) for members in batch.values[site]]).to("cpu", torch.float64)
+            values = to_float64(torch.stack([torch.cat(members) for members in batch.values[site]]))
             if not torch.isfinite(values).all():
                 raise TrimtabError(f"activations at {site} are not finite; load the model in float32 or bfloat16")
             if site.layer not in found:

@@ -26,6 +26,7 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, MaskNeurons, Positions, Site, Steering
+from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def learn_tda(
         raise TrimtabError(f"cett is a share from 0 to below 1, got {cett}")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
     sites = [Site(layer, "neurons") for layer in chosen]
-    weights = {site: output_weight(lm.layout, site).to("cpu", torch.float64) for site in sites}
+    weights = {site: to_float64(output_weight(lm.layout, site)) for site in sites}
     read = _read(lm, texts, chosen, tokens)
     edits, thresholds, errors = [], {}, {}
     for done, site in enumerate(sites, 1):
@@ -162,5 +163,5 @@ def _read(lm: LM, texts: Sequence[Prompt], layers: Sequence[int], tokens: int) -
     for batch in read_groups(lm.layout, groups, sites):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
-                parts[site][g] = members[0].to("cpu", torch.float64)
+                parts[site][g] = to_float64(members[0])
     return {site: torch.cat(found) for site, found in parts.items()}

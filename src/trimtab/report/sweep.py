@@ -209,7 +209,10 @@ def plane(activations: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """
     import torch
 
-    centred = activations.double() - activations.double().mean(0)
+    from trimtab.steering.tensors import to_float64
+
+    wide = to_float64(activations)
+    centred = wide - wide.mean(0)
     u, s, _ = torch.linalg.svd(centred, full_matrices=False)
     points = u[:, :2] * s[:2]
     largest = points.gather(0, points.abs().argmax(0, keepdim=True))

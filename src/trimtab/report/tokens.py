@@ -61,6 +61,7 @@ def token_cosines(
     import torch
 
     from trimtab.steering import Positions
+    from trimtab.steering.tensors import to_float64
 
     found = directions(steering if layers is None else steering.only(layers))
     lm.check(steering, transfer=transfer)
@@ -71,7 +72,7 @@ def token_cosines(
     shown = tuple(pieces(lm.tokenizer, ids))
     result = []
     for site, values in read.items():
-        cosines = torch.cosine_similarity(values.double().cpu(), found[site.layer][None], dim=-1)
+        cosines = torch.cosine_similarity(to_float64(values), found[site.layer][None], dim=-1)
         result.append(TokenCosines(site.layer, shown, tuple(cosines.tolist())))
     return result
 
@@ -88,6 +89,7 @@ def answer_cosines(
 
     from trimtab.engines.transformers.read import Text, read_groups
     from trimtab.steering import Site
+    from trimtab.steering.tensors import to_float64
 
     direction = directions(steering.only([layer]))[layer]
     ids = [*prompt, *answer]
@@ -96,7 +98,7 @@ def answer_cosines(
         raise TrimtabError("the answer is empty; there is no token to read")
     (batch,) = read_groups(lm.layout, [[Text(ids, where)]], [Site(layer)])
     values = batch.values[Site(layer)][0][0]
-    cosines = torch.cosine_similarity(values.double().cpu(), direction[None], dim=-1)
+    cosines = torch.cosine_similarity(to_float64(values), direction[None], dim=-1)
     return TokenCosines(layer, tuple(pieces(lm.tokenizer, answer)), tuple(cosines.tolist()))
 
 

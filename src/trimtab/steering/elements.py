@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.steering.operations import NEUTRAL, TOGETHER, Operation
 from trimtab.steering.projections import Rows
-from trimtab.steering.tensors import as_direction
+from trimtab.steering.tensors import as_direction, to_float64
 
 STATISTICS = ("any", "rms")
 
@@ -82,7 +82,7 @@ class MaskNeurons(Operation, name="mask_neurons"):
 
     def kept(self, prompt: Tensor) -> Tensor:
         """Which elements are kept after a prompt with these activations `[tokens, width]`: booleans `[width]`."""
-        sizes = prompt[1 if self.skip_first and len(prompt) > 1 else 0 :].to("cpu", torch.float64).abs()
+        sizes = to_float64(prompt[1 if self.skip_first and len(prompt) > 1 else 0 :]).abs()
         large = sizes.amax(0) if self.statistic == "any" else sizes.square().mean(0).sqrt()
         # nothing exceeds 0 but what isn't 0: at threshold 0 all is kept
         return (large > self.direction) | (self.direction == 0)
@@ -111,7 +111,7 @@ class HoldElements(Operation, name="hold_elements"):
 
     def settled(self, prompt: Tensor) -> Operation:
         """The operation for a prompt with these activations `[tokens, width]`."""
-        return Held(self.direction, prompt[-1].detach().to("cpu", torch.float64), keep_norm=self.keep_norm)
+        return Held(self.direction, to_float64(prompt[-1]), keep_norm=self.keep_norm)
 
     def row(self, strength: float) -> dict[str, Tensor]:
         raise TrimtabError("what is held is decided by a prompt; run it with lm.generate(…) or lm.steered(…)")

@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
-from trimtab.steering.tensors import as_direction, same
+from trimtab.steering.tensors import as_direction, same, to_float64
 
 MEASURES = ("dot", "cosine", "ratio", "cast", "probability")
 POOLS = ("mean", "unit-mean")
@@ -70,7 +70,7 @@ class Reading:
 
     def pooled(self, x: Tensor) -> Tensor:
         """What is read, of the activations `[tokens, width]` at those positions: `[width]`, float64, on the CPU."""
-        x = x.detach().to("cpu", torch.float64)
+        x = to_float64(x)
         if not torch.isfinite(x).all():
             raise TrimtabError(f"activations at {self.site} are not finite; load the model in float32 or bfloat16")
         if self.pool == "unit-mean":
@@ -199,7 +199,7 @@ class Threshold(Gate):
 
     def value(self, x: Tensor) -> float:
         """The measure of what was read, `[width]`."""
-        return float(measure_of(x.to("cpu", torch.float64), self.direction.double(), self.measure, self.bias))
+        return float(measure_of(to_float64(x), self.direction.double(), self.measure, self.bias))
 
     def settled(self, readings: Readings) -> Gate:
         if self.each_token:

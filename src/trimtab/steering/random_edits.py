@@ -13,6 +13,7 @@ from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.operations import Operation, SetProjection
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
+from trimtab.steering.tensors import to_float64
 
 
 def random_edits(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> tuple[Edit, ...]:
@@ -53,7 +54,7 @@ def _randomized(
     if means is not None:
         if edit.site not in means:
             raise TrimtabError(f"there is no mean activation of {edit.site}, where the steering sets a projection")
-        mean = means[edit.site].detach().to(device="cpu", dtype=torch.float64)
+        mean = to_float64(means[edit.site])
         if mean.shape != old.shape:
             raise TrimtabError(f"the mean at {edit.site} has shape {list(mean.shape)}, the direction {list(old.shape)}")
         target = float(mean @ new) + target - float(mean @ old)

@@ -10,6 +10,11 @@ from trimtab.errors import TrimtabError
 UNIT_TOLERANCE = 1e-3
 
 
+def to_float64(x: Tensor) -> Tensor:
+    """The same numbers in float64 on the CPU. They move first and are widened there: MPS has no float64."""
+    return x.detach().cpu().double()
+
+
 def as_direction(value: Tensor, name: str = "direction") -> Tensor:
     """A private CPU copy of a `[width]` vector, float32 (float64 stays float64).
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import LONG, PROMPTS, TINY, added, direction, without_plugin
+from cases import LAYERS, LONG, PROMPTS, TINY, added, direction, without_plugin
 
 from trimtab import (
     LM,
@@ -32,6 +32,7 @@ from trimtab import (
     TrimtabError,
     UnsupportedError,
 )
+from trimtab.engines.vllm.attach import find_blocks
 
 SLOTS = 9
 NEW = 24
@@ -250,6 +251,91 @@ class TestChunksAndPreemption:
         theirs = lm.generate(PROMPTS[:12], rows, batch_size=12, **options)
         same = sum(a.token_ids[:40] == b.token_ids[:40] for a, b in zip(ours, theirs, strict=True))
         assert same >= 11
+
+
+class TestNothingIsSilentlyUnsteered:
+    """Faults planted in vLLM: what was to be steered, or read, raises; the engine goes on, and others are answered."""
+
+    @pytest.fixture
+    def runner(self, vllm: Any) -> Any:
+        return vllm._engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+    def unhook(self, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        block = find_blocks(runner.get_model(), LAYERS)[12]
+        monkeypatch.setattr(block, "_forward_hooks", type(block._forward_hooks)())
+
+    def hook_twice(self, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        block = find_blocks(runner.get_model(), LAYERS)[12]
+        hooks = block._forward_hooks
+        twice = type(hooks)([*hooks.items(), *((key + 10_000, hook) for key, hook in hooks.items())])
+        monkeypatch.setattr(block, "_forward_hooks", twice)
+
+    def past_begin(self, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "_model_forward", runner._model_forward.__wrapped__)
+
+    def past_the_plugin(self, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "execute_model", runner.execute_model.__wrapped__)
+        monkeypatch.setattr(runner, "_model_forward", runner._model_forward.__wrapped__)
+
+    def one_step_past_the_plugin(self, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        through, around, steps = runner.execute_model, runner.execute_model.__wrapped__, iter(range(10_000))
+        forward = runner._model_forward
+
+        def execute(*args: Any, **kwargs: Any) -> Any:
+            swallowed = next(steps) == 5
+            runner._model_forward = forward.__wrapped__ if swallowed else forward
+            return (around if swallowed else through)(*args, **kwargs)
+
+        monkeypatch.setattr(runner, "execute_model", execute)
+        monkeypatch.setattr(runner, "_model_forward", forward)  # put back at the end
+
+    @pytest.mark.parametrize(
+        ("plant", "why"),
+        [
+            (unhook, r"behind block 12 the steering was to run once, on \d+ tokens, and wasn't run"),
+            (hook_twice, r"behind block 12 .* ran 2 times"),
+            (past_begin, "a step in which the plugin wasn't asked to steer this request"),
+            (past_the_plugin, "steered requests and accounts for 0 of them"),
+            (one_step_past_the_plugin, "steered requests and accounts for 0 of them"),
+        ],
+        ids=["unhooked", "hooked twice", "begin isn't called", "steps past the plugin", "one step past the plugin"],
+    )
+    def test_a_planted_fault_raises(
+        self, vllm: Any, runner: Any, monkeypatch: pytest.MonkeyPatch, plant: Any, why: str
+    ) -> None:
+        options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "chat": False}
+        forget(vllm)
+        right = tokens(vllm.generate(PROMPTS[:4], [None, added(3), None, added(4)], **options))
+        with monkeypatch.context() as planted:
+            plant(self, runner, planted)
+            forget(vllm)
+            with pytest.raises(TrimtabError, match=why):
+                vllm.generate(PROMPTS[:4], [None, added(3), None, added(4)], **options)
+            unsteered = vllm.generate(PROMPTS[:4:2], **options)
+            assert tokens(unsteered) == right[::2]
+        rig(vllm).finish(list(rig(vllm).programs))  # of those whose end it wasn't told of either
+        forget(vllm)
+        assert tokens(vllm.generate(PROMPTS[:4], [None, added(3), None, added(4)], **options)) == right
+        assert_nothing_is_left(vllm)
+
+    def test_what_isnt_read_raises(self, vllm: Any, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as planted:
+            self.unhook(runner, planted)
+            with pytest.raises(TrimtabError, match="behind block 12"):
+                vllm.capture(PROMPTS[0], [11, 12])
+        assert vllm.capture(PROMPTS[0], [11, 12])
+
+    def test_who_asks_vllm_itself_is_told_too(self, vllm: Any, runner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vllm import SamplingParams
+
+        vllm.register("sea", added(40, 6.0))
+        params = SamplingParams(temperature=0, max_tokens=8, extra_args={"steering": "sea"})
+        with monkeypatch.context() as planted:
+            self.unhook(runner, planted)
+            with pytest.raises(TrimtabError, match="behind block 12"):
+                vllm.llm.generate("The sea", params, use_tqdm=False)
+        assert vllm.llm.generate("The sea", params, use_tqdm=False)
+        vllm.unregister("sea")
 
 
 class TestSlots:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import re
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,13 +18,15 @@ import tiny
 import torch
 from other_programs import has_vllm
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab import Ablate, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, UnsupportedError, save
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.vllm import operator
 from trimtab.engines.vllm.attach import attach
 from trimtab.engines.vllm.bank import Bank, Slots
-from trimtab.engines.vllm.core import Room, block_keys, patch_core, patch_scheduler
+from trimtab.engines.vllm.core import Failure, Room, block_keys, patch_core, patch_scheduler
+from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.endpoint import Endpoint
 from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, patch_engines, send, tidy
 from trimtab.engines.vllm.identity import identify
@@ -33,7 +38,7 @@ from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.settings import Settings, settings_from_environment
 from trimtab.engines.vllm.versions import SUPPORTED, check_version
 from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire, content_of, identified, wire_of
-from trimtab.engines.vllm.worker import unsupported
+from trimtab.engines.vllm.worker import _wrap_runner, unsupported
 from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
 from trimtab.steering import Card, Rotate, SetProjection
 from trimtab.steering.identity import fingerprint, sampled_rows
@@ -152,17 +157,31 @@ class Scheduler:
             self._free_request(request)
         return gone
 
+    def update_from_output(self, scheduled: Any, output: Any) -> dict[int, Any]:
+        """A token for each request that is still here."""
+        here = [name for name in scheduled.num_scheduled_tokens if name in self.requests]
+        return {0: Sent([SimpleNamespace(request_id=name, new_token_ids=[output.token]) for name in here])}
+
+
+@dataclass
+class Sent:
+    outputs: list[Any] = field(default_factory=list)
+
+
+FAILURE = Failure("failed", "error", SimpleNamespace, Sent)
+
 
 def request(name: str, given: Steering | None) -> Any:
     extra = {RESOLVED: placed(given, 4)[0].to_plain()} if given else None
-    return SimpleNamespace(request_id=name, sampling_params=SimpleNamespace(extra_args=extra))
+    params = SimpleNamespace(extra_args=extra)
+    return SimpleNamespace(request_id=name, sampling_params=params, client_index=0)
 
 
 class TestWaiting:
     @pytest.fixture
     def scheduler(self) -> Any:
         kind = type("Patched", (Scheduler,), {})
-        patch_scheduler(kind)
+        patch_scheduler(kind, FAILURE)
         return kind(slots=2)
 
     def test_requests_wait_for_a_slot_in_order(self, scheduler: Any) -> None:
@@ -305,17 +324,332 @@ class TestRig:
         torch.testing.assert_close(found[1][1], 4 + direction(1))
         assert one.take("r") == {}
 
-    def test_a_graph_without_the_operator_fails_loudly(self) -> None:
-        one = rig()
-        start(one, "a", steering((1, Add(direction(1)), RULES[0])), 3)
-        one.begin(Chunks(["a"], [0], [3]))
-        one.apply(0, torch.zeros(3, WIDTH, dtype=torch.float64), None)
-        with pytest.raises(RuntimeError, match="doesn't steer after block 1"):
-            one.end()
-
     def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
         with pytest.raises(TrimtabError, match="wasn't given"):
             rig().start("a", placed(steering((1, Add(direction(1)), RULES[0])), 3)[0])
+
+
+class Recorded(TorchDispatchMode):
+    """A captured graph, as CUDA's: what ran while it was recorded runs again at `replay`, without Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        made: dict[int, Any] = {}
+        for func, args, kwargs, out in self.calls:
+            now = func(*(made.get(id(a), a) for a in args), **kwargs)
+            if isinstance(out, torch.Tensor) and not any(out is a for a in args):
+                made[id(out)] = now
+
+
+class Step(SimpleNamespace):
+    """What vLLM's scheduler hands to a worker."""
+
+    def __init__(self, counts: dict[str, int], new: dict[str, tuple[Any, int]] | None = None, **computed: int) -> None:
+        arrived = [
+            SimpleNamespace(req_id=name, num_computed_tokens=first, sampling_params=params)
+            for name, (params, first) in (new or {}).items()
+        ]
+        cached = SimpleNamespace(
+            req_ids=list(computed), num_computed_tokens=list(computed.values()), resumed_req_ids=set()
+        )
+        super().__init__(
+            num_scheduled_tokens=counts,
+            total_num_scheduled_tokens=sum(counts.values()),
+            finished_req_ids=set(),
+            scheduled_new_reqs=arrived,
+            scheduled_cached_reqs=cached,
+        )
+
+
+class Later:
+    """Sampled tokens that are on their way from the device."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+    def get_output(self) -> Any:
+        return self.output
+
+
+class Runner:
+    """A model runner of vLLM's, V1's or (`second`) V2's: a model of `LAYERS` blocks, behind which the operator is run.
+
+    `without`: blocks behind which it isn't. `hooks`: whether what the plugin hooks into is used. `later`: its output
+    comes as one that has yet to be waited for.
+    """
+
+    def __init__(self, one: Rig, second: bool = False, later: bool = False) -> None:
+        self.rig, self.later = one, later
+        self.without: set[int] = set()
+        self.twice: set[int] = set()
+        self.rows: int | None = None
+        self.hooks = True
+        self.input_batch = SimpleNamespace(req_ids=[])
+        if second:
+            self.prepare_inputs = self._prepared
+        else:
+            self._model_forward = self._run
+
+    def _prepared(self, scheduled: Any) -> Any:
+        return SimpleNamespace(req_ids=list(scheduled.num_scheduled_tokens))
+
+    def _run(self, rows: int) -> None:
+        for layer in range(LAYERS):
+            for _ in range((layer not in self.without) + (layer in self.twice)):
+                self.rig.apply(layer, torch.zeros(self.rows or rows, WIDTH, dtype=torch.float64), None)
+
+    def execute_model(self, scheduled: Any, dummy_run: bool = False) -> None:
+        rows = scheduled.total_num_scheduled_tokens
+        self.input_batch.req_ids = list(scheduled.num_scheduled_tokens)
+        if hasattr(self, "prepare_inputs"):
+            if self.hooks and not dummy_run:
+                self.prepare_inputs(scheduled)
+            self._run(rows)
+        else:
+            (self._model_forward if self.hooks else self._run)(rows)
+
+    def sample_tokens(self, _grammar: Any = None) -> Any:
+        output = SimpleNamespace(token=5)
+        return Later(output) if self.later else output
+
+
+class TestCounting:
+    """Each request is steered at exactly its tokens and blocks, or ended with an error before its token is sent."""
+
+    @pytest.fixture(params=["V1", "V2", "V2, later"])
+    def runner(self, request: Any) -> Runner:
+        runner = Runner(rig(), second="V2" in request.param, later="later" in request.param)
+        _wrap_runner(runner, runner.rig)
+        return runner
+
+    @pytest.fixture
+    def scheduler(self) -> Any:
+        kind = type("Patched", (Scheduler,), {})
+        patch_scheduler(kind, FAILURE)
+        return kind(slots=8)
+
+    GIVEN = steering((1, Add(direction(1)), RULES[2]), (3, SetProjection(direction(2), 1.0), RULES[0]))
+
+    def arrive(self, scheduler: Any, runner: Runner) -> dict[str, tuple[Any, int]]:
+        """Two requests with a prompt of four tokens, one of them steered."""
+        for name, given in (("a", self.GIVEN), ("b", None)):
+            scheduler.add_request(request(name, given))
+        digest, content, _ = content_of(self.GIVEN)
+        runner.rig.steerings[digest] = content
+        return {name: (one.sampling_params, 0) for name, one in scheduler.requests.items()}
+
+    def step(self, scheduler: Any, runner: Runner, scheduled: Step) -> dict[str, Any]:
+        """What is sent of each request after a step: a token, or the reason for its end."""
+        runner.execute_model(scheduled)
+        output = runner.sample_tokens(None)
+        output = output.get_output() if runner.later else output
+        (sent,) = scheduler.update_from_output(scheduled, output).values()
+        return {one.request_id: getattr(one, "stop_reason", None) or one.new_token_ids[0] for one in sent.outputs}
+
+    def test_right_runs_are_left_alone(self, scheduler: Any, runner: Runner) -> None:
+        new = self.arrive(scheduler, runner)
+        steps = [
+            Step({"b": 4}, {"b": new["b"]}),
+            Step({"b": 1, "a": 3}, {"a": new["a"]}, b=4),  # a chunk of its prompt
+            Step({"b": 1, "a": 1}, b=5, a=3),
+            *(Step({"b": 1, "a": 1}, b=6 + i, a=4 + i) for i in range(3)),
+            Step({"a": 1}, a=7),
+        ]
+        for scheduled in steps:
+            assert self.step(scheduler, runner, scheduled) == dict.fromkeys(scheduled.num_scheduled_tokens, 5)
+        again = Step({"a": 6}, a=2)  # preempted: with two tokens in the cache it is computed again
+        again.scheduled_cached_reqs.resumed_req_ids.add("a")
+        assert self.step(scheduler, runner, again) == {"a": 5}
+        ahead = Step({"a": 1}, a=9)  # preempted, and others' blocks of the cache have brought it on
+        ahead.scheduled_cached_reqs.resumed_req_ids.add("a")
+        assert self.step(scheduler, runner, ahead) == {"a": 5}
+        if hasattr(runner, "prepare_inputs"):
+            runner.execute_model(Step({"none": 3}), dummy_run=True)
+        else:
+            runner._run(3)
+        assert self.step(scheduler, runner, Step({"a": 1}, a=10)) == {"a": 5}
+
+    FAULTS: tuple[tuple[str, Callable[[Any], Any], str], ...] = (
+        ("unhooked", lambda r: r.without.add(3), r"behind block 3 .* on 5 tokens, and wasn't run"),
+        ("twice", lambda r: r.twice.add(3), r"behind block 3 .* ran 2 times, on 10 tokens"),
+        ("fewer tokens", lambda r: setattr(r, "rows", 2), r"on 5 tokens, and ran 1 times, on 2"),
+        ("hook not called", lambda r: setattr(r, "hooks", False), "the plugin wasn't asked to steer"),
+    )
+
+    @pytest.mark.parametrize(("plant", "why"), [f[1:] for f in FAULTS], ids=[f[0] for f in FAULTS])
+    def test_a_planted_fault_ends_the_steered_request_alone(
+        self, scheduler: Any, runner: Runner, plant: Callable[[Runner], Any], why: str
+    ) -> None:
+        new = self.arrive(scheduler, runner)
+        assert self.step(scheduler, runner, Step({"b": 4}, {"b": new["b"]})) == {"b": 5}
+        plant(runner)
+        sent = self.step(scheduler, runner, Step({"b": 1, "a": 4}, {"a": new["a"]}, b=4))
+        assert sent["b"] == 5
+        assert re.search(why, sent["a"])
+        assert sent["a"].startswith("trimtab: ")
+        assert list(scheduler.requests) == ["b"]
+
+    @pytest.mark.parametrize("plant", [f[1] for f in FAULTS], ids=[f[0] for f in FAULTS])
+    def test_in_steady_decoding_too(self, scheduler: Any, runner: Runner, plant: Callable[[Runner], Any]) -> None:
+        new = self.arrive(scheduler, runner)
+        self.step(scheduler, runner, Step({"b": 4, "a": 4}, new))
+        for i in range(3):
+            assert self.step(scheduler, runner, Step({"b": 1, "a": 1}, b=4 + i, a=4 + i)) == {"a": 5, "b": 5}
+        plant(runner)
+        if runner.rows is not None:
+            runner.rows = 1
+        sent = self.step(scheduler, runner, Step({"b": 1, "a": 1}, b=7, a=7))
+        assert (sent["b"], type(sent["a"])) == (5, str)
+
+    def test_a_step_past_the_plugin_is_noticed(self, scheduler: Any, runner: Runner) -> None:
+        """By the next that isn't, and by the scheduler at once, since its tokens come without a receipt."""
+        new = self.arrive(scheduler, runner)
+        assert self.step(scheduler, runner, Step({"a": 4}, {"a": new["a"]})) == {"a": 5}
+        unseen = Step({"a": 1}, a=4)
+        receipt = self.counted(runner, Step({"a": 1}, a=5))
+        assert "tokens 4 to 4 of this request were computed in a step" in receipt.settle()["a"]
+        (sent,) = scheduler.update_from_output(unseen, SimpleNamespace(token=5)).values()
+        assert "a worker computed 1 steered requests and accounts for 0" in sent.outputs[0].stop_reason
+
+    def counted(self, runner: Runner, scheduled: Step) -> Receipt:
+        runner.execute_model(scheduled)
+        output = runner.sample_tokens(None)
+        return Receipt(*getattr(output.get_output() if runner.later else output, RECEIPT))
+
+    def test_a_request_that_went_away_meanwhile_is_no_fault(self, scheduler: Any, runner: Runner) -> None:
+        new = self.arrive(scheduler, runner)
+        scheduled = Step({"b": 4, "a": 4}, new)
+        runner.execute_model(scheduled)
+        scheduler.finish_requests(["a"], "aborted")
+        output = runner.sample_tokens(None)
+        output = output.get_output() if runner.later else output
+        (sent,) = scheduler.update_from_output(scheduled, output).values()
+        assert [one.request_id for one in sent.outputs] == ["b"]
+
+    def test_a_worker_that_nobody_hears_raises(self) -> None:
+        """The scheduler gets one worker's output; any other has nobody to send its receipt to."""
+        runner = Runner(rig())
+        _wrap_runner(runner, runner.rig, heard=False)
+        start(runner.rig, "a", self.GIVEN, 4)
+        runner.execute_model(Step({"a": 4}, {"a": (None, 0)}))
+        runner.without.add(3)
+        with pytest.raises(RuntimeError, match="trimtab: behind block 3"):
+            runner.execute_model(Step({"a": 1}, a=4))
+
+    def test_a_reading_that_isnt_read(self) -> None:
+        one = rig()
+        one.start("r", Wire(reading=Reading("r", (1, 2), (1, 4)), prompt_length=6))
+        one.expect({"r": 6})
+        one.begin(Chunks(["r"], [0], [6]))
+        one.apply(1, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+        receipt = one.end()
+        assert receipt is not None
+        assert "behind block 2" in receipt.settle()["r"]
+
+    def test_a_stage_answers_for_its_own_blocks(self) -> None:
+        """Of a pipeline: the other blocks are other workers'."""
+        device = torch.device("cpu")
+        here = (0, 1)
+        one = Rig(here, WIDTH, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
+        wire, content = placed(steering(*((layer, edit, RULES[0]) for layer in (1, 3) for edit in self.BOTH)), 6)
+        one.steerings[wire.parts[0].digest] = content
+        one.start("a", Wire(wire.parts, Reading("r", (0, 3), (1, 4)), 6, wire.spans))
+        for missing in (None, 1):
+            one.expect({"a": 6})
+            one.begin(Chunks(["a"], [0], [6]))
+            for layer in here:
+                if layer != missing:
+                    one.apply(layer, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+            receipt = one.end()
+            assert receipt is not None
+            assert list(receipt.settle()) == ([] if missing is None else ["a"])
+        assert list(one.take("r")) == [0]
+
+    BOTH = (Add(direction(1)), SetProjection(direction(2), 1.0))
+
+    def test_the_first_that_failed_is_raised_when_all_have_ended(self) -> None:
+        kind, asynchronous = type("Patched", (Engine,), {}), type("Async", (Engine,), {})
+        patch_engines(kind, asynchronous, Names(), failure=KeyError)
+
+        def output(reason: str | None, said: str | None = None) -> Any:
+            one = SimpleNamespace(finish_reason=reason, stop_reason=said)
+            return SimpleNamespace(finished=reason is not None, outputs=[one])
+
+        engine = kind({})
+        for _ in range(2):  # the engine goes on
+            engine.outputs = [[output(None)], [output("error", "trimtab: not steered"), output(None)], [output("stop")]]
+            assert engine.step()
+            assert engine.step()
+            with pytest.raises(TrimtabError, match="trimtab: not steered"):
+                engine.step()
+        engine.outputs = [[output("error")], [output("stop", "trimtab: is a stop string")]]
+        assert len([engine.step(), engine.step()]) == 2
+
+        async def ask() -> None:
+            one = asynchronous({})
+            one.outputs = [[output(None)], [output("error", "trimtab: not steered")]]
+            async for _ in one.generate():
+                pass
+
+        with pytest.raises(KeyError, match="trimtab: not steered"):
+            asyncio.run(ask())
+
+
+class TestCountingInGraphs:
+    """Where captured graphs are replayed, Python doesn't run: they count by themselves."""
+
+    def captured(self, one: Rig, layers: range = range(LAYERS)) -> tuple[Recorded, torch.Tensor]:
+        x = torch.zeros(8, WIDTH, dtype=torch.float64)
+        with Recorded() as graph:
+            for layer in layers:
+                one.apply(layer, x, None)
+        return graph, x
+
+    def replayed(self, one: Rig, graph: Recorded, first: int) -> dict[str, str]:
+        one.expect({"a": 1})
+        one.begin(Chunks(["b", "a"], [first, first], [1, 1]))
+        graph.replay()
+        receipt = one.end()
+        assert receipt is not None
+        return receipt.settle()
+
+    def test_replays_are_counted_and_steer(self) -> None:
+        one = rig(static=True)
+        graph, x = self.captured(one)
+        start(one, "a", steering((1, Add(direction(1)), RULES[2]), (3, Add(direction(2)), RULES[0])), 3)
+        for first in range(3, 8):
+            x.zero_()
+            assert self.replayed(one, graph, first) == {}
+            assert x.norm(dim=-1).gt(0).tolist() == [False, True, *[False] * 6]
+            graph.replay()  # vLLM's own, between
+
+    @pytest.mark.parametrize("layers", [range(3), range(1, 4)])
+    def test_a_graph_that_lacks_a_block_is_noticed(self, layers: range) -> None:
+        one = rig(static=True)
+        whole, _ = self.captured(one)
+        part, _ = self.captured(one, layers)
+        start(one, "a", steering((0, Add(direction(1)), RULES[0]), (3, Add(direction(2)), RULES[0])), 3)
+        assert self.replayed(one, whole, 3) == {}
+        (missing,) = set(range(LAYERS)) - set(layers)
+        assert f"behind block {missing} the steering was to run once" in self.replayed(one, part, 4)["a"]
+        assert self.replayed(one, whole, 5) == {}
+
+    def test_a_replay_that_doesnt_happen_or_happens_twice(self) -> None:
+        one = rig(static=True)
+        graph, _ = self.captured(one)
+        start(one, "a", steering((1, Add(direction(1)), RULES[0])), 3)
+        nothing = Recorded()
+        assert "wasn't run" in self.replayed(one, nothing, 3)["a"]
+        nothing.calls = graph.calls * 2
+        assert "ran 2 times, on 16 tokens" in self.replayed(one, nothing, 4)["a"]
 
 
 class Engine:
@@ -323,6 +657,7 @@ class Engine:
 
     def __init__(self, answers: dict[str, Any], workers: int = 1) -> None:
         self.answers, self.calls = answers, []
+        self.outputs: list[list[Any]] = []
         self.input_processor = SimpleNamespace()
         parallel = SimpleNamespace(world_size=workers, data_parallel_size=1)
         self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config={"trimtab": {"slots": 4}})
@@ -335,6 +670,18 @@ class Engine:
 
     def add_request(self, _id: str, _prompt: Any, params: Any) -> Any:
         return params
+
+    def step(self) -> list[Any]:
+        """What `self.outputs` holds for it."""
+        return self.outputs.pop(0)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self.outputs)
+
+    async def generate(self) -> Any:
+        for outputs in self.outputs:
+            for output in outputs:
+                yield output
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(chat_template=None)
@@ -355,6 +702,7 @@ HELLO = {
     "width": WIDTH,
     "here": [0, 1, 2, 3],
     "static": False,
+    "dtype": "float32",
 }
 
 
@@ -709,6 +1057,53 @@ class TestOnRay:
         monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: None)
         with pytest.raises(TrimtabError, match="needs Ray"):
             RayEngines(None, 2)
+
+
+@pytest.mark.skipif(not has_vllm(), reason="vLLM isn't installed here")
+class TestPlaces:
+    """The places inside vLLM that the plugin relies on, by its source: a GPU's runner can't be imported on a CPU."""
+
+    @pytest.mark.parametrize(
+        ("file", "name", "methods"),
+        [
+            ("v1/worker/gpu_model_runner.py", "GPUModelRunner", {"execute_model", "sample_tokens", "_model_forward"}),
+            ("v1/worker/gpu/model_runner.py", "GPUModelRunner", {"execute_model", "sample_tokens", "prepare_inputs"}),
+            ("v1/core/sched/scheduler.py", "Scheduler", {"update_from_output", "finish_requests", "_free_request"}),
+            ("v1/engine/llm_engine.py", "LLMEngine", {"step", "has_unfinished_requests", "add_request"}),
+            ("v1/engine/async_llm.py", "AsyncLLM", {"generate", "add_request"}),
+        ],
+    )
+    def test_methods(self, file: str, name: str, methods: set[str]) -> None:
+        (found,) = (node for node in self.tree(file).body if isinstance(node, ast.ClassDef) and node.name == name)
+        assert methods <= {
+            part.name for part in found.body if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef))
+        }
+
+    def test_steps_are_prepared_and_run_where_the_plugin_listens(self) -> None:
+        first = ast.unparse(self.tree("v1/worker/gpu_model_runner.py"))
+        assert first.count("self._model_forward(") == 1
+        second = ast.unparse(self.tree("v1/worker/gpu/model_runner.py"))
+        assert second.count("self.prepare_inputs(") == 1
+        assert "if not dummy_run:" in second
+        assert "dummy_run: bool=False" in second
+        assert "dummy_run=True" in second  # by name, as the plugin looks for it
+
+    def test_failures_reach_a_front_end(self) -> None:
+        from vllm.exceptions import GenerationError
+        from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+        from vllm.v1.request import RequestStatus
+
+        assert RequestStatus.get_finished_reason(RequestStatus.FINISHED_ERROR) == FinishReason.ERROR
+        sent = EngineCoreOutputs()
+        sent.outputs.append(EngineCoreOutput("a", [], finish_reason=FinishReason.ERROR, stop_reason="trimtab: why"))
+        assert EngineCoreOutputs().outputs == []
+        assert str(GenerationError("trimtab: why")) == "trimtab: why"
+
+    def tree(self, file: str) -> ast.Module:
+        spec = find_spec("vllm")
+        assert spec is not None
+        assert spec.origin is not None
+        return ast.parse((Path(spec.origin).parent / file).read_text())
 
 
 class TestAround:

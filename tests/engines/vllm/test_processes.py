@@ -66,3 +66,70 @@ except TrimtabError as error:
 """
     out = run(tmp_path, body, VLLM_PLUGINS="none")
     assert "refused: this engine's workers don't know trimtab: its plugin failed to load there" in out
+
+
+UNHOOK = """
+def unhook(worker):  # runs in the worker
+    from trimtab.engines.vllm.attach import find_blocks
+    runner = worker.worker.model_runner if hasattr(worker, "worker") else worker.model_runner
+    find_blocks(runner.get_model(), 30)[12]._forward_hooks.clear()
+"""
+
+
+def test_a_fault_in_a_worker_reaches_the_caller(tmp_path: Path) -> None:
+    """A block that has lost its operator, in the engine's process: the request fails in words, others are answered."""
+    body = (
+        UNHOOK
+        + """
+lm = LM.load(engine="vllm", **OPTIONS)
+lm._engine.collective_rpc(unhook)
+try:
+    print("served", lm.generate(PROMPTS[:2], [None, added(1)], max_new_tokens=8))
+except TrimtabError as error:
+    print("raised:", error)
+print("unsteered", len(lm.generate(PROMPTS[:2], max_new_tokens=8)))
+"""
+    )
+    out = run(tmp_path, body, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+    assert "served" not in out
+    assert "raised: trimtab: behind block 12 the steering was to run once" in out
+    assert "unsteered 2" in out
+
+
+def test_a_fault_in_a_worker_reaches_a_servers_client(tmp_path: Path) -> None:
+    """In the engine that vLLM's server has: what it raises is answered with the reason."""
+    body = (
+        UNHOOK
+        + """
+import asyncio
+from vllm import SamplingParams
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.exceptions import GenerationError
+from trimtab.engines.transformers.default_model import default_folder
+from trimtab.engines.vllm.frontend import NAMES
+
+async def main():
+    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=str(default_folder()), **OPTIONS))
+    NAMES.register("sea", added(1))
+    async def ask(name, steering):
+        params = SamplingParams(temperature=0, max_tokens=6, extra_args=steering)
+        texts = [output.outputs[0].text async for output in engine.generate("The sea is", params, name)]
+        print(name, len(texts) > 0)
+    await ask("right", {"steering": "sea"})
+    await engine.collective_rpc(unhook)
+    try:
+        await ask("wrong", {"steering": "sea"})
+    except GenerationError as error:
+        print("raised:", error)
+    await ask("unsteered", None)
+    engine.shutdown()
+
+asyncio.run(main())
+"""
+    )
+    out = run(tmp_path, body, VLLM_ALLOW_INSECURE_SERIALIZATION="1")
+    assert "right True" in out
+    assert "wrong" not in out
+    assert "raised: trimtab: behind block 12 the steering was to run once" in out
+    assert "unsteered True" in out

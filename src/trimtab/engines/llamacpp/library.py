@@ -112,8 +112,27 @@ class Batch(c.Structure):
     ]
 
 
+class GraphTensor(c.Structure):
+    """`ggml_tensor`, as far as its name."""
+
+    _fields_: ClassVar = [
+        ("type", c.c_int32),
+        ("buffer", c.c_void_p),
+        ("ne", c.c_int64 * 4),
+        ("nb", c.c_size_t * 4),
+        ("op", c.c_int32),
+        ("op_params", c.c_int32 * 16),
+        ("flags", c.c_int32),
+        ("src", c.c_void_p * 10),
+        ("view_src", c.c_void_p),
+        ("view_offs", c.c_size_t),
+        ("data", c.c_void_p),
+        ("name", c.c_char * 64),
+    ]
+
+
 POINTER, TEXT, INT, BOOL, SIZE = c.c_void_p, c.c_char_p, c.c_int32, c.c_bool, c.c_size_t
-TOKENS, FLOATS, BYTES = c.POINTER(c.c_int32), c.POINTER(c.c_float), c.POINTER(c.c_uint8)
+TOKENS, FLOATS = c.POINTER(c.c_int32), c.POINTER(c.c_float)
 FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_log_set": (None, [LogCallback, POINTER]),
@@ -138,9 +157,6 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_detokenize": (INT, [POINTER, TOKENS, INT, TEXT, INT, BOOL, BOOL]),
     "llama_get_memory": (POINTER, [POINTER]),
     "llama_memory_clear": (None, [POINTER, BOOL]),
-    "llama_state_seq_get_size": (SIZE, [POINTER, INT]),
-    "llama_state_seq_get_data": (SIZE, [POINTER, BYTES, SIZE, INT]),
-    "llama_state_seq_set_data": (SIZE, [POINTER, BYTES, SIZE, INT]),
     "llama_set_adapter_cvec": (INT, [POINTER, FLOATS, SIZE, INT, INT, INT]),
     "llama_decode": (INT, [POINTER, Batch]),
     "llama_get_logits_ith": (FLOATS, [POINTER, INT]),

@@ -18,7 +18,7 @@ from trimtab.engines.arguments import as_list, one_each
 from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
-from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, doses
+from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -58,7 +58,7 @@ class LlamaCpp:
         self.cache = cache
         template = self.weights.metadata("tokenizer.chat_template")
         self.tokenizer = GgufTokenizer(self.weights.library, self.weights.vocabulary, template)
-        self._contexts: dict[bool, Context] = {}  # by whether it reads
+        self._kept: Context | None = None
         self._lock = threading.RLock()
 
     @classmethod
@@ -181,9 +181,8 @@ class LlamaCpp:
         context = self._context(len(ids) + count)
         felt: dict[int, tuple[float, int]] = {}
         if any(schedule.at(position) for position in range(len(ids))):
-            logits, after, state = self._read(ids, schedule.layers(), schedule)
+            logits, after = self._read(context, ids, schedule.layers(), schedule)
             felt = doses(after, schedule)
-            context.resume(state)
         else:
             context.clear()
             logits = _prefill(context, ids, schedule)
@@ -207,6 +206,7 @@ class LlamaCpp:
                 context.steer(schedule.vectors(now))
                 acts = now
             logits = context.run(tokens[-1:])
+        check_counts(context.steered, schedule, len(ids) + len(tokens) - 1)
         return Generation(
             text=self.tokenizer.decode(tokens),
             token_ids=tuple(tokens),
@@ -251,28 +251,27 @@ class LlamaCpp:
                 raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
             with self._lock:
                 schedule, blocks = Schedule.of(steering, len(ids)), [site.layer for site in wanted]
-                _, values, _ = self._read(ids, blocks, schedule)
+                _, values = self._read(self._context(len(ids)), ids, blocks, schedule)
             found.append({site: torch.from_numpy(values[site.layer][where]) for site in wanted})
         return found
 
     def _read(
-        self, ids: list[int], blocks: Sequence[int], schedule: Schedule
-    ) -> tuple[np.ndarray, dict[int, np.ndarray], Any]:
-        """A prompt's last logits, the outputs of these blocks at its tokens, and the state to go on from."""
-        context = self._context(len(ids), reading=True)
+        self, context: Context, ids: list[int], blocks: Sequence[int], schedule: Schedule
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """A prompt's last logits, and the outputs of these blocks at its tokens."""
         context.clear()
         every = self.weights.layers - 1 in blocks  # the last block runs only where there are to be logits
         logits, values = context.read(blocks, lambda: _prefill(context, ids, schedule, every))
-        return logits, values, context.state()
+        check_counts(context.steered, schedule, len(ids))
+        return logits, values
 
-    def _context(self, size: int, reading: bool = False) -> Context:
-        """The context that reads, or the other; a larger one where it is too small."""
-        kept = self._contexts.get(reading)
-        if kept is None or kept.size < size:
+    def _context(self, size: int) -> Context:
+        """The context; a larger one where it is too small, and a new one after a fault."""
+        kept = self._kept
+        if kept is None or kept.size < size or kept.failed:
             if kept is not None:
-                self._contexts.pop(reading).close()
-            kept = Context(self.weights, size, threads=self.threads, cache=self.cache, reading=reading)
-            self._contexts[reading] = kept
+                kept.close()
+            self._kept = kept = Context(self.weights, size, threads=self.threads, cache=self.cache)
         return kept
 
     def _check_length(self, length: int, new: int, what: str) -> None:
@@ -286,8 +285,9 @@ class LlamaCpp:
 
     def close(self) -> None:
         """Free llama.cpp's memory; the model can't be used any more."""
-        while self._contexts:
-            self._contexts.popitem()[1].close()
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
         self.weights.close()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -84,6 +85,17 @@ class Schedule:
     def layers(self) -> tuple[int, ...]:
         """The blocks at which anything acts."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
+
+
+def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) -> None:
+    """Raises `TrimtabError` unless each block was steered at as many of a text's `length` tokens as are asked for."""
+    asked: Counter[int] = Counter()
+    for start, stop, numbers in schedule.stretches(length):
+        asked.update(dict.fromkeys({schedule.edits[i].site.layer for i in numbers}, stop - start))
+    for block in sorted({*asked, *steered}):
+        found, wanted = steered.get(block, 0), asked[block]
+        if found != wanted:
+            raise TrimtabError(f"block {block} was to be steered at {wanted} tokens, and was at {found}")
 
 
 def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:

@@ -46,7 +46,12 @@ class GgufTokenizer:
         return {"input_ids": self._ids(text, special=False)} if tokenize else text
 
     def _text(self, token: int) -> str:
-        return self._library.llama_vocab_get_text(self._vocabulary, token).decode() if token >= 0 else ""
+        if token < 0:
+            return ""
+        text = self._library.llama_vocab_get_text(self._vocabulary, token)
+        if text is None:
+            raise TrimtabError(f"llama.cpp has no text for token {token}")
+        return str(text.decode())
 
     def is_end(self, token: int) -> bool:
         """Whether a token ends a text."""

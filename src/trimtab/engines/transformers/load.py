@@ -26,8 +26,10 @@ def load(
 ) -> tuple[Any, Any, str]:
     """The model, its tokenizer and its name. `options` go to `from_pretrained` (quantization and the like).
 
-    `device=None` takes CUDA, then MPS, then the CPU; `device_map` among the options overrides it.
-    Raises `TrimtabError` when there is no such model, or it isn't a language model.
+    `device=None` takes CUDA, then MPS, then the CPU; `device_map` among the options overrides it. A quantized model is
+    put there while it is loaded, as it can't be moved afterwards.
+    Raises `TrimtabError` when there is no such model, it isn't a language model, or it is quantized in a way that the
+    device can't run.
     """
     dtype = _dtype(dtype)
     if device is not None:
@@ -45,7 +47,7 @@ def load(
             label = path.resolve().name
             if not (path / "config.json").is_file():
                 raise TrimtabError(f"{path} has no config.json, so it is no model folder")
-        model, tokenizer = _read(source, dtype, revision, options)
+        model, tokenizer = _read(source, dtype, revision, options, device)
     if "device_map" not in options and not getattr(model, "is_quantized", False):
         model.to(_device(device))
     return model.eval(), tokenizer, label
@@ -69,21 +71,46 @@ def read_gguf(path: Path, dtype: Any = torch.float32, **options: Any) -> tuple[A
     return model, tokenizer
 
 
-def _read(source: str, dtype: Any, revision: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _read(
+    source: str, dtype: Any, revision: str | None, options: dict[str, Any], device: str | torch.device | None
+) -> tuple[Any, Any]:
+    placed: torch.device | None = None
     known = {key: options[key] for key in ("trust_remote_code", "token", "cache_dir") if key in options}
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, **known)
         kind: Any = AutoModelForCausalLM
         if not compat.is_causal_lm(config) and "trust_remote_code" not in options:
             kind = transformers.AutoModelForImageTextToText  # the language model inside is found by the layout
+        quantized = getattr(config, "quantization_config", None) or options.get("quantization_config")
+        if quantized is not None and "device_map" not in options:
+            placed = _device(device)
+            options = {**options, "device_map": {"": placed}}
         model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **known)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+        if placed is not None:
+            raise TrimtabError(
+                f"can't load the quantized model {source!r} on {placed}: {_first_line(error)}. Give another device, or"
+                " a device_map of your own"
+            ) from error
+        if not isinstance(error, (OSError, ValueError, KeyError)):
+            raise
         raise TrimtabError(
             f"can't load the model {source!r}: {_first_line(error)}."
             " Give a Hub id, a model folder, a .gguf file, or nothing for the default model"
         ) from error
+    if placed is not None and (elsewhere := {p.device for p in model.parameters()} - _same(placed)):
+        raise TrimtabError(
+            f"the quantized model {source!r} was to be on {placed}, and parts of it are on"
+            f" {', '.join(sorted(map(str, elsewhere)))}: its quantization can't be run there. Give another device, or a"
+            " device_map of your own"
+        )
     return model, tokenizer
+
+
+def _same(device: torch.device) -> set[torch.device]:
+    """The names of a device: without a number it is the current one of its kind."""
+    return {device, torch.empty(0, device=device).device}
 
 
 def _dtype(dtype: str | torch.dtype) -> Any:

@@ -21,6 +21,7 @@ from trimtab.engines.transformers.read import SHARE_FROM, can_share, check_lengt
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit
+from trimtab.steering.tensors import to_float64
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def next_tokens(
     with session.hooked(sites):
         logits = _run(model, ids, mask, cache).logits[:, -1]
         session.check_reached(mask.shape[1])
-    logprobs = logits.double().log_softmax(-1).cpu()
+    logprobs = to_float64(logits).log_softmax(-1)
     return [
         NextToken(
             tuple(logprobs[row, list(choice.candidates)].tolist()),

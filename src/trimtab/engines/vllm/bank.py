@@ -76,7 +76,7 @@ class Bank:
             return
         for layer, rows in self.rows.items():
             if layer in state.added:
-                rows[slot] = state.row(layer).to(rows)
+                rows[slot] = state.row(layer, rows.dtype).to(rows.device)
             else:
                 rows[slot] = -0.0
 

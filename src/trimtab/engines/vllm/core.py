@@ -1,4 +1,4 @@
-"""The plugin's part in vLLM's engine core: keys of the prefix cache, and waiting for slots.
+"""The plugin's part in vLLM's engine core: keys of the prefix cache, waiting for slots, and an end for what went wrong.
 
 A block of the cache is keyed by what acts on its own tokens; what acted on those before it is in its parent's key. So
 a request that is steered while it generates shares its prompt's blocks with unsteered ones, blocks of generated
@@ -8,9 +8,10 @@ tokens are found again only under the same steering, and so are prompt blocks th
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
+from trimtab.engines.vllm.counting import MARK, RECEIPT
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.wire import ASKED, Wire, wire_of
 from trimtab.errors import TrimtabError
@@ -56,6 +57,8 @@ class Room:
         self.users: Counter[str] = Counter()
         self.waiting: deque[Any] = deque()
         self.held: dict[str, frozenset[str]] = {}
+        self.steered: set[str] = set()
+        """The requests that are with the scheduler and have a wire."""
 
     def enter(self, request: Any) -> bool:
         """Whether there is room for a request, which then holds it."""
@@ -66,10 +69,13 @@ class Room:
         if needs:
             self.users.update(needs)
             self.held[request.request_id] = needs
+        if wire is not None:
+            self.steered.add(request.request_id)
         return True
 
     def leave(self, request: str) -> None:
         """A request is done; what it held is free."""
+        self.steered.discard(request)
         for key in self.held.pop(request, ()):
             self.users[key] -= 1
             if not self.users[key]:
@@ -93,9 +99,48 @@ def _room(scheduler: Any) -> Room:
         return scheduler._trimtab_room
 
 
-def patch_scheduler(scheduler: Any) -> None:
-    """Let vLLM's `Scheduler` keep back requests for whose steering there is no slot, until there is one."""
+def unsteered(room: Room, scheduled: Any, output: Any) -> dict[str, str]:
+    """The requests of a step that weren't steered as planned, and why; by the receipt that its output brings."""
+    here = room.steered & scheduled.num_scheduled_tokens.keys()
+    if not here:
+        return {}
+    held, faults = getattr(output, RECEIPT, (0, {}))
+    if held < len(here):
+        wrong = f"{MARK}a worker computed {len(here)} steered requests and accounts for {held} of them"
+        return dict.fromkeys(here, wrong)
+    return {request: reason for request, reason in faults.items() if request in here}
+
+
+class Failure(NamedTuple):
+    """vLLM's names for a request that ends with an error: its status, and what is sent of it to a front end."""
+
+    status: Any
+    reason: Any
+    output: Callable[..., Any]
+    outputs: Callable[..., Any]
+
+
+def patch_scheduler(scheduler: Any, failure: Failure) -> None:
+    """Let vLLM's `Scheduler` keep back requests for whose steering there is no slot, until there is one.
+
+    And let it end with an error, before the step's token is sent, requests that were to be steered and weren't.
+    """
     add, free, finish = scheduler.add_request, scheduler._free_request, scheduler.finish_requests
+    update = scheduler.update_from_output
+
+    def update_from_output(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
+        wrong = unsteered(_room(self), scheduled, output)
+        failed = [self.requests[request] for request in wrong if request in self.requests]
+        if failed:
+            self.finish_requests([request.request_id for request in failed], failure.status)
+        sent = update(self, scheduled, output, *args, **kwargs)
+        for request in failed:
+            name = request.request_id
+            last = failure.output(
+                request_id=name, new_token_ids=[], finish_reason=failure.reason, stop_reason=wrong[name]
+            )
+            sent.setdefault(request.client_index, failure.outputs()).outputs.append(last)
+        return sent
 
     def add_request(self: Any, request: Any) -> None:
         room = _room(self)
@@ -127,6 +172,7 @@ def patch_scheduler(scheduler: Any) -> None:
     scheduler.add_request = add_request
     scheduler._free_request = _free_request
     scheduler.finish_requests = finish_requests
+    scheduler.update_from_output = update_from_output
 
 
 def patch_core(core: Any) -> None:

@@ -17,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.program import Identified, compile_program
+from trimtab.engines.vllm.program import Identified, check_range, compile_program
 from trimtab.engines.vllm.rpc import Rpc, run, run_async
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
 from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
@@ -128,6 +131,7 @@ class Link:
     static: bool
     sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
     retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
+    dtype: torch.dtype = torch.float32  # of the residual stream
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
@@ -136,11 +140,18 @@ class Link:
         check_supported(steering, layers=self.layers, width=self.width, static=self.static)
 
     def place(self, wire: Wire, prompt_length: int) -> Wire:
-        """The wire for a prompt of this length. Raises `TrimtabError` where it reaches past it, or needs more slots."""
+        """The wire for a prompt of this length.
+
+        Raises `TrimtabError` where it reaches past the prompt, needs more slots than there are, or adds numbers that
+        the model's dtype can't hold.
+        """
         edits: list[Identified] = []
         for part in wire.parts:
             edits += identified(part, self.sent[part.digest])
-        placed = wire.placed(compile_program(edits, prompt_length), prompt_length)
+        segments = compile_program(edits, prompt_length)
+        for segment in segments:
+            check_range(segment.state, self.dtype)
+        placed = wire.placed(segments, prompt_length)
         if len(placed.slots) > self.slots - 1:
             raise TrimtabError(
                 f"this request needs {len(placed.slots)} slots, the engine has {self.slots - 1}; raise TRIMTAB_SLOTS"
@@ -164,7 +175,8 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
     layers = hellos[0]["layers"]
     if missing := sorted(set(range(layers)) - {layer for hello in hellos for layer in hello["here"]}):
         raise UnsupportedError(f"no worker steers after block {missing[0]}")
-    return Link(settings_of(config).slots, layers, hellos[0]["width"], any(hello["static"] for hello in hellos))
+    static = any(hello["static"] for hello in hellos)
+    return Link(settings_of(config).slots, layers, hellos[0]["width"], static, dtype=getattr(torch, hellos[0]["dtype"]))
 
 
 LINK = "_trimtab_link"
@@ -269,13 +281,31 @@ def _as_text(asked: Any) -> str | None:
         return None
 
 
+UNTOLD = "_trimtab_untold"  # the reasons of an engine's requests that have failed, until they are raised
+
+
+def failed_because(output: Any) -> str | None:
+    """Why a request was ended that was to be steered and wasn't."""
+    for one in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
+        if one.finish_reason == "error" and str(one.stop_reason).startswith(MARK):
+            return str(one.stop_reason)
+    return None
+
+
 def patch_engines(
-    sync: Any, asynchronous: Any, names: Names = NAMES, refusal: Callable[[str], Exception] = TrimtabError
+    sync: Any,
+    asynchronous: Any,
+    names: Names = NAMES,
+    refusal: Callable[[str], Exception] = TrimtabError,
+    failure: Callable[[str], Exception] = TrimtabError,
 ) -> None:
     """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken.
 
-    A server takes any error for one of its own but for vLLM's `refusal`, which it answers with a reason.
+    And let them raise for requests that weren't steered as planned, which the scheduler has ended with an error.
+    A server takes any error for one of its own but for vLLM's `refusal`, which it answers with a reason; `failure` is
+    one that it answers so while it generates.
     """
+    step, generate = sync.step, asynchronous.generate
     add_sync, add_async = sync.add_request, asynchronous.add_request
 
     def add_request(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -292,8 +322,26 @@ def patch_engines(
         except TrimtabError as error:
             raise refusal(str(error)) from error
 
+    def step_and_tell(self: Any) -> Any:
+        """Of several requests each goes on to its end; then the first that wasn't steered is raised."""
+        outputs = step(self)
+        found = self.__dict__.setdefault(UNTOLD, [])
+        found += filter(None, map(failed_because, outputs))
+        if found and not self.has_unfinished_requests():
+            setattr(self, UNTOLD, [])
+            raise TrimtabError(found[0])
+        return outputs
+
+    async def generate_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        async for output in generate(self, *args, **kwargs):
+            if reason := failed_because(output):
+                raise failure(reason)
+            yield output
+
     sync.add_request = add_request
+    sync.step = step_and_tell
     asynchronous.add_request = add_request_async
+    asynchronous.generate = generate_and_tell
 
 
 def patch_inputs(processor: Any) -> None:

@@ -19,6 +19,7 @@ from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.arguments import as_list, one_each
 from trimtab.engines.transformers.deciding import check_prompt, decided, read_gates_with, wanted
 from trimtab.engines.transformers.default_model import NAME, default_folder
+from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.frontend import NAMES, Link, connect, send, tidy
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.rpc import run
@@ -34,7 +35,7 @@ from trimtab.text.chat import Prompt, encode
 LAST = Positions.last_prompt_token()
 
 
-class EngineDied(RuntimeError):
+class EngineDied(TrimtabError, RuntimeError):
     """The engine's processes are gone, a worker with them; load it again."""
 
 
@@ -225,6 +226,10 @@ class VllmLM:
             yield
         except EngineDeadError as error:
             raise EngineDied(f"the vLLM engine of {self.name} has died: {error}; load it again") from error
+        except RuntimeError as error:
+            if MARK not in str(error):
+                raise
+            raise TrimtabError(str(error)) from error  # a worker's that the scheduler doesn't hear
 
     # ---- activations -------------------------------------------------------------------------------------
 

@@ -22,16 +22,18 @@ def register() -> None:
         return
     check_version()
     from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-    from vllm.exceptions import VLLMValidationError
+    from vllm.exceptions import GenerationError, VLLMValidationError
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.request import RequestStatus
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from trimtab.engines.vllm.core import patch_core, patch_keys, patch_scheduler
+    from trimtab.engines.vllm.core import Failure, patch_core, patch_keys, patch_scheduler
     from trimtab.engines.vllm.frontend import NAMES, patch_engines, patch_inputs
     from trimtab.engines.vllm.requests import patch_server
     from trimtab.engines.vllm.settings import patch_arguments
@@ -43,10 +45,12 @@ def register() -> None:
             patch_server()
 
     patch_arguments(EngineArgs, started)
-    patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError)
+    patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError, GenerationError)
     patch_inputs(InputProcessor)
     patch_keys(kv_cache_utils)
-    patch_scheduler(Scheduler)
+    patch_scheduler(
+        Scheduler, Failure(RequestStatus.FINISHED_ERROR, FinishReason.ERROR, EngineCoreOutput, EngineCoreOutputs)
+    )
     patch_core(EngineCore)
     patch_worker(WorkerWrapperBase)
     _registered = True

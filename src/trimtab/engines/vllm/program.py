@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
+import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Slot, row_of, slots_at, sweep
+from trimtab.engines.folding import Slot, as_rows, row_of, slots_at, sweep
 from trimtab.steering import Edit
 from trimtab.steering.conditional import conditional
 from trimtab.steering.operations import add
@@ -55,9 +56,10 @@ class State:
         """Whether it adds anywhere, and so needs a slot of the bank."""
         return bool(self.added)
 
-    def row(self, layer: int) -> Tensor:
-        """What it adds after a layer: `[width]`."""
-        return row_of(self.added[layer])["vector"]
+    def row(self, layer: int, dtype: torch.dtype) -> Tensor:
+        """What it adds after a layer: `[width]`. Raises `TrimtabError` for numbers that the dtype can't hold."""
+        slot = self.added[layer]
+        return as_rows(row_of(slot), dtype, slot)["vector"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,13 @@ def compile_program(edits: Sequence[Identified], prompt_length: int) -> tuple[Se
 def _kept(state: State) -> State:
     """The state of this key that was made first, with what it has worked out since."""
     return state
+
+
+@lru_cache(maxsize=512)
+def check_range(state: State, dtype: torch.dtype) -> None:
+    """Raises `TrimtabError` where what a state adds can't be held in the model's dtype."""
+    for layer in state.added:
+        state.row(layer, dtype)
 
 
 def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:

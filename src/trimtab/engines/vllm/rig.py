@@ -1,13 +1,15 @@
 """What a worker holds: the steerings it was given, its requests' programs, the bank, and what the next pass does.
 
-`begin` comes before a forward pass, with the requests and the stretch of tokens of each; the operator in the graph
-then calls `apply` after each block; `end` comes when the pass is done.
+`expect` comes with each step that vLLM takes, `begin` before its forward pass, with the requests and the stretch of
+tokens of each; the operator in the graph then calls `apply` after each block; `end` comes when the pass is done, and
+compares what was done with what was planned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
 from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
 from trimtab.engines.vllm.program import Identified, Segment, State, compile_program, next_border, runs
 from trimtab.engines.vllm.step import Staged, Step, make_step
 from trimtab.engines.vllm.wire import Reading, Wire, identified
@@ -38,8 +41,16 @@ class Program:
     reading: Reading | None = None
     states: tuple[State, ...] = ()
 
+    @cached_property
+    def layers(self) -> frozenset[int]:
+        """The blocks behind which it needs the operator."""
+        read = self.reading.layers if self.reading is not None else ()
+        return frozenset(layer for state in self.states for layer in state.slots).union(read)
+
 
 IDLE = Program()
+NO_CHUNKS = Chunks((), (), ())
+NOT_ASKED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer this request"
 
 
 @dataclass
@@ -60,6 +71,7 @@ class Rig:
     programs: dict[str, Program] = field(default_factory=dict)
     readings: dict[str, dict[int, dict[int, Tensor]]] = field(default_factory=dict)
     fired: set[int] = field(default_factory=set)
+    counts: GraphCounts | None = None
 
     _step: Step | None = None
     _reads: dict[int, list[tuple[str, int, int]]] = field(default_factory=dict)
@@ -68,14 +80,25 @@ class Rig:
     _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
     _filled: bool = False
     _open: bool = False
-    _seen: set[int] = field(default_factory=set)
+    _seen: dict[int, int] = field(default_factory=dict)  # calls and tokens behind each block, as `CALL` says
+    _due: Set[str] = frozenset()  # the requests with a program that vLLM's step is about
+    _here: Mapping[str, frozenset[int]] = field(default_factory=dict)  # those that `begin` was told of, their blocks
+    _needed: dict[int, int] = field(default_factory=dict)  # on how many rows each block acts or reads
+    _pass: Chunks = NO_CHUNKS
+    _next: dict[str, int] = field(default_factory=dict)  # where each request goes on, passes before the last counted
+    _faults: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.static:
+            self.counts = GraphCounts(self.layers, self.device)
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
     def start(self, request: str, wire: Wire) -> None:
         """A request arrives. Raises `TrimtabError` for one that names what the worker wasn't given."""
         if request in self.programs:
-            return  # it was preempted, and is resumed
+            self.resume([request])
+            return
         edits: list[Identified] = []
         for part in wire.parts:
             if part.digest not in self.steerings:
@@ -87,14 +110,22 @@ class Rig:
             if state.banked:
                 self.bank.take(state)
         self.programs[request] = Program(segments, wire.reading, states)
+        self._next.pop(request, None)
         if any(state.staged and state.key not in self._staged.numbers for state in states):
             self._stage(states)
         self._last = ()
+
+    def resume(self, requests: Iterable[str]) -> None:
+        """These were preempted, and go on from wherever the cache now lets them."""
+        for request in requests:
+            self._fold()
+            self._next.pop(request, None)
 
     def finish(self, requests: Iterable[str]) -> None:
         """These requests are done."""
         for request in requests:
             program = self.programs.pop(request, None)
+            self._next.pop(request, None)
             for state in program.states if program else ():
                 if state.banked:
                     self.bank.release(state)
@@ -121,25 +152,62 @@ class Rig:
 
     # ---- passes ------------------------------------------------------------------------------------------
 
+    def expect(self, requests: Mapping[str, int]) -> None:
+        """vLLM takes a step for these requests; `begin` must be told of the same."""
+        self._due = self.programs.keys() & requests.keys()
+
     def begin(self, chunks: Chunks) -> None:
         """The next pass computes these stretches. Passes outside of `begin` and `end` are vLLM's own, to warm up."""
-        self.fired |= self._seen
+        self.fired.update(self._seen)
         self._open = True
         self._seen.clear()
-        if not self.programs:
-            self._step, self._reads, self._last = None, {}, ()
-        elif self._goes_on(chunks):
-            return
-        else:
+        self._faults = {}
+        if not self._goes_on(chunks):
+            self._turn_to(chunks)
+        self._pass = chunks
+        if self.counts is not None and self._needed:
+            self.counts.clear()
+
+    def _turn_to(self, chunks: Chunks) -> None:
+        """A pass that isn't like the last one."""
+        self._fold()
+        if self.programs:
+            self._here = {r: self.programs[r].layers for r in chunks.requests if r in self.programs}
+            self._check_order(chunks)
             self._step = self._step_for(chunks)
             self._reads = self._reads_in(chunks)
-        if self.static and (self._step is not None or self._filled):
-            self.bank.fill(*((0, self.bank.index[:0]) if self._step is None else (self._step.low, self._step.index)))
-            self._filled = self._step is not None
+        else:
+            self._here, self._step, self._reads, self._last = {}, None, {}, ()
+        step = self._step
+        self._needed = {layer: max(row for _, row, _ in reads) + 1 for layer, reads in self._reads.items()}
+        if step is not None:
+            for layer in {*step.adds, *step.staged.layers}:
+                self._needed[layer] = max(step.high, self._needed.get(layer, 0))
+        if self.static and (step is not None or self._filled):
+            self.bank.fill(*((0, self.bank.index[:0]) if step is None else (step.low, step.index)))
+            self._filled = step is not None
+
+    def _fold(self) -> None:
+        """Remember where the requests of the last pass go on."""
+        for request, first, count in zip(*self._pass, strict=True):
+            if request in self.programs:
+                self._next[request] = first + count
+        self._pass, self._last = NO_CHUNKS, ()
+
+    def _check_order(self, chunks: Chunks) -> None:
+        """Tokens between this stretch of a request and its last one were computed, and nothing was said of them."""
+        for request, first, _ in zip(*chunks, strict=True):
+            if request in self._here and first > self._next.get(request, first):
+                self._faults[request] = (
+                    f"{MARK}tokens {self._next[request]} to {first - 1} of this request were computed in a step of"
+                    " vLLM's that the plugin wasn't told of"
+                )
 
     def _goes_on(self, chunks: Chunks) -> bool:
-        """Whether the last step holds for this pass too: the same requests, a token each, in the same states."""
+        """Whether the last step holds for this pass too: the same requests, each's next token, in the same states."""
         if not self._last or self._last != chunks.requests or max(chunks.counts) > 1:
+            return False
+        if list(chunks.firsts) != [first + 1 for first in self._pass.firsts]:
             return False
         if self._lasts is not None:
             self._lasts -= 1
@@ -166,7 +234,7 @@ class Rig:
             reading = self.programs.get(request, IDLE).reading
             if reading is not None:
                 here = [p for p in reading.positions if first <= p < first + count]
-                for layer in reading.layers:
+                for layer in self.bank.rows.keys() & reading.layers:  # of a pipeline's stages each has some
                     found.setdefault(layer, []).extend((reading.id, offset + p - first, p) for p in here)
                 self._last = ()
             offset += count
@@ -174,31 +242,43 @@ class Rig:
 
     def apply(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """After block `layer`, whose output is `hidden + residual`: `[tokens, width]` each."""
-        self._seen.add(layer)
-        if self.static:
+        self._seen[layer] = self._seen.get(layer, 0) + CALL + hidden.shape[0]
+        if self.counts is not None:
             hidden.add_(self.bank.rows[layer].index_select(0, self.bank.index[: hidden.shape[0]]))
+            self.counts.count(layer, hidden.shape[0])
             return
-        if not self._open:
-            return
+        if not self._open or hidden.shape[0] < self._needed.get(layer, 0):
+            return  # outside of a pass, or a fault that `end` finds
         if self._step is not None:
             self._step.apply(self.bank, layer, hidden, residual)
         for reading, row, position in self._reads.get(layer, ()):
             x = hidden[row] if residual is None else hidden[row] + residual[row]
             self.readings.setdefault(reading, {}).setdefault(layer, {})[position] = x.clone()
 
-    def end(self) -> None:
-        """The pass is done. Raises `RuntimeError` where something was to be done and the graph didn't ask for it."""
-        self.fired |= self._seen
-        self._open = False
-        if self.static:
-            return
-        wanted = set(self._reads) | (self._wanted() if self._step is not None else set())
-        if missing := sorted(wanted & set(self.layers) - self._seen):
-            raise RuntimeError(f"trimtab: the model's graph doesn't steer after block {missing[0]}; nothing was served")
+    def end(self) -> Receipt | None:
+        """The pass is done: what is to be said of it, `None` where no request in it has a program.
 
-    def _wanted(self) -> set[int]:
-        assert self._step is not None
-        return set(self._step.adds) | set(self._step.staged.layers)
+        Its faults are of requests that weren't steered, or read, at exactly the tokens and blocks that the plan names.
+        """
+        self.fired.update(self._seen)
+        opened, self._open = self._open, False
+        due, self._due = self._due, frozenset()
+        if not opened:
+            if not due:
+                return None
+            self._last, self._pass = (), NO_CHUNKS
+            return Receipt(len(due), dict.fromkeys(due, NOT_ASKED))
+        faults = self._faults
+        if not due <= self._here.keys():
+            faults |= dict.fromkeys(due - self._here.keys(), NOT_ASKED)
+        receipt = Receipt(max(len(due), len(self._here)), faults)
+        if self.counts is None:
+            faults.update(_miscounted(self._seen, self._needed, self._here))
+        elif self._needed:
+            read, receipt.ready = self.counts.copy()
+            needed, here = self._needed, self._here
+            receipt.late = lambda: _miscounted(read(), needed, here)
+        return receipt if receipt.requests else None
 
     def describe(self) -> Mapping[str, int]:
         """How full it is."""
@@ -212,7 +292,19 @@ class Rig:
     @property
     def unfired(self) -> list[int]:
         """The blocks behind which the graph has not called the operator yet."""
-        return sorted(set(self.layers) - self.fired - self._seen)
+        return sorted(set(self.layers) - self.fired - self._seen.keys())
+
+
+def _miscounted(
+    seen: Mapping[int, int], needed: Mapping[int, int], here: Mapping[str, frozenset[int]]
+) -> dict[str, str]:
+    """Of these requests those that need the operator behind a block where it didn't run as it was to."""
+    faults: dict[str, str] = {}
+    for layer, tokens in needed.items():
+        wrong = fault(layer, seen.get(layer, 0), tokens)
+        if wrong is not None:
+            faults |= {request: wrong for request, layers in here.items() if layer in layers}
+    return faults
 
 
 def _moved(stage: Stage, device: torch.device) -> Stage:

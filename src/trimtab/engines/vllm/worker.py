@@ -6,7 +6,9 @@ wrapped, V1's (`GPUModelRunner`, `CPUModelRunner`) as well as V2's.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import wraps
 from typing import Any
 
@@ -16,6 +18,7 @@ from trimtab import __version__
 from trimtab.engines.vllm import operator
 from trimtab.engines.vllm.attach import attach, find_blocks
 from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.versions import vllm_version
@@ -64,7 +67,14 @@ def _fit(worker: Any) -> None:
     operator.RIGS.append(rig)
     setattr(runner, RIG, rig)
     attach(blocks, len(operator.RIGS) - 1, adds_only=static)
-    _wrap_runner(runner, rig)
+    _wrap_runner(runner, rig, _is_heard(worker))
+
+
+def _is_heard(worker: Any) -> bool:
+    """Whether the scheduler gets this worker's output: of all workers it is the first of the last stage."""
+    parallel = worker.vllm_config.parallel_config
+    side = parallel.tensor_parallel_size * getattr(parallel, "prefill_context_parallel_size", 1)
+    return bool(worker.rank == parallel.world_size - side)
 
 
 def unsupported(config: Any) -> list[str]:
@@ -91,10 +101,15 @@ def unsupported(config: Any) -> list[str]:
     return [reason for reason, holds in found.items() if holds]
 
 
-def _wrap_runner(runner: Any, rig: Rig) -> None:
-    """Tell the rig of each step: before the forward pass, and after it."""
+def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
+    """Tell the rig of each step: before the forward pass, and after it; and with the sampled tokens send its receipt.
+
+    A worker that isn't `heard` has nobody to send it to, and raises `RuntimeError` instead, which ends the engine.
+    """
     firsts: dict[str, int] = {}
     planned: list[Any] = []
+    receipts: deque[Receipt] = deque()  # of the step whose tokens are yet to be sampled
+    unheard: deque[Receipt] = deque()
 
     def begin(requests: Sequence[str]) -> None:
         counts = planned[-1].num_scheduled_tokens
@@ -103,12 +118,26 @@ def _wrap_runner(runner: Any, rig: Rig) -> None:
     def execute(original: Callable, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("dummy_run"):
             return original(scheduled, *args, **kwargs)
+        while unheard and unheard[0].ready():
+            _raise_faults(unheard.popleft())
         _follow(rig, firsts, scheduled)
         planned[:] = [scheduled]
+        rig.expect(scheduled.num_scheduled_tokens)
         done = original(scheduled, *args, **kwargs)
+        receipts.clear()
         if scheduled.total_num_scheduled_tokens:
-            rig.end()
+            receipt = rig.end()
+            if receipt is not None and heard:
+                receipts.append(receipt)
+            elif receipt is not None and receipt.ready():
+                _raise_faults(receipt)
+            elif receipt is not None:
+                unheard.append(receipt)
         return done
+
+    def sample(original: Callable, *args: Any, **kwargs: Any) -> Any:
+        output = original(*args, **kwargs)
+        return send_with(receipts.popleft(), output) if receipts else output
 
     def forward(original: Callable, *args: Any, **kwargs: Any) -> Any:
         begin(runner.input_batch.req_ids)
@@ -120,10 +149,27 @@ def _wrap_runner(runner: Any, rig: Rig) -> None:
         return batch
 
     _wrap(runner, "execute_model", execute)
+    _wrap(runner, "sample_tokens", sample)
     if hasattr(runner, "_model_forward"):  # V1
         _wrap(runner, "_model_forward", forward)
     else:  # V2: its inputs are prepared for real steps only
         _wrap(runner, "prepare_inputs", prepare)
+
+
+def send_with(receipt: Receipt, output: Any) -> Any:
+    """The sampled tokens with their receipt, which is settled when they are on the host."""
+    if hasattr(output, "get_output"):  # they are on their way
+        arrive = output.get_output
+        output.get_output = lambda: send_with(receipt, arrive())
+        return output
+    output = copy(output)  # one of vLLM's is shared, and sent whenever there is nothing to say
+    setattr(output, RECEIPT, receipt.plain())
+    return output
+
+
+def _raise_faults(receipt: Receipt) -> None:
+    for reason in receipt.settle().values():
+        raise RuntimeError(reason)
 
 
 def _wrap(thing: Any, name: str, around: Callable) -> None:
@@ -147,6 +193,7 @@ def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
         if wire is not None:
             rig.start(new.req_id, wire)
     cached = scheduled.scheduled_cached_reqs
+    rig.resume(cached.resumed_req_ids)
     firsts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
 
 

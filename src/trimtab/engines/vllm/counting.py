@@ -1,0 +1,90 @@
+"""Whether a pass steered what it was to steer: what was counted behind each block, against the plan.
+
+Where Python runs in every pass, the operator's calls are counted. Where a captured graph is replayed, the graph counts
+by itself: behind each block it adds to a number on the device. The numbers come to the host along with the sampled
+tokens, and compared before these leave the worker: a token that should have been steered and wasn't is never sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+RECEIPT = "_trimtab_receipt"
+"""The attribute of a worker's output in which its receipt travels to the scheduler."""
+
+MARK = "trimtab: "
+"""How the reason begins for which a request is failed."""
+
+CALL = 1 << 32
+"""What a call of the operator adds to a block's count, besides its tokens: calls stand above this, tokens below."""
+
+
+def fault(layer: int, count: int, tokens: int) -> str | None:
+    """What is wrong where the operator was to run once behind a block, on at least `tokens` tokens; `None`: nothing."""
+    if CALL + tokens <= count < 2 * CALL:
+        return None
+    calls, seen = divmod(count, CALL)
+    found = "wasn't run" if not calls else f"ran {calls} times, on {seen} tokens"
+    return f"{MARK}behind block {layer} the steering was to run once, on {tokens} tokens, and {found}"
+
+
+@dataclass
+class Receipt:
+    """What a worker says of a pass: how many requests with a steering it held, and why some of them weren't steered.
+
+    `late` finds further faults, once the pass has ended on the device; it is asked once.
+    """
+
+    requests: int
+    faults: dict[str, str] = field(default_factory=dict)
+    late: Callable[[], Mapping[str, str]] | None = None
+    ready: Callable[[], bool] = lambda: True  # whether `late` has nothing to wait for
+
+    def settle(self) -> dict[str, str]:
+        """All faults, by request."""
+        if self.late is not None:
+            late, self.late = self.late, None
+            self.faults.update(late())
+        return self.faults
+
+    def plain(self) -> tuple[int, dict[str, str]]:
+        """What the scheduler is told."""
+        return self.requests, self.settle()
+
+
+class GraphCounts:
+    """Numbers on the device, one a block, to which a graph adds at each replay: a call, and its tokens."""
+
+    def __init__(self, layers: Sequence[int], device: torch.device) -> None:
+        self.layers = tuple(layers)
+        self._all = torch.zeros(len(layers), dtype=torch.int64, device=device)
+        self._one = dict(zip(layers, self._all.unbind(), strict=True))  # views, which stay where they are
+
+    def count(self, layer: int, tokens: int) -> None:
+        """Part of the graph: one number is added to, in place."""
+        self._one[layer].add_(CALL + tokens)
+
+    def clear(self) -> None:
+        """Before a pass."""
+        self._all.zero_()
+
+    def copy(self) -> tuple[Callable[[], dict[int, int]], Callable[[], bool]]:
+        """What is counted by now, on its way to the host: how to read it, and whether it has arrived. Nothing waits."""
+        on_gpu = self._all.is_cuda
+        host = torch.empty(len(self.layers), dtype=torch.int64, pin_memory=on_gpu)
+        host.copy_(self._all, non_blocking=on_gpu)
+        event: Any = None
+        if on_gpu:
+            event = torch.cuda.Event()
+            event.record()
+
+        def read() -> dict[int, int]:
+            if event is not None:
+                event.synchronize()  # the sampled tokens are here, so it has arrived
+            return dict(zip(self.layers, host.tolist(), strict=True))
+
+        return read, lambda: event is None or event.query()
