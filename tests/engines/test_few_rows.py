@@ -154,6 +154,7 @@ def test_where_it_pays(
     assert fewest() == expected
 
 
+@pytest.mark.long_unless(lambda family: family in ("llama", "gpt2"))  # it is about nn.Linear
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_steered_rows_and_rungs_are_what_they_are_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family in float64, all linear maps in pieces: a mixed batch, and rungs where attention can be steered."""

@@ -28,7 +28,10 @@ from trimtab.steering import RotatePredicted
 from trimtab.steering.rotations import predicted_angle
 from trimtab.text.pairs import Pair
 
-pytestmark = pytest.mark.filterwarnings("ignore::trimtab.methods.repe.ReaderWarning", "ignore::trimtab.lm.DoseWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::trimtab.methods.repe.ReaderWarning", "ignore::trimtab.lm.DoseWarning"),
+    pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3")),  # the formulas; how families are read: tests/properties
+]
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "olmo2")
 PAIRS = [Pair(prompt(3 * i, 3 + i % 3), prompt(3 * i + 1, 4), prompt(200 + i, 5), "answers") for i in range(8)]
