@@ -41,6 +41,7 @@ pytestmark = [
     pytest.mark.long_unless(lambda lm: lm[0] == "llama" or lm[1] == 0),
     pytest.mark.long_unless(lambda lm, schedule: lm[0] in FULL or schedule == "optimistic"),
 ]
+FEW_OPERATIONS = pytest.mark.long_unless(lambda lm, name: lm[0] in FULL or name in ("scaling", "spotlight"))
 # The final soft cap of 30 leaves the logits of this family so far apart that few gates open.
 BETAS = {"gemma3_multimodal": 0.02, "gemma2": 0.1, "gemma3": 0.1}
 
@@ -174,6 +175,7 @@ class TestTheLoop:
             lm.generate(PROMPTS, max_new_tokens=NEW)
         )
 
+    @FEW_OPERATIONS
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_beta_one_is_the_raw_model(self, lm: LM, name: str) -> None:
         one = [steering(OPERATIONS[name], i) for i in range(4)]
@@ -181,6 +183,7 @@ class TestTheLoop:
         assert tokens(answers) == tokens(lm.generate(PROMPTS, max_new_tokens=NEW))
         assert not any(step.open for answer in answers for step in answer.trace.steps)
 
+    @FEW_OPERATIONS
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_beta_zero_always_takes_the_strongest_rung(self, lm: LM, name: str) -> None:
         one = [steering(OPERATIONS[name], i) for i in range(4)]
@@ -193,6 +196,7 @@ class TestTheLoop:
                 ids.append(int(naive_rejection.row(lm, ids, len(lm.encode(PROMPTS[i])), one[i].edits).argmax()))
             assert list(answers[i].token_ids) == ids[-4:]
 
+    @FEW_OPERATIONS
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_every_token_is_plausible_and_an_exhausted_step_gives_the_raw_one(self, lm: LM, name: str) -> None:
         beta = beta_of(lm)
