@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from chosen import family, is_long
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Test workers run side by side: threads that wait for a core that another worker holds cost more than they give.
@@ -26,32 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as `long` what `long_unless` doesn't hold for, before `-m` chooses; then choose by `--families`."""
     for item in items:
-        values = parameters(item)
-        for mark in item.iter_markers("long_unless"):
-            (which,) = mark.args
-            names = inspect.signature(which).parameters
-            if all(name in values for name in names) and not which(*(values[name] for name in names)):
-                item.add_marker("long")
+        if is_long(item):
+            item.add_marker("long")
     if config.getoption("--families"):
         wanted = {*config.getoption("--families").split(","), None}
         config.hook.pytest_deselected(items=[item for item in items if family(item) not in wanted])
         items[:] = [item for item in items if family(item) in wanted]
-
-
-def parameters(item: pytest.Item) -> dict[str, Any]:
-    callspec = getattr(item, "callspec", None)
-    return {} if callspec is None else callspec.params
-
-
-def family(item: pytest.Item) -> str | None:
-    """The family of tiny models that a case is about, where it is about one."""
-    from tiny import FAMILIES
-
-    for value in parameters(item).values():
-        first = value[0] if isinstance(value, tuple) and value else value
-        if isinstance(first, str) and first in FAMILIES:
-            return first
-    return None
 
 
 @pytest.fixture(scope="session")
