@@ -30,7 +30,8 @@ from trimtab.text.pairs import Pair
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::trimtab.methods.repe.ReaderWarning", "ignore::trimtab.lm.DoseWarning"),
-    pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3")),  # the formulas; how families are read: tests/properties
+    # The formulas are tested here; how each family is read and steered, in tests/properties.
+    pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3")),
 ]
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "olmo2")

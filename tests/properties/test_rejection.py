@@ -35,7 +35,7 @@ OPERATIONS: dict[str, ScoreOperation] = {
 STEERABLE = [family for family in FAMILIES if family != "falcon"]
 SEVERAL_SEEDS = ("llama", "qwen3", "gemma3", "mistral", "gpt2", "olmo2")
 MODELS = [(family, seed) for family in STEERABLE for seed in range(2 if family in SEVERAL_SEEDS else 1)]
-# All schedules and operations on these, and one schedule on the others: how a family computes attention is what differs.
+# All schedules and operations on these, one schedule on the others: how a family computes attention is what differs.
 FULL = ("llama", "qwen3", "gemma3", "gpt2")
 pytestmark = [
     pytest.mark.long_unless(lambda lm: lm[0] == "llama" or lm[1] == 0),

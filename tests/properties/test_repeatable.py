@@ -24,7 +24,8 @@ def test_two_runs_with_models_of_their_own_give_the_same_bytes(family: str, tmp_
         lm = tiny.tiny(family)
         save(learn_caa(lm, PAIRS, [1, 2]), tmp_path / f"{run}.safetensors")
         sampled = {"do_sample": True, "temperature": 1.5, "seed": 3, "num_return_sequences": 2}
-        ways = [{}, sampled] + ([] if family == "falcon" else [{"rejection": Rejection(ladder="strength", schedule="optimistic")}])
+        rejecting = {"rejection": Rejection(ladder="strength", schedule="optimistic")}
+        ways = [{}, sampled, *([] if family == "falcon" else [rejecting])]
         answers = [lm.generate(PROMPTS, ADDED, max_new_tokens=4, logprobs=True, **way) for way in ways]
         found.append([[(one.token_ids, one.logprobs) for one in run] for run in answers])
         assert answers[1][0].token_ids != answers[1][1].token_ids  # it did sample

@@ -8,16 +8,22 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need playwright: pip install playwright")
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+# The server needs gradio, in its own process: whether it's there is seen without the seconds of importing it.
+NO_PAGE = find_spec("gradio") is None
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(NO_PAGE, reason="the page needs gradio: pip install 'trimtab[serve]'"),
+]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 180_000  # milliseconds: machines that test are often slow
 LATE_ENDS = """{
@@ -165,6 +171,7 @@ def until(page: Any, side: str, expected: str) -> None:
 
 
 class TestChat:
+    @pytest.mark.smoke
     def test_both_answers_the_slider_and_the_colours(self, page: Any, lm: Any, bullets: Path) -> None:
         from trimtab import load
 
