@@ -208,6 +208,7 @@ class TestChat:
         assert f"curl {page.url}v1/chat/completions" in page.inner_text("#tt-curl")
         page.wait_for_function("document.querySelector('#tt-python')?.innerText.includes('extra_body')")
 
+    @pytest.mark.long
     def test_emphasis_and_what_rejection_did(self, page: Any, lm: Any) -> None:
         text = "Name a fruit. Answer in capital letters."
         page.get_by_role("button", name="Emphasis").click()
@@ -242,6 +243,7 @@ class TestChat:
         opened = sum(step.open for step in answer.trace.steps)
         assert page.locator("#tt-talk .tt-steered .tt-text span").count() == opened > 0
 
+    @pytest.mark.long
     def test_errors_are_words(self, page: Any) -> None:
         page.press("#tt-message textarea", "Enter")
         page.wait_for_selector(".tt-error[role=alert]")
@@ -255,6 +257,7 @@ class TestChat:
         page.wait_for_selector(".tt-error[role=alert]")
         assert "Pairs:1: no pair" in page.inner_text(".tt-error")
 
+    @pytest.mark.long
     def test_what_is_asked_while_the_last_answer_ends_is_answered(
         self, open_page: Callable[..., Any], server: Any
     ) -> None:
@@ -268,6 +271,7 @@ class TestChat:
         assert page.evaluate("window.lateEnds") > 0
         say(page, ASK)
 
+    @pytest.mark.long
     def test_a_move_that_arrives_late_is_passed_over(
         self, open_page: Callable[..., Any], server: Any, lm: Any, bullets: Path
     ) -> None:
@@ -286,6 +290,7 @@ class TestChat:
         until(page, "tt-steered", answer.text)
         assert "bullets × 0.5" in page.locator(".tt-steered h3").last.inner_text()
 
+    @pytest.mark.long
     def test_it_can_be_stopped_and_closing_the_page_frees_the_model(self, page: Any, server: Any) -> None:
         page.fill("#tt-message textarea", "Tell me a long story.")
         page.keyboard.press("Enter")
@@ -297,6 +302,7 @@ class TestChat:
         assert metric(server, "trimtab_running") == metric(server, "trimtab_queued") == 0
 
 
+@pytest.mark.long
 class TestSweep:
     def test_a_grid_of_answers(self, page: Any, lm: Any, bullets: Path) -> None:
         from trimtab import load
@@ -313,6 +319,7 @@ class TestSweep:
         assert page.locator("#tt-grid h3").all_inner_texts() == ["0", "1"]
 
 
+@pytest.mark.long
 class TestLearning:
     def test_from_a_dropped_file_and_a_typed_pair(self, page: Any, lm: Any, tmp_path: Path) -> None:
         from trimtab import load
@@ -349,6 +356,7 @@ class TestLearning:
         assert words(page, "tt-steered") == answer.text
 
 
+@pytest.mark.long
 class TestNarrow:
     def test_a_telephone(self, open_page: Callable[..., Any], server: Any) -> None:
         page = open_page(server.url, 390, 844)
@@ -374,6 +382,7 @@ class TestNarrow:
         assert names["x"] + names["width"] <= message["x"]  # and beside it
 
 
+@pytest.mark.long
 class TestKeys:
     def test_a_server_with_keys_asks_for_one(self, start: Callable[..., Any], open_page: Callable[..., Any]) -> None:
         server = start("--playground", TRIMTAB_API_KEY="open sesame")
