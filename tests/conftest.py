@@ -29,7 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if is_long(item):
             item.add_marker("long")
     if config.getoption("--families"):
+        from tiny import FAMILIES
+
         wanted = {*config.getoption("--families").split(","), None}
+        if unknown := wanted - {*FAMILIES, None}:
+            raise pytest.UsageError(f"unknown families: {', '.join(map(str, unknown))}; known: {', '.join(FAMILIES)}")
         config.hook.pytest_deselected(items=[item for item in items if family(item) not in wanted])
         items[:] = [item for item in items if family(item) in wanted]
 
