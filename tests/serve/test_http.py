@@ -221,7 +221,6 @@ def test_a_client_that_goes_frees_its_row(server: Any, tiny_lm: Any, stream: boo
     assert metric(server, 'trimtab_answers_total{end="length"}') == before  # none of them came to its end
 
 
-@pytest.mark.long
 def test_a_full_queue_says_when_to_come_back(start: Callable[..., Any]) -> None:
     server = start("--rows", "1", "--queue", "1", "--max-tokens", "100")
     body = {"model": "trimtab", "prompt": "The sea", "max_tokens": 100, "temperature": 0}
@@ -242,7 +241,6 @@ def test_a_full_queue_says_when_to_come_back(start: Callable[..., Any]) -> None:
     assert server.stop() == 0
 
 
-@pytest.mark.long
 def test_a_signal_under_load_loses_no_accepted_request(start: Callable[..., Any], tiny_lm: Any) -> None:
     server = start("--rows", "2", "--queue", "100", "--max-tokens", "100")
     body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "temperature": 0}
@@ -290,7 +288,6 @@ def test_keys_limits_and_the_audit_log(start: Callable[..., Any], tmp_path: Path
     assert "The sea" not in log.read_text()
 
 
-@pytest.mark.long
 class TestDocument:
     @pytest.fixture(scope="class")
     def open_server(self, start: Callable[..., Any]) -> Any:
