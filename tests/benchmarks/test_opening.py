@@ -41,6 +41,7 @@ def read(lm: LM, groups: list[list[Text]], budget: int) -> dict[tuple[Site, int,
     }
 
 
+@pytest.mark.long_unless(lambda lm, budget: lm in ("llama", "gemma3") or budget == 100)  # every family once
 @pytest.mark.parametrize("read_first", [None, 0, SHARE_FROM + 2])
 @pytest.mark.parametrize("budget", [1, 100, 4096])
 def test_an_opening_changes_nothing(lm: LM, budget: int, read_first: int | None) -> None:

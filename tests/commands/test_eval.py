@@ -139,6 +139,7 @@ def test_help_teaches(trimtab):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ctrl_c_leaves_a_file_that_goes_on(ifeval, model, prompts, steering, tmp_path):
     many, out = tmp_path / "many.jsonl", tmp_path / "r.jsonl"
     many.write_text("".join(json.dumps({**row(n, ASKED[n % 5]), "key": n}) + "\n" for n in range(60)))
@@ -168,6 +169,7 @@ def test_ctrl_c_leaves_a_file_that_goes_on(ifeval, model, prompts, steering, tmp
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_real_weights_through_to_the_document(trimtab, lm, tmp_path):
     """The answers are those that the model gives alone, and what is counted is what stands in them."""
     data, out = tmp_path / "d.jsonl", tmp_path / "r.jsonl"

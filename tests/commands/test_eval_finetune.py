@@ -34,6 +34,7 @@ def given(model, steering, tmp_path):
     return [*given, "--strength", "-1,1", "--random", 1, "--finetune", pairs]
 
 
+@pytest.mark.smoke
 def test_both_sides_alone_and_steered(trimtab, given, tmp_path):
     out = tmp_path / "r.jsonl"
     ran = trimtab(*given, "--system-prompt", "Write yes.", "--out", out, "--json")

@@ -254,6 +254,7 @@ def naive_generate_ids(lm, text, steering, count):
         lm.lm.encode = encode
 
 
+@pytest.mark.smoke
 def test_the_command(trimtab, tasks, model, steering, tmp_path):
     given = ["--model_args", f"pretrained={model},steer={steering}:3,dtype=float64", "--device", "cpu"]
     given += ["--tasks", "local_choice", "--include_path", tasks, "--batch_size", 4, "--output_path", tmp_path / "out"]

@@ -199,6 +199,7 @@ def test_an_empty_instruction_is_refused(cpu, tmp_path):
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
     out = tmp_path / "json.safetensors"
     told = trimtab(

@@ -103,6 +103,7 @@ def test_progress_ends_at_its_total(tiny_model):
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.long
 def test_on_the_default_model_the_first_instruction_is_made_to_hold(lm):
     found = try_setting(lm, SETTINGS[0], queries("learn")[:16], queries("test")[:8])
     before, after = (sum(answer.holds for answer in side) for side in (found.before, found.after))
@@ -113,6 +114,7 @@ def test_on_the_default_model_the_first_instruction_is_made_to_hold(lm):
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.smoke
 def test_the_whole_demo_on_the_default_model(trimtab):
     ran = trimtab("demo", "--limit", 2, "--json")
     assert ran.code == 0, ran.err
@@ -123,6 +125,7 @@ def test_the_whole_demo_on_the_default_model(trimtab):
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_control_c_ends_it_with_130():
     script = (

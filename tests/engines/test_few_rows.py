@@ -154,6 +154,7 @@ def test_where_it_pays(
     assert fewest() == expected
 
 
+@pytest.mark.long_unless(lambda family: family in ("llama", "gpt2"))  # it is about nn.Linear
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_steered_rows_and_rungs_are_what_they_are_without(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every family in float64, all linear maps in pieces: a mixed batch, and rungs where attention can be steered."""
@@ -201,6 +202,7 @@ def test_gradients_flow() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long_unless(lambda rows: rows == 4)
 @pytest.mark.parametrize("rows", [3, 4, 8, 15])
 def test_the_default_model_answers_as_without(lm: Any, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [f"Write a line about the number {i}." for i in range(rows)]

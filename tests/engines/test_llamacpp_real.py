@@ -50,6 +50,18 @@ def test_the_same_tokens_go_in(lm: LM, llama: Any) -> None:
         assert llama.encode(prompt, system="Be brief.") == lm.encode(prompt, system="Be brief.")
 
 
+@pytest.mark.smoke
+def test_a_steered_text_agrees(lm: LM, llama: Any, steering: Steering) -> None:
+    """Where no two tokens are as likely as the rounding of activations is large."""
+    for one in (None, steering):
+        (theirs,), (ours,) = (engine.generate(PROMPTS[0], one, max_new_tokens=12) for engine in (lm, llama))
+        assert ours.token_ids == theirs.token_ids
+        assert ours.applied.edits == theirs.applied.edits
+    (plain,) = llama.generate(PROMPTS[0], max_new_tokens=12)
+    assert ours.token_ids != plain.token_ids
+
+
+@pytest.mark.long
 def test_greedy_texts_agree(lm: LM, llama: Any, steering: Steering) -> None:
     """On 18 of 20 prompts at least, steered and unsteered; what differs starts at two tokens about as likely."""
     for one in (None, steering):

@@ -113,6 +113,7 @@ run({out!r}, requests=asked(16), score=slow)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
 def test_killed_and_started_again_it_writes_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"

@@ -71,6 +71,7 @@ def test_golden_verdicts(items, golden):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @data
 def test_verdicts_depend_on_the_answer_alone(items, golden):
     chance = [

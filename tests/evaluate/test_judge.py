@@ -287,6 +287,7 @@ def test_rubrics_that_make_no_sense() -> None:
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_a_local_judge_is_marked_as_weak(lm: Any, tmp_path: Path) -> None:
     judge = default_judge(lm)
     assert isinstance(judge, LocalJudge)

@@ -325,6 +325,7 @@ def real_tokenizer(name: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.real
+@pytest.mark.long_unless(lambda name, template: name == "smollm2" and template)
 @pytest.mark.parametrize("template", [True, False])
 @pytest.mark.parametrize("name", ["smollm2", "qwen2.5"])
 def test_the_letter_is_read_on_real_tokenizers(name: str, template: bool) -> None:

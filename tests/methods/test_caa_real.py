@@ -29,6 +29,7 @@ LAYER = 14  # of 24
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not DATA.is_dir(), reason=f"CAA's data aren't in {DATA}; set TRIMTAB_DATA to their folder"),
     pytest.mark.skipif(not QWEN.is_file(), reason=f"needs Qwen2.5-Coder-0.5B-Instruct, in {QWEN}"),
 ]

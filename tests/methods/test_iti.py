@@ -16,6 +16,8 @@ from trimtab.methods.iti import learn_iti, rank_heads, split
 from trimtab.text.pairs import Pair
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "olmo2")
+# The formulas are tested here; how each family is read and steered, in tests/properties.
+pytestmark = pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3"))
 PAIRS = [Pair(prompt(3 * i, 3), prompt(3 * i + 1, 4), prompt(7 + i // 2, 5), "answers") for i in range(14)]
 PROMPTS = [prompt(seed, length) for seed, length in ((50, 4), (51, 9), (52, 6))]
 BANK = [prompt(70 + i, 4 + i) for i in range(5)]

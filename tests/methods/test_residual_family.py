@@ -28,7 +28,11 @@ from trimtab.steering import RotatePredicted
 from trimtab.steering.rotations import predicted_angle
 from trimtab.text.pairs import Pair
 
-pytestmark = pytest.mark.filterwarnings("ignore::trimtab.methods.repe.ReaderWarning", "ignore::trimtab.lm.DoseWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::trimtab.methods.repe.ReaderWarning", "ignore::trimtab.lm.DoseWarning"),
+    # The formulas are tested here; how each family is read and steered, in tests/properties.
+    pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3")),
+]
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "olmo2")
 PAIRS = [Pair(prompt(3 * i, 3 + i % 3), prompt(3 * i + 1, 4), prompt(200 + i, 5), "answers") for i in range(8)]

@@ -16,6 +16,8 @@ from trimtab.methods.sadi import choose, learn_sadi, read_differences
 from trimtab.text.pairs import Pair
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "phi3", "gpt_neox")
+# The formulas are tested here; how each family is read and steered, in tests/properties.
+pytestmark = pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3"))
 PAIRS = [
     Pair(prompt(3 * i, 3 + i % 3), prompt(3 * i + 1, 4 + i % 2), prompt(3 * i + 2, 5), "answers") for i in range(5)
 ]

@@ -18,6 +18,7 @@ ADVBENCH = DATA / "advbench" / "harmful_behaviors.csv"
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not ADVBENCH.is_file(), reason=f"AdvBench isn't in {DATA}; set TRIMTAB_DATA to its folder"),
 ]
 

@@ -16,6 +16,8 @@ from trimtab.methods.tda import errors_at, kept, learn_tda, threshold
 from trimtab.steering import MaskNeurons
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "opt", "falcon", "phi3")
+# The formulas are tested here; how each family is read and steered, in tests/properties.
+pytestmark = pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3"))
 TEXTS = [prompt(20 + i, 8 + i) for i in range(6)]
 PROMPTS = [prompt(seed, length) for seed, length in ((50, 4), (51, 9), (52, 6))]
 

@@ -29,6 +29,7 @@ from trimtab.steering.gates import ALWAYS, MEASURES, NEVER, Reading
 
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 13, 5))]
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "falcon", "opt", "gpt_neox")
+READ_ON = ("llama", "gpt2")
 NEW = 5
 EDIT = Edit(Site(2), Add(direction(1, 4.0)), Positions.from_last_prompt_token())
 
@@ -79,7 +80,23 @@ READINGS = [
 ]
 
 
+class TestMeasures:
+    @pytest.mark.parametrize("measure", MEASURES)
+    def test_each_is_its_formula(self, measure: str) -> None:
+        """Which side of a threshold an activation is on, just below and just above what the formula gives."""
+        x = torch.randn(20, tiny.WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for bias in (0.0, -0.3) if measure == "probability" else (0.0,):
+            for one in x:
+                value = naive_measure(Threshold(Site(1), direction(3, 2.0), 0.0, measure, bias=bias), one)
+                for threshold, opened in ((value - 1e-5, True), (value + 1e-5, False)):
+                    gate = Threshold(Site(1), direction(3, 2.0), threshold, measure, bias=bias)
+                    assert gate.is_open({gate.reading: one}) is opened
+                    assert (~gate).is_open({gate.reading: one}) is not opened
+
+
 class TestDecidedByThePrompt:
+    @pytest.mark.long_unless(lambda lm, measure: measure == "dot" or lm == "llama")
+    @pytest.mark.long_unless(lambda lm, positions: lm in READ_ON or positions == Positions.all_but_first())
     @pytest.mark.parametrize("measure", MEASURES)
     @pytest.mark.parametrize(("positions", "pool"), READINGS, ids=str)
     def test_each_request_is_decided_as_alone(self, lm: LM, measure: str, positions: Positions, pool: str) -> None:

@@ -49,6 +49,7 @@ NEW = 6
 
 
 SEVERAL_SEEDS = ("llama", "qwen3", "gemma3", "gpt2", "falcon", "mixtral")
+pytestmark = pytest.mark.long_unless(lambda lm: lm[0] == "llama" or lm[1] == 0)
 MODELS = [(family, seed) for family in FAMILIES for seed in range(3 if family in SEVERAL_SEEDS else 1)]
 
 

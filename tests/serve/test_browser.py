@@ -8,16 +8,22 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
 sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need playwright: pip install playwright")
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+# The server needs gradio, in its own process: whether it's there is seen without the seconds of importing it.
+NO_PAGE = find_spec("gradio") is None
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(NO_PAGE, reason="the page needs gradio: pip install 'trimtab[serve]'"),
+]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PATIENCE = 180_000  # milliseconds: machines that test are often slow
 LATE_ENDS = """{
@@ -165,6 +171,7 @@ def until(page: Any, side: str, expected: str) -> None:
 
 
 class TestChat:
+    @pytest.mark.smoke
     def test_both_answers_the_slider_and_the_colours(self, page: Any, lm: Any, bullets: Path) -> None:
         from trimtab import load
 
@@ -201,6 +208,7 @@ class TestChat:
         assert f"curl {page.url}v1/chat/completions" in page.inner_text("#tt-curl")
         page.wait_for_function("document.querySelector('#tt-python')?.innerText.includes('extra_body')")
 
+    @pytest.mark.long
     def test_emphasis_and_what_rejection_did(self, page: Any, lm: Any) -> None:
         text = "Name a fruit. Answer in capital letters."
         page.get_by_role("button", name="Emphasis").click()
@@ -235,6 +243,7 @@ class TestChat:
         opened = sum(step.open for step in answer.trace.steps)
         assert page.locator("#tt-talk .tt-steered .tt-text span").count() == opened > 0
 
+    @pytest.mark.long
     def test_errors_are_words(self, page: Any) -> None:
         page.press("#tt-message textarea", "Enter")
         page.wait_for_selector(".tt-error[role=alert]")
@@ -248,6 +257,7 @@ class TestChat:
         page.wait_for_selector(".tt-error[role=alert]")
         assert "Pairs:1: no pair" in page.inner_text(".tt-error")
 
+    @pytest.mark.long
     def test_what_is_asked_while_the_last_answer_ends_is_answered(
         self, open_page: Callable[..., Any], server: Any
     ) -> None:
@@ -261,6 +271,7 @@ class TestChat:
         assert page.evaluate("window.lateEnds") > 0
         say(page, ASK)
 
+    @pytest.mark.long
     def test_a_move_that_arrives_late_is_passed_over(
         self, open_page: Callable[..., Any], server: Any, lm: Any, bullets: Path
     ) -> None:
@@ -279,6 +290,7 @@ class TestChat:
         until(page, "tt-steered", answer.text)
         assert "bullets × 0.5" in page.locator(".tt-steered h3").last.inner_text()
 
+    @pytest.mark.long
     def test_it_can_be_stopped_and_closing_the_page_frees_the_model(self, page: Any, server: Any) -> None:
         page.fill("#tt-message textarea", "Tell me a long story.")
         page.keyboard.press("Enter")
@@ -290,6 +302,7 @@ class TestChat:
         assert metric(server, "trimtab_running") == metric(server, "trimtab_queued") == 0
 
 
+@pytest.mark.long
 class TestSweep:
     def test_a_grid_of_answers(self, page: Any, lm: Any, bullets: Path) -> None:
         from trimtab import load
@@ -306,6 +319,7 @@ class TestSweep:
         assert page.locator("#tt-grid h3").all_inner_texts() == ["0", "1"]
 
 
+@pytest.mark.long
 class TestLearning:
     def test_from_a_dropped_file_and_a_typed_pair(self, page: Any, lm: Any, tmp_path: Path) -> None:
         from trimtab import load
@@ -342,6 +356,7 @@ class TestLearning:
         assert words(page, "tt-steered") == answer.text
 
 
+@pytest.mark.long
 class TestNarrow:
     def test_a_telephone(self, open_page: Callable[..., Any], server: Any) -> None:
         page = open_page(server.url, 390, 844)
@@ -367,6 +382,7 @@ class TestNarrow:
         assert names["x"] + names["width"] <= message["x"]  # and beside it
 
 
+@pytest.mark.long
 class TestKeys:
     def test_a_server_with_keys_asks_for_one(self, start: Callable[..., Any], open_page: Callable[..., Any]) -> None:
         server = start("--playground", TRIMTAB_API_KEY="open sesame")

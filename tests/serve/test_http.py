@@ -47,6 +47,7 @@ def metric(server: Any, name: str) -> float:
 
 
 class TestChat:
+    @pytest.mark.smoke
     def test_an_answer_and_what_was_applied(self, client: Any, tiny_lm: Any, steerings: Path) -> None:
         asked = {"steering": [{"name": "s0", "strength": 1.5}, {"name": "s2"}]}
         found = client.chat.completions.create(
@@ -291,6 +292,19 @@ class TestDocument:
     @pytest.fixture(scope="class")
     def open_server(self, start: Callable[..., Any]) -> Any:
         return start("--upload", "--learn", "--max-tokens", "8", "--max-answers", "4", "--timeout", "60")
+
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+    def test_a_stream_is_what_the_document_says(self, open_server: Any, path: str) -> None:
+        """Which requests are drawn below is a matter of chance, and this one is always to be asked."""
+        schemathesis = pytest.importorskip("schemathesis")
+        from schemathesis.specs.openapi import checks
+
+        schema = schemathesis.openapi.from_url(f"{open_server.url}/openapi.json")
+        asked = {"messages": ASK} if "chat" in path else {"prompt": "The sea"}
+        body = {"model": "trimtab", "stream": True, "max_tokens": 3, **asked}
+        case = schema[path]["POST"].Case(body=body, media_type="application/json")
+        found = case.call_and_validate(checks=[checks.content_type_conformance, checks.response_schema_conformance])
+        assert found.headers["content-type"][0].startswith("text/event-stream")
 
     @pytest.mark.parametrize("valid", [True, False], ids=["valid", "invalid"])
     def test_the_server_does_what_its_document_says(self, open_server: Any, valid: bool) -> None:

@@ -64,7 +64,9 @@ BUSY: dict[int | str, dict[str, Any]] = {
     },
     504: {"model": ErrorBody, "description": "The answer took too long."},
 }
-STREAM = {"text/event-stream": {"schema": {"type": "string"}, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
+# `itemSchema` is each event; before OpenAPI 3.2 a `schema` here is read as that of the stream or of an event.
+EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM = {"text/event-stream": {"itemSchema": EVENT, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
 
 
 def make_app(service: Service, *, local: bool = False, playground: bool = False) -> ASGIApp:

@@ -143,6 +143,7 @@ class TestTheSameAsTransformers:
         changed = (ours[Site(10)] - plain[Site(10)]).norm(dim=-1) > 0.05
         assert changed.nonzero().flatten().tolist() == list(range(4, 12))
 
+    @pytest.mark.smoke
     def test_greedy_text(self, vllm: Any, lm: LM) -> None:
         """Of 20 answers at least 18 are the same; where one isn't, it parts at a near-tie."""
         rows = [added(i, 4.0, positions=Positions.from_last_prompt_token()) if i % 3 else None for i in range(20)]
