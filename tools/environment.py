@@ -48,21 +48,21 @@ RECIPES = {
 }
 
 
-def ingredients(recipe: Recipe, gpu: bool) -> str:
-    """The hash of all that decides what is in an environment."""
-    files = [recipe.lock] if recipe.overlay else [PYPROJECT, TORCH, BUILD, recipe.lock]
-    found = hashlib.sha256(f"{sys.implementation.cache_tag} {sys.platform} {gpu and recipe.gpu}\n".encode())
-    for name in filter(None, files):
-        found.update((ROOT / name).read_bytes())
-    return f"{python_version()} {found.hexdigest()}"
+def base(gpu: bool) -> str:
+    """What an environment can't be updated across: the Python, and the kind of torch."""
+    return f"{sys.implementation.cache_tag} {sys.platform} {'cuda' if gpu else 'cpu'}"
 
 
-def python_version() -> str:
-    return f"python{sys.version_info[0]}.{sys.version_info[1]}"
+def ingredients(recipe: Recipe) -> str:
+    """The hash of the files that decide what is in an environment."""
+    found = hashlib.sha256()
+    for name in [recipe.lock] if recipe.overlay else [PYPROJECT, TORCH, BUILD, recipe.lock]:
+        found.update((ROOT / name).read_bytes() if name else b"")
+    return found.hexdigest()
 
 
 def pip(python: Path, *arguments: str | Path, quiet: bool = False) -> int:
-    command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    command: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
     return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode
 
 
@@ -84,45 +84,42 @@ def check(python: Path) -> None:
     done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True)
     wrong = [line for line in done.stdout.splitlines() if not LEFT_OUT.search(line)]
     if done.returncode and wrong:
-        sys.exit(
-            "\n".join(
-                [*wrong, f"{python.parents[1]} isn't whole. If it has packages of your own, remove it and try again."]
-            )
-        )
+        advice = f"{python.parents[1]} isn't whole. If it has packages of your own, remove it and try again."
+        sys.exit("\n".join([*wrong, advice]))
 
 
 def install_upgraded(python: Path) -> None:
     """Everything at its newest, with pyproject.toml's upper bounds left out."""
-    said = subprocess.run(
-        [python, ROOT / "tools/upgraded.py", "requirements"], check=True, capture_output=True, text=True
-    ).stdout
-    install(python, "--upgrade", "--upgrade-strategy", "eager", "-c", ROOT / TORCH, *said.splitlines())
+    listed: list[str | Path] = [python, ROOT / "tools/upgraded.py", "requirements"]
+    wanted = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.splitlines()
+    install(python, "--upgrade", "--upgrade-strategy", "eager", "-c", ROOT / TORCH, *wanted)
 
 
 def make(name: str, path: Path) -> None:
     recipe = RECIPES[name]
     if sys.version_info[:2] < recipe.python:
-        sys.exit(f"{name} needs Python {'.'.join(map(str, recipe.python))} or newer, and this is {python_version()}")
-    gpu = shutil.which("nvidia-smi") is not None
+        sys.exit(f"{name} needs Python {'.'.join(map(str, recipe.python))}, and this is {sys.version.split()[0]}")
+    gpu = recipe.gpu and shutil.which("nvidia-smi") is not None
     mark, python = path / "made-of", path / "bin/python"
-    wanted = ingredients(recipe, gpu)
+    wanted = f"{base(gpu)} {ingredients(recipe)}"
     had = mark.read_text() if mark.exists() else None  # None too where it isn't ours: then nothing is removed
     if had == wanted and recipe.lock is not None:
         return
-    if had is not None and (recipe.overlay or not had.startswith(f"{python_version()} ")):  # "unfinished" too
+    if had is not None and (recipe.overlay or not had.startswith(base(gpu))):  # those that are "unfinished" too
         shutil.rmtree(path)
     if recipe.overlay:
         path.mkdir(parents=True, exist_ok=True)
         mark.write_text("unfinished")
-        install(Path(sys.executable), "--no-deps", "--require-hashes", "--target", path, "-r", ROOT / str(recipe.lock))
+        there = ("--upgrade", "--target", path)
+        install(Path(sys.executable), "--no-deps", "--require-hashes", *there, "-r", ROOT / str(recipe.lock))
     else:
         print(f"installing into {path}, which takes a few minutes the first time", flush=True)
         if not python.exists():
-            base = getattr(sys, "_base_executable", sys.executable)  # not the one that may just have been removed
-            subprocess.run([base, "-m", "venv", path], check=True)
+            itself = getattr(sys, "_base_executable", sys.executable)  # this one may just have been removed
+            subprocess.run([itself, "-m", "venv", path], check=True)
         mark.write_text("unfinished")
         locked = ("--no-deps", "--require-hashes", "--no-build-isolation", "-r")
-        install_torch(python, gpu and recipe.gpu)
+        install_torch(python, gpu)
         install(python, *locked, ROOT / BUILD)
         if recipe.lock is None:
             install_upgraded(python)
@@ -134,9 +131,7 @@ def make(name: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Make an environment from its lock, unless it is made of that already."
-    )
+    parser = argparse.ArgumentParser(description="Make an environment from its lock, unless it is there.")
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("path", type=Path)
     given = parser.parse_args()
