@@ -59,7 +59,7 @@ test-oldest-all: setup
 test-vllm: setup
 	@$(ENVIRONMENT) vllm $(VLLM)
 	for module in $(VLLM_TESTS); do \
-	  $(VLLM)/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_$$module.py || exit 1; \
+	  $(VLLM)/bin/python -m pytest -p no:xdist -m "not slow and not long" tests/engines/vllm/test_$$module.py || exit 1; \
 	done
 
 test-vllm-all: setup
@@ -70,7 +70,7 @@ test-vllm-all: setup
 test-vllm-oldest: setup
 	@$(ENVIRONMENT) vllm-oldest $(VLLM)-oldest
 	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_parts.py
-	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -k "greedy_text or identical_to_the_bit" tests/engines/vllm/test_engine.py
+	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -m smoke tests/engines/vllm/test_engine.py
 
 # Everything at its newest, beyond what pyproject.toml allows: what the next release of a dependency will break.
 test-upgraded: setup browser
