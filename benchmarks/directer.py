@@ -28,6 +28,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.memory import forget_peak, own_peak, peak_of
 from trimtab.decoding.ranking import disturbance, order_of, sensitivity
 from trimtab.decoding.rejection import Rejection, halved
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
@@ -247,8 +248,8 @@ def naive(lm: LM, one: Asked, tokens: int) -> tuple[list[int], float]:
     start = time.perf_counter()
     ids = lm.encode(one.prompt)
     spans = lm.spans(one.prompt, one.instruction)
-    device = lm.model.device
-    cache = lm.model(torch.tensor([ids[:-1]], device=device), use_cache=True).past_key_values
+    cache: Any = compat.DynamicCache(config=lm.layout.decoder.config)  # type: ignore[arg-type]
+    _pass(lm, ids[:-1], cache)
     token = ids[-1]
     order: tuple[int, ...] = ()
     found: list[int] = []
@@ -281,8 +282,13 @@ def _end_ids(lm: LM) -> list[int]:
 
 
 def _step(lm: LM, token: int, cache: Any) -> Tensor:
-    tokens = torch.tensor([[token]], device=lm.model.device)
-    return lm.model(tokens, past_key_values=cache, use_cache=True).logits[0, -1].float()
+    return _pass(lm, [token], cache)[0, -1].float()
+
+
+def _pass(lm: LM, ids: Sequence[int], cache: Any) -> Tensor:
+    """The logits `[1, tokens, vocabulary]` of these tokens, which go into the cache."""
+    inputs = compat.with_cache(lm.model, {"input_ids": torch.tensor([list(ids)], device=lm.model.device)}, cache)
+    return lm.model(**inputs, use_cache=True).logits
 
 
 def _scaled(cache: Any, layers: Sequence[int], spans: Sequence[tuple[int, int]]) -> Any:

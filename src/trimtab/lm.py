@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimtab import engines
@@ -19,6 +17,7 @@ from trimtab.engines.arguments import as_list, batches_of, marks_for, one_each, 
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.deciding import (
     check_gates,
@@ -29,6 +28,7 @@ from trimtab.engines.transformers.deciding import (
     read_gates_with,
     wanted,
 )
+from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
@@ -36,9 +36,10 @@ from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
-from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
+from trimtab.engines.transformers.prefill import OTHERS, Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
 from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check_rejection
+from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.settle import Read, read_prompts, settle
@@ -63,10 +64,9 @@ class LM:
     def __init__(self, model: Any, tokenizer: Any, *, layers: str | None = None, name: str | None = None) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        compat.check_version()
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._lock = threading.RLock()
-        self._steered = False
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
     @classmethod
@@ -191,9 +191,7 @@ class LM:
             Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
         ]
         check_rejection([request for request in requests if request.rejection is not None], options)
-        with self._exclusive(), few_rows(self.model):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with self._exclusive(), few_rows(self.model), seeded(seed, self.model.device):
             for chosen in batches:
                 found = self._answer(
                     [ids[i] for i in chosen],
@@ -287,7 +285,8 @@ class LM:
             if drop_finished and can_leave(self.layout, options):
                 limits = {"max_new_tokens": given["max_new_tokens"], "logprobs": given["logprobs"]}
                 return finish_batch(self.model, self.tokenizer, self.layout, ids, steerings, **limits)
-            if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], options):
+            held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
+            if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
                 return self._steer_from_prefill(ids, steerings, given)
         edits = self._decide(steerings, ids)
         names = [tuple(str(edit) for edit in one) for one in edits]
@@ -362,22 +361,20 @@ class LM:
         session = Session(self.model, self.layout, decide, prompt_lengths)
         everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
         sites = sorted({edit.site for one in everything for edit in _possible(one)})  # type: ignore[arg-type]
-        with self._exclusive(), session.hooked(sites), _known_prompts(self.model, session, bool(sites)):
-            yield session
+        with self._exclusive():
+            with session.hooked(sites, any_thread=True), _known_prompts(self.model, session, bool(sites)):
+                yield session
+            if sites and not session.ran:
+                raise TrimtabError(
+                    "nothing was steered inside lm.steered(…): this model didn't run there, or ran past its hooks (a"
+                    " captured graph, a traced copy, another model)"
+                )
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """One steered run at a time: hooks sit on the model that all threads share."""
-        with self._lock:
-            if self._steered:
-                raise TrimtabError(
-                    "this model is being steered already; leave lm.steered(…) first, or add the steerings"
-                )
-            self._steered = True
-            try:
-                yield
-            finally:
-                self._steered = False
+        with steering_of(self.layout.decoder):
+            yield
 
     def _decide(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's effective edits; gates that read activations read the unsteered prompt."""
@@ -392,8 +389,8 @@ class LM:
         """Reads the prompts' activations in a first pass over them."""
 
         def read(numbers: Sequence[int], sites: Sequence[Site]) -> dict[int, dict[Site, Tensor]]:
-            inputs = {k: v for k, v in first.inputs.items() if k not in ("past_key_values", "use_cache")}
-            activations = run_decoder(self.layout, {**inputs, "use_cache": False}, sites)
+            inputs = {**compat.without_cache(first.inputs), "use_cache": False}
+            activations = run_decoder(self.layout, inputs, sites)
             repeat = len(first.lengths) // count
             found = {}
             for request in numbers:
@@ -469,7 +466,12 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
         left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
         session.expect([int(n) for n in lengths], tokens.shape[1] if left else None)
         try:
-            return original(inputs, *args, **{"disable_compile": True, **kwargs})
+            output = original(inputs, *args, **{"disable_compile": True, **kwargs})
+            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+            if isinstance(sequences, Tensor):  # the last token isn't fed to the model
+                before = 0 if tokens.dim() == 2 else tokens.shape[1]
+                session.check_reached(before + sequences.shape[1] - 1)
+            return output
         finally:
             session.expect(outside)
 

@@ -128,7 +128,9 @@ class SteeredHFLM(HFLM):
             session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths)
             sites = sorted({edit.site for one in edits for edit in one})
             with session.hooked(sites), self._precision():
-                return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            session.check_reached(ids.shape[1])
+            return logits
 
     def _precision(self) -> Any:
         mixed = self.mixed_precision_dtype

@@ -34,16 +34,15 @@ class GgufTokenizer:
         self, messages: Sequence[Any], *, add_generation_prompt: bool = True, tokenize: bool = True, **_: Any
     ) -> Any:
         """The rendered messages: text, or with `tokenize` `{"input_ids": …}`."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from trimtab.engines.transformers.compat import render_chat_template
 
-        rendered: Any = render_jinja_template(  # texts, and spans of them
-            conversations=[list(messages)],
-            chat_template=self.chat_template,
+        text = render_chat_template(
+            messages,
+            self.chat_template,
             add_generation_prompt=add_generation_prompt,
             bos_token=self._text(self._library.llama_vocab_bos(self._vocabulary)),
             eos_token=self._text(self._library.llama_vocab_eos(self._vocabulary)),
         )
-        text = str(rendered[0][0])
         return {"input_ids": self._ids(text, special=False)} if tokenize else text
 
     def _text(self, token: int) -> str:

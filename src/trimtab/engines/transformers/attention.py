@@ -7,21 +7,20 @@ the model's own implementation, so that they stay as they were to the bit.
 
 from __future__ import annotations
 
-import inspect
 import itertools
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.positions import read_pass
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
-from trimtab.errors import UnsupportedError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 
 FULL = {"full_attention", "sliding_attention"}
@@ -36,14 +35,14 @@ def check_attention(layout: Layout) -> None:
     """Raises `UnsupportedError` for a model whose attention scores can't be steered."""
     decoder: Any = layout.decoder
     name = type(decoder).__name__
-    if not getattr(decoder, "_supports_attention_backend", False):
+    if not compat.calls_attention_interface(decoder):
         raise UnsupportedError(f"{name} computes its attention outside of transformers' attention interface")
     kinds = set(getattr(decoder.config, "layer_types", None) or ())
     if other := sorted(kinds - FULL):
         raise UnsupportedError(f"attention scores can't be steered in {name}, which has layers of {', '.join(other)}")
     if getattr(decoder.config, "alibi", False):
         raise UnsupportedError(f"{name} adds position biases to its scores, which steering them doesn't know")
-    if getattr(decoder.config, "attn_logit_softcapping", None) and decoder.config._attn_implementation == "sdpa":
+    if getattr(decoder.config, "attn_logit_softcapping", None) and compat.attention_name(decoder.config) == "sdpa":
         raise UnsupportedError(
             f"{name} caps its scores, and the sdpa attention it was loaded with leaves that out; load it with"
             " attn_implementation='eager'"
@@ -52,10 +51,8 @@ def check_attention(layout: Layout) -> None:
 
 def attention_modules(layout: Layout) -> tuple[nn.Module, ...]:
     """Each block's attention, as the model declares it. Raises `UnsupportedError` where that isn't one a block."""
-    declared = (getattr(type(layout.decoder), "_can_record_outputs", None) or {}).get("attentions")
-    declared = declared[0] if isinstance(declared, list) and declared else declared
-    kind = getattr(declared, "target_class", declared)
-    if not isinstance(kind, type):
+    kind = compat.declared(layout.decoder, "attentions")
+    if kind is None:
         raise UnsupportedError(f"{type(layout.decoder).__name__} doesn't declare what its attention is")
     found = [[m for m in block.modules() if isinstance(m, kind)] for block in layout.blocks]
     if any(len(modules) != 1 for modules in found):
@@ -72,32 +69,14 @@ def head_count(layout: Layout) -> int:
 def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
     """A name under which transformers knows this attention, and how its masks are made, while the context is open."""
     name = f"trimtab-{next(_numbers)}"
-    ALL_ATTENTION_FUNCTIONS.register(name, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
-    try:
+    with compat.registered(name, attention, mask):
         yield name
-    finally:
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
 
 
 def configurations(layout: Layout) -> list[Any]:
     """The configurations that the decoder's modules read their attention's name from, each once."""
     found = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
     return list({id(config): config for config in found}.values())
-
-
-@contextmanager
-def using(configs: Sequence[Any], name: str) -> Iterator[None]:
-    """While open, these configurations name this attention."""
-    before = [config._attn_implementation for config in configs]
-    try:
-        for config in configs:
-            config._attn_implementation = name
-        yield
-    finally:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old
 
 
 @contextmanager
@@ -113,24 +92,17 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
     width = max(lengths)
     rows = [Row(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
     layers = compile_scores(rows, width, head_count(layout), next(layout.decoder.parameters()).device)
-    columns = 0
+    columns: int | None = None
+    owner = get_ident()
 
-    def count(_decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def count(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal columns
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
-            raise UnsupportedError(
-                f"{type(layout.decoder).__name__} was called with neither input_ids nor inputs_embeds"
-            )
-        cache = given.get("past_key_values")
-        columns = tokens.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+        if get_ident() == owner:
+            columns = read_pass(decoder, compat.bound(decoder, args, kwargs), None, columns).stop
 
-    names = list(inspect.signature(type(layout.decoder).forward).parameters)[1:]
     handle = layout.decoder.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        with steered_scores(layout, layers, lambda: columns):
+        with steered_scores(layout, layers, lambda: columns or 0):
             yield
     finally:
         handle.remove()
@@ -140,20 +112,28 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
 def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Callable[[], int]) -> Iterator[None]:
     """While open, attention to a batch's prompts is steered at these layers, for all queries.
 
-    `columns()` says how many columns a row has so far, pads and those of the running pass included.
+    `columns()` says how many columns a row has so far, pads and those of the running pass included. Passes of other
+    threads are left alone.
+
+    Raises:
+        TrimtabError: A pass has ended in which a layer to be steered didn't ask for this attention, or there was none.
     """
     check_attention(layout)
-    own = str(layout.decoder.config._attn_implementation)  # type: ignore[union-attr]
+    own = compat.attention_name(layout.decoder.config)
     if own not in PLAIN:
         raise UnsupportedError(f"attention scores can't be steered under {own}; load the model with sdpa or eager")
     at = {id(module): layers[i] for i, module in enumerate(attention_modules(layout)) if i in layers}
+    owner = get_ident()
+    asked: set[int] = set()  # the modules that have asked for this attention in the pass that is running
+    passes = 0
     chosen: dict[tuple[int, int], tuple[Tensor, LayerScores]] = {}  # for a layer's scores and a batch of so many rows
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, Any]:
         count = len(query)
-        steered = at.get(id(module))
+        steered = at.get(id(module)) if get_ident() == owner else None
+        asked.add(id(module))
         rows: Tensor | None = None
         if steered is not None:
             if (id(steered), count) not in chosen:
@@ -161,7 +141,7 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
             rows, steered = chosen[id(steered), count]
             if len(rows) == count:
                 return _steered_attention(query, key, value, mask, steered, columns(), given), None
-        plain = ALL_ATTENTION_FUNCTIONS.get_interface(own, _eager(module))
+        plain = compat.attention_function(own, module)
         if given.get("softcap") is None and own == "sdpa":
             given.pop("softcap", None)
         output, weights = plain(module, query, key, value, mask, **given)
@@ -172,8 +152,36 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
         output[rows] = _steered_attention(*inputs, steered, columns(), given)
         return output, None
 
-    with registered(attention, ALL_MASK_ATTENTION_FUNCTIONS[own]) as name, using(configurations(layout), name):
-        yield
+    def begin(*_: Any) -> None:
+        if get_ident() == owner:
+            asked.clear()
+
+    def end(*_: Any) -> None:
+        nonlocal passes
+        if get_ident() != owner:
+            return
+        passes += 1
+        if missing := [i for i, module in enumerate(attention_modules(layout)) if id(module) in at.keys() - asked]:
+            raise TrimtabError(
+                f"the attention of layer {missing[0]} wasn't steered in this pass: it doesn't look up the attention"
+                " that the model's configuration names"
+            )
+
+    with (
+        registered(attention, compat.mask_function(own)) as name,
+        compat.attending_with(configurations(layout), name),
+    ):
+        hooks = [
+            layout.decoder.register_forward_pre_hook(begin),
+            layout.decoder.register_forward_hook(end),
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if not passes:
+        raise TrimtabError("the model ran past trimtab's hooks, so its attention wasn't steered")
 
 
 def refuse_unknown(given: dict[str, Any]) -> None:
@@ -222,6 +230,11 @@ def _steered_attention(
     scores = query.reshape(count, groups, -1, size) @ key.transpose(-1, -2)
     scores = scores.view(count, heads, queries, length).to(wide).mul_(scaling)
     missing = columns - length
+    if missing < 0:
+        raise UnsupportedError(
+            f"attention can't be steered over a cache that has {length} columns for {columns} tokens (a static cache);"
+            " leave out cache_implementation"
+        )
     steered.scale(scores, missing)
     scores = capped(scores, given.get("softcap"))
     if mask is None and queries > 1:
@@ -236,11 +249,3 @@ def _steered_attention(
     weights = scores.softmax(-1).to(value.dtype)
     output = weights.view(count, groups, -1, length) @ value
     return output.view(count, heads, queries, -1).transpose(1, 2)
-
-
-def _eager(module: nn.Module) -> Attention:
-    """The attention that the module's own file falls back on."""
-    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if found is None:
-        raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
-    return found

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+
+from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer
 
 ROOM = 128
 """Columns that are allocated ahead, at least; beyond it, half as many as there are."""

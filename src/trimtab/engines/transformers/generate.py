@@ -61,6 +61,7 @@ def generate_batch(
             output_logits=logprobs,
             **options,
         )
+    session.check_reached(output.sequences.shape[1] - 1)  # the last token isn't fed to the model
     sequences = output.sequences[:, width:]
     scores = _token_logprobs(model, output) if logprobs else None
     answers = []
@@ -79,7 +80,9 @@ def generate_batch(
                 token_ids=tuple(tokens[:length]),
                 finish_reason="stop" if stopped else "length",
                 prompt_tokens=len(prompts[request]),
-                applied=Applied(edits[request], session.doses(request) if sites else ()),
+                applied=Applied(
+                    edits[request], session.doses(request, len(prompts[request]) + length - 1) if sites else ()
+                ),
                 logprobs=None if scores is None else tuple(scores[row, :length].tolist()),
             )
         )

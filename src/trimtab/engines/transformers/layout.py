@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from trimtab.engines.transformers import compat
 from trimtab.errors import TrimtabError, UnsupportedError
 
 
@@ -61,7 +62,7 @@ def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
 
 def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
-    block = _block_class(decoder)
+    block = compat.declared(decoder, "hidden_states")
     if block is not None:
         declared = {name: m for name, m in lists.items() if all(isinstance(item, block) for item in m)}
         lists = declared or lists
@@ -73,13 +74,6 @@ def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn
         f"can't tell which part of {type(model).__name__} holds its {count} blocks: {len(lists)} lists of that length"
         f" in its decoder; name it with layers=…; lists: {_names(model)}"
     )
-
-
-def _block_class(decoder: nn.Module) -> type | None:
-    declared = (getattr(type(decoder), "_can_record_outputs", None) or {}).get("hidden_states")
-    declared = declared[0] if isinstance(declared, list) and declared else declared
-    declared = getattr(declared, "target_class", declared)
-    return declared if isinstance(declared, type) else None
 
 
 def _names(model: nn.Module) -> str:

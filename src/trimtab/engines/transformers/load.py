@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trimtab.engines.transformers import default_model
+from trimtab.engines.transformers import compat, default_model
 from trimtab.errors import TrimtabError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -74,7 +74,7 @@ def _read(source: str, dtype: Any, revision: str | None, options: dict[str, Any]
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, **known)
         kind: Any = AutoModelForCausalLM
-        if type(config) not in AutoModelForCausalLM._model_mapping and "trust_remote_code" not in options:
+        if not compat.is_causal_lm(config) and "trust_remote_code" not in options:
             kind = transformers.AutoModelForImageTextToText  # the language model inside is found by the layout
         model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **known)

@@ -6,15 +6,15 @@ of them steers. That part runs once a text, unsteered; its keys and values are r
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.read import SHARE_FROM, can_share, check_length, padded
@@ -89,6 +89,7 @@ def next_tokens(
         ids, mask = padded([choice.ids for choice in choices], left=True, device=device)
     with session.hooked(sites):
         logits = _run(model, ids, mask, cache).logits[:, -1]
+        session.check_reached(mask.shape[1])
     logprobs = logits.double().log_softmax(-1).cpu()
     return [
         NextToken(
@@ -102,9 +103,9 @@ def next_tokens(
 def _run(module: Callable[..., Any], ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
     """A pass over ids, of which the mask covers those in the cache as well; logits for the last column only."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
-    takes = inspect.signature(type(module).forward).parameters  # type: ignore[attr-defined]
+    takes = compat.parameters(module)
     if cache is not None:
-        inputs["past_key_values"] = cache
+        inputs = compat.with_cache(module, inputs, cache)
     if "position_ids" in takes:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     if "logits_to_keep" in takes:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
@@ -87,11 +88,9 @@ def output_weight(layout: Layout, site: Site) -> Tensor:
 
 def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
     """The block's attention: of the class that the model declares, else the one child that is called so."""
-    declared: Any = (getattr(type(layout.decoder), "_can_record_outputs", None) or {}).get("attentions")
-    declared = declared[0] if isinstance(declared, list) and declared else declared
-    kind = getattr(declared, "target_class", declared)
+    kind = compat.declared(layout.decoder, "attentions")
     children = list(block.children())
-    if isinstance(kind, type):
+    if kind is not None:
         found = [child for child in children if isinstance(child, kind)]
     else:
         found = [child for child in children if type(child).__name__.endswith("Attention")]

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.deciding import conditionals, decided, wanted
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import TOKENS_PER_BATCH, can_share, recording
+from trimtab.engines.transformers.read import TOKENS_PER_BATCH, can_share, check_read, recording
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.settle import TOKENS_PER_BATCH as TOKENS_TO_SETTLE
 from trimtab.engines.transformers.settle import is_open, settle
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
 CUT = ("input_ids", "position_ids", "cache_position", "token_type_ids")
@@ -34,8 +36,7 @@ CUT = ("input_ids", "position_ids", "cache_position", "token_type_ids")
 OTHERS = (
     "cache_implementation",
     "cache_config",
-    "use_cache",
-    "past_key_values",
+    *compat.CACHE_NAMES,
     "prefill_chunk_size",
     "prompt_lookup_num_tokens",
 )
@@ -45,10 +46,13 @@ OTHERS = (
 def decides_at_prefill(
     layout: Layout, steerings: Sequence[Steering | None], lengths: Sequence[int], options: Mapping[str, Any]
 ) -> bool:
-    """Whether this batch has something to decide, and its first pass can tell."""
+    """Whether this batch has something to decide, and its first pass can tell.
+
+    `options` are those of `generate` that will hold, the model's generation configuration's included (see `OTHERS`).
+    """
     edits = _acting(steerings)
     asked = [bool(wanted(one)) or any(map(is_open, acting)) for one, acting in zip(steerings, edits, strict=True)]
-    if not any(asked) or any(options.get(name) is not None for name in OTHERS):
+    if not any(asked) or options.get("use_cache") is False or any(options.get(name) is not None for name in OTHERS):
         return False
     if any(is_score_edit(edit) for acting in edits for edit in acting) or not can_share(layout):
         return False
@@ -91,6 +95,7 @@ class Prefill:
         self._where = [self._tokens(i) for i in range(len(self.lengths))]
         self._deepest = _on_the_way(steerings)
         self._kept: Mapping[Site, Tensor] | None = None
+        self._decided = False
 
     def decide(self, _requests: int, _first: Any) -> Sequence[tuple[Edit, ...]]:
         """For the session: what was decided."""
@@ -100,9 +105,10 @@ class Prefill:
     def watching(self, session: Session) -> Iterator[None]:
         """The first pass of the whole model inside decides, and the session goes on from it."""
         decoder = self.layout.decoder
+        owner = get_ident()
 
         def before(_module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-            if self._kept is not None:
+            if self._kept is not None or get_ident() != owner:
                 return
             places = self._places(kwargs["input_ids"])
             self._kept = first.enter_context(recording(self.layout, self._read, places, to_the_end=True))
@@ -114,7 +120,7 @@ class Prefill:
                 first.callback(self.layout.blocks[self._deepest].register_forward_hook(on_the_way).remove)
 
         def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            given[:] = args, {**kwargs, "past_key_values": None}  # empty now, not when it goes on
+            given[:] = args, compat.without_cache(kwargs)  # empty now, not when it goes on
 
         def on_the_way(*_: Any) -> None:
             self._decide()
@@ -122,10 +128,14 @@ class Prefill:
             session.before(decoder, *given)
 
         def after(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            if not self._kept:
+            if self._decided or get_ident() != owner:
                 first.close()
                 return
             first.close()
+            if self._deepest is not None:
+                raise TrimtabError(
+                    f"block {self._deepest} didn't run in the pass over the prompts, so no gate is decided"
+                )
             self._decide()
             session.resume()
             repeat = kwargs["input_ids"].shape[0] // len(self.lengths)
@@ -156,6 +166,7 @@ class Prefill:
 
     def _decide(self) -> None:
         assert self._kept is not None
+        check_read(self._read, self._kept)
         sizes = [len(tokens) for tokens in self._where]
         found = {site: x.split(sizes) for site, x in self._kept.items()}
         readings = []
@@ -166,7 +177,7 @@ class Prefill:
         self.names[:] = [tuple(str(edit) for edit in one) for one in edits]
         settled = settle(edits, lambda numbers, sites: {i: {site: found[site][i] for site in sites} for i in numbers})
         self.edits[:] = conditionals(settled)
-        self._kept = {}
+        self._kept, self._decided = {}, True
 
     def _begins(self, request: int) -> bool:
         """Whether an edit acts at the last prompt token; what acts later finds all as it was."""
@@ -176,7 +187,9 @@ class Prefill:
 
     def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
         """Run the last column again, steered, and put what comes of these rows in the place of what there was."""
-        cache = kwargs["past_key_values"]
+        cache = compat.cache_of(kwargs, type(self.model).__name__)
+        if not compat.grows_plainly(cache):
+            raise UnsupportedError(f"a gate can't be decided over a {type(cache).__name__}; use the default cache")
         ends = [(layer.keys[..., -1:, :], layer.values[..., -1:, :]) for layer in cache.layers if layer.is_initialized]
         layers = [layer for layer in cache.layers if layer.is_initialized]
         for layer in layers:
@@ -209,5 +222,4 @@ def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
 
 def _plain(layout: Layout) -> bool:
     """Whether the cache is one of keys and values without windows, whose last column can be taken off."""
-    layers = DynamicCache(config=layout.decoder.config).layers  # type: ignore[arg-type]
-    return all(type(layer) is DynamicLayer for layer in layers)
+    return compat.grows_plainly(DynamicCache(config=layout.decoder.config))  # type: ignore[arg-type]

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from trimtab.errors import UnsupportedError
 
 

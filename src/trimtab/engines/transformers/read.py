@@ -9,17 +9,18 @@ have (the two members of a contrastive pair). Of the activations only the positi
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -54,7 +55,7 @@ class _Opening:
 
 
 class _Enough(BaseException):
-    """Raised by the deepest hook: all that is needed has been computed."""
+    """Raised by the deepest hook: all that is needed has been computed. Only ever in the thread that reads."""
 
 
 @torch.no_grad()
@@ -139,11 +140,7 @@ def _common(texts: Sequence[Text]) -> int:
 
 def can_share(layout: Layout) -> bool:
     """Whether the model's cache is of plain keys and values, so that rows of it can be repeated."""
-    decoder: Any = layout.decoder
-    if getattr(decoder, "_is_stateful", False) or "past_key_values" not in _parameters(decoder):
-        return False
-    layers = DynamicCache(config=decoder.config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return compat.keeps_plain_cache(layout.decoder)
 
 
 def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
@@ -153,7 +150,7 @@ def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]
     """
     cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
     texts = [text for group in groups for text in group]
-    plain = all(type(layer) is DynamicLayer for layer in cache.layers) and "position_ids" in _parameters(layout.decoder)
+    plain = compat.grows_plainly(cache) and "position_ids" in compat.parameters(layout.decoder)
     if len(groups) < 2 or not plain:
         return _Opening(0, cache)
     read_from = min(min(text.positions) for text in texts)
@@ -234,8 +231,8 @@ def _run(
     """The activations `[places, width]` at each site, at these rows and columns of the batch."""
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
-        inputs["past_key_values"] = cache
-    if "position_ids" in _parameters(layout.decoder):
+        inputs = compat.with_cache(layout.decoder, inputs, cache)
+    if "position_ids" in compat.parameters(layout.decoder):
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     rows, columns = (torch.tensor(indices, dtype=torch.long, device=ids.device) for indices in at)
     return run_decoder(layout, inputs, sites, lambda x: x[rows.to(x.device), columns.to(x.device)])
@@ -248,7 +245,17 @@ def run_decoder(
     with recording(layout, sites, keep) as found:
         with suppress(_Enough):
             layout.decoder(**inputs)
+    check_read(sites, found)
     return found
+
+
+def check_read(sites: Sequence[Site], found: Mapping[Site, Any]) -> None:
+    """Raises `TrimtabError` unless something was read at every site."""
+    if missing := sorted(set(sites) - set(found)):
+        raise TrimtabError(
+            f"the part of the model at {missing[0]} didn't run in a pass that reads there; something runs the model"
+            " past its hooks (a captured graph, a replaced forward)"
+        )
 
 
 @contextmanager
@@ -257,19 +264,24 @@ def recording(
 ) -> Iterator[dict[Site, Tensor]]:
     """Hooks that record what `keep` makes of the activations at `sites`, and end the pass when all are there.
 
-    `to_the_end` lets it go on.
+    `to_the_end` lets it go on. Passes of other threads are left alone, and other runs wait until this one is done.
     """
     found: dict[Site, Tensor] = {}
+    owner = get_ident()
     wanted = sorted(set(sites))
     rows = 0
     handles: list[Any] = []
 
     def begin(_module: Any, args: tuple, kwargs: dict) -> None:
         nonlocal rows
+        if get_ident() != owner:
+            return
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         rows = len(next(tokens for tokens in given if isinstance(tokens, Tensor)))
 
     def record(site: Site, given: Any) -> None:
+        if get_ident() != owner:
+            return
         x = given if isinstance(given, Tensor) else given[0]
         # some blocks run their MLP over the tokens of all rows as one list
         found[site] = keep(x if x.dim() == 3 else x.view(rows, -1, x.shape[-1]))
@@ -279,23 +291,20 @@ def recording(
     def entering(site: Site) -> Any:
         return lambda _m, args, kwargs: record(site, args[0] if args else kwargs["hidden_states"])
 
-    try:
-        handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
-        for site in wanted:
-            where = place(layout, site)
-            if where.side == "input":
-                handles.append(where.module.register_forward_pre_hook(entering(site), with_kwargs=True))
-            else:
-                leave = lambda _m, _a, output, site=site: record(site, output)  # noqa: E731
-                handles.append(where.module.register_forward_hook(leave))
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _parameters(module: Any) -> Any:
-    return inspect.signature(type(module).forward).parameters
+    with reading(layout.decoder):
+        try:
+            handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
+            for site in wanted:
+                where = place(layout, site)
+                if where.side == "input":
+                    handles.append(where.module.register_forward_pre_hook(entering(site), with_kwargs=True))
+                else:
+                    leave = lambda _m, _a, output, site=site: record(site, output)  # noqa: E731
+                    handles.append(where.module.register_forward_hook(leave))
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _device(layout: Layout) -> torch.device:

@@ -25,8 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trimtab.decoding.rejection import (
     SCHEDULES,
@@ -39,6 +37,7 @@ from trimtab.decoding.rejection import (
     threshold,
 )
 from trimtab.decoding.trace import Step, Trace
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.ranked import rank_layers
 from trimtab.engines.transformers.raw_cache import Guesses, RawCache
@@ -75,7 +74,7 @@ REFUSED = {
     "num_beams": "beams share no cache; decode greedily or sample",
     "prompt_lookup_num_tokens": "drafts aren't checked for plausibility",
     "cache_implementation": "rows need the default cache",
-    "past_key_values": "rows need a cache of their own",
+    **dict.fromkeys(compat.CACHE_NAMES, "rows need a cache of their own"),
     "use_cache": "rows need the cache",
     "custom_generate": "the loop is trimtab's own",
     "prefill_chunk_size": "the last prompt token's own pass is needed whole",
@@ -198,25 +197,27 @@ class RejectingLoop:
         config = generation_config
         streamer = self.streamer if streamer is None else streamer
         cache = RawCache(model.config)
-        model_kwargs["past_key_values"] = cache
+        model_kwargs = compat.put_cache(model_kwargs, cache)
         count = len(input_ids)
         self.streams = [_Stream() for _ in range(count)]
         unfinished = torch.ones(count, dtype=torch.long, device=input_ids.device)
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
-        pad = config._pad_token_tensor
+        pad = compat.pad_token(config)
         self._filler = pad if ends else None
         logits: tuple[Tensor, ...] = ()
 
-        inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+        inputs = compat.first_inputs(model, input_ids, model_kwargs)
         output = model(**inputs, return_dict=True)
+        _check_cached(cache, input_ids.shape[1])
         token = Token.of(inputs)
         raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-        model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+        model_kwargs = compat.after_pass(model, model_kwargs, output)
         del output, inputs
         steer = self._prepare(token, cache, input_ids.shape[1])
         ahead: Found = {}
         shape = SHAPES[self.schedule]
         while True:
+            _check_cached(cache, input_ids.shape[1])
             last = input_ids.shape[1] + 1 >= config.max_length
             self._guessed = []
             self._guessing = 0 if last or (shape.beside and count > 1) else shape.guesses
@@ -236,28 +237,28 @@ class RejectingLoop:
             unfinished = unfinished & ~stopping_criteria(input_ids, ())
             if not unfinished.any():
                 break
-            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+            inputs = compat.next_inputs(model, input_ids, model_kwargs)
             token = Token.of(inputs)
             ahead = {}
             guessed = self._come_true(cache, next_tokens)
             if guessed is not None:
                 raw = guessed
-                model_kwargs = _next_kwargs(model, cache, model_kwargs)
+                model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
             elif shape.beside and steer is not None:
                 self.passes += 1
                 raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, unfinished.bool(), shape.beside)
-                model_kwargs = _next_kwargs(model, cache, model_kwargs)
+                model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
             else:
                 self.passes += 1
                 output = model(**inputs, return_dict=True)
                 raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-                model_kwargs = model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
+                model_kwargs = compat.after_pass(model, model_kwargs, output)
                 del output
         if streamer is not None:
             streamer.end()
         if not config.return_dict_in_generate:
             return input_ids
-        return GenerateDecoderOnlyOutput(sequences=input_ids, logits=logits or None, past_key_values=cache)  # type: ignore[arg-type]
+        return compat.generated(input_ids, logits or None, cache)
 
     def _choose(
         self,
@@ -451,7 +452,8 @@ class RejectingLoop:
             aside = copy(cache)
             aside.layers = [copy(layer) for layer in cache.layers]  # that are given other tensors, not changed ones
             aside.seen = {}
-            return self.model(input_ids=token.ids, past_key_values=aside, use_cache=True, **token.more).logits[0]
+            inputs = compat.with_cache(self.model, {"input_ids": token.ids, **token.more}, aside)
+            return self.model(**inputs, use_cache=True).logits[0]
 
         return _best_of_three(once)
 
@@ -470,6 +472,16 @@ class RejectingLoop:
         return _best_of_three(lambda: self.rows.run(token, cache, columns, steer, versions, requests, guesses=guesses))
 
 
+def _check_cached(cache: RawCache, columns: int) -> None:
+    """Raises `TrimtabError` unless each layer of the unsteered stream's cache holds so many columns."""
+    held = {cache.get_seq_length(layer) for layer in range(len(cache.layers))}
+    if held != {columns}:
+        raise TrimtabError(
+            f"the cache of the unsteered stream holds {sorted(held)} tokens where {columns} have been read: the model"
+            " didn't put them into the cache that it was given, or a pass was missed"
+        )
+
+
 def _best_of_three(work: Callable[[], Tensor]) -> float:
     best = float("inf")
     for _ in range(3):
@@ -477,11 +489,6 @@ def _best_of_three(work: Callable[[], Tensor]) -> float:
         float(work()[0, 0])  # waits for the device
         best = min(best, time.perf_counter() - began)
     return best
-
-
-def _next_kwargs(model: Any, cache: RawCache, model_kwargs: dict[str, Any]) -> dict[str, Any]:
-    output = CausalLMOutputWithPast(past_key_values=cache)
-    return model._update_model_kwargs_for_generation(output, model_kwargs, is_encoder_decoder=False)
 
 
 def _describe(edits: tuple[Edit, ...]) -> str:

@@ -12,17 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.masking_utils import sdpa_mask
 
 from trimtab.engines.folding import Stage, apply
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import (
     capped,
     check_attention,
@@ -30,15 +29,16 @@ from trimtab.engines.transformers.attention import (
     head_count,
     refuse_unknown,
     registered,
-    using,
 )
+from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.plan import Plan, compile_plan
+from trimtab.engines.transformers.positions import state_at
 from trimtab.engines.transformers.raw_cache import Guesses, RawCache, entries
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
-from trimtab.engines.transformers.session import _dtype, _state, attach
-from trimtab.errors import UnsupportedError
+from trimtab.engines.transformers.session import _dtype, attach
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
 KEPT = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # one entry a token, last axis
@@ -89,6 +89,8 @@ class _Run:
     raw_rows: Tensor | None
     guesses: Guesses | None
     layer: int | None = None
+    attended: set[int] = field(default_factory=set)  # the layers that have asked for our attention
+    edited: set[Site] = field(default_factory=set)  # the sites that came by
 
 
 @dataclass(frozen=True)
@@ -177,12 +179,15 @@ class Rows:
         self._configs = configurations(layout)
         self._run: _Run | None = None
         self._name = ""
+        self._own = compat.attention_name(layout.decoder.config)
+        self._owner: int | None = None
         self._plan: Plan | None = None
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
         """Hooks at the sites that some version edits, and our attention known to transformers."""
         handles: list[Any] = []
+        self._owner = get_ident()
         try:
             with registered(self._attend, self._mask) as self._name:
                 for site in sites:
@@ -238,14 +243,27 @@ class Rows:
             guesses,
         )
         try:
-            with using(self._configs, self._name), self._joined(joining):
+            with compat.attending_with(self._configs, self._name), self._joined(joining):
                 inputs: dict[str, Any] = token.rows(requests[:1] if joining else requests, guesses)
-                if joining and "logits_to_keep" in signature(self.model.forward).parameters:
+                if joining and "logits_to_keep" in compat.parameters(self.model):
                     inputs["logits_to_keep"] = 1
-                output = self.model(**inputs, past_key_values=_RowCache(self._run), use_cache=True, return_dict=True)
+                inputs = compat.with_cache(self.model, inputs, _RowCache(self._run))
+                output = self.model(**inputs, use_cache=True, return_dict=True)
+            self._check(self._run)
         finally:
             self._run = None
         return output.logits[0]
+
+    def _check(self, run: _Run) -> None:
+        """Raises `TrimtabError` unless every layer asked for our attention, and every edited site ran."""
+        if missing := sorted(set(range(len(run.raw.layers))) - run.attended):
+            raise TrimtabError(
+                f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"
+                " attention that the model's configuration names, or doesn't update the cache that it was given"
+            )
+        wanted = set() if run.states is None or self._plan is None else set(self._plan.stages)
+        if unedited := sorted(wanted - run.edited):
+            raise TrimtabError(f"the part of the model at {unedited[0]} didn't run in a pass that steers there")
 
     @contextmanager
     def _joined(self, joining: Sequence[int]) -> Iterator[None]:
@@ -272,7 +290,7 @@ class Rows:
         if not versions.plan.stages:
             return None
         states = [
-            0 if version is None else _state(versions.plan.segments[version], columns - 1 - versions.pads[version])
+            0 if version is None else state_at(versions.plan.segments[version], columns - 1 - versions.pads[version])
             for version in chosen
         ]
         return torch.tensor(states, device=device) if any(states) else None
@@ -281,6 +299,9 @@ class Rows:
         run = self._run
         if run is None or run.states is None or self._plan is None or site not in self._plan.stages:
             return None
+        if get_ident() != self._owner:
+            return None
+        run.edited.add(site)
         x = given.view(1, -1, given.shape[-1])
         states = run.states[: x.shape[1]].to(x.device)
         for stage in self._plan.stages[site]:
@@ -294,7 +315,8 @@ class Rows:
         and where there are guesses, for the one after it.
         """
         run = self._run
-        assert run is not None
+        if run is None or get_ident() != self._owner:
+            return compat.mask_function(self._own)(*_, **given)
         kept = {name: given[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in given}
         padding, queries = run.padding, 1 if run.guesses is None else 2
         if padding is not None and queries == 2:
@@ -319,8 +341,10 @@ class Rows:
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, None]:
         """`[1, rows, heads, size]` for the rows' queries `[1, heads, rows, size]` and their own keys and values."""
-        refuse_unknown(given)
         run = self._run
+        if get_ident() != self._owner:
+            return compat.attention_function(self._own, module)(module, query, key, value, mask, **given)
+        refuse_unknown(given)
         if run is None or run.layer is None:
             raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
         past_keys, past_values = run.raw.seen[run.layer]
@@ -329,6 +353,7 @@ class Rows:
             past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
         own = 1 if run.guesses is None else 2
         steered = run.scores.get(run.layer)
+        run.attended.add(run.layer)
         run.layer = None
         heads, rows, size = query.shape[1:]
         if steered is not None and rows < run.rows:

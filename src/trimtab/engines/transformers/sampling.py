@@ -7,12 +7,15 @@ What a row gets doesn't depend on its neighbours, and equals what `lm.generate` 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.engines.transformers import compat
 from trimtab.errors import TrimtabError
 
 
@@ -53,15 +56,33 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """While open, torch's random numbers are those of this seed; then the caller's go on as if nothing had been drawn.
+
+    Nothing changes without a seed.
+    """
+    if seed is None:
+        yield
+        return
+    here = list(range(torch.cuda.device_count())) if device.type == "cuda" else []
+    on_mps = torch.mps.get_rng_state() if device.type == "mps" else None
+    with torch.random.fork_rng(here):
+        try:
+            torch.manual_seed(seed)
+            yield
+        finally:
+            if on_mps is not None:
+                torch.mps.set_rng_state(on_mps)
+
+
 class Chooser:
     """Chooses one row's tokens, under the model's generation settings (a repetition penalty, say)."""
 
     def __init__(self, model: Any, sampling: Sampling, prompt_length: int, device: torch.device) -> None:
         plain = {"temperature": None, "top_p": None, "top_k": None} if sampling.greedy else {}
-        config, _ = model._prepare_generation_config(None, **plain, **sampling.options)
-        model._prepare_special_tokens(config, True, device=device)
         self.sampling = sampling
-        self.processors = model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
+        self.processors = compat.logits_processors(model, {**plain, **sampling.options}, prompt_length, device)
         self.generator: torch.Generator | None = None
         if not sampling.greedy:
             self.generator = torch.Generator(device)

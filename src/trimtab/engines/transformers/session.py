@@ -11,11 +11,11 @@ each standing for those since the last.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -23,9 +23,11 @@ from torch import Tensor, nn
 
 from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Active, Stage, apply
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import Place, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
+from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -72,6 +74,10 @@ Decide = Callable[[int, FirstPass], Sequence[tuple[Edit, ...]]]
 class Session:
     """The state of one steered run: the compiled plan, where each request stands, and the doses so far.
 
+    It counts what it does: every pass must begin where the last one ended, call the hook of every site once, and give
+    it the activations of just these tokens; else the run raises `TrimtabError`. `check_reached` says at the end whether
+    all passes came by.
+
     `decide(requests, first)` gives the effective edits of each request; it is asked at the first pass over a
     text. `prompt_lengths` are those of the requests, in tokens; `None` takes each
     first pass for the whole prompt, and then refuses to guess about further long passes.
@@ -84,11 +90,14 @@ class Session:
         self.layout = layout
         self.decide = decide
         self.plan: Plan | None = None
-        self.expect(prompt_lengths)
-        self._names = list(inspect.signature(type(layout.decoder).forward).parameters)[1:]
+        self.ran = False  # whether any pass came by
         self._dtype = _dtype(layout)
+        self._owner: int | None = None  # the thread whose passes are steered; `None`: any
+        self._hooked: list[Site] = []  # the sites that have a hook
+        self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
         self._step: _Step | None = None
+        self._pass: Pass | None = None
         self._measures = True
         self._steady: int | None = None  # from this column on every row stays in its state
         self._live: Tensor | None = None
@@ -96,6 +105,8 @@ class Session:
         self._outer_mask: Any = None
         self._outer_seen = False
         self._pads: list[int] = []  # a row's masked columns so far
+        self._first: list[int] = []  # the first position of each row that this session saw
+        self.expect(prompt_lengths)
 
     def expect(
         self,
@@ -116,57 +127,79 @@ class Session:
         self.prompt_lengths = prompt_lengths
         self._columns = columns
         self._fresh = True
+        self._reached: int | None = None  # the columns of the text that have been computed, by passes seen here
 
     def pause(self, still: bool) -> None:
-        """Leave passes alone, neither steered nor counted, until this is called with `False`."""
+        """Leave passes unsteered, until this is called with `False`."""
         self._deciding = still
 
     def resume(self) -> None:
         """The next pass goes on from a cache of tokens that no edit touches; all else is as expected."""
         self._resumed = True
 
+    def check_reached(self, columns: int) -> None:
+        """Raises `TrimtabError` unless the text was computed up to this column by passes that came by here."""
+        if self._hooked and (self._reached or 0) < columns:
+            raise TrimtabError(
+                f"{columns} columns of tokens were computed, and {self._reached or 0} of them by passes that trimtab"
+                " saw: the others weren't steered, so the text is thrown away. Something runs the model past its hooks"
+                " (a captured graph, a replaced forward)"
+            )
+
     # ---- what the decoder is about to compute ------------------------------------------------------------
 
-    def outside(self, _model: nn.Module, _args: tuple, kwargs: dict) -> None:
+    def _foreign(self) -> bool:
+        """Whether the pass at hand is another thread's, which only happens to run the same model."""
+        return self._owner is not None and get_ident() != self._owner
+
+    def outside(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
-        self._outer_mask = kwargs.get("attention_mask")
-        self._outer_ids = kwargs.get("input_ids")
+        if self._foreign():
+            return
+        given = compat.bound(model, args, kwargs)
+        self._outer_mask = given.get("attention_mask")
+        self._outer_ids = given.get("input_ids")
         self._outer_seen = True
 
     def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         """The decoder's pre-hook: the step's states, from the inputs of this pass."""
-        if self._deciding:
+        if self._foreign():
             return
         if torch.compiler.is_compiling():
-            raise UnsupportedError("a compiled forward can't be steered; pass disable_compile=True to generate")
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if tokens is None:
-            raise UnsupportedError(f"{type(decoder).__name__} was called with neither input_ids nor inputs_embeds")
-        rows, length = tokens.shape[:2]
-        mask = _flat(given.get("attention_mask"))
-        mask = _flat(self._outer_mask) if mask is None else mask
-        past = _past(given, mask, length)
-        begins = past == 0 or (self._fresh and self._resumed)
-        if length > 1 or begins:
-            self._pads = self._count_pads(given, mask, rows)
+            raise UnsupportedError("a forward that is being compiled or exported can't be steered")
+        self.ran = True
+        given = compat.bound(decoder, args, kwargs)
+        resumed = self._fresh and self._resumed
+        one = read_pass(decoder, given, self._outer_mask, self._reached)
+        if self._deciding:
+            self._pass = one
+            return
+        begins = one.past == 0 or resumed
+        if not begins and self._reached is not None and one.past > self._reached:
+            raise TrimtabError(
+                f"columns {self._reached} to {one.past - 1} were computed by passes that trimtab didn't see, so they"
+                " weren't steered; something runs the model past its hooks"
+            )
+        if one.length > 1 or begins:
+            self._pads = self._count_pads(given, one)
         if begins:
-            self._begin(length, given, mask, tokens.device)
+            self._begin(one, given)
         elif self._fresh or self.plan is None:
             raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")
-        elif self.prompt_lengths is None and length > 1:
+        elif self.prompt_lengths is None and one.length > 1:
             raise TrimtabError(
-                f"a second pass of {length} tokens over one cache: is it more of the prompt, or generated text?"
+                f"a second pass of {one.length} tokens over one cache: is it more of the prompt, or generated text?"
                 " Say so with lm.steered(…, prompt_lengths=[…])"
             )
-        if length > 1 or self._steady is None or past < self._steady or rows != len(self._pads):
-            self._move(rows, length, past, mask if length > 1 else None, tokens.device)
+        if one.length > 1 or self._steady is None or one.past < self._steady or one.rows != len(self._pads):
+            self._move(one)
         assert self._step is not None
+        self._pass = one
+        self._called = [0] * len(self._hooked)
         self._measures = self._step.passes % STRIDE == 0
         self._step.passes += 1
         if self._measures:
-            self._live = self._still_live(tokens if tokens.dim() == 2 else self._outer_ids, past)
+            self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
 
     def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
         """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
@@ -176,23 +209,25 @@ class Session:
         live = ~torch.isin(ids[:, -1], self._ends)
         return live if self._live is None else live & self._live
 
-    def _count_pads(self, given: dict[str, Any], mask: Tensor | None, rows: int) -> list[int]:
+    def _count_pads(self, given: dict[str, Any], one: Pass) -> list[int]:
         """How many columns of each row have been pads so far."""
-        if mask is not None:
-            return (mask.shape[1] - mask.sum(-1)).tolist()
+        if one.mask is not None:
+            return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
         if self._columns is not None and self.prompt_lengths is not None:
-            repeat = rows // len(self.prompt_lengths)
+            repeat = one.rows // len(self.prompt_lengths)
             return [self._columns - n for n in self.prompt_lengths for _ in range(repeat)]
         unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
         if unseen is not None:
             raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
-        return [0] * rows
+        return [0] * one.rows
 
-    def _begin(self, length: int, given: dict[str, Any], mask: Tensor | None, device: torch.device) -> None:
+    def _begin(self, one: Pass, given: dict[str, Any]) -> None:
         if self._fresh or self.prompt_lengths is None:
-            counts = [length - pads for pads in self._pads]
+            counts = [one.length - pads for pads in self._pads]
             lengths = counts if self.prompt_lengths is None else self.prompt_lengths
-            ends = [length - 1] * len(counts) if mask is None else [_last(row) for row in mask.tolist()]
+            ends = [one.length - 1] * len(counts)
+            if one.mask is not None:
+                ends = [last_column(row) for row in one.mask.tolist()]
             self._deciding = True
             try:
                 edits = self.decide(len(lengths), FirstPass(given, counts, ends))
@@ -200,34 +235,33 @@ class Session:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
             self.sites = sorted(self.plan.stages)
+            if unknown := sorted(set(self.sites) - set(self._hooked)):
+                raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}
-            self._sums = torch.zeros(2, len(self.sites), len(lengths), device=device)
-            self._active = _activity(self.plan).to(device)
+            self._sums = torch.zeros(2, len(self.sites), len(lengths), device=one.device)
+            self._active = _activity(self.plan).to(one.device)
             self._step = None
             self._steady = None
             self._fresh = False
+            self._first = [one.past - pads for pads in self._pads]
 
-    def _move(self, rows: int, length: int, past: int, mask: Tensor | None, device: torch.device) -> None:
+    def _move(self, one: Pass) -> None:
         assert self.plan is not None
         segments = self.plan.segments
-        if rows % len(segments) or rows != len(self._pads):
-            raise TrimtabError(f"the model runs {rows} rows for {len(segments)} requests; give one steering a request")
-        repeat = rows // len(segments)  # beams, or several answers to one prompt
-        firsts = [past - pads for pads in self._pads]
-        if mask is None or _left_padded(mask):
-            states = tuple(_fill(segments[r // repeat], firsts[r], length) for r in range(rows))
-        else:
-            where = torch.where(mask.bool(), mask.long().cumsum(-1) - 1, -1)[:, past:].tolist()
-            states = tuple(tuple(_state(segments[r // repeat], p) for p in where[r]) for r in range(rows))
-        if self._step is None or self._step.states != states or self._step.index.device != device:
-            first = min((next((i for i, s in enumerate(row) if s), length - 1) for row in states), default=0)
-            index = torch.tensor([row[first:] for row in states], device=device)
+        if one.rows % len(segments) or one.rows != len(self._pads):
+            raise TrimtabError(
+                f"the model runs {one.rows} rows for {len(segments)} requests; give one steering a request"
+            )
+        states = states_of(segments, one, self._pads)
+        if self._step is None or self._step.states != states or self._step.index.device != one.device:
+            first = min((next((i for i, s in enumerate(row) if s), one.length - 1) for row in states), default=0)
+            index = torch.tensor([row[first:] for row in states], device=one.device)
             self._step = _Step(states, first, index, frozenset(s for row in states for s in row))
             dtype = torch.promote_types(self._dtype, torch.float32)
-            self._norms = torch.ones(2, len(self.sites), *index.shape, dtype=dtype, device=device)
+            self._norms = torch.ones(2, len(self.sites), *index.shape, dtype=dtype, device=one.device)
         marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
         settled = max(marks, default=0) + max(self._pads, default=0)
-        self._steady = past + 1 if length == 1 and past >= settled else None
+        self._steady = one.past + 1 if one.length == 1 and one.past >= settled else None
 
     # ---- what a site's hook does -------------------------------------------------------------------------
 
@@ -239,6 +273,11 @@ class Session:
         step, plan = self._step, self.plan
         if self._deciding or step is None or plan is None or site not in plan.stages:
             return None
+        if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
+            raise TrimtabError(
+                f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"
+                f" rows and {len(step.states[0])} tokens; which is whose can't be told"
+            )
         if step.present.isdisjoint(plan.touches[site]):
             return None
         own = site.kind == "block_input"  # the tensor that the block before gave out, or the caller's embeddings
@@ -306,11 +345,16 @@ class Session:
         return True
 
     def finish(self, *_: Any) -> None:
-        """The decoder's hook: add this pass's doses to the sums."""
-        step = self._step
+        """The decoder's hook: see that every site was edited, and add this pass's doses to the sums."""
+        step, one = self._step, self._pass
+        if self._foreign() or one is None:
+            return
+        self._outer_mask, self._outer_seen, self._pass = None, False, None
+        self._reached = one.stop
         if self._deciding or step is None:
             return
-        self._outer_mask, self._outer_seen = None, False
+        if self._called.count(1) != len(self._called):
+            self._complain()
         if not self._measures or step.present == {0}:
             return
         if step.steered is None:
@@ -324,34 +368,68 @@ class Session:
         self._sums[0] += weight * ratio.reshape(shape).sum(-1)
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
 
-    def doses(self, request: int) -> tuple[Dose, ...]:
-        """The doses that a request has had at each site at which it was steered."""
+    def _complain(self) -> None:
+        """A pass has ended in which a site's hook wasn't called once: raise, if anything was to be done there."""
+        assert self.plan is not None
+        assert self._step is not None
+        for site, calls in zip(self._hooked, self._called, strict=True):
+            if calls != 1 and not self._step.present.isdisjoint(self.plan.touches.get(site, frozenset())):
+                what = "didn't run" if not calls else f"ran {calls} times"
+                raise TrimtabError(
+                    f"the part of the model at {site} {what} in a pass that steers there (or its hook was taken away):"
+                    " what comes of it isn't what was asked for, so it is thrown away"
+                )
+
+    def doses(self, request: int, tokens: int | None = None) -> tuple[Dose, ...]:
+        """The doses that a request has had at each site at which it was steered.
+
+        `tokens` of its text count, the prompt's included; by default all that were computed.
+        """
         if self.plan is None:
             return ()
+        row = request * (len(self._pads) // len(self.plan.segments))
+        stop = (self._reached or 0) - self._pads[row]
+        stop = stop if tokens is None else min(stop, tokens)
         sums, counts = self._sums[:, :, request].tolist()
-        return tuple(
-            Dose(site.layer, s / n, int(n), site.kind) for site, s, n in zip(self.sites, sums, counts, strict=True) if n
-        )
+        found = []
+        for site, total, measured in zip(self.sites, sums, counts, strict=True):
+            steered = count_steered(self.plan.segments[request], self.plan.touches[site], self._first[row], stop)
+            if measured and steered:
+                found.append(Dose(site.layer, total / measured, steered, site.kind))
+        return tuple(found)
 
     # ---- hooks -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def hooked(self, sites: Sequence[Site]) -> Iterator[None]:
-        """The hooks, on the decoder and at these sites, for as long as the context is open."""
+    def hooked(self, sites: Sequence[Site], *, any_thread: bool = False) -> Iterator[None]:
+        """The hooks, on the decoder and at these sites, for as long as the context is open.
+
+        Passes of other threads are left alone, unless `any_thread`.
+        """
         handles = []
         places = [(site, place(self.layout, site)) for site in sites]
+        self._owner = None if any_thread else get_ident()
+        self._hooked = list(sites)
         try:
             if places:
                 if self.model is not self.layout.decoder:
                     handles.append(self.model.register_forward_pre_hook(self.outside, with_kwargs=True))
                 handles.append(self.layout.decoder.register_forward_pre_hook(self.before, with_kwargs=True))
                 handles.append(self.layout.decoder.register_forward_hook(self.finish))
-            for site, where in places:
-                handles.append(attach(where, partial(self.edit, site)))
+            for i, (site, where) in enumerate(places):
+                handles.append(attach(where, partial(self._at_site, i, site)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _at_site(self, number: int, site: Site, given: Tensor) -> Tensor | None:
+        """A site's hook: count the call, and edit."""
+        if self._foreign():
+            return None
+        if self._pass is not None and not self._deciding:
+            self._called[number] += 1
+        return self.edit(site, given)
 
 
 def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
@@ -374,51 +452,12 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     return where.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _flat(mask: Any) -> Tensor | None:
-    """The mask, if it is one of pads: `[rows, tokens so far]`."""
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-
-
-def _past(given: dict, mask: Tensor | None, length: int) -> int:
-    """How many tokens each row's cache already holds, pads included."""
-    if mask is not None:
-        if mask.shape[1] < length:
-            raise TrimtabError(f"an attention mask of {mask.shape[1]} columns for {length} tokens")
-        return int(mask.shape[1] - length)
-    cache = given.get("past_key_values")
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
-def _last(row: list[int]) -> int:
-    """The last column of a row of a mask that is no pad; -1 if all are."""
-    return next((i for i in reversed(range(len(row))) if row[i]), -1)
-
-
-def _left_padded(mask: Tensor) -> bool:
-    return bool((mask[:, 1:] >= mask[:, :-1]).all())
-
-
-def _fill(segments: tuple[tuple[int, int | None, int], ...], first: int, length: int) -> tuple[int, ...]:
-    """The states of positions `first` to `first + length`; negative positions are pads."""
-    states = [0] * length
-    for start, stop, state in segments:
-        low = max(0, start - first)
-        high = length if stop is None else min(length, stop - first)
-        if low < high:
-            states[low:high] = [state] * (high - low)
-    return tuple(states)
-
-
 def _dtype(layout: Layout) -> torch.dtype:
     """The dtype of the residual stream: that of the norms and embeddings, which quantization leaves alone."""
     for parameter in layout.decoder.parameters():
         if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return parameter.dtype
     raise UnsupportedError("the model has no floating-point weights")
-
-
-def _state(segments: tuple[tuple[int, int | None, int], ...], position: int) -> int:
-    return _fill(segments, position, 1)[0] if position >= 0 else 0
 
 
 def _activity(plan: Plan) -> Tensor:

@@ -11,7 +11,6 @@ need a loop of their own (see `rejecting`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.columns import Columns
+from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.deciding import check_prompt, conditionals, decided, read_gates, wanted
+from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
@@ -108,7 +109,7 @@ class Stepper:
         self.ends = _end_ids(model, {})
         self.pad = _pad_id(model, tokenizer)
         self.device = model.get_input_embeddings().weight.device
-        self._takes = inspect.signature(type(model).forward).parameters
+        self._takes = compat.parameters(model)
         self._next = 0
         self._waiting: list[_Row] = []
         self._rows: list[_Row] = []  # in the order of the cache's
@@ -166,9 +167,10 @@ class Stepper:
     @torch.no_grad()
     def step(self) -> list[Told]:
         """One token for each row, rows that have just joined included."""
-        told = self._decode() if self._rows else []
-        if self._waiting:
-            told += self._read_in(self._admitted())
+        with reading(self.layout.decoder):
+            told = self._decode() if self._rows else []
+            if self._waiting:
+                told += self._read_in(self._admitted())
         return told
 
     # ---- rows that are in the batch ----------------------------------------------------------------------
@@ -178,17 +180,19 @@ class Stepper:
         if self._run is None:
             self._run = _Decoding(self)
         cache.open_column()
+        columns = cache.width + 1
         ids = torch.tensor([[row.tokens[-1]] for row in self._rows], device=self.device)
         mask = cache.mask(self.device, 1)
         positions = torch.tensor([[row.length - 1] for row in self._rows], device=self.device)
         with self._run.open():
             logits = self._logits(ids, mask, positions, cache)
+        self._run.session.check_reached(columns)
         cache.close_column()
         return self._choose(self._rows, logits)
 
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """The last column's, `[rows, vocabulary]`, in float32."""
-        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        inputs = compat.with_cache(self.model, {"input_ids": ids, "attention_mask": mask}, cache)
         if "position_ids" in self._takes:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._takes:
@@ -286,6 +290,7 @@ class Stepper:
             session.expect(lengths, width)
             with prefill.watching(session), session.hooked(prefill.sites):
                 logits = self._logits(*inputs)
+            session.check_reached(width)
         else:
             readings = read_gates(self.layout, prompts, [wanted(steering) for steering in steerings])
             acting = [decided(steering, found) for steering, found in zip(steerings, readings, strict=True)]
@@ -296,6 +301,7 @@ class Stepper:
             scored = [Row(_scores(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
             with self._steering(session, edits, scored, width, lambda: width):
                 logits = self._logits(*inputs)
+            session.check_reached(width)
         which = [texts.index(one) for one in asked]
         for row, text in zip(rows, which, strict=True):
             row.edits, row.names = edits[text], names[text]

@@ -1,0 +1,344 @@
+"""Every name of transformers that may change between releases, in one place, and the releases it was checked on.
+
+transformers renames what it doesn't document: 5.24 calls the decoder's `past_key_values` `cache`. So nothing here is
+found by one spelling: a cache is recognised by what it is, and handed over under the name that the model declares.
+What can't be found raises `UnsupportedError`; it is never taken for something that isn't there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trimtab.errors import TrimtabError, UnsupportedError
+
+__all__ = ["DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "sdpa_mask"]  # what others take from here as is
+
+OLDEST = "5.16"
+"""The oldest transformers that is supported."""
+NEWEST = "5.24"
+"""The newest minor release of transformers that the whole test suite has passed on."""
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What families call the parameter that takes the cache, newest spelling first."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """The installed transformers is newer than the newest that trimtab's test suite has passed on."""
+
+
+def check_version(installed: str | None = None) -> None:
+    """Checks the installed transformers against the window of supported releases.
+
+    Args:
+        installed: The version to check; by default the one that is imported.
+
+    Raises:
+        TrimtabError: It is older than `OLDEST`.
+
+    Warns:
+        UntestedVersionWarning: It is newer than `NEWEST`; once a process.
+    """
+    version = Version(transformers.__version__ if installed is None else installed)
+    if version.release[:2] < Version(OLDEST).release:
+        raise TrimtabError(
+            f"transformers {version} is too old: trimtab needs {OLDEST} or newer."
+            " Run: pip install --upgrade transformers"
+        )
+    if version.release[:2] > Version(NEWEST).release:
+        _warn_untested(str(version))
+
+
+@lru_cache
+def _warn_untested(version: str) -> None:
+    warnings.warn(
+        f"transformers {version} is newer than {NEWEST}, the newest release that trimtab's tests have passed on."
+        " trimtab checks at every step that its edits act, and raises an error where they don't. For the release that"
+        f" was tested, run: pip install 'transformers=={NEWEST}.*'",
+        UntestedVersionWarning,
+        stacklevel=5,
+    )
+
+
+# ---- the parameters of a forward pass --------------------------------------------------------------------------
+
+
+def wrapped(model: Any) -> Any:
+    """The transformers model itself, inside PEFT's or the compiler's wrapper."""
+    if isinstance(model, PreTrainedModel) or not isinstance(model, nn.Module):
+        return model
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def parameters(module: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a module's forward pass, `self` left out; those of the model inside of a wrapper."""
+    kind: Any = type(wrapped(module))
+    return _parameters(kind)
+
+
+@lru_cache(maxsize=64)
+def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
+    found = dict(inspect.signature(kind.forward).parameters)
+    found.pop("self", None)
+    return found
+
+
+def bound(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call of the module was given, by name."""
+    return {**dict(zip(parameters(module), args, strict=False)), **kwargs}
+
+
+# ---- caches ----------------------------------------------------------------------------------------------------
+
+_PLAIN = (type(None), bool, int, float, str, Tensor, list, tuple, Mapping, torch.dtype, torch.device, Enum)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether this keeps a text's past: transformers' `Cache`, or what can say as much of itself."""
+    return isinstance(value, Cache) or (
+        not isinstance(value, _PLAIN) and callable(getattr(value, "get_seq_length", None))
+    )
+
+
+def cache_of(given: Mapping[str, Any], owner: str) -> Any:
+    """The cache among the arguments of a forward pass, whatever the argument is called; `None` if there is none.
+
+    Args:
+        given: The arguments by name (see `bound`).
+        owner: Whose arguments they are, for the error.
+
+    Raises:
+        UnsupportedError: Something else keeps the past, or there are several caches.
+    """
+    found = {id(value): value for value in given.values() if is_cache(value)}
+    if len(found) > 1:
+        raise UnsupportedError(f"{owner} was given {len(found)} caches; trimtab can't tell which one is the text's")
+    if found:
+        return next(iter(found.values()))
+    for name, value in given.items():
+        if value is None or (isinstance(value, _PLAIN) and name not in CACHE_NAMES) or callable(value):
+            continue
+        if type(value).__module__.split(".")[0] == "torch":  # a BlockMask, say
+            continue
+        raise UnsupportedError(
+            f"{owner} was given {name}, a {type(value).__name__}, which trimtab doesn't know: it may keep the text's"
+            " past, and then no token's position can be told. Pass a transformers Cache, or none"
+        )
+    return None
+
+
+def past_length(cache: Any) -> int | None:
+    """How many tokens a cache holds; `None` if it holds a state of some, and can't say how many (Mamba)."""
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:
+        pass
+    try:
+        return None if cache.has_previous_state() else 0
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UnsupportedError(
+            f"{type(cache).__name__} doesn't say how many tokens it holds, so no token's position can be told"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _cache_name(kind: Any) -> str | None:
+    known = _parameters(kind)
+    for name in CACHE_NAMES:
+        if name in known:
+            return name
+    annotated = [name for name, parameter in known.items() if "Cache" in str(parameter.annotation)]
+    return annotated[0] if len(annotated) == 1 else None
+
+
+def cache_name(module: Any) -> str:
+    """What the module's forward pass calls its cache.
+
+    Raises:
+        UnsupportedError: It declares no parameter that is known to be one.
+    """
+    kind: Any = type(wrapped(module))
+    found = _cache_name(kind)
+    if found is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} declares no parameter for a cache that trimtab knows; it takes"
+            f" {', '.join(parameters(module))}"
+        )
+    return found
+
+
+def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The inputs of a pass of `module`, and this cache among them."""
+    return {**inputs, cache_name(module): cache}
+
+
+def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a pass, and no cache among them."""
+    return {name: value for name, value in given.items() if not is_cache(value) and name != "use_cache"}
+
+
+def keeps_plain_cache(decoder: Any) -> bool:
+    """Whether all layers cache plain keys and values (windows included), so that rows of it can be repeated.
+
+    Raises:
+        UnsupportedError: It is not to be told how the decoder takes its cache.
+    """
+    if getattr(decoder, "_is_stateful", False):
+        return False
+    layers = DynamicCache(config=decoder.config).layers
+    if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
+        return False
+    cache_name(decoder)
+    return True
+
+
+def grows_plainly(cache: Any) -> bool:
+    """Whether every layer of this cache is one of keys and values without a window, that grows by a column a token."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+# ---- what a model declares -------------------------------------------------------------------------------------
+
+
+def declared(decoder: Any, output: str) -> type | None:
+    """The class of the modules that the decoder declares as the source of `"hidden_states"` or `"attentions"`."""
+    found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
+    found = found[0] if isinstance(found, list) and found else found
+    found = getattr(found, "target_class", found)
+    return found if isinstance(found, type) else None
+
+
+def is_causal_lm(config: Any) -> bool:
+    """Whether transformers has a causal language model for this configuration."""
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+# ---- the attention interface -----------------------------------------------------------------------------------
+
+
+def calls_attention_interface(decoder: Any) -> bool:
+    """Whether the decoder's attention is computed through transformers' attention interface."""
+    return bool(getattr(decoder, "_supports_attention_backend", False))
+
+
+def attention_name(config: Any) -> str:
+    """The attention that a configuration names: `"sdpa"`, `"eager"` …"""
+    return str(config._attn_implementation)
+
+
+def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention of that name, as this module would compute it."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
+    return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def mask_function(name: str) -> Callable[..., Any]:
+    """What makes the masks for the attention of that name."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+@contextmanager
+def registered(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
+    """While open, transformers knows this attention, and how its masks are made, under `name`."""
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(name, None)
+
+
+@contextmanager
+def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
+    """While open, these configurations name this attention."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, old in zip(configs, before, strict=True):
+            config._attn_implementation = old
+
+
+# ---- generate ---------------------------------------------------------------------------------------------------
+
+_OUTPUT_CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+"""What the outputs of models and of `generate` call the cache."""
+
+
+def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
+    """An option of `generate` as it will hold: what was asked for, else the model's generation configuration's."""
+    asked = options.get(name)
+    return asked if asked is not None else getattr(model.generation_config, name, None)
+
+
+def put_cache(model_kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """The keyword arguments of `generate`'s loop, with this cache in the place of the one that it made."""
+    names = [name for name, value in model_kwargs.items() if is_cache(value)]
+    return {**model_kwargs, **dict.fromkeys(names or [_OUTPUT_CACHE], cache)}
+
+
+def first_inputs(model: Any, ids: Tensor, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of the pass over the prompts."""
+    return model.prepare_inputs_for_generation(ids, is_first_iteration=True, **model_kwargs)
+
+
+def next_inputs(model: Any, ids: Tensor, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs of a pass over the last token of each row."""
+    return model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
+
+
+def after_pass(model: Any, model_kwargs: Mapping[str, Any], output: Any) -> dict[str, Any]:
+    """The keyword arguments of `generate`'s loop after a pass that gave this output."""
+    return model._update_model_kwargs_for_generation(output, dict(model_kwargs), is_encoder_decoder=False)
+
+
+def after_skipped_pass(model: Any, model_kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """As `after_pass`, where a pass was saved and its keys and values are in the cache already."""
+    return after_pass(model, model_kwargs, CausalLMOutputWithPast(**{_OUTPUT_CACHE: cache}))
+
+
+def pad_token(config: Any) -> Tensor:
+    """The token that rows which have ended go on with, as `generate` has prepared it."""
+    return config._pad_token_tensor
+
+
+def generated(sequences: Tensor, logits: tuple[Tensor, ...] | None, cache: Any) -> Any:
+    """What `generate` returns with `return_dict_in_generate`."""
+    return GenerateDecoderOnlyOutput(sequences=sequences, logits=logits, **{_OUTPUT_CACHE: cache})  # type: ignore[arg-type]
+
+
+def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Any:
+    """The processors of logits that `generate` would use under these options and the model's own settings."""
+    config, _ = model._prepare_generation_config(None, **options)
+    model._prepare_special_tokens(config, True, device=device)
+    return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
+
+
+def render_chat_template(messages: Sequence[Any], template: str | None, **variables: Any) -> str:
+    """One conversation, rendered by a Jinja chat template that may use these variables."""
+    rendered: Any = render_jinja_template(conversations=[list(messages)], chat_template=template, **variables)
+    return str(rendered[0][0])  # texts, and spans of them

@@ -1,0 +1,151 @@
+"""Which token is which: what a forward pass computes, from the inputs that the decoder is given.
+
+A pass computes `length` columns of every row, after the `past` columns that the cache holds. Which position a token has
+in its row's own text follows from how many of the columns before it are padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.transformers import compat
+from trimtab.errors import TrimtabError, UnsupportedError
+
+Segments = tuple[tuple[int, int | None, int], ...]
+"""A request's `(start, stop, state)`, in order of position; positions in none of them are in state 0."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass of the decoder: `rows` by `length` tokens behind `past` columns.
+
+    `mask` is `[rows, past + length]`, 1 where there is text; `None` where there is none, or none of that shape.
+    """
+
+    rows: int
+    length: int
+    past: int
+    mask: Tensor | None
+    device: torch.device
+    ids: Tensor | None
+
+    @property
+    def stop(self) -> int:
+        """The columns that are there after the pass, padding included."""
+        return self.past + self.length
+
+
+def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reached: int | None) -> Pass:
+    """What a pass computes.
+
+    Args:
+        decoder: The module that is called.
+        given: Its arguments by name.
+        outer_mask: The attention mask that the whole model was given, which the decoder may get in another shape.
+        reached: How many columns of this text have been computed so far; `None` for a new text.
+
+    Raises:
+        TrimtabError: The position of its tokens can't be told.
+    """
+    name = type(decoder).__name__
+    ids = given.get("input_ids")
+    tokens = ids if ids is not None else given.get("inputs_embeds")
+    if tokens is None:
+        raise UnsupportedError(f"{name} was called with neither input_ids nor inputs_embeds")
+    rows, length = tokens.shape[:2]
+    mask = flat(given.get("attention_mask"))
+    mask = flat(outer_mask) if mask is None else mask
+    cache = compat.cache_of(given, name)
+    past = 0 if cache is None else compat.past_length(cache)
+    if past is None:  # a recurrent state, which counts nothing; each pass since the text began has been counted here
+        past = reached if reached is not None else None
+    if mask is not None:
+        by_mask = mask.shape[1] - length
+        if by_mask < 0:
+            raise TrimtabError(f"an attention mask of {mask.shape[1]} columns for {length} tokens")
+        if cache is not None and past is not None and past != by_mask:
+            raise TrimtabError(
+                f"{name} was given a cache of {past} tokens and {length} new ones under a mask of {mask.shape[1]}"
+                " columns; which token is at which position can't be told"
+            )
+        past = by_mask
+    if past is None:
+        raise TrimtabError(
+            f"steering began in the middle of a text: {type(cache).__name__} holds a state of tokens that weren't"
+            " steered; start anew"
+        )
+    if cache is None and mask is None:
+        _check_first(name, given, length, reached)
+    return Pass(rows, length, past, mask, tokens.device, ids if ids is not None and ids.dim() == 2 else None)
+
+
+def _check_first(name: str, given: dict[str, Any], length: int, reached: int | None) -> None:
+    """Without a cache and a mask this must be a text from its beginning on; the position ids, if any, say so."""
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor):
+        first = int(positions[..., 0].min())
+        if first == 0:
+            return
+        raise TrimtabError(
+            f"{name} was given a token at position {first}, and no cache of those before it that trimtab can find; it"
+            f" was given {', '.join(sorted(k for k, v in given.items() if v is not None))}"
+        )
+    if length == 1 and reached:
+        raise TrimtabError(
+            f"{name} was given one token after {reached} others, without a cache, a mask or position ids: its position"
+            " can't be told"
+        )
+
+
+def flat(mask: Any) -> Tensor | None:
+    """The mask, if it is one of padding: `[rows, columns so far]`."""
+    return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def left_padded(mask: Tensor) -> bool:
+    """Whether all padding stands before the text."""
+    return bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
+def last_column(row: list[int]) -> int:
+    """The last column of a row of a mask that is text; -1 if none is."""
+    return next((i for i in reversed(range(len(row))) if row[i]), -1)
+
+
+def states_from(segments: Segments, first: int, length: int) -> tuple[int, ...]:
+    """The states of positions `first` to `first + length`; negative positions are padding."""
+    states = [0] * length
+    for start, stop, state in segments:
+        low = max(0, start - first)
+        high = length if stop is None else min(length, stop - first)
+        if low < high:
+            states[low:high] = [state] * (high - low)
+    return tuple(states)
+
+
+def state_at(segments: Segments, position: int) -> int:
+    """The state of one position."""
+    return states_from(segments, position, 1)[0] if position >= 0 else 0
+
+
+def states_of(segments: Sequence[Segments], one: Pass, pads: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Each row's states in a pass, one a column. Neighbouring rows may be of one request (beams, several answers)."""
+    repeat = one.rows // len(segments)
+    if one.length == 1 or one.mask is None or left_padded(one.mask):
+        return tuple(states_from(segments[r // repeat], one.past - pads[r], one.length) for r in range(one.rows))
+    where = torch.where(one.mask.bool(), one.mask.long().cumsum(-1) - 1, -1)[:, one.past :].tolist()
+    return tuple(tuple(state_at(segments[r // repeat], p) for p in where[r]) for r in range(one.rows))
+
+
+def count_steered(segments: Segments, touched: frozenset[int], start: int, stop: int) -> int:
+    """How many positions from `start` to `stop` are in one of these states."""
+    count = 0
+    for first, after, state in segments:
+        if state in touched:
+            count += max(0, min(stop, stop if after is None else after) - max(start, first))
+    return count
