@@ -113,7 +113,7 @@ def make(name: str, path: Path) -> None:
         there = ("--upgrade", "--target", path)
         install(Path(sys.executable), "--no-deps", "--require-hashes", *there, "-r", ROOT / str(recipe.lock))
     else:
-        print(f"installing into {path}, which takes a few minutes the first time", flush=True)
+        print(f"installing into {path}: a few minutes the first time", flush=True)
         if not python.exists():
             itself = getattr(sys, "_base_executable", sys.executable)  # this one may just have been removed
             subprocess.run([itself, "-m", "venv", path], check=True)
