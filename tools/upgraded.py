@@ -1,7 +1,7 @@
 """For `make test-upgraded`: what trimtab needs without the upper bounds, and what that has changed.
 
 python tools/upgraded.py requirements   # one a line, for pip
-python tools/upgraded.py differences    # between requirements/dev.lock and what is installed where this runs
+python tools/upgraded.py differences    # between the locks and what is installed where this runs
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def requirements() -> None:
 
 
 def differences() -> None:
-    pins = re.findall(r"(?m)^(\S+==[^\s\\]+(?: ; [^\\\n]+)?)", (ROOT / "requirements/dev.lock").read_text())
+    text = "".join((ROOT / "requirements" / name).read_text() for name in ("build.lock", "dev.lock"))
+    pins = re.findall(r"(?m)^(\S+==[^\s\\]+(?: ; [^\\\n]+)?)", text)
     locked = {
         canonicalize_name(pin.name): str(pin.specifier)[2:]
         for pin in map(Requirement, pins)
