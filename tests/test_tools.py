@@ -1,0 +1,141 @@
+"""The scripts behind the Makefile: parts side by side, and environments that are kept by what they are made of."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAKEFILE = """
+good:
+\t@echo before; echo "12 passed, 3 skipped in 0.10s"
+bad:
+\t@echo the reason why; echo "1 failed, 2 passed in 0.10s"; exit 2
+long:
+\t@sleep 300 & echo $$! > child; wait
+"""
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A copy of the scripts, with a Makefile of three small parts."""
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / "Makefile").write_text(MAKEFILE)
+    return tmp_path
+
+
+def parts(house: Path, *names: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, house / "tools/parts.py", *names]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+class TestParts:
+    def test_all_pass(self, house: Path) -> None:
+        ran = parts(house, "good")
+        assert ran.returncode == 0
+        assert "12 passed, 3 skipped in 0.10s" in ran.stdout.splitlines()
+        assert "before" not in ran.stdout
+        assert (house / "build/logs/good.log").read_text().startswith("before\n")
+
+    def test_one_that_fails_is_shown_and_fails_all(self, house: Path) -> None:
+        ran = parts(house, "bad", "good")
+        assert ran.returncode == 1
+        assert "the reason why" in ran.stdout
+        assert "12 passed" in ran.stdout
+        assert ran.stdout.splitlines()[-1] == "FAILED: bad"
+
+    def test_a_part_that_there_is_not(self, house: Path) -> None:
+        assert parts(house, "good", "none").returncode == 1
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_stopping_stops_all_that_was_started(self, house: Path, number: int) -> None:
+        running = subprocess.Popen([sys.executable, house / "tools/parts.py", "long"], stdout=subprocess.DEVNULL)
+        child = house / "child"
+        try:
+            until = time.monotonic() + 30
+            while not (child.exists() and child.read_text()) and time.monotonic() < until:
+                time.sleep(0.05)
+            running.send_signal(number)
+            assert running.wait(timeout=60) == 130
+        finally:
+            running.kill()
+        state = Path(f"/proc/{child.read_text().strip()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+class TestEnvironments:
+    @pytest.fixture
+    def installed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+        """`environment`, over a lock of its own, with a pip that only notes what it was asked for."""
+        spec = importlib.util.spec_from_file_location("environment", ROOT / "tools/environment.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "environment", module)
+        spec.loader.exec_module(module)
+        (tmp_path / "requirements").mkdir()
+        (tmp_path / "requirements/peers.lock").write_text("one==1")
+        module.ROOT, module.asked = tmp_path, []
+
+        def install(python: Path, *arguments: Any) -> None:
+            module.asked.append(arguments)
+            (tmp_path / "peers/one").write_text("")
+
+        monkeypatch.setattr(module, "install", install)
+        return module
+
+    def test_an_unchanged_lock_installs_nothing(self, installed: Any, tmp_path: Path) -> None:
+        installed.make("peers", tmp_path / "peers")
+        assert len(installed.asked) == 1
+        assert {"--no-deps", "--require-hashes"} <= set(installed.asked[0])
+        installed.make("peers", tmp_path / "peers")
+        assert len(installed.asked) == 1
+
+    def test_a_changed_lock_makes_it_anew(self, installed: Any, tmp_path: Path) -> None:
+        installed.make("peers", tmp_path / "peers")
+        (tmp_path / "peers/old").write_text("")
+        (tmp_path / "requirements/peers.lock").write_text("one==2")
+        installed.make("peers", tmp_path / "peers")
+        assert not (tmp_path / "peers/old").exists()
+
+    def test_one_that_was_interrupted_isnt_taken_for_whole(
+        self, installed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(installed, "install", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                installed.make("peers", tmp_path / "peers")
+        (tmp_path / "peers/half").write_text("")
+        installed.make("peers", tmp_path / "peers")
+        assert (tmp_path / "peers/one").exists()
+        assert not (tmp_path / "peers/half").exists()
+
+    def test_a_folder_that_isnt_ours_is_kept(self, installed: Any, tmp_path: Path) -> None:
+        (tmp_path / "peers").mkdir()
+        (tmp_path / "peers/theirs").write_text("")
+        installed.make("peers", tmp_path / "peers")
+        assert (tmp_path / "peers/theirs").exists()
+
+
+def test_the_makefile_runs_parts_that_there_are() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = {
+        name
+        for line in makefile.splitlines()
+        if ":" in line and line[0].isalpha()
+        for name in line.split(":")[0].split()
+    }
+    for line in makefile.splitlines():
+        if "tools/parts.py" in line:
+            assert set(line.split("tools/parts.py")[1].split()) <= targets

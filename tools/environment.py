@@ -1,0 +1,147 @@
+"""Make an environment from its lock, or leave it alone where it is already made of just that.
+
+    python tools/environment.py main .venv
+
+What an environment is made of (its locks, the Python, whether there is an NVIDIA GPU) is hashed, and the hash is
+written into it last, as `made-of`. So one whose installation was interrupted is made anew, and one whose lock hasn't
+changed costs nothing. This needs no more than the standard library and the pip that comes with Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PYPROJECT = "pyproject.toml"
+TORCH = "constraints-cpu.txt"
+BUILD = "requirements/build.lock"
+CPU_TORCH = "https://download.pytorch.org/whl/cpu"
+# What no lock holds, and no environment for CPUs needs, though vLLM asks for it.
+LEFT_OUT = re.compile(r"requires (torchvision|torchaudio|torchcodec)\b.* not installed")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an environment is made of."""
+
+    lock: str | None = None  # None: the newest versions that there are, whatever pyproject.toml allows
+    overlay: bool = False  # a folder to lay over the main environment, not an environment of its own
+    gpu: bool = False  # whether it takes a CUDA build of torch where there is a GPU
+    python: tuple[int, int] = (3, 10)
+
+
+RECIPES = {
+    "main": Recipe("requirements/dev.lock", gpu=True),
+    "peers": Recipe("requirements/peers.lock", overlay=True),
+    "oldest-transformers": Recipe("requirements/oldest-transformers.lock", overlay=True),
+    "vllm": Recipe("requirements/vllm.lock", python=(3, 11)),
+    "vllm-oldest": Recipe("requirements/vllm-oldest.lock"),
+    "upgraded": Recipe(gpu=True),
+}
+
+
+def base(gpu: bool) -> str:
+    """What an environment can't be updated across: the Python, and the kind of torch."""
+    return f"{sys.implementation.cache_tag} {sys.platform} {'cuda' if gpu else 'cpu'}"
+
+
+def ingredients(recipe: Recipe) -> str:
+    """The hash of the files that decide what is in an environment."""
+    found = hashlib.sha256()
+    for name in [recipe.lock] if recipe.overlay else [PYPROJECT, TORCH, BUILD, recipe.lock]:
+        found.update((ROOT / name).read_bytes() if name else b"")
+    return found.hexdigest()
+
+
+def pip(python: Path, *arguments: str | Path, quiet: bool = False) -> int:
+    command: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode
+
+
+def install(python: Path, *arguments: str | Path) -> None:
+    if pip(python, "install", "-qq", *arguments):
+        sys.exit(f"pip could not install into {python.parents[1]}")
+
+
+def install_torch(python: Path, gpu: bool) -> None:
+    """Install torch, which is in no lock. On a CPU its small build will do: from PyTorch's own index, or from wherever
+    pip is set up to look."""
+    wanted = ("-r", ROOT / TORCH)
+    if gpu or pip(python, "install", "-qq", "--retries", "0", "--index-url", CPU_TORCH, *wanted, quiet=True):
+        install(python, *wanted)
+
+
+def check(python: Path) -> None:
+    """Exit where a package lacks what it says it needs: a lock that is short of something must not pass for whole."""
+    done = subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True)
+    wrong = [line for line in done.stdout.splitlines() if not LEFT_OUT.search(line)]
+    if done.returncode and wrong:
+        advice = f"{python.parents[1]} isn't whole. If it has packages of your own, remove it and try again."
+        sys.exit("\n".join([*wrong, advice]))
+
+
+def install_upgraded(python: Path) -> None:
+    """Everything at its newest, with pyproject.toml's upper bounds left out."""
+    listed: list[str | Path] = [python, ROOT / "tools/upgraded.py", "requirements"]
+    wanted = subprocess.run(listed, check=True, capture_output=True, text=True).stdout.splitlines()
+    install(python, "--upgrade", "--upgrade-strategy", "eager", "-c", ROOT / TORCH, *wanted)
+
+
+def make(name: str, path: Path) -> None:
+    recipe = RECIPES[name]
+    if sys.version_info[:2] < recipe.python:
+        sys.exit(f"{name} needs Python {'.'.join(map(str, recipe.python))}, and this is {sys.version.split()[0]}")
+    gpu = recipe.gpu and shutil.which("nvidia-smi") is not None
+    mark, python = path / "made-of", path / "bin/python"
+    wanted = f"{base(gpu)} {ingredients(recipe)}"
+    had = mark.read_text() if mark.exists() else None  # None too where it isn't ours: then nothing is removed
+    if had == wanted and recipe.lock is not None:
+        return
+    if had is not None and (recipe.overlay or not had.startswith(base(gpu))):  # those that are "unfinished" too
+        shutil.rmtree(path)
+    if recipe.overlay:
+        path.mkdir(parents=True, exist_ok=True)
+        mark.write_text("unfinished")
+        there = ("--upgrade", "--target", path)
+        install(Path(sys.executable), "--no-deps", "--require-hashes", *there, "-r", ROOT / str(recipe.lock))
+    else:
+        print(f"installing into {path}: a few minutes the first time", flush=True)
+        if not python.exists():
+            itself = getattr(sys, "_base_executable", sys.executable)  # this one may just have been removed
+            subprocess.run([itself, "-m", "venv", path], check=True)
+        mark.write_text("unfinished")
+        locked = ("--no-deps", "--require-hashes", "--no-build-isolation", "-r")
+        install_torch(python, gpu)
+        install(python, *locked, ROOT / BUILD)
+        if recipe.lock is None:
+            install_upgraded(python)
+        else:
+            install(python, *locked, ROOT / recipe.lock)
+        install(python, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+        check(python)
+    mark.write_text(wanted)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make an environment from its lock, unless it is there.")
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("path", type=Path)
+    given = parser.parse_args()
+    path = given.path.resolve()
+    turn = ROOT / "build" / f"{given.name}.lock"
+    turn.parent.mkdir(exist_ok=True)
+    with turn.open("w") as file:  # two that make it at once: the second waits, and finds it made
+        fcntl.flock(file, fcntl.LOCK_EX)
+        make(given.name, path)
+
+
+if __name__ == "__main__":
+    main()
