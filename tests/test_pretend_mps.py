@@ -60,6 +60,8 @@ def test_the_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
     class Session:
         def expect(self, _lengths: Any) -> None: ...
 
+        def check_reached(self, _columns: int) -> None: ...
+
         def hooked(self, _sites: Any) -> Any:
             from contextlib import nullcontext
 

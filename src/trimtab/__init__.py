@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trimtab.decoding.rejection import Rejection
-    from trimtab.errors import TrimtabError, UnsupportedError
+    from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
     from trimtab.files.export import export
     from trimtab.files.foreign import FormatWarning
     from trimtab.files.hub import from_pretrained, push_to_hub
@@ -84,6 +84,7 @@ __all__ = [
     "Threshold",
     "TrimtabError",
     "UnsupportedError",
+    "UntestedVersionWarning",
     "directer",
     "export",
     "from_pretrained",
@@ -108,7 +109,7 @@ __all__ = [
 
 _HOMES = {
     "trimtab.decoding.rejection": ("Rejection",),
-    "trimtab.errors": ("TrimtabError", "UnsupportedError"),
+    "trimtab.errors": ("TrimtabError", "UnsupportedError", "UntestedVersionWarning"),
     "trimtab.files.export": ("export",),
     "trimtab.files.foreign": ("FormatWarning",),
     "trimtab.files.hub": ("from_pretrained", "push_to_hub"),

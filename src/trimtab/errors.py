@@ -7,3 +7,7 @@ class TrimtabError(ValueError):
 
 class UnsupportedError(TrimtabError):
     """An engine or a model can't honour what was asked. Raised before anything runs."""
+
+
+class UntestedVersionWarning(UserWarning):
+    """An installed library is newer than the newest version that trimtab's test suite has passed on."""

@@ -22,6 +22,7 @@ from trimtab import Add, Edit, Positions, Site, Steering, TrimtabError, Unsuppor
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.sampling import GREEDY
 from trimtab.engines.transformers.stepping import Asked, Stepper
+from trimtab.errors import UntestedVersionWarning
 
 SOURCE = Path(trimtab.__file__).parent
 MAY_CHANGE = {
@@ -58,7 +59,7 @@ class TestTheWindow:
 
     def test_newer_warns_once_in_words(self) -> None:
         compat._warn_untested.cache_clear()
-        with pytest.warns(compat.UntestedVersionWarning, match=r"5\.99\.0 is newer than 5\.24, the newest release"):
+        with pytest.warns(UntestedVersionWarning, match=r"5\.99\.0 is newer than 5\.24, the newest release"):
             compat.check_version("5.99.0")
         with warnings.catch_warnings():
             warnings.simplefilter("error")

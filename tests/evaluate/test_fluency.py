@@ -89,8 +89,10 @@ def test_bad_input_is_named():
     with pytest.raises(TrimtabError, match="text 1 has 200 tokens"):
         perplexities(lm, [(ids(1, 100), ids(2, 100))])
     edit = Edit(Site(1), Add(direction(0)), Positions.all())
-    with lm.steered(Steering((edit,))), pytest.raises(TrimtabError, match="being steered already"):
-        perplexities(lm, TEXTS)
+    with lm.steered(Steering((edit,))):
+        with pytest.raises(TrimtabError, match="being steered already"):
+            perplexities(lm, TEXTS)
+        lm.model(torch.ones(1, 3, dtype=torch.long))
     with torch.no_grad():
         lm.model.get_output_embeddings().weight.fill_(math.nan)
     with pytest.raises(TrimtabError, match="not numbers"):

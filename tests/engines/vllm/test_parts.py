@@ -20,7 +20,19 @@ from other_programs import has_vllm
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab import Ablate, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, UnsupportedError, save
+from trimtab import (
+    Ablate,
+    Add,
+    Edit,
+    Positions,
+    Site,
+    Steering,
+    Threshold,
+    TrimtabError,
+    UnsupportedError,
+    UntestedVersionWarning,
+    save,
+)
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.vllm import operator
 from trimtab.engines.vllm.attach import attach
@@ -1109,8 +1121,10 @@ class TestPlaces:
 class TestAround:
     def test_versions(self) -> None:
         assert check_version("0.32.0") == "0.32.0"
-        with pytest.raises(UnsupportedError, match=r"steers vLLM 0\.31, 0\.32 and 0\.33, and this is 0\.40\.1"):
+        with pytest.raises(UnsupportedError, match=r"steers vLLM 0\.31 and 0\.32, and this is 0\.40\.1"):
             check_version("0.40.1")
+        with pytest.warns(UntestedVersionWarning, match=r"vLLM 0\.33\.0 is newer than 0\.32, the newest"):
+            check_version("0.33.0")
 
     def test_what_is_installed_with_trimtab_is_a_version_that_is_steered(self) -> None:
         project = (Path(__file__).parents[3] / "pyproject.toml").read_text()

@@ -29,7 +29,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
 
 __all__ = ["DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "sdpa_mask"]  # what others take from here as is
 
@@ -40,10 +40,6 @@ NEWEST = "5.24"
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What families call the parameter that takes the cache, newest spelling first."""
-
-
-class UntestedVersionWarning(UserWarning):
-    """The installed transformers is newer than the newest that trimtab's test suite has passed on."""
 
 
 def check_version(installed: str | None = None) -> None:

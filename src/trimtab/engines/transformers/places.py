@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,26 @@ def place(layout: Layout, site: Site) -> Place:
         down = _one(parts[0] if len(parts) == 1 else block, DOWNS, layout, site)
         return Place(down, "input", _inputs(down))
     raise UnsupportedError(f"the transformers engine has no activations at {site}")
+
+
+def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
+    """A hook that puts what `edit` makes of a place's activations in their stead (`None`: they stay)."""
+    if where.side == "output":
+
+        def after(_module: Any, _args: Any, output: Any) -> Any:
+            x = edit(output if isinstance(output, Tensor) else output[0])
+            return None if x is None else _replaced(output, x)
+
+        return where.module.register_forward_hook(after)
+
+    def before(_module: Any, args: Any, kwargs: Any) -> Any:
+        if args:
+            x = edit(args[0])
+            return None if x is None else ((x, *args[1:]), kwargs)
+        x = edit(kwargs["hidden_states"])
+        return None if x is None else (args, {**kwargs, "hidden_states": x})
+
+    return where.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def query_heads(layout: Layout) -> int:
@@ -122,3 +143,7 @@ def _missing(parent: nn.Module, layout: Layout, site: Site) -> UnsupportedError:
         f"{type(layout.decoder).__name__} has no site {site} that trimtab can find: its {type(parent).__name__} has"
         f" {parts}; steer the residual stream, or another kind of site"
     )
+
+
+def _replaced(output: Any, x: Tensor) -> Any:
+    return x if isinstance(output, Tensor) else (x, *output[1:])

@@ -32,12 +32,12 @@ from trimtab.engines.transformers.attention import (
 )
 from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import state_at
 from trimtab.engines.transformers.raw_cache import Guesses, RawCache, entries
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
-from trimtab.engines.transformers.session import _dtype, attach
+from trimtab.engines.transformers.session import _dtype
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 

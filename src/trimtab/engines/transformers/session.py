@@ -25,7 +25,7 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Active, Stage, apply
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.places import Place, place
+from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -67,6 +67,9 @@ class FirstPass:
     lengths: list[int]
     last: list[int]
 
+
+Tally = dict[Site, tuple[float, float, int]]
+"""By site: the sum of the ratios that were measured, how many tokens they stand for, and how many were steered."""
 
 Decide = Callable[[int, FirstPass], Sequence[tuple[Edit, ...]]]
 
@@ -385,18 +388,22 @@ class Session:
 
         `tokens` of its text count, the prompt's included; by default all that were computed.
         """
+        return doses_of(self.tally(request, tokens))
+
+    def tally(self, request: int, tokens: int | None = None) -> Tally:
+        """What `doses` are made of, so that it can be added to another session's of the same request."""
         if self.plan is None:
-            return ()
+            return {}
         row = request * (len(self._pads) // len(self.plan.segments))
         stop = (self._reached or 0) - self._pads[row]
         stop = stop if tokens is None else min(stop, tokens)
         sums, counts = self._sums[:, :, request].tolist()
-        found = []
+        found: Tally = {}
         for site, total, measured in zip(self.sites, sums, counts, strict=True):
             steered = count_steered(self.plan.segments[request], self.plan.touches[site], self._first[row], stop)
             if measured and steered:
-                found.append(Dose(site.layer, total / measured, steered, site.kind))
-        return tuple(found)
+                found[site] = (total, measured, steered)
+        return found
 
     # ---- hooks -------------------------------------------------------------------------------------------
 
@@ -437,24 +444,10 @@ class Session:
         return self.edit(site, given)
 
 
-def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
-    """A hook that puts what `edit` makes of a place's activations in their stead (`None`: they stay)."""
-    if where.side == "output":
-
-        def after(_module: Any, _args: Any, output: Any) -> Any:
-            x = edit(output if isinstance(output, Tensor) else output[0])
-            return None if x is None else _replaced(output, x)
-
-        return where.module.register_forward_hook(after)
-
-    def before(_module: Any, args: Any, kwargs: Any) -> Any:
-        if args:
-            x = edit(args[0])
-            return None if x is None else ((x, *args[1:]), kwargs)
-        x = edit(kwargs["hidden_states"])
-        return None if x is None else (args, {**kwargs, "hidden_states": x})
-
-    return where.module.register_forward_pre_hook(before, with_kwargs=True)
+def doses_of(tally: Tally) -> tuple[Dose, ...]:
+    """The doses of one request."""
+    each = (Dose(site.layer, total / measured, n, site.kind) for site, (total, measured, n) in tally.items())
+    return tuple(sorted(each, key=lambda dose: (dose.layer, dose.kind)))
 
 
 def _dtype(layout: Layout) -> torch.dtype:
@@ -496,7 +489,3 @@ def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
 
 def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-def _replaced(output: Any, x: Tensor) -> Any:
-    return x if isinstance(output, Tensor) else (x, *output[1:])

