@@ -218,22 +218,24 @@ def checkers() -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
     Raises `TrimtabError` when the package isn't installed.
     """
+    state = random.getstate()
     try:
         import nltk
 
-        kept, state = nltk.download, random.getstate()
+        kept = nltk.download
         nltk.download = lambda *_, **__: False  # importing IFBench's would fetch data there and then
         try:
             from if_verifiable.ifbench.instructions_registry import INSTRUCTION_DICT as IFBENCH
             from if_verifiable.ifeval.instructions_registry import INSTRUCTION_DICT as IFEVAL
         finally:
             nltk.download = kept
-            random.setstate(state)  # importing them draws numbers
     except ImportError as error:
         raise TrimtabError(
             f"the checkers of IFEval aren't installed ({error}); get them, for Python 3.11 and later, with"
             ' pip install "trimtab[eval]"'
         ) from None
+    finally:
+        random.setstate(state)  # these imports draw numbers
     return IFEVAL, IFBENCH
 
 
