@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PRELUDE = """
 import json, os
 from trimtab import LM, TrimtabError
@@ -25,6 +27,7 @@ def run(tmp_path: Path, body: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_killed_worker_is_a_clean_error(tmp_path: Path) -> None:
     """The engine's processes are this one's children, the worker among them."""
     body = """
@@ -96,6 +99,7 @@ print("unsteered", len(lm.generate(PROMPTS[:2], max_new_tokens=8)))
     assert "unsteered 2" in out
 
 
+@pytest.mark.long
 def test_a_fault_in_a_worker_reaches_a_servers_client(tmp_path: Path) -> None:
     """In the engine that vLLM's server has: what it raises is answered with the reason."""
     body = (

@@ -181,6 +181,7 @@ def test_names_are_changed_only_with_the_key(url: str) -> None:
     assert "s0" in ask(f"{url}/trimtab")[1]["steerings"]
 
 
+@pytest.mark.long
 def test_vllms_own_command(steerings: Path, tmp_path: Path) -> None:
     """Where trimtab is installed and nothing of vLLM's is told of it, but for the folder in the environment."""
     command = [str(Path(sys.executable).parent / "vllm"), "serve", str(default_folder()), *THEIRS.split()]
