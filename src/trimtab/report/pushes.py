@@ -41,7 +41,7 @@ def pushes(steering: Steering) -> list[Push]:
         layer = edit.site.layer
         measured = steering.card.measured
         adds = isinstance(edit.operation, Add)
-        norm = float(edit.operation.direction.double().norm()) * (abs(edit.strength) if adds else 1.0)
+        norm = edit.operation.norm * (abs(edit.strength) if adds else 1.0)
         shift = _at(measured.get("shift"), layer)
         if isinstance(edit.operation, SetProjection) and shift is not None:
             norm = shift * abs(edit.strength)

@@ -7,7 +7,8 @@ from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
 from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
 from trimtab.steering.positions import Positions
-from trimtab.steering.rotations import Rotate, RotatePredicted
+from trimtab.steering.read_write import ReadWrite
+from trimtab.steering.rotations import Rotate, RotateInPlane, RotatePredicted
 from trimtab.steering.scaled import AddScaled
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
@@ -26,7 +27,9 @@ __all__ = [
     "MaskNeurons",
     "Operation",
     "Positions",
+    "ReadWrite",
     "Rotate",
+    "RotateInPlane",
     "RotatePredicted",
     "ScaleElements",
     "ScaleScores",
