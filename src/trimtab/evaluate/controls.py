@@ -34,12 +34,13 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
 
     Sites, positions, strengths, gates and kinds of operation stay. Each direction becomes one drawn evenly from the
     sphere, of the same norm; edits that share a direction share the random one. A random direction of an `Ablate`
-    removes what little lies along it, so that control is a weak one. Masks and thresholds of elements are shuffled. What a
-    `ReadWrite` reads and writes is turned as one, so that lengths and angles among it stay.
+    removes what little lies along it, so that control is a weak one. Masks and thresholds of elements are shuffled.
+    What a `ReadWrite` reads and writes is turned as one, so that lengths and angles among it stay.
 
     A `SetProjection` pushes by `target - x.u`, which depends on the activation. `means`, an activation `[width]` for
     each site, sets the new target to where a mean activation is pushed as far as before: `target' = m.r + (target -
-    m.u)`, and makes the rows of a `ReadWrite` read the same from it as before. Without it the target stays as it is, and so the push differs in length; compare the doses.
+    m.u)`; likewise the rows of a `ReadWrite` read the same from it as before. Without it the target stays as it is, and
+    so the push differs in length; compare the doses.
 
     The same steering and seed give the same control. Raises `TrimtabError` for an operation without a direction, a
     missing mean, or one of another width.

@@ -153,16 +153,8 @@ class _Stack:
         read, write, bias = new(len(maps), rank, width), new(len(maps), rank, width), new(len(maps), 1, rank)
         for i, one in enumerate(maps):
             read[i, : one.rank], write[i, : one.rank], bias[i, 0, : one.rank] = one.read, one.write, one.bias
-        bounds: list[Tensor | None] = []
-        for given, nothing in ([one.low for one in maps], -torch.inf), ([one.high for one in maps], torch.inf):
-            bound = None
-            if any(one is not None for one in given):
-                bound = torch.full_like(bias, nothing)
-                for i, one in enumerate(given):
-                    if one is not None:
-                        bound[i, 0, : len(one)] = one
-            bounds.append(bound)
-        return cls(read, bias, write, *bounds)
+        low, high = [one.low for one in maps], [one.high for one in maps]
+        return cls(read, bias, write, _bounds(low, bias, -torch.inf), _bounds(high, bias, torch.inf))
 
 
 @dataclass(frozen=True)
@@ -183,6 +175,17 @@ class _Together:
         z = torch.baddbmm(self.stack.bias, given, self.stack.read.mT)
         z = _clamped(z, self.stack.low, self.stack.high) * strength[self.slots]
         return torch.baddbmm(given, z, self.stack.write).flatten(0, 1)[self.places]
+
+
+def _bounds(given: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:
+    """Several maps' bounds as one `[maps, 1, rank]`; `None` where none has any."""
+    if all(bound is None for bound in given):
+        return None
+    stacked = torch.full_like(like, nothing)
+    for i, bound in enumerate(given):
+        if bound is not None:
+            stacked[i, 0, : len(bound)] = bound
+    return stacked
 
 
 def _clamped(z: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:

@@ -134,5 +134,7 @@ def _bound(value: Any, read: Tensor, name: str, nothing: float) -> Tensor | None
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     bound = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if bool((bound.isnan() | (bound == -nothing)).any()):
-        raise TrimtabError(f"{name} holds a number that nothing can meet: NaN, or {-nothing:g}; use {nothing:g} for no bound")
+        raise TrimtabError(
+            f"{name} holds a number that nothing can meet: NaN, or {-nothing:g}; use {nothing:g} for no bound"
+        )
     return None if bool((bound == nothing).all()) else bound
