@@ -55,7 +55,7 @@ OPERATIONS = [
     Ablate(direction(6), keep_norm=True),
     Rotate(direction(7), one_sided=False),
     RotateInPlane(direction(8), direction(9), 0.7),
-    read_write(10, 3, low=0.0),
+    read_write(10, 3, low=-0.3),
     read_write(11, 5, low=-1.0, high=torch.tensor([torch.inf, 0.5, 0.5, 1.0, torch.inf]), keep_norm=0.5),
 ]
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 13, 5))]

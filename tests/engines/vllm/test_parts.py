@@ -267,7 +267,7 @@ class TestRig:
     @pytest.mark.parametrize("chunk", [1, 3, 12])
     @pytest.mark.parametrize("pair", [False, True])
     def test_a_mixed_batch_is_the_textbook_formula_token_by_token(self, chunk: int, pair: bool) -> None:
-        one = rig(slots=10)
+        one = rig(slots=20)
         given = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5], *self.OTHER)}
         for name, what in given.items():
             if what is not None:
