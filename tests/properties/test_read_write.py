@@ -168,6 +168,30 @@ def test_no_token_has_a_copy_of_a_map() -> None:
     assert stage.gather(States.of(torch.tensor([1, 2, 3]), torch.device("cpu")))["map"].whole is not None
 
 
+def test_everything_is_where_the_activations_are() -> None:
+    """On a device that computes nothing but refuses to be mixed with the CPU."""
+    there = torch.device("meta")
+    edits = [(Edit(Site(0), read_write(i, 1 + i, low=0.0 if i else None), ALL),) for i in range(4)]
+    (stage,) = compile_plan(edits, [3] * 4, torch.float64).stages[Site(0)]
+    for states in ([1, 2, 3, 0, 4, 1], [1] * FEW + [2, 2] + [3] * (FEW + 1) + [4, 0], [2, 2], [0, 2], [0]):
+        known = torch.tensor(states)
+        rows = stage.gather(States.of(known, there))
+        new = stage.kernel(torch.ones(len(states), WIDTH, dtype=torch.float64, device=there), rows)
+        assert (new.shape, new.device.type) == ((len(states), WIDTH), "meta")
+    bank = stage.rows["map"]
+    assert bank.to(there) is bank.to(there)  # type: ignore[arg-type]
+
+
+def test_mixed_dtypes() -> None:
+    one = ReadWrite(V.float(), V, numbers(0.1, 0.2, 0.3, 0.4))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = some().to(dtype)
+        expected = torch.stack([naive_edit(Edit(Site(0), one, ALL), row.double()) for row in x])
+        found = done(one, x)
+        assert found.dtype == dtype
+        assert torch.allclose(found.double(), expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+
+
 # ---- in models ---------------------------------------------------------------------------------------------
 
 

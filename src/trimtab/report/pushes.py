@@ -11,7 +11,8 @@ from trimtab.steering import Add, ScoreOperation, SetProjection, Steering
 
 @dataclass(frozen=True)
 class Push:
-    """One edit. `norm` is its direction's, times the strength where the operation adds; where it sets a projection,
+    """One edit. `norm` is its direction's, times the strength where the operation adds; where it writes several
+    directions, the root of their squares' sum; where it sets a projection,
     the mean shift that the instruction itself makes there, times the strength, if the card has it.
 
     `activation_norm` is the mean norm of the activations it was learned from, `agreement` the mean cosine of the

@@ -48,14 +48,16 @@ class LowRank:
 
     def to(self, to: torch.device | torch.dtype) -> LowRank:
         """On this device, or of this dtype. A copy is made once."""
-        if to in (self.read.device, self.read.dtype):
-            return self
-        if to not in self._copies:
+        copy = self._copies.get(to)
+        if copy is None:
+            given = (self.read, self.bias, self.write, self.low, self.high)
+            if all(one is None or to in (one.device, one.dtype) for one in given):
+                return self
             if len(self._copies) >= COPIES:
                 self._copies.clear()
-            given = (self.read, self.bias, self.write, self.low, self.high)
-            self._copies[to] = LowRank(*(None if one is None else one.to(to) for one in given))  # type: ignore[arg-type]
-        return self._copies[to]
+            copy = LowRank(*(None if one is None else one.to(to) for one in given))  # type: ignore[arg-type]
+            self._copies[to] = copy
+        return copy
 
     def edit(self, x: Tensor, strength: Tensor) -> Tensor:
         """The new activations `[..., width]`, for `x` `[..., width]` and `strength` `[..., 1]`."""
@@ -77,15 +79,17 @@ class LowRanks:
         for state, one in by_state.items():
             self.which[state] = numbers.get(id(one), -1)
         self._stack: tuple[list[int], _Stack] | None = None
+        self._moved: dict[torch.device, LowRanks] = {}
 
     def to(self, device: torch.device) -> LowRanks:
         """With its maps on this device; which state has which is the host's to know."""
         if all(one.read.device == device for one in self.maps):
             return self
-        moved = LowRanks({}, 0)
-        moved.maps = [one.to(device) for one in self.maps]
-        moved.which = self.which
-        return moved
+        if device not in self._moved:
+            moved = self._moved[device] = LowRanks({}, 0)
+            moved.maps = [one.to(device) for one in self.maps]
+            moved.which = self.which
+        return self._moved[device]
 
     def pick(self, states: Tensor) -> Picked:
         """The maps of tokens in these states, in any shape; on the CPU, so that no device is waited for."""

@@ -91,9 +91,7 @@ class ReadWrite(Operation, name="read_write"):
         return LowRank(*(getattr(self, name) for name in ("read", "bias", "write", "low", "high")))
 
     def row(self, strength: float) -> Rows:
-        dtype = torch.promote_types(self.read.dtype, self.write.dtype)
-        one = self.map.to(dtype)
-        return {"strength": torch.full((1,), strength, dtype=dtype), "map": one}
+        return {"strength": torch.full((1,), strength, dtype=torch.float64), "map": self.map}
 
     def __hash__(self) -> int:
         return self._hash
