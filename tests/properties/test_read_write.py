@@ -434,6 +434,11 @@ def test_a_random_control_keeps_lengths_and_angles() -> None:
     assert torch.allclose(*(one @ one.T for one in both), atol=1e-12)
     assert float((both[0] @ both[1].T).abs().max()) < 0.5
     assert torch.allclose(*(one.read @ mean + one.bias for one in (old, new)), atol=1e-12)
+    (edit,) = random_like(at(1, RotateInPlane(U, direction(2), 0.5)), 3).edits
+    assert float(edit.operation.direction @ edit.operation.second) == pytest.approx(float(U @ direction(2)))
+    assert abs(float(edit.operation.direction @ U)) < 0.5
+    nothing = at(1, ReadWrite(torch.zeros(0, WIDTH), torch.zeros(0, WIDTH)))
+    assert random_like(nothing) == nothing
     assert random_like(at(1, old), 3) == random_like(at(1, old), 3) != random_like(at(1, old), 4)
 
 

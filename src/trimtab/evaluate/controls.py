@@ -35,7 +35,8 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
     Sites, positions, strengths, gates and kinds of operation stay. Each direction becomes one drawn evenly from the
     sphere, of the same norm; edits that share a direction share the random one. A random direction of an `Ablate`
     removes what little lies along it, so that control is a weak one. Masks and thresholds of elements are shuffled.
-    What a `ReadWrite` reads and writes is turned as one, so that lengths and angles among it stay.
+    What a `ReadWrite` reads and writes is turned as one, so that lengths and angles among it stay, and so is the plane
+    of a `RotateInPlane`.
 
     A `SetProjection` pushes by `target - x.u`, which depends on the activation. `means`, an activation `[width]` for
     each site, sets the new target to where a mean activation is pushed as far as before: `target' = m.r + (target -

@@ -12,6 +12,7 @@ from trimtab.errors import TrimtabError
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.operations import Directed, Operation, SetProjection
 from trimtab.steering.read_write import ReadWrite
+from trimtab.steering.rotations import RotateInPlane
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
 from trimtab.steering.tensors import to_float64
@@ -40,6 +41,10 @@ def _randomized(
     operation = edit.operation
     if isinstance(operation, ReadWrite):
         return _turned(operation, edit.site, drawn, generator, means)
+    if isinstance(operation, RotateInPlane):
+        first, second = _turned_rows([operation.direction[None], operation.second[None]], drawn, generator)
+        dtypes = operation.direction.dtype, operation.second.dtype
+        return replace(operation, direction=first.to(dtypes[0]), second=second.to(dtypes[1]))
     if not isinstance(operation, Directed):
         raise TrimtabError(f"a {type(operation).__name__} has no direction that could be replaced by a random one")
     old = operation.direction.double()
@@ -67,22 +72,26 @@ def _turned(
     generator: torch.Generator,
     means: Mapping[Site, Tensor] | None,
 ) -> ReadWrite:
-    """All that it reads and writes turned at random as one: lengths and angles among them stay.
-
-    With a mean, each row reads the same from it as before.
-    """
-    read, write = operation.read.double(), operation.write.double()
-    key = operation.read.numpy().tobytes() + operation.write.numpy().tobytes()
-    if key not in drawn:
-        basis, coordinates = torch.linalg.qr(torch.cat([read, write]).T)  # [width, n], [n, 2 rank]
-        frame, _ = torch.linalg.qr(torch.randn(basis.shape, generator=generator, dtype=torch.float64))
-        drawn[key] = (frame @ coordinates).T
-    new_read, new_write = drawn[key].split(operation.rank)
+    """All that it reads and writes turned as one. With a mean, each row reads the same from it as before."""
+    rank, read = operation.rank, operation.read.double()
+    new = _turned_rows([operation.read, operation.write], drawn, generator)
     bias = operation.bias.double()  # type: ignore[union-attr]
     if means is not None:
-        bias = bias + (read - new_read) @ _mean(means, site, operation.width)
-    made = {"read": new_read, "write": new_write, "bias": bias}
-    return replace(operation, **{name: value.to(getattr(operation, name).dtype) for name, value in made.items()})
+        bias = bias + (read - new[:rank]) @ _mean(means, site, operation.width)
+    dtype = operation.read.dtype
+    return replace(
+        operation, read=new[:rank].to(dtype), write=new[rank:].to(operation.write.dtype), bias=bias.to(dtype)
+    )
+
+
+def _turned_rows(rows: list[Tensor], drawn: dict[bytes, Tensor], generator: torch.Generator) -> Tensor:
+    """These rows `[…, width]` turned at random as one, float64: lengths and angles among them stay."""
+    key = b"".join(one.numpy().tobytes() for one in rows)
+    if key not in drawn:
+        basis, coordinates = torch.linalg.qr(torch.cat([one.double() for one in rows]).T)  # [width, n], [n, rows]
+        frame, _ = torch.linalg.qr(torch.randn(basis.shape, generator=generator, dtype=torch.float64))
+        drawn[key] = (frame @ coordinates).T
+    return drawn[key]
 
 
 def _mean(means: Mapping[Site, Tensor], site: Site, width: int) -> Tensor:
