@@ -182,6 +182,13 @@ def test_everything_is_where_the_activations_are() -> None:
     assert bank.to(there) is bank.to(there)  # type: ignore[arg-type]
 
 
+def test_numbers_that_the_dtype_cant_hold() -> None:
+    huge = ReadWrite(V, 1e39 * V)
+    compile_plan([(Edit(Site(2), huge, ALL),)], [3], torch.float64)
+    with pytest.raises(TrimtabError, match=r"at layer 2 the largest element, .* and the model computes in float32"):
+        compile_plan([(Edit(Site(2), huge, ALL),)], [3], torch.bfloat16)
+
+
 def test_mixed_dtypes() -> None:
     one = ReadWrite(V.float(), V, numbers(0.1, 0.2, 0.3, 0.4))
     for dtype in (torch.float64, torch.float32, torch.bfloat16):

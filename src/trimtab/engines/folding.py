@@ -55,6 +55,11 @@ class Stage:
     rows: dict[str, Tensor | LowRanks]
     active: Tensor
 
+    @property
+    def sorts(self) -> bool:
+        """Whether gathering sorts tokens by their maps: what comes of it is small, and worth keeping."""
+        return any(isinstance(bank, LowRanks) for bank in self.rows.values())
+
     def gather(self, states: States) -> Rows:
         """The rows of tokens in these states, on the states' device: one for each of them."""
         device, found = states.index.device, {}

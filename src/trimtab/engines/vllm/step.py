@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from trimtab.steering.operations import Rows
 KEPT = 512
 """Passes of at most so many tokens keep what they have gathered, for the next pass that is alike."""
 
-Prepared = list[tuple[Stage, Rows, Active]]
+Prepared = Iterable[tuple[Stage, Rows, Active]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Step:
     adds: frozenset[int]
     staged: Staged
     _rows: dict[int, Tensor] = field(default_factory=dict)
-    _prepared: dict[int, Prepared] = field(default_factory=dict)
+    _sorted: dict[tuple[int, int], tuple[Rows, Active]] = field(default_factory=dict)
 
     def apply(self, bank: Bank, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit the residual stream `hidden + residual`, `[tokens, width]` each, by changing `hidden` alone."""
@@ -53,16 +53,16 @@ class Step:
         if stages:
             x = hidden[self.low : self.high]
             given = None if residual is None else residual[self.low : self.high]
-            x.copy_(_edited(x, given, self._gathered(layer, stages)))
+            x.copy_(_edited(x, given, ((s, *self._gathered(layer, i, s)) for i, s in enumerate(stages))))
 
-    def _gathered(self, layer: int, stages: Sequence[Stage]) -> Prepared:
-        prepared = self._prepared.get(layer)
-        if prepared is None:
-            index = self.numbers.index
-            prepared = [(s, s.gather(self.numbers), None if s.in_place else s.active[index]) for s in stages]
-            if len(index) <= KEPT:
-                self._prepared[layer] = prepared
-        return prepared
+    def _gathered(self, layer: int, number: int, stage: Stage) -> tuple[Rows, Active]:
+        """A stage's rows and activity, one for each token."""
+        ready = self._sorted.get((layer, number))
+        if ready is None:
+            ready = stage.gather(self.numbers), None if stage.in_place else stage.active[self.numbers.index]
+            if stage.sorts and len(self.numbers.index) <= KEPT:
+                self._sorted[layer, number] = ready
+        return ready
 
     def _added(self, bank: Bank, layer: int) -> Tensor:
         rows = self._rows.get(layer)
