@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tiny import naive_holds
+from tiny import naive_edit, naive_holds
 from torch import Tensor, nn
 
 from trimtab import LM, Edit, Steering
-from trimtab.steering import AddScaled, HoldElements, MaskNeurons, ScaleElements
+from trimtab.steering import AddScaled, HoldElements, MaskNeurons, ReadWrite, ScaleElements
 
 LLAMA = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
 MODULES: dict[str, tuple[str, str, str, str | None]] = {
@@ -55,6 +55,8 @@ def size_of(lm: LM, kind: str) -> int:
 def formula(edit: Edit, x: Tensor) -> Tensor:
     """An operation as its paper has it, for one activation `[width]`."""
     operation, s = edit.operation, edit.strength
+    if isinstance(operation, ReadWrite):
+        return naive_edit(edit, x)
     v = operation.direction.to(x.dtype)
     if isinstance(operation, ScaleElements):
         new = torch.stack([a + s * m * a for a, m in zip(x, v, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.lm import LM
-from trimtab.steering import Ablate, Add, Edit, Rotate, SetProjection, Steering
+from trimtab.steering import Ablate, Add, Edit, ReadWrite, Rotate, RotateInPlane, SetProjection, Steering
 
 VOCABULARY = 90
 WIDTH = 32
@@ -211,8 +212,13 @@ def _asked(edit: Edit, x: Tensor) -> Tensor:
 
 def naive_edit(edit: Edit, x: Tensor) -> Tensor:
     """The textbook formula, for one activation `[width]`."""
-    v, s, operation = edit.operation.direction.to(x.dtype), edit.strength, edit.operation
-    if isinstance(operation, Add):
+    s, operation = edit.strength, edit.operation
+    v = operation.direction.to(x.dtype) if hasattr(operation, "direction") else torch.zeros_like(x)
+    if isinstance(operation, ReadWrite):
+        new = naive_read_write(operation, x, s)
+    elif isinstance(operation, RotateInPlane):
+        new = naive_turn(operation, x, s)
+    elif isinstance(operation, Add):
         new = x + s * v
     elif isinstance(operation, SetProjection):
         new = x + _asked(edit, x) * v
@@ -224,7 +230,45 @@ def naive_edit(edit: Edit, x: Tensor) -> Tensor:
         new = x.norm() * (torch.sin((2 * s - 1) * phi) * v + torch.cos((2 * s - 1) * phi) * rest / rest.norm())
     else:
         raise AssertionError(operation)
-    return new * (x.norm() / new.norm()) if operation.keep_norm else new
+    share = float(operation.keep_norm)
+    return new * (((1 - share) * new.norm() + share * x.norm()) / new.norm()) if share else new
+
+
+def naive_read_write(operation: ReadWrite, x: Tensor, strength: float) -> Tensor:
+    """One row and one number after the other, in float64."""
+    old = [float(number) for number in x]
+    new = list(old)
+    for i in range(operation.rank):
+        read = sum(float(a) * b for a, b in zip(operation.read[i], old, strict=True)) + float(operation.bias[i])
+        if operation.low is not None:
+            read = max(read, float(operation.low[i]))
+        if operation.high is not None:
+            read = min(read, float(operation.high[i]))
+        new = [a + strength * read * float(b) for a, b in zip(new, operation.write[i], strict=True)]
+    return torch.tensor(new, dtype=x.dtype)
+
+
+def naive_turn(operation: RotateInPlane, x: Tensor, strength: float) -> Tensor:
+    """By the rotation's matrix, in an orthonormal basis whose first two vectors span the plane."""
+    u, v = operation.direction.double(), operation.second.double()
+    w = v - (u @ v) * u
+    e = torch.stack([u, w / w.norm()])
+    a, b = (e @ x.double()).tolist()
+    angle = operation.angle
+    if angle is None:
+        angle = math.atan2(float(v @ e[1]), float(v @ e[0])) - math.atan2(b, a)
+        angle += 2 * math.pi * ((angle <= -math.pi) - (angle > math.pi))
+    c, s = math.cos(strength * angle), math.sin(strength * angle)
+    turn = torch.tensor([[c - 1, -s], [s, c - 1]], dtype=torch.float64)
+    return ((torch.eye(len(x), dtype=torch.float64) + e.T @ turn @ e) @ x.double()).to(x.dtype)
+
+
+def read_write(seed: int, rank: int, width: int = WIDTH, scale: float = 0.4, **more: Any) -> ReadWrite:
+    """A random one, float64; each row writes about so much of what it reads."""
+    generator = torch.Generator().manual_seed(seed)
+    read, write = torch.randn(2, rank, width, generator=generator, dtype=torch.float64) / width**0.5
+    bias = torch.randn(rank, generator=generator, dtype=torch.float64)
+    return ReadWrite(read, scale * write, bias, **more)
 
 
 def naive_holds(edit: Edit, t: int, n: int) -> bool:

@@ -15,17 +15,26 @@ from trimtab.files.steering_file import load_steering, save_steering, steering_d
 from trimtab.steering import (
     Ablate,
     Add,
+    AddScaled,
     Always,
     Card,
     Edit,
+    HoldElements,
+    MaskNeurons,
     ModelId,
     Positions,
+    ReadWrite,
+    Rotate,
+    RotateInPlane,
+    RotatePredicted,
+    ScaleElements,
     SetProjection,
     Site,
     Steering,
     Threshold,
 )
 from trimtab.steering.gates import AllOf, AnyOf, Not
+from trimtab.steering.rotations import weight_count
 
 WIDTH = 6
 MODEL = ModelId("tiny", "abc123", "llama", WIDTH, 4, "f" * 16, None)
@@ -304,3 +313,23 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(TrimtabError, match="folder must exist"):
         save_steering(simple(), tmp_path / "nowhere" / "s.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_keep_their_digests():
+    """A steering of every operation with round numbers: the digests that its files have had since it was there."""
+    u, v = torch.eye(6)[0], torch.eye(6)[1]
+    older = [
+        Add(2 * u),
+        SetProjection(u, 1.5, one_sided=True),
+        Ablate(u, keep_norm=True),
+        Rotate(u, 0.25),
+        Rotate(u),
+        RotatePredicted(u, torch.ones(weight_count(6))),
+        AddScaled(u, by="sign", keep_norm=True),
+        ScaleElements(u),
+        MaskNeurons(u),
+        HoldElements(u),
+    ]
+    newer = [ReadWrite(u[None], v[None], 1.0, low=0.0, keep_norm=0.5), RotateInPlane(u, v, 0.25)]
+    steerings = [Steering(tuple(Edit(Site(i), one) for i, one in enumerate(some))) for some in (older, newer)]
+    assert [steering_digest(one)[:16] for one in steerings] == ["674861301e4e6058", "59af4999706e9444"]

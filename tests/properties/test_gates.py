@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import direction, naive_generate, prompt
+from tiny import direction, naive_generate, prompt, read_write
 
 from trimtab import (
     LM,
@@ -168,7 +168,10 @@ class TestDecidedByThePrompt:
 
 
 class TestDecidedAtEachToken:
-    @pytest.mark.parametrize("operation", [Add(direction(1, 3.0)), SetProjection(direction(2), 2.0, keep_norm=True)])
+    @pytest.mark.parametrize(
+        "operation",
+        [Add(direction(1, 3.0)), SetProjection(direction(2), 2.0, keep_norm=True), read_write(3, 2, low=-0.3)],
+    )
     def test_it_acts_where_the_condition_holds(self, lm: LM, operation: Any) -> None:
         (x,) = lm.capture(PROMPTS[3], [2], Positions.all())
         test = Threshold(Site(2), direction(3), middle(x[Site(2)] @ direction(3)), each_token=True)

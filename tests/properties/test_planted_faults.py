@@ -1,4 +1,4 @@
-"""Three faults that are easily made, planted one by one: for each a test fails that passes without it."""
+"""Faults that are easily made, planted one by one: for each a test fails that passes without it."""
 
 from __future__ import annotations
 
@@ -105,3 +105,34 @@ def test_a_gate_that_is_strict(monkeypatch: pytest.MonkeyPatch) -> None:
 
     check = module.TestPlausibility().test_the_bar_itself_is_plausible
     fails_only_with(lambda: monkeypatch.setattr(module, "gate_open", strict), check)
+
+
+def test_maps_that_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token gets the low-rank map of another one."""
+    module = module_of("properties/test_read_write.py")
+    from trimtab.steering import low_rank
+
+    plain = low_rank.LowRanks.pick
+
+    def exchanged(self: Any, states: Tensor) -> Any:
+        return plain(self, states.flip(0))
+
+    check = module.TestInAModel().test_every_row_is_what_the_naive_loop_gives
+    fails_only_with(
+        lambda: monkeypatch.setattr(low_rank.LowRanks, "pick", exchanged), lambda: check(tiny.tiny("llama"))
+    )
+
+
+def test_a_map_that_reads_what_it_should_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = module_of("properties/test_read_write.py")
+    from trimtab.steering import low_rank
+
+    plain = low_rank.LowRank.edit
+
+    def turned(self: Any, x: Tensor, strength: Tensor) -> Tensor:
+        return plain(low_rank.LowRank(self.write, self.bias, self.read, self.low, self.high), x, strength)
+
+    fails_only_with(
+        lambda: monkeypatch.setattr(low_rank.LowRank, "edit", turned),
+        module.test_published_formulas_that_it_is,
+    )

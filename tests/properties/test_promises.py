@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import FAMILIES, LAYERS, MIXTURES, SINGLE, direction, naive_edit, naive_generate, naive_holds, prompt
+from tiny import (
+    FAMILIES,
+    LAYERS,
+    MIXTURES,
+    SINGLE,
+    direction,
+    naive_edit,
+    naive_generate,
+    naive_holds,
+    prompt,
+    read_write,
+)
 
 from trimtab import (
     LM,
@@ -21,7 +32,7 @@ from trimtab import (
     Threshold,
     TrimtabError,
 )
-from trimtab.steering import Rotate
+from trimtab.steering import Rotate, RotateInPlane
 
 RULES = [
     Positions.all(),
@@ -43,6 +54,9 @@ OPERATIONS = [
     SetProjection(direction(5), target=-2.0, keep_norm=True),
     Ablate(direction(6), keep_norm=True),
     Rotate(direction(7), one_sided=False),
+    RotateInPlane(direction(8), direction(9), 0.7),
+    read_write(10, 3, low=-0.3),
+    read_write(11, 5, low=-1.0, high=torch.tensor([torch.inf, 0.5, 0.5, 1.0, torch.inf]), keep_norm=0.5),
 ]
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 13, 5))]
 NEW = 6
@@ -74,7 +88,7 @@ MIXED = [
     None,
     steering((0, OPERATIONS[2], RULES[1]), (3, OPERATIONS[3], RULES[2]), (3, OPERATIONS[0], RULES[7])),
     steering((2, OPERATIONS[0], RULES[8]), (2, Add(direction(8)), RULES[0]), (2, OPERATIONS[5], RULES[6])),
-    0.5 * steering(*((layer, OPERATIONS[4], RULES[5]) for layer in range(LAYERS))),
+    0.5 * steering(*((layer, OPERATIONS[4], RULES[5]) for layer in range(LAYERS)), (1, OPERATIONS[8], RULES[0])),
 ]
 
 

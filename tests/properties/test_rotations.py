@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from tiny import WIDTH, direction, prompt
 from torch import Tensor
 
 from trimtab import LM, Edit, Positions, Site, Steering, TrimtabError, load, save
-from trimtab.steering import Rotate, RotatePredicted
+from trimtab.steering import Rotate, RotateInPlane, RotatePredicted
 from trimtab.steering.rotations import angle_sizes, weight_count
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "falcon", "opt", "gpt_neox")
@@ -21,7 +22,7 @@ PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 13, 5))]
 U = direction(2)
 
 
-def turned(x: Tensor, operation: Rotate | RotatePredicted, strength: float = 1.0) -> Tensor:
+def turned(x: Tensor, operation: Any, strength: float = 1.0) -> Tensor:
     rows = {name: value.to(x.dtype) for name, value in operation.row(strength).items()}
     return operation.kernel(x, rows)
 
@@ -153,3 +154,55 @@ def test_bad_input() -> None:
         Rotate(U, math.inf)
     with pytest.raises(TrimtabError, match=f"has {weight_count(WIDTH)} weights, got 3"):
         RotatePredicted(U, torch.ones(3))
+
+
+class TestInAFixedPlane:
+    V = torch.nn.functional.normalize(direction(3) + 0.5 * U, dim=0)
+
+    @pytest.mark.parametrize("angle", [None, 0.0, 0.4, -2.0, 3.1])
+    @pytest.mark.parametrize("strength", [1.0, 0.3, -0.5])
+    def test_it_is_the_matrix(self, angle: float | None, strength: float) -> None:
+        x = 3 * torch.randn(50, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        operation = RotateInPlane(U, self.V, angle)
+        found = turned(x, operation, strength)
+        expected = torch.stack([tiny.naive_turn(operation, row, strength) for row in x])
+        assert torch.allclose(found, expected, atol=1e-12)
+        assert torch.allclose(found.norm(dim=-1), x.norm(dim=-1))
+        basis, _ = torch.linalg.qr(torch.stack([U, self.V]).T)
+        assert torch.allclose(*(z - z @ basis @ basis.T for z in (x, found)), atol=1e-12)
+
+    def test_angles(self) -> None:
+        between = math.acos(float(U @ self.V))
+        assert torch.allclose(turned(U[None], RotateInPlane(U, self.V, between)), self.V[None])
+        assert torch.allclose(turned(U[None], RotateInPlane(U, self.V)), self.V[None])
+        half = turned(U[None], RotateInPlane(U, self.V), 0.5)[0]
+        assert float(half @ U) == pytest.approx(float(half @ self.V)) == pytest.approx(math.cos(between / 2))
+        x = torch.randn(20, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        basis, _ = torch.linalg.qr(torch.stack([U, self.V]).T)
+        aimed = turned(x, RotateInPlane(U, self.V)) @ basis  # what is in the plane points along the second direction
+        assert torch.allclose(aimed, (x @ basis).norm(dim=-1, keepdim=True) * (self.V @ basis), atol=1e-12)
+        back = turned(turned(x, RotateInPlane(U, self.V, 0.7)), RotateInPlane(U, self.V, 0.7), -1.0)
+        assert torch.allclose(back, x)
+        off = x - x @ basis @ basis.T  # nothing in the plane: nothing to turn
+        assert torch.allclose(turned(off, RotateInPlane(U, self.V)), off, atol=1e-12)
+
+    def test_in_a_model_and_in_files(self, tmp_path: Path) -> None:
+        lm = tiny.tiny("llama")
+        one = Steering(
+            (Edit(Site(1), RotateInPlane(U, self.V)), Edit(Site(2), RotateInPlane(U, self.V, 0.5, keep_norm=0.5)))
+        )
+        rows = [one, None, 0.5 * one, one.at(Positions.all()), -1 * one]
+        for text, row, answer in zip(PROMPTS, rows, lm.generate(PROMPTS, rows, max_new_tokens=5), strict=True):
+            assert list(answer.token_ids) == tiny.naive_generate(lm, text, row, 5)[0]
+        save(one, tmp_path / "s.safetensors")
+        assert load(tmp_path / "s.safetensors") == one
+
+    def test_bad_input(self) -> None:
+        with pytest.raises(TrimtabError, match="span no plane"):
+            RotateInPlane(U, -U)
+        with pytest.raises(TrimtabError, match="second direction must be a unit vector"):
+            RotateInPlane(U, 2 * self.V)
+        with pytest.raises(TrimtabError, match="have one width"):
+            RotateInPlane(U, torch.eye(5)[0])
+        with pytest.raises(TrimtabError, match="finite number of radians"):
+            RotateInPlane(U, self.V, math.inf)

@@ -9,7 +9,7 @@ import naive_sites as naive
 import pytest
 import tiny
 import torch
-from tiny import FAMILIES, LAYERS, MIXTURES, prompt
+from tiny import FAMILIES, LAYERS, MIXTURES, prompt, read_write
 
 from trimtab import (
     LM,
@@ -75,6 +75,9 @@ def mixed(lm: LM) -> list[Steering | None]:
         limits = vector(size, 4).abs() * 5
         last += (Edit(Site(2, "neurons"), MaskNeurons(limits, statistic="any"), Positions.generated()),)
         last += (Edit(Site(1, "neurons"), MaskNeurons(limits, statistic="rms"), Positions.generated()),)
+    for i, kind in enumerate(naive.kinds(family(lm))):
+        low_rank = read_write(i, 1 + 2 * i, naive.size_of(lm, kind), low=0.0 if i % 2 else None, keep_norm=i == 4)
+        last += (Edit(Site(i % 4, kind), low_rank, rules[i % 4], 0.8),)
     return [Steering(tuple(edits)), None, Steering((*half, *masks)), Steering(last)]
 
 
@@ -152,7 +155,9 @@ class TestSteering:
     def test_activations_differ_by_the_operation(self, lm: LM) -> None:
         for kind in naive.kinds(family(lm)):
             size = naive.size_of(lm, kind)
-            for operation in (Add(vector(size, 1)), ScaleElements(mask(size, 1)), SetProjection(vector(size, 2), 1.0)):
+            low_rank = read_write(3, 4, size, low=0.0)
+            directed = (Add(vector(size, 1)), ScaleElements(mask(size, 1)), SetProjection(vector(size, 2), 1.0))
+            for operation in (*directed, low_rank):
                 site = Site(2, kind)
                 edit = Edit(site, operation, Positions.span(2, 5), 0.75)
                 (before,) = lm.capture(PROMPTS[1], [site, Site(1)], Positions.all())

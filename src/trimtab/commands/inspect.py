@@ -262,7 +262,11 @@ def _same(values: Sequence[str]) -> bool:
 def _operation(operation: Operation) -> str:
     from trimtab.steering.operations import NAMES
 
-    return NAMES[type(operation)] + (" (norm kept)" if operation.keep_norm else "")
+    return NAMES[type(operation)] + _kept(operation.keep_norm)
+
+
+def _kept(share: float) -> str:
+    return "" if not share else " (norm kept)" if share == 1 else f" ({share:g} of the norm kept)"
 
 
 def describe(gate: Gate) -> str:

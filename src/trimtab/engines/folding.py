@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
+from trimtab.steering.low_rank import LowRank, LowRanks
 from trimtab.steering.operations import NEUTRAL, TOGETHER, Kernel, Rows, add, with_norm_of
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
@@ -23,13 +25,48 @@ Active = Tensor | bool | None
 
 
 @dataclass(frozen=True)
+class States:
+    """The state of each token of a pass: on the device, and the same on the CPU, so that nobody has to wait to know."""
+
+    index: Tensor
+    known: Tensor
+
+    @classmethod
+    def of(cls, numbers: Tensor, device: torch.device) -> States:
+        """Of numbers on the CPU."""
+        return cls(numbers.to(device), numbers)
+
+    def to(self, device: torch.device) -> States:
+        return States(self.index.to(device), self.known)
+
+    def __getitem__(self, which: slice) -> States:
+        return States(self.index[which], self.known[which])
+
+
+@dataclass(frozen=True)
 class Stage:
-    """One kernel call at one site: `rows[name]` is `[states, size]`, `active` is `[states]`."""
+    """One kernel call at one site: `rows[name]` is `[states, size]`, `active` is `[states]`.
+
+    `keep_norm` is the share of the old norm that is kept.
+    """
 
     kernel: Kernel
-    keep_norm: bool
-    rows: dict[str, Tensor]
+    keep_norm: float
+    rows: dict[str, Tensor | LowRanks]
     active: Tensor
+
+    @property
+    def sorts(self) -> bool:
+        """Whether gathering sorts tokens by their maps: what comes of it is small, and worth keeping."""
+        return any(isinstance(bank, LowRanks) for bank in self.rows.values())
+
+    def gather(self, states: States) -> Rows:
+        """The rows of tokens in these states, on the states' device: one for each of them."""
+        device, found = states.index.device, {}
+        for name, bank in self.rows.items():
+            here = bank.to(device)
+            found[name] = here.pick(states.known) if isinstance(here, LowRanks) else here[states.index]
+        return found
 
     @property
     def only_adds(self) -> bool:
@@ -103,8 +140,10 @@ def as_rows(row: Rows, dtype: torch.dtype, edits: Sequence[Edit]) -> Rows:
     """
     cast = {name: value.to(dtype) for name, value in row.items()}
     for name, value in row.items():
-        if bool((cast[name].isinf() & value.isfinite()).any()):
-            largest, most = float(value[value.isfinite()].abs().max()), torch.finfo(dtype).max
+        for old, new in zip(_tensors(value), _tensors(cast[name]), strict=True):
+            if new is old or not bool((new.isinf() & old.isfinite()).any()):
+                continue
+            largest, most = float(old[old.isfinite()].abs().max()), torch.finfo(dtype).max
             kind = str(dtype).removeprefix("torch.")
             raise TrimtabError(
                 f"{' + '.join(str(edit) for edit in edits)}: at layer {edits[0].site.layer} the largest element, times"
@@ -114,6 +153,10 @@ def as_rows(row: Rows, dtype: torch.dtype, edits: Sequence[Edit]) -> Rows:
     return cast
 
 
+def _tensors(value: Tensor | LowRank) -> tuple[Tensor, ...]:
+    return value.tensors if isinstance(value, LowRank) else (value,)
+
+
 def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
     """Slot i of every state runs in step i; within a step, one stage a kernel.
 
@@ -121,7 +164,7 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
     """
     found = []
     for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
-        groups: dict[tuple[Kernel, bool], dict[int, Slot]] = {}
+        groups: dict[tuple[Kernel, float], dict[int, Slot]] = {}
         for state, one in slots.items():
             if step < len(one):
                 first = one[step][0].operation
@@ -134,27 +177,35 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
     return found
 
 
-def _bank(kernel: Kernel, keep_norm: bool, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
+def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
     """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
     nothing = NEUTRAL.get(kernel, -0.0)
-    sizes = {name: value.shape[0] for row in rows_of.values() for name, value in row.items()}
-    rows = {name: torch.full((count, size), nothing, dtype=dtype) for name, size in sizes.items()}
     active = torch.zeros(count, dtype=torch.bool)
+    values: dict[str, dict[int, Any]] = {}
     for state, row in rows_of.items():
         active[state] = True
         for name, value in row.items():
-            rows[name][state] = value
+            values.setdefault(name, {})[state] = value
+    rows: dict[str, Tensor | LowRanks] = {}
+    for name, by_state in values.items():
+        first = next(iter(by_state.values()))
+        if isinstance(first, LowRank):
+            rows[name] = LowRanks(by_state, count)
+            continue
+        bank = rows[name] = torch.full((count, first.shape[0]), nothing, dtype=dtype)
+        for state, value in by_state.items():
+            bank[state] = value
     return Stage(kernel, keep_norm, rows, active)
 
 
-def apply(stage: Stage, rows: dict[str, Tensor], active: Active, x: Tensor) -> Tensor:
+def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
     """One stage applied to activations, with its rows and activity gathered: one for each of them."""
     if active is None:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
     wide = x.to(next(iter(rows.values())).dtype)
     new = stage.kernel(wide, rows)
     if stage.keep_norm:
-        new = with_norm_of(wide, new)
+        new = with_norm_of(wide, new, stage.keep_norm)
     if isinstance(active, bool):
         return new.to(x.dtype)
     return torch.where(active[..., None], new.to(x.dtype), x)

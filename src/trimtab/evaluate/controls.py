@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Card, SetProjection, Site, Steering
+from trimtab.steering import Card, ReadWrite, SetProjection, Site, Steering
 from trimtab.steering.random_edits import random_edits
 from trimtab.steering.tensors import to_float64
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) -> dict[Site, Tensor] | None:
     """What `random_like` needs to push as hard as these steerings do: the mean of the prompts' last tokens, `[width]`
-    in float64, at each site where a projection is set; `None` where none is, and nothing is read."""
+    in float64, at each site where a projection is set or read; `None` where none is, and nothing is read."""
     edits = [edit for steering in steerings for edit in steering.edits]
-    sites = sorted({edit.site for edit in edits if isinstance(edit.operation, SetProjection)})
+    sites = sorted({edit.site for edit in edits if isinstance(edit.operation, (ReadWrite, SetProjection))})
     if not sites:
         return None
     read = lm.capture(list(prompts), sites)
@@ -35,10 +35,13 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
     Sites, positions, strengths, gates and kinds of operation stay. Each direction becomes one drawn evenly from the
     sphere, of the same norm; edits that share a direction share the random one. A random direction of an `Ablate`
     removes what little lies along it, so that control is a weak one. Masks and thresholds of elements are shuffled.
+    What a `ReadWrite` reads and writes is turned as one, so that lengths and angles among it stay, and so is the plane
+    of a `RotateInPlane`.
 
     A `SetProjection` pushes by `target - x.u`, which depends on the activation. `means`, an activation `[width]` for
     each site, sets the new target to where a mean activation is pushed as far as before: `target' = m.r + (target -
-    m.u)`. Without it the target stays as it is, and so the push differs in length; compare the doses.
+    m.u)`; likewise the rows of a `ReadWrite` read the same from it as before. Without it the target stays as it is, and
+    so the push differs in length; compare the doses.
 
     The same steering and seed give the same control. Raises `TrimtabError` for an operation without a direction, a
     missing mean, or one of another width.

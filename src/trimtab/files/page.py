@@ -79,7 +79,7 @@ def _edits(steering: Steering) -> Iterator[tuple[str, ...]]:
     for edit in steering.edits:
         operation = getattr(edit.operation, "operation", edit.operation)
         name = SCORE_NAMES[type(operation)] if isinstance(operation, ScoreOperation) else NAMES[type(operation)]
-        norm = f"{float(operation.direction.double().norm()):.4g}" if isinstance(operation, Operation) else ""
+        norm = f"{operation.norm:.4g}" if isinstance(operation, Operation) else ""
         yield str(edit.site.layer), edit.site.kind, name, str(edit.positions), f"{edit.strength:g}", norm
 
 

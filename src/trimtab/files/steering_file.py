@@ -1,7 +1,8 @@
 """One safetensors file a steering: tensors, and one header entry with everything else as canonical JSON.
 
 A steering with one direction a layer names its tensors `direction.<N>`, N being the block (from 0) at whose
-output the direction acts, as GGUF control vectors do; otherwise `edit.<i>.direction`. The bytes are the same
+output the direction acts, as GGUF control vectors do; otherwise `edit.<i>.direction`. An operation's other tensors are
+`edit.<i>.<what it calls them>`. The bytes are the same
 for the same steering, writes are atomic, and a digest in the header covers both tensors and text.
 """
 
@@ -25,7 +26,7 @@ from trimtab.files.target import write_atomically
 from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
 from trimtab.steering.gates import LAST, AllOf, AnyOf, Not
-from trimtab.steering.operations import NAMES, OPERATIONS
+from trimtab.steering.operations import NAMES, OPERATIONS, Directed
 
 FORMAT = 1
 KEY = "trimtab"
@@ -160,12 +161,14 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if isinstance(operation, ScoreOperation):  # all numbers, no direction
             settings = {"name": SCORE_NAMES[type(operation)], **settings}
         else:
-            tensors[name] = operation.direction
             for key, value in settings.items():
                 if isinstance(value, Tensor):
                     tensors[f"edit.{i}.{key}"] = value
                     settings[key] = {"tensor": f"edit.{i}.{key}"}
-            settings = {"name": NAMES[type(operation)], "direction": name, **settings}
+            settings = {"name": NAMES[type(operation)], **settings}
+            if isinstance(operation, Directed):
+                tensors[name] = operation.direction
+                settings["direction"] = name
         edits.append(
             {
                 "site": asdict(edit.site),
@@ -191,7 +194,9 @@ def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
         operation = SCORE_OPERATIONS[name](**settings)
     else:
         settings = {key: tensors[v["tensor"]] if isinstance(v, dict) else v for key, v in settings.items()}
-        operation = OPERATIONS[name](tensors[settings.pop("direction")], **settings)
+        if "direction" in settings:
+            settings["direction"] = tensors[settings["direction"]]
+        operation = OPERATIONS[name](**settings)
     return Edit(
         site=Site(**data["site"]),
         operation=operation,

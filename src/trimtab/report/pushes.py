@@ -11,7 +11,8 @@ from trimtab.steering import Add, ScoreOperation, SetProjection, Steering
 
 @dataclass(frozen=True)
 class Push:
-    """One edit. `norm` is its direction's, times the strength where the operation adds; where it sets a projection,
+    """One edit. `norm` is its direction's, times the strength where the operation adds; where it writes several
+    directions, the root of their squares' sum; where it sets a projection,
     the mean shift that the instruction itself makes there, times the strength, if the card has it.
 
     `activation_norm` is the mean norm of the activations it was learned from, `agreement` the mean cosine of the
@@ -41,7 +42,7 @@ def pushes(steering: Steering) -> list[Push]:
         layer = edit.site.layer
         measured = steering.card.measured
         adds = isinstance(edit.operation, Add)
-        norm = float(edit.operation.direction.double().norm()) * (abs(edit.strength) if adds else 1.0)
+        norm = edit.operation.norm * (abs(edit.strength) if adds else 1.0)
         shift = _at(measured.get("shift"), layer)
         if isinstance(edit.operation, SetProjection) and shift is not None:
             norm = shift * abs(edit.strength)

@@ -5,9 +5,10 @@ from trimtab.steering.card import Card, ModelId
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
-from trimtab.steering.operations import Ablate, Add, Operation, SetProjection
+from trimtab.steering.operations import Ablate, Add, Directed, Operation, SetProjection
 from trimtab.steering.positions import Positions
-from trimtab.steering.rotations import Rotate, RotatePredicted
+from trimtab.steering.read_write import ReadWrite
+from trimtab.steering.rotations import Rotate, RotateInPlane, RotatePredicted
 from trimtab.steering.scaled import AddScaled
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
@@ -19,6 +20,7 @@ __all__ = [
     "Always",
     "BiasScores",
     "Card",
+    "Directed",
     "Edit",
     "Gate",
     "HoldElements",
@@ -26,7 +28,9 @@ __all__ = [
     "MaskNeurons",
     "Operation",
     "Positions",
+    "ReadWrite",
     "Rotate",
+    "RotateInPlane",
     "RotatePredicted",
     "ScaleElements",
     "ScaleScores",

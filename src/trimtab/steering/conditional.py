@@ -26,11 +26,18 @@ class Conditional(Operation):
     def __init__(self, operation: Operation, gate: Gate) -> None:
         object.__setattr__(self, "operation", operation)
         object.__setattr__(self, "gate", gate)
-        object.__setattr__(self, "direction", operation.direction)
         object.__setattr__(self, "keep_norm", False)  # the kernel does it, where the condition holds
 
     operation: Operation
     gate: Gate
+
+    @property
+    def width(self) -> int:
+        return self.operation.width
+
+    @property
+    def norm(self) -> float:
+        return self.operation.norm
 
     @property
     def kernel(self) -> Kernel:
@@ -43,7 +50,7 @@ class Conditional(Operation):
         settle = inner.settled
         return lambda prompt: Conditional(settle(prompt), self.gate)
 
-    def row(self, strength: float) -> dict[str, Tensor]:
+    def row(self, strength: float) -> Rows:
         rows = dict(self.operation.row(strength))
         together = TOGETHER.get(self.operation.kernel)
         if together is not None:
@@ -92,13 +99,13 @@ def _shape(gate: Gate) -> Shape:
 
 
 @cache
-def _kernel(inner: Kernel, keep_norm: bool, shape: Shape) -> Kernel:
+def _kernel(inner: Kernel, keep_norm: float, shape: Shape) -> Kernel:
     """One for all gates of a shape, so that requests with such gates still run in one call."""
 
     def conditionally(x: Tensor, rows: Rows) -> Tensor:
         new = inner(x, {name: value for name, value in rows.items() if not name.startswith("if.")})
         if keep_norm:
-            new = with_norm_of(x, new)
+            new = with_norm_of(x, new, keep_norm)
         return torch.where(_holds(shape, x, rows, iter(range(len(rows))))[..., None], new, x)
 
     return conditionally

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import NEUTRAL, TOGETHER, Operation
+from trimtab.steering.operations import NEUTRAL, TOGETHER, Directed, Operation
 from trimtab.steering.projections import Rows
 from trimtab.steering.tensors import as_direction, to_float64
 
@@ -38,7 +38,7 @@ def put(x: Tensor, rows: Rows) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ScaleElements(Operation, name="scale_elements"):
+class ScaleElements(Directed, name="scale_elements"):
     """`x' = x + strength * direction * x`, element by element (SADI's `A + delta * A * M`).
 
     The direction is a mask `[width]`: 1 where an element is scaled in full, 0 where it stays. At strength 1 an
@@ -48,6 +48,7 @@ class ScaleElements(Operation, name="scale_elements"):
     kernel = staticmethod(scale)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_direction(self.direction, "mask"))
 
     def row(self, strength: float) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ class ScaleElements(Operation, name="scale_elements"):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MaskNeurons(Operation, name="mask_neurons"):
+class MaskNeurons(Directed, name="mask_neurons"):
     """`x' = x * keep` with a mask that the request's own prompt decides (TDA): 1 where an element was large in it.
 
     The direction holds thresholds `[width]`. An element is kept if its size over the prompt's tokens exceeds its
@@ -72,6 +73,7 @@ class MaskNeurons(Operation, name="mask_neurons"):
     kernel = staticmethod(scale)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_direction(self.direction, "vector of thresholds"))
         if self.statistic not in STATISTICS:
             raise TrimtabError(f"unknown statistic {self.statistic!r}; known: {', '.join(STATISTICS)}")
@@ -96,7 +98,7 @@ class MaskNeurons(Operation, name="mask_neurons"):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class HoldElements(Operation, name="hold_elements"):
+class HoldElements(Directed, name="hold_elements"):
     """`x' = c + strength * direction * c` with c the prompt's own, unsteered activation at its last token.
 
     As `ScaleElements`, but of what a clean pass had there, whatever earlier edits have made of x since: layers held
@@ -107,6 +109,7 @@ class HoldElements(Operation, name="hold_elements"):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_direction(self.direction, "mask"))
 
     def settled(self, prompt: Tensor) -> Operation:
@@ -118,7 +121,7 @@ class HoldElements(Operation, name="hold_elements"):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Held(Operation):
+class Held(Directed):
     """What `HoldElements` comes to for one prompt, whose `value` `[width]` it scales; it isn't written or saved."""
 
     value: Tensor

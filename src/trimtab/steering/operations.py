@@ -3,7 +3,8 @@
 An operation is plain data. An engine asks it for two things and knows nothing else of it: `row(strength)`,
 its parameters as a few small vectors, and `kernel`, a function of a batch of activations and the batch of
 those rows. Requests whose operations share a kernel run in one call, and a new operation is a new pair. Where
-neighbours of one kernel act together and not in sequence, `TOGETHER` says how their rows become one.
+neighbours of one kernel act together and not in sequence, `TOGETHER` says how their rows become one. What is too large
+to be copied for every token is a `LowRank` in a row; tokens of the same one are then multiplied together.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trimtab.steering.projections import Rows, set_projections, solve_projections
-from trimtab.steering.tensors import as_direction, as_unit, same
+from trimtab.steering.tensors import as_direction, as_share, as_unit, same
 
 Kernel = Callable[[Tensor, Rows], Tensor]
 Together = Callable[[Sequence[Rows], Sequence[str]], Rows]
@@ -35,10 +36,13 @@ def add_up(rows: Sequence[Rows], _names: Sequence[str]) -> Rows:
     return {"vector": torch.stack([row["vector"].double() for row in rows]).sum(0)}
 
 
-def with_norm_of(x: Tensor, y: Tensor) -> Tensor:
-    """`y` rescaled to the norm of `x`; both `[..., width]`. Where `y` is zero, `y`."""
+def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
+    """`y` rescaled to the norm of `x`, or this share of the way there; both `[..., width]`. Where `y` is zero, `y`."""
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-    return torch.where(norm > 0, y * (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / norm), y)
+    wanted = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if share != 1:
+        wanted = (1 - share) * norm + share * wanted
+    return torch.where(norm > 0, y * (wanted / norm), y)
 
 
 OPERATIONS: dict[str, type[Operation]] = {}
@@ -47,10 +51,13 @@ NAMES: dict[type[Operation], str] = {}
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """What all operations share. `keep_norm` rescales each edited activation to the norm it had before."""
+    """What all operations share.
 
-    direction: Tensor
-    keep_norm: bool = field(default=False, kw_only=True)
+    `keep_norm` is a share from 0 (`False`) to 1 (`True`): each edited activation is rescaled to the norm
+    `(1 - keep_norm) * |new| + keep_norm * |old|`. At 1 it has the norm it had before.
+    """
+
+    keep_norm: bool | float = field(default=False, kw_only=True)
 
     kernel: ClassVar[Any]  # a Kernel; mypy takes a callable class attribute for a method
 
@@ -61,35 +68,62 @@ class Operation:
             OPERATIONS[name] = cls
             NAMES[cls] = name
 
-    def row(self, strength: float) -> dict[str, Tensor]:
-        """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`."""
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep_norm", as_share(self.keep_norm))
+
+    def row(self, strength: float) -> Rows:
+        """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`, or a `LowRank`."""
         raise NotImplementedError
 
     @property
     def width(self) -> int:
-        return self.direction.shape[0]
+        """The width of the activations that it acts on."""
+        raise NotImplementedError
+
+    @property
+    def norm(self) -> float:
+        """How long the direction is that it is about; of several that it writes, the root of their squares' sum."""
+        raise NotImplementedError
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
         pairs = [(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
-        return all(same(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+        return self is other or all(
+            same(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else type(a) is type(b) and a == b
+            for a, b in pairs
+        )
 
     def __hash__(self) -> int:
         values: list[Any] = [getattr(self, f.name) for f in fields(self)]
         return hash((type(self), *(v.numpy().tobytes() if isinstance(v, Tensor) else v for v in values)))
 
     def __repr__(self) -> str:
-        shown = [f"width={self.width}", f"norm={float(self.direction.double().norm()):.4g}"]
+        shown = [f"width={self.width}", f"norm={self.norm:.4g}"]
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name not in ("direction", "keep_norm"):
                 shown.append(f"{f.name}={list(value.shape) if isinstance(value, Tensor) else repr(value)}")
-        return f"{type(self).__name__}({', '.join(shown)}{', keep_norm=True' if self.keep_norm else ''})"
+        return f"{type(self).__name__}({', '.join(shown)}{f', keep_norm={self.keep_norm}' if self.keep_norm else ''})"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Add(Operation, name="add"):
+class Directed(Operation):
+    """An operation with one vector `[width]`: a direction, a mask, or thresholds."""
+
+    direction: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.direction.shape[0]
+
+    @property
+    def norm(self) -> float:
+        return float(self.direction.double().norm())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Add(Directed, name="add"):
     """`x' = x + strength * direction` (activation addition; CAA, ActAdd and most others).
 
     The direction is `[width]` and of any norm; at strength 1 the shift has exactly that norm.
@@ -98,6 +132,7 @@ class Add(Operation, name="add"):
     kernel = staticmethod(add)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_direction(self.direction))
 
     def row(self, strength: float) -> dict[str, Tensor]:
@@ -105,7 +140,7 @@ class Add(Operation, name="add"):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SetProjection(Operation, name="set_projection"):
+class SetProjection(Directed, name="set_projection"):
     """`x' = x + strength * (target - x.u) u`: moves the projection on a unit direction to `target`.
 
     Strength 1 sets it exactly (Stolfo et al., 2410.12877, section 3.2), 0 leaves it, a half goes half-way. With
@@ -123,6 +158,7 @@ class SetProjection(Operation, name="set_projection"):
     kernel = staticmethod(set_projections)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_unit(self.direction))
         object.__setattr__(self, "target", float(self.target))
         if not torch.isfinite(torch.tensor(self.target)):
@@ -135,7 +171,7 @@ class SetProjection(Operation, name="set_projection"):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ablate(Operation, name="ablate"):
+class Ablate(Directed, name="ablate"):
     """`x' = x - strength * (x.u) u`: removes a unit direction (at strength 1, all of it).
 
     It is `SetProjection` with target 0, and acts together with its neighbours as that does.
@@ -144,6 +180,7 @@ class Ablate(Operation, name="ablate"):
     kernel = staticmethod(set_projections)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_unit(self.direction))
 
     def row(self, strength: float) -> dict[str, Tensor]:

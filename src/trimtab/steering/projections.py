@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 
-Rows = Mapping[str, Tensor]
+Rows = Mapping[str, Any]
+"""Of each name a tensor, or a `LowRank` (see `low_rank`)."""
 
 PARALLEL = 0.9999
 """Directions whose cosine's magnitude exceeds this are one direction, and can't be set to two projections."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
-from trimtab.steering.operations import Operation, SetProjection
+from trimtab.steering.operations import Directed, Operation, SetProjection
+from trimtab.steering.read_write import ReadWrite
+from trimtab.steering.rotations import RotateInPlane
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
 from trimtab.steering.tensors import to_float64
@@ -37,7 +39,13 @@ def _randomized(
     edit: Edit, drawn: dict[bytes, Tensor], generator: torch.Generator, means: Mapping[Site, Tensor] | None
 ) -> Operation:
     operation = edit.operation
-    if not any(f.name == "direction" for f in fields(operation)):
+    if isinstance(operation, ReadWrite):
+        return _turned(operation, edit.site, drawn, generator, means)
+    if isinstance(operation, RotateInPlane):
+        first, second = _turned_rows([operation.direction[None], operation.second[None]], drawn, generator)
+        dtypes = operation.direction.dtype, operation.second.dtype
+        return replace(operation, direction=first.to(dtypes[0]), second=second.to(dtypes[1]))
+    if not isinstance(operation, Directed):
         raise TrimtabError(f"a {type(operation).__name__} has no direction that could be replaced by a random one")
     old = operation.direction.double()
     key = operation.direction.numpy().tobytes()
@@ -52,10 +60,44 @@ def _randomized(
         return replace(operation, direction=new.to(operation.direction.dtype))
     target = operation.target
     if means is not None:
-        if edit.site not in means:
-            raise TrimtabError(f"there is no mean activation of {edit.site}, where the steering sets a projection")
-        mean = to_float64(means[edit.site])
-        if mean.shape != old.shape:
-            raise TrimtabError(f"the mean at {edit.site} has shape {list(mean.shape)}, the direction {list(old.shape)}")
+        mean = _mean(means, edit.site, operation.width)
         target = float(mean @ new) + target - float(mean @ old)
     return replace(operation, direction=new.to(operation.direction.dtype), target=target)
+
+
+def _turned(
+    operation: ReadWrite,
+    site: Site,
+    drawn: dict[bytes, Tensor],
+    generator: torch.Generator,
+    means: Mapping[Site, Tensor] | None,
+) -> ReadWrite:
+    """All that it reads and writes turned as one. With a mean, each row reads the same from it as before."""
+    rank, read = operation.rank, operation.read.double()
+    new = _turned_rows([operation.read, operation.write], drawn, generator)
+    bias = operation.bias.double()  # type: ignore[union-attr]
+    if means is not None:
+        bias = bias + (read - new[:rank]) @ _mean(means, site, operation.width)
+    dtype = operation.read.dtype
+    return replace(
+        operation, read=new[:rank].to(dtype), write=new[rank:].to(operation.write.dtype), bias=bias.to(dtype)
+    )
+
+
+def _turned_rows(rows: list[Tensor], drawn: dict[bytes, Tensor], generator: torch.Generator) -> Tensor:
+    """These rows `[…, width]` turned at random as one, float64: lengths and angles among them stay."""
+    key = b"".join(one.numpy().tobytes() for one in rows)
+    if key not in drawn:
+        basis, coordinates = torch.linalg.qr(torch.cat([one.double() for one in rows]).T)  # [width, n], [n, rows]
+        frame, _ = torch.linalg.qr(torch.randn(basis.shape, generator=generator, dtype=torch.float64))
+        drawn[key] = (frame @ coordinates).T
+    return drawn[key]
+
+
+def _mean(means: Mapping[Site, Tensor], site: Site, width: int) -> Tensor:
+    if site not in means:
+        raise TrimtabError(f"there is no mean activation of {site}, where the steering sets a projection")
+    mean = to_float64(means[site])
+    if mean.shape != (width,):
+        raise TrimtabError(f"the mean at {site} has shape {list(mean.shape)}, the direction {[width]}")
+    return mean

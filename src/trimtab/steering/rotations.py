@@ -1,4 +1,4 @@
-"""Rotations in the plane of an activation and a direction: the norm stays, and so does all that is off that plane."""
+"""Rotations in a plane, of an activation and a direction or of two directions: the norm and what is off it stay."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import Kernel, Operation
-from trimtab.steering.projections import Rows
+from trimtab.steering.operations import Directed, Kernel
+from trimtab.steering.projections import PARALLEL, Rows
 from trimtab.steering.tensors import as_direction, as_unit
 
 NEARLY = 64
@@ -47,7 +47,7 @@ def rotate(x: Tensor, rows: Rows) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Rotate(Operation, name="rotate"):
+class Rotate(Directed, name="rotate"):
     """Turns activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053).
 
     The turn is `strength * angle` (radians), in the plane of the activation and the direction. `angle=None` is the
@@ -61,11 +61,9 @@ class Rotate(Operation, name="rotate"):
     kernel = staticmethod(rotate)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_unit(self.direction))
-        if self.angle is not None:
-            object.__setattr__(self, "angle", float(self.angle))
-            if not math.isfinite(self.angle):
-                raise TrimtabError(f"an angle is a finite number of radians, got {self.angle}")
+        object.__setattr__(self, "angle", _angle(self.angle))
         if not isinstance(self.one_sided, bool):
             raise TrimtabError(f"one_sided is true or false, got {self.one_sided!r}")
 
@@ -77,6 +75,72 @@ class Rotate(Operation, name="rotate"):
             "share": one * (strength if self.angle is None else 0.0),
             "one_sided": one * self.one_sided,
         }
+
+
+def rotate_in_plane(x: Tensor, rows: Rows) -> Tensor:
+    """`x` `[..., width]` turned in the plane of the orthonormal rows `first` and `other`.
+
+    The turn is `angle + share * d`, d being the angle, from -pi to pi, from x's part in the plane to the direction that
+    lies `target` beyond `first`.
+    """
+    first, other = rows["first"], rows["other"]
+    a, b = (x * first).sum(-1, keepdim=True), (x * other).sum(-1, keepdim=True)
+    d = rows["target"] - torch.atan2(b, a)
+    t = rows["angle"] + rows["share"] * torch.atan2(torch.sin(d), torch.cos(d))
+    cos, sin = torch.cos(t), torch.sin(t)
+    return torch.addcmul(torch.addcmul(x, cos * a - sin * b - a, first), sin * a + cos * b - b, other)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RotateInPlane(Directed, name="rotate_in_plane"):
+    """Turns what activations have in a fixed plane, that of two unit directions `[width]`; the rest stays as it is.
+
+    The turn is `strength * angle` (radians; positive: from `direction` towards `second`). With `angle=None` it is a
+    share of the way: `strength` times each activation's own angle to `second`, so that at strength 1 its part in the
+    plane points along `second` (Angular Steering, 2510.26243, turns to such a target).
+
+    Raises:
+        TrimtabError: Directions that aren't of norm 1, differ in width, or are (nearly) parallel and span no plane.
+    """
+
+    second: Tensor
+    angle: float | None = None
+
+    kernel = staticmethod(rotate_in_plane)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "direction", as_unit(self.direction))
+        object.__setattr__(self, "second", as_unit(self.second, "second direction"))
+        object.__setattr__(self, "angle", _angle(self.angle))
+        if self.second.shape != self.direction.shape:
+            raise TrimtabError(
+                f"the two directions of a plane have one width, got {self.width} and {self.second.shape[0]}"
+            )
+        if abs(float(self.direction.double() @ self.second.double())) > PARALLEL:
+            raise TrimtabError("the two directions are (nearly) parallel, and span no plane; take another second one")
+
+    def row(self, strength: float) -> dict[str, Tensor]:
+        first, second = self.direction.double(), self.second.double()
+        first = first / first.norm()
+        other = second - (second @ first) * first
+        other = other / other.norm()
+        one = first.new_ones(1)
+        return {
+            "first": first,
+            "other": other,
+            "target": one * math.atan2(float(second @ other), float(second @ first)),
+            "angle": one * (strength * (self.angle or 0.0)),
+            "share": one * (strength if self.angle is None else 0.0),
+        }
+
+
+def _angle(value: float | None) -> float | None:
+    if value is None:
+        return None
+    if not math.isfinite(float(value)):
+        raise TrimtabError(f"an angle is a finite number of radians, got {float(value)}")
+    return float(value)
 
 
 def angle_sizes(width: int) -> list[int]:
@@ -113,7 +177,7 @@ def _layers(weights: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RotatePredicted(Operation, name="rotate_predicted"):
+class RotatePredicted(Directed, name="rotate_predicted"):
     """As a one-sided `Rotate`, by an angle that a small network predicts from the activation (HPR).
 
     `weights` are the network's, one layer after the other (weight `[out, in]`, then bias), in one vector. The turn is
@@ -123,6 +187,7 @@ class RotatePredicted(Operation, name="rotate_predicted"):
     weights: Tensor
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_unit(self.direction))
         object.__setattr__(self, "weights", as_direction(self.weights, "vector of the angle network's weights"))
         if len(self.weights) != weight_count(self.width):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import Kernel, Operation
+from trimtab.steering.operations import Directed, Kernel
 from trimtab.steering.projections import Rows
 from trimtab.steering.tensors import as_unit
 
@@ -33,7 +33,7 @@ KERNELS: dict[str, Kernel] = {"norm": by_norm, "opposed": opposed, "sign": by_si
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AddScaled(Operation, name="add_scaled"):
+class AddScaled(Directed, name="add_scaled"):
     """`x' = x + strength * c(x) * direction`, with a unit direction `[width]` and a length that depends on `x`.
 
     `by="norm"`: `c = |x|`, so that a strength is in norms of the activation. `"opposed"`: `c = |x| (1 + max(0,
@@ -48,6 +48,7 @@ class AddScaled(Operation, name="add_scaled"):
         return KERNELS[self.by]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "direction", as_unit(self.direction))
         if self.by not in KERNELS:
             raise TrimtabError(f"unknown measure {self.by!r}; known: {', '.join(KERNELS)}")

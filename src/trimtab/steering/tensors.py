@@ -40,6 +40,24 @@ def as_unit(value: Tensor, name: str = "direction") -> Tensor:
     return copy
 
 
+def as_matrix(value: Tensor, name: str) -> Tensor:
+    """A private CPU copy of a `[rank, width]` matrix, of any rank from 0, float32 (float64 stays float64).
+
+    Raises `TrimtabError` when it isn't two-dimensional and floating, has no width, or holds a NaN or an infinity.
+    """
+    if not isinstance(value, Tensor) or value.dim() != 2 or not value.is_floating_point() or not value.shape[1]:
+        what = f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TrimtabError(f"{name} is a floating-point tensor of shape [rank, width], got {what}")
+    return as_direction(value.flatten(), name).view(value.shape)
+
+
+def as_share(value: bool | float) -> bool | float:
+    """A share of the norm that is kept: `False` for 0, `True` for 1, a float between. Raises `TrimtabError` else."""
+    if not isinstance(value, (bool, int, float)) or not 0 <= value <= 1:
+        raise TrimtabError(f"keep_norm is true, false, or a share from 0 to 1, got {value!r}")
+    return bool(value) if value in (0, 1) else float(value)
+
+
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal to the bit, and of the same dtype."""
     return a.dtype == b.dtype and torch.equal(a, b)

@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 from other_programs import has_vllm
-from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
+from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together, read_write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab import (
@@ -259,13 +259,16 @@ class TestRig:
         (3, Rotate(direction(3), one_sided=False), RULES[1]),
         (3, Ablate(direction(6), keep_norm=True), RULES[4]),
         (2, Add(direction(10)), RULES[6]),
+        (0, read_write(1, 3, low=0.0), RULES[0]),
+        (3, read_write(2, 5, keep_norm=0.5), RULES[3]),
     )
+    OTHER = ((0, read_write(3, 2), RULES[1]), (3, read_write(2, 5, keep_norm=0.5), RULES[0]))
 
     @pytest.mark.parametrize("chunk", [1, 3, 12])
     @pytest.mark.parametrize("pair", [False, True])
     def test_a_mixed_batch_is_the_textbook_formula_token_by_token(self, chunk: int, pair: bool) -> None:
-        one = rig(slots=10)
-        given = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5])}
+        one = rig(slots=20)
+        given = {"a": steering(*self.EDITS), "b": None, "c": 0.5 * steering(*self.EDITS[3:5], *self.OTHER)}
         for name, what in given.items():
             if what is not None:
                 start(one, name, what, 5)

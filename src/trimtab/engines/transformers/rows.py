@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.folding import Stage, apply
+from trimtab.engines.folding import Stage, States, apply
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import (
     capped,
@@ -85,7 +85,7 @@ class _Run:
     queries: Tensor  # [rows, 2]: each row's request, and 0; or 1 for a guess
     padding: Tensor | None  # [requests, columns]
     scores: dict[int, LayerScores]
-    states: Tensor | None  # [rows], for edits of the residual stream
+    states: States | None  # [rows], for edits of activations
     raw_rows: Tensor | None
     guesses: Guesses | None
     layer: int | None = None
@@ -286,14 +286,14 @@ class Rows:
 
     def _states(
         self, versions: Versions, chosen: Sequence[int | None], columns: int, device: torch.device
-    ) -> Tensor | None:
+    ) -> States | None:
         if not versions.plan.stages:
             return None
         states = [
             0 if version is None else state_at(versions.plan.segments[version], columns - 1 - versions.pads[version])
             for version in chosen
         ]
-        return torch.tensor(states, device=device) if any(states) else None
+        return States.of(torch.tensor(states), device) if any(states) else None
 
     def _edit(self, site: Site, given: Tensor) -> Tensor | None:
         run = self._run
@@ -398,12 +398,12 @@ def _with_another(x: Tensor) -> Tensor:
     return torch.cat([x, x[:, :1]], 1)
 
 
-def _edited(stage: Stage, states: Tensor, x: Tensor) -> Tensor:
+def _edited(stage: Stage, states: States, x: Tensor) -> Tensor:
     """One stage applied to rows `[1, rows, width]` in these states."""
-    rows = {name: bank.to(x.device)[states] for name, bank in stage.rows.items()}
+    rows = stage.gather(states)
     if stage.only_adds:
         return x + rows["vector"].to(x.dtype)
-    return apply(stage, rows, stage.active.to(x.device)[states], x)
+    return apply(stage, rows, stage.active.to(x.device)[states.index], x)
 
 
 def _select(layers: dict[int, LayerScores], picked: Tensor) -> dict[int, LayerScores]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.answer import Dose
-from trimtab.engines.folding import Active, Stage, apply
+from trimtab.engines.folding import Active, Stage, States, apply
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
@@ -30,12 +30,13 @@ from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
+from trimtab.steering.operations import Rows
 
 STRIDE = 8
 """In steady decoding one token in so many is measured for the doses."""
 
 
-Prepared = list[tuple[Stage, dict[str, Tensor], Active]]
+Prepared = list[tuple[Stage, Rows, Active]]
 
 
 @dataclass
@@ -48,7 +49,7 @@ class _Step:
 
     states: tuple[tuple[int, ...], ...]  # one tuple a row, all columns
     first: int
-    index: Tensor  # states from column `first` on: [rows, tokens]
+    tokens: States  # from column `first` on: [rows, tokens]
     present: frozenset[int]
     prepared: dict[Site, Prepared] = field(default_factory=dict)
     # sites that only add, in a pass of one token: the rows to add, and where the activations' norms go
@@ -57,6 +58,11 @@ class _Step:
     scales: dict[Site, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     steered: Tensor | None = None  # [sites, rows, tokens], what `present` says token by token
     passes: int = 0  # how many passes in a row had these states
+
+    @property
+    def index(self) -> Tensor:
+        """The states' numbers on the device."""
+        return self.tokens.index
 
 
 @dataclass(frozen=True)
@@ -258,10 +264,10 @@ class Session:
         states = states_of(segments, one, self._pads)
         if self._step is None or self._step.states != states or self._step.index.device != one.device:
             first = min((next((i for i, s in enumerate(row) if s), one.length - 1) for row in states), default=0)
-            index = torch.tensor([row[first:] for row in states], device=one.device)
-            self._step = _Step(states, first, index, frozenset(s for row in states for s in row))
+            tokens = States.of(torch.tensor([row[first:] for row in states]), one.device)
+            self._step = _Step(states, first, tokens, frozenset(s for row in states for s in row))
             dtype = torch.promote_types(self._dtype, torch.float32)
-            self._norms = torch.ones(2, len(self.sites), *index.shape, dtype=dtype, device=one.device)
+            self._norms = torch.ones(2, len(self.sites), *tokens.index.shape, dtype=dtype, device=one.device)
         marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
         settled = max(marks, default=0) + max(self._pads, default=0)
         self._steady = one.past + 1 if one.length == 1 and one.past >= settled else None
@@ -467,10 +473,10 @@ def _activity(plan: Plan) -> Tensor:
     return table
 
 
-def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, dict[str, Tensor], Active]:
+def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, Rows, Active]:
     """A stage's rows and activity, one for each token of this step."""
-    index = step.index.to(x.device)
-    rows = {name: bank.to(x.device)[index] for name, bank in stage.rows.items()}
+    tokens = step.tokens.to(x.device)
+    rows, index = stage.gather(tokens), tokens.index
     if stage.only_adds:
         return stage, {"vector": rows["vector"].to(x.dtype)}, None
     if stage.in_place:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Stage, apply
+from trimtab.engines.folding import Active, Stage, States, apply
 from trimtab.engines.vllm.bank import NOTHING, Bank
 from trimtab.engines.vllm.program import State
+from trimtab.steering.operations import Rows
 
 KEPT = 512
 """Passes of at most so many tokens keep what they have gathered, for the next pass that is alike."""
+
+Prepared = Iterable[tuple[Stage, Rows, Active]]
 
 
 @dataclass(frozen=True)
@@ -28,17 +31,18 @@ class Staged:
 class Step:
     """What acts on tokens `low` to `high` of a pass. Tokens before and behind are left alone, as are other layers.
 
-    `index` are these tokens' slots of the bank, `numbers` those of `staged`, both `[high - low]`; `adds` the layers at
-    which something is added.
+    `index` are these tokens' slots of the bank, `[high - low]`, `numbers` their states as `staged` counts them; `adds`
+    the layers at which something is added.
     """
 
     low: int
     high: int
     index: Tensor
-    numbers: Tensor
+    numbers: States
     adds: frozenset[int]
     staged: Staged
     _rows: dict[int, Tensor] = field(default_factory=dict)
+    _sorted: dict[tuple[int, int], tuple[Rows, Active]] = field(default_factory=dict)
 
     def apply(self, bank: Bank, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit the residual stream `hidden + residual`, `[tokens, width]` each, by changing `hidden` alone."""
@@ -48,7 +52,17 @@ class Step:
         stages = self.staged.layers.get(layer)
         if stages:
             x = hidden[self.low : self.high]
-            x.copy_(_edited(x, None if residual is None else residual[self.low : self.high], stages, self.numbers))
+            given = None if residual is None else residual[self.low : self.high]
+            x.copy_(_edited(x, given, ((s, *self._gathered(layer, i, s)) for i, s in enumerate(stages))))
+
+    def _gathered(self, layer: int, number: int, stage: Stage) -> tuple[Rows, Active]:
+        """A stage's rows and activity, one for each token."""
+        ready = self._sorted.get((layer, number))
+        if ready is None:
+            ready = stage.gather(self.numbers), None if stage.in_place else stage.active[self.numbers.index]
+            if stage.sorts and len(self.numbers.index) <= KEPT:
+                self._sorted[layer, number] = ready
+        return ready
 
     def _added(self, bank: Bank, layer: int) -> Tensor:
         rows = self._rows.get(layer)
@@ -78,7 +92,7 @@ def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Stag
         low=skipped,
         high=skipped + int(lengths.sum()),
         index=torch.tensor(slots).repeat_interleave(lengths).to(device),
-        numbers=torch.tensor(numbers).repeat_interleave(lengths).to(device),
+        numbers=States.of(torch.tensor(numbers).repeat_interleave(lengths), device),
         adds=frozenset(layer for state in present for layer in state.added if layer in bank.rows),
         staged=Staged(
             staged.numbers,
@@ -91,14 +105,13 @@ def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Stag
     )
 
 
-def _edited(hidden: Tensor, residual: Tensor | None, stages: Sequence[Stage], numbers: Tensor) -> Tensor:
+def _edited(hidden: Tensor, residual: Tensor | None, prepared: Prepared) -> Tensor:
     """The new `hidden`, after these stages have acted on the residual stream; where nothing changes, to the bit."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     old = hidden.to(wide) if residual is None else hidden.to(wide) + residual.to(wide)
     x = old
-    for stage in stages:
-        rows = {name: bank[numbers] for name, bank in stage.rows.items()}
-        x = apply(stage, rows, None if stage.in_place else stage.active[numbers], x)
+    for stage, rows, active in prepared:
+        x = apply(stage, rows, active, x)
     changed = (x != old).any(-1, keepdim=True)
     new = x if residual is None else x - residual.to(wide)
     return torch.where(changed, new.to(hidden.dtype), hidden)

@@ -1,0 +1,196 @@
+"""Low-rank maps of activations, and what a batch does in which every token may have another one.
+
+A direction is copied for every token that it acts on. The matrices of a map are too large for that: 2,000 tokens at
+rank 64 and width 4,096 would be gigabytes. So a bank holds each map once, and tokens of the same map are multiplied
+together: two products for a map with many tokens, and two batched products for all maps with few, as in LoRA kernels.
+A pass with one map is `x @ read.T` and `@ write`, with nothing copied or sorted. Tokens without a map aren't touched.
+
+As in the model's own linear layers, how many tokens are multiplied together may change the last bit of a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FEW = 32
+"""Maps with so many tokens of a pass or fewer share two batched products; one with more has two of its own."""
+COPIES = 4
+"""Devices and dtypes in which a map is kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """`x + strength * clamp(x @ read.T + bias, low, high) @ write`.
+
+    `read` and `write` are `[rank, width]`, the others `[rank]`; `low` and `high` are `None` where nothing is clamped.
+    """
+
+    read: Tensor
+    bias: Tensor
+    write: Tensor
+    low: Tensor | None = None
+    high: Tensor | None = None
+    _copies: dict[Any, LowRank] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it has."""
+        return tuple(one for one in (self.read, self.bias, self.write, self.low, self.high) if one is not None)
+
+    @property
+    def rank(self) -> int:
+        return self.read.shape[0]
+
+    def to(self, to: torch.device | torch.dtype) -> LowRank:
+        """On this device, or of this dtype. A copy is made once."""
+        copy = self._copies.get(to)
+        if copy is None:
+            given = (self.read, self.bias, self.write, self.low, self.high)
+            if all(one is None or to in (one.device, one.dtype) for one in given):
+                return self
+            if len(self._copies) >= COPIES:
+                self._copies.clear()
+            copy = LowRank(*(None if one is None else one.to(to) for one in given))  # type: ignore[arg-type]
+            self._copies[to] = copy
+        return copy
+
+    def edit(self, x: Tensor, strength: Tensor) -> Tensor:
+        """The new activations `[..., width]`, for `x` `[..., width]` and `strength` `[..., 1]`."""
+        if not self.rank:
+            return x
+        flat = x.reshape(-1, x.shape[-1])
+        z = torch.addmm(self.bias, flat, self.read.T)
+        z = _clamped(z, self.low, self.high) * strength.reshape(-1, 1)
+        return torch.addmm(flat, z, self.write).view(x.shape)
+
+
+class LowRanks:
+    """A bank: the map of each state, of `count` states. States without one, or with one of rank 0, do nothing."""
+
+    def __init__(self, by_state: Mapping[int, LowRank], count: int) -> None:
+        self.maps = list({id(one): one for one in by_state.values() if one.rank}.values())
+        numbers = {id(one): number for number, one in enumerate(self.maps)}
+        self.which = torch.full((count,), -1)
+        for state, one in by_state.items():
+            self.which[state] = numbers.get(id(one), -1)
+        self._stack: tuple[list[int], _Stack] | None = None
+        self._moved: dict[torch.device, LowRanks] = {}
+
+    def to(self, device: torch.device) -> LowRanks:
+        """With its maps on this device; which state has which is the host's to know."""
+        if all(one.read.device == device for one in self.maps):
+            return self
+        if device not in self._moved:
+            moved = self._moved[device] = LowRanks({}, 0)
+            moved.maps = [one.to(device) for one in self.maps]
+            moved.which = self.which
+        return self._moved[device]
+
+    def pick(self, states: Tensor) -> Picked:
+        """The maps of tokens in these states, in any shape; on the CPU, so that no device is waited for."""
+        numbers = self.which[states.flatten()]
+        present = [number for number in numbers.unique().tolist() if number >= 0]
+        if len(present) == 1 and bool((numbers == present[0]).all()):
+            return Picked(whole=self.maps[present[0]])
+        tokens = {number: (numbers == number).nonzero().flatten() for number in present}
+        few = [number for number in present if len(tokens[number]) <= FEW]
+        few = few if len(few) > 1 else []
+        alone = [
+            (self.maps[number], tokens[number].to(self.maps[number].read.device))
+            for number in present
+            if number not in few
+        ]
+        return Picked(alone=alone, together=self._together(few, [tokens[number] for number in few]) if few else None)
+
+    def _together(self, numbers: list[int], tokens: Sequence[Tensor]) -> _Together:
+        if self._stack is None or self._stack[0] != numbers:
+            self._stack = numbers, _Stack.of([self.maps[number] for number in numbers])
+        stack = self._stack[1]
+        most = max(map(len, tokens))
+        slots = torch.stack([torch.cat([at, at[:1].expand(most - len(at))]) for at in tokens])
+        places = torch.cat([torch.arange(len(at)) + most * i for i, at in enumerate(tokens)])
+        device = stack.read.device
+        return _Together(stack, slots.to(device), places.to(device), torch.cat(list(tokens)).to(device))
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The maps of a pass's tokens, which are numbered through its rows: one for all, or each with its tokens."""
+
+    whole: LowRank | None = None
+    alone: Sequence[tuple[LowRank, Tensor]] = ()
+    together: _Together | None = None
+
+    def edit(self, x: Tensor, strength: Tensor) -> Tensor:
+        """The new activations `[..., width]`, for `x` `[..., width]` and `strength` `[..., 1]`."""
+        if self.whole is not None:
+            return self.whole.edit(x, strength)
+        flat = x.reshape(-1, x.shape[-1])
+        strength = strength.reshape(-1, 1)
+        new = flat.clone()
+        for one, tokens in self.alone:
+            new.index_copy_(0, tokens, one.edit(flat[tokens], strength[tokens]))
+        if self.together is not None:
+            new.index_copy_(0, self.together.tokens, self.together.edit(flat, strength))
+        return new.view(x.shape)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Several maps as one, `[maps, rank, width]`; what smaller ones lack is zeros, which read and write nothing."""
+
+    read: Tensor
+    bias: Tensor  # [maps, 1, rank], as are the bounds
+    write: Tensor
+    low: Tensor | None
+    high: Tensor | None
+
+    @classmethod
+    def of(cls, maps: Sequence[LowRank]) -> _Stack:
+        rank, width = max(one.rank for one in maps), maps[0].read.shape[1]
+        new = maps[0].read.new_zeros
+        read, write, bias = new(len(maps), rank, width), new(len(maps), rank, width), new(len(maps), 1, rank)
+        for i, one in enumerate(maps):
+            read[i, : one.rank], write[i, : one.rank], bias[i, 0, : one.rank] = one.read, one.write, one.bias
+        low, high = [one.low for one in maps], [one.high for one in maps]
+        return cls(read, bias, write, _bounds(low, bias, -torch.inf), _bounds(high, bias, torch.inf))
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Maps with few tokens each: `slots[i]` are map i's, `[maps, most]`, filled up with its first one again.
+
+    `places` are those of the slots that aren't filling, and `tokens` what is in them.
+    """
+
+    stack: _Stack
+    slots: Tensor
+    places: Tensor
+    tokens: Tensor
+
+    def edit(self, x: Tensor, strength: Tensor) -> Tensor:
+        """The new activations of `tokens`, for all tokens' `x` `[tokens, width]` and `strength` `[tokens, 1]`."""
+        given = x[self.slots]
+        z = torch.baddbmm(self.stack.bias, given, self.stack.read.mT)
+        z = _clamped(z, self.stack.low, self.stack.high) * strength[self.slots]
+        return torch.baddbmm(given, z, self.stack.write).flatten(0, 1)[self.places]
+
+
+def _bounds(given: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:
+    """Several maps' bounds as one `[maps, 1, rank]`; `None` where none has any."""
+    if all(bound is None for bound in given):
+        return None
+    stacked = torch.full_like(like, nothing)
+    for i, bound in enumerate(given):
+        if bound is not None:
+            stacked[i, 0, : len(bound)] = bound
+    return stacked
+
+
+def _clamped(z: Tensor, low: Tensor | None, high: Tensor | None) -> Tensor:
+    return z if low is None and high is None else torch.clamp(z, low, high)
