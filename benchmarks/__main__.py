@@ -424,6 +424,7 @@ def serve(
 def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:
     """Write, print and check a report. Exits with status 1 when `check` and a target is missed."""
     if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     if as_markdown:
         print(markdown(report, _that_matter(sys.argv[1:])))
