@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -86,8 +86,6 @@ def renamed_cache(model: Any, *, wrapped: bool = False) -> Iterator[None]:
 @contextmanager
 def own_attention(module: Any) -> Iterator[None]:
     """While open, this attention reads its implementation's name from a configuration of its own."""
-    import copy
-
     shared = module.config
     module.config = copy.copy(shared)
     module.config._attn_implementation = "eager" if compat.attention_name(shared) == "sdpa" else "sdpa"
@@ -124,9 +122,3 @@ def forgetful(model: Any) -> Iterator[None]:
         yield
     finally:
         del decoder.forward
-
-
-def texts(count: int, vocabulary: int = 80) -> list[Tensor]:
-    """Prompts of different lengths, `[1, tokens]` each."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(3, vocabulary, (1, 4 + 3 * i), generator=generator) for i in range(count)]

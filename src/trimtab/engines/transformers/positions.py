@@ -63,7 +63,7 @@ def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reache
     cache = compat.cache_of(given, name)
     past = 0 if cache is None else compat.past_length(cache)
     if past is None:  # a recurrent state, which counts nothing; each pass since the text began has been counted here
-        past = reached if reached is not None else None
+        past = reached
     if mask is not None:
         by_mask = mask.shape[1] - length
         if by_mask < 0:
