@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.methods.caa import learn_caa
     from trimtab.methods.directer import directer
+    from trimtab.methods.instaboost import instaboost
     from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
     from trimtab.methods.pasta import pasta
     from trimtab.methods.spotlight import spotlight
@@ -94,6 +95,7 @@ __all__ = [
     "from_pretrained",
     "from_repeng",
     "from_steering_vectors",
+    "instaboost",
     "learn_caa",
     "learn_instruct",
     "learn_length",
@@ -122,6 +124,7 @@ _HOMES = {
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.methods.caa": ("learn_caa",),
     "trimtab.methods.directer": ("directer",),
+    "trimtab.methods.instaboost": ("instaboost",),
     "trimtab.methods.pasta": ("pasta",),
     "trimtab.methods.spotlight": ("spotlight",),
     "trimtab.text.spans": ("Part", "Pattern", "Phrase"),
