@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.methods.caa import learn_caa
+    from trimtab.methods.cap import learn_cap
     from trimtab.methods.directer import directer
     from trimtab.methods.instaboost import instaboost
     from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
     from trimtab.methods.pasta import pasta
     from trimtab.methods.spotlight import spotlight
+    from trimtab.methods.sttp import learn_sttp
     from trimtab.methods.words import learn_length, learn_word
     from trimtab.steering import (
         Ablate,
@@ -97,9 +99,11 @@ __all__ = [
     "from_steering_vectors",
     "instaboost",
     "learn_caa",
+    "learn_cap",
     "learn_instruct",
     "learn_length",
     "learn_many",
+    "learn_sttp",
     "learn_word",
     "load",
     "pasta",
@@ -123,10 +127,12 @@ _HOMES = {
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.methods.caa": ("learn_caa",),
+    "trimtab.methods.cap": ("learn_cap",),
     "trimtab.methods.directer": ("directer",),
     "trimtab.methods.instaboost": ("instaboost",),
     "trimtab.methods.pasta": ("pasta",),
     "trimtab.methods.spotlight": ("spotlight",),
+    "trimtab.methods.sttp": ("learn_sttp",),
     "trimtab.text.spans": ("Part", "Pattern", "Phrase"),
     "trimtab.methods.instruct": ("learn_instruct", "learn_many", "steering_from", "steerings_from"),
     "trimtab.methods.words": ("learn_length", "learn_word"),

@@ -1,0 +1,153 @@
+"""Activation capping: Lu, Gallagher, Michala, Fish and Lindsey, "The Assistant Axis: Situating and Stabilizing the
+Default Persona of Language Models", arXiv 2601.10387, section 5.
+
+    v[l] = unit mean difference of wanted and other answers, each answer the mean of its tokens at layer l
+    tau[l] = a quantile of the answers' projections on v[l]
+    h_l[t] <- h_l[t] + max(0, tau[l] - h_l[t].v[l]) v[l]        at several neighbouring layers at once
+
+The form is the paper's (`h - v min(h.v - tau, 0)`), and so are means over tokens and the 25th percentile. The paper
+takes the percentile over all of its answers, of the assistant and of other personas, and notes that it lies about
+where the assistant's mean does; here it is by default one of the wanted answers alone (`over="both"`: of all).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import pair_texts, read_each
+from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.directions import mean_difference
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.learn.contrast import Progress
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="cap",
+    title="activation capping",
+    paper="Lu et al., 2026, arXiv 2601.10387",
+    shapes=("answers", "texts"),
+    data="prompt + positive (wanted) + negative, some dozens or more",
+    reads="all tokens of the answers",
+    acts="raises projections that are below the cap, at blocks from 0.7 to 0.85 of the depth, at all tokens but the"
+    " first",
+    cost="one projection a layer and token",
+    function="learn_cap",
+    options=(
+        Option("quantile", "float", 0.25, "Which quantile of the answers' projections the cap is, 0 to 1."),
+        Option("over", "str", "wanted", "Of which answers' projections.", choices=("wanted", "both")),
+        Option(
+            "bound",
+            "str",
+            "floor",
+            "Keep projections above the positives' low ones, or what positives have below the negatives' high ones.",
+            choices=("floor", "ceiling"),
+        ),
+        Option("positions", "positions", None, "At which tokens (default: all but the first)."),
+    ),
+)
+
+Over = Literal["wanted", "both"]
+Bound = Literal["floor", "ceiling"]
+FROM, TO = 0.7, 0.85
+"""The paper caps blocks 46 to 53 of 64 and 56 to 71 of 80, and finds that a single layer does nothing useful."""
+
+
+def learn_cap(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    quantile: float = 0.25,
+    over: Over = "wanted",
+    bound: Bound = "floor",
+    positions: Positions | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """Keep activations from falling below what they have of a direction where a model behaves as wanted.
+
+    Where a projection is at the cap or above, nothing is changed, to the bit. The first token is left out by default,
+    since in many models it is an attention sink with an outsized activation; the paper acts at every token.
+
+    Args:
+        lm: The model.
+        pairs: Answers or texts: the positive is as wanted, the negative not. With `bound="ceiling"` the positive has
+            what is to be limited, and the negative is the wanted one.
+        layers: Where to cap (default: from 0.7 to 0.85 of the depth).
+        quantile: Which one of the projections is the cap, 0 to 1. A higher one acts more often and further.
+        over: Of which projections: those of the `"wanted"` answers, or of `"both"` sides, as in the paper.
+        bound: `"floor"`: projections on the direction towards the positives are raised to the cap. `"ceiling"`:
+            they are lowered to it, which is the floor of the opposite direction, with the sides exchanged: the cap is
+            the `1 - quantile` quantile, of the negatives.
+        positions: At which tokens (default: all but the first).
+        progress: Called with the number of pairs done, and of all.
+
+    Returns:
+        One `SetProjection(one_sided=True)` a layer, of strength 1. Its card has by layer the `cap`, both sides' mean
+        projections, and the shares of their tokens that it would move (`moved`).
+
+    Raises:
+        TrimtabError: Fewer than two pairs, other shapes, a quantile outside 0 to 1, unknown layers or options, and
+            sides that don't differ.
+    """
+    _check(pairs, quantile, over, bound)
+    sites = [Site(layer) for layer in _layers(lm, layers)]
+    found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    wanted, other = (0, 1) if bound == "floor" else (1, 0)
+    edits, measured = [], {}
+    for site in sites:
+        sides = [[pair[m] for pair in found[site]] for m in (wanted, other)]
+        v, cap, told = _cap(sides, quantile, over, site.layer)
+        measured[str(site.layer)] = told
+        operation = SetProjection(v, cap, one_sided=True)
+        edits.append(Edit(site, operation, positions or Positions.all_but_first()))
+    options: dict[str, Any] = {"layers": [site.layer for site in sites], "quantile": quantile, "over": over}
+    options |= {"bound": bound} | ({} if positions is None else {"positions": str(positions)})
+    card = Card("cap", lm.identity, digest(pairs), options, {"pairs": len(pairs), "caps": measured}, versions())
+    return Steering(tuple(edits), card)
+
+
+def _check(pairs: Sequence[Pair], quantile: float, over: str, bound: str) -> None:
+    if len(pairs) < 2:
+        raise TrimtabError(f"a cap is a quantile of many answers, got {len(pairs)} pairs; give two or more")
+    if isinstance(quantile, bool) or not isinstance(quantile, (int, float)) or not 0 <= quantile <= 1:
+        raise TrimtabError(f"a quantile lies between 0 and 1, got {quantile!r}; the 25th percentile is 0.25")
+    for name, value, known in (("over", over, get_args(Over)), ("bound", bound, get_args(Bound))):
+        if value not in known:
+            raise TrimtabError(f"there is no {name} {value!r}; known: {', '.join(known)}")
+
+
+def _layers(lm: LM, layers: int | Sequence[int] | None) -> list[int]:
+    if layers is None:
+        first = min(round(FROM * lm.layout.layers), lm.layout.layers - 1)
+        layers = range(first, max(first + 1, round(TO * lm.layout.layers)))
+    return check_layers(lm, layers, FROM)
+
+
+def _cap(
+    sides: Sequence[Sequence[Tensor]], quantile: float, over: str, layer: int
+) -> tuple[Tensor, float, dict[str, Any]]:
+    """The direction towards the first side `[width]`, the cap, and what the card tells; a text is `[tokens, width]`."""
+    wanted, other = (torch.stack([x.mean(0) for x in side]) for side in sides)
+    try:
+        v = mean_difference(wanted, other).float()
+    except TrimtabError as error:
+        raise TrimtabError(f"layer {layer}: {error}; use other pairs, or another layer") from None
+    along = [side @ v.double() for side in (wanted, other)]
+    cap = float(torch.quantile(along[0] if over == "wanted" else torch.cat(along), quantile))
+    moved = [float((torch.cat(list(side)) @ v.double() < cap).double().mean()) for side in sides]
+    told = {
+        "cap": float(f"{cap:.9g}"),
+        "wanted": round(float(along[0].mean()), 6),
+        "other": round(float(along[1].mean()), 6),
+        "moved": {"wanted": round(moved[0], 6), "other": round(moved[1], 6)},
+    }
+    return v, cap, told
