@@ -160,3 +160,34 @@ def test_heads_neurons_and_masks_from_the_command_line(
             "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
         )
         assert told.code == 0, told.err
+
+
+def test_caps_and_targets_from_the_command_line(trimtab: Any, tmp_path: Path, model: Path, answer_pairs: Path) -> None:
+    common = ["--pairs", answer_pairs, "--model", model, "--device", "cpu", "--layers", "1,2"]
+    cases: dict[str, list[list[Any]]] = {
+        "cap": [["--quantile", "0.5", "--over", "both"], ["--bound", "ceiling", "--positions", "generated"]],
+        "sttp": [["--alpha", "2"], ["--move", "mirror", "--alpha", "0.5"]],
+    }
+    for name, runs in cases.items():
+        shown = trimtab("learn", name, "--help").out
+        for i, options in enumerate(runs):
+            assert options[0] in shown
+            out, again = tmp_path / f"{name}{i}.safetensors", tmp_path / "again.safetensors"
+            learned = trimtab("learn", name, *common, *options, "--out", out, "--json")
+            assert learned.code == 0, learned.err
+            assert learned.json["edits"] == [str(edit) for edit in load(out).edits]
+            assert trimtab("learn", name, *common, *options, "--out", again).code == 0
+            assert again.read_bytes() == out.read_bytes()
+            seen = trimtab("inspect", out, "--json")
+            assert (seen.code, seen.json["card"]["method"]) == (0, name)
+            told = trimtab(
+                "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
+            )
+            assert told.code == 0, told.err
+    for name, options, words in (
+        ("cap", ["--quantile", "2"], "a quantile lies between 0 and 1"),
+        ("sttp", ["--move", "away"], "target, mirror"),
+    ):
+        ran = trimtab("learn", name, *common, *options, "--out", tmp_path / "no.safetensors")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert words in ran.err
