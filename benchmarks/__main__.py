@@ -247,7 +247,7 @@ def emphasis(
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """IFEval with the instruction emphasized: DIRECTER, PASTA and SpotLight, with and without rejection."""
+    """IFEval with the instruction emphasized: DIRECTER, PASTA, SpotLight and InstABoost, with and without rejection."""
     from benchmarks.directer import PROMPTS, WITHOUT
     from benchmarks.emphasis import run
 

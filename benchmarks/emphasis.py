@@ -1,9 +1,9 @@
 """Does emphasis make a model heed instructions, and what does rejection add? IFEval's prompts, their instructions
 emphasized: what a prompt has and its version without instructions has not.
 
-DIRECTER (2603.06745), PASTA (2311.02262) and SpotLight (2505.12025), with and without rejection, against the unsteered
-model, a random span of the same length, and words alone: the instruction said twice. What a run has done is kept in a
-folder, so that it can be stopped and started again.
+DIRECTER (2603.06745), PASTA (2311.02262), SpotLight (2505.12025) and InstABoost (2506.13734), with and without
+rejection, against the unsteered model, a random span of the same length, and words alone: the instruction said twice.
+What a run has done is kept in a folder, so that it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
 from trimtab.evaluate.records import Record, Request
 from trimtab.lm import LM
 from trimtab.methods.directer import ALPHA, REJECTION, directer
+from trimtab.methods.instaboost import instaboost
 from trimtab.methods.pasta import pasta
 from trimtab.methods.spotlight import spotlight
 from trimtab.steering import ScaleScores, Steering, emphasis
@@ -93,6 +94,8 @@ ARMS: Mapping[str, Arm] = {
     "PASTA with rejection": Arm(pasta, REJECTION),
     "SpotLight": Arm(spotlight),
     "SpotLight with rejection": Arm(spotlight, REJECTION),
+    "InstABoost": Arm(instaboost),
+    "InstABoost with rejection": Arm(instaboost, REJECTION),
     "random span, with rejection": Arm(random_span, REJECTION),
 }
 

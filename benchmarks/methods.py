@@ -28,6 +28,7 @@ from trimtab.engines.transformers.places import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM
+from trimtab.methods.instaboost import BIAS as BOOST
 from trimtab.methods.pasta import ALPHA as PASTA_ALPHA
 from trimtab.methods.recipe import Recipe, recipes
 from trimtab.steering import Always, BiasScores, Gate, Positions, ScaleScores, Steering, TargetMass, Threshold, emphasis
@@ -58,6 +59,7 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
         "neurons at generated tokens": {"site": "neurons", "positions": GENERATED},
     },
     "hpr": {"a fixed angle": {"turn": "fixed"}},
+    "sttp": {"a mirror": {"move": "mirror"}},
 }
 """Other forms that cost something else than the default one."""
 
@@ -140,22 +142,25 @@ def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:
             "scaled keys": ScaleScores(),
             "PASTA": BiasScores(math.log(PASTA_ALPHA), outside=True),
             "SpotLight": TargetMass(),
+            "InstABoost": BiasScores(BOOST),
         }
         found += [Case(SCORES, name, emphasis(one, [SPAN], layers)) for name, one in operations.items()]
     return found
 
 
 def opened(steering: Steering, to: bool = True) -> Steering:
-    """The steering with gates that read what they did, and open for every prompt (or for none)."""
+    """The steering with gates that read what they did, and open for every prompt or token (or for none)."""
     return replace(steering, edits=tuple(replace(edit, gate=_forced(edit.gate, to)) for edit in steering.edits))
 
 
 def _forced(gate: Gate, to: bool) -> Gate:
     if gate == Always():
         return gate
-    reading = min(gate.readings, key=str)
     direction = next(iter(_thresholds(gate))).direction
     line = -FAR if to else FAR
+    if not gate.readings:
+        return Threshold(min(gate.token_sites), direction, line, each_token=True)
+    reading = min(gate.readings, key=str)
     return Threshold(reading.site, direction, line, positions=reading.positions, pool=reading.pool)
 
 

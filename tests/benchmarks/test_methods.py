@@ -39,8 +39,9 @@ def test_every_method_is_measured_and_its_gates_are_open(lm: LM) -> None:
     kinds = {case.name: case.kind for case in cases}
     assert kinds["caa"] == kinds["icv"] == "residual"
     assert kinds["iti"] == kinds["sadi"] == kinds["tda"] == "heads, neurons"
-    assert kinds["cast"] == kinds["inferaligner"] == kinds["one addition, gate shut"] == "gate"
-    assert kinds["PASTA"] == kinds["SpotLight"] == kinds["scaled keys"] == "scores"
+    assert kinds["cast"] == kinds["inferaligner"] == kinds["sttp"] == kinds["one addition, gate shut"] == "gate"
+    assert kinds["cap"] == kinds["sttp, a mirror"] == "residual"
+    assert kinds["PASTA"] == kinds["SpotLight"] == kinds["InstABoost"] == kinds["scaled keys"] == "scores"
     for case in cases:
         (answer,) = lm.generate(prompt(1, 12), case.steering, max_new_tokens=2)
         assert bool(answer.applied.edits) == ("shut" not in case.name), case.name
@@ -55,6 +56,9 @@ def test_an_opened_gate_reads_what_it_did() -> None:
     assert second == steering.edits[1]
     shut = opened(steering, to=False).edits[0].gate
     assert not shut.is_open({gates[0].reading: 1e9 * tiny.direction(1)})
+    each = Threshold(Site(3), tiny.direction(1), 0.3, each_token=True)
+    (edit,) = opened(Steering((Edit(Site(3), Add(tiny.direction(1)), gate=each),))).edits
+    assert edit.gate.token_sites == each.token_sites
 
 
 def test_each_is_compared_with_its_neighbour_in_time(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
