@@ -5,8 +5,8 @@ Language Models", arXiv 2506.13734.
 
 With B = ln M it is the first version's form: a_ij <- M a_ij in the instruction's columns, and a row divided by its sum.
 
-In each layer it is bounded, whatever the scores there: no weight changes by more than a factor of e^B either way, the weights
-inside of the instruction keep their ratios, as those outside do, and a row in which the instruction has the mass p has
+In each layer it is bounded, whatever the scores there: no weight changes by more than a factor of e^B either way, the
+weights inside of the instruction keep their ratios, as those outside do, and a row that gives it the mass p gives it
 
     p e^B / (1 + p (e^B - 1))        afterwards, which is at most tanh(B / 4) more
 
