@@ -72,7 +72,7 @@ def test_what_learning_is_asked_for(refused, no_model, prompt_pairs, tmp_path):
         return ["learn", method, "--pairs", prompt_pairs, "--out", out, *more]
 
     refused(learn("caa"), prompt_pairs, "pairs of prompts", "is instruct")
-    refused(learn("hope"), "'hope'", "caa, cast", "instruct, iti")
+    refused(learn("hope"), "'hope'", "caa, cap, cast", "instruct, iti")
     nowhere = tmp_path / "nowhere" / "s.safetensors"
     refused(learn(out=nowhere), nowhere, "No such file", "must exist and be writable")
     refused(learn(out=prompt_pairs / "s.safetensors"), "Not a directory", "must exist and be writable")
