@@ -20,7 +20,6 @@ from benchmarks.measuring import perplexities_of
 from benchmarks.static import PROMPTS
 from trimtab.evaluate.ab import ABItem, polarity, read_ab, requests_of, score_ab
 from trimtab.evaluate.answers import answer
-from trimtab.evaluate.constraints import repeated_share
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import distinct_n
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
@@ -32,6 +31,7 @@ from trimtab.report.sweep import Cell, draw_sweep
 from trimtab.steering import Steering
 from trimtab.text.chat import has_template
 from trimtab.text.pairs import Pair, digest
+from trimtab.text.repetition import repeated_share
 
 CAPABILITY = Path("mmlu") / "mmlu.json"
 STRENGTHS = (-2.0, -1.0, 1.0, 2.0)

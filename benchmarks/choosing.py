@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trimtab.engines.transformers.generate import Generation
-from trimtab.evaluate.constraints import repeated_share
 from trimtab.evaluate.fluency import Fluency, distinct_n, fluencies
 from trimtab.learn.moments import PairMoments
 from trimtab.lm import LM, DoseWarning
 from trimtab.methods.instruct import steering_from
 from trimtab.steering import Positions, Steering
+from trimtab.text.repetition import repeated_share
 from trimtab.tune.candidates import Candidate, Setting
 from trimtab.tune.guard import STANDARD
 from trimtab.tune.halving import Rung

@@ -15,9 +15,9 @@ from benchmarks.machine import machine, versions
 from trimtab.commands.demo import MAX_NEW_TOKENS, SETTINGS
 from trimtab.data import instruction_pairs, instructions, prompts, queries
 from trimtab.evaluate import CONSTRAINTS, on_topic, repeated_share
-from trimtab.evaluate.constraints import REPEATED_LIMIT
 from trimtab.lm import LM
 from trimtab.methods.instruct import learn_instruct
+from trimtab.text.repetition import REPEATED_LIMIT
 from trimtab.tune.candidates import grid
 from trimtab.tune.tune import tune
 

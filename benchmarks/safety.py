@@ -32,7 +32,6 @@ from trimtab.engines.transformers.generate import Generation
 from trimtab.evaluate.ab import ABItem, question_prompt, read_ab, score_ab, spread
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.answers import run as run_batches
-from trimtab.evaluate.constraints import repeated_share
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import Fluency, distinct_n
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
@@ -46,6 +45,7 @@ from trimtab.methods.safety import learn_safety, refusal
 from trimtab.steering import Always, Edit, Steering
 from trimtab.steering.gates import Gate, Reading
 from trimtab.text.chat import Prompt, has_template
+from trimtab.text.repetition import repeated_share
 from trimtab.tune.guard import STANDARD
 
 ADVBENCH = Path("advbench") / "harmful_behaviors.csv"

@@ -188,7 +188,7 @@ def _answers(
 
 def _judged(name: str, query: str, answer: Generation) -> Answer:
     from trimtab.evaluate import CONSTRAINTS, on_topic, repeated_share
-    from trimtab.evaluate.constraints import REPEATED_LIMIT
+    from trimtab.text.repetition import REPEATED_LIMIT
 
     has_form = CONSTRAINTS[name](answer.text, cut=answer.finish_reason == "length")
     repeated = repeated_share(answer.text)

@@ -1,6 +1,7 @@
 """Whether it works: answers checked by code, and how sure a count is."""
 
-from trimtab.evaluate.constraints import CONSTRAINTS, Check, on_topic, repeated_share
+from trimtab.evaluate.constraints import CONSTRAINTS, Check, on_topic
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
+from trimtab.text.repetition import repeated_share
 
 __all__ = ["CONSTRAINTS", "Check", "Interval", "on_topic", "paired_bootstrap", "repeated_share"]

@@ -18,8 +18,6 @@ INDENTED = re.compile(r"^(?: {2,}|\t)\s*\S")
 WORD = re.compile(r"[^\W\d_]+")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|etc|vs|Mr|Mrs|Ms|Dr|St|approx|[A-Z](?:\.[A-Z])*)\.(?=\s+\S)")
 SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]*]*(?=\s|$)")
-EMOJI = re.compile("[\U0001f300-\U0001faff\u2600-\u27bf\u2b50\u2b55]")
-UNIT = re.compile(rf"[^\W_]+|{EMOJI.pattern}")
 
 GERMAN_WORDS = frozenset(
     WORD.findall(
@@ -55,8 +53,6 @@ PLAIN_WORDS = OTHER_WORDS | set(
 """Words of a query that say what to do rather than what about."""
 
 GERMAN_SHARE = 0.2
-REPEATED_LIMIT = 0.3
-"""`repeated_share` above this is a text that turns in circles."""
 
 
 class Check(Protocol):
@@ -144,16 +140,6 @@ CONSTRAINTS: dict[str, Check] = {
     "sentence": is_sentence,
     "capitals": is_capitals,
 }
-
-
-def repeated_share(answer: str, n: int = 4) -> float:
-    """The share of the answer's `n`-grams of words, numbers and emojis that occurred in it before, 0 … 1.
-
-    0 for an answer without repetition or of fewer than `n` words; a text that goes in circles nears 1.
-    """
-    words = [word.lower() for word in UNIT.findall(answer)]
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def on_topic(query: str, answer: str) -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from trimtab.engines.transformers.read import TOKENS_PER_BATCH, check_length
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.constraints import UNIT, repeated_share
 from trimtab.steering.tensors import to_float64
+from trimtab.text.repetition import UNIT, repeated_share
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation

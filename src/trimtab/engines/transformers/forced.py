@@ -1,0 +1,212 @@
+"""Teacher-forced passes that can be differentiated: prompts, and the answers that are fed after them.
+
+What is learned acts from the last prompt token on. So the prompt before it runs once, without a graph, into a cache of
+keys and values, and a graph is kept for the last prompt token and the answer alone. Models whose cache holds anything
+else run each text whole and by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.exclusive import steering
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import attach, place
+from trimtab.engines.transformers.read import can_share, check_read, padded
+from trimtab.errors import TrimtabError
+from trimtab.steering import Site
+
+TOKENS_PER_PASS = 320
+LOGITS_PER_PASS = 48_000_000
+"""At most so many tokens of answers, and logits, are in one pass: what a graph keeps grows with them."""
+
+Change = Callable[[Tensor], Tensor]
+"""From activations `[tokens, width]` to what is added to them, `[tokens, width]`; it may be differentiated."""
+
+
+@dataclass(frozen=True)
+class Forced:
+    """The token ids of a prompt, and of an answer that is fed after it. Both have at least one token."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.prompt or not self.answer:
+            raise TrimtabError("a prompt and its answer need at least one token each")
+
+
+class _Enough(BaseException):
+    """All that is to be read has been. Only ever in the thread that reads."""
+
+
+@dataclass
+class Forcing:
+    """Passes of one model while its weights are frozen and its hooks are in place; `forcing` opens one."""
+
+    model: Any
+    layout: Layout
+    sites: tuple[Site, ...]
+    shares: bool
+    _changes: Mapping[Site, Change] = field(default_factory=dict)
+    _answering: Tensor | None = None  # `[rows, columns]`: the tokens that are changed in this pass
+    _called: dict[Site, int] = field(default_factory=dict)
+    _states: dict[Site, Tensor] | None = None
+    _wanted: frozenset[Site] = frozenset()
+
+    def logits(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
+        """For each text the logits `[answer tokens, vocabulary]` that its answer's tokens are drawn from, in float32.
+
+        Args:
+            texts: So many that their graph fits the memory; `passes` parts them.
+            changes: What is added at sites, from the last prompt token on. A site without one stays as it is.
+
+        Raises:
+            TrimtabError: A change at a site that this wasn't opened for, or a site that didn't run once.
+        """
+        if unknown := sorted(set(changes) - set(self.sites)):
+            raise TrimtabError(f"there is no hook at {unknown[0]}")
+        if self.shares:
+            return self._together(texts, changes)
+        return [self._whole(text, changes) for text in texts]
+
+    @torch.no_grad()
+    def states(
+        self, texts: Sequence[Forced], changes: Mapping[Site, Change], sites: Sequence[Site]
+    ) -> dict[Site, list[Tensor]]:
+        """The activations `[answer tokens, width]` of each text at `sites`, before what is changed there.
+
+        A pass ends at the last of these sites. Raises as `logits` does.
+        """
+        if unknown := sorted({*sites, *changes} - set(self.sites)):
+            raise TrimtabError(f"there is no hook at {unknown[0]}")
+        found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        for group in [texts] if self.shares else [[text] for text in texts]:
+            self._states, self._wanted = {}, frozenset(sites)
+            try:
+                with suppress(_Enough):
+                    self.logits(group, changes)
+                check_read(sites, self._states)
+                for site, x in self._states.items():
+                    found[site] += x.split([len(text.answer) for text in group])
+            finally:
+                self._states = None
+        return found
+
+    def _together(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
+        cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
+        device = self.model.get_input_embeddings().weight.device
+        longest = max(len(text.prompt) for text in texts) - 1
+        mask = torch.zeros(len(texts), 0, dtype=torch.long, device=device)
+        if longest:
+            # a row whose prompt is one token has nothing before it: one pad, which nobody attends to
+            ids, mask = padded([text.prompt[:-1] for text in texts], left=True, device=device)
+            self._answering = None
+            with torch.no_grad():
+                self.layout.decoder(**_inputs(self.layout.decoder, ids, mask, cache))
+        fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
+        ids, new = padded(fed, left=False, device=device)
+        self._answering = new.bool()
+        out = self._pass(_inputs(self.model, ids, torch.cat([mask, new], 1), cache), changes)
+        return [row[: len(text.answer)] for row, text in zip(out, texts, strict=True)]
+
+    def _whole(self, text: Forced, changes: Mapping[Site, Change]) -> Tensor:
+        device = self.model.get_input_embeddings().weight.device
+        ids, mask = padded([[*text.prompt, *text.answer[:-1]]], left=False, device=device)
+        self._answering = torch.arange(ids.shape[1], device=device)[None] >= len(text.prompt) - 1
+        out = self._pass(_inputs(self.model, ids, mask, None), changes)
+        return out[0, len(text.prompt) - 1 :]
+
+    def _pass(self, inputs: dict[str, Any], changes: Mapping[Site, Change]) -> Tensor:
+        self._changes, self._called = changes, dict.fromkeys(self.sites, 0)
+        try:
+            logits: Tensor = self.model(**inputs).logits
+        finally:
+            self._changes = {}
+        if wrong := [site for site, calls in self._called.items() if calls != 1]:
+            raise TrimtabError(
+                f"the part of the model at {wrong[0]} ran {self._called[wrong[0]]} times in one pass, not once, so what"
+                " acts there can't be learned; something runs the model past its hooks"
+            )
+        return logits.float()
+
+    def _at(self, owner: int, site: Site, x: Tensor) -> Tensor | None:
+        if get_ident() != owner or self._answering is None:
+            return None
+        self._called[site] += 1
+        flat = x if x.dim() == 3 else x.view(*self._answering.shape, -1)
+        where = self._answering.to(x.device)
+        change = self._changes.get(site)
+        if change is None and self._states is None:
+            return None
+        given = flat[where]
+        if self._states is not None and site in self._wanted:
+            self._states[site] = given
+            if len(self._states) == len(self._wanted):
+                raise _Enough
+        if change is None:
+            return None
+        new = flat.clone()
+        new[where] = given + change(given).to(given.dtype)
+        return new.view(x.shape)
+
+
+@contextmanager
+def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forcing]:
+    """While open: the model's weights frozen, hooks at `sites`, nobody else steering or reading. Then all as before.
+
+    Raises:
+        TrimtabError: A site that the model doesn't have, or a model that is being steered.
+    """
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    training = model.training
+    run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
+    places = [(site, place(layout, site)) for site in run.sites]
+    handles: list[Any] = []
+    with steering(layout.decoder), torch.enable_grad():
+        try:
+            model.eval()
+            for parameter in asked:
+                parameter.requires_grad_(False)
+            for site, where in places:
+                handles.append(attach(where, partial(run._at, get_ident(), site)))
+            yield run
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, before in asked.items():
+                parameter.requires_grad_(before)
+            model.train(training)
+
+
+def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:
+    """The numbers of these texts, in groups that fit one pass each, in their order; at least one text a group."""
+    tokens = min(TOKENS_PER_PASS, LOGITS_PER_PASS // model.get_input_embeddings().weight.shape[0])
+    groups: list[list[int]] = []
+    longest = 0
+    for i, text in enumerate(texts):
+        longest = max(longest, len(text.answer))
+        if not groups or longest * (len(groups[-1]) + 1) > tokens:
+            groups.append([])
+            longest = len(text.answer)
+        groups[-1].append(i)
+    return groups
+
+
+def _inputs(module: Any, ids: Tensor, mask: Tensor, cache: DynamicCache | None) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
+    if cache is not None:
+        inputs = compat.with_cache(module, inputs, cache)
+    if "position_ids" in compat.parameters(module):
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return inputs

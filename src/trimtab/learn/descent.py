@@ -1,0 +1,165 @@
+"""Gradient descent on edits: batches, a schedule, an early stop by texts that aren't learned from, an interruption."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.forced import Forcing
+from trimtab.errors import TrimtabError
+from trimtab.learn.trained import Trained
+
+T = TypeVar("T")
+Loss = Callable[[Forcing, Trained, Sequence[T]], Tensor]
+"""The sum, over these examples, of the loss of each."""
+Report = Callable[[int, int, str], None]
+"""Called after each step: the steps done, those planned, and what there is to say."""
+
+WARM_UP = 5
+LEAST_RATE = 0.1  # of the learning rate, at the end
+PATIENCE = 3
+"""Looks at the held-out examples, one after another, that may be no better than the best before the descent stops."""
+
+
+@dataclass(frozen=True)
+class Descent:
+    """How it is done.
+
+    Args:
+        steps: At most so many.
+        rate: Adam's learning rate, in units of the activations' root mean square.
+        batch: Examples a step.
+        every: Steps between looks at the held-out examples.
+        max_dose: No vector gets longer than so many times the typical activation.
+        seed: Of the order of the examples.
+    """
+
+    steps: int = 40
+    rate: float = 0.005
+    batch: int = 8
+    every: int = 10
+    max_dose: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rate", "batch", "every", "max_dose"):
+            if not getattr(self, name) > 0:
+                raise TrimtabError(f"{name} of a descent is above 0, got {getattr(self, name)}")
+
+
+@dataclass
+class Course:
+    """What happened: the losses by step, and whether it was interrupted."""
+
+    first: float = math.nan
+    best: float = math.inf
+    best_step: int = 0
+    steps: int = 0
+    interrupted: bool = False
+    losses: list[float] = field(default_factory=list)
+
+
+def descend(
+    run: Forcing,
+    trained: Trained,
+    examples: Sequence[T],
+    held_out: Sequence[T],
+    loss: Loss[T],
+    how: Descent,
+    *,
+    groups: Callable[[Sequence[T]], list[list[int]]],
+    report: Report | None = None,
+) -> tuple[Trained, Course]:
+    """Move `trained` down the mean loss of `examples`; what comes back is the best on those held out.
+
+    Without held-out examples it is what the last step made. A `KeyboardInterrupt` ends it like a last step, and the
+    course says so: what was best until then comes back.
+
+    Args:
+        run: Open passes of the model, with hooks at the sites of `trained`.
+        trained: Where to begin; it is moved.
+        examples: What to learn from, at least one.
+        held_out: What decides when to stop.
+        loss: The sum of the losses of some examples.
+        how: Steps, rate and the rest.
+        groups: Parts examples, by their numbers, into groups that fit a pass.
+        report: Told of each step.
+
+    Raises:
+        TrimtabError: No examples, or a loss that isn't finite.
+    """
+    if not examples:
+        raise TrimtabError("there is nothing to learn from")
+    optimizer = torch.optim.Adam(trained.tensors, lr=how.rate, betas=(0.9, 0.98))
+    order = _order(len(examples), how)
+    course, best, stale = Course(), trained.frozen(), 0
+    try:
+        if held_out:
+            course.first = course.best = _mean(run, trained, held_out, loss, groups)
+        for step in range(how.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = how.rate * _schedule(step, how.steps)
+            batch = [examples[i] for i in order[step]]
+            optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for numbers in groups(batch):
+                part = loss(run, trained, [batch[i] for i in numbers]) / len(batch)
+                part.backward()
+                total += float(part.detach())
+            if not math.isfinite(total):
+                raise TrimtabError(f"the loss is {total} at step {step + 1}; a lower rate may help (it is {how.rate})")
+            optimizer.step()
+            trained.cap(how.max_dose)
+            course.losses.append(total)
+            course.steps = step + 1
+            if held_out and (course.steps % how.every == 0 or course.steps == how.steps):
+                found = _mean(run, trained, held_out, loss, groups)
+                stale += 1
+                if found < course.best:
+                    course.best, course.best_step, best, stale = found, course.steps, trained.frozen(), 0
+            if report is not None:
+                held = f", held out {course.best:.3f}" if held_out else ""
+                report(course.steps, how.steps, f"loss {total:.3f}{held}")
+            if stale >= PATIENCE:
+                break
+    except KeyboardInterrupt:
+        course.interrupted = True
+    finally:
+        for tensor in trained.tensors:
+            tensor.grad = None
+    if not held_out:
+        return trained.frozen(), course
+    return best, course
+
+
+def _order(count: int, how: Descent) -> list[list[int]]:
+    """The numbers of the examples of each step: every example once before any comes again."""
+    generator = torch.Generator().manual_seed(how.seed)
+    size = min(how.batch, count)
+    drawn: list[int] = []
+    while len(drawn) < how.steps * size:
+        drawn += torch.randperm(count, generator=generator).tolist()
+    return [drawn[step * size : (step + 1) * size] for step in range(how.steps)]
+
+
+def _schedule(step: int, steps: int) -> float:
+    """A linear warm-up, then half a cosine."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return min(1.0, (step + 1) / WARM_UP) * (LEAST_RATE + (1 - LEAST_RATE) * cosine)
+
+
+@torch.no_grad()
+def _mean(
+    run: Forcing,
+    trained: Trained,
+    examples: Sequence[T],
+    loss: Loss[T],
+    groups: Callable[[Sequence[T]], list[list[int]]],
+) -> float:
+    total = sum(float(loss(run, trained, [examples[i] for i in numbers])) for numbers in groups(examples))
+    return total / len(examples)

@@ -1,0 +1,72 @@
+"""A shift of activations as a low-rank function of them: reduced-rank ridge regression, in closed form.
+
+PSR (arXiv 2605.03907) writes what a prompt does to an activation as a function of the activation. Here it is
+
+    delta ~ x W + b      by ridge,      W <- W V Vᵀ      with V the leading directions of the fitted shift
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.tensors import to_float64
+
+RIDGE = 0.02
+"""Of the mean diagonal of the activations' covariance."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """`x + x readᵀ write + vector`: `read` and `write` are `[rank, width]`, `vector` is `[width]`.
+
+    `explained` is the share of the shift's energy that it has on what it was fitted to, 0 … 1.
+    """
+
+    read: Tensor
+    write: Tensor
+    vector: Tensor
+    explained: float
+
+
+def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> Fitted:
+    """The map of rank `rank` that gives the shift `delta` of activations `x`.
+
+    Args:
+        x: The activations, `[tokens, width]`.
+        delta: What is to be added to each, `[tokens, width]`.
+        rank: At most so many directions; 0 gives the mean shift alone.
+        ridge: How strongly W is held small, in units of the mean diagonal of the covariance of `x`.
+
+    Raises:
+        TrimtabError: Shapes that differ, no tokens, or numbers that aren't finite.
+    """
+    if x.shape != delta.shape or x.dim() != 2 or not len(x):
+        raise TrimtabError(
+            f"activations and their shifts are [tokens, width], got {list(x.shape)}, {list(delta.shape)}"
+        )
+    x, delta = to_float64(x), to_float64(delta)
+    if not (torch.isfinite(x).all() and torch.isfinite(delta).all()):
+        raise TrimtabError("the activations are not finite; load the model in float32 or bfloat16")
+    mean_x, mean = x.mean(0), delta.mean(0)
+    centred, shift = x - mean_x, delta - mean
+    width = x.shape[1]
+    rank = min(rank, width)
+    if rank:
+        moment = centred.T @ centred
+        moment.diagonal().add_(ridge * moment.diagonal().mean())
+        weights = torch.linalg.solve(moment, centred.T @ shift)  # [width, width]
+        fitted = centred @ weights
+        # the leading directions of the fitted shift
+        directions = torch.linalg.eigh(fitted.T @ fitted).eigenvectors[:, -rank:].flip(1).T
+        read = directions @ weights.T
+    else:
+        directions = read = x.new_zeros(0, width)
+    vector = mean - (mean_x @ read.T) @ directions
+    left = delta - ((x @ read.T) @ directions + vector)
+    energy = float(delta.square().sum())
+    explained = 1 - float(left.square().sum()) / energy if energy else 1.0
+    return Fitted(read.float(), directions.float(), vector.float(), explained)

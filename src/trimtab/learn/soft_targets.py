@@ -1,0 +1,71 @@
+"""A teacher's next-token distributions, kept as their likeliest tokens and the rest, and the divergence from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.forced import Forced, Forcing, passes
+from trimtab.learn.own_answers import Lesson, help_changes
+
+TOP = 64
+LEAST_REST = 1e-6
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The teacher's `TOP` likeliest tokens at each token of an answer: `ids` and `logprobs`, `[answer tokens, TOP]`."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+@torch.no_grad()
+def soft_targets(
+    run: Forcing, lessons: Sequence[Lesson], progress: Callable[[int, int], None] | None = None
+) -> list[Targets]:
+    """What the teacher says at each token of each lesson: with its prompt, and helped where it was helped."""
+    alone = [Forced(one.asked, one.answer) for one in lessons]
+    found: list[Targets] = []
+    for numbers in passes(run.model, alone):
+        found += [_likeliest(logits) for logits in run.logits([alone[i] for i in numbers], {})]
+        if progress is not None:
+            progress(len(found), len(lessons))
+    helped = {one.help for one in lessons if one.helped}
+    for help_ in sorted(helped, key=repr):
+        chosen = [i for i, one in enumerate(lessons) if one.helped and one.help == help_]
+        texts = [Forced(lessons[i].asked, lessons[i].answer[: lessons[i].helped]) for i in chosen]
+        for numbers in passes(run.model, texts):
+            logits = run.logits([texts[n] for n in numbers], help_changes(lessons[chosen[0]]))
+            for n, row in zip(numbers, logits, strict=True):
+                opening, rest = _likeliest(row), found[chosen[n]]
+                found[chosen[n]] = Targets(
+                    torch.cat([opening.ids, rest.ids[len(opening.ids) :]]),
+                    torch.cat([opening.logprobs, rest.logprobs[len(opening.ids) :]]),
+                )
+    return found
+
+
+def _likeliest(logits: Tensor) -> Targets:
+    top = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]), -1)
+    return Targets(top.indices, top.values)
+
+
+def divergence(logits: Tensor, targets: Targets) -> Tensor:
+    """KL(teacher || student) at each token, `[answer tokens]`, in nats.
+
+    The tokens that aren't among the teacher's likeliest count as one, so that it is never above the exact divergence.
+
+    Args:
+        logits: The student's, `[answer tokens, vocabulary]`.
+        targets: The teacher's.
+    """
+    student = logits.log_softmax(-1).gather(-1, targets.ids)
+    teacher = targets.logprobs
+    shares = teacher.exp()
+    rest = (1 - shares.sum(-1)).clamp(min=LEAST_REST)
+    left = (1 - student.exp().sum(-1)).clamp(min=LEAST_REST)
+    return (shares * (teacher - student)).sum(-1) + rest * (rest.log() - left.log())

@@ -1,0 +1,68 @@
+"""What a model is told, so that it can be learned from: an instruction, a system message, a text, or examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trimtab.errors import TrimtabError
+from trimtab.text.chat import Message, Prompt
+
+HOLE = "{query}"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How a query is put to the model that is learned from; what is learned answers the bare query the same way.
+
+    Args:
+        instruction: Phrasings of one instruction, which stand behind the query in turn.
+        system: A system message.
+        text: A text in front of the query, or around it: `{query}` in it is where the query goes.
+        examples: Earlier turns, each a query and the answer that it should have.
+        times: How often the instruction is said.
+
+    Raises:
+        TrimtabError: Nothing is said at all, or something is said that is empty.
+    """
+
+    instruction: tuple[str, ...] = ()
+    system: str | None = None
+    text: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.instruction or self.examples or self.system is not None or self.text is not None):
+            raise TrimtabError("a teacher needs an instruction, a system message, a text or examples")
+        said = [*self.instruction, *(one for one in (self.system, self.text) if one is not None)]
+        said += [side for example in self.examples for side in example]
+        if not all(one.strip() for one in said):
+            raise TrimtabError("a teacher's instruction, system message, text or example is empty")
+        if self.times < 1:
+            raise TrimtabError(f"an instruction is said once or more, got {self.times}")
+
+    @property
+    def turns(self) -> int:
+        """How many different ways it has to say the same."""
+        return max(1, len(self.instruction))
+
+    def ask(self, query: str, turn: int) -> Prompt:
+        """The prompt with everything in it; `turn` picks the phrasing. The system message goes beside it."""
+        asked = query
+        if self.instruction:
+            asked = " ".join([query, *[self.instruction[turn % len(self.instruction)]] * self.times])
+        if self.text is not None:
+            asked = self.text.replace(HOLE, asked) if HOLE in self.text else f"{self.text.strip()}\n\n{asked}"
+        if not self.examples:
+            return asked
+        messages: list[Message] = []
+        for question, answer in self.examples:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": asked}]
+
+
+def split_queries(queries: Sequence[str], every: int) -> tuple[list[str], list[str]]:
+    """Queries to learn from, and every so-manieth of them, held out."""
+    learn = [query for i, query in enumerate(queries) if i % every]
+    return learn, [query for i, query in enumerate(queries) if not i % every]

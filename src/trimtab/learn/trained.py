@@ -1,0 +1,141 @@
+"""What a learner trains by gradient: at each site a vector, or a vector and a low-rank map beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.forced import Change
+from trimtab.errors import TrimtabError
+from trimtab.steering import Add, Edit, Positions, ReadWrite, Site
+
+FROM_LAST = Positions.from_last_prompt_token()
+FIRST_READ = 0.1
+"""How long a row that reads is to begin with: what it reads of an activation is about a tenth of its root mean square.
+What it writes begins at 0."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One site's share of what is trained: `x + x readᵀ write + vector`, in units of the activations there.
+
+    `scale` is the root mean square of an activation's elements at the site. `vector` `[width]` and `write`
+    `[rank, width]` are multiples of it, and `read` `[rank, width]` is a multiple of its inverse, so that one learning
+    rate suits every site of every model.
+    """
+
+    scale: float
+    vector: Tensor
+    read: Tensor
+    write: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the optimizer moves."""
+        return (self.vector, self.read, self.write) if len(self.read) else (self.vector,)
+
+    def change(self, factor: float, x: Tensor) -> Tensor:
+        """What it adds to activations `[tokens, width]`, times `factor`."""
+        added = self.vector.expand_as(x)
+        if len(self.read):
+            added = added + (x.float() @ self.read.T / self.scale) @ self.write
+        return factor * self.scale * added
+
+    def operation(self) -> Add | ReadWrite:
+        """The same as an operation; the vector is what a row writes that reads nothing and has the bias 1."""
+        vector = (self.scale * self.vector.detach()).cpu()
+        if not len(self.read):
+            return Add(vector)
+        read, write = (self.read.detach() / self.scale).cpu(), (self.scale * self.write.detach()).cpu()
+        bias = torch.zeros(len(read) + 1)
+        bias[-1] = 1.0
+        return ReadWrite(torch.cat([read, torch.zeros(1, read.shape[1])]), torch.cat([write, vector[None]]), bias)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """All that is trained, by site."""
+
+    parts: Mapping[Site, Part]
+
+    @classmethod
+    def start(
+        cls, scales: Mapping[Site, float], widths: Mapping[Site, int], rank: int, seed: int, device: torch.device
+    ) -> Trained:
+        """At the beginning nothing is added anywhere.
+
+        Args:
+            scales: The root mean square of an activation's elements, by site.
+            widths: The width of activations, by site.
+            rank: Rows that read, at each site; 0 for a vector alone.
+            seed: Of the rows' first directions.
+            device: Where the tensors are.
+
+        Raises:
+            TrimtabError: An activation without length.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts = {}
+        for site in sorted(scales):
+            if not (scales[site] > 0 and math.isfinite(scales[site])):
+                raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
+            width = widths[site]
+            read = torch.randn(rank, width, generator=generator) * (FIRST_READ / width**0.5)
+            tensors = (torch.zeros(width), read, torch.zeros(rank, width))
+            parts[site] = Part(scales[site], *(one.to(device).requires_grad_() for one in tensors))
+        return cls(parts)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the optimizer moves."""
+        return [one for site in sorted(self.parts) for one in self.parts[site].tensors]
+
+    def changes(self, factor: float = 1.0) -> dict[Site, Change]:
+        """What is added at each site, times `factor`."""
+        return {site: partial(part.change, factor) for site, part in self.parts.items()}
+
+    def frozen(self) -> Trained:
+        """A copy that the optimizer doesn't move."""
+        copies = {
+            site: replace(part, **{name: getattr(part, name).detach().clone() for name in ("vector", "read", "write")})
+            for site, part in self.parts.items()
+        }
+        return Trained(copies)
+
+    def moving(self) -> Trained:
+        """A copy that the optimizer moves."""
+        copy = self.frozen()
+        for tensor in copy.tensors:
+            tensor.requires_grad_()
+        return copy
+
+    @torch.no_grad()
+    def cap(self, dose: float) -> None:
+        """Shorten vectors that are longer than `dose` times the typical activation at their site."""
+        for part in self.parts.values():
+            longest = dose * len(part.vector) ** 0.5
+            part.vector.mul_(min(1.0, longest / max(float(part.vector.norm()), 1e-30)))
+
+    def doses(self) -> dict[Site, float]:
+        """By site, the length of the vector over that of the typical activation."""
+        return {site: float(part.vector.detach().norm()) / len(part.vector) ** 0.5 for site, part in self.parts.items()}
+
+    def edits(self, positions: Positions = FROM_LAST) -> tuple[Edit, ...]:
+        """The same as edits of strength 1, in the order of their sites."""
+        return tuple(Edit(site, self.parts[site].operation(), positions) for site in sorted(self.parts))
+
+
+def typical(states: Mapping[Site, Sequence[Tensor]]) -> dict[Site, float]:
+    """By site, the median over tokens of the root mean square of an activation's elements.
+
+    The median, since a few tokens of many models (attention sinks) are a hundred times as long as all others.
+    """
+    return {
+        site: float(torch.cat([x.float() for x in rows]).pow(2).mean(-1).sqrt().median())
+        for site, rows in states.items()
+    }

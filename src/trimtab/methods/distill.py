@@ -1,0 +1,363 @@
+"""A prompt compiled into an edit: the model is steered so that it answers without the prompt as it does with it.
+
+Prompt (or context) distillation (Askell et al., arXiv 2112.00861, section 2.2; Snell et al., arXiv 2209.15189), with an
+edit of activations for what is trained instead of the weights. The answers are the model's own: made under the prompt,
+and kept where they do what it says.
+
+    gradient:   minimise the mean over answer tokens of KL(p(. | prompt, query, …) || p_steered(. | query, …))
+    closed:     at each block in order, by ridge:  h(with the prompt) - h(without)  ~  h(without) W + b,  cut to a rank
+                (PSR, arXiv 2605.03907; each block is fitted on activations that the earlier edits have changed)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.data import queries as packaged_queries
+from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
+from trimtab.engines.transformers.places import place
+from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.descent import Course, Descent, descend
+from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
+from trimtab.learn.reduced_rank import reduced_rank
+from trimtab.learn.soft_targets import Targets, divergence, soft_targets
+from trimtab.learn.teachers import Teacher
+from trimtab.learn.trained import Part, Trained, typical
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Card, Site, Steering
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="distill",
+    title="a prompt compiled into an edit",
+    paper="prompt distillation (Askell et al., arXiv 2112.00861) into activations; closed form: PSR, arXiv 2605.03907",
+    takes="nothing",
+    data="an instruction, a system message, a text or examples, and the model's own answers under it",
+    reads="the answers' tokens, with and without the prompt",
+    acts="adds a vector at every block (default), or a low-rank map, from the last prompt token on",
+    cost="one addition a layer and token; of rank r, two products of r rows",
+    function="learn_distill",
+    options=(
+        Option("instruction", "str", None, "A sentence that stands behind each query."),
+        Option("system", "str", None, "A system message."),
+        Option("fit", "str", "gradient", "How it is fitted.", choices=("gradient", "closed", "both")),
+        Option("rank", "int", 0, "Rows that read activations, at each block; 0: a vector alone."),
+        Option("steps", "int", 40, "Steps of gradient descent, at most."),
+        Option("tokens", "int", 64, "The most tokens of an answer."),
+        Option("seed", "int", 0, "Of the order in which answers are learned from."),
+        Option("queries", "texts", None, "Queries to learn on, instead of those that come along."),
+    ),
+)
+
+FITS = ("gradient", "closed", "both")
+HELD_OUT = 8
+"""One query in so many is held out, and decides when the descent stops."""
+CLOSED_RANK = 64
+CLOSED_LESSONS = 48
+"""More answers than this change a closed fit little."""
+
+
+@dataclass(frozen=True)
+class _Example:
+    """An answer, what the teacher says at its tokens, and whether the student sees the teacher's prompt too."""
+
+    text: Forced
+    targets: Targets
+
+
+def learn_distill(
+    lm: LM,
+    layers: int | Sequence[int] | None = None,
+    *,
+    teacher: Teacher | None = None,
+    instruction: str | Sequence[str] | None = None,
+    system: str | None = None,
+    queries: Sequence[str] | None = None,
+    check: Check | None = None,
+    fit: str = "gradient",
+    rank: int | None = None,
+    steps: int = Descent.steps,
+    rate: float = Descent.rate,
+    tokens: int = 64,
+    with_prompt: float = 0.3,
+    max_dose: float = Descent.max_dose,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Steering:
+    """Learn to answer without a prompt as the model does with it.
+
+    Args:
+        lm: The model; its weights don't change.
+        layers: Blocks to steer after. Default: all of them; for a closed fit every second one.
+        teacher: What the model is told. Or give `instruction` (a sentence, or several phrasings of one) or `system`.
+        instruction: What stands behind each query.
+        system: A system message.
+        queries: What is asked; default: the package's own, which say nothing of the form of an answer.
+        check: `check(query, answer, cut)`: whether an answer does what the teacher says, `cut` if the token limit
+            stopped it. Without one, answers count that are clearly more likely with what the teacher says.
+        fit: `"gradient"`, `"closed"`, or `"both"`: a descent that begins where the closed form ends.
+        rank: Rows that read activations, at each block; 0 is a vector alone. Default: 0, and 64 for a closed fit.
+        steps: Steps of gradient descent, at most; it stops earlier when answers to held-out queries get no better.
+        rate: Adam's learning rate, in units of the activations' root mean square.
+        tokens: The most tokens of an answer.
+        with_prompt: The share of answers that are learned *with* the prompt still there, 0 … 1, so that the steering
+            helps where the instruction is said, too.
+        max_dose: No vector gets longer than so many times the typical activation at its block.
+        seed: Of the order in which answers are learned from.
+        options: Further entries for the card.
+        progress: `progress(done, total)`, in steps of work.
+        say: Told in words how it stands: how many answers were kept, the divergence on held-out queries.
+
+    Returns:
+        A steering of strength 1; its card has the divergence (nats a token) before and after, on held-out queries.
+        A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+
+    Raises:
+        TrimtabError: Too few answers do what the teacher says, or an argument that can't be.
+    """
+    teacher = _teacher(teacher, instruction, system)
+    if fit not in FITS:
+        raise TrimtabError(f"there is no fit {fit!r}; fits: {', '.join(FITS)}")
+    if not 0 <= with_prompt <= 1:
+        raise TrimtabError(f"with_prompt is a share from 0 to 1, got {with_prompt}")
+    closed = fit != "gradient"
+    rank = (CLOSED_RANK if closed else 0) if rank is None else rank
+    if rank < 0:
+        raise TrimtabError(f"rank is 0 or more, got {rank}")
+    chosen = check_layers(lm, _layers(lm, layers, closed), 0)
+    asked = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
+    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
+    work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
+    answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
+    if say is not None:
+        answered = len({one.query for one in answers.lessons})
+        say(f"{len(answers.lessons)} answers kept, to {answered} of {len(asked)} queries")
+    held_out, lessons = _split(answers.lessons, asked)
+    sites = [Site(layer) for layer in chosen]
+    with forcing(lm.model, lm.layout, sites) as run:
+        targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
+        trained = _start(lm, run, sites, lessons, 0 if closed else rank, seed)
+        explained: dict[Site, float] = {}
+        if closed:
+            trained, explained = _closed(run, trained, lessons, rank)
+        examples = _examples(lessons, targets, with_prompt, seed)
+        aside = _examples(held_out, targets, 0.0, seed)
+        before = _mean(run, Trained({}), aside)
+        course = Course()
+        if fit != "closed":
+            trained = trained.moving()
+            trained, course = descend(
+                run,
+                trained,
+                examples,
+                aside,
+                _loss,
+                how,
+                groups=lambda some: passes(run.model, [one.text for one in some]),
+                report=partial(_report, work, say),
+            )
+        after = _mean(run, trained, aside)
+    does = {
+        "layers": chosen,
+        "fit": fit,
+        "rank": rank,
+        "tokens": tokens,
+        "queries": len(asked),
+        "seed": seed,
+        **({"steps": steps, "rate": rate, "with_prompt": with_prompt, "max_dose": max_dose} if fit != "closed" else {}),
+    }
+    card = Card(
+        method="distill",
+        model=lm.identity,
+        data=_digest(answers.lessons),
+        options={**_said(teacher), **does, **(options or {})},
+        measured=_measured(answers, before, after, course, trained, explained),
+        versions=versions(),
+    )
+    return Steering(trained.edits(), card)
+
+
+# ---- what is learned from ----------------------------------------------------------------------------------
+
+
+def _teacher(teacher: Teacher | None, instruction: str | Sequence[str] | None, system: str | None) -> Teacher:
+    if teacher is not None:
+        if instruction is not None or system is not None:
+            raise TrimtabError("give a teacher, or an instruction and a system message, not both")
+        return teacher
+    said = (instruction,) if isinstance(instruction, str) else tuple(instruction or ())
+    return Teacher(instruction=said, system=system)
+
+
+def _layers(lm: LM, layers: int | Sequence[int] | None, closed: bool) -> int | Sequence[int]:
+    if layers is not None:
+        return layers
+    return range(0, lm.layout.layers, 2) if closed else range(lm.layout.layers)
+
+
+def _split(lessons: Sequence[Lesson], queries: Sequence[str]) -> tuple[list[Lesson], list[Lesson]]:
+    """Every so-manieth query that has answers is held out, with all of them."""
+    answered = [query for query in queries if any(one.query == query for one in lessons)]
+    aside = set(answered[HELD_OUT // 2 :: HELD_OUT])
+    held_out, learned = (
+        [one for one in lessons if one.query in aside],
+        [one for one in lessons if one.query not in aside],
+    )
+    return held_out, learned
+
+
+def _examples(
+    lessons: Sequence[Lesson], targets: Mapping[Lesson, Targets], with_prompt: float, seed: int
+) -> list[_Example]:
+    """The students of the lessons; a share of them, drawn once, sees the teacher's prompt."""
+    count = round(with_prompt * len(lessons))
+    generator = torch.Generator().manual_seed(seed)
+    sees = set(torch.randperm(len(lessons), generator=generator)[:count].tolist())
+    return [
+        _Example(Forced(one.asked if i in sees else one.plain, one.answer), targets[one])
+        for i, one in enumerate(lessons)
+    ]
+
+
+# ---- the two fits ------------------------------------------------------------------------------------------
+
+
+def _loss(run: Forcing, trained: Trained, some: Sequence[_Example]) -> Tensor:
+    """The sum over answers of the mean divergence from the teacher over their tokens."""
+    logits = run.logits([one.text for one in some], trained.changes())
+    return torch.stack([divergence(row, one.targets).mean() for row, one in zip(logits, some, strict=True)]).sum()
+
+
+@torch.no_grad()
+def _mean(run: Forcing, trained: Trained, some: Sequence[_Example]) -> float:
+    groups = passes(run.model, [one.text for one in some])
+    total = sum(float(_loss(run, trained, [some[i] for i in numbers])) for numbers in groups)
+    return total / len(some) if some else float("nan")
+
+
+def _start(lm: LM, run: Forcing, sites: Sequence[Site], lessons: Sequence[Lesson], rank: int, seed: int) -> Trained:
+    """Nothing yet, in units of what activations are like while the model answers without the prompt."""
+    texts = [Forced(one.plain, one.answer) for one in lessons[:BATCH_READ]]
+    states = _read(run, texts, {}, sites)
+    widths = {site: place(lm.layout, site).size for site in sites}
+    device = next(iter(states.values()))[0].device
+    return Trained.start(typical(states), widths, rank, seed, device)
+
+
+BATCH_READ = 16
+"""So many answers tell what activations are like."""
+
+
+def _read(run: Forcing, texts: Sequence[Forced], changes: Any, sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
+    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for numbers in passes(run.model, texts):
+        for site, rows in run.states([texts[i] for i in numbers], changes, sites).items():
+            found[site] += rows
+    return found
+
+
+@torch.no_grad()
+def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int) -> tuple[Trained, dict[Site, float]]:
+    """Block by block: what the prompt does there to activations that the edits so far have changed."""
+    chosen = lessons[:: max(1, len(lessons) // CLOSED_LESSONS)][:CLOSED_LESSONS]
+    asked = [Forced(one.asked, one.answer) for one in chosen]
+    plain = [Forced(one.plain, one.answer) for one in chosen]
+    sites = sorted(trained.parts)
+    wanted = {site: torch.cat(rows) for site, rows in _read(run, asked, {}, sites).items()}
+    parts: dict[Site, Part] = {}
+    explained = {}
+    for site in sites:
+        x = torch.cat(_read(run, plain, Trained(parts).changes(), [site])[site])
+        found = reduced_rank(x, wanted[site] - x, rank)
+        scale = trained.parts[site].scale
+        tensors = (found.vector / scale, found.read * scale, found.write / scale)
+        parts[site] = Part(scale, *(one.to(x.device) for one in tensors))
+        explained[site] = found.explained
+    return Trained(parts), explained
+
+
+# ---- what is said about it ---------------------------------------------------------------------------------
+
+
+@dataclass
+class _Work:
+    """One count of work over three parts: making answers, reading the teacher, descending."""
+
+    progress: Progress | None
+    queries: int
+    steps: int
+
+    @property
+    def total(self) -> int:
+        return 4 * self.queries + 4 * self.steps
+
+    def answers(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(round(3 * self.queries * done / total), self.total)
+
+    def targets(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(3 * self.queries + round(self.queries * done / total), self.total)
+
+    def descent(self, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(4 * self.queries + round(4 * self.steps * done / total), self.total)
+
+
+def _report(work: _Work, say: Callable[[str], None] | None, done: int, total: int, words: str) -> None:
+    work.descent(done, total)
+    if say is not None and (done % Descent.every == 0 or done == total):
+        say(f"step {done} of {total}: {words}")
+
+
+def _said(teacher: Teacher) -> dict[str, Any]:
+    """What the teacher says, for the card."""
+    found: dict[str, Any] = {}
+    if teacher.instruction:
+        found["instruction"] = teacher.instruction[0]
+        if len(teacher.instruction) > 1:
+            found["phrasings"] = list(teacher.instruction[1:])
+    for name in ("system", "text"):
+        if (value := getattr(teacher, name)) is not None:
+            found[name] = value
+    if teacher.examples:
+        found["examples"] = len(teacher.examples)
+    return {**found, **({"times": teacher.times} if teacher.times > 1 else {})}
+
+
+def _measured(
+    answers: Answers,
+    before: float,
+    after: float,
+    course: Course,
+    trained: Trained,
+    explained: Mapping[Site, float],
+) -> dict[str, Any]:
+    return {
+        "answers": len(answers.lessons),
+        "tries": [{"help": strength, "kept": kept, "asked": asked} for strength, kept, asked in answers.tries],
+        "divergence_before": round(before, 6),
+        "divergence_after": round(after, 6),
+        "doses": {str(site.layer): round(dose, 6) for site, dose in trained.doses().items()},
+        **({"explained": {str(site.layer): round(value, 6) for site, value in explained.items()}} if explained else {}),
+        **({"steps": course.steps, "best_step": course.best_step} if course.steps else {}),
+        **({"interrupted": True} if course.interrupted else {}),
+    }
+
+
+def _digest(lessons: Sequence[Lesson]) -> str:
+    rows = [[one.query, list(one.asked), list(one.answer)] for one in lessons]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
