@@ -25,7 +25,7 @@ from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.recipe import Option, Recipe
-from trimtab.steering import Add, Edit, Positions, Site, Steering
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_prompts, check_read_at
 from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
 from trimtab.text.pairs import Pair, sides
@@ -287,6 +287,14 @@ def _where(letters: bool, read_at: str | ReadAt | None) -> str:
     """What the card says; what is read by default has its own words, so that its files stay as they were."""
     at = LAST if read_at is None else as_read_at(read_at)
     return "letter" if letters else "last token" if at == LAST else str(at)
+
+
+def read_at_of(card: Card) -> ReadAt | None:
+    """Where a steering was learned to be read, by its card; `None` where that is the method's own choice."""
+    try:
+        return ReadAt.parse(str(card.options.get("read_at")))
+    except TrimtabError:
+        return None  # "letter", "last token", or nothing is said
 
 
 def activations(
