@@ -4,8 +4,8 @@ ACL 2024, arXiv 2312.06681, section 3.
     v[l] = mean over pairs of (h_l[positive] - h_l[negative])        read at the answer's letter
     h_l[t] <- h_l[t] + m * v[l]        for t from the last prompt token on, at one layer l
 
-Read over whole answers, each given under a system prompt of its side's, it is the vector of "Persona Vectors" (Chen et
-al., arXiv 2507.21509, section 2): h_l is then the mean over the answer's tokens.
+Read over whole answers, each side's given under a system prompt of its own, it is the vector of "Persona Vectors" (Chen
+et al., arXiv 2507.21509, section 2): h_l is then the mean over the answer's tokens.
 """
 
 from __future__ import annotations
