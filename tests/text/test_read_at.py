@@ -236,8 +236,14 @@ def test_each_side_is_rendered_under_its_own_system_prompt() -> None:
 def test_a_template_that_leaves_system_prompts_out_is_an_error() -> None:
     tokenizer = words()
     tokenizer.chat_template = DROPS
-    with pytest.raises(TrimtabError, match="the chat template renders them alike"):
-        encode_sides(tokenizer, Pair("w5", "w6", "w3", "answers", positive_system="w1", negative_system="w2"))
+    talk = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w3"}]
+    for pair in (
+        Pair("w5", "w6", "w3", "answers", positive_system="w1", negative_system="w2"),
+        Pair("w5", "w6", "w3", "answers", positive_system="w1", negative_system="w1"),
+        Pair("w5", "w6", talk, "answers"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TrimtabError, match="the chat template leaves system prompts out"):
+            encode_sides(tokenizer, pair)
     tokenizer.chat_template = None
     with pytest.raises(TrimtabError, match="a system message needs a chat template"):
         encode_sides(tokenizer, Pair("w5", "w6", "w3", "answers", positive_system="w1"))

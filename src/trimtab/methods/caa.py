@@ -26,7 +26,7 @@ from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_ma
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
-from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_prompts, check_read_at
+from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
 from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
 from trimtab.text.pairs import Pair, sides
 
@@ -276,7 +276,6 @@ def _at_letters(lm: LM, pair: Pair) -> TextPair:
     both = sides(pair)
     letters = [letter_of(side.answer) for side in both]
     asked = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
-    check_prompts(pair, asked[0].prompt, asked[1].prompt)
     positive, negative = (
         Text(one.answered(letter), [len(one.ids)]) for one, letter in zip(asked, letters, strict=True)
     )

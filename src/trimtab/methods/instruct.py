@@ -21,7 +21,7 @@ from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, c
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.recipe import Recipe
 from trimtab.steering import Add, Card, Edit, Operation, Positions, SetProjection, Site, Steering
-from trimtab.text.answers import check_prompts, encode_prompt
+from trimtab.text.answers import encode_prompt
 from trimtab.text.pairs import Pair, Side, sides
 
 if TYPE_CHECKING:
@@ -184,11 +184,12 @@ def _check_operation(operation: str, one_sided: bool) -> None:
 
 def _texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
     prompts = [_prompts(pair) for pair in pairs]
-    different = dict.fromkeys(side for both in prompts for side in both)  # a query is shared by many instructions
-    encoded = {side: encode_prompt(lm.tokenizer, side) for side in different}
-    for number, (pair, (positive, negative)) in enumerate(zip(pairs, prompts, strict=True), 1):
-        with naming(f"pair {number}"):
-            check_prompts(pair, encoded[positive], encoded[negative])
+    encoded: dict[Side, list[int]] = {}
+    for number, both in enumerate(prompts, 1):
+        for side in both:
+            if side not in encoded:  # a query is shared by many instructions
+                with naming(f"pair {number}"):
+                    encoded[side] = encode_prompt(lm.tokenizer, side)
     texts = {side: Text(ids, [len(ids) - 1]) for side, ids in encoded.items()}
     return [(texts[positive], texts[negative]) for positive, negative in prompts]
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.chat import encode
+from trimtab.text.chat import encode, render_messages
 from trimtab.text.letters import Asked, ask
 from trimtab.text.pairs import Pair, Side, as_prompt, sides
 
 Kind = Literal["last", "answer", "first", "after"]
 SHOWN = 60
+MARK = "trimtab\u2060asks"
 
 
 @dataclass(frozen=True)
@@ -98,37 +99,46 @@ class Answered:
 def encode_sides(tokenizer: Any, pair: Pair) -> tuple[Answered, Answered]:
     """The positive and the negative side of a pair of answers or texts.
 
-    Raises `TrimtabError` for pairs of another shape, an answer without tokens, two system prompts that the chat
-    template renders alike, and as `encode` does.
+    Raises `TrimtabError` for pairs of another shape, an answer without tokens, a system prompt that the chat template
+    leaves out, and as `encode` does.
     """
     if pair.shape not in ("answers", "texts"):
         raise TrimtabError(f"these are no answers or texts, but pairs of {pair.shape}")
     positive, negative = (_encoded(tokenizer, pair, side) for side in sides(pair))
-    check_prompts(pair, positive.ids[: positive.start], negative.ids[: negative.start])
     return positive, negative
 
 
 def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
-    """A side's prompt, under its system prompt, ending where the answer begins. Raises `TrimtabError` as `encode`."""
-    return encode(tokenizer, as_prompt(side.prompt), system=side.system)
+    """A side's prompt, under its system prompt, ending where the answer begins.
+
+    Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `encode` does.
+    """
+    ids = encode(tokenizer, as_prompt(side.prompt), system=side.system)
+    _check_heard(tokenizer, side)
+    return ids
 
 
 def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> Asked:
-    """A multiple-choice question under the side's system prompt. Raises `TrimtabError` as `ask` does."""
-    assert isinstance(side.prompt, str)  # a pair of letters has no messages
-    return ask(tokenizer, side.prompt, letters, system=side.system)
+    """A multiple-choice question under the side's system prompt.
 
-
-def check_prompts(pair: Pair, positive: Sequence[int], negative: Sequence[int]) -> None:
-    """Raises `TrimtabError` where the sides' prompts have other system prompts and still the same ids.
-
-    A chat template may leave out a system prompt, and what was to be learned would be lost without a word.
+    Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `ask` does.
     """
-    if pair.positive_system != pair.negative_system and list(positive) == list(negative):
-        raise TrimtabError(
-            "the sides have different system prompts, and the chat template renders them alike: it leaves them out, or"
-            " one of them is its own"
-        )
+    assert isinstance(side.prompt, str)  # a pair of letters has no messages
+    asked = ask(tokenizer, side.prompt, letters, system=side.system)
+    _check_heard(tokenizer, side)
+    return asked
+
+
+def _check_heard(tokenizer: Any, side: Side) -> None:
+    """Raises `TrimtabError` where another system prompt would be rendered alike: what it says would be lost."""
+    talk = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
+    talk = talk if side.system is None else (("system", side.system), *talk)
+    if not any(role == "system" for role, _ in talk):
+        return
+    other = tuple((role, f"{content} {MARK}" if role == "system" else content) for role, content in talk)
+    mine, others = (render_messages(tokenizer, [{"role": r, "content": c} for r, c in one]) for one in (talk, other))
+    if mine == others:
+        raise TrimtabError("the chat template leaves system prompts out; put what it says into the prompt")
 
 
 def read_positions(tokenizer: Any, text: Answered, read_at: ReadAt = LAST) -> Sequence[int]:
