@@ -281,6 +281,8 @@ WRONG = {
     "tool calls": ({"prompt": [{**USER, "tool_calls": [1]}], "positive": "b", "negative": "c"}, "has 'tool_calls'"),
     "silence": ({"prompt": [{"role": "user", "content": " "}], "positive": "b", "negative": "c"}, "no message says"),
     "answer of the user": ({"prompt": "a", "positive": [USER], "negative": "c"}, "this one with the user's"),
+    "empty answer": ({"positive": [USER, {**REPLY, "content": " "}], "negative": [USER, REPLY]}, "last message says"),
+    "answer to a blank": ({"prompt": " ", "positive": [REPLY], "negative": [USER, REPLY]}, "nothing comes before"),
     "answer to nothing": ({"positive": [REPLY], "negative": [USER, REPLY]}, "nothing comes before the assistant's"),
     "text beside a conversation": ({"positive": "b", "negative": [USER, REPLY]}, "'b' answers nothing"),
     "prompt with its answer": ({"prompt": [USER, REPLY], "prompt_without_instruction": [USER]}, "with the assistant's"),

@@ -157,6 +157,8 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
             f"an answer ends with the assistant's message, this one with the {role}'s; two prompts are"
             " 'prompt' and 'prompt_without_instruction'"
         )
+    if not answer.strip():
+        raise TrimtabError("an answer is empty: the assistant's last message says nothing")
     if not before:
         if not pair.prompt:
             raise TrimtabError("nothing comes before the assistant's message; give a prompt")
@@ -168,10 +170,11 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
 
 def _answers(row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt") or ""
-    talks = not all(isinstance(words, str) for words in (prompt, row["positive"], row["negative"]))
-    return Pair(
-        row["positive"], row["negative"], prompt, "answers" if talks or prompt.strip() else "texts", *_systems(row)
-    )
+    if not isinstance(prompt, str) or prompt.strip():
+        return Pair(row["positive"], row["negative"], prompt, "answers", *_systems(row))
+    if isinstance(row["positive"], str) and isinstance(row["negative"], str):
+        return Pair(row["positive"], row["negative"], prompt, "texts", *_systems(row))
+    return Pair(row["positive"], row["negative"], "", "answers", *_systems(row))
 
 
 def _letters(row: Mapping[str, Any]) -> Pair:
