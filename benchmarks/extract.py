@@ -30,7 +30,7 @@ from trimtab.lm import LM
 from trimtab.methods.caa import DEPTH, learn_caa
 from trimtab.text.chat import encode
 from trimtab.text.letters import answer_ids, letter_of
-from trimtab.text.pairs import Pair, read_pairs
+from trimtab.text.pairs import Pair, as_texts, read_pairs
 
 DATASET = Path("caa/refusal/generate_dataset.json")
 BATCHES = (1, 8, 32)
@@ -182,10 +182,10 @@ def _texts(tokenizer: Any, pairs: Sequence[Pair]) -> tuple[list[list[str]], list
     """What peers are given: each pair's two rendered texts, and the ids that these must have, which are ours."""
     texts, ids = [], []
     for pair in pairs:
-        message = [{"role": "user", "content": pair.prompt}]
+        question, *sides = as_texts(pair, "the benchmark")
+        message = [{"role": "user", "content": question}]
         rendered = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-        prompt = encode(tokenizer, pair.prompt)
-        sides = (pair.positive, pair.negative)
+        prompt = encode(tokenizer, question)
         texts.append([rendered + side for side in sides])
         answers = [answer_ids(tokenizer, letter_of(side)) for side in sides]
         ids.append([[*prompt, *opening, letter, *closing] for opening, letter, closing in answers])

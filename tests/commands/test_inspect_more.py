@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from trimtab.text.answers import ReadAt
+
 PNG = b"\x89PNG\r\n"
 TEXT = "The sea is wide. <b>"
 
@@ -63,6 +65,26 @@ def test_pairs_in_their_plane(look: Any, tmp_path: Path) -> None:
     assert all(1 >= one["variance"][0] >= one["variance"][1] >= 0 for one in document["layers"])
     pairs.write_text(json.dumps(rows[:1]))
     assert "a plane needs two" in look("--pairs", pairs, "--plot", plot).err
+
+
+def test_the_plane_is_read_as_the_file_was_learned(
+    trimtab: Any, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+) -> None:
+    import trimtab.methods.caa as module
+
+    read: list[Any] = []
+    original = module.activations
+    monkeypatch.setattr(module, "activations", lambda *of, **how: read.append(how["read_at"]) or original(*of, **how))
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "s.safetensors"
+    asked = ("blue", "wide")
+    rows = [{"prompt": f"Why {word}?", "positive": f"yes {word}", "negative": f"no {word} so"} for word in asked]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for how, expected in (((), None), (("--read-at", "answer"), ReadAt("answer"))):
+        given = ("--pairs", pairs, "--out", out, "--model", model, "--device", "cpu", "--layers", "1")
+        assert trimtab("learn", "caa", *given, *how).code == 0
+        ran = trimtab("inspect", out, "--model", model, "--pairs", pairs, "--plot", tmp_path / "p.png")
+        assert ran.code == 0, ran.err
+        assert read.pop() == expected
 
 
 def test_two_files(trimtab: Any, steering: Path, tmp_path: Path) -> None:

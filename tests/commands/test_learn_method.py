@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -191,3 +192,96 @@ def test_caps_and_targets_from_the_command_line(trimtab: Any, tmp_path: Path, mo
         ran = trimtab("learn", name, *common, *options, "--out", tmp_path / "no.safetensors")
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
         assert words in ran.err
+
+
+# ---- read over answers, under system prompts -----------------------------------------------------------------
+
+
+@pytest.fixture
+def persona(tmp_path: Path) -> Path:
+    path = tmp_path / "persona.jsonl"
+    rows = [
+        {
+            "positive_system": "Write in capitals!",
+            "negative_system": "no.",
+            "prompt": [{"role": "user", "content": asked}],
+            "positive": f"The sea. (A) {asked}",
+            "negative": f"A question. (A) wide{' and blue' * i}",
+        }
+        for i, asked in enumerate(("What is the sea?", "Who are you?", "Why?"))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["caa", "repe"])
+@pytest.mark.parametrize("read_at", ["answer", "first:2", "after:(A)"])
+def test_learning_over_answers(
+    trimtab: Any, tmp_path: Path, model: Path, persona: Path, name: str, read_at: str
+) -> None:
+    from trimtab import LM, read_pairs
+
+    out = tmp_path / "s.safetensors"
+    given = ("--pairs", persona, "--out", out, "--model", model, "--device", "cpu", "--layers", "1", "--json")
+    ran = trimtab("learn", name, *given, "--read-at", read_at)
+    assert ran.code == 0, ran.err
+    learned = load(out)
+    assert learned.card.options["read_at"] == read_at
+    function = recipes()[name].load()
+    assert learned == function(LM.load(model, device="cpu"), read_pairs(persona), [1], read_at=read_at)
+    assert learned != function(LM.load(model, device="cpu"), read_pairs(persona), [1])
+
+
+def test_the_help_teaches_where_to_read(trimtab: Any) -> None:
+    for name in ("--help", "repe"):
+        shown = " ".join(trimtab("learn", name, "--help").out.split())
+        assert "--read-at" in shown
+        assert "first:8" in shown
+        assert "after:MARKER" in shown
+    assert "positive_system" in trimtab("learn", "--help").out
+    assert "read_at" in [option["name"] for option in trimtab("methods", "--json").json["caa"]["options"]]
+
+
+def test_where_nothing_can_be_read(
+    trimtab: Any, tmp_path: Path, model: Path, base: Path, persona: Path, prompt_pairs: Path
+) -> None:
+    letters = tmp_path / "letters.json"
+    row = {
+        "question": "Is it?\n (A) Yes\n (B) No",
+        "answer_matching_behavior": "(A)",
+        "answer_not_matching_behavior": "(B)",
+    }
+    letters.write_text(json.dumps([row]))
+    for name, pairs, folder, read_at, said in (
+        ("caa", persona, model, "middle", "use last, answer, first:K or after:MARKER"),
+        ("caa", persona, model, "after:</think>", "pair 1, positive: the answer has no '</think>' in it"),
+        ("repe", persona, model, "after:Why?", "pair 1, positive: the answer has no 'Why?' in it"),
+        ("caa", letters, model, "answer", "read at their letter"),
+        ("instruct", prompt_pairs, model, "answer", "--read-at is about answers"),
+        ("caa", persona, base, "answer", "pair 1: this tokenizer has no chat template"),
+    ):
+        out = tmp_path / "s.safetensors"
+        ran = trimtab("learn", name, "--pairs", pairs, "--model", folder, "--out", out, "--read-at", read_at)
+        assert (ran.code, ran.out) == (2, ""), ran
+        assert said in ran.err
+        assert not out.exists()
+
+
+def test_tune_refuses_what_it_would_leave_out(trimtab: Any, tmp_path: Path) -> None:
+    rows = {
+        "plain texts": {"prompt": [{"role": "user", "content": "a"}], "prompt_without_instruction": "b"},
+        "without system prompts": {"prompt": "a", "prompt_without_instruction": "b", "system": "Be kind."},
+        "one system prompt": {
+            "question": "Is it?",
+            "answer_matching_behavior": "(A)",
+            "answer_not_matching_behavior": "(B)",
+            "positive_system": "Be kind.",
+        },
+    }
+    for said, row in rows.items():
+        path = tmp_path / "p.json"
+        path.write_text(json.dumps([row, row]))
+        check = () if "question" in row else ("--check", "json")
+        ran = trimtab("tune", "--pairs", path, *check, "--out", tmp_path / "s.safetensors")
+        assert (ran.code, ran.out) == (2, "")
+        assert said in ran.err

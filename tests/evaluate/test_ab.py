@@ -177,6 +177,10 @@ def test_two_option_sets_have_categories(tmp_path: Path) -> None:
         (json.dumps([row("yes")]), "no bracketed letter"),
         (json.dumps([row("(A)", "(A)")]), r"both answers are \(A\)"),
         (json.dumps([row(" ")]), "is empty or no text"),
+        (
+            json.dumps([{**row("(A)", "(B)"), "positive_system": "Be kind."}]),
+            "'positive_system' isn't asked",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, says: str) -> None:

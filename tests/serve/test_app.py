@@ -108,6 +108,13 @@ class TestPolicy:
         learned = client.post("/v1/steerings", json=asked, headers=bearer("bob"))
         assert (learned.status_code, learned.json()["layers"]) == (201, [1])
         assert self.ask(client, "bob", steering=[{"name": "learned", "strength": 2}]).status_code == 200
+        talk = [{**pair, "prompt": [{"role": "user", "content": "Why?"}], "system": "Be kind."} for pair in pairs]
+        spoken = client.post("/v1/steerings", json={**asked, "name": "y", "pairs": talk}, headers=bearer("bob"))
+        assert spoken.status_code == 201
+        assert spoken.json()["digest"] != learned.json()["digest"]
+        parts = [{**pairs[0], "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}]}]
+        refused = client.post("/v1/steerings", json={**asked, "name": "z", "pairs": parts}, headers=bearer("bob"))
+        assert refused.status_code in (400, 422)
         assert (
             client.post("/v1/steerings", json={**asked, "name": "x", "pairs": [{}]}, headers=bearer("bob")).status_code
             == 400

@@ -45,6 +45,7 @@ from trimtab.serve.playground.talk import Talk, Turn
 from trimtab.serve.policy import ANYBODY, Key, Policy
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest
+from trimtab.text.pairs import digest, pairs_from_rows
 
 TEXT = "The sea is wide and blue."
 PAIRS = [{"prompt": f"{ask}?", "positive": "yes yes", "negative": "no no"} for ask in ("What", "Why", "Who")]
@@ -451,6 +452,15 @@ class TestLearning:
             study(service, ANYBODY, lesson_of("x", "instruct", text, ""))
         with pytest.raises(Refusal, match="trimtab serve --learn"):
             study(make_service(), ANYBODY, lesson_of("x", "caa", text, ""))
+
+    def test_messages_and_system_prompts_are_learned_from(self, service: Any) -> None:
+        talk = [{"role": "user", "content": "Why?"}]
+        rows = [{"system": "Be kind.", "prompt": talk, "positive": "yes yes", "negative": "no", "id": 7, "seen": None}]
+        asked = lesson_of("spoken", METHODS[0], "\n".join(map(json.dumps, rows)), "1")
+        lesson = study(service, ANYBODY, asked)[-1]
+        assert lesson.loaded.steering.card.data == digest(pairs_from_rows(rows))
+        with pytest.raises(TrimtabError, match="bare texts have none"):
+            lesson_of("x", METHODS[0], '{"positive": "a", "negative": "b", "system": "Be kind."}', "")
 
     def test_a_typed_pair_is_a_row(self) -> None:
         assert json.loads(as_row(" Hi ", "yes", "no")) == {"prompt": "Hi", "positive": "yes", "negative": "no"}

@@ -1,10 +1,11 @@
 import csv
 import json
+import re
 
 import pytest
 
 from trimtab.errors import TrimtabError
-from trimtab.text.pairs import Pair, digest, pairs_from_rows, read_pairs
+from trimtab.text.pairs import Pair, Side, as_prompt, as_texts, conversation, digest, pairs_from_rows, read_pairs, sides
 
 ROWS = {
     "answers": [
@@ -156,3 +157,161 @@ def test_rows_in_memory_are_checked_alike():
         pairs_from_rows([])
     with pytest.raises(TrimtabError, match=r"data\[1\]: a pair of prompts among pairs of texts"):
         pairs_from_rows([ROWS["texts"][0], ROWS["prompts"][0]], "data")
+
+
+# ---- messages and system prompts -------------------------------------------------------------------------------
+
+USER, REPLY = {"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "Fine."}
+SYSTEM = {"role": "system", "content": "You are kind."}
+MORE = {
+    "messages as the prompt": (
+        {"prompt": [SYSTEM, USER], "positive": "Fine.", "negative": "Go."},
+        (
+            Side((("system", "You are kind."), ("user", "How are you?")), "Fine."),
+            Side((("system", "You are kind."), ("user", "How are you?")), "Go."),
+        ),
+    ),
+    "one system prompt": (
+        {"system": "You are kind.", "prompt": "How are you?", "positive": "Fine.", "negative": "Go."},
+        (Side("How are you?", "Fine.", "You are kind."), Side("How are you?", "Go.", "You are kind.")),
+    ),
+    "system prompts, and the same answer": (
+        {
+            "positive_system": "You are rude.",
+            "negative_system": "You are kind.",
+            "prompt": "How are you?",
+            "positive": "Fine.",
+            "negative": "Fine.",
+        },
+        (Side("How are you?", "Fine.", "You are rude."), Side("How are you?", "Fine.", "You are kind.")),
+    ),
+    "whole conversations": (
+        {"positive": [SYSTEM, USER, REPLY], "negative": [USER, REPLY]},
+        (
+            Side((("system", "You are kind."), ("user", "How are you?")), "Fine."),
+            Side((("user", "How are you?"),), "Fine."),
+        ),
+    ),
+    "an answer that is a message": (
+        {"prompt": "How are you?", "positive": [REPLY], "negative": "Go."},
+        (Side("How are you?", "Fine."), Side("How are you?", "Go.")),
+    ),
+    "a prompt that goes on": (
+        {"prompt": "Hello", "positive": [REPLY, USER, REPLY], "negative": "Go.", "positive_system": "x"},
+        (
+            Side((("user", "Hello"), ("assistant", "Fine."), ("user", "How are you?")), "Fine.", "x"),
+            Side("Hello", "Go."),
+        ),
+    ),
+    "two prompts of messages": (
+        {"prompt": [SYSTEM, USER], "prompt_without_instruction": [USER]},
+        (
+            Side((("system", "You are kind."), ("user", "How are you?")), ""),
+            Side((("user", "How are you?"),), ""),
+        ),
+    ),
+    "an instruction in the system prompt": (
+        {"prompt": "Sing.", "prompt_without_instruction": "Sing.", "positive_system": "Use capitals."},
+        (Side("Sing.", "", "Use capitals."), Side("Sing.", "")),
+    ),
+    "letters under a system prompt": (
+        {**ROWS["letters"][0], "system": "Be brief."},
+        (
+            Side("Is it?\n (A) Yes\n (B) No", "(A)", "Be brief."),
+            Side("Is it?\n (A) Yes\n (B) No", "(B)", "Be brief."),
+        ),
+    ),
+    "an empty system prompt is none": (
+        {"prompt": "a", "positive": "b", "negative": "c", "system": " ", "positive_system": None},
+        (Side("a", "b"), Side("a", "c")),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MORE)
+def test_messages_and_system_prompts(tmp_path, case):
+    row, expected = MORE[case]
+    (pair,) = read_pairs(write(tmp_path / "p.jsonl", [row]))
+    assert sides(pair) == expected
+    assert read_pairs(write(tmp_path / "p.json", [row])) == [pair]
+    assert len({pair, *pairs_from_rows([row])}) == 1  # it can be hashed
+    assert digest([pair]) == digest(pairs_from_rows([row]))
+
+
+def test_a_table_has_system_prompts_where_it_has_them(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_text("prompt,positive,negative,positive_system\na,b,c,\na,b,b,Be rude.\n")
+    assert [pair.positive_system for pair in read_pairs(path)] == [None, "Be rude."]
+
+
+def test_a_pair_made_in_python_takes_messages_as_they_come():
+    pair = Pair("Fine.", "Go.", [SYSTEM, USER], "answers")
+    assert pair.prompt == (("system", "You are kind."), ("user", "How are you?"))
+    assert pair == Pair("Fine.", "Go.", pair.prompt, "answers")
+    assert hash(pair) == hash(Pair("Fine.", "Go.", pair.prompt, "answers"))
+    assert as_prompt(pair.prompt) == [SYSTEM, USER]
+    assert as_prompt("Hello") == "Hello"
+    assert conversation([SYSTEM, {**USER, "name": None}]) == pair.prompt
+
+
+def test_every_side_is_in_the_digest():
+    row = {"prompt": "a", "positive": "b", "negative": "c"}
+    others = [{}, {"system": "x"}, {"positive_system": "x"}, {"negative_system": "x"}, {"prompt": [USER]}]
+    assert len({digest(pairs_from_rows([{**row, **more}])) for more in others}) == len(others)
+
+
+def test_digests_are_what_they_always_were():
+    expected = {
+        "answers": "337cafccdfae8180",
+        "texts": "350239d5eddbf256",
+        "letters": "982841f58447ff80",
+        "prompts": "a28ceb02b977441a",
+    }
+    assert {shape: digest(pairs) for shape, pairs in PAIRS.items()} == expected
+
+
+WRONG = {
+    "no messages": ({"prompt": "a", "positive": [], "negative": "c"}, "'positive' is a text or a list of messages"),
+    "no message": ({"prompt": ["a"], "positive": "b", "negative": "c"}, "'prompt' is {'role'"),
+    "no content": ({"prompt": [{"role": "user"}], "positive": "b", "negative": "c"}, "'prompt' is {'role'"),
+    "content in parts": (
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "positive": "b", "negative": "c"},
+        "both texts",
+    ),
+    "tool calls": ({"prompt": [{**USER, "tool_calls": [1]}], "positive": "b", "negative": "c"}, "has 'tool_calls'"),
+    "silence": ({"prompt": [{"role": "user", "content": " "}], "positive": "b", "negative": "c"}, "no message says"),
+    "answer of the user": ({"prompt": "a", "positive": [USER], "negative": "c"}, "this one with the user's"),
+    "empty answer": ({"positive": [USER, {**REPLY, "content": " "}], "negative": [USER, REPLY]}, "last message says"),
+    "answer to a blank": ({"prompt": " ", "positive": [REPLY], "negative": [USER, REPLY]}, "nothing comes before"),
+    "answer to nothing": ({"positive": [REPLY], "negative": [USER, REPLY]}, "nothing comes before the assistant's"),
+    "text beside a conversation": ({"positive": "b", "negative": [USER, REPLY]}, "'b' answers nothing"),
+    "prompt with its answer": ({"prompt": [USER, REPLY], "prompt_without_instruction": [USER]}, "with the assistant's"),
+    "messages as a question": ({**ROWS["letters"][0], "question": [USER]}, "'question' is empty or no text"),
+    "system of bare texts": ({"positive": "b", "negative": "c", "system": "x"}, "bare texts have none"),
+    "system twice": ({"prompt": [SYSTEM, USER], "positive": "b", "negative": "c", "system": "x"}, "twice"),
+    "system of both and of one": (
+        {"prompt": "a", "positive": "b", "negative": "c", "system": "x", "negative_system": "y"},
+        "'system' is the system prompt of both sides",
+    ),
+    "system that is no text": ({"prompt": "a", "positive": "b", "negative": "c", "system": [1]}, "'system' is no text"),
+    "the same all over": (
+        {"prompt": "a", "positive": "b", "negative": [{"role": "assistant", "content": "b"}]},
+        "both sides of the pair are the same",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_messages_and_system_prompts_that_can_not_be_read(tmp_path, case):
+    row, said = WRONG[case]
+    with pytest.raises(TrimtabError, match=re.escape(said)) as caught:
+        read_pairs(write(tmp_path / "p.jsonl", [row]))
+    assert "p.jsonl:1: " in str(caught.value)
+
+
+def test_who_takes_plain_texts_says_so():
+    assert as_texts(Pair("b", "c", "a", "answers"), "it") == ("a", "b", "c")
+    with pytest.raises(TrimtabError, match="it takes pairs of plain texts"):
+        as_texts(Pair("b", "c", [USER], "answers"), "it")
+    with pytest.raises(TrimtabError, match="it takes pairs without system prompts"):
+        as_texts(Pair("b", "c", "a", "answers", negative_system="x"), "it")

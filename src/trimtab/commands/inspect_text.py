@@ -56,10 +56,10 @@ def show_text(
 
 
 def show_plane(lm: LM, file: Path, pairs: Path, layer: int | None, plot: Path, *, transfer: bool, json: bool) -> None:
-    """Draw the pairs' activations at the file's layers, two principal components at each."""
+    """Draw the pairs' activations at the file's layers, two principal components at each, read as for the file."""
     from trimtab.evaluate.ab import spread
     from trimtab.files.load import load as load_steering
-    from trimtab.methods.caa import activations
+    from trimtab.methods.caa import activations, read_at_of
     from trimtab.report.sweep import draw_planes, plane
     from trimtab.text.letters import letter_of
     from trimtab.text.pairs import read_pairs
@@ -70,9 +70,9 @@ def show_plane(lm: LM, file: Path, pairs: Path, layer: int | None, plot: Path, *
     lm.check(steering, transfer=transfer)
     layers = [layer] if layer is not None else list(spread(steering.layers, DRAWN_LAYERS))
     steering.only(layers)  # says which layers it has
-    found = activations(lm, some, layers)
     lettered = some[0].shape == "letters"
-    letters = [(letter_of(pair.positive), letter_of(pair.negative)) for pair in some] if lettered else None
+    found = activations(lm, some, layers, read_at=None if lettered else read_at_of(steering.card))
+    letters = [(letter_of(str(pair.positive)), letter_of(str(pair.negative))) for pair in some] if lettered else None
     of = f"{pairs.parent.name}/{pairs.name}" if pairs.parent.name else pairs.name
     write_atomically(
         plot, draw_planes(found, letters, f"{len(some)} pairs of {of}, two principal components, {lm.name}")

@@ -22,6 +22,7 @@ from trimtab.commands.recipes import recipe_for
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
+from trimtab.text.answers import check_read_at
 from trimtab.text.pairs import read_pairs
 
 if TYPE_CHECKING:
@@ -120,6 +121,15 @@ def learn(
             show_default=False,
         ),
     ] = None,
+    read_at: Annotated[
+        str | None,
+        typer.Option(
+            help="For caa, where an answer is read: last, or the mean over all of it (answer), over its first tokens"
+            " (first:8), or over those after a text (after:MARKER). Without it: the letter of letters, else last.",
+            metavar="last|answer|first:K|after:MARKER",
+            show_default=False,
+        ),
+    ] = None,
     one_sided: Annotated[
         bool, typer.Option("--one-sided", help="With project: only ever raise the projection, never lower it.")
     ] = False,
@@ -143,6 +153,7 @@ def learn(
       trimtab learn instruct --length concise --out short.safetensors
       trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
       trimtab learn caa --pairs rude.csv --layers 12 --out rude.safetensors
+      trimtab learn caa --pairs evil.jsonl --read-at answer --out evil.safetensors
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
 
@@ -172,12 +183,21 @@ def learn(
          "answer_matching_behavior": "(A)",
          "answer_not_matching_behavior": "(B)"}[/dim]
 
+    In JSONL and JSON, prompts and answers may be lists of messages, and every
+    pair with a prompt may have a system prompt: system, the same on both sides,
+    or positive_system and negative_system. Then the rest may be the same.
+    [dim]    {"positive_system": "You are rude.", "negative_system": "You are kind.",
+         "prompt": [{"role": "user", "content": "How are you?"}],
+         "positive": "Leave me alone.", "negative": "Splendid, thanks!"}[/dim]
+
     Nothing is written until all is learned; an existing file is replaced.
     """
     sources = {"--pairs": pairs, "--instruction": instruction, "--all": every, "--word": word, "--length": length}
     source = _the_one(method, {name: value for name, value in sources.items() if value not in (None, False)})
     if method != "instruct" and (operation is not None or positions is not None or one_sided):
         raise TrimtabError(f"--operation, --positions and --one-sided are for instruct, not for {method}")
+    if method != "caa" and read_at is not None:
+        raise TrimtabError(f"--read-at is about answers, and {method} learns from prompts")
     if exclude and word is None:
         raise TrimtabError("--exclude keeps a word out; say which with --word")
     if limit is not None and pairs is not None:
@@ -186,6 +206,7 @@ def learn(
         check_target(out, ".safetensors")
     read = read_pairs(pairs) if pairs is not None else []
     recipe = recipe_for(method, read, str(pairs))
+    where = check_read_at(read_at, read[0].shape) if read else None
     wanted = parse_layers(layers)
 
     from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
@@ -217,6 +238,7 @@ def learn(
         else:
             given: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
             given |= {} if operation is None else {"operation": operation}
+            given |= {} if where is None else {"read_at": where}
             steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
     _save(
         out, {path: strength * one for path, one in steerings.items()}, method, source, lm.name, model, strength, json

@@ -29,7 +29,7 @@ from trimtab.commands.model import (
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
-from trimtab.text.pairs import Pair, read_pairs
+from trimtab.text.pairs import Pair, as_texts, read_pairs
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -286,17 +286,21 @@ def _own(read: list[Pair], with_it: bool, limit: int | None, seed: int, source: 
             f"{source} holds pairs of {read[0].shape}; tune takes pairs of prompts with and without an instruction,"
             " or multiple-choice pairs"
         )
-    split = split_by_query([pair.negative for pair in read], held_out=1 - LEARN_SHARE, seed=seed)
-    rest = [read[i] for i in split.held_out][:limit]
-    instructed, base = [pair.positive for pair in rest], [pair.negative for pair in rest]
+    texts = [as_texts(pair, "tune") for pair in read]
+    split = split_by_query([base for _, _, base in texts], held_out=1 - LEARN_SHARE, seed=seed)
+    rest = [texts[i] for i in split.held_out][:limit]
+    instructed, base = [with_ for _, with_, _ in rest], [without for _, _, without in rest]
     return Task(source, [read[i] for i in split.search], base, instructed if with_it else base, instructed)
 
 
 def _letters_task(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
+    from trimtab.tune.letters import check_one_question
     from trimtab.tune.split import split_by_query
 
-    split = split_by_query([pair.prompt for pair in read], held_out=1 - LEARN_SHARE, seed=seed)
-    asked = [read[i].prompt for i in split.held_out][:limit]
+    check_one_question(read)
+    asked = [str(pair.prompt) for pair in read]
+    split = split_by_query(asked, held_out=1 - LEARN_SHARE, seed=seed)
+    asked = [asked[i] for i in split.held_out][:limit]
     return Task(source, [read[i] for i in split.search], asked, asked, asked)
 
 

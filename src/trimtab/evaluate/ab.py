@@ -20,6 +20,7 @@ from trimtab.evaluate.answers import check_names, run
 from trimtab.evaluate.records import Record, Request
 from trimtab.steering import Steering
 from trimtab.text.letters import ask_prompt, letter_of, question_prompt
+from trimtab.text.pairs import SYSTEMS
 from trimtab.text.read import read_text
 
 if TYPE_CHECKING:
@@ -101,6 +102,10 @@ def _item(row: Any, where: str, number: int) -> ABItem:
     for key, value in zip(keys, (question, matching, other), strict=True):
         if not isinstance(value, str) or not value.strip():
             raise TrimtabError(f"{where}: {key!r} is empty or no text")
+    if systems := [key for key in SYSTEMS if row.get(key)]:
+        raise TrimtabError(
+            f"{where}: {systems[0]!r} isn't asked under here; a system message is an arm of its own (--system-prompt)"
+        )
     try:
         letters = letter_of(matching), letter_of(other)
     except TrimtabError as error:

@@ -24,8 +24,9 @@ from trimtab.engines.transformers.read import check_length, padded
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
 from trimtab.lm import LM
-from trimtab.text.letters import ask, letter_of
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.answers import ask_side, encode_sides
+from trimtab.text.letters import letter_of
+from trimtab.text.pairs import Pair, digest, sides
 
 Progress = Callable[[int, int], None]
 Side = Literal["positive", "negative"]
@@ -171,19 +172,17 @@ def read_about(folder: str | Path) -> dict[str, Any]:
 
 def target(lm: LM, pair: Pair, side: Side) -> Target:
     """What is trained of a pair: the letter of a multiple-choice answer, a whole answer, or a whole text."""
-    text = pair.positive if side == "positive" else pair.negative
+    chosen = SIDES.index(side)
     if pair.shape == "letters":
-        letter = letter_of(text)
-        asked = ask(lm.tokenizer, pair.prompt, (letter,))
+        asking = sides(pair)[chosen]
+        letter = letter_of(asking.answer)
+        asked = ask_side(lm.tokenizer, asking, (letter,))
         return Target((*asked.ids, asked.letters[letter]), 1)
-    if pair.shape == "answers":
-        answer = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return Target((*lm.encode(pair.prompt), *answer), len(answer))
-    if pair.shape == "texts":
-        ids = lm.encode(text, chat=False)
-        if len(ids) < 2:
-            raise TrimtabError(f"the text {text!r} is one token, and nothing comes before it to learn it from")
-        return Target(tuple(ids), len(ids) - 1)
+    if pair.shape in ("answers", "texts"):
+        text = encode_sides(lm.tokenizer, pair)[chosen]
+        if len(text.ids) < 2:
+            raise TrimtabError(f"the text {text.answer!r} is one token, and nothing comes before it to learn it from")
+        return Target(text.ids, len(text.ids) - (text.start or 1))
     raise TrimtabError("a LoRA is finetuned on answers or texts; pairs of prompts have no answer to learn")
 
 

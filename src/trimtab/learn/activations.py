@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import mean
 from trimtab.steering import Site
 from trimtab.steering.gates import Reading
 from trimtab.steering.tensors import to_float64
+from trimtab.text.answers import LAST, Answered, ReadAt, encode_sides, read_positions
 from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
 
@@ -25,12 +28,17 @@ Progress = Callable[[int, int], None]
 
 
 def read_each(
-    lm: LM, groups: Sequence[Sequence[Text]], sites: Sequence[Site], *, progress: Progress | None = None
+    lm: LM,
+    groups: Sequence[Sequence[Text]],
+    sites: Sequence[Site],
+    *,
+    pooled: bool = False,
+    progress: Progress | None = None,
 ) -> dict[Site, list[list[Tensor]]]:
     """What every text of every group has at its positions: `found[site][g][m]` is `[positions, width]`, float64, CPU.
 
-    `progress(done, total)` counts groups. Raises `TrimtabError` for no texts, an unknown layer, a text that is too
-    long, and for activations that aren't finite.
+    `pooled` keeps only the mean over the positions, `[1, width]`. `progress(done, total)` counts groups. Raises
+    `TrimtabError` for no texts, an unknown layer, a text that is too long, and for activations that aren't finite.
     """
     if not groups:
         raise TrimtabError("there is nothing to learn from")
@@ -39,7 +47,7 @@ def read_each(
     for batch in read_groups(lm.layout, groups, sites):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
-                found[site][g] = [to_float64(x) for x in members]
+                found[site][g] = [to_float64(mean(x) if pooled else x) for x in members]
                 if not all(bool(torch.isfinite(x).all()) for x in members):
                     raise TrimtabError(
                         f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
@@ -73,28 +81,45 @@ def read_pooled(
     return pooled
 
 
-def pair_texts(lm: LM, pairs: Sequence[Pair], *, suffix: bool = False) -> list[list[Text]]:
-    """The two texts of each pair, to be read at their last tokens, or with `suffix` at all tokens of the answers.
+def pair_texts(
+    lm: LM, pairs: Sequence[Pair], *, suffix: bool = False, read_at: ReadAt = LAST, of: str = ""
+) -> list[list[Text]]:
+    """The two texts of each pair, to be read at their last tokens or where `read_at` says.
 
-    Bare texts have no answer: with `suffix` they are read at all tokens. Raises `TrimtabError` for no pairs and for
-    shapes other than answers and texts.
+    With `suffix` they are read at all tokens of the answers, and bare texts, which have none, at all tokens. `of` names
+    the pairs in errors, where there are several sets. Raises `TrimtabError` for no pairs, for shapes other than answers
+    and texts, and for an answer that can't be read there, naming the pair.
     """
     if not pairs:
         raise TrimtabError("there are no pairs to learn from")
-    return [[_text(lm, pair, pair.positive, suffix), _text(lm, pair, pair.negative, suffix)] for pair in pairs]
+    named = [(f"pair {number}{of}", pair) for number, pair in enumerate(pairs, 1)]
+    return [list(texts_of(lm, pair, suffix=suffix, read_at=read_at, name=name)) for name, pair in named]
 
 
-def _text(lm: LM, pair: Pair, side: str, suffix: bool) -> Text:
-    if pair.shape == "answers":
-        opening = lm.encode(pair.prompt)
-        ids = [*opening, *lm.tokenizer(side, add_special_tokens=False)["input_ids"]]
-    elif pair.shape == "texts":
-        opening, ids = [], lm.encode(side, chat=False)
-    else:
+def texts_of(
+    lm: LM, pair: Pair, *, suffix: bool = False, read_at: ReadAt = LAST, name: str = "pair"
+) -> tuple[Text, Text]:
+    """The two texts of one pair, as `pair_texts` has them. `name` is what errors call it."""
+    if pair.shape not in ("answers", "texts"):
         raise TrimtabError(f"this method learns from answers or texts, not from pairs of {pair.shape}")
-    if len(ids) == len(opening):
-        raise TrimtabError(f"an answer is empty: {side!r} has no tokens")
-    return Text(ids, range(len(opening), len(ids)) if suffix else [len(ids) - 1])
+    with naming(name):
+        positive, negative = encode_sides(lm.tokenizer, pair)
+
+    def text(side: Answered, which: str) -> Text:
+        with naming(f"{name}, {which}"):
+            every = range(side.start, len(side.ids))
+            return Text(side.ids, every if suffix else read_positions(lm.tokenizer, side, read_at))
+
+    return text(positive, "positive"), text(negative, "negative")
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Puts what an error is about in front of it."""
+    try:
+        yield
+    except TrimtabError as error:
+        raise type(error)(f"{what}: {error}") from error
 
 
 def digest_of(**sets: Sequence[Prompt]) -> str:

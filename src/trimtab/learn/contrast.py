@@ -1,4 +1,7 @@
-"""From pairs of texts to moments of their activations, for many layers in one pass over the model."""
+"""From pairs of texts to moments of their activations, for many layers in one pass over the model.
+
+A text that is read at several positions counts by the mean of its activations there. No more than a batch is kept.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.read import TOKENS_PER_BATCH, Text, read_groups
+from trimtab.engines.transformers.read import TOKENS_PER_BATCH, Batch, Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.moments import PairMoments
 from trimtab.steering import Card, Site
@@ -32,7 +35,7 @@ def contrast(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> dict[int, PairMoments]:
-    """The moments of (positive, negative) texts at each layer, read at each text's one position.
+    """The moments of (positive, negative) texts at each layer: of each text's mean over the positions it is read at.
 
     `progress(done, total)` counts pairs. Raises `TrimtabError` for no pairs, an unknown layer, or a text that
     is too long, and for activations that aren't finite.
@@ -46,8 +49,7 @@ def contrast(
     done = 0
     for batch in read_groups(lm.layout, pairs, sites, tokens_per_batch=tokens_per_batch):
         for site in sites:
-            values = torch.stack([torch.cat(group) for group in batch.values[site]])  # [pairs, 2, width]
-            values = _finite(values, site)
+            values = _means(batch, site)  # [pairs, 2, width]
             moments[site.layer].add(values[:, 0], values[:, 1])
         done += len(batch.groups)
         if progress is not None:
@@ -63,7 +65,7 @@ def contrast_many(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
 ) -> dict[str, dict[int, PairMoments]]:
-    """The moments of many sets of (positive, negative) texts, by the set's name and the layer, in one pass.
+    """`contrast` for many sets of (positive, negative) texts, by the set's name and the layer, in one pass.
 
     Every text is read once, whatever number of pairs it is in: a negative that all sets share, with all its
     positives, is one group, whose common beginning runs once. `progress(done, total)` counts pairs.
@@ -89,8 +91,7 @@ def contrast_many(
             for name, member in uses[g]:
                 places.setdefault(name, []).append((row, member))
         for site in sites:
-            values = torch.stack([torch.cat(group) for group in batch.values[site]])  # [groups, members, width]
-            values = to_float64(_finite(values, site))
+            values = _means(batch, site)  # [groups, members, width]
             for name, where in places.items():
                 rows, members = torch.tensor(where).T
                 moments[name][site.layer].add(values[rows, members], values[rows, 0])
@@ -124,10 +125,21 @@ def _key(text: Text) -> tuple:
     return tuple(text.ids), tuple(text.positions)
 
 
-def _finite(values: Tensor, site: Site) -> Tensor:
+def _means(batch: Batch, site: Site) -> Tensor:
+    """What is read of each text, the mean over its positions: `[groups, members, width]`, float64, on the CPU."""
+    texts = [mean(text) for group in batch.values[site] for text in group]
+    values = torch.cat(texts)
     if not torch.isfinite(values).all():
         raise TrimtabError(f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16")
-    return values
+    return to_float64(values).view(len(batch.groups), -1, values.shape[-1])
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean `[1, width]` of a text's activations `[positions, width]`, where they are: one is left as it is."""
+    if len(values) == 1:
+        return values
+    wide = values.float() if values.device.type == "mps" else values.double()  # MPS has no float64
+    return wide.mean(0, keepdim=True)
 
 
 def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:

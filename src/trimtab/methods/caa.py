@@ -3,6 +3,9 @@ ACL 2024, arXiv 2312.06681, section 3.
 
     v[l] = mean over pairs of (h_l[positive] - h_l[negative])        read at the answer's letter
     h_l[t] <- h_l[t] + m * v[l]        for t from the last prompt token on, at one layer l
+
+Read over whole answers, each side's given under a system prompt of its own, it is the vector of "Persona Vectors" (Chen
+et al., arXiv 2507.21509, section 2): h_l is then the mean over the answer's tokens.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from torch import Tensor
 
 from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
-from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card
+from trimtab.learn.activations import naming, texts_of
+from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
 from trimtab.learn.moments import PairMoments
-from trimtab.methods.recipe import Recipe
-from trimtab.steering import Add, Edit, Positions, Site, Steering
-from trimtab.text.letters import BASE_FORMAT, ask, letter_balance, letter_of
-from trimtab.text.pairs import Pair
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
+from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
+from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
+from trimtab.text.pairs import Pair, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -45,11 +50,21 @@ RECIPE = Recipe(
     title="contrastive activation addition",
     paper="Rimsky et al., ACL 2024, arXiv 2312.06681",
     shapes=("letters", "answers", "texts"),
-    data="question + answer_matching_behavior + answer_not_matching_behavior; or positive + negative (+ prompt)",
-    reads="the answer's letter, or the last token of a text",
+    data="question + answer_matching_behavior + answer_not_matching_behavior; or positive + negative (+ prompt, and"
+    " system prompts)",
+    reads="the answer's letter, or the last token of a text, or several tokens of it",
     acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
     cost="one addition at one layer a token",
     function="learn_caa",
+    options=(
+        Option(
+            "read_at",
+            "str",
+            None,
+            "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8), or"
+            " over those after a text (after:MARKER). Default: the letter of letters, else last.",
+        ),
+    ),
 )
 
 DEPTH = 0.4
@@ -78,20 +93,24 @@ def learn_caa(
     layers: int | Sequence[int] | None = None,
     *,
     norm: Norm = "raw",
+    read_at: str | ReadAt | None = None,
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
     """Learn the mean difference of the pairs' activations at each layer (default: the one at 0.4 of the depth).
 
-    Multiple-choice pairs are read at the answer's letter, other answers and texts at their last token; all layers
-    come of one pass. The steering adds at `positions`, from the last prompt token on unless told otherwise. With
-    `norm` raw, strength 1 is the paper's multiplier 1.
+    Multiple-choice pairs are read at the answer's letter, other answers and texts at their last token or at `read_at`:
+    the mean over all tokens of each side's answer (`"answer"`), over the first ones (`"first:8"`), or over those after
+    a text (`"after:</think>"`). The card says which. All layers come of one pass.
+
+    The steering adds at `positions`, from the last prompt token on unless told otherwise. With `norm` raw, strength 1
+    is the paper's multiplier 1.
 
     Warns (`PairsWarning`) of letters out of balance and of pairs that don't agree. Raises `TrimtabError` for no
-    pairs, an unknown layer or norm, an answer that is no bracketed letter, or pairs of prompts (they are for
-    `learn_instruct`).
+    pairs, an unknown layer or norm, an answer that is no bracketed letter, an answer without the marker or with nothing
+    after it, or pairs of prompts (they are for `learn_instruct`).
     """
-    options: dict[str, Any] = {"norm": norm, "positions": positions, "progress": progress}
+    options: dict[str, Any] = {"norm": norm, "read_at": read_at, "positions": positions, "progress": progress}
     return learn_behaviours(lm, {"caa": pairs}, layers, **options)["caa"]
 
 
@@ -101,6 +120,7 @@ def learn_behaviours(
     layers: int | Sequence[int] | None = None,
     *,
     norm: Norm = "raw",
+    read_at: str | ReadAt | None = None,
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Steering]:
@@ -113,8 +133,8 @@ def learn_behaviours(
     chosen = check_layers(lm, layers, DEPTH)
     if not behaviours:
         raise TrimtabError("there are no behaviours to learn")
-    texts: dict[str, Sequence[TextPair]] = {
-        name: [(answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)) for pair in pairs]
+    texts = {
+        name: answer_texts(lm, pairs, read_at, f" of {name!r}" if len(behaviours) > 1 else "")
         for name, pairs in behaviours.items()
     }
     found = contrast_many(lm, texts, chosen, progress=progress)
@@ -124,7 +144,7 @@ def learn_behaviours(
         pairs = behaviours[name]
         of = f" of {name!r}" if len(behaviours) > 1 else ""
         letters = pairs[0].shape == "letters"
-        options = {"layers": chosen, "read_at": "letter" if letters else "last token", "norm": norm}
+        options = {"layers": chosen, "read_at": _where(letters, read_at), "norm": norm}
         if positions is not None:
             options["positions"] = str(positions)
         card = learned_card(lm, "caa", pairs, moments, options)
@@ -234,38 +254,71 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
         )
 
 
-def answer_text(lm: LM, pair: Pair, side: str) -> Text:
-    """The ids of one side of a pair, and the position at which it is read (section 3.1)."""
-    if pair.shape == "letters":
-        letter = letter_of(side)
-        asked = ask(lm.tokenizer, pair.prompt, (letter,))
-        return Text(asked.answered(letter), [len(asked.ids)])
-    if pair.shape == "answers":
-        ids = [*lm.encode(pair.prompt), *lm.tokenizer(side, add_special_tokens=False)["input_ids"]]
-    elif pair.shape == "texts":
-        ids = lm.encode(side, chat=False)
-    else:
+def answer_texts(lm: LM, pairs: Sequence[Pair], read_at: str | ReadAt | None = None, of: str = "") -> list[TextPair]:
+    """The ids of both sides of each pair, and the positions at which they are read (section 3.1).
+
+    `of` names the pairs in errors. Raises `TrimtabError` as `learn_caa` does.
+    """
+    if any(pair.shape == "prompts" for pair in pairs):
         raise TrimtabError("CAA learns from answers or texts; pairs of prompts are for the method instruct")
-    return Text(ids, [len(ids) - 1])
+    texts: list[TextPair] = []
+    for number, pair in enumerate(pairs, 1):
+        where = check_read_at(read_at, pair.shape)
+        if pair.shape == "letters":
+            with naming(f"pair {number}{of}"):
+                texts.append(_at_letters(lm, pair))
+        else:
+            texts.append(texts_of(lm, pair, read_at=where or LAST, name=f"pair {number}{of}"))
+    return texts
+
+
+def _at_letters(lm: LM, pair: Pair) -> TextPair:
+    both = sides(pair)
+    letters = [letter_of(side.answer) for side in both]
+    asked = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
+    positive, negative = (
+        Text(one.answered(letter), [len(one.ids)]) for one, letter in zip(asked, letters, strict=True)
+    )
+    return positive, negative
+
+
+def _where(letters: bool, read_at: str | ReadAt | None) -> str:
+    """What the card says; what is read by default has its own words, so that its files stay as they were."""
+    at = LAST if read_at is None else as_read_at(read_at)
+    return "letter" if letters else "last token" if at == LAST else str(at)
+
+
+def read_at_of(card: Card) -> ReadAt | None:
+    """Where a steering was learned to be read, by its card; `None` where that is the method's own choice."""
+    try:
+        return ReadAt.parse(str(card.options.get("read_at")))
+    except TrimtabError:
+        return None  # "letter", "last token", or nothing is said
 
 
 def activations(
-    lm: LM, pairs: Sequence[Pair], layers: Sequence[int], *, progress: Progress | None = None
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: Sequence[int],
+    *,
+    read_at: str | ReadAt | None = None,
+    progress: Progress | None = None,
 ) -> dict[int, Tensor]:
     """What `learn_caa` reads, pair by pair: at each layer `[pairs, 2, width]`, positive and negative, float32, CPU.
 
-    For pictures and probes; learning keeps sums only. Raises `TrimtabError` as `learn_caa` does.
+    `read_at` is `learn_caa`'s. For pictures and probes; learning keeps sums only. Raises `TrimtabError` as `learn_caa`
+    does.
     """
     chosen = check_layers(lm, layers, DEPTH)
     if not pairs:
         raise TrimtabError("there are no pairs to read")
-    groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
+    groups = answer_texts(lm, pairs, read_at)
     found = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
     done = 0
     for batch in read_groups(lm.layout, groups, [Site(layer) for layer in chosen]):
         for site, members in batch.values.items():
             for g, member in zip(batch.groups, members, strict=True):
-                found[site.layer][g] = torch.cat(member).float().cpu()
+                found[site.layer][g] = torch.cat([mean(text).float() for text in member]).cpu()
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(pairs))

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
+from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.recipe import Recipe
 from trimtab.steering import Add, Card, Edit, Operation, Positions, SetProjection, Site, Steering
-from trimtab.text.pairs import Pair
+from trimtab.text.answers import encode_prompt
+from trimtab.text.pairs import Pair, Side, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -68,7 +70,8 @@ def learn_instruct(
 ) -> Steering:
     """Learn from prompts with and without an instruction, read at the last prompt token (section 3.1).
 
-    Each side is rendered by the chat template where there is one, up to where the answer begins. Default layer:
+    Each side is rendered by the chat template where there is one, under its system prompt, up to where the answer
+    begins: an instruction may as well be in the system prompt of the positive sides. Default layer:
     the one at 0.6 of the depth. What strength 1 does is the operation's:
 
     - `"project"` (section 3.2, for formats) moves each activation's projection on the unit mean difference to the
@@ -180,15 +183,24 @@ def _check_operation(operation: str, one_sided: bool) -> None:
 
 
 def _texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
-    sides = {side: None for pair in pairs for side in (_checked(pair).positive, pair.negative)}
-    encoded = {side: lm.encode(side) for side in sides}
+    prompts = [_prompts(pair) for pair in pairs]
+    encoded: dict[Side, list[int]] = {}
+    for number, both in enumerate(prompts, 1):
+        for side in both:
+            if side not in encoded:  # a query is shared by many instructions
+                with naming(f"pair {number}"):
+                    encoded[side] = encode_prompt(lm.tokenizer, side)
     texts = {side: Text(ids, [len(ids) - 1]) for side, ids in encoded.items()}
-    return [(texts[pair.positive], texts[pair.negative]) for pair in pairs]
+    return [(texts[positive], texts[negative]) for positive, negative in prompts]
 
 
-def _checked(pair: Pair) -> Pair:
+def _prompts(pair: Pair) -> tuple[Side, Side]:
+    """Both sides as prompts; those of bare texts are the texts."""
     if pair.shape not in ("prompts", "texts"):
         raise TrimtabError(
             "instruction vectors are learned from pairs of prompts; pairs of answers are for the method caa"
         )
-    return pair
+    positive, negative = sides(pair)
+    if pair.shape == "texts":
+        return Side(positive.answer, ""), Side(negative.answer, "")
+    return positive, negative

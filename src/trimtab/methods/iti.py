@@ -22,12 +22,12 @@ from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.probes import logistic
-from trimtab.methods.caa import answer_text
+from trimtab.methods.caa import answer_texts
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pair, digest, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -131,7 +131,7 @@ def rank_heads(
         raise TrimtabError(f"unknown direction {direction!r}; directions: mean, probe")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
     fitted, held = split(pairs, validation, seed)
-    groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
+    groups = answer_texts(lm, pairs)
     x = _read(lm, groups, chosen, progress)  # {layer: [pairs, 2, heads, size]}
     others: dict[int, Tensor] = {}
     if bank is not None:
@@ -163,7 +163,7 @@ def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tupl
         raise TrimtabError(f"validation is a share between 0 and 1, got {validation}")
     questions: dict[Any, list[int]] = {}
     for i, pair in enumerate(pairs):
-        questions.setdefault(pair.prompt or i, []).append(i)
+        questions.setdefault(sides(pair)[0].prompt or i, []).append(i)
     if len(questions) < 2:
         raise TrimtabError(f"heads are ranked on questions that probes haven't seen; {len(questions)} is too few")
     order = list(questions.values())

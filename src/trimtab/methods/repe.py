@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,6 +18,7 @@ from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import centred_members, mean_difference, random_order
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, AddScaled, Card, Edit, Positions, Site, Steering
+from trimtab.text.answers import LAST, ReadAt, as_read_at
 from trimtab.text.pairs import Pair, digest
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ RECIPE = Recipe(
     paper="Zou et al., 2023, arXiv 2310.01405",
     shapes=("texts", "answers"),
     data="positive + negative (+ prompt)",
-    reads="the last token of a text",
+    reads="the last token of a text, or several tokens of it",
     acts="adds a unit direction at the middle third of the blocks, at every token",
     cost="one addition a layer and token",
     function="learn_repe",
@@ -41,6 +42,13 @@ RECIPE = Recipe(
             "pca",
             "How a direction is read: principal component of centred members, of differences in random order, or mean.",
             choices=("pca", "random-order", "cluster-mean"),
+        ),
+        Option(
+            "read_at",
+            "str",
+            "last",
+            "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8), or"
+            " over those after a text (after:MARKER).",
         ),
         Option("coefficient", "float", 1.0, "The length of the push, in shares of the mean activation's."),
         Option("control", "str", "add", "Add the direction, or what is there of it.", choices=("add", "sign")),
@@ -68,6 +76,7 @@ def learn_repe(
     layers: int | Sequence[int] | None = None,
     *,
     reader: Reader = "pca",
+    read_at: str | ReadAt = "last",
     coefficient: float = 1.0,
     control: Control = "add",
     keep_norm: bool = False,
@@ -80,6 +89,8 @@ def learn_repe(
     The paper's coefficient is in units of the residual stream, which differ from layer to layer and model to model;
     here it is a share of the mean activation's norm there (the edit's strength is their product). `control="sign"`
     adds along what the activation already has of the direction, whichever way.
+
+    An answer is read at its last token, or at `read_at` as `learn_caa` has it: then it counts by its mean there.
 
     PCA of the differences themselves is not offered: centring them removes the direction that is sought. The card has
     each layer's cosine to the mean difference. Warns (`ReaderWarning`) where it is below 0.5.
@@ -95,7 +106,8 @@ def learn_repe(
         layers = range(count // 3, max(count // 3 + 1, 2 * count // 3))
     chosen = check_layers(lm, layers, 0.5)
     sites = [Site(layer) for layer in chosen]
-    found = read_each(lm, pair_texts(lm, pairs), sites, progress=progress)
+    at = as_read_at(read_at)
+    found = read_each(lm, pair_texts(lm, pairs, read_at=at), sites, pooled=True, progress=progress)
     edits, cosines, norms = [], {}, {}
     for site in sites:
         positive = torch.cat([plus for plus, _ in found[site]])
@@ -122,7 +134,14 @@ def learn_repe(
             ReaderWarning,
             stacklevel=2,
         )
-    options = {"layers": chosen, "reader": reader, "control": control, "coefficient": coefficient, "seed": seed}
+    options: dict[str, Any] = {
+        "layers": chosen,
+        "reader": reader,
+        "control": control,
+        "coefficient": coefficient,
+        "seed": seed,
+    }
+    options |= {} if at == LAST else {"read_at": str(at)}  # files that are read by default stay as they were
     measured = {"pairs": len(pairs), "cosine_to_mean_difference": cosines, "activation_norm": norms}
     card = Card("repe", lm.identity, digest(pairs), options, measured, versions())
     return Steering(tuple(edits), card)

@@ -23,7 +23,7 @@ from trimtab.engines.transformers.read import read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.moments import PairMoments
-from trimtab.methods.caa import answer_text
+from trimtab.methods.caa import answer_texts
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
 from trimtab.text.pairs import Pair, digest
@@ -158,7 +158,7 @@ def differences_at(
 ) -> dict[Site, Tensor]:
     """`read_differences` at any sites, of several kinds in one pass."""
     moments = {where: PairMoments(place(lm.layout, where).size) for where in sites}
-    groups = [[answer_text(lm, pair, pair.positive), answer_text(lm, pair, pair.negative)] for pair in pairs]
+    groups = answer_texts(lm, pairs)
     done = 0
     for batch in read_groups(lm.layout, groups, sites):
         for where in sites:

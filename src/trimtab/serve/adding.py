@@ -40,7 +40,7 @@ async def learned(service: Service, asked: LearnRequest, progress: Progress | No
 
     Raises `TrimtabError` for pairs that nothing can be learned from, and `Refusal` when the server is shutting down.
     """
-    pairs = pairs_from_rows(asked.pairs)
+    pairs = pairs_from_rows(asked.model_dump()["pairs"])
     learn = learn_caa if asked.method == "caa" else learn_instruct
 
     def job() -> Learned:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a steering may be called."""
 Text = Annotated[str, Field(max_length=1_000_000)]
+PairText = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -362,6 +363,13 @@ class SteeringList(_Out):
     data: list[SteeringTold]
 
 
+class PairMessage(_In):
+    """A message of a prompt or an answer that is learned from."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: PairText
+
+
 class LearnRequest(_In):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
 
@@ -379,7 +387,9 @@ class LearnRequest(_In):
 
     name: str = Field(pattern=NAME)
     method: Literal["caa", "instruct"]
-    pairs: list[dict[str, Annotated[str, Field(max_length=20_000)]]] = Field(min_length=1, max_length=512)
+    pairs: list[dict[str, PairText | Annotated[list[PairMessage], Field(max_length=64)]]] = Field(
+        min_length=1, max_length=512
+    )
     layers: list[Annotated[int, Field(ge=0, lt=10_000)]] | None = Field(None, min_length=1, max_length=256)
 
 

@@ -52,6 +52,14 @@ def encode(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: b
     return list(rendered["input_ids"])
 
 
+def render_messages(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """Messages as the chat template's text, ending where the answer begins. Raises `TrimtabError` if it refuses."""
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates raise whatever their authors chose
+        raise TrimtabError(f"the chat template refuses these messages: {error}") from error
+
+
 def template_digest(tokenizer: Any) -> str | None:
     """A digest of the chat template, `None` where there is none."""
     if not has_template(tokenizer):

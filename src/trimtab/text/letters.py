@@ -111,8 +111,8 @@ def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
     """
     net: Counter[str] = Counter()
     for pair in pairs:
-        net[letter_of(pair.positive)] += 1
-        net[letter_of(pair.negative)] -= 1
+        net[letter_of(str(pair.positive))] += 1
+        net[letter_of(str(pair.negative))] -= 1
     return {letter: net[letter] / len(pairs) for letter in sorted(net)}
 
 

@@ -7,6 +7,10 @@ Three shapes are read, from JSONL, JSON (a list of objects) or CSV (a header lin
 - `question`, `answer_matching_behavior`, `answer_not_matching_behavior`: CAA's multiple-choice records, whose
   answers are bracketed letters such as `(A)`.
 - `prompt`, `prompt_without_instruction`: two prompts, with and without an instruction.
+
+In JSONL and JSON a prompt or an answer may be a list of chat messages, as `{"role": …, "content": …}`; such an answer
+ends with the assistant's message, and what comes before it continues the prompt. `system` is both sides' system prompt,
+`positive_system` and `negative_system` are each side's own, and then the rest of the two sides may be the same.
 """
 
 from __future__ import annotations
@@ -15,50 +19,200 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.text.chat import Prompt
 from trimtab.text.letters import letter_of
 from trimtab.text.read import read_text
+
+Conversation = tuple[tuple[str, str], ...]
+"""Chat messages, each its role and its content."""
+Words = str | Conversation
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two texts that differ in what is to be learned: `prompt + positive` and `prompt + negative`.
+    """Two sides that differ in what is to be learned: `prompt + positive` and `prompt + negative`.
 
     `shape` says what they are: `"answers"` to the prompt, bare `"texts"` (no prompt), multiple-choice
     `"letters"` (the prompt is the question), or `"prompts"` (no prompt; each is one).
+
+    A prompt, and a side that is an answer or a prompt, is a text or a conversation: chat messages as tuples of role
+    and content. A list of `{"role": …, "content": …}` is made into one. An answer that is a conversation ends with the
+    assistant's message, and what comes before that continues the prompt. A system prompt of `None` leaves it to the
+    chat template, which may have one of its own. `sides` has the two sides put together.
+
+    Raises `TrimtabError` for a conversation or a system prompt where there can't be one, messages that are malformed,
+    and a side with two system prompts.
     """
 
-    positive: str
-    negative: str
-    prompt: str = ""
+    positive: Words
+    negative: Words
+    prompt: Words = ""
     shape: str = "texts"
+    positive_system: str | None = None
+    negative_system: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative", "prompt"):
+            if not isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, conversation(value, name))
+        _check(self)
 
 
-def _answers(row: dict[str, str]) -> Pair:
+@dataclass(frozen=True)
+class Side:
+    """One side of a pair: a prompt under a system prompt, and the answer to it.
+
+    For bare texts the answer is the text and the prompt is empty; for prompts the answer is empty.
+    """
+
+    prompt: Words
+    answer: str
+    system: str | None = None
+
+
+def sides(pair: Pair) -> tuple[Side, Side]:
+    """The positive and the negative side of a pair."""
+    return _side(pair, pair.positive, pair.positive_system), _side(pair, pair.negative, pair.negative_system)
+
+
+def as_prompt(words: Words) -> Prompt:
+    """What is given to a chat template: a text, or messages."""
+    return words if isinstance(words, str) else [{"role": role, "content": content} for role, content in words]
+
+
+def as_texts(pair: Pair, user: str) -> tuple[str, str, str]:
+    """The prompt, the positive and the negative side of a pair that is texts alone, for those who can't take more.
+
+    Raises `TrimtabError`, naming the `user`, for messages or a system prompt.
+    """
+    prompt, positive, negative = pair.prompt, pair.positive, pair.negative
+    if not (isinstance(prompt, str) and isinstance(positive, str) and isinstance(negative, str)):
+        raise TrimtabError(f"{user} takes pairs of plain texts, and this one has chat messages")
+    if pair.positive_system is not None or pair.negative_system is not None:
+        raise TrimtabError(f"{user} takes pairs without system prompts, and this one has one")
+    return prompt, positive, negative
+
+
+def conversation(messages: Any, name: str = "messages") -> Conversation:
+    """Chat messages as tuples of role and content.
+
+    Args:
+        messages: A list of `{"role": …, "content": …}`, or tuples of both.
+        name: What the error calls it.
+
+    Raises:
+        TrimtabError: There are none, or one has something else than a role and a text.
+    """
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise TrimtabError(f"{name!r} is a text or a list of messages, got {messages!r}")
+    found = tuple(_message(message, name) for message in messages)
+    if not any(content.strip() for _, content in found):
+        raise TrimtabError(f"{name!r} is empty: no message says anything")
+    return found
+
+
+def _message(message: Any, name: str) -> tuple[str, str]:
+    if isinstance(message, tuple) and len(message) == 2:
+        message = {"role": message[0], "content": message[1]}
+    if not isinstance(message, Mapping) or not all(_is_text(message.get(key)) for key in ("role", "content")):
+        raise TrimtabError(f"a message of {name!r} is {{'role': …, 'content': …}}, both texts, got {message!r}")
+    if more := [key for key, value in message.items() if key not in ("role", "content") and value is not None]:
+        raise TrimtabError(f"a message of {name!r} has {more[0]!r}, and only its role and content can be learned from")
+    return message["role"], message["content"]
+
+
+def _check(pair: Pair) -> None:
+    """Raises `TrimtabError` where something of the pair would have to be left out when it is rendered."""
+    systems = [system for system in (pair.positive_system, pair.negative_system) if system is not None]
+    talks = [words for words in (pair.prompt, pair.positive, pair.negative) if not isinstance(words, str)]
+    if systems and pair.shape == "texts":
+        raise TrimtabError("a system prompt stands before a prompt, and bare texts have none; give one")
+    if talks and pair.shape in ("texts", "letters"):
+        raise TrimtabError(f"the prompt and both sides of pairs of {pair.shape} are texts, not messages")
+    if pair.shape != "answers":
+        given = [words for words in (pair.positive, pair.negative) if not isinstance(words, str)]
+        if any(words[-1][0] == "assistant" for words in given):
+            raise TrimtabError("a prompt ends where the answer begins, and these messages end with the assistant's")
+    for side in sides(pair):
+        if talks and pair.shape == "answers" and not side.prompt:
+            raise TrimtabError(f"{side.answer!r} answers nothing; give a prompt, or messages on both sides")
+        if side.system is not None and not isinstance(side.prompt, str) and "system" in dict(side.prompt):
+            raise TrimtabError("there is a system prompt twice: among the messages, and beside them")
+
+
+def _side(pair: Pair, words: Words, system: str | None) -> Side:
+    if pair.shape == "prompts":
+        return Side(words, "", system)
+    if isinstance(words, str):
+        return Side(pair.prompt, words, system)
+    *before, (role, answer) = words
+    if role != "assistant":
+        raise TrimtabError(
+            f"an answer ends with the assistant's message, this one with the {role}'s; two prompts are"
+            " 'prompt' and 'prompt_without_instruction'"
+        )
+    if not answer.strip():
+        raise TrimtabError("an answer is empty: the assistant's last message says nothing")
+    if not before:
+        if not pair.prompt:
+            raise TrimtabError("nothing comes before the assistant's message; give a prompt")
+        return Side(pair.prompt, answer, system)
+    opening = (("user", pair.prompt),) if isinstance(pair.prompt, str) and pair.prompt else pair.prompt or ()
+    assert not isinstance(opening, str)
+    return Side((*opening, *before), answer, system)
+
+
+def _answers(row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt") or ""
-    return Pair(row["positive"], row["negative"], prompt, "answers" if prompt.strip() else "texts")
+    if not isinstance(prompt, str) or prompt.strip():
+        return Pair(row["positive"], row["negative"], prompt, "answers", *_systems(row))
+    if isinstance(row["positive"], str) and isinstance(row["negative"], str):
+        return Pair(row["positive"], row["negative"], prompt, "texts", *_systems(row))
+    return Pair(row["positive"], row["negative"], "", "answers", *_systems(row))
 
 
-def _letters(row: dict[str, str]) -> Pair:
+def _letters(row: Mapping[str, Any]) -> Pair:
     matching, other = row["answer_matching_behavior"].strip(), row["answer_not_matching_behavior"].strip()
     letter_of(matching), letter_of(other)
-    return Pair(matching, other, row["question"], "letters")
+    return Pair(matching, other, row["question"], "letters", *_systems(row))
 
 
-def _prompts(row: dict[str, str]) -> Pair:
-    return Pair(row["prompt"], row["prompt_without_instruction"], "", "prompts")
+def _prompts(row: Mapping[str, Any]) -> Pair:
+    return Pair(row["prompt"], row["prompt_without_instruction"], "", "prompts", *_systems(row))
 
 
-SHAPES: dict[tuple[str, ...], Callable[[dict[str, str]], Pair]] = {
+def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Both sides' system prompts. An empty one is none, as in a table where only some rows have one."""
+    given: dict[str, str] = {}
+    for key in SYSTEMS:
+        if (value := row.get(key)) is None:
+            continue
+        if not _is_text(value):
+            raise TrimtabError(f"{key!r} is no text")
+        if value.strip():
+            given[key] = value
+    if "system" in given and len(given) > 1:
+        raise TrimtabError("'system' is the system prompt of both sides; leave it out, or the sides' own")
+    both = given.get("system")
+    return given.get("positive_system", both), given.get("negative_system", both)
+
+
+SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair]] = {
     ("question", "answer_matching_behavior", "answer_not_matching_behavior"): _letters,
     ("prompt", "prompt_without_instruction"): _prompts,
     ("positive", "negative"): _answers,
 }
+SYSTEMS = ("system", "positive_system", "negative_system")
+TALKS = ("prompt", "prompt_without_instruction", "positive", "negative")
+"""What may be a list of messages."""
+KEYS = frozenset({*TALKS, *SYSTEMS, *(key for keys in SHAPES for key in keys)})
+"""All that is read of a row."""
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
@@ -101,7 +255,9 @@ def rows_from_text(text: str, name: str = "pairs") -> list[dict[str, Any]]:
 
 def digest(pairs: Sequence[Pair]) -> str:
     """A digest of the pairs, in their order."""
-    text = json.dumps([asdict(pair) for pair in pairs], ensure_ascii=False, sort_keys=True)
+    # without what is `None`, so that pairs without system prompts keep the digest that they had before there were any
+    known = [{key: value for key, value in asdict(pair).items() if value is not None} for pair in pairs]
+    text = json.dumps(known, ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -171,20 +327,26 @@ def _pair(row: Any, where: str) -> Pair:
         if not set(keys) <= set(row):
             continue
         for key in keys:
-            if not _is_text(row[key]) or not row[key].strip():
+            if not _is_words(row[key], key) or (isinstance(row[key], str) and not row[key].strip()):
                 raise TrimtabError(f"{where}: {key!r} is empty or no text; a pair needs both sides")
-        if not _is_text(row.get("prompt") or ""):
+        if not _is_words(row.get("prompt") or "", "prompt"):
             raise TrimtabError(f"{where}: 'prompt' is no text")
         try:
             pair = make(row)
+            positive, negative = sides(pair)
         except TrimtabError as error:
             raise TrimtabError(f"{where}: {error}") from None
-        if pair.positive == pair.negative:
+        if positive == negative:
             raise TrimtabError(f"{where}: both sides of the pair are the same")
         return pair
     sided = [key for key in dict.fromkeys(key for keys in SHAPES for key in keys) if key in row]
     has = f"it has {', '.join(map(repr, sided))} but not the rest" if sided else f"its keys are {', '.join(row)}"
     raise TrimtabError(f"{where}: no pair: {has}. Shapes: {_shapes()}")
+
+
+def _is_words(value: Any, key: str) -> bool:
+    """Whether it is a text, or a list where that may be; what is in the list is checked when it is read."""
+    return _is_text(value) or (isinstance(value, list) and key in TALKS)
 
 
 def _is_text(value: Any) -> bool:

@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.chat import Message, Prompt, encode, has_template
+from trimtab.text.chat import Message, Prompt, encode, has_template, render_messages
 
 Span = tuple[int, int]
 CONTEXT = 40
@@ -70,7 +70,7 @@ def render(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: b
         text = prompt
         read = tokenizer(text, return_offsets_mapping=True)
     else:
-        text = _template(tokenizer, messages)
+        text = render_messages(tokenizer, messages)
         read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     if list(read["input_ids"]) != ids:
         raise UnsupportedError("the chat template's tokens aren't those of its text, so phrases can't be placed in it")
@@ -157,7 +157,7 @@ def _part(tokenizer: Any, rendered: Rendered, messages: list[Message] | None, pa
         roles = ", ".join(message["role"] for message in messages)
         raise TrimtabError(f"there is no {part.role} message number {part.index}; the messages are {roles}") from None
     marked = [{**m, "content": MARK} if i == number else m for i, m in enumerate(messages)]
-    start = _template(tokenizer, marked).find(MARK)
+    start = render_messages(tokenizer, marked).find(MARK)
     for content in (messages[number]["content"], messages[number]["content"].strip()):
         if content and start >= 0 and rendered.text[start : start + len(content)] == content:
             return start, start + len(content)
@@ -172,13 +172,6 @@ def _messages(tokenizer: Any, prompt: Prompt, system: str | None, chat: bool | N
         prompt = [{"role": "user", "content": prompt}]
     opening: list[Mapping[str, str]] = [] if system is None else [{"role": "system", "content": system}]
     return [*opening, *prompt]
-
-
-def _template(tokenizer: Any, messages: Sequence[Message]) -> str:
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise whatever their authors chose
-        raise TrimtabError(f"the chat template refuses these messages: {error}") from error
 
 
 def _closest(text: str, phrase: str) -> str:

@@ -13,8 +13,9 @@ from trimtab.engines.transformers.read import check_length
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import share
 from trimtab.steering import Steering
-from trimtab.text.letters import ask, letter_of
-from trimtab.text.pairs import Pair
+from trimtab.text.answers import ask_side
+from trimtab.text.letters import letter_of
+from trimtab.text.pairs import Pair, sides
 from trimtab.tune.candidates import Candidate
 from trimtab.tune.halving import Rung
 from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, Outcome, Progress, Tuned, search
@@ -65,12 +66,20 @@ def tune_letters(
     )
 
 
+def check_one_question(pairs: Sequence[Pair]) -> None:
+    """Raises `TrimtabError` for a pair whose sides have different system prompts: a question is asked under one."""
+    if any(pair.positive_system != pair.negative_system for pair in pairs):
+        raise TrimtabError("a question is asked under one system prompt, and the sides of a pair here have two")
+
+
 def _asked(lm: LM, pair: Pair) -> Choice:
     """The question up to the bracket, with the matching letter and the other one to choose from."""
     if pair.shape != "letters":
         raise TrimtabError(f"letters are scored on multiple-choice pairs, these are pairs of {pair.shape}")
-    matching, other = letter_of(pair.positive), letter_of(pair.negative)
-    asked = ask(lm.tokenizer, pair.prompt, (matching, other))
+    check_one_question([pair])
+    one, two = sides(pair)
+    matching, other = letter_of(one.answer), letter_of(two.answer)
+    asked = ask_side(lm.tokenizer, one, (matching, other))
     check_length(lm.layout, len(asked.ids), "a question")
     return Choice(asked.ids, len(asked.prompt), (asked.letters[matching], asked.letters[other]))
 

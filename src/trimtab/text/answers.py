@@ -1,0 +1,221 @@
+"""Pairs of answers to token ids, and at which tokens of an answer it is read.
+
+A marker is looked for in the answer's text, and the tokenizer's own offsets say which tokens come after it. Tokens are
+never searched for tokens: at its edges a marker may be merged with what stands next to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.text.chat import encode, render_messages
+from trimtab.text.letters import Asked, ask
+from trimtab.text.pairs import Pair, Side, as_prompt, sides
+
+Kind = Literal["last", "answer", "first", "after"]
+SHOWN = 60
+MARK = "trimtab\u2060asks"
+
+
+@dataclass(frozen=True)
+class ReadAt:
+    """Where an answer is read: at its last token, or at several, of whose activations the mean is taken.
+
+    `"last"` is the last token, `"answer"` all of them, `"first"` the first `count` (or all, where there are fewer), and
+    `"after"` those after the first occurrence of the text `marker`, such as `</think>`.
+
+    Raises `TrimtabError` for an unknown kind, a count below 1, and an empty marker.
+    """
+
+    kind: Kind = "last"
+    count: int | None = None
+    marker: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise TrimtabError(f"an answer is read at {', '.join(get_args(Kind))}, got {self.kind!r}")
+        if (self.kind == "first") != (self.count is not None) or (self.kind == "after") != (self.marker is not None):
+            raise TrimtabError("a count belongs to 'first', and a marker to 'after'; nothing else has one")
+        if self.count is not None and (isinstance(self.count, bool) or self.count < 1):
+            raise TrimtabError(f"the first tokens of an answer are 1 or more, got {self.count!r}")
+        if self.marker is not None and not self.marker:
+            raise TrimtabError("the marker after which an answer is read is empty; give a text such as </think>")
+
+    @classmethod
+    def parse(cls, text: str) -> ReadAt:
+        r"""From the command line: `last`, `answer`, `first:K` or `after:MARKER`.
+
+        A marker in double quotes is read as JSON reads a string: `after:"\n\n"` is an empty line. Any other stands for
+        itself. Raises `TrimtabError` for anything else.
+        """
+        kind, colon, rest = text.partition(":")
+        if kind == "after" and colon:
+            return cls("after", marker=_unquoted(rest))
+        if kind == "first" and rest.isascii() and rest.isdecimal():
+            return cls("first", count=int(rest))
+        if not colon and kind in ("last", "answer"):
+            return cls(kind)  # type: ignore[arg-type]
+        raise TrimtabError(f"an answer can't be read at {text!r}; use last, answer, first:K or after:MARKER")
+
+    def __str__(self) -> str:
+        """What `parse` reads."""
+        if self.marker is not None:
+            plain = self.marker.isprintable() and self.marker == self.marker.strip() and self.marker[0] != '"'
+            return f"after:{self.marker if plain else json.dumps(self.marker)}"
+        return self.kind if self.count is None else f"first:{self.count}"
+
+
+LAST = ReadAt()
+
+
+def as_read_at(value: str | ReadAt) -> ReadAt:
+    """A `ReadAt`, or what one is parsed from. Raises `TrimtabError` as `ReadAt.parse` does."""
+    return value if isinstance(value, ReadAt) else ReadAt.parse(value)
+
+
+def check_read_at(value: str | ReadAt | None, shape: str) -> ReadAt | None:
+    """Where to read pairs of this shape, if it was said. Raises `TrimtabError` for letters, and as `as_read_at`."""
+    if value is not None and shape == "letters":
+        raise TrimtabError("multiple-choice answers are read at their letter; leave out where to read them")
+    return None if value is None else as_read_at(value)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One side of a pair as token ids, of which those from `start` on are the answer, and the answer's text.
+
+    A bare text is all answer, and its ids may have tokens that aren't of the text, such as a first one for beginnings.
+    """
+
+    ids: tuple[int, ...]
+    start: int
+    answer: str
+
+
+def encode_sides(tokenizer: Any, pair: Pair) -> tuple[Answered, Answered]:
+    """The positive and the negative side of a pair of answers or texts.
+
+    Raises `TrimtabError` for pairs of another shape, an answer without tokens, a system prompt that the chat template
+    leaves out, and as `encode` does.
+    """
+    if pair.shape not in ("answers", "texts"):
+        raise TrimtabError(f"these are no answers or texts, but pairs of {pair.shape}")
+    positive, negative = (_encoded(tokenizer, pair, side) for side in sides(pair))
+    return positive, negative
+
+
+def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
+    """A side's prompt, under its system prompt, ending where the answer begins.
+
+    Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `encode` does.
+    """
+    ids = encode(tokenizer, as_prompt(side.prompt), system=side.system)
+    _check_heard(tokenizer, side)
+    return ids
+
+
+def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> Asked:
+    """A multiple-choice question under the side's system prompt.
+
+    Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `ask` does.
+    """
+    assert isinstance(side.prompt, str)  # a pair of letters has no messages
+    asked = ask(tokenizer, side.prompt, letters, system=side.system)
+    _check_heard(tokenizer, side)
+    return asked
+
+
+def _check_heard(tokenizer: Any, side: Side) -> None:
+    """Raises `TrimtabError` where another system prompt would be rendered alike: what it says would be lost."""
+    talk = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
+    talk = talk if side.system is None else (("system", side.system), *talk)
+    if not any(role == "system" for role, _ in talk):
+        return
+    other = tuple((role, f"{content} {MARK}" if role == "system" else content) for role, content in talk)
+    mine, others = (render_messages(tokenizer, [{"role": r, "content": c} for r, c in one]) for one in (talk, other))
+    if mine == others:
+        raise TrimtabError("the chat template leaves system prompts out; put what it says into the prompt")
+
+
+def read_positions(tokenizer: Any, text: Answered, read_at: ReadAt = LAST) -> Sequence[int]:
+    """The positions at which an answer is read; of a bare text, those of its own tokens, but for the last one.
+
+    Args:
+        tokenizer: The one that made the ids.
+        text: One of `encode_sides`.
+        read_at: Where.
+
+    Raises:
+        TrimtabError: The marker isn't in the answer, or nothing comes after it.
+        UnsupportedError: The tokenizer doesn't tell what is needed to find out.
+    """
+    if read_at.kind == "last":
+        return [len(text.ids) - 1]
+    start, stop = _own(tokenizer, text)
+    if read_at.marker is not None:
+        return [start + i for i in _after(tokenizer, text.answer, read_at.marker)]
+    return range(start, stop if read_at.count is None else min(stop, start + read_at.count))
+
+
+def _encoded(tokenizer: Any, pair: Pair, side: Side) -> Answered:
+    if pair.shape == "texts":
+        opening, ids = [], encode(tokenizer, side.answer, chat=False)
+    else:
+        opening, ids = encode_prompt(tokenizer, side), _ids(tokenizer, side.answer)
+    if not ids:
+        raise TrimtabError(f"an answer is empty: {side.answer!r} has no tokens")
+    return Answered((*opening, *ids), len(opening), side.answer)
+
+
+def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
+    """From where to where the tokens are the answer's own: without those that a tokenizer puts around a text."""
+    if text.start:
+        return text.start, len(text.ids)
+    own = _ids(tokenizer, text.answer)
+    for start in range(len(text.ids) - len(own) + 1):
+        if own and list(text.ids[start : start + len(own)]) == own:
+            return start, start + len(own)
+    raise UnsupportedError(
+        f"this tokenizer's tokens for {_shorten(text.answer)!r} differ with and without special ones"
+    )
+
+
+def _after(tokenizer: Any, answer: str, marker: str) -> list[int]:
+    """Which of the answer's tokens come after the first marker: they hold none of it but white space at its end.
+
+    That a tokenizer may merge with the word that follows, and the word is what is meant.
+    """
+    place = answer.find(marker)
+    if place < 0:
+        raise TrimtabError(f"the answer has no {marker!r} in it: {_shorten(answer)!r}")
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedError("this tokenizer doesn't tell which characters a token holds; load its fast version")
+    end = place + len(marker)
+    offsets = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    found = [i for i, (a, b) in enumerate(offsets) if b > end and not answer[a:end].strip()]
+    if not found:
+        raise TrimtabError(f"nothing comes after {marker!r} in the answer: {_shorten(answer, end=True)!r}")
+    return found
+
+
+def _unquoted(marker: str) -> str:
+    if not marker.startswith('"'):
+        return marker
+    try:
+        return str(json.loads(marker))
+    except ValueError:
+        raise TrimtabError(f"the marker {marker} begins with a quote and is no JSON string") from None
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _shorten(text: str, *, end: bool = False) -> str:
+    if len(text) <= SHOWN:
+        return text
+    return f"… {text[-SHOWN:]}" if end else f"{text[:SHOWN]} …"
