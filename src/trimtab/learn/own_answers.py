@@ -20,7 +20,6 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import contrast
 from trimtab.learn.teachers import Teacher
 from trimtab.steering import Add, Edit, Positions, Site, Steering
-from trimtab.text.chat import Prompt
 from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
 
 if TYPE_CHECKING:
@@ -31,11 +30,18 @@ Check = Callable[[str, str, bool], bool]
 
 OPENING = 8
 """So many tokens of an answer are steered when the model is helped to begin."""
+TRIES = 3
 HELP = (0.6, 1.0)
-"""How strongly, in mean differences, one try after another."""
+"""How strongly, in mean differences, the first time that help is needed and the second."""
+OFTEN = 0.5
+"""A model that does what it is told in this share of answers isn't helped."""
 HELP_DEPTH = 0.6
+PER_QUERY = 2
+"""So many answers to one query are learned from, at most."""
 ENOUGH = 0.75
-"""The share of queries with an answer that is kept, from which on the model isn't asked again."""
+"""The share of queries with that many answers, from which on the model isn't asked again."""
+TO_THE_POINT = 0.75
+"""The share of answers that are kept by what they say about their queries."""
 LEAST = 8
 """Fewer answers than this are too few to learn from."""
 MARGIN = 0.05
@@ -52,6 +58,7 @@ class Lesson:
     """
 
     query: str
+    turn: int
     asked: tuple[int, ...]
     plain: tuple[int, ...]
     answer: tuple[int, ...]
@@ -91,71 +98,107 @@ def own_answers(
     Raises:
         TrimtabError: Fewer than `LEAST` answers were kept.
     """
-    asked_of = {query: [_encode(lm, teacher, query, turn) for turn in range(teacher.turns)] for query in queries}
-    plain_of = {query: tuple(lm.encode(query)) for query in queries}
-    kept: dict[str, list[Lesson]] = {query: [] for query in queries}
+    made = _Making(lm, teacher, check, tokens)
+    found: dict[str, list[Lesson]] = {query: [] for query in queries}
     tries: list[tuple[float, int, int]] = []
-    plans = [(0, 0.0), *((turn + 1, strength) for turn, strength in enumerate(HELP))]
-    total, done = len(plans) * len(queries), 0
-    towards: Steering | None = None
-    for turn, strength in plans:
-        open_ = [query for query in queries if not kept[query]] if tries else list(queries)
-        if tries and len(open_) <= (1 - ENOUGH) * len(queries):
+    helps, strength, total = iter(HELP), 0.0, TRIES * len(queries)
+    for turn in range(TRIES):
+        lacking = [query for query in queries if len(found[query]) < PER_QUERY]
+        if len(lacking) <= (1 - ENOUGH) * len(queries):
             break
-        if strength and towards is None:
-            towards = _towards(lm, [(asked_of[query][0], plain_of[query]) for query in queries])
-        help_ = strength * towards if strength and towards is not None else None
-        before = sum(map(len, kept.values()))
-        prompts = [teacher.ask(query, turn) for query in open_]
-        system = teacher.system
-        report = None if progress is None else lambda n, _, d=done: progress(d + n, total)
-        answers = lm.generate(prompts, help_, system=system, max_new_tokens=tokens, batch_size=BATCH, progress=report)
-        made = [
-            Lesson(
-                query,
-                asked_of[query][turn % teacher.turns],
-                plain_of[query],
-                tuple(answer.token_ids),
-                answer.text,
-                min(OPENING, len(answer.token_ids)) if help_ is not None else 0,
-                help_,
-            )
-            for query, answer in zip(open_, answers, strict=True)
-            if answer.token_ids and answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT
-        ]
-        cut = {
-            (query, answer.text): answer.finish_reason == "length" for query, answer in zip(open_, answers, strict=True)
-        }
-        if check is None:
-            good = _likelier(lm, made)
-        else:
-            good = [one for one in made if check(one.query, one.text, cut[one.query, one.text])]
-        for one in good:
-            kept[one.query].append(one)
-        done += len(queries)
-        tries.append((strength, sum(map(len, kept.values())) - before, len(open_)))
-    lessons = tuple(one for query in queries for one in kept[query])
-    if len(lessons) < LEAST:
+        report = None if progress is None else _after(progress, turn * len(queries), total)
+        new = made.answers(lacking, turn, strength, report)
+        for one in new:
+            if all(one.answer != other.answer for other in found[one.query]):
+                found[one.query].append(one)
+        tries.append((strength, len(new), len(lacking)))
+        if len(new) < OFTEN * len(lacking):
+            strength = next(helps, strength)
+    candidates = [one for query in queries for one in found[query]]
+    if len(candidates) < LEAST:
         raise TrimtabError(
-            f"of {sum(asked for _, _, asked in tries)} answers that the model wrote under this prompt, {len(lessons)}"
-            f" do what it says; {LEAST} are needed. Say it in other words, give examples, or more queries"
+            f"of {sum(asked for _, _, asked in tries)} answers that the model wrote under this prompt,"
+            f" {len(candidates)} do what it says; {LEAST} are needed. Say it in other words, give examples, or more"
+            " queries"
         )
+    lessons = _to_the_point(lm, made, candidates)
     if progress is not None:
         progress(total, total)
-    return Answers(lessons, tuple(tries))
+    return Answers(tuple(lessons), tuple(tries))
 
 
-def _encode(lm: LM, teacher: Teacher, query: str, turn: int) -> tuple[int, ...]:
-    prompt: Prompt = teacher.ask(query, turn)
-    return tuple(lm.encode(prompt, system=teacher.system))
+def _after(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: progress(before + done, total)
 
 
-def _towards(lm: LM, prompts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Steering:
-    """The mean difference of the prompts' last tokens, which acts while an answer begins."""
-    layer = round(HELP_DEPTH * lm.layout.layers)
-    pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in prompts]
-    difference = contrast(lm, pairs, [layer])[layer].difference.float()
-    return Steering((Edit(Site(layer), Add(difference), Positions.opening(OPENING)),))
+@dataclass
+class _Making:
+    """Makes answers and judges them; what all tries need is made once."""
+
+    lm: LM
+    teacher: Teacher
+    check: Check | None
+    tokens: int
+    _towards: Steering | None = None
+
+    def answers(
+        self, queries: Sequence[str], turn: int, strength: float, progress: Callable[[int, int], None] | None
+    ) -> list[Lesson]:
+        """The answers to these queries that do what the teacher says, helped so strongly."""
+        help_ = strength * self.towards(queries) if strength else None
+        prompts = [self.teacher.ask(query, turn) for query in queries]
+        answers = self.lm.generate(
+            prompts,
+            help_,
+            system=self.teacher.system,
+            max_new_tokens=self.tokens,
+            batch_size=BATCH,
+            progress=progress,
+        )
+        made = []
+        for query, answer in zip(queries, answers, strict=True):
+            if not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT:
+                continue
+            if self.check is not None and not self.check(query, answer.text, answer.finish_reason == "length"):
+                continue
+            ids = tuple(answer.token_ids)
+            helped = min(OPENING, len(ids)) if help_ is not None else 0
+            plain = tuple(self.lm.encode(query))
+            made.append(Lesson(query, turn, self.asked(query, turn), plain, ids, answer.text, helped, help_))
+        return made if self.check is not None else _likelier(self.lm, made)
+
+    def asked(self, query: str, turn: int) -> tuple[int, ...]:
+        return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
+
+    def towards(self, queries: Sequence[str]) -> Steering:
+        """The mean difference of the prompts' last tokens, which acts while an answer begins."""
+        if self._towards is None:
+            layer = round(HELP_DEPTH * self.lm.layout.layers)
+            sides = [(self.asked(query, turn), self.lm.encode(query)) for turn, query in enumerate(queries)]
+            pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
+            difference = contrast(self.lm, pairs, [layer])[layer].difference.float()
+            self._towards = Steering((Edit(Site(layer), Add(difference), Positions.opening(OPENING)),))
+        return self._towards
+
+
+def _to_the_point(lm: LM, made: _Making, lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Of each query's answers the two that say most about it, without the quarter of all that says least.
+
+    What an answer says about its query is how much more likely it is after it than after another query under the same
+    teacher: the pointwise mutual information, in nats.
+    """
+    queries = list(dict.fromkeys(one.query for one in lessons))
+    other = dict(zip(queries, [*queries[1:], queries[0]], strict=True))
+    own = logprobs(lm, [Forced(one.asked, one.answer) for one in lessons])
+    swapped = logprobs(lm, [Forced(made.asked(other[one.query], one.turn), one.answer) for one in lessons])
+    says = {id(one): float((a - b).sum()) for one, a, b in zip(lessons, own, swapped, strict=True)}
+    best: list[Lesson] = []
+    for query in queries:
+        mine = sorted((one for one in lessons if one.query == query), key=lambda one: -says[id(one)])
+        best += mine[:PER_QUERY]
+    ranked = sorted(best, key=lambda one: -says[id(one)])[: max(LEAST, round(TO_THE_POINT * len(best)))]
+    chosen = {id(one) for one in ranked}
+    return [one for one in best if id(one) in chosen]
 
 
 def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
