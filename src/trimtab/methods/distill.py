@@ -32,7 +32,7 @@ from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.trained import Part, Trained, typical
-from trimtab.methods.recipe import Option, Recipe
+from trimtab.methods.recipe import Recipe
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
@@ -48,16 +48,6 @@ RECIPE = Recipe(
     acts="adds a vector at every block (default), or a low-rank map, from the last prompt token on",
     cost="one addition a layer and token; of rank r, two products of r rows",
     function="learn_distill",
-    options=(
-        Option("instruction", "str", None, "A sentence that stands behind each query."),
-        Option("system", "str", None, "A system message."),
-        Option("fit", "str", "gradient", "How it is fitted.", choices=("gradient", "closed", "both")),
-        Option("rank", "int", 0, "Rows that read activations, at each block; 0: a vector alone."),
-        Option("steps", "int", 40, "Steps of gradient descent, at most."),
-        Option("tokens", "int", 64, "The most tokens of an answer."),
-        Option("seed", "int", 0, "Of the order in which answers are learned from."),
-        Option("queries", "texts", None, "Queries to learn on, instead of those that come along."),
-    ),
 )
 
 FITS = ("gradient", "closed", "both")
