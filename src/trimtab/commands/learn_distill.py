@@ -293,7 +293,7 @@ def _document(model: str, learned: Steering, out: Path, digest: str) -> dict[str
 def _lines(model: str, learned: Steering, out: Path) -> list[str]:
     measured = learned.card.measured
     tried = ", ".join(
-        f"{one['kept']} of {one['asked']}" + (f" (helped x {one['help']:g})" if one["help"] else "")
+        f"{one['kept']} of {one['asked']}" + (f" (helped: {one['help']})" if one["help"] else "")
         for one in measured["tries"]
     )
     before, after = measured["divergence_before"], measured["divergence_after"]
