@@ -20,27 +20,31 @@ UNSTEERED, STEERED, INK = "#b8bec8", "#1f6feb", "#24292f"
 OFFSET = 0.19
 
 
+REGIMES = {"without": "nothing said in the prompt", "with": "the instruction said in the prompt"}
+
+
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Two bars for each instruction, with the 95 % interval of each share and of the difference."""
+    """A panel a regime; in each two bars for each instruction, with the 95 % interval of each share."""
     rows = found["instructions"]
-    figure, axes = plt.subplots(figsize=(9, 0.95 * len(rows) + 1.35), dpi=160, layout="constrained")
-    for y, row in enumerate(rows):
-        for side, colour, shift in (("unsteered", UNSTEERED, -OFFSET), ("steered", STEERED, OFFSET)):
-            _bar(axes, row[side], y + shift, colour, side if y == 0 else None)
-        difference = [f"{100 * row['difference'][key]:+.0f}" for key in ("estimate", "low", "high")]
-        axes.text(112, y, f"{difference[0]} points\n[{difference[1]}, {difference[2]}]", va="center", color=INK)
-    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 132)
-    axes.set_xticks(range(0, 101, 25), [f"{share} %" for share in range(0, 101, 25)])
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_bounds(0, 100)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(
-        f"answers that hold the instruction, of {rows[0]['steered']['of']} unseen prompts (95 % intervals)", x=0.38
+    figure, panels = plt.subplots(
+        1, 2, figsize=(10, 0.95 * len(rows) + 1.35), dpi=160, layout="constrained", sharey=True
     )
-    axes.legend(loc="lower right", bbox_to_anchor=(0.78, 1.0), ncols=2, frameon=False)
-    axes.set_title(found["model"], loc="left", fontsize="medium", color=INK)
+    for axes, (regime, title) in zip(panels, REGIMES.items(), strict=True):
+        for y, row in enumerate(rows):
+            for side, colour, shift in (("unsteered", UNSTEERED, -OFFSET), ("steered", STEERED, OFFSET)):
+                _bar(axes, row[regime][side], y + shift, colour, side if y == 0 else None)
+        axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
+        axes.set_xlim(0, 124)
+        axes.set_xticks(range(0, 101, 25), [f"{share} %" for share in range(0, 101, 25)])
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_bounds(0, 100)
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(title, loc="left", fontsize="medium", color=INK)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    of = rows[0]["with"]["steered"]["of"]
+    figure.suptitle(f"{found['model']}: answers of {of} that hold the instruction", x=0.01, ha="left", color=INK)
     figure.savefig(path)
 
 

@@ -13,7 +13,19 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from trimtab.commands.demo import SETTINGS, TUNED_BLOCKS, Answer, Result, demo, telling, try_setting
+from trimtab.commands.demo import (
+    BEFORE,
+    FALLBACK,
+    LIVE,
+    NOW,
+    SETTINGS,
+    TUNED_BLOCKS,
+    Answer,
+    Regime,
+    demo,
+    telling,
+    try_setting,
+)
 from trimtab.data import instructions, queries
 from trimtab.evaluate import CONSTRAINTS, paired_bootstrap
 
@@ -44,11 +56,11 @@ def test_every_depth_has_the_block(blocks):
     assert all(0 <= setting.layer_of(blocks) < blocks for setting in SETTINGS)
 
 
-def _result(before: str, after: str) -> Result:
-    """A result whose answers hold where the letters are `x`."""
+def _regime(before: str, after: str) -> Regime:
+    """Answers that hold where the letters are `x`."""
     sides = [tuple(Answer(c, c == "x", 0.0, True, c == "x") for c in side) for side in (before, after)]
     flags = [[answer.holds for answer in side] for side in sides]
-    return Result(SETTINGS[0], 1, 0.1, tuple(before), *sides, paired_bootstrap(*flags), 1.0)
+    return Regime(tuple(before), *sides, paired_bootstrap(*flags))
 
 
 @pytest.mark.parametrize(
@@ -56,17 +68,20 @@ def _result(before: str, after: str) -> Result:
     [("..x", ".xx", [1, 0]), ("xx", "xx", [0]), ("..", "..", [0]), ("x.", ".x", [1, 0]), ("..", "xx", [0])],
 )
 def test_what_is_shown_is_a_success_and_a_failure_where_there_are_any(before, after, rows):
-    assert telling(_result(before, after)) == rows
+    assert telling(_regime(before, after)) == rows
 
 
-def test_another_model_is_told_that_the_settings_are_guesses(tiny_model):
+def test_another_model_learns_all_now_and_says_when_it_cannot(tiny_model):
     ran = CliRunner().invoke(app, ["--model", str(tiny_model), "--limit", "2"])
     assert ran.exit_code == 0, ran.output
-    assert "untuned guesses" in ran.output
     assert "prove nothing" in ran.output
+    assert "come with the package" not in ran.output
     for setting in SETTINGS:
         assert setting.shown in ran.output
-    assert len(re.findall(r"holds in \d of 2 unsteered, \d of 2 steered", ran.output)) == len(SETTINGS)
+    for where in ("without", "with"):
+        found = re.findall(rf"{where} it in the prompt: holds in \d of 2 unsteered, \d of 2 steered", ran.output)
+        assert len(found) == len(SETTINGS)
+    assert ran.output.count(FALLBACK) == len(SETTINGS)  # a random model writes no answer to learn from
 
 
 def test_json_is_one_document_and_nothing_else(tiny_model):
@@ -77,12 +92,17 @@ def test_json_is_one_document_and_nothing_else(tiny_model):
     assert found["learned_from"] == 3
     assert [one["name"] for one in found["instructions"]] == [setting.name for setting in SETTINGS]
     for one in found["instructions"]:
-        assert 0 <= one["layer"] < 4
-        for side in ("unsteered", "steered"):
-            assert one[side]["of"] == len(one["answers"]) == 3
-            assert one[side]["holds"] == sum(answer[side]["holds"] for answer in one["answers"])
-            assert one[side]["holds"] <= one[side]["has_form"]
-        assert one["difference"]["low"] <= one["difference"]["estimate"] <= one["difference"]["high"]
+        assert (one["learned"], one["edits"]) == (FALLBACK, 1)
+        for regime in ("without", "with"):
+            sides = one[regime]
+            for side in ("unsteered", "steered"):
+                assert sides[side]["of"] == len(sides["answers"]) == 3
+                assert sides[side]["holds"] == sum(answer[side]["holds"] for answer in sides["answers"])
+                assert sides[side]["holds"] <= sides[side]["has_form"]
+            assert sides["difference"]["low"] <= sides["difference"]["estimate"] <= sides["difference"]["high"]
+        instruction = instructions()[one["name"]].test[0]
+        assert all(answer["prompt"].endswith(instruction) for answer in one["with"]["answers"])
+        assert not any(instruction in answer["prompt"] for answer in one["without"]["answers"])
 
 
 def test_a_limit_below_one_is_refused():
@@ -95,7 +115,7 @@ def test_progress_ends_at_its_total(tiny_model):
     seen = []
     lm = LM.load(tiny_model, device="cpu")
     learn, test = queries("learn")[:3], queries("test")[:2]
-    try_setting(lm, SETTINGS[0], learn, test, lambda done, total: seen.append((done, total)))
+    try_setting(lm, SETTINGS[0], learn, test, progress=lambda done, total: seen.append((done, total)))
     assert seen == sorted(seen)
     assert len({total for _, total in seen}) == 1
     assert seen[-1][0] == seen[-1][1]
@@ -104,12 +124,25 @@ def test_progress_ends_at_its_total(tiny_model):
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.long
-def test_on_the_default_model_the_first_instruction_is_made_to_hold(lm):
-    found = try_setting(lm, SETTINGS[0], queries("learn")[:16], queries("test")[:8])
-    before, after = (sum(answer.holds for answer in side) for side in (found.before, found.after))
-    assert after >= before + 3
-    assert 0.05 < found.dose < 0.5
-    assert found.difference.estimate == (after - before) / 8
+def test_what_is_learned_live_holds_without_a_word_of_it_in_the_prompt(lm):
+    (setting,) = [one for one in SETTINGS if one.name == LIVE]
+    found = try_setting(lm, setting, queries("learn"), queries("test")[:8])
+    assert (found.learned, found.edits) == (NOW, lm.layout.layers)
+    before, after = (sum(answer.holds for answer in side) for side in (found.without.before, found.without.after))
+    assert before == 0
+    assert after >= 5
+    assert 0.002 < found.dose < 0.5
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [one.name for one in SETTINGS if one.name != LIVE])
+def test_what_was_learned_before_holds_without_a_word_of_it_in_the_prompt(lm, name):
+    (setting,) = [one for one in SETTINGS if one.name == name]
+    found = try_setting(lm, setting, (), queries("test")[:6], shipped=True)
+    assert found.learned == BEFORE
+    before, after = (sum(answer.holds for answer in side) for side in (found.without.before, found.without.after))
+    assert after >= before + 2
 
 
 @pytest.mark.real
@@ -120,7 +153,9 @@ def test_the_whole_demo_on_the_default_model(trimtab):
     assert ran.code == 0, ran.err
     assert ran.json["tuned"] is True
     assert ran.json["dtype"] == "float32"
-    assert [one["layer"] for one in ran.json["instructions"]] == [setting.layer for setting in SETTINGS]
+    learned = {one["name"]: one["learned"] for one in ran.json["instructions"]}
+    assert learned.pop(LIVE) == FALLBACK  # two queries are too few
+    assert set(learned.values()) == {BEFORE}
 
 
 @pytest.mark.real

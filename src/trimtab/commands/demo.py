@@ -1,4 +1,4 @@
-"""`trimtab demo`: instructions made to hold, learned and measured in front of the user."""
+"""`trimtab demo`: instructions made to hold, without and with them in the prompt, measured in front of the user."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ MAX_NEW_TOKENS = 48
 BATCH_SIZE = 32
 TUNED_FOR = "SmolLM2-135M-Instruct"
 TUNED_BLOCKS = 30
+LIVE = "title"
+"""The instruction that is learned while one watches; the others come learned, or three minutes wouldn't do."""
+LEARN_QUERIES, LEARN_STEPS = 40, 30
+"""The one that is learned live is learned from fewer queries in fewer steps than `trimtab learn distill` would take."""
+REGIMES = ("without", "with")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """An instruction and how it is steered: at which block of the default model, and how strongly."""
+    """An instruction, and the steering to fall back on: the mean difference at a block of the default model."""
 
     name: str
     shown: str
@@ -42,24 +47,17 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("json", "answer in JSON", 18, 0.6),
     Setting("title", "a title in <<double angular brackets>>", 24, 0.45),
+    Setting("json", "answer in JSON", 18, 0.6),
     Setting("bullets", "a list of bullet points", 9, 1.2),
     Setting("sentence", "one sentence", 18, 0.6),
 )
-"""Found on 16 of the package's `tune` queries, which are neither learned from nor tested on: of the blocks 9, 12, …,
-24, each at one to three strengths, the one after which most answers had the form and did not go in circles; among
-equals, the one that left most on topic. The phrasings are some that the unsteered model often ignores there.
-"""
+"""The blocks and strengths were found on the package's `tune` queries (`benchmarks demo-settings`)."""
 
-# Measured on 16 `tune` queries. Without the instruction: JSON at block 18 x 0.8, the title at 24 x 0.6, bullets and
-# sentence at 15 x 1.0. Capital letters: at 18 x 0.6 and at 24 x 0.6.
 LIMITS = """\
-What such steering does not do on a model this small, measured on 16 other queries: without the instruction in the
-prompt, JSON, the title and the bullets came in 0 of 16 answers each, one sentence in 5. Capital letters, with the
-instruction in the prompt, held in 0 of 16 unsteered and in 1 of 16 steered. And the form is all that is steered:
-what the answers say stays as good or bad as the model, and "on topic" tells where it got worse."""
-UNTUNED = "If little holds here, look for a better block and strength: --json tells what was tried."
+The form is all that is steered: what the answers say stays as good or bad as the model, and "on topic" counts the
+answers that take up a word of their prompt. docs/methods/distill.md has what was measured, and what doesn't work."""
+UNTUNED = "On another model, better settings may exist: trimtab learn distill --help has them."
 
 
 @dataclass(frozen=True)
@@ -74,21 +72,34 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What one instruction came to on held-out prompts, unsteered and steered."""
+class Regime:
+    """Prompts without or with the instruction in them, and the answers, unsteered and steered."""
 
-    setting: Setting
-    layer: int
-    dose: float
     prompts: tuple[str, ...]
     before: tuple[Answer, ...]
     after: tuple[Answer, ...]
     difference: Interval
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one instruction came to on held-out queries; `learned` says how its steering came about."""
+
+    setting: Setting
+    learned: str
+    edits: int
+    dose: float
+    without: Regime
+    told: Regime
     seconds: float
+
+
+NOW, BEFORE, FALLBACK = "learned now", "learned before", "mean difference"
 
 
 def demo(
     model: ModelOption = None,
+    learn: Annotated[bool, typer.Option("--learn", help="Learn all four now: about ten minutes on two cores.")] = False,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -97,13 +108,17 @@ def demo(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """See steering work, in under three minutes on two CPU cores.
+    """See steering work, in about three minutes on two CPU cores.
 
-    A small model often ignores the form it is asked for. For a few such instructions, this learns a steering from
-    queries with and without the instruction, then answers queries it has not seen, unsteered and steered, the
-    instruction in the prompt both times. The forms are checked by code and the counts come with an interval.
+    A small model often ignores the form it is asked for. Here it is steered to keep it: a title, JSON, bullet points,
+    one sentence. It answers questions that nothing was learned from, unsteered and steered, first without a word of
+    the instruction in the prompt, then with it. Code checks the forms, and the counts come with an interval.
+
+    One steering is learned in front of you, from the model's own answers; the others were learned before in the same
+    way, and --learn learns them now. For another model all are.
 
     [bold]  trimtab demo
+      trimtab demo --learn
       trimtab demo --model Qwen/Qwen2.5-0.5B-Instruct
       trimtab demo --json > demo.json[/bold]
     """
@@ -112,18 +127,19 @@ def demo(
     started, worked = time.perf_counter(), time.process_time()
     dtype = "float32" if model is None else "auto"
     lm = load_model(model, device=None, dtype=dtype, revision=None, layers_path=None, quiet=json)
-    learn, test = queries("learn")[:limit], queries("test")[:limit]
+    base, test = queries("learn", more=True)[:limit], queries("test")[:limit]
+    shipped = () if learn or lm.name != TUNED_FOR else tuple(one.name for one in SETTINGS if one.name != LIVE)
     if not json:
-        show(_opening(lm, len(learn), len(test)))
+        show(_opening(lm, len(test), shipped))
     results = []
     for setting in SETTINGS:
         with progress_bar(setting.shown, quiet=json) as progress:
-            results.append(try_setting(lm, setting, learn, test, progress))
+            results.append(try_setting(lm, setting, base, test, shipped=setting.name in shipped, progress=progress))
         if not json:
             show(_shown(results[-1], instructions()[setting.name].test[0]))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     if json:
-        write_json(_document(lm, results, len(learn), seconds, cpu_seconds))
+        write_json(_document(lm, results, len(base), seconds, cpu_seconds))
     else:
         show(_summary(results), _closing(lm, seconds, cpu_seconds))
 
@@ -133,51 +149,98 @@ def try_setting(
     setting: Setting,
     learn: Sequence[str],
     test: Sequence[str],
-    progress: Callable[[int, int], None] | None = None,
+    *,
+    shipped: bool = False,
+    progress: Callable[..., None] | None = None,
 ) -> Result:
-    """Learn one instruction from the queries `learn`, and answer the queries `test` without and with its steering.
+    """Learn one instruction from the queries `learn`, or load it, and answer the queries `test` in both regimes.
 
-    `progress(done, total)` counts one for each text read, and one for each token that may be written.
+    `progress(done, total)` counts in hundredths of the work.
     """
-    from trimtab.data import instruction_pairs, instructions, prompts
-    from trimtab.evaluate import paired_bootstrap
-    from trimtab.methods.instruct import learn_instruct
+    from trimtab.data import instructions, prompts
 
     started = time.perf_counter()
     instruction = instructions()[setting.name]
-    layer = setting.layer_of(lm.layout.layers)
-    pairs = instruction_pairs(learn, instruction.learn)
-    asked = prompts(test, instruction.test)
-    steps = _Steps(progress, [2 * len(pairs), MAX_NEW_TOKENS * len(asked), MAX_NEW_TOKENS * len(asked)])
-    steering = learn_instruct(lm, pairs, layers=[layer], operation="add", progress=steps.part(0)) * setting.strength
-    unsteered = _answers(lm, asked, None, steps.part(1))
-    steered = _answers(lm, asked, steering, steps.part(2))
-    before = tuple(_judged(setting.name, query, answer) for query, answer in zip(test, unsteered, strict=True))
-    after = tuple(_judged(setting.name, query, answer) for query, answer in zip(test, steered, strict=True))
+    share = 0.0 if shipped else 0.6
+    steering, learned = _steering(lm, setting, learn, shipped, _part(progress, 0.0, share))
+    regimes, doses = [], []
+    for i, regime in enumerate(REGIMES):
+        asked = tuple(test) if regime == "without" else tuple(prompts(test, instruction.test))
+        begin, size = share + i * (1 - share) / 2, (1 - share) / 4
+        unsteered = _answers(lm, asked, None, _part(progress, begin, begin + size))
+        steered = _answers(lm, asked, steering, _part(progress, begin + size, begin + 2 * size))
+        regimes.append(_regime(setting.name, asked, test, unsteered, steered))
+        doses += [answer.applied.dose for answer in steered]
     return Result(
         setting=setting,
-        layer=layer,
-        dose=sum(answer.applied.dose for answer in steered) / len(steered),
-        prompts=tuple(asked),
-        before=before,
-        after=after,
-        difference=paired_bootstrap([answer.holds for answer in before], [answer.holds for answer in after]),
+        learned=learned,
+        edits=len(steering.edits),
+        dose=sum(doses) / len(doses),
+        without=regimes[0],
+        told=regimes[1],
         seconds=time.perf_counter() - started,
     )
 
 
-@dataclass(frozen=True)
-class _Steps:
-    """Several counts of work that follow each other, shown as one."""
+def _steering(
+    lm: LM,
+    setting: Setting,
+    learn: Sequence[str],
+    shipped: bool,
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Steering, str]:
+    """The steering and how it came about; the mean difference where too few answers can be learned from."""
+    from trimtab.data import instruction_pairs, instructions
+    from trimtab.data.distilled import path_of
+    from trimtab.errors import TrimtabError
+    from trimtab.evaluate import CONSTRAINTS
+    from trimtab.files.load import load
+    from trimtab.methods.distill import learn_distill
+    from trimtab.methods.instruct import learn_instruct
 
-    progress: Callable[[int, int], None] | None
-    sizes: Sequence[int]
+    if shipped:
+        return load(path_of(setting.name)), BEFORE
+    instruction = instructions()[setting.name]
 
-    def part(self, index: int) -> Callable[[int, int], None] | None:
-        if self.progress is None:
-            return None
-        report, before, size = self.progress, sum(self.sizes[:index]), self.sizes[index]
-        return lambda done, total: report(before + size * done // total, sum(self.sizes))
+    def check(_query: str, answer: str, cut: bool) -> bool:
+        return CONSTRAINTS[setting.name](answer, cut=cut)
+
+    try:
+        steering = learn_distill(
+            lm,
+            instruction=instruction.learn,
+            queries=learn[:LEARN_QUERIES],
+            check=check,
+            steps=LEARN_STEPS,
+            progress=progress,
+        )
+        return steering, NOW
+    except TrimtabError:
+        pairs = instruction_pairs(learn, instruction.learn)
+        layer = setting.layer_of(lm.layout.layers)
+        return learn_instruct(lm, pairs, layers=[layer], operation="add") * setting.strength, FALLBACK
+
+
+def _part(progress: Callable[..., None] | None, start: float, stop: float) -> Callable[[int, int], None] | None:
+    """A count of a part of the work, shown in hundredths of all of it."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(round(100 * (start + (stop - start) * done / max(total, 1))), 100)
+
+
+def _regime(
+    name: str,
+    asked: tuple[str, ...],
+    queries: Sequence[str],
+    unsteered: Sequence[Generation],
+    steered: Sequence[Generation],
+) -> Regime:
+    from trimtab.evaluate import paired_bootstrap
+
+    before = tuple(_judged(name, query, answer) for query, answer in zip(queries, unsteered, strict=True))
+    after = tuple(_judged(name, query, answer) for query, answer in zip(queries, steered, strict=True))
+    difference = paired_bootstrap([answer.holds for answer in before], [answer.holds for answer in after])
+    return Regime(asked, before, after, difference)
 
 
 def _answers(
@@ -199,15 +262,18 @@ def _judged(name: str, query: str, answer: Generation) -> Answer:
 # ---- what the user sees ------------------------------------------------------------------------------------
 
 
-def _opening(lm: LM, learned: int, tested: int) -> str:
+def _opening(lm: LM, tested: int, shipped: Sequence[str]) -> str:
     lines = [
         f"{lm.name}, {_dtype(lm)} on {lm.model.device.type}, greedy, {MAX_NEW_TOKENS} tokens.",
-        f"Each steering is learned now, from {learned} queries with and without an instruction, and tried on {tested}"
-        " others.",
-        "The instruction stands in every prompt; the steering is to make it hold.",
+        f"Each instruction is tried on {tested} queries that nothing was learned from: first without the instruction in"
+        " the prompt,",
+        "so that the steering alone has to bring it about, then with it.",
     ]
-    if lm.name != TUNED_FOR:
-        lines.append(f"Blocks and strengths were tuned for {TUNED_FOR}: on this model they are untuned guesses.")
+    if shipped:
+        lines.append(
+            f"The steering for the first one is learned now. Those for {', '.join(shipped)} come with the package,"
+            " learned the same way from more answers; --learn learns them now."
+        )
     if tested < 24:
         lines.append("So few queries prove nothing.")
     return "\n".join(lines)
@@ -222,34 +288,39 @@ def _shown(result: Result, phrasing: str) -> RenderableType:
     head = Text.assemble(
         ("\n" + result.setting.shown, "bold"),
         (f'  "{phrasing}"', "italic"),
-        (f"  block {result.layer}, strength {result.setting.strength:g}, dose {result.dose:.0%}", "dim"),
+        (f"  {result.learned}, {result.edits} blocks, dose {result.dose:.1%}, {result.seconds:.0f} s", "dim"),
     )
-    return Group(head, _counts(result), *(_side_by_side(result, row) for row in telling(result)))
+    rows = telling(result.without)
+    return Group(
+        head,
+        _counts("without it in the prompt", result.without),
+        _counts("with it in the prompt", result.told),
+        *(_side_by_side(result.without, row) for row in rows),
+    )
 
 
-def _counts(result: Result) -> Text:
-    count = len(result.prompts)
+def _counts(where: str, regime: Regime) -> Text:
+    count = len(regime.prompts)
     return Text.assemble(
-        "holds in ",
-        (f"{_held(result.before)} of {count}", "bold red"),
+        f"{where}: holds in ",
+        (f"{_held(regime.before)} of {count}", "bold red"),
         " unsteered, ",
-        (f"{_held(result.after)} of {count}", "bold green"),
-        f" steered: {_points(result.difference)}",
-        (f"   {result.seconds:.0f} s", "dim"),
+        (f"{_held(regime.after)} of {count}", "bold green"),
+        f" steered ({_points(regime.difference)} points)",
     )
 
 
-def telling(result: Result) -> list[int]:
+def telling(regime: Regime) -> list[int]:
     """The rows worth showing: the first that the steering turned, and the first that it lost or left wrong."""
-    pairs = list(zip(result.before, result.after, strict=True))
+    pairs = list(zip(regime.before, regime.after, strict=True))
     turned = next((row for row, (before, after) in enumerate(pairs) if after.holds and not before.holds), None)
     wrong = next((row for row, (_, after) in enumerate(pairs) if not after.holds), None)
     return [row for row in (turned, wrong) if row is not None] or [0]
 
 
-def _side_by_side(result: Result, row: int) -> Table:
-    before, after = result.before[row], result.after[row]
-    table = Table(title=Text(result.prompts[row], style="dim"), title_justify="left", expand=True, show_lines=False)
+def _side_by_side(regime: Regime, row: int) -> Table:
+    before, after = regime.before[row], regime.after[row]
+    table = Table(title=Text(regime.prompts[row], style="dim"), title_justify="left", expand=True, show_lines=False)
     for name, answer in (("unsteered", before), ("steered", after)):
         table.add_column(Text.assemble(f"{name}  ", _verdict(answer)), ratio=1, overflow="fold")
     table.add_row(Text(before.text.strip()), Text(after.text.strip()))
@@ -263,24 +334,31 @@ def _verdict(answer: Answer) -> Text:
 
 
 def _summary(results: Sequence[Result]) -> Table:
-    table = Table("instruction", "unsteered", "steered", "difference in points, 95 %", "on topic", box=None)
+    table = Table(
+        "instruction",
+        "without it, unsteered",
+        "steered",
+        "on topic",
+        "with it, unsteered",
+        "steered",
+        "on topic",
+        box=None,
+    )
     for column in table.columns[1:]:
         column.justify = "right"
     table.title, table.title_justify, table.header_style = Text("\nAnswers that hold"), "left", "dim"
     for result in results:
-        count = len(result.prompts)
-        table.add_row(
-            result.setting.shown,
-            f"{_held(result.before)}/{count}",
-            f"{_held(result.after)}/{count}",
-            _points(result.difference),
-            f"{_on_topic(result.before)} → {_on_topic(result.after)}",
-        )
+        row = [result.setting.shown]
+        for regime in (result.without, result.told):
+            count = len(regime.prompts)
+            row += [f"{_held(regime.before)}/{count}", f"{_held(regime.after)}/{count}"]
+            row.append(f"{_on_topic(regime.before)} → {_on_topic(regime.after)}")
+        table.add_row(*row)
     return table
 
 
 def _closing(lm: LM, seconds: float, cpu_seconds: float) -> str:
-    note = LIMITS if lm.name == TUNED_FOR else UNTUNED
+    note = LIMITS if lm.name == TUNED_FOR else f"{LIMITS}\n{UNTUNED}"
     return f"\n{note}\n{seconds:.0f} s in all, {cpu_seconds:.0f} s of processor time."
 
 
@@ -325,16 +403,23 @@ def _record(result: Result) -> dict[str, Any]:
     return {
         "name": result.setting.name,
         "shown": result.setting.shown,
-        "layer": result.layer,
-        "strength": result.setting.strength,
+        "learned": result.learned,
+        "edits": result.edits,
         "dose": result.dose,
-        "unsteered": _side(result.before),
-        "steered": _side(result.after),
-        "difference": asdict(result.difference),
+        "without": _regime_record(result.without),
+        "with": _regime_record(result.told),
         "seconds": round(result.seconds, 1),
+    }
+
+
+def _regime_record(regime: Regime) -> dict[str, Any]:
+    return {
+        "unsteered": _side(regime.before),
+        "steered": _side(regime.after),
+        "difference": asdict(regime.difference),
         "answers": [
             {"prompt": prompt, "unsteered": asdict(before), "steered": asdict(after)}
-            for prompt, before, after in zip(result.prompts, result.before, result.after, strict=True)
+            for prompt, before, after in zip(regime.prompts, regime.before, regime.after, strict=True)
         ],
     }
 
