@@ -102,10 +102,13 @@ def own_answers(
     found: dict[str, list[Lesson]] = {query: [] for query in queries}
     tries: list[tuple[float, int, int]] = []
     helps, strength, total = iter(HELP), 0.0, TRIES * len(queries)
+    ways: set[tuple[float, int]] = set()
     for turn in range(TRIES):
         lacking = [query for query in queries if len(found[query]) < PER_QUERY]
-        if len(lacking) <= (1 - ENOUGH) * len(queries):
+        way = (strength, turn % teacher.turns)
+        if len(lacking) <= (1 - ENOUGH) * len(queries) or way in ways:  # asked the same way, it answers the same
             break
+        ways.add(way)
         report = None if progress is None else _after(progress, turn * len(queries), total)
         new = made.answers(lacking, turn, strength, report)
         for one in new:
@@ -173,7 +176,7 @@ class _Making:
     def towards(self, queries: Sequence[str]) -> Steering:
         """The mean difference of the prompts' last tokens, which acts while an answer begins."""
         if self._towards is None:
-            layer = round(HELP_DEPTH * self.lm.layout.layers)
+            layer = min(round(HELP_DEPTH * self.lm.layout.layers), self.lm.layout.layers - 1)
             sides = [(self.asked(query, turn), self.lm.encode(query)) for turn, query in enumerate(queries)]
             pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
             difference = contrast(self.lm, pairs, [layer])[layer].difference.float()
