@@ -147,7 +147,8 @@ def learn_distill(
         say(f"{len(answers.lessons)} answers kept, to {answered} of {len(asked)} queries")
     held_out, lessons = _split(answers.lessons, asked)
     sites = [Site(layer) for layer in chosen]
-    with forcing(lm.model, lm.layout, sites) as run:
+    helped = [edit.site for one in answers.lessons if one.help is not None for edit in one.help.edits]
+    with forcing(lm.model, lm.layout, [*sites, *helped]) as run:
         targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
         trained = _start(lm, run, sites, lessons, 0 if closed else rank, seed)
         explained: dict[Site, float] = {}
@@ -211,7 +212,7 @@ def _layers(lm: LM, layers: int | Sequence[int] | None, closed: bool) -> int | S
 def _split(lessons: Sequence[Lesson], queries: Sequence[str]) -> tuple[list[Lesson], list[Lesson]]:
     """Every so-manieth query that has answers is held out, with all of them."""
     answered = [query for query in queries if any(one.query == query for one in lessons)]
-    aside = set(answered[HELD_OUT // 2 :: HELD_OUT])
+    aside = set(answered[min(HELD_OUT // 2, len(answered) - 1) :: HELD_OUT])
     held_out, learned = (
         [one for one in lessons if one.query in aside],
         [one for one in lessons if one.query not in aside],
