@@ -78,7 +78,7 @@ def test_how_examples_are_grouped_doesnt_matter(run: Forcing) -> None:
     assert torch.allclose(found[0], found[2], atol=1e-6)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int) -> None:
     """The teacher is the model with a vector in it."""
     planted = direction(3, 4.0)
@@ -97,7 +97,7 @@ def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int) -> None
             range(8),
             [8, 9],
             loss,
-            Descent(steps=80, rate=0.05, every=20, max_dose=2.0),
+            Descent(steps=60, rate=0.05, every=20, max_dose=2.0),
             groups=lambda some: passes(lm.model, [texts[i] for i in some]),
         )
     assert course.losses[-1] < 0.05 * course.losses[0]

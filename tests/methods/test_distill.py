@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}w70{% elif m.role == 'user' %}w71{% else %}w72{% endif %}"
     " {{ m.content }} {% endfor %}{% if add_generation_prompt %}w72{% endif %}"
 )
-QUICK: dict[str, Any] = {"queries": QUERIES, "tokens": 8, "steps": 6, "rate": 0.05}
+QUICK: dict[str, Any] = {"queries": QUERIES, "tokens": 8, "steps": 4, "rate": 0.05}
 FITS = ["gradient", "closed", "both"]
 
 
@@ -41,6 +41,11 @@ def fresh(dtype: torch.dtype = torch.float32) -> LM:
 @pytest.fixture(scope="module")
 def lm() -> LM:
     return fresh()
+
+
+@pytest.fixture(scope="module")
+def usual(lm: LM) -> Steering:
+    return learn(lm)
 
 
 def learn(lm: LM, **more: Any) -> Steering:
@@ -85,13 +90,22 @@ def divergence(lm: LM, steering: Steering | None, teacher: Teacher, *, with_prom
 # ---- it learns -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize(
+    ("fit", "rank"),
+    [
+        ("gradient", 0),
+        pytest.param("gradient", 4, marks=pytest.mark.slow),
+        pytest.param("closed", 0, marks=pytest.mark.slow),
+        ("closed", 4),
+        pytest.param("both", 0, marks=pytest.mark.slow),
+        ("both", 4),
+    ],
+)
 def test_it_gets_nearer_and_again_to_the_same_bytes(fit: str, rank: int, tmp_path: Path, courses: list[Course]) -> None:
     digests = []
     for run in ("one", "two"):
         lm = fresh()
-        steering = learn(lm, fit=fit, rank=rank, steps=20, with_prompt=0.0)
+        steering = learn(lm, fit=fit, rank=rank, steps=12, with_prompt=0.0)
         digests.append(save(steering, tmp_path / f"{run}.safetensors"))
     assert digests[0] == digests[1]
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
@@ -103,7 +117,7 @@ def test_it_gets_nearer_and_again_to_the_same_bytes(fit: str, rank: int, tmp_pat
     before, after = divergence(lm, None, teacher), divergence(lm, loaded, teacher)
     assert after < (0.85 if fit == "gradient" else 0.97) * before
     assert len(courses) == (0 if fit == "closed" else 2)
-    assert all(course.losses[-1] < 0.8 * course.losses[0] for course in courses)
+    assert all(course.losses[-1] < 0.9 * course.losses[0] for course in courses)
     kind = ReadWrite if rank else Add
     assert all(type(edit.operation) is kind for edit in steering.edits)
     assert {edit.positions for edit in steering.edits} == {Positions.from_last_prompt_token()}
@@ -151,7 +165,6 @@ def test_every_kind_of_teacher(lm: LM, name: str, courses: list[Course]) -> None
 
 def test_a_teacher_and_its_short_forms_are_the_same(lm: LM) -> None:
     for short, teacher in (
-        ({"instruction": SAID}, Teacher((SAID,))),
         ({"instruction": [SAID, "w9"]}, Teacher((SAID, "w9"))),
         ({"instruction": SAID, "system": "w5"}, Teacher((SAID,), system="w5")),
     ):
@@ -163,7 +176,7 @@ def test_a_teacher_and_its_short_forms_are_the_same(lm: LM) -> None:
 def test_a_share_of_answers_is_learned_with_the_prompt(lm: LM) -> None:
     """With none of them the prompted model may go astray; with all of them it stays where it is."""
     teacher = Teacher((SAID,))
-    never, always = (learn(lm, with_prompt=share, steps=12, rate=0.1) for share in (0.0, 1.0))
+    never, always = (learn(lm, with_prompt=share, steps=8, rate=0.1) for share in (0.0, 1.0))
     astray, stays = (divergence(lm, one, teacher, with_prompt=True) for one in (never, always))
     assert stays < 0.2 * astray
     assert divergence(lm, never, teacher) < divergence(lm, always, teacher)
@@ -185,8 +198,7 @@ def test_the_model_is_as_it_was() -> None:
     assert [one.token_ids for one in lm.generate(QUERIES[:3], max_new_tokens=5)] == [one.token_ids for one in answers]
 
 
-def test_other_seeds_and_other_prompts_are_other_steerings(lm: LM) -> None:
-    usual = learn(lm)
+def test_other_seeds_and_other_prompts_are_other_steerings(lm: LM, usual: Steering) -> None:
     assert learn(lm, seed=1) != usual
     other = learn(lm, instruction="w9 w9")
     assert other != usual
@@ -231,8 +243,8 @@ def test_few_queries_have_something_held_out_as_well(lm: LM, tmp_path: Path) -> 
     assert load(tmp_path / "few.safetensors") == steering
 
 
-def test_queries_that_repeat_count_once(lm: LM) -> None:
-    assert learn(lm, queries=QUERIES * 2) == learn(lm)
+def test_queries_that_repeat_count_once(lm: LM, usual: Steering) -> None:
+    assert learn(lm, queries=QUERIES * 2) == usual
 
 
 def test_without_a_check(lm: LM) -> None:
