@@ -17,6 +17,8 @@ from benchmarks.report import markdown, show
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("TRIMTAB_DATA") or ROOT.parent / "shared" / "data")
 
+ALL_FOUR = "json,title,bullets,sentence"
+
 app = typer.Typer(
     help="Ratios measured side by side, in interleaved runs. See benchmarks/RESULTS.md.",
     no_args_is_help=True,
@@ -80,6 +82,28 @@ def instruct(
     from benchmarks.instruct import run
 
     finish(run(prompts, tokens, layers), json_file, check, as_markdown)
+
+
+@app.command()
+def distill(
+    model: Annotated[str | None, typer.Option(help="A Hub id, a folder or a GGUF file.")] = None,
+    names: Annotated[
+        str, typer.Option("--instructions", help="Which of the package's.")
+    ] = "json,title,bullets,sentence",
+    seeds: Annotated[int, typer.Option(min=1, help="Learn each so often.")] = 2,
+    fits: Annotated[str, typer.Option(help="gradient, closed, both; the first one has controls.")] = "gradient,closed",
+    lora: Annotated[bool, typer.Option(help="Train a LoRA on the same answers, too.")] = True,
+    folder: Annotated[Path, typer.Option(help="Where steerings are kept, and taken from.")] = Path("distilled"),
+    limit: Annotated[int | None, typer.Option(min=1, help="Answer so many of the test queries only.")] = None,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """A prompt compiled into a steering, against the prompt, the mean difference, random directions and a LoRA."""
+    from benchmarks.distill import run
+
+    report = run(model, names.split(","), seeds, fits.split(","), folder, lora=lora, limit=limit)
+    finish(report, json_file, check, as_markdown)
 
 
 @app.command()

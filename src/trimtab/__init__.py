@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trimtab.methods.caa import learn_caa
     from trimtab.methods.cap import learn_cap
     from trimtab.methods.directer import directer
+    from trimtab.methods.distill import learn_distill
     from trimtab.methods.instaboost import instaboost
     from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
     from trimtab.methods.pasta import pasta
@@ -100,6 +101,7 @@ __all__ = [
     "instaboost",
     "learn_caa",
     "learn_cap",
+    "learn_distill",
     "learn_instruct",
     "learn_length",
     "learn_many",
@@ -128,6 +130,7 @@ _HOMES = {
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.methods.caa": ("learn_caa",),
     "trimtab.methods.cap": ("learn_cap",),
+    "trimtab.methods.distill": ("learn_distill",),
     "trimtab.methods.directer": ("directer",),
     "trimtab.methods.instaboost": ("instaboost",),
     "trimtab.methods.pasta": ("pasta",),

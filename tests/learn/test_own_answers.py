@@ -12,8 +12,8 @@ import tiny
 import torch
 from tiny import prompt
 
-from trimtab import LM, Positions, Steering, TrimtabError
-from trimtab.engines.transformers.forced import Forced
+from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
+from trimtab.engines.transformers.forced import Forced, forcing
 from trimtab.learn import own_answers as module
 from trimtab.learn.own_answers import LEAST, MARGIN, OPENING, PER_QUERY, Answers, Lesson, logprobs, own_answers
 from trimtab.learn.teachers import Teacher
@@ -39,7 +39,7 @@ def kept_by(check: Any, teacher: Teacher = TEACHER, *, lm: LM, **more: Any) -> A
     return own_answers(lm, teacher, QUERIES, check=check, tokens=TOKENS, **more)
 
 
-def watched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], Steering | None, dict[str, Any]]]:
+def watched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], Any, dict[str, Any]]]:
     """What the model was asked, under which steering."""
     calls: list[Any] = []
     generate = lm.generate
@@ -67,7 +67,7 @@ def test_lessons_are_what_the_model_answers(lm: LM) -> None:
         assert one.plain == tuple(lm.encode(one.query))
         (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), max_new_tokens=TOKENS)
         assert (one.answer, one.text) == (tuple(answer.token_ids), answer.text)
-        assert (one.helped, one.help) == (0, None)
+        assert one.help is None
 
 
 def test_the_check_is_asked_of_every_answer_and_obeyed(lm: LM) -> None:
@@ -81,7 +81,7 @@ def test_the_check_is_asked_of_every_answer_and_obeyed(lm: LM) -> None:
     assert found.lessons
     assert all(odd(one.query, one.text, True) for one in found.lessons)
     assert {(one.query, one.text, True) for one in found.lessons} < set(asked)  # no end of text: all are cut
-    assert sum(kept for _, kept, _ in found.tries) == sum(odd(*one) for one in asked)
+    assert sum(one.kept for one in found.tries) == sum(odd(*one) for one in asked)
 
 
 def test_whether_the_limit_cut_an_answer_is_told(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,14 +116,14 @@ def test_answers_that_turn_in_circles_or_are_empty_are_left_out(lm: LM, monkeypa
     found = kept_by(lambda _q, answer, _c: asked.append(answer) or True, lm=lm)
     assert not any("w5 w5 w5 w5" in answer or not answer.strip() for answer in asked)
     assert all(repeated_share(one.text) <= module.REPEATED_LIMIT for one in found.lessons)
-    assert found.tries[0][1] <= len(QUERIES) - 2
+    assert found.tries[0].kept <= len(QUERIES) - 2
 
 
 def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
     few = set(QUERIES[: LEAST // 2 - 1])
     with pytest.raises(TrimtabError, match=rf"of \d+ answers .* {LEAST} are needed.*give examples, or more queries"):
         kept_by(lambda query, _answer, _cut: query in few, lm=lm)
-    with pytest.raises(TrimtabError, match=r"of 48 answers that the model wrote under this prompt, 0 do what it says"):
+    with pytest.raises(TrimtabError, match=r"of 120 answers that the model wrote under this prompt, 0 do what it says"):
         kept_by(lambda *_: False, lm=lm)
 
 
@@ -136,7 +136,7 @@ def test_without_a_check_answers_are_kept_that_the_prompt_makes_likelier(lm: LM)
     monkey = pytest.MonkeyPatch()
     monkey.setattr(module, "MARGIN", sorted(gains)[len(gains) // 2])
     try:
-        assert kept_by(None, lm=lm).tries[0][1] < found.tries[0][1]
+        assert kept_by(None, lm=lm).tries[0].kept < found.tries[0].kept
     finally:
         monkey.undo()
 
@@ -167,7 +167,7 @@ def test_what_was_asked_the_same_way_is_not_asked_again(lm: LM, monkeypatch: pyt
     found = kept_by(anything, Teacher(PHRASINGS[:1]), lm=lm)
     assert len(calls) == 1
     assert len(found.tries) == 1
-    assert len(found.lessons) == max(LEAST, round(0.75 * found.tries[0][1]))
+    assert len(found.lessons) == max(LEAST, round(0.75 * found.tries[0].kept))
 
 
 def test_queries_that_have_their_answers_are_not_asked_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,33 +210,33 @@ def rarely(limit: int) -> Callable[[str, str, bool], bool]:
 
 
 def test_a_model_that_does_as_told_is_not_helped(lm: LM) -> None:
-    assert all(strength == 0 for strength, _, _ in kept_by(anything, lm=lm).tries)
+    assert all(one.help == "" for one in kept_by(anything, lm=lm).tries)
 
 
-def test_help_acts_on_the_opening_alone(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = watched(lm, monkeypatch)
+def test_help_acts_on_the_opening_alone(lm: LM) -> None:
     found = kept_by(rarely(10), lm=lm)
-    assert [strength for strength, _, _ in found.tries] == [0.0, 0.6, 0.6]
-    helps = [steering for _, steering, _ in calls]
-    assert helps[0] is None
-    for help_ in helps[1:]:
-        assert help_ is not None
-        (edit,) = help_.edits
-        assert edit.positions == Positions.opening(OPENING)
-        assert edit.strength == pytest.approx(0.6)
-    helped = [one for one in found.lessons if one.help is not None]
+    assert found.tries[0].help == ""
+    assert found.tries[1].help == "tried at several blocks"
+    helped = [one for one in found.good if one.help is not None]
     assert helped
-    for one in helped:
-        assert one.helped == min(OPENING, len(one.answer))
+    for one in helped[::6]:
+        assert one.help is not None
+        assert [edit.positions for edit in one.help.edits] == [Positions.opening(OPENING)]
+        assert module.helped(one) == min(OPENING, len(one.answer))
         (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), one.help, max_new_tokens=TOKENS)
         assert one.answer == tuple(answer.token_ids)
 
 
 def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> None:
-    made = module._Making(lm, TEACHER, anything, TOKENS)
-    (edit,) = made.towards(QUERIES).edits
-    layer = round(module.HELP_DEPTH * lm.layout.layers)
-    assert edit.site.layer == layer
+    """The best two are of those that were tried, by how many of their answers were kept."""
+    best, tried, found = module.Making(lm, TEACHER, odd, TOKENS).best_helps(QUERIES, 0)
+    assert len(best) == 2
+    assert tried.kept == len(found)
+    counts = Counter(one.help for one in found)
+    assert [counts[help_] for help_ in best] == sorted(counts.values(), reverse=True)[:2]
+    (edit,) = best[0].edits
+    assert edit.strength in module.HELP_STRENGTHS
+    layer = edit.site.layer
     total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
     for turn, query in enumerate(QUERIES):
         ((told,), (bare,)) = (list(lm.capture(text, [layer])[0].values()) for text in (TEACHER.ask(query, turn), query))
@@ -244,22 +244,43 @@ def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> 
     assert torch.allclose(edit.operation.direction.double(), total / len(QUERIES), atol=1e-4)
 
 
-def test_where_help_is_not_enough_it_grows(lm: LM) -> None:
+def test_where_help_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
     with pytest.raises(TrimtabError):
         kept_by(lambda *_: False, lm=lm)
-    found = kept_by(rarely(2 * len(QUERIES) - 4), lm=lm)
-    assert [strength for strength, _, _ in found.tries] == [0.0, 0.6, 1.0]
+    each = [set(helps) for _, helps, _ in calls if helps is not None]
+    assert [len(helps) for helps in each] == [1, 6, 1, 1]
+    assert each[0] == {None}
+    assert each[2] != each[3]
+    assert each[2] | each[3] < each[1]
 
 
-def test_help_as_changes_is_help(lm: LM) -> None:
-    help_ = 0.6 * module._Making(lm, TEACHER, anything, TOKENS).towards(QUERIES)
-    (edit,) = help_.edits
-    one = Lesson("w3", 0, (3,), (3,), (4,), "w4", 1, help_)
-    x = torch.zeros(3, tiny.WIDTH, dtype=torch.bfloat16)
-    changes = module.help_changes(one)
-    expected = (0.6 * edit.operation.direction).bfloat16().expand(3, -1)
-    assert torch.equal(changes[edit.site](x), expected)
-    assert module.help_changes(Lesson("w3", 0, (3,), (3,), (4,), "w4")) == {}
+@pytest.mark.parametrize("operation", [Add(tiny.direction(1)), tiny.read_write(2, 3)])
+def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
+    """Whatever the operation: what was learned may be the help."""
+    help_ = 0.6 * Steering((Edit(Site(1), operation),))
+    text = Forced(tuple(lm.encode(prompt(1, 5))), tuple(lm.encode(prompt(2, 4))))
+    with forcing(lm.model, lm.layout, [Site(1)]) as run, torch.no_grad():
+        (found,) = run.logits([text], module.help_changes(help_))
+    with lm.steered(help_, prompt_lengths=[5]), torch.no_grad():
+        ids = torch.tensor([[*text.prompt, *text.answer[:-1]]])
+        expected = lm.model(input_ids=ids, use_cache=False).logits[0, 4:]
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5", help_)) == 2
+    assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5")) == 0
+
+
+def test_more_answers_come_beside_those_so_far(lm: LM) -> None:
+    so_far = kept_by(lambda query, _a, _c: query in QUERIES[:8], lm=lm)
+    help_ = Steering((Edit(Site(1), Add(tiny.direction(1, 3.0))),))
+    more = module.more_answers(lm, TEACHER, QUERIES, so_far, help_, check=anything, tokens=TOKENS)
+    assert set(so_far.good) <= set(more.good)
+    assert more.answered > so_far.answered
+    assert more.tries[:-1] == so_far.tries
+    new = [one for one in more.good if one.help == help_]
+    assert new
+    assert all(module.helped(one) == len(one.answer) for one in new)
+    assert max(Counter(one.query for one in more.lessons).values()) <= PER_QUERY
 
 
 # ---- what they say -------------------------------------------------------------------------------------------
@@ -267,8 +288,8 @@ def test_help_as_changes_is_help(lm: LM) -> None:
 
 def candidates(lm: LM) -> tuple[Any, list[Lesson]]:
     """Three answers a query, though not to every one."""
-    made = module._Making(lm, TEACHER, anything, TOKENS)
-    lessons = [one for turn in range(3) for one in made.answers(QUERIES[: 12 - turn], turn, 0.0, None)]
+    made = module.Making(lm, TEACHER, anything, TOKENS)
+    lessons = [one for turn in range(3) for one in made.answers(QUERIES[: 12 - turn], turn, [None])]
     return made, sorted(lessons, key=lambda one: QUERIES.index(one.query))
 
 
@@ -285,7 +306,7 @@ def naive_says(lm: LM, one: Lesson, other: str) -> float:
 
 def test_those_are_kept_that_say_most_about_their_queries(lm: LM) -> None:
     made, lessons = candidates(lm)
-    kept = module._to_the_point(lm, made, lessons)
+    kept = module._to_the_point(made, lessons)
     queries = list(dict.fromkeys(one.query for one in lessons))
     says = {
         (one.query, one.turn): naive_says(lm, one, queries[(queries.index(one.query) + 1) % len(queries)])

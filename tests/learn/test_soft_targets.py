@@ -11,7 +11,7 @@ from torch import Tensor
 from trimtab import LM, Add, Edit, Positions, Site, Steering
 from trimtab.engines.transformers.forced import Forced, forcing
 from trimtab.learn import soft_targets as module
-from trimtab.learn.own_answers import OPENING, Lesson
+from trimtab.learn.own_answers import OPENING, Lesson, helped
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 
 VOCABULARY = 300
@@ -88,13 +88,11 @@ def test_its_gradient_is_finite_and_leads_to_the_teacher(monkeypatch: pytest.Mon
 # ---- the teacher's -------------------------------------------------------------------------------------------
 
 
-def lesson(lm: LM, seed: int, helped: int = 0) -> Lesson:
+def lesson(lm: LM, seed: int, help_: Steering | None = None) -> Lesson:
     asked, plain = prompt(seed, 4 + seed), prompt(seed, 3)
-    (answer,) = lm.generate(asked, HELP if helped else None, max_new_tokens=9 + seed % 3)
+    (answer,) = lm.generate(asked, help_, max_new_tokens=9 + seed % 3)
     ids = tuple(answer.token_ids)
-    return Lesson(
-        plain, 0, tuple(lm.encode(asked)), tuple(lm.encode(plain)), ids, answer.text, helped, HELP if helped else None
-    )
+    return Lesson(plain, 0, tuple(lm.encode(asked)), tuple(lm.encode(plain)), ids, answer.text, help_)
 
 
 def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM) -> None:
@@ -116,28 +114,28 @@ def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM) -> None
 
 def test_a_helped_opening_is_what_the_helped_model_says(lm: LM) -> None:
     """And what comes after it is what the model says by itself."""
-    lessons = [lesson(lm, 0), lesson(lm, 1, OPENING), lesson(lm, 2, OPENING), lesson(lm, 3)]
+    lessons = [lesson(lm, 0), lesson(lm, 1, HELP), lesson(lm, 2, HELP), lesson(lm, 3)]
     with forcing(lm.model, lm.layout, [Site(2)]) as run:
         found = soft_targets(run, lessons)
     for one, told in zip(lessons, found, strict=True):
         prompt_ids, ids = one.asked, torch.tensor([[*one.asked, *one.answer[:-1]]])
         with torch.no_grad():
             bare = lm.model(input_ids=ids).logits[0, len(prompt_ids) - 1 :].log_softmax(-1)
-        helped = bare
+        steered = bare
         if one.help is not None:
             with lm.steered(one.help, prompt_lengths=[len(prompt_ids)]), torch.no_grad():
-                helped = lm.model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 :].log_softmax(-1)
-            assert not torch.allclose(helped[:OPENING], bare[:OPENING], atol=0.1)
-        opening = told.logprobs[: one.helped]
-        assert torch.allclose(opening, helped.gather(-1, told.ids)[: one.helped], atol=1e-5)
-        assert torch.allclose(told.logprobs[one.helped :], bare.gather(-1, told.ids)[one.helped :], atol=1e-5)
-        assert told.ids[:, 0].tolist()[: one.helped] == list(one.answer)[: one.helped]
+                steered = lm.model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 :].log_softmax(-1)
+            assert not torch.allclose(steered[:OPENING], bare[:OPENING], atol=0.1)
+        opening = told.logprobs[: helped(one)]
+        assert torch.allclose(opening, steered.gather(-1, told.ids)[: helped(one)], atol=1e-5)
+        assert torch.allclose(told.logprobs[helped(one) :], bare.gather(-1, told.ids)[helped(one) :], atol=1e-5)
+        assert told.ids[:, 0].tolist()[: helped(one)] == list(one.answer)[: helped(one)]
         assert told.ids.shape == (len(one.answer), module.TOP)
 
 
 def test_an_answer_that_is_all_opening(lm: LM) -> None:
-    short = lesson(lm, 1, OPENING)
-    short = Lesson(short.query, 0, short.asked, short.plain, short.answer[:3], short.text, 3, HELP)
+    short = lesson(lm, 1, HELP)
+    short = Lesson(short.query, 0, short.asked, short.plain, short.answer[:3], short.text, HELP)
     with forcing(lm.model, lm.layout, [Site(2)]) as run:
         (told,) = soft_targets(run, [short])
         (logits,) = run.logits(

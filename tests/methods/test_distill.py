@@ -229,7 +229,7 @@ def test_help_acts_where_nothing_is_learned(lm: LM, layers: list[int] | None) ->
         return len(asked) > len(QUERIES) - 2
 
     steering = learn(lm, layers=layers, check=later)
-    assert [one["help"] for one in steering.card.measured["tries"]][:2] == [0.0, 0.6]
+    assert [one["help"] for one in steering.card.measured["tries"]][:2] == ["", "tried at several blocks"]
     assert [edit.site.layer for edit in steering.edits] == (layers or list(range(LAYERS)))
 
 
@@ -279,7 +279,7 @@ def test_progress_goes_on_and_words_say_how_it_stands(lm: LM, fit: str) -> None:
     learn(lm, fit=fit, rank=2, steps=20, progress=lambda done, total: told.append((done, total)), say=said.append)
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1]
-    assert "answers kept, to" in said[0]
+    assert "answers kept" in said[0]
     assert len(said) == (1 if fit == "closed" else 3)
 
 

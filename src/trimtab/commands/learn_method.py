@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 OWN_COMMAND = ("caa", "instruct")
 """These two learn by `trimtab learn` itself, which has more sources to learn from."""
+DISTILL = "distill"
+"""Its command is written by hand: it learns from a prompt, in several forms, and not from data."""
 
 METHOD = "The method's own options"
 TYPES: dict[str, Any] = {"int": int, "float": float, "bool": bool}
@@ -44,6 +46,10 @@ class Learn(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Where the first argument is such a method, the context of its command."""
+        if args and args[0] == DISTILL:
+            from trimtab.commands.learn_distill import command
+
+            return command().make_context(f"{info_name} {DISTILL}", args[1:], parent=parent, **extra)
         if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
             known = recipes()
             if args[0] in known:

@@ -49,8 +49,8 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar with the time left, on stderr: yields `update(done, total)`.
+def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[..., None] | None]:
+    """A bar with the time left, on stderr: yields `update(done, total)`; `update(label=…)` gives it another label.
 
     Where stderr is no terminal, and with `quiet`, there is none and `None` is yielded.
     """
@@ -62,7 +62,11 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[[int, int], No
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         bar = bars.add_task(label, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+        def update(done: int | None = None, total: int | None = None, *, label: str | None = None) -> None:
+            bars.update(bar, completed=done, total=total, description=label)
+
+        yield update
 
 
 @contextmanager

@@ -213,7 +213,7 @@ def tune(
             else _own(read, with_instruction, limit, seed, str(pairs))
         )
         if instruction is not None and check is None and type_ is None and kwargs is None:
-            check, type_, kwargs = _check_of(instruction)
+            check, type_, kwargs = check_of(instruction)
         checker = checker_for(check, type_, kwargs, task.queries)
 
     from trimtab.files.steering_file import save_steering
@@ -309,7 +309,7 @@ def _held_pairs(read: list[Pair], task: Task) -> list[Pair]:
     return [pair for pair in read if pair.prompt in asked]
 
 
-def _check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
+def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
     """The check of an instruction that the package knows, to save naming it: a name, or a type and kwargs."""
     from trimtab.data import instructions, recognise
     from trimtab.evaluate.constraints import CONSTRAINTS

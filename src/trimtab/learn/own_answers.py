@@ -7,19 +7,24 @@ needs no answers), and writes the rest of it by itself.
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from trimtab.engines.folding import as_rows, row_of
 from trimtab.engines.transformers.forced import Change, Forced, forcing, passes
 from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
-from trimtab.learn.contrast import contrast
+from trimtab.learn.contrast import Progress, contrast
 from trimtab.learn.teachers import Teacher
 from trimtab.steering import Add, Edit, Positions, Site, Steering
+from trimtab.steering.operations import Kernel, Rows
 from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
 
 if TYPE_CHECKING:
@@ -31,17 +36,18 @@ Check = Callable[[str, str, bool], bool]
 OPENING = 8
 """So many tokens of an answer are steered when the model is helped to begin."""
 TRIES = 3
-HELP = (0.6, 1.0)
-"""How strongly, in mean differences, the first time that help is needed and the second."""
 OFTEN = 0.5
 """A model that does what it is told in this share of answers isn't helped."""
-HELP_DEPTH = 0.6
+HELP_DEPTHS, HELP_STRENGTHS = (0.3, 0.5, 0.7), (0.6, 1.2)
+HELP_QUERIES = 12
+"""At which depth the model is helped, and how strongly in mean differences, is tried on so many queries."""
 PER_QUERY = 2
 """So many answers to one query are learned from, at most."""
 ENOUGH = 0.75
 """The share of queries with that many answers, from which on the model isn't asked again."""
 TO_THE_POINT = 0.75
 """The share of answers that are kept by what they say about their queries."""
+WHILE_IT_BEGINS = Positions.opening(OPENING)
 LEAST = 8
 """Fewer answers than this are too few to learn from."""
 MARGIN = 0.05
@@ -54,7 +60,7 @@ BATCH = 32
 class Lesson:
     """An answer that was kept: `asked` and `plain` are the prompts' ids with and without what the teacher says.
 
-    The first `helped` tokens of the answer were written under the `help`.
+    `turn` is the phrasing that the teacher used, and `help` the steering under which the model wrote.
     """
 
     query: str
@@ -63,16 +69,30 @@ class Lesson:
     plain: tuple[int, ...]
     answer: tuple[int, ...]
     text: str
-    helped: int = 0
     help: Steering | None = None
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What was made and what was kept: the lessons, and for each try how many answers were kept of how many."""
+class Try:
+    """One time of asking: the help (`""`: none), how many queries were asked, and how many answers kept."""
 
+    help: str
+    asked: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was made: all answers that do what the teacher says, those to learn from, and the tries."""
+
+    good: tuple[Lesson, ...]
     lessons: tuple[Lesson, ...]
-    tries: tuple[tuple[float, int, int], ...]  # the strength of the help, kept, asked
+    tries: tuple[Try, ...]
+
+    @property
+    def answered(self) -> int:
+        """To how many queries there is an answer."""
+        return len({one.query for one in self.good})
 
 
 def own_answers(
@@ -82,7 +102,7 @@ def own_answers(
     *,
     check: Check | None,
     tokens: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Answers:
     """The model's own answers under a teacher's prompt, at most two a query.
 
@@ -96,95 +116,153 @@ def own_answers(
         progress: Called with the answers made and those that may be made.
 
     Raises:
-        TrimtabError: Fewer than `LEAST` answers were kept.
+        TrimtabError: Fewer than `LEAST` answers were kept, counting at most two a query.
     """
-    made = _Making(lm, teacher, check, tokens)
-    found: dict[str, list[Lesson]] = {query: [] for query in queries}
-    tries: list[tuple[float, int, int]] = []
-    helps, strength, total = iter(HELP), 0.0, TRIES * len(queries)
-    ways: set[tuple[float, int]] = set()
+    made = Making(lm, teacher, check, tokens)
+    good: list[Lesson] = []
+    tries: list[Try] = []
+    helps: list[Steering] = []
+    help_: Steering | None = None
+    ways: set[tuple[Steering | None, int]] = set()
+    total = TRIES * len(queries)
     for turn in range(TRIES):
-        lacking = [query for query in queries if len(found[query]) < PER_QUERY]
-        way = (strength, turn % teacher.turns)
+        lacking = _lacking(queries, good)
+        way = (help_, turn % teacher.turns)
         if len(lacking) <= (1 - ENOUGH) * len(queries) or way in ways:  # asked the same way, it answers the same
             break
         ways.add(way)
         report = None if progress is None else _after(progress, turn * len(queries), total)
-        new = made.answers(lacking, turn, strength, report)
-        for one in new:
-            if all(one.answer != other.answer for other in found[one.query]):
-                found[one.query].append(one)
-        tries.append((strength, len(new), len(lacking)))
-        if len(new) < OFTEN * len(lacking):
-            strength = next(helps, strength)
-    candidates = [one for query in queries for one in found[query]]
-    if len(candidates) < LEAST:
+        new = made.answers(lacking, turn, [help_], report)
+        good = _different([*good, *new])
+        tries.append(Try(_named(help_), len(lacking), len(new)))
+        if len(new) >= OFTEN * len(lacking) or turn == TRIES - 1:
+            continue
+        if not helps:
+            helps, tried, found = made.best_helps(lacking, turn)
+            good = _different([*good, *found])
+            tries.append(tried)
+        help_ = helps.pop(0)
+    if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
         raise TrimtabError(
-            f"of {sum(asked for _, _, asked in tries)} answers that the model wrote under this prompt,"
-            f" {len(candidates)} do what it says; {LEAST} are needed. Say it in other words, give examples, or more"
-            " queries"
+            f"of {sum(one.asked for one in tries)} answers that the model wrote under this prompt, {len(good)} do what"
+            f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
+            " more queries"
         )
-    lessons = _to_the_point(lm, made, candidates)
     if progress is not None:
         progress(total, total)
-    return Answers(tuple(lessons), tuple(tries))
+    return Answers(tuple(good), tuple(_to_the_point(made, good)), tuple(tries))
 
 
-def _after(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+def more_answers(
+    lm: LM,
+    teacher: Teacher,
+    queries: Sequence[str],
+    so_far: Answers,
+    help_: Steering,
+    *,
+    check: Check | None,
+    tokens: int,
+    progress: Progress | None = None,
+) -> Answers:
+    """Answers to queries that have too few, written under the teacher's prompt and a steering, beside those so far.
+
+    The arguments are those of `own_answers`; `help_` acts on the whole answer.
+    """
+    made = Making(lm, teacher, check, tokens)
+    lacking = _lacking(queries, so_far.good)
+    new = made.answers(lacking, 0, [help_], progress)
+    good = _different([*so_far.good, *new])
+    tried = Try(_named(help_), len(lacking), len(new))
+    return Answers(tuple(good), tuple(_to_the_point(made, good)), (*so_far.tries, tried))
+
+
+def _lacking(queries: Sequence[str], good: Sequence[Lesson]) -> list[str]:
+    """The queries with fewer answers than may be learned from."""
+    counts = Counter(one.query for one in good)
+    return [query for query in queries if counts[query] < PER_QUERY]
+
+
+def _different(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """The lessons, each answer to a query once."""
+    return list({(one.query, one.answer): one for one in reversed(lessons)}.values())[::-1]
+
+
+def _named(help_: Steering | None) -> str:
+    if help_ is None:
+        return ""
+    layers, strength = help_.layers, help_.edits[0].strength
+    return f"{strength:g} at block {layers[0]}" if len(layers) == 1 else f"what was learned, at {len(layers)} blocks"
+
+
+def _after(progress: Progress, before: int, total: int) -> Progress:
     return lambda done, _: progress(before + done, total)
 
 
-@dataclass
-class _Making:
-    """Makes answers and judges them; what all tries need is made once."""
+@dataclass(frozen=True)
+class Making:
+    """Makes answers under a teacher's prompt, and judges them."""
 
     lm: LM
     teacher: Teacher
     check: Check | None
     tokens: int
-    _towards: Steering | None = None
 
     def answers(
-        self, queries: Sequence[str], turn: int, strength: float, progress: Callable[[int, int], None] | None
+        self,
+        queries: Sequence[str],
+        turn: int,
+        helps: Sequence[Steering | None],
+        progress: Progress | None = None,
     ) -> list[Lesson]:
-        """The answers to these queries that do what the teacher says, helped so strongly."""
-        help_ = strength * self.towards(queries) if strength else None
-        prompts = [self.teacher.ask(query, turn) for query in queries]
+        """The answers to each query, under each help, that do what the teacher says."""
+        rows = [(query, help_) for help_ in helps for query in queries]
         answers = self.lm.generate(
-            prompts,
-            help_,
+            [self.teacher.ask(query, turn) for query, _ in rows],
+            [help_ for _, help_ in rows],
             system=self.teacher.system,
             max_new_tokens=self.tokens,
             batch_size=BATCH,
             progress=progress,
         )
         made = []
-        for query, answer in zip(queries, answers, strict=True):
+        for (query, help_), answer in zip(rows, answers, strict=True):
             if not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT:
                 continue
             if self.check is not None and not self.check(query, answer.text, answer.finish_reason == "length"):
                 continue
-            ids = tuple(answer.token_ids)
-            helped = min(OPENING, len(ids)) if help_ is not None else 0
-            plain = tuple(self.lm.encode(query))
-            made.append(Lesson(query, turn, self.asked(query, turn), plain, ids, answer.text, helped, help_))
+            plain, ids = tuple(self.lm.encode(query)), tuple(answer.token_ids)
+            made.append(Lesson(query, turn, self.asked(query, turn), plain, ids, answer.text, help_))
         return made if self.check is not None else _likelier(self.lm, made)
 
     def asked(self, query: str, turn: int) -> tuple[int, ...]:
+        """The teacher's prompt, as token ids."""
         return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
 
-    def towards(self, queries: Sequence[str]) -> Steering:
-        """The mean difference of the prompts' last tokens, which acts while an answer begins."""
-        if self._towards is None:
-            layer = min(round(HELP_DEPTH * self.lm.layout.layers), self.lm.layout.layers - 1)
-            sides = [(self.asked(query, turn), self.lm.encode(query)) for turn, query in enumerate(queries)]
-            pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
-            difference = contrast(self.lm, pairs, [layer])[layer].difference.float()
-            self._towards = Steering((Edit(Site(layer), Add(difference), Positions.opening(OPENING)),))
-        return self._towards
+    def best_helps(self, queries: Sequence[str], turn: int) -> tuple[list[Steering], Try, list[Lesson]]:
+        """The helps in the order of how many answers they make do what the teacher says, the best two.
+
+        They are tried on some of the queries; what was kept of that comes with them.
+        """
+        last = self.lm.layout.layers - 1
+        layers = sorted({min(round(depth * self.lm.layout.layers), last) for depth in HELP_DEPTHS})
+        sides = [(self.asked(query, n), self.lm.encode(query)) for n, query in enumerate(queries)]
+        pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
+        moments = contrast(self.lm, pairs, layers)
+        helps = [
+            strength * Steering((Edit(Site(layer), Add(moments[layer].difference.float()), WHILE_IT_BEGINS),))
+            for strength in HELP_STRENGTHS
+            for layer in layers
+        ]
+        some = queries[:: max(1, len(queries) // HELP_QUERIES)][:HELP_QUERIES]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of doses: that is what is tried here
+            found = self.answers(some, turn, helps)
+        counts = Counter(one.help for one in found)
+        best = sorted(helps, key=lambda help_: -counts[help_])[:2]
+        return best, Try("tried at several blocks", len(some) * len(helps), len(found)), found
 
 
-def _to_the_point(lm: LM, made: _Making, lessons: Sequence[Lesson]) -> list[Lesson]:
+def _to_the_point(made: Making, lessons: Sequence[Lesson]) -> list[Lesson]:
     """Of each query's answers the two that say most about it, without the quarter of all that says least.
 
     What an answer says about its query is how much more likely it is after it than after another query under the same
@@ -192,8 +270,8 @@ def _to_the_point(lm: LM, made: _Making, lessons: Sequence[Lesson]) -> list[Less
     """
     queries = list(dict.fromkeys(one.query for one in lessons))
     other = dict(zip(queries, [*queries[1:], queries[0]], strict=True))
-    own = logprobs(lm, [Forced(one.asked, one.answer) for one in lessons])
-    swapped = logprobs(lm, [Forced(made.asked(other[one.query], one.turn), one.answer) for one in lessons])
+    own = logprobs(made.lm, [Forced(one.asked, one.answer) for one in lessons])
+    swapped = logprobs(made.lm, [Forced(made.asked(other[one.query], one.turn), one.answer) for one in lessons])
     says = {id(one): float((a - b).sum()) for one, a, b in zip(lessons, own, swapped, strict=True)}
     best: list[Lesson] = []
     for query in queries:
@@ -229,12 +307,23 @@ def logprobs(lm: LM, texts: Sequence[Forced]) -> list[Tensor]:
     return found
 
 
-def help_changes(lesson: Lesson) -> dict[Site, Change]:
-    """What the help adds, as a change of a teacher-forced pass."""
+def help_changes(help_: Steering) -> dict[Site, Change]:
+    """What a steering adds, as changes of a teacher-forced pass."""
+    changes: dict[Site, Change] = {}
+    for edit in help_.edits:
+        rows = as_rows(row_of([edit]), torch.float32, [edit])
+        changes[edit.site] = partial(_added, edit.operation.kernel, rows)
+    return changes
+
+
+def _added(kernel: Kernel, rows: Rows, x: Tensor) -> Tensor:
+    wide = x.float()
+    return kernel(wide, {name: row.to(x.device) for name, row in rows.items()}) - wide
+
+
+def helped(lesson: Lesson) -> int:
+    """How many tokens of the answer were written under the help."""
     if lesson.help is None:
-        return {}
-    return {edit.site: _adding(edit.strength * edit.operation.direction) for edit in lesson.help.edits}
-
-
-def _adding(vector: Tensor) -> Change:
-    return lambda x: vector.to(x.device, x.dtype).expand_as(x)
+        return 0
+    opening = all(edit.positions == WHILE_IT_BEGINS for edit in lesson.help.edits)
+    return min(OPENING, len(lesson.answer)) if opening else len(lesson.answer)

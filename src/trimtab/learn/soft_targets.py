@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers.forced import Forced, Forcing, passes
-from trimtab.learn.own_answers import Lesson, help_changes
+from trimtab.learn.own_answers import Lesson, help_changes, helped
 
 TOP = 64
 LEAST_REST = 1e-6
@@ -34,12 +34,11 @@ def soft_targets(
         found += [_likeliest(logits) for logits in run.logits([alone[i] for i in numbers], {})]
         if progress is not None:
             progress(len(found), len(lessons))
-    helped = {one.help for one in lessons if one.helped}
-    for help_ in sorted(helped, key=repr):
-        chosen = [i for i, one in enumerate(lessons) if one.helped and one.help == help_]
-        texts = [Forced(lessons[i].asked, lessons[i].answer[: lessons[i].helped]) for i in chosen]
+    for help_ in dict.fromkeys(one.help for one in lessons if one.help is not None):
+        chosen = [i for i, one in enumerate(lessons) if one.help == help_]
+        texts = [Forced(lessons[i].asked, lessons[i].answer[: helped(lessons[i])]) for i in chosen]
         for numbers in passes(run.model, texts):
-            logits = run.logits([texts[n] for n in numbers], help_changes(lessons[chosen[0]]))
+            logits = run.logits([texts[n] for n in numbers], help_changes(help_))
             for n, row in zip(numbers, logits, strict=True):
                 opening, rest = _likeliest(row), found[chosen[n]]
                 found[chosen[n]] = Targets(

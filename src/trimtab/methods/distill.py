@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +27,12 @@ from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Course, Descent, descend
-from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
+from trimtab.learn.own_answers import Answers, Check, Lesson, more_answers, own_answers
 from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.trained import Part, Trained, typical
-from trimtab.methods.recipe import Option, Recipe
+from trimtab.methods.recipe import Recipe
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
@@ -48,21 +48,13 @@ RECIPE = Recipe(
     acts="adds a vector at every block (default), or a low-rank map, from the last prompt token on",
     cost="one addition a layer and token; of rank r, two products of r rows",
     function="learn_distill",
-    options=(
-        Option("instruction", "str", None, "A sentence that stands behind each query."),
-        Option("system", "str", None, "A system message."),
-        Option("fit", "str", "gradient", "How it is fitted.", choices=("gradient", "closed", "both")),
-        Option("rank", "int", 0, "Rows that read activations, at each block; 0: a vector alone."),
-        Option("steps", "int", 40, "Steps of gradient descent, at most."),
-        Option("tokens", "int", 64, "The most tokens of an answer."),
-        Option("seed", "int", 0, "Of the order in which answers are learned from."),
-        Option("queries", "texts", None, "Queries to learn on, instead of those that come along."),
-    ),
 )
 
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8
 """One query in so many is held out, and decides when the descent stops."""
+FEW = 0.6
+"""Where fewer queries than this share have an answer, what was learned helps to more, and is then learned further."""
 CLOSED_RANK = 64
 CLOSED_LESSONS = 48
 """More answers than this change a closed fit little."""
@@ -141,36 +133,16 @@ def learn_distill(
     asked = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
     how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
     work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
-    answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
-    if say is not None:
-        answered = len({one.query for one in answers.lessons})
-        say(f"{len(answers.lessons)} answers kept, to {answered} of {len(asked)} queries")
-    held_out, lessons = _split(answers.lessons, asked)
-    sites = [Site(layer) for layer in chosen]
-    helped = [edit.site for one in answers.lessons if one.help is not None for edit in one.help.edits]
-    with forcing(lm.model, lm.layout, [*sites, *helped]) as run:
-        targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
-        trained = _start(lm, run, sites, lessons, 0 if closed else rank, seed)
-        explained: dict[Site, float] = {}
-        if closed:
-            trained, explained = _closed(run, trained, lessons, rank)
-        examples = _examples(lessons, targets, with_prompt, seed)
-        aside = _examples(held_out, targets, 0.0, seed)
-        before = _mean(run, Trained({}), aside)
-        course = Course()
-        if fit != "closed":
-            trained = trained.moving()
-            trained, course = descend(
-                run,
-                trained,
-                examples,
-                aside,
-                _loss,
-                how,
-                groups=lambda some: passes(run.model, [one.text for one in some]),
-                report=partial(_report, work, say),
-            )
-        after = _mean(run, trained, aside)
+    said = _Said(say)
+    given: dict[str, Any] = {"check": check, "tokens": tokens}
+    answers = own_answers(lm, teacher, asked, **given, progress=work.answers)
+    said.answers(answers, len(asked))
+    found = _fitted(lm, answers, asked, chosen, None, fit, rank, how, with_prompt, work, said)
+    if fit != "closed" and answers.answered < FEW * len(asked) and not found.course.interrupted:
+        # the model does what it is told too seldom: what has been learned helps it to more answers to learn from
+        answers = more_answers(lm, teacher, asked, answers, Steering(found.trained.edits()), **given)
+        said.answers(answers, len(asked))
+        found = _fitted(lm, answers, asked, chosen, found.trained, fit, rank, how, with_prompt, work, said)
     does = {
         "layers": chosen,
         "fit": fit,
@@ -185,10 +157,10 @@ def learn_distill(
         model=lm.identity,
         data=_digest(answers.lessons),
         options={**_said(teacher), **does, **(options or {})},
-        measured=_measured(answers, before, after, course, trained, explained),
+        measured=_measured(answers, found),
         versions=versions(),
     )
-    return Steering(trained.edits(), card)
+    return Steering(found.trained.edits(), card)
 
 
 # ---- what is learned from ----------------------------------------------------------------------------------
@@ -234,6 +206,59 @@ def _examples(
 
 
 # ---- the two fits ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a fit came to: the divergence on held-out queries before and after; of a closed one, what it explains."""
+
+    trained: Trained
+    before: float
+    after: float
+    course: Course
+    explained: Mapping[Site, float]
+
+
+def _fitted(
+    lm: LM,
+    answers: Answers,
+    queries: Sequence[str],
+    layers: Sequence[int],
+    begun: Trained | None,
+    fit: str,
+    rank: int,
+    how: Descent,
+    with_prompt: float,
+    work: _Work,
+    said: _Said,
+) -> _Found:
+    """The fit to these answers, from where an earlier one ended."""
+    held_out, lessons = _split(answers.lessons, queries)
+    sites = [Site(layer) for layer in layers]
+    helping = {edit.site for one in answers.lessons if one.help is not None for edit in one.help.edits}
+    with forcing(lm.model, lm.layout, [*sites, *helping]) as run:
+        targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
+        aside = _examples(held_out, targets, 0.0, how.seed)
+        before = _mean(run, Trained({}), aside)
+        explained: dict[Site, float] = {}
+        trained = begun
+        if trained is None:
+            trained = _start(lm, run, sites, lessons, 0 if fit != "gradient" else rank, how.seed)
+            if fit != "gradient":
+                trained, explained = _closed(run, trained, lessons, rank)
+        course = Course()
+        if fit != "closed":
+            trained, course = descend(
+                run,
+                trained.moving(),
+                _examples(lessons, targets, with_prompt, how.seed),
+                aside,
+                _loss,
+                how,
+                groups=lambda some: passes(run.model, [one.text for one in some]),
+                report=partial(_report, work, said),
+            )
+        return _Found(trained, before, _mean(run, trained, aside), course, explained)
 
 
 def _loss(run: Forcing, trained: Trained, some: Sequence[_Example]) -> Tensor:
@@ -318,10 +343,25 @@ class _Work:
             self.progress(4 * self.queries + round(4 * self.steps * done / total), self.total)
 
 
-def _report(work: _Work, say: Callable[[str], None] | None, done: int, total: int, words: str) -> None:
+@dataclass(frozen=True)
+class _Said:
+    """What is said in words as it goes, if anybody listens."""
+
+    say: Callable[[str], None] | None
+
+    def answers(self, answers: Answers, queries: int) -> None:
+        if self.say is not None:
+            count = len(answers.lessons)
+            self.say(f"{answers.answered} of {queries} queries answered as the prompt says; {count} answers kept")
+
+    def step(self, done: int, total: int, words: str) -> None:
+        if self.say is not None and (done % Descent.every == 0 or done == total):
+            self.say(f"step {done} of {total}: {words}")
+
+
+def _report(work: _Work, said: _Said, done: int, total: int, words: str) -> None:
     work.descent(done, total)
-    if say is not None and (done % Descent.every == 0 or done == total):
-        say(f"step {done} of {total}: {words}")
+    said.step(done, total, words)
 
 
 def _said(teacher: Teacher) -> dict[str, Any]:
@@ -339,21 +379,18 @@ def _said(teacher: Teacher) -> dict[str, Any]:
     return {**found, **({"times": teacher.times} if teacher.times > 1 else {})}
 
 
-def _measured(
-    answers: Answers,
-    before: float,
-    after: float,
-    course: Course,
-    trained: Trained,
-    explained: Mapping[Site, float],
-) -> dict[str, Any]:
+def _measured(answers: Answers, found: _Found) -> dict[str, Any]:
+    """What the card says was measured; divergences are in nats a token, on held-out queries."""
+    explained = {str(site.layer): round(value, 6) for site, value in found.explained.items()}
+    course = found.course
     return {
         "answers": len(answers.lessons),
-        "tries": [{"help": strength, "kept": kept, "asked": asked} for strength, kept, asked in answers.tries],
-        "divergence_before": round(before, 6),
-        "divergence_after": round(after, 6),
-        "doses": {str(site.layer): round(dose, 6) for site, dose in trained.doses().items()},
-        **({"explained": {str(site.layer): round(value, 6) for site, value in explained.items()}} if explained else {}),
+        "answered": answers.answered,
+        "tries": [asdict(one) for one in answers.tries],
+        "divergence_before": round(found.before, 6),
+        "divergence_after": round(found.after, 6),
+        "doses": {str(site.layer): round(dose, 6) for site, dose in found.trained.doses().items()},
+        **({"explained": explained} if explained else {}),
         **({"steps": course.steps, "best_step": course.best_step} if course.steps else {}),
         **({"interrupted": True} if course.interrupted else {}),
     }

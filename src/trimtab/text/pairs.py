@@ -228,6 +228,23 @@ def read_pairs(path: str | Path) -> list[Pair]:
     return pairs
 
 
+def read_examples(path: str | Path) -> list[tuple[str, str]]:
+    """The examples of a `.jsonl`, `.json` or `.csv` file: rows with `prompt` and `answer`, both texts.
+
+    Raises `TrimtabError` naming the file and the line for a missing file, a row without either, or no rows.
+    """
+    path = Path(path)
+    found = []
+    for where, row in _rows(path):
+        sides = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else [None]
+        if not all(_is_text(side) and str(side).strip() for side in sides):
+            raise TrimtabError(f"{where}: an example has prompt and answer, both texts that aren't empty")
+        found.append((str(sides[0]), str(sides[1])))
+    if not found:
+        raise TrimtabError(f"{path} has no examples in it; write one a row, with prompt and answer")
+    return found
+
+
 def pairs_from_rows(rows: Iterable[dict[str, Any]], name: str = "pairs") -> list[Pair]:
     """Pairs from dictionaries in one of the shapes. Raises `TrimtabError` as `read_pairs` does."""
     pairs = _pairs((f"{name}[{i}]", row) for i, row in enumerate(rows))

@@ -1,0 +1,213 @@
+"""Does a steering that was learned from the model's own answers hold an instruction, with and without it in the prompt?
+
+The package's instructions and queries: learned on the `learn` ones, answered on the `test` ones, which nothing has
+seen. Beside it stand the unsteered model, the instruction said once and twice, the mean difference as the demo had it,
+random and orthogonal directions of the same length, and a LoRA trained on the same answers for as many steps.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Report, Result, Target
+from benchmarks.machine import machine, versions
+from benchmarks.measuring import perplexities_of
+from trimtab.data import instruction_pairs, instructions, prompts, queries
+from trimtab.engines.transformers.generate import Generation
+from trimtab.evaluate import CONSTRAINTS, on_topic, paired_bootstrap, repeated_share
+from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.lora import Lora, finetuned
+from trimtab.files.load import load
+from trimtab.learn.own_answers import own_answers
+from trimtab.learn.teachers import Teacher
+from trimtab.lm import LM
+from trimtab.methods.distill import learn_distill
+from trimtab.methods.instruct import learn_instruct
+from trimtab.steering import Add, Steering
+from trimtab.text.pairs import Pair
+from trimtab.text.repetition import REPEATED_LIMIT
+
+TOKENS = 48
+LEARN_TOKENS = 64
+HOLDS = Target(20 / 32)
+HOLDS_WITH = Target(28 / 32)
+ON_TOPIC = Target(24 / 32)
+MINUTES = Target(5, at_least=False)
+MEAN_DIFFERENCE = {"json": (0.6, 0.6), "title": (0.8, 0.45), "bullets": (0.3, 1.2), "sentence": (0.6, 0.6)}
+"""At which depth, and how strongly: found by `benchmarks demo-settings` on the default model."""
+REGIMES = {"without": False, "with": True}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What code can tell of one answer."""
+
+    holds: bool
+    on_topic: bool
+    text: str
+    tokens: int
+
+
+def run(
+    model: str | None,
+    names: Sequence[str],
+    seeds: int,
+    fits: Sequence[str],
+    folder: Path,
+    *,
+    lora: bool,
+    limit: int | None,
+) -> Report:
+    """Learn each instruction with each seed and fit, and answer the test queries in all arms."""
+    lm = LM.load(model, dtype="float32")
+    folder.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for name in names:
+        results += _instruction(lm, name, seeds, fits, folder, lora=lora, limit=limit)
+    return Report("distill", machine(), {**versions(), "model": lm.name}, tuple(results))
+
+
+def _instruction(
+    lm: LM, name: str, seeds: int, fits: Sequence[str], folder: Path, *, lora: bool, limit: int | None
+) -> list[Result]:
+    instruction = instructions()[name]
+    asked = list(queries("test"))[:limit]
+
+    def check(query: str, answer: str, cut: bool) -> bool:
+        return CONSTRAINTS[name](answer, cut=cut)
+
+    results = []
+    steerings: dict[str, Steering] = {}
+    for fit in fits:
+        for seed in range(seeds):
+            path = folder / f"{name}-{fit}-{seed}.safetensors"
+            arm = f"distill {fit}, seed {seed}"
+            if not path.is_file():
+                started = time.perf_counter()
+                learned = learn_distill(
+                    lm, instruction=instruction.learn, check=check, fit=fit, tokens=LEARN_TOKENS, seed=seed, say=print
+                )
+                seconds = time.perf_counter() - started
+                learned.save(path)
+                results.append(Result(f"{name}: {arm}", "learning", seconds / 60, "min", target=MINUTES))
+            steerings[arm] = load(path)
+    depth, strength = MEAN_DIFFERENCE[name]
+    layer = min(round(depth * lm.layout.layers), lm.layout.layers - 1)
+    pairs = instruction_pairs(queries("learn"), instruction.learn)
+    first = steerings[f"distill {fits[0]}, seed 0"]
+    arms: dict[str, Steering | None] = {
+        "unsteered": None,
+        **steerings,
+        "mean difference": strength * learn_instruct(lm, pairs, layers=[layer], operation="add"),
+        "random": random_like(first, 0),
+    }
+    if all(isinstance(edit.operation, Add) for edit in first.edits):
+        arms["orthogonal"] = orthogonal_like(first, 0)
+    found: dict[tuple[str, str], list[Judged]] = {}
+    for regime, told in REGIMES.items():
+        wanted = prompts(asked, instruction.test) if told else asked
+        for arm, steering in arms.items():
+            found[regime, arm] = _answers(lm, name, asked, wanted, steering)
+    twice = [f"{prompt} {instruction.test[0]}" for prompt in prompts(asked, instruction.test)]
+    found["with", "said twice"] = _answers(lm, name, asked, twice, None)
+    if lora:
+        results += _lora(lm, name, check, asked, found)
+    told_prompts = dict(zip(asked, prompts(asked, instruction.test), strict=True))
+    for regime in REGIMES:
+        for arm in dict.fromkeys(arm for at, arm in found if at == regime):
+            results += _rows(lm, name, regime, arm, found, told_prompts, asked)
+    return results
+
+
+def _answers(lm: LM, name: str, asked: Sequence[str], wanted: Sequence[str], steering: Steering | None) -> list[Judged]:
+    answers = lm.generate(list(wanted), steering, max_new_tokens=TOKENS, batch_size=32)
+    return [_judged(name, query, one) for query, one in zip(asked, answers, strict=True)]
+
+
+def _judged(name: str, query: str, answer: Generation) -> Judged:
+    form = CONSTRAINTS[name](answer.text, cut=answer.finish_reason == "length")
+    holds = form and repeated_share(answer.text) <= REPEATED_LIMIT
+    return Judged(holds, on_topic(query, answer.text), answer.text, len(answer.token_ids))
+
+
+def _rows(
+    lm: LM,
+    name: str,
+    regime: str,
+    arm: str,
+    found: Mapping[tuple[str, str], Sequence[Judged]],
+    told: Mapping[str, str],
+    asked: Sequence[str],
+) -> list[Result]:
+    """Shares with intervals, the paired difference to the instruction said once, topic, perplexity and length."""
+    case = f"{name}, {regime} the instruction: {arm}"
+    mine, once = found[regime, arm], found["with", "unsteered"]
+    share = paired_bootstrap([one.holds for one in mine])
+    ours = arm.startswith("distill")
+    goal = (HOLDS_WITH if regime == "with" else HOLDS) if ours else None
+    results = [Result(case, "holds", share.estimate, "", share.low, share.high, goal)]
+    if (regime, arm) != ("with", "unsteered"):
+        gain = paired_bootstrap([one.holds for one in once], [one.holds for one in mine])
+        results.append(Result(case, "holds, less said once", gain.estimate, "", gain.low, gain.high))
+    topic = mean(one.on_topic for one in mine)
+    wanted = ON_TOPIC if ours and regime == "without" else None
+    if ours and regime == "with":
+        wanted = Target(mean(one.on_topic for one in once) - 3 / len(asked))
+    results.append(Result(case, "on topic", topic, "", target=wanted))
+    perplexity = perplexities_of(lm, [told[query] for query in asked], [one.text for one in mine])
+    if perplexity:
+        results.append(Result(case, "median perplexity, told and unsteered", median(perplexity), ""))
+    results.append(Result(case, "tokens an answer", mean(one.tokens for one in mine), "tokens"))
+    return results
+
+
+def _lora(
+    lm: LM,
+    name: str,
+    check: Callable[[str, str, bool], bool],
+    asked: Sequence[str],
+    found: dict[tuple[str, str], list[Judged]],
+) -> list[Result]:
+    """A LoRA on the same answers, as many steps of as many answers, told nothing: the instruction goes into weights."""
+    instruction = instructions()[name]
+    started = time.perf_counter()
+    answers = own_answers(
+        lm,
+        Teacher(instruction=instruction.learn),
+        queries("learn", more=True),
+        check=check,
+        tokens=LEARN_TOKENS,
+    )
+    making = time.perf_counter() - started
+    pairs = [Pair(one.text, f"{one.text}.", one.query, "answers") for one in answers.lessons]
+    settings = Lora(epochs=max(1, round(40 * 8 / len(pairs))), learning_rate=1e-3)
+    started = time.perf_counter()
+    with finetuned(lm, pairs, "positive", settings) as tuned:
+        training = time.perf_counter() - started
+        for regime, told in REGIMES.items():
+            wanted = prompts(asked, instruction.test) if told else list(asked)
+            found[regime, "LoRA"] = _answers(tuned, name, asked, wanted, None)
+    return [
+        Result(f"{name}: LoRA", "learning", (making + training) / 60, "min"),
+        Result(f"{name}: LoRA", "training alone", training / 60, "min"),
+    ]
+
+
+def orthogonal_like(steering: Steering, seed: int) -> Steering:
+    """The same additions along random directions of the same length that are orthogonal to the learned ones."""
+    generator = torch.Generator().manual_seed(seed)
+    edits = []
+    for edit in steering.edits:
+        own: Tensor = edit.operation.direction.double()
+        drawn = torch.randn(len(own), generator=generator, dtype=torch.float64)
+        unit = own / own.norm()
+        drawn = drawn - (drawn @ unit) * unit
+        edits.append(replace(edit, operation=Add((drawn * own.norm() / drawn.norm()).float())))
+    return Steering(tuple(edits), steering.card)

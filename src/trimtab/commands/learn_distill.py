@@ -1,0 +1,308 @@
+"""`trimtab learn distill`: a prompt compiled into a steering."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimtab.commands.checkers import checker_for
+from trimtab.commands.instructions import base_queries
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target
+from trimtab.text.pairs import read_examples
+from trimtab.text.read import read_text
+
+if TYPE_CHECKING:
+    from trimtab.data import Recognised
+    from trimtab.learn.own_answers import Check
+    from trimtab.steering import Steering
+
+PROMPT, CHECK, FIT = "The prompt that is to become needless", "Which answers count", "The fit"
+
+
+def learn_distill(
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            help="A sentence to put behind each query. If its type is recognised, other phrasings are used too, and"
+            " the type's own check says which answers count.",
+            metavar="SENTENCE",
+            show_default=False,
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message.", show_default=False, rich_help_panel=PROMPT)
+    ] = None,
+    prompt_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text to put in front of each query; or, if {query} stands in it, around it.",
+            show_default=False,
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .jsonl, .json or .csv file of rows with prompt and answer, which become earlier turns of the"
+            " conversation.",
+            show_default=False,
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    times: Annotated[int, typer.Option(min=1, help="Say the instruction so often.", rich_help_panel=PROMPT)] = 1,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of queries to learn on: one a line, or JSON lines with prompt; - reads standard input."
+            " Without it: 64 that come along, which say nothing of an answer's form.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=PROMPT,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=8, help="Learn on at most so many queries.", show_default=False, rich_help_panel=PROMPT),
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            help="json, title, german, bullets, sentence, capitals, or a function of yours that takes the answer (and,"
+            " by name, prompt and cut). Without a check, answers count that are clearly more likely with the prompt"
+            " than without it.",
+            metavar="NAME|MODULE:FUNCTION",
+            show_default=False,
+            rich_help_panel=CHECK,
+        ),
+    ] = None,
+    type_: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="Or an IFEval type: change_case:english_lowercase",
+            show_default=False,
+            rich_help_panel=CHECK,
+        ),
+    ] = None,
+    kwargs: Annotated[
+        str | None, typer.Option(help="The type's settings, as JSON.", show_default=False, rich_help_panel=CHECK)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.", rich_help_panel=CHECK)] = 64,
+    fit: Annotated[
+        str,
+        typer.Option(
+            help="gradient (descends on the divergence from the model with the prompt), closed (regression, block by"
+            " block, without a gradient), or both, one on top of the other.",
+            metavar="gradient|closed|both",
+            rich_help_panel=FIT,
+        ),
+    ] = "gradient",
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks to steer after, from 0: 14, or 12,14,16, or all. Without it: all; for closed every second.",
+            show_default=False,
+            rich_help_panel=FIT,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Directions that are read at each block; 0 is a vector alone. Without it: 0, and 64 for closed.",
+            show_default=False,
+            rich_help_panel=FIT,
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 40,
+    rate: Annotated[
+        float,
+        typer.Option(help="The learning rate, in units of the activations' root mean square.", rich_help_panel=FIT),
+    ] = 0.005,
+    with_prompt: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="The share of answers that are learned with the prompt still there, so that the steering also helps"
+            " where the instruction is said.",
+            rich_help_panel=FIT,
+        ),
+    ] = 0.3,
+    seed: Annotated[int, typer.Option(help="Of the order of the answers.", rich_help_panel=FIT)] = 0,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Learn to answer without a prompt as the model does with it.
+
+    [bold]  trimtab learn distill --instruction "Answer in JSON." --out json.safetensors
+      trimtab learn distill --system "You are a pirate." --out pirate.safetensors
+      trimtab learn distill --prompt-file style.txt --check checks.py:is_polite \\
+        --out style.safetensors
+      trimtab learn distill --examples shots.jsonl --out shots.safetensors[/bold]
+
+    The model answers some queries under the prompt. Answers that do what the
+    prompt says are kept; a model that follows it too seldom is helped to begin.
+    Then a vector at every block is trained so that the model gives the same
+    answers without the prompt. A part of the queries is held out, and says when
+    to stop. Some minutes for a small model on two cores.
+
+    Ctrl-C while it descends ends it, and the best so far is saved.
+    """
+    check_target(out, ".safetensors")
+    base = list(dict.fromkeys(gather_prompts([], queries) if queries is not None else base_queries(None)))[:limit]
+    if not all(isinstance(query, str) for query in base):
+        raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
+    found = _recognised(instruction)
+    checked = _check(instruction, found, check, type_, kwargs, base)
+    text = read_text(prompt_file) if prompt_file is not None else None
+    shots = tuple(read_examples(examples)) if examples is not None else ()
+
+    from trimtab.commands.learn import parse_layers
+    from trimtab.files.steering_file import save_steering
+    from trimtab.learn.teachers import Teacher
+    from trimtab.methods.distill import learn_distill as learn
+
+    teacher = Teacher(_phrasings(instruction, found), system, text, shots, times)
+    wanted = parse_layers(layers)
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    if found is not None:
+        note(f"recognised as {found.type.name}", quiet=json)
+    with progress_bar("answering", quiet=json) as progress:
+
+        def say(words: str) -> None:
+            if progress is not None:
+                progress(label=words)
+            else:
+                note(words, quiet=json)
+
+        learned = learn(
+            lm,
+            chosen,
+            teacher=teacher,
+            queries=base,  # type: ignore[arg-type]
+            check=checked,
+            fit=fit,
+            rank=rank,
+            steps=steps,
+            rate=rate,
+            tokens=tokens,
+            with_prompt=with_prompt,
+            seed=seed,
+            progress=progress,
+            say=say,
+        )
+    digest = save_steering(learned, out)
+    if json:
+        write_json(_document(lm.name, learned, out, digest))
+        return
+    show(*_lines(lm.name, learned, out))
+    asked = f"--model {model} " if model else ""
+    note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
+
+
+def command() -> Any:
+    """The command of this method."""
+    alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name="distill", context_settings={"help_option_names": ["-h", "--help"]})(learn_distill)
+    return typer.main.get_command(alone)
+
+
+def _recognised(instruction: str | None) -> Recognised | None:
+    if instruction is None:
+        return None
+    from trimtab.data import recognise
+
+    return recognise(" ".join(instruction.split()))
+
+
+def _phrasings(instruction: str | None, found: Recognised | None) -> tuple[str, ...]:
+    if instruction is None:
+        return ()
+    others = found.type.phrasings("learn", found.values) if found is not None else []
+    return tuple(dict.fromkeys([" ".join(instruction.split()), *others]))
+
+
+def _check(
+    instruction: str | None,
+    found: Recognised | None,
+    check: str | None,
+    type_: str | None,
+    kwargs: str | None,
+    queries: list[Any],
+) -> Check | None:
+    """The check that is asked for, or that of the instruction's type; `None` where there is neither."""
+    if check is None and type_ is None and kwargs is None:
+        if instruction is None or found is None:
+            return None
+        check, type_, kwargs = _check_of(instruction, found)
+    verdict = checker_for(check, type_, kwargs, queries)
+    numbers = {query: i for i, query in enumerate(queries)}
+
+    def judge(query: str, answer: str, cut: bool) -> bool:
+        return bool(verdict(numbers[query], answer, cut))
+
+    return judge
+
+
+def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | None, str | None]:
+    """The check of a recognised instruction; by preference one that knows what an answer is that was cut short."""
+    from trimtab.commands.tune import check_of
+    from trimtab.data.types import ALIASES
+    from trimtab.evaluate.constraints import CONSTRAINTS
+
+    for name, (type_, values) in ALIASES.items():
+        if name in CONSTRAINTS and type_ == found.type.name and values == found.values:
+            return name, None, None
+    return check_of(instruction)
+
+
+def _document(model: str, learned: Steering, out: Path, digest: str) -> dict[str, Any]:
+    return {
+        "file": str(out),
+        "digest": digest,
+        "method": "distill",
+        "model": model,
+        "options": dict(learned.card.options),
+        "measured": dict(learned.card.measured),
+        "edits": [str(edit) for edit in learned.edits],
+    }
+
+
+def _lines(model: str, learned: Steering, out: Path) -> list[str]:
+    measured = learned.card.measured
+    tried = ", ".join(
+        f"{one['kept']} of {one['asked']}" + (f" (helped: {one['help']})" if one["help"] else "")
+        for one in measured["tries"]
+    )
+    before, after = measured["divergence_before"], measured["divergence_after"]
+    lines = [
+        f"distill on {model}: answers that did what the prompt says: {tried}; learned from {measured['answers']}",
+        f"divergence from the model with the prompt, on held-out queries: {before:.3f} without steering,"
+        f" {after:.3f} steered (nats a token)",
+        f"{len(learned.edits)} edits, the largest dose {max(measured['doses'].values()):.1%}",
+    ]
+    if measured.get("interrupted"):
+        lines.append(f"interrupted after {measured.get('steps', 0)} steps; this is the best so far")
+    return [*lines, f"saved {out}"]
