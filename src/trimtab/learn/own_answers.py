@@ -116,18 +116,21 @@ def own_answers(
         progress: Called with the answers made and those that may be made.
 
     Raises:
-        TrimtabError: Fewer than `LEAST` answers were kept.
+        TrimtabError: Fewer than `LEAST` answers were kept, counting at most two a query.
     """
     made = Making(lm, teacher, check, tokens)
     good: list[Lesson] = []
     tries: list[Try] = []
     helps: list[Steering] = []
     help_: Steering | None = None
+    ways: set[tuple[Steering | None, int]] = set()
     total = TRIES * len(queries)
     for turn in range(TRIES):
         lacking = _lacking(queries, good)
-        if len(lacking) <= (1 - ENOUGH) * len(queries):
+        way = (help_, turn % teacher.turns)
+        if len(lacking) <= (1 - ENOUGH) * len(queries) or way in ways:  # asked the same way, it answers the same
             break
+        ways.add(way)
         report = None if progress is None else _after(progress, turn * len(queries), total)
         new = made.answers(lacking, turn, [help_], report)
         good = _different([*good, *new])
@@ -139,10 +142,11 @@ def own_answers(
             good = _different([*good, *found])
             tries.append(tried)
         help_ = helps.pop(0)
-    if len(good) < LEAST:
+    if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
         raise TrimtabError(
             f"of {sum(one.asked for one in tries)} answers that the model wrote under this prompt, {len(good)} do what"
-            f" it says; {LEAST} are needed. Say it in other words, give examples, or more queries"
+            f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
+            " more queries"
         )
     if progress is not None:
         progress(total, total)
@@ -239,7 +243,8 @@ class Making:
 
         They are tried on some of the queries; what was kept of that comes with them.
         """
-        layers = sorted({round(depth * self.lm.layout.layers) for depth in HELP_DEPTHS})
+        last = self.lm.layout.layers - 1
+        layers = sorted({min(round(depth * self.lm.layout.layers), last) for depth in HELP_DEPTHS})
         sides = [(self.asked(query, n), self.lm.encode(query)) for n, query in enumerate(queries)]
         pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
         moments = contrast(self.lm, pairs, layers)

@@ -55,7 +55,7 @@ def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> F
     centred, shift = x - mean_x, delta - mean
     width = x.shape[1]
     rank = min(rank, width)
-    if rank:
+    if rank and bool(centred.any()):
         moment = centred.T @ centred
         moment.diagonal().add_(ridge * moment.diagonal().mean())
         weights = torch.linalg.solve(moment, centred.T @ shift)  # [width, width]
@@ -68,5 +68,5 @@ def reduced_rank(x: Tensor, delta: Tensor, rank: int, ridge: float = RIDGE) -> F
     vector = mean - (mean_x @ read.T) @ directions
     left = delta - ((x @ read.T) @ directions + vector)
     energy = float(delta.square().sum())
-    explained = 1 - float(left.square().sum()) / energy if energy else 1.0
+    explained = max(0.0, 1 - float(left.square().sum()) / energy) if energy else 1.0
     return Fitted(read.float(), directions.float(), vector.float(), explained)

@@ -41,9 +41,10 @@ class Part:
 
     def change(self, factor: float, x: Tensor) -> Tensor:
         """What it adds to activations `[tokens, width]`, times `factor`."""
-        added = self.vector.expand_as(x)
-        if len(self.read):
-            added = added + (x.float() @ self.read.T / self.scale) @ self.write
+        vector, read, write = (one.to(x.device) for one in (self.vector, self.read, self.write))
+        added = vector.expand_as(x)
+        if len(read):
+            added = added + (x.float() @ read.T / self.scale) @ write
         return factor * self.scale * added
 
     def operation(self) -> Add | ReadWrite:
@@ -119,7 +120,7 @@ class Trained:
         """Shorten vectors that are longer than `dose` times the typical activation at their site."""
         for part in self.parts.values():
             longest = dose * len(part.vector) ** 0.5
-            part.vector.mul_(min(1.0, longest / max(float(part.vector.norm()), 1e-30)))
+            part.vector.mul_((longest / part.vector.norm().clamp(min=1e-30)).clamp(max=1.0))
 
     def doses(self) -> dict[Site, float]:
         """By site, the length of the vector over that of the typical activation."""

@@ -184,7 +184,7 @@ def _layers(lm: LM, layers: int | Sequence[int] | None, closed: bool) -> int | S
 def _split(lessons: Sequence[Lesson], queries: Sequence[str]) -> tuple[list[Lesson], list[Lesson]]:
     """Every so-manieth query that has answers is held out, with all of them."""
     answered = [query for query in queries if any(one.query == query for one in lessons)]
-    aside = set(answered[HELD_OUT // 2 :: HELD_OUT])
+    aside = set(answered[min(HELD_OUT // 2, len(answered) - 1) :: HELD_OUT])
     held_out, learned = (
         [one for one in lessons if one.query in aside],
         [one for one in lessons if one.query not in aside],

@@ -59,13 +59,13 @@ class Forcing:
     sites: tuple[Site, ...]
     shares: bool
     _changes: Mapping[Site, Change] = field(default_factory=dict)
-    _answering: Tensor | None = None  # `[rows, columns]`: the tokens that are changed in this pass
+    _answering: Tensor | None = None  # the numbers of the tokens that are changed in this pass, row after row
     _called: dict[Site, int] = field(default_factory=dict)
     _states: dict[Site, Tensor] | None = None
     _wanted: frozenset[Site] = frozenset()
 
     def logits(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
-        """For each text the logits `[answer tokens, vocabulary]` that its answer's tokens are drawn from, in float32.
+        """For each text the logits `[answer tokens, vocabulary]` of its answer's tokens, in float32 at least.
 
         Args:
             texts: So many that their graph fits the memory; `passes` parts them.
@@ -116,14 +116,16 @@ class Forcing:
                 self.layout.decoder(**_inputs(self.layout.decoder, ids, mask, cache))
         fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
         ids, new = padded(fed, left=False, device=device)
-        self._answering = new.bool()
+        # numbers rather than a mask: a mask would wait for the device at every site
+        places = [row * ids.shape[1] + column for row, one in enumerate(texts) for column in range(len(one.answer))]
+        self._answering = torch.tensor(places, device=device)
         out = self._pass(_inputs(self.model, ids, torch.cat([mask, new], 1), cache), changes)
         return [row[: len(text.answer)] for row, text in zip(out, texts, strict=True)]
 
     def _whole(self, text: Forced, changes: Mapping[Site, Change]) -> Tensor:
         device = self.model.get_input_embeddings().weight.device
         ids, mask = padded([[*text.prompt, *text.answer[:-1]]], left=False, device=device)
-        self._answering = torch.arange(ids.shape[1], device=device)[None] >= len(text.prompt) - 1
+        self._answering = torch.arange(len(text.prompt) - 1, ids.shape[1], device=device)
         out = self._pass(_inputs(self.model, ids, mask, None), changes)
         return out[0, len(text.prompt) - 1 :]
 
@@ -138,27 +140,25 @@ class Forcing:
                 f"the part of the model at {wrong[0]} ran {self._called[wrong[0]]} times in one pass, not once, so what"
                 " acts there can't be learned; something runs the model past its hooks"
             )
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _at(self, owner: int, site: Site, x: Tensor) -> Tensor | None:
         if get_ident() != owner or self._answering is None:
             return None
         self._called[site] += 1
-        flat = x if x.dim() == 3 else x.view(*self._answering.shape, -1)
-        where = self._answering.to(x.device)
         change = self._changes.get(site)
         if change is None and self._states is None:
             return None
-        given = flat[where]
+        flat = x.reshape(-1, x.shape[-1])  # some blocks run their MLP over the tokens of all rows as one list
+        where = self._answering.to(x.device)
+        given = flat.index_select(0, where)
         if self._states is not None and site in self._wanted:
             self._states[site] = given
             if len(self._states) == len(self._wanted):
                 raise _Enough
         if change is None:
             return None
-        new = flat.clone()
-        new[where] = given + change(given).to(given.dtype)
-        return new.view(x.shape)
+        return flat.index_copy(0, where, given + change(given).to(given.dtype)).view(x.shape)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         TrimtabError: A site that the model doesn't have, or a model that is being steered.
     """
     asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
     places = [(site, place(layout, site)) for site in run.sites]
     handles: list[Any] = []
@@ -186,7 +186,8 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
                 handle.remove()
             for parameter, before in asked.items():
                 parameter.requires_grad_(before)
-            model.train(training)
+            for module, before in training.items():
+                module.training = before
 
 
 def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:

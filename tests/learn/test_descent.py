@@ -1,0 +1,243 @@
+"""Gradient descent on edits: where it ends, when it stops, and that it does so again."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import WIDTH, direction, prompt
+from torch import Tensor
+
+from trimtab import LM, Site, TrimtabError
+from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
+from trimtab.learn.descent import PATIENCE, Course, Descent, descend
+from trimtab.learn.soft_targets import _likeliest as likeliest
+from trimtab.learn.soft_targets import divergence
+from trimtab.learn.trained import Trained
+
+SITE = Site(1)
+TARGETS = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(7)]
+MEAN = torch.stack(TARGETS).mean(0)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return tiny.tiny("llama")
+
+
+@pytest.fixture
+def run(lm: LM) -> Iterator[Forcing]:
+    with forcing(lm.model, lm.layout, [SITE]) as opened:
+        yield opened
+
+
+def start(rank: int = 0, seed: int = 0) -> Trained:
+    return Trained.start({SITE: 1.0}, {SITE: WIDTH}, rank, seed, torch.device("cpu"))
+
+
+def distance(_run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
+    """Convex: the sum of squared distances of the vector from what each example would have."""
+    return torch.stack([(trained.parts[SITE].vector - one).square().sum() for one in some]).sum()
+
+
+def by(size: int) -> Callable[[Sequence[Any]], list[list[int]]]:
+    return lambda some: [list(range(i, min(i + size, len(some)))) for i in range(0, len(some), size)]
+
+
+def descent(
+    run: Forcing,
+    how: Descent,
+    held_out: Sequence[Tensor] = (),
+    examples: Sequence[Tensor] = TARGETS,
+    loss: Any = distance,
+    report: Any = None,
+    size: int = 3,
+) -> tuple[Trained, Course]:
+    return descend(run, start(), examples, held_out, loss, how, groups=by(size), report=report)
+
+
+# ---- where it ends -------------------------------------------------------------------------------------------
+
+
+def test_it_reaches_the_optimum(run: Forcing) -> None:
+    found, course = descent(run, Descent(steps=300, rate=0.05, batch=7, max_dose=100))
+    assert torch.allclose(found.parts[SITE].vector, MEAN, atol=0.02)
+    assert (course.steps, len(course.losses), course.interrupted) == (300, 300, False)
+    assert course.losses[-1] < course.losses[0]
+    assert math.isnan(course.first)
+
+
+def test_how_examples_are_grouped_doesnt_matter(run: Forcing) -> None:
+    found = [descent(run, Descent(steps=20, batch=5), size=size)[0].parts[SITE].vector for size in (1, 2, 7)]
+    assert torch.allclose(found[0], found[1], atol=1e-6)
+    assert torch.allclose(found[0], found[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int) -> None:
+    """The teacher is the model with a vector in it."""
+    planted = direction(3, 4.0)
+    texts = [Forced(tuple(lm.encode(prompt(i, 3 + i % 4))), tuple(lm.encode(prompt(50 + i, 5)))) for i in range(10)]
+    with forcing(lm.model, lm.layout, [SITE]) as run:
+        with torch.no_grad():
+            told = [likeliest(row) for row in run.logits(texts, {SITE: lambda x: planted.expand_as(x)})]
+
+        def loss(run: Forcing, trained: Trained, some: Sequence[int]) -> Tensor:
+            rows = run.logits([texts[i] for i in some], trained.changes())
+            return torch.stack([divergence(row, told[i]).mean() for row, i in zip(rows, some, strict=True)]).sum()
+
+        found, course = descend(
+            run,
+            start(rank),
+            range(8),
+            [8, 9],
+            loss,
+            Descent(steps=60, rate=0.05, every=20, max_dose=2.0),
+            groups=lambda some: passes(lm.model, [texts[i] for i in some]),
+        )
+    assert course.losses[-1] < 0.05 * course.losses[0]
+    assert course.best < course.first
+    if rank == 0:  # with more to choose from, eight texts don't tell a vector from a map
+        assert course.best < 0.1 * course.first
+        assert torch.cosine_similarity(found.parts[SITE].vector, planted.float(), dim=0) > 0.9
+    assert all(parameter.grad is None for parameter in lm.model.parameters())
+
+
+def test_no_vector_gets_longer_than_it_may(run: Forcing) -> None:
+    seen: list[float] = []
+    trained = start()
+
+    def report(_done: int, _total: int, _words: str) -> None:
+        seen.append(trained.doses()[SITE])
+
+    descend(run, trained, TARGETS, [], distance, Descent(steps=30, rate=0.3, max_dose=0.2), groups=by(3), report=report)
+    assert max(seen) <= 0.2 * (1 + 1e-5)
+    assert seen[-1] == pytest.approx(0.2, rel=1e-4)
+
+
+def test_the_best_on_what_is_held_out_is_kept(run: Forcing) -> None:
+    """It is between the beginning and where the examples lead, so that it is passed on the way."""
+    aside = [0.3 * MEAN]
+    best, course = descent(run, Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100), aside)
+    assert course.first == pytest.approx(float(aside[0].square().sum()), rel=1e-5)
+    assert 0 < course.best_step < course.steps
+    assert course.best == pytest.approx(float(distance(run, best, aside)), rel=1e-5)
+    again, _ = descent(
+        run, Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100), aside, report=stop_at(course.best_step)
+    )
+    assert torch.equal(again.parts[SITE].vector, best.parts[SITE].vector)
+
+
+def test_what_comes_back_stays_as_it_is(run: Forcing) -> None:
+    trained = start()
+    found, _ = descend(run, trained, TARGETS, [], distance, Descent(steps=3), groups=by(3))
+    with torch.no_grad():
+        trained.parts[SITE].vector.zero_()
+    assert found.parts[SITE].vector.any()
+    assert not found.parts[SITE].vector.requires_grad
+    assert all(tensor.grad is None for tensor in trained.tensors)
+
+
+# ---- when it stops -------------------------------------------------------------------------------------------
+
+
+def stop_at(step: int) -> Callable[[int, int, str], None]:
+    def report(done: int, _total: int, _words: str) -> None:
+        if done == step:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def test_patience_ends_it(run: Forcing) -> None:
+    best, course = descent(run, Descent(steps=100, every=2), [-5 * MEAN])
+    assert (course.steps, course.best_step) == (2 * PATIENCE, 0)
+    assert course.best == course.first
+    assert not best.parts[SITE].vector.any()
+
+
+def test_an_interruption_gives_the_best_so_far(run: Forcing) -> None:
+    how = Descent(steps=100, every=2)
+    found, course = descent(run, how, TARGETS, report=stop_at(5))
+    assert (course.steps, course.interrupted, course.best_step) == (5, True, 4)
+    other, four = descent(run, how, TARGETS, report=stop_at(4))
+    assert torch.equal(found.parts[SITE].vector, other.parts[SITE].vector)
+    assert four.best == course.best
+    alone, course = descent(run, how, report=stop_at(5))  # nothing is held out: as it is
+    assert course.interrupted
+    assert not torch.equal(alone.parts[SITE].vector, found.parts[SITE].vector)
+
+
+@pytest.mark.parametrize("call", [1, 2, 9])
+def test_an_interruption_in_the_middle_of_a_step(run: Forcing, call: int) -> None:
+    calls = Counter[str]()
+
+    def loss(run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
+        calls["loss"] += 1
+        if calls["loss"] == call:
+            raise KeyboardInterrupt
+        return distance(run, trained, some)
+
+    found, course = descent(run, Descent(steps=50, every=1), [MEAN], loss=loss)
+    assert course.interrupted
+    assert course.steps < 5
+    assert bool(found.parts[SITE].vector.any()) == (course.best_step > 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_an_error(run: Forcing, value: float) -> None:
+    calls = Counter[str]()
+
+    def loss(run: Forcing, trained: Trained, some: Sequence[Tensor]) -> Tensor:
+        calls["loss"] += 1
+        return distance(run, trained, some) * (value if calls["loss"] > 5 else 1.0)
+
+    with pytest.raises(TrimtabError, match=r"the loss is (nan|inf) at step 3; a lower rate may help"):
+        descent(run, Descent(steps=50, batch=6), loss=loss)
+
+
+def test_errors(run: Forcing) -> None:
+    with pytest.raises(TrimtabError, match="nothing to learn from"):
+        descent(run, Descent(), examples=[])
+    for name in ("steps", "rate", "batch", "every", "max_dose"):
+        for value in (0, -1, math.nan):
+            with pytest.raises(TrimtabError, match=f"{name} of a descent is above 0"):
+                Descent(**{name: value})
+
+
+# ---- again and in order --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "batch"), [(7, 3), (5, 8), (8, 8), (1, 4)])
+def test_every_example_once_before_any_comes_again(run: Forcing, count: int, batch: int) -> None:
+    drawn: list[int] = []
+
+    def loss(run: Forcing, trained: Trained, some: Sequence[int]) -> Tensor:
+        drawn.extend(some)
+        return trained.parts[SITE].vector.square().sum()
+
+    descend(run, start(), range(count), [], loss, Descent(steps=12, batch=batch), groups=by(2))
+    assert len(drawn) == 12 * min(batch, count)
+    for i in range(0, len(drawn), count):
+        assert max(Counter(drawn[i : i + count]).values()) == 1
+
+
+def test_the_same_seed_gives_the_same_bits(run: Forcing) -> None:
+    how = Descent(steps=9, batch=2)
+    one, two = (descent(run, how, TARGETS[:2]) for _ in range(2))
+    other, _ = descent(run, Descent(steps=9, batch=2, seed=1), TARGETS[:2])
+    assert torch.equal(one[0].parts[SITE].vector, two[0].parts[SITE].vector)
+    assert one[1] == two[1]
+    assert not torch.equal(one[0].parts[SITE].vector, other.parts[SITE].vector)
+
+
+def test_each_step_is_reported(run: Forcing) -> None:
+    told: list[tuple[int, int, str]] = []
+    descent(run, Descent(steps=4, every=3), TARGETS[:1], report=lambda *words: told.append(words))
+    assert [(done, total) for done, total, _ in told] == [(i, 4) for i in range(1, 5)]
+    assert all("loss " in words and "held out " in words for _, _, words in told)

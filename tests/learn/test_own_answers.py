@@ -1,0 +1,327 @@
+"""Answers that a model gives under a prompt: which are kept, which help they get, and what they say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import prompt
+
+from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
+from trimtab.engines.transformers.forced import Forced, forcing
+from trimtab.learn import own_answers as module
+from trimtab.learn.own_answers import LEAST, MARGIN, OPENING, PER_QUERY, Answers, Lesson, logprobs, own_answers
+from trimtab.learn.teachers import Teacher
+from trimtab.text.repetition import repeated_share
+
+QUERIES = [prompt(i, 3 + i % 4) for i in range(16)]
+PHRASINGS = ("w7 w8", "w9 w9 w9", "w77")
+TEACHER = Teacher(PHRASINGS)
+TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    """Of all tiny models one whose answers seldom loop."""
+    return tiny.tiny("llama", seed=1, dtype=torch.float32)
+
+
+def anything(_query: str, _answer: str, _cut: bool) -> bool:
+    return True
+
+
+def kept_by(check: Any, teacher: Teacher = TEACHER, *, lm: LM, **more: Any) -> Answers:
+    return own_answers(lm, teacher, QUERIES, check=check, tokens=TOKENS, **more)
+
+
+def watched(lm: LM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Any], Any, dict[str, Any]]]:
+    """What the model was asked, under which steering."""
+    calls: list[Any] = []
+    generate = lm.generate
+
+    def asked(prompts: Any, steering: Any = None, **more: Any) -> Any:
+        calls.append((prompts, steering, more))
+        return generate(prompts, steering, **more)
+
+    monkeypatch.setattr(lm, "generate", asked)
+    return calls
+
+
+def odd(_query: str, answer: str, _cut: bool) -> bool:
+    """About a half of all answers do this."""
+    return int(answer.split()[0][1:]) % 2 == 1
+
+
+# ---- what is kept --------------------------------------------------------------------------------------------
+
+
+def test_lessons_are_what_the_model_answers(lm: LM) -> None:
+    found = kept_by(anything, lm=lm)
+    for one in found.lessons:
+        assert one.asked == tuple(lm.encode(TEACHER.ask(one.query, one.turn)))
+        assert one.plain == tuple(lm.encode(one.query))
+        (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), max_new_tokens=TOKENS)
+        assert (one.answer, one.text) == (tuple(answer.token_ids), answer.text)
+        assert one.help is None
+
+
+def test_the_check_is_asked_of_every_answer_and_obeyed(lm: LM) -> None:
+    asked: list[tuple[str, str, bool]] = []
+
+    def check(query: str, answer: str, cut: bool) -> bool:
+        asked.append((query, answer, cut))
+        return odd(query, answer, cut)
+
+    found = kept_by(check, lm=lm)
+    assert found.lessons
+    assert all(odd(one.query, one.text, True) for one in found.lessons)
+    assert {(one.query, one.text, True) for one in found.lessons} < set(asked)  # no end of text: all are cut
+    assert sum(one.kept for one in found.tries) == sum(odd(*one) for one in asked)
+
+
+def test_whether_the_limit_cut_an_answer_is_told(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = lm.generate(TEACHER.ask(QUERIES[0], 0), max_new_tokens=TOKENS)[0].token_ids[4]
+    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", int(ends))
+    told: list[tuple[str, bool]] = []
+    found = kept_by(lambda query, answer, cut: told.append((query, cut)) or True, lm=lm)
+    assert (QUERIES[0], False) in told
+    assert {cut for _, cut in told} == {True, False}
+    whole = [one for one in found.lessons if len(one.answer) < TOKENS]
+    assert all(one.answer[-1] == ends for one in whole)  # how an answer ends is learned, too
+
+
+def test_at_most_two_a_query_and_each_but_once(lm: LM) -> None:
+    found = kept_by(anything, lm=lm)
+    counts = Counter(one.query for one in found.lessons)
+    assert max(counts.values()) <= PER_QUERY
+    assert len({(one.query, one.answer) for one in found.lessons}) == len(found.lessons)
+    assert [one.query for one in found.lessons] == sorted((one.query for one in found.lessons), key=QUERIES.index)
+
+
+def test_answers_that_turn_in_circles_or_are_empty_are_left_out(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    generate = lm.generate
+
+    def looping(prompts: Any, *args: Any, **more: Any) -> Any:
+        answers = generate(prompts, *args, **more)
+        texts = {0: "w5 " * TOKENS, 1: "  "}
+        return [replace(one, text=texts.get(i, one.text)) for i, one in enumerate(answers)]
+
+    monkeypatch.setattr(lm, "generate", looping)
+    found = kept_by(lambda _q, answer, _c: asked.append(answer) or True, lm=lm)
+    assert not any("w5 w5 w5 w5" in answer or not answer.strip() for answer in asked)
+    assert all(repeated_share(one.text) <= module.REPEATED_LIMIT for one in found.lessons)
+    assert found.tries[0].kept <= len(QUERIES) - 2
+
+
+def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
+    few = set(QUERIES[: LEAST // 2 - 1])
+    with pytest.raises(TrimtabError, match=rf"of \d+ answers .* {LEAST} are needed.*give examples, or more queries"):
+        kept_by(lambda query, _answer, _cut: query in few, lm=lm)
+    with pytest.raises(TrimtabError, match=r"of 120 answers that the model wrote under this prompt, 0 do what it says"):
+        kept_by(lambda *_: False, lm=lm)
+
+
+def test_without_a_check_answers_are_kept_that_the_prompt_makes_likelier(lm: LM) -> None:
+    found = kept_by(None, lm=lm)
+    told = logprobs(lm, [Forced(one.asked, one.answer) for one in found.lessons])
+    bare = logprobs(lm, [Forced(one.plain, one.answer) for one in found.lessons])
+    gains = [float((a - b).mean()) for a, b in zip(told, bare, strict=True)]
+    assert min(gains) >= MARGIN
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(module, "MARGIN", sorted(gains)[len(gains) // 2])
+    try:
+        assert kept_by(None, lm=lm).tries[0].kept < found.tries[0].kept
+    finally:
+        monkey.undo()
+
+
+def test_log_probabilities_are_the_models_own(lm: LM) -> None:
+    texts = [Forced(tuple(lm.encode(prompt(i, 1 + i))), tuple(lm.encode(prompt(40 + i, 4)))) for i in range(5)]
+    for text, found in zip(texts, logprobs(lm, texts), strict=True):
+        with torch.no_grad():
+            whole = lm.model(input_ids=torch.tensor([[*text.prompt, *text.answer]])).logits[0].log_softmax(-1)
+        expected = [float(whole[len(text.prompt) - 1 + i, token]) for i, token in enumerate(text.answer)]
+        assert found.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+# ---- how often it is asked -----------------------------------------------------------------------------------
+
+
+def test_phrasings_take_turns(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
+    kept_by(anything, lm=lm)
+    for (prompts, _, _), said in zip(calls, PHRASINGS, strict=False):
+        assert all(one.endswith(said) for one in prompts)
+    assert len(calls) >= 2
+
+
+def test_what_was_asked_the_same_way_is_not_asked_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers to the same prompts are the same."""
+    calls = watched(lm, monkeypatch)
+    found = kept_by(anything, Teacher(PHRASINGS[:1]), lm=lm)
+    assert len(calls) == 1
+    assert len(found.tries) == 1
+    assert len(found.lessons) == max(LEAST, round(0.75 * found.tries[0].kept))
+
+
+def test_queries_that_have_their_answers_are_not_asked_again(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
+    kept_by(lambda query, _answer, _cut: query in QUERIES[:10], lm=lm)
+    assert [len(prompts) for prompts, _, _ in calls] == [16, 16, 6]
+
+
+def test_progress_goes_on_to_the_end(lm: LM) -> None:
+    told: list[tuple[int, int]] = []
+    kept_by(anything, lm=lm, progress=lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] == 3 * len(QUERIES)
+
+
+def test_it_is_said_beside_the_system_message(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        lm.tokenizer,
+        "chat_template",
+        "{% for m in messages %}{% if m.role == 'system' %}w70{% else %}w71{% endif %} {{ m.content }} {% endfor %}w72",
+    )
+    found = kept_by(anything, Teacher(system="w5 w6"), lm=lm)
+    for one in found.lessons:
+        assert lm.tokenizer.decode(one.asked) == f"w70 w5 w6 w71 {one.query} w72"
+        assert lm.tokenizer.decode(one.plain) == f"w71 {one.query} w72"
+
+
+# ---- the help ------------------------------------------------------------------------------------------------
+
+
+def rarely(limit: int) -> Callable[[str, str, bool], bool]:
+    """Of the first try nothing is kept, of later ones everything."""
+    calls = Counter[str]()
+
+    def check(_query: str, _answer: str, _cut: bool) -> bool:
+        calls["asked"] += 1
+        return calls["asked"] > limit
+
+    return check
+
+
+def test_a_model_that_does_as_told_is_not_helped(lm: LM) -> None:
+    assert all(one.help == "" for one in kept_by(anything, lm=lm).tries)
+
+
+def test_help_acts_on_the_opening_alone(lm: LM) -> None:
+    found = kept_by(rarely(10), lm=lm)
+    assert found.tries[0].help == ""
+    assert found.tries[1].help == "tried at several blocks"
+    helped = [one for one in found.good if one.help is not None]
+    assert helped
+    for one in helped[::6]:
+        assert one.help is not None
+        assert [edit.positions for edit in one.help.edits] == [Positions.opening(OPENING)]
+        assert module.helped(one) == min(OPENING, len(one.answer))
+        (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), one.help, max_new_tokens=TOKENS)
+        assert one.answer == tuple(answer.token_ids)
+
+
+def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> None:
+    """The best two are of those that were tried, by how many of their answers were kept."""
+    best, tried, found = module.Making(lm, TEACHER, odd, TOKENS).best_helps(QUERIES, 0)
+    assert len(best) == 2
+    assert tried.kept == len(found)
+    counts = Counter(one.help for one in found)
+    assert [counts[help_] for help_ in best] == sorted(counts.values(), reverse=True)[:2]
+    (edit,) = best[0].edits
+    assert edit.strength in module.HELP_STRENGTHS
+    layer = edit.site.layer
+    total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
+    for turn, query in enumerate(QUERIES):
+        ((told,), (bare,)) = (list(lm.capture(text, [layer])[0].values()) for text in (TEACHER.ask(query, turn), query))
+        total += (told[0] - bare[0]).double()
+    assert torch.allclose(edit.operation.direction.double(), total / len(QUERIES), atol=1e-4)
+
+
+def test_where_help_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
+    with pytest.raises(TrimtabError):
+        kept_by(lambda *_: False, lm=lm)
+    each = [set(helps) for _, helps, _ in calls if helps is not None]
+    assert [len(helps) for helps in each] == [1, 6, 1, 1]
+    assert each[0] == {None}
+    assert each[2] != each[3]
+    assert each[2] | each[3] < each[1]
+
+
+@pytest.mark.parametrize("operation", [Add(tiny.direction(1)), tiny.read_write(2, 3)])
+def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
+    """Whatever the operation: what was learned may be the help."""
+    help_ = 0.6 * Steering((Edit(Site(1), operation),))
+    text = Forced(tuple(lm.encode(prompt(1, 5))), tuple(lm.encode(prompt(2, 4))))
+    with forcing(lm.model, lm.layout, [Site(1)]) as run, torch.no_grad():
+        (found,) = run.logits([text], module.help_changes(help_))
+    with lm.steered(help_, prompt_lengths=[5]), torch.no_grad():
+        ids = torch.tensor([[*text.prompt, *text.answer[:-1]]])
+        expected = lm.model(input_ids=ids, use_cache=False).logits[0, 4:]
+    assert torch.allclose(found, expected, atol=1e-3)
+    assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5", help_)) == 2
+    assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5")) == 0
+
+
+def test_more_answers_come_beside_those_so_far(lm: LM) -> None:
+    so_far = kept_by(lambda query, _a, _c: query in QUERIES[:8], lm=lm)
+    help_ = Steering((Edit(Site(1), Add(tiny.direction(1, 3.0))),))
+    more = module.more_answers(lm, TEACHER, QUERIES, so_far, help_, check=anything, tokens=TOKENS)
+    assert set(so_far.good) <= set(more.good)
+    assert more.answered > so_far.answered
+    assert more.tries[:-1] == so_far.tries
+    new = [one for one in more.good if one.help == help_]
+    assert new
+    assert all(module.helped(one) == len(one.answer) for one in new)
+    assert max(Counter(one.query for one in more.lessons).values()) <= PER_QUERY
+
+
+# ---- what they say -------------------------------------------------------------------------------------------
+
+
+def candidates(lm: LM) -> tuple[Any, list[Lesson]]:
+    """Three answers a query, though not to every one."""
+    made = module.Making(lm, TEACHER, anything, TOKENS)
+    lessons = [one for turn in range(3) for one in made.answers(QUERIES[: 12 - turn], turn, [None])]
+    return made, sorted(lessons, key=lambda one: QUERIES.index(one.query))
+
+
+@torch.no_grad()
+def naive_says(lm: LM, one: Lesson, other: str) -> float:
+    """How much likelier an answer is after its query than after another."""
+    found = []
+    for query in (one.query, other):
+        asked = lm.encode(TEACHER.ask(query, one.turn))
+        whole = lm.model(input_ids=torch.tensor([[*asked, *one.answer]])).logits[0].double().log_softmax(-1)
+        found.append(sum(float(whole[len(asked) - 1 + i, token]) for i, token in enumerate(one.answer)))
+    return found[0] - found[1]
+
+
+def test_those_are_kept_that_say_most_about_their_queries(lm: LM) -> None:
+    made, lessons = candidates(lm)
+    kept = module._to_the_point(made, lessons)
+    queries = list(dict.fromkeys(one.query for one in lessons))
+    says = {
+        (one.query, one.turn): naive_says(lm, one, queries[(queries.index(one.query) + 1) % len(queries)])
+        for one in lessons
+    }
+    best = []
+    for query in queries:
+        mine = sorted((one for one in lessons if one.query == query), key=lambda one: -says[one.query, one.turn])
+        best += mine[:PER_QUERY]
+    count = max(LEAST, round(module.TO_THE_POINT * len(best)))
+    expected = sorted(best, key=lambda one: -says[one.query, one.turn])[:count]
+    assert len(kept) == count < len(best)
+    assert {(one.query, one.turn) for one in kept} == {(one.query, one.turn) for one in expected}
+    assert [one.query for one in kept] == sorted((one.query for one in kept), key=queries.index)
+
+
+def test_it_answers_the_same_again(lm: LM) -> None:
+    assert kept_by(odd, lm=lm) == kept_by(odd, lm=lm)
