@@ -60,25 +60,41 @@ class Forcing:
     shares: bool
     _changes: Mapping[Site, Change] = field(default_factory=dict)
     _answering: Tensor | None = None  # `[rows, columns]`: the tokens that are changed in this pass
+    _factors: Tensor | None = None  # `[rows]`: by what each row's change is multiplied in this pass
     _called: dict[Site, int] = field(default_factory=dict)
     _states: dict[Site, Tensor] | None = None
     _wanted: frozenset[Site] = frozenset()
 
-    def logits(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
+    def logits(
+        self, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
+    ) -> list[Tensor]:
         """For each text the logits `[answer tokens, vocabulary]` that its answer's tokens are drawn from, in float32.
 
         Args:
             texts: So many that their graph fits the memory; `passes` parts them.
             changes: What is added at sites, from the last prompt token on. A site without one stays as it is.
+            factors: By what each text's changes are multiplied, one for each text; default: 1.
 
         Raises:
-            TrimtabError: A change at a site that this wasn't opened for, or a site that didn't run once.
+            TrimtabError: A change at a site that this wasn't opened for, a site that didn't run once, or another number
+                of factors than of texts.
         """
         if unknown := sorted(set(changes) - set(self.sites)):
             raise TrimtabError(f"there is no hook at {unknown[0]}")
-        if self.shares:
-            return self._together(texts, changes)
-        return [self._whole(text, changes) for text in texts]
+        if factors is not None and len(factors) != len(texts):
+            raise TrimtabError(f"each text has one factor, got {len(factors)} for {len(texts)} texts")
+        scales = None if factors is None else torch.tensor(factors)
+        try:
+            if self.shares:
+                self._factors = scales
+                return self._together(texts, changes)
+            found = []
+            for i, text in enumerate(texts):
+                self._factors = None if scales is None else scales[i : i + 1]
+                found.append(self._whole(text, changes))
+            return found
+        finally:
+            self._factors = None
 
     @torch.no_grad()
     def states(
@@ -156,8 +172,10 @@ class Forcing:
                 raise _Enough
         if change is None:
             return None
-        new = flat.clone()
-        new[where] = given + change(given).to(given.dtype)
+        new, added = flat.clone(), change(given).to(given.dtype)
+        if self._factors is not None:
+            added = added * self._factors.to(added)[:, None].expand(where.shape)[where][:, None]
+        new[where] = given + added
         return new.view(x.shape)
 
 
