@@ -439,6 +439,31 @@ def test_what_cant_be(llama: LM, case: str) -> None:
         LEARNERS[name](llama, pairs, LAYER, **more)
 
 
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}w70{% elif m.role == 'user' %}w71{% else %}w72{% endif %}"
+    " {{ m.content }} {% endfor %}{% if add_generation_prompt %}w72{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_system_prompts_and_messages(name: str) -> None:
+    lm = tiny.tiny("llama")
+    lm.tokenizer.chat_template = TEMPLATE
+    talk = [{"role": "user", "content": "w9 w8"}, {"role": "assistant", "content": "w7"}]
+    ends = [[{"role": "user", "content": "w6"}, {"role": "assistant", "content": answer}] for answer in ("w5 w4", "w3")]
+    pairs = [
+        Pair("w11 w12", "w13", "w10", "answers", positive_system="w20 w21", negative_system="w22"),
+        Pair(ends[0], ends[1], talk, "answers"),  # type: ignore[arg-type]
+    ]
+    told, continued = preferences(lm, pairs)
+    assert told.positive == Forced((70, 20, 21, 71, 10, 72), (11, 12))
+    assert told.negative == Forced((70, 22, 71, 10, 72), (13,))
+    assert continued.positive == Forced((71, 9, 8, 72, 7, 71, 6, 72), (5, 4))
+    assert continued.negative == Forced((71, 9, 8, 72, 7, 71, 6, 72), (3,))
+    learned = LEARNERS[name](lm, pairs, LAYER, steps=10, rate=0.02)
+    assert learned.card.measured["loss_after"] < learned.card.measured["loss_before"]
+
+
 def test_factors_are_one_a_text(llama: LM) -> None:
     texts = [pair.positive for pair in preferences(llama, FEW)]
     with forcing(llama.model, llama.layout, [Site(LAYER)]) as run, pytest.raises(TrimtabError, match="one factor"):
