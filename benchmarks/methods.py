@@ -42,6 +42,8 @@ TOGETHER = 3
 MEMORY_TOKENS = 8
 """The peak comes with the prompt, and a few tokens show whether it grows."""
 FAR = 1e30
+STEPS = 3
+"""Of gradient descent: what a steering costs doesn't depend on how long it was learned."""
 HEADS = 48
 """What ITI steers in the paper; a small model may have fewer."""
 GATES, SCORES = "gate", "scores"
@@ -181,7 +183,7 @@ def _learned(lm: LM, recipe: Recipe, options: Mapping[str, Any]) -> Steering:
 def _needed(lm: LM) -> Mapping[str, Any]:
     """What methods can't do without, besides their pairs or texts, by the names of their options."""
     texts = {"positive": ASKED[0], "negative": ASKED[1], "when": ASKED, "unless": OTHERS, "harmless": OTHERS}
-    return {**texts, "heads": min(HEADS, lm.layout.layers * query_heads(lm.layout))}
+    return {**texts, "heads": min(HEADS, lm.layout.layers * query_heads(lm.layout)), "steps": STEPS}
 
 
 def _pairs(recipe: Recipe) -> list[Pair]:

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
+    from trimtab.methods.bipo import learn_bipo
     from trimtab.methods.caa import learn_caa
     from trimtab.methods.cap import learn_cap
     from trimtab.methods.directer import directer
     from trimtab.methods.distill import learn_distill
     from trimtab.methods.instaboost import instaboost
     from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
+    from trimtab.methods.loreft import learn_loreft
     from trimtab.methods.pasta import pasta
+    from trimtab.methods.reps import learn_reps
     from trimtab.methods.spotlight import spotlight
     from trimtab.methods.sttp import learn_sttp
     from trimtab.methods.words import learn_length, learn_word
@@ -99,12 +102,15 @@ __all__ = [
     "from_repeng",
     "from_steering_vectors",
     "instaboost",
+    "learn_bipo",
     "learn_caa",
     "learn_cap",
     "learn_distill",
     "learn_instruct",
     "learn_length",
+    "learn_loreft",
     "learn_many",
+    "learn_reps",
     "learn_sttp",
     "learn_word",
     "load",
@@ -128,12 +134,15 @@ _HOMES = {
     "trimtab.files.load": ("load",),
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
+    "trimtab.methods.bipo": ("learn_bipo",),
     "trimtab.methods.caa": ("learn_caa",),
     "trimtab.methods.cap": ("learn_cap",),
     "trimtab.methods.distill": ("learn_distill",),
     "trimtab.methods.directer": ("directer",),
     "trimtab.methods.instaboost": ("instaboost",),
+    "trimtab.methods.loreft": ("learn_loreft",),
     "trimtab.methods.pasta": ("pasta",),
+    "trimtab.methods.reps": ("learn_reps",),
     "trimtab.methods.spotlight": ("spotlight",),
     "trimtab.methods.sttp": ("learn_sttp",),
     "trimtab.text.spans": ("Part", "Pattern", "Phrase"),

@@ -53,7 +53,10 @@ PAIRS = {
     "empty": ("", ["no pairs", "positive + negative"]),
     "one-sided": ('{"positive": "a"}\n', [":1", "'positive'", "not the rest"]),
     "one side empty": ('{"positive": "a", "negative": ""}\n', [":1", "'negative'", "both sides"]),
-    "pairs of answers": ('{"prompt": "q", "positive": "a", "negative": "b"}\n', ["answers", "is caa"]),
+    "pairs of answers": (
+        '{"prompt": "q", "positive": "a", "negative": "b"}\n',
+        ["answers", "the method for these is", "caa"],
+    ),
 }
 
 

@@ -194,6 +194,40 @@ def test_caps_and_targets_from_the_command_line(trimtab: Any, tmp_path: Path, mo
         assert words in ran.err
 
 
+def test_preferences_from_the_command_line(trimtab: Any, tmp_path: Path, model: Path, answer_pairs: Path) -> None:
+    common = ["--pairs", answer_pairs, "--model", model, "--device", "cpu", "--layers", "1,2"]
+    cases: dict[str, list[Any]] = {
+        "bipo": ["--beta", "0.2", "--held-out", answer_pairs],
+        "reps": ["--max-dose", "0.5", "--seed", "1"],
+        "loreft": ["--rank", "2", "--rate", "0.02"],
+    }
+    for name, options in cases.items():
+        shown = trimtab("learn", name, "--help").out
+        assert options[0] in shown
+        assert "--steps" in shown
+        out, again = tmp_path / f"{name}.safetensors", tmp_path / "again.safetensors"
+        learned = trimtab("learn", name, *common, *options, "--steps", 5, "--out", out, "--json")
+        assert learned.code == 0, learned.err
+        assert learned.json["edits"] == [str(edit) for edit in load(out).edits]
+        assert learned.json["measured"]["steps"] == 5
+        assert trimtab("learn", name, *common, *options, "--steps", 5, "--out", again).code == 0
+        assert again.read_bytes() == out.read_bytes()
+        seen = trimtab("inspect", out, "--json")
+        assert (seen.code, seen.json["card"]["method"]) == (0, name)
+        told = trimtab(
+            "generate", "--steer", out, "--model", model, "--prompt", "Why?", "--max-new-tokens", 4, "--json"
+        )
+        assert told.code == 0, told.err
+    for name, options, words in (
+        ("bipo", ["--beta", "0"], "above 0, got 0.0"),
+        ("reps", ["--steps", "0"], "steps of a descent is above 0"),
+        ("loreft", ["--rank", "0"], "whole number, 1 or more"),
+    ):
+        ran = trimtab("learn", name, *common, *options, "--out", tmp_path / "no.safetensors")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran.err
+        assert words in ran.err
+
+
 # ---- read over answers, under system prompts -----------------------------------------------------------------
 
 

@@ -5,17 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.transformers.forced import Forcing
 from trimtab.errors import TrimtabError
-from trimtab.learn.trained import Trained
 
 T = TypeVar("T")
-Loss = Callable[[Forcing, Trained, Sequence[T]], Tensor]
+P = TypeVar("P", bound="Trainable")
+
+
+class Trainable(Protocol):
+    """What a descent moves, such as `Trained`."""
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the optimizer moves."""
+
+    def cap(self, dose: float) -> None:
+        """After each step: bring back what the step has taken too far, in place."""
+
+    def frozen(self: P) -> P:
+        """A copy that the optimizer doesn't move."""
+
+
+Loss = Callable[[Forcing, P, Sequence[T]], Tensor]
 """The sum, over these examples, of the loss of each."""
 Report = Callable[[int, int, str], None]
 """Called after each step: the steps done, those planned, and what there is to say."""
@@ -66,15 +82,15 @@ class Course:
 
 def descend(
     run: Forcing,
-    trained: Trained,
+    trained: P,
     examples: Sequence[T],
     held_out: Sequence[T],
-    loss: Loss[T],
+    loss: Loss[P, T],
     how: Descent,
     *,
     groups: Callable[[Sequence[T]], list[list[int]]],
     report: Report | None = None,
-) -> tuple[Trained, Course]:
+) -> tuple[P, Course]:
     """Move `trained` down the mean loss of `examples`; what comes back is the best on those held out.
 
     Without held-out examples it is what the last step made. A `KeyboardInterrupt` ends it like a last step, and the
@@ -156,9 +172,9 @@ def _schedule(step: int, steps: int) -> float:
 @torch.no_grad()
 def _mean(
     run: Forcing,
-    trained: Trained,
+    trained: P,
     examples: Sequence[T],
-    loss: Loss[T],
+    loss: Loss[P, T],
     groups: Callable[[Sequence[T]], list[list[int]]],
 ) -> float:
     total = sum(float(loss(run, trained, [examples[i] for i in numbers])) for numbers in groups(examples))

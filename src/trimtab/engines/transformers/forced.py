@@ -60,25 +60,42 @@ class Forcing:
     shares: bool
     _changes: Mapping[Site, Change] = field(default_factory=dict)
     _answering: Tensor | None = None  # the numbers of the tokens that are changed in this pass, row after row
+    _factors: Tensor | None = None  # by what the change at each of these tokens is multiplied
     _called: dict[Site, int] = field(default_factory=dict)
     _states: dict[Site, Tensor] | None = None
     _wanted: frozenset[Site] = frozenset()
 
-    def logits(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
+    def logits(
+        self, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
+    ) -> list[Tensor]:
         """For each text the logits `[answer tokens, vocabulary]` of its answer's tokens, in float32 at least.
 
         Args:
             texts: So many that their graph fits the memory; `passes` parts them.
             changes: What is added at sites, from the last prompt token on. A site without one stays as it is.
+            factors: By what each text's changes are multiplied, one for each text; default: 1.
 
         Raises:
-            TrimtabError: A change at a site that this wasn't opened for, or a site that didn't run once.
+            TrimtabError: A change at a site that this wasn't opened for, a site that didn't run once, or another number
+                of factors than of texts.
         """
         if unknown := sorted(set(changes) - set(self.sites)):
             raise TrimtabError(f"there is no hook at {unknown[0]}")
-        if self.shares:
-            return self._together(texts, changes)
-        return [self._whole(text, changes) for text in texts]
+        if factors is not None and len(factors) != len(texts):
+            raise TrimtabError(f"each text has one factor, got {len(factors)} for {len(texts)} texts")
+        each = [1.0] * len(texts) if factors is None else factors
+        scales = [torch.full((len(text.answer),), factor) for text, factor in zip(texts, each, strict=True)]
+        try:
+            if self.shares:
+                self._factors = None if factors is None else torch.cat(scales)
+                return self._together(texts, changes)
+            found = []
+            for text, scale in zip(texts, scales, strict=True):
+                self._factors = None if factors is None else scale
+                found.append(self._whole(text, changes))
+            return found
+        finally:
+            self._factors = None
 
     @torch.no_grad()
     def states(
@@ -158,7 +175,10 @@ class Forcing:
                 raise _Enough
         if change is None:
             return None
-        return flat.index_copy(0, where, given + change(given).to(given.dtype)).view(x.shape)
+        added = change(given)
+        if self._factors is not None:
+            added = added * self._factors.to(added)[:, None]
+        return flat.index_copy(0, where, given + added.to(given.dtype)).view(x.shape)
 
 
 @contextmanager

@@ -1,0 +1,311 @@
+"""Learning by gradient from pairs of answers: what is encoded, held out and measured, whatever the method's loss.
+
+A method gives its parameters and its loss of some pairs; `fit` descends, and stops by pairs that aren't learned from.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.forced import Change, Forced, Forcing, forcing, passes
+from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.read import check_length
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import naming
+from trimtab.learn.contrast import Progress
+from trimtab.learn.descent import Course, Descent, Trainable, descend
+from trimtab.learn.trained import typical
+from trimtab.steering import Site
+from trimtab.text.answers import Answered, encode_sides
+from trimtab.text.pairs import Pair
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+HELD_OUT = 8
+"""One prompt in so many is held out, with all of its pairs."""
+READ = 16
+"""So many answers tell what activations are like."""
+
+
+class NoGainWarning(UserWarning):
+    """What was learned is no better than what it began with, on the pairs that weren't learned from."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A pair as token ids, and the log-probability of either answer without steering, summed over its tokens."""
+
+    positive: Forced
+    negative: Forced
+    reference: tuple[float, float] = (0.0, 0.0)
+
+
+class Changing(Trainable, Protocol):
+    """What is trained, as changes of activations."""
+
+    def changes(self, factor: float = 1.0) -> dict[Site, Change]:
+        """What is added at each site, times `factor`."""
+
+
+P = TypeVar("P", bound=Changing)
+Objective = Callable[[Forcing, P, Sequence[Preference], Sequence[float]], Tensor]
+"""The sum of the losses of some pairs, each under a factor of its own."""
+Start = Callable[[Mapping[Site, float], Mapping[Site, int], torch.device], P]
+"""Where to begin: from the root mean squares of activations' elements and the widths, by site, and the device."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method asks of `fit`.
+
+    Args:
+        factors: The factor of a pair is one of these, drawn anew each time that it is learned from.
+        judged: Held-out pairs are judged under each of these.
+        kept: The texts of a pair whose graphs are kept at once.
+    """
+
+    factors: tuple[float, ...]
+    judged: tuple[float, ...]
+    kept: Callable[[Preference], Sequence[Forced]]
+
+
+@dataclass(frozen=True)
+class _Example:
+    pair: Preference
+    factor: float | None  # `None`: drawn
+
+
+def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Preference]:
+    """Pairs of answers as token ids, each side under its own system prompt and messages.
+
+    Args:
+        lm: The model whose tokenizer and chat template are used.
+        pairs: Pairs of the shape "answers".
+        name: What errors call one of them.
+
+    Raises:
+        TrimtabError: No pairs, pairs of another shape, or a side that can't be encoded; it names the pair.
+    """
+    if not pairs:
+        raise TrimtabError(f"there is no {name} to learn from; give pairs of answers to a prompt")
+    found = []
+    for number, pair in enumerate(pairs, 1):
+        with naming(f"{name} {number}"):
+            if pair.shape != "answers":
+                raise TrimtabError(
+                    f"this method learns from answers to a prompt, not from pairs of {pair.shape}; give prompt,"
+                    " positive and negative"
+                )
+            positive, negative = encode_sides(lm.tokenizer, pair)
+            found.append(Preference(_forced(lm, positive), _forced(lm, negative)))
+    return found
+
+
+def _forced(lm: LM, side: Answered) -> Forced:
+    if not side.start:
+        raise TrimtabError("the prompt has no tokens, so there is nowhere for the steering to begin; write one")
+    check_length(lm.layout, len(side.ids), "a prompt with its answer")
+    return Forced(tuple(side.ids[: side.start]), tuple(side.ids[side.start :]))
+
+
+def hold_out(pairs: Sequence[Preference]) -> tuple[list[Preference], list[Preference]]:
+    """What is learned from, and what is held out: every so-manieth prompt; none where there are too few prompts."""
+    prompts = list(dict.fromkeys(pair.positive.prompt for pair in pairs))
+    aside = set(prompts[HELD_OUT // 2 :: HELD_OUT])
+    learned = [pair for pair in pairs if pair.positive.prompt not in aside]
+    return learned, [pair for pair in pairs if pair.positive.prompt in aside]
+
+
+def answers_logprobs(
+    run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
+) -> Tensor:
+    """The log-probability of each answer, summed over its tokens, `[texts]`; it may be differentiated."""
+    found = []
+    for text, logits in zip(texts, run.logits(texts, changes, factors), strict=True):
+        ids = torch.tensor(text.answer, device=logits.device)[:, None]
+        found.append(logits.log_softmax(-1).gather(-1, ids).sum())
+    return torch.stack(found)
+
+
+def both_logprobs(
+    run: Forcing,
+    pairs: Sequence[Preference],
+    changes: Mapping[Site, Change],
+    factors: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the positive and of the negative answers, `[pairs]` each; both of a pair in one pass."""
+    texts = [*(pair.positive for pair in pairs), *(pair.negative for pair in pairs)]
+    found = answers_logprobs(run, texts, changes, None if factors is None else [*factors, *factors])
+    return found[: len(pairs)], found[len(pairs) :]
+
+
+def fit(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: Sequence[int],
+    *,
+    start: Start[P],
+    objective: Objective[P],
+    plan: Plan,
+    how: Descent,
+    held_out: Sequence[Pair] | None = None,
+    progress: Progress | None = None,
+) -> tuple[P, dict[str, Any]]:
+    """Descend on pairs of answers; what comes back is the best on those held out.
+
+    Args:
+        lm: The model; its weights don't change.
+        pairs: What is learned from.
+        layers: Blocks to steer after.
+        start: Makes what is trained.
+        objective: The method's loss.
+        plan: How the method uses it.
+        how: Steps, rate and the rest.
+        held_out: Pairs that aren't learned from, and decide when to stop; default: one prompt in `HELD_OUT` of `pairs`.
+        progress: `progress(done, total)`: pairs read, then steps.
+
+    Returns:
+        What was trained, and what a card says of it: the loss before and after, and the log-probability a token of
+        either side's answers before and after at strength 1, on the held-out pairs, or on all where there are none.
+
+    Warns:
+        NoGainWarning: Nothing was better on the held-out pairs than what it began with.
+
+    Raises:
+        TrimtabError: Pairs that can't be learned from, or a loss that isn't finite.
+    """
+    learned, aside = _parted(lm, pairs, held_out)
+    sites = [Site(layer) for layer in layers]
+    count = len(learned) + len(aside)
+    with forcing(lm.model, lm.layout, sites) as run:
+        referred = _referred(run, [*learned, *aside], None if progress is None else _to(progress, count + how.steps))
+        learned, aside = referred[: len(learned)], referred[len(learned) :]
+        trained = _begin(lm, run, sites, learned, start)
+        judged = [_Example(pair, factor) for pair in aside or learned for factor in plan.judged]
+        examples = [_Example(pair, None) for pair in learned]
+        generator = torch.Generator().manual_seed(how.seed)
+
+        def loss(run: Forcing, trained: P, some: Sequence[_Example]) -> Tensor:
+            return objective(run, trained, [one.pair for one in some], _factors(some, plan.factors, generator))
+
+        def groups(some: Sequence[_Example]) -> list[list[int]]:
+            return passes(run.model, [_weight(plan.kept(one.pair)) for one in some])
+
+        def report(done: int, _total: int, _words: str) -> None:
+            if progress is not None:
+                progress(count + done, count + how.steps)
+
+        before = _mean(run, trained, judged, loss, groups)
+        trained, course = descend(
+            run, trained, examples, judged if aside else [], loss, how, groups=groups, report=report
+        )
+        after = _mean(run, trained, judged, loss, groups)
+        probable = _per_token(run, trained, aside or learned)
+    if progress is not None:
+        progress(count + how.steps, count + how.steps)
+    _warn(course, aside)
+    return trained, {
+        "pairs": len(learned),
+        "held_out": len(aside),
+        "loss_before": round(before, 6),
+        "loss_after": round(after, 6),
+        **probable,
+        "steps": course.steps,
+        "best_step": course.best_step if aside else course.steps,
+        **({"interrupted": True} if course.interrupted else {}),
+    }
+
+
+def _parted(
+    lm: LM, pairs: Sequence[Pair], held_out: Sequence[Pair] | None
+) -> tuple[list[Preference], list[Preference]]:
+    encoded = preferences(lm, pairs)
+    if held_out is None:
+        return hold_out(encoded)
+    return encoded, preferences(lm, held_out, "held-out pair")
+
+
+def _to(progress: Progress, total: int) -> Progress:
+    return lambda done, _: progress(done, total)
+
+
+@torch.no_grad()
+def _referred(run: Forcing, pairs: Sequence[Preference], progress: Progress | None) -> list[Preference]:
+    """The pairs with their log-probabilities without steering."""
+    found: list[Preference] = []
+    for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
+        some = [pairs[i] for i in numbers]
+        both = torch.stack(both_logprobs(run, some, {}), 1).tolist()
+        found += [replace(pair, reference=(a, b)) for pair, (a, b) in zip(some, both, strict=True)]
+        if progress is not None:
+            progress(len(found), len(pairs))
+    return found
+
+
+def _begin(lm: LM, run: Forcing, sites: Sequence[Site], pairs: Sequence[Preference], start: Start[P]) -> P:
+    """In units of what activations are like at the tokens of positive answers."""
+    texts = [pair.positive for pair in pairs[:READ]]
+    states: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    for numbers in passes(run.model, texts):
+        for site, rows in run.states([texts[i] for i in numbers], {}, sites).items():
+            states[site] += rows
+    widths = {site: place(lm.layout, site).size for site in sites}
+    return start(typical(states), widths, next(iter(states.values()))[0].device)
+
+
+def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.Generator) -> list[float]:
+    """The factor of each; where it is drawn, from a generator that goes on from step to step."""
+    return [
+        drawn[int(torch.randint(len(drawn), (1,), generator=generator))] if one.factor is None else one.factor
+        for one in some
+    ]
+
+
+def _weight(texts: Sequence[Forced]) -> Forced:
+    """One text with as many tokens of answer as these have together, for `passes`."""
+    return Forced(texts[0].prompt, tuple(i for text in texts for i in text.answer))
+
+
+@torch.no_grad()
+def _mean(
+    run: Forcing,
+    trained: P,
+    some: Sequence[_Example],
+    loss: Callable[[Forcing, P, Sequence[_Example]], Tensor],
+    groups: Callable[[Sequence[_Example]], list[list[int]]],
+) -> float:
+    return sum(float(loss(run, trained, [some[i] for i in numbers])) for numbers in groups(some)) / len(some)
+
+
+@torch.no_grad()
+def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[str, dict[str, float]]:
+    """The mean over pairs of the log-probability a token of either side's answers, before and after."""
+    before, after = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
+        some = [pairs[i] for i in numbers]
+        lengths = torch.tensor([[len(pair.positive.answer), len(pair.negative.answer)] for pair in some])
+        before += (torch.tensor([pair.reference for pair in some], dtype=torch.float64) / lengths).sum(0)
+        both = torch.stack(both_logprobs(run, some, trained.changes()), 1)
+        after += (both.cpu().double() / lengths).sum(0)
+    told = {"logprob_before": before / len(pairs), "logprob_after": after / len(pairs)}
+    return {
+        name: {"positive": round(float(value[0]), 6), "negative": round(float(value[1]), 6)}
+        for name, value in told.items()
+    }
+
+
+def _warn(course: Course, aside: Sequence[Preference]) -> None:
+    if aside and not course.best_step and not course.interrupted:
+        warnings.warn(
+            f"in {course.steps} steps nothing became better on the {len(aside)} held-out pairs, so what comes back is"
+            " what it began with; give more pairs, or more alike ones, or change the rate",
+            NoGainWarning,
+            stacklevel=4,
+        )

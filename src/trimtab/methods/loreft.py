@@ -1,0 +1,236 @@
+"""LoReFT: Wu et al., "ReFT: Representation Finetuning for Language Models", NeurIPS 2024, arXiv 2404.03592, section 3.
+
+    h <- h + R^T (W h + b - R h)        R, W [rank, width], b [rank]; the rows of R orthonormal
+    minimise over R, W and b the cross-entropy of the answers
+
+In the subspace that the rows of R span, activations are put where W h + b says. Formula and loss are the paper's. Ours:
+it acts from the last prompt token on, where the paper acts at chosen tokens of the prompt alone (its first and last
+few); it begins with W = R and b = 0, so that nothing is changed at first (as in one variant of the authors' pyreft);
+after each step R is made orthonormal again by a QR decomposition, where pyreft trains a parametrization of such
+matrices; each answer counts alike, however long; no dropout; a rate in units of activations, a cap on b, and an early
+stop by held-out pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.forced import Change, Forcing
+from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.descent import Descent
+from trimtab.learn.preferences import Plan, Preference, answers_logprobs, fit
+from trimtab.learn.trained import FROM_LAST
+from trimtab.methods.recipe import Option, Recipe
+from trimtab.steering import Card, Edit, ReadWrite, Site, Steering
+from trimtab.text.pairs import Pair, digest
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+RECIPE = Recipe(
+    name="loreft",
+    title="low-rank representation finetuning",
+    paper="Wu et al., NeurIPS 2024, arXiv 2404.03592",
+    shapes=("answers",),
+    data="prompt + positive (what is learned) + negative (what is only measured), some dozens or more",
+    reads="the positive answers' tokens, teacher-forced, with gradients",
+    acts="puts activations in a low-rank subspace where a linear map of them says, at four blocks, from the last prompt"
+    " token on",
+    cost="two products of `rank` rows a layer and token",
+    function="learn_loreft",
+    options=(
+        Option("rank", "int", 4, "The dimension of the subspace at each block."),
+        Option("steps", "int", 40, "Steps of gradient descent, at most."),
+        Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
+        Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
+        Option("seed", "int", 0, "Of the first subspaces, and of the order of the pairs."),
+    ),
+)
+
+DEPTHS = (0.2, 0.4, 0.6, 0.8)
+MAX_DOSE = 1.0
+"""No element of b gets larger than so many times the typical activation is long."""
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """One site's share: `h + Rᵀ (W h + b - R h)`, in units of the activations there.
+
+    `scale` is the root mean square of an activation's elements at the site, and d the width. `rotation` is √d R,
+    `source` √d W, both `[rank, width]`, and `bias` `[rank]` is b over the length of a typical activation, `scale` √d.
+    So one learning rate suits all three at every site.
+    """
+
+    scale: float
+    rotation: Tensor
+    source: Tensor
+    bias: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.rotation, self.source, self.bias
+
+    @property
+    def root(self) -> float:
+        return math.sqrt(self.rotation.shape[1])
+
+    def change(self, factor: float, x: Tensor) -> Tensor:
+        """What it adds to activations `[tokens, width]`, times `factor`."""
+        read = (self.source - self.rotation) / self.root
+        found = x.float() @ read.T + self.scale * self.root * self.bias
+        return factor * found @ self.rotation / self.root
+
+    def operation(self) -> ReadWrite:
+        """The same as an operation: it reads along W - R, with the bias b, and writes along R."""
+        rotation, source, bias = (one.detach().double().cpu() for one in self.tensors)
+        read, bias = (source - rotation) / self.root, self.scale * self.root * bias
+        return ReadWrite(read.float(), (rotation / self.root).float(), bias.float())
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """All that is trained, by site."""
+
+    parts: Mapping[Site, Rotated]
+
+    @classmethod
+    def start(
+        cls, scales: Mapping[Site, float], widths: Mapping[Site, int], rank: int, seed: int, device: torch.device
+    ) -> Rotations:
+        """At the beginning W = R, b = 0, and nothing is changed anywhere.
+
+        Args:
+            scales: The root mean square of an activation's elements, by site.
+            widths: The width of activations, by site.
+            rank: Rows of R.
+            seed: Of R.
+            device: Where the tensors are.
+
+        Raises:
+            TrimtabError: An activation without length, or a rank above the width.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parts = {}
+        for site in sorted(scales):
+            if not (scales[site] > 0 and math.isfinite(scales[site])):
+                raise TrimtabError(f"activations at {site} are {scales[site]} long; nothing can be learned there")
+            if rank > widths[site]:
+                raise TrimtabError(f"the rank is {rank}, and activations at {site} are only {widths[site]} wide")
+            rotation = orthonormal(torch.randn(rank, widths[site], generator=generator)) * math.sqrt(widths[site])
+            tensors = (rotation, rotation.clone(), torch.zeros(rank))
+            parts[site] = Rotated(scales[site], *(one.float().to(device).requires_grad_() for one in tensors))
+        return cls(parts)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the optimizer moves."""
+        return [one for site in sorted(self.parts) for one in self.parts[site].tensors]
+
+    def changes(self, factor: float = 1.0) -> dict[Site, Change]:
+        """What is added at each site, times `factor`."""
+        return {site: partial(part.change, factor) for site, part in self.parts.items()}
+
+    def frozen(self) -> Rotations:
+        """A copy that the optimizer doesn't move."""
+        copies = {
+            site: replace(
+                part, **{name: getattr(part, name).detach().clone() for name in ("rotation", "source", "bias")}
+            )
+            for site, part in self.parts.items()
+        }
+        return Rotations(copies)
+
+    @torch.no_grad()
+    def cap(self, dose: float) -> None:
+        """Make the rows of R orthonormal again, and keep b within `dose` times the typical activation."""
+        for part in self.parts.values():
+            part.rotation.copy_(orthonormal(part.rotation) * part.root)
+            part.bias.clamp_(-dose, dose)
+
+    def edits(self) -> tuple[Edit, ...]:
+        """The same as edits of strength 1, in the order of their sites."""
+        return tuple(Edit(site, self.parts[site].operation(), FROM_LAST) for site in sorted(self.parts))
+
+
+def learn_loreft(
+    lm: LM,
+    pairs: Sequence[Pair],
+    layers: int | Sequence[int] | None = None,
+    *,
+    rank: int = 4,
+    steps: int = 40,
+    rate: float = 0.01,
+    held_out: Sequence[Pair] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Steering:
+    """Learn to write the positive answers, by a low-rank edit of activations.
+
+    Args:
+        lm: The model; its weights don't change.
+        pairs: Answers to prompts. The positives are learned; the negatives are only measured. Each side is read under
+            its own system prompt and messages.
+        layers: Blocks to edit after (default: four, at 0.2, 0.4, 0.6 and 0.8 of the depth).
+        rank: The dimension of the subspace at each block.
+        steps: Steps of gradient descent, at most; it stops earlier when held-out pairs get no better.
+        rate: Adam's learning rate, in units of the activations' root mean square.
+        held_out: Pairs that aren't learned from and decide when to stop; default: one prompt in eight of `pairs`.
+        seed: Of the first subspaces, and of the order of the pairs.
+        progress: `progress(done, total)`: pairs read, then steps.
+
+    Returns:
+        One `ReadWrite` a layer, of strength 1, with R in `write` and W - R in `read`. Its card has the loss and both
+        sides' log-probabilities a token, before and after. A `KeyboardInterrupt` while it descends ends it with the
+        best so far, and the card says so.
+
+    Raises:
+        TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise TrimtabError(f"the rank is a whole number, 1 or more, got {rank!r}")
+    chosen = check_layers(lm, _layers(lm) if layers is None else layers, DEPTHS[0])
+    trained, measured = fit(
+        lm,
+        pairs,
+        chosen,
+        start=lambda scales, widths, device: Rotations.start(scales, widths, rank, seed, device),
+        objective=loreft_loss,
+        plan=Plan(factors=(1.0,), judged=(1.0,), kept=lambda pair: [pair.positive]),
+        how=Descent(steps=steps, rate=rate, max_dose=MAX_DOSE, seed=seed),
+        held_out=held_out,
+        progress=progress,
+    )
+    options = {"layers": chosen, "rank": rank, "steps": steps, "rate": rate, "seed": seed}
+    data = digest([*pairs, *(held_out or ())])
+    card = Card("loreft", lm.identity, data, options, measured, versions())
+    return Steering(trained.edits(), card)
+
+
+def loreft_loss(run: Forcing, trained: Rotations, pairs: Sequence[Preference], factors: Sequence[float]) -> Tensor:
+    """The cross-entropy of the positive answers: of each the mean over its tokens, summed over pairs."""
+    texts = [pair.positive for pair in pairs]
+    found = answers_logprobs(run, texts, trained.changes(), factors)
+    return -(found / torch.tensor([len(text.answer) for text in texts], device=found.device)).sum()
+
+
+def orthonormal(rows: Tensor) -> Tensor:
+    """Orthonormal rows that span what these rows span, `[rank, width]`, each turned as little as the ones before allow.
+
+    In float64, on the CPU, so that it is the same on every device.
+    """
+    q, r = torch.linalg.qr(rows.detach().double().cpu().T)
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
+    return (q * signs).T
+
+
+def _layers(lm: LM) -> list[int]:
+    last = lm.layout.layers - 1
+    return sorted({min(last, round(depth * lm.layout.layers)) for depth in DEPTHS})
