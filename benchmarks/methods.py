@@ -46,6 +46,16 @@ STEPS = 3
 """Of gradient descent: what a steering costs doesn't depend on how long it was learned."""
 HEADS = 48
 """What ITI steers in the paper; a small model may have fewer."""
+FROM_A_PROMPT: Mapping[str, Mapping[str, Any]] = {
+    "distill": {
+        "instruction": "Answer in all lowercase letters.",
+        "queries": queries("learn")[:QUERIES],
+        "check": lambda *_: True,
+        "tokens": 8,
+        "steps": STEPS,
+    }
+}
+"""What is learned from no data but a prompt; what the answers are doesn't matter here."""
 GATES, SCORES = "gate", "scores"
 """What `only` calls the cases that are about gates, and about attention to a span, and no method of the registry."""
 SPAN = (5, 10)
@@ -176,6 +186,7 @@ def _thresholds(gate: Gate) -> list[Threshold]:
 def _learned(lm: LM, recipe: Recipe, options: Mapping[str, Any]) -> Steering:
     data: dict[str, list[Any]] = {"pairs": [_pairs(recipe)], "texts": [ASKED], "nothing": []}
     needed = {name: value for name, value in _needed(lm).items() if name in {option.name for option in recipe.options}}
+    needed |= FROM_A_PROMPT.get(recipe.name, {})
     learned: Steering = recipe.load()(lm, *data[recipe.takes], None, **needed, **options)
     return learned
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "reps", "sttp")
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("name", ["bipo", "cap", "instaboost", "loreft", "reps", "sttp"])
+@pytest.mark.parametrize("name", PAGES_WITH_EXAMPLES)
 def test_the_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (PAGES / f"{name}.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -20,7 +21,7 @@ def test_the_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize("name", ["bipo", "cap", "instaboost", "loreft", "reps", "sttp"])
+@pytest.mark.parametrize("name", PAGES_WITH_EXAMPLES)
 def test_links(name: str) -> None:
     for target in re.findall(r"\]\(([^)h#][^)#]*)", (PAGES / f"{name}.md").read_text()):
         assert (PAGES / target).exists(), target

@@ -12,17 +12,32 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.real
-def test_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def _run(number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What the example prints of each answer."""
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[number]
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(folder)
     Path("example.py").write_text(code)
     runpy.run_path("example.py", run_name="__main__")
     unsteered, steered = capsys.readouterr().out.split("--- dose ")[1:]
-    assert unsteered.startswith("0.00\n")
+    assert unsteered.split("\n")[0].strip("0.") == ""
     assert 0 < float(steered.split("\n")[0]) < 1
     assert unsteered.split("\n", 1)[1] != steered.split("\n", 1)[1]
+    return [unsteered, steered]
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_prompt_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    unsteered, steered = _run(0, tmp_path, monkeypatch, capsys)
+    assert "<<" not in unsteered
+    assert "<<" in steered
+
+
+@pytest.mark.real
+def test_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _, steered = _run(1, tmp_path, monkeypatch, capsys)
     assert steered.count("\n* ") + steered.count("\n- ") >= 2  # bullet points
 
 

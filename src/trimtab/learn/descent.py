@@ -94,7 +94,7 @@ def descend(
     """Move `trained` down the mean loss of `examples`; what comes back is the best on those held out.
 
     Without held-out examples it is what the last step made. A `KeyboardInterrupt` ends it like a last step, and the
-    course says so: what was best until then comes back.
+    course says so: what was best until then comes back, or what was reached if nothing has been looked at yet.
 
     Args:
         run: Open passes of the model, with hooks at the sites of `trained`.
@@ -117,6 +117,8 @@ def descend(
     try:
         if held_out:
             course.first = course.best = _mean(run, trained, held_out, loss, groups)
+            if not math.isfinite(course.first):
+                raise TrimtabError(f"the loss is {course.first} before the first step, on what is held out")
         for step in range(how.steps):
             for group in optimizer.param_groups:
                 group["lr"] = how.rate * _schedule(step, how.steps)
@@ -148,9 +150,8 @@ def descend(
     finally:
         for tensor in trained.tensors:
             tensor.grad = None
-    if not held_out:
-        return trained.frozen(), course
-    return best, course
+    looked = bool(held_out) and (course.best_step or course.steps >= how.every or not course.interrupted)
+    return (best if looked else trained.frozen()), course
 
 
 def _order(count: int, how: Descent) -> list[list[int]]:

@@ -1,8 +1,8 @@
 """A model's own answers to learn from: made under a teacher's prompt, and kept where they do what it says.
 
 A small model follows its prompt too seldom to learn much from. So where few answers are kept, the model is asked again
-while its answer's opening is steered along the mean difference of the prompts with and without the instruction (which
-needs no answers), and writes the rest of it by itself.
+while its answer, or the opening of it, is steered along the mean difference of the prompts with and without the
+instruction (which needs no answers); how it is helped best is tried on a few queries.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ TRIES = 3
 OFTEN = 0.5
 """A model that does what it is told in this share of answers isn't helped."""
 HELP_DEPTHS, HELP_STRENGTHS = (0.3, 0.5, 0.7), (0.6, 1.2)
-HELP_QUERIES = 12
-"""At which depth the model is helped, and how strongly in mean differences, is tried on so many queries."""
+HELP_QUERIES = 8
+"""At which depth the model is helped, how strongly in mean differences, and whether all of its answer or the opening
+alone, is tried on so many queries."""
 PER_QUERY = 2
 """So many answers to one query are learned from, at most."""
 ENOUGH = 0.75
 """The share of queries with that many answers, from which on the model isn't asked again."""
 TO_THE_POINT = 0.75
 """The share of answers that are kept by what they say about their queries."""
-WHILE_IT_BEGINS = Positions.opening(OPENING)
+WHILE_IT_BEGINS, THROUGHOUT = Positions.opening(OPENING), Positions.from_last_prompt_token()
 LEAST = 8
 """Fewer answers than this are too few to learn from."""
 MARGIN = 0.05
@@ -153,29 +154,6 @@ def own_answers(
     return Answers(tuple(good), tuple(_to_the_point(made, good)), tuple(tries))
 
 
-def more_answers(
-    lm: LM,
-    teacher: Teacher,
-    queries: Sequence[str],
-    so_far: Answers,
-    help_: Steering,
-    *,
-    check: Check | None,
-    tokens: int,
-    progress: Progress | None = None,
-) -> Answers:
-    """Answers to queries that have too few, written under the teacher's prompt and a steering, beside those so far.
-
-    The arguments are those of `own_answers`; `help_` acts on the whole answer.
-    """
-    made = Making(lm, teacher, check, tokens)
-    lacking = _lacking(queries, so_far.good)
-    new = made.answers(lacking, 0, [help_], progress)
-    good = _different([*so_far.good, *new])
-    tried = Try(_named(help_), len(lacking), len(new))
-    return Answers(tuple(good), tuple(_to_the_point(made, good)), (*so_far.tries, tried))
-
-
 def _lacking(queries: Sequence[str], good: Sequence[Lesson]) -> list[str]:
     """The queries with fewer answers than may be learned from."""
     counts = Counter(one.query for one in good)
@@ -190,8 +168,8 @@ def _different(lessons: Sequence[Lesson]) -> list[Lesson]:
 def _named(help_: Steering | None) -> str:
     if help_ is None:
         return ""
-    layers, strength = help_.layers, help_.edits[0].strength
-    return f"{strength:g} at block {layers[0]}" if len(layers) == 1 else f"what was learned, at {len(layers)} blocks"
+    (edit,) = help_.edits
+    return f"{edit.strength:g} at block {edit.site.layer}, {edit.positions}"
 
 
 def _after(progress: Progress, before: int, total: int) -> Progress:
@@ -239,7 +217,7 @@ class Making:
         return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
 
     def best_helps(self, queries: Sequence[str], turn: int) -> tuple[list[Steering], Try, list[Lesson]]:
-        """The helps in the order of how many answers they make do what the teacher says, the best two.
+        """The two helps under which most answers do what the teacher says, the best one first.
 
         They are tried on some of the queries; what was kept of that comes with them.
         """
@@ -249,7 +227,8 @@ class Making:
         pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
         moments = contrast(self.lm, pairs, layers)
         helps = [
-            strength * Steering((Edit(Site(layer), Add(moments[layer].difference.float()), WHILE_IT_BEGINS),))
+            strength * Steering((Edit(Site(layer), Add(moments[layer].difference.float()), where),))
+            for where in (WHILE_IT_BEGINS, THROUGHOUT)
             for strength in HELP_STRENGTHS
             for layer in layers
         ]
@@ -325,5 +304,5 @@ def helped(lesson: Lesson) -> int:
     """How many tokens of the answer were written under the help."""
     if lesson.help is None:
         return 0
-    opening = all(edit.positions == WHILE_IT_BEGINS for edit in lesson.help.edits)
+    opening = lesson.help.edits[0].positions == WHILE_IT_BEGINS
     return min(OPENING, len(lesson.answer)) if opening else len(lesson.answer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError
@@ -60,9 +59,3 @@ class Teacher:
         for question, answer in self.examples:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return [*messages, {"role": "user", "content": asked}]
-
-
-def split_queries(queries: Sequence[str], every: int) -> tuple[list[str], list[str]]:
-    """Queries to learn from, and every so-manieth of them, held out."""
-    learn = [query for i, query in enumerate(queries) if i % every]
-    return learn, [query for i, query in enumerate(queries) if not i % every]

@@ -27,7 +27,7 @@ from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Course, Descent, descend
-from trimtab.learn.own_answers import Answers, Check, Lesson, more_answers, own_answers
+from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
 from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
@@ -53,8 +53,6 @@ RECIPE = Recipe(
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8
 """One query in so many is held out, and decides when the descent stops."""
-FEW = 0.6
-"""Where fewer queries than this share have an answer, what was learned helps to more, and is then learned further."""
 CLOSED_RANK = 64
 CLOSED_LESSONS = 48
 """More answers than this change a closed fit little."""
@@ -134,15 +132,10 @@ def learn_distill(
     how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
     work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
     said = _Said(say)
-    given: dict[str, Any] = {"check": check, "tokens": tokens}
-    answers = own_answers(lm, teacher, asked, **given, progress=work.answers)
+    answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
     said.answers(answers, len(asked))
-    found = _fitted(lm, answers, asked, chosen, None, fit, rank, how, with_prompt, work, said)
-    if fit != "closed" and answers.answered < FEW * len(asked) and not found.course.interrupted:
-        # the model does what it is told too seldom: what has been learned helps it to more answers to learn from
-        answers = more_answers(lm, teacher, asked, answers, Steering(found.trained.edits()), **given)
-        said.answers(answers, len(asked))
-        found = _fitted(lm, answers, asked, chosen, found.trained, fit, rank, how, with_prompt, work, said)
+    found = _fitted(lm, answers, asked, chosen, fit, rank, how, with_prompt, work, said)
+    work.finish()
     does = {
         "layers": chosen,
         "fit": fit,
@@ -224,7 +217,6 @@ def _fitted(
     answers: Answers,
     queries: Sequence[str],
     layers: Sequence[int],
-    begun: Trained | None,
     fit: str,
     rank: int,
     how: Descent,
@@ -232,7 +224,7 @@ def _fitted(
     work: _Work,
     said: _Said,
 ) -> _Found:
-    """The fit to these answers, from where an earlier one ended."""
+    """The fit to these answers."""
     held_out, lessons = _split(answers.lessons, queries)
     sites = [Site(layer) for layer in layers]
     helping = {edit.site for one in answers.lessons if one.help is not None for edit in one.help.edits}
@@ -241,11 +233,10 @@ def _fitted(
         aside = _examples(held_out, targets, 0.0, how.seed)
         before = _mean(run, Trained({}), aside)
         explained: dict[Site, float] = {}
-        trained = begun
-        if trained is None:
-            trained = _start(lm, run, sites, lessons, 0 if fit != "gradient" else rank, how.seed)
-            if fit != "gradient":
-                trained, explained = _closed(run, trained, lessons, rank)
+        trained = _start(lm, run, sites, lessons, rank if fit == "gradient" else 0, how.seed)
+        if fit != "gradient":
+            trained, explained = _closed(run, trained, lessons, rank)
+            trained.cap(how.max_dose)
         course = Course()
         if fit != "closed":
             trained, course = descend(
@@ -307,7 +298,7 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
     explained = {}
     for site in sites:
         x = torch.cat(_read(run, plain, Trained(parts).changes(), [site])[site])
-        found = reduced_rank(x, wanted[site] - x, rank)
+        found = reduced_rank(x.float(), wanted[site].float() - x.float(), rank)
         scale = trained.parts[site].scale
         tensors = (found.vector / scale, found.read * scale, found.write / scale)
         parts[site] = Part(scale, *(one.to(x.device) for one in tensors))
@@ -331,16 +322,21 @@ class _Work:
         return 4 * self.queries + 4 * self.steps
 
     def answers(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(round(3 * self.queries * done / total), self.total)
+        self._report(3 * self.queries * done / total)
 
     def targets(self, done: int, total: int) -> None:
-        if self.progress is not None:
-            self.progress(3 * self.queries + round(self.queries * done / total), self.total)
+        self._report(3 * self.queries + self.queries * done / total)
 
     def descent(self, done: int, total: int) -> None:
+        self._report(4 * self.queries + 4 * self.steps * done / total)
+
+    def finish(self) -> None:
+        """All is done, perhaps in fewer steps than were planned."""
+        self._report(self.total)
+
+    def _report(self, done: float) -> None:
         if self.progress is not None:
-            self.progress(4 * self.queries + round(4 * self.steps * done / total), self.total)
+            self.progress(round(done), self.total)
 
 
 @dataclass(frozen=True)

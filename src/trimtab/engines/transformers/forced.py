@@ -22,7 +22,7 @@ from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.read import can_share, check_read, padded
+from trimtab.engines.transformers.read import TOKENS_PER_BATCH, can_share, check_length, check_read, padded
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
@@ -76,13 +76,15 @@ class Forcing:
             factors: By what each text's changes are multiplied, one for each text; default: 1.
 
         Raises:
-            TrimtabError: A change at a site that this wasn't opened for, a site that didn't run once, or another number
-                of factors than of texts.
+            TrimtabError: A change at a site that this wasn't opened for, a site that didn't run once, a text that is
+                longer than the model's context, or another number of factors than of texts.
         """
         if unknown := sorted(set(changes) - set(self.sites)):
             raise TrimtabError(f"there is no hook at {unknown[0]}")
         if factors is not None and len(factors) != len(texts):
             raise TrimtabError(f"each text has one factor, got {len(factors)} for {len(texts)} texts")
+        for i, text in enumerate(texts):
+            check_length(self.layout, len(text.prompt) + len(text.answer) - 1, f"text {i + 1}")
         each = [1.0] * len(texts) if factors is None else factors
         scales = [torch.full((len(text.answer),), factor) for text, factor in zip(texts, each, strict=True)]
         try:
@@ -214,12 +216,13 @@ def passes(model: Any, texts: Sequence[Forced]) -> list[list[int]]:
     """The numbers of these texts, in groups that fit one pass each, in their order; at least one text a group."""
     tokens = min(TOKENS_PER_PASS, LOGITS_PER_PASS // model.get_input_embeddings().weight.shape[0])
     groups: list[list[int]] = []
-    longest = 0
+    answer = prompt = 0
     for i, text in enumerate(texts):
-        longest = max(longest, len(text.answer))
-        if not groups or longest * (len(groups[-1]) + 1) > tokens:
+        answer, prompt = max(answer, len(text.answer)), max(prompt, len(text.prompt))
+        rows = len(groups[-1]) + 1 if groups else 1
+        if not groups or answer * rows > tokens or prompt * rows > TOKENS_PER_BATCH:
             groups.append([])
-            longest = len(text.answer)
+            answer, prompt = len(text.answer), len(text.prompt)
         groups[-1].append(i)
     return groups
 
