@@ -123,7 +123,7 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
     few = set(QUERIES[: LEAST // 2 - 1])
     with pytest.raises(TrimtabError, match=rf"of \d+ answers .* {LEAST} are needed.*give examples, or more queries"):
         kept_by(lambda query, _answer, _cut: query in few, lm=lm)
-    with pytest.raises(TrimtabError, match=r"of 120 answers that the model wrote under this prompt, 0 do what it says"):
+    with pytest.raises(TrimtabError, match=r"of 144 answers that the model wrote under this prompt, 0 do what it says"):
         kept_by(lambda *_: False, lm=lm)
 
 
@@ -213,16 +213,17 @@ def test_a_model_that_does_as_told_is_not_helped(lm: LM) -> None:
     assert all(one.help == "" for one in kept_by(anything, lm=lm).tries)
 
 
-def test_help_acts_on_the_opening_alone(lm: LM) -> None:
+def test_help_acts_on_the_opening_or_on_all_of_the_answer(lm: LM) -> None:
     found = kept_by(rarely(10), lm=lm)
     assert found.tries[0].help == ""
     assert found.tries[1].help == "tried at several blocks"
     helped = [one for one in found.good if one.help is not None]
-    assert helped
+    counts = {Positions.opening(OPENING): OPENING, Positions.from_last_prompt_token(): TOKENS}
+    assert {edit.positions for one in helped if one.help for edit in one.help.edits} == set(counts)
     for one in helped[::6]:
         assert one.help is not None
-        assert [edit.positions for edit in one.help.edits] == [Positions.opening(OPENING)]
-        assert module.helped(one) == min(OPENING, len(one.answer))
+        (edit,) = one.help.edits
+        assert module.helped(one) == min(counts[edit.positions], len(one.answer))
         (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), one.help, max_new_tokens=TOKENS)
         assert one.answer == tuple(answer.token_ids)
 
@@ -249,7 +250,7 @@ def test_where_help_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pytest.
     with pytest.raises(TrimtabError):
         kept_by(lambda *_: False, lm=lm)
     each = [set(helps) for _, helps, _ in calls if helps is not None]
-    assert [len(helps) for helps in each] == [1, 6, 1, 1]
+    assert [len(helps) for helps in each] == [1, 12, 1, 1]
     assert each[0] == {None}
     assert each[2] != each[3]
     assert each[2] | each[3] < each[1]
@@ -268,19 +269,6 @@ def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
     assert torch.allclose(found, expected, atol=1e-3)
     assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5", help_)) == 2
     assert module.helped(Lesson("w3", 0, (3,), (3,), (4, 5), "w4 w5")) == 0
-
-
-def test_more_answers_come_beside_those_so_far(lm: LM) -> None:
-    so_far = kept_by(lambda query, _a, _c: query in QUERIES[:8], lm=lm)
-    help_ = Steering((Edit(Site(1), Add(tiny.direction(1, 3.0))),))
-    more = module.more_answers(lm, TEACHER, QUERIES, so_far, help_, check=anything, tokens=TOKENS)
-    assert set(so_far.good) <= set(more.good)
-    assert more.answered > so_far.answered
-    assert more.tries[:-1] == so_far.tries
-    new = [one for one in more.good if one.help == help_]
-    assert new
-    assert all(module.helped(one) == len(one.answer) for one in new)
-    assert max(Counter(one.query for one in more.lessons).values()) <= PER_QUERY
 
 
 # ---- what they say -------------------------------------------------------------------------------------------
