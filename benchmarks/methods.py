@@ -51,7 +51,7 @@ FROM_A_PROMPT: Mapping[str, Mapping[str, Any]] = {
         "instruction": "Answer in all lowercase letters.",
         "queries": queries("learn")[:QUERIES],
         "check": lambda *_: True,
-        "tokens": 8,
+        "tokens": 4,
         "steps": STEPS,
     }
 }

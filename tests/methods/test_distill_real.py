@@ -16,7 +16,7 @@ from trimtab.learn.teachers import Teacher
 from trimtab.methods.distill import learn_distill
 from trimtab.steering import Site
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.long]
 
 TEACHER = Teacher(("Answer in capital letters only.", "WRITE YOUR WHOLE ANSWER IN CAPITAL LETTERS."))
 TOKENS = 16
