@@ -11,8 +11,13 @@ PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "reps",
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 
+LONG = ("bipo", "loreft", "reps")
+
+
 @pytest.mark.real
-@pytest.mark.parametrize("name", PAGES_WITH_EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in PAGES_WITH_EXAMPLES]
+)
 def test_the_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (PAGES / f"{name}.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)

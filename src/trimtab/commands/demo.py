@@ -195,6 +195,7 @@ def _steering(
     from trimtab.errors import TrimtabError
     from trimtab.evaluate import CONSTRAINTS
     from trimtab.files.load import load
+    from trimtab.learn.own_answers import LEAST, PER_QUERY
     from trimtab.methods.distill import learn_distill
     from trimtab.methods.instruct import learn_instruct
 
@@ -206,6 +207,8 @@ def _steering(
         return CONSTRAINTS[setting.name](answer, cut=cut)
 
     try:
+        if PER_QUERY * len(learn) < LEAST:
+            raise TrimtabError("so few queries are too few")
         steering = learn_distill(
             lm,
             instruction=instruction.learn,
