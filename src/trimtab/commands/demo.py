@@ -108,7 +108,7 @@ def demo(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """See steering work, in about three minutes on two CPU cores.
+    """See steering work, in a few minutes on two CPU cores.
 
     A small model often ignores the form it is asked for. Here it is steered to keep it: a title, JSON, bullet points,
     one sentence. It answers questions that nothing was learned from, unsteered and steered, first without a word of
