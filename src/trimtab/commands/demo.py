@@ -56,7 +56,7 @@ SETTINGS = (
 
 LIMITS = """\
 The form is all that is steered: what the answers say stays as good or bad as the model, and "on topic" counts the
-answers that take up a word of their prompt. docs/methods/distill.md has what was measured, and what doesn't work."""
+answers that take up a word of their prompt. benchmarks/RESULTS.md has what was measured, and where it falls short."""
 UNTUNED = "On another model, better settings may exist: trimtab learn distill --help has them."
 
 
@@ -99,7 +99,7 @@ NOW, BEFORE, FALLBACK = "learned now", "learned before", "mean difference"
 
 def demo(
     model: ModelOption = None,
-    learn: Annotated[bool, typer.Option("--learn", help="Learn all four now: about ten minutes on two cores.")] = False,
+    learn: Annotated[bool, typer.Option("--learn", help="Learn all four now, which takes many minutes.")] = False,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -192,10 +192,9 @@ def _steering(
     """The steering and how it came about; the mean difference where too few answers can be learned from."""
     from trimtab.data import instruction_pairs, instructions
     from trimtab.data.distilled import path_of
-    from trimtab.errors import TrimtabError
     from trimtab.evaluate import CONSTRAINTS
     from trimtab.files.load import load
-    from trimtab.learn.own_answers import LEAST, PER_QUERY
+    from trimtab.learn.own_answers import LEAST, PER_QUERY, TooFewAnswersError
     from trimtab.methods.distill import learn_distill
     from trimtab.methods.instruct import learn_instruct
 
@@ -208,7 +207,7 @@ def _steering(
 
     try:
         if PER_QUERY * len(learn) < LEAST:
-            raise TrimtabError("so few queries are too few")
+            raise TooFewAnswersError("so few queries are too few")
         steering = learn_distill(
             lm,
             instruction=instruction.learn,
@@ -218,7 +217,7 @@ def _steering(
             progress=progress,
         )
         return steering, NOW
-    except TrimtabError:
+    except TooFewAnswersError:
         pairs = instruction_pairs(learn, instruction.learn)
         layer = setting.layer_of(lm.layout.layers)
         return learn_instruct(lm, pairs, layers=[layer], operation="add") * setting.strength, FALLBACK

@@ -57,6 +57,10 @@ nats a token."""
 BATCH = 32
 
 
+class TooFewAnswersError(TrimtabError):
+    """Hardly any answer of the model does what its prompt says, so nothing can be learned from them."""
+
+
 @dataclass(frozen=True)
 class Lesson:
     """An answer that was kept: `asked` and `plain` are the prompts' ids with and without what the teacher says.
@@ -144,7 +148,7 @@ def own_answers(
             tries.append(tried)
         help_ = helps.pop(0)
     if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
-        raise TrimtabError(
+        raise TooFewAnswersError(
             f"of {sum(one.asked for one in tries)} answers that the model wrote under this prompt, {len(good)} do what"
             f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
             " more queries"
