@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from trimtab.commands.tune import _check_of
+from trimtab.commands.tune import check_of
 from trimtab.files.steering_file import load_steering, steering_digest
 
 SUBJECTS = ["sea", "sky", "day", "sun", "rain", "wind", "snow", "ice", "sand", "rock", "tree", "leaf"]
@@ -136,14 +136,14 @@ def test_letters_are_scored_without_generating(cpu, tmp_path):
 
 
 def test_a_known_instruction_brings_its_check():
-    assert _check_of("Answer in JSON format.") == ("json", None, None)
-    assert _check_of("answer in json format") == ("json", None, None)
-    assert _check_of("Answer in all lowercase letters.") == (None, "change_case:english_lowercase", "{}")
-    assert _check_of("Use no commas at all.") == (None, "punctuation:no_comma", "{}")
-    _, kind, kwargs = _check_of("Answer with exactly 4 bullet points.")
+    assert check_of("Answer in JSON format.") == ("json", None, None)
+    assert check_of("answer in json format") == ("json", None, None)
+    assert check_of("Answer in all lowercase letters.") == (None, "change_case:english_lowercase", "{}")
+    assert check_of("Use no commas at all.") == (None, "punctuation:no_comma", "{}")
+    _, kind, kwargs = check_of("Answer with exactly 4 bullet points.")
     assert (kind, json.loads(kwargs)) == ("detectable_format:number_bullet_lists", {"num_bullets": 4})
-    assert _check_of("First repeat the request word for word, then give your answer.") == (None, None, None)
-    assert _check_of("Answer like a pirate.") == (None, None, None)
+    assert check_of("First repeat the request word for word, then give your answer.") == (None, None, None)
+    assert check_of("Answer like a pirate.") == (None, None, None)
 
 
 def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
