@@ -132,6 +132,33 @@ def following(
     finish(run(model, file, mode, folder, tokens, tune_tokens, limit, skip or ()), json_file, check, as_markdown)
 
 
+@app.command("following-distilled")
+def following_distilled(
+    folder: Annotated[Path, typer.Option(help="Where steerings and answers are kept; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "without",
+    fit: Annotated[str, typer.Option(help="gradient, closed or both.")] = "gradient",
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
+    learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer that is learned from.")] = 96,
+    dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Instruction following (IFEval, single instructions) with distilled steerings against none and said twice."""
+    from benchmarks.following import DATASET
+    from benchmarks.following_distilled import run
+
+    file = data / DATASET
+    if mode not in ("with", "without"):
+        raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+    if not file.is_file():
+        Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
+        return
+    finish(run(model, file, mode, folder, tokens, learn_tokens, fit, dtype), json_file, check, as_markdown)
+
+
 @app.command()
 def words(
     folder: Annotated[Path, typer.Option(help="Where answers and choices are kept; a second start goes on there.")],

@@ -133,6 +133,28 @@ def test_the_best_on_what_is_held_out_is_kept(run: Forcing) -> None:
     assert torch.equal(again.parts[SITE].vector, best.parts[SITE].vector)
 
 
+def test_with_slack_it_is_the_last_that_is_hardly_worse(run: Forcing) -> None:
+    """The loss on what is held out falls, and rises again past 0.3 of the way."""
+    aside, told = [0.3 * MEAN], dict[int, float]()
+    trained = start()
+
+    def report(done: int, _total: int, _words: str) -> None:
+        told[done] = float(distance(run, trained.frozen(), aside))
+
+    for slack in (0.0, 0.5, 2.0):
+        told.clear()
+        trained = start()
+        how = Descent(steps=200, rate=0.05, batch=7, every=1, max_dose=100, slack=slack)
+        found, course = descend(run, trained, TARGETS, aside, distance, how, groups=by(3), report=report)
+        lowest = min(told.values())
+        fine = [step for step, value in told.items() if value <= (1 + slack) * lowest and value < course.first]
+        assert course.best_step == max(fine)
+        assert course.best == pytest.approx(told[max(fine)], rel=1e-4)
+        assert course.best == pytest.approx(float(distance(run, found, aside)), rel=1e-4)
+        assert course.best < course.first
+        assert course.steps == course.best_step + PATIENCE
+
+
 def test_what_comes_back_stays_as_it_is(run: Forcing) -> None:
     trained = start()
     found, _ = descend(run, trained, TARGETS, [], distance, Descent(steps=3), groups=by(3))
@@ -208,6 +230,9 @@ def test_errors(run: Forcing) -> None:
         for value in (0, -1, math.nan):
             with pytest.raises(TrimtabError, match=f"{name} of a descent is above 0"):
                 Descent(**{name: value})
+    for value in (-0.1, math.nan):
+        with pytest.raises(TrimtabError, match="slack of a descent is 0 or more"):
+            Descent(slack=value)
 
 
 # ---- again and in order --------------------------------------------------------------------------------------

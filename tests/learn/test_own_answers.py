@@ -15,7 +15,20 @@ from tiny import prompt
 from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.engines.transformers.forced import Forced, forcing
 from trimtab.learn import own_answers as module
-from trimtab.learn.own_answers import LEAST, MARGIN, OPENING, PER_QUERY, Answers, Lesson, logprobs, own_answers
+from trimtab.learn.own_answers import (
+    FEW,
+    LEAST,
+    MARGIN,
+    OPENING,
+    PER_QUERY,
+    SHORTLIST,
+    Answers,
+    Lesson,
+    Making,
+    Way,
+    logprobs,
+    own_answers,
+)
 from trimtab.learn.teachers import Teacher
 from trimtab.text.repetition import repeated_share
 
@@ -123,7 +136,7 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
     few = set(QUERIES[: LEAST // 2 - 1])
     with pytest.raises(TrimtabError, match=rf"of \d+ answers .* {LEAST} are needed.*give examples, or more queries"):
         kept_by(lambda query, _answer, _cut: query in few, lm=lm)
-    with pytest.raises(TrimtabError, match=r"of 144 answers that the model wrote under this prompt, 0 do what it says"):
+    with pytest.raises(TrimtabError, match=r"of 184 answers that the model wrote under this prompt, 0 do what it says"):
         kept_by(lambda *_: False, lm=lm)
 
 
@@ -214,9 +227,8 @@ def test_a_model_that_does_as_told_is_not_helped(lm: LM) -> None:
 
 
 def test_help_acts_on_the_opening_or_on_all_of_the_answer(lm: LM) -> None:
-    found = kept_by(rarely(10), lm=lm)
-    assert found.tries[0].help == ""
-    assert found.tries[1].help == "tried at several blocks"
+    found = kept_by(rarely(16 + 5 * FEW), lm=lm)
+    assert [one.help for one in found.tries][:3] == ["", "said in other ways", "tried at several blocks"]
     helped = [one for one in found.good if one.help is not None]
     counts = {Positions.opening(OPENING): OPENING, Positions.from_last_prompt_token(): TOKENS}
     assert {edit.positions for one in helped if one.help for edit in one.help.edits} == set(counts)
@@ -229,31 +241,85 @@ def test_help_acts_on_the_opening_or_on_all_of_the_answer(lm: LM) -> None:
 
 
 def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> None:
-    """The best two are of those that were tried, by how many of their answers were kept."""
-    best, tried, found = module.Making(lm, TEACHER, odd, TOKENS).best_helps(QUERIES, 0)
-    assert len(best) == 2
-    assert tried.kept == len(found)
-    counts = Counter(one.help for one in found)
-    assert [counts[help_] for help_ in best] == sorted(counts.values(), reverse=True)[:2]
-    (edit,) = best[0].edits
-    assert edit.strength in module.HELP_STRENGTHS
-    layer = edit.site.layer
-    total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
-    for turn, query in enumerate(QUERIES):
-        ((told,), (bare,)) = (list(lm.capture(text, [layer])[0].values()) for text in (TEACHER.ask(query, turn), query))
-        total += (told[0] - bare[0]).double()
-    assert torch.allclose(edit.operation.direction.double(), total / len(QUERIES), atol=1e-4)
+    helps = Making(lm, TEACHER, odd, TOKENS).helps(QUERIES, 1)
+    assert len(helps) == len(set(helps)) == 12
+    for help_ in helps[::5]:
+        (edit,) = help_.edits
+        assert edit.strength in module.HELP_STRENGTHS
+        total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
+        for query in QUERIES:
+            told, bare = (
+                next(iter(lm.capture(text, [edit.site.layer])[0].values()))[0] for text in (TEACHER.ask(query, 1), query)
+            )
+            total += (told - bare).double()
+        assert torch.allclose(edit.operation.direction.double(), total / len(QUERIES), atol=1e-4)
 
 
-def test_where_help_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- which way is best ---------------------------------------------------------------------------------------
+
+
+def test_what_is_said_in_other_words_or_once_more_comes_before_help(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
+    made = Making(lm, TEACHER, anything, TOKENS)
+    ways, tries, found = made.best_ways(QUERIES, [])
+    assert [len(prompts) for prompts, _, _ in calls] == [5 * FEW]
+    assert [one.help for one in tries] == ["said in other ways"]
+    assert {way.turn for way in ways} < {1, 2, 3, 4, 5}  # the first is what failed
+    assert all(way.help is None for way in ways)
+    assert tries[0].kept == len(found)
+
+
+def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
+    lm: LM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = watched(lm, monkeypatch)
+    ids = {tuple(lm.encode(TEACHER.ask(query, 5))) for query in QUERIES}
+    answers = {one.text for one in lm.generate([TEACHER.ask(query, 5) for query in QUERIES], max_new_tokens=TOKENS)}
+    calls.clear()
+    check = lambda _query, answer, _cut: answer in answers and len(answer) % 3 == 0  # noqa: E731
+    ways, tries, found = Making(lm, TEACHER, check, TOKENS).best_ways(QUERIES, [])
+    assert {one.asked for one in found if one.help is None} <= ids
+    assert [one.help for one in tries] == ["said in other ways", "tried at several blocks"]
+    assert tries[0].asked == 5 * FEW
+    assert 0 < tries[0].kept < FEW / 2
+    prompts, helps, _ = calls[1]
+    assert len(prompts) == 12 * FEW
+    assert None not in helps
+    assert all(one.endswith(" ".join([PHRASINGS[2]] * 2)) for one in prompts)
+    assert len(ways) == 2
+
+
+def test_the_best_are_those_followed_often_whose_answers_say_most(lm: LM) -> None:
+    made = Making(lm, TEACHER, odd, TOKENS)
+    ways, _, found = made.best_ways(QUERIES, [])
+    counts = Counter(one.way for one in found)
+    says: Counter[Way] = Counter()
+    for one, nats in zip(found, made.says(found), strict=True):
+        says[one.way] += nats  # type: ignore[assignment]
+    often = {way for way, _ in counts.most_common(SHORTLIST)}
+    least = min(counts[way] for way in often)
+    assert all(counts[way] >= least for way in ways)
+    assert says[ways[0]] >= says[ways[1]]
+
+
+def test_ways_are_tried_on_queries_that_have_no_answer_yet(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
+    made = Making(lm, TEACHER, anything, TOKENS)
+    good = made.answers([(query, Way(0)) for query in QUERIES[:12]])
+    made.best_ways(QUERIES, good)
+    prompts, _, _ = calls[1]
+    assert {one for one in prompts if any(one.startswith(f"{query} ") for query in QUERIES[:12])} == set()
+    assert len(prompts) == 5 * len(QUERIES[12:])
+
+
+def test_where_one_way_is_not_enough_the_next_is_tried(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = watched(lm, monkeypatch)
     with pytest.raises(TrimtabError):
         kept_by(lambda *_: False, lm=lm)
-    each = [set(helps) for _, helps, _ in calls if helps is not None]
-    assert [len(helps) for helps in each] == [1, 12, 1, 1]
-    assert each[0] == {None}
-    assert each[2] != each[3]
-    assert each[2] | each[3] < each[1]
+    assert [len(prompts) for prompts, _, _ in calls] == [16, 5 * FEW, 12 * FEW, 16, 16]
+    asked = [list(zip(prompts, helps, strict=True)) for prompts, helps, _ in calls]
+    assert not set(asked[3]) & set(asked[4])
+    assert not set(asked[0]) & set(asked[3])
 
 
 @pytest.mark.parametrize("operation", [Add(tiny.direction(1)), tiny.read_write(2, 3)])
@@ -276,8 +342,8 @@ def test_help_as_changes_is_help(lm: LM, operation: Any) -> None:
 
 def candidates(lm: LM) -> tuple[Any, list[Lesson]]:
     """Three answers a query, though not to every one."""
-    made = module.Making(lm, TEACHER, anything, TOKENS)
-    lessons = [one for turn in range(3) for one in made.answers(QUERIES[: 12 - turn], turn, [None])]
+    made = Making(lm, TEACHER, anything, TOKENS)
+    lessons = [one for turn in range(3) for one in made.answers([(query, Way(turn)) for query in QUERIES[: 12 - turn]])]
     return made, sorted(lessons, key=lambda one: QUERIES.index(one.query))
 
 

@@ -23,6 +23,12 @@ def lm() -> LM:
     return tiny.tiny("llama")
 
 
+@pytest.fixture(params=[1.0, 0.25], ids=["as it is", "sharpened"])
+def temperature(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(module, "TEMPERATURE", request.param)
+    return float(request.param)
+
+
 def distributions(seed: int, spread: float, tokens: int = 6) -> tuple[Tensor, Tensor]:
     """Logits `[tokens, VOCABULARY]` of a teacher and of a student."""
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +47,7 @@ def exact(teacher: Tensor, student: Tensor) -> Tensor:
 
 def targets(teacher: Tensor, monkeypatch: pytest.MonkeyPatch, top: int) -> Targets:
     monkeypatch.setattr(module, "TOP", top)
+    monkeypatch.setattr(module, "TEMPERATURE", 1.0)
     return module._likeliest(teacher)
 
 
@@ -95,7 +102,7 @@ def lesson(lm: LM, seed: int, help_: Steering | None = None) -> Lesson:
     return Lesson(plain, 0, tuple(lm.encode(asked)), tuple(lm.encode(plain)), ids, answer.text, help_)
 
 
-def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM) -> None:
+def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM, temperature: float) -> None:
     lessons = [lesson(lm, seed) for seed in range(5)]
     calls: list[tuple[int, int]] = []
     with forcing(lm.model, lm.layout, []) as run:
@@ -104,7 +111,8 @@ def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM) -> None
     for one, told in zip(lessons, found, strict=True):
         ids = torch.tensor([[*one.asked, *one.answer[:-1]]])
         with torch.no_grad():
-            logprobs = lm.model(input_ids=ids).logits[0, len(one.asked) - 1 :].log_softmax(-1)
+            logits = lm.model(input_ids=ids).logits[0, len(one.asked) - 1 :]
+        logprobs = (logits / temperature).log_softmax(-1)
         assert told.ids.shape == told.logprobs.shape == (len(one.answer), module.TOP)
         assert torch.allclose(told.logprobs, logprobs.gather(-1, told.ids), atol=1e-5)
         assert torch.allclose(told.logprobs, logprobs.sort(-1, descending=True).values[:, : module.TOP], atol=1e-5)
@@ -112,7 +120,7 @@ def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM) -> None
         assert not told.logprobs.requires_grad
 
 
-def test_a_helped_opening_is_what_the_helped_model_says(lm: LM) -> None:
+def test_a_helped_opening_is_what_the_helped_model_says(lm: LM, temperature: float) -> None:
     """And what comes after it is what the model says by itself."""
     lessons = [lesson(lm, 0), lesson(lm, 1, HELP), lesson(lm, 2, HELP), lesson(lm, 3)]
     with forcing(lm.model, lm.layout, [Site(2)]) as run:
@@ -120,11 +128,12 @@ def test_a_helped_opening_is_what_the_helped_model_says(lm: LM) -> None:
     for one, told in zip(lessons, found, strict=True):
         prompt_ids, ids = one.asked, torch.tensor([[*one.asked, *one.answer[:-1]]])
         with torch.no_grad():
-            bare = lm.model(input_ids=ids).logits[0, len(prompt_ids) - 1 :].log_softmax(-1)
+            bare = (lm.model(input_ids=ids).logits[0, len(prompt_ids) - 1 :] / temperature).log_softmax(-1)
         steered = bare
         if one.help is not None:
             with lm.steered(one.help, prompt_lengths=[len(prompt_ids)]), torch.no_grad():
-                steered = lm.model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 :].log_softmax(-1)
+                logits = lm.model(input_ids=ids, use_cache=False).logits[0, len(prompt_ids) - 1 :]
+            steered = (logits / temperature).log_softmax(-1)
             assert not torch.allclose(steered[:OPENING], bare[:OPENING], atol=0.1)
         opening = told.logprobs[: helped(one)]
         assert torch.allclose(opening, steered.gather(-1, told.ids)[: helped(one)], atol=1e-5)
@@ -133,7 +142,8 @@ def test_a_helped_opening_is_what_the_helped_model_says(lm: LM) -> None:
         assert told.ids.shape == (len(one.answer), module.TOP)
 
 
-def test_an_answer_that_is_all_opening(lm: LM) -> None:
+def test_an_answer_that_is_all_opening(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TEMPERATURE", 1.0)
     short = lesson(lm, 1, HELP)
     short = Lesson(short.query, 0, short.asked, short.plain, short.answer[:3], short.text, HELP)
     with forcing(lm.model, lm.layout, [Site(2)]) as run:

@@ -17,13 +17,21 @@ def user(content: str) -> dict[str, str]:
 
 def test_an_instruction_stands_behind_the_query() -> None:
     assert Teacher((ONE,)).ask("Why?", 0) == f"Why? {ONE}"
-    assert Teacher((ONE,), times=3).ask("Why?", 5) == f"Why? {ONE} {ONE} {ONE}"
+    assert Teacher((ONE,), times=3).ask("Why?", 0) == f"Why? {ONE} {ONE} {ONE}"
 
 
 def test_phrasings_take_turns() -> None:
     teacher = Teacher(("a", "b", "c"), times=2)
     assert teacher.turns == 3
-    assert [teacher.ask("q", turn) for turn in range(4)] == ["q a a", "q b b", "q c c", "q a a"]
+    assert [teacher.ask("q", turn) for turn in range(5)] == ["q a a", "q b b", "q c c", "q a a a", "q b b b"]
+
+
+def test_it_is_said_in_other_ways() -> None:
+    """First in other words, then once more often."""
+    teacher = Teacher(("a", "b", "c"))
+    assert [teacher.ask("q", turn) for turn in teacher.ways(2)] == ["q a", "q b", "q a a", "q b b"]
+    assert teacher.ways(9) == [0, 1, 2, 3, 4, 5]
+    assert Teacher(system="s").ways(4) == [0]
 
 
 def test_a_system_message_goes_beside_the_prompt() -> None:

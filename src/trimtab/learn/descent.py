@@ -53,19 +53,24 @@ class Descent:
         every: Steps between looks at the held-out examples.
         max_dose: No vector gets longer than so many times the typical activation.
         seed: Of the order of the examples.
+        slack: The last state is kept whose loss on held-out examples is at most this share above the lowest (and below
+            the first). Few examples tell little of small differences, and later steps are smaller and surer ones.
     """
 
-    steps: int = 40
+    steps: int = 30
     rate: float = 0.005
     batch: int = 8
     every: int = 10
     max_dose: float = 1.0
     seed: int = 0
+    slack: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "rate", "batch", "every", "max_dose"):
             if not getattr(self, name) > 0:
                 raise TrimtabError(f"{name} of a descent is above 0, got {getattr(self, name)}")
+        if not self.slack >= 0:
+            raise TrimtabError(f"slack of a descent is 0 or more, got {self.slack}")
 
 
 @dataclass
@@ -91,7 +96,7 @@ def descend(
     groups: Callable[[Sequence[T]], list[list[int]]],
     report: Report | None = None,
 ) -> tuple[P, Course]:
-    """Move `trained` down the mean loss of `examples`; what comes back is the best on those held out.
+    """Move `trained` down the mean loss of `examples`; what comes back is the best on those held out, or nearly.
 
     Without held-out examples it is what the last step made. A `KeyboardInterrupt` ends it like a last step, and the
     course says so: what was best until then comes back, or what was reached if nothing has been looked at yet.
@@ -113,10 +118,10 @@ def descend(
         raise TrimtabError("there is nothing to learn from")
     optimizer = torch.optim.Adam(trained.tensors, lr=how.rate, betas=(0.9, 0.98))
     order = _order(len(examples), how)
-    course, best, stale = Course(), trained.frozen(), 0
+    course, best, stale, lowest = Course(), trained.frozen(), 0, math.inf
     try:
         if held_out:
-            course.first = course.best = _mean(run, trained, held_out, loss, groups)
+            course.first = course.best = lowest = _mean(run, trained, held_out, loss, groups)
             if not math.isfinite(course.first):
                 raise TrimtabError(f"the loss is {course.first} before the first step, on what is held out")
         for step in range(how.steps):
@@ -138,7 +143,8 @@ def descend(
             if held_out and (course.steps % how.every == 0 or course.steps == how.steps):
                 found = _mean(run, trained, held_out, loss, groups)
                 stale += 1
-                if found < course.best:
+                lowest = min(lowest, found)
+                if found < course.first and found <= (1 + how.slack) * lowest:
                     course.best, course.best_step, best, stale = found, course.steps, trained.frozen(), 0
             if report is not None:
                 held = f", held out {course.best:.3f}" if held_out else ""

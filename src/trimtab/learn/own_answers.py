@@ -1,8 +1,8 @@
 """A model's own answers to learn from: made under a teacher's prompt, and kept where they do what it says.
 
-A small model follows its prompt too seldom to learn much from. So where few answers are kept, the model is asked again
-while its answer, or the opening of it, is steered along the mean difference of the prompts with and without the
-instruction (which needs no answers); how it is helped best is tried on a few queries.
+A small model follows its prompt too seldom to learn much from. So where few answers are kept, it is asked again in the
+way that is followed best on a few queries: in another phrasing, said twice, or while its answer, or the opening of it,
+is steered along the mean difference of the prompts with and without the instruction (which needs no answers).
 """
 
 from __future__ import annotations
@@ -39,9 +39,13 @@ TRIES = 3
 OFTEN = 0.5
 """A model that does what it is told in this share of answers isn't helped."""
 HELP_DEPTHS, HELP_STRENGTHS = (0.3, 0.5, 0.7), (0.6, 1.2)
-HELP_QUERIES = 8
-"""At which depth the model is helped, how strongly in mean differences, and whether all of its answer or the opening
-alone, is tried on so many queries."""
+FEW = 8
+"""What the model follows best is tried on so many queries: the first phrasings, each said as often as the teacher says
+and once more, and then at which depth it is helped, how strongly in mean differences, and whether throughout or at the
+opening alone."""
+PHRASINGS = 4
+SHORTLIST = 4
+"""Of so many ways that were followed most often, those two are taken whose answers say most about their queries."""
 PER_QUERY = 2
 """So many answers to one query are learned from, at most."""
 ENOUGH = 0.75
@@ -54,11 +58,19 @@ LEAST = 8
 MARGIN = 0.05
 """Where nothing checks the answers: how much likelier an answer is with the teacher's prompt than without, at least, in
 nats a token."""
-BATCH = 32
+BATCH = 64
 
 
 class TooFewAnswersError(TrimtabError):
     """Hardly any answer of the model does what its prompt says, so nothing can be learned from them."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of asking: the teacher's `turn`, and the steering while the model answers."""
+
+    turn: int
+    help: Steering | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,11 @@ class Lesson:
     answer: tuple[int, ...]
     text: str
     help: Steering | None = None
+
+    @property
+    def way(self) -> Way:
+        """How it was asked."""
+        return Way(self.turn, self.help)
 
 
 @dataclass(frozen=True)
@@ -126,27 +143,26 @@ def own_answers(
     made = Making(lm, teacher, check, tokens)
     good: list[Lesson] = []
     tries: list[Try] = []
-    helps: list[Steering] = []
-    help_: Steering | None = None
-    ways: set[tuple[Steering | None, int]] = set()
+    ways, asked, searched = [Way(0)], set[Way](), False
     total = TRIES * len(queries)
     for turn in range(TRIES):
         lacking = _lacking(queries, good)
-        way = (help_, turn % teacher.turns)
-        if len(lacking) <= (1 - ENOUGH) * len(queries) or way in ways:  # asked the same way, it answers the same
+        ways = [way for way in ways if way not in asked]  # asked the same way, it answers the same
+        if not ways or len(lacking) <= (1 - ENOUGH) * len(queries):
             break
-        ways.add(way)
+        way = ways.pop(0)
+        asked.add(way)
         report = None if progress is None else _after(progress, turn * len(queries), total)
-        new = made.answers(lacking, turn, [help_], report)
+        new = made.answers([(query, way) for query in lacking], report)
         good = _different([*good, *new])
-        tries.append(Try(_named(help_), len(lacking), len(new)))
-        if len(new) >= OFTEN * len(lacking) or turn == TRIES - 1:
-            continue
-        if not helps:
-            helps, tried, found = made.best_helps(lacking, turn)
+        tries.append(Try(_named(way.help), len(lacking), len(new)))
+        if len(new) >= OFTEN * len(lacking):
+            ways = [Way((way.turn + 1) % teacher.turns, way.help)]
+        elif not searched and turn < TRIES - 1:
+            searched = True
+            ways, more, found = made.best_ways(lacking, good)
             good = _different([*good, *found])
-            tries.append(tried)
-        help_ = helps.pop(0)
+            tries += more
     if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
         raise TooFewAnswersError(
             f"of {sum(one.asked for one in tries)} answers that the model wrote under this prompt, {len(good)} do what"
@@ -189,75 +205,93 @@ class Making:
     check: Check | None
     tokens: int
 
-    def answers(
-        self,
-        queries: Sequence[str],
-        turn: int,
-        helps: Sequence[Steering | None],
-        progress: Progress | None = None,
-    ) -> list[Lesson]:
-        """The answers to each query, under each help, that do what the teacher says."""
-        rows = [(query, help_) for help_ in helps for query in queries]
+    def answers(self, rows: Sequence[tuple[str, Way]], progress: Progress | None = None) -> list[Lesson]:
+        """The answers to these queries, each asked in its way, that do what the teacher says."""
         answers = self.lm.generate(
-            [self.teacher.ask(query, turn) for query, _ in rows],
-            [help_ for _, help_ in rows],
+            [self.teacher.ask(query, way.turn) for query, way in rows],
+            [way.help for _, way in rows],
             system=self.teacher.system,
             max_new_tokens=self.tokens,
             batch_size=BATCH,
             progress=progress,
         )
         made = []
-        for (query, help_), answer in zip(rows, answers, strict=True):
+        for (query, way), answer in zip(rows, answers, strict=True):
             if not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT:
                 continue
             if self.check is not None and not self.check(query, answer.text, answer.finish_reason == "length"):
                 continue
             plain, ids = tuple(self.lm.encode(query)), tuple(answer.token_ids)
-            made.append(Lesson(query, turn, self.asked(query, turn), plain, ids, answer.text, help_))
+            made.append(Lesson(query, way.turn, self.asked(query, way.turn), plain, ids, answer.text, way.help))
         return made if self.check is not None else _likelier(self.lm, made)
 
     def asked(self, query: str, turn: int) -> tuple[int, ...]:
         """The teacher's prompt, as token ids."""
         return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
 
-    def best_helps(self, queries: Sequence[str], turn: int) -> tuple[list[Steering], Try, list[Lesson]]:
-        """The two helps under which most answers do what the teacher says, the best one first.
+    def best_ways(self, queries: Sequence[str], good: Sequence[Lesson]) -> tuple[list[Way], list[Try], list[Lesson]]:
+        """The two ways of asking in which the model follows best, the best one first.
 
         They are tried on some of the queries; what was kept of that comes with them.
+
+        Args:
+            queries: What may be asked.
+            good: The answers there are already; ways are tried on queries that have none.
         """
+        answered = {one.query for one in good}
+        bare = [query for query in queries if query not in answered] or list(queries)
+        some = bare[:: max(1, len(bare) // FEW)][:FEW]
+        words = [Way(turn) for turn in self.teacher.ways(PHRASINGS)][1:]
+        found = self.answers([(query, way) for way in words for query in some])
+        tries = [Try("said in other ways", len(words) * len(some), len(found))] if words else []
+        counts = Counter(one.way for one in found)
+        best = max([Way(0), *words], key=lambda way: counts[way])
+        helped: list[Way] = []
+        if counts[best] < OFTEN * len(some):
+            helped = [Way(best.turn, help_) for help_ in self.helps(queries, best.turn)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of doses: that is what is tried here
+                more = self.answers([(query, way) for way in helped for query in some])
+            tries.append(Try("tried at several blocks", len(some) * len(helped), len(more)))
+            found += more
+            counts = Counter(one.way for one in found)
+        ranked = sorted([*words, *helped], key=lambda way: -counts[way])[:SHORTLIST]
+        listed = [one for one in found if one.way in ranked]
+        says = dict.fromkeys(ranked, 0.0)
+        for one, nats in zip(listed, self.says(listed), strict=True):
+            says[one.way] += nats
+        return sorted(ranked, key=lambda way: -says[way])[:2], tries, found
+
+    def helps(self, queries: Sequence[str], turn: int) -> list[Steering]:
+        """Mean differences of the prompts with and without what the teacher says: all that may be of help."""
         last = self.lm.layout.layers - 1
         layers = sorted({min(round(depth * self.lm.layout.layers), last) for depth in HELP_DEPTHS})
-        sides = [(self.asked(query, n), self.lm.encode(query)) for n, query in enumerate(queries)]
+        sides = [(self.asked(query, turn), self.lm.encode(query)) for query in queries]
         pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
         moments = contrast(self.lm, pairs, layers)
-        helps = [
+        return [
             strength * Steering((Edit(Site(layer), Add(moments[layer].difference.float()), where),))
             for where in (WHILE_IT_BEGINS, THROUGHOUT)
             for strength in HELP_STRENGTHS
             for layer in layers
         ]
-        some = queries[:: max(1, len(queries) // HELP_QUERIES)][:HELP_QUERIES]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of doses: that is what is tried here
-            found = self.answers(some, turn, helps)
-        counts = Counter(one.help for one in found)
-        best = sorted(helps, key=lambda help_: -counts[help_])[:2]
-        return best, Try("tried at several blocks", len(some) * len(helps), len(found)), found
+
+    def says(self, lessons: Sequence[Lesson]) -> list[float]:
+        """What each answer says about its query: how much more likely it is after it than after another query under
+        the same teacher, which is the pointwise mutual information, in nats.
+        """
+        queries = list(dict.fromkeys(one.query for one in lessons))
+        other = dict(zip(queries, [*queries[1:], *queries[:1]], strict=True))
+        own = logprobs(self.lm, [Forced(one.asked, one.answer) for one in lessons])
+        swapped = logprobs(self.lm, [Forced(self.asked(other[one.query], one.turn), one.answer) for one in lessons])
+        return [float((a - b).sum()) for a, b in zip(own, swapped, strict=True)]
 
 
 def _to_the_point(made: Making, lessons: Sequence[Lesson]) -> list[Lesson]:
-    """Of each query's answers the two that say most about it, without the quarter of all that says least.
-
-    What an answer says about its query is how much more likely it is after it than after another query under the same
-    teacher: the pointwise mutual information, in nats.
-    """
-    queries = list(dict.fromkeys(one.query for one in lessons))
-    other = dict(zip(queries, [*queries[1:], queries[0]], strict=True))
-    own = logprobs(made.lm, [Forced(one.asked, one.answer) for one in lessons])
-    swapped = logprobs(made.lm, [Forced(made.asked(other[one.query], one.turn), one.answer) for one in lessons])
-    says = {id(one): float((a - b).sum()) for one, a, b in zip(lessons, own, swapped, strict=True)}
+    """Of each query's answers the two that say most about it, without the quarter of all that says least."""
+    says = {id(one): nats for one, nats in zip(lessons, made.says(lessons), strict=True)}
     best: list[Lesson] = []
-    for query in queries:
+    for query in dict.fromkeys(one.query for one in lessons):
         mine = sorted((one for one in lessons if one.query == query), key=lambda one: -says[id(one)])
         best += mine[:PER_QUERY]
     ranked = sorted(best, key=lambda one: -says[id(one)])[: max(LEAST, round(TO_THE_POINT * len(best)))]

@@ -1,4 +1,9 @@
-"""A teacher's next-token distributions, kept as their likeliest tokens and the rest, and the divergence from them."""
+"""A teacher's next-token distributions, sharpened, kept as their likeliest tokens and the rest, and the divergence from
+them.
+
+A small model that follows its prompt does so with little certainty, and a student learns that, too: on the default
+model bullet points held in 15 of 32 answers with the distributions as they are, and in 21 at a temperature of 0.25.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,15 @@ from trimtab.learn.own_answers import Lesson, help_changes, helped
 
 TOP = 64
 LEAST_REST = 1e-6
+TEMPERATURE = 0.25
+"""Of the teacher's distributions; 1 leaves them as they are, near 0 only its likeliest token counts."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The teacher's `TOP` likeliest tokens at each token of an answer: `ids` and `logprobs`, `[answer tokens, TOP]`."""
+    """The teacher's `TOP` likeliest tokens at each token of an answer: `ids` and `logprobs`, `[answer tokens, TOP]`, at
+    its temperature.
+    """
 
     ids: Tensor
     logprobs: Tensor
@@ -49,7 +58,7 @@ def soft_targets(
 
 
 def _likeliest(logits: Tensor) -> Targets:
-    top = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]), -1)
+    top = (logits / TEMPERATURE).log_softmax(-1).topk(min(TOP, logits.shape[-1]), -1)
     return Targets(top.indices, top.values)
 
 

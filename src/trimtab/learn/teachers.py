@@ -46,11 +46,20 @@ class Teacher:
         """How many different ways it has to say the same."""
         return max(1, len(self.instruction))
 
+    def ways(self, phrasings: int) -> list[int]:
+        """Turns that say it in different ways: at most so many phrasings, and then each of them once more often."""
+        once = list(range(min(phrasings, self.turns)))
+        return once + [turn + self.turns for turn in once] if self.instruction else once
+
     def ask(self, query: str, turn: int) -> Prompt:
-        """The prompt with everything in it; `turn` picks the phrasing. The system message goes beside it."""
+        """The prompt with everything in it. The system message goes beside it.
+
+        `turn` picks the phrasing; when all phrasings have had their turn, each is said once more often.
+        """
         asked = query
         if self.instruction:
-            asked = " ".join([query, *[self.instruction[turn % len(self.instruction)]] * self.times])
+            rounds, which = divmod(turn, self.turns)
+            asked = " ".join([query, *[self.instruction[which]] * (self.times + rounds)])
         if self.text is not None:
             asked = self.text.replace(HOLE, asked) if HOLE in self.text else f"{self.text.strip()}\n\n{asked}"
         if not self.examples:

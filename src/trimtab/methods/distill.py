@@ -4,7 +4,8 @@ Prompt (or context) distillation (Askell et al., arXiv 2112.00861, section 2.2; 
 edit of activations for what is trained instead of the weights. The answers are the model's own: made under the prompt,
 and kept where they do what it says.
 
-    gradient:   minimise the mean over answer tokens of KL(p(. | prompt, query, …) || p_steered(. | query, …))
+    gradient:   minimise the mean over answer tokens of KL(p(. | prompt, query, …) || p_steered(. | query, …)), the
+                teacher's p at a temperature of 0.25
     closed:     at each block in order, by ridge:  h(with the prompt) - h(without)  ~  h(without) W + b,  cut to a rank
                 (PSR, arXiv 2605.03907; each block is fitted on activations that the earlier edits have changed)
 """
@@ -53,9 +54,11 @@ RECIPE = Recipe(
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8
 """One query in so many is held out, and decides when the descent stops."""
+SLACK = 0.25
+"""In few held-out answers, a divergence so much above the lowest is no worse."""
 CLOSED_RANK = 64
-CLOSED_LESSONS = 48
-"""More answers than this change a closed fit little."""
+CLOSED_TOKENS = 4096
+"""A closed fit reads about so many tokens of answers, which stay in memory together."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def learn_distill(
         raise TrimtabError(f"rank is 0 or more, got {rank}")
     chosen = check_layers(lm, _layers(lm, layers, closed), 0)
     asked = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
-    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed)
+    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
     work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
     said = _Said(say)
     answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
@@ -289,21 +292,36 @@ def _read(run: Forcing, texts: Sequence[Forced], changes: Any, sites: Sequence[S
 @torch.no_grad()
 def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int) -> tuple[Trained, dict[Site, float]]:
     """Block by block: what the prompt does there to activations that the edits so far have changed."""
-    chosen = lessons[:: max(1, len(lessons) // CLOSED_LESSONS)][:CLOSED_LESSONS]
+    chosen = _up_to(lessons, CLOSED_TOKENS)
     asked = [Forced(one.asked, one.answer) for one in chosen]
     plain = [Forced(one.plain, one.answer) for one in chosen]
     sites = sorted(trained.parts)
     wanted = {site: torch.cat(rows) for site, rows in _read(run, asked, {}, sites).items()}
     parts: dict[Site, Part] = {}
     explained = {}
-    for site in sites:
-        x = torch.cat(_read(run, plain, Trained(parts).changes(), [site])[site])
-        found = reduced_rank(x.float(), wanted[site].float() - x.float(), rank)
+
+    def fit(site: Site, x: Tensor) -> Tensor:
+        found = reduced_rank(x.float(), wanted.pop(site).float() - x.float(), rank)
         scale = trained.parts[site].scale
         tensors = (found.vector / scale, found.read * scale, found.write / scale)
         parts[site] = Part(scale, *(one.to(x.device) for one in tensors))
         explained[site] = found.explained
+        return parts[site].change(1.0, x)
+
+    if run.shares:  # each block is fitted while the one pass of all answers goes through it
+        last = run.states(plain, {site: partial(fit, site) for site in sites[:-1]}, sites[-1:])
+        fit(sites[-1], torch.cat(last[sites[-1]]))
+    else:
+        for site in sites:
+            fit(site, torch.cat(_read(run, plain, Trained(parts).changes(), [site])[site]))
     return Trained(parts), explained
+
+
+def _up_to(lessons: Sequence[Lesson], tokens: int) -> list[Lesson]:
+    """Lessons spread evenly over all of them, whose answers have at most so many tokens together; at least one."""
+    each = sum(len(one.answer) for one in lessons) / len(lessons)
+    count = max(1, min(len(lessons), int(tokens / each)))
+    return [lessons[i * len(lessons) // count] for i in range(count)]
 
 
 # ---- what is said about it ---------------------------------------------------------------------------------

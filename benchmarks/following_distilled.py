@@ -1,0 +1,178 @@
+"""Do distilled steerings make a model follow instructions? IFEval's prompts with a single instruction on the form of
+the answer, without and with the instruction in the prompt.
+
+*Without* it, each instruction that enough of the prompts have is distilled into a steering of its own; the other
+prompts are answered unsteered, and counted. *With* it there is one steering for all prompts, of whatever type: the
+model is taught to do what a prompt says as if the prompt were said twice. All of that is learned on the package's own
+queries and phrasings; IFEval's prompts are only answered. What a run has done is kept in a folder, so that it can be
+stopped and started again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.following import complies
+from benchmarks.harness import Report, Result, Target
+from benchmarks.measuring import evaluate, report
+from trimtab.data import instruction_type, queries
+from trimtab.data.types import LANGUAGES, Value, instruction_types
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.ifeval import IFEvalItem, read_ifeval
+from trimtab.evaluate.intervals import paired_bootstrap
+from trimtab.files.load import load
+from trimtab.learn.teachers import Teacher
+from trimtab.lm import LM
+from trimtab.methods.distill import learn_distill
+from trimtab.steering import Steering
+
+LEAST = 4
+"""An instruction that fewer of the prompts have isn't learned."""
+TWICE = Teacher(text="{query}\n\n{query}")
+MOST_HIGHLIGHTS = 5
+PROMPTS = 128
+"""The steering for prompts with an instruction is learned from so many."""
+GAINS = {"without": Target(0.15), "with": Target(0.08)}
+MORE_THAN_TWICE = Target(0.0)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One instruction: its type and the values of all of its parameters."""
+
+    kind: str
+    values: tuple[tuple[str, Value], ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join([self.kind, *(f"{name}={value}" for name, value in self.values)])
+
+    @property
+    def file(self) -> str:
+        return "".join(c if c.isalnum() else "-" for c in self.name)[:80] + ".safetensors"
+
+
+def run(
+    model: str | None, file: Path, mode: str, folder: Path, tokens: int, learn_tokens: int, fit: str, dtype: str
+) -> Report:
+    """Learn what isn't in the folder yet, and answer in all arms."""
+    lm = LM.load(model, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    items = read_ifeval(file)
+    if mode == "with":
+        path = folder / f"follow-{fit}.safetensors"
+        steering = _kept(path, lambda: follow(lm, fit, learn_tokens))
+        steerings: dict[str, Steering | None] = {item.item: steering for item in items}
+    else:
+        steerings = _distilled(lm, items, folder, fit, learn_tokens)
+    records = evaluate(lm, items, steerings, mode, folder / f"{mode}-{fit}-answers.jsonl", tokens)
+    found = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
+    if mode == "without":
+        return found
+    scores = {arm: {r.item: r.scores["loose"] for r in records if r.arm == arm} for arm in ("said twice", "steered")}
+    twice, mine = ([scores[arm][item.item] for item in items] for arm in ("said twice", "steered"))
+    more = paired_bootstrap(twice, mine, groups=[item.key for item in items])
+    row = Result("with instruction: steered", "gain over said twice", more.estimate, "", more.low, more.high)
+    return Report(found.benchmark, found.machine, found.versions, (*found.results, row))
+
+
+def _kept(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
+    """What is in the file, or what was learned and is there from now on; `None` where nothing can be learned."""
+    nothing = path.with_suffix(".none")
+    if nothing.is_file():
+        return None
+    if not path.is_file():
+        started = time.perf_counter()
+        learned = learn()
+        print(f"{path.stem}: {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+        if learned is None:
+            nothing.write_text("")
+            return None
+        learned.save(path)
+    return load(path)
+
+
+# ---- without the instruction in the prompt -------------------------------------------------------------------
+
+
+def _distilled(lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, tokens: int) -> dict[str, Steering | None]:
+    instances = {item.item: instance_of(item) for item in items}
+    counts = Counter(instances.values())
+    steerings: dict[Instance, Steering | None] = {}
+    for one, count in counts.most_common():
+        if count < LEAST:
+            steerings[one] = None
+            continue
+        steerings[one] = _kept(folder / f"{fit}-{one.file}", lambda one=one: distilled(lm, one, fit, tokens))  # type: ignore[misc]
+    return {item: steerings[one] for item, one in instances.items()}
+
+
+def instance_of(item: IFEvalItem) -> Instance:
+    """The instruction of an item that has one. At least five highlights serve whoever asks for fewer."""
+    (kind,), (kwargs,) = item.types, item.kwargs
+    names = {code: name for name, code in LANGUAGES.items()}
+    values = []
+    for parameter in instruction_type(kind).parameters:
+        value = kwargs[parameter.argument]
+        value = value[0] if isinstance(value, list) else value
+        if parameter.kind == "language":
+            value = names[value]
+        if parameter.argument == "num_highlights":
+            value = max(value, MOST_HIGHLIGHTS)
+        values.append((parameter.name, value))
+    return Instance(kind, tuple(values))
+
+
+def distilled(lm: LM, instance: Instance, fit: str, tokens: int) -> Steering | None:
+    """The instruction, said twice, as a steering; `None` where the model follows it too seldom."""
+    kind, values = instruction_type(instance.kind), dict(instance.values)
+    arguments = kind.arguments(values)
+    try:
+        return learn_distill(
+            lm,
+            teacher=Teacher(instruction=tuple(kind.phrasings("learn", values)), times=2),
+            check=lambda query, answer, cut: complies(instance.kind, arguments, answer, cut),
+            fit=fit,
+            tokens=tokens,
+            options={"instance": instance.name},
+            say=lambda words: print(f"{instance.name}: {words}", flush=True),
+        )
+    except TrimtabError as error:
+        print(f"{instance.name}: {error}", flush=True)
+        return None
+
+
+# ---- with the instruction in the prompt ----------------------------------------------------------------------
+
+
+def follow(lm: LM, fit: str, tokens: int) -> Steering:
+    """What saying a prompt twice does, over all types of instructions, as one steering for prompts said once."""
+    asked = prompts_of_all_types(PROMPTS)
+    return learn_distill(
+        lm,
+        teacher=TWICE,
+        queries=list(asked),
+        check=lambda query, answer, cut: complies(*asked[query], answer, cut),
+        fit=fit,
+        tokens=tokens,
+        with_prompt=0.0,
+        say=lambda words: print(f"follow: {words}", flush=True),
+    )
+
+
+def prompts_of_all_types(count: int) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Prompts with an instruction of each type in turn, and what IFEval checks of their answers."""
+    kinds = [kind for kind in instruction_types().values() if kind.name != "combination:repeat_prompt"]
+    base = list(queries("learn", more=True))
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    for i in range(count):
+        kind, turn = kinds[i % len(kinds)], i // len(kinds)
+        values = {p.name: p.values[turn % len(p.values)] for p in kind.parameters}
+        said = kind.learn[turn % len(kind.learn)].format(**values)
+        found[f"{base[(7 * i) % len(base)]} {said}"] = (kind.name, kind.arguments(values))
+    return found
