@@ -34,7 +34,8 @@ from trimtab.steering import Steering
 LEAST = 4
 """An instruction that fewer of the prompts have isn't learned."""
 TWICE = Teacher(text="{query}\n\n{query}")
-MOST_HIGHLIGHTS = 5
+HIGHLIGHTS = (3, 5)
+"""Prompts that ask for at most three highlights share an instruction, and so do those that ask for more."""
 PROMPTS = 128
 """The steering for prompts with an instruction is learned from so many."""
 GAINS = {"without": Target(0.15), "with": Target(0.08)}
@@ -113,7 +114,7 @@ def _distilled(lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, toke
 
 
 def instance_of(item: IFEvalItem) -> Instance:
-    """The instruction of an item that has one. At least five highlights serve whoever asks for fewer."""
+    """The instruction of an item that has one. At least three highlights serve whoever asks for fewer."""
     (kind,), (kwargs,) = item.types, item.kwargs
     names = {code: name for name, code in LANGUAGES.items()}
     values = []
@@ -123,7 +124,7 @@ def instance_of(item: IFEvalItem) -> Instance:
         if parameter.kind == "language":
             value = names[value]
         if parameter.argument == "num_highlights":
-            value = max(value, MOST_HIGHLIGHTS)
+            value = next((n for n in HIGHLIGHTS if value <= n), HIGHLIGHTS[-1])
         values.append((parameter.name, value))
     return Instance(kind, tuple(values))
 

@@ -13,6 +13,8 @@ from tiny import LAYERS, WIDTH, prompt
 
 from trimtab import LM, Add, Positions, ReadWrite, Site, Steering, TrimtabError, load, save
 from trimtab.learn.descent import Course, descend
+from trimtab.learn.own_answers import FEW
+from trimtab.learn.soft_targets import TEMPERATURE
 from trimtab.learn.teachers import Teacher
 from trimtab.methods import distill as module
 from trimtab.methods.distill import learn_distill
@@ -68,7 +70,9 @@ def courses(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
 
 
 @torch.no_grad()
-def divergence(lm: LM, steering: Steering | None, teacher: Teacher, *, with_prompt: bool = False) -> float:
+def divergence(
+    lm: LM, steering: Steering | None, teacher: Teacher, *, with_prompt: bool = False, temperature: float = 1.0
+) -> float:
     """KL from the prompted model, in nats a token, over its own answers: in a loop, over the whole vocabulary."""
     total = []
     for query in QUERIES:
@@ -82,7 +86,7 @@ def divergence(lm: LM, steering: Steering | None, teacher: Teacher, *, with_prom
         else:
             with lm.steered(steering, prompt_lengths=[len(plain)]):
                 found = lm.model(input_ids=ids, use_cache=False).logits
-        p, q = target.double().log_softmax(-1), found[0, len(plain) - 1 :].double().log_softmax(-1)
+        p, q = (target.double() / temperature).log_softmax(-1), found[0, len(plain) - 1 :].double().log_softmax(-1)
         total.append(float((p.exp() * (p - q)).sum(-1).mean()))
     return sum(total) / len(total)
 
@@ -114,7 +118,8 @@ def test_it_gets_nearer_and_again_to_the_same_bytes(fit: str, rank: int, tmp_pat
     assert loaded.card.options["fit"] == fit
 
     teacher = Teacher((SAID,))
-    before, after = divergence(lm, None, teacher), divergence(lm, loaded, teacher)
+    temperature = 1.0 if fit == "closed" else TEMPERATURE
+    before, after = (divergence(lm, one, teacher, temperature=temperature) for one in (None, loaded))
     assert after < (0.85 if fit == "gradient" else 0.97) * before
     assert len(courses) == (0 if fit == "closed" else 2)
     assert all(course.losses[-1] < 0.9 * course.losses[0] for course in courses)
@@ -154,8 +159,9 @@ TEACHERS = {
 @pytest.mark.parametrize("name", TEACHERS)
 def test_every_kind_of_teacher(lm: LM, name: str, courses: list[Course]) -> None:
     teacher = TEACHERS[name]
-    steering = learn(lm, teacher=teacher, steps=10, with_prompt=0.0)
-    assert courses[0].losses[-1] < 0.95 * courses[0].losses[0]
+    steering = learn(lm, teacher=teacher, steps=24, with_prompt=0.0)
+    losses = courses[0].losses
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
     card = steering.card.options
     assert card.get("instruction") == (teacher.instruction[0] if teacher.instruction else None)
     assert (card.get("system"), card.get("text")) == (teacher.system, teacher.text)
@@ -226,10 +232,11 @@ def test_help_acts_where_nothing_is_learned(lm: LM, layers: list[int] | None) ->
 
     def later(query: str, _answer: str, _cut: bool) -> bool:
         asked.append(query)
-        return len(asked) > len(QUERIES) - 2
+        return len(asked) > len(QUERIES) + FEW
 
     steering = learn(lm, layers=layers, check=later)
-    assert [one["help"] for one in steering.card.measured["tries"]][:2] == ["", "tried at several blocks"]
+    tries = [one["help"] for one in steering.card.measured["tries"]]
+    assert tries[:3] == ["", "said in other ways", "tried at several blocks"]
     assert [edit.site.layer for edit in steering.edits] == (layers or list(range(LAYERS)))
 
 
