@@ -139,7 +139,9 @@ def following_distilled(
     mode: Annotated[str, typer.Option(help="with or without the instruction in the prompt.")] = "without",
     fit: Annotated[str, typer.Option(help="gradient, closed or both.")] = "gradient",
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
-    learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer that is learned from.")] = 96,
+    learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer that is learned from.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 30,
+    rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.005,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
@@ -149,6 +151,7 @@ def following_distilled(
     """Instruction following (IFEval, single instructions) with distilled steerings against none and said twice."""
     from benchmarks.following import DATASET
     from benchmarks.following_distilled import run
+    from trimtab.learn.descent import Descent
 
     file = data / DATASET
     if mode not in ("with", "without"):
@@ -156,7 +159,29 @@ def following_distilled(
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
-    finish(run(model, file, mode, folder, tokens, learn_tokens, fit, dtype), json_file, check, as_markdown)
+    finish(
+        run(model, file, mode, folder, tokens, learn_tokens, fit, Descent(steps=steps, rate=rate), dtype),
+        json_file,
+        check,
+        as_markdown,
+    )
+
+
+@app.command()
+def traits(
+    folder: Annotated[Path, typer.Option(help="Where what was made is kept; a second start goes on there.")],
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    names: Annotated[str | None, typer.Option(help="Traits, with commas between; without it, twenty.")] = None,
+    dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of answers' order and random directions.")] = 0,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """What `make` makes of the trait cards: the share of the system prompt's effect, random directions, costs."""
+    from benchmarks.traits import run
+
+    finish(run(model, names.split(",") if names else None, folder, dtype, seed), json_file, check, as_markdown)
 
 
 @app.command()

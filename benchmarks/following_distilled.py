@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.ifeval import IFEvalItem, read_ifeval
 from trimtab.evaluate.intervals import paired_bootstrap
 from trimtab.files.load import load
+from trimtab.learn.descent import Descent
 from trimtab.learn.teachers import Teacher
 from trimtab.lm import LM
 from trimtab.methods.distill import learn_distill
@@ -59,7 +61,15 @@ class Instance:
 
 
 def run(
-    model: str | None, file: Path, mode: str, folder: Path, tokens: int, learn_tokens: int, fit: str, dtype: str
+    model: str | None,
+    file: Path,
+    mode: str,
+    folder: Path,
+    tokens: int,
+    learn_tokens: int,
+    fit: str,
+    how: Descent,
+    dtype: str,
 ) -> Report:
     """Learn what isn't in the folder yet, and answer in all arms."""
     lm = LM.load(model, dtype=dtype)
@@ -67,10 +77,10 @@ def run(
     items = read_ifeval(file)
     if mode == "with":
         path = folder / f"follow-{fit}.safetensors"
-        steering = _kept(path, lambda: follow(lm, fit, learn_tokens))
+        steering = _kept(path, lambda: follow(lm, fit, how, learn_tokens))
         steerings: dict[str, Steering | None] = {item.item: steering for item in items}
     else:
-        steerings = _distilled(lm, items, folder, fit, learn_tokens)
+        steerings = _distilled(lm, items, folder, fit, how, learn_tokens)
     records = evaluate(lm, items, steerings, mode, folder / f"{mode}-{fit}-answers.jsonl", tokens)
     found = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
     if mode == "without":
@@ -101,7 +111,9 @@ def _kept(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
 # ---- without the instruction in the prompt -------------------------------------------------------------------
 
 
-def _distilled(lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, tokens: int) -> dict[str, Steering | None]:
+def _distilled(
+    lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, how: Descent, tokens: int
+) -> dict[str, Steering | None]:
     instances = {item.item: instance_of(item) for item in items}
     counts = Counter(instances.values())
     steerings: dict[Instance, Steering | None] = {}
@@ -109,7 +121,7 @@ def _distilled(lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, toke
         if count < LEAST:
             steerings[one] = None
             continue
-        steerings[one] = _kept(folder / f"{fit}-{one.file}", lambda one=one: distilled(lm, one, fit, tokens))  # type: ignore[misc]
+        steerings[one] = _kept(folder / f"{fit}-{one.file}", partial(distilled, lm, one, fit, how, tokens))
     return {item: steerings[one] for item, one in instances.items()}
 
 
@@ -129,7 +141,7 @@ def instance_of(item: IFEvalItem) -> Instance:
     return Instance(kind, tuple(values))
 
 
-def distilled(lm: LM, instance: Instance, fit: str, tokens: int) -> Steering | None:
+def distilled(lm: LM, instance: Instance, fit: str, how: Descent, tokens: int) -> Steering | None:
     """The instruction, said twice, as a steering; `None` where the model follows it too seldom."""
     kind, values = instruction_type(instance.kind), dict(instance.values)
     arguments = kind.arguments(values)
@@ -139,6 +151,8 @@ def distilled(lm: LM, instance: Instance, fit: str, tokens: int) -> Steering | N
             teacher=Teacher(instruction=tuple(kind.phrasings("learn", values)), times=2),
             check=lambda query, answer, cut: complies(instance.kind, arguments, answer, cut),
             fit=fit,
+            steps=how.steps,
+            rate=how.rate,
             tokens=tokens,
             options={"instance": instance.name},
             say=lambda words: print(f"{instance.name}: {words}", flush=True),
@@ -151,7 +165,7 @@ def distilled(lm: LM, instance: Instance, fit: str, tokens: int) -> Steering | N
 # ---- with the instruction in the prompt ----------------------------------------------------------------------
 
 
-def follow(lm: LM, fit: str, tokens: int) -> Steering:
+def follow(lm: LM, fit: str, how: Descent, tokens: int) -> Steering:
     """What saying a prompt twice does, over all types of instructions, as one steering for prompts said once."""
     asked = prompts_of_all_types(PROMPTS)
     return learn_distill(
@@ -160,6 +174,8 @@ def follow(lm: LM, fit: str, tokens: int) -> Steering:
         queries=list(asked),
         check=lambda query, answer, cut: complies(*asked[query], answer, cut),
         fit=fit,
+        steps=how.steps,
+        rate=how.rate,
         tokens=tokens,
         with_prompt=0.0,
         say=lambda words: print(f"follow: {words}", flush=True),

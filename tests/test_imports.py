@@ -24,6 +24,7 @@ MAY_SEE = {
     "methods": ENGINES | {"data", "learn", "methods"},
     "evaluate": LM | {"data", "evaluate"},
     "tune": LM | {"learn", "methods", "data", "evaluate", "tune"},
+    "making": LM | {"learn", "methods", "data", "evaluate", "making"},
     "report": LM | {"evaluate", "report"},
 }
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
+    from trimtab.making.make import make
     from trimtab.methods.bipo import learn_bipo
     from trimtab.methods.caa import learn_caa
     from trimtab.methods.cap import learn_cap
@@ -114,6 +115,7 @@ __all__ = [
     "learn_sttp",
     "learn_word",
     "load",
+    "make",
     "pasta",
     "push_to_hub",
     "read_pairs",
@@ -134,6 +136,7 @@ _HOMES = {
     "trimtab.files.load": ("load",),
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
+    "trimtab.making.make": ("make",),
     "trimtab.methods.bipo": ("learn_bipo",),
     "trimtab.methods.caa": ("learn_caa",),
     "trimtab.methods.cap": ("learn_cap",),

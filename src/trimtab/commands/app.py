@@ -1,6 +1,6 @@
 """The program `trimtab`: its commands, and what becomes of their errors.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 done and nothing holds, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from trimtab.commands.hub import list_, pull, push
 from trimtab.commands.inspect import inspect
 from trimtab.commands.learn import learn
 from trimtab.commands.learn_method import Learn
+from trimtab.commands.make import make
 from trimtab.commands.methods import methods
 from trimtab.commands.models import models
 from trimtab.commands.serve import serve
@@ -73,6 +74,7 @@ def trimtab(
 
 app.command()(demo)
 app.command(cls=Learn)(learn)
+app.command()(make)
 app.command()(tune)
 app.add_typer(evaluations)
 app.command()(generate)

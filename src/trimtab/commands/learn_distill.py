@@ -130,7 +130,7 @@ def learn_distill(
             rich_help_panel=FIT,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 30,
     rate: Annotated[
         float,
         typer.Option(help="The learning rate, in units of the activations' root mean square.", rich_help_panel=FIT),

@@ -122,6 +122,77 @@ def learn_distill(
         TrimtabError: Too few answers do what the teacher says, or an argument that can't be.
     """
     teacher = _teacher(teacher, instruction, system)
+    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
+    plan = _plan(lm, layers, fit, rank, how, with_prompt)
+    asked = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
+    work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
+    answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
+    more = {"tokens": tokens, "queries": len(asked)}
+    return _learned(lm, answers, asked, plan, work, _Said(say), {**_said(teacher), **more, **(options or {})})
+
+
+def learn_from_answers(
+    lm: LM,
+    answers: Answers,
+    layers: int | Sequence[int] | None = None,
+    *,
+    fit: str = "gradient",
+    rank: int | None = None,
+    steps: int = Descent.steps,
+    rate: float = Descent.rate,
+    with_prompt: float = 0.3,
+    max_dose: float = Descent.max_dose,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Steering:
+    """`learn_distill` from answers that there are already, whoever wrote them and under whatever prompts.
+
+    Args:
+        lm: The model.
+        answers: The lessons to learn from; each says with which prompt it was written and to which bare query.
+        layers: As `learn_distill` has it, and so are all the others.
+
+    Raises:
+        TrimtabError: An argument that can't be.
+    """
+    plan = _plan(
+        lm, layers, fit, rank, Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK), with_prompt
+    )
+    asked = list(dict.fromkeys(one.query for one in answers.lessons))
+    work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
+    work.answers(1, 1)
+    return _learned(lm, answers, asked, plan, work, _Said(say), {"queries": len(asked), **(options or {})})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is fitted, and how."""
+
+    layers: tuple[int, ...]
+    fit: str
+    rank: int
+    how: Descent
+    with_prompt: float
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What of it stands in the card."""
+        how = self.how
+        descends = {"steps": how.steps, "rate": how.rate, "with_prompt": self.with_prompt, "max_dose": how.max_dose}
+        return {
+            "layers": list(self.layers),
+            "fit": self.fit,
+            "rank": self.rank,
+            "seed": how.seed,
+            **(descends if self.fit != "closed" else {}),
+        }
+
+
+def _plan(
+    lm: LM, layers: int | Sequence[int] | None, fit: str, rank: int | None, how: Descent, with_prompt: float
+) -> _Plan:
     if fit not in FITS:
         raise TrimtabError(f"there is no fit {fit!r}; fits: {', '.join(FITS)}")
     if not 0 <= with_prompt <= 1:
@@ -130,29 +201,27 @@ def learn_distill(
     rank = (CLOSED_RANK if closed else 0) if rank is None else rank
     if rank < 0:
         raise TrimtabError(f"rank is 0 or more, got {rank}")
-    chosen = check_layers(lm, _layers(lm, layers, closed), 0)
-    asked = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
-    how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
-    work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
-    said = _Said(say)
-    answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
-    said.answers(answers, len(asked))
-    found = _fitted(lm, answers, asked, chosen, fit, rank, how, with_prompt, work, said)
+    return _Plan(tuple(check_layers(lm, _layers(lm, layers, closed), 0)), fit, rank, how, with_prompt)
+
+
+def _learned(
+    lm: LM,
+    answers: Answers,
+    queries: Sequence[str],
+    plan: _Plan,
+    work: _Work,
+    said: _Said,
+    options: Mapping[str, Any],
+) -> Steering:
+    """The steering that is fitted to these answers, and its card."""
+    said.answers(answers, len(queries))
+    found = _fitted(lm, answers, queries, plan, work, said)
     work.finish()
-    does = {
-        "layers": chosen,
-        "fit": fit,
-        "rank": rank,
-        "tokens": tokens,
-        "queries": len(asked),
-        "seed": seed,
-        **({"steps": steps, "rate": rate, "with_prompt": with_prompt, "max_dose": max_dose} if fit != "closed" else {}),
-    }
     card = Card(
         method="distill",
         model=lm.identity,
         data=_digest(answers.lessons),
-        options={**_said(teacher), **does, **(options or {})},
+        options={**options, **plan.options},
         measured=_measured(answers, found),
         versions=versions(),
     )
@@ -219,17 +288,14 @@ def _fitted(
     lm: LM,
     answers: Answers,
     queries: Sequence[str],
-    layers: Sequence[int],
-    fit: str,
-    rank: int,
-    how: Descent,
-    with_prompt: float,
+    plan: _Plan,
     work: _Work,
     said: _Said,
 ) -> _Found:
     """The fit to these answers."""
+    fit, rank, how = plan.fit, plan.rank, plan.how
     held_out, lessons = _split(answers.lessons, queries)
-    sites = [Site(layer) for layer in layers]
+    sites = [Site(layer) for layer in plan.layers]
     helping = {edit.site for one in answers.lessons if one.help is not None for edit in one.help.edits}
     with forcing(lm.model, lm.layout, [*sites, *helping]) as run:
         targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
@@ -245,7 +311,7 @@ def _fitted(
             trained, course = descend(
                 run,
                 trained.moving(),
-                _examples(lessons, targets, with_prompt, how.seed),
+                _examples(lessons, targets, plan.with_prompt, how.seed),
                 aside,
                 _loss,
                 how,

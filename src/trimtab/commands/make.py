@@ -1,0 +1,273 @@
+"""`trimtab make`: from one sentence to a steering, and what it is worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target
+
+if TYPE_CHECKING:
+    from trimtab.evaluate.judge import Endpoint
+    from trimtab.making import Idea, Made
+
+NOTHING_HOLDS = 3
+WRITER_KEY, WRITTEN = "TRIMTAB_WRITER_KEY", 4096
+SHOWN = 2
+WANTED, HOW = "What is wanted", "How it is made"
+
+
+def make(
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    idea: Annotated[
+        str | None,
+        typer.Argument(
+            help="A sentence. Its opposite may stand after 'not': \"be blunt, not flattering\".", show_default=False
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            help="Or a persona that the model is to be like.",
+            metavar='"a pirate"',
+            show_default=False,
+            rich_help_panel=WANTED,
+        ),
+    ] = None,
+    unlike: Annotated[
+        str | None,
+        typer.Option(
+            help="And one that it is to be unlike. Without it: an ordinary assistant.",
+            metavar='"an office clerk"',
+            show_default=False,
+            rich_help_panel=WANTED,
+        ),
+    ] = None,
+    questions: Annotated[
+        str | None,
+        typer.Option(
+            help="A file of questions to learn and to test on, one a line or JSON lines with prompt; every second one"
+            " is tested on. Without it: those of the trait card, or general ones.",
+            metavar="FILE",
+            show_default=False,
+            rich_help_panel=WANTED,
+        ),
+    ] = None,
+    card: Annotated[
+        Path | None,
+        typer.Option(
+            help="A trait card of your own, a .json file (see docs/traits.md).",
+            show_default=False,
+            rich_help_panel=WANTED,
+        ),
+    ] = None,
+    cards: Annotated[
+        bool,
+        typer.Option(
+            "--cards/--no-cards", help="Whether trait cards may be used (see docs/traits.md).", rich_help_panel=WANTED
+        ),
+    ] = True,
+    writer: Annotated[
+        str | None,
+        typer.Option(
+            help="The address of a server that speaks OpenAI's chat completions, whose model writes the system prompts"
+            " and the questions. Its key, if it needs one, stands in $TRIMTAB_WRITER_KEY. Needs trimtab\\[judge].",
+            metavar="URL",
+            show_default=False,
+            rich_help_panel=WANTED,
+        ),
+    ] = None,
+    writer_model: Annotated[
+        str | None, typer.Option(help="The writer's model.", metavar="NAME", show_default=False, rich_help_panel=WANTED)
+    ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill/--no-distill",
+            help="Whether to distill too: it holds more and takes longest.",
+            rich_help_panel=HOW,
+        ),
+    ] = True,
+    tokens: Annotated[int, typer.Option(min=8, help="The most tokens of an answer.", rich_help_panel=HOW)] = 64,
+    seed: Annotated[int, typer.Option(help="Of the order of answers.", rich_help_panel=HOW)] = 0,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
+    ] = False,
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: JsonOption = False,
+) -> None:
+    """From one sentence to a steering, and what it is worth.
+
+    [bold]  trimtab make "be blunt, not flattering" --out blunt.safetensors
+      trimtab make "talk like a pirate" --out pirate.safetensors
+      trimtab make --like "a tired poet" --unlike "an office clerk" --out poet.safetensors[/bold]
+
+    The model answers questions under system prompts for and against the idea;
+    forty traits come along with theirs. Answers that show the difference are
+    learned from in several ways, and questions that were held out choose the
+    best. Others again give the verdict: how much of the system prompt's effect
+    the steering has without it, next to random directions, and what it costs.
+
+    Where nothing holds, the verdict is none, no file is written, and the exit
+    code is 3. Some minutes for a small model on two cores.
+    """
+    check_target(out, ".safetensors")
+    wanted = _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
+
+    from trimtab.files.steering_file import save_steering
+    from trimtab.making import make as made_from
+
+    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    note(f"{wanted.name}: from {_source(wanted)}", quiet=json)
+    with progress_bar("answering", quiet=json) as progress:
+        made = made_from(
+            lm,
+            wanted,
+            tokens=tokens,
+            distill=distill,
+            seed=seed,
+            stage=_stage(progress, quiet=json),
+            say=lambda words: note(words, quiet=json or progress is not None),
+        )
+    written = made.verdict.holds or keep
+    digest = save_steering(made.steering, out) if written else None
+    if json:
+        write_json(_document(lm.name, made, out if written else None, digest))
+    else:
+        _show(made, out if written else None)
+        if written:
+            asked = f"--model {model} " if model else ""
+            note(f'try: trimtab generate {asked}--steer {out} --prompt "{made.idea.test[0]}" --compare', quiet=False)
+        else:
+            note("try: clearer words, an opposite (--unlike), a larger model, or --keep to look at it", quiet=False)
+    if not made.verdict.holds:
+        raise typer.Exit(NOTHING_HOLDS)
+
+
+def _writer(url: str | None, model: str | None) -> Endpoint | None:
+    if (url is None) != (model is None):
+        raise TrimtabError(
+            "--writer and --writer-model go together: the address of a server, and the model's name there"
+        )
+    if url is None or model is None:
+        return None
+    from trimtab.evaluate.judge import Endpoint
+
+    endpoint = Endpoint(url, model, os.environ.get(WRITER_KEY) or None, max_tokens=WRITTEN)
+    endpoint.check()
+    return endpoint
+
+
+def _idea(
+    idea: str | None,
+    like: str | None,
+    unlike: str | None,
+    card: Path | None,
+    questions: str | None,
+    writer: Endpoint | None,
+    *,
+    cards: bool,
+) -> Idea:
+    from trimtab.data import read_trait
+    from trimtab.making import idea_from_contrast, idea_from_sentence
+    from trimtab.making.idea import asked_about, idea_from_trait
+    from trimtab.making.writer import idea_from_writer
+
+    if sum(one is not None for one in (idea, like, card)) != 1:
+        raise TrimtabError(
+            'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE'
+        )
+    if unlike is not None and like is None:
+        raise TrimtabError('--unlike goes with --like; in a sentence the opposite stands after "not"')
+    if card is not None:
+        if writer is not None:
+            raise TrimtabError("a card has all that a writer would write; leave out --card or --writer")
+        wanted = idea_from_trait(read_trait(card))
+    elif writer is not None:
+        wish = idea if idea is not None else f"be like {like}" + (f", not like {unlike}" if unlike else "")
+        wanted = idea_from_writer(writer, wish)
+    elif idea is not None:
+        wanted = idea_from_sentence(idea, cards=cards)
+    else:
+        wanted = idea_from_contrast(str(like), unlike)
+    if questions is None:
+        return wanted
+    asked = list(dict.fromkeys(gather_prompts([], questions)))
+    if not all(isinstance(one, str) for one in asked):
+        raise TrimtabError(f"{questions}: questions are texts, not conversations")
+    return asked_about(wanted, asked)  # type: ignore[arg-type]
+
+
+def _source(idea: Idea) -> str:
+    kind, _, name = idea.source.partition(" ")
+    where = {"trait": f"the trait card {name!r}", "writer": "what the writer wrote"}.get(kind, f"your {kind}")
+    return f"{where}, {len(idea.learn)} questions to learn from and {len(idea.test)} to test"
+
+
+def _stage(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
+    """The bar; or, without a terminal, a line when something else begins."""
+    begun: list[str] = []
+
+    def stage(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total, label=what)
+        elif what not in begun:
+            begun.append(what)
+            note(f"{what} …", quiet=quiet)
+
+    return stage
+
+
+def _show(made: Made, out: Path | None) -> None:
+    show(*made.verdict.lines(), f"chosen: {made.name}")
+    for one in made.examples[:SHOWN]:
+        show("", f"> {one.question}", f"unsteered: {_short(one.unsteered)}", f"prompted:  {_short(one.prompted)}")
+        show(f"steered:   {_short(one.steered)}")
+    show("", f"saved {out}" if out is not None else "nothing is written")
+
+
+def _short(text: str, limit: int = 240) -> str:
+    said = " ".join(text.split())
+    return said if len(said) <= limit else said[: limit - 1] + "…"
+
+
+def _document(model: str, made: Made, out: Path | None, digest: str | None) -> dict[str, Any]:
+    return {
+        "file": None if out is None else str(out),
+        "digest": digest,
+        "model": model,
+        "idea": made.idea.name,
+        "source": made.idea.source,
+        "chosen": made.name,
+        "verdict": {**made.verdict.as_measured(), "why_not": made.verdict.why_not},
+        "candidates": [{"name": one.name, "likelihood": one.likelihood} for one in made.candidates],
+        "examples": [
+            {
+                "question": one.question,
+                "unsteered": one.unsteered,
+                "prompted": one.prompted,
+                "steered": one.steered,
+            }
+            for one in made.examples
+        ],
+    }

@@ -1,0 +1,137 @@
+"""What a model answers to the same questions for and against an idea, and which answers show the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimtab.engines.transformers.forced import Forced
+from trimtab.errors import TrimtabError
+from trimtab.learn.own_answers import Lesson, logprobs
+from trimtab.making.idea import Idea
+from trimtab.text.chat import has_template, render_messages
+from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.text.chat import Prompt
+
+BATCH = 64
+LEAST = 8
+"""Fewer answers than these, on either side, are too few to learn from."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and the prompts that it was written under; `own` and `other` hold the system prompt for it and against
+    it, `bare` none. All are token ids."""
+
+    question: str
+    own: tuple[int, ...]
+    other: tuple[int, ...]
+    bare: tuple[int, ...]
+    ids: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Contrasts:
+    """Answers for and against, those alone that are fit to learn from, and how many there were."""
+
+    positive: tuple[Answer, ...]
+    negative: tuple[Answer, ...]
+    asked: int
+
+    def on(self, questions: Sequence[str]) -> Contrasts:
+        """Those to some of the questions."""
+        some = set(questions)
+        positive, negative = (
+            tuple(one for one in side if one.question in some) for side in (self.positive, self.negative)
+        )
+        return Contrasts(positive, negative, self.asked)
+
+    @property
+    def questions(self) -> list[str]:
+        """The questions that have answers on both sides, in order."""
+        both = {one.question for one in self.negative}
+        return list(dict.fromkeys(one.question for one in self.positive if one.question in both))
+
+    @property
+    def lessons(self) -> list[Lesson]:
+        """The positive answers, for distilling."""
+        return [Lesson(one.question, 0, one.own, one.bare, one.ids, one.text) for one in self.positive]
+
+
+def contrasts(
+    lm: LM, idea: Idea, questions: Sequence[str], prompts: int, tokens: int, progress: Progress | None = None
+) -> Contrasts:
+    """The model's own answers for and against the idea.
+
+    Each question is asked under `prompts` of the system prompts, which take turns. An answer counts if it doesn't go in
+    circles and is more likely under its own prompt than under the other side's (Chen et al., arXiv 2507.21509, section
+    2.2, have a judge instead).
+
+    Args:
+        lm: The model.
+        idea: What is wanted.
+        questions: What is asked.
+        prompts: Under how many system prompts of each side each question is asked.
+        tokens: The most tokens of an answer.
+        progress: Told of answers made and those to make.
+    """
+    heard = hears_system(lm)
+    rows: list[tuple[bool, str, Prompt, Prompt]] = []
+    for n, question in enumerate(questions):
+        for turn in range(prompts):
+            mine = idea.positive[(n * prompts + turn) % len(idea.positive)]
+            against = idea.negative[(n * prompts + turn) % len(idea.negative)]
+            asked = [under(one, question, heard) for one in (mine, against)]
+            rows += [(True, question, asked[0], asked[1]), (False, question, asked[1], asked[0])]
+    written = lm.generate([own for _, _, own, _ in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
+    sides: dict[bool, list[Answer]] = {True: [], False: []}
+    for (wanted, question, own, other), answer in zip(rows, written, strict=True):
+        if answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT:
+            prompts_ids = [tuple(lm.encode(one)) for one in (own, other, question)]
+            sides[wanted].append(Answer(question, *prompts_ids, tuple(answer.token_ids), answer.text))
+    kept = {wanted: _told_apart(lm, answers) for wanted, answers in sides.items()}
+    return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
+
+
+def check_enough(found: Contrasts, idea: Idea) -> None:
+    """Raises `TrimtabError` where too few answers show the difference."""
+    if min(len(found.positive), len(found.negative), len(found.questions)) < LEAST:
+        raise TrimtabError(
+            f"the model's answers for and against {idea.name!r} hardly differ: of {found.asked},"
+            f" {len(found.positive)} and {len(found.negative)} do, and {LEAST} of each are needed. Say it in clearer"
+            " words, name an opposite, or take a larger model"
+        )
+
+
+def hears_system(lm: LM) -> bool:
+    """Whether the chat template has a place for system prompts and doesn't leave them out."""
+    if not has_template(lm.tokenizer):
+        return False
+    try:
+        brief, long = (
+            render_messages(lm.tokenizer, [{"role": "system", "content": said}, {"role": "user", "content": "Hello"}])
+            for said in ("Be brief.", "Be long.")
+        )
+    except TrimtabError:
+        return False
+    return brief != long
+
+
+def under(system: str, question: str, heard: bool) -> Prompt:
+    """The question under a system prompt; in front of it where the template has no place for one."""
+    if not heard:
+        return f"{system}\n\n{question}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+def _told_apart(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
+    own = logprobs(lm, [Forced(one.own, one.ids) for one in answers])
+    other = logprobs(lm, [Forced(one.other, one.ids) for one in answers])
+    return [one for one, a, b in zip(answers, own, other, strict=True) if float((a - b).sum()) > 0]

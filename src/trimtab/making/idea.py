@@ -1,0 +1,158 @@
+"""What a steering is to bring about, as a model can be told it: system prompts for and against, and questions.
+
+From a trait card that comes along, from a sentence ("be blunt, not flattering"), or from two personas ("a pirate", "an
+office clerk").
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from trimtab.data import Trait, find_trait, queries
+from trimtab.errors import TrimtabError
+
+LEARN, TEST = 20, 20
+"""So many questions are learned from, and so many others are asked at the end."""
+
+FOR = (
+    "{Idea}.",
+    "In everything you write, follow this rule: {idea}.",
+    "The most important thing about how you answer: {idea}.",
+    "You always keep to this, whatever you are asked: {idea}. Nobody needs to remind you.",
+    "Your users chose you for one reason, and you live up to it in every sentence: {idea}.",
+)
+PLAIN = (
+    "You are a helpful assistant.",
+    "You are an assistant who answers plainly and to the point.",
+    "You answer questions as a good assistant does, in an ordinary way.",
+    "You are a helpful assistant with no particular style.",
+    "You answer every question in a neutral, ordinary tone.",
+)
+"""Against an idea that names no opposite stands an ordinary assistant."""
+PERSONA = (
+    "You are {who}.",
+    "You are {who}, and you answer every question as {who} would.",
+    "Answer as if you were {who}. Your words, your tone and what you think of are those of {who}.",
+    "From now on you are {who}. Stay in this role, whatever you are asked.",
+    "Everything you write sounds like {who}.",
+)
+_OPPOSITE = re.compile(
+    r"^(?P<idea>.+?)(?:,| but|;)?\s+(?:and )?(?:not|rather than|instead of|never)\s+(?P<other>.+)$", re.I
+)
+_VERB = re.compile(r"^(?:please\s+)?(?:be|sound|act|talk|speak|write|answer|respond|reply)\b", re.I)
+
+
+@dataclass(frozen=True)
+class Idea:
+    """What is wanted, and its opposite.
+
+    Args:
+        name: A short name.
+        positive: System prompts that bring it about, in different words.
+        negative: System prompts for the opposite, as many.
+        learn: Questions to learn from.
+        test: Other questions, which are asked at the end only.
+        signs: Words that tell it in an answer, if any honestly do.
+        source: Where it comes from, for the card.
+
+    Raises:
+        TrimtabError: No prompts on a side, too few questions, or a question in both lists.
+    """
+
+    name: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...]
+    learn: tuple[str, ...]
+    test: tuple[str, ...]
+    signs: tuple[str, ...] = ()
+    source: str = "sentence"
+
+    def __post_init__(self) -> None:
+        if not self.positive or not self.negative:
+            raise TrimtabError(f"the idea {self.name!r} needs system prompts for it and against it")
+        if len(self.learn) < 8 or len(self.test) < 4:
+            raise TrimtabError(
+                f"the idea {self.name!r} has {len(self.learn)} questions to learn from and {len(self.test)} to test;"
+                " at least 8 and 4 are needed"
+            )
+        if both := set(self.learn) & set(self.test):
+            raise TrimtabError(f"a question to test is also learned from: {sorted(both)[0]!r}")
+
+
+def idea_from_trait(trait: Trait) -> Idea:
+    """The idea of a trait card."""
+    signs = trait.check.any if trait.check is not None else ()
+    return Idea(trait.name, trait.positive, trait.negative, trait.learn, trait.test, signs, f"trait {trait.name}")
+
+
+def idea_from_sentence(sentence: str, *, cards: bool = True) -> Idea:
+    """The idea of a sentence: that of the trait card it names, or else what stands in it, put into templates.
+
+    "be blunt, not flattering" has its opposite after "not"; without one the opposite is an ordinary assistant.
+
+    Args:
+        sentence: What is wanted, such as "talk like a pirate".
+        cards: Whether trait cards may be used.
+
+    Raises:
+        TrimtabError: Nothing is said.
+    """
+    said = " ".join(sentence.split()).strip(" .!")
+    if not said:
+        raise TrimtabError("say in a sentence what is wanted, such as 'be blunt, not flattering'")
+    if cards and (trait := find_trait(said)) is not None:
+        return idea_from_trait(trait)
+    match = _OPPOSITE.match(said)
+    wanted = match["idea"].strip(" ,;") if match else said
+    negative = _told(_like(match["other"].strip(" ,;"), wanted)) if match else PLAIN
+    return Idea(said, _told(wanted), negative, *_general(), source="sentence")
+
+
+def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
+    """The idea of a persona, against another one or an ordinary assistant.
+
+    Args:
+        like: Who the model is to be like, such as "a pirate".
+        unlike: Who it is to be unlike, such as "an office clerk".
+
+    Raises:
+        TrimtabError: A persona without a word, or twice the same.
+    """
+    who, other = (" ".join((one or "").split()).strip(" .!") for one in (like, unlike))
+    if not who:
+        raise TrimtabError("say whom the model is to be like, such as 'a pirate'")
+    if who == other:
+        raise TrimtabError(f"like and unlike are the same: {who!r}")
+    negative = tuple(one.format(who=other) for one in PERSONA) if other else PLAIN
+    return Idea(who, tuple(one.format(who=who) for one in PERSONA), negative, *_general(), source="persona")
+
+
+def asked_about(idea: Idea, questions: Sequence[str]) -> Idea:
+    """The idea with questions of one's own; every second one is kept for the test.
+
+    Raises:
+        TrimtabError: Too few questions.
+    """
+    return replace(idea, learn=tuple(questions[::2]), test=tuple(questions[1::2]))
+
+
+def _told(wanted: str) -> tuple[str, ...]:
+    wanted = wanted if _VERB.match(wanted) else f"be {wanted}" if len(wanted.split()) < 4 else wanted
+    return tuple(one.format(idea=wanted, Idea=wanted[0].upper() + wanted[1:]) for one in FOR)
+
+
+def _like(other: str, wanted: str) -> str:
+    """The opposite with the verb of what is wanted: "talk like a pirate, not like a clerk"."""
+    verb = _VERB.match(wanted)
+    return f"{verb[0]} {other}" if verb and not _VERB.match(other) else other
+
+
+def _general() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    learn, test = (tuple(queries(split)) for split in ("learn", "test"))
+    return _spread(learn, LEARN), _spread(test, TEST)
+
+
+def _spread(texts: Sequence[str], count: int) -> tuple[str, ...]:
+    return tuple(texts[i * len(texts) // count] for i in range(min(count, len(texts))))

@@ -1,0 +1,83 @@
+"""An idea written out by another model: system prompts for and against it, and questions on which it can show.
+
+In the manner of Chen et al., arXiv 2507.21509, appendix A, where a large model writes them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.judge import Judge, Reply
+from trimtab.making.idea import LEARN, TEST, Idea
+
+TRIES = 3
+SIDE = 5
+ASK = """Somebody wants an assistant that behaves like this:
+<wish>
+{wish}
+</wish>
+
+Write what is needed to teach it. Reply with one JSON object and nothing else, with these keys:
+"name": one to three words for the trait,
+"positive": a list of {side} different system prompts, one or two sentences each, that bring the behaviour about,
+"negative": a list of {side} system prompts of the same length and manner that bring its opposite about,
+"questions": a list of {questions} different everyday messages of a user, on which the behaviour would show. They \
+don't mention it, and have 5 to 25 words each."""
+
+
+def idea_from_writer(writer: Judge, sentence: str) -> Idea:
+    """Have the idea of a sentence written out.
+
+    Args:
+        writer: Who writes, such as an `Endpoint`.
+        sentence: What is wanted.
+
+    Raises:
+        TrimtabError: What comes back can't be used, three times in a row, or nothing comes back.
+    """
+    ask = ASK.format(wish=sentence.strip(), side=SIDE, questions=LEARN + TEST)
+    problem = "it said nothing"
+    for _ in range(TRIES):
+        replies: list[Reply] = []
+        writer.ask([[{"role": "user", "content": ask}]], lambda _, reply: replies.append(reply))  # noqa: B023
+        if not replies or replies[0].text is None:
+            problem = (replies[0].problem if replies else None) or problem
+            continue
+        try:
+            return _read(replies[0].text, sentence)
+        except TrimtabError as error:
+            problem = str(error)
+    raise TrimtabError(f"the writer's answer can't be used, tried {TRIES} times: {problem}")
+
+
+def _read(text: str, sentence: str) -> Idea:
+    match = re.search(r"\{.*\}", text, re.DOTALL)
+    try:
+        said: Any = json.loads(match[0] if match else text)
+    except (ValueError, RecursionError):
+        raise TrimtabError("it is no JSON object") from None
+    if not isinstance(said, dict):
+        raise TrimtabError("it is no JSON object")
+    lists = {name: _texts(said.get(name), name) for name in ("positive", "negative", "questions")}
+    questions = lists["questions"]
+    half = len(questions) // 2
+    return Idea(
+        str(said.get("name") or sentence).strip(),
+        lists["positive"],
+        lists["negative"],
+        questions[:half],
+        questions[half:],
+        source=f"writer {sentence.strip()}",
+    )
+
+
+def _texts(value: Any, name: str) -> tuple[str, ...]:
+    texts: Sequence[Any] = value if isinstance(value, list) else ()
+    found = tuple(dict.fromkeys(" ".join(one.split()) for one in texts if isinstance(one, str) and one.strip()))
+    if not found:
+        raise TrimtabError(f"its {name!r} is no list of texts")
+    return found

@@ -1,0 +1,107 @@
+"""`trimtab make`: what it takes, what it writes, and what it says where nothing holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab import load
+from trimtab.commands.make import NOTHING_HOLDS
+
+QUESTIONS = [f"What is the number {i}?" for i in range(24)]
+
+
+@pytest.fixture
+def common(tmp_path: Path, model: Path) -> list[Any]:
+    questions = tmp_path / "questions.txt"
+    questions.write_text("\n".join(QUESTIONS))
+    return ["--questions", questions, "--model", model, "--device", "cpu", "--tokens", 8]
+
+
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random model's answers for and against hardly differ: here they all count."""
+    from trimtab.making import contrasts
+
+    monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, answers: list(answers))
+
+
+def test_what_it_writes_and_says(trimtab: Any, tmp_path: Path, common: list[Any], apart: None) -> None:
+    out = tmp_path / "loud.safetensors"
+    ran = trimtab("make", "shout, not whisper", *common, "--out", out, "--keep", "--json")
+    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    document = ran.json
+    assert document["file"] == str(out)
+    assert (ran.code == 0) == document["verdict"]["holds"] == (not document["verdict"]["why_not"])
+    assert (document["idea"], document["source"]) == ("shout, not whisper", "sentence")
+    assert document["candidates"][0]["name"] == document["chosen"]
+    assert [one["question"] for one in document["examples"]] == QUESTIONS[1::2]
+    card = load(out).card
+    assert card.options["idea"] == "shout, not whisper"
+    assert card.measured["share_of_prompt"] == document["verdict"]["share_of_prompt"]
+
+
+def test_where_nothing_holds_nothing_is_written(
+    trimtab: Any, tmp_path: Path, common: list[Any], apart: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.making import verdict
+
+    monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
+    out = tmp_path / "loud.safetensors"
+    ran = trimtab("make", "--like", "a parrot", "--no-distill", *common, "--out", out)
+    assert ran.code == NOTHING_HOLDS
+    assert not out.exists()
+    assert "verdict: none: " in ran.out
+    assert "nothing is written" in ran.out
+    assert "answering for and against …" in ran.err
+    assert "--keep" in ran.err
+
+
+def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: None) -> None:
+    card = tmp_path / "loud.json"
+    sides = {side: [f"You are {side} {i}." for i in range(5)] for side in ("positive", "negative")}
+    questions = {"learn": QUESTIONS[:12], "test": QUESTIONS[12:]}
+    card.write_text(json.dumps({"name": "loud", "description": "Loud.", "words": ["loud"], **sides, **questions}))
+    out = tmp_path / "loud.safetensors"
+    given = ("--model", model, "--device", "cpu", "--tokens", 8, "--no-distill", "--keep", "--json")
+    ran = trimtab("make", "--card", card, *given, "--out", out)
+    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    assert (ran.json["idea"], ran.json["source"]) == ("loud", "trait loud")
+    assert load(out).card.options["source"] == "trait loud"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ((), 'say what is wanted: a sentence such as "be blunt'),
+        (("be loud", "--like", "a parrot"), "say what is wanted"),
+        (("be loud", "--unlike", "a mouse"), "--unlike goes with --like"),
+        (("be loud", "--writer", "http://localhost:1/v1"), "--writer and --writer-model go together"),
+        (("be loud", "--out", "loud.txt"), r"must be named \*.safetensors"),
+        (("--card", "nowhere.json"), "nowhere.json"),
+    ],
+)
+def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, given: tuple[str, ...], words: str) -> None:
+    out = () if "--out" in given else ("--out", tmp_path / "x.safetensors")
+    ran = trimtab("make", *given, *out, "--model", "nowhere")
+    assert ran.code == 2
+    ran_err = " ".join(ran.err.split())
+    assert re.search(words, ran_err), ran_err
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_pirate_on_the_default_model(trimtab: Any, tmp_path: Path) -> None:
+    out = tmp_path / "pirate.safetensors"
+    ran = trimtab("make", "talk like a pirate", "--dtype", "float32", "--out", out, "--json")
+    assert ran.code == 0, ran.err
+    verdict = ran.json["verdict"]
+    assert ran.json["source"] == "trait pirate"
+    assert verdict["interval"][0] > max(verdict["random"])
+    assert verdict["signs"][2] > verdict["signs"][0]
+    assert load(out).card.measured["holds"] is True

@@ -1,0 +1,251 @@
+"""From an idea to a steering, on a tiny random model: what is kept, what is measured, and what is chosen."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import WIDTH, direction, prompt
+
+from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError, load, make, save
+from trimtab.evaluate.controls import random_like
+from trimtab.making import contrasts as contrasts_module
+from trimtab.making.candidates import candidates, distilled, mean_differences
+from trimtab.making.contrasts import Contrasts, check_enough, contrasts, hears_system, under
+from trimtab.making.effect import effect, prompted, share_of
+from trimtab.making.idea import Idea
+from trimtab.making.verdict import Verdict
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}w70{% elif m.role == 'user' %}w71{% else %}w72{% endif %}"
+    " {{ m.content }} {% endfor %}{% if add_generation_prompt %}w72{% endif %}"
+)
+IDEA = Idea(
+    "odd",
+    ("w7 w8", "w9 w9 w9"),
+    ("w20 w21", "w22 w23 w24"),
+    tuple(prompt(i, 3 + i % 4) for i in range(16)),
+    tuple(prompt(100 + i, 3 + i % 4) for i in range(12)),
+    signs=("w5",),
+)
+TOKENS = 10
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    """Of all tiny models one whose answers seldom loop; it has a chat template."""
+    lm = tiny.tiny("llama", seed=1, dtype=torch.float32)
+    lm.tokenizer.chat_template = TEMPLATE
+    return lm
+
+
+@pytest.fixture(scope="module")
+def found(lm: LM) -> Contrasts:
+    return contrasts(lm, IDEA, IDEA.learn, 2, TOKENS)
+
+
+@torch.no_grad()
+def naive(lm: LM, steering: Steering | None, prompt_ids: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """The mean log-probability of an answer's tokens, one text at a time, through the engine's own hooks."""
+    ids = torch.tensor([[*prompt_ids, *answer[:-1]]])
+    if steering is None:
+        logits = lm.model(input_ids=ids).logits
+    else:
+        with lm.steered(steering, prompt_lengths=[len(prompt_ids)]):
+            logits = lm.model(input_ids=ids, use_cache=False).logits
+    rows = logits[0, len(prompt_ids) - 1 :].double().log_softmax(-1)
+    return sum(float(rows[i, token]) for i, token in enumerate(answer)) / len(answer)
+
+
+# ---- answers for and against ---------------------------------------------------------------------------------
+
+
+def test_every_question_is_asked_under_prompts_of_both_sides(lm: LM, found: Contrasts) -> None:
+    assert found.asked == 2 * 2 * len(IDEA.learn)
+    for side, own, other in (
+        (found.positive, IDEA.positive, IDEA.negative),
+        (found.negative, IDEA.negative, IDEA.positive),
+    ):
+        assert {one.question for one in side} <= set(IDEA.learn)
+        for one in side:
+            assert one.own in [tuple(lm.encode(one.question, system=system)) for system in own]
+            assert one.other in [tuple(lm.encode(one.question, system=system)) for system in other]
+            assert one.bare == tuple(lm.encode(one.question))
+            answers = [lm.generate(one.question, system=s, max_new_tokens=TOKENS)[0] for s in own]
+            assert one.ids in [tuple(answer.token_ids) for answer in answers]
+
+
+def test_answers_count_that_are_likelier_under_their_own_prompt(lm: LM, found: Contrasts) -> None:
+    for one in [*found.positive, *found.negative]:
+        assert naive(lm, None, one.own, one.ids) > naive(lm, None, one.other, one.ids)
+    assert len(found.positive) + len(found.negative) <= found.asked
+
+
+def test_a_template_without_system_prompts_has_them_in_front(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert hears_system(lm)
+    for deaf in ("{% for m in messages %}{% if m.role != 'system' %}w71 {{ m.content }} {% endif %}{% endfor %}", None):
+        monkeypatch.setattr(lm.tokenizer, "chat_template", deaf)
+        assert not hears_system(lm)
+        some = contrasts(lm, IDEA, IDEA.learn[:3], 1, TOKENS)
+        for one in some.positive:
+            told = [under(system, one.question, False) for system in IDEA.positive]
+            assert one.own in [tuple(lm.encode(text)) for text in told]
+
+
+def test_too_few_are_an_error_that_says_what_to_do(lm: LM, found: Contrasts) -> None:
+    check_enough(found, IDEA)
+    with pytest.raises(
+        TrimtabError, match=r"for and against 'odd' hardly differ: of 64, \d+ and \d+ do, and 8 of each"
+    ):
+        check_enough(found.on(IDEA.learn[:5]), IDEA)
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------
+
+
+def test_effects_are_the_models_own_log_probabilities(lm: LM, found: Contrasts) -> None:
+    steering = 0.7 * Steering(
+        tuple(Edit(Site(at), Add(direction(at, 3.0)), Positions.from_last_prompt_token()) for at in (1, 2))
+    )
+    for arm, mine in ((None, effect(lm, None, found)), (steering, effect(lm, steering, found))):
+        for question in found.questions[::4]:
+            sides = [
+                [naive(lm, arm, one.bare, one.ids) for one in side if one.question == question]
+                for side in (found.positive, found.negative)
+            ]
+            wanted, other = (sum(side) / len(side) for side in sides)
+            assert mine.wanted[question] == pytest.approx(wanted, abs=1e-3)
+            assert mine.leads[question] == pytest.approx(wanted - other, abs=1e-3)
+    told = prompted(lm, found)
+    (question, *_) = found.questions
+    wanted = [naive(lm, None, one.own, one.ids) for one in found.positive if one.question == question]
+    assert told.wanted[question] == pytest.approx(sum(wanted) / len(wanted), abs=1e-3)
+
+
+def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, found: Contrasts) -> None:
+    base, told = effect(lm, None, found), prompted(lm, found)
+    nothing, all_ = share_of(base, base, told), share_of(base, told, told)
+    assert (nothing.estimate, nothing.low, nothing.high) == (0, 0, 0)
+    assert (all_.estimate, all_.low, all_.high) == pytest.approx((1, 1, 1))
+
+
+# ---- what is chosen ------------------------------------------------------------------------------------------
+
+
+def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, found: Contrasts) -> None:
+    named = dict(mean_differences(lm, IDEA, found))
+    steering = next(one for name, one in named.items() if "at layer 1" in name and "strength 2" in name)
+    (edit,) = steering.edits
+    assert edit.strength == 2
+    assert edit.positions == Positions.from_last_prompt_token()
+    total, count = torch.zeros(WIDTH, dtype=torch.float64), 0
+    for question in found.questions:
+        sides = [[one for one in side if one.question == question] for side in (found.positive, found.negative)]
+        for mine, other in zip(*sides, strict=False):
+            means = []
+            for one in (mine, other):
+                text = torch.tensor([[*one.own, *one.ids]])
+                with torch.no_grad():
+                    hidden = lm.model(input_ids=text, output_hidden_states=True).hidden_states[2][0]
+                means.append(hidden[len(one.own) :].double().mean(0))
+            total += means[0] - means[1]
+            count += 1
+    assert torch.allclose(edit.operation.direction.double(), total / count, atol=1e-3)
+    assert steering.card.measured["pairs"] == count
+
+
+def test_the_best_makes_the_wanted_answers_likeliest(lm: LM, found: Contrasts) -> None:
+    aside = IDEA.learn[::4]
+    learned, held_out = (
+        found.on([one for one in IDEA.learn if one not in aside]),
+        found.on(aside),
+    )
+    told: list[tuple[int, int]] = []
+    ranked = candidates(
+        lm, IDEA, learned, held_out, distill=True, seed=0, progress=lambda done, total: told.append((done, total))
+    )
+    assert told[-1] == (len(ranked), len(ranked))
+    assert [one.likelihood for one in ranked] == sorted((one.likelihood for one in ranked), reverse=True)
+    for one in ranked[:2]:
+        wanted = effect(lm, one.steering, held_out).wanted
+        assert one.likelihood == pytest.approx(sum(wanted.values()) / len(wanted))
+    assert not any(
+        one.name.startswith("distilled") for one in candidates(lm, IDEA, learned, held_out, distill=False, seed=0)
+    )
+
+
+def test_distilling_makes_the_wanted_answers_likelier(lm: LM, found: Contrasts) -> None:
+    steering = distilled(lm, IDEA, found, 0)
+    before, after = (effect(lm, one, found).wanted for one in (None, steering))
+    assert sum(after.values()) > sum(before.values())
+    assert distilled(lm, IDEA, found, 0) == steering
+
+
+# ---- all of it -----------------------------------------------------------------------------------------------
+
+
+def test_make(lm: LM, tmp_path: Any) -> None:
+    stages: list[str] = []
+    made = make(lm, IDEA, tokens=TOKENS, stage=lambda what, done, total: stages.append(what) or None)
+    assert list(dict.fromkeys(stages)) == [
+        "answering for and against",
+        "learning",
+        "answering the test questions",
+        "measuring",
+    ]
+    assert made.candidates[0].name == made.name
+    measured = made.steering.card.measured
+    assert measured["share_of_prompt"] == pytest.approx(made.verdict.share, abs=1e-4)
+    assert (made.steering.card.options["idea"], made.steering.card.options["chosen"]) == ("odd", made.name)
+    assert len(made.examples) == len(IDEA.test)
+    (plain,) = lm.generate(made.examples[3].question, max_new_tokens=TOKENS)
+    (steered,) = lm.generate(made.examples[3].question, made.steering, max_new_tokens=TOKENS)
+    assert (made.examples[3].unsteered, made.examples[3].steered) == (plain.text.strip(), steered.text.strip())
+
+    asked = contrasts(lm, IDEA, IDEA.test, 1, TOKENS)  # nothing was learned from these
+    base, told = effect(lm, None, asked), prompted(lm, asked)
+    share = share_of(base, effect(lm, made.steering, asked), told)
+    assert made.verdict.share == pytest.approx(share.estimate)
+    assert made.verdict.random[0] == pytest.approx(
+        share_of(base, effect(lm, random_like(made.steering, 0), asked), told).estimate
+    )
+    signs = [sum("w5 " in f"{one.steered} " for one in made.examples) / len(made.examples)]
+    assert made.verdict.signs[2] == pytest.approx(signs[0])
+
+    save(made.steering, tmp_path / "odd.safetensors")
+    assert load(tmp_path / "odd.safetensors") == made.steering
+    again = make(lm, IDEA, tokens=TOKENS)
+    assert again.steering == made.steering
+    assert again.verdict == made.verdict
+
+
+def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrasts_module, "_told_apart", lambda _lm, _answers: [])
+    with pytest.raises(TrimtabError, match="hardly differ"):
+        make(lm, IDEA, tokens=TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, ""),
+        ({"low": 0.0}, "can't be told from none"),
+        ({"random": (0.1, 0.5)}, "can't be told from none, or from that of a random direction"),
+        ({"share": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
+        ({"loops": 0.5}, "50% of its answers go in circles"),
+    ],
+)
+def test_verdicts(changed: dict[str, Any], why: str) -> None:
+    usual: dict[str, Any] = {
+        "share": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "questions": 20, "loops": 0.0,
+        "loops_prompted": 0.1, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
+    }  # fmt: skip
+    verdict = Verdict(**{**usual, **changed})
+    assert verdict.holds == (not why)
+    assert why in verdict.why_not
+    lines = "\n".join(verdict.lines())
+    assert ("verdict: it holds" in lines) == (not why)
+    assert why in lines
+    assert "random directions" in lines
