@@ -1,8 +1,9 @@
-"""Small data sets that come with the package, written for it: base queries, and instructions to put after them.
+"""Small data sets that come with the package, written for it: base queries, instructions to put after them, traits.
 
 The queries are plain requests of many kinds (questions, how-tos, short writing tasks, lists, explanations) that
 say nothing about the form of the answer. The instructions say just that, each in several phrasings: `instructions`
-are the few that the demo measures, `instruction_types` the 25 types of IFEval.
+are the few that the demo measures, `instruction_types` the 25 types of IFEval. The traits are ways to be, such
+as blunt or cheerful, each a card with system prompts and questions.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trimtab.data.find_trait import find_trait
 from trimtab.data.read import read_json
 from trimtab.data.recognise import Recognised, recognise
+from trimtab.data.trait_cards import Trait, WordCheck, read_trait, trait, traits
 from trimtab.data.types import (
     COMMON_LANGUAGES,
     LANGUAGES,
@@ -29,6 +32,9 @@ __all__ = [
     "Instruction",
     "InstructionType",
     "Recognised",
+    "Trait",
+    "WordCheck",
+    "find_trait",
     "instruction_pairs",
     "instruction_type",
     "instruction_types",
@@ -36,7 +42,10 @@ __all__ = [
     "length_phrasings",
     "prompts",
     "queries",
+    "read_trait",
     "recognise",
+    "trait",
+    "traits",
 ]
 
 SPLITS = ("learn", "tune", "test")

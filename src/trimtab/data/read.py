@@ -12,3 +12,9 @@ from typing import Any
 def read_json(name: str) -> Any:
     """The content of a file beside this one; what is returned is shared, so don't change it."""
     return json.loads(files("trimtab.data").joinpath(name).read_text(encoding="utf-8"))
+
+
+def json_files(folder: str) -> list[str]:
+    """The JSON files in a folder beside this one, in order, as `read_json` takes them."""
+    here = files("trimtab.data").joinpath(folder)
+    return sorted(f"{folder}/{one.name}" for one in here.iterdir() if one.name.endswith(".json"))
