@@ -375,7 +375,7 @@ def _listed(desk: Desk, conversation: Conversation) -> Outcome:
         return Outcome(conversation, f"nothing is on{'; ' + note if note else '; /steer FILE puts a steering on'}")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for heading in ("steering", "strength", "layers", "file"):
-        table.add_column(heading, justify="right" if heading == "strength" else "left")
+        table.add_column(heading, justify="right" if heading == "strength" else "left", overflow="fold")
     for one in conversation.steered:
         table.add_row(one.name, f"{one.strength:g}", _numbers(one.layers_on), one.file)
     return Outcome(conversation, note, (table,))

@@ -59,9 +59,9 @@ def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]
     place = words[0], len(words)
     if place == ("/steer", 1):
         names = [*dict.fromkeys([*on, *desk.names])]
-        return [*_begin(last, map(shlex.quote, names)), *_paths(last, STEERING_FILES)]
+        return [*_names(last, names), *_paths(last, STEERING_FILES)]
     if place in (("/strength", 1), ("/layer", 1), ("/tokens", 1)):
-        return _begin(last, map(shlex.quote, on))
+        return _names(last, on)
     if place in (("/layer", 2), ("/tokens", 2)):
         one = conversation.find(words[1])
         layers = [] if one is None else [str(layer) for layer in one.steering.layers]
@@ -77,6 +77,11 @@ def _begin(with_: str, words: Iterable[str]) -> list[str]:
     return [word for word in words if word.startswith(with_)]
 
 
+def _names(with_: str, names: Iterable[str]) -> list[str]:
+    """Steerings' names, in quotes where they have spaces."""
+    return [shlex.quote(name) for name in _begin(with_.lstrip("'\""), names)]
+
+
 def _paths(typed: str, suffixes: tuple[str, ...]) -> list[str]:
     """Files of these kinds, and folders, whose path begins with what was typed."""
     folder, slash, start = typed.rpartition("/")
@@ -90,7 +95,6 @@ def _paths(typed: str, suffixes: tuple[str, ...]) -> list[str]:
             if path.is_dir():
                 listed.append(f"{folder}{slash}{path.name}/")
             elif path.suffix in suffixes:
-                listed.append(
-                    shlex.quote(f"{folder}{slash}{path.name}") if " " in path.name else f"{folder}{slash}{path.name}"
-                )
+                whole = f"{folder}{slash}{path.name}"
+                listed.append(shlex.quote(whole) if " " in whole else whole)
     return listed
