@@ -181,7 +181,7 @@ class TestInterrupting:
         (only,) = heard.turns
         assert only.question == "Why?"
         assert only.answer.text == ask(desk, on, "Why?", lambda *_: None).answer.text
-        assert "dropped" in capsys.readouterr().err
+        assert "nothing has changed" in capsys.readouterr().err
 
     def test_outside_a_terminal_it_ends_the_program(self, desk: Desk, on: Conversation) -> None:
         heard = Heard(lambda n: signal.raise_signal(signal.SIGINT) if n == 2 else None)

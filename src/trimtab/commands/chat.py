@@ -191,7 +191,7 @@ def converse(
         except KeyboardInterrupt:
             if not screen.interrupt or desk.engine not in STREAMING:
                 raise
-            note("the answer was dropped", quiet=False)
+            note("stopped; nothing has changed", quiet=False)
         except Exception as error:  # at a terminal, a conversation isn't lost for one answer
             if not screen.interrupt or os.environ.get("TRIMTAB_TRACEBACK"):
                 raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -92,8 +92,8 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     if len(words) == 2:
         strength = _number(words[1], f"/steer {words[0]}", "off takes it out")
     steered = load_steered(desk, conversation, file, strength)
-    layers = ", ".join(map(str, steered.layers_on)) or "none"
-    return Outcome(conversation.put(steered), f"{steered.name} is on at strength {strength:g}, layers {layers}")
+    where = _where(steered.layers_on)
+    return Outcome(conversation.put(steered), f"{steered.name} is on at strength {strength:g}, {where}")
 
 
 def _strength(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -117,8 +117,7 @@ def _layer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     if not layers:
         raise TrimtabError(f"/layer {name}: no layer is named; give numbers with commas between, or all")
     one.steering.only(layers)  # raises where it has nothing
-    where = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
-    return Outcome(conversation.put(replace(one, layers=layers)), f"{one.name} acts at {where} only")
+    return Outcome(conversation.put(replace(one, layers=layers)), f"{one.name} acts at {_where(layers)} only")
 
 
 def _emphasize(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -379,6 +378,10 @@ def _listed(desk: Desk, conversation: Conversation) -> Outcome:
     for one in conversation.steered:
         table.add_row(one.name, f"{one.strength:g}", _numbers(one.layers_on), one.file)
     return Outcome(conversation, note, (table,))
+
+
+def _where(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) != 1)} {_numbers(layers)}"
 
 
 def _numbers(layers: Iterable[int]) -> str:

@@ -104,6 +104,11 @@ class Terminal:
 
     @contextmanager
     def answering(self, compared: bool) -> Iterator[Hear]:
+        with _unechoed(), self._showing(compared) as hear:
+            yield hear
+
+    @contextmanager
+    def _showing(self, compared: bool) -> Iterator[Hear]:
         said = {"unsteered": "", "steered": ""}
         if not compared:
 
@@ -149,6 +154,25 @@ def columns(unsteered: str, steered: str) -> RenderableType:
 
 def _console() -> Any:
     return Console(highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def _unechoed() -> Iterator[None]:
+    """While open, keys that are pressed aren't shown amid an answer; the next prompt has them."""
+    try:
+        import termios
+
+        place = sys.stdin.fileno()
+        before = termios.tcgetattr(place)
+    except (ImportError, OSError, ValueError, termios.error):  # no terminal, or a system that has none of this kind
+        yield
+        return
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(place, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(place, termios.TCSANOW, before)
 
 
 def _write(text: str) -> None:
