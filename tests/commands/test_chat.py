@@ -134,7 +134,6 @@ class TestAnswers:
         pieces: list[str] = []
         turn = ask(replace(desk, engine="vllm"), on, SEA, lambda _, piece: pieces.append(piece))
         assert pieces == [turn.answer.text]
-        assert turn.answer.doses is None
 
     @pytest.mark.skipif(importlib.util.find_spec("xllamacpp") is None, reason="needs trimtab[llamacpp]")
     def test_llamacpp_streams(self, desk: Desk, model: Path, tmp_path: Path) -> None:
@@ -169,6 +168,12 @@ class TestInterrupting:
         (wanted,) = desk.lm.generate([history], on.steering(), max_new_tokens=8)
         assert after.answer.text == wanted.text
         assert signal.getsignal(signal.SIGINT) is before
+
+    def test_with_rejection_too(self, desk: Desk) -> None:
+        heard = Heard(lambda n: signal.raise_signal(signal.SIGINT) if n == 3 else None)
+        assert converse(desk, Conversation(max_tokens=40, emphasized=("the sea",)), lines(SEA), heard)
+        assert heard.turns[0].answer.finish_reason == "interrupted"
+        assert 3 <= len(heard.turns[0].answer.token_ids) < 12
 
     def test_twice_drops_the_answer(self, desk: Desk, on: Conversation, capsys: pytest.CaptureFixture[str]) -> None:
         def twice(n: int) -> None:
@@ -317,6 +322,20 @@ def test_a_file_that_is_given_twice(piped: Callable[..., Any], steering: Path) -
     ran = piped(SEA, "--steer", steering, "--steer", f"{steering}:2")
     assert ran.code == 2
     assert "is given twice" in ran.err
+
+
+class Typed(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_needs_prompt_toolkit(trimtab: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.commands.chat.find_spec", lambda _name: None)
+    monkeypatch.setattr("sys.stdin", Typed(SEA))
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    ran = trimtab("chat")
+    assert ran.code == 2
+    assert "pip install 'trimtab[chat]'" in ran.err
 
 
 def test_a_model_without_a_chat_template(trimtab: Callable[..., Any], base: Path) -> None:

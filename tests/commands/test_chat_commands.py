@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.text import Text
 
 from trimtab import LM, TrimtabError, UnsupportedError
@@ -113,6 +114,17 @@ class TestSteer:
         transferred = run_command(Desk(lm, transfer=True), EMPTY, f"/steer {steering}")
         assert transferred.conversation.label() == "s:1"
 
+    def test_many_layers_are_told_shortly(self, desk: Desk, tmp_path: Path) -> None:
+        from trimtab import Add, Edit, Site, Steering, save
+
+        edits = [Edit(Site(layer), Add(torch.ones(32)), strength=0.1) for layer in (0, 1, 2, 3)]
+        for layers, wanted in ((4, "layers 0-3"), (2, "layers 0, 1"), (1, "layer 0")):
+            save(Steering(tuple(edits[:layers])), tmp_path / "many.safetensors")
+            note = run_command(desk, EMPTY, f"/steer {tmp_path / 'many.safetensors'}").note
+            assert note == f"many is on at strength 1, {wanted}"
+        save(Steering((*edits[:1], *edits[2:])), tmp_path / "many.safetensors")
+        assert run_command(desk, EMPTY, f"/steer {tmp_path / 'many.safetensors'}").note.endswith("layers 0, 2, 3")
+
 
 class TestSettings:
     def test_strength(self, do: Callable[..., Conversation]) -> None:
@@ -185,11 +197,12 @@ class TestLooking:
         unsteered = run_command(desk, said("a"), "/dose")
         assert "not steered" in unsteered.note
 
-    def test_doses_that_an_engine_doesnt_measure(self, desk: Desk) -> None:
-        one = said("a")
-        turn = replace(one.turns[0], answer=replace(one.turns[0].answer, doses=None))
-        told = run_command(replace(desk, engine="vllm"), replace(one, turns=(turn,)), "/dose")
-        assert "vllm doesn't measure" in told.note
+    def test_doses_that_arent_measured(self, desk: Desk, do: Callable[..., Conversation]) -> None:
+        on = do("/steer shout", "/emphasize the sea")
+        turn = ask(desk, on, "What is the sea?", lambda *_: None)
+        assert turn.answer.edits
+        assert turn.answer.dose is None
+        assert "no dose was measured" in run_command(desk, on.answered(turn), "/dose").note
 
     def test_tokens_are_coloured_as_the_report_does(self, desk: Desk, do: Callable[..., Conversation]) -> None:
         from trimtab.report.tokens import answer_cosines, coloured_cosines, reach
@@ -341,6 +354,12 @@ def test_help_names_every_command(desk: Desk) -> None:
     one = shown(run_command(desk, EMPTY, "/help undo"))
     assert one.count("\n") == 1
     assert run_command(desk, EMPTY, "/quit").leave
+
+
+def test_the_page_names_every_command() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "chat.md").read_text()
+    for name in COMMANDS:
+        assert f"`/{name}" in page
 
 
 def test_two_slashes_begin_a_question() -> None:

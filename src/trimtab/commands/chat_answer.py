@@ -150,7 +150,7 @@ def _answer(
         found.prompt_tokens,
         found.token_ids,
         found.applied.edits,
-        None if desk.engine == "vllm" else found.applied.doses,
+        found.applied.doses if found.applied.doses or not found.applied.edits else None,
     )
 
 

@@ -236,10 +236,11 @@ def _dose(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "dose")
     answer = conversation.last().answer
     if answer.doses is None:
-        return Outcome(conversation, f"the engine {desk.engine} doesn't measure doses")
+        return Outcome(
+            conversation, "no dose was measured: vLLM measures none, nor does rejection, which /emphasize brings"
+        )
     if not answer.doses:
-        why = "no dose was measured: attention was steered" if answer.edits else "the last answer was not steered"
-        return Outcome(conversation, why)
+        return Outcome(conversation, "the last answer was not steered")
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for heading in ("layer", "site", "dose", "tokens"):
         table.add_column(heading, justify="left" if heading == "site" else "right")
@@ -384,8 +385,16 @@ def _where(layers: Sequence[int]) -> str:
     return f"layer{'s' * (len(layers) != 1)} {_numbers(layers)}"
 
 
-def _numbers(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, layers)) or "none"
+def _numbers(layers: Sequence[int]) -> str:
+    """Layers in order, runs of three and more shortened: `0-29` or `3, 5, 6`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(layer) for layer in run] for run in runs]
+    return ", ".join(part for run in parts for part in run) or "none"
 
 
 def _meant(word: str, known: Iterable[str], before: str = "") -> str:
