@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def terminal(tmp_path: Path, folder: Path) -> Iterator[Tmux]:
-    command = [sys.executable, "-m", "trimtab", "chat", "--steerings", str(folder), "--max-tokens", "120"]
+    command = [sys.executable, "-m", "trimtab", "chat", "--steerings", str(folder), "--max-tokens", "400"]
     given = {
         name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ
     }
@@ -110,6 +110,9 @@ def test_a_conversation(terminal: Tmux) -> None:
     terminal.enter(" 0.5")
     assert "push is on at strength 0.5, layer 9" in terminal.until(prompt("push:0.5 "))
 
+    terminal.enter("/reset")
+    terminal.until(lambda screen: "forgot 1 turn;" in screen)
+    terminal.until(prompt("push:0.5 "))
     terminal.enter("/compare")
     terminal.until(lambda screen: "unsteered as well" in screen)
     terminal.until(prompt("push:0.5 "))
