@@ -133,6 +133,27 @@ def test_steered_it_answers_alike(lm, llama, rule):
     assert any(a.logprobs != b.logprobs for a, b in zip(ours, plain, strict=True))
 
 
+def test_tokens_are_told_as_they_come_and_an_answer_can_be_ended(llama):
+    told: list[list[int]] = []
+
+    class Streamer:
+        def put(self, ids: torch.Tensor) -> None:
+            told.append(ids.flatten().tolist())
+
+        def end(self) -> None:
+            told.append([])
+
+    def third(ids: torch.Tensor, _scores: None) -> torch.Tensor:
+        return torch.tensor([ids.shape[1] == len(llama.encode(PROMPTS[0])) + 3])
+
+    (whole,) = llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW, streamer=Streamer())
+    assert told == [llama.encode(PROMPTS[0]), *([token] for token in whole.token_ids), []]
+    (ended,) = llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW, stopping_criteria=[third])
+    assert ended.token_ids == whole.token_ids[:3]
+    with pytest.raises(TrimtabError, match="one prompt at a time"):
+        llama.generate(PROMPTS[:2], streamer=Streamer())
+
+
 def test_each_prompt_under_its_own(llama):
     """What runs before a prompt, and how, changes nothing about it: to the bit."""
     steerings = [adding(1), None, adding(2, strength=-1.0), adding(1, 3, positions=RULES["generated"])]

@@ -14,6 +14,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.commands import eval_ab, eval_capability, eval_harness, eval_judge, eval_refusal  # noqa: F401 (register)
+from trimtab.commands.chat import chat
 from trimtab.commands.convert import convert
 from trimtab.commands.demo import demo
 from trimtab.commands.eval import evaluations
@@ -78,6 +79,7 @@ app.command()(make)
 app.command()(tune)
 app.add_typer(evaluations)
 app.command()(generate)
+app.command()(chat)
 app.command()(inspect)
 app.command()(serve)
 app.command()(convert)

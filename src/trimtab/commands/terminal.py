@@ -31,9 +31,12 @@ def show(*parts: RenderableType) -> None:
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def write_json(document: Any) -> None:
-    """One JSON document, in UTF-8, to stdout. Numbers that JSON doesn't have (NaN, infinities) become null."""
-    text = json.dumps(_plain(document), ensure_ascii=False, indent=2, allow_nan=False)
+def write_json(document: Any, *, indent: int | None = 2) -> None:
+    """One JSON document, in UTF-8, to stdout: on one line with `indent=None`.
+
+    Numbers that JSON doesn't have (NaN, infinities) become null.
+    """
+    text = json.dumps(_plain(document), ensure_ascii=False, indent=indent, allow_nan=False)
     sys.stdout.buffer.write(text.encode("utf-8", "backslashreplace") + b"\n")
     sys.stdout.buffer.flush()
 

@@ -19,6 +19,7 @@ from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
+from trimtab.engines.llamacpp.telling import Told
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -133,6 +134,8 @@ class LlamaCpp:
         emphasize: Any = None,
         rejection: Any = None,
         progress: Any = None,
+        streamer: Any = None,
+        stopping_criteria: Sequence[Any] = (),
         **options: Any,
     ) -> list[Generation]:
         """Answer prompts, each under its own steering (or one for all, or none), as `LM.generate` does.
@@ -140,6 +143,9 @@ class LlamaCpp:
         Greedy unless `do_sample=True`, with `temperature`, `top_k` and `top_p`; `stop_strings` end an answer. Prompts
         run one at a time, whatever `batch_size`. Doses are those of the prompt's tokens; where only generated ones are
         steered there are none.
+
+        A `streamer` and `stopping_criteria` are called as transformers calls them, with `[1, tokens]` ids and no
+        scores: the one is put the prompt and then each token of its answer, the others end an answer.
 
         Raises `UnsupportedError` for what only `LM` can do (gates, other operations, emphasis, rejection), and
         `TrimtabError` as it does, before anything runs.
@@ -156,6 +162,8 @@ class LlamaCpp:
             raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
         sampling = sampling_of(options)
         ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
+        if streamer is not None and len(ids) > 1:
+            raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
         for i, prompt in enumerate(ids):
             self._check_length(len(prompt), max_new_tokens, f"prompt {i + 1}")
         schedules = [Schedule.of(one, len(prompt)) for one, prompt in zip(steerings, ids, strict=True)]
@@ -163,7 +171,8 @@ class LlamaCpp:
         answers = []
         with self._lock:
             for prompt, schedule in zip(ids, schedules, strict=True):
-                answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator))
+                told = Told(streamer, tuple(stopping_criteria), tuple(prompt))
+                answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator, told))
                 if progress is not None:
                     progress(len(answers), len(ids))
         warn_of_doses(answers)
@@ -177,6 +186,7 @@ class LlamaCpp:
         sampling: Sampling,
         logprobs: bool,
         random: torch.Generator,
+        told: Told,
     ) -> Generation:
         context = self._context(len(ids) + count)
         felt: dict[int, tuple[float, int]] = {}
@@ -186,6 +196,7 @@ class LlamaCpp:
         else:
             context.clear()
             logits = _prefill(context, ids, schedule)
+        told.begin()
         tokens: list[int] = []
         chances: list[float] = []
         text, stopped = "", False
@@ -199,13 +210,15 @@ class LlamaCpp:
             if sampling.stop_strings and not stopped:
                 text = self.tokenizer.decode(tokens)
                 stopped = any(end in text for end in sampling.stop_strings)
-            if stopped or len(tokens) == count:
+            over = told.token(tokens)
+            if stopped or over or len(tokens) == count:
                 break
             now = schedule.at(len(ids) + len(tokens) - 1)
             if now != acts:
                 context.steer(schedule.vectors(now))
                 acts = now
             logits = context.run(tokens[-1:])
+        told.end()
         check_counts(context.steered, schedule, len(ids) + len(tokens) - 1)
         return Generation(
             text=self.tokenizer.decode(tokens),

@@ -1,0 +1,204 @@
+"""`trimtab chat`: a conversation in the terminal, whose steering can be changed between any two answers."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.commands.chat_state import MAX_TOKENS
+from trimtab.commands.generate import split_strength
+from trimtab.commands.model import (
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    LayersPathOption,
+    ModelOption,
+    RevisionOption,
+    load_model,
+)
+from trimtab.commands.terminal import note, say
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.commands.chat_commands import Desk
+    from trimtab.commands.chat_screen import Screen
+    from trimtab.commands.chat_state import Conversation
+
+DECODING = "Decoding"
+
+
+def chat(
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A steering file that is on from the start, with its strength after a colon; repeatable.",
+            metavar="FILE[:STRENGTH]",
+            show_default=False,
+        ),
+    ] = None,
+    steerings: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of steering files, which /steer knows by name and completes.",
+            metavar="FOLDER",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.", show_default=False)] = None,
+    emphasize: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A phrase of the conversation to steer attention towards, with rejection; repeatable.",
+            metavar="TEXT",
+            show_default=False,
+        ),
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Allow steerings learned on another model of the same width.")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=DECODING, help="Tokens an answer, at most.")
+    ] = MAX_TOKENS,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            rich_help_panel=DECODING, help="Sample, above 0; without it, decoding is greedy.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, rich_help_panel=DECODING, help="With --temperature: repeatable.", show_default=False),
+    ] = None,
+    model: ModelOption = None,
+    engine: EngineOption = "transformers",
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    revision: RevisionOption = None,
+    layers_path: LayersPathOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer, and nothing else.")] = False,
+) -> None:
+    """Talk with a model, and change what steers it as you go.
+
+    [bold]  trimtab chat --steerings steerings/
+      trimtab chat --steer shout.safetensors:1.5 --compare
+      trimtab chat --model Qwen/Qwen2.5-1.5B-Instruct --system "Be brief."
+      printf 'Hi\\n/steer shout.safetensors\\n/retry\\n' | trimtab chat --json[/bold]
+
+    What begins with a slash is a command: /steer shout 2 puts a steering on,
+    /strength shout -1 turns it round, /layer shout 9 keeps it to a layer,
+    /compare answers unsteered as well, /retry asks again; /help lists them all.
+
+    Ctrl-C stops an answer, which is kept as far as it got; Ctrl-D leaves. Lines
+    of a pipe are questions and commands too: the exit code is 2 if one of them
+    couldn't be run.
+    """
+    files = [split_strength(text) for text in steer or []]
+    for i, (path, _) in enumerate(files):
+        if path in [other for other, _ in files[:i]]:
+            raise TrimtabError(f"--steer {path} is given twice; give it once, with both strengths added up")
+    if steerings is not None and not steerings.is_dir():
+        raise TrimtabError(f"--steerings {steerings} is no folder; give one with steering files in it")
+    if temperature is None and seed is not None:
+        raise TrimtabError("--seed changes nothing about greedy decoding; add --temperature")
+    if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+        raise TrimtabError(f"--temperature is a number above 0, got {temperature}; leave it out for greedy decoding")
+    if any(not phrase.strip() for phrase in emphasize or []):
+        raise TrimtabError("an --emphasize is empty; give it some text of the conversation")
+    typed = sys.stdin.isatty() and sys.stdout.isatty() and not json
+    if typed and find_spec("prompt_toolkit") is None:
+        raise TrimtabError("at a terminal, trimtab chat needs prompt_toolkit: pip install 'trimtab[chat]'")
+    lm = load_model(
+        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+    )
+
+    from trimtab.commands.chat_answer import STREAMING
+    from trimtab.commands.chat_commands import Desk, load_steered, run_command
+    from trimtab.commands.chat_screen import JsonLines, Plain, Terminal
+    from trimtab.commands.chat_state import Conversation
+    from trimtab.text.chat import has_template
+
+    if not has_template(lm.tokenizer):
+        raise TrimtabError(
+            f"{lm.name} has no chat template, and can't hold a conversation; trimtab generate --plain continues a text"
+        )
+    desk = Desk(lm, engine, steerings, transfer)
+    start = Conversation(system=system, compare=compare, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    for path, strength in files:
+        start = start.put(load_steered(desk, start, path, strength))
+    for phrase in emphasize or []:
+        start = run_command(desk, start, f"/emphasize {phrase}").conversation
+    if engine not in STREAMING:
+        note(f"the engine {engine} tells an answer when it is done, and can't stop in the middle", quiet=json)
+    if typed:
+        from trimtab.commands.chat_prompt import reader
+
+        note(f"{lm.name}; /help lists the commands, Ctrl-D leaves", quiet=False)
+        converse(desk, start, reader(desk), Terminal())
+        return
+    if not converse(desk, start, _line, JsonLines() if json else Plain()):
+        raise typer.Exit(2)
+
+
+def converse(
+    desk: Desk, conversation: Conversation, read: Callable[[Conversation], str | None], screen: Screen
+) -> bool:
+    """Read lines until there are no more, or one says to leave, and do what they say.
+
+    Args:
+        desk: The model, and what else commands work with.
+        conversation: What was said, and what steers, at the start.
+        read: Gives the next line, for the conversation as it is; `None` at the end.
+        screen: Where answers and remarks go.
+
+    Returns:
+        Whether every line could be run. One that couldn't has changed nothing.
+    """
+    from trimtab.commands.chat_answer import STREAMING, ask
+    from trimtab.commands.chat_commands import is_command, run_command
+
+    fine = True
+    while (line := read(conversation)) is not None:
+        line = line.strip()
+        if not line:
+            continue
+        before, question = conversation, line.removeprefix("/")
+        try:
+            if is_command(line):
+                outcome = run_command(desk, conversation, line)
+                screen.tell(outcome)
+                if outcome.leave:
+                    break
+                if outcome.ask is None:
+                    conversation = outcome.conversation
+                    continue
+                before, question = outcome.conversation, outcome.ask
+            compared = before.compare and bool(before.steered or before.emphasized)
+            with screen.answering(compared) as hear:
+                turn = ask(desk, before, question, hear, interrupt=screen.interrupt)
+            conversation = before.answered(turn)
+            screen.answered(turn, conversation)
+        except TrimtabError as error:
+            say(f"error: {error}")
+            fine = False
+        except KeyboardInterrupt:
+            if not screen.interrupt or desk.engine not in STREAMING:
+                raise
+            note("stopped; nothing has changed", quiet=False)
+        except Exception as error:  # at a terminal, a conversation isn't lost for one answer
+            if not screen.interrupt or os.environ.get("TRIMTAB_TRACEBACK"):
+                raise
+            say(f"error: {type(error).__name__}: {error} (TRIMTAB_TRACEBACK=1 shows where, and ends the conversation)")
+    return fine
+
+
+def _line(conversation: Conversation) -> str | None:
+    """The next line of standard input."""
+    return sys.stdin.readline() or None

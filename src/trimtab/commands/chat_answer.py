@@ -1,0 +1,162 @@
+"""One turn of `trimtab chat`: the model is asked, its words are told as they come, and an answer can be cut short."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from trimtab.commands.chat_commands import Desk
+from trimtab.commands.chat_state import Conversation, Said, Turn, told
+from trimtab.errors import TrimtabError
+from trimtab.text.unfolding import Unfolding
+
+STREAMING = {"transformers", "llamacpp"}
+"""Engines that tell tokens as they come. Others tell an answer when it is done, and it can't be cut short."""
+
+Hear = Callable[[str, str], None]
+"""Told `"unsteered"` or `"steered"`, and a piece of that answer."""
+
+
+class Stream:
+    """A streamer and a stopping criterion for `lm.generate`: tells pieces of text, and ends it after `stop()`."""
+
+    def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
+        self.stopped = False
+        self._text = Unfolding(tokenizer)
+        self._hear = hear
+        self._began = False
+
+    def stop(self) -> None:
+        """Let the token that is being made be the last one."""
+        self.stopped = True
+
+    def put(self, ids: Any) -> None:
+        """The prompt first, as streamers of transformers are given it, then a token at a time."""
+        if not self._began:
+            self._began = True
+            return
+        for token in ids.flatten().tolist():
+            self._tell(self._text.add(int(token)))
+
+    def end(self) -> None:
+        """No more tokens."""
+        self._tell(self._text.finish())
+
+    def __call__(self, ids: Any, _scores: Any, **_: Any) -> Any:
+        """Whether each row, of `ids` `[rows, tokens]`, is done: the stopping criterion."""
+        import torch
+
+        return torch.full((len(ids),), self.stopped, dtype=torch.bool, device=ids.device)
+
+    def _tell(self, piece: str) -> None:
+        if piece:
+            self._hear(piece)
+
+
+@contextmanager
+def interruptible(stop: Callable[[], None]) -> Iterator[None]:
+    """While open, Ctrl-C calls `stop`; a second one raises `KeyboardInterrupt`, for a model that takes long to stop."""
+    pressed = False
+
+    def handle(_signal: int, _frame: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def room(desk: Desk, conversation: Conversation, question: str) -> int:
+    """How many tokens the answer may have: what fits. Raises `TrimtabError` where the model's context is full."""
+    length = len(desk.lm.encode(conversation.messages(question), system=conversation.system))
+    size = desk.lm.weights.context if desk.engine == "llamacpp" else desk.lm.layout.context
+    if size is not None and length >= size:
+        raise TrimtabError(
+            f"the conversation has {length} tokens with this question, and the model's context holds {size}; /undo"
+            " takes a turn back, /reset all of them"
+        )
+    return conversation.max_tokens if size is None else min(conversation.max_tokens, size - length)
+
+
+def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, interrupt: bool = False) -> Turn:
+    """Ask the model. With `/compare`, and where something steers, the unsteered answer comes first.
+
+    Args:
+        desk: The model and its engine.
+        conversation: What was said, and what steers.
+        question: The user's message.
+        hear: Told the pieces of the answers.
+        interrupt: Whether Ctrl-C cuts the answer that is being given short. It is kept as far as it got.
+
+    Raises:
+        TrimtabError: For what can't be run; nothing has been told then, or not all.
+    """
+    most = room(desk, conversation, question)
+    steering = conversation.steering()
+    towards: dict[str, Any] = {}
+    if conversation.emphasized:
+        phrases = list(conversation.emphasized)
+        _check_phrases(desk, conversation, question)
+        towards = {"emphasize": [phrases]}
+    unsteered = None
+    if conversation.compare and (steering is not None or towards):
+        unsteered = _answer(desk, conversation, question, most, hear, "unsteered", interrupt)
+    more = {"steering": steering, "transfer": desk.transfer, **towards}
+    answer = _answer(desk, conversation, question, most, hear, "steered", interrupt, **more)
+    return Turn(
+        question,
+        answer,
+        conversation.system,
+        tuple(told(one) for one in conversation.steered),
+        conversation.emphasized,
+        conversation.next_seed,
+        unsteered,
+    )
+
+
+def _answer(
+    desk: Desk,
+    conversation: Conversation,
+    question: str,
+    most: int,
+    hear: Hear,
+    side: str,
+    interrupt: bool,
+    **steering: Any,
+) -> Said:
+    stream = Stream(desk.lm.tokenizer, lambda piece: hear(side, piece))
+    options: dict[str, Any] = {"seed": conversation.next_seed}
+    if conversation.temperature is not None:
+        options |= {"do_sample": True, "temperature": conversation.temperature}
+    if desk.engine in STREAMING:
+        options |= {"streamer": stream, "stopping_criteria": [stream]}
+    messages = conversation.messages(question)
+    with interruptible(stream.stop) if interrupt else nullcontext():
+        (found,) = desk.lm.generate([messages], max_new_tokens=most, system=conversation.system, **options, **steering)
+    if desk.engine not in STREAMING:
+        hear(side, found.text)
+    cut = stream.stopped and desk.engine in STREAMING and found.finish_reason != "stop" and len(found.token_ids) < most
+    return Said(
+        found.text,
+        "interrupted" if cut else found.finish_reason,
+        found.prompt_tokens,
+        found.token_ids,
+        found.applied.edits,
+        found.applied.doses if found.applied.doses or not found.applied.edits else None,
+    )
+
+
+def _check_phrases(desk: Desk, conversation: Conversation, question: str) -> None:
+    """Say what to do about a phrase that isn't there, for it is set for all questions."""
+    try:
+        desk.lm.spans(conversation.messages(question), list(conversation.emphasized), system=conversation.system)
+    except TrimtabError as error:
+        raise type(error)(f"{error}; /emphasize off drops the phrases") from None

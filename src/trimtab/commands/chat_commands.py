@@ -1,0 +1,407 @@
+"""The slash commands of `trimtab chat`: a line and a conversation give another conversation, and what there is to tell.
+
+A command is a function in `COMMANDS`, whose docstring is its help. None of them prints, and none of them asks the model
+for an answer: `/retry` says what is to be asked again.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.commands.chat_state import Conversation, Steered, name_for
+from trimtab.errors import TrimtabError, UnsupportedError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+MOST_LAYERS = 3
+"""At so many layers `/tokens` colours the answer, of a steering that acts at more and where none is named."""
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What commands work with beside the conversation: the model, its engine, and the folder whose files have names."""
+
+    lm: Any
+    engine: str = "transformers"
+    folder: Path | None = None
+    transfer: bool = False
+
+    @property
+    def names(self) -> dict[str, Path]:
+        """The steering files of the folder, as it is now, by name."""
+        return {} if self.folder is None else {path.stem: path for path in sorted(self.folder.glob("*.safetensors"))}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did. `note` is a remark, `shown` what was asked for, `ask` a question that is to be asked."""
+
+    conversation: Conversation
+    note: str = ""
+    shown: tuple[RenderableType, ...] = ()
+    ask: str | None = None
+    leave: bool = False
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is a command: it begins with one slash. With two it is a question that begins with one."""
+    return line.startswith("/") and not line.startswith("//")
+
+
+def run_command(desk: Desk, conversation: Conversation, line: str) -> Outcome:
+    """What the command of this line does. Raises `TrimtabError`, and nothing has changed, for one that can't be run."""
+    name, _, rest = line[1:].strip().partition(" ")
+    if name not in COMMANDS:
+        raise TrimtabError(
+            f"there is no command /{name}; {_meant(name, COMMANDS, '/')}/help lists them, and a question that begins"
+            " with a slash is typed with two"
+        )
+    return COMMANDS[name].run(desk, conversation, rest.strip())
+
+
+def load_steered(desk: Desk, conversation: Conversation, file: Path, strength: float = 1.0) -> Steered:
+    """A file's steering, under a name in this conversation. Raises `TrimtabError` for one that doesn't fit."""
+    from trimtab.files.load import load as load_steering
+
+    steering = load_steering(file)
+    try:
+        desk.lm.check(steering, transfer=desk.transfer)
+    except TrimtabError as error:
+        raise type(error)(f"{file}: {error}") from None
+    return Steered(name_for(file, conversation.steered), str(file), steering, strength)
+
+
+# ---- what steers -------------------------------------------------------------------------------------------
+
+
+def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    words = _words(rest, 0, 2, "steer")
+    if not words:
+        return _listed(desk, conversation)
+    if words[1:] == ["off"]:
+        one = _on(conversation, words[0])
+        return Outcome(conversation.without(one.name), f"{one.name} is off")
+    file, strength = _file(desk, conversation, words[0])
+    if len(words) == 2:
+        strength = _number(words[1], f"/steer {words[0]}", "off takes it out")
+    steered = load_steered(desk, conversation, file, strength)
+    where = _where(steered.layers_on)
+    return Outcome(conversation.put(steered), f"{steered.name} is on at strength {strength:g}, {where}")
+
+
+def _strength(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    name, value = _words(rest, 2, 2, "strength")
+    one = _on(conversation, name)
+    strength = _number(value, f"/strength {name}", f"/steer {name} off takes it out")
+    return Outcome(conversation.put(replace(one, strength=strength)), f"{one.name} is at strength {strength:g}")
+
+
+def _layer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    name, *numbers = _words(rest, 2, 99, "layer")
+    one = _on(conversation, name)
+    if numbers == ["all"]:
+        return Outcome(conversation.put(replace(one, layers=None)), f"{one.name} acts at all its layers")
+    try:
+        layers = tuple(sorted({int(part) for text in numbers for part in text.split(",") if part}))
+    except ValueError:
+        raise TrimtabError(
+            f"/layer {name}: {' '.join(numbers)!r} are no layers; give numbers with commas between, or all"
+        ) from None
+    if not layers:
+        raise TrimtabError(f"/layer {name}: no layer is named; give numbers with commas between, or all")
+    one.steering.only(layers)  # raises where it has nothing
+    return Outcome(conversation.put(replace(one, layers=layers)), f"{one.name} acts at {_where(layers)} only")
+
+
+def _emphasize(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    if not rest:
+        return Outcome(
+            conversation, "" if conversation.emphasized else "nothing is emphasized", conversation.emphasized
+        )
+    if rest == "off":
+        return Outcome(replace(conversation, emphasized=()), "nothing is emphasized")
+    if desk.engine != "transformers":
+        raise UnsupportedError(
+            f"/emphasize steers attention, which the engine {desk.engine} doesn't give out; leave --engine out"
+        )
+    if rest in conversation.emphasized:
+        return Outcome(conversation, f"{rest!r} is emphasized already")
+    return Outcome(replace(conversation, emphasized=(*conversation.emphasized, rest)), f"{rest!r} is emphasized")
+
+
+def _system(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    if not rest:
+        if conversation.system is None:
+            return Outcome(conversation, "there is no system message")
+        return Outcome(conversation, shown=(conversation.system,))
+    system = None if rest == "off" else rest
+    said = "there is no system message any more" if system is None else "the system message is set"
+    return Outcome(replace(conversation, system=system), said)
+
+
+def _compare(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    _words(rest, 0, 0, "compare")
+    compare = not conversation.compare
+    said = "each question is answered unsteered as well" if compare else "answers are no longer compared"
+    if compare and not conversation.steered and not conversation.emphasized:
+        said += ", once something steers: /steer FILE"
+    return Outcome(replace(conversation, compare=compare), said)
+
+
+# ---- what was said -----------------------------------------------------------------------------------------
+
+
+def _undo(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    _words(rest, 0, 0, "undo")
+    return Outcome(conversation.undone(), f"taken back: {_shortened(conversation.last().question)}")
+
+
+def _retry(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    _words(rest, 0, 0, "retry")
+    return Outcome(conversation.undone(), ask=conversation.last().question)
+
+
+def _reset(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    _words(rest, 0, 0, "reset")
+    count = len(conversation.turns)
+    said = f"forgot {count} turn{'s' * (count != 1)}; what steers and the system message stay"
+    return Outcome(replace(conversation, turns=()), said)
+
+
+def _save(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from trimtab.commands.chat_file import save_conversation
+
+    (name,) = _words(rest, 1, 1, "save")
+    save_conversation(Path(name).expanduser(), conversation, desk.lm.name)
+    return Outcome(conversation, f"wrote {name}")
+
+
+def _load(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from trimtab.commands.chat_file import load_conversation
+
+    (name,) = _words(rest, 1, 1, "load")
+    found, remarks = load_conversation(Path(name).expanduser(), desk)
+    count = len(found.turns)
+    return Outcome(found, "; ".join([f"read {count} turn{'s' * (count != 1)} from {name}", *remarks]))
+
+
+# ---- looking at the last answer ----------------------------------------------------------------------------
+
+
+def _tokens(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from trimtab.report.tokens import answer_cosines, coloured_cosines, reach
+
+    words = _words(rest, 0, 2, "tokens")
+    turn = conversation.last()
+    if desk.engine != "transformers":
+        raise UnsupportedError(f"/tokens reads activations, which takes the engine transformers, not {desk.engine}")
+    if not conversation.steered:
+        raise TrimtabError("/tokens colours an answer along a steering, and none is on; /steer NAME_OR_FILE")
+    one = _on(conversation, words[0]) if words else conversation.steered[0]
+    if not turn.answer.token_ids:
+        raise TrimtabError("the last answer's tokens aren't known, as another model gave it; /retry gives it again")
+    layers = _layers_to_colour(one, words[1] if len(words) == 2 else None)
+    earlier = replace(conversation, turns=conversation.turns[:-1])
+    prompt = desk.lm.encode(earlier.messages(turn.question), system=turn.system)
+    found = [answer_cosines(desk.lm, one.steering, prompt, turn.answer.token_ids, layer) for layer in layers]
+    full = reach(found)
+    shown: list[RenderableType] = [f"cosine with {one.name}: blue along it, red against it, full colour at ±{full:.2f}"]
+    for cosines in found:
+        shown += [f"layer {cosines.layer}", coloured_cosines(cosines, full)]
+    return Outcome(conversation, shown=tuple(shown))
+
+
+def _layers_to_colour(one: Steered, wanted: str | None) -> list[int]:
+    from trimtab.evaluate.ab import spread
+    from trimtab.report.sweep import directions
+
+    if wanted is not None:
+        if not wanted.isdecimal():
+            raise TrimtabError(f"/tokens {one.name}: {wanted!r} is no layer; it has {_numbers(one.steering.layers)}")
+        return list(one.steering.only([int(wanted)]).layers)
+    acting = one.steering.only(one.layers_on)
+    return spread(sorted(directions(acting)), MOST_LAYERS)
+
+
+def _dose(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from rich.table import Table
+
+    _words(rest, 0, 0, "dose")
+    answer = conversation.last().answer
+    if answer.doses is None:
+        return Outcome(
+            conversation, "no dose was measured: vLLM measures none, nor does rejection, which /emphasize brings"
+        )
+    if not answer.doses:
+        return Outcome(conversation, "the last answer was not steered")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for heading in ("layer", "site", "dose", "tokens"):
+        table.add_column(heading, justify="left" if heading == "site" else "right")
+    for dose in answer.doses:
+        table.add_row(str(dose.layer), dose.kind, f"{dose.ratio:.3f}", str(dose.tokens))
+    return Outcome(conversation, "near 1 and above, text tends to fall apart", (table,))
+
+
+# ---- the session -------------------------------------------------------------------------------------------
+
+
+def _help(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from rich.table import Table
+
+    words = _words(rest, 0, 1, "help")
+    name = words[0].removeprefix("/") if words else None
+    if name is not None and name not in COMMANDS:
+        raise TrimtabError(f"there is no command /{name}; {_meant(name, COMMANDS, '/')}/help lists them")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for one, command in COMMANDS.items():
+        if name in (None, one):
+            table.add_row(f"/{one} {command.takes}".strip(), command.help)
+    return Outcome(conversation, shown=(table,))
+
+
+def _quit(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    _words(rest, 0, 0, "quit")
+    return Outcome(conversation, leave=True)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, the words that follow it, and its help."""
+
+    run: Callable[[Desk, Conversation, str], Outcome]
+    takes: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "steer": Command(
+        _steer,
+        "[NAME_OR_FILE [STRENGTH|off]]",
+        "Add a steering, give it another strength (1 unless given), or take it out; alone: list what is on.",
+    ),
+    "strength": Command(_strength, "NAME X", "Give what is on another strength: 2 twice as hard, -1 the other way."),
+    "layer": Command(_layer, "NAME N[,N…]|all", "Steer at these of its layers only, or at all of them again."),
+    "system": Command(_system, "[TEXT|off]", "Set the system message, or take it out; alone: show it."),
+    "emphasize": Command(
+        _emphasize,
+        "[PHRASE|off]",
+        "Steer attention towards a phrase of the conversation, with rejection; off: towards none. Alone: list them.",
+    ),
+    "compare": Command(
+        _compare, "", "Answer unsteered as well, side by side, or no longer. The steered answer goes into the history."
+    ),
+    "undo": Command(_undo, "", "Take the last question and its answer back."),
+    "retry": Command(_retry, "", "Answer the last question again, under what is set now."),
+    "reset": Command(_reset, "", "Forget what was said; what steers stays on."),
+    "save": Command(_save, "FILE.json", "Write the conversation and the settings to a file."),
+    "load": Command(_load, "FILE.json", "Go on from such a file."),
+    "tokens": Command(
+        _tokens, "[NAME [LAYER]]", "Colour the last answer's tokens by their cosine with a steering's vector."
+    ),
+    "dose": Command(_dose, "", "How long the push was in the last answer, in lengths of the activation, by layer."),
+    "help": Command(_help, "[COMMAND]", "List the commands, or explain one."),
+    "quit": Command(_quit, "", "Leave, as Ctrl-D does."),
+}
+
+
+# ---- their words -------------------------------------------------------------------------------------------
+
+
+def _words(rest: str, least: int, most: int, name: str) -> list[str]:
+    """The words after a command; quotes hold a name with spaces together."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:
+        raise TrimtabError(f"/{name} {rest}: a quotation mark isn't closed; close it") from None
+    if not least <= len(words) <= most:
+        usage = f"/{name} {COMMANDS[name].takes}".strip()
+        got = f"{len(words)} word{'s' * (len(words) != 1)} after it" if words else "nothing after it"
+        raise TrimtabError(f"/{name} got {got}; it is used so: {usage}")
+    return words
+
+
+def _number(text: str, what: str, otherwise: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise TrimtabError(f"{what}: a strength is a finite number, got {text!r}; {otherwise}")
+    return value
+
+
+def _on(conversation: Conversation, name: str) -> Steered:
+    one = conversation.find(name)
+    if one is None:
+        names = [one.name for one in conversation.steered]
+        on = f"on: {', '.join(names)}" if names else "nothing is on"
+        raise TrimtabError(f"no steering {name!r} is on; {_meant(name, names)}{on}; /steer {name} puts it on")
+    return one
+
+
+def _file(desk: Desk, conversation: Conversation, word: str) -> tuple[Path, float]:
+    """The file that a word names, and a strength: the name of what is on, one of the folder's, or a path."""
+    files = {**desk.names, **{one.name: Path(one.file) for one in conversation.steered}}
+    head, colon, tail = word.rpartition(":")
+    for text, strength in ((word, 1.0), *([(head, _number_or_none(tail))] if colon else [])):
+        path = files.get(text, Path(text).expanduser())
+        if strength is not None and (text in files or path.is_file()):
+            return path, strength
+    known = f"names: {', '.join(files)}" if files else "no --steerings folder gives names; give a path"
+    raise TrimtabError(f"there is no steering or file {word!r}; {_meant(word, files)}{known}")
+
+
+def _number_or_none(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _listed(desk: Desk, conversation: Conversation) -> Outcome:
+    from rich.table import Table
+
+    others = [name for name in desk.names if conversation.find(name) is None]
+    note = f"off: {', '.join(others)}" if others else ""
+    if not conversation.steered:
+        return Outcome(conversation, f"nothing is on{'; ' + note if note else '; /steer FILE puts a steering on'}")
+    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
+    for heading in ("steering", "strength", "layers", "file"):
+        table.add_column(heading, justify="right" if heading == "strength" else "left", overflow="fold")
+    for one in conversation.steered:
+        table.add_row(one.name, f"{one.strength:g}", _numbers(one.layers_on), one.file)
+    return Outcome(conversation, note, (table,))
+
+
+def _where(layers: Sequence[int]) -> str:
+    return f"layer{'s' * (len(layers) != 1)} {_numbers(layers)}"
+
+
+def _numbers(layers: Sequence[int]) -> str:
+    """Layers in order, runs of three and more shortened: `0-29` or `3, 5, 6`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    parts = [[f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(layer) for layer in run] for run in runs]
+    return ", ".join(part for run in parts for part in run) or "none"
+
+
+def _meant(word: str, known: Iterable[str], before: str = "") -> str:
+    near = get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean {before}{near[0]}? " if near else ""
+
+
+def _shortened(text: str, most: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -1,0 +1,224 @@
+"""A conversation of `trimtab chat` in a file: JSON, written whole or not at all, and read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.commands.chat_commands import Desk, load_steered
+from trimtab.commands.chat_state import Conversation, On, Said, Steered, Turn, told
+from trimtab.engines.answer import Dose
+from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target, write_atomically
+from trimtab.text.read import read_text
+
+KIND, VERSION = "trimtab chat", 1
+
+
+def save_conversation(path: Path, conversation: Conversation, model: str) -> None:
+    """Write it. Raises `TrimtabError` when a file can't be written there."""
+    check_target(path, ".json")
+    document = {"kind": KIND, "version": VERSION, "model": model, **conversation_document(conversation)}
+    text = json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False)
+    write_atomically(path, text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def conversation_document(conversation: Conversation) -> dict[str, Any]:
+    """The settings and the turns, as JSON has them."""
+    settings = {
+        "system": conversation.system,
+        "steerings": [_on(told(one), one.layers) for one in conversation.steered],
+        "emphasized": list(conversation.emphasized),
+        "compare": conversation.compare,
+        "max_tokens": conversation.max_tokens,
+        "temperature": conversation.temperature,
+        "seed": conversation.seed,
+        "asked": conversation.asked,
+    }
+    return {"settings": settings, "turns": [turn_document(turn) for turn in conversation.turns]}
+
+
+def turn_document(turn: Turn) -> dict[str, Any]:
+    """A question, its answer, and under which settings it was given."""
+    return {
+        "question": turn.question,
+        "answer": _said(turn.answer),
+        **({} if turn.unsteered is None else {"unsteered": _said(turn.unsteered)}),
+        "system": turn.system,
+        "steerings": [_on(one, one.layers) for one in turn.on],
+        "emphasized": list(turn.emphasized),
+        "seed": turn.seed,
+    }
+
+
+def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
+    """The conversation of a file, and what there is to remark: another model, a steering file that has changed since.
+
+    Raises `TrimtabError` for a file of another kind or a malformed one, and for a steering that isn't there or doesn't
+    fit this model.
+    """
+    try:
+        document = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, TrimtabError):
+            raise
+        raise TrimtabError(f"{path}: not JSON: {error}; give a file that /save wrote") from None
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise TrimtabError(f"{path} holds no conversation; give a file that /save wrote")
+    if document.get("version") != VERSION:
+        raise TrimtabError(
+            f"{path} is of version {document.get('version')!r}, and this trimtab reads {VERSION}; use a newer one"
+        )
+    fields = _Fields(path, document, "")
+    remarks: list[str] = []
+    model = fields.text("model")
+    if model != desk.lm.name:
+        remarks.append(f"it was held with {model}, not {desk.lm.name}, so the tokens of its answers aren't known")
+    settings = fields.part("settings")
+    temperature = settings.number("temperature", optional=True)
+    if temperature is not None and temperature <= 0:
+        raise settings.malformed("temperature", "a number above 0, or null")
+    empty = Conversation(
+        system=settings.text("system", optional=True),
+        emphasized=tuple(settings.texts("emphasized")),
+        compare=settings.flag("compare"),
+        max_tokens=settings.count("max_tokens", least=1),
+        temperature=temperature,
+        seed=settings.count("seed", optional=True),
+        asked=settings.count("asked"),
+    )
+    for one in settings.parts("steerings"):
+        steered, remark = _steered(one, empty, desk)
+        empty = empty.put(steered)
+        remarks += [remark] if remark else []
+    turns = tuple(_turn(one, known=model == desk.lm.name) for one in fields.parts("turns"))
+    return replace(empty, turns=turns), remarks
+
+
+def _steered(fields: _Fields, conversation: Conversation, desk: Desk) -> tuple[Steered, str]:
+    file = fields.text("file")
+    steered = load_steered(desk, conversation, Path(file), fields.number("strength"))
+    layers = fields.counts("layers", optional=True)
+    steered = replace(steered, name=fields.text("name"), layers=layers)
+    if layers is not None:
+        steered.steering.only(layers)
+    changed = told(steered).digest != fields.text("digest")
+    return steered, f"{file} has changed since" if changed else ""
+
+
+def _turn(fields: _Fields, *, known: bool) -> Turn:
+    on = tuple(
+        On(
+            one.text("name"),
+            one.text("file"),
+            one.number("strength"),
+            one.counts("layers") or (),
+            one.text("digest"),
+        )
+        for one in fields.parts("steerings")
+    )
+    return Turn(
+        question=fields.text("question"),
+        answer=_read_said(fields.part("answer"), known=known),
+        system=fields.text("system", optional=True),
+        on=on,
+        emphasized=tuple(fields.texts("emphasized")),
+        seed=fields.count("seed", optional=True),
+        unsteered=_read_said(fields.part("unsteered"), known=known) if "unsteered" in fields.values else None,
+    )
+
+
+def _on(one: On, layers: tuple[int, ...] | None) -> dict[str, Any]:
+    return {**asdict(one), "layers": None if layers is None else list(layers)}
+
+
+def _said(said: Said) -> dict[str, Any]:
+    return {
+        "text": said.text,
+        "finish_reason": said.finish_reason,
+        "prompt_tokens": said.prompt_tokens,
+        "token_ids": list(said.token_ids),
+        "edits": list(said.edits),
+        "doses": None if said.doses is None else [asdict(dose) for dose in said.doses],
+    }
+
+
+def _read_said(fields: _Fields, *, known: bool) -> Said:
+    doses = None
+    if fields.values.get("doses") is not None:
+        doses = tuple(
+            Dose(one.count("layer"), one.number("ratio"), one.count("tokens"), one.text("kind"))
+            for one in fields.parts("doses")
+        )
+    ids = fields.counts("token_ids") or ()
+    return Said(
+        fields.text("text"),
+        fields.text("finish_reason"),
+        fields.count("prompt_tokens"),
+        ids if known else (),
+        tuple(fields.texts("edits")),
+        doses,
+    )
+
+
+class _Fields:
+    """The fields of an object in a file; each read raises `TrimtabError` where it isn't what it should be."""
+
+    def __init__(self, path: Path, values: Any, where: str) -> None:
+        self.path = path
+        self.where = where
+        if not isinstance(values, dict):
+            raise TrimtabError(f"{path}: {where.rstrip('.') or 'the document'} is no object; give a file of /save's")
+        self.values: dict[str, Any] = values
+
+    def malformed(self, name: str, wanted: str) -> TrimtabError:
+        return TrimtabError(f"{self.path}: {self.where}{name} isn't {wanted}; give a file that /save wrote")
+
+    def _get(self, name: str, optional: bool, fits: Any, wanted: str) -> Any:
+        value = self.values.get(name)
+        if (optional and value is None) or fits(value):
+            return value
+        raise self.malformed(name, wanted + (", or null" if optional else ""))
+
+    def text(self, name: str, *, optional: bool = False) -> Any:
+        return self._get(name, optional, lambda value: isinstance(value, str), "a text")
+
+    def number(self, name: str, *, optional: bool = False) -> Any:
+        value = self._get(name, optional, _is_number, "a number")
+        return None if value is None else float(value)
+
+    def count(self, name: str, *, least: int = 0, optional: bool = False) -> Any:
+        return self._get(name, optional, lambda value: _is_count(value, least), f"a whole number from {least}")
+
+    def flag(self, name: str) -> bool:
+        return self._get(name, False, lambda value: isinstance(value, bool), "true or false")
+
+    def texts(self, name: str) -> list[str]:
+        return self._get(name, False, lambda value: _all(value, lambda one: isinstance(one, str)), "a list of texts")
+
+    def counts(self, name: str, *, optional: bool = False) -> tuple[int, ...] | None:
+        fits = lambda value: _all(value, lambda one: _is_count(one, 0))  # noqa: E731
+        value = self._get(name, optional, fits, "a list of whole numbers")
+        return None if value is None else tuple(value)
+
+    def part(self, name: str) -> _Fields:
+        return _Fields(self.path, self.values.get(name), f"{self.where}{name}.")
+
+    def parts(self, name: str) -> list[_Fields]:
+        values = self._get(name, False, lambda value: isinstance(value, list), "a list")
+        return [_Fields(self.path, value, f"{self.where}{name}[{i}].") for i, value in enumerate(values)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _all(value: Any, fits: Any) -> bool:
+    return isinstance(value, list) and all(fits(one) for one in value)

@@ -1,0 +1,100 @@
+"""The line that is typed into `trimtab chat`: earlier ones with the arrow keys, and Tab completes."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import Completer, Completion
+from prompt_toolkit.history import InMemoryHistory
+
+from trimtab.commands.chat_commands import COMMANDS, Desk, is_command
+from trimtab.commands.chat_state import Conversation
+from trimtab.commands.terminal import note
+
+STEERING_FILES = (".safetensors", ".gguf", ".svec", ".pt", ".json")
+
+
+def reader(desk: Desk) -> Callable[[Conversation], str | None]:
+    """Reads a line for a conversation; `None` once Ctrl-D was pressed. On Ctrl-C it says how to leave, and goes on."""
+    session: PromptSession[str] = PromptSession(history=InMemoryHistory(), complete_while_typing=False)
+
+    def read(conversation: Conversation) -> str | None:
+        label = conversation.label()
+        while True:
+            try:
+                return session.prompt(f"{label} > " if label else "> ", completer=_Completer(desk, conversation))
+            except KeyboardInterrupt:
+                if not session.default_buffer.text:
+                    note("Ctrl-D or /quit leaves", quiet=False)
+            except EOFError:
+                return None
+
+    return read
+
+
+class _Completer(Completer):
+    def __init__(self, desk: Desk, conversation: Conversation) -> None:
+        self.desk = desk
+        self.conversation = conversation
+
+    def get_completions(self, document: Any, complete_event: Any) -> Iterator[Completion]:
+        before = document.text_before_cursor
+        for candidate in candidates(self.desk, self.conversation, before):
+            yield Completion(candidate, start_position=-len(before.rpartition(" ")[2]))
+
+
+def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]:
+    """What the word that is being typed may become: commands, steerings' names, layers, files."""
+    if not is_command(before):
+        return []
+    *words, last = before.split(" ")
+    words = [word for word in words if word]
+    if not words:
+        return [f"/{name}" for name in COMMANDS if name.startswith(last[1:])]
+    on = [one.name for one in conversation.steered]
+    place = words[0], len(words)
+    if place == ("/steer", 1):
+        names = [*dict.fromkeys([*on, *desk.names])]
+        return [*_names(last, names), *_paths(last, STEERING_FILES)]
+    if place in (("/strength", 1), ("/layer", 1), ("/tokens", 1)):
+        return _names(last, on)
+    if place in (("/layer", 2), ("/tokens", 2)):
+        one = conversation.find(words[1])
+        layers = [] if one is None else [str(layer) for layer in one.steering.layers]
+        return _begin(last, [*(["all"] if words[0] == "/layer" else []), *layers])
+    if place in (("/save", 1), ("/load", 1)):
+        return _paths(last, (".json",))
+    if place == ("/help", 1):
+        return _begin(last, COMMANDS)
+    return _begin(last, ["off"]) if place in (("/steer", 2), ("/system", 1), ("/emphasize", 1)) else []
+
+
+def _begin(with_: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(with_)]
+
+
+def _names(with_: str, names: Iterable[str]) -> list[str]:
+    """Steerings' names, in quotes where they have spaces."""
+    return [shlex.quote(name) for name in _begin(with_.lstrip("'\""), names)]
+
+
+def _paths(typed: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Files of these kinds, and folders, whose path begins with what was typed."""
+    folder, slash, start = typed.rpartition("/")
+    try:
+        found = sorted(Path(folder + slash or ".").expanduser().iterdir())
+    except OSError:
+        return []
+    listed = []
+    for path in found:
+        if path.name.startswith(start) and not (path.name.startswith(".") and not start):
+            if path.is_dir():
+                listed.append(f"{folder}{slash}{path.name}/")
+            elif path.suffix in suffixes:
+                whole = f"{folder}{slash}{path.name}"
+                listed.append(shlex.quote(whole) if " " in whole else whole)
+    return listed

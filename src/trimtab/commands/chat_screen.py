@@ -1,0 +1,191 @@
+"""How `trimtab chat` shows things: at a terminal, as plain lines, or as JSON, one object an answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.commands.chat_answer import Hear
+from trimtab.commands.chat_commands import Outcome
+from trimtab.commands.chat_file import turn_document
+from trimtab.commands.chat_state import Conversation, Turn
+from trimtab.commands.terminal import note, show, write_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\ufffd")
+"""What would move the cursor or colour the screen, as a sign that can be seen."""
+
+
+class Screen(Protocol):
+    """Where answers and what commands tell go. `interrupt`: whether Ctrl-C cuts an answer short."""
+
+    interrupt: bool
+
+    def answering(self, compared: bool) -> AbstractContextManager[Hear]:
+        """Around an answer: gives who hears its pieces. `compared`: an unsteered one comes first."""
+
+    def answered(self, turn: Turn, conversation: Conversation) -> None:
+        """An answer is complete."""
+
+    def tell(self, outcome: Outcome) -> None:
+        """What a command has to tell."""
+
+
+class Plain:
+    """Answers as they are, on stdout, an empty line between them; remarks on stderr."""
+
+    interrupt = False
+
+    def __init__(self) -> None:
+        self._before = False
+
+    @contextmanager
+    def answering(self, compared: bool) -> Iterator[Hear]:
+        side = ""
+
+        def hear(which: str, piece: str) -> None:
+            nonlocal side
+            if which != side:
+                gap = "\n" if side else "\n" * self._before
+                _write(f"{gap}{which}:\n" if compared else gap)
+                side = which
+            _write(piece)
+
+        try:
+            yield hear
+        finally:
+            if side:
+                _write("\n")
+                self._before = True
+
+    def answered(self, turn: Turn, conversation: Conversation) -> None:
+        _remark(turn, conversation)
+
+    def tell(self, outcome: Outcome) -> None:
+        show(*outcome.shown)
+        if outcome.note:
+            note(outcome.note, quiet=False)
+
+
+class JsonLines:
+    """One object an answer on stdout, each on a line; all else on stderr."""
+
+    interrupt = False
+
+    @contextmanager
+    def answering(self, compared: bool) -> Iterator[Hear]:
+        yield lambda _side, _piece: None
+
+    def answered(self, turn: Turn, conversation: Conversation) -> None:
+        write_json({**turn_document(turn), "dose": turn.answer.dose}, indent=None)
+        _remark(turn, conversation)
+
+    def tell(self, outcome: Outcome) -> None:
+        console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+        for part in outcome.shown:
+            console.print(part, soft_wrap=isinstance(part, str))
+        if outcome.note:
+            note(outcome.note, quiet=False)
+
+
+class Terminal:
+    """Answers as they come, or in two columns that grow; the remarks under them."""
+
+    interrupt = True
+
+    @contextmanager
+    def answering(self, compared: bool) -> Iterator[Hear]:
+        with _unechoed(), self._showing(compared) as hear:
+            yield hear
+
+    @contextmanager
+    def _showing(self, compared: bool) -> Iterator[Hear]:
+        said = {"unsteered": "", "steered": ""}
+        if not compared:
+
+            def write(side: str, piece: str) -> None:
+                said[side] += piece
+                _write(piece.translate(CONTROLS))
+
+            try:
+                yield write
+            finally:
+                _write("\n" * bool(said["steered"]))
+            return
+        from rich.live import Live
+
+        try:
+            with Live(console=_console(), transient=True, refresh_per_second=8) as live:
+
+                def hear(side: str, piece: str) -> None:
+                    said[side] += piece.translate(CONTROLS)
+                    live.update(columns(**said))
+
+                yield hear
+        finally:
+            if any(said.values()):
+                show(columns(**said))
+
+    def answered(self, turn: Turn, conversation: Conversation) -> None:
+        _remark(turn, conversation)
+
+    def tell(self, outcome: Outcome) -> None:
+        Plain.tell(self, outcome)  # type: ignore[arg-type]
+
+
+def columns(unsteered: str, steered: str) -> RenderableType:
+    """Two answers side by side."""
+    table = Table("unsteered", "steered", box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    table.expand = True
+    for column in table.columns:
+        column.ratio = 1
+    table.add_row(Text(unsteered), Text(steered))
+    return table
+
+
+def _console() -> Any:
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+@contextmanager
+def _unechoed() -> Iterator[None]:
+    """While open, keys that are pressed aren't shown amid an answer; the next prompt has them."""
+    try:
+        import termios
+
+        place = sys.stdin.fileno()
+        before = termios.tcgetattr(place)
+    except (ImportError, OSError, ValueError, termios.error):  # no terminal, or a system that has none of this kind
+        yield
+        return
+    silent = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(place, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(place, termios.TCSANOW, before)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _remark(turn: Turn, conversation: Conversation) -> None:
+    """Why an answer ended where it does, if it didn't by itself."""
+    answer = turn.answer
+    if answer.finish_reason == "interrupted":
+        note("stopped; the answer is kept as far as it got", quiet=False)
+    elif answer.finish_reason == "length" and len(answer.token_ids) < conversation.max_tokens:
+        note("the model's context is full; /undo or /reset makes room", quiet=False)
+    elif answer.finish_reason == "length":
+        note(f"ended after {len(answer.token_ids)} tokens; --max-tokens allows more", quiet=False)

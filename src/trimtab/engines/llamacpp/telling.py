@@ -1,0 +1,36 @@
+"""Who hears of an answer's tokens as they come, and may end it: transformers' streamers and stopping criteria."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Told:
+    """One answer's streamer and stopping criteria, called as transformers calls them, and its prompt's ids."""
+
+    streamer: Any
+    criteria: tuple[Any, ...]
+    prompt: tuple[int, ...]
+
+    def begin(self) -> None:
+        """Tell the prompt."""
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([self.prompt]))
+
+    def token(self, tokens: list[int]) -> bool:
+        """Tell the last of these generated tokens; whether the answer is to end with it."""
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor(tokens[-1:]))
+        if not self.criteria:
+            return False
+        ids = torch.tensor([[*self.prompt, *tokens]])
+        return any(bool(torch.as_tensor(done(ids, None)).any()) for done in self.criteria)
+
+    def end(self) -> None:
+        """Tell that there are no more."""
+        if self.streamer is not None:
+            self.streamer.end()
