@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,83 @@ class TestEnds:
         assert "secret" not in str(last)
         assert "secret" in caplog.text
         assert client.post(PATH, json=ASKED).status_code == 201
+
+
+class TestPage:
+    """What the page's tab does, without a browser."""
+
+    def function(self, service: Service) -> Callable[..., list[Any]]:
+        """What the button calls: all that it shows, one after the other."""
+        pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
+        from trimtab.serve.playground.page import make_blocks
+
+        (create,) = {one.fn for one in make_blocks(service).fns.values() if one.name == "create"}
+        assert create is not None
+
+        async def steps(*given: Any) -> list[Any]:
+            return [step async for step in create("", *given)]
+
+        return lambda sentence, name, keep=True: asyncio.run(steps(sentence, name, keep))
+
+    @pytest.fixture(autouse=True)
+    def quickly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The page asks for all forty questions and for distilling: here for less."""
+        from trimtab.serve.playground import make_part
+
+        plain = make_part.making_of
+        small = {key: ASKED[key] for key in ("questions", "tokens", "distill")}
+        monkeypatch.setattr(
+            make_part, "making_of", lambda *given, **more: plain(*given, **more).model_copy(update=small)
+        )
+
+    def test_stages_then_the_verdict_answers_and_the_file(self, serving: Callable[..., Any], tmp_path: Path) -> None:
+        from trimtab import load
+
+        service = serving()
+        *steps, last = self.function(service)("shout, not whisper", "loud")
+        shown = [step[0] for step in steps]
+        assert "waiting for the model" in shown[0]
+        for number, stage in enumerate(STAGES, 1):
+            assert any(f"{number} of 4: {stage}" in one for one in shown)
+        shares = [float(re.findall(r'value="([0-9.]+)"', one)[0]) for one in shown]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+        page, trouble, learned = last
+        assert (trouble, learned) == ("", "loud")
+        assert "verdict: " in page
+        assert page.count('class="tt-answer tt-plain"') == page.count('class="tt-answer tt-steered"') == 2
+        (data,) = re.findall(r'href="data:application/octet-stream;base64,([^"]+)"', page)
+        (tmp_path / "loud.safetensors").write_bytes(base64.b64decode(data))
+        loaded = service.library.get("loud")
+        assert load(tmp_path / "loud.safetensors") == loaded.steering
+        assert [(one["route"], one.get("outcome")) for one in audited(tmp_path)] == [("/", None), ("/", "added")]
+
+    def test_where_nothing_holds_it_says_why_and_nothing_is_chosen(
+        self, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
+        service = serving()
+        page, _, learned = self.function(service)("<b>shout</b>", "loud", keep=False)[-1]
+        assert "<strong>loud</strong> isn't added: " in page
+        assert "Or tick the box" in page
+        assert "tt-save" not in page
+        assert "<b>" not in page
+        assert learned != "loud"
+        assert service.library.names == []
+
+    def test_what_is_missing_is_said(self, serving: Callable[..., Any], make_service: Callable[..., Any]) -> None:
+        service = serving()
+        create = self.function(service)
+        for sentence, name, words in (
+            (" ", "x", "Say in a sentence what is wanted"),
+            ("shout", " ", "Give the steering a name"),
+            ("shout", "../x", "Name: String should match pattern"),
+        ):
+            ((page, trouble, _),) = create(sentence, name)
+            assert page == ""
+            assert words in trouble
+        with service.making:
+            ((_, trouble, _),) = create("shout", "x")
+        assert "Another steering is being made" in trouble
+        ((_, trouble, _),) = self.function(make_service())("shout", "x")
+        assert "trimtab serve --learn" in trouble
