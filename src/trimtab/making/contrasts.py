@@ -94,8 +94,8 @@ def contrasts(
     sides: dict[bool, list[Answer]] = {True: [], False: []}
     for (wanted, question, own, other), answer in zip(rows, written, strict=True):
         if answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT:
-            prompts_ids = [tuple(lm.encode(one)) for one in (own, other, question)]
-            sides[wanted].append(Answer(question, *prompts_ids, tuple(answer.token_ids), answer.text))
+            under_own, under_other, bare = (tuple(lm.encode(one)) for one in (own, other, question))
+            sides[wanted].append(Answer(question, under_own, under_other, bare, tuple(answer.token_ids), answer.text))
     kept = {wanted: _told_apart(lm, answers) for wanted, answers in sides.items()}
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 

@@ -7,6 +7,7 @@ Questions that were held out choose between them, and others again say what the 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ HELD_OUT = 4
 RANDOM = 3
 PROMPTS = 2
 TOKENS = 64
+STAGES = ("answering for and against", "learning", "answering the test questions", "measuring")
 
 Stage = Callable[[str, int, int], None]
 """Told what is being done, how much of it is, and how much there is."""
@@ -79,7 +81,7 @@ def make(
         tokens: The most tokens of an answer.
         distill: Whether to distill too, which holds more and takes longest.
         seed: Of the order of answers and of the random directions.
-        stage: Told what is being done.
+        stage: Told what is being done, one of `STAGES`, at its beginning and as it goes on. What it raises ends it all.
         say: Told in words how it stands.
 
     Returns:
@@ -93,9 +95,14 @@ def make(
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
 
     def at(what: str) -> Callable[[int, int], None] | None:
-        return None if stage is None else lambda done, total: stage(what, done, total)
+        if stage is None:
+            return None
+        stage(what, 0, 1)  # it begins: how much there is isn't known yet
+        return lambda done, total: stage(what, done, total)
 
-    found = contrasts(lm, wanted, wanted.learn, PROMPTS, tokens, at("answering for and against"))
+    answering, learning, testing, measuring = STAGES
+
+    found = contrasts(lm, wanted, wanted.learn, PROMPTS, tokens, at(answering))
     check_enough(found, wanted)
     if say is not None:
         say(f"{len(found.positive) + len(found.negative)} of {found.asked} answers show the difference")
@@ -104,11 +111,11 @@ def make(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of doses: strengths are what is tried here
         ranked = candidates(
-            lm, wanted, learned, found.on(aside), distill=distill, seed=seed, progress=at("learning"), say=say
+            lm, wanted, learned, found.on(aside), distill=distill, seed=seed, progress=at(learning), say=say
         )
         chosen = ranked[0]
-        asked = contrasts(lm, wanted, wanted.test, 1, tokens, at("answering the test questions"))
-        verdict, examples = _judged(lm, wanted, chosen.steering, asked, tokens, seed, at("measuring"))
+        asked = contrasts(lm, wanted, wanted.test, 1, tokens, at(testing))
+        verdict, examples = _judged(lm, wanted, chosen.steering, asked, tokens, seed, at(measuring))
     card = replace(
         chosen.steering.card,
         options={**chosen.steering.card.options, "idea": wanted.name, "source": wanted.source, "chosen": chosen.name},
@@ -179,6 +186,6 @@ def _share(values: Sequence[bool]) -> float:
 
 
 def _perplexity(lm: LM, questions: Sequence[str], answers: Sequence[Generation]) -> float:
-    """The median perplexity of the answers after the bare questions, unsteered."""
+    """The median perplexity of the answers after the bare questions, unsteered; infinite where all are empty."""
     texts = [(lm.encode(q), one.token_ids) for q, one in zip(questions, answers, strict=True) if one.token_ids]
-    return median(perplexities(lm, texts))
+    return median(perplexities(lm, texts)) if texts else math.inf

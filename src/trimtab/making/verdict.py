@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 LEAST_SHARE = 0.1
@@ -78,7 +79,7 @@ class Verdict:
             "questions": self.questions,
             "loops": round(self.loops, 4),
             "loops_prompted": round(self.loops_prompted, 4),
-            "perplexity_ratio": round(self.perplexity, 4),
+            "perplexity_ratio": round(self.perplexity, 4) if isfinite(self.perplexity) else None,
             **({"signs": [round(one, 4) for one in self.signs]} if self.signs else {}),
             "holds": self.holds,
         }

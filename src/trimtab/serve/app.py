@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Path, Request
@@ -20,8 +19,9 @@ from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
 from trimtab.serve.adding import added, check_may_add, learned
 from trimtab.serve.answering import answer
+from trimtab.serve.described import described
 from trimtab.serve.guard import Guard
-from trimtab.serve.library import Loaded
+from trimtab.serve.made import respond
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Json, Refusal
 from trimtab.serve.schema import (
@@ -33,6 +33,8 @@ from trimtab.serve.schema import (
     ErrorBody,
     Health,
     LearnRequest,
+    MadeTold,
+    MakeRequest,
     ModelList,
     ModelTold,
     SteeringList,
@@ -210,7 +212,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
     @app.get("/v1/steerings", tags=["steerings"], summary="The steerings you may use", responses={401: ERRORS[401]})
     async def steerings(request: Request) -> SteeringList:
         key: Key = request.state.key
-        return SteeringList(data=[_told(service, key, one) for one in service.visible(key)])
+        return SteeringList(data=[described(service, key, one) for one in service.visible(key)])
 
     @app.get(
         "/v1/steerings/{name}",
@@ -222,7 +224,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         key: Key = request.state.key
         for one in service.visible(key):
             if one.name == name:
-                return _told(service, key, one)
+                return described(service, key, one)
         raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
 
     if service.learn:
@@ -239,7 +241,28 @@ def _steerings(app: FastAPI, service: Service) -> None:
             key: Key = request.state.key
             check_may_add(service, key, asked.name)
             made = await learned(service, asked)
-            return _told(service, key, added(service, _who(request), asked.name, made.steering, "learned"))
+            return described(service, key, added(service, _who(request), asked.name, made.steering, "learned"))
+
+        @app.post(
+            "/v1/steerings/make",
+            tags=["steerings"],
+            summary="Make one from a sentence, and say what it is worth",
+            response_model=MadeTold,
+            status_code=201,
+            responses={
+                **ERRORS,
+                429: {**BUSY[429], "description": "Another one is being made."},
+                200: {
+                    "model": MadeTold,
+                    "content": STREAM,
+                    "description": "The verdict is none, and nothing was added; with `stream`, events of how far it has"
+                    " come, and at the end what was made.",
+                },
+                201: {"description": "It was made and added."},
+            },
+        )
+        async def make(request: Request, asked: MakeRequest) -> Any:
+            return await respond(service, request, _who(request), asked)
 
     if service.upload:
 
@@ -259,21 +282,8 @@ def _steerings(app: FastAPI, service: Service) -> None:
             key: Key = request.state.key
             check_may_add(service, key, name)
             made = await asyncio.to_thread(steering_from_bytes, data, "the upload")
-            return _told(service, key, added(service, _who(request), name, made, "uploaded"))
+            return described(service, key, added(service, _who(request), name, made, "uploaded"))
 
 
 def _who(request: Request) -> dict[str, str]:
     return {"request": request.state.request_id, "key": request.state.key.name, "route": request.url.path}
-
-
-def _told(service: Service, key: Key, one: Loaded) -> SteeringTold:
-    return SteeringTold(
-        name=one.name,
-        digest=one.digest,
-        source=one.source,  # type: ignore[arg-type]
-        layers=list(one.steering.layers),
-        edits=[str(edit) for edit in one.steering.edits[:64]],
-        strength=list(service.policy.range_of(key)),
-        always=one.name in {name for name, _ in service.policy.always},
-        card=asdict(one.steering.card),
-    )

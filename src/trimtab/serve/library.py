@@ -22,7 +22,7 @@ MOST_ADDED = 64
 
 @dataclass(frozen=True)
 class Loaded:
-    """A steering under its name. `source`: `"file"`, `"uploaded"` or `"learned"`."""
+    """A steering under its name. `source`: `"file"`, `"uploaded"`, `"learned"` or `"made"`."""
 
     name: str
     steering: Steering

@@ -128,6 +128,11 @@ class Scheduler:
         return self._drain_until is not None or self._closed
 
     @property
+    def over(self) -> bool:
+        """Whether the time is over that what was accepted has to end."""
+        return self._drain_until is not None and time.monotonic() > self._drain_until
+
+    @property
     def alive(self) -> bool:
         """Whether the thread is there."""
         return self._thread.is_alive()
@@ -245,7 +250,7 @@ class Scheduler:
         with self._changed:
             gone, self._cancelled = self._cancelled, set()
             now = time.monotonic()
-            shut = self._drain_until is not None and now > self._drain_until
+            shut = self.over
             for key, answer in list(self._answers.items()):
                 if (why := self._why_over(answer.task, gone, now, shut)) is not None:
                     self._stepper.leave(key)

@@ -348,7 +348,7 @@ class SteeringTold(_Out):
     name: str
     object: Literal["steering"] = "steering"
     digest: str
-    source: Literal["file", "uploaded", "learned"]
+    source: Literal["file", "uploaded", "learned", "made"]
     layers: list[int]
     edits: list[str]
     strength: list[float] = Field(description="The range that you may ask for.", examples=[[-4, 4]])
@@ -391,6 +391,84 @@ class LearnRequest(_In):
         min_length=1, max_length=512
     )
     layers: list[Annotated[int, Field(ge=0, lt=10_000)]] | None = Field(None, min_length=1, max_length=256)
+
+
+class MakeRequest(_In):
+    """`POST /v1/steerings/make`: make one from an idea and say what it is worth, as `trimtab make` does.
+
+    Either `idea`, or `like` with or without `unlike`.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
+
+    name: str = Field(pattern=NAME)
+    idea: str | None = Field(
+        None,
+        min_length=1,
+        max_length=500,
+        description="A sentence. Its opposite may stand after 'not': be blunt, not flattering.",
+    )
+    like: str | None = Field(
+        None, min_length=1, max_length=200, description="Or a persona that the model is to be like."
+    )
+    unlike: str | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        description="And one that it is to be unlike; without it an ordinary assistant.",
+    )
+    questions: int = Field(
+        40, ge=16, le=40, description="How many are asked: half to learn from, half for the verdict."
+    )
+    tokens: int | None = Field(
+        None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
+    )
+    distill: bool = Field(True, description="Whether to distill too, which holds more and takes longest.")
+    keep: bool = Field(False, description="Whether to add it even if the verdict is none.")
+    stream: bool = Field(False, description="Whether to tell in events how far it has come.")
+
+
+class VerdictTold(_Out):
+    """What it is worth, on questions that it wasn't learned from; `trimtab make` explains each figure."""
+
+    share_of_prompt: float = Field(description="The part of the system prompt's effect that it has without it.")
+    interval: list[float] = Field(description="The 95 % interval of that.", examples=[[0.4, 0.7]])
+    random: list[float] = Field(description="The same of random directions.")
+    questions: int
+    loops: float = Field(description="The share of answers that go in circles.")
+    loops_prompted: float
+    perplexity_ratio: float | None
+    signs: list[float] | None = Field(
+        None, description="The share of answers with the idea's words: unsteered, under the system prompt, steered."
+    )
+    holds: bool
+    why_not: str = Field(description="What speaks against it; empty if it holds.")
+    lines: list[str] = Field(description="All of that in words.")
+
+
+class ExampleTold(_Out):
+    """A question, and three answers to it."""
+
+    question: str
+    unsteered: str
+    prompted: str
+    steered: str
+
+
+class MadeTold(_Out):
+    """What was made. `steering` is there if it was added: if the verdict holds, or `keep` asked for it."""
+
+    object: Literal["steering.made"] = "steering.made"
+    name: str
+    added: bool
+    idea: str
+    source: str = Field(description="Where the system prompts come from.", examples=["trait pirate"])
+    chosen: str = Field(description="Which of the ways to learn it did best.")
+    verdict: VerdictTold
+    examples: list[ExampleTold] = Field(
+        max_length=4, description="None where the server's policy would steer, cap or refuse such answers."
+    )
+    steering: SteeringTold | None
 
 
 class Health(_Out):

@@ -64,6 +64,7 @@ class Service:
     upload: bool = False
     learn: bool = False
     started: int = 0
+    making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
     # ---- who may do what -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Learning: pairs typed, pasted or dropped in; progress; and the steering, to use and to save."""
+"""Learning from a sentence, or from pairs typed, pasted or dropped in; progress; and the steering, to use and save."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import gradio as gr
 from trimtab.serve.playground import show
 from trimtab.serve.playground.callers import caller, in_words
 from trimtab.serve.playground.lessons import METHODS, OFF, Lesson, as_row, learn, lesson_of, told
+from trimtab.serve.playground.make_part import make_from_sentence
 from trimtab.serve.service import Service
 
 ABOUT = (
@@ -27,7 +28,7 @@ FILE = (
 
 @dataclass(frozen=True)
 class LearnTab:
-    """`learned` holds the name of what was learned last."""
+    """`learned` holds the name of what was learned or made last."""
 
     learned: Any
 
@@ -35,8 +36,11 @@ class LearnTab:
 def make_learn(service: Service, key: Any) -> LearnTab:
     """The components, and what happens when somebody uses them."""
     learned = gr.State("")
-    gr.HTML(show.note(ABOUT) if service.learn else show.note(OFF))
+    if not service.learn:
+        gr.HTML(show.note(OFF))
     with gr.Column(visible=service.learn):
+        make_from_sentence(service, key, learned)
+        gr.HTML(f'<h2 class="tt-or">Or from pairs</h2>{show.note(ABOUT)}')
         pairs = gr.Textbox(
             label="Pairs, one a line",
             info="JSONL, JSON or CSV: prompt, positive, negative; or prompt, prompt_without_instruction",

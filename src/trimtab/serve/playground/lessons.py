@@ -84,16 +84,23 @@ def as_row(prompt: str, positive: str, negative: str) -> str:
 def told(lesson: Lesson) -> str:
     """What was learned, as HTML, with the file to save."""
     loaded = lesson.loaded
-    data = base64.b64encode(steering_to_bytes(loaded.steering)).decode()
-    name = html.escape(loaded.name, quote=True)
+    name = html.escape(loaded.name)
     remarks = "".join(f'<p class="tt-note">{html.escape(remark)}</p>' for remark in lesson.remarks)
     return (
         f'<div class="tt-lesson" role="status"><p><strong>{name}</strong> is learned, and chosen on the panel.</p>'
-        f"<p>{html.escape(_measured(loaded.steering))}</p>{remarks}"
+        f"<p>{html.escape(_measured(loaded.steering))}</p>{remarks}{saving(loaded)}</div>"
+    )
+
+
+def saving(loaded: Loaded) -> str:
+    """The steering's file to save, as HTML."""
+    data = base64.b64encode(steering_to_bytes(loaded.steering)).decode()
+    name = html.escape(loaded.name, quote=True)
+    return (
         f'<p><a class="tt-save" download="{name}.safetensors" href="data:application/octet-stream;base64,{data}">'
         f"Save {name}.safetensors</a></p>"
         '<p class="tt-note">The server keeps it until it stops. With the file it is there again: put it into the'
-        " folder that --steerings names.</p></div>"
+        " folder that --steerings names.</p>"
     )
 
 

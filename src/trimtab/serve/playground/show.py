@@ -105,6 +105,19 @@ def _marked(text: str, phrases: Sequence[str]) -> str:
     return shown
 
 
+def two(question: str, plain: str, steered: str) -> str:
+    """A question, and two answers to it that have ended, side by side."""
+    sides = (("tt-plain", "Unsteered", plain), ("tt-steered", "Steered", steered))
+    answers = "".join(
+        f'<article class="tt-answer {kind}"><h3>{title}</h3><p class="tt-text">{html.escape(text)}</p></article>'
+        for kind, title, text in sides
+    )
+    return (
+        f'<section class="tt-turn"><p class="tt-you">{html.escape(question)}</p>'
+        f'<div class="tt-two">{answers}</div></section>'
+    )
+
+
 def marks(found: Sequence[Mark]) -> str:
     """Which phrases are in the prompt, and which aren't."""
     if not found:

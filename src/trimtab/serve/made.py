@@ -1,0 +1,100 @@
+"""A steering that is made, as the response to a request: whole, or in events that say how far it has come."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+
+from trimtab.errors import TrimtabError
+from trimtab.serve.described import described
+from trimtab.serve.making import Finished, Step, making
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.schema import ExampleTold, MadeTold, MakeRequest, VerdictTold
+from trimtab.serve.service import Service
+from trimtab.serve.wire import END, event
+
+log = logging.getLogger("trimtab")
+
+Steps = AsyncGenerator[Step | Finished, None]
+
+
+async def respond(service: Service, request: Request, who: dict[str, str], asked: MakeRequest) -> Any:
+    """The response: status 201 where a steering was added, 200 where the verdict is none, and for a stream.
+
+    Raises `Refusal` and `TrimtabError` as `making` does; when the client goes, the making is let go.
+    """
+    key: Key = request.state.key
+    steps = making(service, key, who, asked)
+    first = await anext(steps)  # whatever is wrong with the request is raised here, with a status of its own
+    if asked.stream:
+        events = _events(service, key, asked.name, first, steps)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    last = asyncio.ensure_future(_last(steps))
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({last, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not last.done():
+            raise Refusal(499, "the client went away")
+        finished = last.result()
+    finally:
+        leaving.cancel()
+        last.cancel()
+    return Json(_told(service, key, asked.name, finished).model_dump(), 200 if finished.loaded is None else 201)
+
+
+async def _last(steps: Steps) -> Finished:
+    async with aclosing(steps):
+        async for step in steps:
+            if isinstance(step, Finished):
+                return step
+    raise AssertionError("what is made is told at the end")
+
+
+async def _events(service: Service, key: Key, name: str, first: Step | Finished, steps: Steps) -> AsyncIterator[bytes]:
+    """Server-sent events. Closing the iterator, as happens when the client goes, lets the making go."""
+    async with aclosing(steps):
+        try:
+            yield event(_event(service, key, name, first))
+            async for step in steps:
+                yield event(_event(service, key, name, step))
+        except Refusal as refusal:  # the response has begun: the error is an event
+            yield event(refusal.body)
+        except TrimtabError as error:
+            yield event(Refusal(400, str(error)).body)
+        except Exception as error:
+            log.error("making a steering failed", exc_info=error)
+            yield event(Refusal(500, "something went wrong inside the server; its log says what").body)
+        yield END
+
+
+def _event(service: Service, key: Key, name: str, step: Step | Finished) -> dict[str, Any]:
+    if isinstance(step, Finished):
+        return _told(service, key, name, step).model_dump()
+    return {"object": "steering.making", **vars(step)}
+
+
+def _told(service: Service, key: Key, name: str, finished: Finished) -> MadeTold:
+    made, loaded = finished.made, finished.loaded
+    return MadeTold(
+        name=name,
+        added=loaded is not None,
+        idea=made.idea.name,
+        source=made.idea.source,
+        chosen=made.name,
+        verdict=VerdictTold(**made.verdict.as_measured(), why_not=made.verdict.why_not, lines=made.verdict.lines()),
+        examples=[ExampleTold(**vars(one)) for one in finished.examples],
+        steering=None if loaded is None else described(service, key, loaded),
+    )
+
+
+async def _gone(request: Request) -> None:
+    while True:
+        if (await request.receive())["type"] == "http.disconnect":
+            return

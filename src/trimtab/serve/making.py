@@ -1,0 +1,167 @@
+"""Making a steering from an idea while the server runs: it has the model for itself, and says how far it has come."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from trimtab.making import Idea, Made, idea_from_contrast, idea_from_sentence, make
+from trimtab.making.make import STAGES, TOKENS, Example
+from trimtab.serve.adding import added, check_may_add
+from trimtab.serve.library import Loaded
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.scheduler import Draining
+from trimtab.serve.schema import MakeRequest
+from trimtab.serve.service import Service
+
+SHOWN = 4
+AGAIN = 60
+"""Seconds after which to ask again while another steering is made."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far it has come: `stage` is number `number` of `STAGES`, from 1; 0 while it waits for the model.
+
+    `done` of `total` is how far the stage is, and `said` what was found on the way, in words.
+    """
+
+    stage: str = "waiting for the model"
+    number: int = 0
+    done: int = 0
+    total: int = 1
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What was made, the steering as the server has it now if it was added, and answers that may be shown."""
+
+    made: Made
+    loaded: Loaded | None
+    examples: tuple[Example, ...]
+
+
+def idea_of(asked: MakeRequest) -> Idea:
+    """What is wanted, with as many questions as are to be asked.
+
+    Raises:
+        Refusal: Neither a sentence nor a persona, or both.
+        TrimtabError: A text without a word, or `like` and `unlike` the same.
+    """
+    if (asked.idea is None) == (asked.like is None):
+        raise Refusal(
+            400,
+            'say what is wanted: idea, such as "be blunt, not flattering", or like, such as "a pirate"',
+            param="idea",
+        )
+    if asked.unlike is not None and asked.like is None:
+        raise Refusal(400, 'unlike goes with like; in an idea the opposite stands after "not"', param="unlike")
+    wanted = (
+        idea_from_sentence(asked.idea) if asked.idea is not None else idea_from_contrast(asked.like or "", asked.unlike)
+    )
+    half = asked.questions // 2
+    return replace(wanted, learn=wanted.learn[:half], test=wanted.test[: asked.questions - half])
+
+
+async def making(
+    service: Service, key: Key, who: dict[str, str], asked: MakeRequest
+) -> AsyncGenerator[Step | Finished, None]:
+    """Make it: how far it has come, again and again, and at last what was made, which the server has if it holds.
+
+    Closing the generator lets go of it: it ends at its next stage or answer. One at a time.
+
+    Args:
+        service: The server.
+        key: Whose request it is.
+        who: The request's id, its key's name and the route, for the audit log.
+        asked: What is wanted.
+
+    Raises:
+        Refusal: Not for this key, the name is taken, another one is being made, or the server is shutting down.
+        TrimtabError: The model's answers for and against the idea hardly differ.
+    """
+    check_may_add(service, key, asked.name)
+    wanted, tokens = idea_of(asked), _tokens(service, asked)
+    if not service.making.acquire(blocking=False):
+        raise Refusal(429, "another steering is being made; ask again when it is done", retry=AGAIN)
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Step | None] = asyncio.Queue()
+    gone = threading.Event()
+    last = Step()
+
+    def tell(step: Step) -> None:
+        """In the model's thread. What is raised here ends the making."""
+        nonlocal last
+        last = step
+        if gone.is_set():
+            raise _NobodyWaits
+        if service.scheduler.over:
+            raise Draining
+        with suppress(RuntimeError):  # the loop is closed: the server is gone
+            loop.call_soon_threadsafe(queue.put_nowait, step)
+
+    def job() -> Made:
+        return make(
+            service.lm,
+            wanted,
+            tokens=tokens,
+            distill=asked.distill,
+            stage=lambda what, done, total: tell(Step(what, STAGES.index(what) + 1, done, total, last.said)),
+            say=lambda words: tell(replace(last, said=words)),
+        )
+
+    try:
+        future = service.scheduler.run(job)
+    except Draining as draining:
+        service.making.release()
+        raise Refusal(503, str(draining), retry=5) from None
+    future.add_done_callback(lambda _: service.making.release())
+    coming = asyncio.wrap_future(future)
+    coming.add_done_callback(lambda _: queue.put_nowait(None))
+    outcome, made = "cancelled", None
+    try:
+        yield Step()
+        while (step := await queue.get()) is not None:
+            yield step
+        outcome = "failed"
+        made = await coming
+        outcome = "added" if made.verdict.holds or asked.keep else "none"
+        loaded = added(service, who, asked.name, made.steering, "made") if outcome == "added" else None
+        yield Finished(made, loaded, made.examples[:SHOWN] if _may_show(service, key) else ())
+    except Draining as draining:
+        outcome = "shutdown"
+        raise Refusal(503, str(draining), retry=5) from None
+    finally:
+        gone.set()
+        coming.cancel()  # if it hasn't begun, it never will
+        _write_down(service, who, asked, made, outcome)
+
+
+class _NobodyWaits(Exception):
+    """The request is gone."""
+
+
+def _tokens(service: Service, asked: MakeRequest) -> int:
+    most = service.limits.max_tokens
+    if asked.tokens is None:
+        return min(TOKENS, most)
+    if asked.tokens > most:
+        raise Refusal(400, f"tokens is {most} at most on this server", param="tokens")
+    return asked.tokens
+
+
+def _may_show(service: Service, key: Key) -> bool:
+    """Whether the policy lets answers through that no steering of the server's acts on, and this one at strength 1."""
+    low, high = service.policy.range_of(key)
+    return not service.policy.always and service.policy.dose_of(key) is None and low <= 1 <= high
+
+
+def _write_down(service: Service, who: dict[str, str], asked: MakeRequest, made: Made | None, outcome: str) -> None:
+    found = {} if made is None else {"holds": made.verdict.holds, "share_of_prompt": made.verdict.share}
+    idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(asked, key)) is not None}
+    service.audit.write({**who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)

@@ -1,0 +1,57 @@
+"""The upper part of the Learn tab: a sentence, a name, and how far its steering has come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import gradio as gr
+
+from trimtab.serve.making import Finished
+from trimtab.serve.playground import show
+from trimtab.serve.playground.callers import caller, in_words
+from trimtab.serve.playground.makings import coming, made, make, making_of
+from trimtab.serve.service import Service
+
+ABOUT = (
+    "Say what the model should do, and it answers questions for and against that; what makes the difference is learned,"
+    " and measured on other questions. It takes some minutes, in which everybody else waits; closing the page stops it."
+)
+
+
+def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
+    """The components, and what happens when somebody uses them. `learned` is set to the name of what was added."""
+    gr.HTML(show.note(ABOUT))
+    sentence = gr.Textbox(
+        label="A sentence",
+        info="What is wanted, and if you like its opposite after 'not'",
+        placeholder="talk like a pirate; or: be blunt, not flattering",
+        max_lines=4,
+        max_length=500,
+        elem_id="tt-sentence",
+    )
+    with gr.Row():
+        name = gr.Textbox(label="Name of the steering", placeholder="pirate", min_width=140, elem_id="tt-make-name")
+        keep = gr.Checkbox(label="Add it even if the verdict is none", min_width=160, elem_id="tt-make-keep")
+    go = gr.Button("Make", variant="primary", elem_id="tt-make")
+    trouble = gr.HTML(elem_classes="tt-say")
+    result = gr.HTML(elem_id="tt-made", elem_classes="tt-say")
+
+    async def create(secret: str, wanted: str, called: str, anyway: bool) -> AsyncIterator[list[Any]]:
+        try:
+            mine = caller(service, secret)
+            asked = making_of(called or "", wanted or "", keep=bool(anyway))
+            async with aclosing(make(service, mine, asked)) as steps:
+                async for step in steps:
+                    if isinstance(step, Finished):
+                        added = gr.skip() if step.loaded is None else step.loaded.name
+                        yield [made(asked.name, step), "", added]
+                    else:
+                        yield [coming(step), "", gr.skip()]
+        except Exception as error:
+            yield ["", show.error(in_words(error)), gr.skip()]
+
+    quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    for event in (go.click, sentence.submit, name.submit):
+        event(create, [key, sentence, name, keep], [result, trouble, learned], **quick)

@@ -1,0 +1,66 @@
+"""Making a steering from a sentence that somebody typed: the request, how far it has come, and what it is worth."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import AsyncGenerator
+
+from trimtab.errors import TrimtabError
+from trimtab.making.make import STAGES
+from trimtab.serve.making import Finished, Step, making
+from trimtab.serve.playground import show
+from trimtab.serve.playground.callers import new_request
+from trimtab.serve.playground.lessons import OFF, saving
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema import MakeRequest
+from trimtab.serve.service import Service
+
+SHOWN = 2
+HIDDEN = "Answers aren't shown here: this server's policy would steer, cap or refuse them."
+NEXT = "Try clearer words, or name an opposite after 'not'. Or tick the box to add it even so, and look at it."
+
+
+def making_of(name: str, sentence: str, *, keep: bool) -> MakeRequest:
+    """The API's request. Raises `TrimtabError` for what is missing, and pydantic's `ValidationError`."""
+    if not sentence.strip():
+        raise TrimtabError("say in a sentence what is wanted, such as: be blunt, not flattering")
+    if not name.strip():
+        raise TrimtabError("give the steering a name, such as blunt")
+    return MakeRequest.model_validate({"name": name.strip(), "idea": sentence.strip(), "keep": keep})
+
+
+def make(service: Service, key: Key, asked: MakeRequest) -> AsyncGenerator[Step | Finished, None]:
+    """How far it has come, again and again; at last what was made.
+
+    Raises `Refusal` where learning is off, and what `making` raises.
+    """
+    if not service.learn:
+        raise Refusal(403, OFF)
+    return making(service, key, new_request(key), asked)
+
+
+def coming(step: Step) -> str:
+    """How far it has come, as HTML, each stage counted alike."""
+    if step.number == 0:
+        return show.progress(0, f"{step.stage} …")
+    share = (step.number - 1 + step.done / max(1, step.total)) / len(STAGES)
+    words = f"{step.number} of {len(STAGES)}: {step.stage}"
+    words += f", {step.done} of {step.total}" if step.done else " …"
+    return show.progress(share, words) + show.note(step.said)
+
+
+def made(name: str, finished: Finished) -> str:
+    """What was made and what it is worth, as HTML, with answers side by side and the file to save."""
+    loaded, verdict = finished.loaded, finished.made.verdict
+    known = f"<strong>{html.escape(name)}</strong>"
+    if loaded is None:
+        said = f"{known} isn't added: {html.escape(verdict.why_not)}."
+    else:
+        said = f"{known} is made, and chosen on the panel" + ("." if verdict.holds else ", as you asked.")
+    lines = "".join(f"<li>{html.escape(line)}</li>" for line in [*verdict.lines(), f"chosen: {finished.made.name}"])
+    pairs = "".join(show.two(one.question, one.unsteered, one.steered) for one in finished.examples[:SHOWN])
+    return (
+        f'<div class="tt-lesson" role="status"><p>{said}</p><ul class="tt-verdict">{lines}</ul>'
+        f"{pairs or show.note(HIDDEN)}{show.note(NEXT) if loaded is None else saving(loaded)}</div>"
+    )

@@ -1,0 +1,386 @@
+"""Making a steering while the server runs: what it answers, what is added, who may, and what becomes of the others."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab import LM
+from trimtab.making import contrasts, verdict
+from trimtab.making.make import STAGES
+from trimtab.serve.audit import Audit
+from trimtab.serve.library import Library
+from trimtab.serve.making import Finished, Step, idea_of, making
+from trimtab.serve.metrics import Metrics
+from trimtab.serve.policy import ANYBODY, Key, Policy
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.scheduler import Scheduler
+from trimtab.serve.schema import MakeRequest
+from trimtab.serve.service import Limits, Service
+
+PATH = "/v1/steerings/make"
+ASKED: dict[str, Any] = {
+    "name": "loud", "idea": "shout, not whisper", "questions": 16, "tokens": 8, "distill": False, "keep": True,
+}  # fmt: skip
+WHO = {"request": "req-1", "key": "anybody", "route": PATH}
+CHAT = {"model": "trimtab", "messages": [{"role": "user", "content": "The sea?"}], "max_tokens": 6, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def roomy_lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    """The tiny model, with room for questions under system prompts."""
+    from commands.conftest import save_model
+
+    folder = save_model(tmp_path_factory.mktemp("roomy") / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 1024}))
+    return LM.load(folder, device="cpu")
+
+
+@pytest.fixture
+def serving(roomy_lm: LM, tmp_path: Path) -> Iterator[Callable[..., Service]]:
+    """A service on that model, without a steering at first."""
+    made = []
+
+    def make(**given: Any) -> Service:
+        metrics = Metrics()
+        scheduler = Scheduler(roomy_lm, rows=8, waiting=16, finished=metrics.finished)
+        audit = Audit(tmp_path / "audit.jsonl", prompts=True)
+        limits = Limits(**{"max_tokens": 64, **given.pop("limits", {})})
+        policy = given.pop("policy", Policy())
+        service = Service(roomy_lm, Library(roomy_lm), scheduler, policy, audit, metrics, limits, learn=True, **given)
+        scheduler.start()
+        made.append(service)
+        return service
+
+    yield make
+    for service in made:
+        service.scheduler.close()
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny random model's answers for and against hardly differ: here they all count."""
+    monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, answers: list(answers))
+
+
+def audited(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class TestMaking:
+    def test_it_is_measured_added_and_steers(
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        client = client_of(serving())
+        found = client.post(PATH, json={**ASKED, "distill": True})
+        assert found.status_code == 201, found.text
+        told = found.json()
+        assert (told["name"], told["added"], told["idea"]) == ("loud", True, "shout, not whisper")
+        assert told["source"] == "sentence"
+        assert told["chosen"].startswith(("mean difference", "distilled"))
+        assert told["verdict"]["questions"] == len(idea_of(MakeRequest(**ASKED)).test) == 8
+        assert told["verdict"]["holds"] == (not told["verdict"]["why_not"])
+        assert told["verdict"]["lines"][0].startswith("verdict: ")
+        assert len(told["examples"]) == 4
+        assert client.get("/v1/steerings/loud").json() == told["steering"]
+        assert told["steering"]["source"] == "made"
+        measured = told["steering"]["card"]["measured"]
+        assert measured["share_of_prompt"] == told["verdict"]["share_of_prompt"]
+        example = told["examples"][0]
+        for name, said in ((None, "unsteered"), ("loud", "steered")):
+            asked = {**CHAT, "messages": [{"role": "user", "content": example["question"]}], "max_tokens": 8}
+            asked["steering"] = [{"name": name}] if name else []
+            answer = client.post("/v1/chat/completions", json=asked).json()
+            assert answer["choices"][0]["message"]["content"].strip() == example[said]
+        lines = audited(tmp_path)
+        assert (lines[0]["added"], lines[0]["source"]) == ("loud", "made")
+        assert (lines[1]["made"], lines[1]["outcome"], lines[1]["route"]) == ("loud", "added", PATH)
+        assert lines[1]["prompt"] == {"idea": "shout, not whisper"}
+        assert client.post(PATH, json=ASKED).status_code == 400  # the name is taken
+
+    def test_where_nothing_holds_nothing_is_added(
+        self,
+        serving: Callable[..., Any],
+        client_of: Callable[..., Any],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
+        client = client_of(serving())
+        asked = {**ASKED, "idea": None, "like": "a parrot", "unlike": "a mouse", "keep": False, "stream": True}
+        found = client.post(PATH, json=asked)
+        assert found.status_code == 200
+        assert found.headers["content-type"].startswith("text/event-stream")
+        *steps, last = events(found.text)
+        assert (steps[0]["stage"], steps[0]["number"]) == ("waiting for the model", 0)
+        assert list(dict.fromkeys(step["stage"] for step in steps[1:])) == list(STAGES)
+        assert all(step["stage"] == STAGES[step["number"] - 1] for step in steps[1:])
+        assert any("answers show the difference" in step["said"] for step in steps)
+        assert (last["added"], last["steering"], last["source"]) == (False, None, "persona")
+        assert last["verdict"]["why_not"]
+        assert last["verdict"]["lines"][0].startswith("verdict: none")
+        assert client.get("/v1/steerings").json()["data"] == []
+        (line,) = audited(tmp_path)
+        assert (line["outcome"], line["holds"], line["prompt"]) == (
+            "none",
+            False,
+            {"like": "a parrot", "unlike": "a mouse"},
+        )
+
+    def test_answers_that_hardly_differ(
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, _answers: [])
+        client = client_of(serving())
+        found = client.post(PATH, json=ASKED)
+        assert found.status_code == 400
+        assert "hardly differ" in found.json()["error"]["message"]
+        *_, last = events(client.post(PATH, json={**ASKED, "stream": True}).text)
+        assert "hardly differ" in last["error"]["message"]
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+class TestRequests:
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"idea": None}, "say what is wanted"),
+            ({"like": "a parrot"}, "say what is wanted"),
+            ({"unlike": "a mouse"}, "unlike goes with like"),
+            ({"idea": " . "}, "say in a sentence what is wanted"),
+            ({"idea": None, "like": "a mouse", "unlike": "a mouse"}, "the same"),
+            ({"idea": "x" * 501}, "at most 500 characters"),
+            ({"questions": 15}, "greater than or equal to 16"),
+            ({"questions": 41}, "less than or equal to 40"),
+            ({"tokens": 7}, "greater than or equal to 8"),
+            ({"tokens": 33}, "tokens is 32 at most on this server"),
+            ({"name": "../x"}, "name"),
+            ({"keeep": True}, "keeep"),
+        ],
+    )
+    def test_what_makes_no_sense_runs_nothing(
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], given: dict[str, Any], words: str
+    ) -> None:
+        service = serving(limits={"max_tokens": 32})
+        found = client_of(service).post(PATH, json={**ASKED, **given})
+        assert found.status_code == 400
+        assert words in found.json()["error"]["message"]
+        assert service.making.acquire(blocking=False)
+
+    def test_it_is_off_unless_learning_is_on(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        assert client_of(make_service()).post(PATH, json=ASKED).status_code == 405
+
+    def test_questions_are_halved_and_a_card_is_taken(self) -> None:
+        wanted = idea_of(MakeRequest(name="x", idea="talk like a pirate", questions=21))
+        assert wanted.source == "trait pirate"
+        assert (len(wanted.learn), len(wanted.test)) == (10, 11)
+        assert len(idea_of(MakeRequest(name="x", like="a parrot")).learn) == 20
+
+    def test_one_at_a_time(self, serving: Callable[..., Any], client_of: Callable[..., Any]) -> None:
+        service = serving()
+        client = client_of(service)
+        with service.making:
+            found = client.post(PATH, json=ASKED)
+        assert found.status_code == 429
+        assert int(found.headers["Retry-After"]) > 0
+        assert "another steering is being made" in found.json()["error"]["message"]
+        assert client.post(PATH, json=ASKED).status_code == 201
+
+
+class TestPolicy:
+    def test_it_is_for_keys_that_may_add(self, serving: Callable[..., Any], client_of: Callable[..., Any]) -> None:
+        key = Key("alice", hashlib.sha256(b"alice").digest())
+        client = client_of(serving(policy=Policy((key,))), Authorization="Bearer alice")
+        assert client.post(PATH, json=ASKED).status_code == 403
+        assert client.post(PATH, json=ASKED, headers={"Authorization": "Bearer eve"}).status_code == 401
+
+    @pytest.mark.parametrize("policy", [Policy(max_dose=5.0), Policy(strength=(0, 0.5))], ids=["dose", "strength"])
+    def test_answers_that_the_policy_would_hold_back_are_not_shown(
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], policy: Policy
+    ) -> None:
+        told = client_of(serving(policy=policy)).post(PATH, json=ASKED).json()
+        assert told["added"]
+        assert told["examples"] == []
+
+    def test_nor_answers_without_what_is_always_on(
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], roomy_lm: LM
+    ) -> None:
+        import torch
+
+        from trimtab import Add, Card, Edit, Site, Steering
+
+        service = serving(policy=Policy(always=(("safety", 1.0),)))
+        service.library.add("safety", Steering((Edit(Site(1), Add(torch.ones(32))),), Card("manual")), "uploaded")
+        assert client_of(service).post(PATH, json=ASKED).json()["examples"] == []
+
+
+async def until(service: Service, ready: Callable[[Step], bool]) -> Any:
+    """The steps up to one, and the generator."""
+    steps = making(service, ANYBODY, WHO, MakeRequest(**ASKED))
+    async for step in steps:
+        assert isinstance(step, Step)
+        if ready(step):
+            return steps
+    raise AssertionError("it never came")
+
+
+class TestEnds:
+    def test_nobody_waits_any_more(self, serving: Callable[..., Any], roomy_lm: LM, tmp_path: Path) -> None:
+        service = serving()
+
+        async def run() -> Any:
+            steps = await until(service, lambda step: step.stage == "learning")
+            await steps.aclose()
+            (line,) = audited(tmp_path)
+            while service.making.locked():
+                await asyncio.sleep(0.01)
+            # what comes next has the model as it was
+            found = [step async for step in making(service, ANYBODY, WHO, MakeRequest(**ASKED))]
+            return line, found[-1]
+
+        line, last = asyncio.run(run())
+        assert line["outcome"] == "cancelled"
+        assert isinstance(last, Finished)
+        assert last.loaded is service.library.get("loud")
+        (answer,) = roomy_lm.generate(last.examples[0].question, max_new_tokens=8)
+        assert answer.text.strip() == last.examples[0].unsteered
+
+    def test_the_server_shuts_down(self, serving: Callable[..., Any], tmp_path: Path) -> None:
+        service = serving()
+
+        async def run() -> None:
+            steps = await until(service, lambda step: step.number == 1)
+            service.scheduler.drain(0.0)
+            async for _ in steps:
+                pass
+
+        with pytest.raises(Refusal, match="shutting down") as caught:
+            asyncio.run(run())
+        assert caught.value.status == 503
+        assert audited(tmp_path)[0]["outcome"] == "shutdown"
+        with pytest.raises(Refusal, match="shutting down"):
+            asyncio.run(until(service, lambda _: False))
+        assert not service.making.locked()
+
+    def test_what_fails_inside_is_the_servers_fault_and_it_goes_on(
+        self,
+        serving: Callable[..., Any],
+        client_of: Callable[..., Any],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        def broken(_lm: Any, _answers: Any) -> Any:
+            raise MemoryError("/home/x/secret")
+
+        client = client_of(serving())
+        with monkeypatch.context() as broke:
+            broke.setattr(contrasts, "_told_apart", broken)
+            found = client.post(PATH, json=ASKED)
+        assert found.status_code == 500
+        assert "secret" not in found.text
+        assert audited(tmp_path)[0]["outcome"] == "failed"
+        with monkeypatch.context() as broke:
+            broke.setattr(contrasts, "_told_apart", broken)
+            *_, last = events(client.post(PATH, json={**ASKED, "stream": True}).text)
+        assert last["error"]["type"] == "server_error"
+        assert "secret" not in str(last)
+        assert "secret" in caplog.text
+        assert client.post(PATH, json=ASKED).status_code == 201
+
+
+class TestPage:
+    """What the page's tab does, without a browser."""
+
+    def function(self, service: Service) -> Callable[..., list[Any]]:
+        """What the button calls: all that it shows, one after the other."""
+        pytest.importorskip("gradio", reason="the page needs gradio: pip install 'trimtab[serve]'")
+        from trimtab.serve.playground.page import make_blocks
+
+        (create,) = {one.fn for one in make_blocks(service).fns.values() if one.name == "create"}
+        assert create is not None
+
+        async def steps(*given: Any) -> list[Any]:
+            return [step async for step in create("", *given)]
+
+        return lambda sentence, name, keep=True: asyncio.run(steps(sentence, name, keep))
+
+    @pytest.fixture(autouse=True)
+    def quickly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The page asks for all forty questions and for distilling: here for less."""
+        from trimtab.serve.playground import make_part
+
+        plain = make_part.making_of
+        small = {key: ASKED[key] for key in ("questions", "tokens", "distill")}
+        monkeypatch.setattr(
+            make_part, "making_of", lambda *given, **more: plain(*given, **more).model_copy(update=small)
+        )
+
+    def test_stages_then_the_verdict_answers_and_the_file(self, serving: Callable[..., Any], tmp_path: Path) -> None:
+        from trimtab import load
+
+        service = serving()
+        *steps, last = self.function(service)("shout, not whisper", "loud")
+        shown = [step[0] for step in steps]
+        assert "waiting for the model" in shown[0]
+        for number, stage in enumerate(STAGES, 1):
+            assert any(f"{number} of 4: {stage}" in one for one in shown)
+        shares = [float(re.findall(r'value="([0-9.]+)"', one)[0]) for one in shown]
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+        page, trouble, learned = last
+        assert (trouble, learned) == ("", "loud")
+        assert "verdict: " in page
+        assert page.count('class="tt-answer tt-plain"') == page.count('class="tt-answer tt-steered"') == 2
+        (data,) = re.findall(r'href="data:application/octet-stream;base64,([^"]+)"', page)
+        (tmp_path / "loud.safetensors").write_bytes(base64.b64decode(data))
+        loaded = service.library.get("loud")
+        assert load(tmp_path / "loud.safetensors") == loaded.steering
+        assert [(one["route"], one.get("outcome")) for one in audited(tmp_path)] == [("/", None), ("/", "added")]
+
+    def test_where_nothing_holds_it_says_why_and_nothing_is_chosen(
+        self, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(verdict, "LEAST_SHARE", 1e9)
+        service = serving()
+        page, _, learned = self.function(service)("<b>shout</b>", "loud", keep=False)[-1]
+        assert "<strong>loud</strong> isn't added: " in page
+        assert "Or tick the box" in page
+        assert "tt-save" not in page
+        assert "<b>" not in page
+        assert learned != "loud"
+        assert service.library.names == []
+
+    def test_what_is_missing_is_said(self, serving: Callable[..., Any], make_service: Callable[..., Any]) -> None:
+        service = serving()
+        create = self.function(service)
+        for sentence, name, words in (
+            (" ", "x", "Say in a sentence what is wanted"),
+            ("shout", " ", "Give the steering a name"),
+            ("shout", "../x", "Name: String should match pattern"),
+        ):
+            ((page, trouble, _),) = create(sentence, name)
+            assert page == ""
+            assert words in trouble
+        with service.making:
+            ((_, trouble, _),) = create("shout", "x")
+        assert "Another steering is being made" in trouble
+        ((_, trouble, _),) = self.function(make_service())("shout", "x")
+        assert "trimtab serve --learn" in trouble
