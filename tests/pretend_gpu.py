@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 import trimtab
 
 OURS = str(Path(trimtab.__file__).parent)
+GPUS = [torch.device("cuda", number) for number in range(2)]
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda}
 MIXES = {Tensor.copy_, Tensor.view_as, Tensor.expand_as, Tensor.reshape_as, Tensor.type_as}
 """What may be given tensors of different devices."""
@@ -72,7 +73,7 @@ class OnGpu(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", self.gpu)
+        return GPUS[self.gpu]
 
     @property
     def is_cuda(self) -> bool:  # type: ignore[override]
@@ -108,6 +109,9 @@ class _Operators(TorchDispatchMode):
         elif name not in FREE and not any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns):
             _count("launches")
         return func(*args, **(kwargs or {}))
+
+
+_operators = _Operators()
 
 
 @contextmanager
@@ -174,11 +178,11 @@ def _aligned(forward: Callable[..., Any], gpu: int, outputs: bool = False, /, *a
 
 
 def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    given = tree_flatten((args, kwargs))[0]
-    here = [x for x in given if isinstance(x, OnGpu)]
-    if func in MOVES and isinstance(args[0], Tensor):
+    if func in MOVES:
         return _move(func, args, kwargs)
-    asked = _gpu_of(kwargs.get("device"))
+    tensors = [*_tensors(args), *_tensors(kwargs)]
+    here = [x for x in tensors if isinstance(x, OnGpu)]
+    asked = _gpu_of(kwargs.get("device")) if kwargs else None
     if asked is None and not here:
         return func(*args, **kwargs)
     if func is Tensor.numpy or func is Tensor.__array__:
@@ -188,7 +192,6 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is Tensor.tolist:
         _count("waits")
         return off_gpu(args[0]).tolist()
-    tensors = [x for x in given if isinstance(x, Tensor)]
     if func in FROM_DATA and not here:
         _count("copies")
     elif func is Tensor.copy_ and here:
@@ -202,16 +205,24 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     elif func is Tensor.new_tensor:
         _count("copies")
     gpu = here[0].gpu if asked is None else asked
-    with _Operators():
+    with _operators:
         found = func(*args, **kwargs)
-    kept = {id(x) for x in tensors}
-    if asked is None and _names_cpu(kwargs.get("device")):
+    if asked is None and str(kwargs.get("device")) == "cpu":
         return found
-    return tree_map(lambda x: on_gpu(x, gpu) if _is_new(x, kept) else x, found)
+    if type(found) is Tensor:
+        return found if any(found is x for x in tensors) else on_gpu(found, gpu)
+    if isinstance(found, (tuple, list)):
+        return tree_map(lambda x: on_gpu(x, gpu) if type(x) is Tensor else x, found)
+    return found
 
 
-def _is_new(x: Any, kept: set[int]) -> bool:
-    return isinstance(x, Tensor) and not isinstance(x, OnGpu) and id(x) not in kept
+def _tensors(given: Any) -> Iterator[Tensor]:
+    """The tensors among arguments."""
+    for x in given.values() if isinstance(given, dict) else given:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (tuple, list, dict)):
+            yield from _tensors(x)
 
 
 def _check_same(func: Any, args: Any, tensors: list[Tensor]) -> None:
@@ -219,7 +230,7 @@ def _check_same(func: Any, args: Any, tensors: list[Tensor]) -> None:
         return
     if func in INDEXES:
         base = args[0]
-        where = [x for x in tree_flatten(args[1])[0] if isinstance(x, Tensor)]
+        where = list(_tensors(args[1:2]))
         if any(x.device not in (base.device, torch.device("cpu")) for x in where):
             raise RuntimeError(
                 "indices should be either on cpu or on the same device as the indexed tensor"
@@ -231,8 +242,9 @@ def _check_same(func: Any, args: Any, tensors: list[Tensor]) -> None:
                 raise RuntimeError(f"expected self and value to be on the same device, {base.device}, {value.device}")
             _count("copies" if isinstance(base, OnGpu) else "waits")
         return
-    devices = {str(x.device) for x in tensors if x.dim() or isinstance(x, OnGpu) or func in STRICT}
-    if len(devices) > 1:
+    places = {getattr(x, "gpu", None) for x in tensors if isinstance(x, OnGpu) or x.dim() or func in STRICT}
+    if len(places) > 1:
+        devices = {"cpu" if place is None else f"cuda:{place}" for place in places}
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices,"
             f" {' and '.join(sorted(devices))}! (in {getattr(func, '__name__', func)})"
@@ -256,7 +268,7 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if start is None and end is None:
         return func(*args, **(kwargs | ({"copy": True} if copy else {})))
     if start == end:
-        with _Operators():
+        with _operators:
             found = x.to(dtype or x.dtype, copy=copy)
         return x if found is x else on_gpu(found, start or 0)
     _count("copies" if start is None else "waits" if end is None else "launches")
@@ -268,21 +280,16 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _gpu_of(device: Any) -> int | None:
     """The number of a device that is a GPU; `None` for others."""
-    if device is None or isinstance(device, int) or str(device).split(":")[0] != "cuda":
-        return None
-    return torch.device(device).index or 0
-
-
-def _names_cpu(device: Any) -> bool:
-    return device is not None and str(device) == "cpu"
+    device = torch.device(device) if isinstance(device, str) else device
+    return (device.index or 0) if isinstance(device, torch.device) and device.type == "cuda" else None
 
 
 def _count(what: str) -> None:
     if not _counts:
         return
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None and not frame.f_code.co_filename.startswith(OURS):
-        frame = frame.f_back  # type: ignore[assignment]
-    line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame is not None else "outside"
+        frame = frame.f_back
+    line = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}" if frame is not None else "outside"
     for counts in _counts:
         getattr(counts, what)[line] += 1
