@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import inf
 from typing import Any, ClassVar
 
@@ -95,8 +96,17 @@ class Operation:
         )
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once: tensors may be large, and engines ask for it again and again."""
         values: list[Any] = [getattr(self, f.name) for f in fields(self)]
         return hash((type(self), *(v.numpy().tobytes() if isinstance(v, Tensor) else v for v in values)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made from the fields: hashes are a process's own, and copies on a device stay there."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __repr__(self) -> str:
         shown = [f"width={self.width}", f"norm={self.norm:.4g}"]
