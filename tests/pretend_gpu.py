@@ -1,9 +1,9 @@
 """Pretend GPUs: tensors that say `cuda:0` or `cuda:1`, though their numbers are on the CPU, and what they would cost.
 
-Within `pretending()` everything that Python calls on such tensors is looked at: tensors of different devices aren't mixed
-but where CUDA allows it, and kernel launches, waits of the host for the device and copies from the host to the device are
-counted, by the line of trimtab that they come from (the model's own: by the line that runs the model). Results are those
-of the CPU, to the bit.
+Within `pretending()` everything that Python calls on such tensors is looked at: tensors of different devices aren't
+mixed but where CUDA allows it, and kernel launches, waits of the host for the device and copies from the host to the
+device are counted, by the line of trimtab that they come from (the model's own: by the line that runs the model).
+Results are those of the CPU, to the bit.
 
 A launch is an operator of ATen that isn't a view and isn't allocation alone, as the CPU's dispatcher sees it. CUDA may
 take more than one kernel for one (`topk`), so that launches are a lower bound; waits and copies are exact.
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -159,19 +159,25 @@ def spread(model: nn.Module, parts: list[tuple[nn.Module, int]]) -> None:
     move(model)
     for part, gpu in parts:
         move(part, gpu)
-        part.forward = partial(_aligned, part.forward, gpu)  # type: ignore[method-assign]
-    model.forward = partial(_aligned, model.forward, 0, True)  # type: ignore[method-assign]
+        part.forward = _aligned(part.forward, gpu)  # type: ignore[method-assign]
+    model.forward = _aligned(model.forward, 0, outputs=True)  # type: ignore[method-assign]
 
 
-def _aligned(forward: Callable[..., Any], gpu: int, outputs: bool = False, /, *args: Any, **kwargs: Any) -> Any:
+def _aligned(forward: Callable[..., Any], gpu: int, *, outputs: bool = False) -> Callable[..., Any]:
+    """The forward pass, given what it is given on this GPU; with `outputs`, what comes of it is put there as well."""
+
     def there(x: Any) -> Any:
-        return x.to(f"cuda:{gpu}") if isinstance(x, OnGpu) else x
+        return x.to(GPUS[gpu]) if isinstance(x, OnGpu) else x
 
-    found = forward(*tree_map(there, args), **tree_map(there, kwargs))
-    if outputs:
-        for name in list(found):
-            found[name] = there(found[name])
-    return found
+    @wraps(forward)
+    def aligned(*args: Any, **kwargs: Any) -> Any:
+        found = forward(*tree_map(there, args), **tree_map(there, kwargs))
+        if outputs:
+            for name in list(found):
+                found[name] = there(found[name])
+        return found
+
+    return aligned
 
 
 # ---- what a call on the device does --------------------------------------------------------------------------------

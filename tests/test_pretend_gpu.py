@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_gpu import OnGpu, Counts, move, off_gpu, on_gpu, pretending
+from pretend_gpu import Counts, OnGpu, move, off_gpu, on_gpu, pretending
 from tiny import prompt, tiny
 from torch import Tensor
 
@@ -68,7 +68,7 @@ def test_what_is_done_in_place_is_done_to_the_tensor_itself() -> None:
 )
 @pytest.mark.parametrize("other", [X, on_gpu(X, 1)], ids=["cpu", "cuda:1"])
 def test_devices_are_not_mixed(mix: Callable[[Tensor, Tensor], Tensor], other: Tensor) -> None:
-    with pytest.raises(RuntimeError, match="same device.*cuda:0"):
+    with pytest.raises(RuntimeError, match=r"same device.*cuda:0"):
         mix(on_gpu(X), other)
 
 

@@ -5,7 +5,7 @@ The numbers are exact and don't depend on the machine. A ceiling is what is true
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from pretend_gpu import Counts, move, pretending
 from tiny import SIZES, WIDTH, direction, prompt, tokenizer
 from torch import Tensor
 
-from trimtab import Edit, Positions, Site, Steering, Threshold
+from trimtab import Edit, Positions, Rejection, Site, Steering, Threshold
 from trimtab.lm import LM
 from trimtab.steering import (
     Ablate,
@@ -27,7 +27,9 @@ from trimtab.steering import (
     RotateInPlane,
     RotatePredicted,
     ScaleElements,
+    ScaleScores,
     SetProjection,
+    emphasis,
 )
 from trimtab.steering.rotations import weight_count
 
@@ -143,3 +145,29 @@ def test_launches_a_layer(device: Device, name: str) -> None:
     assert a_layer <= ceiling
     assert a_layer > ceiling - 0.1, "it has become cheaper: lower the ceiling"
     assert (extra.waits, extra.copies) == (0, 0)
+
+
+SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused")
+REJECTED = {
+    "emphasis": emphasis(ScaleScores(), ((2, 4),), range(LAYERS), "directer"),
+    "add": at_all(Add(U), positions=GENERATED),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejection_with_a_shut_gate_waits_once_a_token(device: Device, name: str, schedule: str) -> None:
+    """And copies nothing: what passes of rows need is there from the first of them on."""
+    extra = device.extra(REJECTED[name], rejection=Rejection(beta=1.0, schedule=schedule))
+    assert extra.waits <= TOKENS
+    assert extra.copies == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejection_with_an_open_gate_waits_twice_a_token(device: Device, name: str, schedule: str) -> None:
+    """Every first rung is plausible here. Guesses are copied: their ids, and which of them came true."""
+    extra = device.extra(REJECTED[name], rejection=Rejection(beta=1e-30, schedule=schedule))
+    assert extra.waits <= 2 * TOKENS
+    guesses = schedule in ("optimistic", "narrow")
+    assert extra.copies <= (3 * TOKENS if guesses else 0)

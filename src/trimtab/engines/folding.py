@@ -7,7 +7,7 @@ An engine asks at which stretches of tokens which edits act (`sweep`), what a re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -54,6 +54,16 @@ class Stage:
     keep_norm: float
     rows: dict[str, Tensor | LowRanks]
     active: Tensor
+    _moved: dict[torch.device, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def to(self, device: torch.device) -> Stage:
+        """The same with its parameters on this device, where they are kept."""
+        if self.active.device == device:
+            return self
+        if device not in self._moved:
+            rows = {name: bank.to(device) for name, bank in self.rows.items()}
+            self._moved[device] = Stage(self.kernel, self.keep_norm, rows, self.active.to(device))
+        return self._moved[device]
 
     @property
     def sorts(self) -> bool:
@@ -62,11 +72,21 @@ class Stage:
 
     def gather(self, states: States) -> Rows:
         """The rows of tokens in these states, on the states' device: one for each of them."""
-        device, found = states.index.device, {}
-        for name, bank in self.rows.items():
-            here = bank.to(device)
-            found[name] = here.pick(states.known) if isinstance(here, LowRanks) else here[states.index]
-        return found
+        return {
+            name: bank.pick(states.known) if isinstance(bank, LowRanks) else bank[states.index]
+            for name, bank in self.to(states.index.device).rows.items()
+        }
+
+    def prepare(self, states: States, dtype: torch.dtype) -> tuple[Rows, Active]:
+        """What `apply` wants of tokens in these states, with activations of this dtype; no device is waited for."""
+        rows = self.gather(states)
+        if self.only_adds:
+            return {"vector": rows["vector"].to(dtype)}, None
+        if self.in_place:
+            return rows, None
+        if self.active.device == states.known.device and bool(self.active[states.known].all()):
+            return rows, True
+        return rows, self.to(states.index.device).active[states.index]
 
     @property
     def only_adds(self) -> bool:

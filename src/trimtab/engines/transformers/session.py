@@ -300,7 +300,8 @@ class Session:
         lengths, edits = self._norms[:, self._row[site]]
         prepared = step.prepared.get(site)
         if prepared is None:
-            prepared = [_prepare(stage, step, x) for stage in plan.stages[site]]
+            tokens = step.tokens.to(x.device)
+            prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in plan.stages[site]]
             if len(prepared) == 1 and prepared[0][0].only_adds:
                 edits.copy_(_norm(prepared[0][1]["vector"]))
             if step.index.shape[1] == 1:
@@ -471,20 +472,6 @@ def _activity(plan: Plan) -> Tensor:
     for row, site in enumerate(sorted(plan.stages)):
         table[row, list(plan.touches[site])] = True
     return table
-
-
-def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, Rows, Active]:
-    """A stage's rows and activity, one for each token of this step."""
-    tokens = step.tokens.to(x.device)
-    rows, index = stage.gather(tokens), tokens.index
-    if stage.only_adds:
-        return stage, {"vector": rows["vector"].to(x.dtype)}, None
-    if stage.in_place:
-        return stage, rows, None
-    active = stage.active.to(x.device)[index]
-    if index.shape[1] == 1 and bool(active.all()):  # prepared once for many passes, so that it pays to ask
-        return stage, rows, True
-    return stage, rows, active
 
 
 def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
