@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
 from trimtab.steering.low_rank import LowRank, LowRanks
-from trimtab.steering.operations import NEUTRAL, TOGETHER, Kernel, Rows, add, with_norm_of
+from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
 Active = Tensor | bool | None
@@ -198,7 +198,10 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 
 
 def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
-    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
+    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing.
+
+    A floor that they haven't is minus infinity.
+    """
     nothing = NEUTRAL.get(kernel, -0.0)
     active = torch.zeros(count, dtype=torch.bool)
     values: dict[str, dict[int, Any]] = {}
@@ -212,7 +215,8 @@ def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int
         if isinstance(first, LowRank):
             rows[name] = LowRanks(by_state, count)
             continue
-        bank = rows[name] = torch.full((count, first.shape[0]), nothing, dtype=dtype)
+        missing = -torch.inf if name.startswith("floor.") else nothing
+        bank = rows[name] = torch.full((count, first.shape[0]), missing, dtype=dtype)
         for state, value in by_state.items():
             bank[state] = value
     return Stage(kernel, keep_norm, rows, active)
@@ -229,3 +233,14 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
     if isinstance(active, bool):
         return new.to(x.dtype)
     return torch.where(active[..., None], new.to(x.dtype), x)
+
+
+def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
+    """As `apply`, in place, and without a copy where the last kernel can write there."""
+    writing = stage.keep_norm or stage.kernel in WRITING
+    if active is not True or not writing or next(iter(rows.values())).dtype != x.dtype:
+        x.copy_(apply(stage, rows, active, x))
+    elif stage.keep_norm:
+        with_norm_of(x, stage.kernel(x, rows), stage.keep_norm, out=x)
+    else:
+        stage.kernel(x, rows, out=x)
