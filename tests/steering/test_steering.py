@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import math
 import pickle
+import tracemalloc
 from dataclasses import FrozenInstanceError
+from typing import Any
 
 import pytest
 import torch
 
 from trimtab import Ablate, Add, Always, Card, Edit, Positions, SetProjection, Site, Steering, Threshold, TrimtabError
+from trimtab.steering import ReadWrite, RotatePredicted
+from trimtab.steering.conditional import Conditional
 from trimtab.steering.gates import Reading
+from trimtab.steering.rotations import weight_count
 
 U = torch.eye(8)[0]
 
@@ -43,6 +48,40 @@ def test_equality_and_hash_are_by_value() -> None:
     assert len({one(), one(), one(2)}) == 2
     assert one() == Steering(one().edits, Card(method="another"))
     assert pickle.loads(pickle.dumps(one())) == one()
+
+
+def wide() -> list[Any]:
+    big = 1 << 20
+    u = torch.zeros(big).index_fill(0, torch.tensor(0), 1.0)
+    matrix = u[None]
+    weights = torch.ones(weight_count(8))
+    gate = Threshold(Site(1), u, 0.0, each_token=True)
+    return [
+        Add(u),
+        ReadWrite(matrix, matrix),
+        RotatePredicted(U, weights),
+        gate,
+        Conditional(Add(u), gate),
+    ]
+
+
+@pytest.mark.parametrize("made", wide(), ids=lambda made: type(made).__name__)
+def test_tensors_are_hashed_once(made: Any) -> None:
+    """A second hash copies nothing; and no hash goes to another process, where strings have other ones."""
+    first = hash(made)
+    tracemalloc.start()
+    try:
+        assert hash(made) == first
+        assert tracemalloc.get_traced_memory()[1] < 1 << 16
+    finally:
+        tracemalloc.stop()
+    if hasattr(made, "kernel"):
+        assert made.kernel is not None
+    state = made.__getstate__()
+    assert not {"_hash", "kernel", "map"} & state.keys()
+    again = pickle.loads(pickle.dumps(made))
+    assert again == made
+    assert hash(again) == first
 
 
 def test_plain_data_cannot_be_changed() -> None:

@@ -51,7 +51,8 @@ def batches_of(
         kinds.setdefault("unsteered" if steerings[i] is None else schedule, []).append(i)
     unsteered = kinds.pop("unsteered", [])
     groups = list(kinds.values()) or [[]]
-    groups[0] = sorted(groups[0] + unsteered, key=order.index)
+    place = {i: n for n, i in enumerate(order)}
+    groups[0] = sorted(groups[0] + unsteered, key=place.__getitem__)
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 

@@ -7,7 +7,7 @@ An engine asks at which stretches of tokens which edits act (`sweep`), what a re
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
 from trimtab.steering.low_rank import LowRank, LowRanks
-from trimtab.steering.operations import NEUTRAL, TOGETHER, Kernel, Rows, add, with_norm_of
+from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
 Active = Tensor | bool | None
@@ -54,6 +54,16 @@ class Stage:
     keep_norm: float
     rows: dict[str, Tensor | LowRanks]
     active: Tensor
+    _moved: dict[torch.device, Stage] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def to(self, device: torch.device) -> Stage:
+        """The same with its parameters on this device, where they are kept."""
+        if self.active.device == device:
+            return self
+        if device not in self._moved:
+            rows = {name: bank.to(device) for name, bank in self.rows.items()}
+            self._moved[device] = Stage(self.kernel, self.keep_norm, rows, self.active.to(device))
+        return self._moved[device]
 
     @property
     def sorts(self) -> bool:
@@ -62,11 +72,21 @@ class Stage:
 
     def gather(self, states: States) -> Rows:
         """The rows of tokens in these states, on the states' device: one for each of them."""
-        device, found = states.index.device, {}
-        for name, bank in self.rows.items():
-            here = bank.to(device)
-            found[name] = here.pick(states.known) if isinstance(here, LowRanks) else here[states.index]
-        return found
+        return {
+            name: bank.pick(states.known) if isinstance(bank, LowRanks) else bank[states.index]
+            for name, bank in self.to(states.index.device).rows.items()
+        }
+
+    def prepare(self, states: States, dtype: torch.dtype) -> tuple[Rows, Active]:
+        """What `apply` wants of tokens in these states, with activations of this dtype; no device is waited for."""
+        rows = self.gather(states)
+        if self.only_adds:
+            return {"vector": rows["vector"].to(dtype)}, None
+        if self.in_place:
+            return rows, None
+        if self.active.device == states.known.device and bool(self.active[states.known].all()):
+            return rows, True
+        return rows, self.to(states.index.device).active[states.index]
 
     @property
     def only_adds(self) -> bool:
@@ -178,7 +198,10 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 
 
 def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
-    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing."""
+    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing.
+
+    A floor that they haven't is minus infinity.
+    """
     nothing = NEUTRAL.get(kernel, -0.0)
     active = torch.zeros(count, dtype=torch.bool)
     values: dict[str, dict[int, Any]] = {}
@@ -192,7 +215,8 @@ def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int
         if isinstance(first, LowRank):
             rows[name] = LowRanks(by_state, count)
             continue
-        bank = rows[name] = torch.full((count, first.shape[0]), nothing, dtype=dtype)
+        missing = -torch.inf if name.startswith("floor.") else nothing
+        bank = rows[name] = torch.full((count, first.shape[0]), missing, dtype=dtype)
         for state, value in by_state.items():
             bank[state] = value
     return Stage(kernel, keep_norm, rows, active)
@@ -209,3 +233,14 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
     if isinstance(active, bool):
         return new.to(x.dtype)
     return torch.where(active[..., None], new.to(x.dtype), x)
+
+
+def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
+    """As `apply`, in place, and without a copy where the last kernel can write there."""
+    writing = stage.keep_norm or stage.kernel in WRITING
+    if active is not True or not writing or next(iter(rows.values())).dtype != x.dtype:
+        x.copy_(apply(stage, rows, active, x))
+    elif stage.keep_norm:
+        with_norm_of(x, stage.kernel(x, rows), stage.keep_norm, out=x)
+    else:
+        stage.kernel(x, rows, out=x)

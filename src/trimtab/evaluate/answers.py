@@ -110,7 +110,8 @@ def run(
     `batches` are the requests in the order in which they are run; `digests` are those of the steerings, by their `id`.
     What `make` gives may depend on the batch and `settings` alone, or a run that goes on would not end the same.
     """
-    digests = {id(r.steering): steering_digest(r.steering) for r in requests if r.steering is not None}
+    steerings = {id(r.steering): r.steering for r in requests if r.steering is not None}
+    digests = {number: steering_digest(steering) for number, steering in steerings.items()}
     header = _header(lm, requests, digests, settings, about) if out is not None else b""
     records = _resume(Path(out), header, batches) if out is not None else []
     total = sum(map(len, batches))

@@ -69,6 +69,9 @@ class Conditional(Operation):
     def __hash__(self) -> int:
         return hash((self.operation, self.gate))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"operation": self.operation, "gate": self.gate, "keep_norm": self.keep_norm}
+
     def __repr__(self) -> str:
         return f"Conditional({self.operation!r}, {self.gate})"
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -215,7 +217,16 @@ class Threshold(Gate):
         return self._numbers() == other._numbers() and same(self.direction, other.direction)
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once, as operations' are."""
         return hash((*self._numbers(), self.direction.numpy().tobytes()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash, which is a process's own."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True)

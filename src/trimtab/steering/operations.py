@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from math import inf
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from trimtab.steering.projections import Rows, set_projections, solve_projections
 from trimtab.steering.tensors import as_direction, as_share, as_unit, same
 
-Kernel = Callable[[Tensor, Rows], Tensor]
+Kernel = Callable[..., Tensor]
 Together = Callable[[Sequence[Rows], Sequence[str]], Rows]
 
 
@@ -36,13 +38,17 @@ def add_up(rows: Sequence[Rows], _names: Sequence[str]) -> Rows:
     return {"vector": torch.stack([row["vector"].double() for row in rows]).sum(0)}
 
 
-def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0) -> Tensor:
+SHORTEST = 1e-30
+"""What is shorter counts as no activation: it has no direction to keep."""
+
+
+def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0, out: Tensor | None = None) -> Tensor:
     """`y` rescaled to the norm of `x`, or this share of the way there; both `[..., width]`. Where `y` is zero, `y`."""
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     wanted = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if share != 1:
-        wanted = (1 - share) * norm + share * wanted
-    return torch.where(norm > 0, y * (wanted / norm), y)
+        wanted = torch.lerp(norm, wanted, share)
+    return torch.mul(y, wanted / norm.clamp_min(SHORTEST), out=out)
 
 
 OPERATIONS: dict[str, type[Operation]] = {}
@@ -95,8 +101,17 @@ class Operation:
         )
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Made once: tensors may be large, and engines ask for it again and again."""
         values: list[Any] = [getattr(self, f.name) for f in fields(self)]
         return hash((type(self), *(v.numpy().tobytes() if isinstance(v, Tensor) else v for v in values)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made from the fields: hashes are a process's own, and copies on a device stay there."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __repr__(self) -> str:
         shown = [f"width={self.width}", f"norm={self.norm:.4g}"]
@@ -196,6 +211,9 @@ TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projecti
 """How the rows of neighbours that share a kernel, and keep no norm, become the rows of one call of it.
 
 The names are those of the edits, for errors. A kernel without an entry takes one operation's row at a time."""
+
+WRITING: WeakSet[Kernel] = WeakSet([set_projections])
+"""Kernels that take `out`, where they then put what comes of them; it may be the activations themselves."""
 
 NEUTRAL: dict[Kernel, float] = {add: -0.0}
 """Kernels that act in place, and the parameter at which they leave every activation as it is, to the bit."""

@@ -26,17 +26,32 @@ DEPENDENT = 1e-4
 EQUAL = 1e-5
 
 
-def set_projections(x: Tensor, rows: Rows) -> Tensor:
+def along(x: Tensor, u: Tensor) -> Tensor:
+    """`x.u`, `[..., 1]`, for `x` and `u` of shape `[..., width]`; of single tokens `[rows, 1, width]` in one kernel."""
+    return torch.bmm(x, u.mT) if _single(x, u) else (x * u).sum(-1, keepdim=True)
+
+
+def short_of(target: Tensor, x: Tensor, u: Tensor) -> Tensor:
+    """`target - x.u`, `[..., 1]`, likewise."""
+    return torch.baddbmm(target, x, u.mT, alpha=-1) if _single(x, u) else target - along(x, u)
+
+
+def _single(x: Tensor, u: Tensor) -> bool:
+    return x.dim() == 3 and x.shape[1] == 1 and x.shape == u.shape and x.dtype == u.dtype
+
+
+def set_projections(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """`x + sum over i of max(target_i - x.u_i, floor_i) w_i`, with `x`, `u_i`, `w_i` of shape `[..., width]`.
 
-    The rows are `direction.<i>` (`u_i`), `weight.<i>` (`w_i`, a row of `diag(share) G⁻¹ U`), `target.<i>` and
-    `floor.<i>` (`[..., 1]`; the floor is 0 for one that only raises, else minus infinity).
+    The rows are `direction.<i>` (`u_i`), `weight.<i>` (`w_i`, a row of `diag(share) G⁻¹ U`), `target.<i>` and, where
+    some only raise, `floor.<i>` (`[..., 1]`; 0 for one that only raises, else minus infinity).
     """
-    new = x
-    for i in range(len(rows) // 4):
-        projection = (x * rows[f"direction.{i}"]).sum(-1, keepdim=True)
-        gap = torch.maximum(rows[f"target.{i}"] - projection, rows[f"floor.{i}"])
-        new = torch.addcmul(new, gap, rows[f"weight.{i}"])
+    new, count = x, sum(name.startswith("direction.") for name in rows)
+    for i in range(count):
+        gap = short_of(rows[f"target.{i}"], x, rows[f"direction.{i}"])
+        if f"floor.{i}" in rows:
+            gap = torch.maximum(gap, rows[f"floor.{i}"])
+        new = torch.addcmul(new, gap, rows[f"weight.{i}"], out=out if i == count - 1 else None)
     return new
 
 
@@ -60,7 +75,8 @@ def solve_projections(rows: Sequence[Rows], names: Sequence[str]) -> dict[str, T
         solved[f"direction.{i}"] = row["direction"]
         solved[f"weight.{i}"] = weights[i]
         solved[f"target.{i}"] = row["target"]
-        solved[f"floor.{i}"] = row["floor"]
+        if not math.isinf(float(row["floor"])):
+            solved[f"floor.{i}"] = row["floor"]
     return solved
 
 

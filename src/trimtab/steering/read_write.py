@@ -16,8 +16,6 @@ from trimtab.steering.operations import Operation
 from trimtab.steering.projections import Rows
 from trimtab.steering.tensors import as_direction, as_matrix
 
-TENSORS = ("read", "write", "bias", "low", "high")
-
 
 def read_write(x: Tensor, rows: Rows) -> Tensor:
     """`x + strength * f(A x + c) B` by each token's own map, for `x` `[..., width]`."""
@@ -92,17 +90,6 @@ class ReadWrite(Operation, name="read_write"):
 
     def row(self, strength: float) -> Rows:
         return {"strength": torch.full((1,), strength, dtype=torch.float64), "map": self.map}
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return super().__hash__()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is made from the tensors: copies on a device stay there."""
-        return {name: getattr(self, name) for name in (*TENSORS, "keep_norm")}
 
 
 def _bias(value: Any, read: Tensor) -> Tensor:

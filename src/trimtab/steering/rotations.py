@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -13,37 +13,51 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.operations import Directed, Kernel
-from trimtab.steering.projections import PARALLEL, Rows
+from trimtab.steering.operations import SHORTEST, WRITING, Directed, Kernel
+from trimtab.steering.projections import PARALLEL, Rows, along
 from trimtab.steering.tensors import as_direction, as_unit
 
 NEARLY = 64
 """An activation within so many roundings of the direction's line has no plane to turn in."""
 
 
-def rotated(x: Tensor, u: Tensor, angle: Tensor, share: Tensor, one_sided: Tensor) -> Tensor:
-    """`x` `[..., width]` turned towards the unit direction `u` by `angle + share * 2 phi`, where phi is the angle by
-    which x is below the plane through the origin that u is normal to.
+def rotated(
+    x: Tensor,
+    u: Tensor,
+    norm: Tensor,
+    turned: Callable[[Tensor], Tensor],
+    ceiling: Tensor | float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`x` `[..., width]`, of this norm, turned in its plane with the unit direction `u`.
 
-    In closed form, x' = |x| (sin t u + cos t (x - c u) / q) with c = u.x, q = |x - c u|, phi = atan2(-c, q) and t the
-    turn less phi. The published form divides by the sine of 2 phi, which fails near the plane. Where `one_sided` isn't
-    0, activations on or above the plane stay; so does one along u, which has no plane to turn in.
+    `turned` gives the new angle to the plane through the origin that u is normal to, `[..., 1]`, for the one that x has
+    (its sign is that of x.u). In closed form, x' = |x| (sin t u + cos t (x - c u) / q) with c = u.x, q = |x - c u|, and
+    t the new angle for the old one, atan2(c, q). The published form divides by the sine of twice that, which fails near
+    the plane. Activations whose projection isn't below `ceiling` stay; so does one along u, which has no plane to turn
+    in.
     """
-    c = (x * u).sum(-1, keepdim=True)
-    rest = x - c * u
-    rest = rest - (rest * u).sum(-1, keepdim=True) * u  # again: near u the first time leaves rounding along it
+    c = along(x, u)
+    rest = torch.addcmul(x, c, u, value=-1)
+    rest = torch.addcmul(rest, along(rest, u), u, value=-1)  # again: near u the first time leaves rounding along it
     q = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
-    phi = torch.atan2(-c, q)
-    t = angle + (2 * share - 1) * phi
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    parts = torch.polar(norm, turned(torch.atan2(c, q)))
+    new = torch.addcmul(rest * (parts.real / q), parts.imag, u)
     plane = q > NEARLY * torch.finfo(x.dtype).eps * norm
-    new = norm * (torch.sin(t) * u + torch.cos(t) * rest / torch.where(q > 0, q, torch.ones_like(q)))
-    return torch.where(plane & ((c < 0) | (one_sided == 0)), new, x)
+    return torch.where(plane & (c < ceiling), new, x, out=out)  # type: ignore[call-overload, no-any-return]
 
 
-def rotate(x: Tensor, rows: Rows) -> Tensor:
-    """`rotated` by the rows `direction`, `angle`, `share` and `one_sided`."""
-    return rotated(x, rows["direction"], rows["angle"], rows["share"], rows["one_sided"])
+def rotate(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+    """`x` turned towards `direction` by `angle`, after its angle to the plane was multiplied by `lean`."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+
+    def turned(old: Tensor) -> Tensor:
+        return torch.addcmul(rows["angle"], rows["lean"], old)
+
+    return rotated(x, rows["direction"], norm, turned, rows["ceiling"], out)
+
+
+WRITING.add(rotate)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,23 +86,27 @@ class Rotate(Directed, name="rotate"):
         return {
             "direction": self.direction,
             "angle": one * (strength * (self.angle or 0.0)),
-            "share": one * (strength if self.angle is None else 0.0),
-            "one_sided": one * self.one_sided,
+            "lean": one * (1 - 2 * strength if self.angle is None else 1.0),
+            "ceiling": one * (0.0 if self.one_sided else math.inf),
         }
 
 
-def rotate_in_plane(x: Tensor, rows: Rows) -> Tensor:
+def rotate_in_plane(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
     """`x` `[..., width]` turned in the plane of the orthonormal rows `first` and `other`.
 
     The turn is `angle + share * d`, d being the angle, from -pi to pi, from x's part in the plane to the direction that
     lies `target` beyond `first`.
     """
     first, other = rows["first"], rows["other"]
-    a, b = (x * first).sum(-1, keepdim=True), (x * other).sum(-1, keepdim=True)
+    a, b = along(x, first), along(x, other)
     d = rows["target"] - torch.atan2(b, a)
     t = rows["angle"] + rows["share"] * torch.atan2(torch.sin(d), torch.cos(d))
     cos, sin = torch.cos(t), torch.sin(t)
-    return torch.addcmul(torch.addcmul(x, cos * a - sin * b - a, first), sin * a + cos * b - b, other)
+    new = torch.addcmul(x, cos * a - sin * b - a, first)
+    return torch.addcmul(new, sin * a + cos * b - b, other, out=out)
+
+
+WRITING.add(rotate_in_plane)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,13 +177,18 @@ def predicted_angle(x: Tensor, weights: Tensor) -> Tensor:
 
     It sees activations scaled to a mean square of 1, so that, as an angle should, its own doesn't depend on their size.
     """
-    x = x * (math.sqrt(x.shape[-1]) / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-30))
-    parts = list(_layers(weights, x.shape[-1]))
-    for i, (weight, bias) in enumerate(parts):
-        x = torch.nn.functional.linear(x, weight, bias)
-        if i + 1 < len(parts):
-            x = torch.nn.functional.gelu(x)
-    return math.pi * torch.sigmoid(x)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return math.pi * _share_of_pi(x, norm.clamp_min(SHORTEST), weights)
+
+
+def _share_of_pi(x: Tensor, norm: Tensor, weights: Tensor) -> Tensor:
+    """The network's angle for activations of this norm, in units of pi; NaN where that is 0."""
+    width = x.shape[-1]
+    (weight, bias), *parts = _layers(weights, width)
+    z = torch.addmm(bias, (x / norm).reshape(-1, width), weight.T, alpha=math.sqrt(width))
+    for weight, bias in parts:
+        z = torch.nn.functional.linear(torch.nn.functional.gelu(z), weight, bias)
+    return torch.sigmoid(z).view(*x.shape[:-1], 1)
 
 
 def _layers(weights: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,14 +224,19 @@ class RotatePredicted(Directed, name="rotate_predicted"):
         """Bound to the network, which is too large for a row: each such operation runs in a call of its own."""
         copies: dict[Any, Tensor] = {}
 
-        def rotate_predicted(x: Tensor, rows: Rows) -> Tensor:
+        def rotate_predicted(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
             key = (x.device, x.dtype)
             if key not in copies:
                 copies[key] = self.weights.to(device=x.device, dtype=x.dtype)
-            angle = rows["strength"] * predicted_angle(x, copies[key])
-            zero = torch.zeros_like(angle)
-            return rotated(x, rows["direction"], angle, zero, zero + 1)
+            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            share = _share_of_pi(x, norm, copies[key])
 
+            def turned(old: Tensor) -> Tensor:
+                return torch.addcmul(old, rows["strength"], share, value=math.pi)
+
+            return rotated(x, rows["direction"], norm, turned, 0.0, out)
+
+        WRITING.add(rotate_predicted)
         return rotate_predicted
 
     def row(self, strength: float) -> dict[str, Tensor]:

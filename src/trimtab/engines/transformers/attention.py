@@ -127,7 +127,8 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
     asked: set[int] = set()  # the modules that have asked for this attention in the pass that is running
     passes = 0
     running = False
-    chosen: dict[tuple[int, int], tuple[Tensor, LayerScores]] = {}  # for a layer's scores and a batch of so many rows
+    # for a layer's scores, a batch of so many rows, and where the layer is
+    chosen: dict[tuple[int, int, torch.device], tuple[Tensor, LayerScores]] = {}
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
@@ -139,9 +140,10 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
             raise TrimtabError("the model ran past trimtab's hooks, which tell its tokens' positions to its attention")
         rows: Tensor | None = None
         if steered is not None:
-            if (id(steered), count) not in chosen:
-                chosen[id(steered), count] = _steered_rows(steered, count)
-            rows, steered = chosen[id(steered), count]
+            place = id(steered), count, query.device
+            if place not in chosen:
+                chosen[place] = _steered_rows(steered.to(query.device), count)
+            rows, steered = chosen[place]
             if len(rows) == count:
                 return _steered_attention(query, key, value, mask, steered, columns(), given), None
         plain = compat.attention_function(own, module)

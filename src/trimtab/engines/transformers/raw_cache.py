@@ -50,9 +50,11 @@ class Guesses:
 
     def enter(self, cache: RawCache, rows: Sequence[int]) -> None:
         """Put one row of each request, in order, into the cache."""
+        picked: dict[torch.device, Tensor] = {}
         for layer, (keys, values) in self.states.items():
-            picked = torch.tensor(rows, device=keys.device)
-            cache.update(*entries(keys, values, picked), layer)
+            if keys.device not in picked:
+                picked[keys.device] = torch.tensor(rows, device=keys.device)
+            cache.update(*entries(keys, values, picked[keys.device]), layer)
 
 
 def entries(keys: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,14 +30,12 @@ from trimtab.decoding.rejection import (
     SCHEDULES,
     Rejection,
     expected_cost,
-    gate_open,
     ladder,
-    plausible,
     plausible_set,
-    threshold,
 )
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.judging import Asked, Chosen, Judged, Raw, judge, read_raw
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.ranked import rank_layers
 from trimtab.engines.transformers.raw_cache import Guesses, RawCache
@@ -152,7 +150,7 @@ class RejectingLoop:
         self.passes = 0
         self.first = 0.0
         self._began = 0.0
-        self._filler: Tensor | None = None  # what ended rows go on with; without it, with their best token
+        self._filler: int | None = None  # what ended rows go on with; without it, with their best token
         self._guessing = 0  # how many guesses of the next step's raw row a pass of this one's rungs takes along
         self._guessed: list[tuple[Guesses, Tensor]] = []  # these, pass by pass, and their logits
 
@@ -203,7 +201,8 @@ class RejectingLoop:
         unfinished = torch.ones(count, dtype=torch.long, device=input_ids.device)
         ends = any(hasattr(criteria, "eos_token_id") for criteria in stopping_criteria)
         pad = compat.pad_token(config)
-        self._filler = pad if ends else None
+        self._filler = int(pad) if ends else None
+        going = [True] * count  # which rows are unfinished
         logits: tuple[Tensor, ...] = ()
 
         inputs = compat.first_inputs(model, input_ids, model_kwargs)
@@ -214,6 +213,8 @@ class RejectingLoop:
         model_kwargs = compat.after_pass(model, model_kwargs, output)
         del output, inputs
         steer = self._prepare(token, cache, input_ids.shape[1])
+        betas = [r.rejection.beta if r.rejection is not None else 1.0 for r in self._spread(self.requests)]
+        asked = Asked.of(betas, [len(stream.versions) for stream in self.streams], input_ids.device)
         ahead: Found = {}
         shape = SHAPES[self.schedule]
         while True:
@@ -222,11 +223,11 @@ class RejectingLoop:
             self._guessed = []
             self._guessing = 0 if last or (shape.beside and count > 1) else shape.guesses
             chosen = self._choose(
-                input_ids, token, cache, raw, ahead, steer, unfinished.bool(), logits_processor, config.do_sample
+                input_ids, token, cache, raw, ahead, steer, asked, going, logits_processor, config.do_sample
             )
-            next_tokens, used = chosen
+            next_tokens = chosen.choice
             if config.return_dict_in_generate and config.output_logits:
-                logits += (used,)
+                logits += (chosen.used,)
             if ends:
                 next_tokens = next_tokens * unfinished + pad.to(next_tokens.device) * (1 - unfinished)
             input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
@@ -234,19 +235,24 @@ class RejectingLoop:
                 streamer.put(next_tokens.cpu())
             if not self.first:
                 self.first = time.perf_counter() - self._began
+            fed = [
+                one if alive or self._filler is None else self._filler
+                for one, alive in zip(chosen.tokens, going, strict=True)
+            ]
             unfinished = unfinished & ~stopping_criteria(input_ids, ())
-            if not unfinished.any():
+            going = [bool(alive) for alive in unfinished.tolist()]
+            if not any(going):
                 break
             inputs = compat.next_inputs(model, input_ids, model_kwargs)
             token = Token.of(inputs)
             ahead = {}
-            guessed = self._come_true(cache, next_tokens)
+            guessed = self._come_true(cache, fed)
             if guessed is not None:
                 raw = guessed
                 model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
             elif shape.beside and steer is not None:
                 self.passes += 1
-                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, unfinished.bool(), shape.beside)
+                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, going, shape.beside)
                 model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
             else:
                 self.passes += 1
@@ -265,56 +271,47 @@ class RejectingLoop:
         input_ids: Tensor,
         token: Token,
         cache: RawCache,
-        raw: Tensor,
+        logits: Tensor,
         ahead: Found,
         steer: Versions | None,
-        live: Tensor,
+        asked: Asked,
+        going: list[bool],
         processor: Any,
         sample: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The next token of each row, and the logits that it was chosen from."""
-        scores = processor(input_ids, raw.clone() if len(processor) else raw)
-        best = scores.argmax(-1)
-        betas = [r.rejection.beta if r.rejection is not None else 1.0 for r in self._spread(self.requests)]
-        tau = threshold(scores, torch.tensor(betas, device=scores.device))
-        steered = torch.tensor([bool(stream.versions) for stream in self.streams], device=scores.device)
-        opened = gate_open(scores, tau) & steered & live
-        rung = torch.full_like(best, -1)
-        used, final, choice = raw, scores, best
-        if steer is not None and bool(opened.any()):
-            rung, choice, final, used = self._rungs(
-                input_ids, token, cache, raw, scores, tau, ahead, steer, opened, live, processor, best
-            )
+    ) -> Chosen:
+        """The next token of each row. The host waits once for what the unsteered model says; once for rungs."""
+        passes = -(-max(asked.rungs, default=0) // SHAPES[self.schedule].together)
+        scores = processor(input_ids, logits.clone()) if len(processor) else logits
+        raw = read_raw(logits, scores, asked, going, self._guessing * passes)
+        chosen = Chosen.best_of(raw)
+        if steer is not None and any(raw.opened):
+            chosen = self._rungs(input_ids, token, cache, raw, ahead, steer, going, processor)
         if sample:
-            allowed = plausible_set(scores, tau) | ~steered[:, None]
-            probabilities = final.masked_fill(~allowed, -torch.inf).softmax(-1)
-            choice = torch.multinomial(probabilities, 1)[:, 0]
-        facts = zip(self.streams, opened.tolist(), rung.tolist(), choice.tolist(), best.tolist(), strict=True)
-        for stream, was_open, accepted, emitted, raw_best in facts:
-            step = Step(was_open, accepted if accepted >= 0 else None, raw_best if emitted != raw_best else None)
-            stream.steps.append(step)
-        return choice, used
+            allowed = plausible_set(raw.scores, raw.tau) | ~asked.steered[:, None]
+            probabilities = chosen.final.masked_fill(~allowed, -torch.inf).softmax(-1)
+            chosen.choice = torch.multinomial(probabilities, 1)[:, 0]
+            chosen.tokens = chosen.choice.tolist()
+        for b, stream in enumerate(self.streams):
+            other = raw.tokens[b] if chosen.tokens[b] != raw.tokens[b] else None
+            stream.steps.append(Step(raw.opened[b], chosen.rungs[b], other))
+        return chosen
 
     def _rungs(
         self,
         input_ids: Tensor,
         token: Token,
         cache: RawCache,
-        raw: Tensor,
-        scores: Tensor,
-        tau: Tensor,
+        raw: Raw,
         ahead: Found,
         steer: Versions,
-        opened: Tensor,
-        live: Tensor,
+        going: list[bool],
         processor: Any,
-        best: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """For rows whose gate is open: the accepted rung, the token, the scores and logits that it came from."""
-        waiting = opened.nonzero().flatten().tolist()
-        rung = torch.full_like(best, -1)
-        final, used, best = scores.clone(), raw.clone(), best.clone()
+    ) -> Chosen:
+        """The tokens of all rows, where for those whose gate is open the first plausible rung decides."""
+        waiting = [b for b, is_open in enumerate(raw.opened) if is_open]
+        chosen = Chosen.best_of(raw).copy()
         found = dict(ahead)
+        judged: dict[tuple[int, int], Judged] = {}
         for r in range(max(len(self.streams[b].versions) for b in waiting)):
             here = [b for b in waiting if r < len(self.streams[b].versions)]
             if not here:
@@ -323,62 +320,64 @@ class RejectingLoop:
                 rungs = range(r, r + SHAPES[self.schedule].together)
                 asked = [(b, n) for b in here for n in rungs if n < len(self.streams[b].versions)]
                 versions = [self.streams[b].versions[n] for b, n in asked]
-                guesses = self._guess(scores, opened, live) if self._guessing else None
+                guesses = self._guess(raw, going) if self._guessing else None
                 self.passes += 1
                 rows = self.rows.run(
                     token, cache, input_ids.shape[1], steer, versions, [b for b, _ in asked], guesses=guesses
-                ).to(dtype=torch.float32, device=raw.device)
+                ).to(dtype=torch.float32, device=raw.logits.device)
                 found |= dict(zip(asked, rows, strict=False))
                 if guesses is not None:
                     self._guessed.append((guesses, rows[len(asked) :]))
-            logits = raw.clone()
-            logits[here] = torch.stack([found[b, r] for b in here])
-            after = processor(input_ids, logits.clone()) if len(processor) else logits
-            candidate = after.argmax(-1)
-            accepted = plausible(scores, tau, candidate).tolist()
-            for b in [b for b in here if accepted[b]]:
-                rung[b], best[b], used[b], final[b] = r, candidate[b], logits[b], after[b]
-                waiting.remove(b)
-        return rung, best, final, used
+            if (here[0], r) not in judged:
+                these = [(b, n) for b, n in found if b in here and n >= r and (n == r or not len(processor))]
+                of = self.rows.tensor(tuple(b for b, _ in these), raw.logits.device)
+                logits = torch.stack([found[place] for place in these])
+                judged |= dict(zip(these, judge(input_ids, raw, of, logits, processor), strict=True))
+            for b in here:
+                one = judged[b, r]
+                if one.accepted:
+                    chosen.rungs[b], chosen.tokens[b] = r, one.token
+                    chosen.choice[b], chosen.used[b], chosen.final[b] = one.candidate, found[b, r], one.scores
+                    waiting.remove(b)
+        return chosen
 
-    def _guess(self, scores: Tensor, opened: Tensor, live: Tensor) -> Guesses:
+    def _guess(self, raw: Raw, going: list[bool]) -> Guesses:
         """The best tokens of rows whose gate is open that weren't guessed yet, and what the others go on with."""
         first = len(self._guessed) * self._guessing
-        best = scores.topk(first + self._guessing, dim=-1).indices.tolist()
-        pad = None if self._filler is None else int(self._filler)
         requests: list[int] = []
         ids: list[int] = []
-        for b, (is_open, going) in enumerate(zip(opened.tolist(), live.tolist(), strict=True)):
-            mine = best[b][first:] if is_open else best[b][:1]
-            mine = mine if going or pad is None else [pad]
+        for b, (is_open, alive) in enumerate(zip(raw.opened, going, strict=True)):
+            mine = raw.ranked[b][first : first + self._guessing] if is_open else raw.ranked[b][:1]
+            mine = mine if alive or self._filler is None else (self._filler,)
             requests += [b] * len(mine)
             ids += mine
         return Guesses(tuple(requests), tuple(ids))
 
-    def _come_true(self, cache: RawCache, tokens: Tensor) -> Tensor | None:
+    def _come_true(self, cache: RawCache, tokens: Sequence[int]) -> Tensor | None:
         """The raw logits of the next step, `[batch, vocabulary]`, if all of its tokens were guessed; `None` else."""
         for guesses, logits in self._guessed:
-            rows = guesses.true(tokens.tolist())
+            rows = guesses.true(tokens)
             if rows is not None:
                 guesses.enter(cache, rows)
-                return logits[rows]
+                return logits[self.rows.tensor(tuple(rows), logits.device)]
         return None
 
     def _fused(
-        self, token: Token, cache: RawCache, columns: int, steer: Versions, live: Tensor, beside: int
+        self, token: Token, cache: RawCache, columns: int, steer: Versions, going: list[bool], beside: int
     ) -> tuple[Tensor, Found]:
         """One pass of the raw rows, `[batch, …]`, and the first rungs of rows that are still going."""
         chosen: list[int | None] = []
         requests: list[int] = []
         asked: dict[tuple[int, int], int] = {}  # the row of a request's rung
         for b, stream in enumerate(self.streams):
-            mine = stream.versions[:beside] if bool(live[b]) else ()
+            mine = stream.versions[:beside] if going[b] else ()
             asked |= {(b, r): len(chosen) + 1 + r for r in range(len(mine))}
             chosen += [None, *mine]
             requests += [b] * (1 + len(mine))
         found = self.rows.run(token, cache, columns, steer, chosen, requests, raw_enters_cache=True)
         found = found.to(dtype=torch.float32, device=token.ids.device)
-        raw = found[[i for i, version in enumerate(chosen) if version is None]]
+        alone = tuple(i for i, version in enumerate(chosen) if version is None)
+        raw = found[self.rows.tensor(alone, found.device)]
         return raw, {place: found[row] for place, row in asked.items()}
 
     # ---- before the first token --------------------------------------------------------------------------

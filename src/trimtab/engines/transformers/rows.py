@@ -10,7 +10,7 @@ done already when a guess turns out right (see `Guesses`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.folding import Stage, States, apply
+from trimtab.engines.folding import Active, Stage, States, apply
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import (
     capped,
@@ -40,8 +40,11 @@ from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
 from trimtab.engines.transformers.session import _dtype
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
+from trimtab.steering.operations import Rows as Gathered
 
 KEPT = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # one entry a token, last axis
+KEPT_PATTERNS = 64
+"""Of so many patterns of rows what they need is kept: the same ones come again and again."""
 
 
 class _RowCache(DynamicCache):
@@ -57,7 +60,8 @@ class _RowCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         run = self.run
         if run.raw_rows is not None:
-            run.raw.update(*entries(key_states, value_states, run.raw_rows), layer_idx)
+            raw = run.tensor(run.raw_rows, key_states.device)
+            run.raw.update(*entries(key_states, value_states, raw), layer_idx)
         if run.guesses is not None:
             first = run.rows - len(run.guesses.ids)
             run.guesses.states[layer_idx] = key_states[:, :, first:], value_states[:, :, first:]
@@ -82,15 +86,22 @@ class _Run:
     rows: int
     columns: int  # of the cache with the token that is being decoded, pads included
     spans: list[tuple[int, slice]]  # a request and neighbouring rows of it
-    queries: Tensor  # [rows, 2]: each row's request, and 0; or 1 for a guess
+    tensor: Callable[[tuple[int, ...], torch.device], Tensor]  # of numbers that are known here
+    requests: tuple[int, ...]  # each row's
     padding: Tensor | None  # [requests, columns]
     scores: dict[int, LayerScores]
-    states: States | None  # [rows], for edits of activations
-    raw_rows: Tensor | None
+    states: tuple[int, ...] | None  # each row's, for edits of activations
+    raw_rows: tuple[int, ...] | None
     guesses: Guesses | None
     layer: int | None = None
     attended: set[int] = field(default_factory=set)  # the layers that have asked for our attention
     edited: set[Site] = field(default_factory=set)  # the sites that came by
+
+    @property
+    def ahead(self) -> tuple[int, ...]:
+        """Of each row 1 for a guess, else 0."""
+        guesses = 0 if self.guesses is None else len(self.guesses.ids)
+        return (0,) * (self.rows - guesses) + (1,) * guesses
 
 
 @dataclass(frozen=True)
@@ -110,22 +121,20 @@ class Token:
         mask = inputs.get("attention_mask")
         return cls(inputs["input_ids"][:, -1:], more, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
 
-    def rows(self, requests: Sequence[int], guesses: Guesses | None = None) -> dict[str, Tensor]:
-        """The inputs of a pass with one row for each of these requests, and each guess: `[…, 1, rows]`."""
-        device = self.ids.device
-        picked = torch.tensor(requests, device=device)
-        ids = [self.ids[picked]]
+    def rows(self, picked: Tensor, guesses: Guesses | None = None) -> dict[str, Tensor]:
+        """The inputs of a pass with one row for each of these requests, `[rows]`, guesses last: `[…, 1, rows]`."""
+        count = len(picked) - (0 if guesses is None else len(guesses.ids))
+        ids = self.ids[picked[:count]]
         if guesses is not None:
-            ids.append(torch.tensor(guesses.ids, device=device)[:, None])
-            picked = torch.cat([picked, torch.tensor(guesses.requests, device=device)])
-        inputs = {"input_ids": torch.cat(ids).transpose(0, 1)}
+            ids = torch.cat([ids, torch.tensor(guesses.ids, device=self.ids.device)[:, None]])
+        inputs = {"input_ids": ids.transpose(0, 1)}
         for name, value in self.more.items():
             if value.shape[-2] == 1 and len(self.ids) > 1:
                 value = value.expand(*value.shape[:-2], len(self.ids), 1)
             inputs[name] = value.index_select(-2, picked).transpose(-1, -2)
         if guesses is not None:
             positions = inputs["position_ids"].clone()
-            positions[..., len(requests) :] += 1
+            positions[..., count:] += 1
             inputs["position_ids"] = positions
         return inputs
 
@@ -141,18 +150,35 @@ class Versions:
     scores: dict[int, LayerScores]
     plan: Plan
     pads: tuple[int, ...]
-    device: torch.device
+    padded: bool  # whether any prompt of the batch has pads
+    _selected: dict[tuple[int | None, ...], dict[int, LayerScores]] = field(default_factory=dict, init=False)
+    _prepared: dict[Any, list[tuple[Stage, Gathered, Active]]] = field(default_factory=dict, init=False)
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(sorted(self.plan.stages))
+
+    def select(self, chosen: tuple[int | None, ...]) -> dict[int, LayerScores]:
+        """Each layer's parameters for rows of these versions (`None`: nothing is done); on the CPU."""
+        if chosen not in self._selected:
+            _bound(self._selected)
+            self._selected[chosen] = _select(self.scores, chosen)
+        return self._selected[chosen]
+
+    def prepare(self, site: Site, states: tuple[int, ...], x: Tensor) -> list[tuple[Stage, Gathered, Active]]:
+        """What is done at a site to rows in these states, where `x` is and in its dtype."""
+        key = site, states, x.device, x.dtype
+        if key not in self._prepared:
+            _bound(self._prepared, len(self.plan.stages))
+            tokens = States.of(torch.tensor(states), x.device)
+            self._prepared[key] = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
+        return self._prepared[key]
 
 
 def compile_versions(
     layout: Layout, versions: Sequence[tuple[int, tuple[Edit, ...]]], lengths: Sequence[int], pads: Sequence[int]
 ) -> Versions:
     """The versions `(request, edits)` of a batch whose prompts have these lengths and pads on their left."""
-    device = next(layout.decoder.parameters()).device
     rows = [
         Row(tuple(edit for edit in edits if is_score_edit(edit)), lengths[request], pads[request])
         for request, edits in versions
@@ -162,10 +188,10 @@ def compile_versions(
     plan = compile_plan(residual, [lengths[request] for request, _ in versions], _dtype(layout))
     return Versions(
         tuple(request for request, _ in versions),
-        compile_scores(rows, width, head_count(layout), device),
+        compile_scores(rows, width, head_count(layout), torch.device("cpu")),
         plan,
         tuple(pads[request] for request, _ in versions),
-        device,
+        any(pads),
     )
 
 
@@ -181,7 +207,8 @@ class Rows:
         self._name = ""
         self._own = compat.attention_name(layout.decoder.config)
         self._owner: int | None = None
-        self._plan: Plan | None = None
+        self._versions: Versions | None = None
+        self._tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
@@ -222,29 +249,29 @@ class Rows:
 
         With `guesses`, whose logits come last, the raw pass must have entered the cache already.
         """
-        device = token.ids.device
-        guessed: tuple[int, ...] = ()
+        rows = tuple(chosen)
+        of = tuple(requests)
         if guesses is not None:
-            guessed = tuple(guesses.requests)
-            chosen = [*chosen, *(None for _ in guessed)]
-        picked = torch.tensor([-1 if version is None else version for version in chosen], device=device)
-        queries = [(request, 0) for request in requests] + [(request, 1) for request in guessed]
-        self._plan = versions.plan
+            rows += tuple(None for _ in guesses.requests)
+            of += guesses.requests
+        self._versions = versions
         self._run = _Run(
             cache,
-            len(chosen),
+            len(rows),
             columns,
-            _neighbours([*requests, *guessed]),
-            torch.tensor(queries, device=device),
-            None if token.mask is None or bool(token.mask.all()) else token.mask.bool(),
-            _select(versions.scores, picked),
-            self._states(versions, chosen, columns, device),
-            (picked < 0).nonzero().flatten() if raw_enters_cache else None,
+            _neighbours(of),
+            self.tensor,
+            of,
+            token.mask.bool() if token.mask is not None and versions.padded else None,
+            versions.select(rows),
+            _states(versions, rows, columns),
+            tuple(i for i, version in enumerate(rows) if version is None) if raw_enters_cache else None,
             guesses,
         )
         try:
             with compat.attending_with(self._configs, self._name), self._joined(joining):
-                inputs: dict[str, Any] = token.rows(requests[:1] if joining else requests, guesses)
+                picked = self.tensor(of[:1] if joining else of, token.ids.device)
+                inputs: dict[str, Any] = token.rows(picked, guesses)
                 if joining and "logits_to_keep" in compat.parameters(self.model):
                     inputs["logits_to_keep"] = 1
                 inputs = compat.with_cache(self.model, inputs, _RowCache(self._run))
@@ -261,7 +288,7 @@ class Rows:
                 f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"
                 " attention that the model's configuration names, or doesn't update the cache that it was given"
             )
-        wanted = set() if run.states is None or self._plan is None else set(self._plan.stages)
+        wanted = set() if run.states is None or self._versions is None else set(self._versions.plan.stages)
         if unedited := sorted(wanted - run.edited):
             raise TrimtabError(f"the part of the model at {unedited[0]} didn't run in a pass that steers there")
 
@@ -284,28 +311,23 @@ class Rows:
             for handle in handles:
                 handle.remove()
 
-    def _states(
-        self, versions: Versions, chosen: Sequence[int | None], columns: int, device: torch.device
-    ) -> States | None:
-        if not versions.plan.stages:
-            return None
-        states = [
-            0 if version is None else state_at(versions.plan.segments[version], columns - 1 - versions.pads[version])
-            for version in chosen
-        ]
-        return States.of(torch.tensor(states), device) if any(states) else None
+    def tensor(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        """These numbers on a device. Passes have the same ones again and again, and a copy is one to wait for."""
+        if (numbers, device) not in self._tensors:
+            _bound(self._tensors)
+            self._tensors[numbers, device] = torch.tensor(numbers, device=device)
+        return self._tensors[numbers, device]
 
     def _edit(self, site: Site, given: Tensor) -> Tensor | None:
-        run = self._run
-        if run is None or run.states is None or self._plan is None or site not in self._plan.stages:
+        run, versions = self._run, self._versions
+        if run is None or run.states is None or versions is None or site not in versions.plan.stages:
             return None
         if get_ident() != self._owner:
             return None
         run.edited.add(site)
         x = given.view(1, -1, given.shape[-1])
-        states = run.states[: x.shape[1]].to(x.device)
-        for stage in self._plan.stages[site]:
-            x = _edited(stage, states, x)
+        for stage, rows, active in versions.prepare(site, run.states[: x.shape[1]], x):
+            x = apply(stage, rows, active, x)
         return x.view(given.shape)
 
     def _mask(self, *_: Any, **given: Any) -> Tensor | None:
@@ -324,18 +346,22 @@ class Rows:
         columns = run.columns + queries - 1
         seen = sdpa_mask(
             batch_size=1 if padding is None else len(padding), q_length=queries, kv_length=columns,
-            q_offset=run.columns - 1, kv_offset=0, attention_mask=padding, **kept,
+            q_offset=run.columns - 1, kv_offset=0, attention_mask=padding,
+            allow_is_causal_skip=padding is None, **kept,
         )  # fmt: skip
-        requests, ahead = run.queries.unbind(1)
+        if seen is None and run.guesses is None:
+            return None
         if seen is None:
-            unseen = torch.zeros(run.rows, columns, dtype=torch.bool, device=requests.device)
+            unseen = torch.zeros(run.rows, columns, dtype=torch.bool, device=given.get("device"))
         else:
-            unseen = ~seen[requests if len(seen) > 1 else torch.zeros_like(requests), 0, ahead]
+            requests = run.requests if len(seen) > 1 else (0,) * run.rows
+            rows = self.tensor(requests, seen.device)
+            unseen = ~(seen[rows, 0, 0] if queries == 1 else seen[rows, 0, self.tensor(run.ahead, seen.device)])
         if run.guesses is not None:  # they alone see the newest column: the others have one of their own instead
-            unseen[ahead == 0, -2] = True
+            unseen[: run.rows - len(run.guesses.ids), -2] = True
         else:
             unseen[:, -1] = False  # left out of what is attended to
-        return unseen[None, None] if bool(unseen.any()) else None
+        return unseen[None, None]
 
     def _attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
@@ -353,6 +379,7 @@ class Rows:
             past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
         own = 1 if run.guesses is None else 2
         steered = run.scores.get(run.layer)
+        steered = None if steered is None else steered.to(query.device)
         run.attended.add(run.layer)
         run.layer = None
         heads, rows, size = query.shape[1:]
@@ -398,24 +425,33 @@ def _with_another(x: Tensor) -> Tensor:
     return torch.cat([x, x[:, :1]], 1)
 
 
-def _edited(stage: Stage, states: States, x: Tensor) -> Tensor:
-    """One stage applied to rows `[1, rows, width]` in these states."""
-    rows = stage.gather(states)
-    if stage.only_adds:
-        return x + rows["vector"].to(x.dtype)
-    return apply(stage, rows, stage.active.to(x.device)[states.index], x)
+def _states(versions: Versions, chosen: Sequence[int | None], columns: int) -> tuple[int, ...] | None:
+    """Each row's state; `None` where nothing is done to any."""
+    if not versions.plan.stages:
+        return None
+    states = tuple(
+        0 if version is None else state_at(versions.plan.segments[version], columns - 1 - versions.pads[version])
+        for version in chosen
+    )
+    return states if any(states) else None
 
 
-def _select(layers: dict[int, LayerScores], picked: Tensor) -> dict[int, LayerScores]:
-    """Each layer's parameters for these rows; -1 is a row of nothing."""
-    raw = picked < 0
-    some_raw = bool(raw.any())
+def _select(layers: dict[int, LayerScores], chosen: Sequence[int | None]) -> dict[int, LayerScores]:
+    """Each layer's parameters for these rows."""
+    raw = torch.tensor([version is None for version in chosen])
+    picked = torch.tensor([0 if version is None else version for version in chosen])
     made: dict[int, LayerScores] = {}
     for scores in layers.values():
         if id(scores) not in made:
-            chosen = scores.select(picked.clamp(min=0))
-            made[id(scores)] = chosen.without(raw) if some_raw else chosen
+            one = scores.select(picked)
+            made[id(scores)] = one.without(raw) if None in chosen else one
     return {layer: made[id(scores)] for layer, scores in layers.items()}
+
+
+def _bound(kept: dict[Any, Any], each: int = 1) -> None:
+    """Make room for another entry."""
+    if len(kept) >= KEPT_PATTERNS * each:
+        kept.clear()
 
 
 def _neighbours(requests: Sequence[int]) -> list[tuple[int, slice]]:

@@ -8,7 +8,7 @@ show only the last columns (a sliding window), so that each call says how many c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class _Bias:
     def select(self, rows: Tensor) -> _Bias:
         return _Bias(self.values[rows])
 
+    def to(self, device: torch.device) -> _Bias:
+        return _Bias(self.values.to(_precise(device)).to(device))
+
     def without(self, rows: Tensor) -> _Bias:
         return _Bias(self.values.masked_fill(rows[:, None, None], 0))
 
@@ -57,6 +60,9 @@ class _Mass:
 
     def select(self, rows: Tensor) -> _Mass:
         return _Mass(self.columns[rows], self.target[rows], self.pool, self.exact)
+
+    def to(self, device: torch.device) -> _Mass:
+        return _Mass(self.columns.to(device), self.target.to(_precise(device)).to(device), self.pool, self.exact)
 
     def without(self, rows: Tensor) -> _Mass:
         return _Mass(self.columns, self.target.masked_fill(rows, 0), self.pool, self.exact)
@@ -86,11 +92,19 @@ class LayerScores:
 
     factor: Tensor | None
     stages: tuple[_Bias | _Mass, ...]
+    _moved: dict[torch.device, LayerScores] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def select(self, rows: Tensor) -> LayerScores:
         """The same for these rows, in this order."""
         factor = None if self.factor is None else self.factor[rows]
         return LayerScores(factor, tuple(stage.select(rows) for stage in self.stages))
+
+    def to(self, device: torch.device) -> LayerScores:
+        """The same on this device, where it is kept."""
+        if device not in self._moved:
+            factor = None if self.factor is None else self.factor.to(device)
+            self._moved[device] = LayerScores(factor, tuple(stage.to(device) for stage in self.stages))
+        return self._moved[device]
 
     def without(self, rows: Tensor) -> LayerScores:
         """The same, with nothing done where `rows`, `[rows]`, is true."""
@@ -204,16 +218,19 @@ def _stage(
             which = list(operation.heads) if operation.heads is not None else list(range(values.shape[1]))
             for head in which:
                 values[r, head, columns] += operation.bias * chosen[r].strength
-        return _Bias(values.to(device, torch.float64 if device.type == "cpu" else torch.float32))
+        return _Bias(values).to(device)
     inside = torch.zeros(len(rows), width, dtype=torch.bool)
     target = torch.zeros(len(rows), dtype=torch.float64)
     for r, edit in chosen.items():
         assert isinstance(edit.operation, TargetMass)
         inside[r] = _columns(edit.positions, rows[r], width)
         target[r] = edit.operation.mass(edit.strength)
-    return _Mass(
-        inside.to(device), target.to(device, torch.float64 if device.type == "cpu" else torch.float32), *kind[1:]
-    )
+    return _Mass(inside, target, *kind[1:]).to(device)
+
+
+def _precise(device: torch.device) -> torch.dtype:
+    """What scores are computed in beside the model's own dtype."""
+    return torch.float64 if device.type == "cpu" else torch.float32
 
 
 def _columns(positions: Positions, row: Row, width: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.answer import Dose
-from trimtab.engines.folding import Active, Stage, States, apply
+from trimtab.engines.folding import Active, Stage, States, apply, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
@@ -300,7 +300,8 @@ class Session:
         lengths, edits = self._norms[:, self._row[site]]
         prepared = step.prepared.get(site)
         if prepared is None:
-            prepared = [_prepare(stage, step, x) for stage in plan.stages[site]]
+            tokens = step.tokens.to(x.device)
+            prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in plan.stages[site]]
             if len(prepared) == 1 and prepared[0][0].only_adds:
                 edits.copy_(_norm(prepared[0][1]["vector"]))
             if step.index.shape[1] == 1:
@@ -312,10 +313,8 @@ class Session:
                 edits.copy_(_norm(new - x))
             new = torch.cat([whole[:, : step.first], new], 1) if step.first else new
             return new.reshape(given.shape)
-        if self._measures and lengths.device == x.device:
-            torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
-        elif self._measures:
-            lengths.copy_(_norm(x))
+        if self._measures:
+            _norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
@@ -324,15 +323,17 @@ class Session:
         elif len(prepared) == 1 and prepared[0][0].in_place:
             factor = prepared[0][1]["factor"]
             if self._measures:
-                edits.copy_(_norm(x * (factor - 1)))
+                _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
             x *= factor
             if lasting:
                 step.scales[site] = factor, lengths, edits
-        else:
+        elif self._measures:
             new = _apply_all(prepared, x)
-            if self._measures:
-                edits.copy_(_norm(new - x))
+            _norm_into(edits, new - x)
             x.copy_(new)
+        else:
+            for stage, rows, active in prepared:
+                apply_to(stage, rows, active, x)
         return given if own else None
 
     def _steadily(self, site: Site, step: _Step, x: Tensor) -> bool:
@@ -349,7 +350,7 @@ class Session:
         factor, lengths, edits = scaled
         if self._measures:
             torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
-            edits.copy_(_norm(x * (factor - 1)))
+            _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
         x *= factor
         return True
 
@@ -473,24 +474,18 @@ def _activity(plan: Plan) -> Tensor:
     return table
 
 
-def _prepare(stage: Stage, step: _Step, x: Tensor) -> tuple[Stage, Rows, Active]:
-    """A stage's rows and activity, one for each token of this step."""
-    tokens = step.tokens.to(x.device)
-    rows, index = stage.gather(tokens), tokens.index
-    if stage.only_adds:
-        return stage, {"vector": rows["vector"].to(x.dtype)}, None
-    if stage.in_place:
-        return stage, rows, None
-    active = stage.active.to(x.device)[index]
-    if index.shape[1] == 1 and bool(active.all()):  # prepared once for many passes, so that it pays to ask
-        return stage, rows, True
-    return stage, rows, active
-
-
 def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
     for stage, rows, active in prepared:
         x = apply(stage, rows, active, x)
     return x
+
+
+def _norm_into(out: Tensor, x: Tensor) -> None:
+    """Put the norms of activations there, which may be on another device."""
+    if out.device == x.device:
+        torch.linalg.vector_norm(x, dim=-1, dtype=out.dtype, out=out)
+    else:
+        out.copy_(_norm(x))
 
 
 def _norm(x: Tensor) -> Tensor:
