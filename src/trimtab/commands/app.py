@@ -14,6 +14,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.commands import eval_ab, eval_capability, eval_harness, eval_judge, eval_refusal  # noqa: F401 (register)
+from trimtab.commands.bake import bake
 from trimtab.commands.convert import convert
 from trimtab.commands.demo import demo
 from trimtab.commands.eval import evaluations
@@ -79,6 +80,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(serve)
 app.command()(convert)
+app.command()(bake)
 app.command("list")(list_)
 app.command()(pull)
 app.command()(push)
