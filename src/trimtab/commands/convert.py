@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from trimtab.commands.for_program import learned_for
 from trimtab.commands.model import JsonOption
 from trimtab.commands.terminal import show, write_json
+from trimtab.errors import UnsupportedError
 
 READING = "Reading"
 
@@ -93,7 +95,12 @@ def convert(
     name = target_of(target, to)
     steering = strength * load(source, source=kind, layer_offset=layer_offset, layer=layer)
     steering = steering if rule is None else steering.at(rule)
-    TARGETS[name].write(steering, target)
+    try:
+        TARGETS[name].write(steering, target)
+    except UnsupportedError as error:
+        if TARGETS[name].suffix != ".gguf":
+            raise
+        raise UnsupportedError(f"{error}. {learned_for(steering)}") from None
     layers = list(steering.layers)
     if json:
         origin = steering.card.options.get("format", "trimtab")
