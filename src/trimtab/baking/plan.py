@@ -130,7 +130,7 @@ def _check_needless(
     raise UnsupportedError(
         f"no change of weights ablates at {edit.site}: there the direction would go out of a sum that attention and MLP"
         f" have already read from ({edit}). Ablate it in all that writes to the stream, which is another model:"
-        " trimtab.directional_ablation(direction, layers), or trimtab convert FILE OUT --as ablate --layers N"
+        " trimtab.directional_ablation(direction, layers), or trimtab convert FILE OUT --as ablate --blocks N"
     )
 
 

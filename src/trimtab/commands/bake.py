@@ -56,7 +56,7 @@ def bake(
 ) -> None:
     """Write a model with a steering in its weights, for programs that can't steer.
 
-    [bold]  trimtab convert direction.pt refusal.safetensors --as ablate --layers 30
+    [bold]  trimtab convert direction.pt refusal.safetensors --as ablate --blocks 30
       trimtab bake refusal.safetensors --out without-refusal/
       trimtab bake happy.safetensors:0.8 --positions all --out happy/ \\
         --model meta-llama/Llama-3.2-1B-Instruct[/bold]
