@@ -39,6 +39,7 @@ from trimtab.steering.identity import check_learned_on, fingerprint, sampled_row
 from trimtab.text.chat import template_digest
 
 CARD, PAGE = "trimtab.json", "README.md"
+IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*")  # the same weights again, for other programs
 FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """By how much of their length logits may differ from rounding alone, by the dtype of the weights.
@@ -95,8 +96,8 @@ def bake(
     configuration can say that there is one. `directional_ablation` makes the steering that ablates in all of them.
     The new model's logits are the steered model's but for the rounding of the weights to their own dtype.
 
-    Safetensors files are read and written one at a time, and memory is needed for the largest of them; the check needs
-    memory for the model. The folder appears whole or not at all.
+    Safetensors files are read and written one at a time, and memory is needed for about twice the largest of them; the
+    check needs memory for the model. The folder appears whole or not at all.
 
     Args:
         model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is
@@ -155,8 +156,8 @@ def bake(
             "notes": list(notes),
             "checked": None if checked is None else asdict(checked),
         }
-        (out / CARD).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-        (out / PAGE).write_text(baked_page(steering, target.name, name, notes))
+        (out / CARD).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / PAGE).write_text(baked_page(steering, target.name, name, notes), encoding="utf-8")
         _put(out, target)
     return baked
 
@@ -219,6 +220,8 @@ def _check_unquantized(config: Any, name: str) -> None:
 
 def _folder_of(model: str | Path | None, revision: str | None) -> tuple[Path, str]:
     """The model's files, and its name as `LM.load` has it."""
+    if not isinstance(model, (str, Path, type(None))):
+        raise TrimtabError(f"a {type(model).__name__} can't be baked; give an LM of transformers, a Hub id or a folder")
     if model is None:
         return default_model.default_folder(), default_model.NAME
     path = Path(model)
@@ -227,7 +230,8 @@ def _folder_of(model: str | Path | None, revision: str | None) -> tuple[Path, st
     if path.is_dir():
         return path, path.resolve().name
     try:
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=list(FETCHED))), str(model)
+        patterns: dict[str, Any] = {"allow_patterns": list(FETCHED), "ignore_patterns": list(IGNORED)}
+        return Path(snapshot_download(str(model), revision=revision, **patterns)), str(model)
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrimtabError(f"can't get the model {str(model)!r}: {reason}. Give a Hub id or a model folder") from None
@@ -241,7 +245,7 @@ def _config(folder: Path) -> Any:
             )
         raise TrimtabError(f"{folder} has no config.json, so it is no model folder")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TrimtabError(f"can't read {folder / 'config.json'}: {reason}") from None

@@ -123,7 +123,7 @@ def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan,
     if shards.index is not None:
         about = {**shards.index.get("metadata", {}), "total_size": counted.bytes}
         document = {**shards.index, "metadata": about, "weight_map": counted.files}
-        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return counted
 
 
@@ -204,4 +204,4 @@ def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
 def edit_config(source: Path, folder: Path, changes: Mapping[str, Any]) -> None:
     """Write `config.json` as it was, but for these changes."""
     config = json.loads((source / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
