@@ -12,7 +12,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import LAYERS, MIXTURES, WIDTH, direction
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from trimtab import (
     LM,
@@ -33,8 +33,8 @@ from trimtab import (
 from trimtab.baking import affine
 from trimtab.baking.bake import Baked
 
-TEXT_ONLY = [family for family in tiny.FAMILIES if family not in ("gemma3_multimodal", "qwen2_vl")]
-BEHIND = ("gemma2", "gemma3", "olmo2")
+SEEING = ("gemma3_multimodal", "qwen2_vl")
+BEHIND = ("gemma2", "gemma3", "gemma3_multimodal", "olmo2")
 """Families with a norm behind attention and MLP."""
 IDS = torch.tensor([[5, 17, 80, 3, 44, 9], [61, 7, 7, 20, 33, 71]])
 
@@ -45,7 +45,8 @@ def steering(*edits: tuple[str, int, Any, float]) -> Steering:
 
 def plain(folder: Path, family: str) -> Any:
     """The folder's model, as anybody would load it."""
-    model, about = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    auto = AutoModelForImageTextToText if family in SEEING else AutoModelForCausalLM
+    model, about = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(about[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), about
     if family == "gemma2":
         model.set_attn_implementation("eager")
@@ -77,7 +78,7 @@ def baked(lm: LM, edits: Steering, folder: Path, **more: Any) -> tuple[Baked, An
 # ---- equal to the steered model ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", TEXT_ONLY)
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_direction_ablated_everywhere(family: str, tmp_path: Path) -> None:
     lm = tiny.tiny(family)
     ablation = directional_ablation(direction(1, 3.0), LAYERS)
@@ -90,6 +91,7 @@ def test_a_direction_ablated_everywhere(family: str, tmp_path: Path) -> None:
         for x in stream:
             assert float((x.double() @ direction(1)).abs().max()) < 1e-6 * float(x.norm(dim=-1).max())
     assert any("norm behind" in note for note in done.notes) == (family in BEHIND)
+    assert any("images" in note for note in done.notes) == (family in SEEING)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "falcon"])
@@ -112,7 +114,7 @@ def test_additions_are_biases(family: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text()).items() >= done.config.items()
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gemma3_multimodal"])
 def test_an_attention_that_may_have_a_bias(family: str, tmp_path: Path) -> None:
     lm = tiny.tiny(family)
     adding = steering(("attention", 1, Add(direction(1)), 0.7))
@@ -333,22 +335,63 @@ def test_edits_that_weights_cannot_do(tmp_path: Path) -> None:
     [
         ("qwen2", "residual", "no bias at model.layers.1.mlp.down_proj"),
         ("mistral", "attention", "no bias at model.layers.1.self_attn.o_proj"),
-        ("gemma2", "residual", "norm behind its MLP"),
+        ("gemma2", "residual", "norm behind attention or MLP"),
         ("mixtral", "residual", "mixture of experts at mlp[1]"),
-        ("gemma3_multimodal", "residual", "inside another model"),
     ],
 )
 def test_models_without_a_place_for_an_addition(family: str, kind: str, words: str, tmp_path: Path) -> None:
     refused(tiny.tiny(family), steering((kind, 1, Add(direction(1)), 1.0)), tmp_path, words)
 
 
-def test_parts_that_are_not_known(tmp_path: Path) -> None:
-    """BLOOM's attention adds the stream to its own output, and its embeddings have a norm behind them."""
+OTHERS = {
+    "gpt_oss": ("GptOss", {"num_local_experts": 4, "layer_types": ["full_attention"] * 2, "head_dim": 8}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+    "granite": ("Granite", {"residual_multiplier": 0.22, "embedding_multiplier": 3.0}),
+}
+"""Experts that are one turned tensor, with biases; an expert that all share; a stream that is scaled."""
+
+
+def other(name: str) -> LM:
     import transformers
 
-    config = transformers.BloomConfig(vocab_size=90, hidden_size=WIDTH, n_layer=2, n_head=4)
-    model = transformers.BloomForCausalLM(config)
-    refused(LM(model, None), directional_ablation(direction(1), 2), tmp_path, "BloomForCausalLM")
+    kind, more = OTHERS[name]
+    sizes = {**tiny.SIZES, "num_hidden_layers": 2, "num_experts_per_tok": 2, **more}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return LM(model.eval(), None, name=name)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_with_parts_of_their_own(name: str, tmp_path: Path) -> None:
+    done = bake(other(name), directional_ablation(direction(1), 2), tmp_path / "out", device="cpu")
+    assert done.checked is not None
+    assert done.checked.difference < 1e-4 * done.checked.effect
+
+
+def test_a_stream_that_is_scaled_has_no_plain_bias(tmp_path: Path) -> None:
+    refused(other("granite"), steering(("residual", 1, Add(direction(1)), 1.0)), tmp_path, "residual_multiplier")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "words"),
+    [
+        ("Bloom", {}, "word_embeddings_layernorm"),
+        ("Mpt", {"d_model": WIDTH, "n_heads": 4, "n_layers": 2}, "adds the stream itself"),
+        ("OPT", {"ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 16}, "project_"),
+        ("Mamba", {}, "has no site attention"),
+    ],
+)
+def test_parts_that_are_not_known(kind: str, more: dict[str, Any], words: str, tmp_path: Path) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=90, **{"hidden_size": WIDTH, "num_hidden_layers": 2, **more}
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    refused(LM(model, None), directional_ablation(direction(1), 2), tmp_path, words)
 
 
 def test_folders_that_cannot_be_baked(tmp_path: Path) -> None:

@@ -23,12 +23,12 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 import trimtab
 from trimtab.baking.checkpoint import copy_rest, edit_config, find_shards, write_shards
 from trimtab.baking.plan import FIRST, Plan, check_bakeable, plan
-from trimtab.baking.structure import Structure, structure_of
+from trimtab.baking.structure import Structure, auto_class, structure_of
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.page import baked_page
@@ -141,7 +141,7 @@ def bake(
         counted = write_shards(shards, out, structure, made, progress)
         untied = structure.tied and FIRST in made.maps
         changes: dict[str, Any] = {**made.flags, **({"tie_word_embeddings": False} if untied else {})}
-        edit_config(source, out, changes)
+        edit_config(source, out, changes, structure.composite)
         left = copy_rest(source, out, shards)
         checked = _checked(structure, steering, source if inner is None else inner, out, device) if check else None
         notes = _notes(structure, made, untied, left)
@@ -255,7 +255,7 @@ def _config(folder: Path) -> Any:
 
 def _identity(structure: Structure, shards: Any, name: str, folder: Path) -> ModelId:
     """Which model a folder holds, without loading it."""
-    family = str(structure.model.config.model_type)
+    family = str(structure.config.model_type)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
@@ -284,6 +284,8 @@ def _notes(structure: Structure, made: Plan, untied: bool, left: list[str]) -> t
             "The embeddings were changed and the output layer wasn't; they were one matrix, and now are two"
             " (tie_word_embeddings is false)."
         )
+    if structure.composite and FIRST in made.maps:
+        notes.append("Only text was ablated where it comes in: what images become there is as it was.")
     if made.flags:
         notes.append(f"The additions are biases, for which config.json has {', '.join(made.flags)}.")
     if structure.plain is not None and "norm" in structure.plain and any(one.ablates for one in made.maps.values()):
@@ -303,7 +305,7 @@ def _checked(
 
     Raises `TrimtabError` where rounding can't be why they differ, or where a plain load leaves tensors out.
     """
-    size = structure.model.config.vocab_size
+    size = structure.config.vocab_size
     ids = torch.randint(0, size, TOKENS, generator=torch.Generator().manual_seed(0))
     given = _loaded(source, device) if isinstance(source, Path) else source
     dtype = given.dtype
@@ -325,7 +327,9 @@ def _checked(
 
 
 def _loaded(folder: Path, device: str | torch.device | None) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     model, about = loaded
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, about[kind])):

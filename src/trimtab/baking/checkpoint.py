@@ -25,6 +25,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".md", ".vocab", ".bpe")
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 WRITTEN = ("README.md", "trimtab.json", "config.json", INDEX)
+TIED = "tie_word_embeddings"
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -201,7 +202,14 @@ def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
     return left
 
 
-def edit_config(source: Path, folder: Path, changes: Mapping[str, Any]) -> None:
-    """Write `config.json` as it was, but for these changes."""
-    config = json.loads((source / "config.json").read_bytes())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
+def edit_config(source: Path, folder: Path, changes: Mapping[str, Any], composite: bool) -> None:
+    """Write `config.json` as it was, but for these changes; of a composite model also in its language model's part."""
+    config = {**json.loads((source / "config.json").read_bytes())}
+    parts = [config]
+    if composite:
+        part = next(name for name in ("text_config", "llm_config", "language_config") if name in config)
+        config[part] = {**config[part]}
+        parts = [config[part]] + ([config] if TIED in changes else [])
+    for part in parts:
+        part.update(changes if part is not config or not composite else {TIED: changes[TIED]})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

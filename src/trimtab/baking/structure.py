@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout, find_layout
 from trimtab.engines.transformers.places import DOWNS, MLPS, place
 from trimtab.errors import UnsupportedError
@@ -55,6 +56,7 @@ class Structure:
 
     model: Any  # on the meta device: shapes and names, no numbers
     layout: Layout
+    decoder: str
     embeddings: tuple[str, ...]
     input_embeddings: str
     head: str
@@ -74,12 +76,27 @@ class Structure:
     def width(self) -> int:
         return self.layout.width
 
+    @property
+    def config(self) -> Any:
+        """The language model's configuration, which may be a part of the whole one."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def composite(self) -> bool:
+        """Whether the language model is a part of another model: one that sees, say."""
+        return self.config is not self.model.config
+
     def named(self, key: str) -> str:
-        """The name that the model has for a checkpoint's key: some leave out the name of the base model."""
-        prefix = f"{self.model.base_model_prefix}."
-        return (
-            prefix + key if key not in self.keys and not key.startswith(prefix) and self._known(prefix + key) else key
-        )
+        """The name that the model has for a checkpoint's key: what stands before the decoder differs among releases."""
+        if self._known(key):
+            return key
+        parts = key.split(".")
+        while True:
+            if self._known(name := ".".join([self.decoder, *parts])):
+                return name
+            if parts[0] not in (self.model.base_model_prefix, "model", "language_model") or len(parts) == 1:
+                return key
+            del parts[0]
 
     def _known(self, key: str) -> bool:
         return key in self.keys or key.startswith(f"{self.layout.path}.")
@@ -177,7 +194,7 @@ class Structure:
                 f" theirs is a constant; {ELSEWHERE}"
             )
         for flag in FLAGS:
-            if getattr(self.model.config, flag, None) is not False:
+            if getattr(self.config, flag, None) is not False:
                 continue
             other = structure_of(_changed(self, {flag: True}))
             if other.has_bias(site) and all(key.endswith(".bias") for key in other.keys - self.keys):
@@ -199,23 +216,23 @@ ELSEWHERE = (
 def _changed(structure: Structure, flags: dict[str, bool]) -> Any:
     config = deepcopy(structure.model.config)
     for name, value in flags.items():
-        setattr(config, name, value)
+        setattr(config.get_text_config(decoder=True), name, value)
     return config
+
+
+def auto_class(config: Any) -> Any:
+    """What loads such a model: a language model, alone or inside of one that sees."""
+    return AutoModelForCausalLM if compat.is_causal_lm(config) else AutoModelForImageTextToText
 
 
 def structure_of(config: Any) -> Structure:
     """The structure of the model that a configuration describes.
 
     Raises:
-        UnsupportedError: Something in it may write to the stream, and it isn't known how; or it isn't a language model
-            alone.
+        UnsupportedError: Something in it may write to the stream, and it isn't known how.
     """
-    if config.get_text_config(decoder=True) is not config:
-        raise UnsupportedError(
-            f"{config.model_type} has a language model inside another model; save that one alone, and bake it"
-        )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto_class(config).from_config(config)
     layout = find_layout(model)
     names = {id(module): name for name, module in model.named_modules()}
     blocks = layout.path.removeprefix(f"{names[id(layout.decoder)]}.").split(".")[0]
@@ -236,11 +253,12 @@ def structure_of(config: Any) -> Structure:
     return Structure(
         model=model,
         layout=layout,
+        decoder=names[id(layout.decoder)],
         embeddings=tuple(embeddings),
         input_embeddings=f"{names[id(model.get_input_embeddings())]}.weight",
         head=f"{names[id(model.get_output_embeddings())]}.weight",
         tied=bool(getattr(config, "tie_word_embeddings", False)),
-        plain=_not_plain(config, layout),
+        plain=_not_plain(config.get_text_config(decoder=True), layout),
         keys=frozenset(model.state_dict()),
     )
 
@@ -289,7 +307,7 @@ def _not_plain(config: Any, layout: Layout) -> str | None:
     for block in layout.blocks:
         children = [name for name, _ in block.named_children()]
         if behind := next((name for name in children if BEHIND.fullmatch(name)), None):
-            return f"has a norm behind its MLP ({behind})"
+            return f"has a norm behind attention or MLP ({behind})"
         if sum(map(_is_norm, children)) > 2:
             return "has more norms in a block than those before attention and MLP"
         if own := [*block._parameters, *block._buffers]:
