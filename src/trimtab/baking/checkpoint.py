@@ -26,6 +26,8 @@ COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".md", ".voca
 COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 WRITTEN = ("README.md", "trimtab.json", "config.json", INDEX)
 TIED = "tie_word_embeddings"
+PARTS = ("text_config", "llm_config", "language_config")
+"""What configurations of composite models call the part that is the language model's."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -203,13 +205,19 @@ def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
 
 
 def edit_config(source: Path, folder: Path, changes: Mapping[str, Any], composite: bool) -> None:
-    """Write `config.json` as it was, but for these changes; of a composite model also in its language model's part."""
-    config = {**json.loads((source / "config.json").read_bytes())}
-    parts = [config]
+    """Write `config.json` as it was, but for these changes; of a composite model in its language model's part.
+
+    Raises `UnsupportedError` where that part isn't to be found.
+    """
+    config: dict[str, Any] = json.loads((source / "config.json").read_bytes())
     if composite:
-        part = next(name for name in ("text_config", "llm_config", "language_config") if name in config)
-        config[part] = {**config[part]}
-        parts = [config[part]] + ([config] if TIED in changes else [])
-    for part in parts:
-        part.update(changes if part is not config or not composite else {TIED: changes[TIED]})
+        name = next((name for name in PARTS if isinstance(config.get(name), dict)), None)
+        if name is None:
+            raise UnsupportedError(
+                f"{source / 'config.json'} has its language model in none of {', '.join(PARTS)}, so it can't be told"
+                " where its settings are; save the language model alone, and bake that"
+            )
+        config[name] |= changes
+        changes = {key: value for key, value in changes.items() if key == TIED}
+    config |= changes
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
