@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from trimtab import Add, Positions, load
+from trimtab import Add, Positions, directional_ablation, load, save
 from trimtab.commands.for_program import IMPLIED
 from trimtab.methods.recipe import recipes
 
@@ -97,3 +97,9 @@ def test_convert_says_how_to_learn_one(trimtab: Any, steering: Path, tmp_path: P
     assert "can only add directions" in done.err
     assert "`trimtab learn instruct … --for llama.cpp`" in done.err
     assert done.err.count("\n") == 1
+
+
+def test_convert_says_what_to_do_with_an_ablation(trimtab: Any, tmp_path: Path) -> None:
+    save(directional_ablation(torch.ones(8), 2), tmp_path / "ablation.safetensors")
+    done = trimtab("convert", tmp_path / "ablation.safetensors", tmp_path / "v.gguf")
+    assert (done.code, "`trimtab bake`" in done.err, done.err.count("\n")) == (2, True, 1)

@@ -107,7 +107,7 @@ def bake(
         transfer: Allow a steering that was learned on another model of the same width.
         check: Load the new model, and compare its logits with the steered model's, before the folder appears.
         revision: A branch, tag or commit of a Hub model.
-        device: Where the check runs; CUDA where there is one, unless given.
+        device: Where the check runs: CUDA, then MPS, then the CPU, unless given.
         progress: Called with how many files of weights are written, and of how many.
 
     Returns:
@@ -336,13 +336,19 @@ def _loaded(folder: Path, device: str | torch.device | None) -> Any:
             raise TrimtabError(
                 f"{folder.name} doesn't load as it should: {kind.replace('_', ' ')} {', '.join(names[:4])}"
             )
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return model.to(device or _best_device()).eval()
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Tensor:
     found: Tensor = model(input_ids=ids.to(model.device)).logits
-    return found.double().cpu()
+    return found.cpu().double()  # MPS has no float64
 
 
 def _apart(one: Tensor, other: Tensor) -> float:

@@ -108,7 +108,11 @@ def save_for(program: str | None, steering: Steering, path: Path) -> tuple[Steer
 
 
 def learned_for(steering: Steering) -> str:
-    """Which option would have made of this steering one that a control vector can hold, as a sentence."""
+    """How to come to a steering that a control vector can hold, or to a model that needs none, as a sentence."""
+    from trimtab.steering import Ablate
+
+    if any(isinstance(edit.operation, Ablate) for edit in steering.edits):
+        return "`trimtab bake` can put ablations into a model's weights, and that model can be converted to GGUF"
     cards = steering.card.parts or (steering.card,)
     methods = list(dict.fromkeys(card.method for card in cards if card.method in IMPLIED))
     which = methods[0] if len(methods) == 1 else "|".join(methods or IMPLIED)
