@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimtab.baking.bake import bake
     from trimtab.decoding.rejection import Rejection
     from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
     from trimtab.files.export import export
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         Steering,
         TargetMass,
         Threshold,
+        directional_ablation,
     )
     from trimtab.text.pairs import Pair, read_pairs
     from trimtab.text.spans import Part, Pattern, Phrase
@@ -97,7 +99,9 @@ __all__ = [
     "TrimtabError",
     "UnsupportedError",
     "UntestedVersionWarning",
+    "bake",
     "directer",
+    "directional_ablation",
     "export",
     "from_pretrained",
     "from_repeng",
@@ -128,6 +132,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "trimtab.baking.bake": ("bake",),
     "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError", "UntestedVersionWarning"),
     "trimtab.files.export": ("export",),
@@ -174,6 +179,7 @@ _HOMES = {
         "Steering",
         "TargetMass",
         "Threshold",
+        "directional_ablation",
     ),
     "trimtab.text.pairs": ("Pair", "read_pairs"),
 }

@@ -168,7 +168,7 @@ def damage(how, path, good, tmp_path):
     elif how == "torch pickle":
         torch.save(Trap(tmp_path / "sprung"), path)
     elif how == "foreign":
-        path.write_bytes(save({"x": torch.ones(3)}))
+        path.write_bytes(save({"x": torch.ones(3), "y": torch.ones(3)}))
     elif how == "NaN":
         tensors = load_file(good)
         tensors["direction.1"][3] = float("nan")

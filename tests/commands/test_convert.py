@@ -8,7 +8,8 @@ import pytest
 import torch
 from files.test_foreign_files import gguf_file, vectors
 
-from trimtab import Add, Edit, Positions, Site, Steering, load, save
+from trimtab import Add, Card, Edit, Positions, Site, Steering, directional_ablation, load, save
+from trimtab.steering import ModelId
 
 WIDTH = 8
 
@@ -79,6 +80,52 @@ def test_what_is_refused(trimtab, tmp_path, mine):
         assert words in done.err
         assert done.err.count("\n") == 1
         assert not out.exists()
+
+
+def test_a_direction_ablated_everywhere(trimtab, tmp_path):
+    """From a bare vector, from one of several, and from trimtab's own file whose card knows the model."""
+    vector = 3 * torch.nn.functional.normalize(torch.arange(1.0, WIDTH + 1), dim=0)
+    torch.save(vector, tmp_path / "direction.pt")
+    torch.save(torch.stack([vector + 1, vector]), tmp_path / "layers.pt")
+    save(
+        Steering((Edit(Site(1), Add(vector)),), Card("caa", ModelId("m", None, "llama", WIDTH, 3, "f"))),
+        tmp_path / "ours.safetensors",
+    )
+    out = tmp_path / "out.safetensors"
+    for given in (["direction.pt", "--blocks", 3], ["layers.pt", "--layer", 1, "--blocks", 3], ["ours.safetensors"]):
+        done = trimtab("convert", tmp_path / given[0], out, "--as", "ablate", *given[1:], "--json")
+        assert (done.code, done.json["layers"]) == (0, [0, 1, 2]), done.err
+        assert load(out) == directional_ablation(vector, 3)
+        assert load(out).card.options["as"] == "ablate"
+    assert load(out).card.models[0].name == "m"
+    for words, given in {
+        "--blocks N": ["direction.pt", "--as", "ablate"],
+        "several directions": ["layers.pt", "--as", "ablate", "--blocks", 3],
+        "'rotate' is not known": ["direction.pt", "--as", "rotate", "--blocks", 3],
+        "add --as ablate": ["layers.pt", "--blocks", 3],
+        "shifts nothing": ["layers.pt", "--as", "ablate", "--blocks", 3, "--layer-offset", 1],
+        "a model of 3 blocks, not 4": ["ours.safetensors", "--as", "ablate", "--blocks", 4],
+    }.items():
+        done = trimtab("convert", tmp_path / given[0], tmp_path / "none.safetensors", *given[1:])
+        assert (done.code, words in done.err, done.err.count("\n")) == (2, True, 1), done.err
+        assert not (tmp_path / "none.safetensors").exists()
+
+
+def test_a_direction_as_it_was_published(trimtab, tmp_path, model):
+    """A vector with a sidecar steers as it is; of a tensor with three axes one is picked."""
+    torch.save(torch.randn(32, dtype=torch.float64), tmp_path / "direction.pt")
+    (tmp_path / "direction_metadata.json").write_text('{"pos": -1, "layer": 2}')
+    given = ["generate", "--model", model, "--prompt", "Why?", "--max-new-tokens", 2, "--json"]
+    answered = trimtab(*given, "--steer", tmp_path / "direction.pt")
+    assert answered.json["answers"][0]["edits"] == ["1 * add @ residual[1] all"]
+    (tmp_path / "direction_metadata.json").unlink()
+    refused = trimtab(*given, "--steer", tmp_path / "direction.pt")
+    assert (refused.code, "--layer N to trimtab convert" in refused.err) == (2, True)
+    torch.save(torch.randn(5, 4, 32), tmp_path / "mean_diffs.pt")
+    picked = ["convert", tmp_path / "mean_diffs.pt", tmp_path / "v.gguf", "--layer", 3]
+    assert "--position P" in trimtab(*picked).err
+    done = trimtab(*picked, "--position", -1, "--json")
+    assert (done.code, done.json["layers"]) == (0, [2]), done.err
 
 
 def test_other_programs_files_are_steerings(trimtab, model, tmp_path):

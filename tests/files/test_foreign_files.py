@@ -328,7 +328,7 @@ def test_lm_eval(tmp_path):
 def test_odd_tensors(tmp_path):
     path = tmp_path / "layer_1.pt"
     cases = {
-        "shape": torch.zeros(2, 3, 4),
+        "shape": torch.zeros(1, 2, 3, 4),
         "int64": torch.arange(3),
         "holds a str": "text",
         "with the keys": {"weights": [1]},
@@ -355,8 +355,8 @@ def test_foreign_safetensors(tmp_path):
     save_file({"direction.x": torch.zeros(2)}, path)
     with pytest.raises(TrimtabError, match="no block's number"):
         load(path)
-    save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(TrimtabError, match="no steering of trimtab's"):
+    save_file({"lm_head.weight": torch.zeros(9, 2), "norm.weight": torch.zeros(2)}, path)
+    with pytest.raises(TrimtabError, match=r"no steering of trimtab's; its tensors are lm_head.weight \[9, 2\], norm"):
         load(path)
 
 

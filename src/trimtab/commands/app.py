@@ -14,6 +14,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.commands import eval_ab, eval_capability, eval_harness, eval_judge, eval_refusal  # noqa: F401 (register)
+from trimtab.commands.bake import bake
 from trimtab.commands.chat import chat
 from trimtab.commands.convert import convert
 from trimtab.commands.demo import demo
@@ -83,6 +84,7 @@ app.command()(chat)
 app.command()(inspect)
 app.command()(serve)
 app.command()(convert)
+app.command()(bake)
 app.command("list")(list_)
 app.command()(pull)
 app.command()(push)

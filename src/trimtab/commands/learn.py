@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
@@ -134,6 +135,7 @@ def learn(
         bool, typer.Option("--one-sided", help="With project: only ever raise the projection, never lower it.")
     ] = False,
     strength: Annotated[float, typer.Option(help="Multiply the steering by this before it is saved.")] = 1.0,
+    program: ForOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -154,6 +156,7 @@ def learn(
       trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
       trimtab learn caa --pairs rude.csv --layers 12 --out rude.safetensors
       trimtab learn caa --pairs evil.jsonl --read-at answer --out evil.safetensors
+      trimtab learn caa --pairs rude.csv --for llama.cpp --out rude.gguf
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
 
@@ -202,12 +205,15 @@ def learn(
         raise TrimtabError("--exclude keeps a word out; say which with --word")
     if limit is not None and pairs is not None:
         raise TrimtabError("--queries is about the queries that come along, and --pairs brings its own")
+    wanted = parse_layers(layers)
+    if every and program is not None:
+        raise TrimtabError("--all writes a folder of steerings; --for takes one at a time")
     if not every:
-        check_target(out, ".safetensors")
+        options = {"operation": operation, "positions": positions, "one_sided": one_sided or None}
+        operation = check_program(program, method, options, wanted, out).get("operation", operation)
     read = read_pairs(pairs) if pairs is not None else []
     recipe = recipe_for(method, read, str(pairs))
     where = check_read_at(read_at, read[0].shape) if read else None
-    wanted = parse_layers(layers)
 
     from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
     from trimtab.steering.positions import Positions
@@ -240,9 +246,8 @@ def learn(
             given |= {} if operation is None else {"operation": operation}
             given |= {} if where is None else {"read_at": where}
             steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
-    _save(
-        out, {path: strength * one for path, one in steerings.items()}, method, source, lm.name, model, strength, json
-    )
+    steerings = {path: strength * one for path, one in steerings.items()}
+    _save(out, steerings, method, source, lm.name, model, strength, program, json)
 
 
 def _the_one(method: str, given: dict[str, Any]) -> str:
@@ -337,21 +342,22 @@ def _save(
     model: str,
     asked: str | None,
     strength: float,
+    program: str | None,
     json: bool,
 ) -> None:
     """Write the files, now that all is learned, and say what they are."""
-    from trimtab.files.steering_file import save_steering
     from trimtab.report.pushes import pushes
 
     if source == "--all":
         out.mkdir(exist_ok=True)
     documents = []
     for path, steering in steerings.items():
-        digest, found = save_steering(steering, path), pushes(steering)
-        count = int(steering.card.measured["pairs"])
-        documents.append(_document(path, digest, method, model, count, strength, found, steering))
+        steering, digest = save_for(program, steering, path)
+        found, count = pushes(steering), int(steering.card.measured["pairs"])
+        document = _document(path, digest, method, model, count, strength, found, steering)
+        documents.append(document | ({"next": commands_for(program, path)} if program else {}))
         if not json and source != "--all":
-            show(f"{method} on {model}, from {count} pairs", _table(found), f"saved {path}")
+            show(f"{method} on {model}, from {count} pairs", _table(found), f"saved {path}", *next_steps(program, path))
     if json:
         write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])
         return

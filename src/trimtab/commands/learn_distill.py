@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.checkers import checker_for
+from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
 from trimtab.commands.instructions import base_queries
 from trimtab.commands.model import (
     DeviceOption,
@@ -21,7 +22,6 @@ from trimtab.commands.model import (
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
 from trimtab.text.pairs import read_examples
 from trimtab.text.read import read_text
 
@@ -146,6 +146,7 @@ def learn_distill(
         ),
     ] = 0.3,
     seed: Annotated[int, typer.Option(help="Of the order of the answers.", rich_help_panel=FIT)] = 0,
+    program: ForOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -169,7 +170,10 @@ def learn_distill(
 
     Ctrl-C while it descends ends it, and the best so far is saved.
     """
-    check_target(out, ".safetensors")
+    from trimtab.commands.learn import parse_layers
+
+    wanted = parse_layers(layers)
+    check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
     base = list(dict.fromkeys(gather_prompts([], queries) if queries is not None else base_queries(None)))[:limit]
     if not all(isinstance(query, str) for query in base):
         raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
@@ -178,13 +182,10 @@ def learn_distill(
     text = read_text(prompt_file) if prompt_file is not None else None
     shots = tuple(read_examples(examples)) if examples is not None else ()
 
-    from trimtab.commands.learn import parse_layers
-    from trimtab.files.steering_file import save_steering
     from trimtab.learn.teachers import Teacher
     from trimtab.methods.distill import learn_distill as learn
 
     teacher = Teacher(_phrasings(instruction, found), system, text, shots, times)
-    wanted = parse_layers(layers)
     lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     if found is not None:
@@ -213,11 +214,12 @@ def learn_distill(
             progress=progress,
             say=say,
         )
-    digest = save_steering(learned, out)
+    learned, digest = save_for(program, learned, out)
     if json:
-        write_json(_document(lm.name, learned, out, digest))
+        document = _document(lm.name, learned, out, digest)
+        write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
-    show(*_lines(lm.name, learned, out))
+    show(*_lines(lm.name, learned, out), *next_steps(program, out))
     asked = f"--model {model} " if model else ""
     note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
 

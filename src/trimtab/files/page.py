@@ -48,7 +48,31 @@ def steering_page(
     return "\n".join(sections)
 
 
-def _header(card: Card, models: Sequence[str], license: str | None) -> str:
+def baked_page(steering: Steering, name: str, model: str, notes: Sequence[str]) -> str:
+    """The text of README.md of a model with a steering in its weights: what was done to which model.
+
+    Args:
+        steering: What is in the weights.
+        name: What the new model is called.
+        model: The model's name that it was made from.
+        notes: What else there is to know, a sentence each.
+    """
+    models = [model] if HUB_ID.fullmatch(model) else []
+    sections = [
+        f"---\n{_header(steering.card, models, None, 'transformers')}\n---\n",
+        f"# {_inline(name)}\n",
+        f"{_inline(model)} with a steering in its weights, made with trimtab. It loads as any model does, and no hook"
+        " or other code runs; the licence of the model that it was made from holds for it too.\n",
+        "".join(f"- {_escaped(note)}\n" for note in notes),
+        "## What was baked in\n",
+        _table(("layer", "site", "operation", "at", "strength", "norm"), list(_edits(steering))),
+        "## Where it comes from\n",
+        _table(("", ""), list(_origin(steering))),
+    ]
+    return "\n".join(sections)
+
+
+def _header(card: Card, models: Sequence[str], license: str | None, library: str = LIBRARY) -> str:
     from huggingface_hub import ModelCardData
 
     methods = dict.fromkeys(one.method for one in _cards(card))
@@ -57,7 +81,7 @@ def _header(card: Card, models: Sequence[str], license: str | None) -> str:
         given["license"] = license
     known = (method for method in methods if TAG.fullmatch(method) and method not in ("sum", "manual", "imported"))
     tags = [*TAGS, *known]
-    return ModelCardData(library_name=LIBRARY, pipeline_tag="text-generation", tags=tags, **given).to_yaml()
+    return ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **given).to_yaml()
 
 
 def _cards(card: Card) -> Iterator[Card]:
@@ -127,10 +151,13 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _inline(text: str) -> str:
     """Text in one line of Markdown: nothing in it makes a table, a link or a tag."""
     short = " ".join(text.split())
-    short = short if len(short) <= LONGEST else f"{short[: LONGEST - 1]}…"
+    return _escaped(short if len(short) <= LONGEST else f"{short[: LONGEST - 1]}…")
+
+
+def _escaped(text: str) -> str:
     for sign in "\\|`*_[]<>#":
-        short = short.replace(sign, f"\\{sign}")
-    return short
+        text = text.replace(sign, f"\\{sign}")
+    return text
 
 
 def _quoted(models: Sequence[str]) -> str:

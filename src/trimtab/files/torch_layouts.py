@@ -1,13 +1,11 @@
-"""What people keep in `.pt` files: EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook and lm-eval.
+"""What people keep in `.pt` files: EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, and others.
 
-The files hold tensors and say little. Which program made one is told by its shape; the layer of a single vector comes
-from the file's name (`layer_<N>.pt`), a `.json` beside it, or the caller.
+The files hold tensors and say little. Which program made one is told by its shape; bare tensors are `tensor_layout`'s.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,38 +17,33 @@ from torch import Tensor
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.foreign import Found, additions, check_plain, check_vector, folded, layer_number
 from trimtab.files.target import write_atomically
+from trimtab.files.tensor_layout import NAMED_LAYER, Wanted, layer_of, tensor_layout
 from trimtab.files.torch_file import read_torch_file
 from trimtab.steering import Ablate, Add, Operation, SetProjection, Steering
 
-NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 HOOKPOINT = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(0|[1-9][0-9]{0,5})")
 UNIT = 1e-3
-LARGEST_SIDECAR = 1 << 20
 
 
-def read_torch_layout(path: Path, layer: int | None = None) -> Found:
-    """The directions in a `.pt` file. `layer` says where a file with a single vector acts.
+def read_torch_layout(path: Path, wanted: Wanted) -> Found:
+    """The directions in a `.pt` file. `wanted` says where a file with a single vector acts, or which one is meant.
 
     Raises `TrimtabError` when it can't be told what the tensors are, or where they act.
     """
     value = read_torch_file(path)
     if isinstance(value, Mapping) and value and all(_is_hook(item) for item in value.values()):
-        _not_needed(layer)
+        wanted.not_needed()
         return _lm_eval(value)
     if isinstance(value, Mapping) and "dir" in value:
-        return _vllm_hook(value, _layer_of(path, layer))
+        return _vllm_hook(value, layer_of(path, wanted)[0])
     if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values()):
-        _not_needed(layer)
+        wanted.not_needed()
         directions = {layer_number(key, "its dict"): item for key, item in value.items()}
         return Found("dict of tensors", additions(directions))
     if not isinstance(value, Tensor):
         keys = f" with the keys {', '.join(map(repr, list(value)[:6]))}" if isinstance(value, Mapping) else ""
         raise TrimtabError(f"it holds a {type(value).__name__}{keys}, which is no known layout of steering vectors")
-    if value.dim() == 2 and value.shape[0] > 1:
-        _not_needed(layer)
-        return Found("tensor of layers", additions(dict(enumerate(value))))
-    at = _layer_of(path, layer)
-    return Found("tensor of one layer", ((at, Add(check_vector(value, "its tensor"))),))
+    return tensor_layout(value, path, wanted)
 
 
 def read_torch_folder(path: Path) -> Found:
@@ -63,27 +56,6 @@ def read_torch_folder(path: Path) -> Found:
     for layer in sorted(files):
         operations.append((layer, Add(check_vector(read_torch_file(files[layer]), files[layer].name))))
     return Found("folder of layers", tuple(operations))
-
-
-def _layer_of(path: Path, layer: int | None) -> int:
-    if layer is not None:
-        return layer
-    if match := NAMED_LAYER.fullmatch(path.stem):
-        return int(match[1])
-    sidecar = path.with_suffix(".json")
-    if sidecar.is_file() and sidecar.stat().st_size < LARGEST_SIDECAR:
-        try:
-            said = json.loads(sidecar.read_bytes())
-        except (ValueError, RecursionError):
-            said = None
-        if isinstance(said, dict) and "layer_index" in said:
-            return layer_number(said["layer_index"], sidecar.name)
-    raise TrimtabError("it doesn't say at which block its vector acts; say --layer N (layer=N)")
-
-
-def _not_needed(layer: int | None) -> None:
-    if layer is not None:
-        raise TrimtabError("it names its layers itself; leave --layer out, or shift them with --layer-offset")
 
 
 def _is_hook(item: Any) -> bool:

@@ -1,5 +1,6 @@
 """What a steering is: plain data, with no model and no engine in it."""
 
+from trimtab.steering.ablation import directional_ablation
 from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass
 from trimtab.steering.card import Card, ModelId
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
@@ -40,5 +41,6 @@ __all__ = [
     "Steering",
     "TargetMass",
     "Threshold",
+    "directional_ablation",
     "emphasis",
 ]

@@ -1,0 +1,85 @@
+"""What edits at a site make of an activation, as a map that weights can hold: `x' = A x + c`.
+
+`Ablate` is linear and `Add` a constant, so that any sequence of them is such a map, computed by the kernels that steer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.folding import row_of, slots_at
+from trimtab.steering import Edit
+from trimtab.steering.operations import Kernel, Rows, add
+
+CLEAR = 1e-6
+"""So much of an activation, along a direction, is nothing: directions are stored in float32."""
+CHUNK = 1 << 22
+"""So many numbers are widened to float64 at a time."""
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The steps of one site in order, each a kernel with its rows in float64."""
+
+    width: int
+    steps: tuple[tuple[Kernel, Rows], ...] = ()
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], width: int) -> Affine:
+        """Of the additions and ablations of one site, in the order in which they act."""
+        steps = []
+        for slot in slots_at(tuple(edits), edits[0].site) if edits else []:
+            rows = {name: value.double() for name, value in row_of(slot).items()}
+            steps.append((slot[0].operation.kernel, rows))
+        return cls(width, tuple(steps))
+
+    def then_add(self, vector: Tensor) -> Affine:
+        """The same, and `vector` `[width]` added at the end."""
+        return Affine(self.width, (*self.steps, (add, {"vector": vector.double()})))
+
+    def linear(self, x: Tensor) -> Tensor:
+        """`A x` of each row of `x` `[rows, width]`, computed in float64 and rounded once to the dtype of `x`."""
+        new = torch.empty_like(x)
+        for start in range(0, len(x), size := max(1, CHUNK // self.width)):
+            part = x[start : start + size].double()
+            for kernel, rows in self.steps:
+                part = part if kernel is add else kernel(part, rows)
+            new[start : start + size] = part.to(x.dtype)
+        return new
+
+    def full(self, x: Tensor) -> Tensor:
+        """`A x + c` of `x` `[..., width]`, in float64."""
+        x = x.double()
+        for kernel, rows in self.steps:
+            x = kernel(x, rows)
+        return x
+
+    @property
+    def offset(self) -> Tensor:
+        """`c`, `[width]`: what is made of zeros."""
+        return self.full(torch.zeros(self.width, dtype=torch.float64))
+
+    @property
+    def adds(self) -> bool:
+        """Whether `c` isn't zero."""
+        return bool(self.offset.any())
+
+    @property
+    def ablates(self) -> bool:
+        """Whether `A` isn't the identity."""
+        return any(kernel is not add for kernel, _ in self.steps)
+
+    def clears(self, direction: Tensor) -> bool:
+        """Whether nothing that it gives has a part along this unit direction `[width]`."""
+        x = torch.randn(8, self.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return clear(self.full(x), direction)
+
+
+def clear(x: Tensor, direction: Tensor) -> bool:
+    """Whether `x` `[..., width]` has (next to) nothing along the unit direction `[width]`."""
+    along = (x.double() @ direction.double()).abs()
+    return bool((along <= CLEAR * x.double().norm(dim=-1)).all())

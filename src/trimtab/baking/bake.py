@@ -1,0 +1,357 @@
+"""Baking: a model folder whose weights do what a steering does, for programs that know nothing of steering.
+
+Arditi et al., Refusal Is Mediated by a Single Direction, 2406.11717, section 4.1, for ablations:
+
+W <- W - r r^T W        for every W that writes to the residual stream, and its bias likewise
+
+An addition at a block's output is the bias of what the block adds last: b <- b + v.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+import trimtab
+from trimtab.baking.checkpoint import copy_rest, edit_config, find_shards, write_shards
+from trimtab.baking.plan import FIRST, Plan, check_bakeable, plan
+from trimtab.baking.structure import Structure, auto_class, structure_of
+from trimtab.engines.transformers import default_model
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.page import baked_page
+from trimtab.files.steering_file import steering_digest
+from trimtab.lm import LM
+from trimtab.steering import ModelId, Steering
+from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
+from trimtab.text.chat import template_digest
+
+CARD, PAGE = "trimtab.json", "README.md"
+IGNORED = ("consolidated*", "original/*", "onnx/*", "openvino/*")  # the same weights again, for other programs
+FETCHED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+"""By how much of their length logits may differ from rounding alone, by the dtype of the weights.
+
+Norms are computed in float32 in most models, in float64 ones too."""
+TOKENS = (2, 12)  # rows and tokens of the texts on which the two models are compared
+SHARD = "4GB"  # of a model in memory that is saved first
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How the baked model's logits compare on random tokens, in shares of the logits' length, median over tokens.
+
+    `difference` is between the baked and the steered model, `effect` between the steered and the unsteered one.
+    """
+
+    difference: float
+    effect: float
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What was written.
+
+    `changed` counts the tensors of the checkpoint that were changed, `biases` those that are new; `config` is what was
+    changed in `config.json`, `left` names files that were not copied, and `notes` says in words what isn't plain.
+    """
+
+    folder: Path
+    model: str
+    changed: int
+    biases: int
+    config: Mapping[str, Any]
+    left: tuple[str, ...]
+    notes: tuple[str, ...]
+    checked: Checked | None
+
+
+def bake(
+    model: LM | PreTrainedModel | str | Path | None,
+    steering: Steering,
+    folder: str | Path,
+    *,
+    transfer: bool = False,
+    check: bool = True,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    progress: Any = None,
+) -> Baked:
+    """Write a model whose weights do what the steering does, for plain transformers and whatever else reads folders.
+
+    `Ablate` at a block's attention or MLP, or of the embeddings (`block_input[0]`), changes what writes there, all
+    experts of a mixture included; `Add` at these parts and at the residual stream becomes a bias, where the model's
+    configuration can say that there is one. `directional_ablation` makes the steering that ablates in all of them.
+    The new model's logits are the steered model's but for the rounding of the weights to their own dtype.
+
+    Safetensors files are read and written one at a time, and memory is needed for about twice the largest of them; the
+    check needs memory for the model. The folder appears whole or not at all.
+
+    Args:
+        model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is
+            saved first, beside the folder.
+        steering: What to bake in: additions and ablations, on all requests, at all positions.
+        folder: The folder to write; there must be nothing in it.
+        transfer: Allow a steering that was learned on another model of the same width.
+        check: Load the new model, and compare its logits with the steered model's, before the folder appears.
+        revision: A branch, tag or commit of a Hub model.
+        device: Where the check runs: CUDA, then MPS, then the CPU, unless given.
+        progress: Called with how many files of weights are written, and of how many.
+
+    Returns:
+        What was written, and how near it is.
+
+    Raises:
+        TrimtabError: The folder isn't empty, or can't be written; there is no such model, or the steering doesn't fit
+            it; the check found a difference that isn't rounding.
+        UnsupportedError: Weights can't do what the steering does, and the message names the edit; the model is
+            quantized, an adapter, or has parts that aren't known.
+    """
+    target = Path(folder)
+    check_bakeable(steering)
+    with _appearing(target) as work:
+        if isinstance(model, (LM, PreTrainedModel)):
+            lm = model if isinstance(model, LM) else LM(model, None)
+            lm.check(steering, transfer=transfer)
+            source, name, inner = work / "source", lm.name, lm.model
+            _save(lm, source)
+        else:
+            source, name = _folder_of(model, revision)
+            inner = None
+        config = _config(source)
+        structure = structure_of(config)
+        made = plan(steering, structure)
+        shards = find_shards(source)
+        if inner is None:
+            check_learned_on(steering, _identity(structure, shards, name, source), transfer=transfer)
+        out = work / "baked"
+        out.mkdir()
+        counted = write_shards(shards, out, structure, made, progress)
+        untied = structure.tied and FIRST in made.maps
+        changes: dict[str, Any] = {**made.flags, **({"tie_word_embeddings": False} if untied else {})}
+        edit_config(source, out, changes, structure.composite)
+        left = copy_rest(source, out, shards)
+        checked = _checked(structure, steering, source if inner is None else inner, out, device) if check else None
+        notes = _notes(structure, made, untied, left)
+        baked = Baked(target, name, counted.changed, len(counted.new), changes, tuple(left), notes, checked)
+        document = {
+            "trimtab": trimtab.__version__,
+            "base_model": name,
+            "edits": [str(edit) for edit in steering.edits],
+            "digest": steering_digest(steering),
+            "card": asdict(steering.card),
+            "config": changes,
+            "notes": list(notes),
+            "checked": None if checked is None else asdict(checked),
+        }
+        (out / CARD).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (out / PAGE).write_text(baked_page(steering, target.name, name, notes), encoding="utf-8")
+        _put(out, target)
+    return baked
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder to work in, beside the target, that is gone afterwards, whatever happens.
+
+    Raises `TrimtabError` where there is something already, or nothing can be written.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise TrimtabError(f"{target} is there already; name a folder that isn't, or an empty one")
+    target = Path(os.path.abspath(target))  # noqa: PTH100 (`.` has no name, and links stay)
+    work = target.with_name(f".{target.name}.{secrets.token_hex(6)}")  # known before it exists: nothing stays behind
+    try:
+        try:
+            work.mkdir()
+        except OSError as error:
+            raise TrimtabError(
+                f"can't write {target}: {error.strerror}; its folder must exist and be writable"
+            ) from None
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _put(made: Path, target: Path) -> None:
+    try:
+        if target.is_dir():
+            target.rmdir()
+        made.rename(target)
+    except OSError as error:
+        raise TrimtabError(f"can't write {target}: {error.strerror}; has something been put there meanwhile?") from None
+
+
+def _save(lm: LM, folder: Path) -> None:
+    """The model in memory as a folder. Raises `UnsupportedError` for one whose weights aren't all its own."""
+    model = lm.model
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedError(
+            f"{type(model).__name__} isn't a model of transformers alone; merge its adapters (merge_and_unload) first"
+        )
+    _check_unquantized(model.config, lm.name)
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise UnsupportedError(f"a part of {lm.name} isn't in memory (offloaded); give its folder or Hub id instead")
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    if lm.tokenizer is not None:
+        lm.tokenizer.save_pretrained(folder)
+
+
+def _check_unquantized(config: Any, name: str) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UnsupportedError(
+            f"{name} is quantized ({getattr(method, 'value', method)}), and its weights can't be changed as they stand;"
+            " bake the model that it was made from, and quantize that"
+        )
+
+
+def _folder_of(model: str | Path | None, revision: str | None) -> tuple[Path, str]:
+    """The model's files, and its name as `LM.load` has it."""
+    if not isinstance(model, (str, Path, type(None))):
+        raise TrimtabError(f"a {type(model).__name__} can't be baked; give an LM of transformers, a Hub id or a folder")
+    if model is None:
+        return default_model.default_folder(), default_model.NAME
+    path = Path(model)
+    if path.suffix.lower() == ".gguf":
+        raise UnsupportedError(f"{path} is a GGUF file; bake the folder that it was made from, and convert that")
+    if path.is_dir():
+        return path, path.resolve().name
+    try:
+        patterns: dict[str, Any] = {"allow_patterns": list(FETCHED), "ignore_patterns": list(IGNORED)}
+        return Path(snapshot_download(str(model), revision=revision, **patterns)), str(model)
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrimtabError(f"can't get the model {str(model)!r}: {reason}. Give a Hub id or a model folder") from None
+
+
+def _config(folder: Path) -> Any:
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise TrimtabError(
+                f"{folder} holds an adapter; merge it into its model (merge_and_unload), save that, and bake it"
+            )
+        raise TrimtabError(f"{folder} has no config.json, so it is no model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrimtabError(f"can't read {folder / 'config.json'}: {reason}") from None
+    _check_unquantized(config, str(folder))
+    return config
+
+
+def _identity(structure: Structure, shards: Any, name: str, folder: Path) -> ModelId:
+    """Which model a folder holds, without loading it."""
+    family = str(structure.config.model_type)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
+        tokenizer = None  # a folder needn't have one
+    shape, rows = _sample(structure, shards)
+    digest = fingerprint(family, shape, rows)
+    return ModelId(name, None, family, structure.width, structure.layers, digest, template_digest(tokenizer))
+
+
+def _sample(structure: Structure, shards: Any) -> tuple[list[int], Tensor]:
+    """The shape of the embeddings, and the rows of them that a fingerprint looks at."""
+    for file in shards.names:
+        with shards.opened(file) as opened:
+            for key in opened.keys():  # noqa: SIM118
+                if structure.named(key) == structure.input_embeddings:
+                    rows = opened.get_slice(key)
+                    shape = list(rows.get_shape())
+                    return shape, torch.cat([rows[i : i + 1] for i in sampled_rows(shape[0])])
+    raise TrimtabError(f"{shards.folder} has no tensor {structure.input_embeddings}, so its embeddings can't be found")
+
+
+def _notes(structure: Structure, made: Plan, untied: bool, left: list[str]) -> tuple[str, ...]:
+    notes = []
+    if untied:
+        notes.append(
+            "The embeddings were changed and the output layer wasn't; they were one matrix, and now are two"
+            " (tie_word_embeddings is false)."
+        )
+    if structure.composite and FIRST in made.maps:
+        notes.append("Only text was ablated where it comes in: what images become there is as it was.")
+    if made.flags:
+        notes.append(f"The additions are biases, for which config.json has {', '.join(made.flags)}.")
+    if structure.plain is not None and "norm" in structure.plain and any(one.ablates for one in made.maps.values()):
+        notes.append(
+            f"{structure.name} {structure.plain}: what was ablated is what goes into it, and its weights bring some of"
+            " the direction back."
+        )
+    if left:
+        notes.append(f"Not copied from the model's folder: {', '.join(left)}.")
+    return tuple(notes)
+
+
+def _checked(
+    structure: Structure, steering: Steering, source: Any, baked: Path, device: str | torch.device | None
+) -> Checked:
+    """Compares the logits of the steered model and the baked one; one of them is in memory at a time.
+
+    Raises `TrimtabError` where rounding can't be why they differ, or where a plain load leaves tensors out.
+    """
+    size = structure.config.vocab_size
+    ids = torch.randint(0, size, TOKENS, generator=torch.Generator().manual_seed(0))
+    given = _loaded(source, device) if isinstance(source, Path) else source
+    dtype = given.dtype
+    bare = Steering(steering.edits)
+    with LM(given, None).steered(bare):
+        steered = _logits(given, ids)
+    unsteered = _logits(given, ids)
+    del given
+    new = _loaded(baked, device)
+    got = _logits(new, ids)
+    found = Checked(_apart(got, steered), _apart(unsteered, steered))
+    if not found.difference <= ROUNDING[dtype]:
+        raise TrimtabError(
+            f"the baked model isn't the steered one: its logits differ by {found.difference:.2g} of their length, and"
+            f" rounding explains {ROUNDING[dtype]:.2g} (the steering itself changes them by {found.effect:.2g});"
+            f" nothing was written. {structure.name} has something that trimtab doesn't know; steer it while it runs"
+        )
+    return found
+
+
+def _loaded(folder: Path, device: str | torch.device | None) -> Any:
+    loaded = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
+    model, about = loaded
+    for kind in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, about[kind])):
+            raise TrimtabError(
+                f"{folder.name} doesn't load as it should: {kind.replace('_', ' ')} {', '.join(names[:4])}"
+            )
+    return model.to(device or _best_device()).eval()
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=ids.to(model.device)).logits
+    return found.cpu().double()  # MPS has no float64
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """How far logits are apart, in lengths of the other's, which has no mean: the median over tokens."""
+    one, other = (x - x.mean(-1, keepdim=True) for x in (one, other))
+    return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).median())

@@ -1,0 +1,223 @@
+"""A model folder written anew, one shard at a time: what of the old one's tensors becomes of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab.baking.affine import Affine
+from trimtab.baking.plan import FIRST, Plan
+from trimtab.baking.structure import Structure
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Site
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".md", ".vocab", ".bpe")
+COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+WRITTEN = ("README.md", "trimtab.json", "config.json", INDEX)
+TIED = "tie_word_embeddings"
+PARTS = ("text_config", "llm_config", "language_config")
+"""What configurations of composite models call the part that is the language model's."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The safetensors files of a model folder, and which tensors each holds."""
+
+    folder: Path
+    names: tuple[str, ...]
+    index: Mapping[str, Any] | None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Any]:
+        """One file, for tensors to be read from. Raises `TrimtabError` for a damaged one."""
+        try:
+            with safe_open(self.folder / name, framework="pt") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise TrimtabError(f"{self.folder / name} is cut short or damaged: {error}; get a fresh copy") from None
+
+
+@dataclass
+class Counted:
+    """What was changed so far: numbers of weights by site, the names of new tensors, and the files' tensors."""
+
+    numbers: dict[Site, int] = field(default_factory=dict)
+    new: set[str] = field(default_factory=set)
+    files: dict[str, str] = field(default_factory=dict)
+    bytes: int = 0
+    changed: int = 0
+
+
+def find_shards(folder: Path) -> Shards:
+    """The shards of a model folder.
+
+    Raises:
+        TrimtabError: It has no weights as safetensors, or not all of them, or its index is damaged.
+    """
+    if (folder / INDEX).is_file():
+        try:
+            index = json.loads((folder / INDEX).read_bytes())
+            names = tuple(sorted({str(name) for name in index["weight_map"].values()}))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise TrimtabError(f"{folder / INDEX} is damaged; get a fresh copy of the model") from None
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise TrimtabError(f"{folder} has no file {name!r}, which its index names; get all of the model")
+        return Shards(folder, names, index)
+    if (folder / SINGLE).is_file():
+        return Shards(folder, (SINGLE,), None)
+    raise TrimtabError(
+        f"{folder} has no {SINGLE} and no {INDEX}; trimtab changes weights in safetensors files only: load the model"
+        " with transformers, save it with save_pretrained, and bake that folder"
+    )
+
+
+def write_shards(shards: Shards, folder: Path, structure: Structure, plan: Plan, progress: Any = None) -> Counted:
+    """Write all shards into `folder`, changed as planned; in memory there is one shard at a time.
+
+    Args:
+        shards: The old ones.
+        folder: Where the new ones go, under the same names.
+        structure: Of the model.
+        plan: What becomes of what.
+        progress: Called with how many shards are done, and of how many, after each.
+
+    Returns:
+        What was changed.
+
+    Raises:
+        TrimtabError: A tensor that was to be changed isn't there, or has another shape than the model's, or a file is
+            damaged.
+        UnsupportedError: A tensor is quantized, or it isn't known what it does.
+    """
+    counted = Counted()
+    for done, name in enumerate(shards.names):
+        tensors: dict[str, Tensor] = {}
+        with shards.opened(name) as file:
+            metadata = file.metadata() or {"format": "pt"}
+            for key in file.keys():  # noqa: SIM118
+                for new, tensor in _baked(key, file.get_tensor(key), structure, plan, counted):
+                    tensors[new] = tensor.contiguous()
+        counted.files |= dict.fromkeys(tensors, name)
+        counted.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        save_file(tensors, folder / name, metadata)
+        if progress is not None:
+            progress(done + 1, len(shards.names))
+    for site in plan.maps:
+        if counted.numbers.get(site, 0) != structure.numbers(site):
+            raise TrimtabError(
+                f"{shards.folder} holds {counted.numbers.get(site, 0)} numbers of what writes at {site}, and"
+                f" {structure.name} has {structure.numbers(site)}; its tensors have names that trimtab doesn't know"
+            )
+    if missing := sorted(plan.biases - counted.new):
+        raise TrimtabError(f"{shards.folder} has no weight beside which {missing[0]} could be put")
+    if shards.index is not None:
+        about = {**shards.index.get("metadata", {}), "total_size": counted.bytes}
+        document = {**shards.index, "metadata": about, "weight_map": counted.files}
+        (folder / INDEX).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return counted
+
+
+def _baked(
+    key: str, tensor: Tensor, structure: Structure, plan: Plan, counted: Counted
+) -> Iterator[tuple[str, Tensor]]:
+    """What becomes of one tensor of the checkpoint: itself or another, and at times a new one beside it."""
+    writer = structure.writer(key, tensor.dim())
+    untied = structure.tied and FIRST in plan.maps
+    if untied and structure.named(key) == structure.head:
+        return  # a copy of the embeddings that a tied model wouldn't read
+    name = structure.named(key)
+    if writer is not None and (affine := plan.maps.get(writer.site)) is not None:
+        if untied and name == structure.input_embeddings:
+            yield structure.head, tensor
+        if tensor.dtype not in FLOATS:
+            raise UnsupportedError(f"{key} is stored as {tensor.dtype}, quantized; bake the unquantized model")
+        old, tensor = tensor, _changed(key, tensor, affine, writer.bias, writer.turned)
+        if not writer.bias:
+            counted.numbers[writer.site] = counted.numbers.get(writer.site, 0) + tensor.numel()
+        counted.changed += not torch.equal(old, tensor)
+    yield key, tensor
+    if (bias := name.removesuffix("weight") + "bias") in plan.biases:
+        counted.new.add(bias)
+        offset = torch.zeros(len(tensor))
+        if writer is not None and (affine := plan.maps.get(writer.site)) is not None:
+            offset = affine.offset
+        yield key.removesuffix("weight") + "bias", _fits(key, offset.to(tensor.dtype))
+
+
+def _changed(key: str, tensor: Tensor, affine: Affine, bias: bool, turned: bool | None) -> Tensor:
+    """The tensor with the map applied to all that it writes, in its own dtype."""
+    width = affine.width
+    if bias:
+        if tensor.shape[-1] != width:
+            raise _misshapen(key, tensor, width)
+        return _fits(key, affine.full(tensor).to(tensor.dtype) if tensor.dim() == 1 else affine.linear(tensor))
+    if turned is None:
+        if (tensor.shape[-1] == width) == (tensor.shape[-2] == width):
+            raise UnsupportedError(f"it can't be told which dimension of {key} {list(tensor.shape)} is the stream's")
+        turned = tensor.shape[-1] == width
+    if tensor.shape[-1 if turned else -2] != width:
+        raise _misshapen(key, tensor, width)
+    new = torch.empty_like(tensor)
+    experts = [(tensor, new)] if tensor.dim() == 2 else list(zip(tensor, new, strict=True))
+    for old, out in experts:
+        out.copy_(affine.linear(old) if turned else affine.linear(old.T).T)
+    return _fits(key, new)
+
+
+def _fits(key: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise TrimtabError(f"{key} would hold numbers that are infinite or NaN in {kind}; lower the strength")
+    return tensor
+
+
+def _misshapen(key: str, tensor: Tensor, width: int) -> TrimtabError:
+    return TrimtabError(f"{key} has shape {list(tensor.shape)}, in which nothing is the stream's width of {width}")
+
+
+def copy_rest(source: Path, folder: Path, shards: Shards) -> list[str]:
+    """Copy tokenizer, configurations, code and licence; returns the names of what else there was, and was left."""
+    left = []
+    for path in sorted(source.iterdir()):
+        if path.name in WRITTEN or path.name in shards.names or path.name.startswith("."):
+            continue
+        if path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, folder / path.name)
+        elif path.is_file() and (path.suffix in COPIED or path.stem.upper() in COPIED_NAMES):
+            if not path.name.endswith(".index.json"):
+                shutil.copyfile(path, folder / path.name)
+        else:
+            left.append(path.name)
+    return left
+
+
+def edit_config(source: Path, folder: Path, changes: Mapping[str, Any], composite: bool) -> None:
+    """Write `config.json` as it was, but for these changes; of a composite model in its language model's part.
+
+    Raises `UnsupportedError` where that part isn't to be found.
+    """
+    config: dict[str, Any] = json.loads((source / "config.json").read_bytes())
+    if composite:
+        name = next((name for name in PARTS if isinstance(config.get(name), dict)), None)
+        if name is None:
+            raise UnsupportedError(
+                f"{source / 'config.json'} has its language model in none of {', '.join(PARTS)}, so it can't be told"
+                " where its settings are; save the language model alone, and bake that"
+            )
+        config[name] |= changes
+        changes = {key: value for key, value in changes.items() if key == TIED}
+    config |= changes
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

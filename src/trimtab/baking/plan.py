@@ -1,0 +1,138 @@
+"""Which maps a steering makes of what writes to the residual stream, and which steerings make none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.baking.affine import Affine, clear
+from trimtab.baking.structure import ATTENTION, ELSEWHERE, EMBEDDINGS, MLP, Structure
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Ablate, Add, Always, Edit, Positions, Site, Steering
+
+KINDS = ("residual", "block_input", "attention", "mlp")
+FIRST = Site(0, EMBEDDINGS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`maps` says what becomes of what writes at each site; `flags` what of the configuration becomes true, and
+    `biases` the names of the biases that it brings."""
+
+    maps: dict[Site, Affine]
+    flags: dict[str, bool]
+    biases: frozenset[str]
+
+
+def check_bakeable(steering: Steering) -> tuple[Edit, ...]:
+    """The steering's edits that do something.
+
+    Raises:
+        TrimtabError: None does.
+        UnsupportedError: One of them depends on the request or the token, or does what no weights do.
+    """
+    edits = tuple(edit for edit in steering.edits if edit.strength != 0)
+    if not edits:
+        raise TrimtabError("the steering does nothing (no edits, or all of strength 0), so there is nothing to bake")
+    for edit in edits:
+        operation = edit.operation
+        if type(operation) not in (Add, Ablate):
+            raise UnsupportedError(f"weights can add and ablate directions, and nothing else; this steering has {edit}")
+        if operation.keep_norm:
+            raise UnsupportedError(f"weights can't keep the activation's norm, as this steering asks: {edit}")
+        if not isinstance(edit.gate, Always):
+            raise UnsupportedError(f"weights are the same for every request, and this steering has a gate: {edit}")
+        if edit.positions != Positions.all():
+            raise UnsupportedError(
+                f"weights act at every token of prompt and answer, and this steering acts at {edit.positions}: {edit};"
+                " say steering.at(Positions.all()), on the command line --positions all, if that is what you want"
+            )
+        if edit.site.kind not in KINDS:
+            raise UnsupportedError(f"only {', '.join(KINDS)} can be baked into weights, and this steering has {edit}")
+    return edits
+
+
+def plan(steering: Steering, structure: Structure) -> Plan:
+    """The maps of a steering on a model.
+
+    Args:
+        steering: What is to be baked.
+        structure: The model.
+
+    Raises:
+        TrimtabError: The steering doesn't fit the model, or does nothing.
+        UnsupportedError: The model's weights can't be changed so that they do what one of the edits does.
+    """
+    edits = check_bakeable(steering)
+    for edit in edits:
+        if edit.site.layer >= structure.layers:
+            raise TrimtabError(
+                f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {structure.layers - 1}"
+            )
+        if edit.operation.width != structure.width:
+            raise TrimtabError(f"the steering's width is {edit.operation.width}, this model's is {structure.width}")
+    maps = {
+        site: Affine.of([edit for edit in edits if edit.site == site], structure.width)
+        for site in sorted({edit.site for edit in edits if edit.site.kind in (ATTENTION, MLP)} | {FIRST})
+    }
+    if maps[FIRST].adds:
+        raise UnsupportedError(
+            f"{structure.name}'s embeddings have no bias, so what is added at {FIRST} has no place in its weights;"
+            f" {ELSEWHERE}"
+        )
+    added: list[Tensor] = []
+    for layer in range(structure.layers):
+        behind = [e for e in edits if e.site in (Site(layer), Site(layer + 1, "block_input"))]
+        behind.sort(key=lambda edit: edit.site.kind == "block_input")  # which comes after the block's output
+        if not behind:
+            continue
+        for edit in behind:
+            if isinstance(edit.operation, Ablate):
+                _check_needless(edit, layer, maps, added, structure)
+        offset = _offset(behind, structure.width)
+        if offset.any():
+            if structure.plain is not None:
+                raise UnsupportedError(
+                    f"{structure.name} {structure.plain}, so what is added at {behind[0].site} is no bias of its;"
+                    f" {ELSEWHERE}"
+                )
+            site = Site(layer, MLP)
+            maps[site] = maps.get(site, Affine(structure.width)).then_add(offset)
+            added.append(offset)
+    maps = {site: one for site, one in maps.items() if one.steps}
+    flags, biases = structure.with_biases([site for site, one in maps.items() if one.adds])
+    return Plan(maps, flags, biases)
+
+
+def _offset(edits: Sequence[Edit], width: int) -> Tensor:
+    """What these edits make of zeros; those at a block's output, and then those at the next one's input."""
+    offset = torch.zeros(width, dtype=torch.float64)
+    for site in dict.fromkeys(edit.site for edit in edits):
+        offset = Affine.of([edit for edit in edits if edit.site == site], width).full(offset)
+    return offset
+
+
+def _check_needless(
+    edit: Edit, layer: int, maps: dict[Site, Affine], added: Sequence[Tensor], structure: Structure
+) -> None:
+    """Raises `UnsupportedError` unless nothing of the ablated direction comes into the stream before this edit.
+
+    Then the edit does nothing to the stream, and weights need do nothing for it.
+    """
+    direction = edit.operation.direction
+    before = [FIRST, *(Site(i, kind) for i in range(layer + 1) for kind in (ATTENTION, MLP))]
+    cleared = all(site in maps and _removes(maps[site], direction) for site in before)
+    if structure.plain is None and cleared and all(clear(vector, direction) for vector in added):
+        return
+    raise UnsupportedError(
+        f"no change of weights ablates at {edit.site}: there the direction would go out of a sum that attention and MLP"
+        f" have already read from ({edit}). Ablate it in all that writes to the stream, which is another model:"
+        " trimtab.directional_ablation(direction, layers), or trimtab convert FILE OUT --as ablate --blocks N"
+    )
+
+
+def _removes(map_: Affine, direction: Tensor) -> bool:
+    return map_.ablates and map_.clears(direction)

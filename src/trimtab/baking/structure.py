@@ -1,0 +1,315 @@
+"""What writes to a model's residual stream, by the names that its checkpoint has for it; found without its weights."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.layout import Layout, find_layout
+from trimtab.engines.transformers.places import DOWNS, MLPS, place
+from trimtab.errors import UnsupportedError
+from trimtab.steering import Site
+
+EMBEDDINGS, ATTENTION, MLP = "block_input", "attention", "mlp"
+"""What writes to the stream, by the kind of site at which its output is."""
+INNER = (
+    *("gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "fc_in", "c_fc", "dense_h_to_4h"),
+    *("gate", "router", "shared_expert_gate"),
+)
+"""What families call the parts of an MLP that don't write to the stream."""
+BEHIND = re.compile(r"post_(feedforward|ffn?|mlp|self_attn)_(layer)?norm")
+"""What families call a norm between an MLP and the stream."""
+SCALES = ("residual_multiplier", "scale_depth")
+"""What configurations call a number by which all that is written to the stream is multiplied."""
+UNUSUAL = {"do_layer_norm_before": False}  # OPT-350m has its norms on the stream itself
+FLAGS = ("attention_bias", "mlp_bias", "bias", "use_bias", "enable_bias")
+"""What configurations call whether projections have biases."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A tensor of a checkpoint that writes to the stream: at which site, and whether it is a bias.
+
+    `turned` says that a weight's last dimension is the stream's, not the one before it; `None`: its shape must tell.
+    """
+
+    site: Site
+    bias: bool
+    turned: bool | None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A causal language model without its weights.
+
+    `plain` says why what a block's MLP puts out isn't added to the stream as it is, where that is so.
+    """
+
+    model: Any  # on the meta device: shapes and names, no numbers
+    layout: Layout
+    decoder: str
+    embeddings: tuple[str, ...]
+    input_embeddings: str
+    head: str
+    tied: bool
+    plain: str | None
+    keys: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return type(self.model).__name__
+
+    @property
+    def layers(self) -> int:
+        return self.layout.layers
+
+    @property
+    def width(self) -> int:
+        return self.layout.width
+
+    @property
+    def config(self) -> Any:
+        """The language model's configuration, which may be a part of the whole one."""
+        return self.model.config.get_text_config(decoder=True)
+
+    @property
+    def composite(self) -> bool:
+        """Whether the language model is a part of another model: one that sees, say."""
+        return self.config is not self.model.config
+
+    def named(self, key: str) -> str:
+        """The name that the model has for a checkpoint's key: what stands before the decoder differs among releases."""
+        if self._known(key):
+            return key
+        parts = key.split(".")
+        while True:
+            if self._known(name := ".".join([self.decoder, *parts])):
+                return name
+            if parts[0] not in (self.model.base_model_prefix, "model", "language_model") or len(parts) == 1:
+                return key
+            del parts[0]
+
+    def _known(self, key: str) -> bool:
+        return key in self.keys or key.startswith(f"{self.layout.path}.")
+
+    def writer(self, key: str, dimensions: int) -> Writer | None:
+        """What this tensor of the checkpoint writes to; `None` for one that doesn't write to the stream.
+
+        Raises:
+            UnsupportedError: It isn't known what the tensor does.
+        """
+        name = self.named(key)
+        if name in self.embeddings:
+            return Writer(Site(0, EMBEDDINGS), False, True)
+        found = re.fullmatch(rf"{re.escape(self.layout.path)}\.(\d+)\.(.+)", name)
+        if not found:
+            return None
+        layer, rest = int(found[1]), found[2]
+        if layer >= self.layers:  # layers that only predict further tokens
+            return None
+        block = self.layout.blocks[layer]
+        for site in (Site(layer, ATTENTION), Site(layer, MLP)):
+            module = self._projection(site)
+            path = next((n for n, m in block.named_modules() if m is module), "")
+            if module is not None and rest in (f"{path}.weight", f"{path}.bias"):
+                return Writer(site, rest.endswith(".bias"), type(module).__name__ == "Conv1D")
+        parts = rest.split(".")
+        if parts[0] not in MLPS or self._projection(Site(layer, MLP)) is not None:
+            return None
+        last = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
+        bias = parts[-1] == "bias" or last.endswith("_bias")
+        last = last.removesuffix("_bias")
+        if last in DOWNS:
+            return Writer(Site(layer, MLP), bias, self._experts_turned(layer) if dimensions == 3 else False)
+        if dimensions > 1 and last not in INNER:
+            raise UnsupportedError(
+                f"it isn't known what {key} of {self.name} does, so nothing can be baked into it; steer the model while"
+                " it runs instead"
+            )
+        return None
+
+    def _projection(self, site: Site) -> nn.Module | None:
+        """The one projection that writes at this site; `None` for a mixture of experts, which has many."""
+        if site.kind == ATTENTION:
+            return place(self.layout, Site(site.layer, "heads")).module
+        try:
+            return place(self.layout, Site(site.layer, "neurons")).module
+        except UnsupportedError:
+            return None
+
+    def _experts_turned(self, layer: int) -> bool | None:
+        for module in self.layout.blocks[layer].modules():
+            if isinstance(getattr(module, "down_proj", None), nn.Parameter):
+                return getattr(module, "is_transposed", None)
+        return None
+
+    def mixes(self, layer: int) -> bool:
+        """Whether this layer's MLP is a mixture of experts."""
+        return self._projection(Site(layer, MLP)) is None
+
+    def numbers(self, site: Site) -> int:
+        """How many numbers the weights have that write at this site."""
+        if site.kind == EMBEDDINGS:
+            return sum(self.model.state_dict()[name].numel() for name in self.embeddings)
+        if (module := self._projection(site)) is not None:
+            return int(module.weight.numel())  # type: ignore[operator]
+        names = ((name.split("."), tensor) for name, tensor in self.layout.blocks[site.layer].named_parameters())
+        return sum(
+            tensor.numel()
+            for parts, tensor in names
+            if parts[0] in MLPS and parts[-1] != "bias" and {*parts[-2:]} & {*DOWNS}
+        )
+
+    def has_bias(self, site: Site) -> bool:
+        """Whether what writes at this site adds a bias."""
+        return getattr(self._projection(site), "bias", None) is not None
+
+    def with_biases(self, sites: Iterable[Site]) -> tuple[dict[str, bool], frozenset[str]]:
+        """What of the configuration must be true for all these sites to have a bias, and the names of all new biases.
+
+        Raises:
+            UnsupportedError: The configuration has nothing that makes it so.
+        """
+        flags: dict[str, bool] = {}
+        there = self
+        for site in sites:
+            if not there.has_bias(site):
+                flags |= {there._flag(site): True}
+                there = structure_of(_changed(self, flags))
+        return flags, there.keys - self.keys
+
+    def _flag(self, site: Site) -> str:
+        if self.mixes(site.layer) and site.kind == MLP:
+            raise UnsupportedError(
+                f"{self.name} has a mixture of experts at {site}, which weighs what experts put out, so that no bias of"
+                f" theirs is a constant; {ELSEWHERE}"
+            )
+        for flag in FLAGS:
+            if getattr(self.config, flag, None) is not False:
+                continue
+            other = structure_of(_changed(self, {flag: True}))
+            if other.has_bias(site) and all(key.endswith(".bias") for key in other.keys - self.keys):
+                return flag
+        module = self._projection(site)
+        path = next(name for name, m in self.model.named_modules() if m is module)
+        raise UnsupportedError(
+            f"{self.name} has no bias at {path}, and nothing in its configuration gives it one, so what is added at"
+            f" {site} has no place in its weights; {ELSEWHERE}"
+        )
+
+
+ELSEWHERE = (
+    "ablations can be baked into it, and additions steer it while it runs (trimtab generate, trimtab serve, or in"
+    " llama.cpp as a control vector: trimtab convert FILE OUT.gguf)"
+)
+
+
+def _changed(structure: Structure, flags: dict[str, bool]) -> Any:
+    config = deepcopy(structure.model.config)
+    for name, value in flags.items():
+        setattr(config.get_text_config(decoder=True), name, value)
+    return config
+
+
+def auto_class(config: Any) -> Any:
+    """What loads such a model: a language model, alone or inside of one that sees."""
+    return AutoModelForCausalLM if compat.is_causal_lm(config) else AutoModelForImageTextToText
+
+
+def structure_of(config: Any) -> Structure:
+    """The structure of the model that a configuration describes.
+
+    Raises:
+        UnsupportedError: Something in it may write to the stream, and it isn't known how.
+    """
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    layout = find_layout(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = layout.path.removeprefix(f"{names[id(layout.decoder)]}.").split(".")[0]
+    embeddings = []
+    for name, part in layout.decoder.named_children():
+        where = names[id(part)]
+        if name == blocks or not _has_numbers(part):
+            continue
+        if isinstance(part, nn.Embedding):
+            embeddings.append(f"{where}.weight")
+        elif max(p.dim() for p in part.parameters()) > 1 or _is_norm(name) is False:
+            raise _unknown(model, where)
+    norms = [name for name, part in layout.decoder.named_children() if _is_norm(name) and _has_numbers(part)]
+    if len(norms) > 1:
+        raise _unknown(model, ", ".join(norms))
+    for layer in range(layout.layers):
+        _check_block(model, layout, layer)
+    return Structure(
+        model=model,
+        layout=layout,
+        decoder=names[id(layout.decoder)],
+        embeddings=tuple(embeddings),
+        input_embeddings=f"{names[id(model.get_input_embeddings())]}.weight",
+        head=f"{names[id(model.get_output_embeddings())]}.weight",
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+        plain=_not_plain(config.get_text_config(decoder=True), layout),
+        keys=frozenset(model.state_dict()),
+    )
+
+
+def _has_numbers(part: nn.Module) -> bool:
+    return next(part.parameters(), None) is not None
+
+
+def _is_norm(name: str) -> bool:
+    return "norm" in name.lower() or name.startswith("ln")
+
+
+def _check_block(model: Any, layout: Layout, layer: int) -> None:
+    """Raises `UnsupportedError` for a block with more in it than norms, one attention and one MLP."""
+    attention, block = place(layout, Site(layer, ATTENTION)).module, layout.blocks[layer]
+    place(layout, Site(layer, "heads"))
+    mlp = place(layout, Site(layer, MLP)).module
+    for part in (attention, mlp):
+        if "residual" in inspect.signature(part.forward).parameters:
+            raise UnsupportedError(
+                f"{type(part).__name__} of {type(model).__name__} adds the stream itself to what it puts out, so its"
+                " weights alone can't do what an edit there does; steer the model while it runs instead"
+            )
+    for name, part in block.named_children():
+        if part is attention or part is mlp or name in ("fc1", "fc2"):
+            continue
+        if any(p.dim() > 1 for p in part.parameters()):
+            raise _unknown(model, f"{layout.path}.{layer}.{name}")
+
+
+def _unknown(model: Any, where: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"it isn't known what {where} of {type(model).__name__} does to the residual stream, so nothing can be baked;"
+        " steer the model while it runs instead"
+    )
+
+
+def _not_plain(config: Any, layout: Layout) -> str | None:
+    """Why what an MLP puts out isn't what is added to the stream, if it isn't."""
+    for name in SCALES:
+        if getattr(config, name, 1) not in (1, None):
+            return f"multiplies what it writes by {name}"
+    for name, value in UNUSUAL.items():
+        if getattr(config, name, not value) == value:
+            return "has norms on the residual stream itself"
+    for block in layout.blocks:
+        children = [name for name, _ in block.named_children()]
+        if behind := next((name for name in children if BEHIND.fullmatch(name)), None):
+            return f"has a norm behind attention or MLP ({behind})"
+        if sum(map(_is_norm, children)) > 2:
+            return "has more norms in a block than those before attention and MLP"
+        if own := [*block._parameters, *block._buffers]:
+            return f"has {own[0]} in a block"
+    return None

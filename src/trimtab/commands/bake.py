@@ -1,0 +1,112 @@
+"""`trimtab bake`: a model with a steering in its weights."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.commands.generate import split_strength
+from trimtab.commands.model import DeviceOption, JsonOption, RevisionOption, check_device, silence, without_bars
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+
+
+def bake(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE[:STRENGTH]",
+            help="A steering, with a strength to multiply it by after a colon. Several are added up.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; there must be nothing in it.", show_default=False)],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A Hub id, or a folder with safetensors. Without it: SmolLM2-135M-Instruct.",
+            show_default=False,
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="all: act at every token, whatever the file says. Weights can do nothing else.",
+            metavar="all",
+            show_default=False,
+        ),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check",
+            help="Load both models, one after the other, and compare their logits before the folder appears.",
+        ),
+    ] = True,
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
+    ] = False,
+    device: DeviceOption = None,
+    revision: RevisionOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a model with a steering in its weights, for programs that can't steer.
+
+    [bold]  trimtab convert direction.pt refusal.safetensors --as ablate --blocks 30
+      trimtab bake refusal.safetensors --out without-refusal/
+      trimtab bake happy.safetensors:0.8 --positions all --out happy/ \\
+        --model meta-llama/Llama-3.2-1B-Instruct[/bold]
+
+    The folder is a model as any other: transformers, vLLM, llama.cpp's and
+    MLX's converters and finetuning take it, and no hook runs. Directions that
+    are ablated where attention, MLPs and embeddings write go out of those
+    weights ("abliteration"); directions that are added become biases, where
+    the model's configuration can say that there are any. A Qwen, Mistral or
+    Gemma can't, and the error says what can be done instead.
+
+    Gates, other positions than all, and other operations than adding and
+    ablating are errors that name the edit: weights can't do that.
+
+    Weights are read and written a file at a time. The folder appears when all
+    is written and checked; a README.md and a trimtab.json in it say what was
+    baked in. Quantized models are refused.
+    """
+    given = [split_strength(text, "") for text in files]
+    quiet = without_bars(json)
+    if check:
+        check_device(device)
+    silence(quiet)
+    from trimtab.baking.bake import bake as bake_model
+    from trimtab.files.load import load
+    from trimtab.steering import Positions
+
+    rule = None if positions is None else Positions.parse(positions)
+    loaded = [strength * load(path) for path, strength in given]
+    steering = sum(loaded[1:], loaded[0])
+    steering = steering if rule is None else steering.at(rule)
+    with progress_bar("writing", quiet=json) as progress:
+        baked = bake_model(
+            model,
+            steering,
+            out,
+            transfer=transfer,
+            check=check,
+            revision=revision,
+            device=device,
+            progress=progress,
+        )
+    if json:
+        write_json({**asdict(baked), "folder": str(baked.folder), "edits": [str(edit) for edit in steering.edits]})
+        return
+    what = f"{baked.changed} tensors changed" + (f", {baked.biases} biases added" if baked.biases else "")
+    show(f"wrote {out}: {baked.model} with {len(steering.edits)} edits in its weights ({what})", *baked.notes)
+    if baked.checked is not None:
+        show(
+            f"checked: its logits differ from the steered model's by {baked.checked.difference:.2g} of their length;"
+            f" the steering itself changes them by {baked.checked.effect:.2g}"
+        )
+    note(f'try: trimtab generate --model {out} --prompt "…"', quiet=False)

@@ -1,0 +1,135 @@
+"""`trimtab learn … --for llama.cpp`: a steering such as a control vector can hold, and how to run it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trimtab.errors import TrimtabError
+from trimtab.files.target import check_target
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
+
+LLAMA = "llama.cpp"
+IMPLIED: dict[str, dict[str, Any]] = {
+    "bipo": {},
+    "caa": {},
+    "distill": {"fit": "gradient", "rank": 0},
+    "instruct": {"operation": "add"},
+    "random": {},
+    "repe": {"control": "add", "keep_norm": False},
+    "reps": {},
+}
+"""The methods that can learn additions to the residual stream, and the options with which they do."""
+SCALE = 0.8
+"""A strength to try first: at every token the same vector pushes more than from the last prompt token on."""
+
+ForOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        help="Learn what this program can run: additions, at every token. With an --out that ends in .gguf its own file"
+        " is written.",
+        metavar=LLAMA,
+        show_default=False,
+    ),
+]
+
+
+def check_program(program: str | None, method: str, given: Mapping[str, Any], layers: Any, out: Path) -> dict[str, Any]:
+    """What the method is told in addition, to learn for this program.
+
+    Args:
+        program: What stands behind `--for`; without it, nothing is added.
+        method: The method's name.
+        given: The options that are set, by name; `None` is one that isn't.
+        layers: The layers asked for, if they are numbers.
+        out: The file to write.
+
+    Raises:
+        TrimtabError: The program isn't known, the method can't learn for it, an option says otherwise, or the file's
+            name doesn't fit.
+    """
+    if program is None:
+        if out.suffix == ".gguf":
+            raise TrimtabError(f"{out}: steerings are saved as .safetensors files; for a .gguf file say --for {LLAMA}")
+        check_target(out, ".safetensors")
+        return {}
+    if program != LLAMA:
+        raise TrimtabError(f"--for {program!r} is not known; known: {LLAMA}")
+    if method not in IMPLIED:
+        raise TrimtabError(
+            f"{method} isn't known to only add to the residual stream, and {LLAMA} can do nothing else; methods for it:"
+            f" {', '.join(IMPLIED)}"
+        )
+    for name, wanted in IMPLIED[method].items():
+        allowed = ("add", "unit") if name == "operation" else (wanted,)
+        if given.get(name) is not None and given[name] not in allowed:
+            flag = f"--{name.replace('_', '-')}"
+            raise TrimtabError(
+                f"--for {LLAMA} means {flag} {wanted}, and {flag} {given[name]} was given; leave one out"
+            )
+    if given.get("positions") not in (None, "all"):
+        raise TrimtabError(
+            f"--for {LLAMA} means --positions all, for it adds at every token, and --positions {given['positions']} was"
+            " given; leave one out"
+        )
+    if given.get("one_sided"):
+        raise TrimtabError(f"--one-sided is for projections, and --for {LLAMA} learns what is added; leave one out")
+    if isinstance(layers, list) and layers and set(layers) == {0}:
+        raise TrimtabError(f"{LLAMA} can't steer block 0; give other --layers")
+    check_target(out, ".gguf" if out.suffix == ".gguf" else ".safetensors")
+    return {name: wanted for name, wanted in IMPLIED[method].items() if given.get(name) is None}
+
+
+def save_for(program: str | None, steering: Steering, path: Path) -> tuple[Steering, str]:
+    """Write what was learned, for this program; returns it as it was written, and its digest.
+
+    Raises `UnsupportedError` where it turned out to be something that the program can't hold.
+    """
+    from trimtab.files.export import TARGETS
+    from trimtab.files.foreign import folded
+    from trimtab.files.steering_file import save_steering, steering_digest
+    from trimtab.steering import Positions
+
+    if program is None:
+        return steering, save_steering(steering, path)
+    steering = steering.at(Positions.all())
+    folded(steering, f"a control vector for {program}")
+    if path.suffix == ".gguf":
+        TARGETS[program].write(steering, path)
+        return steering, steering_digest(steering)
+    return steering, save_steering(steering, path)
+
+
+def learned_for(steering: Steering) -> str:
+    """How to come to a steering that a control vector can hold, or to a model that needs none, as a sentence."""
+    from trimtab.steering import Ablate
+
+    if any(isinstance(edit.operation, Ablate) for edit in steering.edits):
+        return "`trimtab bake` can put ablations into a model's weights, and that model can be converted to GGUF"
+    cards = steering.card.parts or (steering.card,)
+    methods = list(dict.fromkeys(card.method for card in cards if card.method in IMPLIED))
+    which = methods[0] if len(methods) == 1 else "|".join(methods or IMPLIED)
+    return f"`trimtab learn {which} … --for {LLAMA}` learns steerings that can be written"
+
+
+def commands_for(program: str | None, path: Path) -> list[str]:
+    """What to type next, to run the file there."""
+    if program is None:
+        return []
+    gguf = path.with_suffix(".gguf")
+    convert = [] if path.suffix == ".gguf" else [f"trimtab convert {quote(str(path))} {quote(str(gguf))}"]
+    return [*convert, f'llama-cli -m MODEL.gguf --control-vector-scaled {quote(str(gguf))}:{SCALE} -p "…"']
+
+
+def next_steps(program: str | None, path: Path) -> list[str]:
+    """The same as lines for people."""
+    lines = [f"  {line}" for line in commands_for(program, path)]
+    older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {SCALE}, without the colon)"
+    return [f"for {program}:", *lines, f"  {older}"] if lines else []

@@ -1,0 +1,51 @@
+"""Directional ablation: a direction removed from all that is written to the residual stream.
+
+Arditi et al., Refusal Is Mediated by a Single Direction, 2406.11717, sections 2.4 and 4.1:
+
+x' <- x - r r^T x        for the embeddings, and for what every attention and every MLP puts out
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.card import Card
+from trimtab.steering.operations import Ablate
+from trimtab.steering.positions import Positions
+from trimtab.steering.site import Site
+from trimtab.steering.steering import Edit, Steering
+from trimtab.steering.tensors import as_direction
+
+
+def directional_ablation(direction: Tensor, layers: int) -> Steering:
+    """Ablates a direction everywhere that writes to the residual stream, at every token.
+
+    The stream is the sum of the embeddings and of what each attention and MLP puts out, so that nothing of the
+    direction is left in it anywhere, between attention and MLP neither. Ablating the output of each block alone is
+    another model: there the MLP still reads what its attention wrote. It is what `trimtab.bake` turns into
+    orthogonalized weights ("abliteration").
+
+    In families that have a norm behind attention and MLP (Gemma 2 and 3, OLMo 2), what is ablated is what goes into
+    that norm, and its weights, one a channel, bring some of the direction back.
+
+    Args:
+        direction: The direction `[width]`, of any norm but zero.
+        layers: How many blocks the model has (`lm.layout.layers`).
+
+    Returns:
+        The steering: `Ablate` at `block_input[0]`, and at `attention` and `mlp` of every layer.
+
+    Raises:
+        TrimtabError: The direction is no finite vector, or zero, or there are no layers.
+    """
+    vector = as_direction(direction)
+    norm = float(vector.double().norm())
+    if not norm > 0:
+        raise TrimtabError("the direction is all zeros, so there is nothing to ablate; learn it again")
+    if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+        raise TrimtabError(f"layers is how many blocks the model has (lm.layout.layers), got {layers!r}")
+    ablate = Ablate((vector.double() / norm).to(vector.dtype))
+    sites = [Site(0, "block_input")]
+    sites += [Site(layer, kind) for layer in range(layers) for kind in ("attention", "mlp")]
+    return Steering(tuple(Edit(site, ablate, Positions.all()) for site in sites), Card("directional_ablation"))
