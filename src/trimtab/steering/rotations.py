@@ -44,7 +44,7 @@ def rotated(
     parts = torch.polar(norm, turned(torch.atan2(c, q)))
     new = torch.addcmul(rest * (parts.real / q), parts.imag, u)
     plane = q > NEARLY * torch.finfo(x.dtype).eps * norm
-    return torch.where(plane & (c < ceiling), new, x, out=out)  # type: ignore[call-overload, no-any-return]
+    return torch.where(plane & (c < ceiling), new, x, out=out)
 
 
 def rotate(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
