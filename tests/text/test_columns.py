@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +163,7 @@ def test_statements_under_the_same_prompt() -> None:
         assert pairs_from_rows(rows) == [Pair("a", "c", "x", "answers"), Pair("d", "b", "y", "answers")]
 
 
+@pytest.mark.filterwarnings("ignore::trimtab.text.statements.PairingWarning")
 def test_statements_that_make_no_pairs() -> None:
     cases = [
         (labelled(("a", 1), ("b", 1)), "2 statements are true and 0 false"),
@@ -173,8 +173,7 @@ def test_statements_that_make_no_pairs() -> None:
         ([*labelled(("a", 1)), SIDES], "pairs[1]: labelled statements and pairs are in one file"),
     ]
     for rows, said in cases:
-        with warnings.catch_warnings(), pytest.raises(TrimtabError, match=re.escape(said)):
-            warnings.simplefilter("ignore", PairingWarning)
+        with pytest.raises(TrimtabError, match=re.escape(said)):
             pairs_from_rows(rows)
 
 
@@ -220,7 +219,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "p.parquet")
     assert read_pairs(tmp_path / "p.parquet") == [Pair("Fine.", "Go.", [USER], "answers")]  # type: ignore[arg-type]
     parquet.write_table(arrow.Table.from_pylist([{"chosen": None, "rejected": "Go."}]), tmp_path / "p.parquet")
-    with pytest.raises(TrimtabError, match="p.parquet: row 1: 'chosen' is empty"):
+    with pytest.raises(TrimtabError, match=r"p\.parquet: row 1: 'chosen' is empty"):
         read_pairs(tmp_path / "p.parquet")
 
 

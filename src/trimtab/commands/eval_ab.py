@@ -31,6 +31,7 @@ from trimtab.commands.model import (
     RevisionOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ def ab(
     out: OutOption = None,
     report: ReportOption = None,
     finetune: FinetuneOption = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
@@ -99,7 +102,7 @@ def ab(
     """
     plan = Plan.of(steer, strength, layers, random, system_prompt)
     check_targets(out, report)
-    pairs = check_finetune(finetune)
+    pairs = check_finetune(finetune, columns_of(keys, ignore, pairs=finetune is not None, source="--finetune"))
 
     from trimtab.evaluate.ab import SCORES, category_of, polarity, read_ab, requests_of, score_ab
 

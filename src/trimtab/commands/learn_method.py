@@ -20,16 +20,17 @@ from trimtab.commands.model import (
     RevisionOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
 from trimtab.methods.recipe import Option, Recipe, recipes
-from trimtab.text.pairs import read_pairs
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
+    from trimtab.text.columns import Columns
 
 OWN_COMMAND = ("caa", "instruct")
 """These two learn by `trimtab learn` itself, which has more sources to learn from."""
@@ -107,11 +108,12 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
     if recipe.takes == "nothing":
         return []
     helps = {
-        "pairs": "A .jsonl, .json or .csv file of pairs; `trimtab learn --help` shows their shapes.",
+        "pairs": "A .jsonl, .json, .csv, .tsv or .parquet file of pairs; `trimtab learn --help` shows their shapes.",
         "texts": "A file of texts: one a line, or JSON lines with prompt or messages; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
-    return [_keyword(recipe.takes, Annotated[str, source])]
+    named = [_keyword("keys", KeysOption, None), _keyword("ignore", IgnoreOption, None)]
+    return [_keyword(recipe.takes, Annotated[str, source]), *(named if recipe.takes == "pairs" else [])]
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -137,10 +139,11 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     from trimtab.commands.learn import parse_layers
 
     wanted = parse_layers(given["layers"])
-    options = {option.name: _value(option, given[option.name]) for option in recipe.options}
+    columns = columns_of(given.get("keys"), given.get("ignore"), pairs=recipe.takes == "pairs")
+    options = {option.name: _value(option, given[option.name], columns) for option in recipe.options}
     data: list[Any] = []
     if recipe.takes == "pairs":
-        pairs = read_pairs(Path(given["pairs"]))
+        pairs = pairs_in(given["pairs"], columns)
         check_shape(recipe, pairs, given["pairs"])
         data = [pairs]
     elif recipe.takes == "texts":
@@ -173,7 +176,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
 
 
-def _value(option: Option, value: Any) -> Any:
+def _value(option: Option, value: Any, columns: Columns) -> Any:
     """What the function is given for what the command line was."""
     if value is None:
         return None
@@ -181,7 +184,7 @@ def _value(option: Option, value: Any) -> Any:
         flag = f"--{option.name.replace('_', '-')}"
         raise TrimtabError(f"{flag} {value!r} is not known; it is one of {', '.join(option.choices)}")
     if option.kind == "pairs":
-        return read_pairs(Path(value))
+        return pairs_in(value, columns)
     if option.kind == "texts":
         return gather_prompts([], value)
     if option.kind == "positions":

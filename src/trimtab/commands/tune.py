@@ -26,10 +26,11 @@ from trimtab.commands.model import (
     RevisionOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
-from trimtab.text.pairs import Pair, as_texts, read_pairs
+from trimtab.text.pairs import Pair, as_texts
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -63,6 +64,8 @@ def tune(
         Path | None,
         typer.Option(help="Your own pairs: a half is learned from, the rest searched on.", show_default=False),
     ] = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     check: Annotated[
         str | None,
         typer.Option(
@@ -190,7 +193,7 @@ def tune(
         raise TrimtabError(f"--operation is add, project or both, got {operation!r}")
     if budget_minutes is not None and not (math.isfinite(budget_minutes) and budget_minutes > 0):
         raise TrimtabError(f"--budget-minutes is a number above 0, got {budget_minutes}")
-    read = read_pairs(pairs) if pairs is not None else []
+    read = pairs_in(pairs, columns_of(keys, ignore, pairs=pairs is not None))
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "margin": margin,

@@ -17,10 +17,11 @@ ALIASES = {
 """What the parts of a pair are called elsewhere."""
 
 BOOKKEEPING = frozenset(
-    "id idx index key uid uuid guid row source dataset split category categories topic type tag tags metadata meta"
-    " kwargs instruction_id_list url license lang language model timestamp created_at".split()
+    {"id", "idx", "index", "key", "uid", "uuid", "guid", "row", "source", "dataset", "split", "category", "categories"}
+    | {"topic", "type", "tag", "tags", "metadata", "meta", "kwargs", "instruction_id_list", "url", "license", "lang"}
+    | {"language", "model", "timestamp", "created_at"}
 )
-"""Columns about a row: nothing is learned from them, and nothing is lost. So are numbers, and names that end in `_id`."""
+"""Columns about a row, without which nothing is lost. So are those with numbers, and with names that end in `_id`."""
 
 
 @dataclass(frozen=True)

@@ -321,8 +321,8 @@ def row_of(pair: Pair) -> dict[str, Any]:
     row = {
         name: as_prompt(words) for name, words in zip(names, (pair.prompt, pair.positive, pair.negative), strict=True)
     }
-    row |= {"positive_system": pair.positive_system, "negative_system": pair.negative_system}
-    return {name: value for name, value in row.items() if value}
+    systems = {"positive_system": pair.positive_system, "negative_system": pair.negative_system}
+    return {name: value for name, value in (*row.items(), *systems.items()) if value}
 
 
 def digest(pairs: Sequence[Pair]) -> str:

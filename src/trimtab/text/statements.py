@@ -21,7 +21,7 @@ class PairingWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Statement:
-    """A text, whether its label says that it is true, and what it stands under: statements of a pair have that alike."""
+    """A text, whether its label says that it is true, and what it stands under, which both of a pair have alike."""
 
     text: str
     holds: bool
@@ -55,9 +55,9 @@ def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement,
     how = "in the order they come" if len(groups) == 1 else "in the order they come, under the same prompt"
     spare = len(statements) - 2 * len(found)
     left = f"; {spare} without a partner {'is' if spare == 1 else 'are'} left out" if spare else ""
+    made = f"{len(found)} {'pair' if len(found) == 1 else 'pairs'} made of {len(statements)} labelled statements"
     warnings.warn(
-        f"{name}: {len(found)} {'pair' if len(found) == 1 else 'pairs'} made of {len(statements)} labelled statements, a"
-        f" true one and a false one each, {how}{left}",
+        f"{name}: {made}, a true one and a false one each, {how}{left}",
         PairingWarning,
         stacklevel=2,
     )
