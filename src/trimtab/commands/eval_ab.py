@@ -29,6 +29,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of
@@ -72,6 +73,7 @@ def ab(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """A or B: how probable is the answer that matches a behaviour?
@@ -108,7 +110,15 @@ def ab(
 
     items, left_out = read_ab(data, exclude=exclude, limit=limit)
     arms = plan.arms()
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)
 
     def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:

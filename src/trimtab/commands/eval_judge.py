@@ -41,6 +41,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.prompts import gather_prompts
@@ -104,6 +105,7 @@ def judge(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Open-ended answers, scored by another language model with a rubric.
@@ -138,7 +140,15 @@ def judge(
     arms = plan.arms()
     if any(arm.system is not None for arm in arms.values()):
         _check_systems([prompt for _, prompt in chosen])
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     arms |= plan.controls(lm, arms, [prompt for _, prompt in chosen], transfer=transfer)
     requests = [
         Request(name, str(number), _with_system(prompt, arm.system), arm.steering)

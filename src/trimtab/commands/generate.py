@@ -22,12 +22,14 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target, write_atomically
+from trimtab.text.templates import parse_keywords
 
 if TYPE_CHECKING:
     from trimtab.decoding.trace import Trace
@@ -166,6 +168,7 @@ def generate(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer prompts, steered or unsteered.
@@ -201,18 +204,27 @@ def generate(
         check_matplotlib()
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
+    if plain and template:
+        raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     steering = _steering(files, positions)
     lm: Any
     if ray is None:
         lm = load_model(
-            model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            layers_path=layers_path,
+            quiet=json,
+            engine=engine,
+            template=template,
         )
     else:
         if engine != "vllm":
             raise TrimtabError("--ray spreads prompts over engines of vLLM; add --engine vllm")
-        lm = _ray(ray, model, dtype, revision, device=device, layers_path=layers_path)
+        lm = _ray(ray, model, dtype, revision, parse_keywords(template), device=device, layers_path=layers_path)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -263,13 +275,15 @@ def generate(
         note(f"steered: {named or 'nothing'}{dose}", quiet=False)
 
 
-def _ray(workers: int, model: str | None, dtype: str, revision: str | None, **unknown: Any) -> RayEngines:
+def _ray(
+    workers: int, model: str | None, dtype: str, revision: str | None, template: dict[str, Any], **unknown: Any
+) -> RayEngines:
     from trimtab.engines.vllm.on_ray import RayEngines
 
     for name, value in unknown.items():
         if value is not None:
             raise TrimtabError(f"--ray can't take --{name.replace('_', '-')}: vLLM sees to that")
-    given = {"dtype": None if dtype == "auto" else dtype, "revision": revision}
+    given = {"dtype": None if dtype == "auto" else dtype, "revision": revision, "template": template or None}
     return RayEngines(model, workers, {name: value for name, value in given.items() if value is not None})
 
 

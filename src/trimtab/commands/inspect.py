@@ -17,6 +17,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
@@ -67,6 +68,7 @@ def inspect(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a steering file: its origin, its edits, and how hard they push.
@@ -107,7 +109,15 @@ def inspect(
         from trimtab.commands.inspect_text import show_plane, show_text
 
         read = pairs_in(pairs, columns)
-        lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+        lm = load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            layers_path=layers_path,
+            quiet=json,
+            template=template,
+        )
         if text is not None:
             show_text(lm, file, text, layer, page, plot, transfer=transfer, json=json)
         elif pairs is not None and plot is not None:

@@ -16,6 +16,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
@@ -143,6 +144,7 @@ def learn(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
@@ -239,7 +241,15 @@ def learn(
         raise TrimtabError("--one-sided is for projections, and lengths and words are added; say --operation project")
     for lesson in lessons:
         note(lesson.remark, quiet=json or not lesson.remark)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=json) as progress:
         steerings: dict[Path, Steering]

@@ -16,6 +16,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.prompts import gather_prompts
@@ -151,6 +152,7 @@ def learn_distill(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn to answer without a prompt as the model does with it.
@@ -185,7 +187,15 @@ def learn_distill(
 
     teacher = Teacher(_phrasings(instruction, found), system, text, shots, times)
     wanted = parse_layers(layers)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     if found is not None:
         note(f"recognised as {found.type.name}", quiet=json)

@@ -18,6 +18,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
@@ -100,6 +101,7 @@ _COMMON = [
     _keyword("dtype", DtypeOption, "auto"),
     _keyword("revision", RevisionOption, None),
     _keyword("layers_path", LayersPathOption, None),
+    _keyword("template", TemplateOption, None),
     _keyword("json", JsonOption, False),
 ]
 
@@ -159,6 +161,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         dtype=given["dtype"],
         revision=given["revision"],
         layers_path=given["layers_path"],
+        template=given["template"],
         quiet=quiet,
     )
     layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted

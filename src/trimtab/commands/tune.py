@@ -24,6 +24,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
@@ -148,6 +149,7 @@ def tune(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Find the layer, strength and positions at which a steering works, or that none does.
@@ -223,7 +225,15 @@ def tune(
     from trimtab.tune import default_layers, grid, learn_operations, tune_letters
     from trimtab.tune import tune as search_for
 
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
     tried = default_layers(lm.layout.layers) if tried is None else tried
     with progress_bar("learning", quiet=json) as progress:
