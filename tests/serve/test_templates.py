@@ -46,7 +46,10 @@ def test_a_begun_answer(ask: Any, tiny_lm: Any, steerings: Any, way: str) -> Non
     if way == "emphasized":
         given |= {"emphasize": "It is", "rejection": False}
     else:
-        given |= {"steering": load(steerings / "s0.safetensors"), "rejection": way == "rejecting" and Rejection(ladder="strength")}
+        given |= {
+            "steering": load(steerings / "s0.safetensors"),
+            "rejection": way == "rejecting" and Rejection(ladder="strength"),
+        }
     (goes_on,) = tiny_lm.generate([USER, BEGUN], **given)
     (anew,) = tiny_lm.generate([USER, BEGUN], template={"continue_final_message": False}, **given)
     asked = WAYS[way]

@@ -66,7 +66,8 @@ def generate(
         str | None,
         typer.Option(
             help="Steer at other tokens than the file says: all, all-but-first, prompt, generated,"
-            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO or span:FROM:TO.",
+            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO, span:FROM:TO or"
+            " tokens:2,10,-1 (of the prompt; -1 is its last).",
             metavar="RULE",
             show_default=False,
         ),
