@@ -225,6 +225,8 @@ def test_what_does_not_fit_the_model(refused, model, wide, stranger, base, steer
     refused(ask(wide, "--steer", steering, "--transfer"), "width 32 instead of 48")
     refused(ask(stranger, "--steer", steering), "this is stranger", "other weights", "transfer")
     refused(ask(model, "--steer", steering, "--positions", "span:900:901"), "span 900:901", "not in the prompt")
+    refused(ask(model, "--steer", steering, "--positions", "tokens:0,900"), "token 900", "not in the prompt")
+    refused(ask(model, "--steer", steering, "--positions", "tokens:0,-900"), "token -900", "not in the prompt")
     refused(ask(model, prompt="word " * 200), "prompt 1", "128")
     refused(ask(model, "--max-new-tokens", 1000), "1000", "at most")
     refused(ask(base, "--system", "Be."), "chat template")

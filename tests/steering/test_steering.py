@@ -194,7 +194,7 @@ def test_tokens_are_a_set_of_whole_numbers() -> None:
 @pytest.mark.parametrize("index", [6, 44, -7])
 def test_tokens_must_lie_in_the_prompt(index: int) -> None:
     for rule in (Positions.tokens([0, index]), Positions.tokens([index]) | Positions.generated()):
-        with pytest.raises(TrimtabError, match=f"token {index} is not in the prompt, which has 6 tokens"):
+        with pytest.raises(TrimtabError, match=rf"token {index} .*is not in the prompt, which has 6 tokens"):
             rule.resolve(6)
 
 

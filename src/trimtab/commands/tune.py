@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -358,7 +359,10 @@ def _numbers(text: str) -> list[float]:
 def _rules(text: str | None) -> list[Positions] | None:
     from trimtab.steering import Positions
 
-    return None if text is None else [Positions.parse(part.strip()) for part in text.split(",")]
+    if text is None:
+        return None
+    rules = re.split(r",(?!\s*-?\d+\s*(?:,|$))", text)  # a number alone is no rule: it belongs to the tokens before it
+    return [Positions.parse(part.strip()) for part in rules]
 
 
 def _guard(given: Sequence[str]) -> Guard:

@@ -120,8 +120,9 @@ class Positions:
         for start, stop in self.intervals:
             token = _token(start, stop)
             if token is not None and not -max(1, prompt_length) <= token < prompt_length:
+                named = f"{token} (span {token}:{token + 1})" if token >= 0 else token
                 raise TrimtabError(
-                    f"token {token} is not in the prompt, which has {prompt_length} tokens;"
+                    f"token {named} is not in the prompt, which has {prompt_length} tokens;"
                     " count the tokens of the rendered prompt, template included"
                 )
             if stop is not None and stop.anchor == START and stop.offset > prompt_length:
