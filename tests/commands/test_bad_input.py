@@ -122,8 +122,18 @@ PROMPTS = {
     "empty": ("p.txt", " \n\n", ["no prompts"]),
     "not UTF-8": ("p.txt", b"\xe9", ["UTF-8"]),
     "malformed": ("p.jsonl", '{"prompt": "a"}\nb\n', [":2", "not JSON"]),
-    "other keys": ("p.jsonl", '{"text": "a"}\n', [":1", '"prompt" or "messages"']),
-    "both keys": ("p.jsonl", '{"prompt": "a", "messages": []}\n', [":1", "either"]),
+    "other keys": ("p.jsonl", '{"ask": "a"}\n', [":1", "it has 'ask'", "--column"]),
+    "two keys": ("p.jsonl", '{"question": "a", "instruction": "b"}\n', [":1", "could each", "--column question"]),
+    "a context": ("p.json", '[{"question": "a", "context": "b"}]', ["item 1", "'question' and 'context' could each"]),
+    "no header": ("p.csv", "What is rain?\nIs it, so?\n", [":2", "1 columns expected"]),
+    "header of others": ("p.csv", "ask,id\nWhat?,1\n", [":2", "no prompt", "'ask', 'id'"]),
+    "an empty cell": ("p.csv", "prompt,id\n,1\n", [":2", "empty"]),
+    "not JSON": ("p.json", "[", ["not JSON"]),
+    "two system prompts": (
+        "p.jsonl",
+        '{"system": "x", "messages": [{"role": "system", "content": "y"}]}\n',
+        [":1", "system prompt twice"],
+    ),
     "number": ("p.jsonl", '{"prompt": 1}\n', [":1", "no text"]),
     "no messages": ("p.jsonl", '{"messages": []}\n', [":1", "role"]),
     "no content": ("p.jsonl", '{"messages": [{"role": "user"}]}\n', [":1", "content"]),
@@ -137,6 +147,15 @@ def test_prompts(refused, no_model, tmp_path, case):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(["generate", "--prompts", path], path, *words)
+
+
+def test_columns_of_prompts(refused, no_model, tmp_path):
+    table, lines = tmp_path / "p.csv", tmp_path / "p.txt"
+    table.write_text("ask,id\nWhat?,1\n")
+    lines.write_text("What?\n")
+    refused(["generate", "--prompts", table, "--column", "prompt"], table, "no column 'prompt'", "'ask', 'id'")
+    refused(["generate", "--prompts", lines, "--column", "prompt"], lines, "one prompt a line", "leave --column out")
+    refused(["generate", "--prompt", "Hi", "--column", "prompt"], "--column", "there is none")
 
 
 def test_messages_are_no_plain_text(refused, no_model, tmp_path):

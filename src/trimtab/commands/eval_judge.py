@@ -44,7 +44,7 @@ from trimtab.commands.model import (
     TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 
@@ -61,7 +61,7 @@ def judge(
     prompts: Annotated[
         str,
         typer.Option(
-            help="A file of prompts: one a line, or .jsonl with prompt or messages. -: standard input.",
+            help="A file of prompts: one a line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
             metavar="FILE",
             show_default=False,
         ),
@@ -89,6 +89,7 @@ def judge(
             rich_help_panel=PANEL,
         ),
     ] = False,
+    column: ColumnOption = None,
     steer: SteerOption = None,
     strength: StrengthOption = None,
     layers: LayersOption = None,
@@ -128,7 +129,7 @@ def judge(
     plan = Plan.of(steer, strength, layers, random, system_prompt)
     check_targets(out, report)
     rubric = _rubric(criterion, scale, ends)
-    asked = gather_prompts([], prompts)
+    asked = gather_prompts([], prompts, column)
 
     from trimtab.evaluate.ab import spread
     from trimtab.evaluate.answers import answer

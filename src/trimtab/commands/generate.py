@@ -25,7 +25,7 @@ from trimtab.commands.model import (
     TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target, write_atomically
@@ -56,11 +56,13 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help='A file (- is standard input) with one prompt a line, or JSONL with "prompt" or "messages".',
+            help="A file (- is standard input) with one prompt a line; or .jsonl, .json, .csv, .tsv or .parquet, with"
+            " the prompt in --column.",
             metavar="FILE|-",
             show_default=False,
         ),
     ] = None,
+    column: ColumnOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
     positions: Annotated[
         str | None,
@@ -184,11 +186,14 @@ def generate(
       trimtab generate --model model.gguf --engine llamacpp --steer rude.gguf \\
         --prompt "Hello"[/bold]
 
+    A file's rows may be objects with "messages"; a last message of the assistant's
+    is a begun answer, and is continued. A row's "system" is its system message.
+
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
     way, 0 not at all. The dose reported at the end is how long the push was,
     in lengths of the activation: near 1 and above, text tends to fall apart.
     """
-    asked = gather_prompts(prompt or [], prompts)
+    asked = gather_prompts(prompt or [], prompts, column)
     files = [split_strength(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)

@@ -19,7 +19,7 @@ from trimtab.commands.model import (
     TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
@@ -60,8 +60,8 @@ def learn_distill(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl, .json or .csv file of rows with prompt and answer, which become earlier turns of the"
-            " conversation.",
+            help="A .jsonl, .json, .csv, .tsv or .parquet file of rows with prompt and answer, which become earlier"
+            " turns of the conversation.",
             show_default=False,
             rich_help_panel=PROMPT,
         ),
@@ -70,13 +70,14 @@ def learn_distill(
     queries: Annotated[
         str | None,
         typer.Option(
-            help="A file of queries to learn on: one a line, or JSON lines with prompt; - reads standard input."
-            " Without it: 64 that come along, which say nothing of an answer's form.",
+            help="A file of queries to learn on: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard"
+            " input. Without it: 64 that come along, which say nothing of an answer's form.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=PROMPT,
         ),
     ] = None,
+    column: ColumnOption = None,
     limit: Annotated[
         int | None,
         typer.Option(min=8, help="Learn on at most so many queries.", show_default=False, rich_help_panel=PROMPT),
@@ -172,9 +173,10 @@ def learn_distill(
     Ctrl-C while it descends ends it, and the best so far is saved.
     """
     check_target(out, ".safetensors")
-    base = list(dict.fromkeys(gather_prompts([], queries) if queries is not None else base_queries(None)))[:limit]
-    if not all(isinstance(query, str) for query in base):
+    asked = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
+    if not all(isinstance(query, str) for query in asked):
         raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
+    base = list(dict.fromkeys(map(str, asked)))[:limit]
     found = _recognised(instruction)
     checked = _check(instruction, found, check, type_, kwargs, base)
     text = read_text(prompt_file) if prompt_file is not None else None

@@ -22,7 +22,7 @@ from trimtab.commands.model import (
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -67,7 +67,9 @@ def command_for(recipe: Recipe) -> Any:
     def run(**given: Any) -> None:
         _learn(recipe, given)
 
-    parameters = [*_source(recipe), *(_parameter(option) for option in recipe.options), *_COMMON]
+    texts = recipe.takes == "texts" or any(option.kind == "texts" for option in recipe.options)
+    column = [_keyword("column", ColumnOption, None)] if texts else []
+    parameters = [*_source(recipe), *column, *(_parameter(option) for option in recipe.options), *_COMMON]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = (
@@ -111,7 +113,7 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         return []
     helps = {
         "pairs": "A .jsonl, .json, .csv, .tsv or .parquet file of pairs; `trimtab learn --help` shows their shapes.",
-        "texts": "A file of texts: one a line, or JSON lines with prompt or messages; - reads standard input.",
+        "texts": "A file of texts: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
     named = [_keyword("keys", KeysOption, None), _keyword("ignore", IgnoreOption, None)]
@@ -142,14 +144,15 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
 
     wanted = parse_layers(given["layers"])
     columns = columns_of(given.get("keys"), given.get("ignore"), pairs=recipe.takes == "pairs")
-    options = {option.name: _value(option, given[option.name], columns) for option in recipe.options}
+    column = given.get("column")
+    options = {option.name: _value(option, given[option.name], columns, column) for option in recipe.options}
     data: list[Any] = []
     if recipe.takes == "pairs":
         pairs = pairs_in(given["pairs"], columns)
         check_shape(recipe, pairs, given["pairs"])
         data = [pairs]
     elif recipe.takes == "texts":
-        data = [gather_prompts([], given["texts"])]
+        data = [gather_prompts([], given["texts"], given["column"])]
 
     from trimtab.files.steering_file import save_steering
     from trimtab.steering.steering import check_strength
@@ -179,7 +182,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
 
 
-def _value(option: Option, value: Any, columns: Columns) -> Any:
+def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
     """What the function is given for what the command line was."""
     if value is None:
         return None
@@ -189,7 +192,7 @@ def _value(option: Option, value: Any, columns: Columns) -> Any:
     if option.kind == "pairs":
         return pairs_in(value, columns)
     if option.kind == "texts":
-        return gather_prompts([], value)
+        return gather_prompts([], value, column)
     if option.kind == "positions":
         from trimtab.steering.positions import Positions
 
