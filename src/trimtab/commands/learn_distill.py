@@ -173,10 +173,11 @@ def learn_distill(
     Ctrl-C while it descends ends it, and the best so far is saved.
     """
     check_target(out, ".safetensors")
-    asked = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
-    if not all(isinstance(query, str) for query in asked):
+    own = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
+    texts = [query for query in own if isinstance(query, str)]
+    if len(texts) < len(own):
         raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
-    base = list(dict.fromkeys(map(str, asked)))[:limit]
+    base = list(dict.fromkeys(texts))[:limit]
     found = _recognised(instruction)
     checked = _check(instruction, found, check, type_, kwargs, base)
     text = read_text(prompt_file) if prompt_file is not None else None
@@ -213,7 +214,7 @@ def learn_distill(
             lm,
             chosen,
             teacher=teacher,
-            queries=base,  # type: ignore[arg-type]
+            queries=base,
             check=checked,
             fit=fit,
             rank=rank,
