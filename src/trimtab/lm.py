@@ -49,7 +49,7 @@ from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.text.chat import Prompt, Template, encode, template_digest
 from trimtab.text.spans import Emphasis, find_spans
-from trimtab.text.templates import with_keywords
+from trimtab.text.templates import check_no_keywords, with_keywords
 
 LAST = Positions.last_prompt_token()
 
@@ -185,6 +185,7 @@ class LM:
 
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """
+        check_no_keywords(self.tokenizer, options)
         many = as_list(prompts)
         steerings = one_each(steering, len(many))
         marked = marks_for(emphasize, len(many))

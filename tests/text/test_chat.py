@@ -154,6 +154,12 @@ def test_keywords_for_everything_that_is_rendered(token: Any) -> None:
     assert "<think></think>a" in token.decode(positive.ids)
 
 
+def test_keywords_among_the_options_of_generation(models_: tuple[LM, LM]) -> None:
+    for name in ("enable_thinking", "continue_final_message", "chat_template_kwargs"):
+        with pytest.raises(TrimtabError, match=rf"'{name}' is no option of generation.*: template="):
+            models_[0].generate("Hi", **{name: True})
+
+
 def test_keywords_on_the_command_line() -> None:
     given = ["enable_thinking=false", "tone=a=b", "n=3", "date=2026-11-29", "Yes=TRUE"]
     expected = {"enable_thinking": False, "tone": "a=b", "n": 3, "date": "2026-11-29", "Yes": True}
@@ -216,6 +222,15 @@ def test_a_rendered_string_is_noticed(token: Any) -> None:
         encode(token, "What is <pad>?")  # the template doesn't write this one
         encode(token, [{"role": "user", "content": MADE}])  # these are said to be messages
         encode(tokenizer("{{ messages[0].content }}"), MADE)
+    other = tokenizer("{{ messages[0].content }}")
+    encode(other, MADE)
+    other.chat_template = TEMPLATE  # it may be set at any time
+    with pytest.warns(TemplateWarning):
+        encode(other, MADE)
+    picky = tokenizer(
+        "{% if messages[0].role == 'user' %}{{ raise_exception('no') }}{% endif %}{{ messages[1].content }}"
+    )
+    assert text(picky, "Hi", system="Be brief.") == "Hi"
 
 
 def test_no_second_first_token(token: Any) -> None:

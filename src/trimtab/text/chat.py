@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from trimtab.errors import TrimtabError
 from trimtab.text.templates import CONTINUE, check_keywords, set_keywords
@@ -131,11 +132,7 @@ def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
 
 def _notice_rendered(tokenizer: Any, prompt: str) -> None:
     """Warn of a string with special tokens that the chat template writes itself."""
-    held = [token for token in _special_tokens(tokenizer) if token in prompt]
-    if not held:
-        return
-    written = render_messages(tokenizer, [{"role": "user", "content": "text"}])
-    if found := [token for token in held if token in written]:
+    if found := [token for token in _written(tokenizer) if token in prompt]:
         warnings.warn(
             f"the prompt holds {', '.join(map(repr, found))}, which the chat template writes itself, and is put into a"
             " user's message all the same; if it is rendered already, say that it is plain text (chat=False, --plain)",
@@ -144,7 +141,29 @@ def _notice_rendered(tokenizer: Any, prompt: str) -> None:
         )
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
+def _written(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens in a user's message, as the chat template renders it."""
+    template = str(tokenizer.chat_template)
+    try:
+        known, found = _WRITTEN.get(tokenizer, (None, ()))
+    except TypeError:  # it can't be hashed
+        return _special_tokens_of_template(tokenizer)
+    if known != template:
+        found = _special_tokens_of_template(tokenizer)
+        _WRITTEN[tokenizer] = template, found
+    return found
+
+
+def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:
+    try:
+        text = render_messages(tokenizer, [{"role": "user", "content": "text"}])
+    except TrimtabError:  # it wants more than that; what is wrong with the prompt, if anything, is said elsewhere
+        return ()
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = [str(token.content) for token in added.values() if token.special]
-    return [token for token in dict.fromkeys((*special, *getattr(tokenizer, "all_special_tokens", ()))) if token]
+    every = dict.fromkeys((*special, *getattr(tokenizer, "all_special_tokens", ())))
+    return tuple(token for token in every if token and token in text)
+
+
+_WRITTEN: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
+"""Kept, since some tokenizers have thousands of special tokens: the template, and those that it writes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -63,6 +63,16 @@ def check_keywords(tokenizer: Any, template: Mapping[str, Any]) -> None:
         if name not in known:
             used = f"it uses {', '.join(known)}" if known else "it uses none"
             raise TrimtabError(f"the chat template doesn't use {name!r}, so that it would change nothing; {used}")
+
+
+def check_no_keywords(tokenizer: Any, options: Iterable[str]) -> None:
+    """Raises `TrimtabError` for options of generation that are keywords of the chat template, or of rendering."""
+    for name in options:
+        if name in ("chat_template_kwargs", "add_generation_prompt", CONTINUE) or name in keywords_of(tokenizer):
+            inside = "…" if name == "chat_template_kwargs" else f"{name!r}: …"
+            raise TrimtabError(
+                f"{name!r} is no option of generation, but is about the chat template: template={{{inside}}}"
+            )
 
 
 def with_keywords(tokenizer: Any, template: Mapping[str, Any] | None) -> Any:
