@@ -162,6 +162,8 @@ def test_messages_are_no_plain_text(refused, no_model, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     refused(["generate", "--plain", "--prompts", path], "--plain")
+    path.write_text('{"system": "Be.", "prompt": "a"}\n')
+    refused(["generate", "--system", "Be kind.", "--prompts", path], "--system", "prompts that have one")
 
 
 # ---- steering files ----------------------------------------------------------------------------------------

@@ -214,6 +214,8 @@ def generate(
         raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
+    if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
+        raise TrimtabError("--system is a system message, and there are prompts that have one; leave one of them out")
     steering = _steering(files, positions)
     lm: Any
     if ray is None:
