@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -65,10 +65,14 @@ def check_keywords(tokenizer: Any, template: Mapping[str, Any]) -> None:
             raise TrimtabError(f"the chat template doesn't use {name!r}, so that it would change nothing; {used}")
 
 
-def check_no_keywords(tokenizer: Any, options: Iterable[str]) -> None:
+def check_no_keywords(tokenizer: Any, options: Collection[str]) -> None:
     """Raises `TrimtabError` for options of generation that are keywords of the chat template, or of rendering."""
+    try:
+        known = keywords_of(tokenizer) if options else ()
+    except TrimtabError:  # said where the template is used, and it may not be
+        known = ()
     for name in options:
-        if name in ("chat_template_kwargs", "add_generation_prompt", CONTINUE) or name in keywords_of(tokenizer):
+        if name in ("chat_template_kwargs", "add_generation_prompt", CONTINUE, *known):
             inside = "…" if name == "chat_template_kwargs" else f"{name!r}: …"
             raise TrimtabError(
                 f"{name!r} is no option of generation, but is about the chat template: template={{{inside}}}"
