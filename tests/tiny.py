@@ -276,6 +276,8 @@ def naive_holds(edit: Edit, t: int, n: int) -> bool:
     name = str(edit.positions)
     if name.startswith("opening:"):
         return n - 1 <= t < n - 1 + int(name.split(":")[1])
+    if name.startswith("tokens:"):
+        return t in {int(i) % n for i in name.split(":")[1].split(",")}
     if ":" in name:
         kind, a, b = name.split(":")
         return int(a) + (n if kind == "window" else 0) <= t < int(b) + (n if kind == "window" else 0)

@@ -47,8 +47,9 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
-from trimtab.text.chat import Prompt, encode, template_digest
+from trimtab.text.chat import Prompt, Template, encode, template_digest
 from trimtab.text.spans import Emphasis, find_spans
+from trimtab.text.templates import check_no_keywords, with_keywords
 
 LAST = Positions.last_prompt_token()
 
@@ -58,12 +59,21 @@ class LM:
 
     `LM.load(…)` loads one; `LM(model, tokenizer)` wraps what you have. Nothing about the model changes: hooks
     are there only while something is steered or read. `layers` names the list of blocks (`"model.layers"`)
-    where it can't be found.
+    where it can't be found. `template` holds keywords of the chat template, such as `{"enable_thinking": False}`, with
+    which all prompts are rendered, those that are learned from too.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, layers: str | None = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        layers: str | None = None,
+        name: str | None = None,
+        template: Template | None = None,
+    ) -> None:
         self.model = model
-        self.tokenizer = tokenizer
+        self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
@@ -71,20 +81,28 @@ class LM:
 
     @classmethod
     def load(
-        cls, name: str | Path | None = None, *, layers: str | None = None, engine: str = "transformers", **options: Any
+        cls,
+        name: str | Path | None = None,
+        *,
+        layers: str | None = None,
+        engine: str = "transformers",
+        template: Template | None = None,
+        **options: Any,
     ) -> Any:
         """Load a Hub id, a folder, a GGUF file (dequantized) or, without a name, SmolLM2-135M-Instruct.
 
-        Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, and anything
-        that `from_pretrained` takes. Raises `TrimtabError` where the model can't be had.
+        Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, and anything that
+        `from_pretrained` takes. `template` holds keywords of the chat template, as for `LM(…)`. Raises `TrimtabError`
+        where the model can't be had.
 
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
         starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
         """
         if engine != "transformers":
+            options |= {} if template is None else {"template": template}
             return engines.engine(engine).load(name, layers=layers, **options)
         model, tokenizer, label = load(name, **options)
-        return cls(model, tokenizer, layers=layers, name=label)
+        return cls(model, tokenizer, layers=layers, name=label, template=template)
 
     def __repr__(self) -> str:
         return f"LM({self.name}, {self.layout.layers} layers, width {self.layout.width})"
@@ -122,9 +140,11 @@ class LM:
 
     # ---- text --------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins."""
-        return encode(self.tokenizer, prompt, system=system, chat=chat)
+    def encode(
+        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
+    ) -> list[int]:
+        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
+        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
     def generate(
         self,
@@ -134,6 +154,7 @@ class LM:
         max_new_tokens: int = 128,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
         logprobs: bool = False,
         batch_size: int = 32,
         seed: int | None = None,
@@ -146,10 +167,11 @@ class LM:
     ) -> list[Generation]:
         """Answer prompts, each under its own steering (or one for all, or none).
 
-        A prompt is a string or a list of chat messages. `options` go to transformers' `generate`; decoding is
-        greedy unless they say `do_sample=True`, with `seed` for repeatable samples. Prompts are sorted by length
-        into batches of `batch_size`; the answers come in the prompts' order, `num_return_sequences` each.
-        `progress(done, total)` is called after each batch. `transfer=True` allows a steering learned on another
+        A prompt is a string or a list of chat messages, of which a last one of the assistant's is continued. `template`
+        holds keywords of the chat template, such as `{"enable_thinking": False}`. `options` go to transformers'
+        `generate`; decoding is greedy unless they say `do_sample=True`, with `seed` for repeatable samples. Prompts are
+        sorted by length into batches of `batch_size`; the answers come in the prompts' order, `num_return_sequences`
+        each. `progress(done, total)` is called after each batch. `transfer=True` allows a steering learned on another
         model of the same width.
 
         `emphasize` names what the model should heed: a phrase of every prompt, or one item for each prompt (several
@@ -163,19 +185,20 @@ class LM:
 
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """
+        check_no_keywords(self.tokenizer, options)
         many = as_list(prompts)
         steerings = one_each(steering, len(many))
         marked = marks_for(emphasize, len(many))
         for i, marks in enumerate(marked):
             if marks is not None:
-                spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat)
+                spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat, template=template)
                 towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
         for one in set(steerings) - {None}:
             assert one is not None
             self.check(one, transfer=transfer)
-        ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
+        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         options = {"do_sample": False, **options}
         check_request(self.layout, [len(i) for i in ids], max_new_tokens, options)
         for i, one in enumerate(steerings):
@@ -256,9 +279,10 @@ class LM:
         *,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
     ) -> tuple[tuple[int, int], ...]:
         """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
-        return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat)
+        return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
 
     def _steer(
         self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]
@@ -416,6 +440,7 @@ class LM:
         *,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
     ) -> list[dict[Site, Tensor]]:
         """The activations of prompts: for each prompt, `{site: [positions, width]}`, in the model's dtype.
 
@@ -425,7 +450,7 @@ class LM:
         wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
         texts = []
         for i, prompt in enumerate(as_list(prompts)):
-            ids = self.encode(prompt, system=system, chat=chat)
+            ids = self.encode(prompt, system=system, chat=chat, template=template)
             check_length(self.layout, len(ids), f"prompt {i + 1}")
             spans = positions.resolve(len(ids))
             where = sorted({p for a, b in spans for p in range(a, len(ids) if b is None else min(b, len(ids)))})

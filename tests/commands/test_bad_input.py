@@ -122,8 +122,18 @@ PROMPTS = {
     "empty": ("p.txt", " \n\n", ["no prompts"]),
     "not UTF-8": ("p.txt", b"\xe9", ["UTF-8"]),
     "malformed": ("p.jsonl", '{"prompt": "a"}\nb\n', [":2", "not JSON"]),
-    "other keys": ("p.jsonl", '{"text": "a"}\n', [":1", '"prompt" or "messages"']),
-    "both keys": ("p.jsonl", '{"prompt": "a", "messages": []}\n', [":1", "either"]),
+    "other keys": ("p.jsonl", '{"ask": "a"}\n', [":1", "it has 'ask'", "--column"]),
+    "two keys": ("p.jsonl", '{"question": "a", "instruction": "b"}\n', [":1", "could each", "--column question"]),
+    "a context": ("p.json", '[{"question": "a", "context": "b"}]', ["item 1", "'question' and 'context' could each"]),
+    "no header": ("p.csv", "What is rain?\nIs it, so?\n", [":2", "1 columns expected"]),
+    "header of others": ("p.csv", "ask,id\nWhat?,1\n", [":2", "no prompt", "'ask', 'id'"]),
+    "an empty cell": ("p.csv", "prompt,id\n,1\n", [":2", "empty"]),
+    "not JSON": ("p.json", "[", ["not JSON"]),
+    "two system prompts": (
+        "p.jsonl",
+        '{"system": "x", "messages": [{"role": "system", "content": "y"}]}\n',
+        [":1", "system prompt twice"],
+    ),
     "number": ("p.jsonl", '{"prompt": 1}\n', [":1", "no text"]),
     "no messages": ("p.jsonl", '{"messages": []}\n', [":1", "role"]),
     "no content": ("p.jsonl", '{"messages": [{"role": "user"}]}\n', [":1", "content"]),
@@ -139,10 +149,21 @@ def test_prompts(refused, no_model, tmp_path, case):
     refused(["generate", "--prompts", path], path, *words)
 
 
+def test_columns_of_prompts(refused, no_model, tmp_path):
+    table, lines = tmp_path / "p.csv", tmp_path / "p.txt"
+    table.write_text("ask,id\nWhat?,1\n")
+    lines.write_text("What?\n")
+    refused(["generate", "--prompts", table, "--column", "prompt"], table, "no column 'prompt'", "'ask', 'id'")
+    refused(["generate", "--prompts", lines, "--column", "prompt"], lines, "one prompt a line", "leave --column out")
+    refused(["generate", "--prompt", "Hi", "--column", "prompt"], "--column", "there is none")
+
+
 def test_messages_are_no_plain_text(refused, no_model, tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     refused(["generate", "--plain", "--prompts", path], "--plain")
+    path.write_text('{"system": "Be.", "prompt": "a"}\n')
+    refused(["generate", "--system", "Be kind.", "--prompts", path], "--system", "prompts that have one")
 
 
 # ---- steering files ----------------------------------------------------------------------------------------
@@ -225,6 +246,8 @@ def test_what_does_not_fit_the_model(refused, model, wide, stranger, base, steer
     refused(ask(wide, "--steer", steering, "--transfer"), "width 32 instead of 48")
     refused(ask(stranger, "--steer", steering), "this is stranger", "other weights", "transfer")
     refused(ask(model, "--steer", steering, "--positions", "span:900:901"), "span 900:901", "not in the prompt")
+    refused(ask(model, "--steer", steering, "--positions", "tokens:0,900"), "token 900", "not in the prompt")
+    refused(ask(model, "--steer", steering, "--positions", "tokens:0,-900"), "token -900", "not in the prompt")
     refused(ask(model, prompt="word " * 200), "prompt 1", "128")
     refused(ask(model, "--max-new-tokens", 1000), "1000", "at most")
     refused(ask(base, "--system", "Be."), "chat template")

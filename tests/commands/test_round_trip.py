@@ -91,7 +91,7 @@ def test_strength_zero_is_no_steering_and_a_strong_one_warns(cpu, steering):
 
 def test_positions_replace_those_of_the_file(cpu, steering):
     given = ("--steer", f"{steering}:0.5", "--prompt", "What is the sea?", "--max-new-tokens", 3, "--json")
-    for rule in ("all", "prompt", "first:2", "window:0:2", "span:0:3"):
+    for rule in ("all", "prompt", "first:2", "window:0:2", "span:0:3", "tokens:0,2,-2"):
         told = cpu("generate", *given, "--positions", rule)
         edits = told.json["answers"][0]["edits"]
         assert len(edits) == 2

@@ -219,3 +219,15 @@ def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
     assert told.json["steer"] is True
     assert told.json["held_out"]["difference"]["estimate"] > 0.1
     assert load_steering(out).card.measured["tuning"]["held_out"]["items"] == told.json["confirmed_on"]
+
+
+def test_rules_and_lists_of_tokens_in_one_option() -> None:
+    from trimtab import Positions
+    from trimtab.commands.tune import _rules
+
+    assert _rules("all, tokens:2,-1,opening:8,tokens:3") == [
+        Positions.all(),
+        Positions.tokens([2, -1]),
+        Positions.opening(8),
+        Positions.tokens([3]),
+    ]

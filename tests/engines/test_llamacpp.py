@@ -47,6 +47,7 @@ RULES = {
     "opening": Positions.opening(3),
     "window": Positions.window(1, 4),
     "span": Positions.span(1, 3),
+    "tokens": Positions.tokens([2, 0, -2]),
     "two": Positions.span(2, 4) | Positions.window(2, 3),
 }
 NEW = 8

@@ -45,6 +45,7 @@ RULES = [
     Positions.opening(3),
     Positions.window(1, 4),
     Positions.span(1, 3),
+    Positions.tokens([2, 0, -2]),
 ]
 OPERATIONS = [
     Add(direction(1, 2.0)),
@@ -200,7 +201,9 @@ class TestNeighboursDontMatter:
 
 
 class TestTheCacheIsExact:
-    @pytest.mark.parametrize("rules", [RULES[:5], RULES[5:]], ids=["endless rules", "bounded rules"])
+    @pytest.mark.parametrize(
+        "rules", [RULES[:5], RULES[5:10], RULES[10:]], ids=["endless rules", "bounded rules", "tokens"]
+    )
     def test_every_rule_with_cache_without_and_in_chunks(self, lm: LM, rules: list[Positions]) -> None:
         steerings = [steering((1, OPERATIONS[0], rule), (2, OPERATIONS[1], rule)) for rule in rules]
         texts = PROMPTS[: len(rules)]
@@ -237,7 +240,7 @@ class TestTheCacheIsExact:
 class TestAnEditDoesWhatItsNameSays:
     @pytest.mark.parametrize("operation", OPERATIONS, ids=str)
     def test_activations_differ_by_exactly_the_operation(self, lm: LM, operation: Any) -> None:
-        for rule in RULES[:6]:
+        for rule in (*RULES[:6], RULES[10]):
             self.check_operation(lm, operation, rule)
 
     @staticmethod

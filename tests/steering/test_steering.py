@@ -172,6 +172,9 @@ def test_gates_combine() -> None:
         (Positions.window(1, 3), "78"),
         (Positions.span(2, 4), "23"),
         (Positions.span(0, 1) | Positions.generated(), "06789"),
+        (Positions.tokens([4, 0, 2]), "024"),
+        (Positions.tokens([-6, 3, -1, 5]), "035"),
+        (Positions.tokens([-2]) | Positions.generated(), "46789"),
     ],
     ids=str,
 )
@@ -190,12 +193,48 @@ def test_positions_from_words() -> None:
         Positions.opening(1),
         Positions.opening(8),
     )
-    for rule in (Positions.all(), Positions.window(1, 3), Positions.span(2, 4), *end):
+    tokens = (
+        Positions.tokens([0]),
+        Positions.tokens([2, 10, 44]),
+        Positions.tokens([-3]),
+        Positions.tokens([5, -1, -7]),
+    )
+    for rule in (Positions.all(), Positions.window(1, 3), Positions.span(2, 4), *end, *tokens):
         assert Positions.parse(str(rule)) == rule
     assert Positions.parse("first:3") == Positions.first_generated(3)
-    for bad in ("everywhere", "span:1", "span:4:2", "window:a:b", "first:0", "opening:0", "opening:x"):
+    for bad in (
+        "everywhere",
+        "span:1",
+        "span:4:2",
+        "window:a:b",
+        "first:0",
+        "opening:0",
+        "opening:x",
+        "tokens",
+        "tokens:",
+        "tokens:1,",
+        "tokens:1:2",
+        "tokens:a",
+    ):
         with pytest.raises(TrimtabError, match="not known"):
             Positions.parse(bad)
+
+
+def test_tokens_are_a_set_of_whole_numbers() -> None:
+    assert Positions.tokens([10, 2, 2, -1]) == Positions.tokens((2, 10, -1))
+    assert str(Positions.tokens([10, 2, -1, -5])) == "tokens:2,10,-5,-1"
+    assert Positions.tokens([-1]) == Positions.last_prompt_token()
+    assert Positions.tokens([3]) == Positions.span(3, 4)
+    for bad in ([], [True], [1.5], ["1"]):
+        with pytest.raises(ValueError, match="whole numbers, at least one"):
+            Positions.tokens(bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("index", [6, 44, -7])
+def test_tokens_must_lie_in_the_prompt(index: int) -> None:
+    for rule in (Positions.tokens([0, index]), Positions.tokens([index]) | Positions.generated()):
+        with pytest.raises(TrimtabError, match=rf"token {index} .*is not in the prompt, which has 6 tokens"):
+            rule.resolve(6)
 
 
 def test_a_span_must_lie_in_the_prompt() -> None:

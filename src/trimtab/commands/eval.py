@@ -18,6 +18,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.terminal import note, progress_bar, show, write_json
@@ -94,6 +95,7 @@ def ifeval(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """IFEval: how often are instructions followed, by code that checks?
@@ -138,7 +140,15 @@ def ifeval(
     steerings = {name: strength * load_steering(path) for name, (path, strength) in files.items()}
     arms: dict[str, Steering | None] = {BASELINE: None, **steerings}
     requests_of(items, {}, without_instruction=without_instruction)  # a file without pairs is refused at once
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     if random:
         for steering in steerings.values():
             lm.check(steering, transfer=transfer)

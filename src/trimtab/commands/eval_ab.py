@@ -29,8 +29,10 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
@@ -64,11 +66,14 @@ def ab(
     out: OutOption = None,
     report: ReportOption = None,
     finetune: FinetuneOption = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     model: ModelOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """A or B: how probable is the answer that matches a behaviour?
@@ -99,13 +104,21 @@ def ab(
     """
     plan = Plan.of(steer, strength, layers, random, system_prompt)
     check_targets(out, report)
-    pairs = check_finetune(finetune)
+    pairs = check_finetune(finetune, columns_of(keys, ignore, pairs=finetune is not None, source="--finetune"))
 
     from trimtab.evaluate.ab import SCORES, category_of, polarity, read_ab, requests_of, score_ab
 
     items, left_out = read_ab(data, exclude=exclude, limit=limit)
     arms = plan.arms()
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)
 
     def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:

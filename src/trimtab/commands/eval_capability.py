@@ -27,6 +27,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.terminal import note, progress_bar, show, write_json
@@ -68,6 +69,7 @@ def capability(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Capability: what is lost of what the model knew?
@@ -94,7 +96,15 @@ def capability(
     sums = {name: read_gsm8k(path, limit) for name, path in tasks.items() if path.suffix == ".jsonl"}
     options = {name: read_ab(path, limit=limit)[0] for name, path in tasks.items() if name not in sums}
     arms = plan.arms()
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     questions = [item.question for of in options.values() for item in of]
     questions += [item.question for of in sums.values() for item in of]
     arms |= plan.controls(lm, arms, questions[:64], transfer=transfer)

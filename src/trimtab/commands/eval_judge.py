@@ -41,9 +41,10 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 
@@ -60,7 +61,7 @@ def judge(
     prompts: Annotated[
         str,
         typer.Option(
-            help="A file of prompts: one a line, or .jsonl with prompt or messages. -: standard input.",
+            help="A file of prompts: one a line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
             metavar="FILE",
             show_default=False,
         ),
@@ -88,6 +89,7 @@ def judge(
             rich_help_panel=PANEL,
         ),
     ] = False,
+    column: ColumnOption = None,
     steer: SteerOption = None,
     strength: StrengthOption = None,
     layers: LayersOption = None,
@@ -104,6 +106,7 @@ def judge(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Open-ended answers, scored by another language model with a rubric.
@@ -126,7 +129,7 @@ def judge(
     plan = Plan.of(steer, strength, layers, random, system_prompt)
     check_targets(out, report)
     rubric = _rubric(criterion, scale, ends)
-    asked = gather_prompts([], prompts)
+    asked = gather_prompts([], prompts, column)
 
     from trimtab.evaluate.ab import spread
     from trimtab.evaluate.answers import answer
@@ -138,7 +141,15 @@ def judge(
     arms = plan.arms()
     if any(arm.system is not None for arm in arms.values()):
         _check_systems([prompt for _, prompt in chosen])
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     arms |= plan.controls(lm, arms, [prompt for _, prompt in chosen], transfer=transfer)
     requests = [
         Request(name, str(number), _with_system(prompt, arm.system), arm.steering)

@@ -28,6 +28,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.terminal import note, progress_bar, show, write_json
@@ -61,6 +62,7 @@ def refusal(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Refusal: how often are harmful requests refused, and harmless ones too?
@@ -87,7 +89,15 @@ def refusal(
     items = [item for file in files for item in read_refusal(file, limit)]
     harmful = {item.part: item.harmful for item in items}
     arms = plan.arms()
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     arms |= plan.controls(lm, arms, [item.prompt for item in items], transfer=transfer)
     systems = {name: arm.system for name, arm in arms.items() if arm.system is not None}
     requests = requests_of(items, {name: arm.steering for name, arm in arms.items()}, systems)

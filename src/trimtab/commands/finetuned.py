@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trimtab.commands.arms import PANEL, Arm
+from trimtab.commands.pair_files import pairs_in
 from trimtab.commands.terminal import progress_bar
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.evaluate.records import Record
     from trimtab.lm import LM
+    from trimtab.text.columns import Columns
     from trimtab.text.pairs import Pair
 
 Score = Callable[["LM", dict[str, Arm], Path | None, Mapping[str, Any]], "list[Record]"]
@@ -35,17 +37,15 @@ FinetuneOption = Annotated[
 ]
 
 
-def check_finetune(path: Path | None) -> list[Pair]:
+def check_finetune(path: Path | None, columns: Columns) -> list[Pair]:
     """The pairs. Raises `TrimtabError` where they can't be trained on, or without `peft`, before a model is loaded."""
     if path is None:
         return []
     from importlib.util import find_spec
 
-    from trimtab.text.pairs import read_pairs
-
     if find_spec("peft") is None:
         raise TrimtabError("--finetune needs peft: pip install 'trimtab[finetune]'")
-    pairs = read_pairs(path)
+    pairs = pairs_in(path, columns)
     if pairs[0].shape == "prompts":
         raise TrimtabError(f"--finetune {path}: pairs of prompts have no answer to learn; give pairs of answers")
     return pairs

@@ -22,12 +22,14 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target, write_atomically
+from trimtab.text.templates import parse_keywords
 
 if TYPE_CHECKING:
     from trimtab.decoding.trace import Trace
@@ -54,17 +56,20 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help='A file (- is standard input) with one prompt a line, or JSONL with "prompt" or "messages".',
+            help="A file (- is standard input) with one prompt a line; or .jsonl, .json, .csv, .tsv or .parquet, with"
+            " the prompt in --column.",
             metavar="FILE|-",
             show_default=False,
         ),
     ] = None,
+    column: ColumnOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
     positions: Annotated[
         str | None,
         typer.Option(
             help="Steer at other tokens than the file says: all, all-but-first, prompt, generated,"
-            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO or span:FROM:TO.",
+            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO, span:FROM:TO or"
+            " tokens:2,10,-1 (of the prompt; -1 is its last).",
             metavar="RULE",
             show_default=False,
         ),
@@ -166,6 +171,7 @@ def generate(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer prompts, steered or unsteered.
@@ -180,11 +186,14 @@ def generate(
       trimtab generate --model model.gguf --engine llamacpp --steer rude.gguf \\
         --prompt "Hello"[/bold]
 
+    A file's rows may be objects with "messages"; a last message of the assistant's
+    is a begun answer, and is continued. A row's "system" is its system message.
+
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
     way, 0 not at all. The dose reported at the end is how long the push was,
     in lengths of the activation: near 1 and above, text tends to fall apart.
     """
-    asked = gather_prompts(prompt or [], prompts)
+    asked = gather_prompts(prompt or [], prompts, column)
     files = [split_strength(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)
@@ -201,18 +210,29 @@ def generate(
         check_matplotlib()
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
+    if plain and template:
+        raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
+    if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
+        raise TrimtabError("--system is a system message, and there are prompts that have one; leave one of them out")
     steering = _steering(files, positions)
     lm: Any
     if ray is None:
         lm = load_model(
-            model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            layers_path=layers_path,
+            quiet=json,
+            engine=engine,
+            template=template,
         )
     else:
         if engine != "vllm":
             raise TrimtabError("--ray spreads prompts over engines of vLLM; add --engine vllm")
-        lm = _ray(ray, model, dtype, revision, device=device, layers_path=layers_path)
+        lm = _ray(ray, model, dtype, revision, parse_keywords(template), device=device, layers_path=layers_path)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -263,13 +283,15 @@ def generate(
         note(f"steered: {named or 'nothing'}{dose}", quiet=False)
 
 
-def _ray(workers: int, model: str | None, dtype: str, revision: str | None, **unknown: Any) -> RayEngines:
+def _ray(
+    workers: int, model: str | None, dtype: str, revision: str | None, template: dict[str, Any], **unknown: Any
+) -> RayEngines:
     from trimtab.engines.vllm.on_ray import RayEngines
 
     for name, value in unknown.items():
         if value is not None:
             raise TrimtabError(f"--ray can't take --{name.replace('_', '-')}: vLLM sees to that")
-    given = {"dtype": None if dtype == "auto" else dtype, "revision": revision}
+    given = {"dtype": None if dtype == "auto" else dtype, "revision": revision, "template": template or None}
     return RayEngines(model, workers, {name: value for name, value in given.items() if value is not None})
 
 

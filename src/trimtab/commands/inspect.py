@@ -17,8 +17,10 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
@@ -48,6 +50,8 @@ def inspect(
         Path | None,
         typer.Option(help="Draw these pairs' activations, two principal components a layer.", show_default=False),
     ] = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     layer: Annotated[
         int | None,
         typer.Option(help="With --text or --pairs: at this layer, not at all of the file's.", show_default=False),
@@ -64,6 +68,7 @@ def inspect(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a steering file: its origin, its edits, and how hard they push.
@@ -86,6 +91,7 @@ def inspect(
     without a chat template.
     """
     _check_options(files, plot, text, pairs, layer, page)
+    columns = columns_of(keys, ignore, pairs=pairs is not None)
     if plot is not None:
         from trimtab.report.plots import check_matplotlib
 
@@ -102,11 +108,20 @@ def inspect(
     if text is not None or pairs is not None:
         from trimtab.commands.inspect_text import show_plane, show_text
 
-        lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+        read = pairs_in(pairs, columns)
+        lm = load_model(
+            model,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            layers_path=layers_path,
+            quiet=json,
+            template=template,
+        )
         if text is not None:
             show_text(lm, file, text, layer, page, plot, transfer=transfer, json=json)
         elif pairs is not None and plot is not None:
-            show_plane(lm, file, pairs, layer, plot, transfer=transfer, json=json)
+            show_plane(lm, file, pairs, read, layer, plot, transfer=transfer, json=json)
         return
 
     from trimtab.files.load import load as load_steering

@@ -14,6 +14,7 @@ from trimtab.files.target import write_atomically
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
+    from trimtab.text.pairs import Pair
 
 DRAWN_LAYERS = 9
 DRAWN_PAIRS = 200
@@ -55,16 +56,17 @@ def show_text(
     _tell(written)
 
 
-def show_plane(lm: LM, file: Path, pairs: Path, layer: int | None, plot: Path, *, transfer: bool, json: bool) -> None:
+def show_plane(
+    lm: LM, file: Path, pairs: Path, read: Sequence[Pair], layer: int | None, plot: Path, *, transfer: bool, json: bool
+) -> None:
     """Draw the pairs' activations at the file's layers, two principal components at each, read as for the file."""
     from trimtab.evaluate.ab import spread
     from trimtab.files.load import load as load_steering
     from trimtab.methods.caa import activations, read_at_of
     from trimtab.report.sweep import draw_planes, plane
     from trimtab.text.letters import letter_of
-    from trimtab.text.pairs import read_pairs
 
-    steering, some = load_steering(file), spread(read_pairs(pairs), DRAWN_PAIRS)
+    steering, some = load_steering(file), spread(read, DRAWN_PAIRS)
     if len(some) < 2:
         raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs two at least")
     lm.check(steering, transfer=transfer)

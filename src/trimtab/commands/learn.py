@@ -17,14 +17,15 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
 from trimtab.commands.recipes import recipe_for
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
 from trimtab.text.answers import check_read_at
-from trimtab.text.pairs import read_pairs
 
 if TYPE_CHECKING:
     from trimtab.commands.instructions import Lesson
@@ -50,8 +51,12 @@ def learn(
     ],
     pairs: Annotated[
         Path | None,
-        typer.Option(help="A .jsonl, .json or .csv file of pairs.", show_default=False, rich_help_panel=SOURCE),
+        typer.Option(
+            help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs.", show_default=False, rich_help_panel=SOURCE
+        ),
     ] = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     instruction: Annotated[
         str | None,
         typer.Option(
@@ -141,6 +146,7 @@ def learn(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
@@ -163,8 +169,8 @@ def learn(
     --instruction says which type of instruction it took the sentence for. The
     queries that it is put after come with trimtab, as do its other phrasings.
 
-    Pairs come as JSONL (one object a line), JSON (a list of objects) or CSV
-    (with a header line). Each pair has the keys of one of these shapes:
+    Pairs come as JSONL (one object a line), JSON (a list of objects), CSV or TSV
+    (with a header line) or Parquet. Each pair has the keys of one of these shapes:
 
     [bold]  prompt, prompt_without_instruction[/bold]
         for instruct: two prompts, with and without an instruction
@@ -185,6 +191,15 @@ def learn(
     [dim]    {"question": "Is it so?\\n (A) Yes\\n (B) No",
          "answer_matching_behavior": "(A)",
          "answer_not_matching_behavior": "(B)"}[/dim]
+
+    [bold]  statement, label[/bold], and perhaps prompt
+        single texts, true or false, which are put into pairs as they come
+    [dim]    {"statement": "Rivers flow downhill.", "label": true}[/dim]
+
+    The prompt may also be called question, instruction, input or user, and the
+    sides chosen and rejected, or matching and not_matching. Other names are said
+    by --keys positive=good,negative=bad. A column that isn't read and may matter
+    is an error; --ignore leaves it out.
 
     In JSONL and JSON, prompts and answers may be lists of messages, and every
     pair with a prompt may have a system prompt: system, the same on both sides,
@@ -211,7 +226,7 @@ def learn(
     if not every:
         options = {"operation": operation, "positions": positions, "one_sided": one_sided or None}
         operation = check_program(program, method, options, wanted, out).get("operation", operation)
-    read = read_pairs(pairs) if pairs is not None else []
+    read = pairs_in(pairs, columns_of(keys, ignore, pairs=pairs is not None))
     recipe = recipe_for(method, read, str(pairs))
     where = check_read_at(read_at, read[0].shape) if read else None
 
@@ -232,7 +247,15 @@ def learn(
         raise TrimtabError("--one-sided is for projections, and lengths and words are added; say --operation project")
     for lesson in lessons:
         note(lesson.remark, quiet=json or not lesson.remark)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=json) as progress:
         steerings: dict[Path, Steering]

@@ -17,9 +17,10 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.text.pairs import read_examples
@@ -59,8 +60,8 @@ def learn_distill(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl, .json or .csv file of rows with prompt and answer, which become earlier turns of the"
-            " conversation.",
+            help="A .jsonl, .json, .csv, .tsv or .parquet file of rows with prompt and answer, which become earlier"
+            " turns of the conversation.",
             show_default=False,
             rich_help_panel=PROMPT,
         ),
@@ -69,13 +70,14 @@ def learn_distill(
     queries: Annotated[
         str | None,
         typer.Option(
-            help="A file of queries to learn on: one a line, or JSON lines with prompt; - reads standard input."
-            " Without it: 64 that come along, which say nothing of an answer's form.",
+            help="A file of queries to learn on: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard"
+            " input. Without it: 64 that come along, which say nothing of an answer's form.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=PROMPT,
         ),
     ] = None,
+    column: ColumnOption = None,
     limit: Annotated[
         int | None,
         typer.Option(min=8, help="Learn on at most so many queries.", show_default=False, rich_help_panel=PROMPT),
@@ -152,6 +154,7 @@ def learn_distill(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn to answer without a prompt as the model does with it.
@@ -174,9 +177,11 @@ def learn_distill(
 
     wanted = parse_layers(layers)
     check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
-    base = list(dict.fromkeys(gather_prompts([], queries) if queries is not None else base_queries(None)))[:limit]
-    if not all(isinstance(query, str) for query in base):
+    own = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
+    texts = [query for query in own if isinstance(query, str)]
+    if len(texts) < len(own):
         raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
+    base = list(dict.fromkeys(texts))[:limit]
     found = _recognised(instruction)
     checked = _check(instruction, found, check, type_, kwargs, base)
     text = read_text(prompt_file) if prompt_file is not None else None
@@ -186,7 +191,15 @@ def learn_distill(
     from trimtab.methods.distill import learn_distill as learn
 
     teacher = Teacher(_phrasings(instruction, found), system, text, shots, times)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     if found is not None:
         note(f"recognised as {found.type.name}", quiet=json)
@@ -202,7 +215,7 @@ def learn_distill(
             lm,
             chosen,
             teacher=teacher,
-            queries=base,  # type: ignore[arg-type]
+            queries=base,
             check=checked,
             fit=fit,
             rank=rank,

@@ -19,17 +19,19 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
-from trimtab.commands.prompts import gather_prompts
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.methods.recipe import Option, Recipe, recipes
-from trimtab.text.pairs import read_pairs
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
+    from trimtab.text.columns import Columns
 
 OWN_COMMAND = ("caa", "instruct")
 """These two learn by `trimtab learn` itself, which has more sources to learn from."""
@@ -65,7 +67,9 @@ def command_for(recipe: Recipe) -> Any:
     def run(**given: Any) -> None:
         _learn(recipe, given)
 
-    parameters = [*_source(recipe), *(_parameter(option) for option in recipe.options), *_COMMON]
+    texts = recipe.takes == "texts" or any(option.kind == "texts" for option in recipe.options)
+    column = [_keyword("column", ColumnOption, None)] if texts else []
+    parameters = [*_source(recipe), *column, *(_parameter(option) for option in recipe.options), *_COMMON]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = (
@@ -100,6 +104,7 @@ _COMMON = [
     _keyword("dtype", DtypeOption, "auto"),
     _keyword("revision", RevisionOption, None),
     _keyword("layers_path", LayersPathOption, None),
+    _keyword("template", TemplateOption, None),
     _keyword("json", JsonOption, False),
 ]
 
@@ -108,11 +113,12 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
     if recipe.takes == "nothing":
         return []
     helps = {
-        "pairs": "A .jsonl, .json or .csv file of pairs; `trimtab learn --help` shows their shapes.",
-        "texts": "A file of texts: one a line, or JSON lines with prompt or messages; - reads standard input.",
+        "pairs": "A .jsonl, .json, .csv, .tsv or .parquet file of pairs; `trimtab learn --help` shows their shapes.",
+        "texts": "A file of texts: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
-    return [_keyword(recipe.takes, Annotated[str, source])]
+    named = [_keyword("keys", KeysOption, None), _keyword("ignore", IgnoreOption, None)]
+    return [_keyword(recipe.takes, Annotated[str, source]), *(named if recipe.takes == "pairs" else [])]
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -138,14 +144,16 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
 
     wanted = parse_layers(given["layers"])
     check_program(program, recipe.name, given, wanted, out)
-    options = {option.name: _value(option, given[option.name]) for option in recipe.options}
+    columns = columns_of(given.get("keys"), given.get("ignore"), pairs=recipe.takes == "pairs")
+    column = given.get("column")
+    options = {option.name: _value(option, given[option.name], columns, column) for option in recipe.options}
     data: list[Any] = []
     if recipe.takes == "pairs":
-        pairs = read_pairs(Path(given["pairs"]))
+        pairs = pairs_in(given["pairs"], columns)
         check_shape(recipe, pairs, given["pairs"])
         data = [pairs]
     elif recipe.takes == "texts":
-        data = [gather_prompts([], given["texts"])]
+        data = [gather_prompts([], given["texts"], given["column"])]
 
     from trimtab.steering.steering import check_strength
 
@@ -156,6 +164,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         dtype=given["dtype"],
         revision=given["revision"],
         layers_path=given["layers_path"],
+        template=given["template"],
         quiet=quiet,
     )
     layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
@@ -174,7 +183,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
 
 
-def _value(option: Option, value: Any) -> Any:
+def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
     """What the function is given for what the command line was."""
     if value is None:
         return None
@@ -182,9 +191,9 @@ def _value(option: Option, value: Any) -> Any:
         flag = f"--{option.name.replace('_', '-')}"
         raise TrimtabError(f"{flag} {value!r} is not known; it is one of {', '.join(option.choices)}")
     if option.kind == "pairs":
-        return read_pairs(Path(value))
+        return pairs_in(value, columns)
     if option.kind == "texts":
-        return gather_prompts([], value)
+        return gather_prompts([], value, column)
     if option.kind == "positions":
         from trimtab.steering.positions import Positions
 

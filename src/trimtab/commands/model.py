@@ -11,6 +11,7 @@ import typer
 
 from trimtab.commands.terminal import note
 from trimtab.errors import TrimtabError
+from trimtab.text.templates import parse_keywords
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -59,6 +60,16 @@ EngineOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+TemplateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        help="A keyword of the model's chat template, such as enable_thinking=false; repeatable.",
+        metavar="KEYWORD=VALUE",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
 
 
@@ -71,8 +82,13 @@ def load_model(
     layers_path: str | None,
     quiet: bool,
     engine: str = "transformers",
+    template: list[str] | None = None,
 ) -> LM:
-    """The model that the options name. Raises `TrimtabError` when it can't be had on that device."""
+    """The model that the options name. Raises `TrimtabError` when it can't be had on that device.
+
+    All its prompts are rendered with the keywords of `template`, `KEYWORD=VALUE` each.
+    """
+    keywords = parse_keywords(template)
     quiet = without_bars(quiet)
     note(f"loading {name or 'the default model'} …", quiet=quiet)
     from trimtab.lm import LM
@@ -83,7 +99,8 @@ def load_model(
     else:
         check_device(device)
     silence(quiet)
-    return LM.load(name, engine=engine, device=device, dtype=dtype, revision=revision, layers=layers_path)
+    where = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
+    return LM.load(name, engine=engine, template=keywords or None, **where)
 
 
 def without_bars(quiet: bool) -> bool:

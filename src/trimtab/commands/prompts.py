@@ -1,59 +1,138 @@
-"""The prompts of `trimtab generate`: from options, a file or standard input."""
+"""The prompts of `trimtab generate` and of other commands: from options, a file or standard input."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from trimtab.errors import TrimtabError
 from trimtab.text.chat import Prompt
+from trimtab.text.columns import is_blank
 from trimtab.text.read import read_text
+from trimtab.text.tables import PARQUET, READERS, read_rows
+
+COLUMNS = ("prompt", "messages", "question", "instruction", "input", "user", "text")
+"""Where a row's prompt is looked for."""
+CONTEXT = "context"
+"""What belongs to a prompt, and isn't one."""
+
+ColumnOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The column of the prompts' file, or the key of its objects, that holds the prompt. Without it: prompt,"
+        " messages, question, instruction, input, user or text.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
 
 
-def gather_prompts(texts: Sequence[str], source: str | None) -> list[Prompt]:
+def gather_prompts(texts: Sequence[str], source: str | None, column: str | None = None) -> list[Prompt]:
     """The prompts given one by one, then those of the file (`-`: standard input).
 
-    A file holds one prompt a line, or, when it is named `.jsonl` or each of its lines begins with `{`, objects
-    with `prompt` or `messages`. Raises `TrimtabError` for none, an empty one, or a malformed line.
+    A file holds one prompt a line, unless its name ends in `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`, it is a
+    JSON list, or each of its lines begins with `{`. The rows of those are texts, lists of messages, or objects, whose
+    prompt is in `column` or one of `COLUMNS`, under their `system` prompt, if they have one.
+
+    Raises `TrimtabError` for none, an empty one, a malformed line, and a row whose prompt can't be told.
     """
     for text in texts:
         if not text.strip():
             raise TrimtabError("a --prompt is empty; give it some text")
-    found: list[Prompt] = [*texts, *(_read(source) if source else [])]
+    if column is not None and source is None:
+        raise TrimtabError("--column is about a file of prompts, and there is none; give one, or leave --column out")
+    found: list[Prompt] = [*texts, *(_read(source, column) if source else [])]
     if not found:
         raise TrimtabError("there is no prompt; give --prompt TEXT, or --prompts FILE (- reads standard input)")
     return found
 
 
-def _read(source: str) -> list[Prompt]:
-    text = sys.stdin.read() if source == "-" else read_text(Path(source))
+def _read(source: str, column: str | None) -> list[Prompt]:
     name = "standard input" if source == "-" else source
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
+    kind = Path(source).suffix.lower()
+    if kind == PARQUET or (kind in READERS and not Path(source).is_file()):
+        rows: Iterable[tuple[str, Any]] = read_rows(Path(source))  # which says that there is no file
+    else:
+        text = sys.stdin.read() if source == "-" else read_text(Path(source))
+        kind = kind if kind in READERS else _kind_of(text)
+        if not kind:
+            if column is not None:
+                raise TrimtabError(f"{name} holds one prompt a line, and has no column {column!r}; leave --column out")
+            rows = ((f"{name}:{number}", line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        else:
+            rows = READERS[kind](Path(name), text)
+    rows = list(rows)
+    if not rows:
         raise TrimtabError(f"{name} has no prompts in it; write one a line")
-    if source.endswith((".jsonl", ".ndjson")) or all(line.lstrip().startswith("{") for _, line in lines):
-        return [_row(line, f"{name}:{number}") for number, line in lines]
-    return [line for _, line in lines]
+    if kind == ".json" and all(map(_is_message, (row for _, row in rows))):
+        return [[row for _, row in rows]]
+    return [_prompt(row, where, column) for where, row in rows]
 
 
-def _row(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{where}: not JSON: {error}") from None
-    keys = [key for key in ("prompt", "messages") if isinstance(row, dict) and key in row]
-    if len(keys) != 1:
-        raise TrimtabError(f'{where}: an object with either "prompt" or "messages" was expected')
-    value = row[keys[0]]
-    if keys[0] == "prompt":
-        if not isinstance(value, str) or not value.strip():
-            raise TrimtabError(f"{where}: the prompt is empty or no text")
+def _kind_of(text: str) -> str:
+    """What a text without a telling name is: a JSON list, JSON lines, or (nothing) a prompt a line."""
+    begins = text.lstrip()[:1]
+    if begins == "[":
+        try:
+            json.loads(text)
+        except (ValueError, RecursionError):
+            return ""
+        return ".json"
+    return (
+        ".jsonl" if begins and all(line.lstrip().startswith("{") for line in text.split("\n") if line.strip()) else ""
+    )
+
+
+def _prompt(row: Any, where: str, column: str | None) -> Prompt:
+    if not isinstance(row, Mapping):
+        if column is not None:
+            raise TrimtabError(f"{where}: this is no row with columns, so it has no {column!r}; leave --column out")
+        return _checked(row, where)
+    name = _column(row, where, column)
+    prompt = _checked(row[name], where, messages=name == "messages")
+    system = row.get("system") if name != "system" else None
+    if is_blank(system):
+        return prompt
+    if not isinstance(system, str):
+        raise TrimtabError(f"{where}: 'system' is no text")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if messages[0]["role"] == "system":
+        raise TrimtabError(f"{where}: there is a system prompt twice: among the messages, and beside them")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _column(row: Mapping[str, Any], where: str, wanted: str | None) -> str:
+    """The name of the column that holds the row's prompt."""
+    has = f"it has {', '.join(map(repr, row))}"
+    if wanted is not None:
+        if wanted not in row:
+            raise TrimtabError(f"{where}: there is no column {wanted!r}; {has}")
+        return wanted
+    there = [name for name in COLUMNS if name in row]
+    if not there:
+        raise TrimtabError(f"{where}: no prompt: {has}; say which column is one (--column), or call it {COLUMNS[0]!r}")
+    said = [name for name in there if not is_blank(row[name])]
+    rivals = [*said, *([CONTEXT] if not is_blank(row.get(CONTEXT)) else [])]
+    if said and len(rivals) > 1:
+        raise TrimtabError(
+            f"{where}: {' and '.join(map(repr, rivals))} could each belong to the prompt, and one is read; say which"
+            f" (--column {rivals[0]}), or write the whole prompt into one"
+        )
+    return (said or there)[0]
+
+
+def _checked(value: Any, where: str, *, messages: bool = False) -> Prompt:
+    if isinstance(value, list) or messages:
+        if not isinstance(value, list) or not value or not all(map(_is_message, value)):
+            raise TrimtabError(f'{where}: messages are a list of {{"role": "user", "content": "…"}}')
         return value
-    if not isinstance(value, list) or not value or not all(_is_message(message) for message in value):
-        raise TrimtabError(f'{where}: messages are a list of {{"role": "user", "content": "…"}}')
+    if not isinstance(value, str) or not value.strip():
+        raise TrimtabError(f"{where}: the prompt is empty or no text")
     return value
 
 

@@ -17,6 +17,7 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
 from trimtab.commands.serve_vllm import check_options, hand_over, vllm_command, vllm_environment
@@ -126,6 +127,7 @@ def serve(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with steering as extra fields.
 
@@ -191,7 +193,15 @@ def serve(
 
     written = Audit(audit, prompts=audit_prompts)
     bound = bind(host, port)
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=False)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=False,
+        template=template,
+    )
     from trimtab.serve.app import make_app
     from trimtab.serve.library import Library, read_folder
     from trimtab.serve.metrics import Metrics

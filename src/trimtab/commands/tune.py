@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,12 +25,14 @@ from trimtab.commands.model import (
     LayersPathOption,
     ModelOption,
     RevisionOption,
+    TemplateOption,
     load_model,
 )
+from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
-from trimtab.text.pairs import Pair, as_texts, read_pairs
+from trimtab.text.pairs import Pair, as_texts
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -63,6 +66,8 @@ def tune(
         Path | None,
         typer.Option(help="Your own pairs: a half is learned from, the rest searched on.", show_default=False),
     ] = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     check: Annotated[
         str | None,
         typer.Option(
@@ -145,6 +150,7 @@ def tune(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Find the layer, strength and positions at which a steering works, or that none does.
@@ -190,7 +196,7 @@ def tune(
         raise TrimtabError(f"--operation is add, project or both, got {operation!r}")
     if budget_minutes is not None and not (math.isfinite(budget_minutes) and budget_minutes > 0):
         raise TrimtabError(f"--budget-minutes is a number above 0, got {budget_minutes}")
-    read = read_pairs(pairs) if pairs is not None else []
+    read = pairs_in(pairs, columns_of(keys, ignore, pairs=pairs is not None))
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "margin": margin,
@@ -220,7 +226,15 @@ def tune(
     from trimtab.tune import default_layers, grid, learn_operations, tune_letters
     from trimtab.tune import tune as search_for
 
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        quiet=json,
+        template=template,
+    )
     tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
     tried = default_layers(lm.layout.layers) if tried is None else tried
     with progress_bar("learning", quiet=json) as progress:
@@ -345,7 +359,10 @@ def _numbers(text: str) -> list[float]:
 def _rules(text: str | None) -> list[Positions] | None:
     from trimtab.steering import Positions
 
-    return None if text is None else [Positions.parse(part.strip()) for part in text.split(",")]
+    if text is None:
+        return None
+    rules = re.split(r",(?!\s*-?\d+\s*(?:,|$))", text)  # a number alone is no rule: it belongs to the tokens before it
+    return [Positions.parse(part.strip()) for part in rules]
 
 
 def _guard(given: Sequence[str]) -> Guard:

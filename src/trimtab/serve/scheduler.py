@@ -346,7 +346,11 @@ class Scheduler:
             return False
         assert first.rejection is not None
         assert task.rejection is not None
-        if (first.rejection.schedule, first.chat) != (task.rejection.schedule, task.chat):
+        if (first.rejection.schedule, first.chat, first.template) != (
+            task.rejection.schedule,
+            task.chat,
+            task.template,
+        ):
             return False
         both = [*together, task]
         most = max(one.max_new_tokens for one in both)
@@ -364,6 +368,7 @@ class Scheduler:
                 rejection=[task.rejection for task in tasks],
                 max_new_tokens=max(task.max_new_tokens for task in tasks),
                 chat=first.chat,
+                template=first.template,
                 batch_size=len(tasks),
                 seed=first.sampling.seed,
                 transfer=True,  # whether a steering fits was checked when it was loaded

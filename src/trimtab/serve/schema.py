@@ -149,6 +149,19 @@ class ChatRequest(Common):
     )
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
+    continue_final_message: bool | None = Field(
+        None,
+        description="Go on with the last message, the assistant's, instead of answering it: as vLLM's server does. The"
+        " response holds what was added.",
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="false with `continue_final_message`, else true; neither has to be said."
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = Field(
+        None,
+        description="Keywords of the model's chat template. One that it doesn't use is refused.",
+        examples=[{"enable_thinking": False}],
+    )
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)

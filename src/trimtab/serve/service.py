@@ -31,8 +31,9 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.tasks import Task
 from trimtab.steering import ScaleScores, Steering, emphasis
-from trimtab.text.chat import Prompt
+from trimtab.text.chat import Prompt, Template
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
+from trimtab.text.templates import CONTINUE
 
 ALIAS = "trimtab"
 """The served model's other name, so that a client's configuration needn't know which it is."""
@@ -143,6 +144,7 @@ class Service:
             raise Refusal(404, f"this server has the model {self.lm.name}", param="model", code="model_not_found")
         chat = isinstance(asked, ChatRequest)
         count = asked.n or 1
+        template = _template(asked)
         prompts = [_messages(asked.messages)] if isinstance(asked, ChatRequest) else _prompts(asked.prompt)
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
@@ -152,9 +154,9 @@ class Service:
         tasks, marked, lengths = [], 0, []
         try:
             for prompt in prompts:
-                ids = self._encode(prompt, chat)
+                ids = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
-                mine, tokens = self._emphasized(asked, prompt, chat, steering)
+                mine, tokens = self._emphasized(asked, prompt, chat, steering, template)
                 marked += tokens
                 most = self._most(asked, len(ids))
                 for i in range(count):
@@ -169,6 +171,7 @@ class Service:
                         rejection,
                         prompt if isinstance(prompt, (str, list)) and not _is_ids(prompt) else None,
                         None if chat else False,
+                        template,
                         self.policy.dose_of(key),
                         self.limits.seconds,
                     )
@@ -187,7 +190,7 @@ class Service:
             spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **given)
         return sum(stop - start for start, stop in spans)
 
-    def _encode(self, prompt: Any, chat: bool) -> list[int]:
+    def _encode(self, prompt: Any, chat: bool, template: Template | None) -> list[int]:
         if _is_ids(prompt):
             size = self.lm.model.get_input_embeddings().weight.shape[0]
             if max(prompt) >= size:
@@ -195,7 +198,7 @@ class Service:
             ids = list(prompt)
         else:
             with self._tokenizing:
-                ids = self.lm.encode(prompt, chat=None if chat else False)
+                ids = self.lm.encode(prompt, chat=None if chat else False, template=template)
         most = self.limits.prompt_tokens
         if most is not None and len(ids) > most:
             raise Refusal(400, f"the prompt has {len(ids)} tokens, {most} are allowed", code="context_length_exceeded")
@@ -218,7 +221,7 @@ class Service:
         return wanted
 
     def _emphasized(
-        self, asked: Steered, prompt: Any, chat: bool, steering: Steering | None
+        self, asked: Steered, prompt: Any, chat: bool, steering: Steering | None, template: Template | None
     ) -> tuple[Steering | None, int]:
         """The steering with attention towards the phrases, and how many tokens those are."""
         if not asked.emphasize:
@@ -227,7 +230,7 @@ class Service:
             raise Refusal(400, "phrases can't be placed in token ids; give text", param="emphasize")
         marks: list[Emphasis] = []
         with self._tokenizing:
-            given: dict[str, Any] = {"chat": None if chat else False}
+            given: dict[str, Any] = {"chat": None if chat else False, "template": template}
             text = render(self.lm.tokenizer, prompt, **given).text
             for i, one in enumerate(asked.emphasize):
                 phrase = one if isinstance(one, str) else one.text if isinstance(one, PhraseChoice) else None
@@ -262,6 +265,22 @@ def _missing(phrase: str) -> str:
 
 def _allowed(key: Key, loaded: Loaded) -> bool:
     return key.steerings is None or loaded.name in key.steerings
+
+
+def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
+    """What the chat template is told; without a word about it, a last message of the assistant's is answered."""
+    if not isinstance(asked, ChatRequest):
+        return None
+    continues = bool(asked.continue_final_message)
+    if asked.add_generation_prompt is not None and asked.add_generation_prompt == continues:
+        meant = "is false" if continues else "can be false only"
+        raise Refusal(
+            400, f"add_generation_prompt {meant} with continue_final_message: true", param="add_generation_prompt"
+        )
+    given = dict(asked.chat_template_kwargs or {})
+    if CONTINUE in given:
+        raise Refusal(400, f"{CONTINUE} is a field of its own", param="chat_template_kwargs")
+    return {**given, CONTINUE: continues}
 
 
 def _messages(messages: Sequence[Message]) -> Prompt:

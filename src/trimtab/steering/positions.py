@@ -7,7 +7,7 @@ so "steer the answer" usually means `Positions.from_last_prompt_token()`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,16 +100,31 @@ class Positions:
             raise ValueError(f"a span needs 0 <= start < stop, got {start} and {stop}")
         return cls(((Bound(START, start), Bound(START, stop)),))
 
+    @classmethod
+    def tokens(cls, indices: Sequence[int]) -> Positions:
+        """These tokens of the rendered prompt, counted from 0; a negative index counts from its end, -1 is its last."""
+        if not indices or any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+            raise ValueError(f"tokens are named by whole numbers, at least one of them, got {list(indices)!r}")
+        anchors = [(START if i >= 0 else END, i) for i in sorted(set(indices), key=lambda i: (i < 0, i))]
+        return cls(tuple((Bound(anchor, i), Bound(anchor, i + 1)) for anchor, i in anchors))
+
     def __or__(self, other: Positions) -> Positions:
         return Positions(self.intervals + tuple(i for i in other.intervals if i not in self.intervals))
 
     def resolve(self, prompt_length: int) -> tuple[tuple[int, int | None], ...]:
         """Absolute `(start, stop)` pairs for a prompt of `prompt_length` tokens; empty ones are left out.
 
-        Raises `TrimtabError` when a span reaches past the prompt.
+        Raises `TrimtabError` when a span reaches past the prompt, and for a token that isn't in it.
         """
         resolved = []
         for start, stop in self.intervals:
+            token = _token(start, stop)
+            if token is not None and not -max(1, prompt_length) <= token < prompt_length:
+                named = f"{token} (span {token}:{token + 1})" if token >= 0 else token
+                raise TrimtabError(
+                    f"token {named} is not in the prompt, which has {prompt_length} tokens;"
+                    " count the tokens of the rendered prompt, template included"
+                )
             if stop is not None and stop.anchor == START and stop.offset > prompt_length:
                 raise TrimtabError(
                     f"span {start.offset}:{stop.offset} is not in the prompt, which has {prompt_length} tokens;"
@@ -132,9 +147,12 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str) -> Positions:
-        """From the command line: a name of `NAMED`, `opening:K`, `first:K`, `window:A:B` or `span:A:B`."""
+        """From the command line: a name of `NAMED`, `opening:K`, `first:K`, `window:A:B`, `span:A:B`, `tokens:A,B`."""
         name, *numbers = text.split(":")
         try:
+            if name == "tokens":
+                (listed,) = numbers
+                return cls.tokens([int(number) for number in listed.split(",")])
             if not numbers:
                 return NAMED[name]
             make: dict[str, Callable[..., Positions]]
@@ -147,20 +165,33 @@ class Positions:
             return make[name](*(int(number) for number in numbers))
         except (KeyError, TypeError, ValueError):
             raise TrimtabError(
-                f"positions {text!r} are not known; use {', '.join(NAMED)}, opening:K, first:K, window:A:B or span:A:B"
+                f"positions {text!r} are not known; use {', '.join(NAMED)}, opening:K, first:K, window:A:B, span:A:B or"
+                " tokens:A,B"
             ) from None
 
     def __str__(self) -> str:
         for name, positions in NAMED.items():
             if positions == self:
                 return name
+        tokens = [_token(start, stop) for start, stop in self.intervals]
+        if None not in tokens and len(tokens) > 1:
+            return f"tokens:{','.join(map(str, tokens))}"
         return " | ".join(_interval(start, stop) for start, stop in self.intervals) or "nowhere"
 
     def __repr__(self) -> str:
         return f"Positions({self})"
 
 
+def _token(start: Bound, stop: Bound | None) -> int | None:
+    """The index of the one token of the prompt that the interval holds, if it is one."""
+    if stop is None or start.anchor != stop.anchor or stop.offset != start.offset + 1:
+        return None
+    return start.offset if start.anchor == START or start.offset < 0 else None
+
+
 def _interval(start: Bound, stop: Bound | None) -> str:
+    if start.anchor == END and start.offset < -1 and (token := _token(start, stop)) is not None:
+        return f"tokens:{token}"
     if stop is not None and (start, stop.anchor) == (Bound(END, -1), END):
         return f"opening:{stop.offset + 1}"
     if stop is not None and start.anchor == stop.anchor:

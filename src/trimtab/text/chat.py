@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from trimtab.errors import TrimtabError
+from trimtab.text.templates import CONTINUE, check_keywords, set_keywords
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message]
+Template = Mapping[str, Any]
+"""Keywords of the chat template, such as `{"enable_thinking": False}`, and perhaps `continue_final_message`."""
+
+
+class TemplateWarning(UserWarning):
+    """A prompt is rendered by the chat template and looks as if it had been already."""
 
 
 def has_template(tokenizer: Any) -> bool:
@@ -17,20 +27,33 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def encode(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> list[int]:
+def encode(
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    chat: bool | None = None,
+    template: Template | None = None,
+) -> list[int]:
     """The token ids of a prompt, ending where the answer begins.
 
     A list of messages (`{"role": …, "content": …}`) is rendered by the chat template. A string is taken for
     the user's message where there is a template, and for plain text where there is none; `chat=True` or
     `False` insists on the one or the other. `system` is put before as a system message.
 
-    Raises `TrimtabError` for messages, `chat=True` or `system` without a template, and for malformed messages.
+    Messages that end with one of the assistant's are a begun answer, and the ids end where it goes on. `template` holds
+    keywords of the chat template; `continue_final_message=False` among them begins another answer instead.
+
+    Raises `TrimtabError` for messages, `chat=True`, `system` or `template` without a template, for malformed messages,
+    for keywords that the template doesn't use, and where it can't leave a begun answer open. Warns with
+    `TemplateWarning` of a string that holds the template's special tokens.
     """
     if isinstance(prompt, str):
         if not (has_template(tokenizer) if chat is None else chat):
-            if system is not None:
-                raise TrimtabError("a system message needs a chat template, and this prompt is plain text")
-            return list(tokenizer(prompt)["input_ids"])
+            for name, given in (("a system message", system), ("a keyword of the template", template)):
+                if given:
+                    raise TrimtabError(f"{name} needs a chat template, and this prompt is plain text")
+            return list(plain_tokens(tokenizer, prompt)["input_ids"])
         messages: list[Message] = [{"role": "user", "content": prompt}]
     else:
         messages = list(prompt)
@@ -43,25 +66,104 @@ def encode(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: b
         raise TrimtabError(
             "this tokenizer has no chat template; give plain text (chat=False), or set its chat_template"
         )
+    if isinstance(prompt, str):
+        _notice_rendered(tokenizer, prompt)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except Exception as error:  # templates raise whatever their authors chose
-        raise TrimtabError(f"the chat template refuses these messages: {error}") from error
-    return list(rendered["input_ids"])
+    return list(_apply(tokenizer, messages, template, tokenize=True, return_dict=True)["input_ids"])
 
 
-def render_messages(tokenizer: Any, messages: Sequence[Message]) -> str:
-    """Messages as the chat template's text, ending where the answer begins. Raises `TrimtabError` if it refuses."""
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise whatever their authors chose
-        raise TrimtabError(f"the chat template refuses these messages: {error}") from error
+def render_messages(tokenizer: Any, messages: Sequence[Message], template: Template | None = None) -> str:
+    """Messages as the chat template's text, ending where the answer begins or goes on. Raises as `encode` does."""
+    return str(_apply(tokenizer, messages, template, tokenize=False))
+
+
+def plain_tokens(tokenizer: Any, text: str, **options: Any) -> Any:
+    """What the tokenizer makes of plain text; a first token that stands in the text isn't put before it again."""
+    first = getattr(tokenizer, "bos_token", None)
+    if first and text.startswith(first):
+        doubled, single = (tokenizer(text, add_special_tokens=add, **options) for add in (True, False))
+        ids = list(doubled["input_ids"])
+        if ids[:2] == [tokenizer.bos_token_id] * 2 and ids[1:] == list(single["input_ids"]):
+            return single
+        return doubled
+    return tokenizer(text, **options)
 
 
 def template_digest(tokenizer: Any) -> str | None:
-    """A digest of the chat template, `None` where there is none."""
+    """A digest of the chat template and of the keywords that are set for it; `None` where there is no template."""
     if not has_template(tokenizer):
         return None
-    return hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16]
+    text = str(tokenizer.chat_template)
+    if keywords := set_keywords(tokenizer):
+        text += json.dumps(keywords, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | None, **how: Any) -> Any:
+    keywords = dict(template or {})
+    continues = _continues(messages, keywords.pop(CONTINUE, None))
+    check_keywords(tokenizer, keywords)
+    ends = {CONTINUE: True, "add_generation_prompt": False} if continues else {"add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(list(messages), **ends, **keywords, **how)
+    except Exception as error:  # templates raise whatever their authors chose
+        if continues:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise TrimtabError(
+                f"the chat template can't leave the assistant's last message open: {reason}; render it yourself, and"
+                " give plain text (chat=False)"
+            ) from error
+        raise TrimtabError(f"the chat template refuses these messages: {error}") from error
+
+
+def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
+    """Whether the last message is an answer to go on with. Raises `TrimtabError` where that can't be."""
+    begun = bool(messages) and messages[-1].get("role") == "assistant"
+    if wanted is False or (wanted is None and not begun):
+        return False
+    if not begun:
+        last = f"the last one is the {messages[-1].get('role')}'s" if messages else "there is none"
+        raise TrimtabError(f"{CONTINUE} continues a last message of the assistant's, and {last}")
+    if not str(messages[-1].get("content") or "").strip():
+        raise TrimtabError("the assistant's last message is empty: there is nothing to continue; leave it out")
+    return True
+
+
+def _notice_rendered(tokenizer: Any, prompt: str) -> None:
+    """Warn of a string with special tokens that the chat template writes itself."""
+    if found := [token for token in _written(tokenizer) if token in prompt]:
+        warnings.warn(
+            f"the prompt holds {', '.join(map(repr, found))}, which the chat template writes itself, and is put into a"
+            " user's message all the same; if it is rendered already, say that it is plain text (chat=False, --plain)",
+            TemplateWarning,
+            stacklevel=4,
+        )
+
+
+def _written(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens in a user's message, as the chat template renders it."""
+    template = str(tokenizer.chat_template)
+    try:
+        known, found = _WRITTEN.get(tokenizer, (None, ()))
+    except TypeError:  # it can't be hashed
+        return _special_tokens_of_template(tokenizer)
+    if known != template:
+        found = _special_tokens_of_template(tokenizer)
+        _WRITTEN[tokenizer] = template, found
+    return found
+
+
+def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:
+    try:
+        text = render_messages(tokenizer, [{"role": "user", "content": "text"}])
+    except TrimtabError:  # it wants more than that; what is wrong with the prompt, if anything, is said elsewhere
+        return ()
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = [str(token.content) for token in added.values() if token.special]
+    every = dict.fromkeys((*special, *getattr(tokenizer, "all_special_tokens", ())))
+    return tuple(token for token in every if token and token in text)
+
+
+_WRITTEN: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
+"""Kept, since some tokenizers have thousands of special tokens: the template, and those that it writes."""

@@ -1,12 +1,16 @@
 """Contrastive pairs: what a steering is learned from, in the shapes that people have.
 
-Three shapes are read, from JSONL, JSON (a list of objects) or CSV (a header line):
+Four shapes are read, from JSONL, JSON (a list of objects), CSV and TSV (a header line) or Parquet:
 
 - `positive`, `negative`, and optionally `prompt`. With a prompt, they are two answers to it; without one, two
   texts.
 - `question`, `answer_matching_behavior`, `answer_not_matching_behavior`: CAA's multiple-choice records, whose
   answers are bracketed letters such as `(A)`.
 - `prompt`, `prompt_without_instruction`: two prompts, with and without an instruction.
+- `statement`, `label`, and optionally `prompt`: single texts, true or false, which are paired (see `statements`).
+
+Some of these have other names too (see `columns.ALIASES`), and `keys` says which column is what where they have none of
+them. A column that isn't read and may matter is an error, unless it is to be ignored.
 
 In JSONL and JSON a prompt or an answer may be a list of chat messages, as `{"role": …, "content": …}`; such an answer
 ends with the assistant's message, and what comes before it continues the prompt. `system` is both sides' system prompt,
@@ -15,19 +19,19 @@ ends with the assistant's message, and what comes before it continues the prompt
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.text.chat import Prompt
+from trimtab.text.columns import ALIASES, Columns, Row, is_nan
 from trimtab.text.letters import letter_of
-from trimtab.text.read import read_text
+from trimtab.text.statements import Statement, label_of, pair_up
+from trimtab.text.tables import READERS, read_rows
 
 Conversation = tuple[tuple[str, str], ...]
 """Chat messages, each its role and its content."""
@@ -162,6 +166,8 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
     if not before:
         if not pair.prompt:
             raise TrimtabError("nothing comes before the assistant's message; give a prompt")
+        if not isinstance(pair.prompt, str) and pair.prompt[-1][0] == "assistant":
+            raise TrimtabError("the prompt ends with a begun answer; give the rest of it as a text, not as a message")
         return Side(pair.prompt, answer, system)
     opening = (("user", pair.prompt),) if isinstance(pair.prompt, str) and pair.prompt else pair.prompt or ()
     assert not isinstance(opening, str)
@@ -170,11 +176,23 @@ def _side(pair: Pair, words: Words, system: str | None) -> Side:
 
 def _answers(row: Mapping[str, Any]) -> Pair:
     prompt = row.get("prompt") or ""
+    if all(_repeats(row[side], prompt) for side in ("positive", "negative")):
+        prompt = ""
     if not isinstance(prompt, str) or prompt.strip():
         return Pair(row["positive"], row["negative"], prompt, "answers", *_systems(row))
     if isinstance(row["positive"], str) and isinstance(row["negative"], str):
         return Pair(row["positive"], row["negative"], prompt, "texts", *_systems(row))
     return Pair(row["positive"], row["negative"], "", "answers", *_systems(row))
+
+
+def _repeats(side: Any, prompt: Any) -> bool:
+    """Whether a side's messages begin with the prompt, as in data of preferences, which say it in a column as well."""
+    if not isinstance(side, list) or not prompt:
+        return False
+    if not isinstance(prompt, str):
+        return len(side) > len(prompt) and side[: len(prompt)] == list(prompt)
+    said = [one for one in side[:-1] if isinstance(one, Mapping) and one.get("role") != "system"]
+    return bool(said) and said[0].get("role") == "user" and said[0].get("content") == prompt
 
 
 def _letters(row: Mapping[str, Any]) -> Pair:
@@ -203,39 +221,57 @@ def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return given.get("positive_system", both), given.get("negative_system", both)
 
 
-SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair]] = {
+def _statement(row: Mapping[str, Any]) -> Statement:
+    prompt = row.get("prompt") or ""
+    under = prompt if isinstance(prompt, str) else conversation(prompt, "prompt")
+    return Statement(row["statement"], label_of(row["label"]), (under, *_systems(row)))
+
+
+SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair | Statement]] = {
     ("question", "answer_matching_behavior", "answer_not_matching_behavior"): _letters,
     ("prompt", "prompt_without_instruction"): _prompts,
     ("positive", "negative"): _answers,
+    ("statement", "label"): _statement,
 }
 SYSTEMS = ("system", "positive_system", "negative_system")
 TALKS = ("prompt", "prompt_without_instruction", "positive", "negative")
 """What may be a list of messages."""
-KEYS = frozenset({*TALKS, *SYSTEMS, *(key for keys in SHAPES for key in keys)})
+KEYS = tuple(dict.fromkeys((*TALKS, *SYSTEMS, *(key for keys in SHAPES for key in keys))))
 """All that is read of a row."""
 
 
-def read_pairs(path: str | Path) -> list[Pair]:
-    """The pairs of a `.jsonl`, `.json` or `.csv` file.
+def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignore: Iterable[str] = ()) -> list[Pair]:
+    """The pairs of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file.
 
-    Raises `TrimtabError` naming the file and the line (or item) for a missing file, a malformed row, a row in
-    none of the shapes, a one-sided pair, rows of different shapes, or a file without rows.
+    Args:
+        path: The file.
+        keys: The columns of parts that are called otherwise there: `{"positive": "answer_a", "negative": "answer_b"}`.
+        ignore: Columns to leave out.
+
+    Raises:
+        TrimtabError: Naming the file and the line (or item): a missing file, a malformed row, a row in none of the
+            shapes, a one-sided pair, rows of different shapes, a column that isn't read and may matter, or no rows.
     """
+    return read_pairs_by(path, Columns.of(KEYS, keys, ignore))
+
+
+def read_pairs_by(path: str | Path, columns: Columns) -> list[Pair]:
+    """`read_pairs` with what the command line says of the columns."""
     path = Path(path)
-    pairs = _pairs(_rows(path))
+    pairs = _pairs(read_rows(path), columns, str(path))
     if not pairs:
         raise TrimtabError(f"{path} has no pairs in it; write one a row: {_shapes()}")
     return pairs
 
 
 def read_examples(path: str | Path) -> list[tuple[str, str]]:
-    """The examples of a `.jsonl`, `.json` or `.csv` file: rows with `prompt` and `answer`, both texts.
+    """The examples of a file that `read_pairs` reads: rows with `prompt` and `answer`, both texts.
 
     Raises `TrimtabError` naming the file and the line for a missing file, a row without either, or no rows.
     """
     path = Path(path)
     found = []
-    for where, row in _rows(path):
+    for where, row in read_rows(path):
         sides = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else [None]
         if not all(_is_text(side) and str(side).strip() for side in sides):
             raise TrimtabError(f"{where}: an example has prompt and answer, both texts that aren't empty")
@@ -245,29 +281,48 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
     return found
 
 
-def pairs_from_rows(rows: Iterable[dict[str, Any]], name: str = "pairs") -> list[Pair]:
+def pairs_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    name: str = "pairs",
+    *,
+    keys: Mapping[str, str] | None = None,
+    ignore: Iterable[str] = (),
+) -> list[Pair]:
     """Pairs from dictionaries in one of the shapes. Raises `TrimtabError` as `read_pairs` does."""
-    pairs = _pairs((f"{name}[{i}]", row) for i, row in enumerate(rows))
+    columns = Columns.of(KEYS, keys, ignore)
+    pairs = _pairs(((f"{name}[{i}]", row) for i, row in enumerate(rows)), columns, name)
     if not pairs:
         raise TrimtabError(f"{name} is empty")
     return pairs
 
 
-def rows_from_text(text: str, name: str = "pairs") -> list[dict[str, Any]]:
-    """The rows of what somebody typed or pasted: a JSON list, JSONL or CSV, told apart by how it begins.
+def pairs_from_text(text: str, name: str = "pairs") -> list[Pair]:
+    """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, told apart by how it begins.
 
-    They go to `pairs_from_rows`. Raises `TrimtabError` for text that is none of these, naming the line.
+    Raises `TrimtabError` for text that is none of these, naming the line.
     """
     begins = text.lstrip("\ufeff \t\r\n")
     if not begins:
         raise TrimtabError(f"{name} is empty; write one a row: {_shapes()}")
     kind = ".json" if begins.startswith("[") else ".jsonl" if begins.startswith("{") else ".csv"
-    rows = list(READERS[kind](Path(name), begins.replace("\r\n", "\n")))
-    for where, row in rows:
-        _pair(row, where)  # here the error can name the line
-    if not rows:
+    pairs = _pairs(READERS[kind](Path(name), begins.replace("\r\n", "\n")), Columns(), name)
+    if not pairs:
         raise TrimtabError(f"{name} has no rows; write one a row: {_shapes()}")
-    return [row for _, row in rows]
+    return pairs
+
+
+def row_of(pair: Pair) -> dict[str, Any]:
+    """The row that a pair is read from."""
+    by_shape = {
+        "letters": ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
+        "prompts": ("", "prompt", "prompt_without_instruction"),
+    }
+    names = by_shape.get(pair.shape, ("prompt", "positive", "negative"))
+    row = {
+        name: as_prompt(words) for name, words in zip(names, (pair.prompt, pair.positive, pair.negative), strict=True)
+    }
+    systems = {"positive_system": pair.positive_system, "negative_system": pair.negative_system}
+    return {name: value for name, value in (*row.items(), *systems.items()) if value}
 
 
 def digest(pairs: Sequence[Pair]) -> str:
@@ -278,87 +333,67 @@ def digest(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _pairs(rows: Iterable[tuple[str, Any]]) -> list[Pair]:
+def _pairs(rows: Iterable[tuple[str, Any]], columns: Columns, name: str) -> list[Pair]:
+    rows = list(rows)
+    columns.check([row for _, row in rows], name)
     pairs: list[Pair] = []
+    statements: list[Statement] = []
     for where, row in rows:
-        pair = _pair(row, where)
-        if pairs and pair.shape != pairs[0].shape:
-            raise TrimtabError(f"{where}: a pair of {pair.shape} among pairs of {pairs[0].shape}; split the file")
-        pairs.append(pair)
-    return pairs
+        one = _read(row, where, columns)
+        if isinstance(one, Statement):
+            statements.append(one)
+        else:
+            if pairs and one.shape != pairs[0].shape:
+                raise TrimtabError(f"{where}: a pair of {one.shape} among pairs of {pairs[0].shape}; split the file")
+            pairs.append(one)
+        if statements and pairs:
+            raise TrimtabError(f"{where}: labelled statements and pairs are in one file; split it")
+    return pairs if not statements else [_paired(*two, name) for two in pair_up(statements, name)]
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, and where each is: `file:line`, or in a JSON list `file: item 1`."""
-    kind = path.suffix.lower()
-    if kind not in READERS:
-        raise TrimtabError(f"{path}: pairs come as .jsonl, .json or .csv, not {kind or 'a file without a suffix'}")
-    return READERS[kind](path, read_text(path))
+def _paired(true: Statement, false: Statement, name: str) -> Pair:
+    prompt, *systems = true.under
+    if true.text == false.text:
+        raise TrimtabError(f"{name}: the statement {true.text!r} is labelled true and false")
+    return Pair(true.text, false.text, prompt, "answers" if prompt else "texts", *systems)
 
 
-def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split at U+2028, which JSON allows
-        if line.strip():
-            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
-
-
-def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    items = _parse(text, str(path)) if text.strip() else []
-    if not isinstance(items, list):
-        raise TrimtabError(f"{path} must hold a list of objects, it holds a {type(items).__name__}")
-    for number, item in enumerate(items, 1):
-        yield f"{path}: item {number}", item
-
-
-def _csv(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                columns = len(reader.fieldnames or [])
-                raise TrimtabError(f"{path}:{reader.line_num}: {columns} columns expected, as in the header line")
-            yield f"{path}:{reader.line_num}", row
-    except csv.Error as error:
-        raise TrimtabError(f"{path}:{reader.reader.line_num}: not CSV: {error}") from error
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"{where}: not JSON: {error}") from None
-
-
-def _pair(row: Any, where: str) -> Pair:
-    if not isinstance(row, dict):
+def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
+    if not isinstance(row, Mapping):
         raise TrimtabError(f"{where}: an object was expected, got {type(row).__name__}")
-    for keys, make in SHAPES.items():
-        if not set(keys) <= set(row):
-            continue
-        for key in keys:
-            if not _is_words(row[key], key) or (isinstance(row[key], str) and not row[key].strip()):
-                raise TrimtabError(f"{where}: {key!r} is empty or no text; a pair needs both sides")
-        if not _is_words(row.get("prompt") or "", "prompt"):
-            raise TrimtabError(f"{where}: 'prompt' is no text")
-        try:
-            pair = make(row)
-            positive, negative = sides(pair)
-        except TrimtabError as error:
-            raise TrimtabError(f"{where}: {error}") from None
-        if positive == negative:
-            raise TrimtabError(f"{where}: both sides of the pair are the same")
-        return pair
-    sided = [key for key in dict.fromkeys(key for keys in SHAPES for key in keys) if key in row]
-    has = f"it has {', '.join(map(repr, sided))} but not the rest" if sided else f"its keys are {', '.join(row)}"
-    raise TrimtabError(f"{where}: no pair: {has}. Shapes: {_shapes()}")
+    cells = Row.of(row, columns)
+    keys = next((keys for keys in SHAPES if all(map(cells.has, keys))), None)
+    if keys is None:
+        raise TrimtabError(f"{where}: no pair: {_what_it_has(cells, row)}. Shapes: {_shapes()}")
+    for key in (*keys, *(() if "question" in keys else ("prompt",)), *SYSTEMS):
+        cells.take(key, where)
+    for key, value in cells.found.items():
+        if is_nan(value):
+            raise TrimtabError(f"{where}: {cells.name(key)!r} is NaN, an empty cell; take the row out, or fill it in")
+        if key in keys and key != "label" and (not _is_words(value, key) or not str(value).strip()):
+            raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or no text; a pair needs both sides")
+    if not _is_words(cells.found.get("prompt") or "", "prompt"):
+        raise TrimtabError(f"{where}: {cells.name('prompt')!r} is no text")
+    try:
+        one = SHAPES[keys](cells.found)
+        both = sides(one) if isinstance(one, Pair) else ()
+    except TrimtabError as error:
+        raise TrimtabError(f"{where}: {error}") from None
+    if both and both[0] == both[1]:
+        raise TrimtabError(f"{where}: both sides of the pair are the same")
+    cells.check_rest(where)
+    return one
+
+
+def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:
+    known = {*KEYS, *cells.names.values(), *(name for names in ALIASES.values() for name in names)}
+    sided = [key for key in row if key in known]
+    has = (
+        f"it has {', '.join(map(repr, sided))} but not the rest"
+        if sided
+        else f"its keys are {', '.join(map(str, row))}"
+    )
+    return f"{has}; if they are called otherwise, say how (--keys positive=COLUMN,negative=COLUMN)"
 
 
 def _is_words(value: Any, key: str) -> bool:

@@ -13,7 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.chat import Message, Prompt, encode, has_template, render_messages
+from trimtab.text.chat import Message, Prompt, Template, encode, has_template, plain_tokens, render_messages
 
 Span = tuple[int, int]
 CONTEXT = 40
@@ -56,21 +56,28 @@ class Rendered:
     offsets: tuple[Span, ...]
 
 
-def render(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> Rendered:
+def render(
+    tokenizer: Any,
+    prompt: Prompt,
+    *,
+    system: str | None = None,
+    chat: bool | None = None,
+    template: Template | None = None,
+) -> Rendered:
     """The prompt as `trimtab.text.chat.encode` gives it, with its text and offsets.
 
     Raises `UnsupportedError` for a tokenizer that has no offsets, and whatever `encode` raises.
     """
-    ids = encode(tokenizer, prompt, system=system, chat=chat)
+    ids = encode(tokenizer, prompt, system=system, chat=chat, template=template)
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedError("this tokenizer doesn't tell which characters a token holds; load its fast version")
     messages = _messages(tokenizer, prompt, system, chat)
     if messages is None:
         assert isinstance(prompt, str)
         text = prompt
-        read = tokenizer(text, return_offsets_mapping=True)
+        read = plain_tokens(tokenizer, text, return_offsets_mapping=True)
     else:
-        text = render_messages(tokenizer, messages)
+        text = render_messages(tokenizer, messages, template)
         read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     if list(read["input_ids"]) != ids:
         raise UnsupportedError("the chat template's tokens aren't those of its text, so phrases can't be placed in it")
@@ -84,20 +91,22 @@ def find_spans(
     *,
     system: str | None = None,
     chat: bool | None = None,
+    template: Template | None = None,
 ) -> tuple[Span, ...]:
     """The token positions `(start, stop)` of phrases in the rendered prompt, in order, overlaps joined.
 
     A string is a `Phrase`, found wherever it occurs. Raises `TrimtabError` for a phrase that isn't there (showing
     what comes closest), an occurrence that isn't, a malformed pattern, or a message that isn't there.
     """
-    rendered = render(tokenizer, prompt, system=system, chat=chat)
+    rendered = render(tokenizer, prompt, system=system, chat=chat, template=template)
     wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
     if not wanted:
         raise TrimtabError("there is no phrase to emphasize; give at least one")
     characters: list[Span] = []
     for one in wanted:
         if isinstance(one, Part):
-            characters.append(_part(tokenizer, rendered, _messages(tokenizer, prompt, system, chat), one))
+            messages = _messages(tokenizer, prompt, system, chat)
+            characters.append(_part(tokenizer, rendered, messages, one, template))
         else:
             characters += _places(rendered.text, one)
     return _join([_tokens(rendered, start, stop) for start, stop in characters])
@@ -146,7 +155,9 @@ def _join(spans: list[Span]) -> tuple[Span, ...]:
     return tuple(joined)
 
 
-def _part(tokenizer: Any, rendered: Rendered, messages: list[Message] | None, part: Part) -> Span:
+def _part(
+    tokenizer: Any, rendered: Rendered, messages: list[Message] | None, part: Part, template: Template | None
+) -> Span:
     """Where a message's content stands: where a mark stands when it is rendered instead."""
     if messages is None:
         raise TrimtabError(f"the prompt is plain text and has no {part.role} message; name a phrase of it")
@@ -157,7 +168,7 @@ def _part(tokenizer: Any, rendered: Rendered, messages: list[Message] | None, pa
         roles = ", ".join(message["role"] for message in messages)
         raise TrimtabError(f"there is no {part.role} message number {part.index}; the messages are {roles}") from None
     marked = [{**m, "content": MARK} if i == number else m for i, m in enumerate(messages)]
-    start = render_messages(tokenizer, marked).find(MARK)
+    start = render_messages(tokenizer, marked, template).find(MARK)
     for content in (messages[number]["content"], messages[number]["content"].strip()):
         if content and start >= 0 and rendered.text[start : start + len(content)] == content:
             return start, start + len(content)

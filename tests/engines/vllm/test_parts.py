@@ -63,6 +63,7 @@ RULES = [
     Positions.window(1, 4),
     Positions.span(1, 3),
     Positions.opening(3),
+    Positions.tokens([1, -1]),
 ]
 
 

@@ -26,7 +26,8 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.gguf_container import read_container
 from trimtab.steering import ModelId, Positions, Site, Steering
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
-from trimtab.text.chat import Prompt, encode, template_digest
+from trimtab.text.chat import Prompt, Template, encode, template_digest
+from trimtab.text.templates import with_keywords
 
 LAST = Positions.last_prompt_token()
 
@@ -47,6 +48,7 @@ class LlamaCpp:
         threads: int | None = None,
         cache: str = "float16",
         gpu_layers: int = 0,
+        template: Template | None = None,
     ) -> None:
         if cache not in CACHES:
             raise TrimtabError(f"unknown cache {cache!r}; use {', '.join(CACHES)}")
@@ -57,8 +59,8 @@ class LlamaCpp:
         self.name = name or self.path.stem
         self.threads = threads or torch.get_num_threads()
         self.cache = cache
-        template = self.weights.metadata("tokenizer.chat_template")
-        self.tokenizer = GgufTokenizer(self.weights.library, self.weights.vocabulary, template)
+        own = self.weights.metadata("tokenizer.chat_template")
+        self.tokenizer = with_keywords(GgufTokenizer(self.weights.library, self.weights.vocabulary, own), template)
         self._kept: Context | None = None
         self._lock = threading.RLock()
 
@@ -75,15 +77,16 @@ class LlamaCpp:
     ) -> LlamaCpp:
         """Load a `.gguf` file or, without a name, SmolLM2-135M-Instruct as it is stored (Q4_1).
 
-        Options: `threads` (torch's number), `cache` of keys and values (`"float16"` or `"float32"`), `gpu_layers`, how
-        many blocks a GPU holds. Raises `TrimtabError` for anything but a GGUF model that llama.cpp can load.
+        Options: `template` (as for `LM`), `threads` (torch's number), `cache` of keys and values (`"float16"` or
+        `"float32"`), `gpu_layers`, how many blocks a GPU holds. Raises `TrimtabError` for anything but a GGUF model
+        that llama.cpp can load.
         """
         given = {"layers": layers, "revision": revision, "dtype": None if dtype == "auto" else dtype}
         given["device"] = None if device is None or str(device) == "cpu" else device
         for option, value in given.items():
             if value is not None:
                 raise TrimtabError(f"the engine llamacpp takes no {option}: a GGUF file is run as it is stored")
-        unknown = set(options) - {"threads", "cache", "gpu_layers"}
+        unknown = set(options) - {"threads", "cache", "gpu_layers", "template"}
         if unknown:
             raise TrimtabError(f"the engine llamacpp takes threads, cache and gpu_layers, not {sorted(unknown)[0]}")
         path = default_model.default_gguf() if name is None else Path(name)
@@ -115,9 +118,11 @@ class LlamaCpp:
         check_learned_on(steering, self.identity, transfer=transfer)
         check_additions(steering, self.weights.layers, self.weights.width)
 
-    def encode(self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins."""
-        return encode(self.tokenizer, prompt, system=system, chat=chat)
+    def encode(
+        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
+    ) -> list[int]:
+        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
+        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
     def generate(
         self,
@@ -127,6 +132,7 @@ class LlamaCpp:
         max_new_tokens: int = 128,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
         logprobs: bool = False,
         batch_size: int = 1,
         seed: int | None = None,
@@ -161,7 +167,7 @@ class LlamaCpp:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
         sampling = sampling_of(options)
-        ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
+        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         if streamer is not None and len(ids) > 1:
             raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
         for i, prompt in enumerate(ids):
@@ -239,6 +245,7 @@ class LlamaCpp:
         *,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
         steering: Steering | None = None,
         transfer: bool = False,
     ) -> list[dict[Site, Tensor]]:
@@ -256,7 +263,7 @@ class LlamaCpp:
             self.check(steering, transfer=transfer)
         found = []
         for i, prompt in enumerate(as_list(prompts)):
-            ids = self.encode(prompt, system=system, chat=chat)
+            ids = self.encode(prompt, system=system, chat=chat, template=template)
             self._check_length(len(ids), 0, f"prompt {i + 1}")
             spans = positions.resolve(len(ids))
             where = sorted({p for a, b in spans for p in range(a, len(ids) if b is None else min(b, len(ids)))})

@@ -16,10 +16,12 @@ class GgufTokenizer:
         self._library, self._vocabulary = library, vocabulary
         self.chat_template = template
         self.vocab_size = int(library.llama_vocab_n_tokens(vocabulary))
+        self.bos_token_id = int(library.llama_vocab_bos(vocabulary))
+        self.bos_token = self._text(self.bos_token_id)
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """The ids of plain text, with what the model begins texts with."""
-        return {"input_ids": self._ids(text, special=True)}
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        """The ids of plain text, with what the model begins texts with, unless that isn't to be added."""
+        return {"input_ids": self._ids(text, special=add_special_tokens)}
 
     def _ids(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8", "surrogatepass")
@@ -31,17 +33,18 @@ class GgufTokenizer:
         return list(ids[:count])
 
     def apply_chat_template(
-        self, messages: Sequence[Any], *, add_generation_prompt: bool = True, tokenize: bool = True, **_: Any
+        self, messages: Sequence[Any], *, tokenize: bool = True, return_dict: bool = True, **keywords: Any
     ) -> Any:
-        """The rendered messages: text, or with `tokenize` `{"input_ids": …}`."""
+        """The rendered messages: text, or with `tokenize` `{"input_ids": …}`. The template is given the keywords."""
+        del return_dict  # for the same signature
         from trimtab.engines.transformers.compat import render_chat_template
 
         text = render_chat_template(
             messages,
             self.chat_template,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=self._text(self._library.llama_vocab_bos(self._vocabulary)),
+            bos_token=self.bos_token,
             eos_token=self._text(self._library.llama_vocab_eos(self._vocabulary)),
+            **keywords,
         )
         return {"input_ids": self._ids(text, special=False)} if tokenize else text
 

@@ -30,7 +30,8 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, Site, Steering
 from trimtab.steering.gates import ALWAYS
 from trimtab.steering.identity import check_learned_on
-from trimtab.text.chat import Prompt, encode
+from trimtab.text.chat import Prompt, Template, encode
+from trimtab.text.templates import with_keywords
 
 LAST = Positions.last_prompt_token()
 
@@ -54,10 +55,10 @@ class VllmLM:
     `LM.load(name, engine="vllm", …)` makes one. What `trimtab.LM` can do and this can't raises `UnsupportedError`.
     """
 
-    def __init__(self, llm: Any, name: str) -> None:
+    def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
         self.llm = llm
         self.name = name
-        self.tokenizer = llm.get_tokenizer()
+        self.tokenizer = with_keywords(llm.get_tokenizer(), template)
         self._engine = llm.llm_engine
         config = self._engine.vllm_config.model_config
         self.layout = Sizes(
@@ -66,11 +67,12 @@ class VllmLM:
         self._link: Link = run(connect(self._engine), self._engine)
 
     @classmethod
-    def load(cls, name: str | Path | None = None, **options: Any) -> VllmLM:
+    def load(cls, name: str | Path | None = None, *, template: Template | None = None, **options: Any) -> VllmLM:
         """Start an engine for a Hub id, a folder or, without a name, SmolLM2-135M-Instruct.
 
-        `options` are vLLM's engine arguments (`tensor_parallel_size`, `dtype`, `enforce_eager` …), under its names.
-        Raises `TrimtabError` where vLLM isn't there, is of another version, or its workers can't steer.
+        `template` is as for `LM`. `options` are vLLM's engine arguments (`tensor_parallel_size`, `dtype`,
+        `enforce_eager` …), under its names. Raises `TrimtabError` where vLLM isn't there, is of another version, or its
+        workers can't steer.
         """
         check_version()
         for given, instead in (("device", "vLLM takes the device that it was built for"), ("layers", "it finds them")):
@@ -90,7 +92,7 @@ class VllmLM:
             raise TrimtabError(f"vLLM can't load the model {str(name or NAME)!r}: {reason}") from error
         path = Path(name) if name is not None else None
         label = NAME if name is None else path.resolve().name if path is not None and path.is_dir() else str(name)
-        return cls(llm, label)
+        return cls(llm, label, template=template)
 
     def __repr__(self) -> str:
         return f"VllmLM({self.name}, {self.layout.layers} layers, width {self.layout.width})"
@@ -129,9 +131,11 @@ class VllmLM:
 
     # ---- text --------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins."""
-        return encode(self.tokenizer, prompt, system=system, chat=chat)
+    def encode(
+        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
+    ) -> list[int]:
+        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
+        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
     def generate(
         self,
@@ -141,6 +145,7 @@ class VllmLM:
         max_new_tokens: int = 128,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
         logprobs: bool = False,
         batch_size: int | None = None,
         seed: int | None = None,
@@ -163,7 +168,7 @@ class VllmLM:
         steerings = [NAMES[one] if isinstance(one, str) else one for one in one_each(steering, len(many), named=True)]
         for one in {one for one in steerings if one is not None}:
             self.check(one, transfer=transfer)
-        ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
+        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         for one, tokens in zip(steerings, ids, strict=True):
             for edit in one.edits if one else ():
                 edit.positions.resolve(len(tokens))
@@ -241,6 +246,7 @@ class VllmLM:
         *,
         system: str | None = None,
         chat: bool | None = None,
+        template: Template | None = None,
         steering: Steering | None = None,
     ) -> list[dict[Site, Tensor]]:
         """As `LM.capture`, of the residual stream: `{site: [positions, width]}` for each prompt, in float32.
@@ -248,7 +254,7 @@ class VllmLM:
         With `steering` it is what that makes of the activations.
         """
         wanted_sites = [site if isinstance(site, Site) else Site(site) for site in sites]
-        ids = [self.encode(prompt, system=system, chat=chat) for prompt in as_list(prompts)]
+        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in as_list(prompts)]
         self._check_lengths(ids, 1)
         where = []
         for tokens in ids:

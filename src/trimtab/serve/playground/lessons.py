@@ -22,7 +22,7 @@ from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import LearnRequest
 from trimtab.serve.service import Service
 from trimtab.steering import Steering
-from trimtab.text.pairs import KEYS, pairs_from_rows, rows_from_text
+from trimtab.text.pairs import pairs_from_text, row_of
 
 METHODS = ("as the pairs ask for", "caa", "instruct")
 OFF = "Learning is off on this server. Start it with: trimtab serve --learn"
@@ -40,11 +40,10 @@ def lesson_of(name: str, method: str, text: str, layers: str) -> LearnRequest:
     """The API's request. Raises `TrimtabError` for pairs that can't be read, and pydantic's `ValidationError`."""
     if not name.strip():
         raise TrimtabError("give the steering a name, such as polite")
-    rows = rows_from_text(text)
+    pairs = pairs_from_text(text)
     if method == METHODS[0]:
-        method = "instruct" if pairs_from_rows(rows)[0].shape == "prompts" else "caa"
-    read = [{key: value for key, value in row.items() if key in KEYS and value is not None} for row in rows]
-    asked: dict[str, Any] = {"name": name.strip(), "method": method, "pairs": read}
+        method = "instruct" if pairs[0].shape == "prompts" else "caa"
+    asked: dict[str, Any] = {"name": name.strip(), "method": method, "pairs": [row_of(pair) for pair in pairs]}
     if chosen := whole_numbers(layers):
         asked["layers"] = list(chosen)
     return LearnRequest.model_validate(asked)

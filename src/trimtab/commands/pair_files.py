@@ -1,0 +1,46 @@
+"""The options that say which columns of a file of pairs are what, and reading it by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trimtab.errors import TrimtabError
+from trimtab.text.columns import Columns
+from trimtab.text.pairs import KEYS, Pair, read_pairs_by
+
+PANEL = "Columns of pairs"
+
+KeysOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Which column of the pairs is which part, if called otherwise: prompt=q,positive=good,negative=bad.",
+        metavar="PART=COLUMN,…",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+IgnoreOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Columns of the pairs to leave out. Without it, one that isn't read and may matter is an error.",
+        metavar="COLUMN,…",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+
+
+def columns_of(keys: str | None, ignore: str | None, *, pairs: bool, source: str = "--pairs") -> Columns:
+    """What the options say. Raises `TrimtabError` where they can't be read, or where there are no `pairs` at all."""
+    for name, value in (("--keys", keys), ("--ignore", ignore)):
+        if value is not None and not pairs:
+            raise TrimtabError(f"{name} is about the columns of pairs; give {source} FILE")
+    return Columns.parse(KEYS, keys, ignore)
+
+
+def pairs_in(path: str | Path | None, columns: Columns) -> list[Pair]:
+    """The pairs of the file, none without one. Raises `TrimtabError` as `read_pairs` does."""
+    return [] if path is None else read_pairs_by(path, columns)

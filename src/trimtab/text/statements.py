@@ -1,0 +1,64 @@
+"""Labelled statements, true or false and each in a row of its own, made into pairs.
+
+Representation Engineering (Zou et al., 2310.01405) keeps its facts so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+TRUE, FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
+
+
+class PairingWarning(UserWarning):
+    """Statements that came one by one were put together into pairs."""
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A text, whether its label says that it is true, and what it stands under, which both of a pair have alike."""
+
+    text: str
+    holds: bool
+    under: tuple[Any, ...] = ()
+
+
+def label_of(value: Any) -> bool:
+    """A label as people write it. Raises `TrimtabError` for anything but true and false, 1 and 0."""
+    text = str(value).strip().lower()
+    if text not in (*TRUE, *FALSE):
+        raise TrimtabError(f"the label {value!r} is neither true nor false (or 1 nor 0)")
+    return text in TRUE
+
+
+def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement, Statement]]:
+    """True statements, each with a false one: of those that stand under the same, the first with the first, and so on.
+
+    Warns with `PairingWarning`, saying how they were paired and how many are left over. Raises `TrimtabError` where
+    there is no pair among them.
+    """
+    groups: dict[tuple[Any, ...], tuple[list[Statement], list[Statement]]] = {}
+    for one in statements:
+        groups.setdefault(one.under, ([], []))[0 if one.holds else 1].append(one)
+    found = [pair for true, false in groups.values() for pair in zip(true, false, strict=False)]
+    count = sum(one.holds for one in statements)
+    if not found:
+        alike = " of the same prompt" if len(groups) > 1 else ""
+        raise TrimtabError(
+            f"{name}: {count} statements are true and {len(statements) - count} false; a pair is one of each{alike}"
+        )
+    how = "in the order they come" if len(groups) == 1 else "in the order they come, under the same prompt"
+    spare = len(statements) - 2 * len(found)
+    left = f"; {spare} without a partner {'is' if spare == 1 else 'are'} left out" if spare else ""
+    made = f"{len(found)} {'pair' if len(found) == 1 else 'pairs'} made of {len(statements)} labelled statements"
+    warnings.warn(
+        f"{name}: {made}, a true one and a false one each, {how}{left}",
+        PairingWarning,
+        stacklevel=2,
+    )
+    return found

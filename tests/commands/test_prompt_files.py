@@ -1,0 +1,133 @@
+"""Files of prompts in every shape, answers that are begun, and the template's keywords on the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands.conftest import save_model
+
+from trimtab import LM
+from trimtab.commands.prompts import gather_prompts
+
+USER, BEGUN = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The sea"}
+SYSTEM = {"role": "system", "content": "Be."}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>"
+    "{% if thinking is defined and not thinking %}yes yes{% endif %}{% endif %}"
+)
+
+FILES: dict[str, tuple[str, Any, list[Any]]] = {
+    "a list of texts": ("p.json", ["Why?", "Two\nlines"], ["Why?", "Two\nlines"]),
+    "a list of objects": ("p.json", [{"id": 1, "question": "Why?", "answer": "So."}], ["Why?"]),
+    "a list of conversations": ("p.json", [[SYSTEM, USER], [USER, BEGUN]], [[SYSTEM, USER], [USER, BEGUN]]),
+    "one conversation": ("p.json", [SYSTEM, USER], [[SYSTEM, USER]]),
+    "columns": ("p.json", {"instruction": ["Why?", "Who?"], "n": [1, 2]}, ["Why?", "Who?"]),
+    "a list in a file without a telling name": ("p.txt", ["Why?", "Who?"], ["Why?", "Who?"]),
+    "a list in brackets that is text": ("p.txt", "[aside] Why?\nWho?\n", ["[aside] Why?", "Who?"]),
+    "texts and conversations a line": ("p.jsonl", '"Why?"\n[{"role": "user", "content": "Who?"}]\n', ["Why?", [USER]]),
+    "commas": ("p.csv", 'id,prompt\n1,"Why, oh why?"\n2,Who?\n', ["Why, oh why?", "Who?"]),
+    "semicolons": ("p.csv", "n;text\n1;Why, oh why?\n", ["Why, oh why?"]),
+    "tabs": ("p.tsv", 'instruction\tinput\nWhy?\t\nSay "Hi".\t\n', ["Why?", 'Say "Hi".']),
+    "a system prompt": ("p.csv", "system,question\nBe.,Who?\n,Why?\n", [[SYSTEM, USER], "Why?"]),
+    "a system prompt beside messages": (
+        "p.jsonl",
+        {"system": "Be.", "messages": [USER, BEGUN]},
+        [[SYSTEM, USER, BEGUN]],
+    ),
+    "nothing but a prompt counts": ("p.jsonl", {"prompt": "Why?", "label": "x", "category": "y"}, ["Why?"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    name, content, expected = FILES[case]
+    text = content if isinstance(content, str) else json.dumps(content)
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert gather_prompts([], str(tmp_path / name)) == expected
+    if name in ("p.txt", "p.jsonl") and text.lstrip()[0] in "[{":
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        assert gather_prompts([], "-") == expected
+
+
+def test_a_named_column(tmp_path: Path) -> None:
+    table = tmp_path / "p.csv"
+    table.write_text("prompt,ask,context\nno,Why?,such\n")
+    assert gather_prompts(["first"], str(table), "ask") == ["first", "Why?"]
+    rows = tmp_path / "p.jsonl"
+    rows.write_text(json.dumps({"prompt": "no", "chat": [USER], "system": "Be."}))
+    assert gather_prompts([], str(rows), "chat") == [[SYSTEM, USER]]
+    assert gather_prompts([], str(rows), "system") == ["Be."]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(arrow.Table.from_pylist([{"messages": [USER]}, {"messages": [USER]}]), tmp_path / "p.parquet")
+    assert gather_prompts([], str(tmp_path / "p.parquet")) == [[USER], [USER]]
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose template has a keyword."""
+    return save_model(tmp_path_factory.mktemp("models") / "thinker", template=TEMPLATE)
+
+
+def test_begun_answers_and_keywords(trimtab: Any, thinker: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "p.jsonl"
+    rows.write_text("".join(json.dumps({"messages": one}) + "\n" for one in ([USER, BEGUN], [USER])))
+    given = ["generate", "--model", thinker, "--device", "cpu", "--prompts", rows, "--max-new-tokens", 6, "--json"]
+    lm = LM.load(thinker, device="cpu")
+    for more, template in (([], None), (["--template", "thinking=false"], {"thinking": False})):
+        told = trimtab(*given, *more)
+        assert told.code == 0, told.err
+        expected = lm.generate([[USER, BEGUN], [USER]], max_new_tokens=6, template=template)
+        assert [row["text"] for row in told.json["answers"]] == [one.text for one in expected]
+        assert [row["prompt_tokens"] for row in told.json["answers"]] == [one.prompt_tokens for one in expected]
+    assert lm.tokenizer.decode(lm.encode([USER, BEGUN])).endswith("<|assistant|>The sea")
+
+
+def test_what_is_learned_is_rendered_with_the_keywords(
+    trimtab: Any, thinker: Path, answer_pairs: Path, tmp_path: Path
+) -> None:
+    from trimtab import load
+
+    made = {}
+    for name, more in (("on", []), ("off", ["--template", "thinking=false"])):
+        out = tmp_path / f"{name}.safetensors"
+        given = ["--pairs", answer_pairs, "--layers", "1", "--model", thinker, "--device", "cpu", "--out", out]
+        assert trimtab("learn", "caa", *given, *more).code == 0
+        made[name] = load(out)
+    on, off = (made[name].edits[0].operation.direction for name in ("on", "off"))
+    assert not on.equal(off)
+    ran = trimtab(
+        "generate", "--model", thinker, "--device", "cpu", "--steer", tmp_path / "off.safetensors", "--prompt", "Why?",
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+    assert "another chat template" in ran.err
+
+
+def test_keywords_that_can_not_be_given(trimtab: Any, thinker: Path, model: Path, base: Path) -> None:
+    given = ["generate", "--prompt", "Why?", "--max-new-tokens", 2, "--device", "cpu", "--model"]
+    for where, more, said in [
+        (thinker, ["--template", "thinkin=false"], "it uses thinking"),
+        (model, ["--template", "thinking=false"], "it uses none"),
+        (base, ["--template", "thinking=false"], "no chat template that could use 'thinking'"),
+        (thinker, ["--template", "thinking"], "write KEYWORD=VALUE"),
+        (thinker, ["--template", "thinking=false", "--plain"], "leave one of them out"),
+    ]:
+        ran = trimtab(*given, where, *more)
+        assert (ran.code, said in ran.err) == (2, True), ran.err
+
+
+def test_a_rendered_prompt_is_noticed(trimtab: Any, thinker: Path) -> None:
+    given = ["generate", "--model", thinker, "--device", "cpu", "--prompt", "<|user|>Why?\n<|assistant|>"]
+    ran = trimtab(*given, "--max-new-tokens", 2)
+    assert ran.code == 0
+    assert "warning: the prompt holds '<|user|>', '<|assistant|>', which the chat template writes itself" in ran.err
+    assert "warning" not in trimtab(*given, "--plain", "--max-new-tokens", 2).err
