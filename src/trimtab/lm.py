@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -50,6 +50,10 @@ from trimtab.steering.identity import check_learned_on, fingerprint, sampled_row
 from trimtab.text.chat import Prompt, encode, template_digest
 from trimtab.text.spans import Emphasis, find_spans
 
+if TYPE_CHECKING:
+    from trimtab.engines.llamacpp.model import LlamaCpp
+    from trimtab.engines.vllm.lm import VllmLM
+
 LAST = Positions.last_prompt_token()
 
 
@@ -68,6 +72,33 @@ class LM:
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
+
+    @overload
+    @classmethod
+    def load(
+        cls,
+        name: str | Path | None = None,
+        *,
+        layers: str | None = None,
+        engine: Literal["transformers"] = "transformers",
+        **options: Any,
+    ) -> LM: ...
+
+    @overload
+    @classmethod
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: Literal["vllm"], **options: Any
+    ) -> VllmLM: ...
+
+    @overload
+    @classmethod
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: Literal["llamacpp"], **options: Any
+    ) -> LlamaCpp: ...
+
+    @overload
+    @classmethod
+    def load(cls, name: str | Path | None = None, *, layers: str | None = None, engine: str, **options: Any) -> Any: ...
 
     @classmethod
     def load(
