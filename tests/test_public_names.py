@@ -33,5 +33,5 @@ def test_an_editor_knows_what_is_loaded() -> None:
     for overload in get_overloads(trimtab.LM.load):
         given, made = overload.__annotations__["engine"], overload.__annotations__["return"]
         known[given] = made
-    named = {f'Literal["{name}"]': made for name, (_, made) in ENGINES.items()}
-    assert known == {'Literal["transformers"]': "LM", **named, "str": "Any"}
+    named = {f"Literal['{name}']": made for name, (_, made) in ENGINES.items()}
+    assert known == {"Literal['transformers']": "LM", **named, "str": "Any"}
