@@ -20,7 +20,9 @@ def test_every_method_can_be_had_from_the_top(recipe: Any) -> None:
 
 
 def test_the_package_waits_for_nothing_heavy() -> None:
-    program = "import sys, trimtab; dir(trimtab); print({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules))"
+    program = (
+        "import sys, trimtab; dir(trimtab); print({'torch', 'transformers', 'numpy', 'pandas'} & set(sys.modules))"
+    )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "set()\n"), ran.stderr
 

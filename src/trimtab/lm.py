@@ -48,6 +48,7 @@ from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steeri
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.text.chat import Prompt, encode, template_digest
+from trimtab.text.pieces import pieces
 from trimtab.text.spans import Emphasis, find_spans
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class LM:
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
                 if progress is not None:
                     progress(len(answers), len(order))
-        done = [answer for i in range(len(many)) for answer in answers[i]]
+        done = [self._with_pieces(answer) for i in range(len(many)) for answer in answers[i]]
         warn_of_doses(done)
         return done
 
@@ -290,6 +291,12 @@ class LM:
     ) -> tuple[tuple[int, int], ...]:
         """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
         return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat)
+
+    def _with_pieces(self, answer: Generation) -> Generation:
+        """The answer with the text of each token, where something is known of each."""
+        if answer.logprobs is None and answer.trace is None:
+            return answer
+        return replace(answer, pieces=tuple(pieces(self.tokenizer, answer.token_ids)))
 
     def _steer(
         self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trimtab.errors import TrimtabError
+from trimtab.steering.above import above
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.card import Card
+from trimtab.steering.directions import directions, shared_cosines
 from trimtab.steering.gates import ALWAYS, Gate
 from trimtab.steering.operations import NAMES
 from trimtab.steering.positions import NAMED, Positions
@@ -83,20 +86,20 @@ class Steering:
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Steering:
         """A steering from a file, trimtab's or another program's: `trimtab.load`."""
-        return _above("load", "load")(path, **options)
+        return above("files.load", "load")(path, **options)
 
     @classmethod
     def from_pretrained(cls, repository: str | Path, **options: Any) -> Steering:
         """A steering from the Hugging Face Hub, or a folder: `trimtab.from_pretrained`."""
-        return _above("hub", "from_pretrained")(repository, **options)
+        return above("files.hub", "from_pretrained")(repository, **options)
 
     def save(self, path: str | Path) -> str:
         """Write it to a `.safetensors` file: `trimtab.save`. Returns the digest."""
-        return _above("steering_file", "save_steering")(self, path)
+        return above("files.steering_file", "save_steering")(self, path)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Put it on the Hugging Face Hub, with a page made from its card: `trimtab.push_to_hub`."""
-        return _above("hub", "push_to_hub")(self, repository, **options)
+        return above("files.hub", "push_to_hub")(self, repository, **options)
 
     def at(self, positions: Positions) -> Steering:
         """The same edits at other positions."""
@@ -124,17 +127,57 @@ class Steering:
         """The layers at which it acts, in order."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
 
+    def __getitem__(self, layer: int) -> Steering:
+        """The edits at one layer, as a steering. Raises `TrimtabError` where it has none there."""
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TrimtabError(
+                f"steering[14] has what acts at layer 14, got {layer!r}; for several, steering.only([…])"
+            )
+        return self.only([layer])
+
+    __iter__ = None  # the old way to iterate, by `steering[0]` and so on, would fail at the first layer without an edit
+
+    def direction(self, layer: int) -> Tensor:
+        """The unit direction in which it steers at a layer: `[width]`, float32.
+
+        What is added with a negative strength is turned round. How long the push is, `plot` and the table of a
+        notebook show.
+
+        Raises:
+            TrimtabError: It has nothing at this layer, several edits, or an edit that has no direction.
+        """
+        return directions(self[layer])[layer].float()
+
+    def cosine(self, other: Steering) -> dict[int, float]:
+        """The cosine between both directions at each layer at which both act, by layer.
+
+        Raises:
+            TrimtabError: `other` is no steering, or they don't share a layer, or its site or width; or one has several
+                edits at a layer, or one without a direction.
+        """
+        if not isinstance(other, Steering):
+            raise TrimtabError(f"a steering is compared with another steering, got {type(other).__name__}")
+        return shared_cosines(self, other)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw how hard it pushes at each layer into matplotlib's `ax`, or a new one, which is returned.
+
+        The bars are norms of the push: in norms of the activation, where the card has these.
+
+        Raises:
+            TrimtabError: matplotlib is missing, or there is no direction to show.
+        """
+        return above("report.axes", "draw_steering")(self, ax)
+
+    def _repr_html_(self) -> str:
+        return str(above("report.notebook", "steering_html")(self))
+
     def __repr__(self) -> str:
         if len(self.edits) > 4:
             inner = f"{self.edits[0]}, … {len(self.edits) - 1} more"
         else:
             inner = ", ".join(str(edit) for edit in self.edits)
         return f"Steering({self.card.method}: {inner or 'nothing'})"
-
-
-def _above(module: str, name: str) -> Any:
-    """A function of `trimtab.files`, which stands above: looked up when it is called, as a word for who types it."""
-    return getattr(import_module(f"trimtab.files.{module}"), name)
 
 
 def _parts(steering: Steering) -> tuple[Card, ...]:
