@@ -17,6 +17,7 @@ from trimtab.engines.arguments import as_list, batches_of, marks_for, one_each, 
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
+from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.deciding import (
@@ -239,6 +240,69 @@ class LM:
         done = [self._with_pieces(answer) for i in range(len(many)) for answer in answers[i]]
         warn_of_doses(done)
         return done
+
+    def stream(
+        self,
+        prompt: Prompt,
+        steering: Steering | None = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        logprobs: bool = False,
+        seed: int | None = None,
+        transfer: bool = False,
+        emphasize: Emphasis | Sequence[Emphasis] | None = None,
+        rejection: Rejection | bool | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Answer one prompt, and give its text piece by piece while it is generated.
+
+        What comes is what `generate` gives for the prompt alone, under the same options. The model runs in a thread of
+        its own, and others wait for it as for `generate`.
+
+        Args:
+            prompt: A string, or a list of chat messages.
+            steering: What steers the answer.
+            max_new_tokens: Tokens at most.
+            system: A system message before the prompt.
+            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+            logprobs: Let the result have log-probabilities.
+            seed: Of a sampled answer.
+            transfer: Allow a steering learned on another model of the same width.
+            emphasize: One phrase of the prompt, or several.
+            rejection: As `generate` has it.
+            options: They go to transformers' `generate`.
+
+        Returns:
+            An iterator of pieces, whose `result` is the `Generation` after the last one. Leaving its loop early or
+            `close()` stops the generation.
+
+        Raises:
+            TrimtabError: As `generate` does, before anything runs; for several prompts, beams or answers; and inside
+                `lm.steered(…)`.
+        """
+        one = one_request(prompt, steering, rejection, options)
+        with self._exclusive():
+            pass  # it raises inside of lm.steered(…), whose end the thread would wait for
+
+        def generate(tell: Tell) -> Generation:
+            (answer,) = self.generate(
+                [one],
+                steering,
+                max_new_tokens=max_new_tokens,
+                system=system,
+                chat=chat,
+                logprobs=logprobs,
+                seed=seed,
+                transfer=transfer,
+                emphasize=None if emphasize is None else [emphasize],
+                rejection=rejection,
+                **{**options, "streamer": TokenTeller(tell)},
+            )
+            return answer
+
+        return Stream(self.tokenizer, generate)
 
     def next_logprobs(
         self,

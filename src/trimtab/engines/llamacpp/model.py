@@ -20,6 +20,7 @@ from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
+from trimtab.engines.streaming import Stream, Tell, one_request
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.gguf_container import read_container
@@ -145,6 +146,68 @@ class LlamaCpp:
         `TrimtabError` as it does, before anything runs.
         """
         del batch_size  # for the same signature
+        return self._generate(
+            prompts,
+            steering,
+            {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "seed": seed},
+            {"system": system, "chat": chat},
+            options,
+            transfer=transfer,
+            emphasize=emphasize,
+            rejection=rejection,
+            progress=progress,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        steering: Steering | None = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        logprobs: bool = False,
+        seed: int | None = None,
+        transfer: bool = False,
+        emphasize: Any = None,
+        rejection: Any = None,
+        **options: Any,
+    ) -> Stream:
+        """As `LM.stream`: what `generate` gives for one prompt, piece by piece. Raises as `generate` does."""
+        one = one_request(prompt, steering, rejection, options)
+
+        def generate(tell: Tell) -> Generation:
+            (answer,) = self._generate(
+                [one],
+                steering,
+                {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "seed": seed},
+                {"system": system, "chat": chat},
+                options,
+                transfer=transfer,
+                emphasize=emphasize,
+                rejection=rejection,
+                tell=tell,
+            )
+            return answer
+
+        return Stream(self.tokenizer, generate)
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        steering: Steering | Sequence[Steering | None] | None,
+        limits: dict[str, Any],
+        rendering: dict[str, Any],
+        options: dict[str, Any],
+        *,
+        transfer: bool,
+        emphasize: Any,
+        rejection: Any,
+        progress: Any = None,
+        tell: Tell | None = None,
+    ) -> list[Generation]:
+        """`generate`, which tells tokens as they come where somebody listens."""
+        max_new_tokens, logprobs, seed = limits["max_new_tokens"], limits["logprobs"], limits["seed"]
         if emphasize is not None or rejection not in (None, False):
             raise UnsupportedError("the engine llamacpp can't steer attention or reject tokens; use transformers")
         many = as_list(prompts)
@@ -155,15 +218,17 @@ class LlamaCpp:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
         sampling = sampling_of(options)
-        ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
+        ids = [self.encode(prompt, **rendering) for prompt in many]
         for i, prompt in enumerate(ids):
             self._check_length(len(prompt), max_new_tokens, f"prompt {i + 1}")
         schedules = [Schedule.of(one, len(prompt)) for one, prompt in zip(steerings, ids, strict=True)]
         generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed())
+        if tell is not None:
+            tell([])  # all checks have passed
         answers = []
         with self._lock:
             for prompt, schedule in zip(ids, schedules, strict=True):
-                answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator))
+                answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator, tell))
                 if progress is not None:
                     progress(len(answers), len(ids))
         warn_of_doses(answers)
@@ -177,6 +242,7 @@ class LlamaCpp:
         sampling: Sampling,
         logprobs: bool,
         random: torch.Generator,
+        tell: Tell | None = None,
     ) -> Generation:
         context = self._context(len(ids) + count)
         felt: dict[int, tuple[float, int]] = {}
@@ -195,6 +261,8 @@ class LlamaCpp:
             if logprobs:
                 shifted = logits.astype(np.float64) - logits.max()
                 chances.append(float(shifted[tokens[-1]] - np.log(np.exp(shifted).sum())))
+            if tell is not None:
+                tell(tokens[-1:])
             stopped = self.tokenizer.is_end(tokens[-1])
             if sampling.stop_strings and not stopped:
                 text = self.tokenizer.decode(tokens)
