@@ -29,6 +29,7 @@ from trimtab import (
     Threshold,
     TrimtabError,
     UnsupportedError,
+    learn_caa,
 )
 from trimtab.engines.llamacpp.context import Context
 
@@ -131,6 +132,27 @@ def test_steered_it_answers_alike(lm, llama, rule):
     assert [a.applied.edits for a in ours] == [tuple(str(edit) for edit in steering.edits)] * len(PROMPTS)
     plain = llama.generate(PROMPTS, max_new_tokens=NEW, logprobs=True)
     assert any(a.logprobs != b.logprobs for a, b in zip(ours, plain, strict=True))
+
+
+def test_an_answer_comes_in_pieces(llama):
+    (whole,) = llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW)
+    stream = llama.stream(PROMPTS[0], adding(1), max_new_tokens=NEW)
+    assert "".join(stream) == whole.text
+    assert stream.result == whole
+    left = llama.stream(PROMPTS[0], adding(2, strength=3.0), max_new_tokens=100)
+    for _ in left:
+        break
+    assert repr(left) == "Stream(stopped)"
+    assert llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW) == [whole]
+    with pytest.raises(UnsupportedError, match="can't steer attention"):
+        llama.stream(PROMPTS[0], emphasize="sea")
+    with pytest.raises(TrimtabError, match="answers one prompt, got 4"):
+        llama.stream(PROMPTS)
+
+
+def test_learning_is_for_another_engine(llama):
+    with pytest.raises(UnsupportedError, match=r"LlamaCpp runs steerings, and can't learn them"):
+        learn_caa(llama, [("Why?", "So.")])
 
 
 def test_each_prompt_under_its_own(llama):

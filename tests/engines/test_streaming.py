@@ -12,7 +12,7 @@ import tiny
 import torch
 from tiny import LAYERS, direction, prompt
 
-from trimtab import LM, Add, Edit, Positions, Rejection, Site, Steering, TrimtabError
+from trimtab import LM, Add, Edit, Positions, Rejection, Site, Steering, TrimtabError, UnsupportedError
 from trimtab.steering import Ablate, Threshold
 
 TEXT = prompt(1, 6)
@@ -207,3 +207,10 @@ def test_an_interrupt_while_it_waits_stops_it(lm: LM, monkeypatch: pytest.Monkey
     with pytest.raises(KeyboardInterrupt):
         next(stream)
     assert running() == []
+
+
+def test_an_engine_that_cannot_stream_says_what_can() -> None:
+    from trimtab.engines.vllm.lm import VllmLM
+
+    with pytest.raises(UnsupportedError, match=r"gives whole answers here; lm.generate\(…\) has them"):
+        VllmLM.__new__(VllmLM).stream(TEXT)
