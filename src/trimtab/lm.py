@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -46,6 +46,7 @@ from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
+from trimtab.steering.above import above
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.text.chat import Prompt, encode, template_digest
@@ -55,6 +56,7 @@ from trimtab.text.spans import Emphasis, find_spans
 if TYPE_CHECKING:
     from trimtab.engines.llamacpp.model import LlamaCpp
     from trimtab.engines.vllm.lm import VllmLM
+    from trimtab.tune.sweep import Sweep
 
 LAST = Positions.last_prompt_token()
 
@@ -507,6 +509,41 @@ class LM:
             return found
 
         return read
+
+    def sweep(
+        self,
+        steering: Steering,
+        *,
+        layers: int | Iterable[int] | None = None,
+        strengths: float | Iterable[float] = (0.5, 1.0, 1.5),
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        check: Callable[[str], bool | float] | None = None,
+        max_new_tokens: int = 48,
+        **options: Any,
+    ) -> Sweep:
+        """Try a steering at each of its layers alone, at several strengths, as rows of shared batches.
+
+        Args:
+            steering: What was learned, best at several layers at once.
+            layers: Of the steering's layers, these; by default all.
+            strengths: Multiples of the steering.
+            prompts: What is asked; by default eight of the package's queries.
+            check: A function of an answer's text that says whether it passes: yes or no, or a number.
+            max_new_tokens: Tokens of an answer at most.
+            options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
+                `trimtab.tune.Guard`, or `None`), and what `generate` takes besides.
+
+        Returns:
+            A row for each layer and strength: the share that passes, the dose, the repeated share and the perplexity
+            under the unsteered model. `best()` is one of them, whose `steering` is ready to use.
+
+        Raises:
+            TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
+                `generate` does.
+        """
+        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
+        return found
 
     # ---- activations -------------------------------------------------------------------------------------
 

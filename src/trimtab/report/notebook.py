@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from trimtab.errors import UnsupportedError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.report.described import card_rows, edit_columns, origin
 
 if TYPE_CHECKING:
     from trimtab.decoding.trace import Step, Trace
     from trimtab.engines.answer import Generation
     from trimtab.steering import Card, Steering
+    from trimtab.tune.sweep import Sweep, SweepRow
 
 BAR = "rgba(51,101,138,.75)"
 BAR_WIDTH = 180
@@ -83,6 +84,38 @@ def generation_html(answer: Generation) -> str:
         f'<div style="white-space: pre-wrap; text-align: left">{text}</div>'
         f'<p style="opacity: .65; text-align: left">{escape("; ".join(facts))}</p>{_doses(answer)}'
     )
+
+
+def sweep_html(sweep: Sweep) -> str:
+    """A table with a line for each layer and strength, the unsteered model first and the best one bold."""
+    rows = [sweep.unsteered, *sweep.rows]
+    checked = sweep.unsteered.passed is not None
+    columns = {
+        "layer": ["unsteered" if row.layer is None else str(row.layer) for row in rows],
+        "strength": ["" if row.layer is None else f"{row.strength:g}" for row in rows],
+        "passed": [f"{row.passed:.2f}" if row.passed is not None else "" for row in rows],
+        " ": [_bar(max(0.0, row.passed or 0.0), _most(rows)) for row in rows],
+        "dose": [f"{row.dose:.2f}" for row in rows],
+        "repeated": [f"{row.repeated:.0%}" for row in rows],
+        "perplexity": ["" if row.perplexity is None else f"{row.perplexity:.3g}" for row in rows],
+        "breaks": ["; ".join(row.broken) for row in rows],
+    }
+    if not checked:
+        del columns["passed"], columns[" "]
+    strong = None
+    if checked:
+        try:
+            strong = rows.index(sweep.best())
+        except TrimtabError:  # nothing is better than not steering
+            strong = 0
+    count = f"{len(sweep.prompts)} prompt{'' if len(sweep.prompts) == 1 else 's'}"
+    note = "; bold: the best that breaks no limit" if checked else ""
+    shown = table(columns, words=("breaks",), raw=(" ",) if checked else (), strong=strong)
+    return f"<p>{count}, {len(sweep.rows)} settings{note}</p>{shown}"
+
+
+def _most(rows: Sequence[SweepRow]) -> float:
+    return max(row.passed or 0.0 for row in rows)
 
 
 def table(
