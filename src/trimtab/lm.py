@@ -56,6 +56,7 @@ from trimtab.text.spans import Emphasis, find_spans
 if TYPE_CHECKING:
     from trimtab.engines.llamacpp.model import LlamaCpp
     from trimtab.engines.vllm.lm import VllmLM
+    from trimtab.report.projections import Projections
     from trimtab.tune.sweep import Sweep
 
 LAST = Positions.last_prompt_token()
@@ -509,6 +510,34 @@ class LM:
             return found
 
         return read
+
+    def project(
+        self,
+        text: Prompt,
+        steering: Steering,
+        layers: int | Iterable[int] | None = None,
+        *,
+        transfer: bool = False,
+    ) -> Projections:
+        """How each token's activation lies along a steering's directions: what the steering reads in a text.
+
+        The text is read unsteered, each direction where the steering acts (the output of a block, mostly).
+
+        Args:
+            text: A string, which is read as it is, or messages, which the chat template renders; where these end with
+                the assistant's, nothing comes after it.
+            steering: What has the directions. What is added with a negative strength is turned round.
+            layers: Of the steering's layers, these; by default all.
+            transfer: Allow a steering learned on another model of the same width.
+
+        Returns:
+            Tokens, with cosines and projections by layer; in a notebook the coloured text.
+
+        Raises:
+            TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
+        """
+        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
+        return found
 
     def sweep(
         self,

@@ -45,8 +45,29 @@ def encode(tokenizer: Any, prompt: Prompt, *, system: str | None = None, chat: b
         )
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
+    return _rendered(tokenizer, messages, opening=True)
+
+
+def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
+    """The token ids of a text as it stands, or of messages as the chat template has them.
+
+    Messages that end with the assistant's are a conversation that has been answered: no new answer begins behind them.
+    Raises `TrimtabError` as `encode` does.
+    """
+    if isinstance(talk, str):
+        return encode(tokenizer, talk, chat=False)
+    messages = list(talk)
+    ids = encode(tokenizer, messages)  # its checks, too
+    answered = bool(messages) and messages[-1]["role"] == "assistant"
+    return _rendered(tokenizer, messages, opening=False) if answered else ids
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], *, opening: bool) -> list[int]:
+    """The ids of messages, with the opening of the assistant's next one or without."""
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        rendered = tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=opening, tokenize=True, return_dict=True
+        )
     except Exception as error:  # templates raise whatever their authors chose
         raise TrimtabError(f"the chat template refuses these messages: {error}") from error
     return list(rendered["input_ids"])

@@ -286,6 +286,14 @@ class LlamaCpp:
             logprobs=tuple(chances) if logprobs else None,
         )
 
+    def sweep(self, *_: Any, **__: Any) -> Any:
+        """Not here: perplexities are the transformers engine's."""
+        raise UnsupportedError("the llamacpp engine has no sweep; the transformers engine can (leave out engine=)")
+
+    def project(self, *_: Any, **__: Any) -> Any:
+        """Not here."""
+        raise UnsupportedError("the llamacpp engine has no project; the transformers engine can (leave out engine=)")
+
     def capture(
         self,
         prompts: Prompt | Sequence[Prompt],

@@ -320,6 +320,14 @@ class VllmLM:
             " engine (leave out engine=) stream"
         )
 
+    def sweep(self, *_: Any, **__: Any) -> Any:
+        """Not here: perplexities are the transformers engine's."""
+        raise UnsupportedError("the vllm engine has no sweep; the transformers engine can (leave out engine=)")
+
+    def project(self, *_: Any, **__: Any) -> Any:
+        """Not here."""
+        raise UnsupportedError("the vllm engine has no project; the transformers engine can (leave out engine=)")
+
     def next_logprobs(self, *_: Any, **__: Any) -> Any:
         """Not here yet."""
         raise UnsupportedError("the vllm engine has no next_logprobs; the transformers engine can (leave out engine=)")
