@@ -32,7 +32,7 @@ from trimtab.engines.transformers.deciding import (
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.finishing import can_leave, finish_batch
-from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
+from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
@@ -49,6 +49,7 @@ from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steeri
 from trimtab.steering.above import above
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
+from trimtab.steering.steering import check_steering
 from trimtab.text.chat import Prompt, encode, template_digest
 from trimtab.text.pieces import pieces
 from trimtab.text.spans import Emphasis, find_spans
@@ -70,7 +71,13 @@ class LM:
     where it can't be found.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, layers: str | None = None, name: str | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any = ..., *, layers: str | None = None, name: str | None = None) -> None:
+        if isinstance(model, (str, Path)):
+            raise TrimtabError(f"LM(model, tokenizer) wraps a loaded model; LM.load({str(model)!r}) loads one")
+        if isinstance(model, LM):
+            raise TrimtabError("this is an LM already; LM(model, tokenizer) wraps a model of transformers")
+        if tokenizer is ...:
+            raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
         self.model = model
         self.tokenizer = tokenizer
         compat.check_version()
@@ -117,6 +124,10 @@ class LM:
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
         starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
         """
+        if name is not None and not isinstance(name, (str, Path)):
+            raise TrimtabError(
+                f"LM.load takes a Hub id or a path, got {type(name).__name__}; LM(model, tokenizer) wraps a model"
+            )
         if engine != "transformers":
             return engines.engine(engine).load(name, layers=layers, **options)
         model, tokenizer, label = load(name, **options)
@@ -213,6 +224,7 @@ class LM:
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat) for prompt in many]
         options = {"do_sample": False, **options}
+        check_options(self.model, options)
         check_request(self.layout, [len(i) for i in ids], max_new_tokens, options)
         for i, one in enumerate(steerings):
             for edit in one.edits if one else ():
@@ -449,6 +461,8 @@ class LM:
         Raises `TrimtabError` for a steering that doesn't fit, and inside, before the first token, for a batch
         that doesn't match.
         """
+        if not isinstance(steering, (list, tuple)):
+            check_steering(steering)
         listed = None if isinstance(steering, Steering) else list(steering)
         for one in {steering} if listed is None else set(listed) - {None}:
             self.check(one, transfer=transfer)  # type: ignore[arg-type]
@@ -579,7 +593,7 @@ class LM:
     def capture(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sites: Sequence[Site | int],
+        sites: Site | int | Sequence[Site | int],
         positions: Positions = LAST,
         *,
         system: str | None = None,
@@ -587,10 +601,13 @@ class LM:
     ) -> list[dict[Site, Tensor]]:
         """The activations of prompts: for each prompt, `{site: [positions, width]}`, in the model's dtype.
 
-        An integer site is the residual stream after that block. Works inside `lm.steered(…)` too, and then
-        reads what the steering made of the activations.
+        An integer site is the residual stream after that block; one site needs no list. Works inside
+        `lm.steered(…)` too, and then reads what the steering made of the activations.
         """
-        wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
+        listed = [sites] if isinstance(sites, (int, Site)) else sites
+        wanted = [site if isinstance(site, Site) else Site(site) for site in listed]
+        if not isinstance(positions, Positions):
+            raise TrimtabError(f"positions are Positions, got {positions!r}; write Positions.parse('all'), say")
         texts = []
         for i, prompt in enumerate(as_list(prompts)):
             ids = self.encode(prompt, system=system, chat=chat)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ class Edit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", check_strength(self.strength))
+        if not isinstance(self.site, Site):
+            raise TrimtabError(f"an edit's site is a Site, got {self.site!r}; write Site({self.site!r})")
+        if isinstance(self.operation, Tensor):
+            raise TrimtabError(
+                "an edit's operation says what is done with a direction, got a Tensor; write Add(direction)"
+            )
+        if not isinstance(self.positions, Positions):
+            raise TrimtabError(_no_positions(self.positions))
+        if not isinstance(self.gate, Gate):
+            raise TrimtabError(f"an edit's gate is a Gate such as Threshold(…), got {self.gate!r}")
         if isinstance(self.operation, ScoreOperation) != (self.site.kind == "scores"):
             raise TrimtabError(f"{type(self.operation).__name__} can't act at {self.site}")
 
@@ -58,6 +69,12 @@ class Steering:
     edits: tuple[Edit, ...] = ()
     card: Card = field(default=Card(), compare=False)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.edits, list):
+            object.__setattr__(self, "edits", tuple(self.edits))
+        if not isinstance(self.edits, tuple) or not all(isinstance(edit, Edit) for edit in self.edits):
+            raise TrimtabError(f"a steering is made of edits, Steering((edit, …)), got {_kind(self.edits)}")
+
     def __mul__(self, factor: float) -> Steering:
         factor = check_strength(factor)
         return replace(self, edits=tuple(replace(edit, strength=edit.strength * factor) for edit in self.edits))
@@ -71,6 +88,10 @@ class Steering:
         return self * -1.0
 
     def __add__(self, other: Steering) -> Steering:
+        if isinstance(other, (int, float, Tensor)):
+            raise TrimtabError(
+                f"only a steering is added to a steering, got {_kind(other)}; 2 * steering pushes harder"
+            )
         if not isinstance(other, Steering):
             return NotImplemented
         parts = (*_parts(self), *_parts(other))
@@ -102,16 +123,20 @@ class Steering:
         return above("files.hub", "push_to_hub")(self, repository, **options)
 
     def at(self, positions: Positions) -> Steering:
-        """The same edits at other positions."""
+        """The same edits at other positions. Raises `TrimtabError` for anything but `Positions`."""
+        if not isinstance(positions, Positions):
+            raise TrimtabError(_no_positions(positions))
         return replace(self, edits=tuple(replace(edit, positions=positions) for edit in self.edits))
 
     def when(self, gate: Gate) -> Steering:
-        """The same edits, only on requests for which `gate` is open as well."""
+        """The same edits, only on requests for which `gate` is open as well. Raises `TrimtabError` for no `Gate`."""
+        if not isinstance(gate, Gate):
+            raise TrimtabError(f"a steering acts when a Gate such as Threshold(…) is open, got {gate!r}")
         return replace(self, edits=tuple(replace(edit, gate=edit.gate & gate) for edit in self.edits))
 
-    def only(self, layers: Iterable[int]) -> Steering:
-        """The edits at these layers. Raises `TrimtabError` when it has none at one of them."""
-        wanted = list(layers)
+    def only(self, layers: int | Iterable[int]) -> Steering:
+        """The edits at these layers, or at this one. Raises `TrimtabError` when it has none at one of them."""
+        wanted = [layers] if isinstance(layers, int) else list(layers)
         if missing := sorted(set(wanted) - set(self.layers)):
             raise TrimtabError(f"this steering has nothing at layer {missing[0]}; it has layers {_list(self.layers)}")
         return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
@@ -180,6 +205,36 @@ class Steering:
         return f"Steering({self.card.method}: {inner or 'nothing'})"
 
 
+def check_steering(value: Any) -> None:
+    """Raises `TrimtabError` unless this is a steering, saying how one is made of what it is."""
+    if isinstance(value, Steering):
+        return
+    if isinstance(value, Edit):
+        raise TrimtabError("a steering was expected, got an Edit; write Steering((edit,))")
+    if isinstance(value, Tensor):
+        raise TrimtabError(
+            "a steering was expected, got a Tensor; a direction is added at a layer by"
+            " Steering((Edit(Site(layer), Add(direction)),))"
+        )
+    if isinstance(value, (int, float)):
+        raise TrimtabError(f"a steering was expected, got {value!r}; a strength multiplies the steering: 2 * steering")
+    if isinstance(value, (str, Path)):
+        raise TrimtabError(f"{str(value)!r} is no steering; trimtab.load(…) reads one from a file")
+    raise TrimtabError(f"a steering was expected, got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeio' else 'a'} {name}"
+
+
+def _no_positions(value: Any) -> str:
+    fix = f"Positions.parse({value!r})" if isinstance(value, str) else "Positions.all(), say"
+    return f"positions are Positions, got {value!r}; write {fix}"
+
+
 def _parts(steering: Steering) -> tuple[Card, ...]:
     if steering.card.method == "sum":
         return steering.card.parts
@@ -192,6 +247,6 @@ def _list(layers: Iterable[int]) -> str:
 
 def check_strength(value: float) -> float:
     """The strength as a float. Raises `TrimtabError` for NaN, an infinity or no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise TrimtabError(f"a strength is a finite number, got {value!r}")
     return float(value)

@@ -21,6 +21,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,10 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Raises `TrimtabError` naming the file and the line (or item) for a missing file, a malformed row, a row in
     none of the shapes, a one-sided pair, rows of different shapes, or a file without rows.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise TrimtabError(
+            f"read_pairs reads a file, got {type(path).__name__}; pairs in a list are given to learn from as they are"
+        )
     path = Path(path)
     pairs = _pairs(_rows(path))
     if not pairs:
@@ -280,8 +285,9 @@ def as_pairs(pairs: Pairs) -> list[Pair]:
     if not isinstance(pairs, Iterable):
         raise TrimtabError(f"pairs are given as a list of {KINDS}, got {type(pairs).__name__}")
     given = list(pairs)
-    if all(isinstance(pair, Pair) for pair in given):
-        return given
+    ready = [pair for pair in given if isinstance(pair, Pair)]
+    if len(ready) == len(given):
+        return ready
     made = [_given(pair, f"pairs[{i}]") for i, pair in enumerate(given)]
     for i, pair in enumerate(made):
         if pair.shape != made[0].shape:
