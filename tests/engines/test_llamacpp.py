@@ -153,6 +153,10 @@ def test_an_answer_comes_in_pieces(llama):
 def test_learning_is_for_another_engine(llama):
     with pytest.raises(UnsupportedError, match=r"LlamaCpp runs steerings, and can't learn them"):
         learn_caa(llama, [("Why?", "So.")])
+    with pytest.raises(UnsupportedError, match="llamacpp engine has no sweep; the transformers engine can"):
+        llama.sweep(adding(1))
+    with pytest.raises(UnsupportedError, match="llamacpp engine has no project"):
+        llama.project("Why?", adding(1))
 
 
 def test_each_prompt_under_its_own(llama):

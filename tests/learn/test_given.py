@@ -13,7 +13,8 @@ import trimtab
 from trimtab import LM, Pair, TrimtabError, UnsupportedError, learn_caa, learn_instruct, learn_repe
 from trimtab.learn.given import check_lm
 from trimtab.methods.recipe import recipes
-from trimtab.text.pairs import as_pairs
+from trimtab.text.pairs import as_pairs, digest
+from trimtab.tune import learn_operations
 
 TEXTS = [(prompt(i, 4), prompt(50 + i, 4)) for i in range(4)]
 ANSWERS = [(prompt(90 + i, 5), positive, negative) for i, (positive, negative) in enumerate(TEXTS)]
@@ -111,6 +112,12 @@ def test_layers_are_whole_numbers(lm: LM) -> None:
     for layers in ("2", 1.5, [0, "1"]):
         with pytest.raises(TrimtabError, match=r"layers are a whole number, or a list of them such as \[12, 14\], got"):
             learn_caa(lm, TEXTS, layers)  # type: ignore[arg-type]
+
+
+def test_a_search_starts_from_tuples_too(lm: LM) -> None:
+    found = learn_operations(lm, TEXTS, [1, 2])
+    assert found == learn_operations(lm, as_pairs(TEXTS), [1, 2])
+    assert found["add"].card.data == digest(as_pairs(TEXTS))
 
 
 def test_methods_still_say_which_shapes_they_take(lm: LM) -> None:
