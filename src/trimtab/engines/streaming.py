@@ -162,6 +162,8 @@ def _run(generate: Callable[[Tell], Generation], told: SimpleQueue[Any], stop: t
 
     try:
         told.put(generate(tell))
+    except _Stopped:  # nobody reads on; kept, it would hold on to the cache of keys and values
+        return
     except BaseException as error:  # whoever reads gets to know
         told.put(error)
 
