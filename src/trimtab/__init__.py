@@ -21,18 +21,29 @@ if TYPE_CHECKING:
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.making.make import make
+    from trimtab.methods.actadd import learn_actadd
     from trimtab.methods.bipo import learn_bipo
     from trimtab.methods.caa import learn_caa
     from trimtab.methods.cap import learn_cap
+    from trimtab.methods.cast import learn_cast, learn_condition
     from trimtab.methods.directer import directer
     from trimtab.methods.distill import learn_distill
+    from trimtab.methods.hpr import learn_hpr
+    from trimtab.methods.icv import learn_icv
+    from trimtab.methods.inferaligner import learn_inferaligner
     from trimtab.methods.instaboost import instaboost
     from trimtab.methods.instruct import learn_instruct, learn_many, steering_from, steerings_from
+    from trimtab.methods.iti import learn_iti
     from trimtab.methods.loreft import learn_loreft
     from trimtab.methods.pasta import pasta
+    from trimtab.methods.random import learn_random
+    from trimtab.methods.repe import learn_repe
     from trimtab.methods.reps import learn_reps
+    from trimtab.methods.sadi import learn_sadi
+    from trimtab.methods.safety import learn_safety
     from trimtab.methods.spotlight import spotlight
     from trimtab.methods.sttp import learn_sttp
+    from trimtab.methods.tda import learn_tda
     from trimtab.methods.words import learn_length, learn_word
     from trimtab.steering import (
         Ablate,
@@ -107,16 +118,28 @@ __all__ = [
     "from_repeng",
     "from_steering_vectors",
     "instaboost",
+    "learn_actadd",
     "learn_bipo",
     "learn_caa",
     "learn_cap",
+    "learn_cast",
+    "learn_condition",
     "learn_distill",
+    "learn_hpr",
+    "learn_icv",
+    "learn_inferaligner",
     "learn_instruct",
+    "learn_iti",
     "learn_length",
     "learn_loreft",
     "learn_many",
+    "learn_random",
+    "learn_repe",
     "learn_reps",
+    "learn_sadi",
+    "learn_safety",
     "learn_sttp",
+    "learn_tda",
     "learn_word",
     "load",
     "make",
@@ -142,20 +165,34 @@ _HOMES = {
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.making.make": ("make",),
+    "trimtab.methods.actadd": ("learn_actadd",),
     "trimtab.methods.bipo": ("learn_bipo",),
     "trimtab.methods.caa": ("learn_caa",),
     "trimtab.methods.cap": ("learn_cap",),
-    "trimtab.methods.distill": ("learn_distill",),
+    "trimtab.methods.cast": (
+        "learn_cast",
+        "learn_condition",
+    ),
     "trimtab.methods.directer": ("directer",),
+    "trimtab.methods.distill": ("learn_distill",),
+    "trimtab.methods.hpr": ("learn_hpr",),
+    "trimtab.methods.icv": ("learn_icv",),
+    "trimtab.methods.inferaligner": ("learn_inferaligner",),
     "trimtab.methods.instaboost": ("instaboost",),
+    "trimtab.methods.instruct": ("learn_instruct", "learn_many", "steering_from", "steerings_from"),
+    "trimtab.methods.iti": ("learn_iti",),
     "trimtab.methods.loreft": ("learn_loreft",),
     "trimtab.methods.pasta": ("pasta",),
+    "trimtab.methods.random": ("learn_random",),
+    "trimtab.methods.repe": ("learn_repe",),
     "trimtab.methods.reps": ("learn_reps",),
+    "trimtab.methods.sadi": ("learn_sadi",),
+    "trimtab.methods.safety": ("learn_safety",),
     "trimtab.methods.spotlight": ("spotlight",),
     "trimtab.methods.sttp": ("learn_sttp",),
-    "trimtab.text.spans": ("Part", "Pattern", "Phrase"),
-    "trimtab.methods.instruct": ("learn_instruct", "learn_many", "steering_from", "steerings_from"),
+    "trimtab.methods.tda": ("learn_tda",),
     "trimtab.methods.words": ("learn_length", "learn_word"),
+    "trimtab.text.spans": ("Part", "Pattern", "Phrase"),
     "trimtab.steering": (
         "Ablate",
         "Add",

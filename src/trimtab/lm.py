@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from trimtab.engines.arguments import as_list, batches_of, marks_for, one_each, 
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
+from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.deciding import (
@@ -31,7 +32,7 @@ from trimtab.engines.transformers.deciding import (
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.finishing import can_leave, finish_batch
-from trimtab.engines.transformers.generate import Generation, check_request, generate_batch
+from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
@@ -45,11 +46,20 @@ from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
+from trimtab.steering.above import above
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
+from trimtab.steering.steering import check_steering
 from trimtab.text.chat import Prompt, Template, encode, template_digest
+from trimtab.text.pieces import pieces
 from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords, with_keywords
+
+if TYPE_CHECKING:
+    from trimtab.engines.llamacpp.model import LlamaCpp
+    from trimtab.engines.vllm.lm import VllmLM
+    from trimtab.report.projections import Projections
+    from trimtab.tune.sweep import Sweep
 
 LAST = Positions.last_prompt_token()
 
@@ -66,18 +76,51 @@ class LM:
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: Any = ...,
         *,
         layers: str | None = None,
         name: str | None = None,
         template: Template | None = None,
     ) -> None:
+        if isinstance(model, (str, Path)):
+            raise TrimtabError(f"LM(model, tokenizer) wraps a loaded model; LM.load({str(model)!r}) loads one")
+        if isinstance(model, LM):
+            raise TrimtabError("this is an LM already; LM(model, tokenizer) wraps a model of transformers")
+        if tokenizer is ...:
+            raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
         self.model = model
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
+
+    @overload
+    @classmethod
+    def load(
+        cls,
+        name: str | Path | None = None,
+        *,
+        layers: str | None = None,
+        engine: Literal["transformers"] = "transformers",
+        **options: Any,
+    ) -> LM: ...
+
+    @overload
+    @classmethod
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: Literal["vllm"], **options: Any
+    ) -> VllmLM: ...
+
+    @overload
+    @classmethod
+    def load(
+        cls, name: str | Path | None = None, *, layers: str | None = None, engine: Literal["llamacpp"], **options: Any
+    ) -> LlamaCpp: ...
+
+    @overload
+    @classmethod
+    def load(cls, name: str | Path | None = None, *, layers: str | None = None, engine: str, **options: Any) -> Any: ...
 
     @classmethod
     def load(
@@ -98,6 +141,10 @@ class LM:
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
         starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
         """
+        if name is not None and not isinstance(name, (str, Path)):
+            raise TrimtabError(
+                f"LM.load takes a Hub id or a path, got {type(name).__name__}; LM(model, tokenizer) wraps a model"
+            )
         if engine != "transformers":
             options |= {} if template is None else {"template": template}
             return engines.engine(engine).load(name, layers=layers, **options)
@@ -200,6 +247,7 @@ class LM:
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         options = {"do_sample": False, **options}
+        check_options(self.model, options)
         check_request(self.layout, [len(i) for i in ids], max_new_tokens, options)
         for i, one in enumerate(steerings):
             for edit in one.edits if one else ():
@@ -227,9 +275,72 @@ class LM:
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
                 if progress is not None:
                     progress(len(answers), len(order))
-        done = [answer for i in range(len(many)) for answer in answers[i]]
+        done = [self._with_pieces(answer) for i in range(len(many)) for answer in answers[i]]
         warn_of_doses(done)
         return done
+
+    def stream(
+        self,
+        prompt: Prompt,
+        steering: Steering | None = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        logprobs: bool = False,
+        seed: int | None = None,
+        transfer: bool = False,
+        emphasize: Emphasis | Sequence[Emphasis] | None = None,
+        rejection: Rejection | bool | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Answer one prompt, and give its text piece by piece while it is generated.
+
+        What comes is what `generate` gives for the prompt alone, under the same options. The model runs in a thread of
+        its own, and others wait for it as for `generate`.
+
+        Args:
+            prompt: A string, or a list of chat messages.
+            steering: What steers the answer.
+            max_new_tokens: Tokens at most.
+            system: A system message before the prompt.
+            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+            logprobs: Let the result have log-probabilities.
+            seed: Of a sampled answer.
+            transfer: Allow a steering learned on another model of the same width.
+            emphasize: One phrase of the prompt, or several.
+            rejection: As `generate` has it.
+            options: They go to transformers' `generate`.
+
+        Returns:
+            An iterator of pieces, whose `result` is the `Generation` after the last one. Leaving its loop early or
+            `close()` stops the generation.
+
+        Raises:
+            TrimtabError: As `generate` does, before anything runs; for several prompts, beams or answers; and inside
+                `lm.steered(…)`.
+        """
+        one = one_request(prompt, steering, rejection, options)
+        with self._exclusive():
+            pass  # it raises inside of lm.steered(…), whose end the thread would wait for
+
+        def generate(tell: Tell) -> Generation:
+            (answer,) = self.generate(
+                [one],
+                steering,
+                max_new_tokens=max_new_tokens,
+                system=system,
+                chat=chat,
+                logprobs=logprobs,
+                seed=seed,
+                transfer=transfer,
+                emphasize=None if emphasize is None else [emphasize],
+                rejection=rejection,
+                **{**options, "streamer": TokenTeller(tell)},
+            )
+            return answer
+
+        return Stream(self.tokenizer, generate)
 
     def next_logprobs(
         self,
@@ -283,6 +394,12 @@ class LM:
     ) -> tuple[tuple[int, int], ...]:
         """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
         return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
+
+    def _with_pieces(self, answer: Generation) -> Generation:
+        """The answer with the text of each token, where something is known of each."""
+        if answer.logprobs is None and answer.trace is None:
+            return answer
+        return replace(answer, pieces=tuple(pieces(self.tokenizer, answer.token_ids)))
 
     def _steer(
         self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]
@@ -368,6 +485,8 @@ class LM:
         Raises `TrimtabError` for a steering that doesn't fit, and inside, before the first token, for a batch
         that doesn't match.
         """
+        if not isinstance(steering, (list, tuple)):
+            check_steering(steering)
         listed = None if isinstance(steering, Steering) else list(steering)
         for one in {steering} if listed is None else set(listed) - {None}:
             self.check(one, transfer=transfer)  # type: ignore[arg-type]
@@ -430,12 +549,75 @@ class LM:
 
         return read
 
+    def project(
+        self,
+        text: Prompt,
+        steering: Steering,
+        layers: int | Iterable[int] | None = None,
+        *,
+        transfer: bool = False,
+    ) -> Projections:
+        """How each token's activation lies along a steering's directions: what the steering reads in a text.
+
+        The text is read unsteered, each direction where the steering acts (the output of a block, mostly).
+
+        Args:
+            text: A string, which is read as it is, or messages, which the chat template renders; where these end with
+                the assistant's, nothing comes after it.
+            steering: What has the directions. What is added with a negative strength is turned round.
+            layers: Of the steering's layers, these; by default all.
+            transfer: Allow a steering learned on another model of the same width.
+
+        Returns:
+            Tokens, with cosines and projections by layer; in a notebook the coloured text.
+
+        Raises:
+            TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
+        """
+        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
+        return found
+
+    def sweep(
+        self,
+        steering: Steering,
+        *,
+        layers: int | Iterable[int] | None = None,
+        strengths: float | Iterable[float] = (0.5, 1.0, 1.5),
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        check: Callable[[str], bool | float] | None = None,
+        max_new_tokens: int = 48,
+        **options: Any,
+    ) -> Sweep:
+        """Try a steering at each of its layers alone, at several strengths, as rows of shared batches.
+
+        Args:
+            steering: What was learned, best at several layers at once.
+            layers: Of the steering's layers, these; by default all.
+            strengths: Multiples of the steering.
+            prompts: What is asked; by default eight of the package's queries.
+            check: A function of an answer's text that says whether it passes: yes or no, or a number.
+            max_new_tokens: Tokens of an answer at most.
+            options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
+                `trimtab.tune.Guard`, or `None`), and what `generate` takes besides.
+
+        Returns:
+            A row for each layer and strength: the share that passes, the dose, the repeated share and the perplexity
+            under the unsteered model. `best()` is one of them, whose `steering` is ready to use.
+
+        Raises:
+            TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
+                `generate` does.
+        """
+        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
+        return found
+
     # ---- activations -------------------------------------------------------------------------------------
 
     def capture(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sites: Sequence[Site | int],
+        sites: Site | int | Sequence[Site | int],
         positions: Positions = LAST,
         *,
         system: str | None = None,
@@ -444,10 +626,13 @@ class LM:
     ) -> list[dict[Site, Tensor]]:
         """The activations of prompts: for each prompt, `{site: [positions, width]}`, in the model's dtype.
 
-        An integer site is the residual stream after that block. Works inside `lm.steered(…)` too, and then
-        reads what the steering made of the activations.
+        An integer site is the residual stream after that block; one site needs no list. Works inside
+        `lm.steered(…)` too, and then reads what the steering made of the activations.
         """
-        wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
+        listed = [sites] if isinstance(sites, (int, Site)) else sites
+        wanted = [site if isinstance(site, Site) else Site(site) for site in listed]
+        if not isinstance(positions, Positions):
+            raise TrimtabError(f"positions are Positions, got {positions!r}; write Positions.parse('all'), say")
         texts = []
         for i, prompt in enumerate(as_list(prompts)):
             ids = self.encode(prompt, system=system, chat=chat, template=template)

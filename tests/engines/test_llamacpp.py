@@ -29,6 +29,7 @@ from trimtab import (
     Threshold,
     TrimtabError,
     UnsupportedError,
+    learn_caa,
 )
 from trimtab.engines.llamacpp.context import Context
 
@@ -153,6 +154,31 @@ def test_tokens_are_told_as_they_come_and_an_answer_can_be_ended(llama):
     assert ended.token_ids == whole.token_ids[:3]
     with pytest.raises(TrimtabError, match="one prompt at a time"):
         llama.generate(PROMPTS[:2], streamer=Streamer())
+
+
+def test_an_answer_comes_in_pieces(llama):
+    (whole,) = llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW)
+    stream = llama.stream(PROMPTS[0], adding(1), max_new_tokens=NEW)
+    assert "".join(stream) == whole.text
+    assert stream.result == whole
+    left = llama.stream(PROMPTS[0], adding(2, strength=3.0), max_new_tokens=100)
+    for _ in left:
+        break
+    assert repr(left) == "Stream(stopped)"
+    assert llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW) == [whole]
+    with pytest.raises(UnsupportedError, match="can't steer attention"):
+        llama.stream(PROMPTS[0], emphasize="sea")
+    with pytest.raises(TrimtabError, match="answers one prompt, got 4"):
+        llama.stream(PROMPTS)
+
+
+def test_learning_is_for_another_engine(llama):
+    with pytest.raises(UnsupportedError, match=r"LlamaCpp runs steerings, and can't learn them"):
+        learn_caa(llama, [("Why?", "So.")])
+    with pytest.raises(UnsupportedError, match="llamacpp engine has no sweep; the transformers engine can"):
+        llama.sweep(adding(1))
+    with pytest.raises(UnsupportedError, match="llamacpp engine has no project"):
+        llama.project("Why?", adding(1))
 
 
 def test_each_prompt_under_its_own(llama):

@@ -24,10 +24,11 @@ from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pa
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
+from trimtab.report.described import card_rows, describe, edit_columns, origin
 
 if TYPE_CHECKING:
     from trimtab.report.pushes import Push
-    from trimtab.steering import Card, Gate, Operation, Steering
+    from trimtab.steering import Card, Steering
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR = 24  # columns
@@ -133,11 +134,11 @@ def inspect(
     if plot is not None:
         from trimtab.report.plots import plot_pushes
 
-        plot_pushes(found, plot, f"{file.name}: {_origin(steering.card)}")
+        plot_pushes(found, plot, f"{file.name}: {origin(steering.card)}")
     if json:
         write_json(_document(file, digest, steering, found, plot))
         return
-    show(f"{file}: {_origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    show(f"{file}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
     if plot is not None:
         show("", f"drew {plot}")
 
@@ -184,81 +185,31 @@ def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push]
     return {"file": str(file), "digest": digest, "card": asdict(steering.card), "edits": edits, **drawn}
 
 
-def _origin(card: Card) -> str:
-    models = " and ".join(model.name for model in card.models)
-    what = f"a sum of {len(card.parts)} steerings" if card.parts else card.method
-    return f"{what} on {models}" if models else what
-
-
 def _cards(card: Card, digest: str) -> list[Table]:
     """The card as a table, then one for each of its parts."""
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
-    if card.model is not None:
-        model = card.model
-        revision = f", revision {model.revision}" if model.revision else ""
-        table.add_row("model", f"{model.name} ({model.family}, {model.layers} layers, width {model.width}{revision})")
-        table.add_row("fingerprint", model.fingerprint)
-    if card.data:
-        pairs = card.measured.get("pairs")
-        table.add_row("data", f"{card.data}{f' ({pairs} pairs)' if pairs else ''}")
-    for name, value in card.options.items():
-        table.add_row(name.replace("_", " "), _value(value))
-    for name, value in card.measured.items():
-        if name not in ("pairs", "agreement", "activation_norm"):
-            table.add_row(name.replace("_", " "), _tuning(value) if name == "tuning" else _value(value))
-    if card.versions:
-        table.add_row("versions", ", ".join(f"{name} {number}" for name, number in card.versions.items()))
+    for name, value in card_rows(card):
+        table.add_row(name, value)
     if digest:
         table.add_row("digest", digest)
     tables = [table]
     for number, part in enumerate(card.parts, 1):
-        head = Table(f"part {number}: {_origin(part)}", box=None, pad_edge=False, header_style="")
+        head = Table(f"part {number}: {origin(part)}", box=None, pad_edge=False, header_style="")
         tables += [head, *_cards(part, "")]
     return tables
 
 
-def _tuning(value: Any) -> str:
-    """A search in a sentence; `--json` has its table."""
-    try:
-        held, tried = value["held_out"], len(value["table"]) - 1
-        if held is None:
-            return f"chosen among {tried} candidates, not confirmed on held-out prompts"
-        low, high = held["difference"]["low"], held["difference"]["high"]
-        return (
-            f"chosen among {tried} candidates; on {held['items']} held-out prompts {held['steered']:.2f} instead of"
-            f" {held['unsteered']:.2f}, difference [{low:+.2f}, {high:+.2f}]"
-        )
-    except (KeyError, TypeError, ValueError):  # a card may hold anything under that name
-        return _value(value)
-
-
-def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
 def _edits(steering: Steering, found: Sequence[Push]) -> tuple[str, Table]:
     """What all edits have in common, in a line; and a table of the rest, with a bar as long as each push."""
-    columns: dict[str, list[str]] = {
-        "operation": [_operation(edit.operation) for edit in steering.edits],
-        "at": [str(edit.positions) for edit in steering.edits],
-        "when": [describe(edit.gate) for edit in steering.edits],
-        "strength": [f"{edit.strength:g}" for edit in steering.edits],
-        "share": ["" if push.share is None else f"{push.share:.0%}" for push in found],
-        "agreement": ["" if push.agreement is None else f"{push.agreement:.2f}" for push in found],
-    }
-    common = {name: columns.pop(name)[0] for name in ("operation", "at", "when", "strength") if _same(columns[name])}
-    if common.get("when") == "always":
-        del common["when"]
-    count = "1 edit" if len(found) == 1 else f"{len(found)} edits"
-    line = f"{count}: {', '.join(f'{name} {value}' for name, value in common.items())}".rstrip(": ")
+    line, columns = edit_columns(steering, found)
     longest = max(push.norm for push in found)
     shown: dict[str, list[str]] = {
         "layer": [str(edit.site.layer) for edit in steering.edits],
         "norm": [f"{push.norm:.4g}" for push in found],
         " ": [bar(push.norm, longest) for push in found],
-        **{name: cells for name, cells in columns.items() if any(cells)},
+        **columns,
     }
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in shown:
@@ -268,37 +219,6 @@ def _edits(steering: Steering, found: Sequence[Push]) -> tuple[str, Table]:
     for cells in zip(*shown.values(), strict=True):
         table.add_row(*cells)
     return line, table
-
-
-def _same(values: Sequence[str]) -> bool:
-    return len(set(values)) == 1
-
-
-def _operation(operation: Operation) -> str:
-    from trimtab.steering.operations import NAMES
-
-    return NAMES[type(operation)] + _kept(operation.keep_norm)
-
-
-def _kept(share: float) -> str:
-    return "" if not share else " (norm kept)" if share == 1 else f" ({share:g} of the norm kept)"
-
-
-def describe(gate: Gate) -> str:
-    """A gate in words, such as `dot at residual[3] > 0.5`."""
-    from trimtab.steering.gates import AllOf, Always, AnyOf, Not, Threshold
-
-    match gate:
-        case Always():
-            return "always"
-        case Threshold():
-            return str(gate)
-        case Not():
-            return f"not ({describe(gate.gate)})"
-        case AllOf() | AnyOf():
-            word = " and " if isinstance(gate, AllOf) else " or "
-            return f"({word.join(map(describe, gate.gates))})"
-    return type(gate).__name__
 
 
 def bar(value: float, longest: float, columns: int = BAR) -> str:

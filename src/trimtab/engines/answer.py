@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trimtab.decoding.trace import Trace
+from trimtab.steering.above import above
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Generation:
     `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"` or
     `"length"`; `logprobs`, where asked for, holds the natural log-probability of each generated token under the
     (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt; `trace` tells
-    what rejection did at each token, where there was rejection.
+    what rejection did at each token, where there was rejection; `pieces` is the text that each token adds,
+    which join to `text`: on the transformers engine, where there are log-probabilities or a trace.
     """
 
     text: str
@@ -51,3 +53,7 @@ class Generation:
     applied: Applied
     logprobs: tuple[float, ...] | None = None
     trace: Trace | None = None
+    pieces: tuple[str, ...] | None = None
+
+    def _repr_html_(self) -> str:
+        return str(above("report.notebook", "generation_html")(self))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from torch import Tensor
 
 from trimtab.decoding.rejection import Rejection
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
+from trimtab.steering.steering import check_steering
 from trimtab.text.chat import Prompt
 from trimtab.text.spans import Emphasis
 
@@ -16,6 +19,8 @@ def marks_for(emphasize: Any, count: int) -> list[Any]:
     """What to emphasize in each prompt, `None` where nothing."""
     if emphasize is None or isinstance(emphasize, Emphasis):
         return [emphasize] * count
+    if not isinstance(emphasize, (list, tuple)):
+        raise TrimtabError(f"what is emphasized is a phrase of the prompt, got {type(emphasize).__name__}")
     if len(emphasize) != count:
         raise TrimtabError(
             f"{len(emphasize)} things to emphasize for {count} prompts; give one, or one for each (a list of phrases,"
@@ -32,6 +37,8 @@ def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
         return [Rejection() if rejection else None for _ in marks]
     if isinstance(rejection, Rejection):
         return [rejection] * len(marks)
+    if not isinstance(rejection, (list, tuple)):
+        raise TrimtabError(f"rejection is a Rejection, True or False, got {rejection!r}")
     if len(rejection) != len(marks):
         raise TrimtabError(f"{len(rejection)} rejections for {len(marks)} prompts; give one, or one for each")
     return list(rejection)
@@ -44,6 +51,8 @@ def batches_of(
 
     What isn't steered goes with the first of them.
     """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise TrimtabError(f"batch_size is a whole number from 1, got {size!r}")
     kinds: dict[str, list[int]] = {}
     for i in order:
         way = rejections[i]
@@ -57,13 +66,31 @@ def batches_of(
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """The prompts as a list; a list of messages is one prompt. Raises `TrimtabError` for an empty one."""
+    """The prompts as a list; a list of messages is one prompt.
+
+    Raises `TrimtabError` for an empty list, and for what is neither text nor messages.
+    """
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Steering):
+        raise TrimtabError("the prompts come first, and then the steering: lm.generate(prompts, steering)")
+    if isinstance(prompts, Mapping):
+        raise TrimtabError("a prompt is a text or a list of messages, got one message; put it in a list")
+    if isinstance(prompts, (bytes, Tensor)) or not isinstance(prompts, Iterable):
+        raise TrimtabError(f"prompts are texts or lists of messages, got {type(prompts).__name__}; {_fix(prompts)}")
     listed: list[Any] = list(prompts)
     if not listed:
         raise TrimtabError("there are no prompts")
-    return [listed] if isinstance(listed[0], dict) else listed
+    for i, one in enumerate(listed, 1):
+        if not isinstance(one, (str, Mapping, list, tuple)):
+            raise TrimtabError(f"prompt {i} is a text or a list of messages, got {type(one).__name__}; {_fix(one)}")
+    return [listed] if isinstance(listed[0], Mapping) else listed
+
+
+def _fix(given: Any) -> str:
+    if isinstance(given, (int, Tensor)):
+        return "tokens are generated from by model.generate inside lm.steered(…)"
+    return "give a string, or {'role': …, 'content': …} in a list"
 
 
 def one_each(
@@ -73,10 +100,13 @@ def one_each(
 
     Raises `TrimtabError` for another count, and for a name where there are none.
     """
-    if isinstance(steering, str) and not named:
-        raise TrimtabError(f"{steering!r} is no steering; trimtab.load(…) reads one from a file")
-    if steering is None or isinstance(steering, (Steering, str)):
+    if steering is None or isinstance(steering, Steering) or (named and isinstance(steering, str)):
         return [steering] * count
+    if not isinstance(steering, (list, tuple)):
+        check_steering(steering)
     if len(steering) != count:
         raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
+    for one in steering:
+        if one is not None and not (named and isinstance(one, str)):
+            check_steering(one)
     return list(steering)

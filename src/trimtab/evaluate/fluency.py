@@ -50,9 +50,17 @@ class Fluency:
 
 
 def fluencies(
-    lm: LM, contexts: Sequence[Prompt], answers: Sequence[Generation], *, progress: Progress | None = None
+    lm: LM,
+    contexts: Sequence[Prompt],
+    answers: Sequence[Generation],
+    *,
+    system: str | None = None,
+    chat: bool | None = None,
+    progress: Progress | None = None,
 ) -> list[Fluency]:
     """The fluency of each answer; its perplexity is taken after the prompt beside it in `contexts`.
+
+    These are rendered as `lm.generate` does it under the same `system` and `chat`.
 
     Raises `TrimtabError` as `perplexities` does, and `ValueError` for lists of different length.
     """
@@ -60,7 +68,7 @@ def fluencies(
     encoded: dict[int, list[int]] = {}  # many answers share a prompt: each is rendered once
     for context in contexts:
         if id(context) not in encoded:
-            encoded[id(context)] = lm.encode(context)
+            encoded[id(context)] = lm.encode(context, system=system, chat=chat)
     texts = [(encoded[id(context)], one) for context, one in zip(contexts, ids, strict=True)]
     return [
         Fluency(

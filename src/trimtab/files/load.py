@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 
 from torch import Tensor
@@ -63,6 +64,8 @@ def load(
     Raises `TrimtabError` for a file that is damaged, of an unknown kind, or whose layers can't be told. Nothing is
     ever run from a file.
     """
+    if not isinstance(path, (str, PathLike)):
+        raise TrimtabError(f"a steering is loaded from a path, got {type(path).__name__}")
     path = Path(path)
     kind = _kind(path) if source is None else source
     if kind == "trimtab":

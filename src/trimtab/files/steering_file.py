@@ -27,6 +27,7 @@ from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Posit
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
 from trimtab.steering.gates import LAST, AllOf, AnyOf, Not
 from trimtab.steering.operations import NAMES, OPERATIONS, Directed
+from trimtab.steering.steering import check_steering
 
 FORMAT = 1
 KEY = "trimtab"
@@ -40,6 +41,7 @@ def save_steering(steering: Steering, path: str | Path) -> str:
     Raises `TrimtabError` for a steering without edits, a folder that isn't there, or a card, gate or number that
     JSON can't hold.
     """
+    check_steering(steering)
     path = Path(path)
     if path.suffix != ".safetensors":
         raise TrimtabError(f"a steering is saved as a .safetensors file, not {path.name!r}")

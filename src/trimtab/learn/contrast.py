@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,10 +144,16 @@ def mean(values: Tensor) -> Tensor:
 
 
 def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:
-    """The layers asked for, in order; `None` is the one at `default` of the depth (0 … 1)."""
+    """The layers asked for, in order; `None` is the one at `default` of the depth (0 … 1).
+
+    Raises `TrimtabError` for what is no whole number, or no layer of this model.
+    """
     if layers is None:
         layers = [round(default * lm.layout.layers)]
-    listed = sorted({layers} if isinstance(layers, int) else set(layers))
+    try:
+        listed = sorted({index(layer) for layer in ([layers] if isinstance(layers, int) else layers)})
+    except TypeError:
+        raise TrimtabError(f"layers are a whole number, or a list of them such as [12, 14], got {layers!r}") from None
     for layer in listed:
         if not 0 <= layer < lm.layout.layers:
             raise TrimtabError(f"there is no layer {layer}; {lm.name} has layers 0 to {lm.layout.layers - 1}")

@@ -14,6 +14,7 @@ from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_each
 from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.given import check_lm
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.positions import END, Bound
@@ -65,6 +66,7 @@ def learn_actadd(
 
     Raises `TrimtabError` for a missing text, two of the same tokens, or an unknown layer.
     """
+    check_lm(lm)
     if not positive or not negative:
         raise TrimtabError("ActAdd needs two texts, a positive one and a negative one")
     if align not in ("front", "back"):

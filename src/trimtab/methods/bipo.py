@@ -24,11 +24,12 @@ from trimtab.engines.transformers.forced import Forcing
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
+from trimtab.learn.given import pairs_for
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
 from trimtab.learn.trained import Trained
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Steering
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -59,14 +60,14 @@ SIGNS = (1.0, -1.0)
 
 def learn_bipo(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     beta: float = 0.1,
     steps: int = 40,
     rate: float = 0.01,
     max_dose: float = 1.0,
-    held_out: Sequence[Pair] | None = None,
+    held_out: Pairs | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
@@ -91,6 +92,8 @@ def learn_bipo(
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
     """
+    pairs = pairs_for(lm, pairs)
+    held_out = None if held_out is None else as_pairs(held_out)
     if not beta > 0:
         raise TrimtabError(f"beta scales the log-ratios and is above 0, got {beta}; the paper has 0.1")
     chosen = check_layers(lm, layers, DEPTH)

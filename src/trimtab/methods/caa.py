@@ -23,12 +23,13 @@ from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
+from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
 from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
-from trimtab.text.pairs import Pair, sides
+from trimtab.text.pairs import Pair, Pairs, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -89,7 +90,7 @@ class PairsWarning(UserWarning):
 
 def learn_caa(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     norm: Norm = "raw",
@@ -116,7 +117,7 @@ def learn_caa(
 
 def learn_behaviours(
     lm: LM,
-    behaviours: Mapping[str, Sequence[Pair]],
+    behaviours: Mapping[str, Pairs],
     layers: int | Sequence[int] | None = None,
     *,
     norm: Norm = "raw",
@@ -130,19 +131,19 @@ def learn_behaviours(
     """
     if norm not in get_args(Norm):
         raise TrimtabError(f"there is no norm {norm!r}; norms: {', '.join(get_args(Norm))}")
+    sets = {name: pairs_for(lm, pairs) for name, pairs in behaviours.items()}
     chosen = check_layers(lm, layers, DEPTH)
-    if not behaviours:
+    if not sets:
         raise TrimtabError("there are no behaviours to learn")
     texts = {
-        name: answer_texts(lm, pairs, read_at, f" of {name!r}" if len(behaviours) > 1 else "")
-        for name, pairs in behaviours.items()
+        name: answer_texts(lm, pairs, read_at, f" of {name!r}" if len(sets) > 1 else "") for name, pairs in sets.items()
     }
     found = contrast_many(lm, texts, chosen, progress=progress)
     position = Positions.from_last_prompt_token() if positions is None else positions
     learned = {}
     for name, moments in found.items():
-        pairs = behaviours[name]
-        of = f" of {name!r}" if len(behaviours) > 1 else ""
+        pairs = sets[name]
+        of = f" of {name!r}" if len(sets) > 1 else ""
         letters = pairs[0].shape == "letters"
         options = {"layers": chosen, "read_at": _where(letters, read_at), "norm": norm}
         if positions is not None:
@@ -298,7 +299,7 @@ def read_at_of(card: Card) -> ReadAt | None:
 
 def activations(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: Sequence[int],
     *,
     read_at: str | ReadAt | None = None,
@@ -309,6 +310,7 @@ def activations(
     `read_at` is `learn_caa`'s. For pictures and probes; learning keeps sums only. Raises `TrimtabError` as `learn_caa`
     does.
     """
+    pairs = pairs_for(lm, pairs)
     chosen = check_layers(lm, layers, DEPTH)
     if not pairs:
         raise TrimtabError("there are no pairs to read")

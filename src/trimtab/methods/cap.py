@@ -22,9 +22,10 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import mean_difference
+from trimtab.learn.given import pairs_for
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
@@ -63,7 +64,7 @@ FROM, TO = 0.7, 0.85
 
 def learn_cap(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     quantile: float = 0.25,
@@ -98,6 +99,7 @@ def learn_cap(
         TrimtabError: Fewer than two pairs, other shapes, a quantile outside 0 to 1, unknown layers or options, and
             sides that don't differ.
     """
+    pairs = pairs_for(lm, pairs)
     _check(pairs, quantile, over, bound)
     sites = [Site(layer) for layer in _layers(lm, layers)]
     found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)

@@ -19,12 +19,13 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import centred_members, mean_difference, unit
+from trimtab.learn.given import check_lm, pairs_for
 from trimtab.learn.thresholds import Choice, learn_threshold
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
 from trimtab.steering.gates import MEASURES, POOLS, Gate, Reading
 from trimtab.text.chat import Prompt
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
@@ -99,6 +100,7 @@ def learn_condition(
     Gates combine: `a.gate | ~b.gate`. Raises `TrimtabError` for too few prompts, unknown layers and options, or sides
     that don't differ.
     """
+    check_lm(lm)
     if measure not in MEASURES or measure == "probability" or pool not in POOLS:
         raise TrimtabError(f"a condition's measure is one of dot, cosine, ratio, cast, pooled by {', '.join(POOLS)}")
     fit_on, held_on = in_two(when, "prompts on which to act")
@@ -132,7 +134,7 @@ def learn_condition(
 
 def learn_cast(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     when: Sequence[Prompt] | None = None,
@@ -157,6 +159,7 @@ def learn_cast(
 
     Raises `TrimtabError` as `learn_condition` does, and for pairs of other shapes.
     """
+    pairs = pairs_for(lm, pairs)
     if not when or not unless:
         raise TrimtabError("CAST needs prompts on which to act (when) and others (unless)")
     edits, norms = learn_behaviour(
@@ -176,7 +179,7 @@ def learn_cast(
 
 def learn_behaviour(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     coefficient: float = 0.2,
@@ -188,6 +191,7 @@ def learn_behaviour(
 
     Raises `TrimtabError` for an unknown direction or layer, pairs of other shapes, and sides that don't differ.
     """
+    pairs = pairs_for(lm, pairs)
     if behaviour not in ("pca", "mean"):
         raise TrimtabError(f"unknown behaviour direction {behaviour!r}; known: pca, mean")
     if layers is None:

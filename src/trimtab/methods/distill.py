@@ -28,6 +28,7 @@ from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Course, Descent, descend
+from trimtab.learn.given import check_lm
 from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
 from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
@@ -121,6 +122,7 @@ def learn_distill(
     Raises:
         TrimtabError: Too few answers do what the teacher says, or an argument that can't be.
     """
+    check_lm(lm)
     teacher = _teacher(teacher, instruction, system)
     how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
     plan = _plan(lm, layers, fit, rank, how, with_prompt)

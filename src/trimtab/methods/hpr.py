@@ -20,10 +20,11 @@ from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.given import pairs_for
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, Positions, Rotate, RotatePredicted, Site, Steering
 from trimtab.steering.rotations import angle_sizes, predicted_angle
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
@@ -66,7 +67,7 @@ RIDGE = 1e-3
 
 def learn_hpr(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     keep: int = 5,
@@ -87,6 +88,7 @@ def learn_hpr(
     Raises `TrimtabError` for fewer than two pairs, other shapes, unknown layers and options, and answers that are the
     same in all tokens.
     """
+    pairs = pairs_for(lm, pairs)
     if turn not in TURNS:
         raise TrimtabError(f"unknown turn {turn!r}; known: {', '.join(TURNS)}")
     if keep < 1 or epochs < 1:

@@ -14,9 +14,10 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.given import pairs_for
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import AddScaled, Card, Edit, Positions, Site, Steering
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
@@ -58,7 +59,7 @@ Estimator = Literal["mean", "pca"]
 
 def learn_icv(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     scale: float = 0.1,
@@ -75,6 +76,7 @@ def learn_icv(
 
     Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and texts that don't differ.
     """
+    pairs = pairs_for(lm, pairs)
     if estimator not in ("mean", "pca") or site not in ("mlp", "residual"):
         raise TrimtabError(
             f"ICV has the estimators mean and pca, and the sites mlp and residual; got {estimator}, {site}"

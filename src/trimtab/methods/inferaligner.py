@@ -16,6 +16,7 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import unit
+from trimtab.learn.given import check_lm
 from trimtab.learn.thresholds import CHOICES, Choice, learn_threshold
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
@@ -76,6 +77,7 @@ def learn_inferaligner(
     alpha isn't published; it becomes the edits' strength. Raises `TrimtabError` for prompts of one side only, a guide
     of another width, depth or tokenizer, unknown layers or options, and sides that don't differ.
     """
+    check_lm(lm)
     if not harmful or not harmless:
         raise TrimtabError("InferAligner learns from harmful and from harmless prompts; one of the two is missing")
     if gate not in ("each", "best") or threshold not in CHOICES:

@@ -18,11 +18,12 @@ from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
+from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.recipe import Recipe
 from trimtab.steering import Add, Card, Edit, Operation, Positions, SetProjection, Site, Steering
 from trimtab.text.answers import encode_prompt
-from trimtab.text.pairs import Pair, Side, sides
+from trimtab.text.pairs import Pair, Pairs, Side, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -59,7 +60,7 @@ in many models it is an attention sink whose norm is a hundred times the others'
 
 def learn_instruct(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     operation: str = "project",
@@ -84,6 +85,7 @@ def learn_instruct(
     `options` are further entries for the card. Raises `TrimtabError` for no pairs, an unknown layer or operation, or
     pairs of answers (they are for `learn_caa`).
     """
+    pairs = pairs_for(lm, pairs)
     _check_operation(operation, one_sided)
     chosen = check_layers(lm, layers, DEPTH)
     moments = contrast(lm, _texts(lm, pairs), chosen, progress=progress)
@@ -93,7 +95,7 @@ def learn_instruct(
 
 def learn_many(
     lm: LM,
-    sets: Mapping[str, Sequence[Pair]],
+    sets: Mapping[str, Pairs],
     layers: int | Sequence[int] | None = None,
     *,
     progress: Progress | None = None,
@@ -105,7 +107,9 @@ def learn_many(
     Raises `TrimtabError` as `learn_instruct` does.
     """
     chosen = check_layers(lm, layers, DEPTH)
-    return contrast_many(lm, {name: _texts(lm, pairs) for name, pairs in sets.items()}, chosen, progress=progress)
+    return contrast_many(
+        lm, {name: _texts(lm, pairs_for(lm, pairs)) for name, pairs in sets.items()}, chosen, progress=progress
+    )
 
 
 def steering_from(

@@ -21,13 +21,14 @@ from trimtab.engines.transformers.places import head_size, query_heads
 from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.given import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_texts
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
-from trimtab.text.pairs import Pair, digest, sides
+from trimtab.text.pairs import Pair, Pairs, digest, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -68,7 +69,7 @@ class Head:
 
 def learn_iti(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     heads: int = 48,
@@ -87,6 +88,7 @@ def learn_iti(
 
     Raises `TrimtabError` for fewer than two questions, or more heads than there are.
     """
+    pairs = pairs_for(lm, pairs)
     ranked = rank_heads(
         lm, pairs, layers, direction=direction, validation=validation, seed=seed, bank=bank, progress=progress
     )
@@ -114,7 +116,7 @@ def learn_iti(
 
 def rank_heads(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     direction: str = "mean",
@@ -127,6 +129,7 @@ def rank_heads(
 
     Raises `TrimtabError` as `learn_iti` does.
     """
+    pairs = pairs_for(lm, pairs)
     if direction not in ("mean", "probe"):
         raise TrimtabError(f"unknown direction {direction!r}; directions: mean, probe")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)

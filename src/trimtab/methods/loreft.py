@@ -26,11 +26,12 @@ from trimtab.engines.transformers.forced import Change, Forcing
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
+from trimtab.learn.given import pairs_for
 from trimtab.learn.preferences import Plan, Preference, answers_logprobs, fit
 from trimtab.learn.trained import FROM_LAST
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, ReadWrite, Site, Steering
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -162,13 +163,13 @@ class Rotations:
 
 def learn_loreft(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     rank: int = 4,
     steps: int = 40,
     rate: float = 0.01,
-    held_out: Sequence[Pair] | None = None,
+    held_out: Pairs | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
@@ -194,6 +195,8 @@ def learn_loreft(
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
     """
+    pairs = pairs_for(lm, pairs)
+    held_out = None if held_out is None else as_pairs(held_out)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise TrimtabError(f"the rank is a whole number, 1 or more, got {rank!r}")
     chosen = check_layers(lm, _layers(lm) if layers is None else layers, DEPTHS[0])

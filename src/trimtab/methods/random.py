@@ -12,6 +12,7 @@ import torch
 
 from trimtab.files.steering_file import steering_digest
 from trimtab.learn.contrast import check_layers
+from trimtab.learn.given import check_lm
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.random_edits import random_edits, random_unit
@@ -53,6 +54,7 @@ def learn_random(
 
     Raises `TrimtabError` for a layer that isn't there, or an operation without a direction.
     """
+    check_lm(lm)
     if like is not None:
         steering = like if layers is None else like.only([layers] if isinstance(layers, int) else layers)
         options = {"seed": seed, "like": steering_digest(steering)}

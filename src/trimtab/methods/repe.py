@@ -16,10 +16,11 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import centred_members, mean_difference, random_order
+from trimtab.learn.given import pairs_for
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
@@ -72,7 +73,7 @@ class ReaderWarning(UserWarning):
 
 def learn_repe(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     reader: Reader = "pca",
@@ -97,6 +98,7 @@ def learn_repe(
 
     Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and sides that don't differ.
     """
+    pairs = pairs_for(lm, pairs)
     if reader not in READERS:
         raise TrimtabError(f"unknown reader {reader!r}; known: {', '.join(READERS)}")
     if control not in ("add", "sign"):

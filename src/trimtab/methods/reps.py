@@ -30,11 +30,12 @@ from trimtab.engines.transformers.forced import Change, Forcing
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
+from trimtab.learn.given import pairs_for
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
 from trimtab.learn.trained import Trained
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, SetProjection, Site, Steering
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -67,14 +68,14 @@ FIRST = 0.05
 
 def learn_reps(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     factors: Sequence[float] = FACTORS,
     steps: int = 40,
     rate: float = 0.01,
     max_dose: float = 1.0,
-    held_out: Sequence[Pair] | None = None,
+    held_out: Pairs | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Steering:
@@ -102,6 +103,8 @@ def learn_reps(
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
     """
+    pairs = pairs_for(lm, pairs)
+    held_out = None if held_out is None else as_pairs(held_out)
     strengths = tuple(float(factor) for factor in factors)
     if not strengths or not all(factor > 0 and math.isfinite(factor) for factor in strengths):
         raise TrimtabError(f"factors are strengths above 0, at least one, got {list(factors)}; (1.0,) is strength 1")

@@ -22,11 +22,12 @@ from trimtab.engines.transformers.places import place, query_heads
 from trimtab.engines.transformers.read import read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_texts
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -70,7 +71,7 @@ has it, where elements of opposite signs cancel; or that mean's size. Of one ele
 
 def learn_sadi(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     site: str = "heads",
@@ -93,6 +94,7 @@ def learn_sadi(
     Raises `TrimtabError` for no pairs, an unknown site, score, operation or mode, a K beyond what there is, and a
     frozen mode that is to add or to act at other positions.
     """
+    pairs = pairs_for(lm, pairs)
     _check_mode(operation, mode, positions)
     differences = read_differences(lm, pairs, layers, site=site, progress=progress)
     wanted = USUAL.get(site, 1) if k is None else k
@@ -138,13 +140,14 @@ def _check_mode(operation: str, mode: str, positions: Positions | None) -> None:
 
 def read_differences(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     site: str = "heads",
     progress: Progress | None = None,
 ) -> dict[Site, Tensor]:
     """The mean difference of the pairs' sides `[width there]` at each layer's site (default: all), float64."""
+    pairs = pairs_for(lm, pairs)
     if site not in KINDS:
         raise TrimtabError(f"unknown site {site!r}; sites: {', '.join(KINDS)}")
     if not pairs:

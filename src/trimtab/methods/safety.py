@@ -18,6 +18,7 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import unit
+from trimtab.learn.given import check_lm
 from trimtab.learn.thresholds import Choice
 from trimtab.methods.cast import learn_behaviour, learn_condition
 from trimtab.methods.inferaligner import learn_inferaligner
@@ -110,6 +111,7 @@ def learn_safety(
     Raises `TrimtabError` for requests of one side only or too few, unknown layers and options, and sides that don't
     differ.
     """
+    check_lm(lm)
     if not harmful or not harmless:
         raise TrimtabError("safety is learned from harmful and from harmless requests; one of the two is missing")
     if min(len(harmful), len(harmless)) < 2:

@@ -28,10 +28,11 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import unit
+from trimtab.learn.given import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering, Threshold
-from trimtab.text.pairs import Pair, digest
+from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
@@ -77,7 +78,7 @@ class Probe:
 
 def learn_sttp(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
     move: Move = "target",
@@ -107,6 +108,7 @@ def learn_sttp(
         TrimtabError: Fewer than two pairs, other shapes, unknown layers or options, sides that don't differ, and a
             target that isn't beyond the line.
     """
+    pairs = pairs_for(lm, pairs)
     _check(pairs, move, alpha)
     sites = [Site(layer) for layer in check_layers(lm, layers, DEPTH)]
     found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)

@@ -24,6 +24,7 @@ from trimtab.engines.transformers.places import output_weight
 from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.learn.given import check_lm
 from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, MaskNeurons, Positions, Site, Steering
 from trimtab.steering.tensors import to_float64
@@ -73,6 +74,7 @@ def learn_tda(
     Raises `TrimtabError` for texts without a second token, a target that isn't between 0 and 1, and a model without
     plain MLPs or with quantized ones.
     """
+    check_lm(lm)
     if not 0 <= cett < 1:
         raise TrimtabError(f"cett is a share from 0 to below 1, got {cett}")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from trimtab.data import instruction_pairs, instruction_type, length_phrasings, queries
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress
+from trimtab.learn.given import check_lm
 from trimtab.methods.instruct import learn_instruct
 from trimtab.steering import Positions, Steering
 
@@ -44,6 +45,7 @@ def learn_word(
 
     Raises `TrimtabError` for an empty word or an unknown layer.
     """
+    check_lm(lm)
     word = _word(word)
     base = queries("learn")[:WORD_QUERIES] if base is None else base
     phrasings = instruction_type("keywords:existence").phrasings("learn", {"word": word})
@@ -63,6 +65,7 @@ def learn_length(
     progress: Progress | None = None,
 ) -> Steering:
     """A steering towards `"concise"` or `"verbose"` answers; the other arguments are those of `learn_word`."""
+    check_lm(lm)
     if length not in LENGTHS:
         raise TrimtabError(f"there is no length {length!r}; lengths: {', '.join(LENGTHS)}")
     base = queries("learn") if base is None else base

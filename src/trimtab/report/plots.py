@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
@@ -23,11 +24,29 @@ def plot_pushes(pushes: Sequence[Push], path: Path, title: str) -> None:
     """Draw how hard each layer is pushed, and how well the pairs agreed on the direction where that is known."""
     check_matplotlib()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     agree = [push for push in pushes if push.agreement is not None]
     figure = Figure(figsize=(7, 4.6 if agree else 3), layout="constrained")
     axes = figure.subplots(2 if agree else 1, 1, sharex=True, squeeze=False)[:, 0]
+    push_bars(axes[0], pushes)
+    axes[0].set_title(title, loc="left", fontsize=11)
+    if agree:
+        axes[1].plot([push.layer for push in agree], [push.agreement for push in agree], "o-", color="#b5651d")
+        axes[1].set_ylabel("agreement\nof the pairs")
+        axes[1].set_ylim(min(0.0, *(push.agreement or 0.0 for push in agree)), 1.02)
+    axes[-1].set_xlabel("block")
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
+    write_atomically(path, data.getvalue())
+
+
+def push_bars(axes: Any, pushes: Sequence[Push]) -> None:
+    """A bar for each push into matplotlib's axes, by layer, in norms of the activation where all of these are known."""
+    from matplotlib.ticker import MaxNLocator
+
     shares = all(push.share is not None for push in pushes)
     layers = [push.layer for push in pushes]
     heights = [push.share if push.share is not None and shares else push.norm for push in pushes]
@@ -35,19 +54,7 @@ def plot_pushes(pushes: Sequence[Push], path: Path, title: str) -> None:
     for layer in set(layers):  # a sum has several edits at a layer: bars beside each other
         at = [height for height, where in zip(heights, layers, strict=True) if where == layer]
         places = [layer + width * ((i + 0.5) / len(at) - 0.5) for i in range(len(at))]
-        axes[0].bar(places, at, width=0.96 * width / len(at), color="#33658a")
-    axes[0].set_ylabel("norm of the push\n(in activation norms)" if shares else "norm of the push")
-    axes[0].set_title(title, loc="left", fontsize=11)
-    if agree:
-        axes[1].plot([push.layer for push in agree], [push.agreement for push in agree], "o-", color="#b5651d")
-        axes[1].set_ylabel("agreement\nof the pairs")
-        axes[1].set_ylim(min(0.0, *(push.agreement or 0.0 for push in agree)), 1.02)
-    axes[-1].set_xlabel("block")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1].set_xlim(min(layers) - 1, max(layers) + 1)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
-    write_atomically(path, data.getvalue())
+        axes.bar(places, at, width=0.96 * width / len(at), color="#33658a")
+    axes.set_ylabel("norm of the push\n(in activation norms)" if shares else "norm of the push")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(min(layers) - 1, max(layers) + 1)

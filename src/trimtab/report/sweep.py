@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.intervals import Interval
 from trimtab.report.plots import check_matplotlib
+from trimtab.steering.directions import directions as directions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,27 +124,6 @@ def _map(figure: Any, axes: Any, cells: Sequence[Cell], layers: Sequence[int], b
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, shrink=0.85).set_label("minus unsteered", fontsize=9)
-
-
-def directions(steering: Steering) -> dict[int, Tensor]:
-    """Its unit direction at each layer, `[width]` in float64, by layer in order.
-
-    What is added with a negative strength is turned round. Raises `TrimtabError` when a layer has several edits, or
-    an operation without a direction, or one of length 0.
-    """
-    from trimtab.steering import Add
-
-    layers = [edit.site.layer for edit in steering.edits]
-    if len(set(layers)) < len(layers):
-        raise TrimtabError("vectors are compared layer by layer, and a layer of this steering has several edits")
-    found = {}
-    for edit in sorted(steering.edits, key=lambda edit: edit.site.layer):
-        direction = getattr(edit.operation, "direction", None)
-        if direction is None or not direction.any():
-            raise TrimtabError(f"the edit at layer {edit.site.layer} has no direction")
-        turned = -1.0 if isinstance(edit.operation, Add) and edit.strength < 0 else 1.0
-        found[edit.site.layer] = turned * direction.double() / direction.double().norm()
-    return found
 
 
 def similarity(steering: Steering) -> tuple[list[int], Tensor]:

@@ -63,6 +63,8 @@ def token_cosines(
     from trimtab.steering import Positions
     from trimtab.steering.tensors import to_float64
 
+    if not isinstance(text, str):
+        raise TrimtabError(f"the text is one string, got {type(text).__name__}; call this once for each text")
     found = directions(steering if layers is None else steering.only(layers))
     lm.check(steering, transfer=transfer)
     ids = lm.encode(text, chat=False)
@@ -130,6 +132,18 @@ def tokens_page(found: Sequence[TokenCosines], title: str) -> str:
     return PAGE % {"title": html.escape(title), "key": cosine_key(full), "parts": "\n".join(parts)}
 
 
+def coloured_page_part(found: Sequence[TokenCosines], full: float) -> str:
+    """The text once for each layer, coloured, as part of somebody else's page; nothing in it needs a style sheet."""
+    parts = [f"<p>cosine with the direction: {cosine_key(full)}</p>"]
+    for one in found:
+        spans = cosine_spans(one, full)
+        parts.append(
+            f'<p style="margin: .8em 0 0; opacity: .65">layer {one.layer}</p>'
+            f'<div style="white-space: pre-wrap; text-align: left; line-height: 1.7">{spans}</div>'
+        )
+    return "".join(parts)
+
+
 def cosine_spans(one: TokenCosines, full: float) -> str:
     """The text as HTML, each token shaded and with its number in a title; `full` is `reach`'s."""
     return "".join(
@@ -162,21 +176,35 @@ def draw_tokens(found: Sequence[TokenCosines], title: str) -> bytes:
     figure = Figure(figsize=(max(4.0, wide), 0.6 + len(starts) * (tall + 0.3)), layout="constrained")
     lines = figure.subplots(len(starts), 1, squeeze=False)[:, 0]
     for axes, start in zip(lines, starts, strict=True):
-        part = slice(start, start + PER_LINE)
-        if len(found) == 1:
-            _bars(axes, found[0], part, full)
-        else:
-            image = _layers(axes, found, part, full)
-        labels = [_label(piece) for piece in found[0].pieces[part]]
-        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
-        axes.set_xlim(-0.5, min(count, PER_LINE) - 0.5)
-        axes.tick_params(axis="x", length=0)
-        axes.spines[["top", "right", "bottom"]].set_visible(False)
-        axes.spines["left"].set_visible(len(found) == 1)
+        image = _line(axes, found, slice(start, start + PER_LINE), full, min(count, PER_LINE))
     if len(found) > 1:
         figure.colorbar(image, ax=list(lines), shrink=0.85).set_label("cosine", fontsize=9)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     return as_png(figure)
+
+
+def draw_cosines(axes: Any, found: Sequence[TokenCosines]) -> None:
+    """The same into matplotlib's axes, in one line however long."""
+    full = reach(found)
+    image = _line(axes, found, slice(None), full, len(found[0].pieces))
+    if len(found) > 1:
+        axes.figure.colorbar(image, ax=axes, shrink=0.85).set_label("cosine", fontsize=9)
+
+
+def _line(axes: Any, found: Sequence[TokenCosines], part: slice, full: float, columns: int) -> Any:
+    """Some of the tokens, with room for so many; the map, where it is one."""
+    image = None
+    if len(found) == 1:
+        _bars(axes, found[0], part, full)
+    else:
+        image = _layers(axes, found, part, full)
+    labels = [_label(piece) for piece in found[0].pieces[part]]
+    axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
+    axes.set_xlim(-0.5, columns - 0.5)
+    axes.tick_params(axis="x", length=0)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.spines["left"].set_visible(len(found) == 1)
+    return image
 
 
 def _bars(axes: Any, one: TokenCosines, part: slice, full: float) -> None:

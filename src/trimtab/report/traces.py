@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trimtab.decoding.trace import Step, Trace
+from trimtab.text.pieces import pieces as pieces
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -38,19 +39,6 @@ def kind_of(step: Step) -> str:
     if not step.open:
         return "shut"
     return "rejected" if step.rung is None else "weakened" if step.rung else "steered"
-
-
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds: they join to the whole text. A character of several tokens is the last one's."""
-    found, shown = [], ""
-    for stop in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:stop], skip_special_tokens=True)
-        if text.endswith("\ufffd") and stop < len(ids):
-            found.append("")
-            continue
-        found.append(text[len(shown) :])
-        shown = text
-    return found
 
 
 def coloured(tokenizer: Any, answer: Generation) -> Text:

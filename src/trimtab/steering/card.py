@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.steering.above import above
+
 
 @dataclass(frozen=True)
 class ModelId:
@@ -47,3 +49,6 @@ class Card:
         for part in self.parts:
             found += [model for model in part.models if model not in found]
         return tuple(found)
+
+    def _repr_html_(self) -> str:
+        return str(above("report.notebook", "card_html")(self))

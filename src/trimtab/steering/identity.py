@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering.card import ModelId
-from trimtab.steering.steering import Steering
+from trimtab.steering.steering import Steering, check_steering
 
 
 class MismatchWarning(UserWarning):
@@ -24,6 +24,7 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
 
     With `transfer` only the width must be the same. Another chat template or revision is warned about.
     """
+    check_steering(steering)
     for learned in steering.card.models:
         same = learned.fingerprint == here.fingerprint or learned.name == here.name
         differ = [

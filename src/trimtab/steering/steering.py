@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from trimtab.errors import TrimtabError
+from trimtab.steering.above import above
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.card import Card
+from trimtab.steering.directions import directions, shared_cosines
 from trimtab.steering.gates import ALWAYS, Gate
 from trimtab.steering.operations import NAMES
 from trimtab.steering.positions import NAMED, Positions
@@ -34,6 +38,16 @@ class Edit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strength", check_strength(self.strength))
+        if not isinstance(self.site, Site):
+            raise TrimtabError(f"an edit's site is a Site, got {self.site!r}; write Site({self.site!r})")
+        if isinstance(self.operation, Tensor):
+            raise TrimtabError(
+                "an edit's operation says what is done with a direction, got a Tensor; write Add(direction)"
+            )
+        if not isinstance(self.positions, Positions):
+            raise TrimtabError(_no_positions(self.positions))
+        if not isinstance(self.gate, Gate):
+            raise TrimtabError(f"an edit's gate is a Gate such as Threshold(…), got {self.gate!r}")
         if isinstance(self.operation, ScoreOperation) != (self.site.kind == "scores"):
             raise TrimtabError(f"{type(self.operation).__name__} can't act at {self.site}")
 
@@ -55,6 +69,12 @@ class Steering:
     edits: tuple[Edit, ...] = ()
     card: Card = field(default=Card(), compare=False)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.edits, list):
+            object.__setattr__(self, "edits", tuple(self.edits))
+        if not isinstance(self.edits, tuple) or not all(isinstance(edit, Edit) for edit in self.edits):
+            raise TrimtabError(f"a steering is made of edits, Steering((edit, …)), got {_kind(self.edits)}")
+
     def __mul__(self, factor: float) -> Steering:
         factor = check_strength(factor)
         return replace(self, edits=tuple(replace(edit, strength=edit.strength * factor) for edit in self.edits))
@@ -68,6 +88,10 @@ class Steering:
         return self * -1.0
 
     def __add__(self, other: Steering) -> Steering:
+        if isinstance(other, (int, float, Tensor)):
+            raise TrimtabError(
+                f"only a steering is added to a steering, got {_kind(other)}; 2 * steering pushes harder"
+            )
         if not isinstance(other, Steering):
             return NotImplemented
         parts = (*_parts(self), *_parts(other))
@@ -83,32 +107,36 @@ class Steering:
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Steering:
         """A steering from a file, trimtab's or another program's: `trimtab.load`."""
-        return _above("load", "load")(path, **options)
+        return above("files.load", "load")(path, **options)
 
     @classmethod
     def from_pretrained(cls, repository: str | Path, **options: Any) -> Steering:
         """A steering from the Hugging Face Hub, or a folder: `trimtab.from_pretrained`."""
-        return _above("hub", "from_pretrained")(repository, **options)
+        return above("files.hub", "from_pretrained")(repository, **options)
 
     def save(self, path: str | Path) -> str:
         """Write it to a `.safetensors` file: `trimtab.save`. Returns the digest."""
-        return _above("steering_file", "save_steering")(self, path)
+        return above("files.steering_file", "save_steering")(self, path)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Put it on the Hugging Face Hub, with a page made from its card: `trimtab.push_to_hub`."""
-        return _above("hub", "push_to_hub")(self, repository, **options)
+        return above("files.hub", "push_to_hub")(self, repository, **options)
 
     def at(self, positions: Positions) -> Steering:
-        """The same edits at other positions."""
+        """The same edits at other positions. Raises `TrimtabError` for anything but `Positions`."""
+        if not isinstance(positions, Positions):
+            raise TrimtabError(_no_positions(positions))
         return replace(self, edits=tuple(replace(edit, positions=positions) for edit in self.edits))
 
     def when(self, gate: Gate) -> Steering:
-        """The same edits, only on requests for which `gate` is open as well."""
+        """The same edits, only on requests for which `gate` is open as well. Raises `TrimtabError` for no `Gate`."""
+        if not isinstance(gate, Gate):
+            raise TrimtabError(f"a steering acts when a Gate such as Threshold(…) is open, got {gate!r}")
         return replace(self, edits=tuple(replace(edit, gate=edit.gate & gate) for edit in self.edits))
 
-    def only(self, layers: Iterable[int]) -> Steering:
-        """The edits at these layers. Raises `TrimtabError` when it has none at one of them."""
-        wanted = list(layers)
+    def only(self, layers: int | Iterable[int]) -> Steering:
+        """The edits at these layers, or at this one. Raises `TrimtabError` when it has none at one of them."""
+        wanted = [layers] if isinstance(layers, int) else list(layers)
         if missing := sorted(set(wanted) - set(self.layers)):
             raise TrimtabError(f"this steering has nothing at layer {missing[0]}; it has layers {_list(self.layers)}")
         return replace(self, edits=tuple(edit for edit in self.edits if edit.site.layer in wanted))
@@ -124,6 +152,51 @@ class Steering:
         """The layers at which it acts, in order."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
 
+    def __getitem__(self, layer: int) -> Steering:
+        """The edits at one layer, as a steering. Raises `TrimtabError` where it has none there."""
+        if isinstance(layer, bool) or not isinstance(layer, int):
+            raise TrimtabError(
+                f"steering[14] has what acts at layer 14, got {layer!r}; for several, steering.only([…])"
+            )
+        return self.only([layer])
+
+    __iter__ = None  # the old way to iterate, by `steering[0]` and so on, would fail at the first layer without an edit
+
+    def direction(self, layer: int) -> Tensor:
+        """The unit direction in which it steers at a layer: `[width]`, float32.
+
+        What is added with a negative strength is turned round. How long the push is, `plot` and the table of a
+        notebook show.
+
+        Raises:
+            TrimtabError: It has nothing at this layer, several edits, or an edit that has no direction.
+        """
+        return directions(self[layer])[layer].float()
+
+    def cosine(self, other: Steering) -> dict[int, float]:
+        """The cosine between both directions at each layer at which both act, by layer.
+
+        Raises:
+            TrimtabError: `other` is no steering, or they don't share a layer, or its site or width; or one has several
+                edits at a layer, or one without a direction.
+        """
+        if not isinstance(other, Steering):
+            raise TrimtabError(f"a steering is compared with another steering, got {type(other).__name__}")
+        return shared_cosines(self, other)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw how hard it pushes at each layer into matplotlib's `ax`, or a new one, which is returned.
+
+        The bars are norms of the push: in norms of the activation, where the card has these.
+
+        Raises:
+            TrimtabError: matplotlib is missing, or there is no direction to show.
+        """
+        return above("report.axes", "draw_steering")(self, ax)
+
+    def _repr_html_(self) -> str:
+        return str(above("report.notebook", "steering_html")(self))
+
     def __repr__(self) -> str:
         if len(self.edits) > 4:
             inner = f"{self.edits[0]}, … {len(self.edits) - 1} more"
@@ -132,9 +205,34 @@ class Steering:
         return f"Steering({self.card.method}: {inner or 'nothing'})"
 
 
-def _above(module: str, name: str) -> Any:
-    """A function of `trimtab.files`, which stands above: looked up when it is called, as a word for who types it."""
-    return getattr(import_module(f"trimtab.files.{module}"), name)
+def check_steering(value: Any) -> None:
+    """Raises `TrimtabError` unless this is a steering, saying how one is made of what it is."""
+    if isinstance(value, Steering):
+        return
+    if isinstance(value, Edit):
+        raise TrimtabError("a steering was expected, got an Edit; write Steering((edit,))")
+    if isinstance(value, Tensor):
+        raise TrimtabError(
+            "a steering was expected, got a Tensor; a direction is added at a layer by"
+            " Steering((Edit(Site(layer), Add(direction)),))"
+        )
+    if isinstance(value, (int, float)):
+        raise TrimtabError(f"a steering was expected, got {value!r}; a strength multiplies the steering: 2 * steering")
+    if isinstance(value, (str, Path)):
+        raise TrimtabError(f"{str(value)!r} is no steering; trimtab.load(…) reads one from a file")
+    raise TrimtabError(f"a steering was expected, got {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (int, float)):
+        return repr(value)
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeio' else 'a'} {name}"
+
+
+def _no_positions(value: Any) -> str:
+    fix = f"Positions.parse({value!r})" if isinstance(value, str) else "Positions.all(), say"
+    return f"positions are Positions, got {value!r}; write {fix}"
 
 
 def _parts(steering: Steering) -> tuple[Card, ...]:
@@ -149,6 +247,6 @@ def _list(layers: Iterable[int]) -> str:
 
 def check_strength(value: float) -> float:
     """The strength as a float. Raises `TrimtabError` for NaN, an infinity or no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise TrimtabError(f"a strength is a finite number, got {value!r}")
     return float(value)

@@ -73,6 +73,24 @@ def encode(
     return list(_apply(tokenizer, messages, template, tokenize=True, return_dict=True)["input_ids"])
 
 
+def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
+    """The token ids of a text as it stands, or of messages as the chat template has them.
+
+    Messages that end with the assistant's are a conversation that has been answered: no new answer begins behind them.
+    Raises `TrimtabError` as `encode` does.
+    """
+    if isinstance(talk, str):
+        return encode(tokenizer, talk, chat=False)
+    messages = list(talk)
+    answered = bool(messages) and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant"
+    if not answered:
+        return encode(tokenizer, messages)
+    encode(tokenizer, messages, template={CONTINUE: False})  # its checks, too
+    return list(
+        _rendered(tokenizer, messages, {"add_generation_prompt": False}, tokenize=True, return_dict=True)["input_ids"]
+    )
+
+
 def render_messages(tokenizer: Any, messages: Sequence[Message], template: Template | None = None) -> str:
     """Messages as the chat template's text, ending where the answer begins or goes on. Raises as `encode` does."""
     return str(_apply(tokenizer, messages, template, tokenize=False))
@@ -104,16 +122,23 @@ def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | Non
     keywords = dict(template or {})
     continues = _continues(messages, keywords.pop(CONTINUE, None))
     check_keywords(tokenizer, keywords)
-    ends = {CONTINUE: True, "add_generation_prompt": False} if continues else {"add_generation_prompt": True}
+    if not continues:
+        return _rendered(tokenizer, messages, {"add_generation_prompt": True, **keywords}, **how)
     try:
+        ends = {CONTINUE: True, "add_generation_prompt": False}
         return tokenizer.apply_chat_template(list(messages), **ends, **keywords, **how)
     except Exception as error:  # templates raise whatever their authors chose
-        if continues:
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-            raise TrimtabError(
-                f"the chat template can't leave the assistant's last message open: {reason}; render it yourself, and"
-                " give plain text (chat=False)"
-            ) from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise TrimtabError(
+            f"the chat template can't leave the assistant's last message open: {reason}; render it yourself, and"
+            " give plain text (chat=False)"
+        ) from error
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], keywords: Mapping[str, Any], **how: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(list(messages), **keywords, **how)
+    except Exception as error:  # templates raise whatever their authors chose
         raise TrimtabError(f"the chat template refuses these messages: {error}") from error
 
 

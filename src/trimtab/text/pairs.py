@@ -23,6 +23,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,10 @@ def _statement(row: Mapping[str, Any]) -> Statement:
     return Statement(row["statement"], label_of(row["label"]), (under, *_systems(row)))
 
 
+Pairs = Iterable["Pair | Mapping[str, Any] | Sequence[Any]"]
+"""What can be given as pairs: see `as_pairs`."""
+KINDS = "Pair, of (positive, negative), of (prompt, positive, negative), or of dictionaries"
+
 SHAPES: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Pair | Statement]] = {
     ("question", "answer_matching_behavior", "answer_not_matching_behavior"): _letters,
     ("prompt", "prompt_without_instruction"): _prompts,
@@ -252,7 +257,11 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
         TrimtabError: Naming the file and the line (or item): a missing file, a malformed row, a row in none of the
             shapes, a one-sided pair, rows of different shapes, a column that isn't read and may matter, or no rows.
     """
-    return read_pairs_by(path, Columns.of(KEYS, keys, ignore))
+    if not isinstance(path, (str, PathLike)):
+        raise TrimtabError(
+            f"read_pairs reads a file, got {type(path).__name__}; pairs in a list are given to learn from as they are"
+        )
+    return read_pairs_by(Path(path), Columns.of(KEYS, keys, ignore))
 
 
 def read_pairs_by(path: str | Path, columns: Columns) -> list[Pair]:
@@ -294,6 +303,64 @@ def pairs_from_rows(
     if not pairs:
         raise TrimtabError(f"{name} is empty")
     return pairs
+
+
+def as_pairs(pairs: Pairs) -> list[Pair]:
+    """Pairs, however they are given.
+
+    Args:
+        pairs: Each a `Pair`, a tuple (or list) of `(positive, negative)` or `(prompt, positive, negative)`, or a
+            dictionary in one of the shapes. Prompts and answers are texts, or lists of chat messages.
+
+    Returns:
+        The same pairs as `Pair`s, in their order. Two sides without a prompt are bare texts.
+
+    Raises:
+        TrimtabError: Something else was given, a pair lacks a side or has the same text on both, or what is given as
+            tuples or dictionaries is of different shapes.
+    """
+    if isinstance(pairs, (str, Path)):
+        raise TrimtabError(f"pairs are given as a list, got {str(pairs)!r}; read a file by read_pairs({str(pairs)!r})")
+    if isinstance(pairs, (Pair, Mapping)):
+        raise TrimtabError(f"pairs are given as a list, got one {type(pairs).__name__}; put it in a list")
+    if hasattr(pairs, "to_dict"):
+        raise TrimtabError(f"pairs are given as a list, got a {type(pairs).__name__}; give .to_dict('records') of it")
+    if not isinstance(pairs, Iterable):
+        raise TrimtabError(f"pairs are given as a list of {KINDS}, got {type(pairs).__name__}")
+    given = list(pairs)
+    ready = [pair for pair in given if isinstance(pair, Pair)]
+    if len(ready) == len(given):
+        return ready
+    made = [_given(pair, f"pairs[{i}]") for i, pair in enumerate(given)]
+    for i, pair in enumerate(made):
+        if pair.shape != made[0].shape:
+            raise TrimtabError(
+                f"pairs[{i}] is a pair of {pair.shape} among pairs of {made[0].shape}; learn from one kind at a time"
+            )
+    return made
+
+
+def _given(pair: Any, where: str) -> Pair:
+    if isinstance(pair, Pair):
+        return pair
+    if isinstance(pair, Mapping):
+        return _pair_of(dict(pair), where)
+    if isinstance(pair, str):
+        raise TrimtabError(f"{where} is a text, {pair!r}, and no pair; pairs are a list of {KINDS}")
+    if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
+        names = ("positive", "negative") if len(pair) == 2 else ("prompt", "positive", "negative")
+        return _pair_of(dict(zip(names, pair, strict=True)), where)
+    shown = f"{len(pair)} things" if isinstance(pair, (tuple, list)) else type(pair).__name__
+    raise TrimtabError(f"{where} is no pair; pairs are a list of {KINDS}, got {shown}")
+
+
+def _pair_of(row: dict[str, Any], where: str) -> Pair:
+    columns = Columns.of(KEYS, None, ())
+    columns.check([row], where)
+    found = _read(row, where, columns)
+    if isinstance(found, Statement):
+        raise TrimtabError(f"{where} is a labelled statement, not a pair; pairs_from_rows pairs statements")
+    return found
 
 
 def pairs_from_text(text: str, name: str = "pairs") -> list[Pair]:

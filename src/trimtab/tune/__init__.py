@@ -5,6 +5,7 @@ from trimtab.tune.guard import Guard
 from trimtab.tune.learned import learn_operations
 from trimtab.tune.letters import tune_letters
 from trimtab.tune.split import Split, split_by_query
+from trimtab.tune.sweep import Sweep
 from trimtab.tune.tune import Tuned, tune
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Guard",
     "Setting",
     "Split",
+    "Sweep",
     "Tuned",
     "default_layers",
     "grid",

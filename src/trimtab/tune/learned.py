@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trimtab.learn.contrast import Progress
+from trimtab.learn.given import pairs_for
 from trimtab.methods.instruct import instruct_card, learn_many, steering_from
 from trimtab.steering import Steering
-from trimtab.text.pairs import Pair
+from trimtab.text.pairs import Pairs
 from trimtab.tune.candidates import default_layers
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ OPERATIONS = ("add", "project")
 
 def learn_operations(
     lm: LM,
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     layers: Sequence[int] | None = None,
     operations: Sequence[str] = OPERATIONS,
     *,
@@ -32,6 +33,7 @@ def learn_operations(
     Raises `TrimtabError` for no pairs, pairs of answers, an unknown layer or operation, and for a layer at which
     the pairs don't differ.
     """
+    pairs = pairs_for(lm, pairs)
     chosen = default_layers(lm.layout.layers) if layers is None else layers
     moments = learn_many(lm, {"": pairs}, chosen, progress=progress)[""]
     card = instruct_card(lm, pairs, moments)

@@ -15,7 +15,7 @@ from trimtab.evaluate.ab import share
 from trimtab.steering import Steering
 from trimtab.text.answers import ask_side
 from trimtab.text.letters import letter_of
-from trimtab.text.pairs import Pair, sides
+from trimtab.text.pairs import Pair, Pairs, as_pairs, sides
 from trimtab.tune.candidates import Candidate
 from trimtab.tune.halving import Rung
 from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, Outcome, Progress, Tuned, search
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def tune_letters(
     lm: LM,
     candidates: Sequence[Candidate],
-    pairs: Sequence[Pair],
+    pairs: Pairs,
     *,
     batch_size: int = BATCH_SIZE,
     rungs: Sequence[Rung] | None = None,
@@ -44,6 +44,7 @@ def tune_letters(
 
     Raises `TrimtabError` for pairs of another shape, letters that are no single token, and as `tune` does.
     """
+    pairs = as_pairs(pairs)
     asked = [_asked(lm, pair) for pair in pairs]
 
     def trial(steerings: Sequence[Steering | None], items: Sequence[int], progress: Progress) -> list[Outcome]:

@@ -21,6 +21,7 @@ from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.telling import Told
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
+from trimtab.engines.streaming import Stream, Tell, one_request
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.gguf_container import read_container
@@ -157,6 +158,73 @@ class LlamaCpp:
         `TrimtabError` as it does, before anything runs.
         """
         del batch_size  # for the same signature
+        return self._generate(
+            prompts,
+            steering,
+            {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "seed": seed},
+            {"system": system, "chat": chat, "template": template},
+            options,
+            transfer=transfer,
+            emphasize=emphasize,
+            rejection=rejection,
+            progress=progress,
+            streamer=streamer,
+            stopping_criteria=stopping_criteria,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        steering: Steering | None = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        template: Template | None = None,
+        logprobs: bool = False,
+        seed: int | None = None,
+        transfer: bool = False,
+        emphasize: Any = None,
+        rejection: Any = None,
+        **options: Any,
+    ) -> Stream:
+        """As `LM.stream`: what `generate` gives for one prompt, piece by piece. Raises as `generate` does."""
+        one = one_request(prompt, steering, rejection, options)
+
+        def generate(tell: Tell) -> Generation:
+            (answer,) = self._generate(
+                [one],
+                steering,
+                {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "seed": seed},
+                {"system": system, "chat": chat, "template": template},
+                options,
+                transfer=transfer,
+                emphasize=emphasize,
+                rejection=rejection,
+                tell=tell,
+            )
+            return answer
+
+        return Stream(self.tokenizer, generate)
+
+    def _generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        steering: Steering | Sequence[Steering | None] | None,
+        limits: dict[str, Any],
+        rendering: dict[str, Any],
+        options: dict[str, Any],
+        *,
+        transfer: bool,
+        emphasize: Any,
+        rejection: Any,
+        progress: Any = None,
+        tell: Tell | None = None,
+        streamer: Any = None,
+        stopping_criteria: Sequence[Any] = (),
+    ) -> list[Generation]:
+        """`generate`, which tells tokens as they come where somebody listens."""
+        max_new_tokens, logprobs, seed = limits["max_new_tokens"], limits["logprobs"], limits["seed"]
         if emphasize is not None or rejection not in (None, False):
             raise UnsupportedError("the engine llamacpp can't steer attention or reject tokens; use transformers")
         many = as_list(prompts)
@@ -167,17 +235,19 @@ class LlamaCpp:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
         sampling = sampling_of(options)
-        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
+        ids = [self.encode(prompt, **rendering) for prompt in many]
         if streamer is not None and len(ids) > 1:
             raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
         for i, prompt in enumerate(ids):
             self._check_length(len(prompt), max_new_tokens, f"prompt {i + 1}")
         schedules = [Schedule.of(one, len(prompt)) for one, prompt in zip(steerings, ids, strict=True)]
         generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed())
+        if tell is not None:
+            tell([])  # all checks have passed
         answers = []
         with self._lock:
             for prompt, schedule in zip(ids, schedules, strict=True):
-                told = Told(streamer, tuple(stopping_criteria), tuple(prompt))
+                told = Told(streamer, tuple(stopping_criteria), tuple(prompt), tell)
                 answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator, told))
                 if progress is not None:
                     progress(len(answers), len(ids))
@@ -236,6 +306,14 @@ class LlamaCpp:
             ),
             logprobs=tuple(chances) if logprobs else None,
         )
+
+    def sweep(self, *_: Any, **__: Any) -> Any:
+        """Not here: perplexities are the transformers engine's."""
+        raise UnsupportedError("the llamacpp engine has no sweep; the transformers engine can (leave out engine=)")
+
+    def project(self, *_: Any, **__: Any) -> Any:
+        """Not here."""
+        raise UnsupportedError("the llamacpp engine has no project; the transformers engine can (leave out engine=)")
 
     def capture(
         self,

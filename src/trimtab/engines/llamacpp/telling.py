@@ -1,4 +1,4 @@
-"""Who hears of an answer's tokens as they come, and may end it: transformers' streamers and stopping criteria."""
+"""Who hears of an answer's tokens as they come, and may end it: streams, transformers' streamers and criteria."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from typing import Any
 
 import torch
 
+from trimtab.engines.streaming import Tell
+
 
 @dataclass(frozen=True)
 class Told:
-    """One answer's streamer and stopping criteria, called as transformers calls them, and its prompt's ids."""
+    """One answer's streamer and stopping criteria, called as transformers calls them, its prompt's ids, and a stream's
+    `tell`."""
 
     streamer: Any
     criteria: tuple[Any, ...]
     prompt: tuple[int, ...]
+    tell: Tell | None = None
 
     def begin(self) -> None:
         """Tell the prompt."""
@@ -23,6 +27,8 @@ class Told:
 
     def token(self, tokens: list[int]) -> bool:
         """Tell the last of these generated tokens; whether the answer is to end with it."""
+        if self.tell is not None:
+            self.tell(tokens[-1:])
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens[-1:]))
         if not self.criteria:

@@ -291,6 +291,18 @@ def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
     return asked if asked is not None else getattr(model.generation_config, name, None)
 
 
+def is_generate_option(model: Any, name: str) -> bool:
+    """Whether transformers' `generate` takes this name: a setting, one of its arguments, or an input of the model."""
+    if hasattr(model.generation_config, name) or name in ("tokenizer", "assistant_tokenizer", *CACHE_NAMES):
+        return True
+    own = inspect.signature(model.generate).parameters
+    return (
+        name in own
+        or name in parameters(model)
+        or name in inspect.signature(model.prepare_inputs_for_generation).parameters
+    )
+
+
 def put_cache(model_kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The keyword arguments of `generate`'s loop, with this cache in the place of the one that it made."""
     names = [name for name, value in model_kwargs.items() if is_cache(value)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 
 from trimtab.engines.answer import Applied, Generation
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.read import check_length
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
@@ -22,6 +24,32 @@ REFUSED = {
     "guidance_scale": "its second, unconditional pass would be steered as well",
     "assistant_model": "a draft model isn't steered, so its drafts would be rejected",
 }
+
+
+STRAY = {
+    "strength": "multiply the steering: 2 * steering",
+    "multiplier": "multiply the steering: 2 * steering",
+    "coefficient": "multiply the steering: 2 * steering",
+    "scale": "multiply the steering: 2 * steering",
+    "layer": "a steering says where it acts: steering[14] is what it does at layer 14",
+    "layers": "a steering says where it acts: steering.only([12, 14]) are two of its layers",
+    "positions": "a steering says where it acts: steering.at(Positions.generated())",
+    "gate": "a steering says when it acts: steering.when(gate)",
+    "max_tokens": "it is max_new_tokens",
+    "max_length": "it is max_new_tokens, which counts the answer's tokens alone",
+    "steerings": "it is steering, one for all prompts or a list with one for each",
+}
+"""What is meant by options that `generate` doesn't have."""
+
+
+def check_options(model: Any, options: dict[str, Any]) -> None:
+    """Raises `TrimtabError` for an option that neither `lm.generate` has nor transformers'."""
+    for name in options:
+        if compat.is_generate_option(model, name) and name != "max_length":
+            continue
+        near = get_close_matches(name, ("max_new_tokens", *vars(model.generation_config)), 1)
+        instead = STRAY.get(name, f"did you mean {near[0]}?" if near else "transformers' generate has none either")
+        raise TrimtabError(f"lm.generate has no option {name!r}: {instead}")
 
 
 def generate_batch(

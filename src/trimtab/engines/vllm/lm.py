@@ -319,6 +319,21 @@ class VllmLM:
         """Not here: the model runs in processes of its own."""
         raise UnsupportedError("lm.steered(…) wraps a model in this process; the vllm engine has it in others")
 
+    def stream(self, *_: Any, **__: Any) -> Any:
+        """Not here: the engine is run for whole answers."""
+        raise UnsupportedError(
+            "the vllm engine gives whole answers here; lm.generate(…) has them, and vllm serve and the transformers"
+            " engine (leave out engine=) stream"
+        )
+
+    def sweep(self, *_: Any, **__: Any) -> Any:
+        """Not here: perplexities are the transformers engine's."""
+        raise UnsupportedError("the vllm engine has no sweep; the transformers engine can (leave out engine=)")
+
+    def project(self, *_: Any, **__: Any) -> Any:
+        """Not here."""
+        raise UnsupportedError("the vllm engine has no project; the transformers engine can (leave out engine=)")
+
     def next_logprobs(self, *_: Any, **__: Any) -> Any:
         """Not here yet."""
         raise UnsupportedError("the vllm engine has no next_logprobs; the transformers engine can (leave out engine=)")

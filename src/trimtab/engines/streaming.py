@@ -1,0 +1,174 @@
+"""An answer while it comes: pieces of text, out of a generation that runs in a thread of its own.
+
+The thread never waits for who reads: it goes on to the end, or to the token at which it is told to stop. So a stream
+that lies around unread holds nobody up for longer than its answer takes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+from trimtab.engines.answer import Generation
+from trimtab.engines.arguments import as_list
+from trimtab.errors import TrimtabError
+from trimtab.steering import Steering
+from trimtab.text.chat import Prompt
+from trimtab.text.unfolding import Unfolding
+
+REFUSED = {
+    "batch_size": "there is one prompt",
+    "drop_finished": "there is one prompt",
+    "progress": "each piece is the progress",
+    "streamer": "the stream is one",
+    "num_return_sequences": "one answer comes",
+    "num_beams": "beams have no text before they end",
+}
+
+Tell = Callable[[Sequence[int]], None]
+"""Takes tokens as they are generated; an empty list says that all checks have passed."""
+
+
+class _Stopped(BaseException):
+    """Nobody wants the rest of the answer."""
+
+
+class Stream:
+    """The text of one answer, piece by piece: `for piece in lm.stream(…): print(piece, end="", flush=True)`.
+
+    The pieces join to the answer's text; one has several tokens where a character needs them. After the last one
+    `result` is the `Generation`. Leaving the loop early, however, stops the generation at the token it is at, and so
+    do `close()` and leaving the stream's `with` block.
+    """
+
+    def __init__(self, tokenizer: Any, generate: Callable[[Tell], Generation]) -> None:
+        """Start `generate`, which tells tokens as they come. Raises what it raises before the first one."""
+        self._unfolding = Unfolding(tokenizer)
+        self._told: SimpleQueue[Any] = SimpleQueue()
+        self._stop = threading.Event()
+        self._over = False
+        self._result: Generation | None = None
+        given = generate, self._told, self._stop
+        self._thread = threading.Thread(target=_run, args=given, name="trimtab-stream", daemon=True)
+        self._end = weakref.finalize(self, _end, self._stop, self._thread)
+        self._thread.start()
+        self._ready: list[Any] = [self._next_told()]
+        if isinstance(self._ready[0], BaseException):
+            self._finish()
+            raise self._ready[0]
+
+    @property
+    def result(self) -> Generation:
+        """The whole answer, with its doses. Raises `TrimtabError` before the end, and after a stop."""
+        if self._result is None:
+            why = "was stopped before its end" if self._over else "isn't at its end yet; take all of its pieces first"
+            raise TrimtabError(f"there is no result of this stream: it {why}")
+        return self._result
+
+    def __next__(self) -> str:
+        while not self._over:
+            one = self._ready.pop() if self._ready else self._next_told()
+            if isinstance(one, BaseException):
+                self._finish()
+                raise one
+            if isinstance(one, Generation):
+                self._finish()
+                self._result = one
+                if rest := self._unfolding.finish():
+                    return rest
+                break
+            piece = "".join(self._unfolding.add(token) for token in one)
+            if piece:
+                return piece
+        raise StopIteration
+
+    def __iter__(self) -> Iterator[str]:
+        """The pieces. When what goes through them leaves early, this ends, and the generation with it."""
+        try:
+            while True:
+                try:
+                    piece = next(self)
+                except StopIteration:
+                    return
+                yield piece
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Stop the generation, and wait until it has: a token later at most the model is as it was before."""
+        if not self._over:
+            self._finish()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "running" if not self._over else "complete" if self._result is not None else "stopped"
+        return f"Stream({state})"
+
+    def _next_told(self) -> Any:
+        try:
+            return self._told.get()
+        except BaseException:  # an interrupt while it waits
+            self._finish()
+            raise
+
+    def _finish(self) -> None:
+        self._over = True
+        self._end()
+
+
+def one_request(prompt: Prompt, steering: Steering | None, rejection: Any, options: Mapping[str, Any]) -> Prompt:
+    """The one prompt of a stream. Raises `TrimtabError` for several, and for options that one answer can't have."""
+    prompts = as_list(prompt)
+    if len(prompts) != 1:
+        raise TrimtabError(f"a stream answers one prompt, got {len(prompts)}; make one for each, or use lm.generate(…)")
+    for name, value in (("steering", steering), ("rejection", rejection)):
+        if isinstance(value, (list, tuple)):
+            raise TrimtabError(f"a stream has one {name}, got a list of {len(value)}; give the {name} itself")
+    for name, why in REFUSED.items():
+        if options.get(name) not in (None, 1, False):
+            raise TrimtabError(f"a stream can't take {name}: {why}")
+    return prompts[0]
+
+
+class TokenTeller:
+    """What transformers calls a streamer: it is handed the prompt first, and then each token."""
+
+    def __init__(self, tell: Tell) -> None:
+        self._tell = tell
+        self._begun = False
+
+    def put(self, value: Any) -> None:
+        """The prompt's ids `[1, tokens]`, then the ids of new tokens `[1]`."""
+        self._tell(value.flatten().tolist() if self._begun else [])
+        self._begun = True
+
+    def end(self) -> None:
+        """There are no more: the answer itself says so."""
+
+
+def _run(generate: Callable[[Tell], Generation], told: SimpleQueue[Any], stop: threading.Event) -> None:
+    def tell(tokens: Sequence[int]) -> None:
+        if stop.is_set():
+            raise _Stopped
+        told.put(tokens)
+
+    try:
+        told.put(generate(tell))
+    except _Stopped:  # nobody reads on; kept, it would hold on to the cache of keys and values
+        return
+    except BaseException as error:  # whoever reads gets to know
+        told.put(error)
+
+
+def _end(stop: threading.Event, thread: threading.Thread) -> None:
+    stop.set()
+    if thread is not threading.current_thread():
+        thread.join()

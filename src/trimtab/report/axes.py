@@ -1,0 +1,96 @@
+"""Pictures on matplotlib's axes, for notebooks: drawn into the axes that they are given, or into new ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.report.plots import check_matplotlib
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
+    from trimtab.tune.sweep import Sweep, SweepRow
+
+
+def axes_or_new(ax: Any, size: tuple[float, float] = (6.4, 3.2)) -> Any:
+    """The axes that were given, or those of a new figure of so many inches, which a notebook then shows.
+
+    Raises:
+        TrimtabError: matplotlib is missing, or what was given are no axes.
+    """
+    check_matplotlib()
+    if ax is not None:
+        if not hasattr(ax, "bar") or not hasattr(ax, "set_xlabel"):
+            raise TrimtabError(f"ax is one of matplotlib's Axes, got {type(ax).__name__}; leave it out for new ones")
+        return ax
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=size, layout="constrained")[1]
+
+
+def tidy(axes: Any) -> None:
+    """No frame but the axes themselves, and a light grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+
+
+def draw_steering(steering: Steering, ax: Any = None) -> Any:
+    """Bars of how hard each layer is pushed; edits at one layer stand beside each other.
+
+    Raises:
+        TrimtabError: matplotlib is missing, the steering has no edits, or it steers attention, which has no direction.
+    """
+    from trimtab.report.described import origin
+    from trimtab.report.plots import push_bars
+    from trimtab.report.pushes import pushes
+
+    if not steering.edits:
+        raise TrimtabError("this steering has no edits, so there is nothing to draw")
+    found = pushes(steering)
+    axes = axes_or_new(ax)
+    push_bars(axes, found)
+    axes.set_xlabel("layer")
+    axes.set_title(origin(steering.card), loc="left", fontsize=11, parse_math=False)
+    tidy(axes)
+    return axes
+
+
+def draw_sweep_lines(sweep: Sweep, ax: Any = None) -> Any:
+    """The share that passes, or without a check the perplexity, by strength: a line for each layer.
+
+    With one strength it is one line by layer. The unsteered model is a dashed line, and what breaks the guard a cross.
+    """
+    axes = axes_or_new(ax, (6.4, 3.8))
+    name = "perplexity" if sweep.unsteered.passed is None else "passed"
+    layers = list(dict.fromkeys(row.layer for row in sweep.rows))
+    by_layer = len({row.strength for row in sweep.rows}) == 1 and len(layers) > 1
+    if by_layer:
+        _line(axes, [(row.layer, row) for row in sweep.rows], name, f"strength {sweep.rows[0].strength:g}", "#33658a")
+        axes.set_xticks(sorted(layer for layer in layers if layer is not None))
+    else:
+        from matplotlib import colormaps
+
+        for n, layer in enumerate(layers):
+            mine = [(row.strength, row) for row in sweep.rows if row.layer == layer]
+            colour = colormaps["viridis"](0.9 * n / max(1, len(layers) - 1))
+            _line(axes, [*mine, (0.0, sweep.unsteered)], name, f"layer {layer}", colour)
+    base = getattr(sweep.unsteered, name)
+    if base is not None:
+        axes.axhline(base, color="#888888", linestyle="--", linewidth=1, label="unsteered")
+    broken = [row for row in sweep.rows if row.broken and getattr(row, name) is not None]
+    if broken:
+        x = [row.layer if by_layer else row.strength for row in broken]
+        y = [getattr(row, name) for row in broken]
+        axes.plot(x, y, "x", color="#b83e30", markersize=9, label="breaks the guard")
+    axes.set_xlabel("layer" if by_layer else "strength")
+    axes.set_ylabel("share that passes" if name == "passed" else name)
+    axes.legend(fontsize=8, frameon=False, ncols=1 if len(layers) < 6 else 2)
+    tidy(axes)
+    return axes
+
+
+def _line(axes: Any, points: Sequence[tuple[Any, SweepRow]], name: str, label: str, colour: Any) -> None:
+    shown = sorted((at, value) for at, row in points if (value := getattr(row, name)) is not None)
+    axes.plot([at for at, _ in shown], [value for _, value in shown], "o-", color=colour, markersize=4, label=label)

@@ -1,0 +1,106 @@
+"""A steering and its card in words and numbers, the same on a terminal and in a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.report.pushes import Push
+    from trimtab.steering import Card, Gate, Operation, Steering
+
+
+def origin(card: Card) -> str:
+    """By what it was learned and on which model, in a few words."""
+    models = " and ".join(model.name for model in card.models)
+    what = f"a sum of {len(card.parts)} steerings" if card.parts else card.method
+    return f"{what} on {models}" if models else what
+
+
+def card_rows(card: Card) -> list[tuple[str, str]]:
+    """What a card says, as names and values; its parts are cards of their own."""
+    rows = []
+    if card.model is not None:
+        model = card.model
+        revision = f", revision {model.revision}" if model.revision else ""
+        rows.append(("model", f"{model.name} ({model.family}, {model.layers} layers, width {model.width}{revision})"))
+        rows.append(("fingerprint", model.fingerprint))
+    if card.data:
+        pairs = card.measured.get("pairs")
+        rows.append(("data", f"{card.data}{f' ({pairs} pairs)' if pairs else ''}"))
+    for name, value in card.options.items():
+        rows.append((name.replace("_", " "), _value(value)))
+    for name, value in card.measured.items():
+        if name not in ("pairs", "agreement", "activation_norm"):
+            rows.append((name.replace("_", " "), _tuning(value) if name == "tuning" else _value(value)))
+    if card.versions:
+        rows.append(("versions", ", ".join(f"{name} {number}" for name, number in card.versions.items())))
+    return rows
+
+
+def _tuning(value: Any) -> str:
+    """A search in a sentence; `--json` has its table."""
+    try:
+        held, tried = value["held_out"], len(value["table"]) - 1
+        if held is None:
+            return f"chosen among {tried} candidates, not confirmed on held-out prompts"
+        low, high = held["difference"]["low"], held["difference"]["high"]
+        return (
+            f"chosen among {tried} candidates; on {held['items']} held-out prompts {held['steered']:.2f} instead of"
+            f" {held['unsteered']:.2f}, difference [{low:+.2f}, {high:+.2f}]"
+        )
+    except (KeyError, TypeError, ValueError):  # a card may hold anything under that name
+        return _value(value)
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def edit_columns(steering: Steering, found: Sequence[Push]) -> tuple[str, dict[str, list[str]]]:
+    """What all edits have in common, in a line; and by name the columns in which they differ, one cell an edit."""
+    columns: dict[str, list[str]] = {
+        "operation": [_operation(edit.operation) for edit in steering.edits],
+        "at": [str(edit.positions) for edit in steering.edits],
+        "when": [describe(edit.gate) for edit in steering.edits],
+        "strength": [f"{edit.strength:g}" for edit in steering.edits],
+        "share": ["" if push.share is None else f"{push.share:.0%}" for push in found],
+        "agreement": ["" if push.agreement is None else f"{push.agreement:.2f}" for push in found],
+    }
+    common = {name: columns.pop(name)[0] for name in ("operation", "at", "when", "strength") if _same(columns[name])}
+    if common.get("when") == "always":
+        del common["when"]
+    count = "1 edit" if len(found) == 1 else f"{len(found)} edits"
+    line = f"{count}: {', '.join(f'{name} {value}' for name, value in common.items())}".rstrip(": ")
+    return line, {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def _same(values: Sequence[str]) -> bool:
+    return len(set(values)) == 1
+
+
+def _operation(operation: Operation) -> str:
+    from trimtab.steering.operations import NAMES
+
+    return NAMES[type(operation)] + _kept(operation.keep_norm)
+
+
+def _kept(share: float) -> str:
+    return "" if not share else " (norm kept)" if share == 1 else f" ({share:g} of the norm kept)"
+
+
+def describe(gate: Gate) -> str:
+    """A gate in words, such as `dot at residual[3] > 0.5`."""
+    from trimtab.steering.gates import AllOf, Always, AnyOf, Not, Threshold
+
+    match gate:
+        case Always():
+            return "always"
+        case Threshold():
+            return str(gate)
+        case Not():
+            return f"not ({describe(gate.gate)})"
+        case AllOf() | AnyOf():
+            word = " and " if isinstance(gate, AllOf) else " or "
+            return f"({word.join(map(describe, gate.gates))})"
+    return type(gate).__name__

@@ -1,0 +1,193 @@
+"""What notebooks show of a steering, a card and an answer: HTML that stands in a page of somebody else's.
+
+Everything is in it: no scripts, nothing is fetched, all text is escaped, and colours suit light and dark pages alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.report.described import card_rows, edit_columns, origin
+
+if TYPE_CHECKING:
+    from trimtab.decoding.trace import Step, Trace
+    from trimtab.engines.answer import Generation
+    from trimtab.steering import Card, Steering
+    from trimtab.tune.sweep import Sweep, SweepRow
+
+BAR = "rgba(51,101,138,.75)"
+BAR_WIDTH = 180
+"""Pixels of the longest bar."""
+CELL = "text-align: {side}; padding: .1rem .8rem .1rem 0; white-space: nowrap"
+SHADES = {
+    "steered": "rgba(60,160,70,.3)",
+    "weakened": "rgba(225,185,30,.35)",
+    "rejected": "rgba(200,60,50,.32)",
+}
+UNLIKELY = (184, 62, 48)
+KEY = (
+    "green: steered by the strongest rung; yellow: by a weaker one; red: every rung was rejected; underlined: another"
+    " token than the raw model's; plain: the gate was shut"
+)
+
+
+def steering_html(steering: Steering) -> str:
+    """Its origin, what its edits have in common, and a table of them, with a bar as long as each push."""
+    from trimtab.report.pushes import pushes
+
+    title = f"<p><b>Steering</b>: {escape(origin(steering.card))}</p>"
+    if not steering.edits:
+        return title + "<p>no edits: it does nothing</p>"
+    try:
+        found = pushes(steering)
+    except UnsupportedError:  # attention has no direction, and so no push to show
+        layers = [str(edit.site.layer) for edit in steering.edits]
+        return title + table({"layer": layers, "edit": [str(edit) for edit in steering.edits]}, words=("edit",))
+    line, columns = edit_columns(steering, found)
+    longest = max(push.norm for push in found)
+    shown = {
+        "layer": [str(edit.site.layer) for edit in steering.edits],
+        "norm": [f"{push.norm:.4g}" for push in found],
+        " ": [_bar(push.norm, longest) for push in found],
+        **columns,
+    }
+    return f"{title}<p>{escape(line)}</p>{table(shown, words=('operation', 'at', 'when'), raw=(' ',))}"
+
+
+def card_html(card: Card) -> str:
+    """The card as a table, then those of its parts."""
+    rows = [("method", origin(card)), *card_rows(card)]
+    body = "".join(
+        f'<tr><th style="{CELL.format(side="left")}; vertical-align: top; font-weight: normal; opacity: .65">'
+        f'{escape(name)}</th><td style="text-align: left">{escape(value)}</td></tr>'
+        for name, value in rows
+    )
+    parts = "".join(f"<p>part {number}</p>{card_html(part)}" for number, part in enumerate(card.parts, 1))
+    return f"<table>{body}</table>{parts}"
+
+
+def generation_html(answer: Generation) -> str:
+    """The answer, its tokens coloured by what is known of each, and what steered it."""
+    text = escape(answer.text)
+    key = ""
+    if answer.pieces is not None and answer.trace is not None:
+        text, key = _traced(answer.pieces, answer.trace), KEY
+    elif answer.pieces is not None and answer.logprobs is not None:
+        text, key = _likely(answer.pieces, answer.logprobs), "the redder, the less likely under the model"
+    end = "cut off by the token limit" if answer.finish_reason == "length" else "ended by itself"
+    facts = [f"{len(answer.token_ids)} tokens, {end}", _steered(answer), *([key] if key else [])]
+    return (
+        f'<div style="white-space: pre-wrap; text-align: left">{text}</div>'
+        f'<p style="opacity: .65; text-align: left">{escape("; ".join(facts))}</p>{_doses(answer)}'
+    )
+
+
+def sweep_html(sweep: Sweep) -> str:
+    """A table with a line for each layer and strength, the unsteered model first and the best one bold."""
+    rows = [sweep.unsteered, *sweep.rows]
+    checked = sweep.unsteered.passed is not None
+    columns = {
+        "layer": ["unsteered" if row.layer is None else str(row.layer) for row in rows],
+        "strength": ["" if row.layer is None else f"{row.strength:g}" for row in rows],
+        "passed": [f"{row.passed:.2f}" if row.passed is not None else "" for row in rows],
+        " ": [_bar(max(0.0, row.passed or 0.0), _most(rows)) for row in rows],
+        "dose": [f"{row.dose:.2f}" for row in rows],
+        "repeated": [f"{row.repeated:.0%}" for row in rows],
+        "perplexity": ["" if row.perplexity is None else f"{row.perplexity:.3g}" for row in rows],
+        "breaks": ["; ".join(row.broken) for row in rows],
+    }
+    if not checked:
+        del columns["passed"], columns[" "]
+    strong = None
+    if checked:
+        try:
+            strong = rows.index(sweep.best())
+        except TrimtabError:  # nothing is better than not steering
+            strong = 0
+    count = f"{len(sweep.prompts)} prompt{'' if len(sweep.prompts) == 1 else 's'}"
+    note = "; bold: the best that breaks no limit" if checked else ""
+    shown = table(columns, words=("breaks",), raw=(" ",) if checked else (), strong=strong)
+    return f"<p>{count}, {len(sweep.rows)} settings{note}</p>{shown}"
+
+
+def _most(rows: Sequence[SweepRow]) -> float:
+    return max(row.passed or 0.0 for row in rows)
+
+
+def table(
+    columns: dict[str, list[str]], *, words: Sequence[str] = (), raw: Sequence[str] = (), strong: int | None = None
+) -> str:
+    """An HTML table of columns by name, those of `words` flush left. `raw` columns are HTML; row `strong` is bold."""
+    sides = {name: "left" if name in words or name in raw else "right" for name in columns}
+    head = "".join(
+        f'<th style="{CELL.format(side=sides[name])}; font-weight: normal; opacity: .65">{escape(name)}</th>'
+        for name in columns
+    )
+    rows = []
+    for number, cells in enumerate(zip(*columns.values(), strict=True)):
+        weight = "; font-weight: bold" if number == strong else ""
+        rows.append(
+            "<tr>"
+            + "".join(
+                f'<td style="{CELL.format(side=sides[name])}{weight}">{cell if name in raw else escape(cell)}</td>'
+                for name, cell in zip(columns, cells, strict=True)
+            )
+            + "</tr>"
+        )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def _bar(value: float, longest: float) -> str:
+    width = round(BAR_WIDTH * value / longest) if longest > 0 else 0
+    return f'<div style="width: {width}px; height: .7em; background: {BAR}"></div>'
+
+
+def _steered(answer: Generation) -> str:
+    edits = answer.applied.edits
+    if not edits:
+        return "unsteered"
+    more = f" and {len(edits) - 2} more" if len(edits) > 2 else ""
+    return f"steered: {'; '.join(edits[:2])}{more}"
+
+
+def _doses(answer: Generation) -> str:
+    doses = answer.applied.doses
+    if not doses:
+        return ""
+    longest = max(dose.ratio for dose in doses)
+    columns = {
+        "site": [f"{dose.kind}[{dose.layer}]" for dose in doses],
+        "dose": [f"{dose.ratio:.3g}" for dose in doses],
+        " ": [_bar(dose.ratio, longest) for dose in doses],
+        "steered tokens": [str(dose.tokens) for dose in doses],
+    }
+    return table(columns, words=("site",), raw=(" ",))
+
+
+def _traced(pieces: Sequence[str], trace: Trace) -> str:
+    return "".join(_step(piece, step, trace) for piece, step in zip(pieces, trace.steps, strict=True))
+
+
+def _step(piece: str, step: Step, trace: Trace) -> str:
+    from trimtab.report.traces import kind_of
+
+    kind = kind_of(step)
+    if kind == "shut":
+        return escape(piece)
+    line = "; border-bottom: 2px solid currentColor" if step.replaced is not None else ""
+    rung = "every rung was rejected" if step.rung is None else f"rung {step.rung}: {trace.rungs[step.rung]}"
+    return f'<span style="background: {SHADES[kind]}{line}" title="{escape(rung)}">{escape(piece)}</span>'
+
+
+def _likely(pieces: Sequence[str], logprobs: Sequence[float]) -> str:
+    red, green, blue = UNLIKELY
+    spans = []
+    for piece, logprob in zip(pieces, logprobs, strict=True):
+        share = math.exp(min(0.0, logprob))
+        shade = f"rgba({red},{green},{blue},{0.7 * (1 - share):.2f})"
+        spans.append(f'<span style="background: {shade}" title="probability {share:.3g}">{escape(piece)}</span>')
+    return "".join(spans)

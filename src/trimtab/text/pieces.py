@@ -1,0 +1,17 @@
+"""What text each token of an answer adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.text.unfolding import Unfolding
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds: they join to the whole text. A character of several tokens is the last one's."""
+    unfolding = Unfolding(tokenizer)
+    found = [unfolding.add(token) for token in ids]
+    if found:
+        found[-1] += unfolding.finish()
+    return found

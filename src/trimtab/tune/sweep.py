@@ -1,0 +1,231 @@
+"""One steering at every layer and strength, side by side: what passes a check, how hard it is pushed, how it reads.
+
+A sweep shows; it doesn't choose with care. `trimtab.tune.tune` halves the candidates and confirms the best one on
+prompts that it hasn't seen.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import index
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from trimtab.data import queries
+from trimtab.engines.arguments import as_list
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.fluency import Fluency, fluencies
+from trimtab.lm import DoseWarning
+from trimtab.steering import Steering
+from trimtab.steering.above import above
+from trimtab.steering.steering import check_strength
+from trimtab.text.chat import Prompt
+from trimtab.tune.candidates import STRENGTHS
+from trimtab.tune.guard import STANDARD, Guard, median_perplexity
+
+if TYPE_CHECKING:
+    from trimtab.engines.answer import Generation
+    from trimtab.lm import LM
+
+PROMPTS = 8
+"""How many of the package's queries are asked where no prompts are given."""
+
+Check = Callable[[str], "bool | float"]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One layer and strength, over all prompts.
+
+    `layer` is `None` for the unsteered answers. `passed` is the share of answers that pass the check (or the mean
+    score), `None` without one; `dose` the mean of `‖edit‖ / ‖activation‖`; `repeated` the mean share of four-grams that
+    occurred before; `perplexity` the median under the unsteered model, `None` where all answers are empty; `broken`
+    names the guard's limits that the answers break. `steering` is what gave them, and `answers` are in the prompts'
+    order.
+    """
+
+    layer: int | None
+    strength: float
+    passed: float | None
+    dose: float
+    repeated: float
+    perplexity: float | None
+    broken: tuple[str, ...] = ()
+    steering: Steering | None = field(default=None, repr=False, compare=False)
+    answers: tuple[Generation, ...] = field(default=(), repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A row for each layer and strength, and what the model does unsteered.
+
+    In a notebook it is a table. `best()` is the row to take, `to_pandas()` a data frame, `plot()` a picture.
+    """
+
+    rows: tuple[SweepRow, ...]
+    unsteered: SweepRow
+    prompts: tuple[Prompt, ...] = field(repr=False)
+
+    def best(self) -> SweepRow:
+        """The row that passes most often among those that break none of the guard's limits.
+
+        Ties go to the smaller dose, then to the lower layer.
+
+        Raises:
+            TrimtabError: There was no check, or no such row passes more often than the unsteered answers.
+        """
+        if self.unsteered.passed is None:
+            raise TrimtabError(
+                "what is best, a check says: give the sweep check=, a function of an answer's text such as str.isupper"
+            )
+        whole = [row for row in self.rows if not row.broken]
+        better = [row for row in whole if _score(row) > self.unsteered.passed]
+        if not better:
+            broken = len(self.rows) - len(whole)
+            raise TrimtabError(
+                f"nothing is better than not steering, which passes {self.unsteered.passed:.2f}:"
+                f" of {len(self.rows)} settings {broken} break the guard and {len(whole)} pass no more often"
+            )
+        return min(better, key=lambda row: (-_score(row), row.dose, row.layer))
+
+    def to_pandas(self) -> Any:
+        """A data frame with a line a row, the unsteered one first (its layer is missing).
+
+        Raises `TrimtabError` without pandas.
+        """
+        names = ("layer", "strength", "passed", "dose", "repeated", "perplexity", "broken")
+        rows = [{name: getattr(row, name) for name in names} for row in (self.unsteered, *self.rows)]
+        for row in rows:
+            row["broken"] = "; ".join(row["broken"])
+        frame = above("report.frames", "frame")(rows)
+        return frame.astype({"layer": "Int64"})
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the share that passes (without a check, the perplexity) by strength, a line for each layer.
+
+        With one strength it is by layer. What breaks the guard is marked with a cross. Draws into matplotlib's `ax`, or
+        a new one, which is returned. Raises `TrimtabError` when matplotlib is missing.
+        """
+        return above("report.axes", "draw_sweep_lines")(self, ax)
+
+    def _repr_html_(self) -> str:
+        return str(above("report.notebook", "sweep_html")(self))
+
+
+def sweep(
+    lm: LM,
+    steering: Steering,
+    *,
+    layers: int | Iterable[int] | None = None,
+    strengths: float | Iterable[float] = STRENGTHS,
+    prompts: Prompt | Sequence[Prompt] | None = None,
+    check: Check | None = None,
+    max_new_tokens: int = 48,
+    batch_size: int = 64,
+    system: str | None = None,
+    chat: bool | None = None,
+    guard: Guard | None = STANDARD,
+    transfer: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Sweep:
+    """`lm.sweep`: see there."""
+    candidates = _candidates(steering, layers, strengths)
+    asked = list(queries("tune")[:PROMPTS]) if prompts is None else as_list(prompts)
+    if check is not None and not callable(check):
+        raise TrimtabError(f"check is a function of an answer's text, got {check!r}")
+    if options.get("num_return_sequences") not in (None, 1):
+        raise TrimtabError(
+            "a sweep has one answer for each prompt; leave num_return_sequences out, and give more prompts"
+        )
+    steerings = [None, *(one for _, _, one in candidates)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoseWarning)  # a sweep tries what is too strong: that's what it is for
+        answers = lm.generate(
+            asked * len(steerings),
+            [one for one in steerings for _ in asked],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            system=system,
+            chat=chat,
+            transfer=transfer,
+            drop_finished=True,
+            progress=progress,
+            **options,
+        )
+    read = fluencies(lm, asked * len(steerings), answers, system=system, chat=chat)
+    parts = [slice(n * len(asked), (n + 1) * len(asked)) for n in range(len(steerings))]
+    plain = read[parts[0]]
+    rows = []
+    for (layer, strength, one), part in zip([(None, 0.0, None), *candidates], parts, strict=True):
+        broken = guard.broken(read[part], plain) if guard is not None and one is not None else ()
+        rows.append(_row(layer, strength, one, answers[part], read[part], check, broken))
+    return Sweep(tuple(rows[1:]), rows[0], tuple(asked))
+
+
+def _candidates(
+    steering: Steering, layers: int | Iterable[int] | None, strengths: float | Iterable[float]
+) -> list[tuple[int | None, float, Steering | None]]:
+    if not isinstance(steering, Steering):
+        raise TrimtabError(f"a sweep is of a steering, got {type(steering).__name__}")
+    if not steering.edits:
+        raise TrimtabError("this steering has no edits, so there is nothing to try")
+    wanted = steering.layers if layers is None else [layers] if isinstance(layers, int) else layers
+    try:
+        listed = [index(layer) for layer in wanted]
+    except TypeError:
+        raise TrimtabError(f"layers are a whole number, or a list of them such as [12, 14], got {layers!r}") from None
+    multiples = [strengths] if isinstance(strengths, (int, float)) else list(strengths)
+    if not listed or not multiples:
+        raise TrimtabError(f"there is no {'strength' if listed else 'layer'} to try")
+    if any(check_strength(one) == 0 for one in multiples):
+        raise TrimtabError(
+            "strength 0 is no steering, and that is always in a sweep, as its unsteered row; leave it out"
+        )
+    return [
+        (layer, float(strength), strength * steering[layer])
+        for layer in dict.fromkeys(listed)
+        for strength in dict.fromkeys(multiples)
+    ]
+
+
+def _row(
+    layer: int | None,
+    strength: float,
+    steering: Steering | None,
+    answers: Sequence[Generation],
+    read: Sequence[Fluency],
+    check: Check | None,
+    broken: tuple[str, ...],
+) -> SweepRow:
+    return SweepRow(
+        layer=layer,
+        strength=strength,
+        passed=None if check is None else mean(_checked(check, answer.text) for answer in answers),
+        dose=mean(answer.applied.dose for answer in answers),
+        repeated=mean(one.repeated for one in read),
+        perplexity=median_perplexity(read),
+        broken=broken,
+        steering=steering,
+        answers=tuple(answers),
+    )
+
+
+def _checked(check: Check, text: str) -> float:
+    said: Any = check(text)
+    try:
+        score = float(said)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise TrimtabError(f"a check says yes or no, or a number, and this one said {said!r} of {text!r}")
+    return score
+
+
+def _score(row: SweepRow) -> float:
+    assert row.passed is not None
+    return row.passed

@@ -1,0 +1,166 @@
+"""What a notebook shows of a steering, a card and an answer."""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import tiny
+from tiny import LAYERS, direction, prompt
+
+from trimtab import LM, Add, Card, Edit, Rejection, Site, Steering, TrimtabError
+from trimtab.engines.answer import Applied, Generation
+
+matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'trimtab[plot]'")
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return tiny.tiny("llama")
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Any:
+    yield
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+
+
+NOTHING = Card()
+
+
+def vectors(scale: float = 3.0, *, card: Card = NOTHING) -> Steering:
+    return Steering(tuple(Edit(Site(i), Add(direction(i, scale * (1 + i)))) for i in range(LAYERS)), card)
+
+
+class Balanced(HTMLParser):
+    """Sees that every tag that opens is closed in its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def read(page: str) -> str:
+    """The text of the HTML, which must be whole and have nothing in it that runs or is fetched."""
+    parser = Balanced()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    assert not re.search(r"<script|<img|href|url\(", page)
+    return parser.text
+
+
+def test_a_steering_has_the_table_that_inspect_prints() -> None:
+    measured = {"activation_norm": {"0": 30.0, "1": 60.0, "2": 90.0, "3": 120.0}, "agreement": {"0": 0.5}}
+    page = vectors(card=Card("caa <b>", measured=measured))._repr_html_()
+    text = read(page)
+    assert "caa <b>" in text
+    assert "4 edits: operation add, at from-last-prompt-token, strength 1" in text
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert [cells[i] for i in (0, 1, 3, 4)] == ["0", "3", "10%", "0.50"]
+    assert [int(width) for width in re.findall(r"width: (\d+)px", page)] == [45, 90, 135, 180]
+
+
+def test_steerings_that_push_in_no_direction_are_shown_too(lm: LM) -> None:
+    assert "it does nothing" in read(Steering()._repr_html_())
+    towards = Steering((*Steering().edits, *_emphasis(lm).edits))
+    assert read(towards._repr_html_()).count("scores[") == LAYERS
+
+
+def _emphasis(lm: LM) -> Steering:
+    from trimtab.steering import ScaleScores, emphasis
+
+    return emphasis(ScaleScores(), ((1, 3),), range(LAYERS), "directer")
+
+
+def test_a_card_and_its_parts(lm: LM) -> None:
+    card = Card("caa", lm.identity, "d1", {"layers": [1, 2], "read_at": "<last>"}, {"pairs": 7})
+    text = read(card._repr_html_())
+    for said in ("caa on tiny-llama", "4 layers, width 32", "d1 (7 pairs)", "1, 2", "<last>"):
+        assert said in text
+    both = vectors(card=card) + vectors(card=Card("repe"))
+    assert "part 2methodrepe" in read(both.card._repr_html_())
+
+
+def test_an_answer_with_its_doses(lm: LM) -> None:
+    (plain,) = lm.generate(prompt(1, 5), max_new_tokens=4)
+    assert plain.pieces is None
+    assert plain.text in read(plain._repr_html_())
+    assert "unsteered" in read(plain._repr_html_())
+    (steered,) = lm.generate(prompt(1, 5), vectors(0.01), max_new_tokens=4)
+    text = read(steered._repr_html_())
+    assert "4 tokens, cut off by the token limit" in text
+    assert f"residual[2]{steered.applied.doses[2].ratio:.3g}" in text
+    assert "and 2 more" in text
+
+
+def test_tokens_are_coloured_by_their_probability(lm: LM) -> None:
+    (answer,) = lm.generate(prompt(2, 5), max_new_tokens=5, logprobs=True)
+    assert answer.pieces is not None
+    assert answer.logprobs is not None
+    assert len(answer.pieces) == 5
+    assert "".join(answer.pieces) == answer.text
+    sure = replace(answer, logprobs=(0.0, *answer.logprobs[1:]))
+    page = sure._repr_html_()
+    assert answer.text in read(page)
+    alphas = [float(alpha) for alpha in re.findall(r"rgba\(184,62,48,([\d.]+)\)", page)]
+    assert len(alphas) == 5
+    assert alphas[0] == 0
+    assert all(alpha > 0 for alpha in alphas[1:])
+
+
+def test_tokens_are_coloured_by_what_rejection_did(lm: LM) -> None:
+    (answer,) = lm.generate(prompt(3, 5), vectors(0.5), max_new_tokens=8, rejection=Rejection(beta=1e-9))
+    assert answer.trace is not None
+    assert answer.pieces is not None
+    page = answer._repr_html_()
+    assert answer.text in read(page)
+    spans = re.findall(r"<span style=\"background: ([^;\"]+)(; border[^\"]*)?\" title=\"rung", page)
+    assert len(spans) == sum(step.open and step.rung is not None for step in answer.trace.steps) > 0
+    assert sum(bool(line) for _, line in spans) == sum(step.replaced is not None for step in answer.trace.steps)
+
+
+def test_text_of_an_answer_cannot_become_markup() -> None:
+    text = "<script>alert(1)</script>"
+    answer = Generation(text, (1, 2), "stop", 3, Applied((), ()), (-1.0, 0.0), None, (text[:5], text[5:]))
+    page = answer._repr_html_()
+    assert html.escape(text[:5]) in page
+    assert text in read(page)
+
+
+def test_the_plot_has_a_bar_for_each_edit() -> None:
+    axes = vectors(card=Card("caa")).plot()
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([3, 6, 9, 12])
+    assert (axes.get_xlabel(), axes.get_title(loc="left")) == ("layer", "caa")
+    figure = matplotlib.figure.Figure()
+    mine = figure.subplots()
+    assert (vectors() + vectors()).plot(mine) is mine
+    assert len(mine.patches) == 2 * LAYERS
+
+
+def test_what_cannot_be_drawn_says_why(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrimtabError, match="no edits"):
+        Steering().plot()
+    with pytest.raises(TrimtabError, match="steers attention"):
+        _emphasis(lm).plot()
+    with pytest.raises(TrimtabError, match="one of matplotlib's Axes, got str"):
+        vectors().plot("ax")
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    with pytest.raises(TrimtabError, match=r"pip install 'trimtab\[plot\]'"):
+        vectors().plot()
