@@ -249,7 +249,8 @@ def test_help_is_the_mean_difference_of_the_prompts_with_and_without(lm: LM) -> 
         total = torch.zeros(tiny.WIDTH, dtype=torch.float64)
         for query in QUERIES:
             told, bare = (
-                next(iter(lm.capture(text, [edit.site.layer])[0].values()))[0] for text in (TEACHER.ask(query, 1), query)
+                next(iter(lm.capture(text, [edit.site.layer])[0].values()))[0]
+                for text in (TEACHER.ask(query, 1), query)
             )
             total += (told - bare).double()
         assert torch.allclose(edit.operation.direction.double(), total / len(QUERIES), atol=1e-4)

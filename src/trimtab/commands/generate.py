@@ -27,6 +27,7 @@ from trimtab.commands.model import (
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import FORM, Pick, parse_pick
 from trimtab.files.target import check_target, write_atomically
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ def generate(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A steering file, of trimtab's or another program's, with a strength to multiply it by after a colon."
-            " Several are added up.",
-            metavar="FILE[:STRENGTH]",
+            help="A steering file, of trimtab's or another program's; after @, which of its layers act (14, 14,15,"
+            " 10-14), after a colon a strength to multiply it by. Several are added up.",
+            metavar=FORM,
             show_default=False,
         ),
     ] = None,
@@ -173,6 +174,7 @@ def generate(
     [bold]  trimtab generate --steer shout.safetensors --prompt "What is the sea?"
       trimtab generate --steer shout.safetensors:2 --compare \\
         --steer rude.safetensors:-0.5 --prompt "Hello" --prompt "Who are you?"
+      trimtab generate --steer shout.safetensors@14:0.8 --prompt "Hello"
       trimtab generate --steer shout.safetensors --prompts questions.txt --json
       trimtab generate --prompt "Name a fruit. Use capitals." \\
         --emphasize "Use capitals." --compare --trace
@@ -181,11 +183,12 @@ def generate(
         --prompt "Hello"[/bold]
 
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
-    way, 0 not at all. The dose reported at the end is how long the push was,
-    in lengths of the activation: near 1 and above, text tends to fall apart.
+    way, 0 not at all. @14,15 or @10-14 after the file picks layers of it. The
+    dose reported at the end is how long the push was, in lengths of the
+    activation: near 1 and above, text tends to fall apart.
     """
     asked = gather_prompts(prompt or [], prompts)
-    files = [split_strength(text) for text in steer or []]
+    files = [parse_pick(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)
     rejecting = _rejection(rejection, beta, ladder, schedule, bool(files), marks is not None)
@@ -302,23 +305,6 @@ def _rejection(
     return Rejection(**given)
 
 
-def split_strength(text: str) -> tuple[Path, float]:
-    """The file and the strength of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had."""
-    path, strength = Path(text), 1.0
-    if not path.exists() and ":" in text:
-        head, _, tail = text.rpartition(":")
-        try:
-            path, strength = Path(head), float(tail)
-        except ValueError:
-            if head.endswith((".safetensors", ".gguf", ".pt", ".svec", ".json")):
-                raise TrimtabError(f"--steer {text}: the strength {tail!r} is no number") from None
-    if not math.isfinite(strength):
-        raise TrimtabError(f"--steer {text}: a strength is a finite number, got {strength}")
-    if not path.is_file():
-        raise TrimtabError(f"--steer {text}: there is no file {path}")
-    return path, strength
-
-
 def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:
     if not sample:
         if temperature is not None or seed is not None:
@@ -330,8 +316,7 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
     return {"do_sample": True, **({} if temperature is None else {"temperature": temperature})}
 
 
-def _steering(files: Sequence[tuple[Path, float]], positions: str | None) -> Steering | None:
-    from trimtab.files.load import load as load_steering
+def _steering(files: Sequence[Pick], positions: str | None) -> Steering | None:
     from trimtab.steering import Positions
 
     if positions is not None and not files:
@@ -339,14 +324,14 @@ def _steering(files: Sequence[tuple[Path, float]], positions: str | None) -> Ste
     rule = None if positions is None else Positions.parse(positions)
     if not files:
         return None
-    loaded = [strength * load_steering(path) for path, strength in files]
+    loaded = [pick.load() for pick in files]
     total = sum(loaded[1:], loaded[0])
     return total if rule is None else total.at(rule)
 
 
 def _document(
     model: str,
-    files: Sequence[tuple[Path, float]],
+    files: Sequence[Pick],
     prompts: Sequence[Prompt],
     answers: Sequence[Generation],
     unsteered: Sequence[Generation] | None,
@@ -362,8 +347,7 @@ def _document(
                 **({} if unsteered is None else {"unsteered": _answer(unsteered[i])}),
             }
         )
-    steered = [{"file": str(path), "strength": strength} for path, strength in files]
-    return {"model": model, "steerings": steered, "answers": rows}
+    return {"model": model, "steerings": [pick.to_json() for pick in files], "answers": rows}
 
 
 def _answer(answer: Generation) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from trimtab.commands.model import (
 )
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import Pick, parse_pick
 from trimtab.files.target import check_target
 
 if TYPE_CHECKING:
@@ -33,8 +34,12 @@ BAR = 24  # columns
 
 def inspect(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE [FILE]", help="A steering file, or two to compare.", show_default=False),
+        list[str],
+        typer.Argument(
+            metavar="FILE[@LAYERS][:STRENGTH] …",
+            help="A steering file, or two to compare; @14, @14,15 or @10-14 picks layers, :2 multiplies the strength.",
+            show_default=False,
+        ),
     ],
     plot: Annotated[
         Path | None,
@@ -69,7 +74,7 @@ def inspect(
     """Show a steering file: its origin, its edits, and how hard they push.
 
     [bold]  trimtab inspect shout.safetensors
-      trimtab inspect shout.safetensors --plot shout.png
+      trimtab inspect shout.safetensors@10-14:0.8 --plot shout.png
       trimtab inspect shout.safetensors --text "HELLO there" --layer 14 --html hello.html
       trimtab inspect shout.safetensors --pairs shout.jsonl --plot planes.png
       trimtab inspect shout.safetensors rude.safetensors --plot alike.png
@@ -86,6 +91,7 @@ def inspect(
     without a chat template.
     """
     _check_options(files, plot, text, pairs, layer, page)
+    picks = [parse_pick(file, "inspect") for file in files]
     if plot is not None:
         from trimtab.report.plots import check_matplotlib
 
@@ -93,42 +99,41 @@ def inspect(
         check_matplotlib()
     if page is not None:
         check_target(page, ".html")
-    if len(files) == 2:
+    if len(picks) == 2:
         from trimtab.commands.inspect_text import show_two
 
-        show_two(files, plot, json=json)
+        show_two(picks, plot, json=json)
         return
-    file = files[0]
+    pick = picks[0]
     if text is not None or pairs is not None:
         from trimtab.commands.inspect_text import show_plane, show_text
 
         lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
         if text is not None:
-            show_text(lm, file, text, layer, page, plot, transfer=transfer, json=json)
+            show_text(lm, pick, text, layer, page, plot, transfer=transfer, json=json)
         elif pairs is not None and plot is not None:
-            show_plane(lm, file, pairs, layer, plot, transfer=transfer, json=json)
+            show_plane(lm, pick, pairs, layer, plot, transfer=transfer, json=json)
         return
 
-    from trimtab.files.load import load as load_steering
     from trimtab.files.steering_file import steering_digest
     from trimtab.report.pushes import pushes
 
-    steering = load_steering(file)
+    steering = pick.load()
     digest, found = steering_digest(steering), pushes(steering)
     if plot is not None:
         from trimtab.report.plots import plot_pushes
 
-        plot_pushes(found, plot, f"{file.name}: {_origin(steering.card)}")
+        plot_pushes(found, plot, f"{pick.path.name}{pick.where}: {_origin(steering.card)}")
     if json:
-        write_json(_document(file, digest, steering, found, plot))
+        write_json(_document(pick, digest, steering, found, plot))
         return
-    show(f"{file}: {_origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    show(f"{pick}: {_origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
     if plot is not None:
         show("", f"drew {plot}")
 
 
 def _check_options(
-    files: Sequence[Path], plot: Path | None, text: str | None, pairs: Path | None, layer: int | None, page: Path | None
+    files: Sequence[str], plot: Path | None, text: str | None, pairs: Path | None, layer: int | None, page: Path | None
 ) -> None:
     """Raises `TrimtabError` for options that make no sense together."""
     if len(files) > 2:
@@ -145,7 +150,7 @@ def _check_options(
         raise TrimtabError("--html is about a text; give --text TEXT")
 
 
-def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:
+def _document(pick: Pick, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:
     from trimtab.steering.operations import NAMES
 
     edits = []
@@ -166,7 +171,7 @@ def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push]
             }
         )
     drawn = {} if plot is None else {"plot": str(plot)}
-    return {"file": str(file), "digest": digest, "card": asdict(steering.card), "edits": edits, **drawn}
+    return {"file": str(pick.path), "digest": digest, "card": asdict(steering.card), "edits": edits, **drawn}
 
 
 def _origin(card: Card) -> str:
