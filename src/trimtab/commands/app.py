@@ -1,6 +1,6 @@
 """The program `trimtab`: its commands, and what becomes of their errors.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 tune found nothing better than not steering, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ def trimtab(
     Without --model, a small default model is used. Every command takes --json
     and explains itself with --help.
 
-    Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+    Exit codes: 0 done, 1 failed while running, 2 bad input, 3 tune found
+    nothing better than not steering, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

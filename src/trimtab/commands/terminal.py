@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +69,30 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[..., None] | N
             bars.update(bar, completed=done, total=total, description=label)
 
         yield update
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: the first raises `KeyboardInterrupt`, more of them let what is left be written.
+
+    In another thread than the main one, where signals can't be handled, nothing changes.
+    """
+    came = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal came
+        if not came:
+            came = True
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
