@@ -205,7 +205,7 @@ class LM:
                 if progress is not None:
                     progress(len(answers), len(order))
         done = [answer for i in range(len(many)) for answer in answers[i]]
-        warn_of_doses(done)
+        warn_of_doses(done, steerings)
         return done
 
     def next_logprobs(

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 DECODING = "Decoding"
 ATTENTION = "Attention and rejection"
+DOSED_PROMPTS = 32
+"""A dose is measured on so many of the prompts at most, evenly from all."""
 
 
 def generate(
@@ -57,6 +59,15 @@ def generate(
         typer.Option(
             help='A file (- is standard input) with one prompt a line, or JSONL with "prompt" or "messages".',
             metavar="FILE|-",
+            show_default=False,
+        ),
+    ] = None,
+    dose: Annotated[
+        float | None,
+        typer.Option(
+            help="Make the push so long on these prompts, in lengths of the activation over all layers: 0.2 is mild."
+            " Strengths then say how strong files are beside each other.",
+            metavar="NUMBER",
             show_default=False,
         ),
     ] = None,
@@ -175,6 +186,7 @@ def generate(
       trimtab generate --steer shout.safetensors:2 --compare \\
         --steer rude.safetensors:-0.5 --prompt "Hello" --prompt "Who are you?"
       trimtab generate --steer shout.safetensors@14:0.8 --prompt "Hello"
+      trimtab generate --steer shout.safetensors --dose 0.2 --prompt "Hello"
       trimtab generate --steer shout.safetensors --prompts questions.txt --json
       trimtab generate --prompt "Name a fruit. Use capitals." \\
         --emphasize "Use capitals." --compare --trace
@@ -185,7 +197,8 @@ def generate(
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
     way, 0 not at all. @14,15 or @10-14 after the file picks layers of it. The
     dose reported at the end is how long the push was, in lengths of the
-    activation: near 1 and above, text tends to fall apart.
+    activation: with learned differences, text tends to fall apart from about
+    0.4 over all layers on. --dose finds the strength that has a dose.
     """
     asked = gather_prompts(prompt or [], prompts)
     files = [parse_pick(text) for text in steer or []]
@@ -204,6 +217,8 @@ def generate(
         check_matplotlib()
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
+    if dose is not None:
+        _check_dose(dose, bool(files), engine)
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     steering = _steering(files, positions)
@@ -224,6 +239,15 @@ def generate(
         "seed": seed,
         **decoding,
     }
+    dosed = None
+    if dose is not None and steering is not None:
+        from trimtab.evaluate.ab import spread
+        from trimtab.tune import at_dose
+
+        some = spread(asked, DOSED_PROMPTS)
+        chat: dict[str, Any] = {"system": system, "chat": False if plain else None}
+        dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **chat)
+        steering = dosed.steering
     with progress_bar("generating", quiet=json) as progress:
         towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(asked)}
         answers = lm.generate(
@@ -243,9 +267,11 @@ def generate(
         plot_traces(answers, plot)
     if json:
         document = _document(lm.name, files, asked, answers, unsteered)
+        if dosed is not None:
+            document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
         if engine == "vllm":
             for row in document["answers"]:
-                row["dose"] = None  # it isn't measured there
+                row["dose"] = row["overall_dose"] = None  # it isn't measured there
         write_json(document)
         return
     _print(asked, answers, unsteered, lm.tokenizer if trace else None)
@@ -262,8 +288,30 @@ def generate(
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
         measured = engine != "vllm"
-        dose = f"; dose {max(answer.applied.dose for answer in answers):.2g}" if measured else ""
-        note(f"steered: {named or 'nothing'}{dose}", quiet=False)
+        note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
+    if dosed is not None:
+        at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * dosed.factor:.3g}" for pick in files)
+        note(f"dose {dosed.dose:.2g} is strength × {dosed.factor:.3g}: --steer {at}", quiet=False)
+
+
+def _doses(answers: Sequence[Generation]) -> str:
+    """The largest dose of a layer; and of all layers together, where there are several."""
+    layers = max(len(answer.applied.doses) for answer in answers)
+    told = f"; dose {max(answer.applied.dose for answer in answers):.2g}"
+    overall = max(answer.applied.overall for answer in answers)
+    return told if layers < 2 else f"{told} at a layer, {overall:.2g} over {layers}"
+
+
+def _check_dose(dose: float, steers: bool, engine: str) -> None:
+    if not (math.isfinite(dose) and dose > 0):
+        raise TrimtabError(f"--dose is a number above 0, such as 0.2, got {dose:g}")
+    if not steers:
+        raise TrimtabError("--dose says how hard to steer; give --steer FILE as well")
+    if engine == "vllm":
+        raise TrimtabError(
+            "--dose needs doses, and the vllm engine doesn't measure them; leave --engine out to find the"
+            " strength, then give it as FILE:STRENGTH"
+        )
 
 
 def _ray(workers: int, model: str | None, dtype: str, revision: str | None, **unknown: Any) -> RayEngines:
@@ -344,6 +392,7 @@ def _document(
                 **_answer(answer),
                 "edits": list(answer.applied.edits),
                 "dose": answer.applied.dose,
+                "overall_dose": answer.applied.overall,
                 **({} if unsteered is None else {"unsteered": _answer(unsteered[i])}),
             }
         )
