@@ -83,7 +83,9 @@ def inspect(
     The norm is that of the direction, times the strength where the edit adds
     it. Its share of the activation's norm tells how hard that is: near 100 %
     and above, text tends to fall apart. The agreement is the mean cosine of
-    the pairs' differences to their mean: low means a weak steering.
+    the pairs' differences to their mean: low means a weak steering. The
+    strength to begin with is what to multiply the file by, so that the push
+    over all layers is mild; the file itself acts at strength 1.
 
     Two files are compared layer by layer, whatever their methods and models,
     if the widths agree; name a file twice to compare its layers with each
@@ -117,17 +119,22 @@ def inspect(
 
     from trimtab.files.steering_file import steering_digest
     from trimtab.report.pushes import pushes
+    from trimtab.report.suggested import MILD, has_its_strength, suggested_strength
 
     steering = pick.load()
     digest, found = steering_digest(steering), pushes(steering)
+    suggested = suggested_strength(steering)
     if plot is not None:
         from trimtab.report.plots import plot_pushes
 
         plot_pushes(found, plot, f"{pick.path.name}{pick.where}: {_origin(steering.card)}")
     if json:
-        write_json(_document(pick, digest, steering, found, plot))
+        write_json({**_document(pick, digest, steering, found, plot), "suggested_strength": suggested})
         return
     show(f"{pick}: {_origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    if suggested is not None:
+        why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
+        show("", f"strength to begin with: {suggested:g} ({why})")
     if plot is not None:
         show("", f"drew {plot}")
 

@@ -342,6 +342,7 @@ def _save(
     """Write the files, now that all is learned, and say what they are."""
     from trimtab.files.steering_file import save_steering
     from trimtab.report.pushes import pushes
+    from trimtab.report.suggested import named_with_strength, suggested_strength
 
     if source == "--all":
         out.mkdir(exist_ok=True)
@@ -349,7 +350,8 @@ def _save(
     for path, steering in steerings.items():
         digest, found = save_steering(steering, path), pushes(steering)
         count = int(steering.card.measured["pairs"])
-        documents.append(_document(path, digest, method, model, count, strength, found, steering))
+        document = _document(path, digest, method, model, count, strength, found, steering)
+        documents.append({**document, "suggested_strength": suggested_strength(steering)})
         if not json and source != "--all":
             show(f"{method} on {model}, from {count} pairs", _table(found), f"saved {path}")
     if json:
@@ -357,7 +359,7 @@ def _save(
         return
     if source == "--all":
         show(_overview(documents), f"saved {len(documents)} files in {out}")
-    shown = documents[0]["file"] if source == "--all" else out
+    shown = named_with_strength(*next(iter(steerings.items())))
     note(
         f'try: trimtab generate {f"--model {asked} " if asked else ""}--steer {shown} --prompt "…" --compare',
         quiet=False,

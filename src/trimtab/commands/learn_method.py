@@ -147,6 +147,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         data = [gather_prompts([], given["texts"])]
 
     from trimtab.files.steering_file import save_steering
+    from trimtab.report.suggested import named_with_strength, suggested_strength
     from trimtab.steering.steering import check_strength
 
     strength = check_strength(given["strength"])
@@ -164,13 +165,15 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         learned = strength * recipe.load()(lm, *data, layers, progress=progress, **chosen)
     digest = save_steering(learned, out)
     if quiet:
-        write_json(_document(recipe, lm.name, strength, learned, out, digest))
+        document = _document(recipe, lm.name, strength, learned, out, digest)
+        write_json({**document, "suggested_strength": suggested_strength(learned)})
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
     show(title, _table(learned), f"saved {out}")
     asked = f"--model {given['model']} " if given["model"] else ""
-    note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
+    shown = named_with_strength(out, learned)
+    note(f'try: trimtab generate {asked}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def _value(option: Option, value: Any) -> Any:
