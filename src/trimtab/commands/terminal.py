@@ -97,13 +97,17 @@ def sigterm_interrupts() -> Iterator[None]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """trimtab's warnings become lines `warning: …` on stderr, each once; those of other packages are dropped."""
+    """trimtab's warnings become lines `warning: …` on stderr, each once; those of other packages are dropped.
+
+    A kind of warning that says `once` is said once, whatever its words.
+    """
     said: set[str] = set()
 
     def line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = str(message)
-        if category.__module__.partition(".")[0] == "trimtab" and text not in said:
-            said.add(text)
+        key = category.__name__ if getattr(category, "once", False) else text
+        if category.__module__.partition(".")[0] == "trimtab" and key not in said:
+            said.add(key)
             say(f"warning: {text}")
 
     with warnings.catch_warnings():

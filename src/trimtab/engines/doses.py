@@ -18,6 +18,8 @@ TRAINED_DOSE_WARNING = 2.0
 class DoseWarning(UserWarning):
     """A steering pushed harder than `DOSE_WARNING`, or a trained one harder than `TRAINED_DOSE_WARNING`."""
 
+    once = True  # the command line says it once: batch after batch the numbers differ, and not what they mean
+
 
 def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | None]) -> None:
     """Warn, for the caller of `generate`, of the answer whose dose is furthest above what its steering may have.
