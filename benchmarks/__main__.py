@@ -110,6 +110,8 @@ def distill(
 def doses(
     prompts: Annotated[int, typer.Option(min=2, help="Queries that each steering answers.")] = 8,
     tokens: Annotated[int, typer.Option(min=8, help="New tokens an answer.")] = 32,
+    layers: Annotated[str, typer.Option(help="Over how many layers, around the middle.")] = "1,3,6,30",
+    only: Annotated[str, typer.Option(help="Only steerings whose name contains this.")] = "",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -118,7 +120,8 @@ def doses(
     """At which dose text falls apart: learned and trained vectors, over few and many layers."""
     from benchmarks.doses import run
 
-    finish(run(data, prompts, tokens), json_file, check, as_markdown)
+    spreads = [int(count) for count in layers.split(",")]
+    finish(run(data, prompts, tokens, spreads, only), json_file, check, as_markdown)
 
 
 @app.command()

@@ -72,16 +72,16 @@ class Cell:
     repeated: float
 
 
-def run(data: Path, count: int, tokens: int) -> Report:
-    """Every arm on `count` queries, `tokens` an answer."""
+def run(data: Path, count: int, tokens: int, spreads: Sequence[int] = SPREADS, only: str = "") -> Report:
+    """Every arm whose name contains `only` on `count` queries, `tokens` an answer."""
     lm = LM.load(dtype="float32")
     asked = list(queries("test")[:count])
-    arms = arms_of(lm, data, asked)
+    arms = [arm for arm in arms_of(lm, data, asked, spreads) if only.lower() in arm.name.lower()]
     cells = measure(lm, arms, asked, tokens)
     return Report("doses", machine(), {**versions(), "model": lm.name}, tuple(results_of(cells)))
 
 
-def arms_of(lm: LM, data: Path, asked: Sequence[str]) -> list[Arm]:
+def arms_of(lm: LM, data: Path, asked: Sequence[str], spreads: Sequence[int]) -> list[Arm]:
     """Learned differences over a few layers, and the steerings that come with the package."""
     kinds = instructions()
     told = {name: prompts(asked, kinds[name].learn[:1]) for name in ("json", "bullets")}
@@ -96,7 +96,7 @@ def arms_of(lm: LM, data: Path, asked: Sequence[str]) -> list[Arm]:
         print(f"there is no {data / CAA}: without CAA's vectors")
     found = []
     for name, steering, contexts in learned:
-        for layers in SPREADS:
+        for layers in spreads:
             some = steering.only(middle(layers, lm.layout.layers))
             expected = math.sqrt(sum((push.share or 0.0) ** 2 for push in pushes(some)))
             found += [Arm(name, False, layers, (root / expected) * some, contexts) for root in ROOTS]
@@ -126,10 +126,21 @@ def measure(lm: LM, arms: Sequence[Arm], asked: Sequence[str], tokens: int) -> l
             progress=say("answers"),
         )
     plain, *steered = [answers[i * len(asked) : (i + 1) * len(asked)] for i in range(len(steerings))]
-    unsteered = {tuple(arm.contexts): fluencies(lm, arm.contexts, plain) for arm in arms}
+    contexts = [*dict.fromkeys(tuple(arm.contexts) for arm in arms)]
+    texts = [(after, plain) for after in contexts] + [
+        (arm.contexts, found) for arm, found in zip(arms, steered, strict=True)
+    ]
+    read = fluencies(
+        lm,
+        [context for after, _ in texts for context in after],
+        [answer for _, found in texts for answer in found],
+        progress=say("texts read"),
+    )
+    rows = [read[i * len(asked) : (i + 1) * len(asked)] for i in range(len(texts))]
+    unsteered = dict(zip(contexts, rows, strict=False))
     return [
-        _cell(arm, found, fluencies(lm, arm.contexts, found), unsteered[tuple(arm.contexts)])
-        for arm, found in zip(arms, steered, strict=True)
+        _cell(arm, found, mine, unsteered[tuple(arm.contexts)])
+        for arm, found, mine in zip(arms, steered, rows[len(contexts) :], strict=True)
     ]
 
 
