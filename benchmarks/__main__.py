@@ -107,6 +107,24 @@ def distill(
 
 
 @app.command()
+def doses(
+    prompts: Annotated[int, typer.Option(min=2, help="Queries that each steering answers.")] = 8,
+    tokens: Annotated[int, typer.Option(min=8, help="New tokens an answer.")] = 32,
+    layers: Annotated[str, typer.Option(help="Over how many layers, around the middle.")] = "1,3,6,30",
+    only: Annotated[str, typer.Option(help="Only steerings whose name contains this.")] = "",
+    data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """At which dose text falls apart: learned and trained vectors, over few and many layers."""
+    from benchmarks.doses import run
+
+    spreads = [int(count) for count in layers.split(",")]
+    finish(run(data, prompts, tokens, spreads, only), json_file, check, as_markdown)
+
+
+@app.command()
 def following(
     folder: Annotated[Path, typer.Option(help="Where answers and choices are kept; a second start goes on there.")],
     model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,

@@ -276,7 +276,7 @@ class LM:
                 if progress is not None:
                     progress(len(answers), len(order))
         done = [self._with_pieces(answer) for i in range(len(many)) for answer in answers[i]]
-        warn_of_doses(done)
+        warn_of_doses(done, steerings)
         return done
 
     def stream(

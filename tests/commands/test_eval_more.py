@@ -116,7 +116,8 @@ def test_refusal(evaluate, data, steering, tmp_path):
     out = tmp_path / "r.jsonl"
     given = ["--data", data, "--steer", steering, "--limit", 3, "--max-new-tokens", 6, "--out", out]
     ran = evaluate("refusal", *given, "--json")
-    assert (ran.code, ran.err) == (0, "")
+    assert ran.code == 0
+    assert [line[:17] for line in ran.err.splitlines()] == ["warning: at layer"]  # random weights: a hard push
     assert ran.json["items"] == 9
     assert ran.json["harmful"] == {
         "harmful_behaviors": True,

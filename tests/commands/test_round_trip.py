@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from trimtab.commands.generate import split_strength
 from trimtab.commands.inspect import bar, describe
 from trimtab.files.steering_file import load_steering, steering_digest
 
@@ -188,15 +187,6 @@ def test_bars():
     assert bar(1, 8, 4) == "▌"
     assert bar(1e-9, 8, 4) == "▏"
     assert bar(0, 8, 4) == bar(0, 0, 4) == ""
-
-
-def test_a_file_with_a_colon_in_its_name(tmp_path):
-    odd = tmp_path / "s:1.safetensors"
-    odd.write_text("x")
-    (tmp_path / "s:2").write_text("x")
-    assert split_strength(str(odd)) == (odd, 1.0)
-    assert split_strength(f"{odd}:-1e-1") == (odd, -0.1)
-    assert split_strength(str(tmp_path / "s:2")) == (tmp_path / "s:2", 1.0)
 
 
 def test_help_and_version(trimtab):

@@ -1,11 +1,14 @@
 """`trimtab tune` on tiny models: what it finds, what it says, what it writes."""
 
 import json
+import signal
 
 import pytest
 
+from trimtab.commands.terminal import sigterm_interrupts
 from trimtab.commands.tune import check_of
 from trimtab.files.steering_file import load_steering, steering_digest
+from trimtab.tune import Setting
 
 SUBJECTS = ["sea", "sky", "day", "sun", "rain", "wind", "snow", "ice", "sand", "rock", "tree", "leaf"]
 OFF = [
@@ -66,6 +69,13 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     words = "chosen among 8 candidates; on 2 held-out prompts 1.00 instead of 0.00, difference [+1.00, +1.00]"
     assert words in " ".join(seen.out.split())
 
+    learned, doubt, *rounds = told.err.splitlines()[:-1]
+    assert learned == "learned from 6 pairs at 4 blocks"
+    assert doubt.startswith("warning: the last word will be on 2 prompts, and even if all of them are won")
+    assert rounds == [
+        "round 1 of 1: 8 candidates on 4 prompts; best so far 1.00, unsteered 0.00: " + str(Setting(**tuning["chosen"]))
+    ]
+
     again = cpu(*given, "--out", tmp_path / "t.safetensors", "--json")
     assert (again.code, again.err) == (0, "")
     assert (tmp_path / "t.safetensors").read_bytes() == out.read_bytes()
@@ -74,12 +84,14 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     assert again.json["setting"] == tuning["chosen"]
     assert again.json["held_out"]["difference"]["estimate"] == 1
     assert [row["setting"] for row in again.json["table"]].count(None) == 1
+    assert [f"warning: {one}" for one in again.json["warnings"]] == [doubt]
+    assert again.json["advice"] == []
 
 
 def test_the_guard_forbids_what_breaks_answers(cpu, pairs, differs, tmp_path):
     given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
     told = cpu(*given, "--guard", "perplexity=1", "--out", tmp_path / "s.safetensors", "--json")
-    assert told.code == 0, told.err
+    assert told.code == 3, told.err
     rows = [row for row in told.json["table"] if row["setting"]]
     assert any("perplexity too high" in reason for row in rows for reason in row["broken"])
     broken = {json.dumps(row["setting"]) for row in rows if row["broken"]}
@@ -89,12 +101,15 @@ def test_the_guard_forbids_what_breaks_answers(cpu, pairs, differs, tmp_path):
 def test_dont_steer_writes_nothing(cpu, pairs, differs, tmp_path):
     out = tmp_path / "s.safetensors"
     told = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out)
-    assert told.code == 0
+    assert told.code == 3
     assert "don't steer: no candidate scored above not steering" in told.out
     assert "nothing is written" in told.out
+    advised = [line for line in told.out.splitlines() if line.startswith("try next: ")]
+    assert advised[-1] == "try next: learn it otherwise: trimtab methods lists what your pairs can be used for"
     assert not out.exists()
     asked = cpu("--pairs", pairs, "--check", f"{differs}:never", "--out", out, "--json")
-    assert (asked.json["steer"], asked.json["file"], asked.json["digest"]) == (False, None, None)
+    assert (asked.code, asked.json["steer"], asked.json["file"], asked.json["digest"]) == (3, False, None, None)
+    assert [f"try next: {line}" for line in asked.json["advice"]] == advised
 
 
 def test_control_c_keeps_the_best_so_far(cpu, pairs, differs, tmp_path):
@@ -108,11 +123,75 @@ def test_control_c_keeps_the_best_so_far(cpu, pairs, differs, tmp_path):
     assert load_steering(out).card.measured["tuning"]["cut_short"] is True
 
 
+def test_sigterm_keeps_the_best_so_far_too(cpu, pairs, differs, tmp_path):
+    """It is sent while the check is being asked."""
+    out, outside = tmp_path / "s.safetensors", []
+    with differs.open("a") as stream:
+        stream.write(
+            "import os, signal\n"
+            "def ended(answer, prompt):\n    CALLS.append(1)\n"
+            "    if len(CALLS) > 20:\n        os.kill(os.getpid(), signal.SIGTERM)\n"
+            "    return differs(answer, prompt)\n"
+        )
+    given = ("--pairs", pairs, "--check", f"{differs}:ended", "--out", out, "--strengths", "20,30")
+    before = signal.signal(signal.SIGTERM, lambda *_: outside.append(1))
+    try:
+        told = cpu(*given, "--operation", "add", *OFF, "--batch-size", 9, "--layers", "all", "--limit", 6)
+        assert outside == []
+        signal.raise_signal(signal.SIGTERM)
+        assert outside == [1]  # whose handler it was before has it again
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told.code == 0, told.err
+    assert "interrupted: this is the best so far" in told.out
+    assert load_steering(out).card.measured["tuning"]["cut_short"] is True
+
+
+def test_only_the_first_sigterm_interrupts():
+    before = signal.getsignal(signal.SIGTERM)
+    with sigterm_interrupts():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_ended_before_anything_was_tried_is_no_verdict(cpu, pairs, differs, tmp_path):
+    with differs.open("a") as stream:
+        stream.write("def at_once(answer):\n    raise KeyboardInterrupt\n")
+    out = tmp_path / "s.safetensors"
+    told = cpu("--pairs", pairs, "--check", f"{differs}:at_once", "--out", out, "--figure", tmp_path / "s.png")
+    assert told.code == 130
+    assert "don't steer: nothing was tried: interrupted before the first" in told.out
+    assert not out.exists()
+
+
+def test_pairs_of_answers_are_checked_on_the_models_own_answers(cpu, tmp_path, model, differs):
+    path, out = tmp_path / "answers.jsonl", tmp_path / "s.safetensors"
+    rows = [{"prompt": f"A {s}? Shout!", "positive": "YES YES", "negative": "no no"} for s in SUBJECTS]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "positive": "YES"}]))
+    with differs.open("a") as stream:
+        stream.write("def behaves(answer, prompt):\n    return answer != PLAIN[prompt.removesuffix(' Shout!')]\n")
+    given = ("--pairs", path, "--check", f"{differs}:behaves", "--out", out, "--strengths", 30, *OFF, "--json")
+    told = cpu(*given)
+    assert told.code == 0, told.err
+    steering = load_steering(out)
+    assert (steering.card.method, told.json["setting"]["operation"]) == ("caa", "add")
+    assert told.json["held_out"]["steered"] == 1
+    assert told.json["searched_on"] + told.json["confirmed_on"] == 6  # a prompt is asked once
+    assert told.json["pairs"] in (6, 7)
+    assert cpu(*given, "--operation", "project").code == 2
+    bare = cpu(*given, "--without-instruction")
+    assert "pairs of answers have no instruction in their prompts" in bare.err
+
+
 def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
     given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
     told = cpu(*given, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 4 + 1))
     assert told.code == 0, told.err
     assert "the budget is spent: this is the best so far" in told.out
+    assert "warning: the budget of 60 tokens may pay for 2 of the 4 prompts of the first round" in told.err
+    assert "give 96, or try fewer layers or strengths" in told.err
     poor = cpu(*given, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
     assert poor.code == 2
     assert "a budget of 8 tokens does not pay for one prompt" in poor.err
@@ -128,7 +207,7 @@ def test_letters_are_scored_without_generating(cpu, tmp_path):
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     told = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--json")
-    assert told.code == 0, told.err
+    assert told.code == 3, told.err
     assert told.json["tokens"] == told.json["answers"]
     assert all(0 < row["score"] < 1 and row["perplexity"] is None for row in told.json["table"])
     refused = cpu("--pairs", path, "--out", tmp_path / "s.safetensors", "--check", "json")
@@ -150,7 +229,7 @@ def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
     pytest.importorskip("trimtab.evaluate.ifeval", reason="needs IFEval's checks: pip install 'trimtab[eval]'")
     given = ("--pairs", pairs, "--out", tmp_path / "s.safetensors", "--operation", "add", "--layers", 2)
     told = cpu(*given, "--type", "punctuation:no_comma", "--json")
-    assert told.code == 0, told.err
+    assert told.code == 3, told.err
     assert cpu(*given, "--type", "punctuation:none_such").code == 2
 
 
@@ -187,7 +266,10 @@ def test_bad_input_is_one_line(cpu, pairs, differs, tmp_path, given, said):
     told = cpu("--out", out, *(w.replace("PAIRS", str(pairs)).replace("CHECKS", str(differs)) for w in given.split()))
     assert told.code == 2
     assert said in told.err
-    assert told.err.count("\n") == 1
+    assert [line for line in told.err.splitlines() if not line.startswith(("learned from 6", "warning: the last"))] == [
+        line for line in told.err.splitlines() if line.startswith("error: ")
+    ]
+    assert told.err.count("error: ") == 1
     assert not out.exists()
 
 

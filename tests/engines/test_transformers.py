@@ -103,7 +103,7 @@ class TestGenerate:
             lm.generate(TEXT, 0.1 * STEERING, max_new_tokens=2)
         with pytest.warns(DoseWarning, match="at layer 1 .* Lower the strength"):
             (answer,) = lm.generate(TEXT, 100 * STEERING, max_new_tokens=2)
-        assert answer.applied.dose > DOSE_WARNING
+        assert answer.applied.overall > DOSE_WARNING
 
     @pytest.mark.parametrize(
         ("option", "value"),

@@ -54,6 +54,13 @@ def test_what_was_chosen_has_a_frame(tmp_path):
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
 
 
+def test_the_verdict_stands_on_it(tmp_path):
+    rows = [BASE, row(1, 1.0, 0.5)]
+    for name, verdict in (("a", None), ("b", "steer: it works"), ("c", "don't steer: it doesn't")):
+        plot_search(rows, tmp_path / f"{name}.png", "JSON", verdict=verdict)
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 3
+
+
 def test_nothing_to_draw_is_refused(tmp_path):
     with pytest.raises(TrimtabError, match="nothing to draw"):
         plot_search([BASE], tmp_path / "a.png", "JSON")

@@ -313,3 +313,15 @@ def test_letters_need_letters():
     lm = lm_with()
     with pytest.raises(TrimtabError, match="pairs of texts"):
         tune_letters(lm, grid({"add": towards(lm)}), [Pair("a", "b")])
+
+
+def test_each_round_is_told():
+    told = []
+    found = tuned(lm_with(), rungs=[Rung(3, 2), Rung(12, 1)], on_round=told.append)
+    assert [(one.number, one.of, one.candidates, one.items) for one in told] == [(1, 2, 4, 3), (2, 2, 2, 12)]
+    best = next(row for row in found.table if row.setting == found.setting)
+    assert (told[-1].best, told[-1].score, told[-1].unsteered) == (found.setting, best.score, best.unsteered)
+    assert str(told[-1]).startswith("round 2 of 2: 2 candidates on 12 prompts; best so far 1.00, unsteered ")
+    tuned(lm_with(), lambda *_: 0.0, rungs=[Rung(3, 2)], on_round=told.append)
+    assert told[-1].best is None
+    assert "none beats unsteered 0.00" in str(told[-1])

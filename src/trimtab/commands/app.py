@@ -1,6 +1,7 @@
 """The program `trimtab`: its commands, and what becomes of their errors.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input, 3 done and nothing holds, 130 interrupted.
+Exit codes: 0 done, 1 failed while running, 2 bad input, 3 done and nothing is better than not steering (tune, make),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def trimtab(
     Without --model, a small default model is used. Every command takes --json
     and explains itself with --help.
 
-    Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted.
+    Exit codes: 0 done, 1 failed while running, 2 bad input, 3 tune found
+    nothing better than not steering, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.commands.generate import split_strength
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import FORM, Pick, parse_pick
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -23,8 +22,9 @@ PANEL = "Arms"
 SteerOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="A steering file, with a strength to multiply it by after a colon. May be given several times.",
-        metavar="FILE[:STRENGTH]",
+        help="A steering file; after @, which of its layers act (14, 14,15, 10-14), after a colon a strength to"
+        " multiply it by. May be given several times.",
+        metavar=FORM,
         show_default=False,
         rich_help_panel=PANEL,
     ),
@@ -81,7 +81,7 @@ class Arm:
 class Plan:
     """The options, checked before a model is loaded: `arms()` makes the arms."""
 
-    files: tuple[tuple[Path, float], ...]
+    files: tuple[Pick, ...]
     strengths: tuple[float, ...]
     layers: str | None
     random: int
@@ -101,7 +101,7 @@ class Plan:
             for name, value in (("--strength", strength), ("--layers", layers), ("--random", random)):
                 if value:
                     raise TrimtabError(f"{name} is about a steering; give --steer FILE")
-        files = [split_strength(text) for text in steer or []]
+        files = [parse_pick(text) for text in steer or []]
         for text in systems or []:
             if not text.strip():
                 raise TrimtabError("a --system-prompt is empty; give it some text")
@@ -110,22 +110,25 @@ class Plan:
         return cls(tuple(files), _strengths(strength), layers, random, tuple(systems or []))
 
     def arms(self) -> dict[str, Arm]:
-        """All arms by name but the random ones, the baseline first. Raises `TrimtabError` as `load_steering` does."""
-        from trimtab.files.load import load as load_steering
-
+        """All arms by name but the random ones, the baseline first. Raises `TrimtabError` as `Pick.load` does."""
         found = {BASELINE: Arm(about={"kind": "baseline"})}
-        stems = [path.stem for path, _ in self.files]
-        for path, factor in self.files:
-            whole = load_steering(path)
-            name = path.stem if stems.count(path.stem) == 1 else f"{path}:{factor:g}"
+        stems = [pick.path.stem + pick.where for pick in self.files]
+        for pick, stem in zip(self.files, stems, strict=True):
+            whole = pick.unscaled()
+            name = stem if stems.count(stem) == 1 else f"{pick.path}{pick.where}:{pick.strength:g}"
             for layer in _layers(self.layers, whole):
                 one = whole if layer is None else whole.only([layer])
                 for strength in self.strengths:
-                    if (multiplier := factor * strength) == 0:
+                    if (multiplier := pick.strength * strength) == 0:
                         continue
                     where = "" if layer is None else f" @{layer}"
                     arm = f"{name}{where}" + ("" if multiplier == 1 else f" x{multiplier:g}")
-                    about = {"kind": "steered", "file": str(path), "layers": list(one.layers), "strength": multiplier}
+                    about = {
+                        "kind": "steered",
+                        "file": str(pick.path),
+                        "layers": list(one.layers),
+                        "strength": multiplier,
+                    }
                     found[arm] = Arm(multiplier * one, about=about)
         for text in self.systems:
             found[f"system: {text}"] = Arm(system=text, about={"kind": "system", "system": text})

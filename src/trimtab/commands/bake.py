@@ -8,17 +8,17 @@ from typing import Annotated
 
 import typer
 
-from trimtab.commands.generate import split_strength
 from trimtab.commands.model import DeviceOption, JsonOption, RevisionOption, check_device, silence, without_bars
 from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.files.pick import FORM, parse_pick
 
 
 def bake(
     files: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE[:STRENGTH]",
-            help="A steering, with a strength to multiply it by after a colon. Several are added up.",
+            metavar=FORM,
+            help="A steering, the layers of it that act, and a strength to multiply it by. Several are added up.",
             show_default=False,
         ),
     ],
@@ -75,17 +75,16 @@ def bake(
     is written and checked; a README.md and a trimtab.json in it say what was
     baked in. Quantized models are refused.
     """
-    given = [split_strength(text, "") for text in files]
+    given = [parse_pick(text, "bake") for text in files]
     quiet = without_bars(json)
     if check:
         check_device(device)
     silence(quiet)
     from trimtab.baking.bake import bake as bake_model
-    from trimtab.files.load import load
     from trimtab.steering import Positions
 
     rule = None if positions is None else Positions.parse(positions)
-    loaded = [strength * load(path) for path, strength in given]
+    loaded = [pick.load() for pick in given]
     steering = sum(loaded[1:], loaded[0])
     steering = steering if rule is None else steering.at(rule)
     with progress_bar("writing", quiet=json) as progress:

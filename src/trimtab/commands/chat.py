@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trimtab.commands.chat_state import MAX_TOKENS
-from trimtab.commands.generate import split_strength
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
@@ -25,6 +24,7 @@ from trimtab.commands.model import (
 )
 from trimtab.commands.terminal import note, say
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import parse_pick
 
 if TYPE_CHECKING:
     from trimtab.commands.chat_commands import Desk
@@ -39,7 +39,7 @@ def chat(
         list[str] | None,
         typer.Option(
             help="A steering file that is on from the start, with its strength after a colon; repeatable.",
-            metavar="FILE[:STRENGTH]",
+            metavar="FILE[@LAYERS][:STRENGTH]",
             show_default=False,
         ),
     ] = None,
@@ -100,10 +100,10 @@ def chat(
     of a pipe are questions and commands too: the exit code is 2 if one of them
     couldn't be run.
     """
-    files = [split_strength(text) for text in steer or []]
-    for i, (path, _) in enumerate(files):
-        if path in [other for other, _ in files[:i]]:
-            raise TrimtabError(f"--steer {path} is given twice; give it once, with both strengths added up")
+    files = [parse_pick(text) for text in steer or []]
+    for i, pick in enumerate(files):
+        if pick.path in [other.path for other in files[:i]]:
+            raise TrimtabError(f"--steer {pick.path} is given twice; give it once, with both strengths added up")
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"--steerings {steerings} is no folder; give one with steering files in it")
     if temperature is None and seed is not None:
@@ -120,7 +120,7 @@ def chat(
     )
 
     from trimtab.commands.chat_answer import STREAMING
-    from trimtab.commands.chat_commands import Desk, load_steered, run_command
+    from trimtab.commands.chat_commands import Desk, run_command, steered_by
     from trimtab.commands.chat_screen import JsonLines, Plain, Terminal
     from trimtab.commands.chat_state import Conversation
     from trimtab.text.chat import has_template
@@ -131,8 +131,8 @@ def chat(
         )
     desk = Desk(lm, engine, steerings, transfer)
     start = Conversation(system=system, compare=compare, max_tokens=max_tokens, temperature=temperature, seed=seed)
-    for path, strength in files:
-        start = start.put(load_steered(desk, start, path, strength))
+    for pick in files:
+        start = start.put(steered_by(desk, start, pick))
     for phrase in emphasize or []:
         start = run_command(desk, start, f"/emphasize {phrase}").conversation
     if engine not in STREAMING:

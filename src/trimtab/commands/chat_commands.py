@@ -20,6 +20,8 @@ from trimtab.errors import TrimtabError, UnsupportedError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from trimtab.files.pick import Pick
+
 MOST_LAYERS = 3
 """At so many layers `/tokens` colours the answer, of a steering that acts at more and where none is named."""
 
@@ -76,6 +78,12 @@ def load_steered(desk: Desk, conversation: Conversation, file: Path, strength: f
     except TrimtabError as error:
         raise type(error)(f"{file}: {error}") from None
     return Steered(name_for(file, conversation.steered), str(file), steering, strength)
+
+
+def steered_by(desk: Desk, conversation: Conversation, pick: Pick) -> Steered:
+    """The steering of `FILE[@LAYERS][:STRENGTH]`. Raises `TrimtabError` as `load_steered` does, and as `Pick.load`."""
+    pick.unscaled()  # raises for layers that the file hasn't
+    return replace(load_steered(desk, conversation, pick.path, pick.strength), layers=pick.layers)
 
 
 # ---- what steers -------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.generate import split_strength
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
@@ -23,6 +22,7 @@ from trimtab.commands.model import (
 )
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import FORM, Pick, parse_pick
 from trimtab.files.target import check_target
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ def ifeval(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A steering file, with a strength to multiply it by after a colon. Each is an arm of its own.",
-            metavar="FILE[:STRENGTH]",
+            help="A steering file; after @, which of its layers act (14, 14,15, 10-14), after a colon a strength to"
+            " multiply it by. Each is an arm of its own.",
+            metavar=FORM,
             show_default=False,
         ),
     ] = None,
@@ -130,14 +131,13 @@ def ifeval(
         raise TrimtabError("--repeat-instruction says again what --without-instruction takes out; leave one of them")
     if out is not None:
         check_target(out, ".jsonl")
-    files = _named([split_strength(text) for text in steer or []])
+    files = _named([parse_pick(text) for text in steer or []])
 
     from trimtab.evaluate.answers import answer
     from trimtab.evaluate.ifeval import read_ifeval, repeated, requests_of, scorer
-    from trimtab.files.load import load as load_steering
 
     items = read_ifeval(data, limit)
-    steerings = {name: strength * load_steering(path) for name, (path, strength) in files.items()}
+    steerings = {name: pick.load() for name, pick in files.items()}
     arms: dict[str, Steering | None] = {BASELINE: None, **steerings}
     requests_of(items, {}, without_instruction=without_instruction)  # a file without pairs is refused at once
     lm = load_model(
@@ -175,7 +175,7 @@ def ifeval(
             note(f"what was answered is in {out}; the same command goes on from there", quiet=json)
         raise
     document = summary_of(records, lm.name)
-    document["steerings"] = {name: {"file": str(path), "strength": s} for name, (path, s) in files.items()}
+    document["steerings"] = {name: pick.to_json() for name, pick in files.items()}
     document |= {"data": "google/IFEval" if data is None else str(data), "prompts": len(items)}
     document |= {"without_instruction": without_instruction, "detection": rule, "max_new_tokens": max_new_tokens}
     if out is not None:
@@ -206,15 +206,15 @@ def summary_of(records: Sequence[Record], model: str) -> dict[str, Any]:
     }
 
 
-def _named(files: Sequence[tuple[Path, float]]) -> dict[str, tuple[Path, float]]:
-    """The arms' names: the file's, and the strength where it isn't 1."""
-    named: dict[str, tuple[Path, float]] = {}
-    for path, strength in files:
-        if (path, strength) in named.values():
-            raise TrimtabError(f"--steer {path}:{strength:g} is given twice; each arm once is enough")
-        name = path.stem if strength == 1 else f"{path.stem}:{strength:g}"
+def _named(files: Sequence[Pick]) -> dict[str, Pick]:
+    """The arms' names: the file's, its layers where some are picked, and the strength where it isn't 1."""
+    named: dict[str, Pick] = {}
+    for pick in files:
+        if pick in named.values():
+            raise TrimtabError(f"--steer {pick} is given twice; each arm once is enough")
+        name = f"{pick.path.stem}{pick.where}" + ("" if pick.strength == 1 else f":{pick.strength:g}")
         taken = name in named or name in (BASELINE, REPEATED)
-        named[f"{path}:{strength:g}" if taken else name] = (path, strength)
+        named[f"{pick.path}{pick.where}:{pick.strength:g}" if taken else name] = pick
     return named
 
 

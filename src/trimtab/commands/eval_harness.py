@@ -22,10 +22,11 @@ def lm_eval(context: typer.Context) -> None:
     underscores. In --model_args, next to all that the class hf takes (pretrained, dtype,
     peft …):
 
-    [dim]    steer=FILE[:STRENGTH]    a steering; without it, results are those of hf
-        transfer=True            allow one learned on another model of the same width
-        layers_path=model.layers where the blocks are, if trimtab can't find them[/dim]
+    [dim]    steer=FILE[@LAYERS][:STRENGTH] a steering; without it, results are those of hf
+        transfer=True                  allow one learned on another model of the same width
+        layers_path=model.layers       where the blocks are, if trimtab can't find them[/dim]
 
+    A comma ends an argument there, so write layers as one (@14) or as a range (@10-14).
     A task's context is the prompt, and what it scores or generates is the answer: a
     steering from the last prompt token on acts on the answer. Don't share --use_cache
     between steerings; the harness keys it by requests only.

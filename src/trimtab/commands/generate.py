@@ -28,6 +28,7 @@ from trimtab.commands.model import (
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import FORM, Pick, parse_pick
 from trimtab.files.target import check_target, write_atomically
 from trimtab.text.templates import parse_keywords
 
@@ -40,15 +41,17 @@ if TYPE_CHECKING:
 
 DECODING = "Decoding"
 ATTENTION = "Attention and rejection"
+DOSED_PROMPTS = 32
+"""A dose is measured on so many of the prompts at most, evenly from all."""
 
 
 def generate(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A steering file, of trimtab's or another program's, with a strength to multiply it by after a colon."
-            " Several are added up.",
-            metavar="FILE[:STRENGTH]",
+            help="A steering file, of trimtab's or another program's; after @, which of its layers act (14, 14,15,"
+            " 10-14), after a colon a strength to multiply it by. Several are added up.",
+            metavar=FORM,
             show_default=False,
         ),
     ] = None,
@@ -63,6 +66,15 @@ def generate(
         ),
     ] = None,
     column: ColumnOption = None,
+    dose: Annotated[
+        float | None,
+        typer.Option(
+            help="Make the push so long on these prompts, in lengths of the activation over all layers: 0.2 is mild."
+            " Strengths then say how strong files are beside each other.",
+            metavar="NUMBER",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
     positions: Annotated[
         str | None,
@@ -179,6 +191,8 @@ def generate(
     [bold]  trimtab generate --steer shout.safetensors --prompt "What is the sea?"
       trimtab generate --steer shout.safetensors:2 --compare \\
         --steer rude.safetensors:-0.5 --prompt "Hello" --prompt "Who are you?"
+      trimtab generate --steer shout.safetensors@14:0.8 --prompt "Hello"
+      trimtab generate --steer shout.safetensors --dose 0.2 --prompt "Hello"
       trimtab generate --steer shout.safetensors --prompts questions.txt --json
       trimtab generate --prompt "Name a fruit. Use capitals." \\
         --emphasize "Use capitals." --compare --trace
@@ -190,11 +204,13 @@ def generate(
     is a begun answer, and is continued. A row's "system" is its system message.
 
     A strength multiplies the steering: 2 pushes twice as hard, -1 the other
-    way, 0 not at all. The dose reported at the end is how long the push was,
-    in lengths of the activation: near 1 and above, text tends to fall apart.
+    way, 0 not at all. @14,15 or @10-14 after the file picks layers of it. The
+    dose reported at the end is how long the push was, in lengths of the
+    activation: with learned differences, text tends to fall apart from about
+    0.4 over all layers on. --dose finds the strength that has a dose.
     """
     asked = gather_prompts(prompt or [], prompts, column)
-    files = [split_strength(text) for text in steer or []]
+    files = [parse_pick(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)
     rejecting = _rejection(rejection, beta, ladder, schedule, bool(files), marks is not None)
@@ -212,6 +228,8 @@ def generate(
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and template:
         raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
+    if dose is not None:
+        _check_dose(dose, bool(files), engine)
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
@@ -241,6 +259,15 @@ def generate(
         "seed": seed,
         **decoding,
     }
+    dosed = None
+    if dose is not None and steering is not None:
+        from trimtab.evaluate.ab import spread
+        from trimtab.tune import at_dose
+
+        some = spread(asked, DOSED_PROMPTS)
+        chat: dict[str, Any] = {"system": system, "chat": False if plain else None}
+        dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **chat)
+        steering = dosed.steering
     with progress_bar("generating", quiet=json) as progress:
         towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(asked)}
         answers = lm.generate(
@@ -260,9 +287,11 @@ def generate(
         plot_traces(answers, plot)
     if json:
         document = _document(lm.name, files, asked, answers, unsteered)
+        if dosed is not None:
+            document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
         if engine == "vllm":
             for row in document["answers"]:
-                row["dose"] = None  # it isn't measured there
+                row["dose"] = row["overall_dose"] = None  # it isn't measured there
         write_json(document)
         return
     _print(asked, answers, unsteered, lm.tokenizer if trace else None)
@@ -279,8 +308,30 @@ def generate(
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
         measured = engine != "vllm"
-        dose = f"; dose {max(answer.applied.dose for answer in answers):.2g}" if measured else ""
-        note(f"steered: {named or 'nothing'}{dose}", quiet=False)
+        note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
+    if dosed is not None:
+        at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * dosed.factor:.3g}" for pick in files)
+        note(f"dose {dosed.dose:.2g} is strength × {dosed.factor:.3g}: --steer {at}", quiet=False)
+
+
+def _doses(answers: Sequence[Generation]) -> str:
+    """The largest dose of a layer; and of all layers together, where there are several."""
+    layers = max(len(answer.applied.doses) for answer in answers)
+    told = f"; dose {max(answer.applied.dose for answer in answers):.2g}"
+    overall = max(answer.applied.overall for answer in answers)
+    return told if layers < 2 else f"{told} at a layer, {overall:.2g} over {layers}"
+
+
+def _check_dose(dose: float, steers: bool, engine: str) -> None:
+    if not (math.isfinite(dose) and dose > 0):
+        raise TrimtabError(f"--dose is a number above 0, such as 0.2, got {dose:g}")
+    if not steers:
+        raise TrimtabError("--dose says how hard to steer; give --steer FILE as well")
+    if engine == "vllm":
+        raise TrimtabError(
+            "--dose needs doses, and the vllm engine doesn't measure them; leave --engine out to find the"
+            " strength, then give it as FILE:STRENGTH"
+        )
 
 
 def _ray(
@@ -324,26 +375,6 @@ def _rejection(
     return Rejection(**given)
 
 
-def split_strength(text: str, option: str = "--steer ") -> tuple[Path, float]:
-    """The file and the strength of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had.
-
-    `option` is what stood before it on the command line.
-    """
-    path, strength = Path(text), 1.0
-    if not path.exists() and ":" in text:
-        head, _, tail = text.rpartition(":")
-        try:
-            path, strength = Path(head), float(tail)
-        except ValueError:
-            if head.endswith((".safetensors", ".gguf", ".pt", ".svec", ".json")):
-                raise TrimtabError(f"{option}{text}: the strength {tail!r} is no number") from None
-    if not math.isfinite(strength):
-        raise TrimtabError(f"{option}{text}: a strength is a finite number, got {strength}")
-    if not path.is_file():
-        raise TrimtabError(f"{option}{text}: there is no file {path}")
-    return path, strength
-
-
 def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:
     if not sample:
         if temperature is not None or seed is not None:
@@ -355,8 +386,7 @@ def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict
     return {"do_sample": True, **({} if temperature is None else {"temperature": temperature})}
 
 
-def _steering(files: Sequence[tuple[Path, float]], positions: str | None) -> Steering | None:
-    from trimtab.files.load import load as load_steering
+def _steering(files: Sequence[Pick], positions: str | None) -> Steering | None:
     from trimtab.steering import Positions
 
     if positions is not None and not files:
@@ -364,14 +394,14 @@ def _steering(files: Sequence[tuple[Path, float]], positions: str | None) -> Ste
     rule = None if positions is None else Positions.parse(positions)
     if not files:
         return None
-    loaded = [strength * load_steering(path) for path, strength in files]
+    loaded = [pick.load() for pick in files]
     total = sum(loaded[1:], loaded[0])
     return total if rule is None else total.at(rule)
 
 
 def _document(
     model: str,
-    files: Sequence[tuple[Path, float]],
+    files: Sequence[Pick],
     prompts: Sequence[Prompt],
     answers: Sequence[Generation],
     unsteered: Sequence[Generation] | None,
@@ -384,11 +414,11 @@ def _document(
                 **_answer(answer),
                 "edits": list(answer.applied.edits),
                 "dose": answer.applied.dose,
+                "overall_dose": answer.applied.overall,
                 **({} if unsteered is None else {"unsteered": _answer(unsteered[i])}),
             }
         )
-    steered = [{"file": str(path), "strength": strength} for path, strength in files]
-    return {"model": model, "steerings": steered, "answers": rows}
+    return {"model": model, "steerings": [pick.to_json() for pick in files], "answers": rows}
 
 
 def _answer(answer: Generation) -> dict[str, Any]:

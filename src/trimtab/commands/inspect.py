@@ -23,6 +23,7 @@ from trimtab.commands.model import (
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import Pick, parse_pick
 from trimtab.files.target import check_target
 from trimtab.report.described import card_rows, describe, edit_columns, origin
 
@@ -36,8 +37,12 @@ BAR = 24  # columns
 
 def inspect(
     files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE [FILE]", help="A steering file, or two to compare.", show_default=False),
+        list[str],
+        typer.Argument(
+            metavar="FILE[@LAYERS][:STRENGTH] …",
+            help="A steering file, or two to compare; @14, @14,15 or @10-14 picks layers, :2 multiplies the strength.",
+            show_default=False,
+        ),
     ],
     plot: Annotated[
         Path | None,
@@ -75,7 +80,7 @@ def inspect(
     """Show a steering file: its origin, its edits, and how hard they push.
 
     [bold]  trimtab inspect shout.safetensors
-      trimtab inspect shout.safetensors --plot shout.png
+      trimtab inspect shout.safetensors@10-14:0.8 --plot shout.png
       trimtab inspect shout.safetensors --text "HELLO there" --layer 14 --html hello.html
       trimtab inspect shout.safetensors --pairs shout.jsonl --plot planes.png
       trimtab inspect shout.safetensors rude.safetensors --plot alike.png
@@ -84,7 +89,9 @@ def inspect(
     The norm is that of the direction, times the strength where the edit adds
     it. Its share of the activation's norm tells how hard that is: near 100 %
     and above, text tends to fall apart. The agreement is the mean cosine of
-    the pairs' differences to their mean: low means a weak steering.
+    the pairs' differences to their mean: low means a weak steering. The
+    strength to begin with is what to multiply the file by, so that the push
+    over all layers is mild; the file itself acts at strength 1.
 
     Two files are compared layer by layer, whatever their methods and models,
     if the widths agree; name a file twice to compare its layers with each
@@ -93,6 +100,7 @@ def inspect(
     """
     _check_options(files, plot, text, pairs, layer, page)
     columns = columns_of(keys, ignore, pairs=pairs is not None)
+    picks = [parse_pick(file, "inspect") for file in files]
     if plot is not None:
         from trimtab.report.plots import check_matplotlib
 
@@ -100,12 +108,12 @@ def inspect(
         check_matplotlib()
     if page is not None:
         check_target(page, ".html")
-    if len(files) == 2:
+    if len(picks) == 2:
         from trimtab.commands.inspect_text import show_two
 
-        show_two(files, plot, json=json)
+        show_two(picks, plot, json=json)
         return
-    file = files[0]
+    pick = picks[0]
     if text is not None or pairs is not None:
         from trimtab.commands.inspect_text import show_plane, show_text
 
@@ -120,31 +128,35 @@ def inspect(
             template=template,
         )
         if text is not None:
-            show_text(lm, file, text, layer, page, plot, transfer=transfer, json=json)
+            show_text(lm, pick, text, layer, page, plot, transfer=transfer, json=json)
         elif pairs is not None and plot is not None:
-            show_plane(lm, file, pairs, read, layer, plot, transfer=transfer, json=json)
+            show_plane(lm, pick, pairs, read, layer, plot, transfer=transfer, json=json)
         return
 
-    from trimtab.files.load import load as load_steering
     from trimtab.files.steering_file import steering_digest
     from trimtab.report.pushes import pushes
+    from trimtab.report.suggested import MILD, has_its_strength, suggested_strength
 
-    steering = load_steering(file)
+    steering = pick.load()
     digest, found = steering_digest(steering), pushes(steering)
+    suggested = suggested_strength(steering)
     if plot is not None:
         from trimtab.report.plots import plot_pushes
 
-        plot_pushes(found, plot, f"{file.name}: {origin(steering.card)}")
+        plot_pushes(found, plot, f"{pick.path.name}{pick.where}: {origin(steering.card)}")
     if json:
-        write_json(_document(file, digest, steering, found, plot))
+        write_json({**_document(pick, digest, steering, found, plot), "suggested_strength": suggested})
         return
-    show(f"{file}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    show(f"{pick}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    if suggested is not None:
+        why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
+        show("", f"strength to begin with: {suggested:g} ({why})")
     if plot is not None:
         show("", f"drew {plot}")
 
 
 def _check_options(
-    files: Sequence[Path], plot: Path | None, text: str | None, pairs: Path | None, layer: int | None, page: Path | None
+    files: Sequence[str], plot: Path | None, text: str | None, pairs: Path | None, layer: int | None, page: Path | None
 ) -> None:
     """Raises `TrimtabError` for options that make no sense together."""
     if len(files) > 2:
@@ -161,7 +173,7 @@ def _check_options(
         raise TrimtabError("--html is about a text; give --text TEXT")
 
 
-def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:
+def _document(pick: Pick, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:
     from trimtab.steering.operations import NAMES
 
     edits = []
@@ -182,7 +194,7 @@ def _document(file: Path, digest: str, steering: Steering, found: Sequence[Push]
             }
         )
     drawn = {} if plot is None else {"plot": str(plot)}
-    return {"file": str(file), "digest": digest, "card": asdict(steering.card), "edits": edits, **drawn}
+    return {"file": str(pick.path), "digest": digest, "card": asdict(steering.card), "edits": edits, **drawn}
 
 
 def _cards(card: Card, digest: str) -> list[Table]:

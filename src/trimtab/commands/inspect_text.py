@@ -10,6 +10,7 @@ from rich.table import Table
 
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
+from trimtab.files.pick import Pick
 from trimtab.files.target import write_atomically
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ DRAWN_PAIRS = 200
 
 def show_text(
     lm: LM,
-    file: Path,
+    file: Pick,
     text: str,
     layer: int | None,
     page: Path | None,
@@ -32,13 +33,14 @@ def show_text(
     json: bool,
 ) -> None:
     """The text, each token coloured by its cosine with the file's direction at this layer, or at each of its layers."""
-    from trimtab.files.load import load as load_steering
     from trimtab.report.tokens import coloured_cosines, draw_tokens, reach, token_cosines, tokens_page
 
-    steering = load_steering(file)
+    steering = file.load()
     found = token_cosines(lm, steering, text, None if layer is None else [layer], transfer=transfer)
     full = reach(found)
-    title = f"Cosine with {file.stem}" + (f" at layer {found[0].layer}" if len(found) == 1 else "") + f", {lm.name}"
+    title = (
+        f"Cosine with {file.path.stem}" + (f" at layer {found[0].layer}" if len(found) == 1 else "") + f", {lm.name}"
+    )
     written = {}
     if page is not None:
         write_atomically(page, tokens_page(found, title).encode("utf-8", "backslashreplace"))
@@ -48,7 +50,9 @@ def show_text(
         written["plot"] = str(plot)
     if json:
         layers = [{"layer": one.layer, "cosines": list(one.cosines)} for one in found]
-        write_json({"file": str(file), "model": lm.name, "tokens": list(found[0].pieces), "layers": layers, **written})
+        write_json(
+            {"file": str(file.path), "model": lm.name, "tokens": list(found[0].pieces), "layers": layers, **written}
+        )
         return
     show(f"{title}: blue along it, red against it, full colour at ±{full:.2f}")
     for one in found:
@@ -57,16 +61,15 @@ def show_text(
 
 
 def show_plane(
-    lm: LM, file: Path, pairs: Path, read: Sequence[Pair], layer: int | None, plot: Path, *, transfer: bool, json: bool
+    lm: LM, file: Pick, pairs: Path, read: Sequence[Pair], layer: int | None, plot: Path, *, transfer: bool, json: bool
 ) -> None:
     """Draw the pairs' activations at the file's layers, two principal components at each, read as for the file."""
     from trimtab.evaluate.ab import spread
-    from trimtab.files.load import load as load_steering
     from trimtab.methods.caa import activations, read_at_of
     from trimtab.report.sweep import draw_planes, plane
     from trimtab.text.letters import letter_of
 
-    steering, some = load_steering(file), spread(read, DRAWN_PAIRS)
+    steering, some = file.load(), spread(read, DRAWN_PAIRS)
     if len(some) < 2:
         raise TrimtabError(f"{pairs} has {len(some)} pair; a plane needs two at least")
     lm.check(steering, transfer=transfer)
@@ -82,27 +85,28 @@ def show_plane(
     shares = {at: plane(values.flatten(0, 1))[1] for at, values in found.items()}
     if json:
         listed = [{"layer": at, "variance": list(of)} for at, of in shares.items()]
-        write_json({"file": str(file), "pairs": str(pairs), "drawn": len(some), "layers": listed, "plot": str(plot)})
+        write_json(
+            {"file": str(file.path), "pairs": str(pairs), "drawn": len(some), "layers": listed, "plot": str(plot)}
+        )
         return
     show(f"{len(some)} pairs of {pairs} at layers {', '.join(map(str, shares))}")
     _tell({"plot": str(plot)})
 
 
-def show_two(files: Sequence[Path], plot: Path | None, *, json: bool) -> None:
+def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
     """How alike the directions of two files are, layer by layer; drawn, each layer with each."""
-    from trimtab.files.load import load as load_steering
     from trimtab.report.sweep import draw_similarity, similarity_between
 
-    one, other = (load_steering(file) for file in files)
+    one, other = (file.load() for file in files)
     layers, across, cosines = similarity_between(one, other)
-    names = (files[0].stem, files[1].stem)
+    names = (files[0].path.stem, files[1].path.stem)
     written = {}
     if plot is not None:
         title = f"{names[0]}, layer by layer" if names[0] == names[1] else f"{names[0]} and {names[1]}"
         write_atomically(plot, draw_similarity(layers, cosines, title, across=across, names=names))
         written["plot"] = str(plot)
     document: dict[str, Any] = {
-        "files": list(map(str, files)),
+        "files": [str(file.path) for file in files],
         "models": [[model.name for model in steering.card.models] for steering in (one, other)],
         "layers": layers,
         "across": across,

@@ -370,6 +370,7 @@ def _save(
 ) -> None:
     """Write the files, now that all is learned, and say what they are."""
     from trimtab.report.pushes import pushes
+    from trimtab.report.suggested import named_with_strength, suggested_strength
 
     if source == "--all":
         out.mkdir(exist_ok=True)
@@ -378,6 +379,7 @@ def _save(
         steering, digest = save_for(program, steering, path)
         found, count = pushes(steering), int(steering.card.measured["pairs"])
         document = _document(path, digest, method, model, count, strength, found, steering)
+        document["suggested_strength"] = suggested_strength(steering)
         documents.append(document | ({"next": commands_for(program, path)} if program else {}))
         if not json and source != "--all":
             show(f"{method} on {model}, from {count} pairs", _table(found), f"saved {path}", *next_steps(program, path))
@@ -386,7 +388,7 @@ def _save(
         return
     if source == "--all":
         show(_overview(documents), f"saved {len(documents)} files in {out}")
-    shown = documents[0]["file"] if source == "--all" else out
+    shown = named_with_strength(*next(iter(steerings.items())))
     note(
         f'try: trimtab generate {f"--model {asked} " if asked else ""}--steer {shown} --prompt "…" --compare',
         quiet=False,

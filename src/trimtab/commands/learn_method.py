@@ -155,6 +155,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     elif recipe.takes == "texts":
         data = [gather_prompts([], given["texts"], given["column"])]
 
+    from trimtab.report.suggested import named_with_strength, suggested_strength
     from trimtab.steering.steering import check_strength
 
     strength = check_strength(given["strength"])
@@ -174,13 +175,15 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     learned, digest = save_for(program, learned, out)
     if quiet:
         document = _document(recipe, lm.name, strength, learned, out, digest)
+        document["suggested_strength"] = suggested_strength(learned)
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
     show(title, _table(learned), f"saved {out}", *next_steps(program, out))
     asked = f"--model {given['model']} " if given["model"] else ""
-    note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
+    shown = named_with_strength(out, learned)
+    note(f'try: trimtab generate {asked}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,14 +75,42 @@ def progress_bar(label: str, *, quiet: bool) -> Iterator[Callable[..., None] | N
 
 
 @contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is Ctrl-C: the first raises `KeyboardInterrupt`, more of them let what is left be written.
+
+    In another thread than the main one, where signals can't be handled, nothing changes.
+    """
+    came = False
+
+    def interrupt(*_: Any) -> None:
+        nonlocal came
+        if not came:
+            came = True
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """trimtab's warnings become lines `warning: …` on stderr, each once; those of other packages are dropped."""
+    """trimtab's warnings become lines `warning: …` on stderr, each once; those of other packages are dropped.
+
+    A kind of warning that says `once` is said once, whatever its words.
+    """
     said: set[str] = set()
 
     def line(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         text = str(message)
-        if category.__module__.partition(".")[0] == "trimtab" and text not in said:
-            said.add(text)
+        key = category.__name__ if getattr(category, "once", False) else text
+        if category.__module__.partition(".")[0] == "trimtab" and key not in said:
+            said.add(key)
             say(f"warning: {text}")
 
     with warnings.catch_warnings():

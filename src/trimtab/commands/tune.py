@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,19 +30,23 @@ from trimtab.commands.model import (
     load_model,
 )
 from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.terminal import note, progress_bar, say, show, sigterm_interrupts, write_json
+from trimtab.commands.tune_advice import advice
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
-from trimtab.text.pairs import Pair, as_texts
+from trimtab.text.pairs import Pair, as_prompt, as_texts, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.steering import Positions
+    from trimtab.text.chat import Prompt
     from trimtab.tune import Guard, Tuned
     from trimtab.tune.tune import Row
 
 SEARCH, COST = "Search", "Cost"
 LEARN_SHARE = 0.5
+NOTHING = 3
+"""The exit code where nothing is better than not steering."""
 REPEAT = "combination:repeat_prompt"  # each query has a check of its own
 SHOWN = 12
 
@@ -53,8 +58,8 @@ class Task:
     what: str
     pairs: list[Pair]
     queries: list[str]
-    asked: list[str]
-    instructed: list[str]
+    asked: Sequence[Prompt]
+    instructed: Sequence[Prompt]
 
 
 def tune(
@@ -64,7 +69,10 @@ def tune(
     ] = None,
     pairs: Annotated[
         Path | None,
-        typer.Option(help="Your own pairs: a half is learned from, the rest searched on.", show_default=False),
+        typer.Option(
+            help="Your own pairs, of prompts, answers or letters: a half is learned from, the rest searched on.",
+            show_default=False,
+        ),
     ] = None,
     keys: KeysOption = None,
     ignore: IgnoreOption = None,
@@ -162,6 +170,8 @@ def tune(
         --out lower.safetensors --budget-minutes 10
       trimtab tune --pairs mine.jsonl --check checks.py:is_polite \\
         --layers 12,16,20 --strengths 0.5,1,2 --out polite.safetensors
+      trimtab tune --pairs answers.jsonl --check checks.py:is_polite \
+        --out polite.safetensors
       trimtab tune --pairs letters.jsonl --out caa.safetensors[/bold]
 
     All candidates run together on a few prompts, the better half of them on
@@ -176,8 +186,15 @@ def tune(
     Pairs of multiple-choice answers are scored by the probability of the
     matching letter; they need no --check and know no guard.
 
-    Ctrl-C ends the search and keeps the best so far. The file's card holds the
-    whole search: trimtab inspect --json shows it.
+    Pairs of answers with a --check are learned from as by trimtab learn caa;
+    what is checked are the model's own answers to the prompts of the others.
+
+    Ctrl-C and SIGTERM end the search and keep the best so far. Without a
+    terminal, each round is a line on stderr. The file's card holds the whole
+    search: trimtab inspect --json shows it.
+
+    Exit code 3: nothing was better than not steering; what to try next is said,
+    and nothing is written.
     """
     check_target(out, ".safetensors")
     if figure is not None:
@@ -204,6 +221,9 @@ def tune(
         "budget_seconds": None if budget_minutes is None else 60 * budget_minutes,
     }
     letters = bool(read) and read[0].shape == "letters"
+    behaviour = letters or (bool(read) and read[0].shape == "answers")
+    if behaviour:
+        _check_behaviour(read[0].shape, operation, with_instruction)
     if letters:
         if check or type_ or kwargs or budget_tokens:
             raise TrimtabError(
@@ -216,6 +236,8 @@ def tune(
         task = (
             _shipped(instruction, with_instruction, limit)
             if instruction is not None
+            else _answers(read, limit, seed, str(pairs))
+            if behaviour
             else _own(read, with_instruction, limit, seed, str(pairs))
         )
         if instruction is not None and check is None and type_ is None and kwargs is None:
@@ -237,44 +259,61 @@ def tune(
     )
     tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
     tried = default_layers(lm.layout.layers) if tried is None else tried
-    with progress_bar("learning", quiet=json) as progress:
-        if letters:
-            from trimtab.methods.caa import learn_caa
+    lines = not json and not sys.stderr.isatty()  # in place of the bars
+    if lines:
+        common["on_round"] = lambda one: say(str(one))
+    with sigterm_interrupts():
+        with progress_bar("learning", quiet=json) as progress:
+            if behaviour:
+                from trimtab.methods.caa import learn_caa
 
-            learned = {"add": learn_caa(lm, task.pairs, tried, progress=progress)}  # type: ignore[arg-type]
-        else:
-            learned = learn_operations(lm, task.pairs, tried, operations, progress=progress)  # type: ignore[arg-type]
-    candidates = grid(learned, chosen_strengths, rules)
-    with progress_bar(f"{len(candidates)} candidates", quiet=json) as progress:
-        if letters:
-            held = _held_pairs(read, task)
-            found = tune_letters(lm, candidates, held, progress=progress, **common)
-        else:
-            assert checker is not None
-            found = search_for(
-                lm,
-                candidates,
-                task.asked,
-                checker,
-                groups=task.queries,
-                contexts=task.instructed,
-                guard=limits,
-                max_new_tokens=max_new_tokens,
-                budget_tokens=budget_tokens,
-                progress=progress,
-                **common,
-            )
-    if len(found.table) < 2:
-        figure = None  # interrupted before anything was tried: nothing to draw
-    if figure is not None:
-        from trimtab.report.search import plot_search
+                learned = {"add": learn_caa(lm, task.pairs, tried, progress=progress)}  # type: ignore[arg-type]
+            else:
+                learned = learn_operations(lm, task.pairs, tried, operations, progress=progress)  # type: ignore[arg-type]
+        if lines:
+            say(f"learned from {len(task.pairs)} pairs at {len(tried)} blocks")
+        candidates = grid(learned, chosen_strengths, rules)
+        doubts = _doubts(task, len(candidates), seed, 1 if letters else max_new_tokens, budget_tokens)
+        for doubt in [] if json else doubts:
+            say(f"warning: {doubt}")
+        with progress_bar(f"{len(candidates)} candidates", quiet=json) as progress:
+            if letters:
+                held = _held_pairs(read, task)
+                found = tune_letters(lm, candidates, held, progress=progress, **common)
+            else:
+                assert checker is not None
+                found = search_for(
+                    lm,
+                    candidates,
+                    task.asked,
+                    checker,
+                    groups=task.queries,
+                    contexts=task.instructed,
+                    guard=limits,
+                    max_new_tokens=max_new_tokens,
+                    budget_tokens=budget_tokens,
+                    progress=progress,
+                    **common,
+                )
+        digest = save_steering(found.steering, out) if found.steering is not None else None
+        if len(found.table) < 2:
+            figure = None  # interrupted before anything was tried: nothing to draw
+        if figure is not None:
+            from trimtab.report.search import plot_search
 
-        plot_search(found.table, figure, f"{task.what} on {lm.name}", chosen=found.setting)
-    digest = save_steering(found.steering, out) if found.steering is not None else None
+            what = f"{task.what} on {lm.name}"
+            plot_search(found.table, figure, what, chosen=found.setting, verdict=_verdict(found))
+    advised: tuple[str, ...] = ()
+    if digest is None:
+        instructed = with_instruction and not behaviour
+        advised = advice(found, blocks=lm.layout.layers, instruction=instruction, instructed=instructed)
     if json:
-        write_json(_document(lm, task, found, out, digest, figure))
-        return
-    _print(lm, task, found, model, out, figure)
+        write_json({**_document(lm, task, found, out, digest, figure), "warnings": doubts, "advice": list(advised)})
+    else:
+        _print(lm, task, found, model, out, figure)
+        show(*(f"try next: {line}" for line in advised))
+    if digest is None:
+        raise typer.Exit(130 if found.interrupted else NOTHING)
 
 
 # ---- what is searched on ---------------------------------------------------------------------------------------
@@ -298,13 +337,47 @@ def _own(read: list[Pair], with_it: bool, limit: int | None, seed: int, source: 
     if read[0].shape not in ("prompts", "texts"):
         raise TrimtabError(
             f"{source} holds pairs of {read[0].shape}; tune takes pairs of prompts with and without an instruction,"
-            " or multiple-choice pairs"
+            " pairs of answers, or multiple-choice pairs"
         )
     texts = [as_texts(pair, "tune") for pair in read]
     split = split_by_query([base for _, _, base in texts], held_out=1 - LEARN_SHARE, seed=seed)
     rest = [texts[i] for i in split.held_out][:limit]
     instructed, base = [with_ for _, with_, _ in rest], [without for _, _, without in rest]
     return Task(source, [read[i] for i in split.search], base, instructed if with_it else base, instructed)
+
+
+def _answers(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
+    """Pairs of answers: some to learn from; to the prompts of the others, the model's own answers are checked."""
+    from trimtab.tune.split import split_by_query
+
+    prompts = [sides(pair)[0].prompt for pair in read]
+    if not all(prompts):
+        raise TrimtabError(f"{source} has answers without a prompt, and tune asks the prompts; give each pair one")
+    queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
+    split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
+    rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
+    asked = [as_prompt(prompts[i]) for i in rest]
+    return Task(source, [read[i] for i in split.search], [queries[i] for i in rest], asked, asked)
+
+
+def _check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
+    """Raises `TrimtabError` for options that mean nothing where two answers are learned from."""
+    if operation == "project":
+        raise TrimtabError(f"--operation project is for pairs of prompts; what pairs of {shape} give is added")
+    if not with_instruction:
+        raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
+
+
+def _doubts(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
+    """Why the search can't end in a verdict, whatever it finds."""
+    from trimtab.tune.enough import too_few, too_poor
+    from trimtab.tune.halving import ladder
+    from trimtab.tune.split import split_by_query
+    from trimtab.tune.tune import HELD_OUT
+
+    split = split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
+    held, rungs = len(split.held_out), ladder(candidates, len(split.search))
+    return [why for why in (too_few(held), too_poor(candidates, rungs, held, tokens_each, budget)) if why is not None]
 
 
 def _letters_task(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
@@ -403,14 +476,19 @@ def _print(lm: LM, task: Task, found: Tuned, model: str | None, out: Path, figur
             f"held out: {found.held_out.steered:.2f} steered, {found.held_out.unsteered:.2f} unsteered, difference"
             f" {difference.estimate:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
         )
+    show(_verdict(found))
     if found.setting is None:
-        show(f"don't steer: {found.reason}", "nothing is written")
+        show("nothing is written")
     else:
-        show(f"steer: {found.setting}: {found.reason}", f"saved {out}")
+        show(f"saved {out}")
         named = f"--model {model} " if model else ""
         note(f'try: trimtab generate {named}--steer {out} --prompt "…" --compare', quiet=False)
     if figure is not None:
         show(f"figure {figure}")
+
+
+def _verdict(found: Tuned) -> str:
+    return f"don't steer: {found.reason}" if found.setting is None else f"steer: {found.setting}: {found.reason}"
 
 
 def _table(found: Tuned) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trimtab.decoding.trace import Trace
@@ -33,6 +34,15 @@ class Applied:
     def dose(self) -> float:
         """The largest mean dose of any site; 0 when nothing was steered."""
         return max((dose.ratio for dose in self.doses), default=0.0)
+
+    @property
+    def overall(self) -> float:
+        """The dose over all sites: the root of the sum of their squares; 0 when nothing was steered.
+
+        Edits at several sites add up in the residual stream, and each is about as long as its dose says. This is how
+        long they come to if their directions have nothing to do with each other, in lengths of the activation.
+        """
+        return math.sqrt(sum(dose.ratio * dose.ratio for dose in self.doses))
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,45 @@ import warnings
 from collections.abc import Sequence
 
 from trimtab.engines.answer import Generation
+from trimtab.steering import Steering
 
-DOSE_WARNING = 1.0
-"""Above this mean `‖edit‖ / ‖activation‖` at a layer, the text is likely to fall apart."""
+DOSE_WARNING = 0.4
+"""Above this overall dose (`Applied.overall`), text steered along a learned difference is likely to fall apart."""
+
+TRAINED_DOSE_WARNING = 2.0
+"""The same for steerings that were trained on the model's own text, which stays whole under much harder pushes."""
 
 
 class DoseWarning(UserWarning):
-    """A steering pushed harder than `DOSE_WARNING`."""
+    """A steering pushed harder than `DOSE_WARNING`, or a trained one harder than `TRAINED_DOSE_WARNING`."""
+
+    once = True  # the command line says it once: batch after batch the numbers differ, and not what they mean
 
 
-def warn_of_doses(answers: Sequence[Generation]) -> None:
-    """Warn, for the caller of `generate`, of the largest dose of all answers where it is too large."""
-    worst = max((dose for answer in answers for dose in answer.applied.doses), key=lambda d: d.ratio, default=None)
-    if worst is not None and worst.ratio > DOSE_WARNING:
-        warnings.warn(
-            f"at layer {worst.layer} the edit is {worst.ratio:.2g} times as long as the activation; above"
-            f" {DOSE_WARNING:g} text tends to fall apart. Lower the strength",
-            DoseWarning,
-            stacklevel=3,
-        )
+def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | None]) -> None:
+    """Warn, for the caller of `generate`, of the answer whose dose is furthest above what its steering may have.
+
+    Args:
+        answers: All answers, as many to each request as to any other, in the requests' order.
+        steerings: The requests' own. A sum counts as trained if all of its parts were.
+    """
+    each = len(answers) // len(steerings) if steerings else 0
+    worst, most, limit = None, 1.0, DOSE_WARNING
+    for i, answer in enumerate(answers):
+        steering = steerings[i // each]
+        allowed = TRAINED_DOSE_WARNING if steering is not None and steering.card.trained else DOSE_WARNING
+        if (over := answer.applied.overall / allowed) > most:
+            worst, most, limit = answer, over, allowed
+    if worst is None:
+        return
+    doses = worst.applied.doses
+    hardest = max(doses, key=lambda dose: dose.ratio)
+    told = f"at layer {hardest.layer} the edit is {hardest.ratio:.2g} times as long as the activation"
+    if len(doses) > 1:
+        told += f", and over {len(doses)} layers {worst.applied.overall:.2g} times"
+    warnings.warn(
+        f"{told}; above {limit:g} text tends to fall apart. Lower the strength"
+        f"{' or steer at fewer layers' if len(doses) > 1 else ''}",
+        DoseWarning,
+        stacklevel=3,
+    )

@@ -16,7 +16,6 @@ generated. Tested with lm-eval 0.4.13.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +27,9 @@ from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.files.load import load as load_steering
+from trimtab.files.pick import parse_pick
 from trimtab.files.steering_file import steering_digest
 from trimtab.lm import LM
-from trimtab.steering import Steering
 
 try:
     from lm_eval.api.registry import register_model
@@ -47,7 +45,7 @@ Tokens = tuple[Any, list[int], list[int]]  # what the harness asks: (its own key
 class SteeredHFLM(HFLM):
     """The harness's `hf` model class, steered.
 
-    `steer` is `FILE` or `FILE:STRENGTH`; without it, this is `hf`. `transfer` allows a steering learned on another
+    `steer` is `FILE[@LAYERS][:STRENGTH]`; without it, this is `hf`. `transfer` allows a steering learned on another
     model of the same width, `layers_path` names the list of blocks where it can't be found; all other arguments are
     those of `hf`. Without `pretrained` it is trimtab's default model.
 
@@ -67,7 +65,7 @@ class SteeredHFLM(HFLM):
         batch_size: int | str = 1,
         **options: Any,
     ) -> None:
-        steering = None if steer is None else read_steer(str(steer))
+        steering = None if steer is None else parse_pick(str(steer), "steer").load()
         if steering is not None and str(batch_size).startswith("auto"):
             raise TrimtabError("a steered run needs a batch size that is a number; give --batch_size 16")
         super().__init__(
@@ -146,18 +144,6 @@ class SteeredHFLM(HFLM):
         """What the harness writes down about the model, and the steering."""
         steering = None if self.steering is None else steering_digest(self.steering)
         return {**super().get_model_info(), "steer": self.steer, "steering": steering}
-
-
-def read_steer(text: str) -> Steering:
-    """The steering of `FILE[:STRENGTH]`. Raises `TrimtabError` when either is not to be had."""
-    path, strength = text, 1.0
-    if not Path(text).exists() and ":" in text:
-        path, _, tail = text.rpartition(":")
-        try:
-            strength = float(tail)
-        except ValueError:
-            raise TrimtabError(f"steer={text}: the strength {tail!r} is no number; write FILE:2") from None
-    return strength * load_steering(path)
 
 
 def _scored(logprobs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]:

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from trimtab.tune.tune import Row
 
 
-def plot_search(table: Sequence[Row], path: Path, title: str, *, chosen: Setting | None = None) -> None:
+def plot_search(
+    table: Sequence[Row], path: Path, title: str, *, chosen: Setting | None = None, verdict: str | None = None
+) -> None:
     """Draw a search's table: above, a map of layer × strength for each operation and positions; below, lines.
 
     A cell's colour is the gain over not steering on the same prompts; its text is the score and, small, on how many
     prompts. Where the guard was broken it is grey and hatched, whatever the score; `chosen` has a frame. Cells that
-    rest on few prompts are no more than a hint.
+    rest on few prompts are no more than a hint. `verdict`, what came of the search, stands below the title.
 
     Raises `TrimtabError` when matplotlib is missing, or nothing was tried.
     """
@@ -52,7 +54,9 @@ def plot_search(table: Sequence[Row], path: Path, title: str, *, chosen: Setting
     axes[1][0].set_ylabel("score")
     bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.85, pad=0.02)
     bar.set_label("gain over not steering", fontsize=9)
-    figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
+    columns = int(11 * figure.get_figwidth())
+    head = fill(title, columns) if verdict is None else f"{fill(title, columns)}\n{fill(verdict, columns)}"
+    figure.suptitle(head, x=0.01, ha="left", fontsize=11)
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=150, metadata={"Software": "trimtab"})
     write_atomically(path, data.getvalue())

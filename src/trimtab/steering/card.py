@@ -8,6 +8,9 @@ from typing import Any
 
 from trimtab.steering.above import above
 
+TRAINED = frozenset({"bipo", "distill", "loreft", "reps"})
+"""Methods that train on the model's own text, by descending on what it says: they see what their edits do to it."""
+
 
 @dataclass(frozen=True)
 class ModelId:
@@ -41,6 +44,11 @@ class Card:
     measured: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Card, ...] = ()
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was trained (`TRAINED`), not read off a difference of activations; of a sum, whether all parts."""
+        return all(part.trained for part in self.parts) if self.parts else self.method in TRAINED
 
     @property
     def models(self) -> tuple[ModelId, ...]:

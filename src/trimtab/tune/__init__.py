@@ -1,6 +1,7 @@
 """How strong, and at which layer: a search that may answer "don't steer"."""
 
 from trimtab.tune.candidates import Candidate, Setting, default_layers, grid
+from trimtab.tune.dose import Dosed, at_dose
 from trimtab.tune.guard import Guard
 from trimtab.tune.learned import learn_operations
 from trimtab.tune.letters import tune_letters
@@ -10,11 +11,13 @@ from trimtab.tune.tune import Tuned, tune
 
 __all__ = [
     "Candidate",
+    "Dosed",
     "Guard",
     "Setting",
     "Split",
     "Sweep",
     "Tuned",
+    "at_dose",
     "default_layers",
     "grid",
     "learn_operations",

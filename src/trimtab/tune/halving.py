@@ -93,13 +93,15 @@ def halve(
     ties: Sequence[float] | None = None,
     rows: int = 64,
     afford: Callable[[int], bool] = lambda _: True,
+    after: Callable[[int, int, int], None] | None = None,
 ) -> Halved[R]:
     """Run the schedule over candidates 0 … `candidates`, of which 0 is "don't steer".
 
     `evaluate(candidates, items)` gives a list of results for each candidate, one an item; it is asked for each
     pair once, and for as many items at a time as make up to `rows` pairs. `judge(results, baseline)` compares a
     candidate's results with those of "don't steer" on the same items. `afford(pairs)` is asked before pairs are
-    evaluated: when not even one more item can be paid for, the search ends.
+    evaluated: when not even one more item can be paid for, the search ends. `after(rung, alive, best)` is told when a
+    rung is done: its number from 0, how many candidates were in it besides "don't steer", and which is best.
 
     Scores that tie go to "don't steer", then to the smaller dose, then to the smaller of `ties` (a layer, say),
     then to the first. A broken guard on few items may be bad luck: it sends a candidate to the end of the line,
@@ -126,28 +128,29 @@ def halve(
         dose = float(f"{standing.dose:.3g}") if math.isfinite(standing.dose) else math.inf
         return False, -round(standing.score, 9), candidate != BASELINE, dose, last[candidate], candidate
 
-    for number, rung in enumerate(rungs):
-        while (seen := len(results[BASELINE])) < rung.items and not exhausted:
-            asked = [BASELINE, *alive]
-            step = min(rung.items - seen, max(1, rows // len(asked)))
-            while step and not afford(step * len(asked)):
-                step //= 2
-            if not step:
-                exhausted = True
-                break
-            try:
+    try:
+        for number, rung in enumerate(rungs):
+            while (seen := len(results[BASELINE])) < rung.items and not exhausted:
+                asked = [BASELINE, *alive]
+                step = min(rung.items - seen, max(1, rows // len(asked)))
+                while step and not afford(step * len(asked)):
+                    step //= 2
+                if not step:
+                    exhausted = True
+                    break
                 found = evaluate(asked, list(range(seen, seen + step)))
-            except KeyboardInterrupt:
-                interrupted = True
+                for candidate, new in zip(asked, found, strict=True):  # "don't steer" first: it has seen what they have
+                    if len(new) != step:
+                        raise ValueError(f"{step} items were asked for and {len(new)} results came")
+                    results[candidate] += new
+            if exhausted:
                 break
-            for candidate, new in zip(asked, found, strict=True):
-                if len(new) != step:
-                    raise ValueError(f"{step} items were asked for and {len(new)} results came")
-                results[candidate] += new
-        if interrupted or exhausted:
-            break
-        if number + 1 < len(rungs):
-            alive = sorted(sorted(alive, key=rank)[: rung.survivors])
+            if after is not None:
+                after(number, len(alive), min([BASELINE, *alive], key=rank))
+            if number + 1 < len(rungs):
+                alive = sorted(sorted(alive, key=rank)[: rung.survivors])
+    except KeyboardInterrupt:
+        interrupted = True
     best = min([BASELINE, *alive], key=rank)
     return Halved(
         best=best,

@@ -18,7 +18,7 @@ from trimtab.text.letters import letter_of
 from trimtab.text.pairs import Pair, Pairs, as_pairs, sides
 from trimtab.tune.candidates import Candidate
 from trimtab.tune.halving import Rung
-from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, Outcome, Progress, Tuned, search
+from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, OnRound, Outcome, Progress, Tuned, search
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -36,6 +36,7 @@ def tune_letters(
     seed: int = 0,
     budget_seconds: float | None = None,
     progress: Progress | None = None,
+    on_round: OnRound | None = None,
     transfer: bool = False,
 ) -> Tuned:
     """`tune` for pairs of letters: a question's score is the matching letter's share of both letters' probability.
@@ -64,6 +65,7 @@ def tune_letters(
         seed=seed,
         budget_seconds=budget_seconds,
         progress=progress,
+        on_round=on_round,
     )
 
 

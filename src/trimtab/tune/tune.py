@@ -84,6 +84,30 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Round:
+    """A round of the search that is done: `candidates` besides "don't steer", each of which has seen `items` prompts.
+
+    `best` is the setting that stands first (`None`: not to steer), `score` its score, `unsteered` that of not steering.
+    """
+
+    number: int
+    of: int
+    candidates: int
+    items: int
+    best: Setting | None
+    score: float
+    unsteered: float
+
+    def __str__(self) -> str:
+        plain = f"unsteered {self.unsteered:.2f}"
+        told = f"none beats {plain}" if self.best is None else f"best so far {self.score:.2f}, {plain}: {self.best}"
+        return f"round {self.number} of {self.of}: {self.candidates} candidates on {self.items} prompts; {told}"
+
+
+OnRound = Callable[[Round], None]
+
+
+@dataclass(frozen=True)
 class Tuned:
     """What to do. `steering` and `setting` are `None` for "don't steer", and `reason` says why in a sentence.
 
@@ -122,6 +146,7 @@ def tune(
     budget_tokens: int | None = None,
     budget_seconds: float | None = None,
     progress: Progress | None = None,
+    on_round: OnRound | None = None,
     transfer: bool = False,
     **options: Any,
 ) -> Tuned:
@@ -139,7 +164,8 @@ def tune(
 
     `budget_tokens` bounds the generated tokens, the last word's included; `budget_seconds` the time until the last
     word. A KeyboardInterrupt ends the search and is not raised again: the best until then is given. `progress`
-    counts answers. `options` go to `lm.generate`. The result's card holds the table, the split and the setting.
+    counts answers, `on_round` is given a `Round` after each. `options` go to `lm.generate`. The result's card holds
+    the table, the split and the setting.
 
     Raises `TrimtabError` for no candidates or prompts, lists of different length, a budget that pays for nothing,
     and for what `lm.generate` refuses.
@@ -190,6 +216,7 @@ def tune(
         budget_tokens=budget_tokens,
         budget_seconds=budget_seconds,
         progress=progress,
+        on_round=on_round,
     )
 
 
@@ -208,6 +235,7 @@ def search(
     budget_tokens: int | None = None,
     budget_seconds: float | None = None,
     progress: Progress | None = None,
+    on_round: OnRound | None = None,
 ) -> Tuned:
     """`tune` for any way of trying: `trial` gives the outcomes, `tokens_each` is what one costs at most."""
     if not candidates:
@@ -236,14 +264,29 @@ def search(
         found = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
         return [found[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
 
+    given: list[list[Outcome]] = [[] for _ in steerings]  # for what is told of a round
+
+    def kept(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
+        found = evaluate(chosen, items)
+        for c, outcomes in zip(chosen, found, strict=True):
+            given[c] += outcomes
+        return found
+
+    def after(rung: int, alive: int, best: int) -> None:
+        if on_round is not None:
+            means = [mean(one.score for one in given[c]) for c in (best, BASELINE)]
+            setting = None if best == BASELINE else candidates[best - 1].setting
+            on_round(Round(rung + 1, len(steps), alive, steps[rung].items, setting, *means))
+
     halved = halve(
         len(candidates),
         steps,
-        evaluate,
+        kept,
         lambda steered, unsteered: _standing(guard, steered, unsteered),
         ties=[0, *(candidate.setting.layer for candidate in candidates)],
         rows=rows,
         afford=meter.afford,
+        after=after,
     )
     chosen = None if halved.best == BASELINE else candidates[halved.best - 1]
     confirmed, interrupted = None, halved.interrupted

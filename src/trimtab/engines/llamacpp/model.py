@@ -251,7 +251,7 @@ class LlamaCpp:
                 answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator, told))
                 if progress is not None:
                     progress(len(answers), len(ids))
-        warn_of_doses(answers)
+        warn_of_doses(answers, steerings)
         return answers
 
     def _answer(

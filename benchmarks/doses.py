@@ -1,0 +1,197 @@
+"""At which dose does text fall apart? Learned and trained vectors, over few and many layers, harder and harder.
+
+Broken is told without a judge, as `tune`'s guard does: under the unsteered model the answers are far less likely than
+unsteered ones, or far more, or they repeat themselves. Three ways to add up the doses of several layers are compared by
+how well they tell what breaks from what doesn't.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.choosing import say
+from benchmarks.harness import Report, Result
+from benchmarks.machine import machine, versions
+from trimtab.data import instruction_pairs, instructions, prompts, queries
+from trimtab.data.distilled import path_of
+from trimtab.engines.transformers.generate import Generation
+from trimtab.evaluate.fluency import Fluency, fluencies
+from trimtab.lm import LM, DoseWarning
+from trimtab.methods.caa import PairsWarning, learn_caa
+from trimtab.methods.instruct import learn_instruct
+from trimtab.report.pushes import pushes
+from trimtab.steering import Steering
+from trimtab.text.pairs import read_pairs
+from trimtab.tune.guard import Guard, median_perplexity
+
+CAA = Path("caa") / "refusal" / "generate_dataset.json"
+SPREADS = (1, 3, 6, 30)
+"""Over how many layers, around the middle."""
+
+ROOTS = (0.1, 0.2, 0.4, 0.8, 1.6)
+"""Strengths of what is learned as a difference: the root of the summed squares of the expected doses is so much."""
+
+FACTORS = (0.5, 1.0, 1.5, 2.0, 3.0)
+"""Strengths of what is trained."""
+
+PAIRS = 16
+GUARD = Guard(empty=None, cut=None)  # answers are cut at so few tokens
+ADDED: dict[str, Callable[[Sequence[float]], float]] = {
+    "largest": max,
+    "root of squares": lambda doses: math.sqrt(sum(dose * dose for dose in doses)),
+    "sum": sum,
+}
+"""Ways to make one number of the doses at several layers."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A steering, and the prompts after which its answers are likely or not: with the instruction, if it is one's."""
+
+    name: str
+    trained: bool
+    layers: int
+    steering: Steering
+    contexts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What became of an arm: its doses by layer, the limits that its answers break, and how they read."""
+
+    arm: Arm
+    doses: tuple[float, ...]
+    broken: tuple[str, ...]
+    perplexity: float
+    repeated: float
+
+
+def run(data: Path, count: int, tokens: int, spreads: Sequence[int] = SPREADS, only: str = "") -> Report:
+    """Every arm whose name contains `only` on `count` queries, `tokens` an answer."""
+    lm = LM.load(dtype="float32")
+    asked = list(queries("test")[:count])
+    arms = [arm for arm in arms_of(lm, data, asked, spreads) if only.lower() in arm.name.lower()]
+    cells = measure(lm, arms, asked, tokens)
+    return Report("doses", machine(), {**versions(), "model": lm.name}, tuple(results_of(cells)))
+
+
+def arms_of(lm: LM, data: Path, asked: Sequence[str], spreads: Sequence[int]) -> list[Arm]:
+    """Learned differences over a few layers, and the steerings that come with the package."""
+    kinds = instructions()
+    told = {name: prompts(asked, kinds[name].learn[:1]) for name in ("json", "bullets")}
+    every = range(lm.layout.layers)
+    json = learn_instruct(lm, instruction_pairs(queries("learn")[:PAIRS], kinds["json"].learn), every, operation="add")
+    learned: list[tuple[str, Steering, Sequence[str]]] = [("instruct, JSON", json, told["json"])]
+    if (data / CAA).is_file():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PairsWarning)
+            learned.append(("caa, refusal", learn_caa(lm, read_pairs(data / CAA)[:PAIRS], every), asked))
+    else:
+        print(f"there is no {data / CAA}: without CAA's vectors")
+    found = []
+    for name, steering, contexts in learned:
+        for layers in spreads:
+            some = steering.only(middle(layers, lm.layout.layers))
+            expected = math.sqrt(sum((push.share or 0.0) ** 2 for push in pushes(some)))
+            found += [Arm(name, False, layers, (root / expected) * some, contexts) for root in ROOTS]
+    for name in told:
+        one = Steering.load(path_of(name))
+        found += [Arm(f"distill, {name}", True, len(one.layers), k * one, told[name]) for k in FACTORS]
+    return found
+
+
+def middle(count: int, of: int) -> list[int]:
+    """`count` layers in a row, around the middle of `of`."""
+    first = (of - min(count, of)) // 2
+    return list(range(first, first + min(count, of)))
+
+
+def measure(lm: LM, arms: Sequence[Arm], asked: Sequence[str], tokens: int) -> list[Cell]:
+    """All arms and the unsteered one, in shared batches."""
+    steerings = [None, *(arm.steering for arm in arms)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoseWarning)
+        answers = lm.generate(
+            [prompt for _ in steerings for prompt in asked],
+            [steering for steering in steerings for _ in asked],
+            max_new_tokens=tokens,
+            batch_size=64,
+            drop_finished=True,
+            progress=say("answers"),
+        )
+    plain, *steered = [answers[i * len(asked) : (i + 1) * len(asked)] for i in range(len(steerings))]
+    contexts = [*dict.fromkeys(tuple(arm.contexts) for arm in arms)]
+    texts = [(after, plain) for after in contexts] + [
+        (arm.contexts, found) for arm, found in zip(arms, steered, strict=True)
+    ]
+    read = fluencies(
+        lm,
+        [context for after, _ in texts for context in after],
+        [answer for _, found in texts for answer in found],
+        progress=say("texts read"),
+    )
+    rows = [read[i * len(asked) : (i + 1) * len(asked)] for i in range(len(texts))]
+    unsteered = dict(zip(contexts, rows, strict=False))
+    return [
+        _cell(arm, found, mine, unsteered[tuple(arm.contexts)])
+        for arm, found, mine in zip(arms, steered, rows[len(contexts) :], strict=True)
+    ]
+
+
+def _cell(arm: Arm, answers: Sequence[Generation], read: Sequence[Fluency], plain: Sequence[Fluency]) -> Cell:
+    layers = [[dose.ratio for dose in answer.applied.doses] for answer in answers]
+    here, there = median_perplexity(read) or math.inf, median_perplexity(plain) or math.inf
+    return Cell(
+        arm,
+        tuple(mean(column) for column in zip(*layers, strict=True)),
+        GUARD.broken(read, plain),
+        here / there,
+        mean(one.repeated for one in read),
+    )
+
+
+def results_of(cells: Sequence[Cell]) -> list[Result]:
+    """A line of numbers for each cell, and how well each way of adding up tells which break."""
+    found = []
+    for cell in cells:
+        layers = f"{cell.arm.layers} layer{'s' * (cell.arm.layers != 1)}"
+        case = f"{cell.arm.name}, {layers}, root of squares {ADDED['root of squares'](cell.doses):.2f}"
+        verdict = "; ".join(reason.split(":")[0] for reason in cell.broken) or "whole"
+        found += [
+            Result(case, "sum of doses", sum(cell.doses), ""),
+            Result(case, f"perplexity over unsteered ({verdict})", cell.perplexity, ""),
+            Result(case, "repeated four-grams", cell.repeated, ""),
+        ]
+    for kind, trained in (("learned as differences", False), ("trained", True)):
+        mine = [cell for cell in cells if cell.arm.trained == trained]
+        for name, added in ADDED.items():
+            told = [(added(cell.doses), bool(cell.broken)) for cell in mine]
+            found.append(Result(f"{kind}, {len(mine)} cells", f"{name}: area under the curve", area(told), ""))
+            threshold, errors = best(told)
+            found.append(
+                Result(f"{kind}, {len(mine)} cells", f"{name}: best threshold ({errors} wrong)", threshold, "")
+            )
+    return found
+
+
+def area(told: Sequence[tuple[float, bool]]) -> float:
+    """How often a broken cell has the larger dose than a whole one; ties count half. NaN where one kind is missing."""
+    broken, whole = ([dose for dose, is_broken in told if is_broken == kind] for kind in (True, False))
+    if not broken or not whole:
+        return math.nan
+    return mean((b > w) + 0.5 * (b == w) for b in broken for w in whole)
+
+
+def best(told: Sequence[tuple[float, bool]]) -> tuple[float, int]:
+    """The threshold that sorts the most cells rightly into broken (above) and whole, and how many it gets wrong."""
+    doses = sorted({dose for dose, _ in told})
+    edges = [0.0, *((a + b) / 2 for a, b in pairwise(doses)), math.inf]
+    wrong = {edge: sum((dose > edge) != is_broken for dose, is_broken in told) for edge in edges}
+    chosen = min(edges, key=lambda edge: wrong[edge])
+    return chosen, wrong[chosen]

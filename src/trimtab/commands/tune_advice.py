@@ -1,0 +1,50 @@
+"""What to try next, where `trimtab tune` found nothing worth steering with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trimtab.tune import Tuned
+
+FOLLOWED = 0.9
+"""From this score on, unsteered answers leave little to gain."""
+
+
+def advice(found: Tuned, *, blocks: int, instruction: str | None, instructed: bool) -> tuple[str, ...]:
+    """Lines that each name what to change, from what the search has seen; the likeliest to help first.
+
+    Args:
+        found: A search that ended in "don't steer".
+        blocks: How many the model has.
+        instruction: The sentence, if it was one.
+        instructed: Whether the prompts searched on had an instruction in them.
+    """
+    base, rows = found.table[:1], found.table[1:]
+    lines = []
+    if found.exhausted or not rows:
+        lines.append("the search was cut short: give a larger --budget-tokens or --budget-minutes, or fewer --layers")
+    if base and base[0].score >= FOLLOWED:
+        tail = "; search --without-instruction, or on harder prompts" if instructed else "; search on harder prompts"
+        lines.append(f"without steering {base[0].score:.0%} comply already, which leaves little to gain{tail}")
+    used = sorted({abs(row.setting.strength) for row in rows if row.setting})
+    broken = [row for row in rows if row.broken]
+    better = [row for row in rows if row.score > row.unsteered]
+    if used and any(row.broken for row in better):
+        lines.append(f"what complied broke the text: try smaller --strengths, such as {_list(used[:1], 0.25, 0.5)}")
+    elif used and not broken:
+        lines.append(f"no setting broke the text: try larger --strengths, such as {_list(used[-1:], 1.5, 2, 3)}")
+    if found.held_out is not None and not found.held_out.broken:
+        count = found.held_out.items
+        lines.append(f"the best was confirmed on {count} prompts only: give more of them, or a smaller --margin")
+    if rows and (tried := len({row.setting.layer for row in rows if row.setting})) < blocks:
+        lines.append(f"{tried} of {blocks} blocks were tried: --layers all")
+    if instruction is not None:
+        lines.append(f'train a steering instead: trimtab learn distill --instruction "{instruction}" --out FILE')
+    else:
+        lines.append("learn it otherwise: trimtab methods lists what your pairs can be used for")
+    return tuple(lines)
+
+
+def _list(strengths: list[float], *factors: float) -> str:
+    return ",".join(f"{strength * factor:g}" for strength in strengths for factor in factors)

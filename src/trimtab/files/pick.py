@@ -1,0 +1,141 @@
+"""What `FILE[@LAYERS][:STRENGTH]` means: a steering file, which of its layers act, and a strength to multiply it by."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
+
+FORM = "FILE[@LAYERS][:STRENGTH]"
+SUFFIXES = (".safetensors", ".gguf", ".pt", ".svec", ".json")
+_SPAN = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A steering file as it is named on a command line.
+
+    `layers` are those of the file that act, `None` for all; `strength` is what the steering is multiplied by. `option`
+    is what an error calls the place where it was named.
+    """
+
+    path: Path
+    layers: tuple[int, ...] | None = None
+    strength: float = 1.0
+    option: str = "--steer"
+
+    def __str__(self) -> str:
+        return f"{self.path}{self.where}" + ("" if self.strength == 1 else f":{self.strength:g}")
+
+    @property
+    def where(self) -> str:
+        """The layers as they are written: `@10-12,15`, or nothing for all of the file's."""
+        return "" if self.layers is None else f"@{written(self.layers)}"
+
+    def load(self) -> Steering:
+        """The steering: `strength * trimtab.load(path).only(layers)`. Raises as `unscaled` does."""
+        return self.strength * self.unscaled()
+
+    def unscaled(self) -> Steering:
+        """The steering before it is multiplied by the strength.
+
+        Raises:
+            TrimtabError: The file can't be loaded, or has nothing at one of the layers; the message lists those it has.
+        """
+        from trimtab.files.load import load
+
+        whole = load(self.path)
+        if self.layers is None:
+            return whole
+        if missing := [layer for layer in self.layers if layer not in whole.layers]:
+            has = written(whole.layers) or "none"
+            raise TrimtabError(
+                f"{self.option} {self}: {self.path} has nothing at layer {missing[0]}; it has layers {has}"
+            )
+        return whole.only(self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """What a JSON document says of it; `layers` is null where all of the file's act."""
+        return {
+            "file": str(self.path),
+            "layers": None if self.layers is None else list(self.layers),
+            "strength": self.strength,
+        }
+
+
+def parse_pick(text: str, option: str = "--steer") -> Pick:
+    """The file, the layers and the strength of `FILE`, `FILE:0.8`, `FILE@14`, `FILE@14,15:0.8` or `FILE@10-14`.
+
+    A file whose own name ends like that is meant as it stands.
+
+    Args:
+        text: What was typed.
+        option: Where, for the errors.
+
+    Raises:
+        TrimtabError: There is no such file, the strength is no finite number, or the layers are no list of layers.
+    """
+    if Path(text).exists():
+        return Pick(Path(text), option=option)
+    name, strength = text, 1.0
+    head, colon, tail = text.rpartition(":")
+    if colon:
+        try:
+            name, strength = head, float(tail)
+        except ValueError:
+            if _is_file(head.rpartition("@")[0]) or _is_file(head):
+                hint = f"; the layers come first: {head}@{tail.partition('@')[2]}:{tail.partition('@')[0]}"
+                raise TrimtabError(
+                    f"{option} {text}: the strength {tail!r} is no number{hint if '@' in tail else ''}"
+                ) from None
+    if not math.isfinite(strength):
+        raise TrimtabError(f"{option} {text}: a strength is a finite number, got {strength}")
+    layers = None
+    if not Path(name).exists():
+        before, at, listed = name.rpartition("@")
+        if at and (_SPAN.match(listed) or _is_file(before)):
+            name, layers = before, _layers(listed, f"{option} {text}")
+    if not Path(name).exists():
+        raise TrimtabError(f"{option} {text}: there is no file {name}")
+    return Pick(Path(name), layers, strength, option)
+
+
+def written(layers: Sequence[int]) -> str:
+    """Layers in short, runs of three and more as a range: `10-14,20`."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][-1] + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in found]
+    return ",".join(parts)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(SUFFIXES) or bool(name and Path(name).exists())
+
+
+def _layers(text: str, where: str) -> tuple[int, ...]:
+    found: list[int] = []
+    for part in text.split(","):
+        match = _SPAN.fullmatch(part.strip())
+        if match is None:
+            raise TrimtabError(f"{where}: {text!r} is no list of layers; write @14, @14,15 or @10-14")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise TrimtabError(f"{where}: the layers {part!r} end before they begin; write {last}-{first}")
+        if last - first > 10_000:
+            raise TrimtabError(f"{where}: {part!r} is {last - first + 1} layers, and no model has so many")
+        found += range(first, last + 1)
+    if len(set(found)) < len(found):
+        raise TrimtabError(f"{where}: the layers {text!r} name one twice; name each once")
+    return tuple(sorted(found))

@@ -1,0 +1,131 @@
+"""The strength at which a steering has a given dose: how long its edits are beside the activations, over all layers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from trimtab.engines.doses import DoseWarning
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Ablate, Add, MaskNeurons, ReadWrite, ScaleElements, SetProjection, Steering
+from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
+from trimtab.steering.operations import NAMES
+from trimtab.steering.rotations import Rotate, RotateInPlane, RotatePredicted
+from trimtab.steering.scaled import AddScaled
+from trimtab.text.chat import Prompt
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+ADDING = (Add, AddScaled, SetProjection, Ablate, ScaleElements, MaskNeurons, ReadWrite)
+GROWING = (*ADDING, Rotate, RotateInPlane, RotatePredicted)
+"""Operations whose edit is nothing at strength 0 and grows with it: rotations up to half a turn, the others always."""
+
+CLOSE = 0.02
+"""A dose so near to the one asked for, as a share of it, is near enough."""
+
+TRIES = 12
+TOKENS = 8
+"""A dose is that of the prompt and of so many generated tokens."""
+
+
+@dataclass(frozen=True)
+class Dosed:
+    """`steering` is `factor` times the one given, and has the dose `dose` on the prompts it was measured on."""
+
+    steering: Steering
+    factor: float
+    dose: float
+
+
+def at_dose(
+    lm: LM,
+    steering: Steering,
+    dose: float,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    tokens: int = TOKENS,
+    **options: Any,
+) -> Dosed:
+    """Scale a steering so that it has this dose: `Applied.overall`, its mean over the prompts that it acts on.
+
+    The dose is measured at the positions where the steering acts, in the prompts and in the first `tokens` tokens of
+    its own answers. The strength is found by trying: for additions nearly at once, since their dose is a multiple of
+    the strength but for what an edit changes in later layers.
+
+    Args:
+        lm: An engine that measures doses.
+        steering: Edits keep their strengths relative to each other, and their signs.
+        dose: The root of the summed squares of `‖edit‖ / ‖activation‖` over layers; 0.2 is mild.
+        prompts: What it is measured on.
+        tokens: Generated tokens that count.
+        options: For `lm.generate`: `system`, `chat`, `transfer`, `batch_size`.
+
+    Raises:
+        TrimtabError: The dose is no positive number, nothing acts on these prompts, or no strength has that dose.
+        UnsupportedError: An operation whose dose doesn't follow from its strength, by name.
+    """
+    if isinstance(dose, bool) or not isinstance(dose, (int, float)) or not (math.isfinite(dose) and dose > 0):
+        raise TrimtabError(f"a dose is a number above 0, such as 0.2, got {dose!r}")
+    check_growing(steering)
+    factor, below, above = 1.0, (0.0, 0.0), None
+    for _ in range(TRIES):
+        found = _measured(lm, factor * steering, prompts, tokens, options)
+        if found is None:
+            raise TrimtabError(
+                "nothing is steered on these prompts (strength 0, a shut gate, or positions that they haven't got), so"
+                " no strength has a dose there"
+            )
+        if abs(found - dose) <= CLOSE * dose:
+            return Dosed(factor * steering, factor, found)
+        if found < dose:
+            below = (factor, found)
+        else:
+            above = (factor, found)
+        factor = _next(below, above, dose)
+    nearest = min((one for one in (below, above) if one is not None), key=lambda one: abs(one[1] - dose))
+    raise TrimtabError(
+        f"no strength was found at which the dose is {dose:g}: at {nearest[0]:.3g} times the steering it is"
+        f" {nearest[1]:.3g}; ask for a dose near that, or give a strength"
+    )
+
+
+def check_growing(steering: Steering) -> None:
+    """Raises `UnsupportedError` for an edit whose dose doesn't grow with its strength, and says which."""
+    for edit in steering.edits:
+        operation = getattr(edit.operation, "operation", edit.operation)  # of a conditional one, what it does
+        if isinstance(operation, ScoreOperation):
+            raise UnsupportedError(
+                f"{SCORE_NAMES[type(operation)]} steers attention scores, which have no dose; give a strength"
+            )
+        if not isinstance(operation, GROWING):
+            name = NAMES.get(type(operation), type(operation).__name__)
+            raise UnsupportedError(f"the dose of {name} doesn't follow from its strength; give a strength, not a dose")
+
+
+def _next(below: tuple[float, float], above: tuple[float, float] | None, dose: float) -> float:
+    """The factor to try next: on the line through two measurements, but well inside of them."""
+    if above is None:
+        ratio = dose / below[1] if below[1] > 0 and math.isfinite(below[1]) else math.inf
+        return below[0] * min(4.0, ratio) if below[0] else 1.0
+    if not math.isfinite(above[1]):
+        return (below[0] + above[0]) / 2
+    share = (dose - below[1]) / (above[1] - below[1])
+    return below[0] + (above[0] - below[0]) * min(0.95, max(0.05, share))
+
+
+def _measured(
+    lm: LM, steering: Steering, prompts: Prompt | Sequence[Prompt], tokens: int, options: dict[str, Any]
+) -> float | None:
+    """The mean dose over the prompts that are steered; `None` if none is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoseWarning)
+        answers = lm.generate(prompts, steering, max_new_tokens=tokens, **options)
+    doses = [answer.applied.overall for answer in answers if answer.applied.doses]
+    if not doses:
+        return None
+    return math.inf if any(math.isnan(one) for one in doses) else mean(doses)

@@ -1,0 +1,58 @@
+"""The strength to begin with: what it is made of, and that it has about the dose that it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import prompt, tiny
+
+from trimtab import learn_instruct
+from trimtab.methods.caa import learn_caa
+from trimtab.report.suggested import MILD, named_with_strength, suggested_strength
+from trimtab.steering import Ablate, Add, Card, Edit, Site, Steering
+from trimtab.text.pairs import Pair
+
+FILE = Path("s.safetensors")
+
+
+def planted(*lengths, method="caa", **measured):
+    """Additions so long at layers 0, 1, …, where activations have the norm 10."""
+    edits = tuple(Edit(Site(layer), Add(torch.tensor([0.0, length]))) for layer, length in enumerate(lengths))
+    norms = {str(layer): 10.0 for layer in range(len(lengths))}
+    return Steering(edits, Card(method, measured={"activation_norm": norms, **measured}))
+
+
+def test_it_is_the_strength_of_a_mild_dose_over_all_layers():
+    assert suggested_strength(planted(1.0)) == pytest.approx(MILD / 0.1)
+    assert suggested_strength(planted(3.0, 4.0)) == pytest.approx(MILD / 0.5)
+    assert suggested_strength(2.0 * planted(3.0, 4.0)) == pytest.approx(MILD / 1.0)
+    assert suggested_strength(planted(3.0, 4.0).only([1])) == pytest.approx(MILD / 0.4)
+    assert named_with_strength(FILE, planted(3.0, 4.0)) == "s.safetensors:0.4"
+
+
+def test_what_was_found_with_its_strength_keeps_it():
+    for one in (planted(9.0, method="distill"), planted(9.0, tuning={"chosen": {}})):
+        assert suggested_strength(one) == 1
+        assert named_with_strength(FILE, one) == "s.safetensors"
+
+
+def test_what_isnt_known_isnt_said():
+    nothing = Steering()
+    foreign = Steering((Edit(Site(0), Add(torch.ones(2))),))
+    removes = Steering((Edit(Site(0), Ablate(torch.tensor([0.0, 1.0]))),), planted(1.0).card)
+    for one in (nothing, foreign, removes, 0.0 * planted(1.0), planted(1.0) + planted(1.0)):
+        assert suggested_strength(one) is None
+        assert named_with_strength(FILE, one) == "s.safetensors"
+
+
+def test_a_learned_file_has_about_that_dose_where_it_was_learned():
+    lm = tiny("llama")
+    pairs = [Pair(prompt(seed, 9), prompt(50 + seed, 9), "", "prompts") for seed in range(6)]
+    learned = learn_instruct(lm, pairs, [1, 2], operation="add")
+    found = lm.generate([str(pair.positive) for pair in pairs], suggested_strength(learned) * learned, max_new_tokens=1)
+    assert sum(one.applied.overall for one in found) / 6 == pytest.approx(MILD, rel=0.3)
+    answers = [Pair(prompt(seed, 4), prompt(50 + seed, 4), prompt(90 + seed, 5), "answers") for seed in range(12)]
+    with pytest.warns(UserWarning, match="hardly agree"):
+        assert 0 < suggested_strength(learn_caa(lm, answers, [1, 2])) < 10

@@ -1,0 +1,31 @@
+"""What is said before a search that can't end in a verdict."""
+
+from __future__ import annotations
+
+import pytest
+
+from trimtab.tune.enough import ENOUGH, too_few, too_poor
+from trimtab.tune.halving import Rung
+
+
+def test_so_few_prompts_that_even_winning_all_proves_nothing():
+    assert 2 * 0.5**ENOUGH < 0.05 < 2 * 0.5 ** (ENOUGH - 1)  # the sign test, two-sided
+    assert too_few(ENOUGH) is None
+    assert too_few(5).startswith("the last word will be on 5 prompts, ")
+    assert too_few(1).startswith("the last word will be on 1 prompt, ")
+
+
+@pytest.mark.parametrize(
+    ("budget", "pays"),
+    [
+        (None, None),
+        (10 * (6 * 9 + 2 * 4), None),
+        (10 * (6 * 9 + 2 * 4) - 1, 5),
+        (10 * (9 + 8), 1),
+        (10 * (9 + 8) - 1, None),
+    ],
+)
+def test_so_few_tokens_that_the_first_round_ends_early(budget, pays):
+    told = too_poor(8, [Rung(6, 4), Rung(12, 2)], 4, 10, budget)
+    assert told is None if pays is None else f"may pay for {pays} of the 6 prompts" in told
+    assert told is None or "give 620" in told
