@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trimtab.engines.answer import Dose
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
+    from trimtab.engines.answer import Dose
     from trimtab.steering import Steering
 
 MAX_TOKENS = 256
