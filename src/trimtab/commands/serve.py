@@ -52,7 +52,10 @@ def serve(
         bool, typer.Option("--upload", help="Let clients bring steering files. They are kept in memory only.")
     ] = False,
     learn: Annotated[
-        bool, typer.Option("--learn", help="Let clients learn steerings from pairs, or from a sentence. Others wait meanwhile.")
+        bool,
+        typer.Option(
+            "--learn", help="Let clients learn steerings from pairs, or from a sentence. Others wait meanwhile."
+        ),
     ] = False,
     playground: Annotated[
         bool, typer.Option("--playground/--no-playground", help="The page at /, to see and feel what a steering does.")
