@@ -332,7 +332,12 @@ class TestDocument:
             def check(case: Any) -> None:
                 if valid and isinstance(case.body, dict) and "model" in case.body:
                     case.body["model"] = "trimtab"
-                case.call_and_validate(checks=wanted)
+                found = case.call()
+                # a body that is too large is refused unread, and without keys nobody needs a header that names one
+                wrong = {str(where.value) for where, one in case.meta.components.items() if one.mode.is_negative}
+                excused = found.status_code == 413 or wrong == {"header"}
+                some = [one for one in wanted if not (excused and one is checks.negative_data_rejection)]
+                case.validate_response(found, checks=some)
 
             check()
             tested += 1
