@@ -42,11 +42,11 @@ def test_many_small_pushes_are_warned_about_as_one_large_one_is():
     assert said([answer(near)], [MANUAL]) == []
     assert said([answer(*[near / 3] * 9)], [MANUAL]) == []
     (one,) = said([answer(0.41)], [MANUAL])
-    assert one.startswith("at layer 0 the edit is 0.41 times as long as the activation; above 0.4 text tends to")
+    assert one.startswith("at layer 0 the edit is 0.41 times as long as the activation; above 0.3 text tends to")
     assert one.endswith("Lower the strength")
     (many,) = said([answer(0.1, 0.25, *[0.17] * 4)], [MANUAL])
     assert (
-        "at layer 1 the edit is 0.25 times as long as the activation, and over 6 layers 0.43 times; above 0.4" in many
+        "at layer 1 the edit is 0.25 times as long as the activation, and over 6 layers 0.43 times; above 0.3" in many
     )
     assert many.endswith("Lower the strength or steer at fewer layers")
 

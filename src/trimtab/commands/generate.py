@@ -207,7 +207,7 @@ def generate(
     way, 0 not at all. @14,15 or @10-14 after the file picks layers of it. The
     dose reported at the end is how long the push was, in lengths of the
     activation: with learned differences, text tends to fall apart from about
-    0.4 over all layers on. --dose finds the strength that has a dose.
+    0.3 over all layers on. --dose finds the strength that has a dose.
     """
     asked = gather_prompts(prompt or [], prompts, column)
     files = [parse_pick(text) for text in steer or []]

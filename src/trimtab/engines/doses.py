@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from trimtab.engines.answer import Generation
 from trimtab.steering import Steering
 
-DOSE_WARNING = 0.4
+DOSE_WARNING = 0.3
 """Above this overall dose (`Applied.overall`), text steered along a learned difference is likely to fall apart."""
 
 TRAINED_DOSE_WARNING = 2.0
