@@ -52,7 +52,8 @@ def test_arms_are_scored(trimtab, given, served, tmp_path):
     served.reply = lambda prompt: f"So it is.\nScore: {len(answer_in(prompt)) % 11}"
     given += ["--system-prompt", "Write yes.", "--random", 1, "--out", out]
     ran = trimtab(*given, "--json")
-    assert (ran.code, ran.err) == (0, "")
+    assert ran.code == 0
+    assert all(line.startswith("warning: at layer") for line in ran.err.splitlines())  # of doses
     arms = ["unsteered", "s x-0.5", "s x0.5", "system: Write yes.", "s x-0.5, random 1", "s x0.5, random 1"]
     assert list(ran.json["arms"]) == arms
     assert ran.json["judge"]["weak"] is False
@@ -81,7 +82,8 @@ def test_what_has_no_score_is_counted_and_in_no_mean(trimtab, given, served, tmp
     page = tmp_path / "r.html"
     served.reply = lambda prompt: "I can't say." if question_in(prompt) == "Why?" else "Score: 4"
     ran = trimtab(*given, "--scale", "1,5", "--ends", "rude, polite", "--report", page, "--json")
-    assert (ran.code, ran.err) == (0, "")
+    assert ran.code == 0
+    assert all(line.startswith("warning: at layer") for line in ran.err.splitlines())  # of doses
     for facts in ran.json["arms"].values():
         assert (facts["scored"], facts["unreadable"], facts["failed"]) == (3, 1, 0)
     assert {(one["n"], one["mean"]["estimate"]) for one in ran.json["scores"]} == {(3, 4.0)}

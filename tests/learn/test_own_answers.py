@@ -290,6 +290,13 @@ def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
     assert len(ways) == 2
 
 
+def test_what_can_be_said_in_one_way_only_gets_help_at_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = watched(lm, monkeypatch)
+    found = kept_by(rarely(14), Teacher(text="w5 w6 w7"), lm=lm)
+    assert [one.help for one in found.tries][:2] == ["", "tried at several blocks"]
+    assert [len(prompts) for prompts, _, _ in calls][:2] == [16, 12 * FEW]
+
+
 def test_the_best_are_those_followed_often_whose_answers_say_most(lm: LM) -> None:
     made = Making(lm, TEACHER, odd, TOKENS)
     ways, _, found = made.best_ways(QUERIES, [])

@@ -207,14 +207,16 @@ class Making:
 
     def answers(self, rows: Sequence[tuple[str, Way]], progress: Progress | None = None) -> list[Lesson]:
         """The answers to these queries, each asked in its way, that do what the teacher says."""
-        answers = self.lm.generate(
-            [self.teacher.ask(query, way.turn) for query, way in rows],
-            [way.help for _, way in rows],
-            system=self.teacher.system,
-            max_new_tokens=self.tokens,
-            batch_size=BATCH,
-            progress=progress,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of doses: a help may be too much, and then its answers aren't kept
+            answers = self.lm.generate(
+                [self.teacher.ask(query, way.turn) for query, way in rows],
+                [way.help for _, way in rows],
+                system=self.teacher.system,
+                max_new_tokens=self.tokens,
+                batch_size=BATCH,
+                progress=progress,
+            )
         made = []
         for (query, way), answer in zip(rows, answers, strict=True):
             if not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT:
@@ -242,16 +244,14 @@ class Making:
         bare = [query for query in queries if query not in answered] or list(queries)
         some = bare[:: max(1, len(bare) // FEW)][:FEW]
         words = [Way(turn) for turn in self.teacher.ways(PHRASINGS)][1:]
-        found = self.answers([(query, way) for way in words for query in some])
+        found = self.answers([(query, way) for way in words for query in some]) if words else []
         tries = [Try("said in other ways", len(words) * len(some), len(found))] if words else []
         counts = Counter(one.way for one in found)
         best = max([Way(0), *words], key=lambda way: counts[way])
         helped: list[Way] = []
         if counts[best] < OFTEN * len(some):
             helped = [Way(best.turn, help_) for help_ in self.helps(queries, best.turn)]
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of doses: that is what is tried here
-                more = self.answers([(query, way) for way in helped for query in some])
+            more = self.answers([(query, way) for way in helped for query in some])
             tries.append(Try("tried at several blocks", len(some) * len(helped), len(more)))
             found += more
             counts = Counter(one.way for one in found)
