@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab import LM, Site, TrimtabError
 from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
+from trimtab.learn import soft_targets
 from trimtab.learn.descent import PATIENCE, Course, Descent, descend
 from trimtab.learn.soft_targets import _likeliest as likeliest
 from trimtab.learn.soft_targets import divergence
@@ -79,8 +80,9 @@ def test_how_examples_are_grouped_doesnt_matter(run: Forcing) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int) -> None:
+def test_what_a_vector_does_to_a_model_is_found_again(lm: LM, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The teacher is the model with a vector in it."""
+    monkeypatch.setattr(soft_targets, "TEMPERATURE", 1.0)
     planted = direction(3, 4.0)
     texts = [Forced(tuple(lm.encode(prompt(i, 3 + i % 4))), tuple(lm.encode(prompt(50 + i, 5)))) for i in range(10)]
     with forcing(lm.model, lm.layout, [SITE]) as run:
