@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,16 @@ def run(
         steerings = _distilled(lm, items, folder, fit, how, learn_tokens)
     records = evaluate(lm, items, steerings, mode, folder / f"{mode}-{fit}-answers.jsonl", tokens)
     found = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
+    found = replace(
+        found, versions={**found.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}"}
+    )
     if mode == "without":
         return found
     scores = {arm: {r.item: r.scores["loose"] for r in records if r.arm == arm} for arm in ("said twice", "steered")}
     twice, mine = ([scores[arm][item.item] for item in items] for arm in ("said twice", "steered"))
     more = paired_bootstrap(twice, mine, groups=[item.key for item in items])
     row = Result("with instruction: steered", "gain over said twice", more.estimate, "", more.low, more.high)
-    return Report(found.benchmark, found.machine, found.versions, (*found.results, row))
+    return replace(found, results=(*found.results, row))
 
 
 def _kept(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:

@@ -108,7 +108,9 @@ def report(
     results.append(Result(f"{mode} instruction", "share of prompts steered", share, ""))
     for kind, count in Counter(item.types[0] for item in items).most_common():
         mine = [item.item for item in items if item.types[0] == kind]
-        case = f"{mode} instruction: {kind} (n={count}; {settings.get(kind) or 'not steered'})"
+        steered = sum(steerings[item] is not None for item in mine)
+        how = settings.get(kind) or (f"{steered} steered" if steered else "not steered")
+        case = f"{mode} instruction: {kind} (n={count}; {how})"
         for arm in ("unsteered", "steered", "random", *(["said twice"] if mode == "with" else [])):
             results.append(Result(case, arm, mean(arms[arm][item].scores["loose"] for item in mine), ""))
     return Report(benchmark, machine(), {**versions(), "model": lm.name}, tuple(results))
