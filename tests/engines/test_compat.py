@@ -43,6 +43,7 @@ MAY_CHANGE = {
 }
 PUBLIC = {  # what transformers documents for everybody to import
     "AutoConfig",
+    "PreTrainedModel",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoTokenizer",
