@@ -160,6 +160,7 @@ def following_distilled(
     learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer that is learned from.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 30,
     rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.005,
+    one: Annotated[bool, typer.Option("--one", help="With the instruction: one steering for all types.")] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
@@ -174,11 +175,13 @@ def following_distilled(
     file = data / DATASET
     if mode not in ("with", "without"):
         raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+    if one and mode != "with":
+        raise typer.BadParameter("one steering for all types heeds the prompt: give --mode with", param_hint="--one")
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
     finish(
-        run(model, file, mode, folder, tokens, learn_tokens, fit, Descent(steps=steps, rate=rate), dtype),
+        run(model, file, mode, folder, tokens, learn_tokens, fit, Descent(steps=steps, rate=rate), dtype, one=one),
         json_file,
         check,
         as_markdown,

@@ -1,9 +1,9 @@
 """Do distilled steerings make a model follow instructions? IFEval's prompts with a single instruction on the form of
 the answer, without and with the instruction in the prompt.
 
-*Without* it, each instruction that enough of the prompts have is distilled into a steering of its own; the other
-prompts are answered unsteered, and counted. *With* it there is one steering for all prompts, of whatever type: the
-model is taught to do what a prompt says as if the prompt were said twice. All of that is learned on the package's own
+Each instruction that enough of the prompts have is distilled into a steering of its own, which serves both; the other
+prompts are answered unsteered, and counted. Or, with the instruction, there is one steering for all prompts of whatever
+type (`one`): the model is taught to do what a prompt says as if the prompt were said twice. All of that is learned on the package's own
 queries and phrasings; IFEval's prompts are only answered. What a run has done is kept in a folder, so that it can be
 stopped and started again.
 """
@@ -70,18 +70,22 @@ def run(
     fit: str,
     how: Descent,
     dtype: str,
+    *,
+    one: bool,
 ) -> Report:
     """Learn what isn't in the folder yet, and answer in all arms."""
     lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     items = read_ifeval(file)
-    if mode == "with":
+    if one:
         path = folder / f"follow-{fit}.safetensors"
         steering = _kept(path, lambda: follow(lm, fit, how, learn_tokens))
         steerings: dict[str, Steering | None] = {item.item: steering for item in items}
     else:
         steerings = _distilled(lm, items, folder, fit, how, learn_tokens)
-    records = evaluate(lm, items, steerings, mode, folder / f"{mode}-{fit}-answers.jsonl", tokens)
+    records = evaluate(
+        lm, items, steerings, mode, folder / f"{mode}-{fit}-{'one' if one else 'each'}-answers.jsonl", tokens
+    )
     found = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
     found = replace(
         found, versions={**found.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}"}

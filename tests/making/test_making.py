@@ -204,7 +204,7 @@ def test_make(lm: LM, tmp_path: Any) -> None:
     (steered,) = lm.generate(made.examples[3].question, made.steering, max_new_tokens=TOKENS)
     assert (made.examples[3].unsteered, made.examples[3].steered) == (plain.text.strip(), steered.text.strip())
 
-    asked = contrasts(lm, IDEA, IDEA.test, 1, TOKENS)  # nothing was learned from these
+    asked = contrasts(lm, IDEA, IDEA.test, 2, TOKENS)  # nothing was learned from these
     base, told = effect(lm, None, asked), prompted(lm, asked)
     share = share_of(base, effect(lm, made.steering, asked), told)
     assert made.verdict.share == pytest.approx(share.estimate)

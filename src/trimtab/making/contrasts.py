@@ -100,12 +100,12 @@ def contrasts(
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 
 
-def check_enough(found: Contrasts, idea: Idea) -> None:
+def check_enough(found: Contrasts, idea: Idea, least: int = LEAST) -> None:
     """Raises `TrimtabError` where too few answers show the difference."""
-    if min(len(found.positive), len(found.negative), len(found.questions)) < LEAST:
+    if min(len(found.positive), len(found.negative), len(found.questions)) < least:
         raise TrimtabError(
             f"the model's answers for and against {idea.name!r} hardly differ: of {found.asked},"
-            f" {len(found.positive)} and {len(found.negative)} do, and {LEAST} of each are needed. Say it in clearer"
+            f" {len(found.positive)} and {len(found.negative)} do, and {least} of each are needed. Say it in clearer"
             " words, name an opposite, or take a larger model"
         )
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 HELD_OUT = 4
 """One in so many of the questions to learn from chooses between candidates instead."""
+LEAST_TESTED = 4
+"""A verdict needs answers on both sides to so many of the test questions."""
 RANDOM = 3
 PROMPTS = 2
 TOKENS = 64
@@ -114,7 +116,7 @@ def make(
             lm, wanted, learned, found.on(aside), distill=distill, seed=seed, progress=at(learning), say=say
         )
         chosen = ranked[0]
-        asked = contrasts(lm, wanted, wanted.test, 1, tokens, at(testing))
+        asked = contrasts(lm, wanted, wanted.test, PROMPTS, tokens, at(testing))
         verdict, examples = _judged(lm, wanted, chosen.steering, asked, tokens, seed, at(measuring))
     card = replace(
         chosen.steering.card,
@@ -134,7 +136,7 @@ def _judged(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Verdict, list[Example]]:
-    check_enough(asked, idea)
+    check_enough(asked, idea, LEAST_TESTED)
     total = RANDOM + 3
     done = 0
 

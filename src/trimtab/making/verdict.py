@@ -9,8 +9,8 @@ from typing import Any
 
 LEAST_SHARE = 0.1
 """Less of the system prompt's effect than this isn't worth a file."""
-MOST_LOOPS = 0.25
-"""A steering under which more answers than this go in circles breaks the model."""
+MORE_LOOPS = 0.15
+"""A steering under which so many more answers go in circles than under the system prompt breaks the model."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class Verdict:
     @property
     def holds(self) -> bool:
         """Whether it does what was wanted, beyond doubt and beyond any other direction, and leaves the text whole."""
-        return self.low > max(0.0, *self.random) and self.share >= LEAST_SHARE and self.loops <= MOST_LOOPS
+        return (
+            self.low > max(0.0, *self.random)
+            and self.share >= LEAST_SHARE
+            and self.loops <= self.loops_prompted + MORE_LOOPS
+        )
 
     @property
     def why_not(self) -> str:
@@ -51,7 +55,11 @@ class Verdict:
             return "its effect can't be told from none, or from that of a random direction"
         if self.share < LEAST_SHARE:
             return f"it has less than {LEAST_SHARE:.0%} of the system prompt's effect"
-        return f"{self.loops:.0%} of its answers go in circles" if self.loops > MOST_LOOPS else ""
+        if self.loops > self.loops_prompted + MORE_LOOPS:
+            return (
+                f"{self.loops:.0%} of its answers go in circles, and {self.loops_prompted:.0%} under the system prompt"
+            )
+        return ""
 
     def lines(self) -> list[str]:
         """The verdict in words."""
