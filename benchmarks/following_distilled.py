@@ -3,9 +3,9 @@ the answer, without and with the instruction in the prompt.
 
 Each instruction that enough of the prompts have is distilled into a steering of its own, which serves both; the other
 prompts are answered unsteered, and counted. Or, with the instruction, there is one steering for all prompts of whatever
-type (`one`): the model is taught to do what a prompt says as if the prompt were said twice. All of that is learned on the package's own
-queries and phrasings; IFEval's prompts are only answered. What a run has done is kept in a folder, so that it can be
-stopped and started again.
+type (`one`): the model is taught to do what a prompt says as if the prompt were said twice. All of that is learned on
+the package's own queries and phrasings; IFEval's prompts are only answered. What a run has done is kept in a folder, so
+that it can be stopped and started again.
 """
 
 from __future__ import annotations
