@@ -95,7 +95,9 @@ def run(
     scores = {arm: {r.item: r.scores["loose"] for r in records if r.arm == arm} for arm in ("said twice", "steered")}
     twice, mine = ([scores[arm][item.item] for item in items] for arm in ("said twice", "steered"))
     more = paired_bootstrap(twice, mine, groups=[item.key for item in items])
-    row = Result("with instruction: steered", "gain over said twice", more.estimate, "", more.low, more.high)
+    row = Result(
+        "with instruction: steered", "gain over said twice", more.estimate, "", more.low, more.high, MORE_THAN_TWICE
+    )
     return replace(found, results=(*found.results, row))
 
 

@@ -22,6 +22,7 @@ from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
 from trimtab.evaluate.records import Record, Request
 from trimtab.lm import LM, DoseWarning
 from trimtab.steering import Steering
+from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
 from trimtab.tune.candidates import Setting
 
 READ = 32
@@ -94,6 +95,8 @@ def report(
         listed = [found[item.item] for item in items]
         after = [record.scores["loose"] for record in listed]
         results.append(_interval(case, "loose accuracy", paired_bootstrap(after, groups=groups)))
+        whole = paired_bootstrap([_whole(record) for record in listed], groups=groups)
+        results.append(_interval(case, "loose accuracy, answers that go in circles don't count", whole))
         if arm != "unsteered":
             gain = paired_bootstrap(before, after, groups=groups)
             results.append(_interval(case, "gain", gain, target if arm == "steered" else None))
@@ -124,6 +127,11 @@ def perplexities_of(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> l
         if ids:
             texts.append((lm.encode(prompt), ids))
     return perplexities(lm, texts)
+
+
+def _whole(record: Record) -> float:
+    """Whether an answer follows, and doesn't turn in circles."""
+    return record.scores["loose"] if repeated_share(record.answer) <= REPEATED_LIMIT else 0.0
 
 
 def _interval(case: str, metric: str, found: Any, target: Target | None = None) -> Result:
