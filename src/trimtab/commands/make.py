@@ -260,7 +260,7 @@ def _document(model: str, made: Made, out: Path | None, digest: str | None) -> d
         "source": made.idea.source,
         "chosen": made.name,
         "verdict": {**made.verdict.as_measured(), "why_not": made.verdict.why_not},
-        "candidates": [{"name": one.name, "likelihood": one.likelihood} for one in made.candidates],
+        "candidates": [{"name": one.name, "likelihood": one.likelihood, "lead": one.lead} for one in made.candidates],
         "examples": [
             {
                 "question": one.question,

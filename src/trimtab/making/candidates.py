@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,11 +39,13 @@ class Candidate:
 
     @property
     def likelihood(self) -> float:
-        """How likely it makes the wanted answers, in nats a token.
+        """How likely it makes the wanted answers, in nats a token."""
+        return _mean(self.effect.wanted)
 
-        Pushing too hard makes all answers unlikely, the wanted ones too, so that no other guard is needed here.
-        """
-        return sum(self.effect.wanted.values()) / len(self.effect.wanted)
+    @property
+    def lead(self) -> float:
+        """By how much more likely it makes them than the unwanted ones, in nats a token."""
+        return _mean(self.effect.leads)
 
 
 def candidates(
@@ -57,7 +59,10 @@ def candidates(
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Candidate]:
-    """All of them, the best one first.
+    """All of them, the best one first: by the lead of the wanted answers over the unwanted ones.
+
+    Pushing too hard makes all answers unlikely. So those under which the wanted answers are no likelier than without
+    any steering come after all others.
 
     Args:
         lm: The model.
@@ -84,7 +89,12 @@ def candidates(
         vector = distilled(lm, idea, learned, seed, say)
         for strength in DISTILL_STRENGTHS:
             tried(f"distilled, strength {strength:g}", strength * vector)
-    return sorted(found, key=lambda one: -one.likelihood)
+    least = _mean(effect(lm, None, held_out).wanted)
+    return sorted(found, key=lambda one: (one.likelihood <= least, -one.lead))
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return sum(values.values()) / len(values)
 
 
 def mean_differences(lm: LM, idea: Idea, learned: Contrasts) -> list[tuple[str, Steering]]:
