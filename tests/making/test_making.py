@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ import tiny
 import torch
 from tiny import WIDTH, direction, prompt
 
-from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError, load, make, save
+from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
 from trimtab.evaluate.controls import random_like
 from trimtab.making import contrasts as contrasts_module
 from trimtab.making.candidates import candidates, distilled, mean_differences
 from trimtab.making.contrasts import Contrasts, check_enough, contrasts, hears_system, under
-from trimtab.making.effect import effect, prompted, share_of
+from trimtab.making.effect import Effect, effect, prompted, share_of
 from trimtab.making.idea import Idea
 from trimtab.making.verdict import Verdict
 
@@ -129,6 +130,24 @@ def test_the_share_is_0_of_nothing_and_1_of_the_prompt_itself(lm: LM, found: Con
     nothing, all_ = share_of(base, base, told), share_of(base, told, told)
     assert (nothing.estimate, nothing.low, nothing.high) == (0, 0, 0)
     assert (all_.estimate, all_.low, all_.high) == pytest.approx((1, 1, 1))
+
+
+def test_a_prompt_without_an_effect_is_nothing_to_measure_by(lm: LM, found: Contrasts) -> None:
+    """Two negative effects would give a share above 0."""
+    base, told = effect(lm, None, found), prompted(lm, found)
+    for less in (base, Effect(told.wanted, {question: base.leads[question] - 1 for question in base.leads})):
+        with pytest.raises(TrimtabError, match="the system prompts themselves don't bring the model nearer"):
+            share_of(base, less, less)
+
+
+def test_what_is_not_read_is_refused(lm: LM, found: Contrasts) -> None:
+    edit = Edit(Site(1), Add(direction(1, 3.0)), Positions.from_last_prompt_token())
+    with pytest.raises(TrimtabError, match="from the last prompt token on"):
+        effect(lm, Steering((replace(edit, positions=Positions.generated()),)), found)
+    with pytest.raises(TrimtabError, match="without a gate"):
+        effect(lm, Steering((edit,)).when(Threshold(Site(1), direction(3, 2.0), 0.0)), found)
+    with pytest.raises(TrimtabError, match="one edit a site"):
+        effect(lm, Steering((edit, edit)), found)
 
 
 # ---- what is chosen ------------------------------------------------------------------------------------------

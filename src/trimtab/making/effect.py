@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from trimtab.engines.transformers.forced import Forced, forcing, passes
+from trimtab.errors import TrimtabError
 from trimtab.evaluate.intervals import RESAMPLES, Interval
 from trimtab.learn.own_answers import help_changes
 from trimtab.making.contrasts import Answer, Contrasts
+from trimtab.steering import Always, Positions
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
@@ -34,7 +36,11 @@ def effect(lm: LM, steering: Steering | None, found: Contrasts) -> Effect:
         lm: The model.
         steering: What acts from the last prompt token on, or nothing.
         found: The answers for and against.
+
+    Raises:
+        TrimtabError: A steering with other positions, a gate, or two edits at one site, which aren't read here.
     """
+    _check_read(steering)
     return _effect(found, *(_likelihoods(lm, steering, side, "bare") for side in (found.positive, found.negative)))
 
 
@@ -50,14 +56,32 @@ def prompted(lm: LM, found: Contrasts) -> Effect:
 def share_of(unsteered: Effect, steered: Effect, told: Effect, seed: int = 0) -> Interval:
     """The part of the system prompt's effect that a steering has: a ratio of means, and its bootstrap interval.
 
-    Questions are drawn, each with all three of its values.
+    Questions are drawn, each with all three of its values. A draw in which the system prompt has no effect counts as 0.
+
+    Raises:
+        TrimtabError: The system prompt has no effect, or one away from what is wanted: there is nothing to share.
     """
     questions = list(unsteered.leads)
     base, mine, full = (np.array([one.leads[q] for q in questions]) for one in (unsteered, steered, told))
+    if not (full - base).mean() > 0:
+        raise TrimtabError(
+            "the system prompts themselves don't bring the model nearer to the wanted answers, so there is nothing to"
+            " measure a steering by; say it in clearer words, or take a larger model"
+        )
     drawn = np.random.default_rng(seed).integers(len(questions), size=(RESAMPLES, len(questions)))
-    ratios = (mine - base)[drawn].mean(1) / (full - base)[drawn].mean(1)
+    gains, whole = (mine - base)[drawn].mean(1), (full - base)[drawn].mean(1)
+    ratios = np.divide(gains, whole, out=np.zeros_like(gains), where=whole > 0)
     low, high = np.quantile(ratios, [0.025, 0.975])
     return Interval(float((mine - base).mean() / (full - base).mean()), float(low), float(high))
+
+
+def _check_read(steering: Steering | None) -> None:
+    edits = steering.edits if steering is not None else ()
+    for edit in edits:
+        if edit.positions != Positions.from_last_prompt_token() or edit.gate != Always():
+            raise TrimtabError(f"an effect is read of what acts from the last prompt token on, without a gate: {edit}")
+    if len({edit.site for edit in edits}) < len(edits):
+        raise TrimtabError("effects are read of one edit a site; add up what acts at the same one")
 
 
 def _effect(found: Contrasts, positive: Sequence[float], negative: Sequence[float]) -> Effect:

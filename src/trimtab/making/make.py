@@ -15,9 +15,9 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from trimtab.data import WordCheck
-from trimtab.errors import TrimtabError
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import perplexities
+from trimtab.learn.given import check_lm
 from trimtab.making.candidates import Candidate, candidates
 from trimtab.making.contrasts import BATCH, Contrasts, check_enough, contrasts, hears_system, under
 from trimtab.making.effect import effect, prompted, share_of
@@ -92,8 +92,7 @@ def make(
     Raises:
         TrimtabError: The model's answers for and against the idea hardly differ, or it runs on another engine.
     """
-    if not hasattr(lm, "layout"):
-        raise TrimtabError("make learns on the transformers engine: LM.load(…), without another engine")
+    check_lm(lm)
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
 
     def at(what: str) -> Callable[[int, int], None] | None:
