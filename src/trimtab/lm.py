@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -13,65 +13,56 @@ from torch import Tensor
 
 from trimtab import engines
 from trimtab.decoding.rejection import Rejection
-from trimtab.engines.arguments import as_list, batches_of, marks_for, one_each, rejections_for
+from trimtab.engines.arguments import batches_of, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
-from trimtab.engines.doses import warn_of_doses
-from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
+from trimtab.engines.language_model import LanguageModel
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
+from trimtab.engines.request import Request as Asked
+from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
+from trimtab.engines.streaming import Stream
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
-from trimtab.engines.transformers.deciding import (
-    check_gates,
-    check_prompt,
-    conditionals,
-    decided,
-    read_gates,
-    read_gates_with,
-    wanted,
-)
+from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
-from trimtab.engines.transformers.layout import find_layout
+from trimtab.engines.transformers.layout import Layout, find_layout
+from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
-from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
+from trimtab.engines.transformers.next_token import first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
 from trimtab.engines.transformers.prefill import OTHERS, Prefill, decides_at_prefill
-from trimtab.engines.transformers.read import Text, check_length, read_groups, run_decoder
+from trimtab.engines.transformers.read import check_sites, read_groups, reader, run_decoder
 from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check_rejection
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
-from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
-from trimtab.steering.above import above
+from trimtab.steering import Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.steering.steering import check_steering
-from trimtab.text.chat import Prompt, Template, encode, template_digest
+from trimtab.text.chat import Prompt, Template, template_digest
 from trimtab.text.pieces import pieces
-from trimtab.text.spans import Emphasis, find_spans
-from trimtab.text.templates import check_no_keywords, with_keywords
+from trimtab.text.templates import with_keywords
 
 if TYPE_CHECKING:
     from trimtab.engines.llamacpp.model import LlamaCpp
     from trimtab.engines.vllm.lm import VllmLM
-    from trimtab.report.projections import Projections
-    from trimtab.tune.sweep import Sweep
-
-LAST = Positions.last_prompt_token()
 
 
-class LM:
-    """A model that can be steered and read.
+class LM(LanguageModel):
+    """A model of transformers' that can be steered and read.
 
     `LM.load(…)` loads one; `LM(model, tokenizer)` wraps what you have. Nothing about the model changes: hooks
     are there only while something is steered or read. `layers` names the list of blocks (`"model.layers"`)
     where it can't be found. `template` holds keywords of the chat template, such as `{"enable_thinking": False}`, with
     which all prompts are rendered, those that are learned from too.
     """
+
+    engine = "transformers"
 
     def __init__(
         self,
@@ -91,7 +82,7 @@ class LM:
         self.model = model
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
-        self.layout = find_layout(model, layers)
+        self._layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
@@ -156,6 +147,17 @@ class LM:
 
     # ---- who this is -------------------------------------------------------------------------------------
 
+    @property
+    def layout(self) -> Layout:
+        """Where the blocks are, and how wide the residual stream is."""
+        return self._layout
+
+    @property
+    def runs_in(self) -> dict[str, str]:
+        """In which `dtype` the model computes, and on what kind of `device`."""
+        parameter = next(self.model.parameters())
+        return {"dtype": str(parameter.dtype), "device": parameter.device.type}
+
     @cached_property
     def identity(self) -> ModelId:
         """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
@@ -185,187 +187,64 @@ class LM:
             check_attention(self.layout)
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
 
-    # ---- text --------------------------------------------------------------------------------------------
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token with which texts begin, by the tokenizer or by the model; `None` where neither has one."""
+        by_model = self.model.config.get_text_config(decoder=True).bos_token_id
+        return super().bos_token_id if super().bos_token_id is not None else by_model
 
-    def encode(
-        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
-    ) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
-        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
+    # ---- what is asked -----------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        steering: Steering | Sequence[Steering | None] | None = None,
-        *,
-        max_new_tokens: int = 128,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-        logprobs: bool = False,
-        batch_size: int = 32,
-        seed: int | None = None,
-        transfer: bool = False,
-        emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
-        rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
-        drop_finished: bool = False,
-        progress: Any = None,
-        **options: Any,
-    ) -> list[Generation]:
-        """Answer prompts, each under its own steering (or one for all, or none).
-
-        A prompt is a string or a list of chat messages, of which a last one of the assistant's is continued. `template`
-        holds keywords of the chat template, such as `{"enable_thinking": False}`. `options` go to transformers'
-        `generate`; decoding is greedy unless they say `do_sample=True`, with `seed` for repeatable samples. Prompts are
-        sorted by length into batches of `batch_size`; the answers come in the prompts' order, `num_return_sequences`
-        each. `progress(done, total)` is called after each batch. `transfer=True` allows a steering learned on another
-        model of the same width.
-
-        `emphasize` names what the model should heed: a phrase of every prompt, or one item for each prompt (several
-        phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
-        `rejection` weakens or rejects steering, of whatever kind, where its token is implausible, and the answers
-        then have a `trace`; with `emphasize` it is on unless it is `False`.
-
-        `drop_finished` lets rows leave their batch when they end, which is faster where answers differ in length; a
-        row then has other neighbours than in a whole batch, and near-ties may fall otherwise. It holds for greedy
-        answers without rejection or further options, of models whose rows can share a batch, and is nothing to others.
-
-        Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
-        """
-        check_no_keywords(self.tokenizer, options)
-        many = as_list(prompts)
-        steerings = one_each(steering, len(many))
-        marked = marks_for(emphasize, len(many))
-        for i, marks in enumerate(marked):
-            if marks is not None:
-                spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat, template=template)
-                towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
-                steerings[i] = towards if steerings[i] is None else steerings[i] + towards
-        rejections = rejections_for(rejection, marked)
-        for one in set(steerings) - {None}:
-            assert one is not None
-            self.check(one, transfer=transfer)
-        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
-        options = {"do_sample": False, **options}
+    def admit(self, requests: Sequence[Asked], decoding: Decoding) -> Decoding:
+        """The options that transformers' `generate` is given. Raises `TrimtabError` for what it can't take."""
+        options = {"do_sample": False, **decoding.options}
         check_options(self.model, options)
-        check_request(self.layout, [len(i) for i in ids], max_new_tokens, options)
-        for i, one in enumerate(steerings):
-            for edit in one.edits if one else ():
-                edit.positions.resolve(len(ids[i]))
-            check_prompt(one, len(ids[i]))
+        check_request(self.layout, [len(one.ids) for one in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
-        batches = batches_of(order, batch_size, steerings, rejections)
-        answers: dict[int, list[Generation]] = {}
-        requests = [
-            Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
+        rejecting = [
+            Request(len(one.ids), one.steering.edits if one.steering else (), one.rejection)
+            for one in requests
+            if one.rejection is not None
         ]
-        check_rejection([request for request in requests if request.rejection is not None], options)
-        with self._exclusive(), few_rows(self.model), seeded(seed, self.model.device):
-            for chosen in batches:
+        check_rejection(rejecting, options)
+        return replace(decoding, options=options)
+
+    def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
+        """The answers to requests that were checked, in their order, sorted by length into batches."""
+        given = {
+            "max_new_tokens": decoding.max_new_tokens,
+            "logprobs": decoding.logprobs,
+            "options": dict(decoding.options),
+        }
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
+        steerings, rejections = [one.steering for one in requests], [one.rejection for one in requests]
+        size: Any = 32 if decoding.batch_size is None else decoding.batch_size
+        answers: dict[int, list[Generation]] = {}
+        with self._exclusive(), few_rows(self.model), seeded(decoding.seed, self.model.device):
+            for chosen in batches_of(order, size, steerings, rejections):
                 found = self._answer(
-                    [ids[i] for i in chosen],
+                    [requests[i].ids for i in chosen],
                     [steerings[i] for i in chosen],
                     [rejections[i] for i in chosen],
-                    {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options},
-                    drop_finished,
+                    given,
+                    decoding.drop_finished,
                 )
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
-                if progress is not None:
-                    progress(len(answers), len(order))
-        done = [self._with_pieces(answer) for i in range(len(many)) for answer in answers[i]]
-        warn_of_doses(done, steerings)
-        return done
+                if decoding.progress is not None:
+                    decoding.progress(len(answers), len(order))
+        return [[self._with_pieces(answer) for answer in answers[i]] for i in range(len(requests))]
 
-    def stream(
-        self,
-        prompt: Prompt,
-        steering: Steering | None = None,
-        *,
-        max_new_tokens: int = 128,
-        system: str | None = None,
-        chat: bool | None = None,
-        logprobs: bool = False,
-        seed: int | None = None,
-        transfer: bool = False,
-        emphasize: Emphasis | Sequence[Emphasis] | None = None,
-        rejection: Rejection | bool | None = None,
-        **options: Any,
-    ) -> Stream:
-        """Answer one prompt, and give its text piece by piece while it is generated.
-
-        What comes is what `generate` gives for the prompt alone, under the same options. The model runs in a thread of
-        its own, and others wait for it as for `generate`.
-
-        Args:
-            prompt: A string, or a list of chat messages.
-            steering: What steers the answer.
-            max_new_tokens: Tokens at most.
-            system: A system message before the prompt.
-            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
-            logprobs: Let the result have log-probabilities.
-            seed: Of a sampled answer.
-            transfer: Allow a steering learned on another model of the same width.
-            emphasize: One phrase of the prompt, or several.
-            rejection: As `generate` has it.
-            options: They go to transformers' `generate`.
-
-        Returns:
-            An iterator of pieces, whose `result` is the `Generation` after the last one. Leaving its loop early or
-            `close()` stops the generation.
-
-        Raises:
-            TrimtabError: As `generate` does, before anything runs; for several prompts, beams or answers; and inside
-                `lm.steered(…)`.
-        """
-        one = one_request(prompt, steering, rejection, options)
+    def stream(self, prompt: Prompt, steering: Steering | None = None, **options: Any) -> Stream:
+        """As `LanguageModel.stream`, whose options it takes."""
         with self._exclusive():
             pass  # it raises inside of lm.steered(…), whose end the thread would wait for
+        return super().stream(prompt, steering, **options)
 
-        def generate(tell: Tell) -> Generation:
-            (answer,) = self.generate(
-                [one],
-                steering,
-                max_new_tokens=max_new_tokens,
-                system=system,
-                chat=chat,
-                logprobs=logprobs,
-                seed=seed,
-                transfer=transfer,
-                emphasize=None if emphasize is None else [emphasize],
-                rejection=rejection,
-                **{**options, "streamer": TokenTeller(tell)},
-            )
-            return answer
-
-        return Stream(self.tokenizer, generate)
-
-    def next_logprobs(
-        self,
-        choices: Sequence[Choice],
-        steering: Steering | Sequence[Steering | None] | None = None,
-        *,
-        batch_size: int = 32,
-        transfer: bool = False,
-        progress: Any = None,
+    def _next_logprobs(
+        self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
     ) -> list[NextToken]:
-        """How likely each text's candidate tokens are to come next, each text under its own steering.
-
-        Nothing is generated: a row costs one pass, and what rows of the same text have in common before anything is
-        steered runs once for all of them. Rows are sorted so that such ones meet in a batch of `batch_size`; the
-        results come in the order of `choices`. `progress(done, total)` is called after each batch.
-
-        Raises `TrimtabError` before anything runs for a steering or a text that doesn't fit.
-        """
-        steerings = one_each(steering, len(choices))
-        for one in set(steerings) - {None}:
-            assert one is not None
-            if any(is_score_edit(edit) for edit in one.edits):
-                raise UnsupportedError("attention scores are steered by lm.generate(…), not by lm.next_logprobs(…)")
-            self.check(one, transfer=transfer)
-        check_choices(self.layout, choices)
         reach = []
         for choice, one in zip(choices, steerings, strict=True):
             reach.append(len(choice.ids) - first_steered(one.edits if one else (), choice))
@@ -383,17 +262,12 @@ class LM:
                     progress(min(start + batch_size, len(order)), len(order))
         return [found[i] for i in range(len(choices))]
 
-    def spans(
-        self,
-        prompt: Prompt,
-        emphasize: Emphasis | Sequence[Emphasis],
-        *,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-    ) -> tuple[tuple[int, int], ...]:
-        """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
-        return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
+    def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """As `LanguageModel` has it. Raises `TrimtabError` while the model is being steered."""
+        with self._exclusive():  # nobody else's hooks: a steered model would judge itself
+            return mean_nlls(self.model, self.layout, self.name, texts)
+
+    # ---- how it is answered ------------------------------------------------------------------------------
 
     def _with_pieces(self, answer: Generation) -> Generation:
         """The answer with the text of each token, where something is known of each."""
@@ -429,12 +303,10 @@ class LM:
             held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
             if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
                 return self._steer_from_prefill(ids, steerings, given)
-        edits = self._decide(steerings, ids)
-        names = [tuple(str(edit) for edit in one) for one in edits]
-        edits = conditionals(settle(edits, read_prompts(self.layout, ids)))
+        resolved = self._resolved(steerings, ids)
         if any(rejections):
-            return self._reject(ids, edits, rejections, names, given)
-        return self._steer(ids, edits, names, given)
+            return self._reject(ids, resolved.edits, rejections, resolved.names, given)
+        return self._steer(ids, resolved.edits, resolved.names, given)
 
     def _steer_from_prefill(
         self, ids: list[list[int]], steerings: list[Steering | None], given: dict[str, Any]
@@ -497,13 +369,11 @@ class LM:
             chosen = one_each(steering, count)
             read = self._prompts_of_pass(count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
-            readings = read_gates_with(read, first.lengths[::repeat], [wanted(one) for one in chosen])
-            edits = [decided(one, found) for one, found in zip(chosen, readings, strict=True)]
-            return conditionals(settle(edits, read))
+            return resolve(chosen, first.lengths[::repeat], read).edits
 
         session = Session(self.model, self.layout, decide, prompt_lengths)
         everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
-        sites = sorted({edit.site for one in everything for edit in _possible(one)})  # type: ignore[arg-type]
+        sites = sorted({edit.site for one in everything for edit in acting(one)})  # type: ignore[arg-type]
         with self._exclusive():
             with session.hooked(sites, any_thread=True), _known_prompts(self.model, session, bool(sites)):
                 yield session
@@ -519,139 +389,55 @@ class LM:
         with steering_of(self.layout.decoder):
             yield
 
-    def _decide(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
-        """Each request's effective edits; gates that read activations read the unsteered prompt."""
-        readings = read_gates(self.layout, ids, [wanted(steering) for steering in steerings])
-        return [decided(steering, found) for steering, found in zip(steerings, readings, strict=True)]
+    def _resolved(self, steerings: Sequence[Steering | None], ids: list[list[int]]) -> Resolved:
+        """What acts on requests with these prompts, which are read by passes of their own where that has to be."""
+        return resolve(steerings, [len(prompt) for prompt in ids], reader(self.layout, ids))
 
     def _ready(self, steerings: list[Steering | None], ids: list[list[int]]) -> list[tuple[Edit, ...]]:
         """Each request's edits as a session runs them: gates decided, masks settled, conditions on tokens put in."""
-        return conditionals(settle(self._decide(steerings, ids), read_prompts(self.layout, ids)))
+        return self._resolved(steerings, ids).edits
 
     def _prompts_of_pass(self, count: int, lengths: Sequence[int] | None, first: FirstPass) -> Read:
         """Reads the prompts' activations in a first pass over them."""
 
-        def read(numbers: Sequence[int], sites: Sequence[Site]) -> dict[int, dict[Site, Tensor]]:
+        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             inputs = {**compat.without_cache(first.inputs), "use_cache": False}
             activations = run_decoder(self.layout, inputs, sites)
             repeat = len(first.lengths) // count
             found = {}
-            for request in numbers:
+            for request, positions in where.items():
                 row = request * repeat
                 if lengths is not None and first.lengths[row] != lengths[request]:
                     raise TrimtabError(
                         "a gate or mask can't be decided from a part of the prompt; prefill it in one pass"
                     )
                 stop = first.last[row] + 1
-                columns = slice(stop - first.lengths[row], stop)
+                columns = [stop - first.lengths[row] + position for position in positions]
                 found[request] = {site: x[row, columns] for site, x in activations.items()}
             return found
 
         return read
 
-    def project(
-        self,
-        text: Prompt,
-        steering: Steering,
-        layers: int | Iterable[int] | None = None,
-        *,
-        transfer: bool = False,
-    ) -> Projections:
-        """How each token's activation lies along a steering's directions: what the steering reads in a text.
-
-        The text is read unsteered, each direction where the steering acts (the output of a block, mostly).
-
-        Args:
-            text: A string, which is read as it is, or messages, which the chat template renders; where these end with
-                the assistant's, nothing comes after it.
-            steering: What has the directions. What is added with a negative strength is turned round.
-            layers: Of the steering's layers, these; by default all.
-            transfer: Allow a steering learned on another model of the same width.
-
-        Returns:
-            Tokens, with cosines and projections by layer; in a notebook the coloured text.
-
-        Raises:
-            TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
-        """
-        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
-        return found
-
-    def sweep(
-        self,
-        steering: Steering,
-        *,
-        layers: int | Iterable[int] | None = None,
-        strengths: float | Iterable[float] = (0.5, 1.0, 1.5),
-        prompts: Prompt | Sequence[Prompt] | None = None,
-        check: Callable[[str], bool | float] | None = None,
-        max_new_tokens: int = 48,
-        **options: Any,
-    ) -> Sweep:
-        """Try a steering at each of its layers alone, at several strengths, as rows of shared batches.
-
-        Args:
-            steering: What was learned, best at several layers at once.
-            layers: Of the steering's layers, these; by default all.
-            strengths: Multiples of the steering.
-            prompts: What is asked; by default eight of the package's queries.
-            check: A function of an answer's text that says whether it passes: yes or no, or a number.
-            max_new_tokens: Tokens of an answer at most.
-            options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
-                `trimtab.tune.Guard`, or `None`), and what `generate` takes besides.
-
-        Returns:
-            A row for each layer and strength: the share that passes, the dose, the repeated share and the perplexity
-            under the unsteered model. `best()` is one of them, whose `steering` is ready to use.
-
-        Raises:
-            TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
-                `generate` does.
-        """
-        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
-        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
-        return found
-
     # ---- activations -------------------------------------------------------------------------------------
 
-    def capture(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sites: Site | int | Sequence[Site | int],
-        positions: Positions = LAST,
-        *,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-    ) -> list[dict[Site, Tensor]]:
-        """The activations of prompts: for each prompt, `{site: [positions, width]}`, in the model's dtype.
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raises `TrimtabError` for a site that the model doesn't have."""
+        check_sites(self.layout, sites)
 
-        An integer site is the residual stream after that block; one site needs no list. Works inside
-        `lm.steered(…)` too, and then reads what the steering made of the activations.
-        """
-        listed = [sites] if isinstance(sites, (int, Site)) else sites
-        wanted = [site if isinstance(site, Site) else Site(site) for site in listed]
-        if not isinstance(positions, Positions):
-            raise TrimtabError(f"positions are Positions, got {positions!r}; write Positions.parse('all'), say")
-        texts = []
-        for i, prompt in enumerate(as_list(prompts)):
-            ids = self.encode(prompt, system=system, chat=chat, template=template)
-            check_length(self.layout, len(ids), f"prompt {i + 1}")
-            spans = positions.resolve(len(ids))
-            where = sorted({p for a, b in spans for p in range(a, len(ids) if b is None else min(b, len(ids)))})
-            if not where:
-                raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
-            texts.append(Text(ids, where))
-        found: dict[int, dict[Site, Tensor]] = {}
-        for batch in read_groups(self.layout, [[text] for text in texts], wanted):
-            for n, i in enumerate(batch.groups):
-                found[i] = {site: batch.values[site][n][0] for site in wanted}
-        return [found[i] for i in range(len(texts))]
-
-
-def _possible(steering: Steering) -> tuple[Edit, ...]:
-    """The edits that may act: all but those of strength 0."""
-    return tuple(edit for edit in steering.edits if edit.strength != 0)
+    def _read(
+        self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
+    ) -> Iterator[Batch]:
+        if steering is None:
+            yield from read_groups(self.layout, groups, sites, tokens_per_batch=tokens)
+            return
+        for g, group in enumerate(groups):  # each text alone, and whole: its end is where position rules count from
+            members = []
+            for text in group:
+                whole = Text(text.ids, range(len(text.ids)))
+                with self.steered(steering, transfer=True):
+                    (batch,) = read_groups(self.layout, [[whole]], sites)
+                members.append({site: batch.values[site][0][0][list(text.positions)] for site in sites})
+            yield Batch([g], {site: [[member[site] for member in members]] for site in sites})
 
 
 @contextmanager

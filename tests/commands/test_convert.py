@@ -159,7 +159,7 @@ def test_generating_with_llama_cpp(trimtab, model, tmp_path):
     for more, words in (
         (["--model", model, "--engine", "llamacpp"], "runs .gguf files"),
         (["--model", file, "--engine", "ollama"], "no engine 'ollama'"),
-        (["--model", file, "--engine", "llamacpp", "--rejection"], "use transformers"),
+        (["--model", file, "--engine", "llamacpp", "--rejection"], "no rejection"),
         (["--model", file, "--engine", "llamacpp", "--device", "meta"], "takes no device"),
     ):
         done = trimtab("generate", *more, *given)

@@ -29,9 +29,13 @@ from trimtab import (
     Threshold,
     TrimtabError,
     UnsupportedError,
+    learn_bipo,
     learn_caa,
+    learn_iti,
 )
 from trimtab.engines.llamacpp.context import Context
+from trimtab.engines.request import Choice
+from trimtab.report.tokens import token_cosines
 
 if importlib.util.find_spec("xllamacpp") is None:
     pytest.skip("needs trimtab[llamacpp]", allow_module_level=True)
@@ -166,19 +170,54 @@ def test_an_answer_comes_in_pieces(llama):
         break
     assert repr(left) == "Stream(stopped)"
     assert llama.generate(PROMPTS[0], adding(1), max_new_tokens=NEW) == [whole]
-    with pytest.raises(UnsupportedError, match="can't steer attention"):
+    with pytest.raises(UnsupportedError, match="the llamacpp engine has no emphasis"):
         llama.stream(PROMPTS[0], emphasize="sea")
     with pytest.raises(TrimtabError, match="answers one prompt, got 4"):
         llama.stream(PROMPTS)
 
 
-def test_learning_is_for_another_engine(llama):
-    with pytest.raises(UnsupportedError, match=r"LlamaCpp runs steerings, and can't learn them"):
-        learn_caa(llama, [("Why?", "So.")])
-    with pytest.raises(UnsupportedError, match="llamacpp engine has no sweep; the transformers engine can"):
+@pytest.mark.parametrize("pairs", [[("Why?", "So."), ("the sea", "a sea")], [("Why?", "So.", "the sea")]])
+def test_it_learns_alike(lm, llama, pairs):
+    ours, theirs = (learn_caa(one, pairs, range(LAYERS)) for one in (llama, lm))
+    assert ours.card.data == theirs.card.data
+    for mine, other in zip(ours.edits, theirs.edits, strict=True):
+        v, w = mine.operation.direction, other.operation.direction
+        assert (mine.site, mine.positions) == (other.site, other.positions)
+        assert torch.cosine_similarity(v, w, dim=0) >= 0.9999
+
+
+def test_next_tokens_are_as_likely(lm, llama):
+    """Positions count from the prompt, also where some of the answer is there already."""
+    choices, steerings = [], []
+    for rule in ("all", "generated", "last-prompt-token"):
+        for prompt in PROMPTS[:2]:
+            ids = lm.encode(prompt)
+            choices += [Choice([*ids, *ids[:beyond]], len(ids), (3, 4)) for beyond in (0, 2)]
+            steerings += 2 * [adding(1, 3, positions=Positions.parse(rule))]
+    ours, theirs = (one.next_logprobs(choices, steerings) for one in (llama, lm))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.logprobs == pytest.approx(other.logprobs, abs=2e-4)
+        assert mine.applied.edits == other.applied.edits
+
+
+def test_what_it_hasnt_is_said_before_anything_runs(llama):
+    with pytest.raises(UnsupportedError, match=r"no perplexities: .*; the transformers engine can"):
         llama.sweep(adding(1))
-    with pytest.raises(UnsupportedError, match="llamacpp engine has no project"):
-        llama.project("Why?", adding(1))
+    with pytest.raises(UnsupportedError, match=r"no learning by gradients, .* what it has learned runs on this"):
+        learn_bipo(llama, [("Why?", "So.", "the sea")])
+    with pytest.raises(UnsupportedError, match=r"outputs only, not .*heads.*; the transformers engine can"):
+        learn_iti(llama, [("Why?", "So.", "the sea"), ("When?", "Now.", "Never.")])
+    assert llama.supports(adding(1), "streaming") is None
+    assert "no gates" in llama.supports(adding(1).when(Threshold(Site(1), vector(1), 0.5)))
+    with pytest.raises(TrimtabError, match="no feature 'speed'; features: emphasis"):
+        llama.supports(None, "speed")
+
+
+def test_how_tokens_lie_along_a_direction(lm, llama):
+    ours, theirs = (token_cosines(one, adding(1, 3), "the sea ü") for one in (llama, lm))
+    assert [one.layer for one in ours] == [1, 3]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.cosines == pytest.approx(other.cosines, abs=1e-4)
 
 
 def test_each_prompt_under_its_own(llama):
@@ -286,8 +325,8 @@ def test_what_makes_no_sense_is_refused(llama, folder):
     ask("which has", "Why?", adding(1, positions=Positions.span(100, 200)))
     ask("context holds 128", "sea " * 200)
     ask("from 1, got 0", "Why?", max_new_tokens=0)
-    ask("steer attention", "Why?", emphasize=Phrase("Why"))
-    ask("reject tokens", "Why?", rejection=True)
+    ask("no emphasis", "Why?", emphasize=Phrase("Why"))
+    ask("no rejection", "Why?", rejection=True)
     ask("no option 'num_beams'", "Why?", num_beams=2)
     ask("above 0", "Why?", do_sample=True, temperature=0.0)
     ask("top_p in", "Why?", do_sample=True, top_p=1.5)

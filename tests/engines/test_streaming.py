@@ -214,6 +214,3 @@ def test_an_engine_that_cannot_stream_says_what_can() -> None:
 
     with pytest.raises(UnsupportedError, match=r"gives whole answers here; lm.generate\(…\) has them"):
         VllmLM.__new__(VllmLM).stream(TEXT)
-    for name in ("sweep", "project"):
-        with pytest.raises(UnsupportedError, match=f"the vllm engine has no {name}; the transformers engine can"):
-            getattr(VllmLM.__new__(VllmLM), name)(TEXT, pushes())

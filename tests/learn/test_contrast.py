@@ -7,7 +7,6 @@ from tiny import LAYERS, WIDTH, direction, prompt
 
 from trimtab import LM, Site, TrimtabError
 from trimtab.engines.transformers.read import Text
-from trimtab.learn import contrast as module
 from trimtab.learn.contrast import contrast, contrast_many
 from trimtab.learn.moments import PairMoments
 
@@ -152,13 +151,13 @@ def test_many_at_once_equal_each_alone(lm: LM) -> None:
 
 def test_many_read_each_text_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Text] = []
-    original = module.read_groups
+    original = LM.read
 
-    def counted(layout, groups, sites, **options):
+    def counted(lm, groups, sites, **options):
         read.extend(text for group in groups for text in group)
-        return original(layout, groups, sites, **options)
+        return original(lm, groups, sites, **options)
 
-    monkeypatch.setattr(module, "read_groups", counted)
+    monkeypatch.setattr(LM, "read", counted)
     sets = many_sets(lm)
     contrast_many(lm, {**sets, "again": sets["a"]}, [1])
     keys = [tuple(text.ids) for text in read]

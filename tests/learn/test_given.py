@@ -11,6 +11,7 @@ from tiny import prompt
 
 import trimtab
 from trimtab import LM, Pair, TrimtabError, UnsupportedError, learn_caa, learn_instruct, learn_repe
+from trimtab.engines.vllm.lm import VllmLM
 from trimtab.learn.given import check_lm
 from trimtab.methods.recipe import recipes
 from trimtab.text.pairs import as_pairs, digest
@@ -100,12 +101,13 @@ def test_every_method_wants_the_lm_and_not_its_model(lm: LM, name: str) -> None:
             getattr(trimtab, recipe.function)(wrong, *given)
 
 
-def test_an_engine_that_cannot_learn_says_so() -> None:
-    class Runs:
-        def capture(self) -> None: ...
-
-    with pytest.raises(UnsupportedError, match=r"Runs runs steerings, and can't learn them; load .* without engine="):
-        check_lm(Runs())
+def test_an_engine_that_cannot_learn_like_this_says_so() -> None:
+    lm = VllmLM.__new__(VllmLM)
+    check_lm(lm)
+    with pytest.raises(
+        UnsupportedError, match=r"the vllm engine has no learning by gradients, .*; the transformers engine can"
+    ):
+        check_lm(lm, "training")
 
 
 def test_layers_are_whole_numbers(lm: LM) -> None:

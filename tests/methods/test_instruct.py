@@ -138,14 +138,12 @@ class TestWhatIsRead:
     @pytest.mark.parametrize("chat", [True, False])
     def test_both_arms_end_alike_and_begin_once(self, lm: LM, chat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """With a template the last token is the same in both arms; there is one beginning-of-text token."""
-        from trimtab.learn import contrast as module
-
         read_texts: list = []
-        original = module.read_groups
+        original = LM.read
         monkeypatch.setattr(
-            module,
-            "read_groups",
-            lambda layout, groups, sites, **o: (read_texts.extend(groups), original(layout, groups, sites, **o))[1],
+            LM,
+            "read",
+            lambda lm, groups, sites, **o: (read_texts.extend(groups), original(lm, groups, sites, **o))[1],
         )
         templated = with_template(lm, TEMPLATE if chat else None)
         learn_instruct(templated, PAIRS, 1)
@@ -186,16 +184,14 @@ class TestManyAtOnce:
             steering_from(moments, 2)
 
     def test_each_query_is_read_once(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
-        from trimtab.learn import contrast as module
-
         count: list[int] = []
-        original = module.read_groups
+        original = LM.read
 
-        def counted(layout, groups, sites, **options):
+        def counted(lm, groups, sites, **options):
             count.append(sum(len(group) for group in groups))
-            return original(layout, groups, sites, **options)
+            return original(lm, groups, sites, **options)
 
-        monkeypatch.setattr(module, "read_groups", counted)
+        monkeypatch.setattr(LM, "read", counted)
         learn_many(lm, SETS, [1])
         assert count == [len(QUERIES) + sum(len(pairs) for pairs in SETS.values())]
 

@@ -36,6 +36,11 @@ class Applied:
         return max((dose.ratio for dose in self.doses), default=0.0)
 
     @property
+    def dose_if_measured(self) -> float:
+        """`dose`, and NaN where edits acted on an engine that doesn't measure doses."""
+        return math.nan if self.edits and not self.doses else self.dose
+
+    @property
     def overall(self) -> float:
         """The dose over all sites: the root of the sum of their squares; 0 when nothing was steered.
 

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices
+from trimtab.engines.contract import check_choices
+from trimtab.engines.request import Choice, NextToken
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.answers import check_names, run
 from trimtab.evaluate.records import Record, Request
@@ -24,7 +25,7 @@ from trimtab.text.pairs import SYSTEMS
 from trimtab.text.read import read_text
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 LETTERS = ("A", "B")
 SCORES = ("matching", "mass", "chosen")
@@ -243,7 +244,7 @@ def _record(request: Request, item: ABItem, found: NextToken, digests: Mapping[i
         finish="scored",
         steering=digests.get(id(request.steering)),
         edits=found.applied.edits,
-        dose=found.applied.dose,
+        dose=found.applied.dose_if_measured,
         scores={"matching": q, "mass": math.exp(matching) + math.exp(other), "chosen": float(q > 0.5)},
         group=request.group,
     )

@@ -16,8 +16,8 @@ from trimtab.evaluate.records import FORMAT, KEY, Record, Request, split_records
 from trimtab.files.steering_file import steering_digest
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.engines.transformers.generate import Generation
-    from trimtab.lm import LM
 
 Score = Callable[[Request, "Generation"], dict[str, float]]
 Make = Callable[[int, Sequence[Request], Mapping[int, str]], list[Record]]
@@ -83,7 +83,7 @@ def answer(
                 finish=one.finish_reason,
                 steering=digests.get(id(request.steering)),
                 edits=one.applied.edits,
-                dose=one.applied.dose,
+                dose=one.applied.dose_if_measured,
                 seed=drawn,
                 scores=score(request, one),
                 group=request.group,
@@ -182,10 +182,10 @@ def _header(
     arms: dict[str, list[Any]] = {}
     for r in requests:
         arms.setdefault(r.arm, []).append([r.item, r.prompt, digests.get(id(r.steering)), r.group])
-    parameter = next(lm.model.parameters())
     run = {
         "about": dict(about or {}),
-        "model": {**asdict(lm.identity), "dtype": str(parameter.dtype), "device": parameter.device.type},
+        "model": {**asdict(lm.identity), **lm.runs_in},
+        **({} if lm.engine == "transformers" else {"engine": lm.engine}),
         "options": dict(settings),
         "arms": {name: {"requests": len(rows), "digest": _digest(rows)} for name, rows in arms.items()},
         "versions": {name: version(name) for name in ("trimtab", "transformers", "torch")},

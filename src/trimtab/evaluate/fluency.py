@@ -7,27 +7,18 @@ that of unsteered answers), or it runs in circles (the perplexity falls towards 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from trimtab.engines.transformers.read import TOKENS_PER_BATCH, check_length
+from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
 from trimtab.errors import TrimtabError
-from trimtab.steering.tensors import to_float64
 from trimtab.text.repetition import UNIT, repeated_share
 
 if TYPE_CHECKING:
-    from trimtab.engines.transformers.generate import Generation
-    from trimtab.lm import LM
+    from trimtab.engines.answer import Generation
+    from trimtab.engines.language_model import LanguageModel
     from trimtab.text.chat import Prompt
-
-LOGITS = 16_000_000
-"""How many logits are held at a time: 64 MiB in float32, whatever the size of the vocabulary."""
 
 Progress = Callable[[int, int], None]
 
@@ -50,7 +41,7 @@ class Fluency:
 
 
 def fluencies(
-    lm: LM,
+    lm: LanguageModel,
     contexts: Sequence[Prompt],
     answers: Sequence[Generation],
     *,
@@ -90,9 +81,8 @@ def distinct_n(answer: str, n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-@torch.no_grad()
 def perplexities(
-    lm: LM,
+    lm: LanguageModel,
     texts: Sequence[tuple[Sequence[int], Sequence[int]]],
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -110,21 +100,21 @@ def perplexities(
     different texts.
 
     Raises `TrimtabError` for a text longer than the model's context, logits that aren't numbers, an empty context
-    where no token can stand for the start, and while the model is being steered.
+    where no token can stand for the start, while the model is being steered, and for an engine without perplexities.
     """
+    lm.require("perplexity")
     start = None if all(len(context) for context, _ in texts) else _start(lm)
     keys = [(tuple(context or start or ()), tuple(answer)) for context, answer in texts]
     for i, (context, answer) in enumerate(keys):
         check_length(lm.layout, len(context) + len(answer), f"text {i + 1}")
     waiting = sorted({key for key in keys if key[1]}, key=lambda key: (len(key[0]) + len(key[1]), key))
     found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
-    with lm._exclusive():  # nobody else's hooks: a steered model would judge itself
-        while waiting:
-            rows = _fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
-            batch, waiting = waiting[:rows], waiting[rows:]
-            found |= zip(batch, _mean_nll(lm, batch), strict=True)
-            if progress is not None:
-                progress(len(found), len(found) + len(waiting))
+    while waiting:
+        rows = _fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
+        batch, waiting = waiting[:rows], waiting[rows:]
+        found |= zip(batch, lm.answer_nlls(batch), strict=True)
+        if progress is not None:
+            progress(len(found), len(found) + len(waiting))
     return [_exp(found[key]) if key[1] else math.inf for key in keys]
 
 
@@ -136,82 +126,9 @@ def _fitting(lengths: Sequence[int], budget: int) -> int:
     return rows
 
 
-def _mean_nll(lm: LM, batch: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[float]:
-    """The mean negative log-probability of each answer's tokens, in nats. One pass of the decoder."""
-    decoder = lm.layout.decoder
-    device = next(decoder.parameters()).device
-    width = max(len(context) + len(answer) for context, answer in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, (context, answer) in enumerate(batch):
-        ids[row, : len(context) + len(answer)] = torch.tensor([*context, *answer])
-        mask[row, : len(context) + len(answer)] = 1
-    inputs: dict[str, Any] = {
-        "input_ids": ids.to(device),
-        "attention_mask": mask.to(device),
-        "use_cache": False,
-    }
-    if "position_ids" in signature(type(decoder).forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
-    output = decoder(**inputs)
-    hidden = output.last_hidden_state
-    rows = torch.tensor([row for row, (_, answer) in enumerate(batch) for _ in answer])
-    before = torch.tensor([len(context) + i - 1 for context, answer in batch for i in range(len(answer))])
-    tokens = torch.tensor([token for _, answer in batch for token in answer])
-    each = _token_nll(lm, type(output), hidden[rows.to(hidden.device), before.to(hidden.device)], tokens)
-    sums = torch.zeros(len(batch), dtype=torch.float64).index_add_(0, rows, each)
-    return [total / len(answer) for total, (_, answer) in zip(sums.tolist(), batch, strict=True)]
-
-
-def _token_nll(lm: LM, output: type, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """`[tokens]`, float64: the negative log-probability of each token, from the hidden state `[width]` before it.
-
-    `output` is the class of what the decoder returns.
-    """
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
-    parts = []
-    each = max(1, LOGITS // vocabulary)
-    with _decoder_gives(lm, output) as give:
-        for some, wanted in zip(hidden.split(each), tokens.split(each), strict=True):
-            logits = give(some)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            chosen = logits.gather(-1, wanted.to(logits.device)[:, None])[:, 0]
-            parts.append(to_float64(logits.logsumexp(-1) - chosen))
-    found = torch.cat(parts)
-    if found.isnan().any():
-        raise TrimtabError(f"{lm.name} gives logits that are not numbers; load it in float32 or bfloat16")
-    return found
-
-
-@contextmanager
-def _decoder_gives(lm: LM, output: type) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Yields hidden states `[tokens, width]` → logits `[tokens, vocabulary]`, as the whole model computes them.
-
-    The model's own forward runs, with a decoder that hands it these states: so the scales and caps that some
-    families put on their logits are there, without a list of families.
-    """
-    decoder = lm.layout.decoder
-    own = vars(decoder).get("forward")  # accelerate puts one there
-    given: list[Tensor] = []
-    decoder.forward = lambda *_, **__: output(last_hidden_state=given[0][None])
-
-    def logits(hidden: Tensor) -> Tensor:
-        given[:] = [hidden]
-        one = torch.zeros(1, 1, dtype=torch.long, device=next(decoder.parameters()).device)
-        return lm.model(input_ids=one, use_cache=False).logits[0]
-
-    try:
-        yield logits
-    finally:
-        del decoder.forward
-        if own is not None:
-            decoder.forward = own
-
-
-def _start(lm: LM) -> tuple[int, ...]:
+def _start(lm: LanguageModel) -> tuple[int, ...]:
     """The token with which a text begins that has nothing before it."""
-    config = lm.model.config.get_text_config(decoder=True)
-    for token in (lm.tokenizer.bos_token_id, config.bos_token_id, lm.tokenizer.eos_token_id):
+    for token in (lm.bos_token_id, lm.tokenizer.eos_token_id):
         if isinstance(token, int):
             return (token,)
     raise TrimtabError(f"{lm.name} has no token for the start of a text; give a context before each answer")

@@ -249,7 +249,7 @@ class LocalJudge:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        dtype = str(next(self.lm.model.parameters()).dtype)
+        dtype = self.lm.runs_in["dtype"]
         return {
             "local": self.lm.name,
             "weights": self.lm.identity.fingerprint,

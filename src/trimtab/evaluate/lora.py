@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from trimtab.engines.transformers.read import check_length, padded
+from trimtab.engines.contract import check_length
+from trimtab.engines.transformers.read import padded
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
 from trimtab.lm import LM
@@ -66,7 +67,8 @@ def description(lm: LM, pairs: Sequence[Pair], side: Side, lora: Lora = Lora()) 
     """All that the result of `finetuned` depends on, as plain values."""
     here = lm.identity
     model = {"width": here.width, "layers": here.layers, "fingerprint": here.fingerprint}
-    dtype = str(next(lm.model.parameters()).dtype)
+    lm.require("training")
+    dtype = lm.runs_in["dtype"]
     return {"pairs": digest(pairs), "count": len(pairs), "side": side, **asdict(lora), "model": model, "dtype": dtype}
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.read import Text, read_groups
+from trimtab.engines.request import Text
+from trimtab.engines.resolve import pooled, tokens_of
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import mean
 from trimtab.steering import Site
@@ -22,7 +23,7 @@ from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 Progress = Callable[[int, int], None]
 
@@ -44,7 +45,7 @@ def read_each(
         raise TrimtabError("there is nothing to learn from")
     found: dict[Site, list[list[Tensor]]] = {site: [[] for _ in groups] for site in sites}
     done = 0
-    for batch in read_groups(lm.layout, groups, sites):
+    for batch in lm.read(groups, sites):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
                 found[site][g] = [to_float64(mean(x) if pooled else x) for x in members]
@@ -66,19 +67,16 @@ def read_pooled(
     Prompts are rendered as `lm.generate` renders them. Raises `TrimtabError` as `read_each` does.
     """
     ids = [lm.encode(prompt) for prompt in prompts]
-    tokens = [{reading: reading.tokens(len(one)) for reading in readings} for one in ids]
-    positions = [sorted({p for where in one.values() for p in where}) for one in tokens]
+    positions = [tokens_of(readings, len(one)) for one in ids]
     groups = [[Text(one, where)] for one, where in zip(ids, positions, strict=True)]
     sites = sorted({reading.site for reading in readings})
     found = read_each(lm, groups, sites, progress=progress)
-    pooled = {}
-    for reading in readings:
-        rows = []
-        for i, where in enumerate(positions):
-            at = {p: n for n, p in enumerate(where)}
-            rows.append(reading.pooled(found[reading.site][i][0][[at[p] for p in tokens[i][reading]]]))
-        pooled[reading] = torch.stack(rows)
-    return pooled
+    rows: dict[Reading, list[Tensor]] = {reading: [] for reading in readings}
+    for i, one in enumerate(ids):
+        values = {site: found[site][i][0] for site in sites}
+        for reading, x in pooled(readings, len(one), positions[i], values).items():
+            rows[reading].append(x)
+    return {reading: torch.stack(each) for reading, each in rows.items()}
 
 
 def pair_texts(

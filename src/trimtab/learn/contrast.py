@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.read import TOKENS_PER_BATCH, Batch, Text, read_groups
+from trimtab.engines.contract import TOKENS_PER_BATCH
+from trimtab.engines.request import Batch, Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.moments import PairMoments
 from trimtab.steering import Card, Site
@@ -22,7 +23,7 @@ from trimtab.steering.tensors import to_float64
 from trimtab.text.pairs import Pair, digest
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 Progress = Callable[[int, int], None]
 TextPair = tuple[Text, Text]
@@ -48,7 +49,7 @@ def contrast(
     sites = [Site(layer) for layer in layers]
     moments = {layer: PairMoments(lm.layout.width) for layer in layers}
     done = 0
-    for batch in read_groups(lm.layout, pairs, sites, tokens_per_batch=tokens_per_batch):
+    for batch in lm.read(pairs, sites, tokens_per_batch=tokens_per_batch):
         for site in sites:
             values = _means(batch, site)  # [pairs, 2, width]
             moments[site.layer].add(values[:, 0], values[:, 1])
@@ -86,7 +87,7 @@ def contrast_many(
     sites = [Site(layer) for layer in layers]
     moments = {name: {layer: PairMoments(lm.layout.width) for layer in layers} for name in sets}
     done, total = 0, sum(len(pairs) for pairs in sets.values())
-    for batch in read_groups(lm.layout, groups, sites, tokens_per_batch=budget):
+    for batch in lm.read(groups, sites, tokens_per_batch=budget):
         places: dict[str, list[tuple[int, int]]] = {}
         for row, g in enumerate(batch.groups):
             for name, member in uses[g]:

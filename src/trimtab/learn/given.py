@@ -7,12 +7,22 @@ from typing import Any
 
 from torch import nn
 
-from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.engines.language_model import LanguageModel
+from trimtab.errors import TrimtabError
 from trimtab.text.pairs import Pair, Pairs, as_pairs
 
 
-def check_lm(lm: Any) -> None:
-    """Raises `TrimtabError` unless this is an `LM`, whose activations can be read here, saying what to give instead."""
+def check_lm(lm: Any, *features: str) -> None:
+    """Raises unless this is an `LM`, of an engine that can do what is needed to learn.
+
+    Args:
+        lm: What was given.
+        features: Those of `trimtab.engines.contract.FEATURES` that are needed beside reading activations.
+
+    Raises:
+        TrimtabError: It is something else; it says what to give instead.
+        UnsupportedError: Its engine hasn't one of the features.
+    """
     if isinstance(lm, nn.Module):
         raise TrimtabError(
             f"a steering is learned with the LM, and this is a model ({type(lm).__name__}): give lm where you gave"
@@ -20,15 +30,12 @@ def check_lm(lm: Any) -> None:
         )
     if isinstance(lm, (str, Path)):
         raise TrimtabError(f"a steering is learned with an LM, got {str(lm)!r}: give LM.load({str(lm)!r})")
-    if not hasattr(lm, "capture"):
+    if not isinstance(lm, LanguageModel):
         raise TrimtabError(f"a steering is learned with an LM, got {type(lm).__name__}: give LM.load(…) first")
-    if not hasattr(lm, "layout"):
-        raise UnsupportedError(
-            f"{type(lm).__name__} runs steerings, and can't learn them; load the model without engine= for that"
-        )
+    lm.require(*features)
 
 
-def pairs_for(lm: Any, pairs: Pairs) -> list[Pair]:
+def pairs_for(lm: Any, pairs: Pairs, *features: str) -> list[Pair]:
     """The pairs that a model is to learn from. Raises `TrimtabError` as `check_lm` and `as_pairs` do."""
-    check_lm(lm)
+    check_lm(lm, *features)
     return as_pairs(pairs)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import as_rows, row_of
+from trimtab.engines.request import Text
 from trimtab.engines.transformers.forced import Change, Forced, forcing, passes
-from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, contrast
 from trimtab.learn.teachers import Teacher

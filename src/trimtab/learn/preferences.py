@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import check_length
 from trimtab.engines.transformers.forced import Change, Forced, Forcing, forcing, passes
 from trimtab.engines.transformers.places import place
-from trimtab.engines.transformers.read import check_length
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimtab.engines.transformers.read import Text
+from trimtab.engines.request import Text
 from trimtab.learn.contrast import contrast, versions
 from trimtab.learn.own_answers import Answers
 from trimtab.making.contrasts import Contrasts

@@ -92,7 +92,7 @@ def make(
     Raises:
         TrimtabError: The model's answers for and against the idea hardly differ, or it runs on another engine.
     """
-    check_lm(lm)
+    check_lm(lm, "training")
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
 
     def at(what: str) -> Callable[[int, int], None] | None:

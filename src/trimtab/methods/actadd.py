@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from trimtab.engines.transformers.read import Text
+from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_each
 from trimtab.learn.contrast import check_layers, versions
@@ -20,8 +20,8 @@ from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.positions import END, Bound
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="actadd",

@@ -92,7 +92,7 @@ def learn_bipo(
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
     """
-    pairs = pairs_for(lm, pairs)
+    pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
     if not beta > 0:
         raise TrimtabError(f"beta scales the log-ratios and is above 0, got {beta}; the paper has 0.1")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.read import Text, read_groups
+from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
@@ -32,7 +32,7 @@ from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
 from trimtab.text.pairs import Pair, Pairs, sides
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 __all__ = [
     "BASE_FORMAT",
@@ -317,7 +317,7 @@ def activations(
     groups = answer_texts(lm, pairs, read_at)
     found = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
     done = 0
-    for batch in read_groups(lm.layout, groups, [Site(layer) for layer in chosen]):
+    for batch in lm.read(groups, [Site(layer) for layer in chosen]):
         for site, members in batch.values.items():
             for g, member in zip(batch.groups, members, strict=True):
                 found[site.layer][g] = torch.cat([mean(text).float() for text in member]).cpu()

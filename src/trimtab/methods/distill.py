@@ -122,7 +122,7 @@ def learn_distill(
     Raises:
         TrimtabError: Too few answers do what the teacher says, or an argument that can't be.
     """
-    check_lm(lm)
+    check_lm(lm, "training")
     teacher = _teacher(teacher, instruction, system)
     how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
     plan = _plan(lm, layers, fit, rank, how, with_prompt)

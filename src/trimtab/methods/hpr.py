@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.read import Text
+from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
@@ -27,8 +27,8 @@ from trimtab.steering.rotations import angle_sizes, predicted_angle
 from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="hpr",

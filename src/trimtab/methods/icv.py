@@ -20,8 +20,8 @@ from trimtab.steering import AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="icv",

@@ -26,8 +26,8 @@ from trimtab.text.chat import Prompt
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="inferaligner",

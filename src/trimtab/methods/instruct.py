@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from trimtab.engines.transformers.read import Text
+from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
@@ -26,7 +26,7 @@ from trimtab.text.answers import encode_prompt
 from trimtab.text.pairs import Pair, Pairs, Side, sides
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 RECIPE = Recipe(
     name="instruct",

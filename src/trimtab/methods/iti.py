@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.request import Text
 from trimtab.engines.transformers.places import head_size, query_heads
-from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import pairs_for
@@ -134,6 +134,7 @@ def rank_heads(
         raise TrimtabError(f"unknown direction {direction!r}; directions: mean, probe")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
     fitted, held = split(pairs, validation, seed)
+    lm.check_sites([Site(layer, "heads") for layer in chosen])
     groups = answer_texts(lm, pairs)
     x = _read(lm, groups, chosen, progress)  # {layer: [pairs, 2, heads, size]}
     others: dict[int, Tensor] = {}
@@ -184,7 +185,7 @@ def _read(
     heads = query_heads(lm.layout)
     found: dict[int, Tensor] = {}
     done = 0
-    for batch in read_groups(lm.layout, groups, sites):
+    for batch in lm.read(groups, sites):
         for site in sites:
             values = to_float64(torch.stack([torch.cat(members) for members in batch.values[site]]))
             if not torch.isfinite(values).all():

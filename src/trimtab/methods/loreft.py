@@ -195,7 +195,7 @@ def learn_loreft(
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
     """
-    pairs = pairs_for(lm, pairs)
+    pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise TrimtabError(f"the rank is a whole number, 1 or more, got {rank!r}")

@@ -18,8 +18,8 @@ from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.random_edits import random_edits, random_unit
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="random",

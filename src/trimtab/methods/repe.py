@@ -23,8 +23,8 @@ from trimtab.text.answers import LAST, ReadAt, as_read_at
 from trimtab.text.pairs import Pairs, digest
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="repe",

@@ -103,7 +103,7 @@ def learn_reps(
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.
     """
-    pairs = pairs_for(lm, pairs)
+    pairs = pairs_for(lm, pairs, "training")
     held_out = None if held_out is None else as_pairs(held_out)
     strengths = tuple(float(factor) for factor in factors)
     if not strengths or not all(factor > 0 and math.isfinite(factor) for factor in strengths):

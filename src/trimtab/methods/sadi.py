@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.places import place, query_heads
-from trimtab.engines.transformers.read import read_groups
+from trimtab.engines.transformers.places import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import pairs_for
@@ -160,15 +159,16 @@ def differences_at(
     lm: LM, pairs: Sequence[Pair], sites: Sequence[Site], *, progress: Progress | None = None
 ) -> dict[Site, Tensor]:
     """`read_differences` at any sites, of several kinds in one pass."""
-    moments = {where: PairMoments(place(lm.layout, where).size) for where in sites}
+    lm.check_sites(sites)
+    moments: dict[Site, PairMoments] = {}
     groups = answer_texts(lm, pairs)
     done = 0
-    for batch in read_groups(lm.layout, groups, sites):
+    for batch in lm.read(groups, sites):
         for where in sites:
             values = torch.stack([torch.cat(members) for members in batch.values[where]])  # [pairs, 2, width]
             if not torch.isfinite(values).all():
                 raise TrimtabError(f"activations at {where} are not finite; load the model in float32 or bfloat16")
-            moments[where].add(values[:, 0], values[:, 1])
+            moments.setdefault(where, PairMoments(values.shape[-1])).add(values[:, 0], values[:, 1])
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(pairs))

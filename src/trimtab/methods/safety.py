@@ -29,8 +29,8 @@ from trimtab.text.chat import Prompt
 from trimtab.text.pairs import Pair
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="safety",

@@ -35,8 +35,8 @@ from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steerin
 from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.learn.contrast import Progress
-    from trimtab.lm import LM
 
 RECIPE = Recipe(
     name="sttp",

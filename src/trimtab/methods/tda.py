@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from trimtab.engines.request import Text
 from trimtab.engines.transformers.places import output_weight
-from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import check_lm
@@ -74,7 +74,7 @@ def learn_tda(
     Raises `TrimtabError` for texts without a second token, a target that isn't between 0 and 1, and a model without
     plain MLPs or with quantized ones.
     """
-    check_lm(lm)
+    check_lm(lm, "training")
     if not 0 <= cett < 1:
         raise TrimtabError(f"cett is a share from 0 to below 1, got {cett}")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0)
@@ -162,7 +162,7 @@ def _read(lm: LM, texts: Sequence[Prompt], layers: Sequence[int], tokens: int) -
         raise TrimtabError("there is nothing to calibrate on: give texts of at least two tokens, and tokens from 1")
     sites = [Site(layer, kind) for layer in layers for kind in ("neurons", "mlp")]
     parts: dict[Site, list[Tensor]] = {site: [torch.empty(0)] * len(groups) for site in sites}
-    for batch in read_groups(lm.layout, groups, sites):
+    for batch in lm.read(groups, sites):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
                 parts[site][g] = to_float64(members[0])

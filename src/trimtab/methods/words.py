@@ -19,7 +19,7 @@ from trimtab.methods.instruct import learn_instruct
 from trimtab.steering import Positions, Steering
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 WORD_QUERIES = 20
 """How many queries a word's vector is learned from, as in the paper."""

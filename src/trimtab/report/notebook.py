@@ -95,7 +95,7 @@ def sweep_html(sweep: Sweep) -> str:
         "strength": ["" if row.layer is None else f"{row.strength:g}" for row in rows],
         "passed": [f"{row.passed:.2f}" if row.passed is not None else "" for row in rows],
         " ": [_bar(max(0.0, row.passed or 0.0), _most(rows)) for row in rows],
-        "dose": [f"{row.dose:.2f}" for row in rows],
+        "dose": ["" if math.isnan(row.dose) else f"{row.dose:.2f}" for row in rows],
         "repeated": [f"{row.repeated:.0%}" for row in rows],
         "perplexity": ["" if row.perplexity is None else f"{row.perplexity:.3g}" for row in rows],
         "breaks": ["; ".join(row.broken) for row in rows],

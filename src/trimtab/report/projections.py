@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trimtab.engines.transformers.read import Text, check_length, read_groups
+from trimtab.engines.contract import check_length
+from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
 from trimtab.report.axes import axes_or_new
 from trimtab.report.frames import frame
@@ -20,7 +21,7 @@ from trimtab.text.chat import Prompt, encode_talk
 from trimtab.text.pieces import pieces
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def project(
         raise TrimtabError("the text is empty; there is no token to read")
     check_length(lm.layout, len(ids), "the text")
     sites = {edit.site.layer: edit.site for edit in chosen.edits}
-    (batch,) = read_groups(lm.layout, [[Text(ids, list(range(len(ids))))]], [sites[layer] for layer in along])
+    (batch,) = lm.read([[Text(ids, list(range(len(ids))))]], [sites[layer] for layer in along])
     cosines, projections = {}, {}
     for layer, direction in along.items():
         values = to_float64(batch.values[sites[layer]][0][0])

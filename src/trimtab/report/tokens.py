@@ -19,7 +19,7 @@ from trimtab.report.traces import pieces
 if TYPE_CHECKING:
     from rich.text import Text
 
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.steering import Steering
 
 BLUE, RED = (47, 103, 160), (184, 62, 48)  # along the direction, and against it: as the pictures' colour map has them
@@ -89,7 +89,7 @@ def answer_cosines(
     """
     import torch
 
-    from trimtab.engines.transformers.read import Text, read_groups
+    from trimtab.engines.request import Text
     from trimtab.steering import Site
     from trimtab.steering.tensors import to_float64
 
@@ -98,7 +98,7 @@ def answer_cosines(
     where = list(range(len(prompt), len(ids)))
     if not where:
         raise TrimtabError("the answer is empty; there is no token to read")
-    (batch,) = read_groups(lm.layout, [[Text(ids, where)]], [Site(layer)])
+    (batch,) = lm.read([[Text(ids, where)]], [Site(layer)])
     values = batch.values[Site(layer)][0][0]
     cosines = torch.cosine_similarity(to_float64(values), direction[None], dim=-1)
     return TokenCosines(layer, tuple(pieces(lm.tokenizer, answer)), tuple(cosines.tolist()))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold, measure_of
+from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold, measure_of, thresholds
 from trimtab.steering.operations import TOGETHER, Kernel, Operation, Rows, with_norm_of
 
 Shape = tuple  # a gate without its numbers: ("dot",), ("not", shape), ("all", shape, …) or ("any", shape, …)
@@ -55,7 +55,7 @@ class Conditional(Operation):
         together = TOGETHER.get(self.operation.kernel)
         if together is not None:
             rows = dict(together([rows], [repr(self.operation)]))
-        for i, test in enumerate(_tests(self.gate)):
+        for i, test in enumerate(thresholds(self.gate)):
             rows[f"if.{i}.direction"] = test.direction
             rows[f"if.{i}.threshold"] = torch.tensor([test.threshold], dtype=torch.float64)
             rows[f"if.{i}.bias"] = torch.tensor([test.bias], dtype=torch.float64)
@@ -79,16 +79,6 @@ class Conditional(Operation):
 def conditional(edit: Any) -> Any:
     """The edit with its gate in its operation, where the gate is decided at each token; else the edit."""
     return replace(edit, operation=Conditional(edit.operation, edit.gate)) if edit.gate.token_sites else edit
-
-
-def _tests(gate: Gate) -> list[Threshold]:
-    if isinstance(gate, Threshold):
-        return [gate]
-    if isinstance(gate, Not):
-        return _tests(gate.gate)
-    if isinstance(gate, (AllOf, AnyOf)):
-        return [test for part in gate.gates for test in _tests(part)]
-    raise TypeError(f"{gate} is no condition on a token")
 
 
 def _shape(gate: Gate) -> Shape:

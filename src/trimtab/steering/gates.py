@@ -61,9 +61,7 @@ class Reading:
 
     def tokens(self, prompt_length: int) -> list[int]:
         """The positions that are read in a prompt of this length. Raises `TrimtabError` when there are none."""
-        spans = self.positions.resolve(prompt_length)
-        cut = [(a, prompt_length if b is None else min(b, prompt_length)) for a, b in spans]
-        found = sorted({p for a, b in cut for p in range(a, b)})
+        found = self.positions.in_prompt(prompt_length)
         if not found:
             raise TrimtabError(
                 f"a gate reads the prompt at {self.positions}, where a prompt of {prompt_length} tokens has none"
@@ -292,3 +290,11 @@ class AnyOf(_Many):
 
     def settled(self, readings: Readings) -> Gate:
         return self._left(readings, ALWAYS, NEVER)
+
+
+def thresholds(gate: Gate) -> list[Threshold]:
+    """The conditions that a gate is made of, in order."""
+    if isinstance(gate, Threshold):
+        return [gate]
+    parts = (gate.gate,) if isinstance(gate, Not) else gate.gates if isinstance(gate, _Many) else ()
+    return [one for part in parts for one in thresholds(part)]

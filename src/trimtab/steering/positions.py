@@ -145,6 +145,14 @@ class Positions:
     def from_json(cls, data: list[list[Any]]) -> Positions:
         return cls(tuple((Bound(a, i), None if b is None else Bound(b, j)) for a, i, b, j in data))
 
+    def in_prompt(self, prompt_length: int) -> list[int]:
+        """Which tokens of a prompt of this length are meant, in order; generated ones aren't among them.
+
+        Raises `TrimtabError` as `resolve` does.
+        """
+        spans = self.resolve(prompt_length)
+        return sorted({p for a, b in spans for p in range(a, prompt_length if b is None else min(b, prompt_length))})
+
     @classmethod
     def parse(cls, text: str) -> Positions:
         """From the command line: a name of `NAMED`, `opening:K`, `first:K`, `window:A:B`, `span:A:B`, `tokens:A,B`."""

@@ -19,7 +19,7 @@ from trimtab.steering.scaled import AddScaled
 from trimtab.text.chat import Prompt
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 ADDING = (Add, AddScaled, SetProjection, Ablate, ScaleElements, MaskNeurons, ReadWrite)
 GROWING = (*ADDING, Rotate, RotateInPlane, RotatePredicted)

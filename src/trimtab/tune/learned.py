@@ -13,7 +13,7 @@ from trimtab.text.pairs import Pairs
 from trimtab.tune.candidates import default_layers
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 OPERATIONS = ("add", "project")
 

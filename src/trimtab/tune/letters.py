@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from trimtab.engines.transformers.next_token import Choice, NextToken
-from trimtab.engines.transformers.read import check_length
+from trimtab.engines.contract import check_length
+from trimtab.engines.request import Choice, NextToken
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import share
 from trimtab.steering import Steering
@@ -21,7 +21,7 @@ from trimtab.tune.halving import Rung
 from trimtab.tune.tune import BATCH_SIZE, HELD_OUT, MARGIN, OnRound, Outcome, Progress, Tuned, search
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 
 def tune_letters(
@@ -88,4 +88,4 @@ def _asked(lm: LM, pair: Pair) -> Choice:
 
 
 def _outcome(found: NextToken) -> Outcome:
-    return Outcome(score=share(*found.logprobs), dose=found.applied.dose, tokens=1)
+    return Outcome(score=share(*found.logprobs), dose=found.applied.dose_if_measured, tokens=1)

@@ -28,7 +28,7 @@ from trimtab.tune.guard import STANDARD, Guard, median_perplexity
 
 if TYPE_CHECKING:
     from trimtab.engines.answer import Generation
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 PROMPTS = 8
 """How many of the package's queries are asked where no prompts are given."""
@@ -206,7 +206,7 @@ def _row(
         layer=layer,
         strength=strength,
         passed=None if check is None else mean(_checked(check, answer.text) for answer in answers),
-        dose=mean(answer.applied.dose for answer in answers),
+        dose=mean(answer.applied.dose_if_measured for answer in answers),
         repeated=mean(one.repeated for one in read),
         perplexity=median_perplexity(read),
         broken=broken,

@@ -27,7 +27,7 @@ from trimtab.tune.halving import BASELINE, Halved, Rung, Standing, halve, ladder
 from trimtab.tune.split import Split, digest_of, split_by_query
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
+    from trimtab.engines.language_model import LanguageModel as LM
 
 MARGIN = 0.1
 """How much better than not steering a setting must be on held-out prompts: so that one lucky answer in ten or more
@@ -192,7 +192,7 @@ def tune(
         return [
             Outcome(
                 score=float(check(i, answer.text, answer.finish_reason == "length")),
-                dose=answer.applied.dose,
+                dose=answer.applied.dose_if_measured,
                 tokens=len(answer.token_ids),
                 fluency=fluency,
             )

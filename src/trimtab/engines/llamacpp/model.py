@@ -4,42 +4,54 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trimtab.engines.answer import Applied, Dose, Generation
-from trimtab.engines.arguments import as_list, one_each
-from trimtab.engines.doses import warn_of_doses
+from trimtab.engines.contract import Sizes
+from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.telling import Told
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
-from trimtab.engines.streaming import Stream, Tell, one_request
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.gguf_container import read_container
-from trimtab.steering import ModelId, Positions, Site, Steering
+from trimtab.steering import ModelId, Site, Steering
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
-from trimtab.text.chat import Prompt, Template, encode, template_digest
+from trimtab.text.chat import Template, template_digest
 from trimtab.text.templates import with_keywords
 
-LAST = Positions.last_prompt_token()
+TELLING = ("streamer", "stopping_criteria")
+"""Options that hear of tokens as they come, and don't choose them."""
 
 
-class LlamaCpp:
+class LlamaCpp(LanguageModel):
     """A GGUF model in llama.cpp, which answers as `LM` does where it can.
 
     Steerings that add directions to the residual stream are honoured, at any positions, each prompt under its own;
-    others raise `UnsupportedError` before anything runs. Prompts run one after the other, so that an answer can't
-    depend on its neighbours.
+    others raise `UnsupportedError` before anything runs. Prompts run one after the other, whatever `batch_size`, so
+    that an answer can't depend on its neighbours. Of the options of `generate` there are `do_sample`, `temperature`,
+    `top_k`, `top_p` and `stop_strings`, and a `streamer` and `stopping_criteria`, which are called as transformers
+    calls them, with `[1, tokens]` ids and no scores. Doses are those of the prompt's tokens; where only generated ones
+    are steered there are none.
     """
+
+    engine = "llamacpp"
+    cannot = {  # noqa: RUF012
+        "emphasis": "llama.cpp doesn't give out attention scores",
+        "rejection": "a step has one row of logits",
+        "steered": "the model is llama.cpp's own",
+        "training": "llama.cpp has no gradients, and its weights are packed",
+        "perplexity": "a pass gives the logits of its last token alone",
+    }
 
     def __init__(
         self,
@@ -60,6 +72,7 @@ class LlamaCpp:
         self.name = name or self.path.stem
         self.threads = threads or torch.get_num_threads()
         self.cache = cache
+        self.gpu_layers = gpu_layers
         own = self.weights.metadata("tokenizer.chat_template")
         self.tokenizer = with_keywords(GgufTokenizer(self.weights.library, self.weights.vocabulary, own), template)
         self._kept: Context | None = None
@@ -100,6 +113,16 @@ class LlamaCpp:
     def __repr__(self) -> str:
         return f"LlamaCpp({self.name}, {self.weights.layers} layers, width {self.weights.width})"
 
+    @property
+    def layout(self) -> Sizes:
+        """How many blocks there are, how wide the stream is, and how many tokens fit."""
+        return Sizes(self.weights.layers, self.weights.width, self.weights.context)
+
+    @property
+    def runs_in(self) -> dict[str, str]:
+        """The `dtype` of the cache of keys and values; the weights are computed with as they are stored."""
+        return {"dtype": self.cache, "device": "cpu" if self.gpu_layers == 0 else "gpu"}
+
     @cached_property
     def identity(self) -> ModelId:
         """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
@@ -119,160 +142,47 @@ class LlamaCpp:
         check_learned_on(steering, self.identity, transfer=transfer)
         check_additions(steering, self.weights.layers, self.weights.width)
 
-    def encode(
-        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
-    ) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
-        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        steering: Steering | Sequence[Steering | None] | None = None,
-        *,
-        max_new_tokens: int = 128,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-        logprobs: bool = False,
-        batch_size: int = 1,
-        seed: int | None = None,
-        transfer: bool = False,
-        emphasize: Any = None,
-        rejection: Any = None,
-        progress: Any = None,
-        streamer: Any = None,
-        stopping_criteria: Sequence[Any] = (),
-        **options: Any,
-    ) -> list[Generation]:
-        """Answer prompts, each under its own steering (or one for all, or none), as `LM.generate` does.
-
-        Greedy unless `do_sample=True`, with `temperature`, `top_k` and `top_p`; `stop_strings` end an answer. Prompts
-        run one at a time, whatever `batch_size`. Doses are those of the prompt's tokens; where only generated ones are
-        steered there are none.
-
-        A `streamer` and `stopping_criteria` are called as transformers calls them, with `[1, tokens]` ids and no
-        scores: the one is put the prompt and then each token of its answer, the others end an answer.
-
-        Raises `UnsupportedError` for what only `LM` can do (gates, other operations, emphasis, rejection), and
-        `TrimtabError` as it does, before anything runs.
-        """
-        del batch_size  # for the same signature
-        return self._generate(
-            prompts,
-            steering,
-            {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "seed": seed},
-            {"system": system, "chat": chat, "template": template},
-            options,
-            transfer=transfer,
-            emphasize=emphasize,
-            rejection=rejection,
-            progress=progress,
-            streamer=streamer,
-            stopping_criteria=stopping_criteria,
-        )
-
-    def stream(
-        self,
-        prompt: Prompt,
-        steering: Steering | None = None,
-        *,
-        max_new_tokens: int = 128,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-        logprobs: bool = False,
-        seed: int | None = None,
-        transfer: bool = False,
-        emphasize: Any = None,
-        rejection: Any = None,
-        **options: Any,
-    ) -> Stream:
-        """As `LM.stream`: what `generate` gives for one prompt, piece by piece. Raises as `generate` does."""
-        one = one_request(prompt, steering, rejection, options)
-
-        def generate(tell: Tell) -> Generation:
-            (answer,) = self._generate(
-                [one],
-                steering,
-                {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "seed": seed},
-                {"system": system, "chat": chat, "template": template},
-                options,
-                transfer=transfer,
-                emphasize=emphasize,
-                rejection=rejection,
-                tell=tell,
-            )
-            return answer
-
-        return Stream(self.tokenizer, generate)
-
-    def _generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        steering: Steering | Sequence[Steering | None] | None,
-        limits: dict[str, Any],
-        rendering: dict[str, Any],
-        options: dict[str, Any],
-        *,
-        transfer: bool,
-        emphasize: Any,
-        rejection: Any,
-        progress: Any = None,
-        tell: Tell | None = None,
-        streamer: Any = None,
-        stopping_criteria: Sequence[Any] = (),
-    ) -> list[Generation]:
-        """`generate`, which tells tokens as they come where somebody listens."""
-        max_new_tokens, logprobs, seed = limits["max_new_tokens"], limits["logprobs"], limits["seed"]
-        if emphasize is not None or rejection not in (None, False):
-            raise UnsupportedError("the engine llamacpp can't steer attention or reject tokens; use transformers")
-        many = as_list(prompts)
-        steerings = one_each(steering, len(many))
-        for one in set(steerings) - {None}:
-            assert one is not None
-            self.check(one, transfer=transfer)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
-        sampling = sampling_of(options)
-        ids = [self.encode(prompt, **rendering) for prompt in many]
-        if streamer is not None and len(ids) > 1:
+    def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
+        """Raises `TrimtabError` for options that make no sense, `UnsupportedError` for those that it hasn't."""
+        sampling_of(_choosing(decoding))
+        if decoding.options.get("streamer") is not None and len(requests) > 1:
             raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
-        for i, prompt in enumerate(ids):
-            self._check_length(len(prompt), max_new_tokens, f"prompt {i + 1}")
-        schedules = [Schedule.of(one, len(prompt)) for one, prompt in zip(steerings, ids, strict=True)]
-        generator = torch.Generator().manual_seed(seed if seed is not None else torch.seed())
-        if tell is not None:
-            tell([])  # all checks have passed
-        answers = []
+        return decoding
+
+    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
+        """The answers to requests that were checked, one after the other."""
+        sampling = sampling_of(_choosing(decoding))
+        seed = decoding.seed if decoding.seed is not None else torch.seed()
+        generator = torch.Generator().manual_seed(seed)
+        heard = decoding.options.get("streamer"), tuple(decoding.options.get("stopping_criteria") or ())
+        answers: list[list[Generation]] = []
         with self._lock:
-            for prompt, schedule in zip(ids, schedules, strict=True):
-                told = Told(streamer, tuple(stopping_criteria), tuple(prompt), tell)
-                answers.append(self._answer(prompt, schedule, max_new_tokens, sampling, logprobs, generator, told))
-                if progress is not None:
-                    progress(len(answers), len(ids))
-        warn_of_doses(answers, steerings)
+            for one in requests:
+                schedule, told = Schedule.of(one.steering, len(one.ids)), Told(*heard, tuple(one.ids))
+                answers.append([self._answer(one.ids, schedule, decoding, sampling, generator, told)])
+                if decoding.progress is not None:
+                    decoding.progress(len(answers), len(requests))
         return answers
 
     def _answer(
         self,
         ids: list[int],
         schedule: Schedule,
-        count: int,
+        decoding: Decoding,
         sampling: Sampling,
-        logprobs: bool,
         random: torch.Generator,
         told: Told,
     ) -> Generation:
+        count, logprobs = decoding.max_new_tokens, decoding.logprobs
         context = self._context(len(ids) + count)
+        told.begin()
         felt: dict[int, tuple[float, int]] = {}
         if any(schedule.at(position) for position in range(len(ids))):
-            logits, after = self._read(context, ids, schedule.layers(), schedule)
+            logits, after = self._pass(context, ids, schedule.layers(), schedule)
             felt = doses(after, schedule)
         else:
             context.clear()
             logits = _prefill(context, ids, schedule)
-        told.begin()
         tokens: list[int] = []
         chances: list[float] = []
         text, stopped = "", False
@@ -280,8 +190,7 @@ class LlamaCpp:
         while True:
             tokens.append(sampling.pick(logits, random))
             if logprobs:
-                shifted = logits.astype(np.float64) - logits.max()
-                chances.append(float(shifted[tokens[-1]] - np.log(np.exp(shifted).sum())))
+                chances.append(float(_log_softmax(logits)[tokens[-1]]))
             stopped = self.tokenizer.is_end(tokens[-1])
             if sampling.stop_strings and not stopped:
                 text = self.tokenizer.decode(tokens)
@@ -307,53 +216,60 @@ class LlamaCpp:
             logprobs=tuple(chances) if logprobs else None,
         )
 
-    def sweep(self, *_: Any, **__: Any) -> Any:
-        """Not here: perplexities are the transformers engine's."""
-        raise UnsupportedError("the llamacpp engine has no sweep; the transformers engine can (leave out engine=)")
-
-    def project(self, *_: Any, **__: Any) -> Any:
-        """Not here."""
-        raise UnsupportedError("the llamacpp engine has no project; the transformers engine can (leave out engine=)")
-
-    def capture(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sites: Sequence[Site | int],
-        positions: Positions = LAST,
-        *,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-        steering: Steering | None = None,
-        transfer: bool = False,
-    ) -> list[dict[Site, Tensor]]:
-        """The activations of prompts after blocks: for each prompt, `{site: [positions, width]}`, in float32.
-
-        With a steering, those that it makes. Raises `UnsupportedError` for sites that aren't the residual stream.
-        """
-        wanted = [site if isinstance(site, Site) else Site(site) for site in sites]
-        for site in wanted:
-            if site.kind != "residual":
-                raise UnsupportedError(f"the engine llamacpp reads blocks' outputs only, not {site}")
-            if site.layer >= self.weights.layers:
-                raise TrimtabError(f"{site} isn't there: this model's blocks are 0 to {self.weights.layers - 1}")
-        if steering is not None:
-            self.check(steering, transfer=transfer)
+    def _next_logprobs(
+        self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
+    ) -> list[NextToken]:
         found = []
-        for i, prompt in enumerate(as_list(prompts)):
-            ids = self.encode(prompt, system=system, chat=chat, template=template)
-            self._check_length(len(ids), 0, f"prompt {i + 1}")
-            spans = positions.resolve(len(ids))
-            where = sorted({p for a, b in spans for p in range(a, len(ids) if b is None else min(b, len(ids)))})
-            if not where:
-                raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
+        for choice, steering in zip(choices, steerings, strict=True):
+            schedule = Schedule.of(steering, choice.prompt_length)
             with self._lock:
-                schedule, blocks = Schedule.of(steering, len(ids)), [site.layer for site in wanted]
-                _, values = self._read(self._context(len(ids)), ids, blocks, schedule)
-            found.append({site: torch.from_numpy(values[site.layer][where]) for site in wanted})
+                context = self._context(len(choice.ids))
+                context.clear()
+                logits = _prefill(context, choice.ids, schedule)
+                check_counts(context.steered, schedule, len(choice.ids))
+            logprobs = _log_softmax(logits)[list(choice.candidates)]
+            edits = tuple(str(edit) for edit in schedule.edits)
+            found.append(NextToken(tuple(logprobs.tolist()), Applied(edits, ())))
+            if progress is not None:
+                progress(len(found), len(choices))
         return found
 
+    def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """Not here: a pass gives the logits of its last token alone."""
+        self.require("perplexity")
+        raise AssertionError
+
+    def steered(self, *_: Any, **__: Any) -> Any:
+        """Not here: the model is llama.cpp's own."""
+        self.require("steered")
+
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raises `UnsupportedError` for all but the outputs of blocks, `TrimtabError` for a block that isn't there."""
+        for site in sites:
+            if site.kind != "residual":
+                raise UnsupportedError(
+                    f"the engine llamacpp reads blocks' outputs only, not {site}; the transformers engine can (leave"
+                    " out engine=)"
+                )
+            if site.layer >= self.weights.layers:
+                raise TrimtabError(f"{site} isn't there: this model's blocks are 0 to {self.weights.layers - 1}")
+
     def _read(
+        self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
+    ) -> Iterator[Batch]:
+        blocks = [site.layer for site in sites]
+        for g, group in enumerate(groups):
+            found: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
+            for text in group:
+                ids = list(text.ids if steering is not None else text.ids[: max(text.positions) + 1])
+                with self._lock:
+                    schedule = Schedule.of(steering, len(ids))
+                    _, values = self._pass(self._context(len(ids)), ids, blocks, schedule)
+                for site in sites:
+                    found[site].append(torch.from_numpy(values[site.layer][list(text.positions)]))
+            yield Batch([g], {site: [members] for site, members in found.items()})
+
+    def _pass(
         self, context: Context, ids: list[int], blocks: Sequence[int], schedule: Schedule
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """A prompt's last logits, and the outputs of these blocks at its tokens."""
@@ -372,21 +288,21 @@ class LlamaCpp:
             self._kept = kept = Context(self.weights, size, threads=self.threads, cache=self.cache)
         return kept
 
-    def _check_length(self, length: int, new: int, what: str) -> None:
-        if not length:
-            raise TrimtabError(f"{what} is empty: there is no token to start from")
-        if length + new > self.weights.context:
-            raise TrimtabError(
-                f"{what} has {length} tokens and {new} new ones are asked for, the model's context holds"
-                f" {self.weights.context}"
-            )
-
     def close(self) -> None:
         """Free llama.cpp's memory; the model can't be used any more."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None
         self.weights.close()
+
+
+def _choosing(decoding: Decoding) -> dict[str, Any]:
+    return {name: value for name, value in decoding.options.items() if name not in TELLING}
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())
 
 
 def _prefill(context: Context, ids: Sequence[int], schedule: Schedule, every: bool = False) -> np.ndarray:

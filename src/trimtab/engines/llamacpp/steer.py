@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from trimtab.engines.llamacpp.context import Vectors
+from trimtab.engines.resolve import acting
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Add, Always, Edit, Steering
 
@@ -35,11 +36,6 @@ def check_additions(steering: Steering, layers: int, width: int) -> None:
             raise TrimtabError(f"{edit} is for block {edit.site.layer}, and this model's blocks are 0 to {layers - 1}")
         if edit.operation.width != width:
             raise TrimtabError(f"{edit} has width {edit.operation.width}, and this model has {width}")
-
-
-def acting(steering: Steering | None) -> tuple[Edit, ...]:
-    """The edits that do anything: all but those of strength 0."""
-    return tuple(edit for edit in steering.edits if edit.strength != 0) if steering is not None else ()
 
 
 @dataclass(frozen=True)

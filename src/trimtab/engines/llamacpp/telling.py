@@ -7,18 +7,14 @@ from typing import Any
 
 import torch
 
-from trimtab.engines.streaming import Tell
-
 
 @dataclass(frozen=True)
 class Told:
-    """One answer's streamer and stopping criteria, called as transformers calls them, its prompt's ids, and a stream's
-    `tell`."""
+    """One answer's streamer and stopping criteria, called as transformers calls them, and its prompt's ids."""
 
     streamer: Any
     criteria: tuple[Any, ...]
     prompt: tuple[int, ...]
-    tell: Tell | None = None
 
     def begin(self) -> None:
         """Tell the prompt."""
@@ -27,8 +23,6 @@ class Told:
 
     def token(self, tokens: list[int]) -> bool:
         """Tell the last of these generated tokens; whether the answer is to end with it."""
-        if self.tell is not None:
-            self.tell(tokens[-1:])
         if self.streamer is not None:
             self.streamer.put(torch.tensor(tokens[-1:]))
         if not self.criteria:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import TOKENS_PER_BATCH, check_length
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.read import TOKENS_PER_BATCH, can_share, check_length, check_read, padded
+from trimtab.engines.transformers.read import can_share, check_read, padded
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 

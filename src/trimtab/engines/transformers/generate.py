@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from trimtab.engines.answer import Applied, Generation
+from trimtab.engines.contract import check_answers
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.read import check_length
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
@@ -124,15 +124,7 @@ def check_request(layout: Any, lengths: Sequence[int], max_new_tokens: int, opti
             raise TrimtabError(f"generate can't take {name}: {instead}")
     if options.get("streamer") is not None and len(lengths) > 1:
         raise TrimtabError("a streamer takes one prompt at a time; give one, or leave the streamer out")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
-    for i, length in enumerate(lengths):
-        check_length(layout, length, f"prompt {i + 1}")
-        if layout.context is not None and length + max_new_tokens > layout.context:
-            raise TrimtabError(
-                f"prompt {i + 1} has {length} tokens and {max_new_tokens} new ones are asked for, the model's context"
-                f" holds {layout.context}; ask for at most {layout.context - length}"
-            )
+    check_answers(layout, lengths, max_new_tokens)
 
 
 def _token_logprobs(model: Any, output: Any) -> torch.Tensor:

@@ -7,52 +7,20 @@ of them steers. That part runs once a text, unsteered; its keys and values are r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimtab.engines.answer import Applied
+from trimtab.engines.request import Choice, NextToken
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
-from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import SHARE_FROM, can_share, check_length, padded
+from trimtab.engines.transformers.read import SHARE_FROM, can_share, padded
 from trimtab.engines.transformers.session import Session
-from trimtab.errors import TrimtabError
 from trimtab.steering import Edit
 from trimtab.steering.tensors import to_float64
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A text to read to its end, and the tokens that may come next.
-
-    The prompt is the first `prompt_length` ids, which is what position rules count from; what follows are the first
-    tokens of an answer. `candidates` are the ids whose probability is asked for.
-    """
-
-    ids: Sequence[int]
-    prompt_length: int
-    candidates: Sequence[int]
-
-
-@dataclass(frozen=True)
-class NextToken:
-    """The natural log-probability of each candidate, over the whole vocabulary, and what steered it."""
-
-    logprobs: tuple[float, ...]
-    applied: Applied
-
-
-def check_choices(layout: Layout, choices: Sequence[Choice]) -> None:
-    """Raises `TrimtabError` for a text that is empty or too long, a prompt longer than it, or no candidates."""
-    for i, choice in enumerate(choices):
-        check_length(layout, len(choice.ids), f"text {i + 1}")
-        if not 0 < choice.prompt_length <= len(choice.ids):
-            raise TrimtabError(f"text {i + 1}: a prompt of {choice.prompt_length} tokens in {len(choice.ids)}")
-        if not choice.candidates:
-            raise TrimtabError(f"text {i + 1}: no token is asked for")
 
 
 def first_steered(edits: Sequence[Edit], choice: Choice) -> int:

@@ -19,15 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import TOKENS_PER_BATCH
+from trimtab.engines.resolve import (
+    TOKENS_TO_DECIDE,
+    Where,
+    acting,
+    resolve,
+    tokens_of,
+    waits_for_prompt,
+    wanted,
+)
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
-from trimtab.engines.transformers.deciding import conditionals, decided, wanted
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import TOKENS_PER_BATCH, can_share, check_read, recording
+from trimtab.engines.transformers.read import can_share, check_read, recording
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
-from trimtab.engines.transformers.settle import TOKENS_PER_BATCH as TOKENS_TO_SETTLE
-from trimtab.engines.transformers.settle import is_open, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
@@ -50,11 +57,11 @@ def decides_at_prefill(
 
     `options` are those of `generate` that will hold, the model's generation configuration's included (see `OTHERS`).
     """
-    edits = _acting(steerings)
-    asked = [bool(wanted(one)) or any(map(is_open, acting)) for one, acting in zip(steerings, edits, strict=True)]
+    edits = [acting(one) for one in steerings]
+    asked = [bool(wanted(one)) or any(map(waits_for_prompt, own)) for one, own in zip(steerings, edits, strict=True)]
     if not any(asked) or options.get("use_cache") is False or any(options.get(name) is not None for name in OTHERS):
         return False
-    if any(is_score_edit(edit) for acting in edits for edit in acting) or not can_share(layout):
+    if any(is_score_edit(edit) for own in edits for edit in own) or not can_share(layout):
         return False
     if sum(n for one, n in zip(steerings, lengths, strict=True) if wanted(one)) > TOKENS_PER_BATCH:
         return False
@@ -62,12 +69,12 @@ def decides_at_prefill(
         return True
     starts = [
         (start, length)
-        for acting, length in zip(edits, lengths, strict=True)
-        for edit in acting
+        for own, length in zip(edits, lengths, strict=True)
+        for edit in own
         for start, _ in edit.positions.resolve(length)
     ]
-    to_settle = sum(n for acting, n in zip(edits, lengths, strict=True) if any(map(is_open, acting)))
-    return _plain(layout) and all(start >= n - 1 for start, n in starts) and to_settle <= TOKENS_TO_SETTLE
+    waiting = sum(n for own, n in zip(edits, lengths, strict=True) if any(map(waits_for_prompt, own)))
+    return _plain(layout) and all(start >= n - 1 for start, n in starts) and waiting <= TOKENS_TO_DECIDE
 
 
 class Prefill:
@@ -85,13 +92,12 @@ class Prefill:
         self.lengths = list(lengths)
         self.edits: list[tuple[Edit, ...]] = [() for _ in lengths]
         self.names: list[tuple[str, ...]] = [() for _ in lengths]
-        acting = _acting(steerings)
-        possible = [edit for edits in acting for edit in edits]
+        possible = [edit for one in steerings for edit in acting(one)]
         self.sites: list[Site] = sorted({edit.site for edit in possible})
         self._asked = [sorted(wanted(one), key=str) for one in steerings]
-        self._opens = [any(map(is_open, edits)) for edits in acting]
+        self._waits = [any(map(waits_for_prompt, acting(one))) for one in steerings]
         gates = {reading.site for readings in self._asked for reading in readings}
-        self._read: list[Site] = sorted(gates | {edit.site for edit in possible if is_open(edit)})
+        self._read: list[Site] = sorted(gates | {edit.site for edit in possible if waits_for_prompt(edit)})
         self._where = [self._tokens(i) for i in range(len(self.lengths))]
         self._deepest = _on_the_way(steerings)
         self._kept: Mapping[Site, Tensor] | None = None
@@ -151,9 +157,8 @@ class Prefill:
 
     def _tokens(self, request: int) -> list[int]:
         """The prompt's tokens that are read, in order."""
-        if self._opens[request]:
-            return list(range(self.lengths[request]))
-        return sorted({p for reading in self._asked[request] for p in reading.tokens(self.lengths[request])})
+        length = self.lengths[request]
+        return list(range(length)) if self._waits[request] else tokens_of(self._asked[request], length)
 
     def _places(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
         """What is kept of activations `[rows, columns, width]`: `[tokens, width]`, request after request."""
@@ -169,14 +174,14 @@ class Prefill:
         check_read(self._read, self._kept)
         sizes = [len(tokens) for tokens in self._where]
         found = {site: x.split(sizes) for site, x in self._kept.items()}
-        readings = []
-        for i, (asked, tokens) in enumerate(zip(self._asked, self._where, strict=True)):
-            row = {p: at for at, p in enumerate(tokens)}
-            readings.append({r: r.pooled(found[r.site][i][[row[p] for p in r.tokens(self.lengths[i])]]) for r in asked})
-        edits = [decided(one, values) for one, values in zip(self.steerings, readings, strict=True)]
-        self.names[:] = [tuple(str(edit) for edit in one) for one in edits]
-        settled = settle(edits, lambda numbers, sites: {i: {site: found[site][i] for site in sites} for i in numbers})
-        self.edits[:] = conditionals(settled)
+
+        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+            row = {i: {p: at for at, p in enumerate(self._where[i])} for i in where}
+            rows = {i: [row[i][p] for p in positions] for i, positions in where.items()}
+            return {i: {site: found[site][i][at] for site in sites} for i, at in rows.items()}
+
+        resolved = resolve(self.steerings, self.lengths, read)
+        self.names[:], self.edits[:] = resolved.names, resolved.edits
         self._kept, self._decided = {}, True
 
     def _begins(self, request: int) -> bool:
@@ -206,16 +211,11 @@ class Prefill:
         output.logits[at, -1] = steered.logits[at, -1]
 
 
-def _acting(steerings: Sequence[Steering | None]) -> list[tuple[Edit, ...]]:
-    """The edits that act where their gates let them."""
-    return [tuple(edit for edit in one.edits if edit.strength) if one else () for one in steerings]
-
-
 def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
     """The deepest layer that gates read, if all that is decided there is about edits of deeper ones."""
-    edits = [edit for acting in _acting(steerings) for edit in acting]
+    edits = [edit for one in steerings for edit in acting(one)]
     read = max((reading.site.layer for one in steerings for reading in wanted(one)), default=None)
-    if read is None or any(map(is_open, edits)) or min(edit.site.layer for edit in edits) <= read:
+    if read is None or any(map(waits_for_prompt, edits)) or min(edit.site.layer for edit in edits) <= read:
         return None
     return read
 

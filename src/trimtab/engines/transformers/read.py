@@ -18,6 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import TOKENS_PER_BATCH, check_texts
+from trimtab.engines.request import Batch, Text
+from trimtab.engines.resolve import Read, Where
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
@@ -26,24 +29,7 @@ from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
-TOKENS_PER_BATCH = 4096
 SHARE_FROM = 8  # a shared beginning shorter than this isn't worth a pass of its own
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token ids, and the positions at which to read (each at least 0 and below the number of ids)."""
-
-    ids: Sequence[int]
-    positions: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one batch gave: `values[site][g][m]` is `[positions, width]` for member m of `groups[g]`."""
-
-    groups: list[int]
-    values: dict[Site, list[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -72,13 +58,7 @@ def read_groups(
     Raises `TrimtabError` for an unknown layer, an empty text or one longer than the model's context.
     """
     check_sites(layout, sites)
-    for g, group in enumerate(groups):
-        for text in group:
-            check_length(layout, len(text.ids), f"text {g + 1}")
-            if not text.positions or not 0 <= min(text.positions) <= max(text.positions) < len(text.ids):
-                raise TrimtabError(
-                    f"text {g + 1}: positions {list(text.positions)} of a text of {len(text.ids)} tokens"
-                )
+    check_texts(layout, groups)
     cut = [[Text(t.ids[: max(t.positions) + 1], t.positions) for t in group] for group in groups]
     share = can_share(layout)
     shared = [_shared_length(group) if share else 0 for group in cut]
@@ -101,12 +81,19 @@ def check_sites(layout: Layout, sites: Sequence[Site]) -> None:
         place(layout, site)
 
 
-def check_length(layout: Layout, length: int, what: str) -> None:
-    """Raises `TrimtabError` for an empty text or one that exceeds the model's context."""
-    if length == 0:
-        raise TrimtabError(f"{what} is empty: it has no tokens")
-    if layout.context is not None and length > layout.context:
-        raise TrimtabError(f"{what} has {length} tokens, the model's context holds {layout.context}; shorten it")
+def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
+    """Reads prompts, given by their token ids, by passes of their own."""
+
+    def read(where: Where, sites: Sequence[Site], tokens: int) -> dict[int, dict[Site, Tensor]]:
+        numbers = list(where)
+        groups = [[Text(prompts[i], where[i])] for i in numbers]
+        found: dict[int, dict[Site, Tensor]] = {}
+        for batch in read_groups(layout, groups, sites, tokens_per_batch=tokens):
+            for n, g in enumerate(batch.groups):
+                found[numbers[g]] = {site: batch.values[site][n][0] for site in sites}
+        return found
+
+    return read
 
 
 def _batches(order: list[int], cut: list, shared: list[int], budget: int) -> Iterator[list[int]]:

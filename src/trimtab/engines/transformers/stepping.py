@@ -19,20 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.resolve import check_prompt, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
-from trimtab.engines.transformers.deciding import check_prompt, conditionals, decided, read_gates, wanted
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
-from trimtab.engines.transformers.read import can_share
+from trimtab.engines.transformers.read import can_share, reader
 from trimtab.engines.transformers.sampling import GREEDY, Chooser, Sampling
 from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally, doses_of
-from trimtab.engines.transformers.settle import read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
@@ -127,8 +126,6 @@ class Stepper:
     def check(self, asked: Asked) -> None:
         """Raises `TrimtabError` for a row that can't run: too long, or steered where its prompt has no token."""
         check_request(self.layout, [len(asked.ids)], asked.max_new_tokens, {})
-        for edit in asked.steering.edits if asked.steering else ():
-            edit.positions.resolve(len(asked.ids))
         check_prompt(asked.steering, len(asked.ids))
 
     def join(self, asked: Asked) -> int:
@@ -292,10 +289,8 @@ class Stepper:
                 logits = self._logits(*inputs)
             session.check_reached(width)
         else:
-            readings = read_gates(self.layout, prompts, [wanted(steering) for steering in steerings])
-            acting = [decided(steering, found) for steering, found in zip(steerings, readings, strict=True)]
-            names = [tuple(str(edit) for edit in one) for one in acting]
-            edits = conditionals(settle(acting, read_prompts(self.layout, prompts)))
+            resolved = resolve(steerings, lengths, reader(self.layout, prompts))
+            edits, names = resolved.edits, resolved.names
             session = Session(self.model, self.layout, lambda *_: _residual(edits))
             session.expect(lengths, width)
             scored = [Row(_scores(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]

@@ -7,7 +7,7 @@ from typing import Any
 from trimtab.engines.folding import check_together
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import MaskNeurons, Operation, ScoreOperation, Steering
-from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold
+from trimtab.steering.gates import thresholds
 from trimtab.steering.operations import add
 
 INSTEAD = "the transformers engine can (leave out engine=)"
@@ -48,7 +48,7 @@ def check_supported(steering: Steering, *, layers: int, width: int, static: bool
 
 
 def _check_gate(edit: Any, layers: int, width: int) -> None:
-    for test in _tests(edit.gate):
+    for test in thresholds(edit.gate):
         if test.site.kind != "residual":
             raise UnsupportedError(f"the vllm engine's gates read the residual stream, not {test.site}; {INSTEAD}")
         if test.site.layer >= layers:
@@ -60,10 +60,3 @@ def _check_gate(edit: Any, layers: int, width: int) -> None:
                 f"a condition on each token is about the activation that the edit finds: this one is about {test.site},"
                 f" its edit is at {edit.site}"
             )
-
-
-def _tests(gate: Gate) -> list[Threshold]:
-    if isinstance(gate, Threshold):
-        return [gate]
-    parts = (gate.gate,) if isinstance(gate, Not) else gate.gates if isinstance(gate, (AllOf, AnyOf)) else ()
-    return [test for part in parts for test in _tests(part)]

@@ -356,7 +356,7 @@ def patch_inputs(processor: Any) -> None:
                 raise UnsupportedError("a prompt of embeddings has no tokens to steer at; give text or token ids")
             extra = request.sampling_params.extra_args
             link: Link = getattr(self, LINK)
-            placed = link.place(wire, len(request.prompt_token_ids))
+            placed = link.place(wire, wire.prompt_length or len(request.prompt_token_ids))
             request.sampling_params.extra_args = {**extra, RESOLVED: placed.to_plain()}
         return request
 

@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
+import math
 import os
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from trimtab.engines.answer import Applied, Generation
-from trimtab.engines.arguments import as_list, one_each
-from trimtab.engines.transformers.deciding import check_prompt, decided, read_gates_with, wanted
+from trimtab.engines.arguments import one_each
+from trimtab.engines.contract import Sizes
+from trimtab.engines.language_model import LanguageModel
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.resolve import Resolved, Where, resolve
 from trimtab.engines.transformers.default_model import NAME, default_folder
 from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.frontend import NAMES, Link, connect, send, tidy
 from trimtab.engines.vllm.identity import identify
+from trimtab.engines.vllm.reading import batches, check_readable, params_of, taken
 from trimtab.engines.vllm.rpc import run
-from trimtab.engines.vllm.sampling import sampling_of
+from trimtab.engines.vllm.sampling import check_candidates, sampling_of
 from trimtab.engines.vllm.versions import check_version
-from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire
-from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, ModelId, Positions, Site, Steering
+from trimtab.engines.vllm.wire import RESOLVED, Part, Wire
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, ModelId, Site, Steering
 from trimtab.steering.gates import ALWAYS
 from trimtab.steering.identity import check_learned_on
-from trimtab.text.chat import Prompt, Template, encode
+from trimtab.text.chat import Template
 from trimtab.text.templates import with_keywords
-
-LAST = Positions.last_prompt_token()
 
 
 class EngineDied(TrimtabError, RuntimeError):
     """The engine's processes are gone, a worker with them; load it again."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What of a `Layout` can be said without the modules."""
-
-    layers: int
-    width: int
-    context: int | None
-
-
-class VllmLM:
+class VllmLM(LanguageModel):
     """A model in a vLLM engine that this process starts, steered request by request.
 
-    `LM.load(name, engine="vllm", …)` makes one. What `trimtab.LM` can do and this can't raises `UnsupportedError`.
+    `LM.load(name, engine="vllm", …)` makes one. What `trimtab.LM` can do and this can't raises `UnsupportedError`. The
+    engine makes batches by itself, so `batch_size` does nothing.
     """
+
+    engine = "vllm"
+    cannot = {  # noqa: RUF012
+        "emphasis": "its attention kernels don't give out scores",
+        "rejection": "a step has one row of logits a request",
+        "streaming": "it gives whole answers here; lm.generate(…) has them, and vllm serve streams",
+        "steered": "the model runs in processes of its own",
+        "training": "the model's weights are in processes of their own",
+        "doses": "it doesn't measure them",
+    }
 
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
         self.llm = llm
@@ -61,9 +62,8 @@ class VllmLM:
         self.tokenizer = with_keywords(llm.get_tokenizer(), template)
         self._engine = llm.llm_engine
         config = self._engine.vllm_config.model_config
-        self.layout = Sizes(
-            config.hf_text_config.num_hidden_layers, config.hf_text_config.hidden_size, config.max_model_len
-        )
+        text = config.hf_text_config
+        self._sizes = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len)
         self._link: Link = run(connect(self._engine), self._engine)
 
     @classmethod
@@ -104,6 +104,16 @@ class VllmLM:
 
     # ---- who this is -------------------------------------------------------------------------------------
 
+    @property
+    def layout(self) -> Sizes:
+        """How many blocks there are, how wide the stream is, and the engine's `max_model_len`."""
+        return self._sizes
+
+    @property
+    def runs_in(self) -> dict[str, str]:
+        """In which `dtype` the model computes, and on what kind of `device`."""
+        return {"dtype": str(self._link.dtype), "device": str(self._engine.vllm_config.device_config.device_type)}
+
     @cached_property
     def identity(self) -> ModelId:
         """As `LM.identity`; the weights are looked at where they are, in the workers."""
@@ -129,81 +139,84 @@ class VllmLM:
         NAMES.unregister(name)
         self._tidy()
 
-    # ---- text --------------------------------------------------------------------------------------------
+    # ---- what is asked -----------------------------------------------------------------------------------
 
-    def encode(
-        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
-    ) -> list[int]:
-        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
-        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
+    def _named(self, steering: Any, count: int) -> list[Any]:
+        return [NAMES[one] if isinstance(one, str) else one for one in one_each(steering, count, named=True)]
 
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        steering: Steering | str | Sequence[Steering | str | None] | None = None,
-        *,
-        max_new_tokens: int = 128,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-        logprobs: bool = False,
-        batch_size: int | None = None,
-        seed: int | None = None,
-        transfer: bool = False,
-        emphasize: Any = None,
-        rejection: Any = None,
-        progress: Any = None,
-        **options: Any,
-    ) -> list[Generation]:
-        """As `LM.generate`; a steering may also be the name of a registered one.
+    def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
+        """Raises `TrimtabError` for options that vLLM hasn't; it has them under transformers' names."""
+        sampling_of(decoding.max_new_tokens, decoding.logprobs, decoding.seed, decoding.options)
+        return decoding
 
-        The engine makes batches by itself, so `batch_size` does nothing. Of transformers' options those that vLLM has
-        too are taken, under transformers' names (see `sampling`). Doses aren't measured.
-        """
-        if emphasize is not None:
-            raise UnsupportedError("emphasis steers attention scores, which the vllm engine doesn't give out")
-        if rejection not in (None, False):
-            raise UnsupportedError("the vllm engine has no rejection: a step has one row of logits a request")
-        many = as_list(prompts)
-        steerings = [NAMES[one] if isinstance(one, str) else one for one in one_each(steering, len(many), named=True)]
-        for one in {one for one in steerings if one is not None}:
-            self.check(one, transfer=transfer)
-        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
-        for one, tokens in zip(steerings, ids, strict=True):
-            for edit in one.edits if one else ():
-                edit.positions.resolve(len(tokens))
-            check_prompt(one, len(tokens))
-        self._check_lengths(ids, max_new_tokens)
-        asked = [wanted(one) for one in steerings]
-        readings = read_gates_with(lambda numbers, sites: self._read(ids, numbers, sites), [len(i) for i in ids], asked)
-        acting = [decided(one, found) for one, found in zip(steerings, readings, strict=True)]
-        parts = [self._send(Steering(_open(edits))) if edits else None for edits in acting]
-        self._tidy()
+    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
+        """The answers to requests that were checked, in their order. Their doses aren't measured."""
+        resolved = self._resolved([one.steering for one in requests], [one.ids for one in requests])
         params = []
-        for part in parts:
-            one_params = sampling_of(max_new_tokens, logprobs, seed, options)
+        for part in self._parts(resolved.edits):
+            one = sampling_of(decoding.max_new_tokens, decoding.logprobs, decoding.seed, decoding.options)
             if part is not None:
-                one_params.extra_args = {RESOLVED: Wire((part,)).to_plain()}
-            params.append(one_params)
-        outputs = self._run(ids, params, progress)
+                one.extra_args = {RESOLVED: Wire((part,)).to_plain()}
+            params.append(one)
+        outputs = self._run([one.ids for one in requests], params, decoding.progress)
         return [
-            _answer(output, choice, tuple(str(edit) for edit in edits), len(tokens))
-            for output, edits, tokens in zip(outputs, acting, ids, strict=True)
-            for choice in output.outputs
+            [_answer(output, choice, names, len(request.ids)) for choice in output.outputs]
+            for output, names, request in zip(outputs, resolved.names, requests, strict=True)
         ]
 
-    def _check_lengths(self, ids: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
-        context = self.layout.context
-        for i, tokens in enumerate(ids, 1):
-            if not tokens:
-                raise TrimtabError(f"prompt {i} has no tokens")
-            if context is not None and len(tokens) + max_new_tokens > context:
-                raise TrimtabError(
-                    f"prompt {i} has {len(tokens)} tokens and {max_new_tokens} new ones are asked for, the engine's"
-                    f" context (max_model_len) holds {context}; ask for at most {context - len(tokens)}"
-                )
+    def _next_logprobs(
+        self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
+    ) -> list[NextToken]:
+        check_candidates(choices)
+        resolved = self._resolved(steerings, [list(one.ids[: one.prompt_length]) for one in choices])
+        params = []
+        for choice, part in zip(choices, self._parts(resolved.edits), strict=True):
+            one = sampling_of(1, False, None, {})
+            one.logprob_token_ids = list(dict.fromkeys(int(token) for token in choice.candidates))
+            if part is not None:
+                one.extra_args = {RESOLVED: Wire((part,), prompt_length=choice.prompt_length).to_plain()}
+            params.append(one)
+        outputs = self._run([choice.ids for choice in choices], params, progress)
+        found = []
+        for choice, output, names in zip(choices, outputs, resolved.names, strict=True):
+            (step,) = output.outputs[0].logprobs
+            logprobs = tuple(float(step[int(token)].logprob) for token in choice.candidates)
+            found.append(NextToken(logprobs, Applied(names, ())))
+        return found
+
+    def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """As `LanguageModel` has it; in float32, as vLLM computes log-probabilities."""
+        params = []
+        for _ in texts:
+            one = sampling_of(1, False, None, {})
+            one.prompt_logprobs = 0
+            one.skip_reading_prefix_cache = True  # what a block holds isn't scored again
+            params.append(one)
+        found = []
+        outputs = self._run([[*context, *answer] for context, answer in texts], params)
+        for (context, answer), output in zip(texts, outputs, strict=True):
+            steps = output.prompt_logprobs[len(context) :]
+            total = math.fsum(-float(step[token].logprob) for step, token in zip(steps, answer, strict=True))
+            if math.isnan(total):
+                raise TrimtabError(f"{self.name} gives logits that are not numbers; load it in float32 or bfloat16")
+            found.append(total / len(answer))
+        return found
+
+    def _resolved(self, steerings: Sequence[Steering | None], prompts: Sequence[Sequence[int]]) -> Resolved:
+        """What acts on each request; gates read the unsteered prompts."""
+
+        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, Mapping[Site, Any]]:
+            check_readable(self._link, sites)
+            found = self._capture([Text(prompts[i], where[i]) for i in where], sites)
+            return dict(zip(where, found, strict=True))
+
+        return resolve(steerings, [len(prompt) for prompt in prompts], read)
+
+    def _parts(self, requests: Sequence[tuple[Edit, ...]]) -> list[Part | None]:
+        """What stands for each request's edits on its way, whose content the workers have been sent."""
+        parts = [self._send(Steering(_open(edits))) if edits else None for edits in requests]
+        self._tidy()
+        return parts
 
     def _run(self, ids: Sequence[Sequence[int]], params: Sequence[Any], progress: Any = None) -> list[Any]:
         prompts = [{"prompt_token_ids": list(tokens)} for tokens in ids]
@@ -238,105 +251,32 @@ class VllmLM:
 
     # ---- activations -------------------------------------------------------------------------------------
 
-    def capture(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sites: Sequence[Site | int],
-        positions: Positions = LAST,
-        *,
-        system: str | None = None,
-        chat: bool | None = None,
-        template: Template | None = None,
-        steering: Steering | None = None,
-    ) -> list[dict[Site, Tensor]]:
-        """As `LM.capture`, of the residual stream: `{site: [positions, width]}` for each prompt, in float32.
-
-        With `steering` it is what that makes of the activations.
-        """
-        wanted_sites = [site if isinstance(site, Site) else Site(site) for site in sites]
-        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in as_list(prompts)]
-        self._check_lengths(ids, 1)
-        where = []
-        for tokens in ids:
-            spans = positions.resolve(len(tokens))
-            here = sorted({p for a, b in spans for p in range(a, len(tokens) if b is None else min(b, len(tokens)))})
-            if not here:
-                raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(tokens)} tokens")
-            where.append(here)
-        return self._capture(ids, [wanted_sites] * len(ids), where, steering)
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raises `UnsupportedError` for all but the residual stream, and where captured graphs are replayed."""
+        check_readable(self._link, sites)
 
     def _read(
-        self, ids: Sequence[Sequence[int]], numbers: Sequence[int], sites: Sequence[Site]
-    ) -> dict[int, dict[Site, Tensor]]:
-        """These prompts' activations, unsteered, at all of their tokens."""
-        found = self._capture(
-            [ids[i] for i in numbers], [list(sites)] * len(numbers), [list(range(len(ids[i]))) for i in numbers]
-        )
-        return dict(zip(numbers, found, strict=True))
+        self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
+    ) -> Iterator[Batch]:
+        parts = () if steering is None or not steering.edits else (self._send(steering),)
+        for chosen in batches(groups, tokens):
+            found = iter(self._capture([text for g in chosen for text in groups[g]], sites, parts))
+            members = [[next(found) for _ in groups[g]] for g in chosen]
+            yield Batch(chosen, {site: [[one[site] for one in group] for group in members] for site in sites})
 
     def _capture(
-        self,
-        ids: Sequence[Sequence[int]],
-        sites: Sequence[Sequence[Site]],
-        positions: Sequence[Sequence[int]],
-        steering: Steering | None = None,
-    ) -> list[dict[Site, Tensor]]:
-        if not ids:
-            return []
-        if self._link.static:
-            raise UnsupportedError(
-                "this engine replays captured graphs, from which activations can't be read (by gates, too); start it"
-                " with enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
-            )
-        for site in {site for one in sites for site in one}:
-            if site.kind != "residual" or site.layer >= self.layout.layers:
-                raise UnsupportedError(
-                    f"the vllm engine reads the residual stream after layers 0 to {self.layout.layers - 1}, not {site}"
-                )
-        parts: tuple[Part, ...] = ()
-        if steering is not None:
-            self.check(steering)
-            parts = (self._send(steering),)
-        names = [uuid.uuid4().hex for _ in ids]
-        params = []
-        for name, one, where in zip(names, sites, positions, strict=True):
-            reading = Reading(name, tuple(sorted({site.layer for site in one})), tuple(where))
-            plain = sampling_of(1, False, None, {})
-            plain.skip_reading_prefix_cache = True  # what a block holds isn't computed again
-            plain.extra_args = {RESOLVED: Wire(parts, reading).to_plain()}
-            params.append(plain)
-        self._run(ids, params)
-        taken = self._rpc("trimtab_take", names)
-        found = []
-        for i, one in enumerate(sites):
-            layers = {int(layer): value for worker in taken for layer, value in worker[i].items()}
-            found.append({site: _tensor(*layers[site.layer]) for site in one})
-        return found
-
-    # ---- what it can't -----------------------------------------------------------------------------------
+        self, texts: Sequence[Text], sites: Sequence[Site], parts: tuple[Part, ...] = ()
+    ) -> list[Mapping[Site, Any]]:
+        """These texts' activations `[positions, width]` at each site. What isn't steered runs as far as it is read."""
+        if not parts:
+            texts = [Text(text.ids[: max(text.positions) + 1], text.positions) for text in texts]
+        names, params = params_of(texts, sites, parts)
+        self._run([text.ids for text in texts], params)
+        return taken(self._rpc("trimtab_take", names), sites)
 
     def steered(self, *_: Any, **__: Any) -> Any:
         """Not here: the model runs in processes of its own."""
-        raise UnsupportedError("lm.steered(…) wraps a model in this process; the vllm engine has it in others")
-
-    def stream(self, *_: Any, **__: Any) -> Any:
-        """Not here: the engine is run for whole answers."""
-        raise UnsupportedError(
-            "the vllm engine gives whole answers here; lm.generate(…) has them, and vllm serve and the transformers"
-            " engine (leave out engine=) stream"
-        )
-
-    def sweep(self, *_: Any, **__: Any) -> Any:
-        """Not here: perplexities are the transformers engine's."""
-        raise UnsupportedError("the vllm engine has no sweep; the transformers engine can (leave out engine=)")
-
-    def project(self, *_: Any, **__: Any) -> Any:
-        """Not here."""
-        raise UnsupportedError("the vllm engine has no project; the transformers engine can (leave out engine=)")
-
-    def next_logprobs(self, *_: Any, **__: Any) -> Any:
-        """Not here yet."""
-        raise UnsupportedError("the vllm engine has no next_logprobs; the transformers engine can (leave out engine=)")
+        self.require("steered")
 
 
 def _open(edits: Sequence[Edit]) -> tuple[Edit, ...]:
@@ -375,7 +315,3 @@ def _bar(progress: Any) -> Any:
             return done
 
     return Bar
-
-
-def _tensor(shape: Sequence[int], data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.float32).view(*shape)

@@ -33,6 +33,15 @@ class Chunks(NamedTuple):
     counts: Sequence[int]
 
 
+class ReadRows(NamedTuple):
+    """What one reading takes of a pass: these of its rows, which are tokens at these positions, in order."""
+
+    reading: str
+    rows: list[int]
+    positions: list[int]
+    at: Tensor
+
+
 @dataclass(frozen=True)
 class Program:
     """What a request wants done, and read."""
@@ -69,12 +78,12 @@ class Rig:
     static: bool = False
     steerings: dict[str, Steering] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
-    readings: dict[str, dict[int, dict[int, Tensor]]] = field(default_factory=dict)
+    readings: dict[str, dict[int, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
     fired: set[int] = field(default_factory=set)
     counts: GraphCounts | None = None
 
     _step: Step | None = None
-    _reads: dict[int, list[tuple[str, int, int]]] = field(default_factory=dict)
+    _reads: dict[int, list[ReadRows]] = field(default_factory=dict)
     _staged: Staged = field(default_factory=lambda: Staged({}, {}))
     _last: Sequence[str] = ()
     _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
@@ -134,8 +143,12 @@ class Rig:
 
     def take(self, reading: str) -> dict[int, Tensor]:
         """What was read, `{layer: [positions, width]}`, in the order of positions; it is forgotten here."""
-        found = self.readings.pop(reading, {})
-        return {layer: torch.stack([rows[p] for p in sorted(rows)]) for layer, rows in found.items()}
+        found = {}
+        for layer, parts in self.readings.pop(reading, {}).items():
+            every = torch.cat([rows for _, rows in parts])
+            last = {p: i for i, p in enumerate(p for positions, _ in parts for p in positions)}  # of those read twice
+            found[layer] = every[[last[p] for p in sorted(last)]]
+        return found
 
     def _stage(self, states: Sequence[State]) -> None:
         """Compile what doesn't merely add anew, for the requests that are here and these states."""
@@ -179,7 +192,7 @@ class Rig:
         else:
             self._here, self._step, self._reads, self._last = {}, None, {}, ()
         step = self._step
-        self._needed = {layer: max(row for _, row, _ in reads) + 1 for layer, reads in self._reads.items()}
+        self._needed = {layer: max(read.rows[-1] for read in reads) + 1 for layer, reads in self._reads.items()}
         if step is not None:
             for layer in {*step.adds, *step.staged.layers}:
                 self._needed[layer] = max(step.high, self._needed.get(layer, 0))
@@ -226,19 +239,22 @@ class Rig:
         self._lasts = lasts
         return make_step(found, self.bank, self._staged)
 
-    def _reads_in(self, chunks: Chunks) -> dict[int, list[tuple[str, int, int]]]:
-        """For each layer `(reading, row of the pass, position)`."""
-        found: dict[int, list[tuple[str, int, int]]] = {}
+    def _reads_in(self, chunks: Chunks) -> dict[int, list[ReadRows]]:
+        """What is read after each layer."""
+        found: dict[int, list[ReadRows]] = {}
         offset = 0
         for request, first, count in zip(*chunks, strict=True):
             reading = self.programs.get(request, IDLE).reading
             if reading is not None:
-                here = [p for p in reading.positions if first <= p < first + count]
-                for layer in self.bank.rows.keys() & reading.layers:  # of a pipeline's stages each has some
-                    found.setdefault(layer, []).extend((reading.id, offset + p - first, p) for p in here)
+                here = sorted({p for p in reading.positions if first <= p < first + count})
+                if here:
+                    rows = [offset + p - first for p in here]
+                    one = ReadRows(reading.id, rows, here, torch.tensor(rows, device=self.device))
+                    for layer in self.bank.rows.keys() & reading.layers:  # of a pipeline's stages each has some
+                        found.setdefault(layer, []).append(one)
                 self._last = ()
             offset += count
-        return {layer: reads for layer, reads in found.items() if reads}
+        return found
 
     def apply(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """After block `layer`, whose output is `hidden + residual`: `[tokens, width]` each."""
@@ -251,9 +267,10 @@ class Rig:
             return  # outside of a pass, or a fault that `end` finds
         if self._step is not None:
             self._step.apply(self.bank, layer, hidden, residual)
-        for reading, row, position in self._reads.get(layer, ()):
-            x = hidden[row] if residual is None else hidden[row] + residual[row]
-            self.readings.setdefault(reading, {}).setdefault(layer, {})[position] = x.clone()
+        for read in self._reads.get(layer, ()):
+            x = hidden.index_select(0, read.at)
+            x = x if residual is None else x + residual.index_select(0, read.at)
+            self.readings.setdefault(read.reading, {}).setdefault(layer, []).append((read.positions, x))
 
     def end(self) -> Receipt | None:
         """The pass is done: what is to be said of it, `None` where no request in it has a program.

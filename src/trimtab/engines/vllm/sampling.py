@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from trimtab.errors import TrimtabError
+from trimtab.engines.request import Choice
+from trimtab.errors import TrimtabError, UnsupportedError
 
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty")
 Made = Callable[[Any], dict[str, Any]]
@@ -49,3 +50,18 @@ def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: 
         )
     except ValueError as error:
         raise TrimtabError(f"vLLM refuses these options: {error}") from error
+
+
+def check_candidates(choices: Sequence[Choice]) -> None:
+    """Raises `UnsupportedError` for more candidates of a next token than vLLM scores, or a vLLM that scores none."""
+    from vllm import sampling_params
+
+    if not hasattr(sampling_params.SamplingParams, "logprob_token_ids"):
+        raise UnsupportedError("this vLLM doesn't score given tokens; install vLLM 0.32, or leave out engine=")
+    most = getattr(sampling_params, "MAX_LOGPROB_TOKEN_IDS", 128)
+    for i, choice in enumerate(choices):
+        if len(set(choice.candidates)) > most:
+            raise UnsupportedError(
+                f"text {i + 1}: {len(set(choice.candidates))} candidates; vLLM scores {most} at most, the transformers"
+                " engine any number (leave out engine=)"
+            )

@@ -1,0 +1,494 @@
+"""What users hold, whatever the engine: prompts go in, and answers and activations come out.
+
+Everything that doesn't depend on the engine is done here, once: prompts are rendered, steerings matched with them and
+checked, phrases found, lengths compared. What is left for an engine is in `contract.Engine`, and what it can't do is
+refused here, before anything runs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from trimtab.decoding.rejection import Rejection
+from trimtab.engines.answer import Generation
+from trimtab.engines.arguments import as_list, marks_for, one_each, rejections_for
+from trimtab.engines.contract import (
+    FEATURES,
+    TOKENS_PER_BATCH,
+    Shape,
+    check_answers,
+    check_choices,
+    check_length,
+    check_texts,
+)
+from trimtab.engines.doses import warn_of_doses
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.resolve import check_prompt
+from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
+from trimtab.steering.above import above
+from trimtab.text.chat import Prompt, Template, encode
+from trimtab.text.spans import Emphasis, find_spans
+from trimtab.text.templates import check_no_keywords
+
+if TYPE_CHECKING:
+    from trimtab.report.projections import Projections
+    from trimtab.tune.sweep import Sweep
+
+LAST = Positions.last_prompt_token()
+
+
+class LanguageModel(ABC):
+    """A model that can be steered and read: `LM`, `VllmLM` and `LlamaCpp` are its engines.
+
+    Attributes:
+        engine: Its engine's name, as `LM.load(engine=…)` has it.
+        cannot: Which of `contract.FEATURES` the engine hasn't, and why.
+        name: The model's name.
+        tokenizer: As transformers knows tokenizers.
+    """
+
+    engine: ClassVar[str]
+    cannot: ClassVar[Mapping[str, str]] = {}
+
+    name: str
+    tokenizer: Any
+
+    # ---- what an engine is -------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def layout(self) -> Shape:
+        """How many blocks the model has, how wide its residual stream is, and how many tokens its context holds."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> ModelId:
+        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+
+    @property
+    @abstractmethod
+    def runs_in(self) -> dict[str, str]:
+        """In which `dtype` the model computes, and on what kind of `device`."""
+
+    @abstractmethod
+    def check(self, steering: Steering, *, transfer: bool = False) -> None:
+        """Raises `TrimtabError` when a steering doesn't fit this model, `UnsupportedError` where the engine can't run
+        it. It must have been learned on this model, unless `transfer` is true."""
+
+    @abstractmethod
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        """Raises `TrimtabError` for a site that the model doesn't have, `UnsupportedError` where it can't be read."""
+
+    @abstractmethod
+    def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
+        """How requests will be decoded, with the engine's own defaults. Raises `TrimtabError` for what it can't do."""
+
+    @abstractmethod
+    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
+        """The answers to requests that were checked, in their order; each has as many as the options ask for."""
+
+    @abstractmethod
+    def _read(
+        self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
+    ) -> Iterator[Batch]:
+        """`read`, of what was checked."""
+
+    @abstractmethod
+    def _next_logprobs(
+        self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
+    ) -> list[NextToken]:
+        """`next_logprobs`, of what was checked."""
+
+    @abstractmethod
+    def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """The mean negative log-probability, in nats, of each answer's tokens under the unsteered model, in one batch.
+
+        A text is `(context ids, answer ids)`, neither of them empty. Raises `UnsupportedError` for an engine that has
+        no perplexities.
+        """
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token with which texts begin; `None` where the model has none."""
+        token = self.tokenizer.bos_token_id
+        return token if isinstance(token, int) else None
+
+    # ---- what it can't -----------------------------------------------------------------------------------
+
+    def supports(self, steering: Steering | None = None, *features: str) -> str | None:
+        """Why this can't run a steering, or what of these features it hasn't, in a sentence; `None` where it can.
+
+        Args:
+            steering: Checked as `check` does, but for which model it was learned on.
+            features: Names of `trimtab.engines.contract.FEATURES`, such as `"rejection"`.
+
+        Raises:
+            TrimtabError: There is no such feature.
+        """
+        try:
+            self.require(*features)
+            if steering is not None:
+                self.check(Steering(steering.edits))
+        except UnsupportedError as error:
+            return str(error)
+        except TrimtabError as error:
+            if unknown := set(features) - set(FEATURES):
+                raise TrimtabError(f"there is no feature {min(unknown)!r}; features: {', '.join(FEATURES)}") from None
+            return str(error)
+        return None
+
+    def require(self, *features: str) -> None:
+        """Raises `UnsupportedError`, with the reason and what can do it instead, where the engine hasn't a feature."""
+        for feature in features:
+            if feature not in FEATURES:
+                raise TrimtabError(f"there is no feature {feature!r}; features: {', '.join(FEATURES)}")
+            if feature in self.cannot:
+                raise UnsupportedError(
+                    f"the {self.engine} engine has no {FEATURES[feature]}: {self.cannot[feature]}; the transformers"
+                    f" engine can (leave out engine=, or --engine){_LEARNED.get(feature, '')}"
+                )
+
+    # ---- text --------------------------------------------------------------------------------------------
+
+    def encode(
+        self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
+    ) -> list[int]:
+        """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
+        return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
+
+    def spans(
+        self,
+        prompt: Prompt,
+        emphasize: Emphasis | Sequence[Emphasis],
+        *,
+        system: str | None = None,
+        chat: bool | None = None,
+        template: Template | None = None,
+    ) -> tuple[tuple[int, int], ...]:
+        """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
+        return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        steering: Steering | str | Sequence[Steering | str | None] | None = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        template: Template | None = None,
+        logprobs: bool = False,
+        batch_size: int | None = 32,
+        seed: int | None = None,
+        transfer: bool = False,
+        emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
+        rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
+        drop_finished: bool = False,
+        progress: Any = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Answer prompts, each under its own steering (or one for all, or none).
+
+        Args:
+            prompts: A string, a list of chat messages, or a list of either. A last message of the assistant's is
+                continued.
+            steering: One for all prompts, or a list with one for each (`None`: none). On the vLLM engine also the name
+                of a registered one.
+            max_new_tokens: Tokens of an answer at most.
+            system: A system message before each prompt.
+            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+            template: Keywords of the chat template, such as `{"enable_thinking": False}`.
+            logprobs: Let the answers have the log-probability of each token.
+            batch_size: On the transformers engine, prompts that run together, sorted by length. Others decide by
+                themselves.
+            seed: For repeatable samples.
+            transfer: Allow a steering learned on another model of the same width.
+            emphasize: What the model should heed: a phrase of every prompt, or one item for each prompt (several
+                phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
+            rejection: Weakens or rejects steering, of whatever kind, where its token is implausible; the answers then
+                have a `trace`. With `emphasize` it is on unless it is `False`.
+            drop_finished: Let rows leave their batch when they end, which is faster where answers differ in length; a
+                row then has other neighbours than in a whole batch, and near-ties may fall otherwise. It holds for
+                greedy answers without rejection or further options, of models whose rows can share a batch, and is
+                nothing to others.
+            progress: `progress(done, total)` is called as prompts are answered.
+            options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
+                engines take those that they have too, under the same names.
+
+        Returns:
+            The answers in the prompts' order, `num_return_sequences` of each.
+
+        Raises:
+            TrimtabError: Before anything runs, for a steering, prompt or option that doesn't fit.
+            UnsupportedError: Before anything runs, for what this engine can't do.
+        """
+        check_no_keywords(self.tokenizer, options)
+        self._check_asked(emphasize, rejection)
+        many = as_list(prompts)
+        steerings = self._named(steering, len(many))
+        marked = marks_for(emphasize, len(many))
+        for i, marks in enumerate(marked):
+            if marks is not None:
+                spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat, template=template)
+                towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
+                steerings[i] = towards if steerings[i] is None else steerings[i] + towards
+        rejections = rejections_for(rejection, marked)
+        for one in {one for one in steerings if one is not None}:
+            self.check(one, transfer=transfer)
+        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
+        requests = [Request(*each) for each in zip(ids, steerings, rejections, strict=True)]
+        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, drop_finished)
+        decoding = self.admit(requests, decoding)
+        check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
+        for request in requests:
+            check_prompt(request.steering, len(request.ids))
+        done = [answer for answers in self.run(requests, decoding) for answer in answers]
+        warn_of_doses(done, steerings)
+        return done
+
+    def stream(
+        self,
+        prompt: Prompt,
+        steering: Steering | None = None,
+        *,
+        max_new_tokens: int = 128,
+        system: str | None = None,
+        chat: bool | None = None,
+        template: Template | None = None,
+        logprobs: bool = False,
+        seed: int | None = None,
+        transfer: bool = False,
+        emphasize: Emphasis | Sequence[Emphasis] | None = None,
+        rejection: Rejection | bool | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Answer one prompt, and give its text piece by piece while it is generated.
+
+        What comes is what `generate` gives for the prompt alone, under the same options. The model runs in a thread of
+        its own, and others wait for it as for `generate`.
+
+        Args:
+            prompt: A string, or a list of chat messages.
+            steering: What steers the answer.
+            max_new_tokens: Tokens at most.
+            system: A system message before the prompt.
+            chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+            template: Keywords of the chat template.
+            logprobs: Let the result have log-probabilities.
+            seed: Of a sampled answer.
+            transfer: Allow a steering learned on another model of the same width.
+            emphasize: One phrase of the prompt, or several.
+            rejection: As `generate` has it.
+            options: As `generate` takes them.
+
+        Returns:
+            An iterator of pieces, whose `result` is the `Generation` after the last one. Leaving its loop early or
+            `close()` stops the generation.
+
+        Raises:
+            TrimtabError: As `generate` does, before anything runs; for several prompts, beams or answers; and inside
+                `lm.steered(…)`.
+        """
+        self.require("streaming")
+        one = one_request(prompt, steering, rejection, options)
+
+        def generate(tell: Tell) -> Generation:
+            (answer,) = self.generate(
+                [one],
+                steering,
+                max_new_tokens=max_new_tokens,
+                system=system,
+                chat=chat,
+                template=template,
+                logprobs=logprobs,
+                seed=seed,
+                transfer=transfer,
+                emphasize=None if emphasize is None else [emphasize],
+                rejection=rejection,
+                **{**options, "streamer": TokenTeller(tell)},
+            )
+            return answer
+
+        return Stream(self.tokenizer, generate)
+
+    def next_logprobs(
+        self,
+        choices: Sequence[Choice],
+        steering: Steering | Sequence[Steering | None] | None = None,
+        *,
+        batch_size: int = 32,
+        transfer: bool = False,
+        progress: Any = None,
+    ) -> list[NextToken]:
+        """How likely each text's candidate tokens are to come next, each text under its own steering.
+
+        Nothing is generated: a row costs one pass, and what rows of the same text have in common before anything is
+        steered runs once for all of them. Rows are sorted so that such ones meet in a batch of `batch_size`; the
+        results come in the order of `choices`. `progress(done, total)` is called after each batch.
+
+        Raises `TrimtabError` before anything runs for a steering or a text that doesn't fit.
+        """
+        steerings = one_each(steering, len(choices))
+        for one in {one for one in steerings if one is not None}:
+            if any(isinstance(edit.operation, ScoreOperation) for edit in one.edits):
+                raise UnsupportedError("attention scores are steered by lm.generate(…), not by lm.next_logprobs(…)")
+            self.check(one, transfer=transfer)
+        check_choices(self.layout, choices)
+        for choice, one in zip(choices, steerings, strict=True):
+            check_prompt(one, choice.prompt_length)
+        return self._next_logprobs(choices, steerings, batch_size, progress)
+
+    # ---- what users ask of a steering ----------------------------------------------------------------------
+
+    def project(
+        self,
+        text: Prompt,
+        steering: Steering,
+        layers: int | Iterable[int] | None = None,
+        *,
+        transfer: bool = False,
+    ) -> Projections:
+        """How each token's activation lies along a steering's directions: what the steering reads in a text.
+
+        The text is read unsteered, each direction where the steering acts (the output of a block, mostly).
+
+        Args:
+            text: A string, which is read as it is, or messages, which the chat template renders; where these end with
+                the assistant's, nothing comes after it.
+            steering: What has the directions. What is added with a negative strength is turned round.
+            layers: Of the steering's layers, these; by default all.
+            transfer: Allow a steering learned on another model of the same width.
+
+        Returns:
+            Tokens, with cosines and projections by layer; in a notebook the coloured text.
+
+        Raises:
+            TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
+        """
+        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
+        return found
+
+    def sweep(
+        self,
+        steering: Steering,
+        *,
+        layers: int | Iterable[int] | None = None,
+        strengths: float | Iterable[float] = (0.5, 1.0, 1.5),
+        prompts: Prompt | Sequence[Prompt] | None = None,
+        check: Callable[[str], bool | float] | None = None,
+        max_new_tokens: int = 48,
+        **options: Any,
+    ) -> Sweep:
+        """Try a steering at each of its layers alone, at several strengths, as rows of shared batches.
+
+        Args:
+            steering: What was learned, best at several layers at once.
+            layers: Of the steering's layers, these; by default all.
+            strengths: Multiples of the steering.
+            prompts: What is asked; by default eight of the package's queries.
+            check: A function of an answer's text that says whether it passes: yes or no, or a number.
+            max_new_tokens: Tokens of an answer at most.
+            options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
+                `trimtab.tune.Guard`, or `None`), and what `generate` takes besides.
+
+        Returns:
+            A row for each layer and strength: the share that passes, the dose, the repeated share and the perplexity
+            under the unsteered model. `best()` is one of them, whose `steering` is ready to use.
+
+        Raises:
+            TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
+                `generate` does.
+        """
+        self.require("perplexity")
+        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
+        return found
+
+    # ---- activations -------------------------------------------------------------------------------------
+
+    def capture(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sites: Site | int | Sequence[Site | int],
+        positions: Positions = LAST,
+        *,
+        system: str | None = None,
+        chat: bool | None = None,
+        template: Template | None = None,
+        steering: Steering | None = None,
+        transfer: bool = False,
+    ) -> list[dict[Site, Tensor]]:
+        """The activations of prompts: for each prompt, `{site: [positions, width]}`.
+
+        They are in the model's dtype on the transformers engine, in float32 on others. An integer site is the residual
+        stream after that block; one site needs no list. With `steering` it is what that makes of the activations; so
+        it is inside `lm.steered(…)`.
+
+        Raises `TrimtabError` for a prompt without a token at these positions, a site that isn't there, and a steering
+        that doesn't fit; `UnsupportedError` for what the engine can't read.
+        """
+        listed = [sites] if isinstance(sites, (int, Site)) else sites
+        wanted = [site if isinstance(site, Site) else Site(site) for site in listed]
+        if not isinstance(positions, Positions):
+            raise TrimtabError(f"positions are Positions, got {positions!r}; write Positions.parse('all'), say")
+        if steering is not None:
+            self.check(steering, transfer=transfer)
+        texts = []
+        for i, prompt in enumerate(as_list(prompts)):
+            ids = self.encode(prompt, system=system, chat=chat, template=template)
+            check_length(self.layout, len(ids), f"prompt {i + 1}")
+            where = positions.in_prompt(len(ids))
+            if not where:
+                raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
+            check_prompt(steering, len(ids))
+            texts.append(Text(ids, where))
+        found: dict[int, dict[Site, Tensor]] = {}
+        for batch in self.read([[text] for text in texts], wanted, steering=steering):
+            for n, i in enumerate(batch.groups):
+                found[i] = {site: batch.values[site][n][0] for site in wanted}
+        return [found[i] for i in range(len(texts))]
+
+    def read(
+        self,
+        groups: Sequence[Sequence[Text]],
+        sites: Sequence[Site],
+        *,
+        tokens_per_batch: int = TOKENS_PER_BATCH,
+        steering: Steering | None = None,
+    ) -> Iterator[Batch]:
+        """Read every text of every group at every site, batch by batch, in an order of the engine's own.
+
+        Args:
+            groups: Texts that belong together, such as the two sides of a pair; those of a group come in one batch.
+            sites: Where. What all engines can read is the residual stream after a block.
+            tokens_per_batch: So many tokens, about, are read together, and their activations held.
+            steering: What steers the texts, each of which is a whole prompt then; `check` is the caller's.
+
+        Raises:
+            TrimtabError: A site that isn't there, an empty text or one longer than the model's context.
+            UnsupportedError: A site that the engine can't read.
+        """
+        self.check_sites(sites)
+        check_texts(self.layout, groups)
+        return self._read(groups, sites, tokens_per_batch, steering)
+
+    # ---- where engines differ ----------------------------------------------------------------------------
+
+    def _check_asked(self, emphasize: Any, rejection: Any) -> None:
+        if emphasize is not None:
+            self.require("emphasis")
+        if rejection not in (None, False):
+            self.require("rejection")
+
+    def _named(self, steering: Any, count: int) -> list[Any]:
+        """Each request's steering."""
+        return one_each(steering, count)
+
+
+_LEARNED = {"training": ", and what it has learned runs on this one wherever it can be honoured"}

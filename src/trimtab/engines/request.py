@@ -1,0 +1,82 @@
+"""What engines are asked, and what comes back: plain data, the same for every engine. Answers are in `answer`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.decoding.rejection import Rejection
+from trimtab.engines.answer import Applied
+from trimtab.steering import Site, Steering
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rendered prompt that is to be answered, under its own steering and its own rejection."""
+
+    ids: list[int]
+    steering: Steering | None = None
+    rejection: Rejection | None = None
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How all requests of one call are decoded.
+
+    Args:
+        max_new_tokens: Tokens of an answer at most.
+        logprobs: Whether the log-probability of each token is wanted.
+        seed: Of sampled answers; `None` draws one.
+        batch_size: Requests that run together, where the engine leaves that to its caller.
+        options: Under transformers' names for them, those of `generate`.
+        progress: Called with how many requests are done, and of how many.
+        drop_finished: Whether requests may leave their batch when they end.
+    """
+
+    max_new_tokens: int = 128
+    logprobs: bool = False
+    seed: int | None = None
+    batch_size: int | None = 32
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: Any = None
+    drop_finished: bool = False
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and the positions at which to read (each at least 0 and below the number of ids)."""
+
+    ids: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch of a reading gave: `values[site][g][m]` is `[positions, width]` for member m of `groups[g]`."""
+
+    groups: list[int]
+    values: dict[Site, list[list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A text to read to its end, and the tokens that may come next.
+
+    The prompt is the first `prompt_length` ids, which is what position rules count from; what follows are the first
+    tokens of an answer. `candidates` are the ids whose probability is asked for.
+    """
+
+    ids: Sequence[int]
+    prompt_length: int
+    candidates: Sequence[int]
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The natural log-probability of each candidate, over the whole vocabulary, and what steered it."""
+
+    logprobs: tuple[float, ...]
+    applied: Applied

@@ -1,0 +1,117 @@
+"""From steerings to the edits that act on each request, once what depends on its prompt is known.
+
+Three things wait for the prompt: gates, whose conditions read its activations; operations that it decides, such as a
+mask of the neurons that were large in it; and positions, which engines resolve themselves. Prompts are read unsteered.
+A batch with one gated request, and one in which all are, are decided by the same rows: a prompt's reading doesn't
+depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from trimtab.engines.contract import TOKENS_PER_BATCH
+from trimtab.steering import Edit, Site, Steering
+from trimtab.steering.conditional import conditional
+from trimtab.steering.gates import NEVER, Reading
+
+TOKENS_TO_DECIDE = 1024
+"""For operations that prompts decide, all tokens of all such sites are held: so many at a time, as neurons are many."""
+
+Where = Mapping[int, Sequence[int]]
+"""For each of these requests, by its number, the positions of its prompt that are read, in order."""
+Read = Callable[[Where, Sequence[Site], int], Mapping[int, Mapping[Site, Tensor]]]
+"""`read(where, sites, tokens)`: by request and site the activations `[positions, width]` of prompts, unsteered;
+`tokens` is how many may be read together, where that is the reader's choice."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What acts on each request: its `edits` as an engine runs them, and what they are called in an answer."""
+
+    edits: list[tuple[Edit, ...]]
+    names: list[tuple[str, ...]]
+
+
+def resolve(steerings: Sequence[Steering | None], lengths: Sequence[int], read: Read) -> Resolved:
+    """Decide the gates of requests with prompts of these lengths, then the operations that the prompts decide.
+
+    Edits of strength 0 and behind a shut gate are gone. A condition on each token is part of its edit's operation.
+    `read` isn't called where nothing is to be decided.
+    """
+    asked = [wanted(steering) for steering in steerings]
+    where = {i: tokens_of(readings, lengths[i]) for i, readings in enumerate(asked) if readings}
+    sites = sorted({reading.site for readings in asked for reading in readings})
+    found = read(where, sites, TOKENS_PER_BATCH) if where else {}
+    open_edits = []
+    for i, steering in enumerate(steerings):
+        readings = pooled(asked[i], lengths[i], where[i], found[i]) if i in where else {}
+        open_edits.append(_decided(steering, readings))
+    names = [tuple(str(edit) for edit in edits) for edits in open_edits]
+    settled = _settled(open_edits, lengths, read)
+    return Resolved([tuple(conditional(edit) for edit in edits) for edits in settled], names)
+
+
+def acting(steering: Steering | None) -> tuple[Edit, ...]:
+    """The edits that act where their gates let them: all but those of strength 0."""
+    return tuple(edit for edit in steering.edits if edit.strength != 0) if steering is not None else ()
+
+
+def wanted(steering: Steering | None) -> frozenset[Reading]:
+    """What a steering's gates read of a prompt."""
+    return frozenset(reading for edit in acting(steering) for reading in edit.gate.readings)
+
+
+def waits_for_prompt(edit: Edit) -> bool:
+    """Whether the request's prompt decides the edit's operation."""
+    return hasattr(edit.operation, "settled")
+
+
+def check_prompt(steering: Steering | None, length: int) -> None:
+    """Raises `TrimtabError` when an edit names a token that a prompt of this length hasn't, or a gate reads none."""
+    for edit in steering.edits if steering is not None else ():
+        edit.positions.resolve(length)
+    for reading in wanted(steering):
+        reading.tokens(length)
+
+
+def tokens_of(readings: Iterable[Reading], length: int) -> list[int]:
+    """The positions of a prompt of this length that any of these readings reads, in order."""
+    return sorted({p for reading in readings for p in reading.tokens(length)})
+
+
+def pooled(
+    readings: Iterable[Reading], length: int, positions: Sequence[int], values: Mapping[Site, Tensor]
+) -> dict[Reading, Tensor]:
+    """What is read of one prompt, `[width]` each, from its activations `[positions, width]` at these positions."""
+    row = {position: at for at, position in enumerate(positions)}
+    return {r: r.pooled(values[r.site][[row[p] for p in r.tokens(length)]]) for r in readings}
+
+
+def _decided(steering: Steering | None, readings: Mapping[Reading, Tensor]) -> tuple[Edit, ...]:
+    """The edits whose gate isn't shut by these readings; what is left of it to decide at each token stays in it."""
+    found = []
+    for edit in acting(steering):
+        left = edit.gate.settled(readings)
+        if left != NEVER:
+            found.append(replace(edit, gate=left) if edit.gate.token_sites else edit)
+    return tuple(found)
+
+
+def _settled(requests: list[tuple[Edit, ...]], lengths: Sequence[int], read: Read) -> list[tuple[Edit, ...]]:
+    """The edits with the operations that their prompts decide."""
+    sites = [sorted({edit.site for edit in edits if waits_for_prompt(edit)}) for edits in requests]
+    where = {i: range(lengths[i]) for i, one in enumerate(sites) if one}
+    if not where:
+        return requests
+    found = read(where, sorted({site for one in sites for site in one}), TOKENS_TO_DECIDE)
+    return [
+        tuple(
+            replace(edit, operation=edit.operation.settled(found[i][edit.site])) if waits_for_prompt(edit) else edit
+            for edit in edits
+        )
+        for i, edits in enumerate(requests)
+    ]

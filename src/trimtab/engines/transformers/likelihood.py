@@ -1,0 +1,99 @@
+"""How likely given answers are under the unsteered model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.layout import Layout
+from trimtab.errors import TrimtabError
+from trimtab.steering.tensors import to_float64
+
+LOGITS = 16_000_000
+"""How many logits are held at a time: 64 MiB in float32, whatever the size of the vocabulary."""
+
+
+@torch.no_grad()
+def mean_nlls(
+    model: Any, layout: Layout, name: str, texts: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> list[float]:
+    """The mean negative log-probability of each answer's tokens, in nats. One pass of the decoder.
+
+    Args:
+        model: The model, whose decoder `layout` has.
+        layout: Where the decoder is.
+        name: What errors call the model.
+        texts: `(context ids, answer ids)`, neither of them empty.
+
+    Raises:
+        TrimtabError: Logits that aren't numbers.
+    """
+    decoder = layout.decoder
+    device = next(decoder.parameters()).device
+    width = max(len(context) + len(answer) for context, answer in texts)
+    ids = torch.zeros(len(texts), width, dtype=torch.long)
+    mask = torch.zeros(len(texts), width, dtype=torch.long)
+    for row, (context, answer) in enumerate(texts):
+        ids[row, : len(context) + len(answer)] = torch.tensor([*context, *answer])
+        mask[row, : len(context) + len(answer)] = 1
+    inputs: dict[str, Any] = {
+        "input_ids": ids.to(device),
+        "attention_mask": mask.to(device),
+        "use_cache": False,
+    }
+    if "position_ids" in signature(type(decoder).forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(device)
+    output = decoder(**inputs)
+    hidden = output.last_hidden_state
+    rows = torch.tensor([row for row, (_, answer) in enumerate(texts) for _ in answer])
+    before = torch.tensor([len(context) + i - 1 for context, answer in texts for i in range(len(answer))])
+    tokens = torch.tensor([token for _, answer in texts for token in answer])
+    there = hidden[rows.to(hidden.device), before.to(hidden.device)]
+    with _decoder_gives(model, layout, type(output)) as give:
+        each = _token_nlls(give, there, tokens, model.get_output_embeddings().weight.shape[0])
+    if each.isnan().any():
+        raise TrimtabError(f"{name} gives logits that are not numbers; load it in float32 or bfloat16")
+    sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, rows, each)
+    return [total / len(answer) for total, (_, answer) in zip(sums.tolist(), texts, strict=True)]
+
+
+def _token_nlls(give: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
+    """`[tokens]`, float64: the negative log-probability of each token, from the hidden state `[width]` before it."""
+    parts = []
+    each = max(1, LOGITS // vocabulary)
+    for some, wanted in zip(hidden.split(each), tokens.split(each), strict=True):
+        logits = give(some)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        chosen = logits.gather(-1, wanted.to(logits.device)[:, None])[:, 0]
+        parts.append(to_float64(logits.logsumexp(-1) - chosen))
+    return torch.cat(parts)
+
+
+@contextmanager
+def _decoder_gives(model: Any, layout: Layout, output: type) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yields hidden states `[tokens, width]` → logits `[tokens, vocabulary]`, as the whole model computes them.
+
+    The model's own forward runs, with a decoder that hands it these states: so the scales and caps that some
+    families put on their logits are there, without a list of families. `output` is the class of what it returns.
+    """
+    decoder = layout.decoder
+    own = vars(decoder).get("forward")  # accelerate puts one there
+    given: list[Tensor] = []
+    decoder.forward = lambda *_, **__: output(last_hidden_state=given[0][None])
+
+    def logits(hidden: Tensor) -> Tensor:
+        given[:] = [hidden]
+        one = torch.zeros(1, 1, dtype=torch.long, device=next(decoder.parameters()).device)
+        return model(input_ids=one, use_cache=False).logits[0]
+
+    try:
+        yield logits
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
