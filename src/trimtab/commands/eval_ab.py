@@ -25,6 +25,7 @@ from trimtab.commands.finetuned import FinetuneOption, check_finetune, sides
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -73,6 +74,7 @@ def ab(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    engine: EngineOption = "transformers",
     template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -117,6 +119,7 @@ def ab(
         revision=revision,
         layers_path=layers_path,
         quiet=json,
+        engine=engine,
         template=template,
     )
     arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)

@@ -13,6 +13,7 @@ from rich.table import Table
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -74,6 +75,7 @@ def inspect(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    engine: EngineOption = "transformers",
     template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -125,6 +127,7 @@ def inspect(
             revision=revision,
             layers_path=layers_path,
             quiet=json,
+            engine=engine,
             template=template,
         )
         if text is not None:

@@ -13,6 +13,7 @@ from trimtab.commands.for_program import ForOption, check_program, commands_for,
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -146,6 +147,7 @@ def learn(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    engine: EngineOption = "transformers",
     template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -254,6 +256,7 @@ def learn(
         revision=revision,
         layers_path=layers_path,
         quiet=json,
+        engine=engine,
         template=template,
     )
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted

@@ -15,6 +15,7 @@ from trimtab.commands.for_program import ForOption, check_program, commands_for,
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -104,6 +105,7 @@ _COMMON = [
     _keyword("dtype", DtypeOption, "auto"),
     _keyword("revision", RevisionOption, None),
     _keyword("layers_path", LayersPathOption, None),
+    _keyword("engine", EngineOption, "transformers"),
     _keyword("template", TemplateOption, None),
     _keyword("json", JsonOption, False),
 ]
@@ -165,6 +167,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         dtype=given["dtype"],
         revision=given["revision"],
         layers_path=given["layers_path"],
+        engine=given["engine"],
         template=given["template"],
         quiet=quiet,
     )

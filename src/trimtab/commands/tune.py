@@ -22,6 +22,7 @@ from trimtab.commands.learn import parse_layers
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
+    EngineOption,
     JsonOption,
     LayersPathOption,
     ModelOption,
@@ -158,6 +159,7 @@ def tune(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    engine: EngineOption = "transformers",
     template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -255,6 +257,7 @@ def tune(
         revision=revision,
         layers_path=layers_path,
         quiet=json,
+        engine=engine,
         template=template,
     )
     tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
@@ -516,7 +519,7 @@ def _cells(row: Row, found: Tuned) -> list[str]:
         str(row.items),
         f"{row.score:.2f}",
         f"{row.score - row.unsteered:+.2f}",
-        f"{row.dose:.2f}",
+        "" if math.isnan(row.dose) else f"{row.dose:.2f}",
         perplexity,
         "chosen" if _is_chosen(row, found) else "✗ guard" if row.broken else "",
     ]
