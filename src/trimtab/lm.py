@@ -20,7 +20,6 @@ from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
 from trimtab.engines.request import Request as Asked
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
-from trimtab.engines.streaming import Stream
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.deciding import check_gates
@@ -44,7 +43,7 @@ from trimtab.steering import Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.steering.steering import check_steering
-from trimtab.text.chat import Prompt, Template, template_digest
+from trimtab.text.chat import Template, template_digest
 from trimtab.text.pieces import pieces
 from trimtab.text.templates import with_keywords
 
@@ -236,11 +235,10 @@ class LM(LanguageModel):
                     decoding.progress(len(answers), len(order))
         return [[self._with_pieces(answer) for answer in answers[i]] for i in range(len(requests))]
 
-    def stream(self, prompt: Prompt, steering: Steering | None = None, **options: Any) -> Stream:
-        """As `LanguageModel.stream`, whose options it takes."""
+    def _check_free(self) -> None:
+        super()._check_free()
         with self._exclusive():
-            pass  # it raises inside of lm.steered(…), whose end the thread would wait for
-        return super().stream(prompt, steering, **options)
+            pass  # it raises inside of lm.steered(…), whose end a stream's thread would wait for
 
     def _next_logprobs(
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any

@@ -77,7 +77,7 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
 def room(desk: Desk, conversation: Conversation, question: str) -> int:
     """How many tokens the answer may have: what fits. Raises `TrimtabError` where the model's context is full."""
     length = len(desk.lm.encode(conversation.messages(question), system=conversation.system))
-    size = desk.lm.weights.context if desk.engine == "llamacpp" else desk.lm.layout.context
+    size = desk.lm.layout.context
     if size is not None and length >= size:
         raise TrimtabError(
             f"the conversation has {length} tokens with this question, and the model's context holds {size}; /undo"

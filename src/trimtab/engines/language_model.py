@@ -297,6 +297,7 @@ class LanguageModel(ABC):
         """
         self.require("streaming")
         one = one_request(prompt, steering, rejection, options)
+        self._check_free()
 
         def generate(tell: Tell) -> Generation:
             (answer,) = self.generate(
@@ -485,6 +486,10 @@ class LanguageModel(ABC):
             self.require("emphasis")
         if rejection not in (None, False):
             self.require("rejection")
+
+    def _check_free(self) -> None:
+        """Raises `TrimtabError` where a stream can't begin now."""
+        return
 
     def _named(self, steering: Any, count: int) -> list[Any]:
         """Each request's steering."""

@@ -51,6 +51,7 @@ class LlamaCpp(LanguageModel):
         "steered": "the model is llama.cpp's own",
         "training": "llama.cpp has no gradients, and its weights are packed",
         "perplexity": "a pass gives the logits of its last token alone",
+        "logits": "they aren't read at every token",
     }
 
     def __init__(

@@ -53,6 +53,7 @@ class VllmLM(LanguageModel):
         "streaming": "it gives whole answers here; lm.generate(…) has them, and vllm serve streams",
         "steered": "the model runs in processes of its own",
         "training": "the model's weights are in processes of their own",
+        "logits": "it gives out those of few tokens",
         "doses": "it doesn't measure them",
     }
 
