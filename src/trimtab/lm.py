@@ -62,6 +62,7 @@ class LM(LanguageModel):
     """
 
     engine = "transformers"
+    layout: Layout
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class LM(LanguageModel):
         self.model = model
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
-        self._layout = find_layout(model, layers)
+        self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
@@ -145,11 +146,6 @@ class LM(LanguageModel):
         return f"LM({self.name}, {self.layout.layers} layers, width {self.layout.width})"
 
     # ---- who this is -------------------------------------------------------------------------------------
-
-    @property
-    def layout(self) -> Layout:
-        """Where the blocks are, and how wide the residual stream is."""
-        return self._layout
 
     @property
     def runs_in(self) -> dict[str, str]:

@@ -60,8 +60,7 @@ class Engine(Protocol):
     cannot: Mapping[str, str]
     """Which of `FEATURES` it hasn't, and why."""
 
-    @property
-    def layout(self) -> Shape: ...
+    layout: Shape
 
     def supports(self, steering: Steering | None = None, *features: str) -> str | None:
         """Why this engine can't run a steering, or hasn't one of these `FEATURES`; `None` where it can."""

@@ -51,6 +51,7 @@ class LanguageModel(ABC):
         cannot: Which of `contract.FEATURES` the engine hasn't, and why.
         name: The model's name.
         tokenizer: As transformers knows tokenizers.
+        layout: How many blocks the model has, how wide its residual stream is, and how many tokens its context holds.
     """
 
     engine: ClassVar[str]
@@ -58,13 +59,9 @@ class LanguageModel(ABC):
 
     name: str
     tokenizer: Any
+    layout: Shape
 
     # ---- what an engine is -------------------------------------------------------------------------------
-
-    @property
-    @abstractmethod
-    def layout(self) -> Shape:
-        """How many blocks the model has, how wide its residual stream is, and how many tokens its context holds."""
 
     @property
     @abstractmethod

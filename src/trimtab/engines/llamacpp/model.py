@@ -70,6 +70,7 @@ class LlamaCpp(LanguageModel):
         self.weights = Weights(self.path, gpu_layers)
         if self.weights.library.llama_model_has_encoder(self.weights.pointer):
             raise UnsupportedError(f"{self.path.name} has an encoder, and only decoders can be steered")
+        self.layout = Sizes(self.weights.layers, self.weights.width, self.weights.context)
         self.name = name or self.path.stem
         self.threads = threads or torch.get_num_threads()
         self.cache = cache
@@ -113,11 +114,6 @@ class LlamaCpp(LanguageModel):
 
     def __repr__(self) -> str:
         return f"LlamaCpp({self.name}, {self.weights.layers} layers, width {self.weights.width})"
-
-    @property
-    def layout(self) -> Sizes:
-        """How many blocks there are, how wide the stream is, and how many tokens fit."""
-        return Sizes(self.weights.layers, self.weights.width, self.weights.context)
 
     @property
     def runs_in(self) -> dict[str, str]:

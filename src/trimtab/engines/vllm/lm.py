@@ -64,7 +64,7 @@ class VllmLM(LanguageModel):
         self._engine = llm.llm_engine
         config = self._engine.vllm_config.model_config
         text = config.hf_text_config
-        self._sizes = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len)
+        self.layout = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len)
         self._link: Link = run(connect(self._engine), self._engine)
 
     @classmethod
@@ -104,11 +104,6 @@ class VllmLM(LanguageModel):
         core.shutdown()
 
     # ---- who this is -------------------------------------------------------------------------------------
-
-    @property
-    def layout(self) -> Sizes:
-        """How many blocks there are, how wide the stream is, and the engine's `max_model_len`."""
-        return self._sizes
 
     @property
     def runs_in(self) -> dict[str, str]:
