@@ -8,6 +8,7 @@ from tiny import direction, naive_logits, prompt, tiny
 
 from trimtab import LM, TrimtabError
 from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.vllm.lm import VllmLM
 from trimtab.errors import UnsupportedError
 from trimtab.evaluate.divergence import Divergence, divergence, read_given, reference
 from trimtab.steering import (
@@ -110,5 +111,5 @@ def test_what_cannot_be_read_is_refused_in_words() -> None:
     lm = tiny("llama")
     with pytest.raises(TrimtabError, match="no prompt"):
         divergence(lm, None, [])
-    with pytest.raises(UnsupportedError, match="without engine="):
-        divergence(object(), None, ["w3"])  # type: ignore[arg-type]
+    with pytest.raises(UnsupportedError, match=r"the vllm engine has no probabilities of all tokens: .* engine can"):
+        divergence(VllmLM.__new__(VllmLM), None, ["w3"])  # type: ignore[arg-type]

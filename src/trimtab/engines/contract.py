@@ -25,7 +25,7 @@ FEATURES = {
     "steered": "lm.steered(…)",
     "training": "learning by gradients, or from the weights",
     "perplexity": "perplexities",
-    "logits": "the probabilities of all tokens",
+    "logits": "probabilities of all tokens",
     "doses": "doses",
 }
 """What not every engine can do, and what it is called in errors."""

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from trimtab.engines.arguments import as_list
 from trimtab.engines.transformers.few_rows import few_rows
+from trimtab.engines.transformers.likelihood import LOGITS
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
-from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.evaluate.fluency import LOGITS
+from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
@@ -89,7 +89,7 @@ def reference(
     Raises:
         TrimtabError: No prompts, a number of tokens below 1, or another engine.
     """
-    _check(lm)
+    lm.require("logits")
     answers = lm.generate(prompts, max_new_tokens=tokens, system=system, chat=chat)
     listed = as_list(prompts)
     if not listed:
@@ -137,14 +137,6 @@ def divergence(
     )
     steered = read_given(lm, base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
-
-
-def _check(lm: LM) -> None:
-    if not hasattr(lm, "layout"):
-        raise UnsupportedError(
-            f"{type(lm).__name__} doesn't give all tokens' probabilities, which a divergence is made of; load the model"
-            " without engine= for that"
-        )
 
 
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:

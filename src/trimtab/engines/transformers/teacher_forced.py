@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.contract import check_length
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import check_length, padded
+from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
