@@ -22,6 +22,10 @@ GROUPS = {
 }
 """The parts of the reference, by where the public names live."""
 
+INHERITING = ("LM",)
+"""What has most of its methods from a class that isn't public by itself."""
+INHERITED = "    options:\n      inherited_members: true\n"
+
 OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)(#[^)\s]*)?\)")
 MARKUP = re.compile(r"\[/?(?:bold|dim|italic)\]")
 
@@ -72,7 +76,8 @@ def api_page() -> str:
         names = [name for name, (home, _) in public.items() if home.startswith(homes)]
         placed |= set(names)
         parts.append(f"## {title}\n")
-        parts += [f"::: {_defined(*public[name])}\n" for name in sorted(names, key=lambda name: (name.lower(), name))]
+        for name in sorted(names, key=lambda name: (name.lower(), name)):
+            parts.append(f"::: {_defined(*public[name])}\n{INHERITED if name in INHERITING else ''}")
     if missing := sorted(set(public) - placed):
         raise LookupError(f"the site's reference has no part for {', '.join(missing)}")
     return "\n".join(parts)

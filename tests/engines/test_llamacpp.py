@@ -216,6 +216,8 @@ def test_what_it_hasnt_is_said_before_anything_runs(llama):
 def test_how_tokens_lie_along_a_direction(lm, llama):
     ours, theirs = (token_cosines(one, adding(1, 3), "the sea ü") for one in (llama, lm))
     assert [one.layer for one in ours] == [1, 3]
+    shown = llama.project("the sea", adding(1, 3))
+    assert shown.cosines[3] == pytest.approx(lm.project("the sea", adding(1, 3)).cosines[3], abs=1e-4)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.cosines == pytest.approx(other.cosines, abs=1e-4)
 

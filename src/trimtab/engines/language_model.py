@@ -210,10 +210,8 @@ class LanguageModel(ABC):
                 phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
             rejection: Weakens or rejects steering, of whatever kind, where its token is implausible; the answers then
                 have a `trace`. With `emphasize` it is on unless it is `False`.
-            drop_finished: Let rows leave their batch when they end, which is faster where answers differ in length; a
-                row then has other neighbours than in a whole batch, and near-ties may fall otherwise. It holds for
-                greedy answers without rejection or further options, of models whose rows can share a batch, and is
-                nothing to others.
+            drop_finished: Let rows leave their batch when they end, which is faster where answers differ in length;
+                near-ties may fall otherwise. It holds for greedy answers without rejection or further options.
             progress: `progress(done, total)` is called as prompts are answered.
             options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
                 engines take those that they have too, under the same names.
@@ -233,7 +231,7 @@ class LanguageModel(ABC):
         for i, marks in enumerate(marked):
             if marks is not None:
                 spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat, template=template)
-                towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
+                towards = emphasis(ScaleScores(), spans, self._emphasised(), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
         for one in {one for one in steerings if one is not None}:
@@ -487,6 +485,10 @@ class LanguageModel(ABC):
     def _check_free(self) -> None:
         """Raises `TrimtabError` where a stream can't begin now."""
         return
+
+    def _emphasised(self) -> Iterable[int]:
+        """The layers at which emphasis acts."""
+        return range(self.layout.layers)
 
     def _named(self, steering: Any, count: int) -> list[Any]:
         """Each request's steering."""

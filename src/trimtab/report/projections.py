@@ -101,7 +101,7 @@ def project(
         values = to_float64(batch.values[sites[layer]][0][0])
         cosines[layer] = tuple(torch.cosine_similarity(values, direction[None], dim=-1).tolist())
         projections[layer] = tuple((values @ direction).tolist())
-    special = set(lm.tokenizer.all_special_ids)
+    special = set(getattr(lm.tokenizer, "all_special_ids", ()))
     shown = pieces(lm.tokenizer, ids)
     named = tuple(lm.tokenizer.decode([i]) if i in special else piece for i, piece in zip(ids, shown, strict=True))
     return Projections(named, cosines, projections)

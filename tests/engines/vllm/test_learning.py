@@ -107,6 +107,18 @@ class TestReading:
                 for mine, other in zip(ours[key], theirs[key], strict=True):
                     torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
 
+    def test_under_a_steering_whose_gate_the_text_decides(self, vllm: Any, small: LM) -> None:
+        everywhere, sites = Positions.all(), [Site(1), Site(2)]
+        for threshold in (-1e9, 1e9):
+            gated = added(5, 3.0, layers=(2,)).when(Threshold(Site(1), direction(9), threshold))
+            ours, theirs = (lm.capture(PROMPTS[:3], sites, everywhere, steering=gated) for lm in (vllm, small))
+            plain = vllm.capture(PROMPTS[:3], sites, everywhere)
+            for mine, other, unsteered in zip(ours, theirs, plain, strict=True):
+                for site in sites:
+                    torch.testing.assert_close(mine[site], other[site], rtol=1e-3, atol=1e-3)
+                moved = (mine[Site(2)] - unsteered[Site(2)]).norm(dim=-1)
+                assert bool((moved > 1).all() if threshold < 0 else (moved < 1e-3).all())
+
     def test_what_gates_read(self, vllm: Any, small: LM) -> None:
         readings = [Reading(Site(1)), Reading(Site(2), Positions.all(), "unit-mean")]
         ours, theirs = (read_pooled(lm, PROMPTS[:4], readings) for lm in (vllm, small))

@@ -215,6 +215,12 @@ class VllmLM(LanguageModel):
         return parts
 
     def _run(self, ids: Sequence[Sequence[int]], params: Sequence[Any], progress: Any = None) -> list[Any]:
+        for tokens in ids:
+            if self.layout.context is not None and len(tokens) >= self.layout.context:
+                raise TrimtabError(
+                    f"a text has {len(tokens)} tokens, and the context (max_model_len) holds {self.layout.context},"
+                    " with one that is generated; shorten it"
+                )
         prompts = [{"prompt_token_ids": list(tokens)} for tokens in ids]
         bar = False if progress is None else _bar(progress)
         with self._alive():
@@ -254,18 +260,25 @@ class VllmLM(LanguageModel):
     def _read(
         self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
     ) -> Iterator[Batch]:
-        parts = () if steering is None or not steering.edits else (self._send(steering),)
         for chosen in batches(groups, tokens):
-            found = iter(self._capture([text for g in chosen for text in groups[g]], sites, parts))
+            texts = [text for g in chosen for text in groups[g]]
+            parts: list[Part | None] | None = None
+            if steering is not None:
+                parts = self._parts(self._resolved([steering] * len(texts), [text.ids for text in texts]).edits)
+            found = iter(self._capture(texts, sites, parts))
             members = [[next(found) for _ in groups[g]] for g in chosen]
             yield Batch(chosen, {site: [[one[site] for one in group] for group in members] for site in sites})
 
     def _capture(
-        self, texts: Sequence[Text], sites: Sequence[Site], parts: tuple[Part, ...] = ()
+        self, texts: Sequence[Text], sites: Sequence[Site], parts: Sequence[Part | None] | None = None
     ) -> list[Mapping[Site, Any]]:
-        """These texts' activations `[positions, width]` at each site. What isn't steered runs as far as it is read."""
-        if not parts:
+        """These texts' activations `[positions, width]` at each site, under what each part stands for.
+
+        Without parts, texts run as far as they are read.
+        """
+        if parts is None:
             texts = [Text(text.ids[: max(text.positions) + 1], text.positions) for text in texts]
+            parts = [None] * len(texts)
         names, params = params_of(texts, sites, parts)
         self._run([text.ids for text in texts], params)
         return taken(self._rpc("trimtab_take", names), sites)

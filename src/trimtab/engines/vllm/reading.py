@@ -48,15 +48,17 @@ def batches(groups: Sequence[Sequence[Text]], tokens: int) -> Iterator[list[int]
         yield chosen
 
 
-def params_of(texts: Sequence[Text], sites: Sequence[Site], parts: tuple[Part, ...]) -> tuple[list[str], list[Any]]:
+def params_of(
+    texts: Sequence[Text], sites: Sequence[Site], parts: Sequence[Part | None]
+) -> tuple[list[str], list[Any]]:
     """The names of the readings, one for each text, and the sampling parameters of the requests that make them."""
     layers = tuple(sorted({site.layer for site in sites}))
     names, params = [], []
-    for one in texts:
+    for one, part in zip(texts, parts, strict=True):
         reading = Reading(uuid.uuid4().hex, layers, tuple(one.positions))
         plain = sampling_of(1, False, None, {})
         plain.skip_reading_prefix_cache = True  # what a block holds isn't computed again
-        plain.extra_args = {RESOLVED: Wire(parts, reading).to_plain()}
+        plain.extra_args = {RESOLVED: Wire(() if part is None else (part,), reading).to_plain()}
         names.append(reading.id)
         params.append(plain)
     return names, params
