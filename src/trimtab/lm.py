@@ -215,10 +215,11 @@ class LM:
 
         A prompt is a string or a list of chat messages, of which a last one of the assistant's is continued. `template`
         holds keywords of the chat template, such as `{"enable_thinking": False}`. `options` go to transformers'
-        `generate`; decoding is greedy unless they say `do_sample=True`, with `seed` for repeatable samples. `batch_size`
-        prompts are answered at a time, longest first; rows leave the batch as they end, and the next take their places.
-        The answers come in the prompts' order, `num_return_sequences` each. `progress(done, total)` is called as
-        prompts are done. `transfer=True` allows a steering learned on another model of the same width.
+        `generate`; decoding is greedy unless they say `do_sample=True`, with `seed` for repeatable samples: each answer
+        has random numbers of its own, which its place in the list decides. `batch_size` prompts are answered at a time,
+        longest first; rows leave the batch as they end, and the next prompts take their places. The answers come in
+        the prompts' order, `num_return_sequences` each. `progress(done, total)` is called as prompts are done.
+        `transfer=True` allows a steering learned on another model of the same width.
 
         `emphasize` names what the model should heed: a phrase of every prompt, or one item for each prompt (several
         phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
@@ -226,8 +227,8 @@ class LM:
         then have a `trace`; with `emphasize` it is on unless it is `False`.
 
         Rejection, and options that choose tokens otherwise than by `temperature`, `top_k`, `top_p`, `min_p`,
-        `repetition_penalty`, `min_new_tokens` and `eos_token_id` (beams, further processors or criteria), are decoded by
-        transformers' own `generate`, in batches that stay whole. So is a model whose rows can't share a batch of steps.
+        `repetition_penalty`, `min_new_tokens` and `eos_token_id` (beams, further processors or criteria), go through
+        transformers' own `generate`, in batches that stay whole. So does a model whose rows can't share such a batch.
 
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """

@@ -20,8 +20,8 @@ from transformers import DynamicCache, StaticCache
 import trimtab
 from trimtab import Add, Edit, Positions, Site, Steering, TrimtabError, UnsupportedError
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.sampling import GREEDY
 from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
+from trimtab.engines.transformers.sampling import GREEDY
 from trimtab.errors import UntestedVersionWarning
 
 SOURCE = Path(trimtab.__file__).parent

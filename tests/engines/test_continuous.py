@@ -1,4 +1,4 @@
-"""Rows that leave their batch as they end get the answers of transformers' own loop, on tiny models of many families."""
+"""Rows that leave their batch as they end get the answers of transformers' own loop, on models of many families."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_one_wait_and_no_copies(device: tuple[LM, Counts], name: str, rows: int,
             batch.insert(asked(lm, row, 4 + row, 20, **way))
         else:
             batch.insert(GenerationRequest(tuple(lm.encode(prompt(row, 4 + row))), None, 20, **way))
-    for _ in range(5):  # what stays the same is put on the device, and no row is steered in another way any more
+    for _ in range(7):  # what stays the same is put on the device, and no row is steered in another way any more
         batch.step()
     for _ in range(3):
         counts.clear()
@@ -63,8 +63,8 @@ def test_the_numbers_ahead_are_copied_now_and_then(device: tuple[LM, Counts], mo
     lm, counts = device
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
     for row in range(5):
-        batch.insert(asked(lm, row, 4 + row, 20, sampling=Sampling(1.0, 0.9, seed=row)))
-    for _ in range(5):
+        batch.insert(asked(lm, row, 4 + row, 30, sampling=Sampling(1.0, 0.9, seed=row)))
+    for _ in range(9):
         batch.step()
     counts.clear()
     for _ in range(8):

@@ -28,9 +28,9 @@ from trimtab import (
     TrimtabError,
     UnsupportedError,
 )
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.next_token import Choice
 from trimtab.engines.transformers.sampling import GREEDY
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.steering import emphasis
 
 NEW = 6

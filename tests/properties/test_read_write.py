@@ -38,9 +38,9 @@ from trimtab import (
     save,
 )
 from trimtab.engines.folding import States, apply
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.next_token import Choice
 from trimtab.engines.transformers.plan import compile_plan
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.vllm.admission import check_supported
 from trimtab.evaluate.controls import random_like
 from trimtab.files import steering_file

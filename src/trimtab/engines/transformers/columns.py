@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer

@@ -75,7 +75,7 @@ class _Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
-    applied: Applied = Applied((), ())
+    applied: Applied | None = None
 
 
 def answer(
@@ -148,7 +148,6 @@ def answer(
             if way.streamer is not None:
                 way.streamer.put(torch.tensor([told.token]))
             if told.finish is not None:
-                assert told.applied is not None
                 one.finish, one.applied = told.finish, told.applied
                 left[one.prompt] -= 1
                 del running[told.key]
@@ -162,7 +161,7 @@ def answer(
             token_ids=tuple(one.tokens),
             finish_reason=one.finish,
             prompt_tokens=len(prompts[one.prompt]),
-            applied=one.applied,
+            applied=one.applied or Applied((), ()),
             logprobs=tuple(one.logprobs) if logprobs else None,
         )
         for of_prompt in answers

@@ -1,4 +1,4 @@
-"""A batch that is decoded step by step: rows are inserted and removed between any two tokens, each with its own steering.
+"""A batch that is decoded step by step: rows come and go between any two tokens, each with its own steering.
 
 A step gives each row one token, greedy or sampled. Rows that are new are read together in one pass of their own (rows
 of the same prompt and edits once), give their first token, and take their place in the batch; a row that is done has
@@ -6,8 +6,8 @@ left it before the step is over. What a row gets is what it gets alone: its pads
 its random numbers are, and its steering is its row of the banks.
 
 All that a step decides is decided on the device, and told to the host at once: it waits once a step, for however many
-rows. Additions, projections, gates and the like run here, and edits of attention scores too. Rejection doesn't: its rungs
-need a loop of their own (see `rejecting`).
+rows. Additions, projections, gates and the like run here, and edits of attention scores too. Rejection doesn't: its
+rungs need a loop of their own (see `rejecting`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Masks of padded batches that are made without the host waiting for the device.
 
-transformers looks at each pass whether a batch has pads at all, as attention is faster without a mask; on a GPU the host
-waits for the answer. Whoever knows that there are pads needn't ask.
+transformers looks at each pass whether a batch has pads at all, as attention is faster without a mask; on a GPU the
+host waits for the answer. Whoever knows that there are pads needn't ask.
 """
 
 from __future__ import annotations

@@ -28,10 +28,10 @@ AHEAD = 64
 class Sampling:
     """How one row's tokens are chosen. Temperature 0 is greedy.
 
-    `top_p` keeps the likeliest tokens that together have this share of the probability, `top_k` so many of the likeliest
-    (0: all), `min_p` what has at least this share of the likeliest token's probability. `repetition_penalty` divides the
-    logits of tokens that have come before; `None` leaves it to the model's generation settings. Without a seed, samples
-    differ from run to run.
+    `top_p` keeps the likeliest tokens that together have this share of the probability, `top_k` so many of the
+    likeliest (0: all), `min_p` what has at least this share of the likeliest token's probability. `repetition_penalty`
+    divides the logits of tokens that have come before; `None` leaves it to the model's generation settings. Without a
+    seed, samples differ from run to run.
     """
 
     temperature: float = 0.0
