@@ -424,7 +424,7 @@ class _Decoding:
         """Hooks and attention for one step."""
         columns = self.batch._cache.width + 1
         with (
-            self.batch._masks.open(self._pads is not None),
+            self.batch._masks.open(self._pads is not None and not self.scores),  # edits of scores have their own
             self.batch._steering(self.session, self.edits, self.scores, lambda: columns),
         ):
             yield
