@@ -136,7 +136,7 @@ def scored(lm: LM, steering: Steering | None) -> Any:
 
 
 def rejected(lm: LM, steering: Steering | None) -> Any:
-    rejection = Rejection(beta=0.0, schedule="sequential", ladder="strength") if steering else None
+    rejection = Rejection(beta=0.0, ladder="strength") if steering else None
     return [lm.generate(one, steering, max_new_tokens=NEW, rejection=rejection)[0].token_ids for one in PROMPTS]
 
 
@@ -474,7 +474,7 @@ class TestPlantedFaults:
         with faults.deaf(lm.layout.decoder), pytest.raises(TrimtabError, match="past trimtab's hooks"):
             lm.generate(PROMPTS[0], EMPHASIS, max_new_tokens=3)
 
-    @pytest.mark.parametrize("schedule", ["sequential", "two_phase", "optimistic", "narrow", "fused"])
+    @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection_over_a_cache_that_isnt_written_to(self, lm: LM, schedule: str) -> None:
         rejection = Rejection(beta=0.0, schedule=schedule)
         lm.generate(PROMPTS[0], EMPHASIS, max_new_tokens=3, rejection=rejection)
