@@ -145,7 +145,7 @@ class TestGenerate:
     def test_processed_schedules_agree(self, lm: LM) -> None:
         given = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
         found = [tokens(lm.generate(PROMPTS, emphasize=PHRASES, rejection=w, max_new_tokens=8, **given)) for w in WAYS]
-        assert found[0] == found[1] == found[2] == found[3] == found[4]
+        assert found[0] == found[1]
 
     def test_the_likelihoods_are_those_of_the_logits_that_gave_the_tokens(self, lm: LM) -> None:
         (answer,) = lm.generate(
@@ -278,8 +278,8 @@ class _Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("schedule", "copying"), [("fused", False), ("optimistic", False), ("optimistic", True)])
-def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch, schedule: str, copying: bool) -> None:
+@pytest.mark.parametrize("copying", [False, True])
+def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch, copying: bool) -> None:
     """No tensor as large as a layer's keys is made, however long the text; where keys are copied, one is seen."""
     length, seen, run = 110, _Largest(), Rows.run
 
@@ -290,7 +290,7 @@ def test_a_pass_of_rungs_copies_no_past(lm: LM, monkeypatch: pytest.MonkeyPatch,
             return run(self, token, cache, *args, **given)
 
     monkeypatch.setattr(Rows, "run", watched)
-    rejection = Rejection(1e-3, schedule=schedule, min_layers=LAYERS, ranking=tuple(range(LAYERS)))
+    rejection = Rejection(1e-3, min_layers=LAYERS, ranking=tuple(range(LAYERS)))
     text = prompt(1, length)
     (answer,) = lm.generate([text], emphasize=" ".join(text.split()[3:9]), rejection=rejection, max_new_tokens=4)
     assert answer.trace is not None
