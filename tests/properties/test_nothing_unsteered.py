@@ -28,9 +28,9 @@ from trimtab import (
     TrimtabError,
     UnsupportedError,
 )
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.next_token import Choice
 from trimtab.engines.transformers.sampling import GREEDY
-from trimtab.engines.transformers.stepping import Asked, Stepper
 from trimtab.steering import emphasis
 
 NEW = 6
@@ -100,8 +100,8 @@ def streamed(lm: LM, steering: Steering | None) -> Any:
 
 
 def stepped(lm: LM, steering: Steering | None) -> Any:
-    batch = Stepper(lm.model, lm.tokenizer, lm.layout)
-    keys = [batch.join(Asked(tuple(lm.encode(one)), steering, NEW, GREEDY)) for one in PROMPTS]
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
+    keys = [batch.insert(GenerationRequest(tuple(lm.encode(one)), steering, NEW, GREEDY)) for one in PROMPTS]
     found: dict[int, list[int]] = {key: [] for key in keys}
     while len(batch):
         for told in batch.step():

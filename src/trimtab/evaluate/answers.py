@@ -70,7 +70,6 @@ def answer(
             batch_size=batch_size,
             seed=drawn,
             transfer=transfer,
-            drop_finished=True,
             **options,
         )
         return [
