@@ -209,12 +209,13 @@ def compute_dtype(kernel: Kernel, keep_norm: float, dtype: torch.dtype) -> torch
     return dtype if kernel is add and not keep_norm else torch.promote_types(dtype, torch.float32)
 
 
-def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
-    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing.
+def missing_of(name: str, kernel: Kernel) -> float:
+    """What a row that hasn't a parameter of this name has in its place, so that it does nothing."""
+    return -torch.inf if name.startswith("floor.") else NEUTRAL.get(kernel, -0.0)
 
-    A floor that they haven't is minus infinity.
-    """
-    nothing = NEUTRAL.get(kernel, -0.0)
+
+def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
+    """What some rows have more than others (a second projection, say) does nothing to these (see `missing_of`)."""
     active = torch.zeros(count, dtype=torch.bool)
     values: dict[str, dict[int, Any]] = {}
     for state, row in rows_of.items():
@@ -227,8 +228,7 @@ def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int
         if isinstance(first, LowRank):
             rows[name] = LowRanks(by_state, count)
             continue
-        missing = -torch.inf if name.startswith("floor.") else nothing
-        bank = rows[name] = torch.full((count, first.shape[0]), missing, dtype=dtype)
+        bank = rows[name] = torch.full((count, first.shape[0]), missing_of(name, kernel), dtype=dtype)
         for state, value in by_state.items():
             bank[state] = value
     return Stage(kernel, keep_norm, rows, active)
