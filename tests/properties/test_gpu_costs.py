@@ -5,7 +5,7 @@ The numbers are exact and don't depend on the machine. A ceiling is what is true
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,15 +78,15 @@ def llama() -> LM:
     return LM(model.eval(), tokenizer(), name="tiny-llama")
 
 
-def cost(lm: LM, counts: Counts, steering: Steering | None, **options: Any) -> Cost:
-    """What the last `TOKENS` tokens of two answers cost."""
+def cost(lm: LM, counts: Counts, steering: Steering | None, prompts: Sequence[str] = PROMPTS, **options: Any) -> Cost:
+    """What the last `TOKENS` tokens of these answers cost."""
     marks: list[tuple[int, int, int]] = []
 
     def mark(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         marks.append(counts.totals)
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    lm.generate(PROMPTS, steering, max_new_tokens=NEW, stopping_criteria=[mark], **options)
+    lm.generate(prompts, steering, max_new_tokens=NEW, stopping_criteria=[mark], **options)
     return Cost(*marks[-1]) - Cost(*marks[-1 - TOKENS])
 
 
@@ -175,3 +175,14 @@ def test_rejection_with_an_open_gate_waits_twice_a_token(device: Device, name: s
     assert extra.waits <= 2 * TOKENS
     guesses = schedule in ("optimistic", "narrow")
     assert extra.copies <= (3 * TOKENS if guesses else 0)
+
+
+@pytest.mark.parametrize("beta", [1.0, 1e-30])
+@pytest.mark.parametrize("name", REJECTED)
+def test_rows_attend_in_one_product_however_many_requests_there_are(device: Device, name: str, beta: float) -> None:
+    """In each layer, where all have equally many rows: kernels are the same for two and for four."""
+    options: dict[str, Any] = {"rejection": Rejection(beta=beta, schedule="fused")}
+    two, four = (
+        cost(device.lm, device.counts, REJECTED[name], prompts, **options) for prompts in (PROMPTS, 2 * PROMPTS)
+    )
+    assert four.launches - two.launches <= 10 * TOKENS, "what is decided a request"
