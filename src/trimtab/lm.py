@@ -22,10 +22,10 @@ from trimtab.engines.request import Request as Asked
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
+from trimtab.engines.transformers.continuous import Continuous, answer
 from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
 from trimtab.engines.transformers.layout import Layout, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
@@ -84,7 +84,6 @@ class LM(LanguageModel):
         compat.check_version()
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
     @overload
     @classmethod
@@ -207,29 +206,46 @@ class LM(LanguageModel):
 
     def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
         """The answers to requests that were checked, in their order, sorted by length into batches."""
-        given = {
-            "max_new_tokens": decoding.max_new_tokens,
-            "logprobs": decoding.logprobs,
-            "options": dict(decoding.options),
-        }
+        given: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "logprobs": decoding.logprobs}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         steerings, rejections = [one.steering for one in requests], [one.rejection for one in requests]
         size: Any = 32 if decoding.batch_size is None else decoding.batch_size
+        batches = batches_of(order, size, steerings, rejections)
+        continuous = Continuous.of(self.model, self.layout, dict(decoding.options))
+        if continuous is not None and not any(rejections):
+            batches = [order]
         answers: dict[int, list[Generation]] = {}
+
+        def tell(done: int) -> None:
+            if decoding.progress is not None:
+                decoding.progress(len(answers) + done, len(order))
+
         with self._exclusive(), few_rows(self.model), seeded(decoding.seed, self.model.device):
-            for chosen in batches_of(order, size, steerings, rejections):
-                found = self._answer(
-                    [requests[i].ids for i in chosen],
-                    [steerings[i] for i in chosen],
-                    [rejections[i] for i in chosen],
-                    given,
-                    decoding.drop_finished,
-                )
+            for chosen in batches:
+                ids, edited = [requests[i].ids for i in chosen], [steerings[i] for i in chosen]
+                rejected = [rejections[i] for i in chosen]
+                by_steps = None if any(rejected) else continuous
+                if by_steps is not None:
+                    found = answer(
+                        self.model,
+                        self.tokenizer,
+                        self.layout,
+                        by_steps,
+                        ids,
+                        edited,
+                        chosen,
+                        rows=size,
+                        seed=decoding.seed,
+                        progress=tell,
+                        **given,
+                    )
+                else:
+                    found = self._answer(ids, edited, rejected, {**given, "options": dict(decoding.options)})
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
-                if decoding.progress is not None:
-                    decoding.progress(len(answers), len(order))
-        return [[self._with_pieces(answer) for answer in answers[i]] for i in range(len(requests))]
+                if by_steps is None:
+                    tell(0)
+        return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
 
     def _check_free(self) -> None:
         super()._check_free()
@@ -286,14 +302,10 @@ class LM(LanguageModel):
         steerings: list[Steering | None],
         rejections: list[Rejection | None],
         given: dict[str, Any],
-        drop_finished: bool,
     ) -> list[Generation]:
-        """The answers to one batch, by the way that suits it."""
+        """The answers to one batch by transformers' own `generate`, in the way that suits it."""
         options = given["options"]
         if not any(rejections):
-            if drop_finished and can_leave(self.layout, options):
-                limits = {"max_new_tokens": given["max_new_tokens"], "logprobs": given["logprobs"]}
-                return finish_batch(self.model, self.tokenizer, self.layout, ids, steerings, **limits)
             held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
             if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
                 return self._steer_from_prefill(ids, steerings, given)
@@ -322,7 +334,7 @@ class LM(LanguageModel):
         """The answers to one batch, steered where that is plausible."""
         requests = [Request(len(i), e, r) for i, e, r in zip(ids, edits, rejections, strict=True)]
         streamer = given["options"].get("streamer")
-        loop = RejectingLoop(self.model, self.layout, requests, self._row_costs, streamer)
+        loop = RejectingLoop(self.model, self.layout, requests, streamer)
         given = {**given, "options": {**given["options"], "custom_generate": loop.decode}}
         with loop.open():
             session = Session(self.model, self.layout, _always([() for _ in ids]))

@@ -186,7 +186,6 @@ class LanguageModel(ABC):
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
-        drop_finished: bool = False,
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -202,19 +201,21 @@ class LanguageModel(ABC):
             chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
             template: Keywords of the chat template, such as `{"enable_thinking": False}`.
             logprobs: Let the answers have the log-probability of each token.
-            batch_size: On the transformers engine, prompts that run together, sorted by length. Others decide by
-                themselves.
-            seed: For repeatable samples.
+            batch_size: On the transformers engine, prompts that are answered at a time, longest first; rows leave the
+                batch as they end, and the next prompts take their places. Others decide by themselves.
+            seed: For repeatable samples: each answer has random numbers of its own, which its place in the list
+                decides.
             transfer: Allow a steering learned on another model of the same width.
             emphasize: What the model should heed: a phrase of every prompt, or one item for each prompt (several
                 phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
             rejection: Weakens or rejects steering, of whatever kind, where its token is implausible; the answers then
                 have a `trace`. With `emphasize` it is on unless it is `False`.
-            drop_finished: Let rows leave their batch when they end, which is faster where answers differ in length;
-                near-ties may fall otherwise. It holds for greedy answers without rejection or further options.
             progress: `progress(done, total)` is called as prompts are answered.
             options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
-                engines take those that they have too, under the same names.
+                engines take those that they have too, under the same names. Rejection, and options that choose tokens
+                otherwise than by `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `min_new_tokens` and
+                `eos_token_id` (beams, further processors or criteria), go through transformers' own `generate`, in
+                batches that stay whole. So does a model whose rows can't share such a batch.
 
         Returns:
             The answers in the prompts' order, `num_return_sequences` of each.
@@ -238,7 +239,7 @@ class LanguageModel(ABC):
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         requests = [Request(*each) for each in zip(ids, steerings, rejections, strict=True)]
-        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, drop_finished)
+        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress)
         decoding = self.admit(requests, decoding)
         check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
         for request in requests:

@@ -33,7 +33,6 @@ class Decoding:
         batch_size: Requests that run together, where the engine leaves that to its caller.
         options: Under transformers' names for them, those of `generate`.
         progress: Called with how many requests are done, and of how many.
-        drop_finished: Whether requests may leave their batch when they end.
     """
 
     max_new_tokens: int = 128
@@ -42,7 +41,6 @@ class Decoding:
     batch_size: int | None = 32
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Any = None
-    drop_finished: bool = False
 
 
 @dataclass(frozen=True)
