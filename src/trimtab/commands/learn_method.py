@@ -27,7 +27,7 @@ from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.methods.recipe import Option, Recipe, recipes
+from trimtab.methods.recipe import Option, Recipe, recipe_named
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
@@ -53,11 +53,9 @@ class Learn(TyperCommand):
 
             return command().make_context(f"{info_name} {DISTILL}", args[1:], parent=parent, **extra)
         if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
-            known = recipes()
-            if args[0] in known:
-                return command_for(known[args[0]]).make_context(
-                    f"{info_name} {args[0]}", args[1:], parent=parent, **extra
-                )
+            recipe = recipe_named(args[0])
+            if recipe is not None:
+                return command_for(recipe).make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
         return super().make_context(info_name, args, parent=parent, **extra)
 
 
@@ -70,11 +68,17 @@ def command_for(recipe: Recipe) -> Any:
     texts = recipe.takes == "texts" or any(option.kind == "texts" for option in recipe.options)
     column = [_keyword("column", ColumnOption, None)] if texts else []
     parameters = [*_source(recipe), *column, *(_parameter(option) for option in recipe.options), *_COMMON]
+    names = [parameter.name for parameter in parameters]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise TrimtabError(
+            f"{recipe.name} of {recipe.distribution} has an option {twice[0]!r}, which every command has; rename it"
+        )
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = (
         f"{recipe.title[:1].upper()}{recipe.title[1:]}: {recipe.paper}\n\n"
         f"Learns from {recipe.data}. Reads {recipe.reads}. Acts: {recipe.acts}. Costs {recipe.cost}."
+        + ("" if recipe.distribution == "trimtab" else f" From {recipe.distribution}.")
     )
     alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
     alone.command(name=recipe.name, context_settings={"help_option_names": ["-h", "--help"]})(run)

@@ -55,8 +55,8 @@ LayersPathOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="transformers; vllm, which must be installed; or llamacpp for a .gguf file as it is stored (needs"
-        " trimtab\\[llamacpp]; steerings that add directions only).",
+        help="transformers; vllm, which must be installed; llamacpp for a .gguf file as it is stored (needs"
+        " trimtab\\[llamacpp]; steerings that add directions only); or another installed package's.",
         rich_help_panel=PANEL,
     ),
 ]

@@ -25,7 +25,6 @@ from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
 from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
 from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
@@ -46,27 +45,6 @@ __all__ = [
     "moved",
 ]
 
-RECIPE = Recipe(
-    name="caa",
-    title="contrastive activation addition",
-    paper="Rimsky et al., ACL 2024, arXiv 2312.06681",
-    shapes=("letters", "answers", "texts"),
-    data="question + answer_matching_behavior + answer_not_matching_behavior; or positive + negative (+ prompt, and"
-    " system prompts)",
-    reads="the answer's letter, or the last token of a text, or several tokens of it",
-    acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
-    cost="one addition at one layer a token",
-    function="learn_caa",
-    options=(
-        Option(
-            "read_at",
-            "str",
-            None,
-            "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8), or"
-            " over those after a text (after:MARKER). Default: the letter of letters, else last.",
-        ),
-    ),
-)
 
 DEPTH = 0.4
 """Where CAA works best in the paper: layer 13 of 32 (7B) and 14 of 40 (13B)."""

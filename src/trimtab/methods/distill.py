@@ -34,23 +34,11 @@ from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.trained import Part, Trained, typical
-from trimtab.methods.recipe import Recipe
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="distill",
-    title="a prompt compiled into an edit",
-    paper="prompt distillation (Askell et al., arXiv 2112.00861) into activations; closed form: PSR, arXiv 2605.03907",
-    takes="nothing",
-    data="an instruction, a system message, a text or examples, and the model's own answers under it",
-    reads="the answers' tokens, with and without the prompt",
-    acts="adds a vector at every block (default), or a low-rank map, from the last prompt token on",
-    cost="one addition a layer and token; of rank r, two products of r rows",
-    function="learn_distill",
-)
 
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8

@@ -15,7 +15,6 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import pairs_for
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.pairs import Pairs, digest
 
@@ -23,36 +22,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="icv",
-    title="in-context vectors",
-    paper="Liu et al., ICML 2024, arXiv 2311.06668",
-    shapes=("texts", "answers"),
-    data="a few demonstrations: negative is a text as it is (x), positive as it should be (y)",
-    reads="the last token of a text, at every block",
-    acts="turns the output of every MLP towards the vector, norm kept, at every token",
-    sites="mlp",
-    cost="a projection, a norm and an addition a layer and token",
-    function="learn_icv",
-    options=(
-        Option("scale", "float", 0.1, "Lambda: the push, in shares of the activation (paper: 0.10 to 0.12)."),
-        Option(
-            "estimator",
-            "str",
-            "mean",
-            "What the differences share: their mean, or their first direction, not centred.",
-            choices=("mean", "pca"),
-        ),
-        Option(
-            "site",
-            "str",
-            "mlp",
-            "Where it acts: the MLPs' outputs (the authors' code) or the residual stream (their text).",
-            choices=("mlp", "residual"),
-        ),
-        Option("positions", "positions", None, "At which tokens (default: all)."),
-    ),
-)
 
 Estimator = Literal["mean", "pca"]
 

@@ -17,7 +17,6 @@ from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.directions import centred_members, mean_difference, random_order
 from trimtab.learn.given import pairs_for
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at
 from trimtab.text.pairs import Pairs, digest
@@ -26,38 +25,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="repe",
-    title="representation reading and control",
-    paper="Zou et al., 2023, arXiv 2310.01405",
-    shapes=("texts", "answers"),
-    data="positive + negative (+ prompt)",
-    reads="the last token of a text, or several tokens of it",
-    acts="adds a unit direction at the middle third of the blocks, at every token",
-    cost="one addition a layer and token",
-    function="learn_repe",
-    options=(
-        Option(
-            "reader",
-            "str",
-            "pca",
-            "How a direction is read: principal component of centred members, of differences in random order, or mean.",
-            choices=("pca", "random-order", "cluster-mean"),
-        ),
-        Option(
-            "read_at",
-            "str",
-            "last",
-            "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8), or"
-            " over those after a text (after:MARKER).",
-        ),
-        Option("coefficient", "float", 1.0, "The length of the push, in shares of the mean activation's."),
-        Option("control", "str", "add", "Add the direction, or what is there of it.", choices=("add", "sign")),
-        Option("keep_norm", "bool", False, "Keep each activation's norm."),
-        Option("positions", "positions", None, "At which tokens (default: all)."),
-        Option("seed", "int", 0, "Of the random order."),
-    ),
-)
 
 Reader = Literal["pca", "random-order", "cluster-mean"]
 READERS = ("pca", "random-order", "cluster-mean")
