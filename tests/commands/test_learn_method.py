@@ -238,3 +238,28 @@ def test_tune_refuses_what_it_would_leave_out(trimtab: Any, tmp_path: Path) -> N
         ran = trimtab("tune", "--pairs", path, *check, "--out", tmp_path / "s.safetensors")
         assert (ran.code, ran.out) == (2, "")
         assert said in ran.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_estimators_from_the_command_line(trimtab: Any, tmp_path: Path, model: Path, persona: Path) -> None:
+    from trimtab import LM, learn_caa, learn_icv, learn_repe, read_pairs
+
+    lm, pairs, out = LM.load(model, device="cpu"), read_pairs(persona), tmp_path / "e.safetensors"
+    common = ["--pairs", persona, "--out", out, "--model", model, "--device", "cpu", "--layers", "1"]
+    for name, flag, value, learned in (
+        ("caa", "--estimator", "median", learn_caa(lm, pairs, [1], estimator="median")),
+        ("icv", "--estimator", "probe", learn_icv(lm, pairs, [1], estimator="probe")),
+        ("repe", "--reader", "median", learn_repe(lm, pairs, [1], reader="median")),
+    ):
+        ran = trimtab("learn", name, *common, flag, value)
+        assert ran.code == 0, ran.err
+        assert load(out) == learned
+        assert value in load(out).card.options.values()
+    for name, words in (
+        ("caa", "no estimator 'mode'; estimators: mean-difference, median, pca, probe"),
+        ("icv", "--estimator 'mode' is not known"),
+        ("instruct", "--estimator is for caa, not for instruct"),
+    ):
+        ran = trimtab("learn", name, *common, "--estimator", "mode")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert words in ran.err

@@ -136,6 +136,15 @@ def learn(
             show_default=False,
         ),
     ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            help="For caa, how a direction comes of the activations: their mean difference, its median, the first"
+            " principal component of centred members, or a probe's weight. Without it: mean-difference.",
+            metavar="mean-difference|median|pca|probe",
+            show_default=False,
+        ),
+    ] = None,
     one_sided: Annotated[
         bool, typer.Option("--one-sided", help="With project: only ever raise the projection, never lower it.")
     ] = False,
@@ -162,6 +171,7 @@ def learn(
       trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
       trimtab learn caa --pairs rude.csv --layers 12 --out rude.safetensors
       trimtab learn caa --pairs evil.jsonl --read-at answer --out evil.safetensors
+      trimtab learn caa --pairs rude.csv --estimator median --out rude.safetensors
       trimtab learn caa --pairs rude.csv --for llama.cpp --out rude.gguf
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
@@ -216,6 +226,8 @@ def learn(
         raise TrimtabError(f"--operation, --positions and --one-sided are for instruct, not for {method}")
     if method != "caa" and read_at is not None:
         raise TrimtabError(f"--read-at is about answers, and {method} learns from prompts")
+    if method != "caa" and estimator is not None:
+        raise TrimtabError(f"--estimator is for caa, not for {method}")
     if exclude and word is None:
         raise TrimtabError("--exclude keeps a word out; say which with --word")
     if limit is not None and pairs is not None:
@@ -231,10 +243,13 @@ def learn(
     where = check_read_at(read_at, read[0].shape) if read else None
 
     from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
+    from trimtab.learn.estimators import as_estimator
     from trimtab.steering.positions import Positions
     from trimtab.steering.steering import check_strength
 
     check_strength(strength)
+    if estimator is not None:
+        as_estimator(estimator)  # an unknown one is said at once
     rule = None if positions is None else Positions.parse(positions)
     _check_operation(operation, one_sided)
     if one_sided and (word is not None or length is not None):
@@ -268,6 +283,7 @@ def learn(
             given: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
             given |= {} if operation is None else {"operation": operation}
             given |= {} if where is None else {"read_at": where}
+            given |= {} if estimator is None else {"estimator": estimator}
             steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
     steerings = {path: strength * one for path, one in steerings.items()}
     _save(out, steerings, method, source, lm.name, model, strength, program, json)

@@ -21,7 +21,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import mean_difference
+from trimtab.learn.estimators import mean_difference, unit
 from trimtab.learn.given import pairs_for
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering
 from trimtab.text.pairs import Pair, Pairs, digest
@@ -115,7 +115,7 @@ def _cap(
     """The direction towards the first side `[width]`, the cap, and what the card tells; a text is `[tokens, width]`."""
     wanted, other = (torch.stack([x.mean(0) for x in side]) for side in sides)
     try:
-        v = mean_difference(wanted, other).float()
+        v = unit(mean_difference(wanted, other)).float()
     except TrimtabError as error:
         raise TrimtabError(f"layer {layer}: {error}; use other pairs, or another layer") from None
     along = [side @ v.double() for side in (wanted, other)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import centred_members, mean_difference, unit
+from trimtab.learn.estimators import mean_difference, pca, unit
 from trimtab.learn.given import check_lm, pairs_for
 from trimtab.learn.thresholds import Choice, learn_threshold
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
@@ -174,7 +174,7 @@ def learn_behaviour(
     for site in sites:
         positive, negative = (torch.stack([pair[m].mean(0) for pair in found[site]]) for m in (0, 1))
         try:
-            v = (centred_members if behaviour == "pca" else mean_difference)(positive, negative)
+            v = unit((pca if behaviour == "pca" else mean_difference)(positive, negative))
         except TrimtabError as error:
             raise TrimtabError(f"layer {site.layer}: {error}") from None
         norm = float(torch.cat([x for pair in found[site] for x in pair]).norm(dim=-1).median())

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import unit
+from trimtab.learn.estimators import unit
 from trimtab.learn.given import check_lm
 from trimtab.learn.thresholds import CHOICES, Choice, learn_threshold
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold

@@ -66,6 +66,14 @@ OWN = (
                 " or"
                 " over those after a text (after:MARKER). Default: the letter of letters, else last.",
             ),
+            Option(
+                "estimator",
+                "str",
+                "mean-difference",
+                "How a direction comes of the activations: their mean difference, its median, the first principal"
+                " component of centred members, or a probe's weight.",
+                choices=("mean-difference", "median", "pca", "probe"),
+            ),
         ),
     ),
     Recipe(
@@ -177,8 +185,9 @@ OWN = (
                 "estimator",
                 "str",
                 "mean",
-                "What the differences share: their mean, or their first direction, not centred.",
-                choices=("mean", "pca"),
+                "What the differences share: their mean, their median, their first direction, not centred, or what a"
+                " probe tells the sides by.",
+                choices=("mean", "median", "pca", "probe"),
             ),
             Option(
                 "site",
@@ -298,9 +307,9 @@ OWN = (
                 "reader",
                 "str",
                 "pca",
-                "How a direction is read: principal component of centred members, of differences in random order, or"
-                " mean.",
-                choices=("pca", "random-order", "cluster-mean"),
+                "How a direction is read: principal component of centred members, of differences in random order, mean,"
+                " median, or a probe's weight.",
+                choices=("pca", "random-order", "cluster-mean", "median", "probe"),
             ),
             Option(
                 "read_at",

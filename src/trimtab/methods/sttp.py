@@ -27,7 +27,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import unit
+from trimtab.learn.estimators import unit
 from trimtab.learn.given import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering, Threshold
