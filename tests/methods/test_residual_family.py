@@ -294,7 +294,7 @@ def test_bad_input() -> None:
     late = learn_actadd(lm, positive="w7 w8 w9 w10 w11 w12", negative="w3")
     with pytest.raises(TrimtabError, match="which has 4 tokens"):
         lm.generate(prompt(1, 4), late, max_new_tokens=1)
-    with pytest.raises(TrimtabError, match="known: pca, random-order, cluster-mean"):
+    with pytest.raises(TrimtabError, match="estimators: pca, random-order, cluster-mean"):
         learn_repe(lm, PAIRS, reader="pca-diff")  # type: ignore[arg-type]
     with pytest.raises(TrimtabError, match="one of the two is missing"):
         learn_inferaligner(lm, ON)
