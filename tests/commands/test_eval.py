@@ -114,7 +114,7 @@ def test_bad_input(ifeval, trimtab, model, steering, prompts, tmp_path, monkeypa
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(sys.modules["trimtab.commands.eval"], "load_model", load)
+    monkeypatch.setattr("trimtab.commands.model.load_model", load)
     bare = tmp_path / "bare.jsonl"
     bare.write_text(json.dumps({k: v for k, v in row(0, "Why?").items() if k != "prompt_without_instruction"}) + "\n")
     wrong = tmp_path / "wrong.jsonl"

@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import FORM, Pick, parse_pick
@@ -44,7 +36,9 @@ evaluations = typer.Typer(
 
 
 @evaluations.command()
+@grouped
 def ifeval(
+    *,
     steer: Annotated[
         list[str] | None,
         typer.Option(
@@ -91,12 +85,7 @@ def ifeval(
             show_default=False,
         ),
     ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """IFEval: how often are instructions followed, by code that checks?
@@ -140,15 +129,7 @@ def ifeval(
     steerings = {name: pick.load() for name, pick in files.items()}
     arms: dict[str, Steering | None] = {BASELINE: None, **steerings}
     requests_of(items, {}, without_instruction=without_instruction)  # a file without pairs is refused at once
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     if random:
         for steering in steerings.values():
             lm.check(steering, transfer=transfer)

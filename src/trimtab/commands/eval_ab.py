@@ -22,17 +22,9 @@ from trimtab.commands.eval_common import (
 )
 from trimtab.commands.eval_report import sweep_page
 from trimtab.commands.finetuned import FinetuneOption, check_finetune, sides
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
@@ -47,7 +39,9 @@ DRAWN_LAYERS = 6
 
 
 @evaluations.command()
+@grouped
 def ab(
+    *,
     data: Annotated[
         Path,
         typer.Option(help="A .json list of two-letter questions, such as CAA's test sets.", show_default=False),
@@ -70,14 +64,8 @@ def ab(
     out: OutOption = None,
     report: ReportOption = None,
     finetune: FinetuneOption = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    columns: ColumnOptions,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """A or B: how probable is the answer that matches a behaviour?
@@ -112,7 +100,7 @@ def ab(
     """
     plan = Plan.of(steer, strength, layers, random, system_prompt)
     check_targets(out, report)
-    pairs = check_finetune(finetune, columns_of(keys, ignore, pairs=finetune is not None, source="--finetune"))
+    pairs = check_finetune(finetune, columns.of(pairs=finetune is not None, source="--finetune"))
 
     from trimtab.evaluate.ab import SCORES, category_of, in_both_orders, polarity, read_ab, requests_of, score_ab
 
@@ -121,15 +109,7 @@ def ab(
     if both_orders:
         items = in_both_orders(items)
     arms = plan.arms()
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)
 
     def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:

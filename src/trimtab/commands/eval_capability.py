@@ -20,16 +20,8 @@ from trimtab.commands.eval_common import (
     scores_table,
     shorten,
 )
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 
@@ -39,7 +31,9 @@ MATH = {"correct": "correct", "marked": "after ####"}
 
 
 @evaluations.command()
+@grouped
 def capability(
+    *,
     data: Annotated[
         Path,
         typer.Option(
@@ -64,12 +58,7 @@ def capability(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For gsm8k: tokens at most, in every arm.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 32,
     out: OutOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Capability: what is lost of what the model knew?
@@ -96,15 +85,7 @@ def capability(
     sums = {name: read_gsm8k(path, limit) for name, path in tasks.items() if path.suffix == ".jsonl"}
     options = {name: read_ab(path, limit=limit)[0] for name, path in tasks.items() if name not in sums}
     arms = plan.arms()
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     questions = [item.question for of in options.values() for item in of]
     questions += [item.question for of in sums.values() for item in of]
     arms |= plan.controls(lm, arms, questions[:64], transfer=transfer)

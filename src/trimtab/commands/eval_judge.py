@@ -34,16 +34,8 @@ from trimtab.commands.eval_common import (
     shorten,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -57,7 +49,9 @@ COLUMNS = {"judge": "score"}
 
 
 @evaluations.command()
+@grouped
 def judge(
+    *,
     prompts: Annotated[
         str,
         typer.Option(
@@ -101,12 +95,7 @@ def judge(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 64,
     out: OutOption = None,
     report: ReportOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Open-ended answers, scored by another language model with a rubric.
@@ -141,15 +130,7 @@ def judge(
     arms = plan.arms()
     if any(arm.system is not None for arm in arms.values()):
         _check_systems([prompt for _, prompt in chosen])
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     arms |= plan.controls(lm, arms, [prompt for _, prompt in chosen], transfer=transfer)
     requests = [
         Request(name, str(number), _with_system(prompt, arm.system), arm.steering)

@@ -21,16 +21,8 @@ from trimtab.commands.eval_common import (
     scores_table,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 FILES = ("advbench/harmful_behaviors.csv", "refusal/harmful_test.json", "xstest/xstest_prompts.csv")
@@ -38,7 +30,9 @@ COLUMNS = {"refused": "refused", "empty": "empty"}
 
 
 @evaluations.command()
+@grouped
 def refusal(
+    *,
     data: Annotated[
         list[Path],
         typer.Option(
@@ -57,12 +51,7 @@ def refusal(
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time, of all arms together.")] = 64,
     out: OutOption = None,
     report: ReportOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Refusal: how often are harmful requests refused, and harmless ones too?
@@ -89,15 +78,7 @@ def refusal(
     items = [item for file in files for item in read_refusal(file, limit)]
     harmful = {item.part: item.harmful for item in items}
     arms = plan.arms()
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     arms |= plan.controls(lm, arms, [item.prompt for item in items], transfer=transfer)
     systems = {name: arm.system for name, arm in arms.items() if arm.system is not None}
     requests = requests_of(items, {name: arm.steering for name, arm in arms.items()}, systems)

@@ -10,17 +10,10 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.learn_method import LayersOption, StrengthOption
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.recipes import recipe_for
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -38,7 +31,9 @@ SOURCE = "What to learn from"
 OPERATIONS = ("project", "add", "unit")
 
 
+@grouped
 def learn(
+    *,
     method: Annotated[
         str,
         typer.Argument(
@@ -55,8 +50,7 @@ def learn(
             help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs.", show_default=False, rich_help_panel=SOURCE
         ),
     ] = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
+    columns: ColumnOptions,
     instruction: Annotated[
         str | None,
         typer.Option(
@@ -101,13 +95,7 @@ def learn(
             rich_help_panel=SOURCE,
         ),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Without it: the method's own choice.",
-            show_default=False,
-        ),
-    ] = None,
+    layers: LayersOption = None,
     operation: Annotated[
         str | None,
         typer.Option(
@@ -148,14 +136,9 @@ def learn(
     one_sided: Annotated[
         bool, typer.Option("--one-sided", help="With project: only ever raise the projection, never lower it.")
     ] = False,
-    strength: Annotated[float, typer.Option(help="Multiply the steering by this before it is saved.")] = 1.0,
+    strength: StrengthOption = 1.0,
     program: ForOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
@@ -238,7 +221,7 @@ def learn(
     if not every:
         options = {"operation": operation, "positions": positions, "one_sided": one_sided or None}
         operation = check_program(program, method, options, wanted, out).get("operation", operation)
-    read = pairs_in(pairs, columns_of(keys, ignore, pairs=pairs is not None))
+    read = columns.read(pairs)
     recipe = recipe_for(method, read, str(pairs))
     where = check_read_at(read_at, read[0].shape) if read else None
 
@@ -262,15 +245,7 @@ def learn(
         raise TrimtabError("--one-sided is for projections, and lengths and words are added; say --operation project")
     for lesson in lessons:
         note(lesson.remark, quiet=json or not lesson.remark)
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=json) as progress:
         steerings: dict[Path, Steering]
@@ -286,7 +261,7 @@ def learn(
             given |= {} if estimator is None else {"estimator": estimator}
             steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
     steerings = {path: strength * one for path, one in steerings.items()}
-    _save(out, steerings, method, source, lm.name, model, strength, program, json)
+    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json)
 
 
 def _the_one(method: str, given: dict[str, Any]) -> str:
@@ -379,7 +354,7 @@ def _save(
     method: str,
     source: str,
     model: str,
-    asked: str | None,
+    named: str,
     strength: float,
     program: str | None,
     json: bool,
@@ -405,10 +380,7 @@ def _save(
     if source == "--all":
         show(_overview(documents), f"saved {len(documents)} files in {out}")
     shown = named_with_strength(*next(iter(steerings.items())))
-    note(
-        f'try: trimtab generate {f"--model {asked} " if asked else ""}--steer {shown} --prompt "…" --compare',
-        quiet=False,
-    )
+    note(f'try: trimtab generate {named}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def parse_layers(text: str | None) -> list[int] | str | None:

@@ -12,17 +12,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import parameters_of, taken
+from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
@@ -103,12 +95,7 @@ _COMMON = [
     _keyword("layers", LayersOption, None),
     _keyword("strength", StrengthOption, 1.0),
     _keyword("program", ForOption, None),
-    _keyword("model", ModelOption, None),
-    _keyword("device", DeviceOption, None),
-    _keyword("dtype", DtypeOption, "auto"),
-    _keyword("revision", RevisionOption, None),
-    _keyword("layers_path", LayersPathOption, None),
-    _keyword("template", TemplateOption, None),
+    *parameters_of(ModelOptions),
     _keyword("json", JsonOption, False),
 ]
 
@@ -121,8 +108,8 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         "texts": "A file of texts: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
-    named = [_keyword("keys", KeysOption, None), _keyword("ignore", IgnoreOption, None)]
-    return [_keyword(recipe.takes, Annotated[str, source]), *(named if recipe.takes == "pairs" else [])]
+    named = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []
+    return [_keyword(recipe.takes, Annotated[str, source]), *named]
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -148,7 +135,9 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
 
     wanted = parse_layers(given["layers"])
     check_program(program, recipe.name, given, wanted, out)
-    columns = columns_of(given.get("keys"), given.get("ignore"), pairs=recipe.takes == "pairs")
+    loader = taken(ModelOptions, given)
+    named = taken(ColumnOptions, given) if recipe.takes == "pairs" else ColumnOptions()
+    columns = named.of(pairs=recipe.takes == "pairs")
     column = given.get("column")
     options = {option.name: _value(option, given[option.name], columns, column) for option in recipe.options}
     data: list[Any] = []
@@ -163,15 +152,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     from trimtab.steering.steering import check_strength
 
     strength = check_strength(given["strength"])
-    lm = load_model(
-        given["model"],
-        device=given["device"],
-        dtype=given["dtype"],
-        revision=given["revision"],
-        layers_path=given["layers_path"],
-        template=given["template"],
-        quiet=quiet,
-    )
+    lm = loader.load(quiet=quiet)
     layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=quiet) as progress:
         chosen = {name: value for name, value in options.items() if value is not None}
@@ -185,9 +166,8 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
     show(title, _table(learned), f"saved {out}", *next_steps(program, out))
-    asked = f"--model {given['model']} " if given["model"] else ""
     shown = named_with_strength(out, learned)
-    note(f'try: trimtab generate {asked}--steer {shown} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {loader.named}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
