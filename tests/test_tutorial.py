@@ -13,11 +13,7 @@ import pytest
 
 PAGE = (Path(__file__).parents[1] / "docs" / "add-a-method.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
-STEPS = [
-    (code, shown)
-    for (kind, code), (after, shown) in pairwise(BLOCKS)
-    if (kind, after) == ("python", "text")
-]
+STEPS = [(code, shown) for (kind, code), (after, shown) in pairwise(BLOCKS) if (kind, after) == ("python", "text")]
 FILES = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
 (TEST,) = [code for kind, code in BLOCKS if kind == "python" and "def test_" in code]
 COMMANDS = [line.split() for kind, code in BLOCKS if kind == "sh" for line in code.splitlines()]
