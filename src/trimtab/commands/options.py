@@ -22,12 +22,12 @@ Group = TypeVar("Group")
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer is to see it: each parameter that is a group of options becomes these, in its place."""
-    groups = {}
-    parameters = []
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
     hints = get_type_hints(command, include_extras=True)
     for parameter in inspect.signature(command).parameters.values():
         kind = hints[parameter.name]
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             groups[parameter.name] = kind
             parameters += parameters_of(kind)
         else:
