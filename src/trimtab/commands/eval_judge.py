@@ -111,7 +111,7 @@ def judge(
 
     from trimtab.evaluate.ab import spread
     from trimtab.evaluate.judge import Endpoint, LocalJudge, judge_records, tally
-    from trimtab.evaluate.records import Request
+    from trimtab.evaluate.records import Request, with_system
 
     endpoint = None if local else _endpoint(Endpoint)
     chosen = spread(list(enumerate(asked, 1)), limit)
@@ -119,7 +119,7 @@ def judge(
         _check_systems([prompt for _, prompt in chosen])
     run = Run.start(plan, loader, options, [prompt for _, prompt in chosen], batch_size=batch_size, quiet=json)
     requests = [
-        Request(name, str(number), _with_system(prompt, arm.system), arm.steering)
+        Request(name, str(number), with_system(prompt, arm.system), arm.steering)
         for number, prompt in chosen
         for name, arm in run.arms.items()
     ]
@@ -202,13 +202,6 @@ def _check_systems(prompts: Sequence[Any]) -> None:
     for prompt in prompts:
         if not isinstance(prompt, str) and prompt[0]["role"] == "system":
             raise TrimtabError("a prompt of the file has a system message already; leave out --system-prompt")
-
-
-def _with_system(prompt: Any, system: str | None) -> Any:
-    if system is None:
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [{"role": "system", "content": system}, *messages]
 
 
 def _as_asked(record: Record, questions: Mapping[str, Any]) -> Record:

@@ -163,6 +163,7 @@ def learn_distill(
     Ctrl-C while it descends ends it, and the best so far is saved.
     """
     from trimtab.commands.learn import parse_layers
+    from trimtab.commands.learn_method import document_of
 
     wanted = parse_layers(layers)
     check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
@@ -210,7 +211,7 @@ def learn_distill(
         )
     learned, digest = save_for(program, learned, out)
     if json:
-        document = _document(lm.name, learned, out, digest)
+        document = document_of("distill", lm.name, learned, out, digest)
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     show(*_lines(lm.name, learned, out), *next_steps(program, out))
@@ -271,18 +272,6 @@ def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | No
         if name in CONSTRAINTS and type_ == found.type.name and values == found.values:
             return name, None, None
     return check_of(instruction)
-
-
-def _document(model: str, learned: Steering, out: Path, digest: str) -> dict[str, Any]:
-    return {
-        "file": str(out),
-        "digest": digest,
-        "method": "distill",
-        "model": model,
-        "options": dict(learned.card.options),
-        "measured": dict(learned.card.measured),
-        "edits": [str(edit) for edit in learned.edits],
-    }
 
 
 def _lines(model: str, learned: Steering, out: Path) -> list[str]:

@@ -40,14 +40,13 @@ class Learn(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Where the first argument is such a method, the context of its command."""
-        if args and args[0] == DISTILL:
-            from trimtab.commands.learn_distill import command
-
-            return command().make_context(f"{info_name} {DISTILL}", args[1:], parent=parent, **extra)
         if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
             recipe = recipe_named(args[0])
             if recipe is not None:
-                return command_for(recipe).make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
+                from trimtab.commands import learn_distill
+
+                command = learn_distill.command() if recipe.name == DISTILL else command_for(recipe)
+                return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
         return super().make_context(info_name, args, parent=parent, **extra)
 
 
@@ -159,7 +158,7 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         learned = strength * recipe.load()(lm, *data, layers, progress=progress, **chosen)
     learned, digest = save_for(program, learned, out)
     if quiet:
-        document = _document(recipe, lm.name, strength, learned, out, digest)
+        document = document_of(recipe.name, lm.name, learned, out, digest, strength=strength)
         document["suggested_strength"] = suggested_strength(learned)
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
@@ -192,13 +191,14 @@ def _value(option: Option, value: Any, columns: Columns, column: str | None) -> 
     return value
 
 
-def _document(recipe: Recipe, model: str, strength: float, learned: Steering, out: Path, digest: str) -> dict[str, Any]:
+def document_of(method: str, model: str, learned: Steering, out: Path, digest: str, **more: Any) -> dict[str, Any]:
+    """What was learned and written, as values."""
     return {
         "file": str(out),
         "digest": digest,
-        "method": recipe.name,
+        "method": method,
         "model": model,
-        "strength": strength,
+        **more,
         "options": dict(learned.card.options),
         "measured": dict(learned.card.measured),
         "edits": [str(edit) for edit in learned.edits],

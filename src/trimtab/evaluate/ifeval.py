@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.punkt import ensure_punkt, has
-from trimtab.evaluate.records import Record, Request
-from trimtab.evaluate.refusal import with_system
+from trimtab.evaluate.records import Record, Request, with_system
 from trimtab.steering import Steering
 from trimtab.text.read import read_text
 
