@@ -9,15 +9,16 @@ Nothing of a distribution is imported until it is asked for by name, or all are 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.errors import TrimtabError
 
 METHODS = "trimtab.methods"
 ENGINES = "trimtab.engines"
+Made = TypeVar("Made")
 
 
 class PluginWarning(UserWarning):
@@ -67,9 +68,9 @@ def plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
     return dict(sorted(_one_each(group, entry_points(group=group), own).items()))
 
 
-def loaded(found: Mapping[str, Plugin], make: Any) -> dict[str, Any]:
+def loaded(found: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dict[str, Made]:
     """What `make` gives for each plugin; one that can't be loaded is left out, with a `PluginWarning`."""
-    made = {}
+    made: dict[str, Made] = {}
     for name, one in found.items():
         try:
             made[name] = make(one)

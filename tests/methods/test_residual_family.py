@@ -295,7 +295,7 @@ def test_bad_input() -> None:
     with pytest.raises(TrimtabError, match="which has 4 tokens"):
         lm.generate(prompt(1, 4), late, max_new_tokens=1)
     with pytest.raises(TrimtabError, match="estimators: pca, random-order, cluster-mean"):
-        learn_repe(lm, PAIRS, reader="pca-diff")  # type: ignore[arg-type]
+        learn_repe(lm, PAIRS, reader="pca-diff")
     with pytest.raises(TrimtabError, match="one of the two is missing"):
         learn_inferaligner(lm, ON)
     with pytest.raises(TrimtabError, match="prompts on which to act"):
