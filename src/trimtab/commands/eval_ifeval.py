@@ -110,6 +110,11 @@ def ifeval(
         "evaluation": "ifeval",
         "model": run.lm.name,
         **_summary(records, compared),
+        "steerings": {
+            name: {key: arm.about[key] for key in ("file", "layers", "strength")}
+            for name, arm in run.arms.items()
+            if arm.about["kind"] == "steered"
+        },
         "data": "google/IFEval" if data is None else str(data),
         "prompts": len(items),
         "without_instruction": without_instruction,
