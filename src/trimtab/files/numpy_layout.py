@@ -1,29 +1,61 @@
-"""NumPy's `.npy` files of directions. No pickle in them is ever opened."""
+"""NumPy's `.npy` and `.npz` files of directions. No pickle in them is ever opened."""
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.foreign import Found
+from trimtab.files.named_layout import named_layout, of_dict
 from trimtab.files.tensor_layout import Wanted, tensor_layout
 
 MAGIC = b"\x93NUMPY"
+LARGEST = 1 << 28  # bytes of an archive's arrays, unpacked
+DAMAGE = (
+    *(ValueError, OSError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError, KeyError),
+    *(zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError),
+)
 
 
 def read_numpy_layout(path: Path, wanted: Wanted) -> Found:
-    """The directions in an `.npy` file.
+    """The directions in an `.npy` file, or in an `.npz` archive of named arrays.
 
     Raises:
         TrimtabError: The file is damaged, or holds something else than numbers, or it can't be told what they are.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a map isn't longer than its file
-        value = torch.from_numpy(np.array(array).astype(array.dtype.newbyteorder("=")))
-    except (ValueError, OSError, EOFError, TypeError, OverflowError, MemoryError, SyntaxError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise TrimtabError(f"it is damaged, or no array of plain numbers: {reason}") from None
+        if zipfile.is_zipfile(path):
+            return named_layout(of_dict(_arrays(path), kind="array"), path, wanted)
+        value = _tensor(np.load(path, mmap_mode="r", allow_pickle=False))  # a map isn't longer than its file
+    except TrimtabError:
+        raise
+    except DAMAGE as error:
+        raise TrimtabError(f"it is damaged, or no array of plain numbers: {_first_line(error)}") from None
     return tensor_layout(value, path, wanted, "array")
+
+
+def _arrays(path: Path) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        size = sum(info.file_size for info in archive.infolist())
+        if size > LARGEST:
+            raise TrimtabError(f"its arrays have {size >> 20} MB; a steering is smaller")
+        names = archive.namelist()
+    if len(set(names)) != len(names):
+        raise TrimtabError("its archive has a name twice")
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: _tensor(arrays[name]) for name in arrays.files}
+
+
+def _tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array).astype(array.dtype.newbyteorder("=")))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
