@@ -18,6 +18,8 @@ MIXERS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out")
 """What families call the MLP's last projection."""
+ACTS = ("act_fn", "act", "activation_fn")
+"""What families call the MLP's activation function."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,16 @@ def place(layout: Layout, site: Site) -> Place:
         parts = [part for name, part in block.named_children() if name in MLPS]
         module = parts[0] if len(parts) == 1 else _one(block, DOWNS, layout, site)
         return Place(module, "output", layout.width)
-    if site.kind == "neurons":
+    if site.kind in ("neurons", "act_fn"):
         parts = [part for name, part in block.named_children() if name in MLPS]
-        down = _one(parts[0] if len(parts) == 1 else block, DOWNS, layout, site)
-        return Place(down, "input", _inputs(down))
+        parent = parts[0] if len(parts) == 1 else block
+        down = _one(parent, DOWNS, layout, site)
+        if site.kind == "neurons":
+            return Place(down, "input", _inputs(down))
+        functions = [child for name, child in parent.named_children() if name in ACTS]
+        if len(functions) != 1:
+            raise _missing(parent, layout, site)
+        return Place(functions[0], "output", _inputs(down))
     raise UnsupportedError(f"the transformers engine has no activations at {site}")
 
 
