@@ -32,7 +32,7 @@ def test_a_second_lm_over_the_model_doesnt_run_inside_the_firsts_context(lm: LM)
     plain = second.generate(TEXT, None, max_new_tokens=4)[0].token_ids
     with lm.steered(STEERING):
         for one in (None, STEERING):
-            with pytest.raises(TrimtabError, match="being steered already; leave lm.steered"):
+            with pytest.raises(TrimtabError, match=r"being steered already; leave lm\.steered"):
                 second.generate(TEXT, one, max_new_tokens=4)
         with pytest.raises(TrimtabError, match="being steered already"), second.steered(STEERING):
             pass
@@ -106,10 +106,16 @@ def test_a_thread_that_outlives_the_context(lm: LM) -> None:
 
 def test_an_error_inside_isnt_hidden_by_a_thread_that_stays_behind(lm: LM) -> None:
     gate, found = Gate(), []  # type: ignore[var-annotated]
-    with pytest.raises(ZeroDivisionError):
+    threads: list[threading.Thread] = []
+
+    def failing() -> None:
         with lm.steered(STEERING):
-            thread = generating(lm, gate, found)
+            threads.append(generating(lm, gate, found))
             raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing()
+    (thread,) = threads
     gate.on.set()
     thread.join()
     assert isinstance(found[0], TrimtabError)
@@ -121,7 +127,7 @@ def test_two_threads_in_one_context(lm: LM) -> None:
     gate, found = Gate(), []  # type: ignore[var-annotated]
     with lm.steered(STEERING):
         thread = generating(lm, gate, found)
-        with pytest.raises(TrimtabError, match="another thread is generating inside this lm.steered"):
+        with pytest.raises(TrimtabError, match=r"another thread is generating inside this lm\.steered"):
             lm.model.generate(torch.tensor([lm.encode(TEXT)]), max_new_tokens=2)
         gate.on.set()
         thread.join()

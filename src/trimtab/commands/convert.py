@@ -27,8 +27,9 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="For which program. Without it, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt lm-eval.",
-            metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval",
+            help="For which program. Without it, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt lm-eval,"
+            " .npz numpy.",
+            metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval|torch|numpy",
             show_default=False,
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found
+from trimtab.files.foreign import Found, folded
 from trimtab.files.named_layout import named_layout, of_dict
+from trimtab.files.target import write_atomically
 from trimtab.files.tensor_layout import Wanted, tensor_layout
+from trimtab.steering import Steering
 
 MAGIC = b"\x93NUMPY"
 LARGEST = 1 << 28  # bytes of an archive's arrays, unpacked
@@ -51,6 +54,17 @@ def _arrays(path: Path) -> dict[str, Tensor]:
         raise TrimtabError("its archive has a name twice")
     with np.load(path, allow_pickle=False) as arrays:
         return {name: _tensor(arrays[name]) for name in arrays.files}
+
+
+def write_numpy(steering: Steering, path: Path) -> None:
+    """Write an `.npz` archive of arrays `layer_<N>` `[width]`, float32: what is added at the output of block N.
+
+    Strengths are folded in. Raises `UnsupportedError` for anything but additions at every token.
+    """
+    sums = folded(steering, "a file of arrays")
+    buffer = io.BytesIO()
+    np.savez(buffer, **{f"layer_{site.layer}": vector.numpy() for site, vector in sums.items()})
+    write_atomically(path, buffer.getvalue())
 
 
 def _tensor(array: Any) -> Tensor:

@@ -141,6 +141,17 @@ def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> Non
     write_atomically(path, buffer.getvalue())
 
 
+def write_torch(steering: Steering, path: Path) -> None:
+    """Write `{"layer_<N>": [width]}` for `torch.load`: what is added at the output of block N, strengths folded in.
+
+    Raises `UnsupportedError` for anything but additions at every token.
+    """
+    buffer = io.BytesIO()
+    sums = folded(steering, "a file of tensors")
+    torch.save({f"layer_{site.layer}": vector for site, vector in sums.items()}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
 def _hook(action: str, vector: Tensor, coefficient: float) -> dict[str, Any]:
     return {
         "action": action,

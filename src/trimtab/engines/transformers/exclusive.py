@@ -96,12 +96,11 @@ class Generating:
         finally:
             with self._lock:
                 self._depth -= 1
-                left = self._left
-        if left:
-            raise TrimtabError(
-                "lm.steered(…) was left while this text was being generated, so its end isn't steered and it is thrown"
-                " away; join the thread that generates before the context ends"
-            )
+            if self._left:  # whatever else went wrong then, went wrong because of it
+                raise TrimtabError(
+                    "lm.steered(…) was left while this text was being generated, so its end isn't steered and it is"
+                    " thrown away; join the thread that generates before the context ends"
+                )
 
     @contextmanager
     def until_left(self) -> Iterator[None]:
