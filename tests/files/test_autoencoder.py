@@ -149,6 +149,14 @@ def test_a_model_runs_clamped(tmp_path: Path) -> None:
     assert logprobs
 
 
+def test_who_doesnt_name_a_feature_is_told_how(tmp_path: Path) -> None:
+    path = folder(tmp_path / "sae")
+    np.savez(tmp_path / "params.npz", **{name: value.numpy() for name, value in WEIGHTS.items()})
+    for one in (path, path / "sae_weights.safetensors", tmp_path / "params.npz"):
+        with pytest.raises(TrimtabError, match=r"trimtab convert .* --feature NUMBER:VALUE .*load_features"):
+            load(one)
+
+
 def test_older_configurations(tmp_path: Path) -> None:
     path = tmp_path / "sae"
     path.mkdir()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.foreign import Found, additions, check_vector, layer_number
-from trimtab.files.tensor_layout import Wanted, convert_with, tensor_layout
+from trimtab.files.tensor_layout import FEATURES, NEW, Wanted, convert_with, tensor_layout
 
 HOOK = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(\d+)(?:\.(hook_\w+))?")
 PLAIN = re.compile(r"(?:layer[_.-]?|direction\.|L)?(\d+)")
@@ -69,6 +69,8 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
         others = [name for name in names if name not in vectors and name not in LAYER]
         if len(vectors) == 1 and not others:
             return _vector_and_layer(file, vectors[0], path, wanted)
+    if {"W_enc", "W_dec"} <= set(names):
+        raise TrimtabError(FEATURES.format(path=path, new=NEW))
     blocks = {name: block_named(name) for name in names}
     if all(block is not None for block in blocks.values()):
         return _layers(file, {name: block for name, block in blocks.items() if block is not None}, wanted)

@@ -23,6 +23,10 @@ NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 LARGEST_SIDECAR = 1 << 20
 INPUT = "the input of block {}, which is the output of the one before it"
 NEW = "steering.safetensors"
+FEATURES = (
+    "it is a sparse autoencoder; say which of its features steer: trimtab convert {path} {new} --feature NUMBER:VALUE"
+    " (in Python load_features(path, {{number: value}}))"
+)
 
 
 @dataclass(frozen=True)

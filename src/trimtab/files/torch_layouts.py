@@ -18,7 +18,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.foreign import Found, check_plain, check_vector, folded
 from trimtab.files.named_layout import named_layout, of_dict
 from trimtab.files.target import write_atomically
-from trimtab.files.tensor_layout import NAMED_LAYER, Wanted, layer_of, tensor_layout
+from trimtab.files.tensor_layout import FEATURES, NAMED_LAYER, NEW, Wanted, layer_of, tensor_layout
 from trimtab.files.torch_file import read_torch_file
 from trimtab.steering import Ablate, Add, Operation, SetProjection, Steering
 
@@ -50,6 +50,8 @@ def read_torch_folder(path: Path) -> Found:
     """A folder of `layer_<N>.pt` files with one vector each, as EasyEdit2 writes it."""
     files = {int(match[1]): file for file in path.iterdir() if (match := NAMED_LAYER.fullmatch(file.stem))}
     files = {layer: file for layer, file in files.items() if file.suffix == ".pt"}
+    if not files and (path / "sae_weights.safetensors").is_file():
+        raise TrimtabError(FEATURES.format(path=path, new=NEW))
     if not files:
         raise TrimtabError("it is a folder without files layer_<N>.pt")
     operations: list[tuple[int, Operation]] = []
