@@ -103,7 +103,9 @@ def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Found:
     hook = value.get("hookName")
     layer = block_named(hook) if isinstance(hook, str) else None
     if layer is None and wanted.layer is None:
-        raise TrimtabError("Neuronpedia's answer doesn't say at which block its vector acts; say --layer N (layer=N)")
+        raise TrimtabError(
+            "Neuronpedia's answer doesn't say where its vector acts; say --layer N to trimtab convert (layer=N)"
+        )
     if layer is not None:
         wanted.not_needed()
     at = wanted.layer if layer is None else layer

@@ -180,7 +180,9 @@ def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
     if beside.is_file():
         said = _sidecar(beside)
         if not isinstance(said, dict) or "layer" not in said:
-            raise TrimtabError(f"{beside.name} beside it doesn't say its layer; mend it, or say --layer N (layer=N)")
+            raise TrimtabError(
+                f"{beside.name} beside it doesn't say its layer; mend it, or say --layer N to trimtab convert (layer=N)"
+            )
         layer = layer_number(said["layer"], beside.name)
         about = {"read_at": INPUT.format(layer)} | (
             {"position": said["pos"]} if isinstance(said.get("pos"), int) else {}
