@@ -62,8 +62,9 @@ def write_numpy(steering: Steering, path: Path) -> None:
     Strengths are folded in. Raises `UnsupportedError` for anything but additions at every token.
     """
     sums = folded(steering, "a file of arrays")
+    arrays: dict[str, Any] = {f"layer_{site.layer}": vector.numpy() for site, vector in sums.items()}
     buffer = io.BytesIO()
-    np.savez(buffer, **{f"layer_{site.layer}": vector.numpy() for site, vector in sums.items()})
+    np.savez(buffer, **arrays)
     write_atomically(path, buffer.getvalue())
 
 
