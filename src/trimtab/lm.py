@@ -34,7 +34,7 @@ from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
-from trimtab.engines.transformers.layout import find_layout
+from trimtab.engines.transformers.layout import check_in_memory, find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
@@ -93,6 +93,7 @@ class LM:
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
+        check_in_memory(model)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
         self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 

@@ -155,8 +155,9 @@ def convert(
     rule = None if positions is None else Positions.parse(positions)
     name = target_of(target, to)
     if feature:
-        given = {"--from": kind, "--layer-offset": layer_offset, "--row": row, "--position": position}
-        loaded = _features(source, feature, as_, layer, given | {"--blocks": blocks})
+        others: dict[str, object] = {"--from": kind, "--layer-offset": layer_offset, "--row": row}
+        others |= {"--position": position, "--blocks": blocks}
+        loaded = _features(source, feature, as_, layer, others)
     elif as_ is None:
         if blocks is not None:
             raise TrimtabError("--blocks says where a direction is ablated; add --as ablate")

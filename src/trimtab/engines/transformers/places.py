@@ -56,16 +56,12 @@ def place(layout: Layout, site: Site) -> Place:
         parts = [part for name, part in block.named_children() if name in MLPS]
         module = parts[0] if len(parts) == 1 else _one(block, DOWNS, layout, site)
         return Place(module, "output", layout.width)
-    if site.kind in ("neurons", "act_fn"):
+    if site.kind == "neurons":
         parts = [part for name, part in block.named_children() if name in MLPS]
-        parent = parts[0] if len(parts) == 1 else block
-        down = _one(parent, DOWNS, layout, site)
-        if site.kind == "neurons":
-            return Place(down, "input", _inputs(down))
-        functions = [child for name, child in parent.named_children() if name in ACTS]
-        if len(functions) != 1:
-            raise _missing(parent, layout, site)
-        return Place(functions[0], "output", _inputs(down))
+        down = _one(parts[0] if len(parts) == 1 else block, DOWNS, layout, site)
+        return Place(down, "input", _inputs(down))
+    if site.kind == "act_fn":
+        return _act_fn(layout, block, site)
     raise UnsupportedError(f"the transformers engine has no activations at {site}")
 
 
@@ -134,6 +130,16 @@ def _one(parent: nn.Module, names: tuple[str, ...], layout: Layout, site: Site) 
     if len(found) != 1 or _outputs(found[0]) != layout.width:
         raise _missing(parent, layout, site)
     return found[0]
+
+
+def _act_fn(layout: Layout, block: nn.Module, site: Site) -> Place:
+    """The activation function beside the MLP's last projection, whose inputs are made of what it puts out."""
+    neurons = place(layout, Site(site.layer, "neurons"))
+    parent = next(part for part in block.modules() if any(child is neurons.module for child in part.children()))
+    functions = [child for name, child in parent.named_children() if name in ACTS]
+    if len(functions) != 1:
+        raise _missing(parent, layout, site)
+    return Place(functions[0], "output", neurons.size)
 
 
 def _inputs(projection: Any) -> int:
