@@ -1,4 +1,4 @@
-"""What the released codes of PASTA, SADI and CAST compute, restated with hooks on a bare transformers model.
+"""What the released codes of PASTA, SADI, CAST and DIRECTER compute, restated with hooks on a bare transformers model.
 
 `python tests/parity/released.py > tests/parity/recorded.json` records it on SmolLM2-135M-Instruct in float32 with eager
 attention. Nothing of trimtab's takes part, but for where the default model lies. The arithmetic, line for line, is of
@@ -8,11 +8,13 @@ attention. Nothing of trimtab's takes part, but for where the default model lies
   layers) and `steer_*` with `trace_*_patch` (a clean pass's values, the chosen ones times `strength`, put in the place
   of every layer's at the question's last token), for 30 layers instead of 32;
 - IBM/activation-steering at 52be602: `LeashLayer` (the first pass of the prompt checks the condition at the block's
-  input, and behaviour vectors are added at blocks' inputs), in float32 instead of float16.
+  input, and behaviour vectors are added at blocks' inputs), in float32 instead of float16;
+- mjk0618/directer at ba4d50b: `get_indices_to_scale` and `DirecterGenerator`, in float32 instead of bfloat16.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -180,6 +182,70 @@ def cast(model: Any, encode: Callable[..., list[int]], prompt: str) -> dict[str,
     return {"similarity": round(met[0], 8), **answer}
 
 
+def scaled(cache: Any, span: tuple[int, int], layers: Sequence[int]) -> Any:
+    """A copy of the cache with the span's keys at these layers times 100."""
+    copied = copy.deepcopy(cache)
+    for n in layers:
+        copied.layers[n].keys[:, :, span[0] : span[1]] *= 100.0
+    return copied
+
+
+@torch.no_grad()
+def directer(model: Any, ids: Sequence[int], span: tuple[int, int]) -> dict[str, Any]:
+    """Greedy tokens, the ranking of the layers, and at each token which rung was taken (`None`: the raw token)."""
+    states: list[tuple[Tensor, Tensor]] = []
+
+    def note(_module: Any, _args: Any, kwargs: Any, result: Any) -> None:
+        states.append((kwargs["hidden_states"].clone(), result[0].clone()))
+
+    def run(token: Tensor, cache: Any) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        states.clear()
+        return model(token, past_key_values=cache, use_cache=True).logits[:, -1], list(states)
+
+    def distance(a: Tensor, b: Tensor) -> Tensor:
+        return 1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)
+
+    every = list(range(model.config.num_hidden_layers))
+    order: list[int] = []
+    tokens: list[int] = []
+    rungs: list[int | None] = []
+    with hooks([block.self_attn.register_forward_hook(note, with_kwargs=True) for block in model.model.layers]):
+        given = torch.tensor([list(ids)])
+        cache = model(given[:, :-1], use_cache=True).past_key_values
+        token = given[:, -1:]
+        for _ in range(NEW):
+            before = copy.deepcopy(cache)
+            raw, clean = run(token, cache)
+            law = raw.softmax(-1)[0]
+            best, second = law.topk(2).values.tolist()
+            shut = bool(order) and second < 0.5 * best - 1e-9
+            if not order:
+                table = []
+                for n in every:
+                    _, moved = run(token, scaled(before, span, [n]))
+                    pairs = zip(clean, moved, strict=True)
+                    table.append(
+                        [float((distance(a, d) + distance(b, c)).mean().clamp(min=0)) for (a, b), (c, d) in pairs]
+                    )
+                order = torch.tensor(table).mean(0).argsort(descending=True).tolist()
+            chosen, trial, rung = every, 0, None
+            logits = raw
+            while not shut:
+                trial += 1
+                if len(chosen) == 1 or trial > 10:
+                    logits = raw
+                    break
+                logits, _ = run(token, scaled(before, span, chosen))
+                if float(law[logits.argmax()]) - 0.5 * float(law[raw.argmax()]) > 0:
+                    rung = trial - 1
+                    break
+                chosen = order[: max(1, len(order) // 2**trial)]
+            token = logits.argmax(-1, keepdim=True)
+            tokens.append(int(token))
+            rungs.append(rung)
+    return {"tokens": tokens, "order": order, "rungs": rungs}
+
+
 def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -207,7 +273,12 @@ def main() -> None:
         recorded["pasta"][name] = pasta(model, whole["input_ids"], spans, alpha, position)
     recorded["sadi"] = {site: sadi(model, encode, site) for site in PLACES}
     recorded["cast"] = [cast(model, encode, prompt) for prompt in PROMPTS]
-    print(json.dumps(recorded, indent=1))
+    instruction = tokenizer(PHRASE, add_special_tokens=False)["input_ids"]
+    ids = whole["input_ids"]
+    start = next(i for i in range(len(ids)) if ids[i : i + len(instruction)] == instruction)
+    span = (start, start + len(instruction) + 1)  # its range ends behind the token behind the instruction
+    recorded["directer"] = {"span": span, **directer(model, ids, span)}
+    print(json.dumps(recorded))
 
 
 if __name__ == "__main__":

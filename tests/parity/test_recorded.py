@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 from parity import released
 
-from trimtab import LM, Add, BiasScores, Edit, Positions, Site, Steering, Threshold, pasta
+from trimtab import (
+    LM,
+    Add,
+    BiasScores,
+    Edit,
+    Positions,
+    Rejection,
+    ScaleScores,
+    Site,
+    Steering,
+    Threshold,
+    pasta,
+)
 from trimtab.methods.sadi import learn_sadi
 from trimtab.steering import emphasis
 from trimtab.text.pairs import Pair
@@ -59,6 +71,21 @@ def test_sadi(lm: LM, site: str) -> None:
     tokens = recorded["top"]
     (answer,) = lm.generate(released.QUESTION, held, max_new_tokens=1, logprobs=True)
     assert (answer.token_ids[0], answer.logprobs[0]) == (tokens[0], pytest.approx(recorded["logprobs"][0], abs=1e-3))
+
+
+def test_directer(lm: LM) -> None:
+    """Over the released span, which has a token too many behind: the tokens, the order of the layers, the rungs."""
+    recorded = RECORDED["directer"]
+    start, stop = recorded["span"]
+    assert list(lm.spans(released.PROMPT, released.PHRASE)) == [(start, stop - 1)]
+    steering = emphasis(ScaleScores(100.0), [(start, stop)], range(lm.layout.layers))
+    theirs = Rejection(ranking="repo", min_layers=2, schedule="sequential")
+    (answer,) = lm.generate(released.PROMPT, steering, rejection=theirs, max_new_tokens=released.NEW)
+    assert list(answer.token_ids) == recorded["tokens"]
+    assert list(answer.trace.order) == recorded["order"]
+    steps = list(zip(answer.trace.steps, recorded["rungs"], strict=True))
+    assert all(step.rung == rung for step, rung in steps[1:])  # at the first token their gate is off
+    assert any(step.open for step, _ in steps)
 
 
 def test_cast(lm: LM) -> None:

@@ -85,8 +85,9 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
     if wanted.row is not None:
         raise TrimtabError(f"it has no tensor {str(wanted.row)[:60]!r}; its tensors are {held}")
     raise TrimtabError(
-        f"its tensors are {held}, and these are no names of layers (14, layer_14, model.layers.14, direction.14). For"
-        f" one of them: {convert_with(path, '--row NAME --layer N', 'row=NAME, layer=N')}"
+        f"it is no steering of trimtab's; its tensors are {held}, and these are no names of layers (14, layer_14,"
+        " model.layers.14, direction.14). For one of them:"
+        f" {convert_with(path, '--row NAME --layer N', 'row=NAME, layer=N')}"
     )
 
 
