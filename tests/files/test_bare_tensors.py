@@ -49,6 +49,8 @@ def test_a_vector(write: Callable[..., Path]) -> None:
     edit = only(load(path, layer=2))
     assert edit.site == Site(2)
     assert torch.equal(edit.operation.direction, DIFFS[0, 0])
+    with pytest.raises(TrimtabError, match=r"trimtab convert '.*/my vector\.\w+' steering"):
+        load(write(DIFFS[0, 0], "my vector"))
     assert only(load(write(DIFFS[:1, 0], "layer_3"))).site == Site(3)
     with pytest.raises(TrimtabError, match="no axis of token positions"):
         load(path, layer=2, position=-1)

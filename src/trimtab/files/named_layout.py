@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -70,7 +71,7 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
         if len(vectors) == 1 and not others:
             return _vector_and_layer(file, vectors[0], path, wanted)
     if {"W_enc", "W_dec"} <= set(names):
-        raise TrimtabError(FEATURES.format(path=path, new=NEW))
+        raise TrimtabError(FEATURES.format(path=quote(str(path)), new=NEW))
     blocks = {name: block_named(name) for name in names}
     if all(block is not None for block in blocks.values()):
         return _layers(file, {name: block for name, block in blocks.items() if block is not None}, wanted)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +24,7 @@ NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 LARGEST_SIDECAR = 1 << 20
 INPUT = "the input of block {}, which is the output of the one before it"
 NEW = "steering.safetensors"
-FEATURES = (
+FEATURES = (  # the path is quoted by whoever says it
     "it is a sparse autoencoder; say which of its features steer: trimtab convert {path} {new} --feature NUMBER:VALUE"
     " (in Python load_features(path, {{number: value}}))"
 )
@@ -61,7 +62,7 @@ class Wanted:
 
 def convert_with(path: Path, options: str, python: str) -> str:
     """How to say what a file doesn't, from wherever it was asked for."""
-    return f"trimtab convert {path} {NEW} {options} (in Python load(path, {python}))"
+    return f"trimtab convert {quote(str(path))} {NEW} {options} (in Python load(path, {python}))"
 
 
 def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor") -> Found:
@@ -193,7 +194,7 @@ def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
     raise TrimtabError(
         "it doesn't say at which block its vector acts, and to use it one has to:"
         f" {convert_with(path, '--layer N', 'layer=N')} adds it at the output of block N, from 0. To ablate it"
-        f" everywhere: trimtab convert {path} {NEW} --as ablate --blocks N"
+        f" everywhere: trimtab convert {quote(str(path))} {NEW} --as ablate --blocks N"
     )
 
 

@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def read_torch_folder(path: Path) -> Found:
     files = {int(match[1]): file for file in path.iterdir() if (match := NAMED_LAYER.fullmatch(file.stem))}
     files = {layer: file for layer, file in files.items() if file.suffix == ".pt"}
     if not files and (path / "sae_weights.safetensors").is_file():
-        raise TrimtabError(FEATURES.format(path=path, new=NEW))
+        raise TrimtabError(FEATURES.format(path=quote(str(path)), new=NEW))
     if not files:
         raise TrimtabError("it is a folder without files layer_<N>.pt")
     operations: list[tuple[int, Operation]] = []
