@@ -53,7 +53,7 @@ STEERINGS = {
     "mask_neurons": at_all(MaskNeurons(random(48)), "neurons", Positions.generated()),
     "gate": Steering((Edit(Site(1), Add(U), gate=Threshold(Site(3), U, -1e9)),)),
 }
-SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused")
+SCHEDULES = ("optimistic", "fused")
 CASES = {
     **{name: (steering, None) for name, steering in STEERINGS.items()},
     **{f"emphasis, {one}": (EMPHASIS, Rejection(beta=0.05, schedule=one)) for one in SCHEDULES},
