@@ -79,7 +79,7 @@ def test_directer(lm: LM) -> None:
     start, stop = recorded["span"]
     assert list(lm.spans(released.PROMPT, released.PHRASE)) == [(start, stop - 1)]
     steering = emphasis(ScaleScores(100.0), [(start, stop)], range(lm.layout.layers))
-    theirs = Rejection(ranking="repo", min_layers=2, schedule="sequential")
+    theirs = Rejection(ranking="repo", min_layers=2)
     (answer,) = lm.generate(released.PROMPT, steering, rejection=theirs, max_new_tokens=released.NEW)
     assert list(answer.token_ids) == recorded["tokens"]
     assert list(answer.trace.order) == recorded["order"]
