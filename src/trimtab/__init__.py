@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.baking.bake import bake
     from trimtab.decoding.rejection import Rejection
     from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
+    from trimtab.files.autoencoder import load_features
     from trimtab.files.export import export
     from trimtab.files.foreign import FormatWarning
     from trimtab.files.hub import from_pretrained, push_to_hub
@@ -142,6 +143,7 @@ __all__ = [
     "learn_tda",
     "learn_word",
     "load",
+    "load_features",
     "make",
     "pasta",
     "push_to_hub",
@@ -158,6 +160,7 @@ _HOMES = {
     "trimtab.baking.bake": ("bake",),
     "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError", "UntestedVersionWarning"),
+    "trimtab.files.autoencoder": ("load_features",),
     "trimtab.files.export": ("export",),
     "trimtab.files.foreign": ("FormatWarning",),
     "trimtab.files.hub": ("from_pretrained", "push_to_hub"),
