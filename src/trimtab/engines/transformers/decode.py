@@ -12,7 +12,7 @@ rungs need a loop of their own (see `rejecting`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
+from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.deciding import check_prompt, conditionals, decided, read_gates, wanted
@@ -132,6 +133,7 @@ class GenerationBatch:
         self._waiting: list[_Row] = []
         self._rows: list[_Row] = []  # in the order of the cache's
         self._cache = Columns()
+        self._session = BatchSession(model, layout)  # of the rows
         self._run: _Decoding | None = None
 
     def __len__(self) -> int:
@@ -164,7 +166,6 @@ class GenerationBatch:
                 return Applied((), ())
         for place, row in enumerate(self._rows):
             if row.key == key:
-                self._settle_doses()
                 self._take_out(place)
                 return _applied(row)
         return None
@@ -173,13 +174,14 @@ class GenerationBatch:
         """What has steered a row so far; `None` where there is no such row in the batch."""
         for place, row in enumerate(self._rows):
             if row.key == key:
-                return _applied(row, {} if self._run is None else self._run.session.tally(place))
+                return _applied(row, self._session.tally(place))
         return None
 
     def clear(self) -> list[int]:
         """Everybody leaves; their keys."""
         keys = [row.key for row in (*self._rows, *self._waiting)]
         self._rows, self._waiting, self._cache, self._run = [], [], Columns(), None
+        self._session = BatchSession(self.model, self.layout)
         return keys
 
     @torch.no_grad()
@@ -201,7 +203,8 @@ class GenerationBatch:
         width = cache.width + 1
         with run.open():
             logits = self._logits(run.ids[:, None], run.mask(width), run.positions[:, None], cache)
-        run.session.check_reached(width)
+        self._session.check_reached(width)
+        self._session.advance()
         cache.advance()
         chosen = self._choose(self._rows, logits, run.sampler)
         run.advance(chosen.tokens)
@@ -254,26 +257,21 @@ class GenerationBatch:
         done = {one.key for one in told if one.finish or one.error}
         if not done:
             return told
-        self._settle_doses()
-        left = {row.key: _applied(row) for row in self._rows if row.key in done}
-        for place in reversed(range(len(self._rows))):
-            if self._rows[place].key in done:
+        left: dict[int, Applied] = {}
+        for place, row in reversed(list(enumerate(self._rows))):
+            if row.key in done:
                 self._take_out(place)
+                left[row.key] = _applied(row)
         return [_with(one, left.get(one.key)) for one in told]
 
     def _take_out(self, place: int) -> None:
-        """The cache puts its last row in the place of one that leaves, and so does the list."""
+        """The cache puts its last row in the place of one that leaves; so do the session and the list."""
+        self._run = None
+        self._rows[place].add(self._session.remove(place))
         self._cache.remove(place)
         last = self._rows.pop()
         if place < len(self._rows):
             self._rows[place] = last
-
-    def _settle_doses(self) -> None:
-        """The batch is about to change: keep what was measured."""
-        if self._run is not None:
-            for place, row in enumerate(self._rows):
-                row.add(self._run.session.tally(place))
-            self._run = None
 
     # ---- rows that join ----------------------------------------------------------------------------------
 
@@ -327,7 +325,7 @@ class GenerationBatch:
             session = Session(self.model, self.layout, lambda *_: _residual(edits))
             session.expect(lengths, width)
             scored = [Row(_scores(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
-            with self._steering(session, edits, self._compiled(scored, width), lambda: width):
+            with self._steering(session, _sites(edits), self._compiled(scored, width), lambda: width):
                 logits = self._logits(*inputs)
             session.check_reached(width)
         which = [texts.index(one) for one in asked]
@@ -339,9 +337,11 @@ class GenerationBatch:
         done = {one.key for one in told if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]
         if staying:
-            self._settle_doses()
+            self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
-            self._rows += [row for row, _ in staying]
+            for row, _ in staying:
+                self._session.insert(_residual([row.edits])[0], len(row.request.ids))
+                self._rows.append(row)
         applied = {row.key: _applied(row) for row in rows if row.key in done}
         return [_with(one, applied.get(one.key)) for one in told]
 
@@ -365,19 +365,25 @@ class GenerationBatch:
         """What each layer does to the attention scores of these rows; nothing where none is edited."""
         if not any(row.edits for row in scored):
             return {}
-        return compile_scores(scored, width, head_count(self.layout), self.device)
+        return compile_scores(scored, width, head_count(self.layout), torch.device("cpu"))
 
     @contextmanager
     def _steering(
-        self, session: Session, edits: Sequence[tuple[Edit, ...]], scores: dict[int, LayerScores], columns: Any
+        self,
+        session: Session,
+        sites: Sequence[Site],
+        scores: dict[int, LayerScores],
+        columns: Callable[[], int],
+        padded: bool = False,
     ) -> Iterator[None]:
-        """Hooks for a pass of rows with these edits; `scores` is what is done to attention scores."""
-        with session.hooked(_sites(edits)):
-            if not scores:
-                yield
-                return
-            with steered_scores(self.layout, scores, columns):
-                yield
+        """Hooks at these sites for a pass of rows; `scores` is what is done to attention scores."""
+        with session.hooked(sites):
+            if scores:
+                with steered_scores(self.layout, scores, columns, self._masks.of(padded)):
+                    yield
+            else:
+                with self._masks.open(padded):
+                    yield
 
 
 @dataclass(frozen=True)
@@ -397,9 +403,6 @@ class _Decoding:
     def __init__(self, batch: GenerationBatch) -> None:
         rows, cache, device = batch._rows, batch._cache, batch.device
         self.batch = batch
-        self.edits = [row.edits for row in rows]
-        self.session = Session(batch.model, batch.layout, lambda *_: _residual(self.edits))
-        self.session.expect([len(row.request.ids) for row in rows], resumed=True)
         self.width = cache.width
         pads = [self.width - length for length in cache.lengths]
         scored = [Row(_scores(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)]
@@ -422,11 +425,9 @@ class _Decoding:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Hooks and attention for one step."""
-        columns = self.batch._cache.width + 1
-        with (
-            self.batch._masks.open(self._pads is not None and not self.scores),  # edits of scores have their own
-            self.batch._steering(self.session, self.edits, self.scores, lambda: columns),
-        ):
+        batch, columns = self.batch, self.batch._cache.width + 1
+        padded = self._pads is not None
+        with batch._steering(batch._session, batch._session.sites, self.scores, lambda: columns, padded):
             yield
 
 

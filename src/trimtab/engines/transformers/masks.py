@@ -6,7 +6,7 @@ host waits for the answer. Whoever knows that there are pads needn't ask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,10 +26,14 @@ class PaddedMasks:
         suits = waits and compat.calls_attention_interface(decoder) and compat.attention_name(decoder.config) == "sdpa"
         self._configs: Sequence[Any] = configurations(layout) if suits else ()
 
+    def of(self, padded: bool) -> Callable[..., Tensor | None] | None:
+        """What makes the masks of a batch with pads, if it is `padded`; `None`: what the model has for it."""
+        return _mask if padded and self._configs else None
+
     @contextmanager
     def open(self, padded: bool) -> Iterator[None]:
         """While open, passes are of a batch with pads, if it is `padded`."""
-        if not padded or not self._configs:
+        if self.of(padded) is None:
             yield
             return
         with registered(compat.sdpa_attention(), _mask) as name, compat.attending_with(self._configs, name):
