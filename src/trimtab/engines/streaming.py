@@ -16,6 +16,7 @@ from trimtab.engines.answer import Generation
 from trimtab.engines.arguments import as_list
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
+from trimtab.steering.above import above
 from trimtab.text.chat import Prompt
 from trimtab.text.unfolding import Unfolding
 
@@ -51,6 +52,7 @@ class Stream:
         self._stop = threading.Event()
         self._over = False
         self._result: Generation | None = None
+        self._said = ""
         given = generate, self._told, self._stop
         self._thread = threading.Thread(target=_run, args=given, name="trimtab-stream", daemon=True)
         self._end = weakref.finalize(self, _end, self._stop, self._thread)
@@ -78,10 +80,12 @@ class Stream:
                 self._finish()
                 self._result = one
                 if rest := self._unfolding.finish():
+                    self._said += rest
                     return rest
                 break
             piece = "".join(self._unfolding.add(token) for token in one)
             if piece:
+                self._said += piece
                 return piece
         raise StopIteration
 
@@ -109,8 +113,17 @@ class Stream:
         self.close()
 
     def __repr__(self) -> str:
-        state = "running" if not self._over else "complete" if self._result is not None else "stopped"
-        return f"Stream({state})"
+        return f"Stream({self._state})"
+
+    def _repr_html_(self) -> str:
+        """The whole answer; before its end, and after a stop, what was taken of it so far."""
+        if self._result is not None:
+            return self._result._repr_html_()
+        return str(above("report.notebook", "stream_html")(self._said, self._state))
+
+    @property
+    def _state(self) -> str:
+        return "running" if not self._over else "complete" if self._result is not None else "stopped"
 
     def _next_told(self) -> Any:
         try:
