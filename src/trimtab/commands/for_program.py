@@ -123,17 +123,17 @@ def learned_for(steering: Steering) -> str:
     return f"`trimtab learn {which} … --for {LLAMA}` learns steerings that can be written"
 
 
-def commands_for(program: str | None, path: Path) -> list[str]:
-    """What to type next, to run the file there."""
+def commands_for(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
+    """What to type next, to run the file there at this strength."""
     if program is None:
         return []
     gguf = path.with_suffix(".gguf")
     convert = [] if path.suffix == ".gguf" else [f"trimtab convert {quote(str(path))} {quote(str(gguf))}"]
-    return [*convert, f'llama-cli -m MODEL.gguf --control-vector-scaled {quote(str(gguf))}:{SCALE} -p "…"']
+    return [*convert, f'llama-cli -m MODEL.gguf --control-vector-scaled {quote(str(gguf))}:{scale:g} -p "…"']
 
 
-def next_steps(program: str | None, path: Path) -> list[str]:
+def next_steps(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
     """The same as lines for people."""
-    lines = [f"  {line}" for line in commands_for(program, path)]
-    older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {SCALE}, without the colon)"
+    lines = [f"  {line}" for line in commands_for(program, path, scale)]
+    older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {scale:g}, without the colon)"
     return [f"for {program}:", *lines, f"  {older}"] if lines else []

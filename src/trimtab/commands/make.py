@@ -192,12 +192,12 @@ def make(
     written = made.verdict.holds or keep
     digest = save_for(for_, made.steering, out)[1] if written else None
     if json:
-        commands = commands_for(for_, out) if written else []
+        commands = commands_for(for_, out, 1.0) if written else []
         write_json(_document(lm.name, made, out if written else None, digest, commands))
     else:
         show(*told(made), "", f"saved {out}" if written else "nothing is written")
         if written:
-            show(*next_steps(for_, out))
+            show(*next_steps(for_, out, 1.0))
             if out.suffix != ".gguf":
                 note(_next(made, model, out), quiet=False)
         else:
