@@ -19,7 +19,6 @@ from trimtab.commands.chat_commands import Desk, Outcome, run_command
 from trimtab.commands.chat_make import Wish, name_of, wish_of
 from trimtab.commands.chat_prompt import candidates
 from trimtab.commands.chat_state import Conversation, Steered, Turn
-from trimtab.making import make as make_module
 from trimtab.making import verdict
 from trimtab.text.pairs import read_pairs
 
@@ -30,6 +29,11 @@ EMPTY = Conversation(max_tokens=6)
 @pytest.fixture(scope="module")
 def desk(model: Path) -> Desk:
     return Desk(LM.load(model, device="cpu"))
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.making.from_pairs.STEPS", 3)
 
 
 @pytest.fixture
@@ -67,7 +71,8 @@ class Screen:
         self.turns.append(turn)
 
     def tell(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
+        if outcome.note or outcome.shown:
+            self.outcomes.append(outcome)
 
 
 def lines(*typed: str) -> Callable[[Conversation], str | None]:
@@ -96,7 +101,7 @@ def test_what_stands_after_it(typed: str, wish: Wish) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("", "takes one of these: TEXT | --like WHO"),
+        ("", "takes one of these: TEXT.--like WHO"),
         ("--keep", "takes one of these"),
         ("--like a be blunt", "takes one of these"),
         ("--unlike clerk be blunt", "--unlike goes with --like"),
@@ -149,7 +154,7 @@ def test_it_is_on_steers_and_is_saved(desk: Desk, file: Path, tmp_path: Path) ->
         "/steer", f"/save {tmp_path / 'alone.safetensors'}", "/steer nowhere",
     )  # fmt: skip
     assert not converse(desk, EMPTY, typed, screen)  # the last line can't be run
-    wanted = make_from_pairs(desk.lm, read_pairs(file), name="mine").steering
+    wanted = make_from_pairs(desk.lm, read_pairs(file), name="mine", tokens=8).steering
     made = screen.outcomes[0]
     assert "verdict: " in str(made.shown[0])
     assert made.note == "mine is on at strength 1; /save mine.safetensors writes it"
@@ -268,7 +273,7 @@ def small_push(desk: Desk) -> Steering:
 
 def test_outside_a_terminal_it_ends_the_program(desk: Desk, file: Path) -> None:
     def press(what: str, done: int) -> None:
-        if what == make_module.STAGES[1]:
+        if what == "learning":
             signal.raise_signal(signal.SIGINT)
 
     screen = Screen(press)

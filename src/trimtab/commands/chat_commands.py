@@ -334,8 +334,7 @@ COMMANDS: dict[str, Command] = {
     "make": Command(
         _make,
         TAKES,
-        "Make a steering from a sentence, a persona or a file of pairs, measure it, and put it on if it holds (or"
-        " --keep comes first). Takes minutes; Ctrl-C stops it.",
+        "Make a steering from a sentence, a persona or pairs, measure it, and put it on if it holds: some minutes.",
     ),
     "system": Command(_system, "[TEXT|off]", "Set the system message, or take it out; alone: show it."),
     "emphasize": Command(
@@ -351,8 +350,8 @@ COMMANDS: dict[str, Command] = {
     "reset": Command(_reset, "", "Forget what was said; what steers stays on."),
     "save": Command(
         _save,
-        "FILE.json | FILE.safetensors [NAME]",
-        "Write the conversation and the settings to a file, what was made beside it; or what was made alone.",
+        "FILE.json|FILE.safetensors",
+        "Write the conversation and the settings to a file; or what was made.",
     ),
     "load": Command(_load, "FILE.json", "Go on from such a file."),
     "tokens": Command(

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from trimtab.commands.chat_commands import Desk
     from trimtab.making import Made
 
-TAKES = "TEXT | --like WHO [--unlike WHO] | --from PAIRS"
+TAKES = "TEXT|--like WHO|--from PAIRS"
 LONGEST_NAME = 24
+LEAST_TOKENS = 8
+"""Answers are as long as the chat's, but for what is too short to learn from, and no longer than `make` has them."""
 
 Stage = Callable[[str, int, int], None]
 
@@ -102,8 +104,10 @@ def make_steered(
         KeyboardInterrupt: Ctrl-C was pressed; the model is as it was.
     """
     from trimtab.making import idea_from_contrast, idea_from_sentence, make, make_from_pairs
+    from trimtab.making.make import TOKENS
     from trimtab.text.pairs import read_pairs
 
+    tokens = max(LEAST_TOKENS, min(TOKENS, conversation.max_tokens))
     with _stopped_for_good() as check:
 
         def at(what: str, done: int, total: int) -> None:
@@ -112,10 +116,10 @@ def make_steered(
 
         if wish.pairs is not None:
             pairs = read_pairs(wish.pairs)
-            made = make_from_pairs(desk.lm, pairs, name=wish.pairs.stem, stage=at, say=say)
+            made = make_from_pairs(desk.lm, pairs, name=wish.pairs.stem, tokens=tokens, stage=at, say=say)
         else:
             idea = idea_from_contrast(wish.like, wish.unlike) if wish.like else idea_from_sentence(wish.idea or "")
-            made = make(desk.lm, idea, stage=at, say=say)
+            made = make(desk.lm, idea, tokens=tokens, stage=at, say=say)
         check()
     if not (made.verdict.holds or wish.keep):
         return Making(conversation, made, "", False)
