@@ -40,13 +40,13 @@ def llama(folder: Path) -> Iterator[Any]:
 
 
 def learned(trimtab: Any, folder: Path, at: Path, out: Path) -> Any:
-    """`trimtab learn distill`, with a check that every answer passes, in two steps."""
+    """`trimtab learn distill`, with a check that every answer passes, in a few steps."""
     (at / "checks.py").write_text("def anything(answer):\n    return bool(answer)\n")
     (at / "queries.txt").write_text("\n".join(QUERIES))
     return trimtab(
         *("learn", "distill", "--instruction", "Write in capitals!", "--model", folder, "--device", "cpu"),
-        *("--queries", at / "queries.txt", "--check", f"{at / 'checks.py'}:anything", "--tokens", 6, "--steps", 2),
-        *("--rate", 0.2, "--for", "llama.cpp", "--out", out, "--json"),
+        *("--queries", at / "queries.txt", "--check", f"{at / 'checks.py'}:anything", "--tokens", 6, "--steps", 12),
+        *("--for", "llama.cpp", "--out", out, "--json"),
     )
 
 

@@ -26,7 +26,7 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     sentence = gr.Textbox(
         label="A sentence",
         info="What is wanted, and if you like its opposite after 'not'",
-        placeholder="talk like a pirate; or: be blunt, not flattering",
+        placeholder="be blunt, not flattering",
         max_lines=4,
         max_length=500,
         elem_id="tt-sentence",
