@@ -44,9 +44,9 @@ def learned(trimtab: Any, folder: Path, at: Path, out: Path) -> Any:
     (at / "checks.py").write_text("def anything(answer):\n    return bool(answer)\n")
     (at / "queries.txt").write_text("\n".join(QUERIES))
     return trimtab(
-        *("learn", "distill", "--instruction", "Write in capitals!", "--model", folder, "--device", "cpu"),
+        *("learn", "distill", "--instruction", "no no no no no no", "--model", folder, "--device", "cpu"),
         *("--queries", at / "queries.txt", "--check", f"{at / 'checks.py'}:anything", "--tokens", 6, "--steps", 12),
-        *("--for", "llama.cpp", "--out", out, "--json"),
+        *("--rate", 0.05, "--for", "llama.cpp", "--out", out, "--json"),
     )
 
 
