@@ -158,6 +158,7 @@ def distilled(
         lm,
         answers,
         range(first_layer(positions), lm.layout.layers),
+        rank=0,
         steps=STEPS,
         rate=RATE,
         with_prompt=0.0,
