@@ -20,7 +20,7 @@ from trimtab.commands.model import (
     RevisionOption,
     load_model,
 )
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.pair_files import ColumnOptions, IgnoreOption, KeysOption, pairs_in
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -162,7 +162,7 @@ def make(
             'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE,'
             " or --from PAIRS"
         )
-    columns = columns_of(keys, ignore, pairs=from_ is not None, source="--from")
+    columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
     given = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
     if from_ is not None and (more := [name for name, value in given.items() if value is not None]):
         raise TrimtabError(f"--from has all that is learned from and tested on; leave out {more[0]}")

@@ -16,7 +16,6 @@ from trimtab.engines.answer import Generation
 from trimtab.engines.arguments import as_list
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
-from trimtab.steering.above import above
 from trimtab.text.chat import Prompt
 from trimtab.text.unfolding import Unfolding
 
@@ -116,9 +115,11 @@ class Stream:
 
     def _repr_html_(self) -> str:
         """The whole answer; before its end, and after a stop, what was taken of it so far."""
+        from trimtab.report.notebook import stream_html
+
         if self._result is not None:
             return self._result._repr_html_()
-        return str(above("report.notebook", "stream_html")(self._said, self._state))
+        return stream_html(self._said, self._state)
 
     @property
     def _state(self) -> str:
