@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
-    from trimtab.making.make import make
+    from trimtab.making.make import make, make_from_pairs
     from trimtab.methods.actadd import learn_actadd
     from trimtab.methods.bipo import learn_bipo
     from trimtab.methods.caa import learn_caa
@@ -145,6 +145,7 @@ __all__ = [
     "load",
     "load_features",
     "make",
+    "make_from_pairs",
     "pasta",
     "push_to_hub",
     "read_pairs",
@@ -167,7 +168,7 @@ _HOMES = {
     "trimtab.files.load": ("load",),
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
-    "trimtab.making.make": ("make",),
+    "trimtab.making.make": ("make", "make_from_pairs"),
     "trimtab.methods.actadd": ("learn_actadd",),
     "trimtab.methods.bipo": ("learn_bipo",),
     "trimtab.methods.caa": ("learn_caa",),
