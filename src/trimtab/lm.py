@@ -24,10 +24,12 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending, check_attention, head_count
 from trimtab.engines.transformers.continuous import Continuous, answer
 from trimtab.engines.transformers.deciding import check_gates
+from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
-from trimtab.engines.transformers.layout import Layout, find_layout
+from trimtab.engines.transformers.known_prompts import known_prompts
+from trimtab.engines.transformers.layout import Layout, check_in_memory, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import first_steered, next_tokens
@@ -83,6 +85,7 @@ class LM(LanguageModel):
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
+        check_in_memory(model)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
@@ -129,7 +132,8 @@ class LM(LanguageModel):
         where the model can't be had.
 
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
-        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
+        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored. Or it is one that another installed
+        distribution brings.
         """
         if name is not None and not isinstance(name, (str, Path)):
             raise TrimtabError(
@@ -381,7 +385,7 @@ class LM(LanguageModel):
         everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
         sites = sorted({edit.site for one in everything for edit in acting(one)})  # type: ignore[arg-type]
         with self._exclusive():
-            with session.hooked(sites, any_thread=True), _known_prompts(self.model, session, bool(sites)):
+            with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites)):
                 yield session
             if sites and not session.ran:
                 raise TrimtabError(
@@ -424,6 +428,11 @@ class LM(LanguageModel):
 
         return read
 
+    @property
+    def is_steered(self) -> bool:
+        """Whether this thread is inside `lm.steered(…)`, of this `LM` or another over the same model."""
+        return steered_here(self.layout.decoder)
+
     # ---- activations -------------------------------------------------------------------------------------
 
     def check_sites(self, sites: Sequence[Site]) -> None:
@@ -444,48 +453,6 @@ class LM(LanguageModel):
                     (batch,) = read_groups(self.layout, [[whole]], sites)
                 members.append({site: batch.values[site][0][0][list(text.positions)] for site in sites})
             yield Batch([g], {site: [[member[site] for member in members]] for site in sites})
-
-
-@contextmanager
-def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]:
-    """While open, `model.generate` tells the session how long its prompts are."""
-    if not steers:
-        yield
-        return
-    original = model.generate
-    outside = session.prompt_lengths
-
-    def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        session.ran = True  # or it raises here, or finds at its end that the passes weren't seen
-        tokens = next(
-            (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
-        )
-        mask = kwargs.get("attention_mask")
-        if tokens is None:
-            raise TrimtabError("model.generate inside lm.steered(…) needs input_ids or inputs_embeds")
-        if mask is None and tokens.dim() == 2 and len(tokens) > 1:
-            raise TrimtabError("model.generate with several rows needs its attention_mask, to tell pads from text")
-        lengths = [tokens.shape[1]] * tokens.shape[0] if mask is None else mask.sum(-1).tolist()
-        left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
-        session.expect([int(n) for n in lengths], tokens.shape[1] if left else None)
-        try:
-            output = original(inputs, *args, **{"disable_compile": True, **kwargs})
-            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-            if isinstance(sequences, Tensor):  # the last token isn't fed to the model
-                before = 0 if tokens.dim() == 2 else tokens.shape[1]
-                session.check_reached(before + sequences.shape[1] - 1)
-            return output
-        finally:
-            session.expect(outside)
-
-    own = vars(model).get("generate")  # somebody may have put one there before
-    model.generate = generate
-    try:
-        yield
-    finally:
-        del model.generate
-        if own is not None:
-            model.generate = own
 
 
 def _always(edits: list[tuple[Edit, ...]]) -> Decide:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tiny import LAYERS, prompt
 from torch import Tensor
 
 from trimtab import LM, Positions, Site, Steering, Threshold, TrimtabError, load, save
-from trimtab.learn.directions import centred_members, mean_difference, random_order
+from trimtab.learn.estimators import Estimator, mean_difference, pca, random_order, unit
 from trimtab.methods import cast
 from trimtab.methods.actadd import learn_actadd
 from trimtab.methods.cast import learn_cast, learn_condition
@@ -25,6 +25,7 @@ from trimtab.methods.inferaligner import learn_inferaligner
 from trimtab.methods.random import learn_random
 from trimtab.methods.repe import ReaderWarning, learn_repe
 from trimtab.steering import RotatePredicted
+from trimtab.steering.gates import ALWAYS
 from trimtab.steering.rotations import predicted_angle
 from trimtab.text.pairs import Pair
 
@@ -198,7 +199,7 @@ def test_cast(lm: LM, tmp_path: Path) -> None:
         for m, side in enumerate((pair.positive, pair.negative)):
             x = at(lm, f"{pair.prompt} {side}", 2)
             means[m].append(x[len(lm.encode(pair.prompt)) :].mean(0))
-    expected = centred_members(torch.stack(means[0]), torch.stack(means[1]))
+    expected = unit(pca(torch.stack(means[0]), torch.stack(means[1])))
     assert torch.allclose(edit.operation.direction.double(), expected, atol=1e-5)
     card = steering.card.measured["condition"]
     hits = sum(opens(lm, text, gate) for text in ON[1::2]) / 4
@@ -265,10 +266,10 @@ def test_readers_find_a_planted_direction_where_pca_of_differences_cannot() -> N
         return shared + sign * 2 * u + torch.randn(300, 1, generator=draw, dtype=torch.float64) * noise
 
     plus, minus = side(1), side(-1)
-    readers: list[Callable[[Tensor, Tensor], Tensor]] = [mean_difference, centred_members, random_order]
+    readers: list[Estimator] = [mean_difference, pca, random_order()]
     for reader in readers:
-        assert float(reader(plus, minus) @ u) > 0.97
-        assert float(reader(minus, plus) @ u) < -0.97
+        assert float(unit(reader(plus, minus)) @ u) > 0.97
+        assert float(unit(reader(minus, plus)) @ u) < -0.97
     differences = plus - minus
     defective = torch.linalg.svd(differences - differences.mean(0)).Vh[0]
     assert abs(float(defective @ u)) < 0.3
@@ -295,8 +296,8 @@ def test_bad_input() -> None:
     late = learn_actadd(lm, positive="w7 w8 w9 w10 w11 w12", negative="w3")
     with pytest.raises(TrimtabError, match="which has 4 tokens"):
         lm.generate(prompt(1, 4), late, max_new_tokens=1)
-    with pytest.raises(TrimtabError, match="known: pca, random-order, cluster-mean"):
-        learn_repe(lm, PAIRS, reader="pca-diff")  # type: ignore[arg-type]
+    with pytest.raises(TrimtabError, match="estimators: pca, random-order, cluster-mean"):
+        learn_repe(lm, PAIRS, reader="pca-diff")
     with pytest.raises(TrimtabError, match="one of the two is missing"):
         learn_inferaligner(lm, ON)
     with pytest.raises(TrimtabError, match="prompts on which to act"):
@@ -320,3 +321,32 @@ def test_a_reader_far_from_the_mean_warns() -> None:
     lms = [tiny.tiny("llama", seed=seed) for seed in range(12)]
     with pytest.warns(ReaderWarning, match="use more pairs, or reader cluster-mean"):
         [learn_repe(lm, PAIRS, [1], reader="random-order") for lm in lms]
+
+
+def test_cast_at_blocks_inputs_as_released(lm: LM) -> None:
+    """Both vectors are those of the block's output; they are checked and added one block earlier."""
+    given: dict[str, Any] = {"when": ON, "unless": OFF, "measure": "cast", "pool": "mean", "condition_layer": 1}
+    usual, theirs = (learn_cast(lm, PAIRS, [3], **given, at=place) for place in ("output", "input"))
+    assert theirs.card.options["at"] == "input"
+    (edit,), (own,) = theirs.edits, usual.edits
+    assert (edit.site, edit.strength) == (Site(3, "block_input"), own.strength)
+    assert torch.equal(edit.operation.direction, own.operation.direction)
+    thresholds = [g.gate if hasattr(g, "gate") else g for g in (edit.gate, own.gate)]
+    assert [t.site for t in thresholds] == [Site(1, "block_input"), Site(1)]
+    assert torch.equal(thresholds[0].direction, thresholds[1].direction)
+    c = thresholds[0].direction.double()
+
+    def similarity(text: str) -> float:  # `_process_single_condition` of the released LeashLayer, with |c| = 1
+        x = at(lm, text, 1, "block_input").mean(0)
+        projected = torch.tanh(torch.outer(c, c) @ x)
+        return float(torch.dot(x, projected) / (x.norm() * projected.norm()))
+
+    for text in (*ON[:3], *OFF[:3]):
+        open_ = (similarity(text) > thresholds[0].threshold) != hasattr(edit.gate, "gate")
+        (answer,) = lm.generate(text, theirs, max_new_tokens=NEW, logprobs=True)
+        shifted = Steering((replace(edit, site=Site(2), gate=ALWAYS),))  # block 3's input is block 2's output
+        tokens, logprobs = naive.generate(lm, text, shifted if open_ else None, NEW)
+        assert list(answer.token_ids) == tokens
+        assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+    with pytest.raises(TrimtabError, match="output or input, got 'middle'"):
+        learn_cast(lm, PAIRS, [3], **given, at="middle")  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
 """What users hold, whatever the engine: prompts go in, and answers and activations come out.
 
-Everything that doesn't depend on the engine is done here, once: prompts are rendered, steerings matched with them and
-checked, phrases found, lengths compared. What is left for an engine is in `contract.Engine`, and what it can't do is
-refused here, before anything runs.
+What doesn't depend on the engine is done here, once: prompts are rendered, steerings matched with them and checked,
+phrases found, lengths compared. What an engine can't do is refused here, before anything runs.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
-from trimtab.steering.above import above
 from trimtab.text.chat import Prompt, Template, encode
 from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from trimtab.tune.sweep import Sweep
 
 LAST = Positions.last_prompt_token()
+LEARNED = ", and what it has learned runs on this one wherever it can be honoured"
 
 
 class LanguageModel(ABC):
@@ -106,8 +105,7 @@ class LanguageModel(ABC):
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """The mean negative log-probability, in nats, of each answer's tokens under the unsteered model, in one batch.
 
-        A text is `(context ids, answer ids)`, neither of them empty. Raises `UnsupportedError` for an engine that has
-        no perplexities.
+        A text is `(context ids, answer ids)`, neither empty. Raises `UnsupportedError` where there are no perplexities.
         """
 
     @property
@@ -115,6 +113,11 @@ class LanguageModel(ABC):
         """The token with which texts begin; `None` where the model has none."""
         token = self.tokenizer.bos_token_id
         return token if isinstance(token, int) else None
+
+    @property
+    def is_steered(self) -> bool:
+        """Whether this thread is inside `lm.steered(…)`."""
+        return False
 
     # ---- what it can't -----------------------------------------------------------------------------------
 
@@ -148,7 +151,7 @@ class LanguageModel(ABC):
             if feature in self.cannot:
                 raise UnsupportedError(
                     f"the {self.engine} engine has no {FEATURES[feature]}: {self.cannot[feature]}; the transformers"
-                    f" engine can (leave out engine=, or --engine){_LEARNED.get(feature, '')}"
+                    f" engine can (leave out engine=, or --engine){LEARNED if feature == 'training' else ''}"
                 )
 
     # ---- text --------------------------------------------------------------------------------------------
@@ -353,11 +356,8 @@ class LanguageModel(ABC):
     ) -> Projections:
         """How each token's activation lies along a steering's directions: what the steering reads in a text.
 
-        The text is read unsteered, each direction where the steering acts (the output of a block, mostly).
-
         Args:
-            text: A string, which is read as it is, or messages, which the chat template renders; where these end with
-                the assistant's, nothing comes after it.
+            text: A string, read as it is, or messages, rendered so that nothing comes after a last one of the assistant's.
             steering: What has the directions. What is added with a negative strength is turned round.
             layers: Of the steering's layers, these; by default all.
             transfer: Allow a steering learned on another model of the same width.
@@ -368,8 +368,9 @@ class LanguageModel(ABC):
         Raises:
             TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
         """
-        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
-        return found
+        from trimtab.report.projections import project
+
+        return project(self, text, steering, layers, transfer=transfer)
 
     def sweep(
         self,
@@ -392,7 +393,7 @@ class LanguageModel(ABC):
             check: A function of an answer's text that says whether it passes: yes or no, or a number.
             max_new_tokens: Tokens of an answer at most.
             options: `batch_size` (64), `system`, `chat`, `transfer`, `progress`, `guard` (the limits of
-                `trimtab.tune.Guard`, or `None`), and what `generate` takes besides.
+                `trimtab.tune.Guard`, or `None`), and what `generate` takes.
 
         Returns:
             A row for each layer and strength: the share that passes, the dose, the repeated share and the perplexity
@@ -403,9 +404,10 @@ class LanguageModel(ABC):
                 `generate` does.
         """
         self.require("perplexity")
-        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
-        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
-        return found
+        from trimtab.tune.sweep import sweep
+
+        given: dict[str, Any] = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        return sweep(self, steering, **given, max_new_tokens=max_new_tokens, **options)
 
     # ---- activations -------------------------------------------------------------------------------------
 
@@ -494,6 +496,3 @@ class LanguageModel(ABC):
     def _named(self, steering: Any, count: int) -> list[Any]:
         """Each request's steering."""
         return one_each(steering, count)
-
-
-_LEARNED = {"training": ", and what it has learned runs on this one wherever it can be honoured"}

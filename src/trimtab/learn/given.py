@@ -13,14 +13,17 @@ from trimtab.text.pairs import Pair, Pairs, as_pairs
 
 
 def check_lm(lm: Any, *features: str) -> None:
-    """Raises unless this is an `LM`, of an engine that can do what is needed to learn.
+    """Raises unless this is an `LM` to learn with, of an engine that can do what is needed for it.
+
+    Its activations can be read here, and nothing steers them: what is learned inside `lm.steered(…)`, of this `LM` or
+    another over the same model, would be about another model.
 
     Args:
         lm: What was given.
         features: Those of `trimtab.engines.contract.FEATURES` that are needed beside reading activations.
 
     Raises:
-        TrimtabError: It is something else; it says what to give instead.
+        TrimtabError: It is something else, and what to give instead; or it is being steered.
         UnsupportedError: Its engine hasn't one of the features.
     """
     if isinstance(lm, nn.Module):
@@ -33,6 +36,11 @@ def check_lm(lm: Any, *features: str) -> None:
     if not isinstance(lm, LanguageModel):
         raise TrimtabError(f"a steering is learned with an LM, got {type(lm).__name__}: give LM.load(…) first")
     lm.require(*features)
+    if lm.is_steered:
+        raise TrimtabError(
+            "this model is being steered, so that what is learned now would be learned from steered activations; leave"
+            " lm.steered(…) first"
+        )
 
 
 def pairs_for(lm: Any, pairs: Pairs, *features: str) -> list[Pair]:
