@@ -357,7 +357,7 @@ class LanguageModel(ABC):
         """How each token's activation lies along a steering's directions: what the steering reads in a text.
 
         Args:
-            text: A string, read as it is, or messages, rendered so that nothing comes after a last one of the assistant's.
+            text: A string, read as it is, or messages; after a last one of the assistant's nothing is rendered.
             steering: What has the directions. What is added with a negative strength is turned round.
             layers: Of the steering's layers, these; by default all.
             transfer: Allow a steering learned on another model of the same width.
