@@ -238,21 +238,26 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
     """One stage applied to activations, with its rows and activity gathered: one for each of them."""
     if active is None:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
-    wide = x.to(next(iter(rows.values())).dtype)
-    new = stage.kernel(wide, rows)
-    if stage.keep_norm:
-        new = with_norm_of(wide, new, stage.keep_norm)
-    if isinstance(active, bool):
-        return new.to(x.dtype)
-    return torch.where(active[..., None], new.to(x.dtype), x)
+    new = _changed(stage, rows, x).to(x.dtype)
+    return new if isinstance(active, bool) else torch.where(active[..., None], new, x)
 
 
 def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
     """As `apply`, in place, and without a copy where the last kernel can write there."""
-    writing = stage.keep_norm or stage.kernel in WRITING
-    if active is not True or not writing or next(iter(rows.values())).dtype != x.dtype:
+    if active is None:
         x.copy_(apply(stage, rows, active, x))
+    elif isinstance(active, Tensor):
+        torch.where(active[..., None], _changed(stage, rows, x).to(x.dtype), x, out=x)
+    elif next(iter(rows.values())).dtype != x.dtype or not (stage.keep_norm or stage.kernel in WRITING):
+        x.copy_(_changed(stage, rows, x))  # which rounds as well
     elif stage.keep_norm:
         with_norm_of(x, stage.kernel(x, rows), stage.keep_norm, out=x)
     else:
         stage.kernel(x, rows, out=x)
+
+
+def _changed(stage: Stage, rows: Rows, x: Tensor) -> Tensor:
+    """What the stage makes of all of these activations, in what it computes in."""
+    wide = x.to(next(iter(rows.values())).dtype)
+    new = stage.kernel(wide, rows)
+    return with_norm_of(wide, new, stage.keep_norm) if stage.keep_norm else new
