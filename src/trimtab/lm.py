@@ -93,7 +93,6 @@ class LM:
         compat.check_version()
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
     @overload
     @classmethod
@@ -465,7 +464,7 @@ class LM:
         """The answers to one batch, steered where that is plausible."""
         requests = [Request(len(i), e, r) for i, e, r in zip(ids, edits, rejections, strict=True)]
         streamer = given["options"].get("streamer")
-        loop = RejectingLoop(self.model, self.layout, requests, self._row_costs, streamer)
+        loop = RejectingLoop(self.model, self.layout, requests, streamer)
         given = {**given, "options": {**given["options"], "custom_generate": loop.decode}}
         with loop.open():
             session = Session(self.model, self.layout, _always([() for _ in ids]))

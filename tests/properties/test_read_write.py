@@ -289,7 +289,7 @@ class TestInAModel:
         for key, (text, one) in enumerate(zip(PROMPTS, MIXED, strict=True), 1):
             assert said[key] == naive_generate(lm, text, one, NEW)[0]
 
-    @pytest.mark.parametrize("schedule", ["sequential", "optimistic", "narrow", "fused"])
+    @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection(self, lm: LM, schedule: str) -> None:
         if lm.name == "tiny-gemma2":
             pytest.skip("single precision")

@@ -76,7 +76,7 @@ STEERINGS = {
         tuple(Edit(Site(i), Add(U), gate=Threshold(Site(i), U, 0.0, each_token=True)) for i in range(LAYERS))
     ),
 }
-SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused")
+SCHEDULES = ("optimistic", "fused")
 CASES = {
     **{name: (steering, None) for name, steering in STEERINGS.items()},
     **{f"emphasis, {one}": (EMPHASIS, Rejection(beta=0.05, schedule=one)) for one in SCHEDULES},

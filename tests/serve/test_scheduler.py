@@ -159,7 +159,7 @@ class TestRejection:
     def emphasized(self, scheduler: Scheduler, **given: Any) -> tuple[Task, Heard]:
         spans = [(2, 5)]
         towards = emphasis(ScaleScores(), spans, range(scheduler.lm.layout.layers), "directer")
-        return task(scheduler, steering=towards, rejection=Rejection(schedule="sequential"), **given)
+        return task(scheduler, steering=towards, rejection=Rejection(), **given)
 
     def test_answers_are_those_of_lm_generate(self, scheduler: Scheduler) -> None:
         one, heard = self.emphasized(scheduler)

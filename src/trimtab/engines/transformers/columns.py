@@ -49,7 +49,7 @@ class Columns(DynamicCache):
         if not self._buffers:
             self._buffers = [_Layer(self) for _ in source.layers]
             self.layers = list(self._buffers)
-        self._make_room(first + len(picks), longest, 1)
+        self._allocate(first + len(picks), longest, 1)
         others: list[Any] = list(source.layers)
         for mine, theirs in zip(self._buffers, others, strict=True):
             if theirs.keys is None or theirs.values is None:  # a layer that attends to another's keys
@@ -78,14 +78,14 @@ class Columns(DynamicCache):
 
     def make_room(self) -> None:
         """See to it that the next pass finds a column to write to."""
-        self._make_room(len(self.lengths), max(self.lengths), 1)
+        self._allocate(len(self.lengths), max(self.lengths), 1)
 
     def advance(self) -> None:
         """The pass is done: every row has one token more."""
         self.stop += 1
         self.lengths = [length + 1 for length in self.lengths]
 
-    def _make_room(self, rows: int, longest: int, ahead: int) -> None:
+    def _allocate(self, rows: int, longest: int, ahead: int) -> None:
         """Buffers for so many rows, whose longest has so many tokens, and for `ahead` columns to come."""
         have_rows, have_columns = self._capacity
         if rows <= have_rows and longest <= self.stop and self.stop + ahead <= have_columns:

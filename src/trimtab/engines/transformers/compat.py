@@ -348,11 +348,12 @@ def is_generate_option(model: Any, name: str) -> bool:
     """Whether transformers' `generate` takes this name: a setting, one of its arguments, or an input of the model."""
     if hasattr(model.generation_config, name) or name in ("tokenizer", "assistant_tokenizer", *CACHE_NAMES):
         return True
-    own = inspect.signature(model.generate).parameters
+    inside = wrapped(model)
+    own = inspect.signature(inside.generate).parameters
     return (
         name in own
         or name in parameters(model)
-        or name in inspect.signature(model.prepare_inputs_for_generation).parameters
+        or name in inspect.signature(inside.prepare_inputs_for_generation).parameters
     )
 
 
