@@ -156,13 +156,12 @@ IN_BFLOAT16 = {"add": 1.2, "add, keep_norm": 6.5, "set_projection": 4.5, "rotate
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_launches_a_layer_in_bfloat16(name: str) -> None:
+def test_launches_a_layer_in_bfloat16(device: Device, name: str) -> None:
     lm = llama(torch.bfloat16)
     move(lm.model)
     steering = at_all(SetProjection(U, 1.0)) if name == "mixed" else OPERATIONS[name][0]
     steerings = [steering, None] if name == "mixed" else steering  # one row is steered, and one isn't
-    with pretending() as counts:
-        extra = cost(lm, counts, steerings) - cost(lm, counts, None)
+    extra = cost(lm, device.counts, steerings) - cost(lm, device.counts, None)
     a_layer = max(0, extra.launches - DOSES) / LAYERS / TOKENS
     assert IN_BFLOAT16[name] - 0.25 < a_layer <= IN_BFLOAT16[name], f"{a_layer} launches"
     assert (extra.waits, extra.copies) == (0, 0)
