@@ -98,6 +98,10 @@ class Stage:
         return self.kernel in NEUTRAL and not self.keep_norm
 
 
+Prepared = list[tuple[Stage, Rows, Active]]
+"""What is done at a site, in order, to the tokens of a pass: `apply` takes each with their activations."""
+
+
 def check_together(steering: Steering) -> None:
     """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
     possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
@@ -240,6 +244,13 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
     new = _changed(stage, rows, x).to(x.dtype)
     return new if isinstance(active, bool) else torch.where(active[..., None], new, x)
+
+
+def apply_all(prepared: Prepared, x: Tensor) -> Tensor:
+    """All of a site's stages applied, one after the other."""
+    for stage, rows, active in prepared:
+        x = apply(stage, rows, active, x)
+    return x
 
 
 def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
