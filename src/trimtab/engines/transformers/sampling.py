@@ -42,7 +42,11 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        limits = [("temperature", self.temperature, 0, 100), ("top_p", self.top_p, 0, 1), ("min_p", self.min_p, 0, 1)]
+        limits: list[tuple[str, float, float, float]] = [
+            ("temperature", self.temperature, 0, 100),
+            ("top_p", self.top_p, 0, 1),
+            ("min_p", self.min_p, 0, 1),
+        ]
         if self.repetition_penalty is not None:
             limits.append(("repetition_penalty", self.repetition_penalty, 0.01, 100))
         for name, value, low, high in limits:
@@ -186,7 +190,8 @@ class BatchSampler:
         self._temperatures = torch.tensor([[one.temperature] for one in picked], device=device) if self._hot else None
         self._kept: Kept | None = None
         self._limits = [(one.top_k, one.top_p, one.min_p) for one in picked if one.filters]
-        self._penalties = self._seen = None
+        self._penalties: Tensor | None = None
+        self._seen: Tensor | None = None
         if any(one.repetition_penalty != 1 for one in every):
             self._penalties = torch.tensor([[one.repetition_penalty] for one in every], device=device)
         self._steps = 0  # since the numbers on the device were put there
