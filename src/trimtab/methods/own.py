@@ -139,8 +139,8 @@ OWN = (
         takes="nothing",
         data="an instruction, a system message, a text or examples, and the model's own answers under it",
         reads="the answers' tokens, with and without the prompt",
-        acts="adds a vector at every block (default), or a low-rank map, from the last prompt token on",
-        cost="one addition a layer and token; of rank r, two products of r rows",
+        acts="a low-rank map at every block (default), or a vector, from the last prompt token on",
+        cost="two products of 8 rows a layer and token; of rank 0 one addition",
         function="trimtab.methods.distill:learn_distill",
     ),
     Recipe(

@@ -157,7 +157,6 @@ def sweep(
             system=system,
             chat=chat,
             transfer=transfer,
-            drop_finished=True,
             progress=progress,
             **options,
         )
