@@ -39,7 +39,6 @@ from trimtab.steering import Card, Site, Steering
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8
 """One query in so many is held out, and decides when the descent stops."""
