@@ -24,7 +24,7 @@ from trimtab.engines.transformers.rejecting import Request, check_rejection
 from trimtab.engines.transformers.stepping import Asked, Stepper, Told
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
-from trimtab.serve.tasks import Done, Event, Failed, Piece, Task, TokenTold
+from trimtab.serve.tasks import Done, Event, Failed, Piece, Task, TokenTold, total_dose
 from trimtab.text.unfolding import Unfolding
 
 DOSE_EVERY = 8
@@ -308,11 +308,14 @@ class Scheduler:
             return
         applied = told.applied
         if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
-            dose = (applied or self._stepper.applied(told.key) or Applied((), ())).dose
+            dose = total_dose(applied or self._stepper.applied(told.key) or Applied((), ()))
             if not dose <= task.max_dose:
                 self._stepper.leave(told.key)
                 del self._answers[told.key]
-                message = f"the steering's dose is {dose:.2g} and may be {task.max_dose:g}; lower the strength"
+                message = (
+                    f"the doses of all sites add up to {dose:.2g} and may come to {task.max_dose:g}; lower the"
+                    " strengths, or steer at fewer layers"
+                )
                 self._end(answer, Failed("dose", message))
                 return
         answer.take(TokenTold(told.token, told.logprob, told.likeliest), bool(told.finish))

@@ -211,6 +211,10 @@ class AppliedSteering(_Out):
     strength: float
     always: bool = False
     layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
+    taken_off: float | None = Field(
+        default=None,
+        description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",
+    )
 
 
 class DoseTold(_Out):
@@ -234,11 +238,12 @@ class RejectionTold(_Out):
 
 
 class AppliedTold(_Out):
-    """What steered one answer. `dose` is the largest of `doses`."""
+    """What steered one answer. `dose` is the largest of `doses`, `total_dose` their sum, which a policy may cap."""
 
     index: int
     edits: list[str]
     dose: float | None
+    total_dose: float | None
     doses: list[DoseTold]
     rejection: RejectionTold | None = None
 

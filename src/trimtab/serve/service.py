@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from trimtab.decoding.rejection import Rejection
@@ -17,6 +18,7 @@ from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.policy import Key, Policy
+from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
@@ -28,6 +30,7 @@ from trimtab.serve.schema import (
     PhraseChoice,
     RejectionChoice,
     Steered,
+    SteeringChoice,
 )
 from trimtab.serve.tasks import Task
 from trimtab.steering import ScaleScores, Steering, emphasis
@@ -81,9 +84,9 @@ class Service:
 
         Raises `Refusal` for what isn't there or isn't allowed.
         """
-        low, high = self.policy.range_of(key)
         always = dict(self.policy.always)
         told, total = [], None
+        pushes: dict[str, tuple[float, float]] = {}  # by digest, as one steering may have several names
         for name, strength in self.policy.always:
             loaded = self.library.get(name)
             assert loaded is not None  # checked at the start
@@ -96,14 +99,54 @@ class Service:
             loaded = self.library.get(choice.name)
             if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
                 raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
-            if not low <= choice.strength <= high:
-                raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=f"{where}.strength")
-            told.append(
-                AppliedSteering(name=choice.name, digest=loaded.digest, strength=choice.strength, layer=choice.layer)
+            pushes[loaded.digest] = self._pushed(
+                key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )
-            one = choice.strength * self._placed(loaded, choice.layer, f"{where}.layer")
+            placed, lost = self._apart(self._placed(loaded, choice.layer, f"{where}.layer"), where)
+            told.append(
+                AppliedSteering(
+                    name=choice.name,
+                    digest=loaded.digest,
+                    strength=choice.strength,
+                    layer=choice.layer,
+                    taken_off=lost or None,
+                )
+            )
+            one = choice.strength * placed
             total = one if total is None else total + one
         return told, total
+
+    def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
+        """What one steering's strengths in a request add up to: those below zero, and those above.
+
+        They aren't set off against each other: at two layers both act. Raises `Refusal` beyond the caller's range.
+        """
+        low, high = self.policy.range_of(key)
+        strength = choice.strength
+        if not low <= strength <= high:
+            raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=param)
+        down, up = before[0] + min(strength, 0.0), before[1] + max(strength, 0.0)
+        if up > max(high, 0.0) or down < min(low, 0.0):
+            raise Refusal(
+                403,
+                f"the strengths of {choice.name!r} add up to {up if up > max(high, 0.0) else down:g} in this request;"
+                f" for you they lie between {low:g} and {high:g}, all layers together",
+                param=param,
+            )
+        return down, up
+
+    def _apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
+        """The steering without what it has along what is always on, and how much that was."""
+        try:
+            return apart(self._protected, steering)
+        except TrimtabError as error:
+            raise Refusal(403, str(error), code="always_on", param=param) from None
+
+    @cached_property
+    def _protected(self) -> Protected:
+        """What is always on; the library's files don't change while the server runs."""
+        found = [(name, self.library.get(name)) for name, strength in self.policy.always if strength]
+        return protected([(name, one.steering) for name, one in found if one is not None])
 
     def _placed(self, loaded: Loaded, layer: int | None, param: str) -> Steering:
         """The steering where it was learned, or at another layer."""

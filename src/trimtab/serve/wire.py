@@ -26,7 +26,7 @@ from trimtab.serve.schema import (
     Usage,
 )
 from trimtab.serve.service import Prepared
-from trimtab.serve.tasks import Done, Piece, TokenTold
+from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
 
@@ -192,5 +192,12 @@ def _applied(index: int, done: Done) -> AppliedTold:
             rejected=sum(step.rung is None for step in opened),
             changed=sum(step.replaced is not None for step in steps),
         )
-    dose = None if done.trace is not None else done.applied.dose  # not measured with rejection
-    return AppliedTold(index=index, edits=list(done.applied.edits), dose=dose, doses=doses, rejection=rejection)
+    measured = done.trace is None  # not with rejection
+    return AppliedTold(
+        index=index,
+        edits=list(done.applied.edits),
+        dose=done.applied.dose if measured else None,
+        total_dose=total_dose(done.applied) if measured else None,
+        doses=doses,
+        rejection=rejection,
+    )
