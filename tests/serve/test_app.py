@@ -120,11 +120,21 @@ class TestPolicy:
         self.ask(client, "alice", steering=[{"name": "s0"}], user="u1")
         self.ask(client, "bob", stream=True)
         self.ask(client, "bob", steering=[{"name": "s99"}])
-        first, second = [json.loads(line) for line in self.log.read_text().splitlines()]
+        assert client.get("/v1/models").status_code == 401
+        begun, first, begun_too, second, refused, unknown = [
+            json.loads(one) for one in self.log.read_text().splitlines()
+        ]
+        assert (begun["event"], first["event"], begun_too["event"]) == ("begun", "ended", "begun")
+        assert (begun["request"], begun["steering"], begun["key"]) == (first["request"], first["steering"], "alice")
         assert (first["key"], first["user"], first["outcome"]) == ("alice", "u1", "done")
         assert [(one["name"], one["always"]) for one in first["steering"]] == [("s7", True), ("s0", False)]
-        assert first["prompt"][0]["content"] == ASK[0]["content"]
-        assert (second["key"], second["outcome"]) == ("bob", "done")
+        assert begun["prompt"][0]["content"] == ASK[0]["content"]
+        assert "prompt" not in first
+        assert (second["key"], second["outcome"], second["tokens"]) == ("bob", "done", [5])
+        assert (refused["event"], refused["key"], refused["status"]) == ("refused", "bob", 404)
+        assert refused["steering"] == [{"name": "s99", "strength": 1.0}]
+        assert (unknown["event"], unknown["key"], unknown["status"]) == ("refused", None, 401)
+        assert unknown["route"] == "/v1/models"
 
     def test_steerings_can_be_added_by_who_may(self, client: Any, steerings: Path) -> None:
         data = (steerings / "s0.safetensors").read_bytes()

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from trimtab.errors import TrimtabError
+from trimtab.serve.connections import protocol
 from trimtab.serve.scheduler import Scheduler
 
 LAST_WORDS = 5
@@ -57,10 +58,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float) -> None:
+def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float, connections: int) -> None:
     """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
     config = uvicorn.Config(
         app,
+        http=protocol(connections),
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -44,14 +44,18 @@ ALIAS = "trimtab"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds."""
+    """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds.
+
+    `held` is how many bytes all requests' bodies may hold in memory together.
+    """
 
     body: int = 1 << 20
-    upload: int = 64 << 20
+    upload: int = 16 << 20
     prompt_tokens: int | None = None
     max_tokens: int = 512
     answers: int = 16
     seconds: float = 300.0
+    held: int = 256 << 20
 
 
 @dataclass(frozen=True)

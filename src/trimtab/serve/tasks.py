@@ -13,6 +13,8 @@ from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt, Template
 
+NOTHING = Applied((), ())
+
 
 def total_dose(applied: Applied) -> float:
     """The doses of all sites added up: the longest that their pushes can come to, in lengths of the activation.
@@ -51,10 +53,16 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end, without an answer. `kind`: `"timeout"`, `"dose"`, `"input"`, `"shutdown"`, `"cancelled"`, `"server"`."""
+    """The end, without an answer. `kind`: `"timeout"`, `"dose"`, `"input"`, `"shutdown"`, `"cancelled"`, `"server"`.
+
+    `tokens` and `applied` are how far it had come until then, and what had steered it.
+    """
 
     kind: str
     message: str
+    tokens: int = 0
+    applied: Applied = NOTHING
+    trace: Trace | None = None
 
 
 Event = Piece | Done | Failed
