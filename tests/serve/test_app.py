@@ -169,6 +169,10 @@ class TestPolicy:
             client.post("/v1/steerings", json={**asked, "name": "x", "pairs": [{}]}, headers=bearer("bob")).status_code
             == 400
         )
+        assert [one["name"] for one in client.get("/v1/steerings", headers=bearer("bob")).json()["data"]].count(
+            "mine"
+        ) == 1
+        assert "mine" not in client.get("/v1/steerings", headers=bearer("alice")).text
         assert sorted(path.name for path in steerings.iterdir()) == [f"{name}.safetensors" for name in NAMES]
 
 

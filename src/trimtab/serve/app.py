@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -17,20 +18,21 @@ from starlette.types import ASGIApp
 from trimtab import __version__
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
-from trimtab.serve.adding import added, check_may_add, learned
+from trimtab.serve.adding import added, check_may_add, learned, removed
 from trimtab.serve.answering import answer
+from trimtab.serve.bounds import check_bounds, check_file
 from trimtab.serve.described import described
+from trimtab.serve.fields import NAME
 from trimtab.serve.guard import Guard
 from trimtab.serve.made import respond
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import ErrorBody, Json, Refusal
 from trimtab.serve.schema import (
-    NAME,
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
-    Health,
+    Deleted,
     LearnRequest,
     MadeTold,
     MakeRequest,
@@ -41,6 +43,7 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.service import Service
 from trimtab.serve.wording import in_words
+from trimtab.steering import Steering
 
 DESCRIPTION = """OpenAI's completions with activation steering.
 
@@ -78,6 +81,12 @@ BUSY: dict[int | str, dict[str, Any]] = {
 # `itemSchema` is each event; before OpenAPI 3.2 a `schema` here is read as that of the stream or of an event.
 EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 STREAM = {"text/event-stream": {"itemSchema": EVENT, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
+
+
+class Health(BaseModel):
+    """Whether the server is there, or ready."""
+
+    status: Literal["ok", "draining", "dead", "unaudited"]
 
 
 def make_app(service: Service, *, local: bool = False, playground: bool = False) -> ASGIApp:
@@ -301,8 +310,27 @@ def _steerings(app: FastAPI, service: Service) -> None:
         ) -> SteeringTold:
             key: Key = request.state.key
             check_may_add(service, key, name)
-            made = await asyncio.to_thread(steering_from_bytes, data, "the upload")
+            made = await asyncio.to_thread(_read, data)
             return described(service, key, added(service, _who(request), name, made, "uploaded"))
+
+    if service.upload or service.learn:
+
+        @app.delete(
+            "/v1/steerings/{name}",
+            tags=["steerings"],
+            summary="Take one out that you added",
+            responses={c: ERRORS[c] for c in (400, 401, 403, 404, 503)},
+        )
+        async def delete(request: Request, name: Annotated[str, Path(pattern=NAME)]) -> Deleted:
+            removed(service, _who(request), request.state.key, name)
+            return Deleted(id=name)
+
+
+def _read(data: bytes) -> Steering:
+    check_file(data)
+    made = steering_from_bytes(data, "the upload")
+    check_bounds(made)
+    return made
 
 
 def _who(request: Request) -> dict[str, str]:

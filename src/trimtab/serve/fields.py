@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 """What a steering may be called."""
 Text = Annotated[str, Field(max_length=1_000_000)]
+PairText = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]

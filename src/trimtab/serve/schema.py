@@ -1,7 +1,6 @@
 """Requests and responses as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
 
-What OpenAI's API has and this server doesn't is accepted where it asks for nothing, and refused where it asks for
-something. A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
+A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.serve.fields import NAME, Finite, In, Nothing, Seed, Text, Unsupported, UnsupportedChat
-
-PairText = Annotated[str, Field(max_length=20_000)]
+from trimtab.serve.fields import NAME, Finite, In, Nothing, PairText, Seed, Text, Unsupported, UnsupportedChat
 
 
 class _Out(BaseModel):
@@ -378,6 +375,14 @@ class SteeringList(_Out):
     data: list[SteeringTold]
 
 
+class Deleted(_Out):
+    """A steering that is no longer there."""
+
+    id: str
+    object: Literal["steering.deleted"] = "steering.deleted"
+    deleted: bool = True
+
+
 class PairMessage(In):
     """A message of a prompt or an answer that is learned from."""
 
@@ -492,9 +497,3 @@ class MadeTold(_Out):
         max_length=4, description="None where the server's policy would steer, cap or refuse such answers."
     )
     steering: SteeringTold | None
-
-
-class Health(_Out):
-    """Whether the server is there, or ready."""
-
-    status: Literal["ok", "draining", "dead", "unaudited"]

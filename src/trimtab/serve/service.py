@@ -80,8 +80,12 @@ class Service:
     def visible(self, key: Key) -> list[Loaded]:
         """The steerings that a caller may name, and those that are always on."""
         always = {name for name, _ in self.policy.always}
-        found = [self.library.get(name) for name in self.library.names]
-        return [one for one in found if one and (_allowed(key, one) or one.name in always)]
+        known = self.library.of(self.owner(key.name))
+        return [one for one in known if _allowed(key, one) or (one.name in always and one.source == "file")]
+
+    def owner(self, key: str) -> str | None:
+        """Who owns what this key adds: itself; without keys, everybody."""
+        return key if self.policy.keys else None
 
     def chosen(self, key: Key, asked: Steered) -> tuple[list[AppliedSteering], Steering | None]:
         """What is always on, and what the request asks for: as it is told, and as one steering.
@@ -100,7 +104,7 @@ class Service:
             where = f"steering.{i}"
             if choice.name in always:
                 raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
-            loaded = self.library.get(choice.name)
+            loaded = self.library.get(choice.name, self.owner(key.name))
             if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
                 raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
             pushes[loaded.digest] = self._pushed(
@@ -311,7 +315,7 @@ def _missing(phrase: str) -> str:
 
 
 def _allowed(key: Key, loaded: Loaded) -> bool:
-    return key.steerings is None or loaded.name in key.steerings
+    return loaded.owner is not None or key.steerings is None or loaded.name in key.steerings
 
 
 def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
