@@ -94,7 +94,7 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False)
 
     `playground`: with the page at `/`, which needs gradio.
     """
-    page: FastAPI | None = None
+    page: Any = None
     if playground:
         from trimtab.serve.playground.page import make_page
 
@@ -104,7 +104,7 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False)
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if not service.scheduler.alive:
             service.scheduler.start()
-        async with page.router.lifespan_context(page) if page else nullcontext():
+        async with page.lifespan() if page else nullcontext():
             yield
         await asyncio.to_thread(service.scheduler.close)
         service.audit.close()

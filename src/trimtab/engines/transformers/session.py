@@ -205,7 +205,7 @@ class Session:
         assert self._step is not None
         self._pass = one
         self._called = [0] * len(self._hooked)
-        self._measures = self._step.passes % STRIDE == 0
+        self._measures = one.length > 1 or self._step.passes % STRIDE == 0
         self._step.passes += 1
         if self._measures:
             self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
@@ -374,7 +374,7 @@ class Session:
             steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
         shape = (len(self.sites), self._sums.shape[2], -1)
-        weight = STRIDE if step.passes > STRIDE else 1
+        weight = STRIDE if step.passes > STRIDE and one.length == 1 else 1
         self._sums[0] += weight * ratio.reshape(shape).sum(-1)
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
 

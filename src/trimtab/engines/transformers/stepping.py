@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
+from trimtab.engines.transformers.chunked_prefill import CHUNK, ChunkedPrefill
 from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.deciding import check_prompt, conditionals, decided, read_gates, wanted
@@ -36,8 +37,10 @@ from trimtab.engines.transformers.settle import read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
-PREFILL = 2048
-"""Tokens, pads included, that one step reads of prompts at most (or one prompt), so that others don't wait for long."""
+PREFILL = 512
+"""Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long.
+
+A prompt of more than `CHUNK` tokens is read in chunks beside them, one such prompt after the other."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Told:
     error: Exception | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     key: int
     asked: Asked
@@ -113,11 +116,12 @@ class Stepper:
         self._next = 0
         self._waiting: list[_Row] = []
         self._rows: list[_Row] = []  # in the order of the cache's
+        self._long: tuple[_Row, ChunkedPrefill] | None = None  # whose prompt is being read in chunks
         self._cache = Columns()
         self._run: _Decoding | None = None
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._waiting)
+        return len(self._rows) + len(self._waiting) + (self._long is not None)
 
     @property
     def running(self) -> int:
@@ -144,6 +148,9 @@ class Stepper:
             if row.key == key:
                 self._waiting.remove(row)
                 return Applied((), ())
+        if self._long is not None and self._long[0].key == key:
+            self._long = None
+            return Applied((), ())
         for place, row in enumerate(self._rows):
             if row.key == key:
                 self._settle_doses()
@@ -160,17 +167,18 @@ class Stepper:
 
     def clear(self) -> list[int]:
         """Everybody leaves; their keys."""
-        keys = [row.key for row in (*self._rows, *self._waiting)]
-        self._rows, self._waiting, self._cache, self._run = [], [], Columns(), None
+        long = [] if self._long is None else [self._long[0]]
+        keys = [row.key for row in (*self._rows, *long, *self._waiting)]
+        self._rows, self._waiting, self._long, self._cache, self._run = [], [], None, Columns(), None
         return keys
 
     @torch.no_grad()
     def step(self) -> list[Told]:
-        """One token for each row, rows that have just joined included."""
+        """One token for each row, rows that have just joined included, once their prompts are read."""
         with reading(self.layout.decoder):
             told = self._decode() if self._rows else []
-            if self._waiting:
-                told += self._read_in(self._admitted())
+            told += self._read_in(self._admitted())
+            told += self._read_chunk()
         return told
 
     # ---- rows that are in the batch ----------------------------------------------------------------------
@@ -254,16 +262,43 @@ class Stepper:
         taken: list[_Row] = []
         widest, texts = 0, set()
         for row in self._waiting:
+            if len(row.asked.ids) > CHUNK:
+                continue
             texts.add((row.asked.ids, row.asked.steering))
             widest = max(widest, len(row.asked.ids))
             if taken and widest * len(texts) > PREFILL:
                 break
             taken.append(row)
-        self._waiting = self._waiting[len(taken) :]
+        self._waiting = [row for row in self._waiting if row not in taken]
         return taken
+
+    def _read_chunk(self) -> list[Told]:
+        """Read some more of a long prompt; its row joins, and has its first token, when all of it is read."""
+        if self._long is None:
+            row = next((row for row in self._waiting if len(row.asked.ids) > CHUNK), None)
+            if row is None:
+                return []
+            self._waiting.remove(row)
+            asked = row.asked
+            self._long = (
+                row,
+                ChunkedPrefill(self.model, self.layout, asked.ids, asked.steering, self._logits, self.device),
+            )
+        row, prefill = self._long
+        try:
+            logits = prefill.advance()
+            if logits is None:
+                return []
+            self._long = None
+            return self._seat([row], [0], [prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache)
+        except (TrimtabError, RuntimeError) as error:
+            self._long = None
+            return [Told(row.key, error=error)]
 
     def _read_in(self, rows: list[_Row]) -> list[Told]:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
+        if not rows:
+            return []
         try:
             return self._read_together(rows)
         except (TrimtabError, RuntimeError) as error:
@@ -303,10 +338,24 @@ class Stepper:
                 logits = self._logits(*inputs)
             session.check_reached(width)
         which = [texts.index(one) for one in asked]
+        tallies = [session.tally(text) for text in range(len(texts))]
+        return self._seat(rows, which, edits, names, tallies, logits, cache)
+
+    def _seat(
+        self,
+        rows: list[_Row],
+        which: list[int],
+        edits: Sequence[tuple[Edit, ...]],
+        names: Sequence[tuple[str, ...]],
+        tallies: Sequence[Tally],
+        logits: Tensor,
+        cache: DynamicCache,
+    ) -> list[Told]:
+        """Rows whose prompts are read join the batch. `which` of the texts that were read is each row's."""
         for row, text in zip(rows, which, strict=True):
             row.edits, row.names = edits[text], names[text]
             row.chooser = Chooser(self.model, row.asked.sampling, len(row.asked.ids), self.device)
-            row.add(session.tally(text))
+            row.add(tallies[text])
         told = self._choose(rows, logits[which])
         done = {one.key for one in told if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]

@@ -16,6 +16,8 @@ PAGE = re.compile(
 
 JOIN = "/gradio_api/queue/join"
 """Where the page asks for something to be done."""
+DATA = "/gradio_api/queue/data"
+"""Where it reads what came of it."""
 STREAMS = re.compile(r"/gradio_api/(?:queue/data|heartbeat/[A-Za-z0-9]+)")
 """Where its responses stay open."""
 
