@@ -126,22 +126,23 @@ def test_edits_of_attention_scores(family: str, name: str) -> None:
         same(lm, read(lm, SCORES[name], chunk), whole, doses=chunk > 1)
 
 
+@pytest.fixture(scope="module")
+def llama() -> LM:
+    return tiny.tiny("llama")
+
+
 class TestRows:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (chunked_prefill, stepping):
             monkeypatch.setattr(module, "CHUNK", 4)
 
-    @pytest.fixture(scope="class")
-    def llama(self) -> LM:
-        return tiny.tiny("llama")
-
     @pytest.mark.parametrize("name", [*STEERINGS, *SCORES])
     def test_they_get_what_they_get_alone(self, llama: LM, name: str) -> None:
         """Beside short rows that go on meanwhile, and another long one that waits for its turn."""
         one = {**STEERINGS, **SCORES}[name]
         batch = Stepper(llama.model, llama.tokenizer, llama.layout)
-        given = [(1, 3, STEERINGS["two layers"], 9), (2, LENGTH, one, 5), (4, 4, None, 9), (5, 9, one, 4)]
+        given = [(1, 3, STEERINGS["two layers"], 9), (2, LENGTH, one, 5), (4, 4, None, 9), (5, LENGTH, one, 4)]
         keys = [
             batch.join(Asked(tuple(llama.encode(prompt(n, size))), s, count, alternatives=0))
             for n, size, s, count in given

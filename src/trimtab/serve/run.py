@@ -58,8 +58,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float, connections: int) -> None:
-    """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
+def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections: int) -> uvicorn.Server:
+    """uvicorn around the application, with our bounds on connections."""
     config = uvicorn.Config(
         app,
         http=protocol(connections),
@@ -69,4 +69,9 @@ def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: fl
         server_header=False,
         timeout_graceful_shutdown=int(grace) + LAST_WORDS,
     )
-    _Server(config, scheduler, grace).run(sockets=[bound])
+    return _Server(config, scheduler, grace)
+
+
+def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float, connections: int) -> None:
+    """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
+    make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])

@@ -167,10 +167,11 @@ class Service:
             raise Refusal(400, str(error), param=param) from None
         return moved
 
-    def rejection(self, asked: Steered) -> Rejection | None:
+    def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
 
-        By default there is some where something is emphasized.
+        By default there is some where something is emphasized. Unless the request names a ladder, a steering of too few
+        layers to be halved is weakened in strength instead.
         """
         given = asked.rejection
         wanted = bool(asked.emphasize) if given is None else given is not False
@@ -180,9 +181,11 @@ class Service:
             raise Refusal(
                 403, "steerings that are always on can't be rejected; ask for rejection: false", param="rejection"
             )
-        if isinstance(given, RejectionChoice):
-            return Rejection(given.beta, given.min_layers, given.ladder)
-        return Rejection()
+        wish = given if isinstance(given, RejectionChoice) else RejectionChoice()
+        few = steering is not None and not asked.emphasize and len(steering.layers) < wish.min_layers
+        if few and not {"ladder", "min_layers"} & wish.model_fields_set:
+            return Rejection(wish.beta, ladder="strength")
+        return Rejection(wish.beta, wish.min_layers, wish.ladder)
 
     # ---- tasks ---------------------------------------------------------------------------------------------
 
@@ -200,7 +203,7 @@ class Service:
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
         told, steering = self.chosen(key, asked)
-        rejection = self.rejection(asked)
+        rejection = self.rejection(asked, steering)
         stop = _stop(asked.stop)
         tasks, marked, lengths = [], 0, []
         try:
@@ -268,7 +271,8 @@ class Service:
         try:
             check_request(self.lm.layout, [length], wanted, {})
         except TrimtabError as error:
-            raise Refusal(400, str(error), code="context_length_exceeded") from None
+            code = "context_length_exceeded" if length else None  # an empty prompt isn't a long one
+            raise Refusal(400, str(error), code=code) from None
         return wanted
 
     def _emphasized(

@@ -27,6 +27,7 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
+from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
 
@@ -154,8 +155,8 @@ class Wire:
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)
-        whole = "\ufffd" not in text  # a part of a character has no text of its own
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+        data = text.encode() if "\ufffd" not in text else token_bytes(self.tokenizer, token)  # a part of a character
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if data is None else list(data)}
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
