@@ -182,6 +182,25 @@ class TestRows:
         assert batch.clear() == [second]
         assert not len(batch)
 
+    def test_rows_of_one_prompt_read_it_once(self, llama: LM) -> None:
+        batch = Stepper(llama.model, llama.tokenizer, llama.layout)
+        asked = Asked(tuple(llama.encode(prompt(1, 20))), STEERINGS["all"], 3)
+        keys = [batch.join(asked) for _ in range(3)]
+        passes = []
+        handle = llama.layout.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+        try:
+            assert [batch.step() for _ in range(4)] == [[]] * 4
+            assert len(batch) == 3
+            assert batch.leave(keys[1]) is not None
+            found = [each for _ in range(4) for each in batch.step()]
+        finally:
+            handle.remove()
+        assert len(passes) == 20 // 4 + 2
+        (answer,) = llama.generate(prompt(1, 20), STEERINGS["all"], max_new_tokens=3, chat=False)
+        for key in (keys[0], keys[2]):
+            assert [each.token for each in found if each.key == key] == list(answer.token_ids)
+        assert not [each for each in found if each.key == keys[1]]
+
     def test_one_that_cannot_be_read_keeps_no_other_out(self, llama: LM) -> None:
         wild = steering((1, Add(torch.full((WIDTH,), 1e308, dtype=torch.float64)), RULES[0])).when(SPAN)
         batch = Stepper(llama.model, llama.tokenizer, llama.layout)

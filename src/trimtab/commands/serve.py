@@ -121,6 +121,14 @@ def serve(
             rich_help_panel=LIMITS,
         ),
     ] = None,
+    max_rejecting_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of a prompt with rejection, at most: it is read in one pass, while others wait.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 2048,
     max_answers: Annotated[
         int, typer.Option(min=1, help="Answers to one request, at most.", rich_help_panel=LIMITS)
     ] = 16,
@@ -243,7 +251,9 @@ def serve(
         rules,
         written,
         metrics,
-        Limits(max_body, max_upload, max_prompt_tokens, max_tokens, max_answers, timeout, max_held),
+        Limits(
+            max_body, max_upload, max_prompt_tokens, max_tokens, max_answers, timeout, max_held, max_rejecting_tokens
+        ),
         upload,
         learn,
         int(time.time()),
@@ -318,11 +328,20 @@ def _check_reach(host: str, rules: Policy, insecure: bool) -> None:
 
 
 def _greet(address: str, library: Library, rules: Policy) -> None:
+    from trimtab.serve.protected import protected
+
     show(f"serving {library.lm.name} at {address}")
     names = library.names
     listed = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
     note(f"steerings: {listed or 'none; --steerings names a folder of them'}", quiet=False)
     if rules.always:
         note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)
+        loaded = [(name, library.get(name)) for name, _ in rules.always]
+        if unknown := protected([(name, one.steering) for name, one in loaded if one is not None]).unknown:
+            note(
+                f"{unknown[0]} isn't made of directions of the residual stream, so that nothing could be kept from"
+                " undoing it: requests steer by emphasis only",
+                quiet=False,
+            )
     keys = f"{len(rules.keys)} API key{'s' * (len(rules.keys) > 1)}" if rules.keys else "no API keys: anybody may ask"
     note(f"{keys}; fields and examples: {address}/docs", quiet=False)

@@ -164,4 +164,4 @@ def _may_show(service: Service, key: Key) -> bool:
 def _write_down(service: Service, who: dict[str, str], asked: MakeRequest, made: Made | None, outcome: str) -> None:
     found = {} if made is None else {"holds": made.verdict.holds, "share_of_prompt": made.verdict.share}
     idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(asked, key)) is not None}
-    service.audit.write({**who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)
+    service.audit.write({"event": "made", **who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)

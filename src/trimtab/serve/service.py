@@ -46,7 +46,8 @@ ALIAS = "trimtab"
 class Limits:
     """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds.
 
-    `held` is how many bytes all requests' bodies may hold in memory together.
+    `held` is how many bytes all requests' bodies may hold in memory together, and `rejecting_tokens` those of a prompt
+    with rejection, which is read in one pass while everybody waits.
     """
 
     body: int = 1 << 20
@@ -56,6 +57,7 @@ class Limits:
     answers: int = 16
     seconds: float = 300.0
     held: int = 256 << 20
+    rejecting_tokens: int = 2048
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,13 @@ class Service:
             for prompt in prompts:
                 ids = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
+                if rejection is not None and len(ids) > self.limits.rejecting_tokens:
+                    raise Refusal(
+                        400,
+                        f"with rejection a prompt has {self.limits.rejecting_tokens} tokens at most, and this one"
+                        f" {len(ids)}; shorten it, or ask for rejection: false",
+                        code="context_length_exceeded",
+                    )
                 mine, tokens = self._emphasized(asked, prompt, chat, steering, template)
                 marked += tokens
                 most = self._most(asked, len(ids))

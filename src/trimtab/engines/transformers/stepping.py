@@ -116,12 +116,12 @@ class Stepper:
         self._next = 0
         self._waiting: list[_Row] = []
         self._rows: list[_Row] = []  # in the order of the cache's
-        self._long: tuple[_Row, ChunkedPrefill] | None = None  # whose prompt is being read in chunks
+        self._long: tuple[list[_Row], ChunkedPrefill] | None = None  # rows whose one prompt is being read in chunks
         self._cache = Columns()
         self._run: _Decoding | None = None
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._waiting) + (self._long is not None)
+        return len(self._rows) + len(self._waiting) + len(self._long[0] if self._long else ())
 
     @property
     def running(self) -> int:
@@ -148,9 +148,10 @@ class Stepper:
             if row.key == key:
                 self._waiting.remove(row)
                 return Applied((), ())
-        if self._long is not None and self._long[0].key == key:
-            self._long = None
-            return Applied((), ())
+        for row in self._long[0] if self._long else ():
+            if row.key == key:
+                self._leave_long(row)
+                return Applied((), ())
         for place, row in enumerate(self._rows):
             if row.key == key:
                 self._settle_doses()
@@ -167,7 +168,7 @@ class Stepper:
 
     def clear(self) -> list[int]:
         """Everybody leaves; their keys."""
-        long = [] if self._long is None else [self._long[0]]
+        long = self._long[0] if self._long else []
         keys = [row.key for row in (*self._rows, *long, *self._waiting)]
         self._rows, self._waiting, self._long, self._cache, self._run = [], [], None, Columns(), None
         return keys
@@ -273,27 +274,33 @@ class Stepper:
         return taken
 
     def _read_chunk(self) -> list[Told]:
-        """Read some more of a long prompt; its row joins, and has its first token, when all of it is read."""
+        """Read some more of a long prompt; its rows join, and have their first tokens, when all of it is read."""
         if self._long is None:
-            row = next((row for row in self._waiting if len(row.asked.ids) > CHUNK), None)
-            if row is None:
+            first = next((row.asked for row in self._waiting if len(row.asked.ids) > CHUNK), None)
+            if first is None:
                 return []
-            self._waiting.remove(row)
-            asked = row.asked
-            self._long = (
-                row,
-                ChunkedPrefill(self.model, self.layout, asked.ids, asked.steering, self._logits, self.device),
-            )
-        row, prefill = self._long
+            rows = [row for row in self._waiting if (row.asked.ids, row.asked.steering) == (first.ids, first.steering)]
+            self._waiting = [row for row in self._waiting if row not in rows]
+            prefill = ChunkedPrefill(self.model, self.layout, first.ids, first.steering, self._logits, self.device)
+            self._long = rows, prefill
+        rows, prefill = self._long
         try:
             logits = prefill.advance()
             if logits is None:
                 return []
             self._long = None
-            return self._seat([row], [0], [prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache)
+            which, tallies = [0] * len(rows), [prefill.tally()]
+            return self._seat(rows, which, [prefill.edits], [prefill.names], tallies, logits, prefill.cache)
         except (TrimtabError, RuntimeError) as error:
             self._long = None
-            return [Told(row.key, error=error)]
+            return [Told(row.key, error=error) for row in rows]
+
+    def _leave_long(self, row: _Row) -> None:
+        """A row leaves while its prompt is read; the others of the same prompt go on."""
+        assert self._long is not None
+        self._long[0].remove(row)
+        if not self._long[0]:
+            self._long = None
 
     def _read_in(self, rows: list[_Row]) -> list[Told]:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
