@@ -210,6 +210,22 @@ class TestLimits:
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "dose_too_high")
         assert client.post(PATH, json={**mild, "rejection": True}).status_code == 400
 
+    def test_rejection_of_a_steering_at_one_layer(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        """Layers can't be halved there: it is weakened in strength, unless the request says how."""
+        client = client_of(make_service(limits={"rejecting_tokens": 60}))
+        steered = {**BODY, "steering": [{"name": "s0"}]}
+        for wish in (True, {"beta": 0.3}, {"ladder": "strength"}):
+            found = client.post(PATH, json={**steered, "rejection": wish})
+            assert found.status_code == 200, found.text
+            assert found.json()["trimtab"]["answers"][0]["rejection"]["tokens"] == 5
+        assert client.post(PATH, json={**steered, "rejection": {"ladder": "halve"}}).status_code == 400
+        long = {**steered, "messages": [{"role": "user", "content": "blue " * 70}]}
+        refused = client.post(PATH, json={**long, "rejection": True})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert client.post(PATH, json=long).status_code == 200
+
     def test_it_answers_to_its_own_names_only(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any]
     ) -> None:

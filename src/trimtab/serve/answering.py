@@ -49,7 +49,7 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
     try:
         service.scheduler.check_room(len(prepared.tasks))
         await record.begin()
-        request.state.recorded = True
+        request.state.record = record  # which the guard sees to the end of
         service.scheduler.submit(prepared.tasks)
     except Full as full:
         record.drop("queue_full")

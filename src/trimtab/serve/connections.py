@@ -2,7 +2,8 @@
 
 uvicorn waits for the head of a request, and for a client to read its response, as long as they like. Here a head has
 `HEAD_SECONDS`, from the connection's or its own first byte on, and a client that takes nothing of its response for
-`READ_SECONDS` is gone. Beyond so many connections one more is told that the server is busy, and closed.
+`READ_SECONDS` is gone. Beyond so many connections one more is told that the server is busy, and closed. Of uvicorn's two
+parsers it is always h11, which bounds a head's size as well, to 16 KiB.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import resource
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.serve.refusals import Refusal
 
@@ -20,13 +21,11 @@ READ_SECONDS = 60.0
 SPARE = 64
 """Files that the process needs besides its connections."""
 
-Base: Any = AutoHTTPProtocol  # which of uvicorn's it is depends on what is installed
-
 
 def protocol(most: int) -> type[asyncio.Protocol]:
     """uvicorn's protocol with these bounds, of `most` connections at a time."""
 
-    class Bounded(Base):
+    class Bounded(H11Protocol):
         _head: asyncio.TimerHandle | None = None
         _reading: asyncio.TimerHandle | None = None
         _excess = False

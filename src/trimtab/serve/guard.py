@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -91,7 +92,10 @@ class Guard:
                 await self.app(scope, inside, out)
         finally:
             self.bodies.let_go(held)
-            if status >= 400 and not state.get("recorded"):
+            if (record := state.get("record")) is not None:
+                with suppress(Refusal):
+                    record.end("cancelled")  # if nothing else has: the client may go before a stream begins
+            elif status >= 400:
                 self._write_down(scope, state, status)
             metrics = self.service.metrics
             found = None if page else scope.get("route")
