@@ -234,11 +234,12 @@ class TestCutAnswers:
         import torch
 
         from trimtab import Add, Edit, Positions, Site, Steering
+        from trimtab.serve.library import Loaded
 
         service = make_service()
         client = client_of(service)
         wild = Steering((Edit(Site(3), Add(torch.full((32,), 3e37)), Positions.all()),))
-        service.library.add("wild", wild, "uploaded")
+        service.library._loaded[None, "wild"] = Loaded("wild", wild, "0" * 64, "file")  # nobody may bring it
         for stream in (False, True):
             found = client.post(PATH, json={**BODY, "steering": [{"name": "wild"}], "stream": stream})
             assert found.status_code == 400 or "error" in found.text, found.text

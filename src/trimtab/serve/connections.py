@@ -2,8 +2,8 @@
 
 uvicorn waits for the head of a request, and for a client to read its response, as long as they like. Here a head has
 `HEAD_SECONDS`, from the connection's or its own first byte on, and a client that takes nothing of its response for
-`READ_SECONDS` is gone. Beyond so many connections one more is told that the server is busy, and closed. Of uvicorn's two
-parsers it is always h11, which bounds a head's size as well, to 16 KiB.
+`READ_SECONDS` is gone. Beyond so many connections one more is told that the server is busy, and closed. Of uvicorn's
+two parsers it is always h11, which bounds a head's size as well, to 16 KiB.
 """
 
 from __future__ import annotations
@@ -51,20 +51,30 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            self._reading = _cancelled(self._reading)
+            self._stop_reading()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._head = _cancelled(self._head)
-            self._reading = _cancelled(self._reading)
+            self._stop_head()
+            self._stop_reading()
             super().connection_lost(exc)
 
         def _wait_for_head(self) -> None:
             """Begin to count where a head is awaited, and stop where one has come."""
             cycle = self.cycle
             if cycle is not None and not cycle.response_complete:
-                self._head = _cancelled(self._head)
+                self._stop_head()
             elif self._head is None:
                 self._head = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+
+        def _stop_head(self) -> None:
+            if self._head is not None:
+                self._head.cancel()
+                self._head = None
+
+        def _stop_reading(self) -> None:
+            if self._reading is not None:
+                self._reading.cancel()
+                self._reading = None
 
         def _too_slow(self) -> None:
             self._head = None
@@ -86,11 +96,6 @@ def room_for(wanted: int) -> int:
             most = soft
         return max(1, min(wanted, most - SPARE))
     return wanted
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
 
 
 def _busy() -> bytes:

@@ -183,7 +183,7 @@ class Service:
             raise Refusal(
                 403, "steerings that are always on can't be rejected; ask for rejection: false", param="rejection"
             )
-        wish = given if isinstance(given, RejectionChoice) else RejectionChoice()
+        wish = given if isinstance(given, RejectionChoice) else RejectionChoice.model_validate({})
         few = steering is not None and not asked.emphasize and len(steering.layers) < wish.min_layers
         if few and not {"ladder", "min_layers"} & wish.model_fields_set:
             return Rejection(wish.beta, ladder="strength")

@@ -153,7 +153,8 @@ class ChunkedPrefill:
     def _go_back(self, first: int) -> None:
         """Forget what was read from this position on; the next pass is steered, and begins there."""
         if first:
-            for layer in self.cache.layers:
+            layers: list[Any] = list(self.cache.layers)
+            for layer in layers:
                 if layer.keys is not None and layer.values is not None:
                     layer.keys, layer.values = layer.keys[..., :first, :], layer.values[..., :first, :]
         else:

@@ -51,7 +51,8 @@ class Door:
         self.app = app
         self.blocks = blocks
         self.sessions = Sessions(blocks)
-        gradio.queueing.traceback = _Few()  # type: ignore[attr-defined]  # it prints one for whatever a client makes up
+        # it prints a traceback for whatever a client makes up
+        gradio.queueing.traceback = _Few()  # type: ignore[assignment]
 
     @asynccontextmanager
     async def lifespan(self) -> AsyncIterator[None]:
