@@ -21,9 +21,9 @@ from trimtab import (
     Steering,
     Threshold,
 )
-from trimtab.engines.transformers import chunked_prefill, stepping
+from trimtab.engines.transformers import chunked_prefill, decode
 from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
-from trimtab.engines.transformers.stepping import Asked, Stepper, Told
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, GenerationResponse
 from trimtab.steering import Rotate, emphasis
 from trimtab.steering.elements import HoldElements
 
@@ -80,7 +80,7 @@ def lm(request: pytest.FixtureRequest) -> LM:
 
 
 def read(lm: LM, steering: Steering | None, chunk: int, length: int = LENGTH) -> tuple[ChunkedPrefill, torch.Tensor]:
-    batch = Stepper(lm.model, lm.tokenizer, lm.layout)
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
     ids = lm.encode(prompt(3, length))
     prefill = ChunkedPrefill(lm.model, lm.layout, ids, steering, batch._logits, batch.device)
     with torch.no_grad():
@@ -134,20 +134,20 @@ def llama() -> LM:
 class TestRows:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for module in (chunked_prefill, stepping):
+        for module in (chunked_prefill, decode):
             monkeypatch.setattr(module, "CHUNK", 4)
 
     @pytest.mark.parametrize("name", [*STEERINGS, *SCORES])
     def test_they_get_what_they_get_alone(self, llama: LM, name: str) -> None:
         """Beside short rows that go on meanwhile, and another long one that waits for its turn."""
         one = {**STEERINGS, **SCORES}[name]
-        batch = Stepper(llama.model, llama.tokenizer, llama.layout)
+        batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
         given = [(1, 3, STEERINGS["two layers"], 9), (2, LENGTH, one, 5), (4, 4, None, 9), (5, LENGTH, one, 4)]
         keys = [
-            batch.join(Asked(tuple(llama.encode(prompt(n, size))), s, count, alternatives=0))
+            batch.insert(GenerationRequest(tuple(llama.encode(prompt(n, size))), s, count, alternatives=0))
             for n, size, s, count in given
         ]
-        heard: dict[int, list[Told]] = {key: [] for key in keys}
+        heard: dict[int, list[GenerationResponse]] = {key: [] for key in keys}
         before = 0
         while len(batch):
             for each in batch.step():
@@ -163,14 +163,14 @@ class TestRows:
             assert heard[key][-1].applied.dose == pytest.approx(answer.applied.dose, rel=0.2)
 
     def test_a_row_can_leave_between_two_chunks(self, llama: LM) -> None:
-        batch = Stepper(llama.model, llama.tokenizer, llama.layout)
-        first, second = (batch.join(Asked(tuple(llama.encode(prompt(n, 20))), None, 3)) for n in (1, 2))
+        batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
+        first, second = (batch.insert(GenerationRequest(tuple(llama.encode(prompt(n, 20))), None, 3)) for n in (1, 2))
         passes = []
         handle = llama.layout.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
         try:
             assert batch.step() == batch.step() == []
             assert len(batch) == 2
-            assert batch.leave(first) is not None
+            assert batch.remove(first) is not None
             assert len(batch) == 1
             found = [each for _ in range(5) for each in batch.step()]
         finally:
@@ -183,15 +183,15 @@ class TestRows:
         assert not len(batch)
 
     def test_rows_of_one_prompt_read_it_once(self, llama: LM) -> None:
-        batch = Stepper(llama.model, llama.tokenizer, llama.layout)
-        asked = Asked(tuple(llama.encode(prompt(1, 20))), STEERINGS["all"], 3)
-        keys = [batch.join(asked) for _ in range(3)]
+        batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
+        asked = GenerationRequest(tuple(llama.encode(prompt(1, 20))), STEERINGS["all"], 3)
+        keys = [batch.insert(asked) for _ in range(3)]
         passes = []
         handle = llama.layout.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
         try:
             assert [batch.step() for _ in range(4)] == [[]] * 4
             assert len(batch) == 3
-            assert batch.leave(keys[1]) is not None
+            assert batch.remove(keys[1]) is not None
             found = [each for _ in range(4) for each in batch.step()]
         finally:
             handle.remove()
@@ -203,9 +203,9 @@ class TestRows:
 
     def test_one_that_cannot_be_read_keeps_no_other_out(self, llama: LM) -> None:
         wild = steering((1, Add(torch.full((WIDTH,), 1e308, dtype=torch.float64)), RULES[0])).when(SPAN)
-        batch = Stepper(llama.model, llama.tokenizer, llama.layout)
-        bad = batch.join(Asked(tuple(llama.encode(prompt(1, 20))), wild.when(OPEN), 3))
-        good = batch.join(Asked(tuple(llama.encode(prompt(2, 20))), None, 1))
+        batch = GenerationBatch(llama.model, llama.tokenizer, llama.layout)
+        bad = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 20))), wild.when(OPEN), 3))
+        good = batch.insert(GenerationRequest(tuple(llama.encode(prompt(2, 20))), None, 1))
         found = {each.key: each for _ in range(40) for each in batch.step()}
         assert found[good].finish == "length"
         assert bad in found

@@ -189,8 +189,8 @@ class TestSlow:
         """An answer may take longer than a head."""
         monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
         one = live()
-        step = one.service.scheduler._stepper.step
-        one.service.scheduler._stepper.step = lambda: (time.sleep(0.15), step())[1]
+        step = one.service.scheduler._batch.step
+        one.service.scheduler._batch.step = lambda: (time.sleep(0.15), step())[1]
         assert one.ask(max_tokens=6).json()["usage"]["completion_tokens"] == 6
 
     def test_who_takes_nothing_of_the_answer_is_gone(

@@ -128,8 +128,7 @@ def generate(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="With rejection: auto (the default), sequential, two_phase, optimistic, narrow or fused; the answers"
-            " are the same.",
+            help="With rejection: auto (the default: by the device), optimistic or fused; the answers are the same.",
             rich_help_panel=ATTENTION,
             show_default=False,
         ),

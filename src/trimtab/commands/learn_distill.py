@@ -127,12 +127,12 @@ def learn_distill(
         int | None,
         typer.Option(
             min=0,
-            help="Directions that are read at each block; 0 is a vector alone. Without it: 0, and 64 for closed.",
+            help="Directions that are read at each block; 0 is a vector alone. Without it: 8, and 64 for closed.",
             show_default=False,
             rich_help_panel=FIT,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 16,
     rate: Annotated[
         float,
         typer.Option(help="The learning rate, in units of the activations' root mean square.", rich_help_panel=FIT),

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
 from trimtab.engines.transformers.rejecting import Request, check_rejection
-from trimtab.engines.transformers.stepping import Asked, Stepper, Told
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.tasks import NOTHING, Done, Event, Failed, Piece, Task, TokenTold, total_dose
@@ -94,7 +94,7 @@ class Scheduler:
         self.waiting = waiting
         self.steps = 0
         self._finished = finished
-        self._stepper = Stepper(lm.model, lm.tokenizer, lm.layout)
+        self._batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
         self._ends = _end_ids(lm.model, {})
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
@@ -140,7 +140,7 @@ class Scheduler:
 
     def check(self, task: Task) -> None:
         """Raises `TrimtabError` for a task that can't run; `lm.check(steering)` is the caller's."""
-        self._stepper.check(_asked(task))
+        self._batch.check(_request(task))
         if task.rejects:
             assert task.steering is not None
             if task.prompt is None:
@@ -258,7 +258,7 @@ class Scheduler:
             shut = self.over
             for key, answer in list(self._answers.items()):
                 if (why := self._why_over(answer.task, gone, now, shut)) is not None:
-                    applied = self._stepper.leave(key)
+                    applied = self._batch.remove(key)
                     del self._answers[key]
                     self._end(answer, why, applied)
             for answer in self._apart:
@@ -292,18 +292,18 @@ class Scheduler:
     def _join(self, task: Task) -> None:
         answer = self._begin(task)
         try:
-            self._answers[self._stepper.join(_asked(task))] = answer
+            self._answers[self._batch.insert(_request(task))] = answer
         except TrimtabError as error:  # what else could raise was checked before
             self._end(answer, Failed("input", str(error)))
 
     def _step(self) -> None:
         self.steps += 1
-        for told in self._stepper.step():
+        for told in self._batch.step():
             answer = self._answers.get(told.key)
             if answer is not None:
                 self._tell(answer, told)
 
-    def _tell(self, answer: _Answer, told: Told) -> None:
+    def _tell(self, answer: _Answer, told: GenerationResponse) -> None:
         task = answer.task
         if told.error is not None:
             del self._answers[told.key]
@@ -313,10 +313,10 @@ class Scheduler:
             return
         applied = told.applied
         if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
-            now = applied or self._stepper.applied(told.key) or NOTHING
+            now = applied or self._batch.applied(told.key) or NOTHING
             dose = total_dose(now)
             if not dose <= task.max_dose:
-                self._stepper.leave(told.key)
+                self._batch.remove(told.key)
                 del self._answers[told.key]
                 message = (
                     f"the doses of all sites add up to {dose:.2g} and may come to {task.max_dose:g}; lower the"
@@ -328,7 +328,7 @@ class Scheduler:
         finish = "stop" if answer.text.stopped else told.finish
         if finish:
             del self._answers[told.key]
-            applied = applied or self._stepper.leave(told.key) or NOTHING
+            applied = applied or self._batch.remove(told.key) or NOTHING
             if math.isfinite(total_dose(applied)):
                 self._end(answer, Done(finish, answer.tokens, applied))
             else:
@@ -344,7 +344,7 @@ class Scheduler:
         self._finished(event, answer.task)
 
     def _fail_all(self, message: str) -> None:
-        self._stepper.clear()
+        self._batch.clear()
         answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             self._end(answer, Failed("server", message))
@@ -419,5 +419,5 @@ class Scheduler:
         return torch.tensor(over, device=input_ids.device)
 
 
-def _asked(task: Task) -> Asked:
-    return Asked(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)
+def _request(task: Task) -> GenerationRequest:
+    return GenerationRequest(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)

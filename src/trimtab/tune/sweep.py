@@ -153,7 +153,6 @@ def sweep(
             system=system,
             chat=chat,
             transfer=transfer,
-            drop_finished=True,
             progress=progress,
             **options,
         )

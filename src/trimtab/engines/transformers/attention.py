@@ -91,7 +91,7 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
     check_attention(layout)
     width = max(lengths)
     rows = [Row(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
-    layers = compile_scores(rows, width, head_count(layout), next(layout.decoder.parameters()).device)
+    layers = compile_scores(rows, width, head_count(layout), torch.device("cpu"))
     columns: int | None = None
     owner = get_ident()
 
@@ -109,11 +109,16 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
 
 
 @contextmanager
-def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Callable[[], int]) -> Iterator[None]:
+def steered_scores(
+    layout: Layout,
+    layers: dict[int, LayerScores],
+    columns: Callable[[], int],
+    masks: Callable[..., Tensor | None] | None = None,
+) -> Iterator[None]:
     """While open, attention to a batch's prompts is steered at these layers, for all queries.
 
     `columns()` says how many columns a row has so far, pads and those of the running pass included. Passes of other
-    threads are left alone.
+    threads are left alone. `masks` makes the masks; by default what the model's own attention has for it.
 
     Raises:
         TrimtabError: A pass has ended in which a layer to be steered didn't ask for this attention, or there was none.
@@ -142,7 +147,7 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
         if steered is not None:
             place = id(steered), count, query.device
             if place not in chosen:
-                chosen[place] = _steered_rows(steered.to(query.device), count)
+                chosen[place] = steered.steered_rows(count, query.device)
             rows, steered = chosen[place]
             if len(rows) == count:
                 return _steered_attention(query, key, value, mask, steered, columns(), given), None
@@ -175,7 +180,7 @@ def steered_scores(layout: Layout, layers: dict[int, LayerScores], columns: Call
             )
 
     with (
-        registered(attention, compat.mask_function(own)) as name,
+        registered(attention, masks or compat.mask_function(own)) as name,
         compat.attending_with(configurations(layout), name),
     ):
         hooks = [
@@ -201,17 +206,6 @@ def refuse_unknown(given: dict[str, Any]) -> None:
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
     """Scores after the model's soft cap (Gemma 2)."""
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def _steered_rows(steered: LayerScores, count: int) -> tuple[Tensor, LayerScores]:
-    """The rows of a batch of `count` that are steered, and what is done to them.
-
-    A request may stand in several neighbouring rows.
-    """
-    touched = steered.touched
-    repeat = count // len(touched)
-    rows = touched.repeat_interleave(repeat).nonzero().flatten()
-    return rows, steered.select(rows // repeat)
 
 
 def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -171,7 +171,7 @@ class ChunkedPrefill:
         with ExitStack() as stack:
             stack.enter_context(self._session.hooked(sites))
             if scored.edits:
-                layers = compile_scores([scored], len(self.ids), head_count(self.layout), self._device)
+                layers = compile_scores([scored], len(self.ids), head_count(self.layout), torch.device("cpu"))
                 stack.enter_context(steered_scores(self.layout, layers, lambda: columns))
             yield
 

@@ -25,7 +25,7 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Active, Stage, States, apply, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.places import attach, place
+from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -102,6 +102,7 @@ class Session:
         self.ran = False  # whether any pass came by
         self._dtype = _dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
+        self._places: dict[Site, Place] = {}
         self._hooked: list[Site] = []  # the sites that have a hook
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
@@ -183,7 +184,16 @@ class Session:
         if self._deciding:
             self._pass = one
             return
-        begins = one.past == 0 or resumed
+        step = self._enter(one, given, one.past == 0 or resumed)
+        self._pass = one
+        self._called = [0] * len(self._hooked)
+        self._measures = one.length > 1 or step.passes % STRIDE == 0
+        step.passes += 1
+        if self._measures:
+            self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
+
+    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
+        """What this pass does to its tokens; `begins`: it is the first over a text that this session steers."""
         if not begins and self._reached is not None and one.past > self._reached:
             raise TrimtabError(
                 f"columns {self._reached} to {one.past - 1} were computed by passes that trimtab didn't see, so they"
@@ -203,12 +213,7 @@ class Session:
         if one.length > 1 or self._steady is None or one.past < self._steady or one.rows != len(self._pads):
             self._move(one)
         assert self._step is not None
-        self._pass = one
-        self._called = [0] * len(self._hooked)
-        self._measures = one.length > 1 or self._step.passes % STRIDE == 0
-        self._step.passes += 1
-        if self._measures:
-            self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
+        return self._step
 
     def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
         """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
@@ -300,10 +305,7 @@ class Session:
         lengths, edits = self._norms[:, self._row[site]]
         prepared = step.prepared.get(site)
         if prepared is None:
-            tokens = step.tokens.to(x.device)
-            prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in plan.stages[site]]
-            if len(prepared) == 1 and prepared[0][0].only_adds:
-                edits.copy_(_norm(prepared[0][1]["vector"]))
+            prepared = self._prepare(site, step, x)
             if step.index.shape[1] == 1:
                 step.prepared[site] = prepared
         if whole.requires_grad:
@@ -335,6 +337,15 @@ class Session:
             for stage, rows, active in prepared:
                 apply_to(stage, rows, active, x)
         return given if own else None
+
+    def _prepare(self, site: Site, step: _Step, x: Tensor) -> Prepared:
+        """What is done at a site to these activations, those of the step's tokens."""
+        assert self.plan is not None
+        tokens = step.tokens.to(x.device)
+        prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
+        if len(prepared) == 1 and prepared[0][0].only_adds:  # how long edits are is known before they are made
+            self._norms[1, self._row[site]].copy_(_norm(prepared[0][1]["vector"]))
+        return prepared
 
     def _steadily(self, site: Site, step: _Step, x: Tensor) -> bool:
         """Whether the site is one whose one addition or multiplication is prepared; then it is done."""
@@ -374,9 +385,13 @@ class Session:
             steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
         shape = (len(self.sites), self._sums.shape[2], -1)
-        weight = STRIDE if step.passes > STRIDE and one.length == 1 else 1
+        weight = self._weight(step)
         self._sums[0] += weight * ratio.reshape(shape).sum(-1)
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
+
+    def _weight(self, step: _Step) -> Tensor | int:
+        """How many tokens those of this pass stand for in the doses: one number, or one a row."""
+        return STRIDE if step.passes > STRIDE and len(step.states[0]) == 1 else 1
 
     def _complain(self) -> None:
         """A pass has ended in which a site's hook wasn't called once: raise, if anything was to be done there."""
@@ -421,7 +436,7 @@ class Session:
         Passes of other threads are left alone, unless `any_thread`.
         """
         handles = []
-        places = [(site, place(self.layout, site)) for site in sites]
+        places = [(site, self._place(site)) for site in sites]
         self._owner = None if any_thread else get_ident()
         self._hooked = list(sites)
         try:
@@ -436,6 +451,11 @@ class Session:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _place(self, site: Site) -> Place:
+        if site not in self._places:
+            self._places[site] = place(self.layout, site)
+        return self._places[site]
 
     def _at_site(self, number: int, site: Site, given: Tensor) -> Tensor | None:
         """A site's hook: count the call, and edit."""
