@@ -41,9 +41,8 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
 PREFILL = 512
-"""Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long.
-
-A prompt of more than `CHUNK` tokens is read in chunks beside them, one such prompt after the other."""
+"""Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long; and a chunk of a
+prompt that is longer than `CHUNK`."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +187,7 @@ class GenerationBatch:
 
     def clear(self) -> list[int]:
         """Everybody leaves; their keys."""
-        long = self._long[0] if self._long else []
-        keys = [row.key for row in (*self._rows, *long, *self._waiting)]
+        keys = [row.key for row in (*self._rows, *(self._long[0] if self._long else ()), *self._waiting)]
         self._rows, self._waiting, self._long, self._cache, self._run = [], [], None, Columns(), None
         self._session = BatchSession(self.model, self.layout)
         return keys
@@ -199,8 +197,7 @@ class GenerationBatch:
         """One token for each row, rows that have just joined included, once their prompts are read."""
         with reading(self.layout.decoder):
             told = self._decode() if self._rows else []
-            told += self._read_in(self._admitted())
-            told += self._read_chunk()
+            told += self._read_in(self._admitted()) + self._read_chunk()
         return told
 
     # ---- rows that are in the batch ----------------------------------------------------------------------
@@ -303,10 +300,11 @@ class GenerationBatch:
     def _read_chunk(self) -> list[GenerationResponse]:
         """Read some more of a long prompt; its rows join, and have their first tokens, when all of it is read."""
         if self._long is None:
-            first = next((row.request for row in self._waiting if len(row.request.ids) > CHUNK), None)
-            if first is None:
+            text = next(
+                ((r.request.ids, r.request.steering) for r in self._waiting if len(r.request.ids) > CHUNK), None
+            )
+            if text is None:
                 return []
-            text = first.ids, first.steering
             rows = [row for row in self._waiting if (row.request.ids, row.request.steering) == text]
             self._waiting = [row for row in self._waiting if row not in rows]
             self._long = rows, ChunkedPrefill(self.model, self.layout, *text, self._logits, self.device)
