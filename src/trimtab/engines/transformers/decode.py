@@ -286,9 +286,7 @@ class GenerationBatch:
         """The first of those that wait, as many as fit into one pass."""
         taken: list[_Row] = []
         widest, texts = 0, set()
-        for row in self._waiting:
-            if len(row.request.ids) > CHUNK:
-                continue
+        for row in (row for row in self._waiting if len(row.request.ids) <= CHUNK):
             texts.add((row.request.ids, row.request.steering))
             widest = max(widest, len(row.request.ids))
             if taken and widest * len(texts) > PREFILL:
@@ -310,8 +308,7 @@ class GenerationBatch:
             self._long = rows, ChunkedPrefill(self.model, self.layout, *text, self._logits, self.device)
         rows, prefill = self._long
         try:
-            logits = prefill.advance()
-            if logits is None:
+            if (logits := prefill.advance()) is None:
                 return []
             self._long = None
             read = [prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache
