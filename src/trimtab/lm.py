@@ -46,7 +46,6 @@ from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
-from trimtab.steering.above import above
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.steering.steering import check_steering
@@ -138,7 +137,8 @@ class LM:
         where the model can't be had.
 
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
-        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
+        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored. Or it is one that another installed
+        distribution brings.
         """
         if name is not None and not isinstance(name, (str, Path)):
             raise TrimtabError(
@@ -582,8 +582,9 @@ class LM:
         Raises:
             TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
         """
-        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
-        return found
+        from trimtab.report.projections import project
+
+        return project(self, text, steering, layers, transfer=transfer)
 
     def sweep(
         self,
@@ -616,9 +617,10 @@ class LM:
             TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
                 `generate` does.
         """
-        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
-        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
-        return found
+        from trimtab.tune.sweep import sweep
+
+        given: dict[str, Any] = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        return sweep(self, steering, **given, max_new_tokens=max_new_tokens, **options)
 
     # ---- activations -------------------------------------------------------------------------------------
 

@@ -298,3 +298,40 @@ class TestTheBatch:
             with pytest.raises(TrimtabError, match=next(iter(bad))):
                 Sampling(**bad)  # type: ignore[arg-type]
         assert len(batch) == 0
+
+
+class Heard:
+    """A streamer that is its own stopping criterion: it ends the answer after so many tokens."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.tokens, self.ended = most, [], False
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.tokens.append(ids.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+    def __call__(self, ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        return torch.full((len(ids),), len(self.tokens) - 1 >= self.most)
+
+
+def test_a_streamer_that_ends_the_answer_ends_it_in_either_loop() -> None:
+    """It sees what both loops see: the prompt, then a token at a time; what steered the answer so far is told."""
+    lm = tiny.tiny("llama")
+    steering = Steering((Edit(Site(1), Add(direction(1, 0.3))),))
+    (whole,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8)
+    never = {"stopping_criteria": [lambda ids, _scores, **_: torch.zeros(len(ids), dtype=torch.bool)]}
+    for sampled in ({}, {"do_sample": True, "seed": 3}):
+        heard = Heard(3)
+        (cut,) = lm.generate(
+            [prompt(1, 6)], steering, max_new_tokens=8, streamer=heard, stopping_criteria=[heard], **sampled
+        )
+        assert (len(cut.token_ids), cut.finish_reason, heard.ended) == (3, "length", True)
+        assert [one for some in heard.tokens[1:] for one in some] == list(cut.token_ids)
+        assert cut.applied.doses
+        assert cut.applied.edits == whole.applied.edits
+        (full,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8, **sampled)
+        assert full.token_ids[:3] == cut.token_ids
+    (greedy,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8, **never)
+    assert greedy.token_ids == whole.token_ids

@@ -6,15 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    load_model,
-)
+from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.options import grouped
 from trimtab.commands.terminal import show, write_json
 from trimtab.engines.transformers import default_model
 
@@ -29,14 +22,8 @@ WAYS = {
 }
 
 
-def models(
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    json: JsonOption = False,
-) -> None:
+@grouped
+def models(*, loader: BareModelOptions, json: JsonOption = False) -> None:
     """Show how to name a model, or with --model what trimtab finds in it.
 
     [bold]  trimtab models
@@ -45,7 +32,7 @@ def models(
 
     The fingerprint is by what a steering file knows its model's weights.
     """
-    if model is None:
+    if loader.model is None:
         folder = default_model.cache_directory() / f"{default_model.NAME}-{default_model.SHA256[:12]}"
         cached = (folder / "model.safetensors").is_file()
         if json:
@@ -58,7 +45,7 @@ def models(
         state = f"is in {folder}" if cached else f"will be kept in {folder}; it isn't there yet"
         show("Name a model by", table, "", f"{default_model.NAME} {state}")
         return
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = loader.load(quiet=json)
     details = _details(lm)
     if json:
         write_json(details)

@@ -34,23 +34,10 @@ from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.trained import Part, Trained, typical
-from trimtab.methods.recipe import Recipe
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
-
-RECIPE = Recipe(
-    name="distill",
-    title="a prompt compiled into an edit",
-    paper="prompt distillation (Askell et al., arXiv 2112.00861) into activations; closed form: PSR, arXiv 2605.03907",
-    takes="nothing",
-    data="an instruction, a system message, a text or examples, and the model's own answers under it",
-    reads="the answers' tokens, with and without the prompt",
-    acts="a low-rank map at every block (default), or a vector, from the last prompt token on",
-    cost="two products of 8 rows a layer and token; of rank 0 one addition",
-    function="learn_distill",
-)
 
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8

@@ -43,18 +43,23 @@ REFILL = 4
 class Continuous:
     """What is decoded by continuous batching, as options of `generate` have it.
 
-    `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`.
+    `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`. With `stops` it is also
+    asked after each token whether the answer ends there, as a stopping criterion is.
     """
 
     settings: Settings
     ends: frozenset[int]
     each: int
     streamer: Any
+    stops: bool = False
 
     @classmethod
     def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous | None:
         """`None` where it can't be: for an option or a setting of the model that steps don't have, or its cache."""
         given = {name: value for name, value in options.items() if value is not None}
+        stops = "streamer" in given and list(given.get("stopping_criteria", ())) == [given["streamer"]]
+        if stops:
+            del given["stopping_criteria"]
         if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not can_share(layout):
             return None
         each = given.get("num_return_sequences", 1)
@@ -66,7 +71,7 @@ class Continuous:
         settings = Settings.of(model, chosen, 1, model.get_input_embeddings().weight.device)
         if settings.others:
             return None
-        return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"))
+        return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), stops)
 
 
 @dataclass
@@ -147,8 +152,11 @@ def answer(
                 one.logprobs.append(told.logprob)
             if way.streamer is not None:
                 way.streamer.put(torch.tensor([told.token]))
-            if told.finish is not None:
-                one.finish, one.applied = told.finish, told.applied
+            finish, applied = told.finish, told.applied
+            if finish is None and way.stops and way.streamer(torch.tensor([[*prompts[0], *one.tokens]]), ()).all():
+                finish, applied = "length", batch.remove(told.key)
+            if finish is not None:
+                one.finish, one.applied = finish, applied
                 left[one.prompt] -= 1
                 del running[told.key]
         if left.count(0) > before:
