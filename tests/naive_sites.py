@@ -31,24 +31,27 @@ MODULES: dict[str, tuple[str, str, str, str | None]] = {
     "mixtral": ("self_attn", "self_attn.o_proj", "mlp", None),
     "qwen3_moe": ("self_attn", "self_attn.o_proj", "mlp", None),
 }
-KINDS = ("residual", "block_input", "attention", "heads", "mlp", "neurons")
+KINDS = ("residual", "block_input", "attention", "heads", "mlp", "neurons", "act_fn")
+ACTS = {"gpt2": "act", "gpt_neox": "act", "falcon": "act", "phi3": "activation_fn", "opt": "activation_fn"}
 
 
 def kinds(family: str) -> list[str]:
-    return [kind for kind in KINDS if kind != "neurons" or MODULES[family][3] is not None]
+    return [kind for kind in KINDS if kind not in ("neurons", "act_fn") or MODULES[family][3] is not None]
 
 
 def module_of(lm: LM, kind: str, layer: int) -> nn.Module:
     attention, mixer, mlp, down = MODULES[lm.name.removeprefix("tiny-")]
-    path = {"attention": attention, "heads": mixer, "mlp": mlp, "neurons": down}.get(kind, "")
+    family = lm.name.removeprefix("tiny-")
+    function = ACTS.get(family, "act_fn") if family == "opt" else f"{mlp}.{ACTS.get(family, 'act_fn')}"
+    path = {"attention": attention, "heads": mixer, "mlp": mlp, "neurons": down, "act_fn": function}.get(kind, "")
     assert path is not None
     return lm.layout.blocks[layer].get_submodule(path)
 
 
 def size_of(lm: LM, kind: str) -> int:
-    if kind not in ("heads", "neurons"):
+    if kind not in ("heads", "neurons", "act_fn"):
         return lm.layout.width
-    module: Any = module_of(lm, kind, 0)
+    module: Any = module_of(lm, "heads" if kind == "heads" else "neurons", 0)
     return int(module.weight.numel() // lm.layout.width)
 
 

@@ -26,9 +26,9 @@ KEPT: dict[str, dict[str, set[str]]] = {
         "properties/test_sites.py::TestSteering::test_every_row_is_what_the_naive_loop_gives": EVERY,
         "properties/test_rejection.py::TestAgainstTheNaiveReference": EVERY - {"falcon"},
         "properties/test_rejection.py::TestTheLoop::test_neighbours_and_order_do_not_matter": EVERY - {"falcon"},
-        "engines/test_stepping.py::TestRowsGetWhatTheyGetAlone::test_joining_at_random_steps": EVERY - {"mixtral"},
+        "engines/test_decode.py::TestRowsGetWhatTheyGetAlone::test_joining_at_random_steps": EVERY - {"mixtral"},
         "engines/test_prefill.py::test_answers_are_those_of_gates_read_beforehand": EVERY,
-        "engines/test_finishing.py::test_answers_that_end_at_different_lengths": EVERY - {"mixtral"},
+        "engines/test_continuous.py::test_answers_that_end_at_different_lengths": EVERY - {"mixtral"},
         "engines/test_next_token.py::test_rows_are_what_each_text_gives_alone": EVERY,
     },
     "the cache is exact": {

@@ -35,6 +35,7 @@ SHORTCUTS = {
     "steering/steering.py": {"files", "report"},
     "steering/card.py": {"report"},
     "engines/answer.py": {"report"},
+    "engines/streaming.py": {"report"},
     "lm.py": {"report", "tune"},
     "tune/sweep.py": {"report"},
 }

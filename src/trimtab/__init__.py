@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.baking.bake import bake
     from trimtab.decoding.rejection import Rejection
     from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
+    from trimtab.files.autoencoder import load_features
     from trimtab.files.export import export
     from trimtab.files.foreign import FormatWarning
     from trimtab.files.hub import from_pretrained, push_to_hub
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
     from trimtab.lm import LM, DoseWarning, MismatchWarning
-    from trimtab.making.make import make
+    from trimtab.making.make import make, make_from_pairs
     from trimtab.methods.actadd import learn_actadd
     from trimtab.methods.bipo import learn_bipo
     from trimtab.methods.caa import learn_caa
@@ -142,7 +143,9 @@ __all__ = [
     "learn_tda",
     "learn_word",
     "load",
+    "load_features",
     "make",
+    "make_from_pairs",
     "pasta",
     "push_to_hub",
     "read_pairs",
@@ -158,13 +161,14 @@ _HOMES = {
     "trimtab.baking.bake": ("bake",),
     "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError", "UntestedVersionWarning"),
+    "trimtab.files.autoencoder": ("load_features",),
     "trimtab.files.export": ("export",),
     "trimtab.files.foreign": ("FormatWarning",),
     "trimtab.files.hub": ("from_pretrained", "push_to_hub"),
     "trimtab.files.load": ("load",),
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
-    "trimtab.making.make": ("make",),
+    "trimtab.making.make": ("make", "make_from_pairs"),
     "trimtab.methods.actadd": ("learn_actadd",),
     "trimtab.methods.bipo": ("learn_bipo",),
     "trimtab.methods.caa": ("learn_caa",),

@@ -30,10 +30,11 @@ from trimtab.engines.transformers.deciding import (
     read_gates_with,
     wanted,
 )
+from trimtab.engines.transformers.exclusive import Generating
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
-from trimtab.engines.transformers.layout import find_layout
+from trimtab.engines.transformers.layout import check_in_memory, find_layout
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import Choice, NextToken, check_choices, first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
@@ -91,6 +92,7 @@ class LM:
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
+        check_in_memory(model)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
@@ -672,6 +674,7 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
         return
     original = model.generate
     outside = session.prompt_lengths
+    generating = Generating()
 
     def generate(inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
         session.ran = True  # or it raises here, or finds at its end that the passes weren't seen
@@ -685,21 +688,23 @@ def _known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]
             raise TrimtabError("model.generate with several rows needs its attention_mask, to tell pads from text")
         lengths = [tokens.shape[1]] * tokens.shape[0] if mask is None else mask.sum(-1).tolist()
         left = mask is None or bool((mask[:, 1:] >= mask[:, :-1]).all())
-        session.expect([int(n) for n in lengths], tokens.shape[1] if left else None)
-        try:
-            output = original(inputs, *args, **{"disable_compile": True, **kwargs})
-            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
-            if isinstance(sequences, Tensor):  # the last token isn't fed to the model
-                before = 0 if tokens.dim() == 2 else tokens.shape[1]
-                session.check_reached(before + sequences.shape[1] - 1)
-            return output
-        finally:
-            session.expect(outside)
+        with generating():
+            session.expect([int(n) for n in lengths], tokens.shape[1] if left else None)
+            try:
+                output = original(inputs, *args, **{"disable_compile": True, **kwargs})
+                sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+                if isinstance(sequences, Tensor):  # the last token isn't fed to the model
+                    before = 0 if tokens.dim() == 2 else tokens.shape[1]
+                    session.check_reached(before + sequences.shape[1] - 1)
+                return output
+            finally:
+                session.expect(outside)
 
     own = vars(model).get("generate")  # somebody may have put one there before
     model.generate = generate
     try:
-        yield
+        with generating.until_left():
+            yield
     finally:
         del model.generate
         if own is not None:

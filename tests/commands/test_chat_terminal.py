@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from trimtab import Add, Edit, Site, Steering, save
+from trimtab import Add, Edit, Site, Steering, load, save
 
 pytest.importorskip("prompt_toolkit", reason="typing needs prompt_toolkit: pip install 'trimtab[chat]'")
 pytestmark = [
@@ -75,20 +76,34 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def terminal(tmp_path: Path, folder: Path) -> Iterator[Tmux]:
-    command = [sys.executable, "-m", "trimtab", "chat", "--steerings", str(folder), "--max-tokens", "400"]
-    given = {
-        name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ
-    }
-    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
-    pane = Tmux(tmp_path / "tmux", f"{variables} {shlex.join(command)}; echo code $?; exec cat")
+    pane = chat(tmp_path, "--steerings", str(folder), "--max-tokens", "400")
     yield pane
     pane.close()
 
 
-def test_a_conversation(terminal: Tmux) -> None:
-    def prompt(label: str = "") -> Callable[[str], bool]:
-        return lambda screen: screen.rstrip().splitlines()[-1:] == [f"{label}>"]
+@pytest.fixture
+def small(tmp_path: Path, model: Path) -> Iterator[Tmux]:
+    """With a tiny random model, which is made something of in seconds."""
+    pane = chat(tmp_path, "--model", str(model), "--device", "cpu", "--max-tokens", "4")
+    yield pane
+    pane.close()
 
+
+def chat(tmp_path: Path, *options: str) -> Tmux:
+    command = [sys.executable, "-m", "trimtab", "chat", *options]
+    given = {
+        name: os.environ[name] for name in ("PYTHONPATH", "OMP_NUM_THREADS", "HF_HUB_OFFLINE") if name in os.environ
+    }
+    variables = " ".join(f"{name}={shlex.quote(value)}" for name, value in given.items())
+    return Tmux(tmp_path / "tmux", f"{variables} {shlex.join(command)}; echo code $?; exec cat")
+
+
+def prompt(label: str = "") -> Callable[[str], bool]:
+    """Whether the last line waits for input, and this is on."""
+    return lambda screen: screen.rstrip().splitlines()[-1:] == [f"{label}>"]
+
+
+def test_a_conversation(terminal: Tmux) -> None:
     terminal.until(prompt())
     terminal.press("C-c")
     assert "Ctrl-D or /quit leaves" in terminal.until(lambda screen: "leaves" in screen.split("Ctrl-D leaves")[-1])
@@ -134,3 +149,28 @@ def test_a_conversation(terminal: Tmux) -> None:
     terminal.until(prompt("push:0.5 "))
     terminal.enter("/quit")
     terminal.until(lambda screen: screen.rstrip().endswith("code 0"))
+
+
+def test_making_a_steering(small: Tmux, tmp_path: Path) -> None:
+    rows = [{"prompt": f"The sea {i}?", "positive": f"yes {i} the sea", "negative": f"no no {i}"} for i in range(16)]
+    pairs = tmp_path / "mine.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    small.until(prompt())
+    small.enter(f"/make --keep --from {pairs}")
+    small.until(lambda screen: "learning" in screen or "measuring" in screen)  # the bar
+    small.press("C-c")
+    small.until(lambda screen: "stopped; nothing has changed" in screen)
+    small.until(prompt())
+    small.enter(f"/make --keep --from {pairs}")
+    screen = small.until(prompt("mine:1 "))
+    assert "verdict: " in screen
+    assert "mine is on at strength 1; /save mine.safetensors writes it" in " ".join(screen.split())
+    small.enter("Why?")
+    small.until(lambda screen: "ended after 4 tokens" in screen.split("writes it")[-1])
+    small.until(prompt("mine:1 "))
+    small.enter(f"/save {tmp_path / 'mine.safetensors'}")
+    small.until(lambda screen: "wrote " in screen)
+    assert load(tmp_path / "mine.safetensors").card.options["idea"] == "mine"
+    small.until(prompt("mine:1 "))
+    small.press("C-d")
+    small.until(lambda screen: screen.rstrip().endswith("code 0"))

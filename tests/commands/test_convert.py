@@ -63,7 +63,7 @@ def test_what_is_refused(trimtab, tmp_path, mine):
     cases = {
         "--positions all": [mine, out],
         "no file": [tmp_path / "nowhere", out],
-        "say --layer N": [tmp_path / "v.pt", out],
+        "steering.safetensors --layer N": [tmp_path / "v.pt", out],
         "none of the layouts": [tmp_path / "v.json", out],
         "named *.gguf": [mine, tmp_path / "v.safetensors", "--to", "llama.cpp"],
         "no suffix that says": [mine, tmp_path / "v"],
@@ -120,7 +120,7 @@ def test_a_direction_as_it_was_published(trimtab, tmp_path, model):
     assert answered.json["answers"][0]["edits"] == ["1 * add @ residual[1] all"]
     (tmp_path / "direction_metadata.json").unlink()
     refused = trimtab(*given, "--steer", tmp_path / "direction.pt")
-    assert (refused.code, "--layer N to trimtab convert" in refused.err) == (2, True)
+    assert (refused.code, "trimtab convert" in refused.err and "--layer N" in refused.err) == (2, True)
     torch.save(torch.randn(5, 4, 32), tmp_path / "mean_diffs.pt")
     picked = ["convert", tmp_path / "mean_diffs.pt", tmp_path / "v.gguf", "--layer", 3]
     assert "--position P" in trimtab(*picked).err
@@ -164,3 +164,45 @@ def test_generating_with_llama_cpp(trimtab, model, tmp_path):
     ):
         done = trimtab("generate", *more, *given)
         assert (done.code, words in done.err) == (2, True), done.err
+
+
+def test_rows_and_names(trimtab, tmp_path):
+    """What a file doesn't say is said with the options that the errors name."""
+    import numpy as np
+
+    np.save(tmp_path / "rows.npy", np.ones((4, WIDTH)))
+    np.savez(tmp_path / "named.npz", happy=np.ones(WIDTH), sad=np.ones(WIDTH))
+    out = tmp_path / "out.safetensors"
+    for file, options, layers in (
+        ("rows.npy", ["--row", 3, "--layer", 7], [7]),
+        ("rows.npy", ["--layer-offset", 0], [0, 1, 2, 3]),
+        ("rows.npy", ["--layer-offset", -1], [0, 1, 2]),
+        ("rows.npy", ["--row", 3, "--as", "ablate", "--blocks", 2], [0, 1]),
+        ("named.npz", ["--row", "sad", "--layer", 5], [5]),
+    ):
+        refused = trimtab("convert", tmp_path / file, out)
+        assert (refused.code, refused.err.count("\n"), "--row" in refused.err) == (2, 1, True)
+        done = trimtab("convert", tmp_path / file, out, *options, "--json")
+        assert (done.code, done.json["layers"]) == (0, layers), done.err
+
+
+def test_features(trimtab, tmp_path):
+    from files.test_autoencoder import folder
+
+    sae, out = folder(tmp_path / "sae"), tmp_path / "out.safetensors"
+    done = trimtab("convert", sae, out, "--feature", "3:40", "--feature", "7:-2.5", "--json")
+    assert (done.code, done.json["layers"], done.json["format"]) == (0, [2], "sparse autoencoder"), done.err
+    assert [edit.strength for edit in load(out).edits] == [40, -2.5]
+    assert trimtab("convert", sae, out, "--feature", "3:40", "--as", "clamp").code == 0
+    assert type(load(out).edits[0].operation).__name__ == "ReadWrite"
+    for words, options in {
+        "NUMBER:VALUE, 1234:40 say, got '3' (how": ["--feature", 3],
+        "got 'x:1'": ["--feature", "x:1"],
+        "a feature twice": ["--feature", "3:1", "--feature", "3:2"],
+        "--as 'ablate' is not known with --feature": ["--feature", "3:1", "--as", "ablate"],
+        "--blocks says nothing of a feature": ["--feature", "3:1", "--blocks", 3],
+        "see --feature": ["--as", "clamp"],
+        "no feature 99": ["--feature", "99:1"],
+    }.items():
+        done = trimtab("convert", sae, out, *options)
+        assert (done.code, words in done.err, done.err.count("\n")) == (2, True, 1), done.err

@@ -61,6 +61,42 @@ def test_where_nothing_holds_nothing_is_written(
     assert "--keep" in ran.err
 
 
+def pairs_file(folder: Path, count: int = 20) -> Path:
+    rows = [{"prompt": q, "chosen": f"Yes, {q}", "rejected": f"No {i}"} for i, q in enumerate(QUESTIONS[:count])]
+    path = folder / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_pairs_of_ones_own(trimtab: Any, tmp_path: Path, model: Path) -> None:
+    out = tmp_path / "mine.safetensors"
+    given = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
+    ran = trimtab("make", *given, "--no-distill", "--out", out, "--json")
+    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    assert (ran.json["idea"], ran.json["source"], ran.json["verdict"]["questions"]) == ("mine", "20 pairs", 10)
+    assert ran.json["verdict"]["gain"] == load(out).card.measured["gain"]
+    assert "share_of_prompt" not in ran.json["verdict"]
+    assert ran.json["examples"][0]["prompted"] is None
+    shown = trimtab("make", *given, "--no-distill", "--out", out)
+    assert "no system prompt stands behind these pairs" in shown.out
+    assert "prompted:" not in shown.out
+    assert f"trimtab chat --model {model} --steer {out}" in " ".join(shown.err.split())
+
+
+def test_for_another_program(trimtab: Any, tmp_path: Path, model: Path) -> None:
+    """It is measured as it runs there: at every token, and not at block 0."""
+    from trimtab import Positions
+
+    out = tmp_path / "mine.gguf"
+    given = ["--from", pairs_file(tmp_path), "--model", model, "--device", "cpu", "--tokens", 8, "--keep"]
+    ran = trimtab("make", *given, "--for", "llama.cpp", "--out", out, "--json")
+    assert ran.code in (0, NOTHING_HOLDS), ran.err
+    edits = load(out).edits
+    assert edits
+    assert all(edit.positions == Positions.all() and edit.site.layer > 0 for edit in edits)
+    assert [line.split()[0] for line in ran.json["next"]] == ["llama-cli"]
+
+
 def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: None) -> None:
     card = tmp_path / "loud.json"
     sides = {side: [f"You are {side} {i}." for i in range(5)] for side in ("positive", "negative")}
@@ -83,6 +119,12 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
         (("be loud", "--writer", "http://localhost:1/v1"), "--writer and --writer-model go together"),
         (("be loud", "--out", "loud.txt"), r"must be named \*.safetensors"),
         (("--card", "nowhere.json"), "nowhere.json"),
+        (("be loud", "--from", "x.jsonl"), "say what is wanted"),
+        (("--from", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--from", "x.jsonl", "--unlike", "a mouse"), "--from has all .* leave out --unlike"),
+        (("be loud", "--keys", "positive=a"), r"--keys is about the columns of pairs; give --from FILE"),
+        (("be loud", "--for", "ollama"), "'ollama' is not known"),
+        (("be loud", "--out", "x.gguf"), "for a .gguf file say --for llama.cpp"),
     ],
 )
 def test_errors_come_before_the_model(trimtab: Any, tmp_path: Path, given: tuple[str, ...], words: str) -> None:

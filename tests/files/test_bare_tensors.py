@@ -44,22 +44,68 @@ def only(steering: Steering) -> Edit:
 
 def test_a_vector(write: Callable[..., Path]) -> None:
     path = write(DIFFS[0, 0])
-    with pytest.raises(TrimtabError, match=r"say --layer N to trimtab convert.*layer=N"):
+    with pytest.raises(TrimtabError, match=r"trimtab convert .* --layer N .*layer=N.*--as ablate"):
         load(path)
     edit = only(load(path, layer=2))
     assert edit.site == Site(2)
     assert torch.equal(edit.operation.direction, DIFFS[0, 0])
+    with pytest.raises(TrimtabError, match=r"trimtab convert '.*/my vector\.\w+' steering"):
+        load(write(DIFFS[0, 0], "my vector"))
     assert only(load(write(DIFFS[:1, 0], "layer_3"))).site == Site(3)
     with pytest.raises(TrimtabError, match="no axis of token positions"):
         load(path, layer=2, position=-1)
 
 
+def test_rows_are_asked_for(write: Callable[..., Path]) -> None:
+    """Blocks, blocks behind the embeddings, or concepts: the file doesn't tell, and none is taken for granted."""
+    path = write(DIFFS[0])
+    for given in ({}, {"layer": 1}):
+        with pytest.raises(TrimtabError, match=r"holds 4 rows of 6 numbers.*--row R --layer N.*--layer-offset K"):
+            load(path, **given)
+    assert [edit.site for edit in load(path, layer_offset=0).edits] == [Site(layer) for layer in range(4)]
+    embedded = load(path, layer_offset=-1)
+    assert [edit.site for edit in embedded.edits] == [Site(0, "block_input"), Site(0), Site(1), Site(2)]
+    for steering in (load(path, layer_offset=0), embedded):
+        for edit, row in zip(steering.edits, DIFFS[0], strict=True):
+            assert torch.equal(edit.operation.direction, row)
+    concept = only(load(path, row=2, layer=7))
+    assert (concept.site, concept.operation.direction.tolist()) == (Site(7), DIFFS[0, 2].tolist())
+    assert load(path, row=2, layer=7).card.options["row"] == 2
+    layer = only(load(path, row=2, layer_offset=-1))  # one of its layers alone
+    assert (layer.site, layer.operation.direction.tolist()) == (Site(1), DIFFS[0, 2].tolist())
+    assert only(load(write(DIFFS[0], "layer_3"), row=1)).site == Site(3)
+    for given, words in (
+        ({"row": 4, "layer": 1}, "no row 4; they count from 0 to 3"),
+        ({"row": "joy", "layer": 1}, "rows have no names"),
+        ({"row": 1}, "doesn't say at which block"),
+        ({"row": 1, "layer": 2, "position": -1}, "no axis of token positions"),
+    ):
+        with pytest.raises(TrimtabError, match=words):
+            load(path, **given)
+    assert only(load(write(DIFFS[0, :1, None]), layer=5)).site == Site(5)  # axes of length 1 are no choice
+    assert len(load(write(DIFFS[0, :, None]), layer_offset=0).edits) == 4
+
+
+def test_three_axes_are_asked_for(write: Callable[..., Path]) -> None:
+    path = write(DIFFS)
+    for given in ({}, {"layer": 1}, {"row": 1, "layer": 2}, {"layer_offset": 0}):
+        with pytest.raises(TrimtabError, match=r"3 x 4 x 6 numbers.*--position P --layer N.*--row R --layer-offset K"):
+            load(path, **given)
+    every = load(path, row=1, layer_offset=-1)
+    assert [edit.site for edit in every.edits] == [Site(0, "block_input"), Site(0), Site(1), Site(2)]
+    assert torch.equal(every.edits[2].operation.direction, DIFFS[1, 2])
+    one = only(load(path, row=1, layer=2, layer_offset=-1))
+    assert (one.site, one.operation.direction.tolist()) == (Site(1), DIFFS[1, 2].tolist())
+    with pytest.raises(TrimtabError, match="4 rows of 6"):
+        load(path, row=1)
+    with pytest.raises(TrimtabError, match="no rows to choose from"):
+        load(path, row=1, layer=1, position=-1)
+
+
 def test_layers(write: Callable[..., Path]) -> None:
-    steering = load(write(DIFFS[0]))
+    steering = load(write(DIFFS[0]), layer_offset=0)
     assert [edit.site for edit in steering.edits] == [Site(layer) for layer in range(4)]
     assert torch.equal(steering.edits[2].operation.direction, DIFFS[0, 2])
-    with pytest.raises(TrimtabError, match="names its layers itself"):
-        load(write(DIFFS[0]), layer=1)
 
 
 @pytest.mark.parametrize(("layer", "site"), [(2, Site(1)), (0, Site(0, "block_input"))])
@@ -69,9 +115,8 @@ def test_positions_and_layers(write: Callable[..., Path], layer: int, site: Site
     edit = only(load(path, layer=layer, position=-2))
     assert edit.site == site
     assert torch.equal(edit.operation.direction, DIFFS[-2, layer])
-    for given in ({}, {"layer": layer}, {"position": -1}):
-        with pytest.raises(TrimtabError, match=r"3 positions x 4 layers x 6 wide.*--position P .*--layer N"):
-            load(path, **given)
+    with pytest.raises(TrimtabError, match=r"3 positions x 4 layers x 6 wide.*--position P .*--layer N"):
+        load(path, position=-1)
     for given in ({"layer": 4, "position": -1}, {"layer": 1, "position": 3}, {"layer": 1, "position": -4}):
         with pytest.raises(TrimtabError, match="positions -3 to -1 and layers 0 to 3"):
             load(path, **given)
@@ -98,9 +143,10 @@ def test_one_direction_wherever_it_acts(write: Callable[..., Path], tmp_path: Pa
     assert torch.equal(load_direction(write(DIFFS, "mean_diffs"), layer=0, position=1)[0], DIFFS[1, 0])
     layers = write(DIFFS[0], "layers")
     assert torch.equal(load_direction(layers, layer=3)[0], DIFFS[0, 3])
-    with pytest.raises(TrimtabError, match=r"several directions \(layers 0, 1, 2, 3\); say --layer N"):
+    assert torch.equal(load_direction(layers, row=3)[0], DIFFS[0, 3])
+    with pytest.raises(TrimtabError, match=r"several directions, 4 rows; say --row R"):
         load_direction(layers)
-    with pytest.raises(TrimtabError, match="no direction at layer 9"):
+    with pytest.raises(TrimtabError, match="no layer 9; they count from 0 to 3"):
         load_direction(layers, layer=9)
 
 
@@ -135,13 +181,6 @@ def test_numpy_files_that_are_none(tmp_path: Path) -> None:
         load(path)
     np.save(path, np.ones(WIDTH, dtype=">f4"))
     assert only(load(path)).operation.direction.dtype == torch.float32
-
-
-def test_archives_of_numpy(tmp_path: Path) -> None:
-    path = tmp_path / "v.npz"
-    np.savez(path, happy=np.ones(3), sad=np.ones(3))
-    with pytest.raises(TrimtabError, match=r"NumPy's .npz with the arrays 'happy', 'sad'; .*numpy.save"):
-        load(path)
 
 
 def test_ours_is_still_ours(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from trimtab import (
     export,
     load,
 )
+from trimtab.files.export import TARGETS
 from trimtab.files.foreign import folded
 from trimtab.steering import ModelId
 
@@ -47,6 +48,11 @@ def adding(*layers: int, strength: float = 1.0) -> Steering:
     return Steering(edits, Card("caa", MODEL))
 
 
+WRITTEN = [
+    *((".gguf", to) for to in (None, "repeng", "easysteer")),
+    *((".pt", to) for to in (None, "torch")),
+    (".npz", None),
+]
 numbers = st.floats(-1e6, 1e6, width=32)
 
 
@@ -62,7 +68,7 @@ def steerings(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(steerings(), st.sampled_from([(".gguf", None), (".gguf", "repeng"), (".gguf", "easysteer"), (".pt", "lm-eval")]))
+@given(steerings(), st.sampled_from(WRITTEN))
 def test_what_is_written_comes_back(steering, target):
     """To the bit in float32, for layers in any order, given twice, with any strengths."""
     suffix, to = target
@@ -75,7 +81,7 @@ def test_what_is_written_comes_back(steering, target):
         for site, expected in folded(steering, "x").items():
             assert torch.equal(folded(back, "x")[site], expected)
         export(steering, path, to)
-        if suffix == ".gguf":
+        if suffix != ".pt":
             assert path.read_bytes() == first
 
 
@@ -126,12 +132,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-@pytest.mark.parametrize("to", ["llama.cpp", "repeng", "easysteer", "lm-eval"])
+@pytest.mark.parametrize("to", ["llama.cpp", "repeng", "easysteer", "lm-eval", "torch", "numpy"])
 def test_what_cannot_be_carried(tmp_path, words, to):
     if to == "lm-eval" and words == "can only add directions":
         return  # it clamps, see below
     with pytest.raises(TrimtabError, match=words):
-        export(REFUSED[words], tmp_path / ("v.pt" if to == "lm-eval" else "v.gguf"), to)
+        export(REFUSED[words], tmp_path / f"v{TARGETS[to].suffix}", to)
     assert list(tmp_path.iterdir()) == []
 
 

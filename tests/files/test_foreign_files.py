@@ -274,7 +274,7 @@ def test_all_layers_in_one_tensor_or_dict(tmp_path):
     given = vectors(0, 1, 2)
     path = tmp_path / "v.pt"
     torch.save(torch.stack([torch.tensor(v) for v in given.values()]), path)
-    same(load(path), given)
+    same(load(path, layer_offset=0), given)
     same(load(path, layer_offset=1), {layer + 1: vector for layer, vector in given.items()})
     for key in (int, str):
         torch.save({key(layer): torch.tensor(vector) for layer, vector in given.items()}, path)
@@ -328,7 +328,7 @@ def test_lm_eval(tmp_path):
 def test_odd_tensors(tmp_path):
     path = tmp_path / "layer_1.pt"
     cases = {
-        "shape": torch.zeros(1, 2, 3, 4),
+        "shape": torch.zeros(2, 2, 3, 4),
         "int64": torch.arange(3),
         "holds a str": "text",
         "with the keys": {"weights": [1]},
@@ -351,12 +351,14 @@ def test_foreign_safetensors(tmp_path):
     save_file({f"direction.{k}": torch.tensor(v) for k, v in given.items()}, path, metadata={"made_by": "hand"})
     steering = load(path)
     same(steering, given)
-    assert steering.card.options == {"format": "safetensors", "made_by": "hand"}
+    assert steering.card.options == {"format": "tensors by layer", "made_by": "hand"}
     save_file({"direction.x": torch.zeros(2)}, path)
-    with pytest.raises(TrimtabError, match="no block's number"):
+    with pytest.raises(TrimtabError, match="--layer N"):
         load(path)
     save_file({"lm_head.weight": torch.zeros(9, 2), "norm.weight": torch.zeros(2)}, path)
-    with pytest.raises(TrimtabError, match=r"no steering of trimtab's; its tensors are lm_head.weight \[9, 2\], norm"):
+    with pytest.raises(
+        TrimtabError, match=r"its tensors are lm_head.weight \[9, 2\], norm.weight \[2\], and these are no names"
+    ):
         load(path)
 
 

@@ -13,7 +13,7 @@ from tiny import WIDTH, direction, prompt
 from trimtab import LM, Add, Edit, Positions, Site, Steering, Threshold, TrimtabError, load, make, save
 from trimtab.evaluate.controls import random_like
 from trimtab.making import contrasts as contrasts_module
-from trimtab.making.candidates import candidates, distilled, mean_differences
+from trimtab.making.candidates import FROM_LAST, candidates, distilled, distilling, mean_differences
 from trimtab.making.contrasts import Contrasts, check_enough, contrasts, hears_system, under
 from trimtab.making.effect import Effect, effect, prompted, share_of
 from trimtab.making.idea import Idea
@@ -96,11 +96,11 @@ def test_a_template_without_system_prompts_has_them_in_front(lm: LM, monkeypatch
 
 
 def test_too_few_are_an_error_that_says_what_to_do(lm: LM, found: Contrasts) -> None:
-    check_enough(found, IDEA)
+    check_enough(found, IDEA.name)
     with pytest.raises(
         TrimtabError, match=r"for and against 'odd' hardly differ: of 64, \d+ and \d+ do, and 8 of each"
     ):
-        check_enough(found.on(IDEA.learn[:5]), IDEA)
+        check_enough(found.on(IDEA.learn[:5]), IDEA.name)
 
 
 # ---- what is measured ----------------------------------------------------------------------------------------
@@ -110,7 +110,8 @@ def test_effects_are_the_models_own_log_probabilities(lm: LM, found: Contrasts) 
     steering = 0.7 * Steering(
         tuple(Edit(Site(at), Add(direction(at, 3.0)), Positions.from_last_prompt_token()) for at in (1, 2))
     )
-    for arm, mine in ((None, effect(lm, None, found)), (steering, effect(lm, steering, found))):
+    for arm in (None, steering, steering.at(Positions.all())):
+        mine = effect(lm, arm, found)
         for question in found.questions[::4]:
             sides = [
                 [naive(lm, arm, one.bare, one.ids) for one in side if one.question == question]
@@ -144,6 +145,8 @@ def test_what_is_not_read_is_refused(lm: LM, found: Contrasts) -> None:
     edit = Edit(Site(1), Add(direction(1, 3.0)), Positions.from_last_prompt_token())
     with pytest.raises(TrimtabError, match="from the last prompt token on"):
         effect(lm, Steering((replace(edit, positions=Positions.generated()),)), found)
+    with pytest.raises(TrimtabError, match="from the last prompt token on"):
+        effect(lm, Steering((edit, replace(edit, site=Site(2), positions=Positions.all()))), found)
     with pytest.raises(TrimtabError, match="without a gate"):
         effect(lm, Steering((edit,)).when(Threshold(Site(1), direction(3, 2.0), 0.0)), found)
     with pytest.raises(TrimtabError, match="one edit a site"):
@@ -154,7 +157,7 @@ def test_what_is_not_read_is_refused(lm: LM, found: Contrasts) -> None:
 
 
 def test_mean_differences_are_those_of_the_answers_tokens(lm: LM, found: Contrasts) -> None:
-    named = dict(mean_differences(lm, IDEA, found))
+    named = dict(mean_differences(lm, IDEA.name, found))
     steering = next(one for name, one in named.items() if "at layer 1" in name and "strength 2" in name)
     (edit,) = steering.edits
     assert edit.strength == 2
@@ -183,7 +186,12 @@ def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: 
     )
     told: list[tuple[int, int]] = []
     ranked = candidates(
-        lm, IDEA, learned, held_out, distill=True, seed=0, progress=lambda done, total: told.append((done, total))
+        lm,
+        IDEA.name,
+        learned,
+        held_out,
+        trained=distilling(lm, IDEA.name),
+        progress=lambda done, total: told.append((done, total)),
     )
     assert told[-1] == (len(ranked), len(ranked))
     base = effect(lm, None, held_out).wanted
@@ -198,15 +206,15 @@ def test_the_best_leads_most_of_those_that_make_the_wanted_answers_likelier(lm: 
         assert one.likelihood == pytest.approx(sum(found_again.wanted.values()) / len(base))
         assert one.lead == pytest.approx(sum(found_again.leads.values()) / len(base))
     assert not any(
-        one.name.startswith("distilled") for one in candidates(lm, IDEA, learned, held_out, distill=False, seed=0)
+        one.name.startswith("distilled") for one in candidates(lm, IDEA.name, learned, held_out, trained=None)
     )
 
 
 def test_distilling_makes_the_wanted_answers_likelier(lm: LM, found: Contrasts) -> None:
-    steering = distilled(lm, IDEA, found, 0)
+    steering = distilled(lm, IDEA.name, found, FROM_LAST, 0)
     before, after = (effect(lm, one, found).wanted for one in (None, steering))
     assert sum(after.values()) > sum(before.values())
-    assert distilled(lm, IDEA, found, 0) == steering
+    assert distilled(lm, IDEA.name, found, FROM_LAST, 0) == steering
 
 
 # ---- all of it -----------------------------------------------------------------------------------------------
@@ -259,14 +267,14 @@ def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         ({}, ""),
         ({"low": 0.0}, "can't be told from none"),
         ({"random": (0.1, 0.5)}, "can't be told from none, or from that of a random direction"),
-        ({"share": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
+        ({"effect": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
         ({"loops": 0.5}, "50% of its answers go in circles"),
     ],
 )
 def test_verdicts(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
-        "share": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "questions": 20, "loops": 0.0,
-        "loops_prompted": 0.1, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
+        "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "questions": 20, "loops": 0.0,
+        "loops_before": 0.1, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})
     assert verdict.holds == (not why)

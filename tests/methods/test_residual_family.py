@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from trimtab.methods.inferaligner import learn_inferaligner
 from trimtab.methods.random import learn_random
 from trimtab.methods.repe import ReaderWarning, learn_repe
 from trimtab.steering import RotatePredicted
+from trimtab.steering.gates import ALWAYS
 from trimtab.steering.rotations import predicted_angle
 from trimtab.text.pairs import Pair
 
@@ -319,3 +321,32 @@ def test_a_reader_far_from_the_mean_warns() -> None:
     lms = [tiny.tiny("llama", seed=seed) for seed in range(12)]
     with pytest.warns(ReaderWarning, match="use more pairs, or reader cluster-mean"):
         [learn_repe(lm, PAIRS, [1], reader="random-order") for lm in lms]
+
+
+def test_cast_at_blocks_inputs_as_released(lm: LM) -> None:
+    """Both vectors are those of the block's output; they are checked and added one block earlier."""
+    given: dict[str, Any] = {"when": ON, "unless": OFF, "measure": "cast", "pool": "mean", "condition_layer": 1}
+    usual, theirs = (learn_cast(lm, PAIRS, [3], **given, at=place) for place in ("output", "input"))
+    assert theirs.card.options["at"] == "input"
+    (edit,), (own,) = theirs.edits, usual.edits
+    assert (edit.site, edit.strength) == (Site(3, "block_input"), own.strength)
+    assert torch.equal(edit.operation.direction, own.operation.direction)
+    thresholds = [g.gate if hasattr(g, "gate") else g for g in (edit.gate, own.gate)]
+    assert [t.site for t in thresholds] == [Site(1, "block_input"), Site(1)]
+    assert torch.equal(thresholds[0].direction, thresholds[1].direction)
+    c = thresholds[0].direction.double()
+
+    def similarity(text: str) -> float:  # `_process_single_condition` of the released LeashLayer, with |c| = 1
+        x = at(lm, text, 1, "block_input").mean(0)
+        projected = torch.tanh(torch.outer(c, c) @ x)
+        return float(torch.dot(x, projected) / (x.norm() * projected.norm()))
+
+    for text in (*ON[:3], *OFF[:3]):
+        open_ = (similarity(text) > thresholds[0].threshold) != hasattr(edit.gate, "gate")
+        (answer,) = lm.generate(text, theirs, max_new_tokens=NEW, logprobs=True)
+        shifted = Steering((replace(edit, site=Site(2), gate=ALWAYS),))  # block 3's input is block 2's output
+        tokens, logprobs = naive.generate(lm, text, shifted if open_ else None, NEW)
+        assert list(answer.token_ids) == tokens
+        assert answer.logprobs == pytest.approx(logprobs, abs=1e-4)
+    with pytest.raises(TrimtabError, match="output or input, got 'middle'"):
+        learn_cast(lm, PAIRS, [3], **given, at="middle")  # type: ignore[arg-type]

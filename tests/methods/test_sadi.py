@@ -11,7 +11,7 @@ import tiny
 import torch
 from tiny import LAYERS, prompt
 
-from trimtab import LM, Add, Positions, Site, TrimtabError, load, save
+from trimtab import LM, Add, Edit, Positions, ScaleElements, Site, Steering, TrimtabError, load, save
 from trimtab.methods.sadi import choose, learn_sadi, read_differences
 from trimtab.text.pairs import Pair
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma3"))
 PAIRS = [
     Pair(prompt(3 * i, 3 + i % 3), prompt(3 * i + 1, 4 + i % 2), prompt(3 * i + 2, 5), "answers") for i in range(5)
 ]
-KINDS = {"heads": "heads", "neurons": "neurons", "hidden": "mlp"}
+KINDS = {"heads": "heads", "neurons": "neurons", "act_fn": "act_fn", "hidden": "mlp"}
 PROMPTS = [prompt(seed, length) for seed, length in ((50, 4), (51, 9), (52, 6))]
 
 
@@ -165,6 +165,29 @@ def test_frozen_is_live_for_one_layer_and_not_for_several(lm: LM) -> None:
     assert [one.logprobs for one in plain] == [one.logprobs for one in none]
 
 
+def test_held_at_the_activation_function_the_other_half_still_reacts(lm: LM) -> None:
+    """Neurons held as a whole product don't; only in a gated MLP are the two different."""
+    held = learn_sadi(lm, PAIRS, site="act_fn", k=20, delta=3.0, score="signed", mode="frozen")
+    edits = [edit.operation for edit in held.edits]
+    same_masks = Steering(
+        tuple(
+            Edit(Site(layer, "neurons"), operation, Positions.last_prompt_token(), 3.0)
+            for layer, operation in enumerate(edits)
+        )
+    )
+    one, other = (lm.generate(PROMPTS[0], s, max_new_tokens=1, logprobs=True)[0] for s in (held, same_masks))
+    gated = lm.name.removeprefix("tiny-") not in ("gpt2", "opt", "falcon", "gpt_neox")
+    assert (one.logprobs != pytest.approx(other.logprobs, abs=1e-6)) == gated
+    live = []
+    for kind in ("act_fn", "neurons"):
+        scaled = [
+            Edit(Site(layer, kind), ScaleElements(one.direction), Positions.last_prompt_token(), 3.0)
+            for layer, one in enumerate(edits)
+        ]
+        live.append(lm.generate(PROMPTS[0], Steering(tuple(scaled)), max_new_tokens=3, logprobs=True)[0].logprobs)
+    assert live[0] == pytest.approx(live[1], abs=1e-6)
+
+
 def test_masks_are_nested_in_k_and_blind_to_order() -> None:
     lm = tiny.tiny("llama")
     differences = read_differences(lm, PAIRS)
@@ -192,7 +215,7 @@ def test_a_mask_for_another_operation() -> None:
 def test_what_it_refuses() -> None:
     lm = tiny.tiny("llama")
     cases = (
-        ({"site": "keys"}, "unknown site 'keys'; sites: heads, neurons, hidden"),
+        ({"site": "keys"}, "unknown site 'keys'; sites: heads, neurons, act_fn, hidden"),
         ({"k": 99}, "from 1 to 16"),
         ({"k": 0}, "from 1 to 16"),
         ({"score": "best"}, "scores: norm, signed, absolute"),

@@ -74,7 +74,7 @@ def test_a_steering_has_the_table_that_inspect_prints() -> None:
     assert "4 edits: operation add, at from-last-prompt-token, strength 1" in text
     cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
     assert [cells[i] for i in (0, 1, 3, 4)] == ["0", "3", "10%", "0.50"]
-    assert [int(width) for width in re.findall(r"width: (\d+)px", page)] == [45, 90, 135, 180]
+    assert [int(width) for width in re.findall(r"width: (\d+)px", page)] == [30, 60, 90, 120]
 
 
 def test_steerings_that_push_in_no_direction_are_shown_too(lm: LM) -> None:
@@ -142,6 +142,61 @@ def test_text_of_an_answer_cannot_become_markup() -> None:
     page = answer._repr_html_()
     assert html.escape(text[:5]) in page
     assert text in read(page)
+
+
+HOSTILE = "<script>alert('x')</script> & <b>"
+
+
+def test_whatever_is_in_it_every_kind_is_whole_and_escapes_its_text() -> None:
+    from trimtab.report.projections import Projections
+    from trimtab.tune.sweep import Sweep, SweepRow
+
+    card = Card(HOSTILE, None, HOSTILE, {HOSTILE: HOSTILE, "list": [HOSTILE, 2]}, {HOSTILE: {HOSTILE: 1}})
+    row = SweepRow(1, 0.5, 0.5, 0.1, 0.0, None, (HOSTILE,))
+    shown = [
+        vectors(card=card),
+        card,
+        Card("sum", parts=(card, card)),
+        Generation(HOSTILE, (1,), "stop", 3, Applied((HOSTILE,), ()), (-1.0,), None, (HOSTILE,)),
+        Generation(HOSTILE, (1,), "stop", 3, Applied((HOSTILE,), ())),
+        Sweep((row,), SweepRow(None, 0.0, 0.1, 0.0, 0.0, 2.0), (HOSTILE,)),
+        Projections((HOSTILE, "b"), {1: (0.5, 0.1)}, {1: (5.0, 1.0)}),
+    ]
+    for one in shown:
+        page = one._repr_html_()
+        assert HOSTILE in read(page), one
+        assert "<script" not in page
+
+
+def test_a_stream_shows_what_there_is_of_it(lm: LM) -> None:
+    stream = lm.stream(prompt(1, 5), vectors(0.01), max_new_tokens=4)
+    first = next(stream)
+    assert read(stream._repr_html_()) == f"{first}running"
+    assert "".join([first, *stream]) == stream.result.text
+    assert stream._repr_html_() == stream.result._repr_html_()
+    cut = lm.stream(prompt(1, 5), max_new_tokens=4)
+    begun = next(cut)
+    cut.close()
+    assert read(cut._repr_html_()) == f"{begun}stopped"
+
+
+def test_values_of_a_card_are_short() -> None:
+    layers, doses = list(range(3, 30)), {str(i): 0.05 + i / 100 for i in range(30)}
+    text = read(Card("x", options={"layers": layers}, measured={"doses": doses, "holds": True})._repr_html_())
+    for said in ("layers3-29", "doses0.05 to 0.34 (of 30)", "holdsyes"):
+        assert said in text
+    odd = read(Card("x", options={"layers": [1, 3], "part": {"a": 1, "b": "two"}})._repr_html_())
+    assert "layers1, 3" in odd
+    assert "parta: 1, b: two" in odd
+
+
+def test_a_sweep_that_breaks_nothing_has_no_column_for_it() -> None:
+    from trimtab.tune.sweep import Sweep, SweepRow
+
+    rows = [SweepRow(1, 0.5, None, 0.1, 0.0, 2.0), SweepRow(2, 0.5, None, 0.1, 0.0, 2.0, ("repetition",))]
+    base = SweepRow(None, 0.0, None, 0.0, 0.0, 2.0)
+    assert "breaks" not in read(Sweep((rows[0],), base, ("a",))._repr_html_())
+    assert "breaks" in read(Sweep(tuple(rows), base, ("a",))._repr_html_())
 
 
 def test_the_plot_has_a_bar_for_each_edit() -> None:

@@ -357,6 +357,29 @@ class TestLearning:
 
 
 @pytest.mark.long
+class TestMaking:
+    def test_a_persona_and_its_opposite_on_the_way(self, page: Any, server: Any) -> None:
+        """Making takes minutes: here it begins, and ends when the page is closed."""
+        page.get_by_role("tab", name="Learn").click()
+        page.fill("#tt-make-name input, #tt-make-name textarea", "poet")
+        page.fill("#tt-unlike input, #tt-unlike textarea", "an office clerk")
+        page.click("#tt-make")
+        page.wait_for_selector(".tt-error[role=alert]")
+        assert "Say as well whom the model is to be like" in page.inner_text(".tt-error[role=alert]")
+        page.fill("#tt-like input, #tt-like textarea", "a tired poet")
+        page.keyboard.press("Enter")
+        page.wait_for_function("document.querySelector('#tt-made')?.innerText.includes('1 of 4: answering')")
+        assert page.locator(".tt-error[role=alert]").count() == 0
+        page.context.close()
+        answer = httpx.post(
+            f"{server.url}v1/chat/completions",
+            json={"model": "trimtab", "messages": [{"role": "user", "content": ASK}], "max_tokens": 2},
+            timeout=PATIENCE / 1000,
+        )
+        assert answer.status_code == 200  # the model is free again
+
+
+@pytest.mark.long
 class TestNarrow:
     def test_a_telephone(self, open_page: Callable[..., Any], server: Any) -> None:
         page = open_page(server.url, 390, 844)

@@ -18,7 +18,7 @@ from trimtab.making import contrasts, verdict
 from trimtab.making.make import STAGES
 from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library
-from trimtab.serve.making import Finished, Step, idea_of, making
+from trimtab.serve.making import Finished, Step, making, wish_of
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.policy import ANYBODY, Key, Policy
 from trimtab.serve.refusals import Refusal
@@ -93,7 +93,7 @@ class TestMaking:
         assert (told["name"], told["added"], told["idea"]) == ("loud", True, "shout, not whisper")
         assert told["source"] == "sentence"
         assert told["chosen"].startswith(("mean difference", "distilled"))
-        assert told["verdict"]["questions"] == len(idea_of(MakeRequest(**ASKED)).test) == 8
+        assert told["verdict"]["questions"] == len(wish_of(MakeRequest(**ASKED)).test) == 8
         assert told["verdict"]["holds"] == (not told["verdict"]["why_not"])
         assert told["verdict"]["lines"][0].startswith("verdict: ")
         assert len(told["examples"]) == 4
@@ -142,6 +142,29 @@ class TestMaking:
             {"like": "a parrot", "unlike": "a mouse"},
         )
 
+    def test_pairs_are_learned_from_and_tested_on(
+        self, serving: Callable[..., Any], client_of: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        client = client_of(serving())
+        pairs = [
+            {"prompt": f"What is {i}?", "positive": f"w7 w8 w{i + 9}", "negative": f"w20 w21 w{i + 9}"}
+            for i in range(16)
+        ]
+        asked = {"name": "mine", "pairs": pairs, "tokens": 8, "distill": False, "keep": True}
+        told = client.post(PATH, json=asked)
+        assert told.status_code == 201, told.text
+        verdict = told.json()["verdict"]
+        assert (verdict["share_of_prompt"], verdict["loops_prompted"], verdict["questions"]) == (None, None, 8)
+        assert verdict["gain"] == told.json()["steering"]["card"]["measured"]["gain"]
+        assert told.json()["source"] == "16 pairs"
+        assert told.json()["examples"][0]["prompted"] is None
+        line = audited(tmp_path)[1]
+        assert (line["gain"], line["prompt"]) == (pytest.approx(verdict["gain"], abs=1e-4), {"pairs": 16})
+        assert client.post(PATH, json={**asked, "name": "x", "questions": 16}).status_code == 400
+        assert client.post(PATH, json={**asked, "name": "x", "idea": "shout"}).status_code == 400
+        alike = [{**pair, "negative": pair["positive"]} for pair in pairs]
+        assert "the same" in client.post(PATH, json={**asked, "name": "x", "pairs": alike}).json()["error"]["message"]
+
     def test_answers_that_hardly_differ(
         self, serving: Callable[..., Any], client_of: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -188,10 +211,10 @@ class TestRequests:
         assert client_of(make_service()).post(PATH, json=ASKED).status_code == 405
 
     def test_questions_are_halved_and_a_card_is_taken(self) -> None:
-        wanted = idea_of(MakeRequest(name="x", idea="talk like a pirate", questions=21))
+        wanted = wish_of(MakeRequest(name="x", idea="talk like a pirate", questions=21))
         assert wanted.source == "trait pirate"
         assert (len(wanted.learn), len(wanted.test)) == (10, 11)
-        assert len(idea_of(MakeRequest(name="x", like="a parrot")).learn) == 20
+        assert len(wish_of(MakeRequest(name="x", like="a parrot")).learn) == 20
 
     def test_one_at_a_time(self, serving: Callable[..., Any], client_of: Callable[..., Any]) -> None:
         service = serving()
@@ -320,7 +343,9 @@ class TestPage:
         async def steps(*given: Any) -> list[Any]:
             return [step async for step in create("", *given)]
 
-        return lambda sentence, name, keep=True: asyncio.run(steps(sentence, name, keep))
+        return lambda sentence, name, keep=True, like="", unlike="": asyncio.run(
+            steps(sentence, like, unlike, name, keep)
+        )
 
     @pytest.fixture(autouse=True)
     def quickly(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,6 +380,14 @@ class TestPage:
         assert load(tmp_path / "loud.safetensors") == loaded.steering
         assert [(one["route"], one.get("outcome")) for one in audited(tmp_path)] == [("/", None), ("/", "added")]
 
+    def test_a_persona_and_its_opposite(self, serving: Callable[..., Any]) -> None:
+        service = serving()
+        *_, (page, trouble, learned) = self.function(service)("", "loud", like="a parrot", unlike="a mouse")
+        assert (trouble, learned) == ("", "loud")
+        options = service.library.get("loud").steering.card.options
+        assert (options["source"], options["idea"]) == ("persona", "a parrot")
+        assert "<strong>loud</strong> is made" in page
+
     def test_where_nothing_holds_it_says_why_and_nothing_is_chosen(
         self, serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -371,12 +404,14 @@ class TestPage:
     def test_what_is_missing_is_said(self, serving: Callable[..., Any], make_service: Callable[..., Any]) -> None:
         service = serving()
         create = self.function(service)
-        for sentence, name, words in (
-            (" ", "x", "Say in a sentence what is wanted"),
-            ("shout", " ", "Give the steering a name"),
-            ("shout", "../x", "Name: String should match pattern"),
+        for sentence, name, persona, words in (
+            (" ", "x", {}, "Say in a sentence what is wanted"),
+            ("shout", " ", {}, "Give the steering a name"),
+            ("shout", "../x", {}, "Name: String should match pattern"),
+            ("shout", "x", {"like": "a parrot"}, "Give a sentence, or a persona and its opposite, not both"),
+            ("", "x", {"unlike": "a mouse"}, "Say as well whom the model is to be like"),
         ):
-            ((page, trouble, _),) = create(sentence, name)
+            ((page, trouble, _),) = create(sentence, name, **persona)
             assert page == ""
             assert words in trouble
         with service.making:

@@ -94,7 +94,8 @@ def chat(
 
     What begins with a slash is a command: /steer shout 2 puts a steering on,
     /strength shout -1 turns it round, /layer shout 9 keeps it to a layer,
-    /compare answers unsteered as well, /retry asks again; /help lists them all.
+    /compare answers unsteered as well, /retry asks again, and /make talk like a
+    pirate makes a steering from a sentence; /help lists them all.
 
     Ctrl-C stops an answer, which is kept as far as it got; Ctrl-D leaves. Lines
     of a pipe are questions and commands too: the exit code is 2 if one of them
@@ -163,6 +164,8 @@ def converse(
     """
     from trimtab.commands.chat_answer import STREAMING, ask
     from trimtab.commands.chat_commands import is_command, run_command
+    from trimtab.commands.chat_make import make_steered
+    from trimtab.commands.chat_screen import told_of
 
     fine = True
     while (line := read(conversation)) is not None:
@@ -176,6 +179,12 @@ def converse(
                 screen.tell(outcome)
                 if outcome.leave:
                     break
+                if outcome.make is not None:
+                    with screen.making() as (stage, tell):
+                        making = make_steered(desk, outcome.conversation, outcome.make, stage, tell)
+                    conversation = making.conversation
+                    screen.tell(told_of(making))
+                    continue
                 if outcome.ask is None:
                     conversation = outcome.conversation
                     continue

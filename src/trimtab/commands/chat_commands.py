@@ -1,7 +1,7 @@
 """The slash commands of `trimtab chat`: a line and a conversation give another conversation, and what there is to tell.
 
-A command is a function in `COMMANDS`, whose docstring is its help. None of them prints, and none of them asks the model
-for an answer: `/retry` says what is to be asked again.
+A command is a function in `COMMANDS`. None of them prints, and none of them asks the model for an answer: `/retry` says
+what is to be asked again, and `/make` what is to be made.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimtab.commands.chat_make import TAKES, Wish, wish_of
 from trimtab.commands.chat_state import Conversation, Steered, name_for
 from trimtab.errors import TrimtabError, UnsupportedError
 
@@ -43,12 +44,14 @@ class Desk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did. `note` is a remark, `shown` what was asked for, `ask` a question that is to be asked."""
+    """What a command did. `note` is a remark, `shown` what was asked for, `ask` a question that is to be asked, and
+    `make` what is to be made."""
 
     conversation: Conversation
     note: str = ""
     shown: tuple[RenderableType, ...] = ()
     ask: str | None = None
+    make: Wish | None = None
     leave: bool = False
 
 
@@ -96,6 +99,12 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     if words[1:] == ["off"]:
         one = _on(conversation, words[0])
         return Outcome(conversation.without(one.name), f"{one.name} is off")
+    mine = conversation.find_made(words[0])
+    if mine is not None and not mine.file:  # nothing to read it from yet
+        strength = _number(words[1], f"/steer {words[0]}", "off takes it out") if len(words) == 2 else 1.0
+        mine = replace(mine, strength=strength)
+        where = _where(mine.layers_on)
+        return Outcome(conversation.put(mine), f"{mine.name} is on at strength {strength:g}, {where}")
     file, strength = _file(desk, conversation, words[0])
     if len(words) == 2:
         strength = _number(words[1], f"/steer {words[0]}", "off takes it out")
@@ -184,11 +193,36 @@ def _reset(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 
 def _save(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
-    from trimtab.commands.chat_file import save_conversation
+    from trimtab.commands.chat_file import save_conversation, save_made
 
-    (name,) = _words(rest, 1, 1, "save")
-    save_conversation(Path(name).expanduser(), conversation, desk.lm.name)
-    return Outcome(conversation, f"wrote {name}")
+    name, *which = _words(rest, 1, 2, "save")
+    path = Path(name).expanduser()
+    if path.suffix == ".safetensors":
+        saved = save_made(path, conversation, _made(conversation, which))
+        return Outcome(saved, f"wrote {name}")
+    if which:
+        raise TrimtabError(f"/save {name} {which[0]}: a conversation is saved whole; a steering goes to a .safetensors")
+    saved, files = save_conversation(path, conversation, desk.lm.name)
+    return Outcome(saved, f"wrote {' and '.join([*map(str, files), name])}")
+
+
+def _made(conversation: Conversation, which: Sequence[str]) -> Steered:
+    """The steering of this name that `/make` made, or the last one."""
+    if not conversation.made:
+        raise TrimtabError("nothing was made here, so there is no steering to save; /make TEXT makes one")
+    if not which:
+        return conversation.made[-1]
+    one = conversation.find_made(which[0])
+    if one is None:
+        names = [one.name for one in conversation.made]
+        raise TrimtabError(f"{which[0]!r} wasn't made here; {_meant(which[0], names)}made: {', '.join(names)}")
+    return one
+
+
+def _make(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    if desk.engine != "transformers":
+        raise UnsupportedError(f"/make learns from activations, which takes the engine transformers, not {desk.engine}")
+    return Outcome(conversation, make=wish_of(rest))
 
 
 def _load(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -196,6 +230,7 @@ def _load(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
     (name,) = _words(rest, 1, 1, "load")
     found, remarks = load_conversation(Path(name).expanduser(), desk)
+    found = replace(found, made=conversation.made)
     count = len(found.turns)
     return Outcome(found, "; ".join([f"read {count} turn{'s' * (count != 1)} from {name}", *remarks]))
 
@@ -296,6 +331,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "strength": Command(_strength, "NAME X", "Give what is on another strength: 2 twice as hard, -1 the other way."),
     "layer": Command(_layer, "NAME N[,N…]|all", "Steer at these of its layers only, or at all of them again."),
+    "make": Command(
+        _make,
+        TAKES,
+        "Make a steering from a sentence, a persona or pairs, measure it, and put it on if it holds: some minutes.",
+    ),
     "system": Command(_system, "[TEXT|off]", "Set the system message, or take it out; alone: show it."),
     "emphasize": Command(
         _emphasize,
@@ -308,7 +348,11 @@ COMMANDS: dict[str, Command] = {
     "undo": Command(_undo, "", "Take the last question and its answer back."),
     "retry": Command(_retry, "", "Answer the last question again, under what is set now."),
     "reset": Command(_reset, "", "Forget what was said; what steers stays on."),
-    "save": Command(_save, "FILE.json", "Write the conversation and the settings to a file."),
+    "save": Command(
+        _save,
+        "FILE.json|FILE.safetensors",
+        "Write the conversation and the settings to a file; or what was made.",
+    ),
     "load": Command(_load, "FILE.json", "Go on from such a file."),
     "tokens": Command(
         _tokens, "[NAME [LAYER]]", "Colour the last answer's tokens by their cosine with a steering's vector."
@@ -356,14 +400,16 @@ def _on(conversation: Conversation, name: str) -> Steered:
 
 def _file(desk: Desk, conversation: Conversation, word: str) -> tuple[Path, float]:
     """The file that a word names, and a strength: the name of what is on, one of the folder's, or a path."""
-    files = {**desk.names, **{one.name: Path(one.file) for one in conversation.steered}}
+    on = (*conversation.made, *conversation.steered)
+    files = {**desk.names, **{one.name: Path(one.file) for one in on if one.file}}
     head, colon, tail = word.rpartition(":")
     for text, strength in ((word, 1.0), *([(head, _number_or_none(tail))] if colon else [])):
         path = files.get(text, Path(text).expanduser())
         if strength is not None and (text in files or path.is_file()):
             return path, strength
-    known = f"names: {', '.join(files)}" if files else "no --steerings folder gives names; give a path"
-    raise TrimtabError(f"there is no steering or file {word!r}; {_meant(word, files)}{known}")
+    names = dict.fromkeys([*files, *(one.name for one in on)])
+    known = f"names: {', '.join(names)}" if names else "no --steerings folder gives names; give a path"
+    raise TrimtabError(f"there is no steering or file {word!r}; {_meant(word, names)}{known}")
 
 
 def _number_or_none(text: str) -> float | None:
@@ -377,7 +423,8 @@ def _number_or_none(text: str) -> float | None:
 def _listed(desk: Desk, conversation: Conversation) -> Outcome:
     from rich.table import Table
 
-    others = [name for name in desk.names if conversation.find(name) is None]
+    names = dict.fromkeys([*desk.names, *(one.name for one in conversation.made)])
+    others = [name for name in names if conversation.find(name) is None]
     note = f"off: {', '.join(others)}" if others else ""
     if not conversation.steered:
         return Outcome(conversation, f"nothing is on{'; ' + note if note else '; /steer FILE puts a steering on'}")
@@ -385,7 +432,7 @@ def _listed(desk: Desk, conversation: Conversation) -> Outcome:
     for heading in ("steering", "strength", "layers", "file"):
         table.add_column(heading, justify="right" if heading == "strength" else "left", overflow="fold")
     for one in conversation.steered:
-        table.add_row(one.name, f"{one.strength:g}", _numbers(one.layers_on), one.file)
+        table.add_row(one.name, f"{one.strength:g}", _numbers(one.layers_on), one.file or "made here, in no file yet")
     return Outcome(conversation, note, (table,))
 
 

@@ -18,12 +18,35 @@ from trimtab.text.read import read_text
 KIND, VERSION = "trimtab chat", 1
 
 
-def save_conversation(path: Path, conversation: Conversation, model: str) -> None:
-    """Write it. Raises `TrimtabError` when a file can't be written there."""
+def save_conversation(path: Path, conversation: Conversation, model: str) -> tuple[Conversation, list[Path]]:
+    """Write it, and beside it what was made and is on and in no file yet, as `talk.pirate.safetensors` for `talk.json`.
+
+    Returns the conversation, in which these have a file, and the files. Raises `TrimtabError` when a file can't be
+    written there.
+    """
     check_target(path, ".json")
+    files = []
+    for one in conversation.steered:
+        if not one.file:
+            file = path.with_name(f"{path.stem}.{one.name}.safetensors")
+            conversation = save_made(file, conversation, one)
+            files.append(file)
     document = {"kind": KIND, "version": VERSION, "model": model, **conversation_document(conversation)}
     text = json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False)
     write_atomically(path, text.encode("utf-8", "backslashreplace") + b"\n")
+    return conversation, files
+
+
+def save_made(path: Path, conversation: Conversation, one: Steered) -> Conversation:
+    """Write a steering that was made, at strength 1; returns the conversation, in which it has this file.
+
+    Raises `TrimtabError` when a file can't be written there.
+    """
+    from trimtab.files.steering_file import save_steering
+
+    check_target(path, ".safetensors")
+    save_steering(one.steering, path)
+    return conversation.in_file(one.name, path)
 
 
 def conversation_document(conversation: Conversation) -> dict[str, Any]:

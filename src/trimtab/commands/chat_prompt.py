@@ -15,6 +15,8 @@ from trimtab.commands.chat_commands import COMMANDS, Desk, is_command
 from trimtab.commands.chat_state import Conversation
 from trimtab.commands.terminal import note
 
+MAKE_FLAGS = ("--like", "--unlike", "--from", "--keep")
+PAIR_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 STEERING_FILES = (".safetensors", ".gguf", ".svec", ".pt", ".json")
 
 
@@ -58,7 +60,7 @@ def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]
     on = [one.name for one in conversation.steered]
     place = words[0], len(words)
     if place == ("/steer", 1):
-        names = [*dict.fromkeys([*on, *desk.names])]
+        names = [*dict.fromkeys([*on, *(one.name for one in conversation.made), *desk.names])]
         return [*_names(last, names), *_paths(last, STEERING_FILES)]
     if place in (("/strength", 1), ("/layer", 1), ("/tokens", 1)):
         return _names(last, on)
@@ -66,6 +68,10 @@ def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]
         one = conversation.find(words[1])
         layers = [] if one is None else [str(layer) for layer in one.steering.layers]
         return _begin(last, [*(["all"] if words[0] == "/layer" else []), *layers])
+    if words[0] == "/make":
+        return _paths(last, PAIR_FILES) if words[-1] == "--from" else _begin(last, MAKE_FLAGS) if last else []
+    if place == ("/save", 2):
+        return _names(last, [one.name for one in conversation.made])
     if place in (("/save", 1), ("/load", 1)):
         return _paths(last, (".json",))
     if place == ("/help", 1):

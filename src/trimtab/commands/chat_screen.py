@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,8 +14,10 @@ from rich.text import Text
 from trimtab.commands.chat_answer import Hear
 from trimtab.commands.chat_commands import Outcome
 from trimtab.commands.chat_file import turn_document
+from trimtab.commands.chat_make import Making, Stage
 from trimtab.commands.chat_state import Conversation, Turn
-from trimtab.commands.terminal import note, show, write_json
+from trimtab.commands.make import stages, told
+from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,6 +40,9 @@ class Screen(Protocol):
 
     def tell(self, outcome: Outcome) -> None:
         """What a command has to tell."""
+
+    def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
+        """Around the making of a steering: gives who is told how far it is, and who is told in words."""
 
 
 class Plain:
@@ -75,6 +80,9 @@ class Plain:
         if outcome.note:
             note(outcome.note, quiet=False)
 
+    def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
+        return _making()
+
 
 class JsonLines:
     """One object an answer on stdout, each on a line; all else on stderr."""
@@ -95,6 +103,9 @@ class JsonLines:
             console.print(part, soft_wrap=isinstance(part, str))
         if outcome.note:
             note(outcome.note, quiet=False)
+
+    def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
+        return _making()
 
 
 class Terminal:
@@ -141,6 +152,21 @@ class Terminal:
     def tell(self, outcome: Outcome) -> None:
         Plain.tell(self, outcome)  # type: ignore[arg-type]
 
+    @contextmanager
+    def making(self) -> Iterator[tuple[Stage, Callable[[str], None]]]:
+        with _unechoed(), _making() as told:
+            yield told
+
+
+def told_of(making: Making) -> Outcome:
+    """What there is to tell of a steering that was made."""
+    lines = told(making.made)
+    if making.on:
+        said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"
+    else:
+        said = "nothing was put on; try clearer words, or /make --keep … to look at it"
+    return Outcome(making.conversation, said, tuple(lines))
+
 
 def columns(unsteered: str, steered: str) -> RenderableType:
     """Two answers side by side."""
@@ -150,6 +176,13 @@ def columns(unsteered: str, steered: str) -> RenderableType:
         column.ratio = 1
     table.add_row(Text(unsteered), Text(steered))
     return table
+
+
+@contextmanager
+def _making() -> Iterator[tuple[Stage, Callable[[str], None]]]:
+    """A bar on stderr; where that is no terminal, a line when something else begins."""
+    with progress_bar("answering", quiet=False) as progress:
+        yield stages(progress, quiet=False), lambda words: note(words, quiet=progress is not None)
 
 
 def _console() -> Any:

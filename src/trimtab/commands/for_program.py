@@ -55,13 +55,9 @@ def check_program(program: str | None, method: str, given: Mapping[str, Any], la
         TrimtabError: The program isn't known, the method can't learn for it, an option says otherwise, or the file's
             name doesn't fit.
     """
+    check_output(program, out)
     if program is None:
-        if out.suffix == ".gguf":
-            raise TrimtabError(f"{out}: steerings are saved as .safetensors files; for a .gguf file say --for {LLAMA}")
-        check_target(out, ".safetensors")
         return {}
-    if program != LLAMA:
-        raise TrimtabError(f"--for {program!r} is not known; known: {LLAMA}")
     if method not in IMPLIED:
         raise TrimtabError(
             f"{method} isn't known to only add to the residual stream, and {LLAMA} can do nothing else; methods for it:"
@@ -83,8 +79,16 @@ def check_program(program: str | None, method: str, given: Mapping[str, Any], la
         raise TrimtabError(f"--one-sided is for projections, and --for {LLAMA} learns what is added; leave one out")
     if isinstance(layers, list) and layers and set(layers) == {0}:
         raise TrimtabError(f"{LLAMA} can't steer block 0; give other --layers")
-    check_target(out, ".gguf" if out.suffix == ".gguf" else ".safetensors")
     return {name: wanted for name, wanted in IMPLIED[method].items() if given.get(name) is None}
+
+
+def check_output(program: str | None, out: Path) -> None:
+    """Raises `TrimtabError` unless the program is known, and a steering for it can be written to this file."""
+    if program not in (None, LLAMA):
+        raise TrimtabError(f"--for {program!r} is not known; known: {LLAMA}")
+    if program is None and out.suffix == ".gguf":
+        raise TrimtabError(f"{out}: steerings are saved as .safetensors files; for a .gguf file say --for {LLAMA}")
+    check_target(out, ".gguf" if out.suffix == ".gguf" else ".safetensors")
 
 
 def save_for(program: str | None, steering: Steering, path: Path) -> tuple[Steering, str]:
@@ -119,17 +123,17 @@ def learned_for(steering: Steering) -> str:
     return f"`trimtab learn {which} … --for {LLAMA}` learns steerings that can be written"
 
 
-def commands_for(program: str | None, path: Path) -> list[str]:
-    """What to type next, to run the file there."""
+def commands_for(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
+    """What to type next, to run the file there at this strength."""
     if program is None:
         return []
     gguf = path.with_suffix(".gguf")
     convert = [] if path.suffix == ".gguf" else [f"trimtab convert {quote(str(path))} {quote(str(gguf))}"]
-    return [*convert, f'llama-cli -m MODEL.gguf --control-vector-scaled {quote(str(gguf))}:{SCALE} -p "…"']
+    return [*convert, f'llama-cli -m MODEL.gguf --control-vector-scaled {quote(str(gguf))}:{scale:g} -p "…"']
 
 
-def next_steps(program: str | None, path: Path) -> list[str]:
+def next_steps(program: str | None, path: Path, scale: float = SCALE) -> list[str]:
     """The same as lines for people."""
-    lines = [f"  {line}" for line in commands_for(program, path)]
-    older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {SCALE}, without the colon)"
+    lines = [f"  {line}" for line in commands_for(program, path, scale)]
+    older = f"(older builds of llama.cpp take {path.with_suffix('.gguf').name} {scale:g}, without the colon)"
     return [f"for {program}:", *lines, f"  {older}"] if lines else []

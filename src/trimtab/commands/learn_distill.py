@@ -166,7 +166,8 @@ def learn_distill(
     from trimtab.commands.learn_method import document_of
 
     wanted = parse_layers(layers)
-    check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
+    implied = check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
+    rank = implied.get("rank", rank)
     own = gather_prompts([], queries, column) if queries is not None or column is not None else base_queries(None)
     texts = [query for query in own if isinstance(query, str)]
     if len(texts) < len(own):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trimtab.commands.for_program import ForOption, check_output, commands_for, next_steps, save_for
 from trimtab.commands.model import (
     DeviceOption,
     DtypeOption,
@@ -18,10 +20,10 @@ from trimtab.commands.model import (
     RevisionOption,
     load_model,
 )
+from trimtab.commands.pair_files import ColumnOptions, IgnoreOption, KeysOption, pairs_in
 from trimtab.commands.prompts import gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.files.target import check_target
 
 if TYPE_CHECKING:
     from trimtab.evaluate.judge import Endpoint
@@ -34,7 +36,12 @@ WANTED, HOW = "What is wanted", "How it is made"
 
 
 def make(
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The .safetensors file to write; with --for llama.cpp it may be a .gguf.", show_default=False
+        ),
+    ],
     idea: Annotated[
         str | None,
         typer.Argument(
@@ -59,6 +66,19 @@ def make(
             rich_help_panel=WANTED,
         ),
     ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Or pairs of your own, which show what is wanted: a .jsonl, .json, .csv, .tsv or .parquet file with"
+            " positive and negative, chosen and rejected, question and two letters, or another shape of docs/pairs.md.",
+            metavar="PAIRS",
+            show_default=False,
+            rich_help_panel=WANTED,
+        ),
+    ] = None,
+    keys: KeysOption = None,
+    ignore: IgnoreOption = None,
     questions: Annotated[
         str | None,
         typer.Option(
@@ -100,12 +120,14 @@ def make(
         bool,
         typer.Option(
             "--distill/--no-distill",
-            help="Whether to distill too: it holds more and takes longest.",
+            help="Whether to train a vector too (to distill it; from pairs without prompts of their own, by"
+            " preference): it holds more and takes longest.",
             rich_help_panel=HOW,
         ),
     ] = True,
     tokens: Annotated[int, typer.Option(min=8, help="The most tokens of an answer.", rich_help_panel=HOW)] = 64,
     seed: Annotated[int, typer.Option(help="Of the order of answers.", rich_help_panel=HOW)] = 0,
+    for_: ForOption = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
     ] = False,
@@ -120,46 +142,67 @@ def make(
 
     [bold]  trimtab make "be blunt, not flattering" --out blunt.safetensors
       trimtab make "talk like a pirate" --out pirate.safetensors
-      trimtab make --like "a tired poet" --unlike "an office clerk" --out poet.safetensors[/bold]
+      trimtab make --like "a tired poet" --unlike "an office clerk" --out poet.safetensors
+      trimtab make --from pairs.jsonl --out mine.safetensors
+      trimtab make "talk like a pirate" --for llama.cpp --out pirate.gguf[/bold]
 
     The model answers questions under system prompts for and against the idea;
     forty traits come along with theirs. Answers that show the difference are
     learned from in several ways, and questions that were held out choose the
     best. Others again give the verdict: how much of the system prompt's effect
     the steering has without it, next to random directions, and what it costs.
+    Pairs that no system prompt stands behind are told in nats a token instead.
 
     Where nothing holds, the verdict is none, no file is written, and the exit
     code is 3. Some minutes for a small model on two cores.
     """
-    check_target(out, ".safetensors")
-    wanted = _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
+    check_output(for_, out)
+    if sum(one is not None for one in (idea, like, card, from_)) != 1:
+        raise TrimtabError(
+            'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE,'
+            " or --from PAIRS"
+        )
+    columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
+    given = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
+    if from_ is not None and (more := [name for name, value in given.items() if value is not None]):
+        raise TrimtabError(f"--from has all that is learned from and tested on; leave out {more[0]}")
+    pairs = pairs_in(from_, columns)
+    wanted = None if from_ else _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
 
-    from trimtab.files.steering_file import save_steering
     from trimtab.making import make as made_from
+    from trimtab.making import make_from_pairs
+    from trimtab.steering import Positions
 
     lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
-    note(f"{wanted.name}: from {_source(wanted)}", quiet=json)
+    said = f"{wanted.name}: from {source_of(wanted)}" if wanted else f"{from_}: {len(pairs)} pairs"
+    note(said, quiet=json)
     with progress_bar("answering", quiet=json) as progress:
-        made = made_from(
-            lm,
-            wanted,
-            tokens=tokens,
-            distill=distill,
-            seed=seed,
-            stage=_stage(progress, quiet=json),
-            say=lambda words: note(words, quiet=json or progress is not None),
-        )
-    written = made.verdict.holds or keep
-    digest = save_steering(made.steering, out) if written else None
-    if json:
-        write_json(_document(lm.name, made, out if written else None, digest))
-    else:
-        _show(made, out if written else None)
-        if written:
-            asked = f"--model {model} " if model else ""
-            note(f'try: trimtab generate {asked}--steer {out} --prompt "{made.idea.test[0]}" --compare', quiet=False)
+        how: dict[str, Any] = {
+            "tokens": tokens,
+            "distill": distill,
+            "seed": seed,
+            "stage": stages(progress, quiet=json),
+            "say": lambda words: note(words, quiet=json or progress is not None),
+            **({} if for_ is None else {"positions": Positions.all()}),
+        }
+        if wanted is not None:
+            made = made_from(lm, wanted, **how)
         else:
-            note("try: clearer words, an opposite (--unlike), a larger model, or --keep to look at it", quiet=False)
+            made = make_from_pairs(lm, pairs, name=Path(str(from_)).stem, **how)
+    written = made.verdict.holds or keep
+    digest = save_for(for_, made.steering, out)[1] if written else None
+    if json:
+        commands = commands_for(for_, out, 1.0) if written else []
+        write_json(_document(lm.name, made, out if written else None, digest, commands))
+    else:
+        show(*told(made), "", f"saved {out}" if written else "nothing is written")
+        if written:
+            show(*next_steps(for_, out, 1.0))
+            if out.suffix != ".gguf":
+                note(_next(made, model, out), quiet=False)
+        else:
+            tip = "other or more pairs" if from_ else "clearer words, an opposite (--unlike)"
+            note(f"try: {tip}, a larger model, or --keep to look at it", quiet=False)
     if not made.verdict.holds:
         raise typer.Exit(NOTHING_HOLDS)
 
@@ -193,10 +236,6 @@ def _idea(
     from trimtab.making.idea import asked_about, idea_from_trait
     from trimtab.making.writer import idea_from_writer
 
-    if sum(one is not None for one in (idea, like, card)) != 1:
-        raise TrimtabError(
-            'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE'
-        )
     if unlike is not None and like is None:
         raise TrimtabError('--unlike goes with --like; in a sentence the opposite stands after "not"')
     if card is not None:
@@ -218,13 +257,14 @@ def _idea(
     return asked_about(wanted, asked)  # type: ignore[arg-type]
 
 
-def _source(idea: Idea) -> str:
+def source_of(idea: Idea) -> str:
+    """Where an idea comes from, in words."""
     kind, _, name = idea.source.partition(" ")
     where = {"trait": f"the trait card {name!r}", "writer": "what the writer wrote"}.get(kind, f"your {kind}")
     return f"{where}, {len(idea.learn)} questions to learn from and {len(idea.test)} to test"
 
 
-def _stage(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
+def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
     """The bar; or, without a terminal, a line when something else begins."""
     begun: list[str] = []
 
@@ -238,12 +278,19 @@ def _stage(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[st
     return stage
 
 
-def _show(made: Made, out: Path | None) -> None:
-    show(*made.verdict.lines(), f"chosen: {made.name}")
+def told(made: Made) -> list[str]:
+    """What was made and what it is worth, as lines, with answers."""
+    lines = [*made.verdict.lines(), f"chosen: {made.name}"]
     for one in made.examples[:SHOWN]:
-        show("", f"> {one.question}", f"unsteered: {_short(one.unsteered)}", f"prompted:  {_short(one.prompted)}")
-        show(f"steered:   {_short(one.steered)}")
-    show("", f"saved {out}" if out is not None else "nothing is written")
+        lines += ["", f"> {_short(one.question)}", f"unsteered: {_short(one.unsteered)}"]
+        lines += [f"prompted:  {_short(one.prompted)}"] if one.prompted is not None else []
+        lines += [f"steered:   {_short(one.steered)}"]
+    return lines
+
+
+def _next(made: Made, model: str | None, out: Path) -> str:
+    asked = f"--model {model} " if model else ""
+    return f"try: trimtab chat {asked}--steer {quote(str(out))}"
 
 
 def _short(text: str, limit: int = 240) -> str:
@@ -251,13 +298,13 @@ def _short(text: str, limit: int = 240) -> str:
     return said if len(said) <= limit else said[: limit - 1] + "…"
 
 
-def _document(model: str, made: Made, out: Path | None, digest: str | None) -> dict[str, Any]:
+def _document(model: str, made: Made, out: Path | None, digest: str | None, following: list[str]) -> dict[str, Any]:
     return {
         "file": None if out is None else str(out),
         "digest": digest,
         "model": model,
-        "idea": made.idea.name,
-        "source": made.idea.source,
+        "idea": made.idea,
+        "source": made.source,
         "chosen": made.name,
         "verdict": {**made.verdict.as_measured(), "why_not": made.verdict.why_not},
         "candidates": [{"name": one.name, "likelihood": one.likelihood, "lead": one.lead} for one in made.candidates],
@@ -270,4 +317,5 @@ def _document(model: str, made: Made, out: Path | None, digest: str | None) -> d
             }
             for one in made.examples
         ],
+        "next": following,
     }

@@ -50,6 +50,7 @@ class Stream:
         self._stop = threading.Event()
         self._over = False
         self._result: Generation | None = None
+        self._said = ""
         given = generate, self._told, self._stop
         self._thread = threading.Thread(target=_run, args=given, name="trimtab-stream", daemon=True)
         self._end = weakref.finalize(self, _end, self._stop, self._thread)
@@ -77,10 +78,12 @@ class Stream:
                 self._finish()
                 self._result = one
                 if rest := self._unfolding.finish():
+                    self._said += rest
                     return rest
                 break
             piece = "".join(self._unfolding.add(token) for token in one)
             if piece:
+                self._said += piece
                 return piece
         raise StopIteration
 
@@ -108,8 +111,19 @@ class Stream:
         self.close()
 
     def __repr__(self) -> str:
-        state = "running" if not self._over else "complete" if self._result is not None else "stopped"
-        return f"Stream({state})"
+        return f"Stream({self._state})"
+
+    def _repr_html_(self) -> str:
+        """The whole answer; before its end, and after a stop, what was taken of it so far."""
+        from trimtab.report.notebook import stream_html
+
+        if self._result is not None:
+            return self._result._repr_html_()
+        return stream_html(self._said, self._state)
+
+    @property
+    def _state(self) -> str:
+        return "running" if not self._over else "complete" if self._result is not None else "stopped"
 
     def _next_told(self) -> Any:
         try:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from trimtab.errors import TrimtabError
 from trimtab.files.control_vector import write_control_vector
+from trimtab.files.numpy_layout import write_numpy
 from trimtab.files.steering_file import save_steering
 from trimtab.files.target import check_target
-from trimtab.files.torch_layouts import write_lm_eval
+from trimtab.files.torch_layouts import write_lm_eval, write_torch
 from trimtab.steering import Steering
 
 
@@ -30,9 +31,11 @@ TARGETS: dict[str, Target] = {
     "llama.cpp": Target(".gguf", f"{ADDITIONS}; no block 0", partial(write_control_vector, target="llama.cpp")),
     "repeng": Target(".gguf", ADDITIONS, partial(write_control_vector, target="repeng")),
     "easysteer": Target(".gguf", ADDITIONS, partial(write_control_vector, target="easysteer")),
+    "torch": Target(".pt", f"{ADDITIONS}, as a dict of tensors layer_N", write_torch),
+    "numpy": Target(".npz", f"{ADDITIONS}, as arrays layer_N", write_numpy),
     "lm-eval": Target(".pt", f"{ADDITIONS}, or one projection a block", write_lm_eval),
 }
-BY_SUFFIX = {".safetensors": "trimtab", ".gguf": "llama.cpp", ".pt": "lm-eval"}
+BY_SUFFIX = {".safetensors": "trimtab", ".gguf": "llama.cpp", ".pt": "lm-eval", ".npz": "numpy"}
 
 
 def target_of(path: Path, to: str | None) -> str:
@@ -50,9 +53,9 @@ def target_of(path: Path, to: str | None) -> str:
 def export(steering: Steering, path: str | Path, to: str | None = None) -> str:
     """Write a steering for another program, and return that program's name.
 
-    `to` is `llama.cpp`, `repeng`, `easysteer`, `lm-eval` or `trimtab`; without it the suffix decides: `.gguf` is for
-    llama.cpp, `.pt` for lm-eval. A GGUF file that repeng or EasySteer is to read, and that steers block 0, is refused
-    by llama.cpp whole, so for that its direction is left out, with a warning.
+    `to` is `llama.cpp`, `repeng`, `easysteer`, `lm-eval`, `torch`, `numpy` or `trimtab`; without it the suffix decides:
+    `.gguf` is for llama.cpp, `.pt` for lm-eval, `.npz` for numpy. A GGUF file that repeng or EasySteer is to read, and
+    that steers block 0, is refused by llama.cpp whole, so for that its direction is left out, with a warning.
 
     Raises `UnsupportedError` for a steering that the program's files can't carry, and says what of it; nothing is
     dropped in silence.

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.foreign import Found, additions, check_vector, layer_number
+from trimtab.files.named_layout import block_named, named_layout, of_dict
+from trimtab.files.tensor_layout import Wanted, tensor_layout
 
 LARGEST = 1 << 28  # bytes
 BLOCK = "post_block"  # the only hook whose vector is added to a block's output
@@ -26,8 +28,8 @@ EARLY = (
 )
 
 
-def read_json_layout(path: Path) -> Found:
-    """The directions in a JSON file.
+def read_json_layout(path: Path, wanted: Wanted) -> Found:
+    """The directions in a JSON file. `wanted` is for lists of numbers, which say as little as a bare tensor does.
 
     Raises `TrimtabError` for JSON of another shape, keys given twice, numbers that aren't finite, and several vectors
     for one block.
@@ -40,6 +42,15 @@ def read_json_layout(path: Path) -> Found:
         raise
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"it is no valid JSON: {str(error)[:120]}") from None
+    if isinstance(value, list):
+        return tensor_layout(_numbers(value, "its list"), path, wanted, "list")
+    if isinstance(value, dict) and isinstance(value.get("vector"), list) and "modelId" in value:
+        return neuronpedia_vector(value, wanted)
+    if isinstance(value, dict) and any(isinstance(item, list) for item in value.values()):
+        lists = {key: _numbers(item, repr(key)) for key, item in value.items() if isinstance(item, list)}
+        rest = {key: item for key, item in value.items() if key not in lists}
+        return named_layout(of_dict(lists, rest, "list"), path, wanted)
+    wanted.not_needed()
     if isinstance(value, dict) and isinstance(value.get("directions"), dict):
         return _svec(value)
     if isinstance(value, dict) and isinstance(value.get("vectors"), dict):
@@ -77,6 +88,32 @@ def _svec(value: Mapping[str, Any]) -> Found:
     if isinstance(variances, dict) and all(isinstance(v, (int, float)) for v in variances.values()):
         about["explained_variances"] = variances
     return Found("svec", additions(directions), about, EARLY)
+
+
+def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Found:
+    """A feature or vector as Neuronpedia's `/api/feature/MODEL/SOURCE/INDEX` answers, added with strength 1.
+
+    Its place is its `hookName`. Raises `TrimtabError` where it comes without its vector, or acts elsewhere.
+    """
+    if not value["vector"]:
+        raise TrimtabError(
+            "Neuronpedia's answer comes without the feature's vector; take it from the autoencoder itself: trimtab"
+            " convert SAE_FOLDER OUT --feature INDEX"
+        )
+    hook = value.get("hookName")
+    layer = block_named(hook) if isinstance(hook, str) else None
+    if layer is None and wanted.layer is None:
+        raise TrimtabError(
+            "Neuronpedia's answer doesn't say where its vector acts; say --layer N to trimtab convert (layer=N)"
+        )
+    if layer is not None:
+        wanted.not_needed()
+    at = wanted.layer if layer is None else layer
+    assert at is not None
+    known = ("modelId", "layer", "index", "vectorLabel", "vectorDefaultSteerStrength", "maxActApprox")
+    about = {key: value[key] for key in known if isinstance(value.get(key), (str, int, float))}
+    vector = check_vector(_vector(value["vector"], "its vector").reshape(-1), "its vector")
+    return Found("Neuronpedia", additions({0: vector}, at), about)
 
 
 def _module(value: Mapping[str, Any]) -> Found:
@@ -130,6 +167,16 @@ def _number(value: Any, name: str) -> float:
         return float(value)
     except OverflowError:
         raise TrimtabError(f"{name} is too large a number") from None
+
+
+def _numbers(rows: Any, name: str, depth: int = 3) -> Tensor:
+    """A tensor of nested lists of numbers."""
+    if isinstance(rows, list) and rows and depth > 1 and all(isinstance(row, list) for row in rows):
+        parts = [_numbers(row, name, depth - 1) for row in rows]
+        if len({part.shape for part in parts}) > 1:
+            raise TrimtabError(f"{name} has rows of different lengths")
+        return torch.stack(parts)
+    return _vector(rows, name).reshape(-1)
 
 
 def _vector(rows: Any, name: str) -> Tensor:

@@ -2,14 +2,15 @@
 
 `trimtab.load(path)` reads trimtab's own files and those of other programs: GGUF control vectors (repeng, dialz,
 EasySteer, saklas, steerkit, llama.cpp's cvector-generator, jukofyork's), `.svec` (CAST, AISteer360), steering modules,
-`.pt` files of tensors (EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, refusal_direction), `.npy`
-files, and safetensors files with one tensor.
+Neuronpedia's features, and vectors in `.pt`, `.npy`, `.npz`, `.safetensors` and `.json` files (EasyEdit2, rotalabs,
+hotwire, hidden-directions, vLLM-Hook, lm-eval, refusal_direction, persona_vectors …).
 """
 
 from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -26,18 +27,19 @@ from trimtab.files.numpy_layout import read_numpy_layout
 from trimtab.files.safetensors_layouts import read_safetensors_layout
 from trimtab.files.steering_file import KEY, LARGEST_HEADER, load_steering
 from trimtab.files.tensor_layout import Wanted
+from trimtab.files.torch_file import DAMAGE
 from trimtab.files.torch_layouts import read_torch_folder, read_torch_layout
 from trimtab.steering import Ablate, Add, AddScaled, Card, Positions, SetProjection, Steering
 
 SOURCES: dict[str, Callable[[Path], Found]] = {
     "gguf": read_control_vector,
-    "json": read_json_layout,
     "folder": read_torch_folder,
 }
 """How other programs' files are read that say where they act; `trimtab` is our own."""
 BARE: dict[str, Callable[[Path, Wanted], Found]] = {
     "torch": read_torch_layout,
     "numpy": read_numpy_layout,
+    "json": read_json_layout,
     "safetensors": read_safetensors_layout,
 }
 """And those that may hold a bare tensor, of which a caller must say more."""
@@ -48,35 +50,43 @@ def load(
     *,
     source: str | None = None,
     layer_offset: int | None = None,
+    row: int | str | None = None,
     layer: int | None = None,
     position: int | None = None,
     positions: Positions | None = None,
 ) -> Steering:
     """Load a steering from a file (or a folder of `layer_<N>.pt` files), of trimtab's or another program's.
 
-    What kind of file it is is told by its content; `source` insists on one of `trimtab`, `gguf`, `json`, `torch`,
-    `numpy`, `folder` and `safetensors`. What other programs' files hold acts at the output of the block that they name,
-    at every token unless `positions` says otherwise, with strength 1. `layer_offset` is added to their layers: some
-    programs count differently (a warning says so, unless an offset is given), and a file can't be trusted to tell.
-    `layer` says where a `.pt`, `.npy` or `.safetensors` file with one vector acts; with `position` it picks one
-    direction of a tensor `[positions, layers, width]` (refusal_direction's `mean_diffs.pt`).
+    What kind of file it is is told by its content. What other programs' files hold acts at the output of the block that
+    they name, at every token unless `positions` says otherwise, with strength 1. What a file doesn't say is asked for,
+    never guessed.
 
-    Raises `TrimtabError` for a file that is damaged, of an unknown kind, or whose layers can't be told. Nothing is
-    ever run from a file.
+    Args:
+        path: The file or folder.
+        source: Insists on one of `trimtab`, `gguf`, `json`, `torch`, `numpy`, `folder` and `safetensors`.
+        layer_offset: Is added to the file's layers. Some programs count differently: a warning says so, unless an
+            offset is given. Of a matrix `[rows, width]` it says that its rows are blocks: 0 where row 0 is the output
+            of block 0, -1 where it is the embeddings.
+        row: The row of a matrix that is meant, from 0, or the name of one of several tensors.
+        layer: At the output of which block a single vector acts, from 0; of a tensor with an axis of layers, which.
+        position: Of a tensor `[positions, layers, width]`, with `layer`, which position (refusal_direction's
+            `mean_diffs.pt`, whose layer N is the input of block N).
+        positions: At which tokens it acts.
+
+    Raises:
+        TrimtabError: The file is damaged or of an unknown kind, or it can't be told what is in it or where that acts.
+            Nothing is ever run from a file.
     """
     if not isinstance(path, (str, PathLike)):
         raise TrimtabError(f"a steering is loaded from a path, got {type(path).__name__}")
     path = Path(path)
     kind = _kind(path) if source is None else source
     if kind == "trimtab":
-        given = {"layer_offset": layer_offset, "layer": layer, "position": position, "positions": positions}
-        if extra := [name for name, value in given.items() if value is not None]:
+        said = {"layer_offset": layer_offset, "row": row, "layer": layer, "position": position, "positions": positions}
+        if extra := [name for name, value in said.items() if value is not None]:
             raise TrimtabError(f"{path} is trimtab's own file and says by itself where it acts; leave {extra[0]} out")
         return load_steering(path)
-    if kind in SOURCES and (layer is not None or position is not None):
-        which = "layer" if layer is not None else "position"
-        raise TrimtabError(f"{path}: only files of bare tensors (.pt, .npy) need a {which}; leave it out")
-    found = _read(path, kind, Wanted(layer, position))
+    found = _read(path, kind, Wanted(row, layer, position, layer_offset))
     try:
         steering = steering_of(found, layer_offset=layer_offset or 0, positions=positions)
     except TrimtabError as error:
@@ -87,13 +97,19 @@ def load(
 
 
 def load_direction(
-    path: str | Path, *, source: str | None = None, layer: int | None = None, position: int | None = None
+    path: str | Path,
+    *,
+    source: str | None = None,
+    row: int | str | None = None,
+    layer: int | None = None,
+    position: int | None = None,
 ) -> tuple[Tensor, Card]:
     """The one direction `[width]` in a file of trimtab's or another program's, whatever is done with it there.
 
     Args:
         path: The file.
         source: As `load` has it.
+        row: As `load` has it.
         layer: Which layer's, where the file has several; counted as the file counts.
         position: With `layer`, which of a tensor `[positions, layers, width]`.
 
@@ -109,12 +125,11 @@ def load_direction(
         steering = load_steering(path)
         found = tuple((edit.site.layer, edit.operation) for edit in steering.edits)
         card = steering.card
-        if position is not None:
-            raise TrimtabError(
-                f"{path} is trimtab's own file, which has no axis of token positions; leave position out"
-            )
+        if row is not None or position is not None:
+            which = "rows" if row is not None else "axis of token positions"
+            raise TrimtabError(f"{path} is trimtab's own file, which has no {which}; leave that out")
     else:
-        read = _read(path, kind, Wanted(layer, position, anywhere=True))
+        read = _read(path, kind, Wanted(row, layer, position, anywhere=True))
         found, card = read.operations, Card("imported", options={"format": read.format, **read.about})
     single = len(found) == 1 and kind in BARE
     chosen = found if layer is None or single else tuple(one for one in found if one[0] == layer)
@@ -130,6 +145,10 @@ def load_direction(
 
 def _read(path: Path, kind: str, wanted: Wanted) -> Found:
     """What another program's file holds. Raises `TrimtabError`, which names the file."""
+    if kind in SOURCES:
+        said = {"row": wanted.row, "layer": None if wanted.anywhere else wanted.layer, "position": wanted.position}
+        if which := [name for name, value in said.items() if value is not None]:
+            raise TrimtabError(f"{path}: only files of bare tensors (.pt, .npy …) need a {which[0]}; leave it out")
     if kind not in SOURCES and kind not in BARE:
         raise TrimtabError(f"unknown kind of file {kind!r}; known: trimtab, {', '.join([*SOURCES, *BARE])}")
     try:
@@ -157,10 +176,20 @@ def _kind(path: Path) -> str:
     except OSError as error:
         raise TrimtabError(f"can't read {path}: {error.strerror}") from None
     if start[:4] == b"PK\x03\x04":
-        return "torch"
+        return "numpy" if _is_npz(path) else "torch"
     if start[:6] == NUMPY:
         return "numpy"
-    return "json" if start.lstrip()[:1] == b"{" else "trimtab"  # whose reader says what is wrong with it
+    return "json" if start.lstrip()[:1] in (b"{", b"[") else "trimtab"  # whose reader says what is wrong with it
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether an archive is NumPy's: it holds arrays and nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except DAMAGE:
+        return False  # torch's reader says what is wrong with it
+    return bool(names) and all(name.endswith(".npy") for name in names)
 
 
 def _safetensors_kind(data: bytes, size: int) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 FORM = "FILE[@LAYERS][:STRENGTH]"
-SUFFIXES = (".safetensors", ".gguf", ".pt", ".svec", ".json")
+SUFFIXES = (".safetensors", ".gguf", ".pt", ".npy", ".npz", ".svec", ".json")
 _SPAN = re.compile(r"(\d+)(?:-(\d+))?")
 
 

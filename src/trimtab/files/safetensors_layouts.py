@@ -1,4 +1,4 @@
-"""safetensors files of other programs: steerkit's probes, and files with tensors `direction.<N>`."""
+"""safetensors files of other programs: steerkit's probes, and files of tensors named after layers."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, additions, check_vector, layer_number
-from trimtab.files.tensor_layout import Wanted, tensor_layout
+from trimtab.files.foreign import Found, check_vector, layer_number
+from trimtab.files.named_layout import Named, named_layout
+from trimtab.files.tensor_layout import Wanted
 from trimtab.steering import Add
 
 PREFIX = "direction."
 
 
 def read_safetensors_layout(path: Path, wanted: Wanted) -> Found:
-    """The directions in a safetensors file that isn't trimtab's: tensors `direction.<N>`, or a single tensor.
+    """The directions in a safetensors file that isn't trimtab's: tensors named after layers, or a single tensor.
 
     Raises `TrimtabError` for other tensors, and for a damaged file.
     """
@@ -27,26 +28,16 @@ def read_safetensors_layout(path: Path, wanted: Wanted) -> Found:
         with safe_open(path, framework="pt") as file:
             about: Mapping[str, str] = file.metadata() or {}
             every = list(file.keys())
-            names = [name for name in every if name.startswith(PREFIX)]
-            alone = file.get_tensor(every[0]) if len(every) == 1 and not names else None
-            shapes = [f"{name[:60]} {list(file.get_slice(name).get_shape())}" for name in every[:4]]
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
+            if "hook_site" in about and "default_method" in about:
+                wanted.not_needed()
+                probes = [name for name in every if name.startswith(PREFIX)]
+                return _steerkit(about, {name.removeprefix(PREFIX): file.get_tensor(name) for name in probes})
+            shapes = {name: file.get_slice(name).get_shape() for name in every}
+            return named_layout(Named(shapes, file.get_tensor, about), path, wanted)
+    except TrimtabError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise TrimtabError(f"it is cut short or damaged: {error}") from None
-    if alone is not None:
-        return tensor_layout(alone, path, wanted)
-    if not tensors:
-        held = (", ".join(shapes) or "none") + (f", … {len(every) - 4} more" if len(every) > 4 else "")
-        raise TrimtabError(
-            f"it is a safetensors file, but no steering of trimtab's; its tensors are {held}."
-            " Directions are read from tensors direction.N (added at the output of block N, from 0), or from a file"
-            " with one tensor; `trimtab learn` writes steerings"
-        )
-    wanted.not_needed()
-    if "hook_site" in about and "default_method" in about:
-        return _steerkit(about, tensors)
-    directions = {layer_number(number, f"the tensor {PREFIX}{number}"): value for number, value in tensors.items()}
-    return Found("safetensors", additions(directions), dict(about))
 
 
 def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Found:

@@ -1,7 +1,8 @@
-"""What one bare tensor of directions means: `[width]`, `[layers, width]`, or `[positions, layers, width]`.
+"""What one bare tensor means: a vector `[width]`, rows `[rows, width]`, or three axes with the width last.
 
-Such a tensor says nothing of itself. Where a single vector acts is told by the file's name (`layer_<N>`), a `.json`
-beside it, or the caller.
+Such a tensor says nothing of itself. Rows may be blocks, blocks behind the embeddings, or concepts, and to take the one
+for the other steers elsewhere without a word: what they are has to be said. Where a single vector acts is told by the
+caller, the file's name (`layer_<N>`), or a `.json` beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -21,33 +23,53 @@ from trimtab.files.foreign import Found, additions, check_vector, layer_number
 NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 LARGEST_SIDECAR = 1 << 20
 INPUT = "the input of block {}, which is the output of the one before it"
+NEW = "steering.safetensors"
+FEATURES = (  # the path is quoted by whoever says it
+    "it is a sparse autoencoder; say which of its features steer: trimtab convert {path} {new} --feature NUMBER:VALUE"
+    " (in Python load_features(path, {{number: value}}))"
+)
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a caller says of a file: the layer of its only vector, or which layer and position of a larger tensor.
+    """What a caller says of a file.
 
-    `anywhere` is for callers who want one direction and don't mind where it acts: a layer then also picks among
-    several, and a single vector needs none.
+    `row` is the row of a matrix, or the name of one of several tensors; `layer` the layer of a single vector, or which
+    layer of a larger tensor; `position` which position of one with positions. `layer_offset` says that rows are blocks
+    (it is added to their numbers later on). `anywhere` is for callers who want one direction and don't mind where it
+    acts: a layer then also picks among several, and a single vector needs none.
     """
 
+    row: int | str | None = None
     layer: int | None = None
     position: int | None = None
+    layer_offset: int | None = None
     anywhere: bool = False
 
     def not_needed(self) -> None:
         """Raises `TrimtabError` where something is said of a file that says it itself."""
         if self.layer is not None and not self.anywhere:
             raise TrimtabError("it names its layers itself; leave --layer out, or shift them with --layer-offset")
+        self.no_row()
         if self.position is not None:
             raise TrimtabError("it has no axis of token positions; leave --position out")
+
+    def no_row(self) -> None:
+        """Raises `TrimtabError` where a row is asked for and there is none to choose."""
+        if self.row is not None:
+            raise TrimtabError("it has no rows to choose from; leave --row out")
+
+
+def convert_with(path: Path, options: str, python: str) -> str:
+    """How to say what a file doesn't, from wherever it was asked for."""
+    return f"trimtab convert {quote(str(path))} {NEW} {options} (in Python load(path, {python}))"
 
 
 def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor") -> Found:
     """The directions of a bare tensor.
 
     Args:
-        value: The tensor, of one, two or three axes.
+        value: The tensor, of one, two or three axes; axes of length 1 count only where nothing else is chosen there.
         path: The file, whose name or neighbours may say where a single vector acts.
         wanted: What the caller says.
         kind: What the formats' names begin with.
@@ -55,26 +77,73 @@ def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor
     Raises:
         TrimtabError: It can't be told what the tensor is, or where it acts.
     """
-    if value.dim() == 3 and value.shape[1] > 1:
-        return _of_positions(value, wanted, kind)
-    if value.dim() == 2 and value.shape[0] > 1:
-        wanted.not_needed()
-        return Found(f"{kind} of layers", additions(dict(enumerate(value))))
+    if value.dim() == 3 and wanted.position is not None:
+        return _of_positions(value, path, wanted, kind)
+    while value.dim() > 1 and wanted.row is None and 1 in value.shape[:-1]:
+        value = value.squeeze(tuple(value.shape[:-1]).index(1))
+    if value.dim() == 3:
+        return _of_three_axes(value, path, wanted, kind)
+    if value.dim() == 2:
+        return _of_rows(value, path, wanted, kind)
     replace(wanted, layer=None).not_needed()
     vector = check_vector(value, f"its {kind}")
     at, about = layer_of(path, wanted)
     return Found(f"{kind} of one layer", additions({0: vector}, at), about)
 
 
-def _of_positions(value: Tensor, wanted: Wanted, kind: str) -> Found:
+def _of_rows(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
+    rows, width = value.shape
+    if wanted.position is not None:
+        raise TrimtabError("it has no axis of token positions; leave --position out")
+    row = _row(wanted.row, rows)
+    if row is None and wanted.anywhere and wanted.layer is not None:  # any one of them, as the file counts
+        row = _row(wanted.layer, rows, "layer")
+    if row is not None:
+        vector = check_vector(value[row], f"row {row}")
+        if wanted.layer is None and wanted.layer_offset is not None:
+            return Found(f"row {row} of a {kind} of layers", additions({row: vector}))
+        at, about = layer_of(path, replace(wanted, row=None))
+        return Found(f"row {row} of a {kind}", additions({0: vector}, at), {**about, "row": row})
+    if wanted.layer_offset is not None and wanted.layer is None:
+        return Found(f"{kind} of layers", additions(dict(enumerate(value))))
+    if wanted.anywhere:
+        raise TrimtabError(f"it has several directions, {rows} rows; say --row R (row=R) for one of them")
+    one, every = convert_with(path, "--row R --layer N", "row=R, layer=N"), "--layer-offset K (layer_offset=K)"
+    raise TrimtabError(
+        f"it holds {rows} rows of {width} numbers, and nothing says what the rows are. For one of them: {one}. If they"
+        f" are blocks, {every} instead: 0 where row 0 is the output of block 0, -1 where row 0 is the embeddings, as in"
+        " hidden_states"
+    )
+
+
+def _of_three_axes(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
+    first, second, width = value.shape
+    row = _row(wanted.row, first)
+    if row is not None and wanted.layer is None:
+        return _of_rows(value[row], path, replace(wanted, row=None), kind)
+    if row is not None and wanted.layer is not None and (wanted.layer_offset is not None or wanted.anywhere):
+        vector = check_vector(value[row, _row(wanted.layer, second, "layer")], f"its {kind}")
+        return Found(f"row {row} of a {kind} of rows and layers", additions({wanted.layer: vector}), {"row": row})
+    shown = f"it holds {first} x {second} x {width} numbers, and nothing says what its axes are"
+    theirs = f"refusal_direction's mean_diffs.pt, whose layer N is {INPUT.format('N')}"
+    means = convert_with(path, "--position P --layer N", "position=P, layer=N")
+    other = convert_with(path, "--row R --layer-offset K", "row=R, layer_offset=K")
+    raise TrimtabError(
+        f"{shown}. Token positions x layers, as {theirs}:"
+        f" {means}; -1 is the prompt's last token. Rows (concepts, say) x layers: {other}, where layer 0 is the output"
+        " of block K (0), or the embeddings (-1); with --layer N as well, that layer alone"
+    )
+
+
+def _of_positions(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
     """refusal_direction's `mean_diffs.pt`: what it read at the last positions of the prompt, at each block's input."""
+    wanted.no_row()
     positions, layers, width = value.shape
-    axes = f"it holds {positions} positions x {layers} layers x {width} wide, as refusal_direction's mean_diffs.pt does"
-    if wanted.layer is None or wanted.position is None:
-        raise TrimtabError(
-            f"{axes}; pick one direction: say --position P (-1 is the prompt's last token) and --layer N to trimtab"
-            f" convert (in Python load(path, position=P, layer=N)). Its layer N is {INPUT.format('N')}"
-        )
+    axes = f"it holds {positions} positions x {layers} layers x {width} wide"
+    if wanted.layer is None:
+        means = convert_with(path, "--position P --layer N", "position=P, layer=N")
+        raise TrimtabError(f"{axes}, as refusal_direction's mean_diffs.pt does; pick the layer too: {means}")
+    assert wanted.position is not None
     if not -positions <= wanted.position < positions or not 0 <= wanted.layer < layers:
         raise TrimtabError(
             f"{axes}: there are positions {-positions} to -1 and layers 0 to {layers - 1}, and no position"
@@ -83,6 +152,16 @@ def _of_positions(value: Tensor, wanted: Wanted, kind: str) -> Found:
     vector = check_vector(value[wanted.position, wanted.layer], f"its {kind}")
     about = {"read_at": INPUT.format(wanted.layer), "position": wanted.position}
     return Found(f"{kind} of positions and layers", additions({0: vector}, wanted.layer - 1), about)
+
+
+def _row(row: int | str | None, rows: int, name: str = "row") -> int | None:
+    if row is None:
+        return None
+    if isinstance(row, str):
+        raise TrimtabError(f"its rows have no names, so there is no row {row!r}; they count from 0 to {rows - 1}")
+    if not 0 <= row < rows:
+        raise TrimtabError(f"there is no {name} {row}; they count from 0 to {rows - 1}")
+    return row
 
 
 def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
@@ -95,14 +174,16 @@ def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
         return wanted.layer, {}
     if match := NAMED_LAYER.fullmatch(path.stem):
         return int(match[1]), {}
-    said = _sidecar(path.with_suffix(".json"))
+    said = _sidecar(path.with_suffix(".json")) if path.suffix != ".json" else None
     if isinstance(said, dict) and "layer_index" in said:
         return layer_number(said["layer_index"], path.with_suffix(".json").name), {}
     beside = path.with_name(f"{path.stem}_metadata.json")  # refusal_direction's, whose layers are blocks' inputs
     if beside.is_file():
         said = _sidecar(beside)
         if not isinstance(said, dict) or "layer" not in said:
-            raise TrimtabError(f"{beside.name} beside it doesn't say its layer; mend it, or say --layer N (layer=N)")
+            raise TrimtabError(
+                f"{beside.name} beside it doesn't say its layer; mend it, or say --layer N to trimtab convert (layer=N)"
+            )
         layer = layer_number(said["layer"], beside.name)
         about = {"read_at": INPUT.format(layer)} | (
             {"position": said["pos"]} if isinstance(said.get("pos"), int) else {}
@@ -111,8 +192,9 @@ def layer_of(path: Path, wanted: Wanted) -> tuple[int, Mapping[str, Any]]:
     if wanted.anywhere:
         return 0, {}
     raise TrimtabError(
-        "it doesn't say at which block its vector acts; say --layer N to trimtab convert, and use the file that it"
-        " writes (in Python load(path, layer=N)). To ablate the direction everywhere: trimtab convert --as ablate"
+        "it doesn't say at which block its vector acts, and to use it one has to:"
+        f" {convert_with(path, '--layer N', 'layer=N')} adds it at the output of block N, from 0. To ablate it"
+        f" everywhere: trimtab convert {quote(str(path))} {NEW} --as ablate --blocks N"
     )
 
 

@@ -81,12 +81,6 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, bytes]:
         raise TrimtabError("its archive says that it holds more than the file is long")
     if len(set(names)) != len(names):
         raise TrimtabError("its archive has a name twice")
-    if names and all(name.endswith(".npy") for name in names):
-        held = ", ".join(repr(name.removesuffix(".npy")[:40]) for name in names[:6])
-        raise TrimtabError(
-            f"it is NumPy's .npz with the arrays {held}; save the one that you want as an .npy file (numpy.save), which"
-            " trimtab reads"
-        )
     for name in names:
         parts = name.split("/")
         if len(parts) < 2 or any(part in ("", ".", "..") for part in parts) or "\\" in name or ":" in parts[0]:

@@ -9,15 +9,17 @@ import io
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.files.foreign import Found, additions, check_plain, check_vector, folded, layer_number
+from trimtab.files.foreign import Found, check_plain, check_vector, folded
+from trimtab.files.named_layout import named_layout, of_dict
 from trimtab.files.target import write_atomically
-from trimtab.files.tensor_layout import NAMED_LAYER, Wanted, layer_of, tensor_layout
+from trimtab.files.tensor_layout import FEATURES, NAMED_LAYER, NEW, Wanted, layer_of, tensor_layout
 from trimtab.files.torch_file import read_torch_file
 from trimtab.steering import Ablate, Add, Operation, SetProjection, Steering
 
@@ -35,11 +37,10 @@ def read_torch_layout(path: Path, wanted: Wanted) -> Found:
         wanted.not_needed()
         return _lm_eval(value)
     if isinstance(value, Mapping) and "dir" in value:
+        wanted.no_row()
         return _vllm_hook(value, layer_of(path, wanted)[0])
-    if isinstance(value, Mapping) and value and all(isinstance(item, Tensor) for item in value.values()):
-        wanted.not_needed()
-        directions = {layer_number(key, "its dict"): item for key, item in value.items()}
-        return Found("dict of tensors", additions(directions))
+    if isinstance(value, Mapping) and any(isinstance(item, Tensor) for item in value.values()):
+        return _named(value, path, wanted)
     if not isinstance(value, Tensor):
         keys = f" with the keys {', '.join(map(repr, list(value)[:6]))}" if isinstance(value, Mapping) else ""
         raise TrimtabError(f"it holds a {type(value).__name__}{keys}, which is no known layout of steering vectors")
@@ -50,12 +51,24 @@ def read_torch_folder(path: Path) -> Found:
     """A folder of `layer_<N>.pt` files with one vector each, as EasyEdit2 writes it."""
     files = {int(match[1]): file for file in path.iterdir() if (match := NAMED_LAYER.fullmatch(file.stem))}
     files = {layer: file for layer, file in files.items() if file.suffix == ".pt"}
+    if not files and (path / "sae_weights.safetensors").is_file():
+        raise TrimtabError(FEATURES.format(path=quote(str(path)), new=NEW))
     if not files:
         raise TrimtabError("it is a folder without files layer_<N>.pt")
     operations: list[tuple[int, Operation]] = []
     for layer in sorted(files):
         operations.append((layer, Add(check_vector(read_torch_file(files[layer]), files[layer].name))))
     return Found("folder of layers", tuple(operations))
+
+
+def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Found:
+    """A dict of tensors, and of numbers and texts that tell of them."""
+    others = {str(key): item for key, item in value.items() if not isinstance(item, Tensor)}
+    for key, item in others.items():
+        if not isinstance(item, (str, int, float, type(None))):
+            raise TrimtabError(f"it holds a {type(item).__name__} under {key[:60]!r}, and tensors beside it")
+    tensors = {key: item for key, item in value.items() if isinstance(item, Tensor)}
+    return named_layout(of_dict(tensors, others, "tensor"), path, wanted)
 
 
 def _is_hook(item: Any) -> bool:
@@ -128,6 +141,17 @@ def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> Non
         hooks |= {f"{blocks}.{site.layer}": _hook("add", v, 1.0) for site, v in folded(rest, target).items()}
     buffer = io.BytesIO()
     torch.save(hooks, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def write_torch(steering: Steering, path: Path) -> None:
+    """Write `{"layer_<N>": [width]}` for `torch.load`: what is added at the output of block N, strengths folded in.
+
+    Raises `UnsupportedError` for anything but additions at every token.
+    """
+    buffer = io.BytesIO()
+    sums = folded(steering, "a file of tensors")
+    torch.save({f"layer_{site.layer}": vector for site, vector in sums.items()}, buffer)
     write_atomically(path, buffer.getvalue())
 
 

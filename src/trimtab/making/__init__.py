@@ -1,7 +1,7 @@
 """From an idea to a steering that was measured."""
 
 from trimtab.making.idea import Idea, idea_from_contrast, idea_from_sentence
-from trimtab.making.make import Made, make
+from trimtab.making.make import Made, make, make_from_pairs
 from trimtab.making.verdict import Verdict
 
-__all__ = ["Idea", "Made", "Verdict", "idea_from_contrast", "idea_from_sentence", "make"]
+__all__ = ["Idea", "Made", "Verdict", "idea_from_contrast", "idea_from_sentence", "make", "make_from_pairs"]

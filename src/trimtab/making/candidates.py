@@ -1,17 +1,18 @@
-"""What could bring an idea about: mean differences at several depths and strengths, and a distilled vector."""
+"""What could bring an idea about: mean differences at several depths and strengths, and vectors that are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from trimtab.engines.transformers.read import Text
 from trimtab.learn.contrast import contrast, versions
 from trimtab.learn.own_answers import Answers
-from trimtab.making.contrasts import Contrasts
+from trimtab.making.contrasts import Contrasts, Progress
 from trimtab.making.effect import Effect, effect
-from trimtab.making.idea import Idea
+from trimtab.making.material import Say, Trained
 from trimtab.methods.distill import learn_from_answers
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 
@@ -27,6 +28,7 @@ BAND_STRENGTHS = (0.25, 0.5)
 """A mean difference at one depth, or at every block of a band, where the differences of all blocks add up."""
 DISTILL_STRENGTHS = (1.0, 1.5)
 STEPS, RATE = 16, 0.01
+FROM_LAST = Positions.from_last_prompt_token()
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,13 @@ class Candidate:
 
 def candidates(
     lm: LM,
-    idea: Idea,
+    name: str,
     learned: Contrasts,
     held_out: Contrasts,
     *,
-    distill: bool,
-    seed: int,
+    trained: Trained | None,
+    positions: Positions = FROM_LAST,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Candidate]:
@@ -66,16 +69,18 @@ def candidates(
 
     Args:
         lm: The model.
-        idea: What is wanted.
+        name: What is wanted, for the card.
         learned: The answers to learn from.
         held_out: The answers to other questions, which decide.
-        distill: Whether to distill as well, which takes longest.
+        trained: What is trained as well, which takes longest.
+        positions: Where they act: from the last prompt token on, or at all tokens (and not at block 0, which such
+            programs can't steer).
         seed: Of the order of answers in the descent.
         progress: Told of candidates that were tried.
         say: Told in words how the descent stands.
     """
-    trials = mean_differences(lm, idea, learned)
-    total = len(trials) + (len(DISTILL_STRENGTHS) if distill else 0)
+    trials = mean_differences(lm, name, learned, positions)
+    total = len(trials) + (len(trained.strengths) if trained is not None else 0)
     found: list[Candidate] = []
 
     def tried(name: str, steering: Steering) -> None:
@@ -83,12 +88,13 @@ def candidates(
         if progress is not None:
             progress(len(found), total)
 
-    for name, steering in trials:
-        tried(name, steering)
-    if distill:
-        vector = distilled(lm, idea, learned, seed, say)
-        for strength in DISTILL_STRENGTHS:
-            tried(f"distilled, strength {strength:g}", strength * vector)
+    for name_, steering in trials:
+        tried(name_, steering)
+    if trained is not None:
+        beat = None if progress is None else lambda _done, _steps: progress(len(found), total)
+        vector = trained.learn(learned, positions, seed, say, beat)
+        for strength in trained.strengths:
+            tried(f"{trained.name}, strength {strength:g}", strength * vector)
     least = _mean(effect(lm, None, held_out).wanted)
     return sorted(found, key=lambda one: (one.likelihood <= least, -one.lead))
 
@@ -97,25 +103,25 @@ def _mean(values: Mapping[str, float]) -> float:
     return sum(values.values()) / len(values)
 
 
-def mean_differences(lm: LM, idea: Idea, learned: Contrasts) -> list[tuple[str, Steering]]:
+def mean_differences(
+    lm: LM, name: str, learned: Contrasts, positions: Positions = FROM_LAST
+) -> list[tuple[str, Steering]]:
     """Means over the answers' tokens, wanted less unwanted, each side under its own system prompt.
 
     Chen et al., arXiv 2507.21509, section 2.2: one vector a block, read over the answer.
     """
-    last = lm.layout.layers - 1
-    singles = sorted({min(round(depth * lm.layout.layers), last) for depth in DEPTHS})
-    low, high = (min(round(depth * lm.layout.layers), last) for depth in BAND)
+    first, last = first_layer(positions), lm.layout.layers - 1
+    singles = sorted({max(first, min(round(depth * lm.layout.layers), last)) for depth in DEPTHS})
+    low, high = (max(first, min(round(depth * lm.layout.layers), last)) for depth in BAND)
     band = list(range(low, high + 1))
     moments = contrast(lm, _pairs(learned), sorted({*singles, *band}))
 
     def steering(layers: Sequence[int], strength: float) -> Steering:
-        edits = [
-            Edit(Site(at), Add(moments[at].difference.float()), Positions.from_last_prompt_token()) for at in layers
-        ]
+        edits = [Edit(Site(at), Add(moments[at].difference.float()), positions) for at in layers]
         card = Card(
             method="caa",
             model=lm.identity,
-            options={"idea": idea.name, "layers": list(layers), "read_at": "answer", "norm": "raw"},
+            options={"idea": name, "layers": list(layers), "read_at": "answer", "norm": "raw"},
             measured={"pairs": moments[layers[0]].count, "agreement": round(moments[layers[0]].agreement, 6)},
             versions=versions(),
         )
@@ -128,14 +134,45 @@ def mean_differences(lm: LM, idea: Idea, learned: Contrasts) -> list[tuple[str, 
     return alone + together
 
 
-def distilled(lm: LM, idea: Idea, learned: Contrasts, seed: int, say: Callable[[str], None] | None = None) -> Steering:
-    """A vector at every block under which the model gives the wanted answers without a system prompt."""
+def first_layer(positions: Positions) -> int:
+    """The first block that may be steered: a control vector, which acts at all tokens, has none for block 0."""
+    return 1 if positions == Positions.all() else 0
+
+
+def distilled(
+    lm: LM,
+    name: str,
+    learned: Contrasts,
+    positions: Positions,
+    seed: int,
+    say: Say | None = None,
+    progress: Progress | None = None,
+) -> Steering:
+    """A vector at every block under which the model gives the wanted answers without a system prompt.
+
+    It is learned from the last prompt token on, and acts at `positions`.
+    """
     lessons = tuple(learned.lessons)
     answers = Answers(lessons, lessons, ())
-    options = {"idea": idea.name}
-    return learn_from_answers(
-        lm, answers, rank=0, steps=STEPS, rate=RATE, with_prompt=0.0, seed=seed, options=options, say=say
+    found = learn_from_answers(
+        lm,
+        answers,
+        range(first_layer(positions), lm.layout.layers),
+        rank=0,
+        steps=STEPS,
+        rate=RATE,
+        with_prompt=0.0,
+        seed=seed,
+        options={"idea": name},
+        progress=progress,
+        say=say,
     )
+    return found.at(positions)
+
+
+def distilling(lm: LM, name: str) -> Trained:
+    """Distilling, as what may be tried beside mean differences."""
+    return Trained("distilled", partial(distilled, lm, name), DISTILL_STRENGTHS)
 
 
 def _pairs(learned: Contrasts) -> list[tuple[Text, Text]]:

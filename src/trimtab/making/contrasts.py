@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,7 @@ class Contrasts:
     negative: tuple[Answer, ...]
     asked: int
 
-    def on(self, questions: Sequence[str]) -> Contrasts:
+    def on(self, questions: Collection[str]) -> Contrasts:
         """Those to some of the questions."""
         some = set(questions)
         positive, negative = (
@@ -65,14 +65,24 @@ class Contrasts:
         return [Lesson(one.question, 0, one.own, one.bare, one.ids, one.text) for one in self.positive]
 
 
+@dataclass(frozen=True)
+class Ask:
+    """A question that is to be answered, `wanted` or not: under its own prompt; there are the other side's, and a bare
+    one."""
+
+    wanted: bool
+    question: str
+    own: Prompt
+    other: Prompt
+    bare: Prompt
+
+
 def contrasts(
     lm: LM, idea: Idea, questions: Sequence[str], prompts: int, tokens: int, progress: Progress | None = None
 ) -> Contrasts:
     """The model's own answers for and against the idea.
 
-    Each question is asked under `prompts` of the system prompts, which take turns. An answer counts if it doesn't go in
-    circles and is more likely under its own prompt than under the other side's (Chen et al., arXiv 2507.21509, section
-    2.2, have a judge instead).
+    Each question is asked under `prompts` of the system prompts, which take turns.
 
     Args:
         lm: The model.
@@ -83,28 +93,46 @@ def contrasts(
         progress: Told of answers made and those to make.
     """
     heard = hears_system(lm)
-    rows: list[tuple[bool, str, Prompt, Prompt]] = []
+    rows: list[Ask] = []
     for n, question in enumerate(questions):
         for turn in range(prompts):
             mine = idea.positive[(n * prompts + turn) % len(idea.positive)]
             against = idea.negative[(n * prompts + turn) % len(idea.negative)]
             asked = [under(one, question, heard) for one in (mine, against)]
-            rows += [(True, question, asked[0], asked[1]), (False, question, asked[1], asked[0])]
-    written = lm.generate([own for _, _, own, _ in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
+            rows += [
+                Ask(True, question, asked[0], asked[1], question),
+                Ask(False, question, asked[1], asked[0], question),
+            ]
+    return written(lm, rows, tokens, progress)
+
+
+def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None = None) -> Contrasts:
+    """The model's own answers, those alone that show the difference.
+
+    An answer counts if it doesn't go in circles and is more likely under its own prompt than under the other side's
+    (Chen et al., arXiv 2507.21509, section 2.2, have a judge instead).
+
+    Args:
+        lm: The model.
+        rows: What is asked, and how.
+        tokens: The most tokens of an answer.
+        progress: Told of answers made and those to make.
+    """
+    answers = lm.generate([row.own for row in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
     sides: dict[bool, list[Answer]] = {True: [], False: []}
-    for (wanted, question, own, other), answer in zip(rows, written, strict=True):
+    for row, answer in zip(rows, answers, strict=True):
         if answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT:
-            under_own, under_other, bare = (tuple(lm.encode(one)) for one in (own, other, question))
-            sides[wanted].append(Answer(question, under_own, under_other, bare, tuple(answer.token_ids), answer.text))
+            own, other, bare = (tuple(lm.encode(one)) for one in (row.own, row.other, row.bare))
+            sides[row.wanted].append(Answer(row.question, own, other, bare, tuple(answer.token_ids), answer.text))
     kept = {wanted: _told_apart(lm, answers) for wanted, answers in sides.items()}
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 
 
-def check_enough(found: Contrasts, idea: Idea, least: int = LEAST) -> None:
+def check_enough(found: Contrasts, name: str, least: int = LEAST) -> None:
     """Raises `TrimtabError` where too few answers show the difference."""
     if min(len(found.positive), len(found.negative), len(found.questions)) < least:
         raise TrimtabError(
-            f"the model's answers for and against {idea.name!r} hardly differ: of {found.asked},"
+            f"the model's answers for and against {name!r} hardly differ: of {found.asked},"
             f" {len(found.positive)} and {len(found.negative)} do, and {least} of each are needed. Say it in clearer"
             " words, name an opposite, or take a larger model"
         )

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 
+READ = (Positions.from_last_prompt_token(), Positions.all())
+"""Where what is read may act."""
+
+
 @dataclass(frozen=True)
 class Effect:
     """For each question, in nats a token: how likely the wanted answers are, and by how much more than the others."""
@@ -34,7 +38,7 @@ def effect(lm: LM, steering: Steering | None, found: Contrasts) -> Effect:
 
     Args:
         lm: The model.
-        steering: What acts from the last prompt token on, or nothing.
+        steering: What acts from the last prompt token on, or at all tokens, or nothing.
         found: The answers for and against.
 
     Raises:
@@ -75,11 +79,21 @@ def share_of(unsteered: Effect, steered: Effect, told: Effect, seed: int = 0) ->
     return Interval(float((mine - base).mean() / (full - base).mean()), float(low), float(high))
 
 
+def gain_of(unsteered: Mapping[str, float], steered: Mapping[str, float], seed: int = 0) -> Interval:
+    """By how much a steering raises these values, by question: the mean difference, and its bootstrap interval."""
+    gains = np.array([steered[question] - value for question, value in unsteered.items()])
+    drawn = np.random.default_rng(seed).integers(len(gains), size=(RESAMPLES, len(gains)))
+    low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
+    return Interval(float(gains.mean()), float(low), float(high))
+
+
 def _check_read(steering: Steering | None) -> None:
     edits = steering.edits if steering is not None else ()
     for edit in edits:
-        if edit.positions != Positions.from_last_prompt_token() or edit.gate != Always():
-            raise TrimtabError(f"an effect is read of what acts from the last prompt token on, without a gate: {edit}")
+        if edit.positions != edits[0].positions or edit.positions not in READ or edit.gate != Always():
+            raise TrimtabError(
+                f"an effect is read of what acts from the last prompt token on or at all tokens, without a gate: {edit}"
+            )
     if len({edit.site for edit in edits}) < len(edits):
         raise TrimtabError("effects are read of one edit a site; add up what acts at the same one")
 
@@ -104,13 +118,18 @@ def _by_question(answers: Sequence[Answer], values: Sequence[float]) -> dict[str
 @torch.no_grad()
 def _likelihoods(lm: LM, steering: Steering | None, answers: Sequence[Answer], prompt: str) -> list[float]:
     """The mean log-probability of each answer's tokens after one of its prompts."""
-    texts = [Forced(getattr(one, prompt), one.ids) for one in answers]
+    asked: list[tuple[int, ...]] = [getattr(one, prompt) for one in answers]
+    if steering is not None and steering.edits[0].positions == Positions.all():
+        # a forced pass changes what comes from the last prompt token on: here that is the first token of all
+        texts = [Forced(own[:1], (*own[1:], *one.ids)) for own, one in zip(asked, answers, strict=True)]
+    else:
+        texts = [Forced(own, one.ids) for own, one in zip(asked, answers, strict=True)]
     changes = {} if steering is None else help_changes(steering)
     found: list[float] = []
     with forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
         for numbers in passes(lm.model, texts):
-            some = [texts[i] for i in numbers]
-            for text, logits in zip(some, run.logits(some, changes), strict=True):
-                ids = torch.tensor(text.answer, device=logits.device)[:, None]
-                found.append(float(logits.log_softmax(-1).gather(-1, ids).mean()))
+            logits = run.logits([texts[i] for i in numbers], changes)
+            for one, row in zip([answers[i] for i in numbers], logits, strict=True):
+                ids = torch.tensor(one.ids, device=row.device)[:, None]
+                found.append(float(row[-len(one.ids) :].log_softmax(-1).gather(-1, ids).mean()))
     return found

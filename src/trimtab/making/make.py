@@ -1,4 +1,4 @@
-"""One sentence in, a measured steering out.
+"""One sentence in, or pairs, and a measured steering out.
 
 The model answers questions under system prompts for and against the idea. Answers that show the difference are learned
 from: by their mean difference (persona vectors, Chen et al., arXiv 2507.21509) and by distilling (`learn_distill`).
@@ -7,34 +7,32 @@ Questions that were held out choose between them, and others again say what the 
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
+from functools import partial
 from typing import TYPE_CHECKING
 
-from trimtab.data import WordCheck
-from trimtab.evaluate.controls import random_like
-from trimtab.evaluate.fluency import perplexities
-from trimtab.learn.given import check_lm
-from trimtab.making.candidates import Candidate, candidates
-from trimtab.making.contrasts import BATCH, Contrasts, check_enough, contrasts, hears_system, under
-from trimtab.making.effect import effect, prompted, share_of
+from trimtab.errors import TrimtabError
+from trimtab.learn.given import check_lm, pairs_for
+from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distilling
+from trimtab.making.contrasts import check_enough, contrasts, hears_system, under
+from trimtab.making.effect import READ
+from trimtab.making.from_pairs import material_from_pairs
 from trimtab.making.idea import Idea, idea_from_sentence
+from trimtab.making.judged import Example, judged
+from trimtab.making.material import Heard, Material
 from trimtab.making.verdict import Verdict
-from trimtab.steering import Steering
-from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
+from trimtab.steering import Positions, Steering
+from trimtab.text.pairs import Pairs
 
 if TYPE_CHECKING:
-    from trimtab.engines.transformers.generate import Generation
     from trimtab.lm import LM
 
 HELD_OUT = 4
 """One in so many of the questions to learn from chooses between candidates instead."""
 LEAST_TESTED = 4
 """A verdict needs answers on both sides to so many of the test questions."""
-RANDOM = 3
 PROMPTS = 2
 TOKENS = 64
 STAGES = ("answering for and against", "learning", "answering the test questions", "measuring")
@@ -44,20 +42,21 @@ Stage = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Example:
-    """One of the test questions, and what the model says to it."""
-
-    question: str
-    unsteered: str
-    prompted: str
-    steered: str
-
-
-@dataclass(frozen=True)
 class Made:
-    """The steering that was chosen, what it is worth, and what it says."""
+    """The steering that was chosen, what it is worth, and what it says.
 
-    idea: Idea
+    Args:
+        idea: What was wanted, in a few words.
+        source: Where that comes from.
+        steering: What was made, at strength 1.
+        verdict: What it is worth.
+        name: Which of the ways to learn it did best.
+        candidates: All that were tried, the best one first.
+        examples: What the model says to questions that nothing was learned from.
+    """
+
+    idea: str
+    source: str
     steering: Steering
     verdict: Verdict
     name: str
@@ -71,6 +70,7 @@ def make(
     *,
     tokens: int = TOKENS,
     distill: bool = True,
+    positions: Positions = FROM_LAST,
     seed: int = 0,
     stage: Stage | None = None,
     say: Callable[[str], None] | None = None,
@@ -82,6 +82,8 @@ def make(
         idea: A sentence, such as "be blunt, not flattering", or an `Idea`.
         tokens: The most tokens of an answer.
         distill: Whether to distill too, which holds more and takes longest.
+        positions: Where it acts: from the last prompt token on, or at all tokens, as a control vector of llama.cpp does
+            (then block 0 is left out, which llama.cpp can't steer).
         seed: Of the order of answers and of the random directions.
         stage: Told what is being done, one of `STAGES`, at its beginning and as it goes on. What it raises ends it all.
         say: Told in words how it stands.
@@ -94,6 +96,80 @@ def make(
     """
     check_lm(lm)
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
+    made_from = _material(lm, wanted, tokens, distill=distill)
+    return _made(lm, made_from, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
+
+
+def make_from_pairs(
+    lm: LM,
+    pairs: Pairs,
+    *,
+    name: str = "pairs",
+    tokens: int = TOKENS,
+    distill: bool = True,
+    positions: Positions = FROM_LAST,
+    seed: int = 0,
+    stage: Stage | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Made:
+    """Make a steering from pairs of one's own, and say what it is worth.
+
+    About half of the prompts are learned from, the others test it. Pairs of prompts (with and without an instruction)
+    are answered by the model. Where no prompt of a pair brings the wanted answer about (none has a system prompt of its
+    own, say), the effect can't be a share of one; it is told in nats a token, beside that of random directions.
+
+    Args:
+        lm: The model; on the transformers engine.
+        pairs: `Pair`s, or what `as_pairs` makes pairs of; `read_pairs` reads a file.
+        name: What it is called.
+        tokens: The most tokens of an answer that the model writes.
+        distill: Whether to train a vector too, which takes longest: distilled where a prompt brings the wanted answers
+            about, by preference (BiPO) where the answers are given alone. Bare texts have neither.
+        positions: As `make` has it, and so are all the others.
+        seed: Of the order of answers and of the random directions.
+        stage: Told what is being done, of `STAGES` those that there are.
+        say: Told in words how it stands.
+
+    Raises:
+        TrimtabError: Too few pairs with different prompts, pairs of different kinds, or whose sides have the same
+            answer; and as `make` does.
+    """
+    made_from = material_from_pairs(lm, pairs_for(lm, pairs), name, tokens, trains=distill)
+    return _made(lm, made_from, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
+
+
+def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
+    heard = hears_system(lm)
+    told = [under(idea.positive[n % len(idea.positive)], question, heard) for n, question in enumerate(idea.test)]
+    return Material(
+        name=idea.name,
+        source=idea.source,
+        learn=partial(contrasts, lm, idea, idea.learn, PROMPTS, tokens),
+        test=partial(contrasts, lm, idea, idea.test, PROMPTS, tokens),
+        aside=frozenset(idea.learn[HELD_OUT // 2 :: HELD_OUT]),
+        writes=True,
+        told=True,
+        trained=distilling(lm, idea.name) if distill else None,
+        heard=tuple(Heard(question, question, one) for question, one in zip(idea.test, told, strict=True)),
+        signs=idea.signs,
+    )
+
+
+def _made(
+    lm: LM,
+    made_from: Material,
+    *,
+    tokens: int,
+    positions: Positions,
+    seed: int,
+    stage: Stage | None,
+    say: Callable[[str], None] | None,
+) -> Made:
+    if positions not in READ:
+        raise TrimtabError(
+            f"what is made acts from the last prompt token on, or at all tokens, not {positions}; move it there"
+            " afterwards, with steering.at(…)"
+        )
 
     def at(what: str) -> Callable[[int, int], None] | None:
         if stage is None:
@@ -102,91 +178,37 @@ def make(
         return lambda done, total: stage(what, done, total)
 
     answering, learning, testing, measuring = STAGES
-
-    found = contrasts(lm, wanted, wanted.learn, PROMPTS, tokens, at(answering))
-    check_enough(found, wanted)
-    if say is not None:
+    found = made_from.learn(at(answering) if made_from.writes else None)
+    check_enough(found, made_from.name)
+    if say is not None and made_from.writes:
         say(f"{len(found.positive) + len(found.negative)} of {found.asked} answers show the difference")
-    aside = wanted.learn[HELD_OUT // 2 :: HELD_OUT]
-    learned = found.on([one for one in wanted.learn if one not in aside])
+    held_out = found.on(made_from.aside)
+    check_enough(held_out, made_from.name, 1)
+    learned = found.on({one.question for one in (*found.positive, *found.negative)} - made_from.aside)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of doses: strengths are what is tried here
         ranked = candidates(
-            lm, wanted, learned, found.on(aside), distill=distill, seed=seed, progress=at(learning), say=say
+            lm,
+            made_from.name,
+            learned,
+            held_out,
+            trained=made_from.trained,
+            positions=positions,
+            seed=seed,
+            progress=at(learning),
+            say=say,
         )
         chosen = ranked[0]
-        asked = contrasts(lm, wanted, wanted.test, PROMPTS, tokens, at(testing))
-        verdict, examples = _judged(lm, wanted, chosen.steering, asked, tokens, seed, at(measuring))
+        asked = made_from.test(at(testing) if made_from.writes else None)
+        check_enough(asked, made_from.name, LEAST_TESTED)
+        verdict, examples = judged(lm, made_from, chosen.steering, asked, tokens, seed, at(measuring))
+    card = chosen.steering.card
+    told = {"idea": made_from.name, "source": made_from.source, "chosen": chosen.name, **made_from.options}
     card = replace(
-        chosen.steering.card,
-        options={**chosen.steering.card.options, "idea": wanted.name, "source": wanted.source, "chosen": chosen.name},
-        measured={**chosen.steering.card.measured, **verdict.as_measured()},
+        card,
+        data=made_from.data or card.data,
+        options={**card.options, **told},
+        measured={**card.measured, **verdict.as_measured()},
     )
     steering = Steering(chosen.steering.edits, card)
-    return Made(wanted, steering, verdict, chosen.name, tuple(ranked), tuple(examples))
-
-
-def _judged(
-    lm: LM,
-    idea: Idea,
-    steering: Steering,
-    asked: Contrasts,
-    tokens: int,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Verdict, list[Example]]:
-    check_enough(asked, idea, LEAST_TESTED)
-    total = RANDOM + 3
-    done = 0
-
-    def step() -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, total)
-
-    base, told = effect(lm, None, asked), prompted(lm, asked)
-    step()
-    share = share_of(base, effect(lm, steering, asked), told)
-    step()
-    random = []
-    for n in range(RANDOM):
-        random.append(share_of(base, effect(lm, random_like(steering, seed + n), asked), told).estimate)
-        step()
-    heard = hears_system(lm)
-    prompts = [under(idea.positive[n % len(idea.positive)], q, heard) for n, q in enumerate(idea.test)]
-    plain = lm.generate(list(idea.test), max_new_tokens=tokens, batch_size=BATCH)
-    mine = lm.generate(list(idea.test), steering, max_new_tokens=tokens, batch_size=BATCH)
-    theirs = lm.generate(prompts, max_new_tokens=tokens, batch_size=BATCH)
-    step()
-    arms = {"plain": plain, "told": theirs, "mine": mine}
-    loops = {name: _share([_loops(one) for one in answers]) for name, answers in arms.items()}
-    shows = WordCheck(idea.signs)
-    signs = tuple(_share([shows(one.text) for one in answers]) for answers in arms.values()) if idea.signs else ()
-    verdict = Verdict(
-        share.estimate,
-        share.low,
-        share.high,
-        tuple(random),
-        len(asked.questions),
-        loops["mine"],
-        loops["told"],
-        _perplexity(lm, idea.test, mine) / _perplexity(lm, idea.test, theirs),
-        signs,
-    )
-    rows = zip(idea.test, plain, theirs, mine, strict=True)
-    return verdict, [Example(question, *(one.text.strip() for one in texts)) for question, *texts in rows]
-
-
-def _loops(answer: Generation) -> bool:
-    return not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT
-
-
-def _share(values: Sequence[bool]) -> float:
-    return sum(values) / len(values)
-
-
-def _perplexity(lm: LM, questions: Sequence[str], answers: Sequence[Generation]) -> float:
-    """The median perplexity of the answers after the bare questions, unsteered; infinite where all are empty."""
-    texts = [(lm.encode(q), one.token_ids) for q, one in zip(questions, answers, strict=True) if one.token_ids]
-    return median(perplexities(lm, texts)) if texts else math.inf
+    return Made(made_from.name, made_from.source, steering, verdict, chosen.name, tuple(ranked), tuple(examples))

@@ -1,4 +1,4 @@
-"""What a steering is worth: its share of the system prompt's effect, beside random directions, and what it costs."""
+"""What a steering is worth: its effect, beside that of random directions, and what it costs."""
 
 from __future__ import annotations
 
@@ -10,89 +10,119 @@ from typing import Any
 LEAST_SHARE = 0.1
 """Less of the system prompt's effect than this isn't worth a file."""
 MORE_LOOPS = 0.15
-"""A steering under which so many more answers go in circles than under the system prompt breaks the model."""
+"""A steering under which so many more answers go in circles than without it breaks the model."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     """What was measured on questions that nothing was learned from or chosen by.
 
+    The effect is that on the lead, in nats a token, of the wanted answers over the unwanted ones. Where a system prompt
+    brings the wanted ones about, it is given as a share of that prompt's own effect, and costs are compared with the
+    prompt's answers. Data of one's own may have no such prompt; then it is given in nats a token, and costs are
+    compared with the unsteered answers.
+
     Args:
-        share: The part of the system prompt's effect that it has: of the lead, in nats a token, of the wanted answers
-            over the unwanted ones.
+        effect: How much it does, as a share of the system prompt's effect, or in nats a token.
         low, high: The 95 % interval of that (bootstrap over questions).
         random: The same for random directions of the same length.
         questions: How many were asked.
-        loops: The share of its answers that go in circles; `loops_prompted` that under the system prompt.
-        perplexity: The median of its answers under the unsteered model, over that of the system prompt's answers.
+        loops: The share of its answers that go in circles; `loops_before` that of the answers it is compared with.
+        perplexity: The median of its answers under the unsteered model, over that of the answers it is compared with.
         signs: The share of answers with one of the idea's words: unsteered, under the system prompt, steered. Empty
             where the idea has no such words.
+        likelier: Without a system prompt: by how much likelier it makes the wanted answers themselves, in nats a token.
+            `None` with one.
     """
 
-    share: float
+    effect: float
     low: float
     high: float
     random: tuple[float, ...]
     questions: int
     loops: float
-    loops_prompted: float
+    loops_before: float
     perplexity: float
     signs: tuple[float, ...] = ()
+    likelier: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The part of the system prompt's effect that it has; `None` where there is no such prompt."""
+        return self.effect if self.likelier is None else None
 
     @property
     def holds(self) -> bool:
         """Whether it does what was wanted, beyond doubt and beyond any other direction, and leaves the text whole."""
-        return (
-            self.low > max(0.0, *self.random)
-            and self.share >= LEAST_SHARE
-            and self.loops <= self.loops_prompted + MORE_LOOPS
-        )
+        return not self.why_not
 
     @property
     def why_not(self) -> str:
         """What speaks against it; empty if it holds."""
         if self.low <= max(0.0, *self.random):
             return "its effect can't be told from none, or from that of a random direction"
-        if self.share < LEAST_SHARE:
+        if self.share is not None and self.share < LEAST_SHARE:
             return f"it has less than {LEAST_SHARE:.0%} of the system prompt's effect"
-        if self.loops > self.loops_prompted + MORE_LOOPS:
-            return (
-                f"{self.loops:.0%} of its answers go in circles, and {self.loops_prompted:.0%} under the system prompt"
-            )
+        if self.likelier is not None and self.likelier <= 0:
+            return "it makes the unwanted answers unlikelier, and the wanted ones no likelier"
+        if self.loops > self.loops_before + MORE_LOOPS:
+            return f"{self.loops:.0%} of its answers go in circles, and {self.loops_before:.0%} {self._before}"
         return ""
 
     def lines(self) -> list[str]:
         """The verdict in words."""
         yes = "it holds" if self.holds else f"none: {self.why_not}"
+        whose = "the unsteered answers" if self.share is None else "the system prompt's answers"
         said = [
             f"verdict: {yes}",
-            f"effect: {self.share:.0%} of the system prompt's [{self.low:.0%}, {self.high:.0%}], on {self.questions}"
-            f" questions it hasn't seen; random directions {_range(self.random)}",
-            f"cost: {self.loops:.0%} of answers go in circles (under the system prompt {self.loops_prompted:.0%});"
-            f" perplexity {self.perplexity:.2f} times that of the system prompt's answers",
+            f"effect: {self._effect}, on {self.questions} questions it hasn't seen; random directions {self._others}",
+            f"cost: {self.loops:.0%} of answers go in circles ({self._before} {self.loops_before:.0%});"
+            f" perplexity {self.perplexity:.2f} times that of {whose}",
         ]
+        if self.likelier is not None:
+            said.insert(2, "no system prompt stands behind these pairs, so what share of its effect it has isn't known")
         if self.signs:
-            plain, told, mine = self.signs
-            said.append(
-                f"its words stand in {mine:.0%} of answers (under the system prompt {told:.0%}, unsteered {plain:.0%})"
-            )
+            plain, *told, mine = self.signs
+            prompted = f"under the system prompt {told[0]:.0%}, " if told else ""
+            said.append(f"its words stand in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
         return said
 
     def as_measured(self) -> dict[str, Any]:
         """For the card."""
+        if self.likelier is None:
+            found = {"share_of_prompt": round(self.effect, 4)}
+        else:
+            found = {"gain": round(self.effect, 4), "likelier": round(self.likelier, 4)}
         return {
-            "share_of_prompt": round(self.share, 4),
+            **found,
             "interval": [round(self.low, 4), round(self.high, 4)],
             "random": [round(one, 4) for one in self.random],
             "questions": self.questions,
             "loops": round(self.loops, 4),
-            "loops_prompted": round(self.loops_prompted, 4),
+            f"loops_{'unsteered' if self.share is None else 'prompted'}": round(self.loops_before, 4),
             "perplexity_ratio": round(self.perplexity, 4) if isfinite(self.perplexity) else None,
             **({"signs": [round(one, 4) for one in self.signs]} if self.signs else {}),
             "holds": self.holds,
         }
 
+    @property
+    def _before(self) -> str:
+        return "unsteered" if self.share is None else "under the system prompt"
 
-def _range(values: Sequence[float]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.0%}" if round(low, 2) == round(high, 2) else f"{low:.0%} to {high:.0%}"
+    @property
+    def _effect(self) -> str:
+        if self.likelier is None:
+            return f"{self.effect:.0%} of the system prompt's [{self.low:.0%}, {self.high:.0%}]"
+        return (
+            f"the wanted answers gain {self.effect:.2f} nats a token on the others [{self.low:.2f}, {self.high:.2f}],"
+            f" and are {abs(self.likelier):.2f} {'likelier' if self.likelier > 0 else 'unlikelier'} themselves"
+        )
+
+    @property
+    def _others(self) -> str:
+        return _range(self.random, "%" if self.share is not None else "f")
+
+
+def _range(values: Sequence[float], kind: str) -> str:
+    low, high = (f"{value:.0%}" if kind == "%" else f"{value:.2f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"

@@ -4,12 +4,15 @@ ICLR 2025, arXiv 2409.05907, section 3.
     if f(h_c(prompt)) > theta:        c, theta and f's direction learned from prompts that should open it, and others
         h_l[t] <- h_l[t] + strength * v[l]        every token, at the behaviour's layers
     v[l] = first principal component of contrasting answers, each less its pair's mean
+
+Both are learned and used at blocks' outputs here. The released code (github.com/IBM/activation-steering) learns them at
+the output of block l, and checks and adds them at its *input*, one block earlier; `at="input"` does that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-
+At = Literal["output", "input"]
+AT = ("output", "input")
 ENOUGH = 3
 """So many layers below the behaviour are enough to choose the condition's from. The first one alone tells less: on
 SmolLM2-135M-Instruct a condition on harmful requests opens for 22 of 100 safe ones there, and for 13 at the best."""
@@ -55,14 +59,17 @@ def learn_condition(
     positions: Positions | None = None,
     choice: Choice = "f1",
     false_alarms: float | None = None,
+    at: At = "output",
     progress: Progress | None = None,
 ) -> Condition:
     """A gate that opens for prompts like `when` and stays shut for those like `unless`.
 
     Half of the prompts give the direction at each layer (default: the first half of the blocks), the other half its
     threshold and the choice of the layer: the best by `choice`, then by the area under its curve. The direction is the
-    mean difference; for the sign-blind measures `ratio` and `cast` it is, as in the paper, the first principal
-    component of both sides about their midpoint. `false_alarms` bounds the share of `unless` that opens the gate.
+    mean difference; for the sign-blind measures `ratio` and `cast` it is the first principal component of both sides
+    about their midpoint (the released code's default pairs the prompts, and takes each pair's own midpoint).
+    `false_alarms` bounds the share of `unless` that opens the gate. With `at="input"` the gate, its threshold and the
+    choice of the layer are about the input of the block at whose output the direction was learned, as released.
 
     `positions` are all tokens of the prompt unless told otherwise, `measure` and `pool` those of a `Threshold`. A
     signed measure of tokens scaled to length 1 is the default, since the paper's (`cast` of `mean`) can't tell a
@@ -77,12 +84,14 @@ def learn_condition(
     fit_on, held_on = in_two(when, "prompts on which to act")
     fit_off, held_off = in_two(unless, "prompts on which not to")
     chosen = check_layers(lm, range((lm.layout.layers + 1) // 2) if layers is None else layers, 0.5)
-    readings = [Reading(Site(layer), positions or Positions.all(), pool) for layer in chosen]
-    on, off = read_pooled(lm, fit_on, readings, progress=progress), read_pooled(lm, fit_off, readings)
+    kind = _kind(at)
+    readings = [Reading(Site(layer, kind), positions or Positions.all(), pool) for layer in chosen]
+    learned = [replace(reading, site=Site(reading.site.layer)) for reading in readings]
+    on, off = read_pooled(lm, fit_on, learned, progress=progress), read_pooled(lm, fit_off, learned)
     test_on, test_off = read_pooled(lm, held_on, readings), read_pooled(lm, held_off, readings)
     found = []
-    for reading in readings:
-        direction = _condition(on[reading], off[reading], measure, reading.site.layer).float()
+    for reading, source in zip(readings, learned, strict=True):
+        direction = _condition(on[source], off[source], measure, reading.site.layer).float()
         probe = Threshold(reading.site, direction, 0.0, measure, positions=reading.positions, pool=pool)
         scores = [[probe.value(x) for x in side[reading]] for side in (test_on, test_off)]
         # the sign-blind measures don't say which side is the larger
@@ -116,6 +125,7 @@ def learn_cast(
     pool: str = "unit-mean",
     choice: Choice = "f1",
     condition_layer: int | None = None,
+    at: At = "output",
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
@@ -126,7 +136,8 @@ def learn_cast(
     strengths are in units of the residual stream). The condition is `learn_condition`'s, by default at a layer below
     all of the behaviour's, so that the pass that generates decides it on its way; where there are fewer than three
     such layers, in the first half of the blocks. For several conditions learn them apart, and put them together:
-    `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`.
+    `behaviour.when(a.gate | b.gate)`, `behaviour.when(a.gate & ~b.gate)`. `at="input"` checks and adds one block
+    earlier than it learns, as the released code does.
 
     Raises `TrimtabError` as `learn_condition` does, and for pairs of other shapes.
     """
@@ -134,13 +145,14 @@ def learn_cast(
     if not when or not unless:
         raise TrimtabError("CAST needs prompts on which to act (when) and others (unless)")
     edits, norms = learn_behaviour(
-        lm, pairs, layers, coefficient=coefficient, behaviour=behaviour, positions=positions, progress=progress
+        lm, pairs, layers, coefficient=coefficient, behaviour=behaviour, at=at, positions=positions, progress=progress
     )
     chosen = [edit.site.layer for edit in edits]
     below = range(min(chosen)) if min(chosen) >= ENOUGH else None
     where = below if condition_layer is None else condition_layer
-    condition = learn_condition(lm, when, unless, where, measure=measure, pool=pool, choice=choice)
+    condition = learn_condition(lm, when, unless, where, measure=measure, pool=pool, choice=choice, at=at)
     options = {"layers": chosen, "coefficient": coefficient, "behaviour": behaviour, "measure": measure, "pool": pool}
+    options |= {} if at == "output" else {"at": at}
     prompts = {"when": len(when), "unless": len(unless)}
     measured = {"pairs": len(pairs), **prompts, "activation_norm": norms, "condition": condition.measured}
     data = digest_of(pairs=[digest(pairs)], when=list(when), unless=list(unless))
@@ -155,6 +167,7 @@ def learn_behaviour(
     *,
     coefficient: float = 0.2,
     behaviour: Literal["pca", "mean"] = "pca",
+    at: At = "output",
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> tuple[tuple[Edit, ...], dict[str, float]]:
@@ -179,8 +192,15 @@ def learn_behaviour(
             raise TrimtabError(f"layer {site.layer}: {error}") from None
         norm = float(torch.cat([x for pair in found[site] for x in pair]).norm(dim=-1).median())
         norms[str(site.layer)] = round(norm, 6)
-        edits.append(Edit(site, Add(v.float()), positions or Positions.all(), coefficient * norm))
+        where = Site(site.layer, _kind(at))
+        edits.append(Edit(where, Add(v.float()), positions or Positions.all(), coefficient * norm))
     return tuple(edits), norms
+
+
+def _kind(at: str) -> str:
+    if at not in AT:
+        raise TrimtabError(f"a condition and a behaviour act at a block's {' or '.join(AT)}, got {at!r}")
+    return "residual" if at == "output" else "block_input"
 
 
 def _condition(on: Tensor, off: Tensor, measure: str, layer: int) -> Tensor:

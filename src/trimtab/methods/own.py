@@ -129,6 +129,13 @@ OWN = (
             ),
             Option("choice", "str", "f1", "Which threshold is best.", choices=("f1", "youden")),
             Option("condition_layer", "int", None, "Where the condition reads (default: best below the behaviour)."),
+            Option(
+                "at",
+                "str",
+                "output",
+                "Check and add at the blocks' output, where both are learned, or (code: input) at their input.",
+                choices=("output", "input"),
+            ),
         ),
     ),
     Recipe(
@@ -351,12 +358,16 @@ OWN = (
         data="pairs of a right and a wrong answer, hundreds of them",
         reads="the answer's letter, or the last token of a text, at heads, neurons or the MLP's output",
         acts="scales the most telling heads or elements, at the last prompt token",
-        sites="heads, neurons or mlp",
+        sites="heads, neurons, act_fn or mlp",
         cost="nothing after the prompt; one multiplication a layer and token where it acts on generated tokens",
         function="trimtab.methods.sadi:learn_sadi",
         options=(
             Option(
-                "site", "str", "heads", "Whole heads, neurons, or the MLP's output.", ("heads", "neurons", "hidden")
+                "site",
+                "str",
+                "heads",
+                "Whole heads, neurons (code: act_fn), or the MLP's output.",
+                ("heads", "neurons", "act_fn", "hidden"),
             ),
             Option("k", "int", None, "How many, over all layers. Without it: 8 heads, 100 neurons, 10 elements."),
             Option("delta", "float", 1.0, "By how much of themselves they grow."),

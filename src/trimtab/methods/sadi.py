@@ -2,12 +2,14 @@
 arXiv 2410.12299.
 
     s = mean over pairs of (x[positive] - x[negative])     at the last token, for every element of every layer
-    M = 1 on the K elements (or whole heads) of the highest score, over all layers together
+    M = 1 on the K elements (or whole heads) of the highest score of s, over all layers together
     x <- x + delta * (x * M)                               at the last prompt token
 
-What is added depends on the input: it is the activation's own elements that grow. The released code multiplies by
-`delta + 1`; it also overwrites the site in all layers with what a clean pass had there, so that no layer sees what
-was done before it. Here the layers see it.
+What is added depends on the input: it is the activation's own elements that grow. The score is s's size here (of a
+head, the norm of its part of s). The released code (github.com/weixuan-wang123/SADI) does four things otherwise, each
+an option: it ranks by s with its sign (`score="signed"`); takes neurons where the activation function puts them out,
+before the product with the other half (`site="act_fn"`); overwrites the site in all layers with what a clean pass had
+there, so that no layer sees what was done before it (`mode="frozen"`); and multiplies by a strength, `delta + 1`.
 """
 
 from __future__ import annotations
@@ -31,14 +33,14 @@ from trimtab.text.pairs import Pair, Pairs, digest
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-
-KINDS = {"heads": "heads", "neurons": "neurons", "hidden": "mlp"}
-USUAL = {"heads": 8, "neurons": 100, "hidden": 10}
+KINDS = {"heads": "heads", "neurons": "neurons", "act_fn": "act_fn", "hidden": "mlp"}
+USUAL = {"heads": 8, "neurons": 100, "act_fn": 100, "hidden": 10}
 """The paper has no default, but takes each task's best: of 1 to 10 heads, 3 to 500 neurons, 1 to 20 elements."""
 
 Score = Literal["norm", "signed", "absolute"]
 """What a head is chosen by: the norm of its mean difference; its mean over the head's elements, as the released code
-has it, where elements of opposite signs cancel; or that mean's size. Of one element norm and absolute are the same."""
+has it, where elements of opposite signs cancel; or that mean's size. Of one element norm and absolute are the same: its
+size, whatever its sign, where the released code takes those that grow most."""
 
 
 def learn_sadi(
@@ -61,7 +63,12 @@ def learn_sadi(
     is added under the mask, which is the paper's fixed vector to compare with; `delta` is then its multiple.
 
     `mode="frozen"` is the released code's: at the last prompt token, every one of the `layers` has what an unsteered
-    pass had there, scaled under the mask. It is there to compare with; for one layer it is the same.
+    pass had there, scaled under the mask. It is there to compare with; for one layer it is the same. With `neurons` the
+    whole product is held then; with `act_fn`, as released, the activation function's output alone, and the product's
+    other half still reacts to what was done below. Live, scaling a neuron at the one is scaling it at the other, but
+    each ranks by its own differences.
+
+    The released code's is `site="heads"`, `"act_fn"` or `"hidden"`, `score="signed"`, `mode="frozen"`.
 
     Raises `TrimtabError` for no pairs, an unknown site, score, operation or mode, a K beyond what there is, and a
     frozen mode that is to add or to act at other positions.

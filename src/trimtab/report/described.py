@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,7 +54,21 @@ def _tuning(value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    """A value of a card in few words: whole numbers in a row as `0-29`, many numbers by layer from the least to the
+    greatest."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        first = value[0] if value else None
+        if len(value) > 2 and isinstance(first, int) and list(value) == list(range(first, first + len(value))):
+            return f"{first}-{value[-1]}"
+        return ", ".join(map(_value, value))
+    if isinstance(value, Mapping):
+        numbers = [one for one in value.values() if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        if len(numbers) == len(value) > 4:
+            return f"{min(numbers):.3g} to {max(numbers):.3g} (of {len(numbers)})"
+        return ", ".join(f"{name}: {_value(one)}" for name, one in value.items())
+    return str(value)
 
 
 def edit_columns(steering: Steering, found: Sequence[Push]) -> tuple[str, dict[str, list[str]]]:

@@ -1,4 +1,4 @@
-"""What notebooks show of a steering, a card and an answer: HTML that stands in a page of somebody else's.
+"""What notebooks show of a steering, a card, an answer and a sweep: HTML that stands in a page of somebody else's.
 
 Everything is in it: no scripts, nothing is fetched, all text is escaped, and colours suit light and dark pages alike.
 """
@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from trimtab.tune.sweep import Sweep, SweepRow
 
 BAR = "rgba(51,101,138,.75)"
-BAR_WIDTH = 180
+BAR_WIDTH = 120
 """Pixels of the longest bar."""
-CELL = "text-align: {side}; padding: .1rem .8rem .1rem 0; white-space: nowrap"
+CELL = "text-align: {side}; padding: .1rem .8rem .1rem 0; vertical-align: top; white-space: {wraps}"
+LONG = 30
+"""Words of more characters than this are wrapped."""
+TABLE = '<div style="overflow-x: auto"><table style="margin: 0 0 .5em">'
+"""At the left, as text is, where notebooks would have it in the middle; what is too wide scrolls by itself."""
 SHADES = {
     "steered": "rgba(60,160,70,.3)",
     "weakened": "rgba(225,185,30,.35)",
@@ -62,12 +66,12 @@ def card_html(card: Card) -> str:
     """The card as a table, then those of its parts."""
     rows = [("method", origin(card)), *card_rows(card)]
     body = "".join(
-        f'<tr><th style="{CELL.format(side="left")}; vertical-align: top; font-weight: normal; opacity: .65">'
-        f'{escape(name)}</th><td style="text-align: left">{escape(value)}</td></tr>'
+        f'<tr><th style="{_cell("left")}; font-weight: normal; opacity: .65">{escape(name)}</th>'
+        f'<td style="{_cell("left", wraps=len(value) > LONG)}; overflow-wrap: anywhere">{escape(value)}</td></tr>'
         for name, value in rows
     )
     parts = "".join(f"<p>part {number}</p>{card_html(part)}" for number, part in enumerate(card.parts, 1))
-    return f"<table>{body}</table>{parts}"
+    return f"{TABLE}{body}</table></div>{parts}"
 
 
 def generation_html(answer: Generation) -> str:
@@ -81,8 +85,16 @@ def generation_html(answer: Generation) -> str:
     end = "cut off by the token limit" if answer.finish_reason == "length" else "ended by itself"
     facts = [f"{len(answer.token_ids)} tokens, {end}", _steered(answer), *([key] if key else [])]
     return (
-        f'<div style="white-space: pre-wrap; text-align: left">{text}</div>'
+        f'<div style="white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; line-height: 1.6">{text}</div>'
         f'<p style="opacity: .65; text-align: left">{escape("; ".join(facts))}</p>{_doses(answer)}'
+    )
+
+
+def stream_html(text: str, state: str) -> str:
+    """As much of an answer as there is, and whether more will come."""
+    return (
+        f'<div style="white-space: pre-wrap; overflow-wrap: anywhere; text-align: left">{escape(text)}</div>'
+        f'<p style="opacity: .65; text-align: left">{escape(state)}</p>'
     )
 
 
@@ -102,6 +114,8 @@ def sweep_html(sweep: Sweep) -> str:
     }
     if not checked:
         del columns["passed"], columns[" "]
+    if not any(columns["breaks"]):
+        del columns["breaks"]
     strong = None
     if checked:
         try:
@@ -122,10 +136,15 @@ def table(
     columns: dict[str, list[str]], *, words: Sequence[str] = (), raw: Sequence[str] = (), strong: int | None = None
 ) -> str:
     """An HTML table of columns by name, those of `words` flush left. `raw` columns are HTML; row `strong` is bold."""
-    sides = {name: "left" if name in words or name in raw else "right" for name in columns}
+    styles = {
+        name: _cell(
+            "left" if name in words or name in raw else "right",
+            wraps=name in words and max(map(len, cells), default=0) > LONG,
+        )
+        for name, cells in columns.items()
+    }
     head = "".join(
-        f'<th style="{CELL.format(side=sides[name])}; font-weight: normal; opacity: .65">{escape(name)}</th>'
-        for name in columns
+        f'<th style="{style}; font-weight: normal; opacity: .65">{escape(name)}</th>' for name, style in styles.items()
     )
     rows = []
     for number, cells in enumerate(zip(*columns.values(), strict=True)):
@@ -133,17 +152,21 @@ def table(
         rows.append(
             "<tr>"
             + "".join(
-                f'<td style="{CELL.format(side=sides[name])}{weight}">{cell if name in raw else escape(cell)}</td>'
-                for name, cell in zip(columns, cells, strict=True)
+                f'<td style="{style}{weight}">{cell if name in raw else escape(cell)}</td>'
+                for (name, style), cell in zip(styles.items(), cells, strict=True)
             )
             + "</tr>"
         )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    return f"{TABLE}<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def _cell(side: str, *, wraps: bool = False) -> str:
+    return CELL.format(side=side, wraps=f"normal; min-width: {LONG / 2:g}em" if wraps else "nowrap")
 
 
 def _bar(value: float, longest: float) -> str:
     width = round(BAR_WIDTH * value / longest) if longest > 0 else 0
-    return f'<div style="width: {width}px; height: .7em; background: {BAR}"></div>'
+    return f'<div style="width: {width}px; height: .7em; margin-top: .25em; background: {BAR}"></div>'
 
 
 def _steered(answer: Generation) -> str:
@@ -163,7 +186,7 @@ def _doses(answer: Generation) -> str:
         "site": [f"{dose.kind}[{dose.layer}]" for dose in doses],
         "dose": [f"{dose.ratio:.3g}" for dose in doses],
         " ": [_bar(dose.ratio, longest) for dose in doses],
-        "steered tokens": [str(dose.tokens) for dose in doses],
+        "tokens": [str(dose.tokens) for dose in doses],
     }
     return table(columns, words=("site",), raw=(" ",))
 

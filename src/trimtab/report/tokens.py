@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trimtab.steering import Steering
 
 BLUE, RED = (47, 103, 160), (184, 62, 48)  # along the direction, and against it: as the pictures' colour map has them
+DEEPEST = 0.6
+"""How much of the colour a page's shade has at most, so that dark text and light text can be read on it."""
 PER_LINE = 36
 """Tokens in a line of the picture."""
 
@@ -139,7 +141,8 @@ def coloured_page_part(found: Sequence[TokenCosines], full: float) -> str:
         spans = cosine_spans(one, full)
         parts.append(
             f'<p style="margin: .8em 0 0; opacity: .65">layer {one.layer}</p>'
-            f'<div style="white-space: pre-wrap; text-align: left; line-height: 1.7">{spans}</div>'
+            '<div style="white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; line-height: 1.7">'
+            f"{spans}</div>"
         )
     return "".join(parts)
 
@@ -253,4 +256,4 @@ def _mixed(cosine: float, full: float) -> tuple[int, int, int]:
 def _shade(cosine: float, full: float) -> str:
     """The same for a page, whatever its background."""
     red, green, blue = BLUE if cosine > 0 else RED
-    return f"rgba({red},{green},{blue},{0.85 * _share(cosine, full):.2f})"
+    return f"rgba({red},{green},{blue},{DEEPEST * _share(cosine, full):.2f})"

@@ -275,7 +275,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         @app.post(
             "/v1/steerings/make",
             tags=["steerings"],
-            summary="Make one from a sentence, and say what it is worth",
+            summary="Make one from a sentence, a persona or pairs, and say what it is worth",
             response_model=MadeTold,
             status_code=201,
             responses={

@@ -85,8 +85,8 @@ def _told(service: Service, key: Key, name: str, finished: Finished) -> MadeTold
     return MadeTold(
         name=name,
         added=loaded is not None,
-        idea=made.idea.name,
-        source=made.idea.source,
+        idea=made.idea,
+        source=made.source,
         chosen=made.name,
         verdict=VerdictTold(**made.verdict.as_measured(), why_not=made.verdict.why_not, lines=made.verdict.lines()),
         examples=[ExampleTold(**vars(one)) for one in finished.examples],

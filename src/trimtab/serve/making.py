@@ -7,9 +7,11 @@ import threading
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
-from trimtab.making import Idea, Made, idea_from_contrast, idea_from_sentence, make
-from trimtab.making.make import STAGES, TOKENS, Example
+from trimtab.making import Idea, Made, idea_from_contrast, idea_from_sentence, make, make_from_pairs
+from trimtab.making.judged import Example
+from trimtab.making.make import STAGES, TOKENS
 from trimtab.serve.adding import added, check_may_add
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key
@@ -17,6 +19,7 @@ from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Draining
 from trimtab.serve.schema import MakeRequest
 from trimtab.serve.service import Service
+from trimtab.text.pairs import Pair, pairs_from_rows
 
 SHOWN = 4
 AGAIN = 60
@@ -46,21 +49,25 @@ class Finished:
     examples: tuple[Example, ...]
 
 
-def idea_of(asked: MakeRequest) -> Idea:
-    """What is wanted, with as many questions as are to be asked.
+def wish_of(asked: MakeRequest) -> Idea | list[Pair]:
+    """What is wanted: an idea with as many questions as are to be asked, or pairs.
 
     Raises:
-        Refusal: Neither a sentence nor a persona, or both.
-        TrimtabError: A text without a word, or `like` and `unlike` the same.
+        Refusal: Neither a sentence nor a persona nor pairs, or two of them.
+        TrimtabError: A text without a word, `like` and `unlike` the same, or pairs that can't be read.
     """
-    if (asked.idea is None) == (asked.like is None):
+    if sum(one is not None for one in (asked.idea, asked.like, asked.pairs)) != 1:
         raise Refusal(
             400,
-            'say what is wanted: idea, such as "be blunt, not flattering", or like, such as "a pirate"',
+            'say what is wanted: idea, such as "be blunt, not flattering", or like, such as "a pirate", or pairs',
             param="idea",
         )
     if asked.unlike is not None and asked.like is None:
         raise Refusal(400, 'unlike goes with like; in an idea the opposite stands after "not"', param="unlike")
+    if asked.pairs is not None:
+        if "questions" in asked.model_fields_set:
+            raise Refusal(400, "pairs bring their own questions; leave questions out", param="questions")
+        return pairs_from_rows(asked.model_dump()["pairs"])
     wanted = (
         idea_from_sentence(asked.idea) if asked.idea is not None else idea_from_contrast(asked.like or "", asked.unlike)
     )
@@ -86,7 +93,7 @@ async def making(
         TrimtabError: The model's answers for and against the idea hardly differ.
     """
     check_may_add(service, key, asked.name)
-    wanted, tokens = idea_of(asked), _tokens(service, asked)
+    wanted, tokens = wish_of(asked), _tokens(service, asked)
     if not service.making.acquire(blocking=False):
         raise Refusal(429, "another steering is being made; ask again when it is done", retry=AGAIN)
     loop = asyncio.get_running_loop()
@@ -106,14 +113,15 @@ async def making(
             loop.call_soon_threadsafe(queue.put_nowait, step)
 
     def job() -> Made:
-        return make(
-            service.lm,
-            wanted,
-            tokens=tokens,
-            distill=asked.distill,
-            stage=lambda what, done, total: tell(Step(what, STAGES.index(what) + 1, done, total, last.said)),
-            say=lambda words: tell(replace(last, said=words)),
-        )
+        how: dict[str, Any] = {
+            "tokens": tokens,
+            "distill": asked.distill,
+            "stage": lambda what, done, total: tell(Step(what, STAGES.index(what) + 1, done, total, last.said)),
+            "say": lambda words: tell(replace(last, said=words)),
+        }
+        if isinstance(wanted, Idea):
+            return make(service.lm, wanted, **how)
+        return make_from_pairs(service.lm, wanted, name=asked.name, **how)
 
     try:
         future = service.scheduler.run(job)
@@ -162,6 +170,11 @@ def _may_show(service: Service, key: Key) -> bool:
 
 
 def _write_down(service: Service, who: dict[str, str], asked: MakeRequest, made: Made | None, outcome: str) -> None:
-    found = {} if made is None else {"holds": made.verdict.holds, "share_of_prompt": made.verdict.share}
+    found = {}
+    if made is not None:
+        what = "gain" if made.verdict.share is None else "share_of_prompt"
+        found = {"holds": made.verdict.holds, what: made.verdict.effect}
     idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(asked, key)) is not None}
+    if asked.pairs is not None:
+        idea["pairs"] = len(asked.pairs)
     service.audit.write({"event": "made", **who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)

@@ -424,7 +424,7 @@ class LearnRequest(In):
 class MakeRequest(In):
     """`POST /v1/steerings/make`: make one from an idea and say what it is worth, as `trimtab make` does.
 
-    Either `idea`, or `like` with or without `unlike`.
+    Either `idea`, or `like` with or without `unlike`, or `pairs`.
     """
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
@@ -445,8 +445,14 @@ class MakeRequest(In):
         max_length=200,
         description="And one that it is to be unlike; without it an ordinary assistant.",
     )
+    pairs: list[dict[str, PairText | Annotated[list[PairMessage], Field(max_length=64)]]] | None = Field(
+        None,
+        min_length=16,
+        max_length=512,
+        description="Or pairs of yours, as POST /v1/steerings takes them: some to learn from, others for the verdict.",
+    )
     questions: int = Field(
-        40, ge=16, le=40, description="How many are asked: half to learn from, half for the verdict."
+        40, ge=16, le=40, description="How many are asked: half to learn from, half for the verdict. Not with pairs."
     )
     tokens: int | None = Field(
         None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
@@ -459,12 +465,19 @@ class MakeRequest(In):
 class VerdictTold(_Out):
     """What it is worth, on questions that it wasn't learned from; `trimtab make` explains each figure."""
 
-    share_of_prompt: float = Field(description="The part of the system prompt's effect that it has without it.")
-    interval: list[float] = Field(description="The 95 % interval of that.", examples=[[0.4, 0.7]])
+    share_of_prompt: float | None = Field(
+        None,
+        description="The part of the system prompt's effect that it has without it. `null` where none stands behind the"
+        " pairs; then `gain` says it in nats a token.",
+    )
+    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats a token.")
+    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats a token.")
+    interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
     random: list[float] = Field(description="The same of random directions.")
     questions: int
     loops: float = Field(description="The share of answers that go in circles.")
-    loops_prompted: float
+    loops_prompted: float | None = Field(None, description="The same under the system prompt.")
+    loops_unsteered: float | None = Field(None, description="The same without steering, where there is no such prompt.")
     perplexity_ratio: float | None
     signs: list[float] | None = Field(
         None, description="The share of answers with the idea's words: unsteered, under the system prompt, steered."
@@ -475,11 +488,11 @@ class VerdictTold(_Out):
 
 
 class ExampleTold(_Out):
-    """A question, and three answers to it."""
+    """A question, and three answers to it; `prompted` is `null` where there is no system prompt."""
 
     question: str
     unsteered: str
-    prompted: str
+    prompted: str | None
     steered: str
 
 

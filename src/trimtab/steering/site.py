@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "scores")
+KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "scores")
 
 
 @dataclass(frozen=True, order=True)
@@ -16,8 +16,9 @@ class Site:
     `"block_input"` the stream that enters the block. `"attention"` and `"mlp"` are what these two parts of the block
     put out, before any norm that a family has behind them. `"heads"` are the outputs of the attention heads side by
     side, `[query heads * head size]`, before the projection that mixes them; `"neurons"` are the MLP's inner
-    activations before its last projection (where it is gated: after the gate). `"scores"` are the scores of the
-    block's attention, before the softmax.
+    activations before its last projection (where it is gated: after the gate), and `"act_fn"` what its activation
+    function puts out (where it is gated: before the product with the other half; else the same). `"scores"` are the
+    scores of the block's attention, before the softmax.
     """
 
     layer: int

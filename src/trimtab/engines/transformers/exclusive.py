@@ -21,6 +21,7 @@ class _Turn:
 
     lock: Any = field(default_factory=threading.RLock)
     steered: bool = False
+    thread: int | None = None  # which one steers
 
 
 _turns: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
@@ -51,12 +52,68 @@ def steering(decoder: nn.Module) -> Iterator[None]:
     with turn.lock:
         if turn.steered:
             raise TrimtabError("this model is being steered already; leave lm.steered(…) first, or add the steerings")
-        turn.steered = True
+        turn.steered, turn.thread = True, threading.get_ident()
         try:
             with _eager():
                 yield
         finally:
-            turn.steered = False
+            turn.steered, turn.thread = False, None
+
+
+def steered_here(decoder: nn.Module) -> bool:
+    """Whether this thread is steering the decoder, through whatever `LM`, so that what it reads is steered."""
+    turn = _turn(decoder)
+    return turn.steered and turn.thread == threading.get_ident()
+
+
+class Generating:
+    """Which thread generates inside one `lm.steered(…)`: one at a time, and none any more when it ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: int | None = None
+        self._depth = 0
+        self._left = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """While open, this thread generates.
+
+        Raises:
+            TrimtabError: Another thread does, whose steps couldn't be told from this one's; or, in the end, the
+                context was left meanwhile, so that the end of the text isn't steered.
+        """
+        with self._lock:
+            if self._depth and self._thread != threading.get_ident():
+                raise TrimtabError(
+                    "another thread is generating inside this lm.steered(…) already, and its steps can't be told from"
+                    " this one's; generate in one thread, or with lm.generate(…), which takes turns"
+                )
+            self._thread = threading.get_ident()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+            if self._left:  # whatever else went wrong then, went wrong because of it
+                raise TrimtabError(
+                    "lm.steered(…) was left while this text was being generated, so its end isn't steered and it is"
+                    " thrown away; join the thread that generates before the context ends"
+                )
+
+    @contextmanager
+    def until_left(self) -> Iterator[None]:
+        """The context that they generate in. Raises `TrimtabError` when it ends while one still does."""
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._left, still = True, self._depth > 0
+        if still:
+            raise TrimtabError(
+                "lm.steered(…) ends while a thread is still generating in it; join the thread inside the context"
+            )
 
 
 @contextmanager

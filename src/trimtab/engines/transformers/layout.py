@@ -53,6 +53,16 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     )
 
 
+def check_in_memory(model: Any) -> None:
+    """Raises `UnsupportedError` for a model that accelerate keeps elsewhere and fetches part by part."""
+    embeddings = model.get_input_embeddings()
+    if any(parameter.is_meta for parameter in embeddings.parameters()):
+        raise UnsupportedError(
+            f"the embeddings of this {type(model).__name__} aren't in memory (offloaded to disk or another device), and"
+            " trimtab reads them; load it with a device_map that keeps them there, or without offloading"
+        )
+
+
 def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
     try:
         found = model.get_submodule(path)

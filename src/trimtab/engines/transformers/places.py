@@ -18,6 +18,8 @@ MIXERS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out")
 """What families call the MLP's last projection."""
+ACTS = ("act_fn", "act", "activation_fn")
+"""What families call the MLP's activation function."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def place(layout: Layout, site: Site) -> Place:
         parts = [part for name, part in block.named_children() if name in MLPS]
         down = _one(parts[0] if len(parts) == 1 else block, DOWNS, layout, site)
         return Place(down, "input", _inputs(down))
+    if site.kind == "act_fn":
+        return _act_fn(layout, block, site)
     raise UnsupportedError(f"the transformers engine has no activations at {site}")
 
 
@@ -126,6 +130,16 @@ def _one(parent: nn.Module, names: tuple[str, ...], layout: Layout, site: Site) 
     if len(found) != 1 or _outputs(found[0]) != layout.width:
         raise _missing(parent, layout, site)
     return found[0]
+
+
+def _act_fn(layout: Layout, block: nn.Module, site: Site) -> Place:
+    """The activation function beside the MLP's last projection, whose inputs are made of what it puts out."""
+    neurons = place(layout, Site(site.layer, "neurons"))
+    parent = next(part for part in block.modules() if any(child is neurons.module for child in part.children()))
+    functions = [child for name, child in parent.named_children() if name in ACTS]
+    if len(functions) != 1:
+        raise _missing(parent, layout, site)
+    return Place(functions[0], "output", neurons.size)
 
 
 def _inputs(projection: Any) -> int:

@@ -261,11 +261,11 @@ class BatchSampler:
         """`[rows, vocabulary]`: which tokens have come before, where that is penalized."""
         if self._seen is None:
             size = logits.shape[-1]
-            self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
+            seen = self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
             for i, (row, prompt, answer) in enumerate(zip(self.rows, self.prompts, self.answers, strict=True)):
                 if row.settings.repetition_penalty != 1:
                     ids = [token for token in {*prompt, *answer} if token < size]
-                    self._seen[i, torch.tensor(ids, dtype=torch.long, device=self.device)] = True
+                    seen[i, torch.tensor(ids, dtype=torch.long, device=self.device)] = True
         return self._seen
 
 

@@ -11,6 +11,8 @@ from trimtab.steering.gates import AllOf, AnyOf, Gate, Not, Threshold
 from trimtab.steering.operations import add
 
 INSTEAD = "the transformers engine can (leave out engine=)"
+INSIDE = ("neurons", "act_fn", "heads", "mlp", "attention")
+"""Sites inside of a block."""
 
 
 def check_supported(steering: Steering, *, layers: int, width: int, static: bool = False) -> None:
@@ -24,7 +26,7 @@ def check_supported(steering: Steering, *, layers: int, width: int, static: bool
             raise UnsupportedError(
                 f"the vllm engine's attention kernels don't give out scores, to steer them; {INSTEAD}"
             )
-        if isinstance(operation, MaskNeurons) or edit.site.kind in ("neurons", "heads", "mlp", "attention"):
+        if isinstance(operation, MaskNeurons) or edit.site.kind in INSIDE:
             raise UnsupportedError(
                 f"the vllm engine steers the residual stream, and {edit.site} is inside a block; {INSTEAD}"
             )

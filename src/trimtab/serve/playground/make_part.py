@@ -1,4 +1,4 @@
-"""The upper part of the Learn tab: a sentence, a name, and how far its steering has come."""
+"""The upper part of the Learn tab: a sentence or a persona, a name, and how far its steering has come."""
 
 from __future__ import annotations
 
@@ -26,11 +26,28 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     sentence = gr.Textbox(
         label="A sentence",
         info="What is wanted, and if you like its opposite after 'not'",
-        placeholder="talk like a pirate; or: be blunt, not flattering",
+        placeholder="be blunt, not flattering",
         max_lines=4,
         max_length=500,
         elem_id="tt-sentence",
     )
+    with gr.Row():
+        like = gr.Textbox(
+            label="Or like whom",
+            info="A persona instead of a sentence",
+            placeholder="a tired poet",
+            max_length=200,
+            min_width=180,
+            elem_id="tt-like",
+        )
+        unlike = gr.Textbox(
+            label="And unlike whom",
+            info="May be empty: an ordinary assistant",
+            placeholder="an office clerk",
+            max_length=200,
+            min_width=180,
+            elem_id="tt-unlike",
+        )
     with gr.Row():
         name = gr.Textbox(label="Name of the steering", placeholder="pirate", min_width=140, elem_id="tt-make-name")
         keep = gr.Checkbox(label="Add it even if the verdict is none", min_width=160, elem_id="tt-make-keep")
@@ -38,10 +55,12 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
     trouble = gr.HTML(elem_classes="tt-say")
     result = gr.HTML(elem_id="tt-made", elem_classes="tt-say")
 
-    async def create(secret: str, wanted: str, called: str, anyway: bool) -> AsyncIterator[list[Any]]:
+    async def create(
+        secret: str, wanted: str, who: str, other: str, called: str, anyway: bool
+    ) -> AsyncIterator[list[Any]]:
         try:
             mine = caller(service, secret)
-            asked = making_of(called or "", wanted or "", keep=bool(anyway))
+            asked = making_of(called or "", wanted or "", who or "", other or "", keep=bool(anyway))
             async with aclosing(make(service, mine, asked)) as steps:
                 async for step in steps:
                     if isinstance(step, Finished):
@@ -53,5 +72,5 @@ def make_from_sentence(service: Service, key: Any, learned: Any) -> None:
             yield ["", show.error(in_words(error)), gr.skip()]
 
     quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    for event in (go.click, sentence.submit, name.submit):
-        event(create, [key, sentence, name, keep], [result, trouble, learned], **quick)
+    for event in (go.click, sentence.submit, like.submit, unlike.submit, name.submit):
+        event(create, [key, sentence, like, unlike, name, keep], [result, trouble, learned], **quick)

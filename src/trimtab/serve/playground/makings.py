@@ -21,13 +21,19 @@ HIDDEN = "Answers aren't shown here: this server's policy would steer, cap or re
 NEXT = "Try clearer words, or name an opposite after 'not'. Or tick the box to add it even so, and look at it."
 
 
-def making_of(name: str, sentence: str, *, keep: bool) -> MakeRequest:
+def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -> MakeRequest:
     """The API's request. Raises `TrimtabError` for what is missing, and pydantic's `ValidationError`."""
-    if not sentence.strip():
+    said = {"idea": sentence.strip(), "like": like.strip(), "unlike": unlike.strip()}
+    if said["idea"] and (said["like"] or said["unlike"]):
+        raise TrimtabError("give a sentence, or a persona and its opposite, not both")
+    if said["unlike"] and not said["like"]:
+        raise TrimtabError("say as well whom the model is to be like, such as: a pirate")
+    if not said["idea"] and not said["like"]:
         raise TrimtabError("say in a sentence what is wanted, such as: be blunt, not flattering")
     if not name.strip():
         raise TrimtabError("give the steering a name, such as blunt")
-    return MakeRequest.model_validate({"name": name.strip(), "idea": sentence.strip(), "keep": keep})
+    given = {key: value for key, value in said.items() if value}
+    return MakeRequest.model_validate({"name": name.strip(), **given, "keep": keep})
 
 
 def make(service: Service, key: Key, asked: MakeRequest) -> AsyncGenerator[Step | Finished, None]:

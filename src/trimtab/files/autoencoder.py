@@ -1,0 +1,257 @@
+"""Features of a sparse autoencoder, added or clamped: SAELens' folders, and Gemma Scope's `params.npz`.
+
+    f_i = relu(w_i . (x - b_dec) + b_i)            w_i a column of W_enc; with JumpReLU 0 unless above theta_i
+    add:    x <- x + value_i d_i                     d_i a row of W_dec
+    clamp:  x <- x + (value_i - f_i) d_i             all f_i read before any is changed
+
+A clamp is a `ReadWrite`. A JumpReLU's step is a ramp there, over the first `RAMP` of the threshold above it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.foreign import Found, check_vector, steering_of
+from trimtab.files.named_layout import block_named
+from trimtab.files.torch_file import DAMAGE
+from trimtab.steering import Add, Card, Edit, Operation, Positions, ReadWrite, Steering
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+LARGEST = 1 << 33  # bytes of an archive's arrays, unpacked
+RAMP = 1e-3
+HOW = ("add", "clamp")
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """What a file says of an autoencoder; weights are read row by row.
+
+    `layer` is the block at whose output it reads (-1: the embeddings), `rows(name, i)` the numbers of feature i in the
+    tensor of that name, and `problem` why its features can't be read, so that they can only be added.
+    """
+
+    rows: Callable[[str, int], Tensor]
+    width: int
+    features: int
+    names: frozenset[str]
+    layer: int | None
+    about: Mapping[str, Any]
+    subtracts: bool
+    centred: bool
+    problem: str | None
+
+
+def load_features(
+    path: str | Path,
+    features: Mapping[int, float],
+    *,
+    how: Literal["add", "clamp"] = "add",
+    layer: int | None = None,
+    positions: Positions | None = None,
+) -> Steering:
+    """A steering by features of a sparse autoencoder that was trained on the residual stream.
+
+    Args:
+        path: A folder as SAELens saves it (`cfg.json`, `sae_weights.safetensors`), or Gemma Scope's `params.npz`.
+        features: Each feature's number, and its value: how many of its decoder vectors are added, or which activation
+            it is set to. Both are in the units of the feature's activations, of which Neuronpedia shows the largest.
+        how: `"add"`, or `"clamp"`: whatever the feature's activation is, it becomes the value.
+        layer: At the output of which block, where the file doesn't say (`params.npz` doesn't).
+        positions: At which tokens; all, unless told otherwise.
+
+    Returns:
+        The steering: an `Add` a feature, or one `ReadWrite` for all.
+
+    Raises:
+        TrimtabError: There is no such file or feature, or it is damaged, or its place isn't known.
+        UnsupportedError: It was trained elsewhere than on the residual stream, or its features can't be read one by one
+            (top-k, gated, activations that are scaled first), so that they can't be clamped.
+    """
+    path = Path(path)
+    if how not in HOW:
+        raise TrimtabError(f"features are used by {' or '.join(HOW)}, got {how!r}")
+    if not features:
+        raise TrimtabError("no feature was named; say {number: value}, on the command line --feature NUMBER:VALUE")
+    for value in features.values():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise TrimtabError(f"a feature's value is a finite number, got {value!r}")
+    try:
+        found = _folder(path) if path.is_dir() else _archive(path)
+        steering = _steering(found, features, how, layer, positions)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{path}: {error}") from None
+    except TrimtabError as error:
+        raise TrimtabError(f"{path}: {error}") from None
+    return steering
+
+
+def _steering(
+    found: Autoencoder, features: Mapping[int, float], how: str, layer: int | None, positions: Positions | None
+) -> Steering:
+    for number in features:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < found.features:
+            raise TrimtabError(f"there is no feature {number}; they count from 0 to {found.features - 1}")
+    if layer is not None and found.layer not in (None, layer):
+        raise TrimtabError(f"it says itself that it reads the output of block {found.layer}; leave layer {layer} out")
+    at = found.layer if layer is None else layer
+    if at is None:
+        raise TrimtabError("it doesn't say which block's output it reads; say --layer N (layer=N)")
+    decoder = {i: check_vector(found.rows("W_dec", i), f"W_dec[{i}]") for i in features}
+    operations: list[tuple[int, Operation]]
+    if how == "add":
+        operations = [(at, Add(vector)) for vector in decoder.values()]
+    else:
+        if found.problem is not None:
+            raise UnsupportedError(f"{found.problem}; add its features (--as add, how='add')")
+        operations = [(at, _clamp(found, features, decoder))]
+    about = {**found.about, "features": {str(i): value for i, value in features.items()}, "how": how}
+    made = steering_of(Found("sparse autoencoder", tuple(operations), about), positions=positions)
+    strengths: Sequence[float] = list(features.values()) if how == "add" else [1.0]
+    edits = [Edit(e.site, e.operation, e.positions, s) for e, s in zip(made.edits, strengths, strict=True)]
+    return Steering(tuple(edits), Card("features", options=made.card.options))
+
+
+def _clamp(found: Autoencoder, features: Mapping[int, float], decoder: Mapping[int, Tensor]) -> ReadWrite:
+    """`x + sum of (value - f) d`: a row that reads nothing for the values, and one or two a feature for `f`."""
+    b_dec = found.rows("b_dec", -1).double() if found.subtracts else None
+    constant = sum((value * decoder[i].double() for i, value in features.items()), torch.zeros(found.width).double())
+    read, bias, write, high = [torch.zeros(found.width).double()], [1.0], [constant], [math.inf]
+    for i in features:
+        w = check_vector(found.rows("W_enc", i), f"W_enc[:, {i}]").double()
+        b = float(found.rows("b_enc", i)) if "b_enc" in found.names else 0.0
+        if b_dec is not None:
+            b -= float(b_dec @ w)
+        if found.centred:  # it reads x less the mean of x's numbers
+            w = w - w.mean()
+        theta = max(0.0, float(found.rows("threshold", i))) if "threshold" in found.names else 0.0
+        d = decoder[i].double()
+        read, bias, write, high = [*read, w], [*bias, b - theta], [*write, -d], [*high, math.inf]
+        if theta > 0:
+            steep = 1 / (RAMP * theta)
+            read, bias, write, high = (
+                [*read, w * steep],
+                [*bias, (b - theta) * steep],
+                [*write, -theta * d],
+                [*high, 1.0],
+            )
+    return ReadWrite(
+        torch.stack(read).float(),
+        torch.stack(write).float(),
+        torch.tensor(bias, dtype=torch.float64).float(),
+        low=0.0,
+        high=torch.tensor(high),
+    )
+
+
+def _folder(path: Path) -> Autoencoder:
+    """SAELens': a configuration, whose keys moved into `metadata` with version 6, and weights in the clear."""
+    try:
+        config = json.loads((path / CONFIG).read_bytes())
+    except OSError as error:
+        raise TrimtabError(f"it has no {CONFIG}, as SAELens' folders have ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise TrimtabError(f"its {CONFIG} is no valid JSON") from None
+    if not isinstance(config, dict):
+        raise TrimtabError(f"its {CONFIG} is no dictionary")
+    said = {**config, **(config["metadata"] if isinstance(config.get("metadata"), dict) else {})}
+    weights = path / WEIGHTS
+    try:
+        with safe_open(weights, framework="pt") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise TrimtabError(f"its {WEIGHTS} can't be read: {error}") from None
+
+    def rows(name: str, i: int) -> Tensor:
+        with safe_open(weights, framework="pt") as file:
+            part = file.get_slice(name)
+            return part[:] if i < 0 else part[:, i] if name == "W_enc" else part[i]
+
+    kwargs = said.get("model_from_pretrained_kwargs")
+    known = ("model_name", "hook_name", "architecture", "sae_lens_version", "neuronpedia_id")
+    return Autoencoder(
+        rows,
+        *_sizes(shapes),
+        frozenset(shapes),
+        _layer(said.get("hook_name", said.get("hook_point"))),
+        {key: said[key] for key in known if isinstance(said.get(key), str)},
+        subtracts=bool(said.get("apply_b_dec_to_input", True)),
+        centred=isinstance(kwargs, dict) and kwargs.get("center_writing_weights") is True,
+        problem=_problem(said, shapes),
+    )
+
+
+def _layer(hook: Any) -> int | None:
+    if not isinstance(hook, str):
+        return None
+    try:
+        layer = block_named(hook)
+    except TrimtabError as error:
+        raise UnsupportedError(str(error)) from None
+    if layer is None:
+        raise UnsupportedError(f"it was trained at {hook[:80]!r}, which is no block's output")
+    return layer
+
+
+def _problem(said: Mapping[str, Any], shapes: Mapping[str, Any]) -> str | None:
+    """Why a feature's activation can't be read by itself, or isn't what these formulas say."""
+    kind = said.get("architecture", "standard")
+    activation = said.get("activation_fn", said.get("activation_fn_str", "relu"))
+    if kind not in ("standard", "jumprelu") or activation != "relu":
+        what = kind if kind not in ("standard", "jumprelu") else activation
+        return f"its features ({str(what)[:40]}) depend on each other, so that one can't be clamped by itself"
+    if kind == "jumprelu" and "threshold" not in shapes:
+        return "it has no thresholds, which JumpReLU needs"
+    if said.get("normalize_activations", "none") not in ("none", None, False):
+        return f"it scales activations before it reads them ({str(said['normalize_activations'])[:40]})"
+    if said.get("finetuning_scaling_factor"):
+        return "it has a factor from finetuning for each feature"
+    return None
+
+
+def _sizes(shapes: Mapping[str, Sequence[int]]) -> tuple[int, int]:
+    """Its width and its number of features."""
+    decoder, encoder = shapes.get("W_dec"), shapes.get("W_enc")
+    if decoder is None or encoder is None or len(decoder) != 2 or list(encoder) != list(decoder)[::-1]:
+        held = ", ".join(f"{name[:40]} {list(shape)}" for name, shape in list(shapes.items())[:6])
+        raise TrimtabError(f"it has no W_enc [width, features] and W_dec [features, width]; it has {held}")
+    return decoder[1], decoder[0]
+
+
+def _archive(path: Path) -> Autoencoder:
+    """Gemma Scope's: JumpReLU, of activations as they are, and no word of where."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(info.file_size for info in archive.infolist()) > LARGEST:
+                raise TrimtabError("its arrays are larger than an autoencoder's")
+        with np.load(path, allow_pickle=False) as arrays:
+            held = {name: torch.from_numpy(np.array(arrays[name])) for name in arrays.files}
+    except TrimtabError:
+        raise
+    except (*DAMAGE, TypeError) as error:
+        raise TrimtabError(
+            f"it is neither a folder of SAELens' nor Gemma Scope's params.npz: {str(error)[:200]}"
+        ) from None
+    sizes = _sizes({name: list(value.shape) for name, value in held.items()})
+    missing = None if "threshold" in held else "it has no thresholds, which Gemma Scope's have"
+    return Autoencoder(
+        lambda name, i: held[name] if i < 0 else held[name][:, i] if name == "W_enc" else held[name][i],
+        *sizes,
+        frozenset(held),
+        None,
+        {},
+        subtracts=False,
+        centred=False,
+        problem=missing,
+    )

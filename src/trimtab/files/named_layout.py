@@ -1,0 +1,137 @@
+"""Tensors with names, as dicts in `.pt` files, `.npz` files, safetensors files and JSON have them.
+
+The names are those of layers (`14`, `layer_14`, `model.layers.14`, `blocks.14.hook_resid_post`, `direction.14`), of the
+parts of one vector (`{vector, layer}`), or anything else; then the caller picks one by its name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.files.foreign import Found, additions, check_vector, layer_number
+from trimtab.files.tensor_layout import FEATURES, NEW, Wanted, convert_with, tensor_layout
+
+HOOK = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(\d+)(?:\.(hook_\w+))?")
+PLAIN = re.compile(r"(?:layer[_.-]?|direction\.|L)?(\d+)")
+BEFORE = {None: 0, "hook_resid_post": 0, "hook_resid_pre": -1}
+"""TransformerLens' hook points at the residual stream, and how far from it the block is at whose output that is."""
+VECTOR = ("vector", "direction", "steering_vector")
+LAYER = ("layer", "layer_idx", "layer_index")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A file's tensors, by name: their shapes, how one is read, and what else the file says of itself."""
+
+    shapes: Mapping[str, Sequence[int]]
+    get: Callable[[str], Tensor]
+    about: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "tensor"
+
+
+def of_dict(tensors: Mapping[Any, Tensor], about: Mapping[str, Any] | None = None, kind: str = "tensor") -> Named:
+    """Of tensors that are in memory. Raises `TrimtabError` where two keys are one as texts."""
+    named = {str(key): value for key, value in tensors.items()}
+    if len(named) < len(tensors):
+        raise TrimtabError("two of its keys are the same but for their type")
+    return Named({name: list(value.shape) for name, value in named.items()}, named.__getitem__, about or {}, kind)
+
+
+def block_named(name: str) -> int | None:
+    """The block at whose output a name says that a vector acts (-1: the embeddings); `None` where it says nothing.
+
+    Raises `TrimtabError` for a hook point of a block that isn't in the residual stream.
+    """
+    if match := HOOK.fullmatch(name):
+        if match[2] not in BEFORE:
+            raise TrimtabError(
+                f"{name!r} is no place in the residual stream; {', '.join(filter(None, BEFORE))} can be read"
+            )
+        return layer_number(match[1], f"{name!r}") + BEFORE[match[2]]
+    match = PLAIN.fullmatch(name)
+    return layer_number(match[1], f"{name!r}") if match else None
+
+
+def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
+    """The directions of a file of named tensors. Raises `TrimtabError` where the names don't tell what they are."""
+    names = list(file.shapes)
+    if not names:
+        raise TrimtabError("it holds no directions")
+    if vectors := [name for name in names if name in VECTOR]:
+        others = [name for name in names if name not in vectors and name not in LAYER]
+        if len(vectors) == 1 and not others:
+            return _vector_and_layer(file, vectors[0], path, wanted)
+    if {"W_enc", "W_dec"} <= set(names):
+        raise TrimtabError(FEATURES.format(path=quote(str(path)), new=NEW))
+    blocks = {name: block_named(name) for name in names}
+    if all(block is not None for block in blocks.values()):
+        return _layers(file, {name: block for name, block in blocks.items() if block is not None}, wanted)
+    if isinstance(wanted.row, str) and wanted.row in file.shapes:
+        found = tensor_layout(file.get(wanted.row), path, replace(wanted, row=None), file.kind)
+        return replace(found, about={**_plain(file.about), **found.about, "row": wanted.row})
+    if len(names) == 1:
+        found = tensor_layout(file.get(names[0]), path, wanted, file.kind)
+        return replace(found, about={**_plain(file.about), **found.about})
+    shown = [f"{name[:60]} {list(file.shapes[name])}" for name in names[:4]]
+    held = ", ".join(shown) + (f", … {len(names) - 4} more" if len(names) > 4 else "")
+    if wanted.row is not None:
+        raise TrimtabError(f"it has no tensor {str(wanted.row)[:60]!r}; its tensors are {held}")
+    raise TrimtabError(
+        f"it is no steering of trimtab's; its tensors are {held}, and these are no names of layers (14, layer_14,"
+        " model.layers.14, direction.14). For one of them:"
+        f" {convert_with(path, '--row NAME --layer N', 'row=NAME, layer=N')}"
+    )
+
+
+def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Found:
+    """`{vector, layer}`; without a layer, a bare tensor. What the caller says goes before what the file says."""
+    said: Any = None
+    for key in LAYER:
+        if key in file.shapes:
+            value = file.get(key)
+            number = float(value.reshape(-1)[0]) if value.numel() == 1 else math.nan
+            if not number.is_integer():
+                raise TrimtabError(f"its {key} is no whole number")
+            said = int(number)
+        elif key in file.about:
+            said = file.about[key]
+    if said is not None and wanted.layer is None:
+        wanted = replace(wanted, layer=layer_number(said, "it"))
+    found = tensor_layout(file.get(name), path, wanted, file.kind)
+    about = {key: value for key, value in _plain(file.about).items() if key not in LAYER}
+    return replace(found, about={**about, **found.about})
+
+
+def _layers(file: Named, blocks: Mapping[str, int], wanted: Wanted) -> Found:
+    replace(wanted, row=None).not_needed()
+    if wanted.row is not None and not all(len(file.shapes[name]) == 2 for name in blocks):
+        wanted.no_row()
+    if len(set(blocks.values())) < len(blocks):
+        raise TrimtabError(f"two of its tensors are for one block: {', '.join(sorted(blocks)[:6])}")
+    directions = {}
+    for name, block in blocks.items():
+        value = file.get(name)
+        rows = value.shape[0] if value.dim() == 2 else 1
+        if wanted.row is not None:
+            if isinstance(wanted.row, str) or not 0 <= wanted.row < rows:
+                raise TrimtabError(f"{name!r} has rows 0 to {rows - 1}, and no row {wanted.row!r}")
+            value = value[wanted.row]
+        elif rows > 1:
+            raise TrimtabError(f"{name!r} has {rows} rows; say --row R (row=R) to trimtab convert for one of them")
+        directions[block] = check_vector(value, repr(name))
+    about = _plain(file.about) | ({} if wanted.row is None else {"row": wanted.row})
+    return Found(f"{file.kind}s by layer", additions(directions), about)
+
+
+def _plain(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card keeps."""
+    return {str(key): value for key, value in about.items() if isinstance(value, (str, int, float, bool))}

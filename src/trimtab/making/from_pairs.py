@@ -1,0 +1,237 @@
+"""Pairs of one's own, as what a steering is made from: which are learned from, which test it, and by what.
+
+A side is an answer after a prompt. What the two prompts of a pair have in common, it is steered after; what only the
+positive one has (a system prompt of its own, an instruction) is what the steering is measured by. Pairs of prompts have
+no answers: the model writes them, each under its own side's prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from trimtab.data import queries
+from trimtab.engines.transformers.read import check_length
+from trimtab.errors import TrimtabError
+from trimtab.learn.activations import naming
+from trimtab.making.candidates import RATE, STEPS, distilling, first_layer
+from trimtab.making.contrasts import Answer, Ask, Contrasts, Progress, written
+from trimtab.making.material import Heard, Material, Say, Trained
+from trimtab.methods.bipo import learn_bipo
+from trimtab.steering import Positions, Steering
+from trimtab.text.answers import ask_side, encode_prompt, encode_sides
+from trimtab.text.letters import letter_of
+from trimtab.text.pairs import Pair, Side, Words, as_prompt, digest, sides
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.text.chat import Prompt
+
+LEAST_PROMPTS = 16
+"""Fewer different prompts can't be learned from, chosen by and tested on, all three."""
+HELD_OUT, MOST_HELD_OUT, MOST_TESTED, MOST_HEARD = 4, 40, 100, 20
+"""One in four prompts to learn from chooses instead, up to 40. Of many prompts, 100 test, and 20 are answered at the
+end; all others are learned from."""
+PREFERRED_STRENGTHS = (1.0, 1.5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pair as it is used: what its prompt is called, both sides' prompts, and what they have in common."""
+
+    pair: Pair
+    question: str
+    positive: Side
+    negative: Side
+    bare: Side
+
+    @property
+    def told(self) -> bool:
+        """Whether the positive side's prompt says more than what the sides have in common."""
+        return (self.positive.prompt, self.positive.system) != (self.bare.prompt, self.bare.system)
+
+
+def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *, trains: bool) -> Material:
+    """Pairs, as what a steering is made from.
+
+    Args:
+        lm: The model.
+        pairs: The pairs, all of one shape.
+        name: What it is called.
+        tokens: The most tokens of an answer that the model writes.
+        trains: Whether a vector is trained, too.
+
+    Raises:
+        TrimtabError: Too few different prompts, or a pair that can't be used, which is named.
+    """
+    cases = [_case(pair, number) for number, pair in enumerate(pairs, 1)]
+    questions = list(dict.fromkeys(case.question for case in cases))
+    if len(questions) < LEAST_PROMPTS:
+        what = "pairs" if cases and not cases[0].positive.prompt else "pairs with different prompts"
+        raise TrimtabError(
+            f"{name}: {len(questions)} {what}, and {LEAST_PROMPTS} are needed to learn from some and test on others;"
+            " `trimtab learn caa` learns from fewer, and tests nothing"
+        )
+    test = spread_over(questions[1::2], MOST_TESTED)
+    learn = [question for question in questions if question not in set(test)]
+    aside = spread_over(learn[HELD_OUT // 2 :: HELD_OUT], MOST_HELD_OUT)
+    shape, told = pairs[0].shape, all(case.told for case in cases)
+    writes = shape == "prompts"
+    read = partial(_written, lm, cases, tokens) if writes else partial(_given, lm, cases)
+    return Material(
+        name=name,
+        source=f"{len(pairs)} pairs",
+        learn=partial(read, frozenset(learn)),
+        test=partial(read, frozenset(test)),
+        aside=frozenset(aside),
+        writes=writes,
+        told=told,
+        trained=_trained(lm, cases, name, told) if trains else None,
+        heard=_heard(cases, spread_over(test, MOST_HEARD), shape),
+        options={"shape": shape},
+        data=digest(pairs),
+    )
+
+
+def spread_over(texts: Sequence[str], most: int) -> list[str]:
+    """At most so many of them, evenly spread."""
+    count = min(len(texts), most)
+    return [texts[i * len(texts) // count] for i in range(count)]
+
+
+# ---- what a pair says --------------------------------------------------------------------------------------
+
+
+def _case(pair: Pair, number: int) -> Case:
+    positive, negative = (_with_system_apart(side) for side in sides(pair))
+    if pair.shape != "prompts" and positive.answer.strip() == negative.answer.strip():
+        raise TrimtabError(
+            f"pair {number}: both sides have the same answer, so nothing tells the wanted one from the other; give"
+            " pairs of prompts (prompt, prompt_without_instruction), which the model answers itself"
+        )
+    common = positive.system if positive.system == negative.system else None
+    bare = negative if positive.prompt != negative.prompt else replace(negative, system=common)
+    return Case(pair, _named(bare.prompt) or f"pair {number}", positive, negative, replace(bare, answer=""))
+
+
+def _with_system_apart(side: Side) -> Side:
+    """The side with a system message of its prompt as its system prompt."""
+    if isinstance(side.prompt, str) or len(side.prompt) < 2 or side.prompt[0][0] != "system":
+        return side
+    return replace(side, prompt=side.prompt[1:], system=side.prompt[0][1])
+
+
+def _named(prompt: Words) -> str:
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return prompt[0][1] if len(prompt) == 1 else "\n".join(f"{role}: {content}" for role, content in prompt)
+
+
+def _prompt(side: Side) -> Prompt:
+    """The side's prompt under its system prompt, as `lm.generate` takes it."""
+    if side.system is None:
+        return as_prompt(side.prompt)
+    talk = (("user", side.prompt),) if isinstance(side.prompt, str) else side.prompt
+    return as_prompt((("system", side.system), *talk))
+
+
+# ---- answers that are there, and answers that are written --------------------------------------------------
+
+
+def _given(lm: LM, cases: Sequence[Case], questions: frozenset[str], progress: Progress | None) -> Contrasts:
+    """The pairs' own answers."""
+    positive, negative = [], []
+    for number, case in enumerate(cases, 1):
+        if case.question in questions:
+            with naming(f"pair {number}"):
+                mine, other = _encoded(lm, case)
+                positive.append(mine)
+                negative.append(other)
+    return Contrasts(tuple(positive), tuple(negative), 2 * len(positive))
+
+
+def _encoded(lm: LM, case: Case) -> tuple[Answer, Answer]:
+    """Both answers as token ids; an answer that is a letter ends with it, and a bare text begins with its first token,
+    after which the rest is the answer."""
+    pair, both = case.pair, (case.positive, case.negative)
+    if pair.shape == "letters":
+        letters = [letter_of(side.answer) for side in both]
+        asked = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
+        prompts = [one.prompt for one in asked]
+        answers = [(*one.opening, one.letters[letter]) for one, letter in zip(asked, letters, strict=True)]
+        bare = ask_side(lm.tokenizer, case.bare, letters).prompt
+    else:
+        encoded = encode_sides(lm.tokenizer, pair)
+        starts = [one.start or 1 for one in encoded]
+        prompts = [one.ids[:start] for one, start in zip(encoded, starts, strict=True)]
+        answers = [one.ids[start:] for one, start in zip(encoded, starts, strict=True)]
+        bare = tuple(encode_prompt(lm.tokenizer, case.bare)) if pair.shape == "answers" else ()
+    if not all(answers):
+        raise TrimtabError("a text of a single token has nothing to be told apart by; write more")
+    for prompt, ids in zip(prompts, answers, strict=True):
+        check_length(lm.layout, max(len(prompt), len(bare)) + len(ids), "a prompt with its answer")
+    others = (prompts[1], prompts[0])
+    mine, other = (
+        Answer(case.question, tuple(own), tuple(not_own), tuple(bare or own), tuple(ids), side.answer)
+        for own, not_own, ids, side in zip(prompts, others, answers, both, strict=True)
+    )
+    return mine, other
+
+
+def _written(
+    lm: LM, cases: Sequence[Case], tokens: int, questions: frozenset[str], progress: Progress | None
+) -> Contrasts:
+    """The model's own answers to both prompts of each pair."""
+    rows = []
+    for case in cases:
+        if case.question in questions:
+            mine, other, bare = (_prompt(side) for side in (case.positive, case.negative, case.bare))
+            rows += [Ask(True, case.question, mine, other, bare), Ask(False, case.question, other, mine, bare)]
+    return written(lm, rows, tokens, progress)
+
+
+# ---- what is trained, and what is heard --------------------------------------------------------------------
+
+
+def _trained(lm: LM, cases: Sequence[Case], name: str, told: bool) -> Trained | None:
+    """Distilling, where a prompt brings the wanted answers about; else by preference, but for bare texts."""
+    if told:
+        return distilling(lm, name)
+    if cases[0].pair.shape == "texts":
+        return None
+    return Trained("by preference", partial(_preferred, lm, _by_question(cases)), PREFERRED_STRENGTHS)
+
+
+def _preferred(
+    lm: LM,
+    pairs: Mapping[str, Sequence[Pair]],
+    learned: Contrasts,
+    positions: Positions,
+    seed: int,
+    _say: Say | None,
+    progress: Progress | None,
+) -> Steering:
+    """A vector at every block that prefers the wanted answers (BiPO, `learn_bipo`)."""
+    some = [replace(pair, shape="answers") for question in learned.questions for pair in pairs[question]]
+    layers = range(first_layer(positions), lm.layout.layers)
+    return learn_bipo(lm, some, layers, steps=STEPS, rate=RATE, seed=seed, progress=progress).at(positions)
+
+
+def _by_question(cases: Sequence[Case]) -> dict[str, list[Pair]]:
+    found: dict[str, list[Pair]] = {}
+    for case in cases:
+        found.setdefault(case.question, []).append(case.pair)
+    return found
+
+
+def _heard(cases: Sequence[Case], questions: Sequence[str], shape: str) -> tuple[Heard, ...]:
+    """The pairs' own prompts; where a pair has none, or one that a letter answers, general questions."""
+    if shape in ("texts", "letters"):
+        return tuple(Heard(one, one) for one in spread_over(queries("test"), MOST_HEARD))
+    first = {case.question: case for case in reversed(cases)}
+    return tuple(
+        Heard(one, _prompt(first[one].bare), _prompt(first[one].positive) if first[one].told else None)
+        for one in questions
+    )

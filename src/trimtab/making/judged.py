@@ -1,0 +1,129 @@
+"""The verdict on a steering, by answers to questions that nothing was learned from or chosen by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+from trimtab.data import WordCheck
+from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.fluency import perplexities
+from trimtab.making.contrasts import BATCH, Contrasts
+from trimtab.making.effect import Effect, effect, gain_of, prompted, share_of
+from trimtab.making.material import Heard, Material
+from trimtab.making.verdict import Verdict
+from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
+
+if TYPE_CHECKING:
+    from trimtab.engines.transformers.generate import Generation
+    from trimtab.evaluate.intervals import Interval
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+
+RANDOM = 3
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of the test questions, and what the model says to it; `prompted` is `None` where there is no such prompt."""
+
+    question: str
+    unsteered: str
+    prompted: str | None
+    steered: str
+
+
+def judged(
+    lm: LM,
+    made_from: Material,
+    steering: Steering,
+    asked: Contrasts,
+    tokens: int,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Verdict, list[Example]]:
+    """What a steering is worth, and what it says.
+
+    Args:
+        lm: The model.
+        made_from: What it was made from, which says whether there is a prompt to measure it by, and what is answered.
+        steering: The steering.
+        asked: Answers for and against, to questions of the test.
+        tokens: The most tokens of an answer.
+        seed: Of the random directions, and of the bootstrap.
+        progress: Told how far it is.
+
+    Raises:
+        TrimtabError: As `share_of` does.
+    """
+    total, done = RANDOM + 3, 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    base = effect(lm, None, asked)
+    told = prompted(lm, asked) if made_from.told else None
+    step()
+
+    def worth(found: Effect) -> Interval:
+        return gain_of(base.leads, found.leads) if told is None else share_of(base, found, told)
+
+    mine = effect(lm, steering, asked)
+    found = worth(mine)
+    step()
+    random = []
+    for n in range(RANDOM):
+        random.append(worth(effect(lm, random_like(steering, seed + n), asked)).estimate)
+        step()
+    arms = _answers(lm, made_from.heard, steering, tokens)
+    step()
+    before = "told" if "told" in arms else "plain"
+    loops = {name: _share([_loops(one) for one in answers]) for name, answers in arms.items()}
+    shows = WordCheck(made_from.signs)
+    verdict = Verdict(
+        found.estimate,
+        found.low,
+        found.high,
+        tuple(random),
+        len(asked.questions),
+        loops["steered"],
+        loops[before],
+        _perplexity(lm, made_from.heard, arms["steered"]) / _perplexity(lm, made_from.heard, arms[before]),
+        tuple(_share([shows(one.text) for one in answers]) for answers in arms.values()) if made_from.signs else (),
+        None if told is not None else gain_of(base.wanted, mine.wanted).estimate,
+    )
+    texts = {name: [one.text.strip() for one in answers] for name, answers in arms.items()}
+    prompted_texts: Sequence[str | None] = texts.get("told", [None] * len(made_from.heard))
+    rows = zip(made_from.heard, texts["plain"], prompted_texts, texts["steered"], strict=True)
+    return verdict, [Example(heard.question, *said) for heard, *said in rows]  # type: ignore[arg-type]
+
+
+def _answers(lm: LM, heard: Sequence[Heard], steering: Steering, tokens: int) -> dict[str, list[Generation]]:
+    """What is said unsteered, under the prompt for what is wanted (if there is one to each question), and steered."""
+    bare = [one.bare for one in heard]
+    told = [one.told for one in heard if one.told is not None]
+    arms = {"plain": lm.generate(bare, max_new_tokens=tokens, batch_size=BATCH)}
+    if len(told) == len(heard):
+        arms["told"] = lm.generate(told, max_new_tokens=tokens, batch_size=BATCH)
+    arms["steered"] = lm.generate(bare, steering, max_new_tokens=tokens, batch_size=BATCH)
+    return arms
+
+
+def _loops(answer: Generation) -> bool:
+    return not answer.text.strip() or repeated_share(answer.text) > REPEATED_LIMIT
+
+
+def _share(values: Sequence[bool]) -> float:
+    return sum(values) / len(values)
+
+
+def _perplexity(lm: LM, heard: Sequence[Heard], answers: Sequence[Generation]) -> float:
+    """The median perplexity of the answers after the bare questions, unsteered; infinite where all are empty."""
+    texts = [(lm.encode(q.bare), one.token_ids) for q, one in zip(heard, answers, strict=True) if one.token_ids]
+    return median(perplexities(lm, texts)) if texts else math.inf
