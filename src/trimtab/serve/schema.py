@@ -390,6 +390,10 @@ class PairMessage(In):
     content: PairText
 
 
+Side = PairText | Annotated[list[PairMessage], Field(max_length=64, fail_fast=True)]
+Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(fail_fast=True)]
+
+
 class LearnRequest(In):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
 
@@ -407,15 +411,7 @@ class LearnRequest(In):
 
     name: str = Field(pattern=NAME)
     method: Literal["caa", "instruct"]
-    pairs: Annotated[
-        list[
-            Annotated[
-                dict[str, PairText | Annotated[list[PairMessage], Field(max_length=64, fail_fast=True)]],
-                Field(max_length=16),
-            ]
-        ],
-        Field(fail_fast=True),
-    ] = Field(min_length=1, max_length=512)
+    pairs: Pairs = Field(min_length=1, max_length=512)
     layers: Annotated[list[Annotated[int, Field(ge=0, lt=10_000)]], Field(fail_fast=True)] | None = Field(
         None, min_length=1, max_length=256
     )
@@ -445,7 +441,7 @@ class MakeRequest(In):
         max_length=200,
         description="And one that it is to be unlike; without it an ordinary assistant.",
     )
-    pairs: list[dict[str, PairText | Annotated[list[PairMessage], Field(max_length=64)]]] | None = Field(
+    pairs: Pairs | None = Field(
         None,
         min_length=16,
         max_length=512,
