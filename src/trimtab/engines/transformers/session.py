@@ -183,7 +183,7 @@ class Session:
         step = self._enter(one, given, one.past == 0 or resumed)
         self._pass = one
         self._called = [0] * len(self._hooked)
-        self._measures = step.passes % STRIDE == 0
+        self._measures = one.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
         if self._measures:
             self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
@@ -387,7 +387,7 @@ class Session:
 
     def _weight(self, step: _Step) -> Tensor | int:
         """How many tokens those of this pass stand for in the doses: one number, or one a row."""
-        return STRIDE if step.passes > STRIDE else 1
+        return STRIDE if step.passes > STRIDE and len(step.states[0]) == 1 else 1
 
     def _complain(self) -> None:
         """A pass has ended in which a site's hook wasn't called once: raise, if anything was to be done there."""
