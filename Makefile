@@ -11,7 +11,7 @@ VLLM_TESTS ?= parts engine learning adapters processes serve
 VLLM_ALL := parts engine learning adapters compiled parallel processes serve ray
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
-  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site clean
+  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site wheel clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
 setup:
@@ -92,6 +92,13 @@ browser:
 # The documentation site, with warnings as errors, into build/site.
 site: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
+# The wheel, built twice: the same bytes, or it fails.
+wheel: setup
+	rm -rf dist build/again
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation -w build/again .
+	cmp dist/*.whl build/again/*.whl
 
 # Renew the locks within pyproject.toml's ranges, and say what moved.
 lock:

@@ -50,6 +50,14 @@ def static(
 
 
 @app.command()
+def joins(rounds: Rounds = 30, json_file: Json = None, check: Check = False, as_markdown: Markdown = False) -> None:
+    """What it costs a running batch of 32 that a steered request joins or leaves."""
+    from benchmarks.joins import run
+
+    finish(run(rounds), json_file, check, as_markdown)
+
+
+@app.command()
 def extract(
     rounds: Rounds = 3,
     pairs: Annotated[int, typer.Option(min=1, help="Contrastive pairs.")] = 300,

@@ -20,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--families", help="run cases of these families of models only, with commas between; cases of none of them stay"
     )
+    parser.addoption("--load-seconds", type=float, default=60, help="how long the long test loads a server")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -67,7 +67,7 @@ class Device:
         return cost(self.lm, self.counts, steering, **options) - self.unsteered
 
 
-def llama() -> LM:
+def llama(dtype: torch.dtype = torch.float32) -> LM:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SIZES, "num_hidden_layers": LAYERS}))
     with torch.no_grad():
@@ -75,10 +75,10 @@ def llama() -> LM:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.25)
     model.generation_config.eos_token_id = None
-    return LM(model.eval(), tokenizer(), name="tiny-llama")
+    return LM(model.eval().to(dtype), tokenizer(), name="tiny-llama")
 
 
-def cost(lm: LM, counts: Counts, steering: Steering | None, prompts: Sequence[str] = PROMPTS, **options: Any) -> Cost:
+def cost(lm: LM, counts: Counts, steering: Any, prompts: Sequence[str] = PROMPTS, **options: Any) -> Cost:
     """What the last `TOKENS` tokens of these answers cost."""
     marks: list[tuple[int, int, int]] = []
 
@@ -148,6 +148,22 @@ def test_launches_a_layer(device: Device, name: str) -> None:
     a_layer = max(0, extra.launches - DOSES) / LAYERS / TOKENS
     assert a_layer <= ceiling, f"{extra.launches} launches"
     assert a_layer > ceiling - 0.25, "it has become cheaper: lower the ceiling"
+    assert (extra.waits, extra.copies) == (0, 0)
+
+
+IN_BFLOAT16 = {"add": 1.2, "add, keep_norm": 6.5, "set_projection": 4.5, "rotate": 5.5, "mixed": 5.5}
+"""What is computed in float32 is converted there and back."""
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_launches_a_layer_in_bfloat16(device: Device, name: str) -> None:
+    lm = llama(torch.bfloat16)
+    move(lm.model)
+    steering = at_all(SetProjection(U, 1.0)) if name == "mixed" else OPERATIONS[name][0]
+    steerings = [steering, None] if name == "mixed" else steering  # one row is steered, and one isn't
+    extra = cost(lm, device.counts, steerings) - cost(lm, device.counts, None)
+    a_layer = max(0, extra.launches - DOSES) / LAYERS / TOKENS
+    assert IN_BFLOAT16[name] - 0.25 < a_layer <= IN_BFLOAT16[name], f"{a_layer} launches"
     assert (extra.waits, extra.copies) == (0, 0)
 
 

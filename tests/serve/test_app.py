@@ -76,15 +76,65 @@ class TestPolicy:
             assert self.ask(client, "bob", **way).status_code == 403, way
         assert self.ask(client, "bob", emphasize=["The sea"], rejection=False).status_code == 200
 
+    def test_strengths_of_one_steering_add_up(self, client: Any) -> None:
+        """However often it is named, at whatever layers, and one way doesn't make room for the other."""
+
+        def named(who: str, *given: tuple[float, int | None]) -> int:
+            found = self.ask(client, who, steering=[{"name": "s0", "strength": s, "layer": at} for s, at in given])
+            if found.status_code == 403:
+                assert "add up to" in found.json()["error"]["message"]
+            return int(found.status_code)
+
+        assert named("alice", (1, None), (1, None)) == 200
+        assert named("alice", *[(2, None)] * 16) == 403
+        assert named("alice", (1.5, 1), (1.5, 2)) == 403
+        assert named("bob", (3, None), (-3, 2)) == 200
+        assert named("bob", (3, None), (-3, None), (0.5, None)) == 403
+        assert named("bob", (-2, None), (-2, None)) == 403
+
+    def test_what_is_always_on_is_not_cancelled_by_another_name(self, client: Any, steerings: Path) -> None:
+        """s7's vector, under a name that bob gives it."""
+        import torch
+
+        from trimtab import Add, Edit, Positions, Site, Steering, load
+        from trimtab.files.steering_file import steering_to_bytes
+
+        (edit,) = load(steerings / "s7.safetensors").edits
+        kind = {"Content-Type": "application/octet-stream", **bearer("bob")}
+        other = torch.randn(32, generator=torch.Generator().manual_seed(99))
+        for name, direction, at in (
+            ("same", edit.operation.direction, 1),
+            ("near", edit.operation.direction + other, 2),
+        ):
+            mine = Steering((Edit(Site(at), Add(direction), Positions.all()),))
+            put = client.put(f"/v1/steerings/{name}", content=steering_to_bytes(mine), headers=kind)
+            assert put.status_code == 201, put.text
+        refused = self.ask(client, "bob", steering=[{"name": "same", "strength": -1}])
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "always_on")
+        found = self.ask(client, "bob", steering=[{"name": "near", "strength": -1}]).json()["trimtab"]
+        assert 0 < found["steering"][1]["taken_off"] < 1
+        assert found["steering"][0]["taken_off"] is None
+        assert self.ask(client, "bob", steering=[{"name": "s3"}]).status_code == 403  # it keeps norms
+
     def test_every_request_is_written_down(self, client: Any) -> None:
         self.ask(client, "alice", steering=[{"name": "s0"}], user="u1")
         self.ask(client, "bob", stream=True)
         self.ask(client, "bob", steering=[{"name": "s99"}])
-        first, second = [json.loads(line) for line in self.log.read_text().splitlines()]
+        assert client.get("/v1/models").status_code == 401
+        begun, first, begun_too, second, refused, unknown = [
+            json.loads(one) for one in self.log.read_text().splitlines()
+        ]
+        assert (begun["event"], first["event"], begun_too["event"]) == ("begun", "ended", "begun")
+        assert (begun["request"], begun["steering"], begun["key"]) == (first["request"], first["steering"], "alice")
         assert (first["key"], first["user"], first["outcome"]) == ("alice", "u1", "done")
         assert [(one["name"], one["always"]) for one in first["steering"]] == [("s7", True), ("s0", False)]
-        assert first["prompt"][0]["content"] == ASK[0]["content"]
-        assert (second["key"], second["outcome"]) == ("bob", "done")
+        assert begun["prompt"][0]["content"] == ASK[0]["content"]
+        assert "prompt" not in first
+        assert (second["key"], second["outcome"], second["tokens"]) == ("bob", "done", [5])
+        assert (refused["event"], refused["key"], refused["status"]) == ("refused", "bob", 404)
+        assert refused["steering"] == [{"name": "s99", "strength": 1.0}]
+        assert (unknown["event"], unknown["key"], unknown["status"]) == ("refused", None, 401)
+        assert unknown["route"] == "/v1/models"
 
     def test_steerings_can_be_added_by_who_may(self, client: Any, steerings: Path) -> None:
         data = (steerings / "s0.safetensors").read_bytes()
@@ -119,6 +169,10 @@ class TestPolicy:
             client.post("/v1/steerings", json={**asked, "name": "x", "pairs": [{}]}, headers=bearer("bob")).status_code
             == 400
         )
+        assert [one["name"] for one in client.get("/v1/steerings", headers=bearer("bob")).json()["data"]].count(
+            "mine"
+        ) == 1
+        assert "mine" not in client.get("/v1/steerings", headers=bearer("alice")).text
         assert sorted(path.name for path in steerings.iterdir()) == [f"{name}.safetensors" for name in NAMES]
 
 
@@ -145,10 +199,32 @@ class TestLimits:
         client = client_of(make_service(policy=Policy(max_dose=1.0)))
         mild, wild = ({**BODY, "steering": [{"name": "s0", "strength": s}]} for s in (0.01, 100))
         assert client.post(PATH, json=mild).status_code == 200
+        one = client.post(PATH, json={**BODY, "steering": [{"name": "s0", "strength": 0.1}]}).json()
+        (each,) = one["trimtab"]["answers"]
+        assert each["total_dose"] == each["dose"] == sum(d["ratio"] for d in each["doses"])
+        many = [{"name": "s0", "strength": 0.1 * 0.8 / each["dose"], "layer": layer} for layer in (0, 1, 2)]
+        assert client.post(PATH, json={**BODY, "steering": many[:1]}).status_code == 200
+        assert client.post(PATH, json={**BODY, "steering": many}).json()["error"]["code"] == "dose_too_high"
         for stream in (False, True):
             refused = client.post(PATH, json={**wild, "stream": stream})
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "dose_too_high")
         assert client.post(PATH, json={**mild, "rejection": True}).status_code == 400
+
+    def test_rejection_of_a_steering_at_one_layer(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        """Layers can't be halved there: it is weakened in strength, unless the request says how."""
+        client = client_of(make_service(limits={"rejecting_tokens": 60}))
+        steered = {**BODY, "steering": [{"name": "s0"}]}
+        for wish in (True, {"beta": 0.3}, {"ladder": "strength"}):
+            found = client.post(PATH, json={**steered, "rejection": wish})
+            assert found.status_code == 200, found.text
+            assert found.json()["trimtab"]["answers"][0]["rejection"]["tokens"] == 5
+        assert client.post(PATH, json={**steered, "rejection": {"ladder": "halve"}}).status_code == 400
+        long = {**steered, "messages": [{"role": "user", "content": "blue " * 70}]}
+        refused = client.post(PATH, json={**long, "rejection": True})
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert client.post(PATH, json=long).status_code == 200
 
     def test_it_answers_to_its_own_names_only(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any]

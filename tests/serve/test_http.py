@@ -282,10 +282,44 @@ def test_keys_limits_and_the_audit_log(start: Callable[..., Any], tmp_path: Path
         model="trimtab", prompt="The sea", max_tokens=5, extra_body={"steering": body["steering"]}
     )
     assert server.stop() == 0
-    (line,) = [json.loads(line) for line in log.read_text().splitlines()]
+    refused, begun, line = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["event"] for one in (refused, begun, line)] == ["refused", "begun", "ended"]
+    assert (refused["status"], refused["key"], begun["request"]) == (401, None, line["request"])
     assert (line["key"], line["outcome"], line["steering"][0]["name"]) == ("default", "done", "s0")
     assert line["steering"][0]["strength"] == 2
     assert "The sea" not in log.read_text()
+
+
+def test_a_server_that_is_killed_has_written_down_whom_it_answered(
+    start: Callable[..., Any], tiny_lm: Any, tmp_path: Path
+) -> None:
+    """And starts again on the same log."""
+    log = tmp_path / "audit.jsonl"
+    body = {"model": "trimtab", "prompt": long_prompt(tiny_lm, 100), "max_tokens": 100, "stream": True}
+    for _ in range(2):
+        server = start("--audit", str(log), "--audit-sync")
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as found:
+            next(found.iter_lines())
+            server.process.kill()
+            server.process.wait()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [one["event"] for one in lines].count("begun") == 2
+
+
+def test_a_signal_with_half_a_request(start: Callable[..., Any]) -> None:
+    server = start("--grace", "1")
+    host, port = server.url.removeprefix("http://").split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=60) as body,
+        socket.create_connection((host, int(port))) as head,
+    ):
+        head.sendall(b"POST /v1/completions HTTP/1.1\r\nHo")
+        body.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{")
+        time.sleep(0.5)
+        assert server.stop() == 0
+        assert b"503" in body.recv(4096)
+    assert "Traceback" not in server.log.read_text()
+    assert "Cancel" not in server.log.read_text()
 
 
 class TestDocument:

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import base64
 import hashlib
+import html
 import json
 import re
 import shlex
@@ -194,7 +195,13 @@ class TestAnswers:
         while service.scheduler.running and time.monotonic() < until:
             time.sleep(0.01)
         assert service.scheduler.running == service.scheduler.queued == 0
+        until = time.monotonic() + 30
+        while len(log.read_text().splitlines()) < 4 and time.monotonic() < until:
+            time.sleep(0.01)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [one["event"] for one in lines] == ["begun"] * 2 + ["ended"] * 2
+        lines = lines[2:]
+        assert all(one["tokens"][0] > 2 for one in lines)
         assert [(one["key"], one["route"], one["outcome"]) for one in lines] == [("anybody", "/", "cancelled")] * 2
         assert [one["name"] for one in lines[1]["steering"]] == ["s0"]
         assert lines[0]["steering"] == []
@@ -249,6 +256,7 @@ class TestPolicy:
         asked = {
             "speak": (TEXT, talk, "nothing", *panel),
             "again": (1, talk, "nothing", True, *panel),
+            "copied": (None, TEXT, talk, *panel),
             "tinted": (talk, "s0@0"),
             "look": (TEXT, talk, *panel),
             "run": ("s0", "0, 1", "", TEXT, Talk(), *panel),
@@ -258,7 +266,7 @@ class TestPolicy:
             "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
             "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
         }
-        harmless = {"halt", "forget", "append", "copied", "<lambda>"}
+        harmless = {"halt", "forget", "append", "<lambda>"}
         functions = {one.name: one.fn for one in make_blocks(guarded).fns.values() if one.fn is not None}
         assert set(functions) == set(asked) | harmless
 
@@ -269,7 +277,7 @@ class TestPolicy:
             return await found if asyncio.iscoroutine(found) else found
 
         for name in asked:
-            assert "API key isn&#x27;t known" in str(asyncio.run(told(name))), name
+            assert "API key isn't known" in html.unescape("".join(map(str, asyncio.run(told(name))))), name
         assert guarded.scheduler.steps == 0
         assert guarded.library.get("mine") is None
 
@@ -380,6 +388,8 @@ class TestSweep:
             ("s0", "1, two", "", "'two' is no number"),
             ("s0", "1", "1.5", "whole number"),
             ("s0", "1", "-1", "whole number"),
+            ("s0", "1", "inf", "'inf' is no number"),
+            ("s0", "nan", "1", "'nan' is no number"),
         ):
             with pytest.raises(TrimtabError, match=words):
                 sweep_of(name, strengths, layers)
@@ -387,7 +397,9 @@ class TestSweep:
         with pytest.raises(TrimtabError, match="17 answers, 16 at most"):
             many.requests(service, Chosen(), TEXT)
         with pytest.raises(ValidationError):
-            sweep_of("s0", "nan", "").requests(service, Chosen(), TEXT)
+            sweep_of("s0", "1e9", "").requests(service, Chosen(), TEXT)
+        with pytest.raises(TrimtabError, match="32,000 characters"):
+            prompt_of(service, Chosen(), [], "x" * 32_001)
         assert numbers("\N{MINUS SIGN}1, 1,1", "strengths") == (-1, 1)
         assert whole_numbers("") == ()
 

@@ -13,7 +13,7 @@ from trimtab.errors import TrimtabError
 
 pytest.importorskip("fastapi", reason="serving needs trimtab[serve]")
 
-from trimtab.serve.policy import ANYBODY, Policy, check_names, read_policy, with_key
+from trimtab.serve.policy import ANYBODY, Key, Policy, check_names, read_policy, with_key
 
 
 def write(path: Path, content: Any) -> Path:
@@ -76,6 +76,18 @@ class TestPolicy:
     def test_what_is_wrong_is_said(self, tmp_path: Path, content: Any, words: str) -> None:
         with pytest.raises(TrimtabError, match=words):
             read_policy(write(tmp_path / "p.json", content))
+
+    @pytest.mark.parametrize("nothing", ["", "\n", " ", "\r\n"])
+    def test_the_digest_of_nothing_is_no_key(self, tmp_path: Path, nothing: str) -> None:
+        """It is what `printf %s "$KEY" | sha256sum` says where KEY isn't set."""
+        given = {"keys": [{"name": "a", "sha256": digest("a")}, {"name": "empty", "sha256": digest(nothing)}]}
+        with pytest.raises(TrimtabError, match=r"digest of no key at all for 'empty'.*variable"):
+            read_policy(write(tmp_path / "p.json", given))
+
+    @pytest.mark.parametrize("given", [None, "", " ", "\t"])
+    def test_whoever_gives_no_key_is_nobody_whatever_the_keys_are(self, given: str | None) -> None:
+        keys = tuple(Key(f"k{i}", hashlib.sha256(text.encode()).digest()) for i, text in enumerate(("", " ", "\t")))
+        assert Policy(keys).caller(given) is None
 
     def test_a_file_that_isnt_there(self, tmp_path: Path) -> None:
         with pytest.raises(TrimtabError, match="can't read the policy"):

@@ -86,7 +86,7 @@ def serve(
     audit: Annotated[
         Path | None,
         typer.Option(
-            help="Append a line of JSON for each request: who, what was applied, what came of it.",
+            help="Append lines of JSON: who asked, what was applied, what came of it, who was turned away.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=SAFETY,
@@ -94,6 +94,14 @@ def serve(
     ] = None,
     audit_prompts: Annotated[
         bool, typer.Option("--audit-prompts", help="Write prompts into it as well.", rich_help_panel=SAFETY)
+    ] = False,
+    audit_sync: Annotated[
+        bool,
+        typer.Option(
+            "--audit-sync",
+            help="Wait until each line is on the disk itself: slower, and survives a loss of power.",
+            rich_help_panel=SAFETY,
+        ),
     ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.", rich_help_panel=LIMITS)] = 32,
     queue: Annotated[
@@ -113,11 +121,32 @@ def serve(
             rich_help_panel=LIMITS,
         ),
     ] = None,
+    max_rejecting_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Tokens of a prompt with rejection, at most: it is read in one pass, while others wait.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 2048,
     max_answers: Annotated[
         int, typer.Option(min=1, help="Answers to one request, at most.", rich_help_panel=LIMITS)
     ] = 16,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.", rich_help_panel=LIMITS)] = 1
     << 20,
+    max_upload: Annotated[
+        int,
+        typer.Option(min=1024, help="Bytes of a steering file that a client brings, at most.", rich_help_panel=LIMITS),
+    ] = 16 << 20,
+    max_held: Annotated[
+        int,
+        typer.Option(
+            min=1 << 20, help="Bytes of all requests together, at most; more get status 429.", rich_help_panel=LIMITS
+        ),
+    ] = 256 << 20,
+    connections: Annotated[
+        int, typer.Option(min=1, help="Connections at a time; more get status 503.", rich_help_panel=LIMITS)
+    ] = 512,
     model: ModelOption = None,
     engine: Annotated[
         str,
@@ -160,8 +189,9 @@ def serve(
     sha256 is that of the API key: printf %s "$KEY" | sha256sum. A single key
     can be given in the environment instead, as TRIMTAB_API_KEY. Without keys
     the server listens on this machine only, unless --insecure. What is
-    always on, no request can take off, weaken or reject; whoever may add
-    steerings of their own (--upload, --learn) could still push against it.
+    always on, no request can name, weaken, reject or push against along its
+    own directions. max_dose caps what the doses of all sites add up to. What
+    a key brings (--upload, --learn) it alone may see, use and delete.
 
     On SIGTERM nothing more is accepted, and what was accepted is finished.
 
@@ -182,16 +212,18 @@ def serve(
     from trimtab.serve.policy import check_names
 
     rules = _policy(policy, max_dose)
-    if audit_prompts and audit is None:
-        raise TrimtabError("--audit-prompts writes into the audit log; give --audit FILE")
+    for given, name in ((audit_prompts, "--audit-prompts"), (audit_sync, "--audit-sync")):
+        if given and audit is None:
+            raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
     _check_reach(host, rules, insecure)
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
     from trimtab.serve.audit import Audit
+    from trimtab.serve.connections import room_for
     from trimtab.serve.run import bind, is_loopback
     from trimtab.serve.run import serve as run
 
-    written = Audit(audit, prompts=audit_prompts)
+    written = Audit(audit, prompts=audit_prompts, sync=audit_sync)
     bound = bind(host, port)
     lm = load_model(
         model,
@@ -219,7 +251,9 @@ def serve(
         rules,
         written,
         metrics,
-        Limits(max_body, 64 * max_body, max_prompt_tokens, max_tokens, max_answers, timeout),
+        Limits(
+            max_body, max_upload, max_prompt_tokens, max_tokens, max_answers, timeout, max_held, max_rejecting_tokens
+        ),
         upload,
         learn,
         int(time.time()),
@@ -231,7 +265,10 @@ def serve(
         note(f"a page to try them on: {address}/", quiet=False)
     elif playground:
         note("no page to try them on: it needs gradio, pip install 'trimtab[serve]'", quiet=False)
-    run(made, scheduler, bound, grace=grace)
+    room = room_for(connections)
+    if room < connections:
+        note(f"{room} connections at a time: the system allows no more open files (ulimit -n)", quiet=False)
+    run(made, scheduler, bound, grace=grace, connections=room)
     note("stopped", quiet=False)
 
 
@@ -291,11 +328,20 @@ def _check_reach(host: str, rules: Policy, insecure: bool) -> None:
 
 
 def _greet(address: str, library: Library, rules: Policy) -> None:
+    from trimtab.serve.protected import protected
+
     show(f"serving {library.lm.name} at {address}")
     names = library.names
     listed = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
     note(f"steerings: {listed or 'none; --steerings names a folder of them'}", quiet=False)
     if rules.always:
         note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)
+        loaded = [(name, library.get(name)) for name, _ in rules.always]
+        if unknown := protected([(name, one.steering) for name, one in loaded if one is not None]).unknown:
+            note(
+                f"{unknown[0]} isn't made of directions of the residual stream, so that nothing could be kept from"
+                " undoing it: requests steer by emphasis only",
+                quiet=False,
+            )
     keys = f"{len(rules.keys)} API key{'s' * (len(rules.keys) > 1)}" if rules.keys else "no API keys: anybody may ask"
     note(f"{keys}; fields and examples: {address}/docs", quiet=False)

@@ -98,6 +98,10 @@ class Stage:
         return self.kernel in NEUTRAL and not self.keep_norm
 
 
+Prepared = list[tuple[Stage, Rows, Active]]
+"""What is done at a site, in order, to the tokens of a pass: `apply` takes each with their activations."""
+
+
 def check_together(steering: Steering) -> None:
     """Raises `TrimtabError` for edits that always act together and can't; what depends on a prompt comes later."""
     possible = tuple(e for e in steering.edits if e.strength != 0 and not isinstance(e.operation, ScoreOperation))
@@ -238,21 +242,33 @@ def apply(stage: Stage, rows: Rows, active: Active, x: Tensor) -> Tensor:
     """One stage applied to activations, with its rows and activity gathered: one for each of them."""
     if active is None:
         return x + rows["vector"] if stage.only_adds else (x * rows["factor"]).to(x.dtype)
-    wide = x.to(next(iter(rows.values())).dtype)
-    new = stage.kernel(wide, rows)
-    if stage.keep_norm:
-        new = with_norm_of(wide, new, stage.keep_norm)
-    if isinstance(active, bool):
-        return new.to(x.dtype)
-    return torch.where(active[..., None], new.to(x.dtype), x)
+    new = _changed(stage, rows, x).to(x.dtype)
+    return new if isinstance(active, bool) else torch.where(active[..., None], new, x)
+
+
+def apply_all(prepared: Prepared, x: Tensor) -> Tensor:
+    """All of a site's stages applied, one after the other."""
+    for stage, rows, active in prepared:
+        x = apply(stage, rows, active, x)
+    return x
 
 
 def apply_to(stage: Stage, rows: Rows, active: Active, x: Tensor) -> None:
     """As `apply`, in place, and without a copy where the last kernel can write there."""
-    writing = stage.keep_norm or stage.kernel in WRITING
-    if active is not True or not writing or next(iter(rows.values())).dtype != x.dtype:
+    if active is None:
         x.copy_(apply(stage, rows, active, x))
+    elif isinstance(active, Tensor):
+        torch.where(active[..., None], _changed(stage, rows, x).to(x.dtype), x, out=x)
+    elif next(iter(rows.values())).dtype != x.dtype or not (stage.keep_norm or stage.kernel in WRITING):
+        x.copy_(_changed(stage, rows, x))  # which rounds as well
     elif stage.keep_norm:
         with_norm_of(x, stage.kernel(x, rows), stage.keep_norm, out=x)
     else:
         stage.kernel(x, rows, out=x)
+
+
+def _changed(stage: Stage, rows: Rows, x: Tensor) -> Tensor:
+    """What the stage makes of all of these activations, in what it computes in."""
+    wide = x.to(next(iter(rows.values())).dtype)
+    new = stage.kernel(wide, rows)
+    return with_norm_of(wide, new, stage.keep_norm) if stage.keep_norm else new

@@ -23,7 +23,7 @@ def check_may_add(service: Service, key: Key, name: str) -> None:
     """Raises `Refusal` for a key that may not add steerings, and for a name that is taken."""
     if not key.add:
         raise Refusal(403, "your key may not add steerings")
-    if service.library.get(name) is not None:
+    if any(one.name == name for one in service.visible(key)):  # what is hidden from a key doesn't take its names
         raise Refusal(400, "there is a steering of this name already; choose another", param="name")
 
 
@@ -58,7 +58,31 @@ async def learned(service: Service, asked: LearnRequest, progress: Progress | No
 
 
 def added(service: Service, who: dict[str, str], name: str, steering: Steering, source: str) -> Loaded:
-    """Put it among the server's, and write that down. `who`: the request's id, its key's name, the route."""
-    found = service.library.add(name, steering, source)
-    service.audit.write({**who, "added": name, "digest": found.digest, "source": source})
+    """Put it among the key's own, and write that down. `who`: the request's id, its key's name, the route.
+
+    Raises `Refusal` where it can't be written down, and then hasn't added it.
+    """
+    owner = service.owner(who["key"])
+    found = service.library.add(name, steering, source, owner)
+    try:
+        service.audit.write({"event": "added", **who, "added": name, "digest": found.digest, "source": source})
+    except Refusal:
+        service.library.remove(name, owner)
+        raise
     return found
+
+
+def removed(service: Service, who: dict[str, str], key: Key, name: str) -> None:
+    """Take out what the key has added, and write that down.
+
+    Raises `Refusal` for a key that may not add, a file of the server's, and a name that isn't there.
+    """
+    if not key.add:
+        raise Refusal(403, "your key may not add steerings, nor take any out")
+    found = next((one for one in service.visible(key) if one.name == name), None)
+    if found is None:
+        raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
+    if found.source == "file":
+        raise Refusal(403, f"{name!r} is a file of the server's; only what was added can be deleted")
+    service.audit.write({"event": "removed", **who, "removed": name, "digest": found.digest})
+    service.library.remove(name, found.owner)

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
 from trimtab.serve.policy import Key
+from trimtab.serve.records import Record
 from trimtab.serve.refusals import Json, Refusal
 from trimtab.serve.scheduler import Draining, Full
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -28,7 +29,11 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
     """The response to a request. Raises `Refusal` for one that can't be answered, or whose answer failed."""
     key: Key = request.state.key
     chat = isinstance(asked, ChatRequest)
+    request.state.asked = asked
     prepared = await asyncio.to_thread(service.prepare, key, asked)
+    name = new_id(chat)
+    who = {"request": request.state.request_id, "key": key.name, "route": request.url.path}
+    record = Record(service, who, asked, prepared, name)
     loop = asyncio.get_running_loop()
     queue: Queue = asyncio.Queue()
 
@@ -40,17 +45,21 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
         return told
 
     for i, task in enumerate(prepared.tasks):
-        task.deliver = deliver(i)
+        task.deliver = record.heard(i, deliver(i))
     try:
+        service.scheduler.check_room(len(prepared.tasks))
+        await record.begin()
+        request.state.record = record  # which the guard sees to the end of
         service.scheduler.submit(prepared.tasks)
     except Full as full:
+        record.drop("queue_full")
         raise Refusal(429, str(full), code="queue_full", retry=full.seconds) from None
     except Draining as draining:
+        record.drop("shutting_down")
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
-    name = new_id(chat)
     wire = Wire(name, asked.model, chat, prepared.tasks[0].alternatives is not None, service.lm.tokenizer)
     answers = [Collected() for _ in prepared.tasks]
-    run = _Run(service, request, asked, prepared, wire, answers, queue)
+    run = _Run(service, request, asked, prepared, wire, answers, queue, record)
     if asked.stream:
         first = await run.first()
         return StreamingResponse(
@@ -71,6 +80,7 @@ class _Run:
         wire: Wire,
         answers: list[Collected],
         queue: Queue,
+        record: Record,
     ) -> None:
         self.service = service
         self.request = request
@@ -79,6 +89,7 @@ class _Run:
         self.wire = wire
         self.answers = answers
         self.queue = queue
+        self.record = record
         self._began = False
 
     async def whole(self) -> Json:
@@ -93,14 +104,15 @@ class _Run:
                     coming.cancel()
                     raise Refusal(499, "the client went away")
                 self._take(*coming.result())
-            outcome = "done"
+            self._close("done")  # first: what can't be written down isn't told
             return Json(self.wire.whole(self.prepared, self.answers))
         except Refusal as refusal:
             outcome = refusal.code or str(refusal.status)
             raise
         finally:
             leaving.cancel()
-            self._close(outcome)
+            with suppress(Refusal):
+                self._close(outcome)
 
     async def first(self) -> tuple[int, Event]:
         """What comes first: an error still has a status of its own then. The client may go already while it waits."""
@@ -121,7 +133,8 @@ class _Run:
             coming.cancel()
             leaving.cancel()
             if outcome is not None:
-                self._close(outcome)
+                with suppress(Refusal):
+                    self._close(outcome)
 
     async def stream(self, first: tuple[int, Event]) -> AsyncIterator[bytes]:
         """Server-sent events. Closing the iterator, as happens when the client goes, lets the answers go."""
@@ -144,14 +157,15 @@ class _Run:
                 coming = await self.queue.get()
             usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
             yield event(self.wire.last(self.prepared, self.answers, usage))
+            self._close("done")
             yield END
-            outcome = "done"
         except Refusal as refusal:  # the response has begun: the error is an event
             outcome = refusal.code or str(refusal.status)
             yield event(refusal.body)
             yield END
         finally:
-            self._close(outcome)
+            with suppress(Refusal):
+                self._close(outcome)
 
     @property
     def _complete(self) -> bool:
@@ -177,44 +191,8 @@ class _Run:
                 return
 
     def _close(self, outcome: str) -> None:
-        """Let go of what hasn't ended, and write down what was done."""
-        unfinished = [t for t, answer in zip(self.prepared.tasks, self.answers, strict=True) if not answer.done]
-        if unfinished:
-            self.service.scheduler.cancel(unfinished)
-        state = self.request.state
-        who = {"request": state.request_id, "key": state.key.name, "route": self.request.url.path}
-        write_down(self.service, who, self.asked, self.prepared, self.wire, self.answers, outcome)
-
-
-def write_down(
-    service: Service,
-    who: dict[str, str],
-    asked: ChatRequest | CompletionRequest,
-    prepared: Prepared,
-    wire: Wire,
-    answers: list[Collected],
-    outcome: str,
-) -> None:
-    """The line of the audit log for a request, answered or not. `who`: its id, its key's name, the route."""
-    told = wire.told(prepared, answers)
-    service.audit.write(
-        {
-            "request": who["request"],
-            "id": wire.id,
-            "key": who["key"],
-            "route": who["route"],
-            "model": service.lm.name,
-            "user": asked.user,
-            "steering": [one.model_dump() for one in told.steering],
-            "emphasized_tokens": told.emphasized_tokens,
-            "rejection": prepared.tasks[0].rejection is not None,
-            "doses": [one.dose for one in told.answers],
-            "tokens": [answer.done.tokens for answer in answers if answer.done],
-            "prompt_tokens": prepared.lengths,
-            "outcome": outcome,
-        },
-        prompt=[m.model_dump() for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt,
-    )
+        """Let go of what hasn't ended, and write down what was done, once."""
+        self.record.end(outcome)
 
 
 def _refusal(failed: Failed) -> Refusal:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Path, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -17,21 +18,21 @@ from starlette.types import ASGIApp
 from trimtab import __version__
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
-from trimtab.serve.adding import added, check_may_add, learned
+from trimtab.serve.adding import added, check_may_add, learned, removed
 from trimtab.serve.answering import answer
+from trimtab.serve.bounds import check_bounds, check_file
 from trimtab.serve.described import described
+from trimtab.serve.fields import NAME
 from trimtab.serve.guard import Guard
 from trimtab.serve.made import respond
 from trimtab.serve.policy import Key
-from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.refusals import ErrorBody, Json, Refusal
 from trimtab.serve.schema import (
-    NAME,
     ChatCompletion,
     ChatRequest,
     Completion,
     CompletionRequest,
-    ErrorBody,
-    Health,
+    Deleted,
     LearnRequest,
     MadeTold,
     MakeRequest,
@@ -41,6 +42,8 @@ from trimtab.serve.schema import (
     SteeringTold,
 )
 from trimtab.serve.service import Service
+from trimtab.serve.wording import in_words
+from trimtab.steering import Steering
 
 DESCRIPTION = """OpenAI's completions with activation steering.
 
@@ -49,6 +52,10 @@ DESCRIPTION = """OpenAI's completions with activation steering.
 Python client: `client.chat.completions.create(…, extra_body={"steering": [{"name": "json", "strength": 1.2}]})`.
 """
 
+NOWHERE = (
+    "there is no such route: POST /v1/chat/completions and /v1/completions answer, GET /v1/models and /v1/steerings"
+    " list what there is, and /docs explains all"
+)
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is malformed, or can't be honoured."},
     401: {"model": ErrorBody, "description": "No API key, or a wrong one."},
@@ -56,7 +63,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorBody, "description": "There is no such model or steering."},
     408: {"model": ErrorBody, "description": "The request's body came too slowly."},
     413: {"model": ErrorBody, "description": "The request is too large."},
-    503: {"model": ErrorBody, "description": "The server is shutting down."},
+    429: {
+        "model": ErrorBody,
+        "description": "The server is busy.",
+        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    },
+    503: {"model": ErrorBody, "description": "The server is shutting down, or its audit log can't be written."},
 }
 BUSY: dict[int | str, dict[str, Any]] = {
     429: {
@@ -71,12 +83,18 @@ EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required
 STREAM = {"text/event-stream": {"itemSchema": EVENT, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
 
 
+class Health(BaseModel):
+    """Whether the server is there, or ready."""
+
+    status: Literal["ok", "draining", "dead", "unaudited"]
+
+
 def make_app(service: Service, *, local: bool = False, playground: bool = False) -> ASGIApp:
     """The application. The scheduler starts and ends with it; `local` as `Guard` has it.
 
     `playground`: with the page at `/`, which needs gradio.
     """
-    page: FastAPI | None = None
+    page: Any = None
     if playground:
         from trimtab.serve.playground.page import make_page
 
@@ -86,7 +104,7 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False)
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         if not service.scheduler.alive:
             service.scheduler.start()
-        async with page.router.lifespan_context(page) if page else nullcontext():
+        async with page.lifespan() if page else nullcontext():
             yield
         await asyncio.to_thread(service.scheduler.close)
         service.audit.close()
@@ -118,25 +136,31 @@ def _document(app: FastAPI) -> None:
 
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
-    async def refuse(_request: Request, refusal: Refusal) -> Response:
+    async def refuse(request: Request, refusal: Refusal) -> Response:
+        request.state.refused = refusal  # for the audit log
         return refusal.response
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
-        message = f"{'.'.join(where) or 'the body'}: {first['msg']}"
-        return Refusal(400, message[:1000], param=".".join(where)[:200] or None).response
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await refuse(request, in_words(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
-    async def failed(_request: Request, error: HTTPException) -> Response:
-        response = Refusal(error.status_code, str(error.detail)).response
+    async def failed(request: Request, error: HTTPException) -> Response:
+        nowhere = error.status_code == 404 and error.detail == "Not Found"
+        refusal = Refusal(error.status_code, NOWHERE if nowhere else str(error.detail))
+        request.state.refused = refusal
+        response = refusal.response
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(TrimtabError)
-    async def bad(_request: Request, error: TrimtabError) -> Response:
-        return Refusal(400, str(error)).response
+    async def bad(request: Request, error: TrimtabError) -> Response:
+        return await refuse(request, Refusal(400, str(error)))
+
+    @app.exception_handler(Exception)
+    async def broken(_request: Request, _error: Exception) -> Response:
+        """The traceback goes to the server's log; the client has the API's own form of an error."""
+        return Refusal(500, "something went wrong inside the server; its log says what").response
 
 
 def _health(app: FastAPI, service: Service) -> None:
@@ -148,7 +172,9 @@ def _health(app: FastAPI, service: Service) -> None:
     async def readyz() -> Health:
         if not service.scheduler.alive:
             return _unwell("dead")
-        return _unwell("draining") if service.scheduler.draining else Health(status="ok")
+        if service.scheduler.draining:
+            return _unwell("draining")
+        return Health(status="ok") if service.audit.check() else _unwell("unaudited")
 
     @app.get(
         "/metrics",
@@ -158,7 +184,10 @@ def _health(app: FastAPI, service: Service) -> None:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, 401: ERRORS[401]},
     )
     async def metrics() -> Response:
-        return Response(service.metrics.text(service.scheduler), media_type="text/plain; version=0.0.4")
+        return Response(
+            service.metrics.text(service.scheduler, audited=service.audit.trouble is None),
+            media_type="text/plain; version=0.0.4",
+        )
 
 
 def _unwell(status: str) -> Any:
@@ -281,8 +310,27 @@ def _steerings(app: FastAPI, service: Service) -> None:
         ) -> SteeringTold:
             key: Key = request.state.key
             check_may_add(service, key, name)
-            made = await asyncio.to_thread(steering_from_bytes, data, "the upload")
+            made = await asyncio.to_thread(_read, data)
             return described(service, key, added(service, _who(request), name, made, "uploaded"))
+
+    if service.upload or service.learn:
+
+        @app.delete(
+            "/v1/steerings/{name}",
+            tags=["steerings"],
+            summary="Take one out that you added",
+            responses={c: ERRORS[c] for c in (400, 401, 403, 404, 503)},
+        )
+        async def delete(request: Request, name: Annotated[str, Path(pattern=NAME)]) -> Deleted:
+            removed(service, _who(request), request.state.key, name)
+            return Deleted(id=name)
+
+
+def _read(data: bytes) -> Steering:
+    check_file(data)
+    made = steering_from_bytes(data, "the upload")
+    check_bounds(made)
+    return made
 
 
 def _who(request: Request) -> dict[str, str]:

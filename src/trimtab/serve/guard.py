@@ -1,27 +1,39 @@
-"""What stands before the routes: who asks, how large the body is, which host was meant, and the count of requests.
+"""What stands before the routes: who asks, which host was meant, how large the body is, and the count of requests.
 
-The body is read here, whole and within its limit and time, before anything looks at it. The playground's paths, and no
-others, go to the playground; they need no key, as the page asks for it and checks it itself.
+Nothing of a body is read before the sender's key is known, and no more of it than its route takes. The playground's
+paths, and no others, go to the playground; they need no key, as the page asks for it and checks it itself, but without
+one they take small bodies only.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.serve.playground.paths import HEADERS, is_page
+from trimtab.serve.audit import unaudited
+from trimtab.serve.bodies import Bodies, largest
+from trimtab.serve.playground.paths import HEADERS, JOIN, STREAMS, is_page
 from trimtab.serve.playground.streams import until_drained
+from trimtab.serve.policy import Key
+from trimtab.serve.records import refused
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Service
+from trimtab.serve.sieve import sieved
 
 OPEN = ("/healthz", "/readyz")
 """Paths that need no key."""
 LOCAL = {"localhost", "127.0.0.1", "[::1]", "::1"}
-BODY_SECONDS = 30.0
+CHANGES = ("POST", "PUT", "DELETE", "PATCH")
+PAGE_STREAMS = 256
+"""Responses that pages may hold open at a time."""
+STRANGERS = 10.0
+"""Lines a second that requests without a key may leave in the audit log; the next one counts those left out."""
 
 
 class Guard:
@@ -35,6 +47,9 @@ class Guard:
         self.page = page
         self.service = service
         self.local = local
+        self.bodies = Bodies(service.limits.held)
+        self._streams = 0
+        self._strangers = _Trickle(STRANGERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,32 +59,44 @@ class Guard:
         page = self.page is not None and is_page(scope["path"])
         state = scope.setdefault("state", {})
         state["request_id"] = f"req-{uuid.uuid4().hex}"
-        state["began"] = time.perf_counter()
 
         async def out(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [
-                    *message.get("headers", []),
+                    *_own(message.get("headers", []), page),
                     (b"x-request-id", state["request_id"].encode()),
                     (b"x-content-type-options", b"nosniff"),
                     *(HEADERS if page else ()),
                 ]
             await send(message)
 
+        held = 0
         try:
             try:
                 self._admit(scope, state, page)
-                inside = await self._body(scope, receive)
+                limit = largest(self.service, scope["method"], scope["path"], known="key" in state)
+                body = await self.bodies.read(scope, receive, limit, lambda: self.service.scheduler.draining)
+                held = len(body)
+                if scope["method"] == "POST" and not page:
+                    body = await anyio.to_thread.run_sync(sieved, body)
             except Refusal as refusal:
+                state["refused"] = refusal
                 await refusal.response(scope, receive, out)
                 return
+            inside = _given(body, receive)
             if page and self.page is not None:
-                await until_drained(self.page, self.service.scheduler, scope, inside, out)
+                await self._to_page(self.page, scope, inside, out)
             else:
                 await self.app(scope, inside, out)
         finally:
+            self.bodies.let_go(held)
+            if (record := state.get("record")) is not None:
+                with suppress(Refusal):
+                    record.end("cancelled")  # if nothing else has: the client may go before a stream begins
+            elif status >= 400:
+                self._write_down(scope, state, status)
             metrics = self.service.metrics
             found = None if page else scope.get("route")
             route = "playground" if page else getattr(found, "path", "other")
@@ -78,55 +105,104 @@ class Guard:
 
     def _admit(self, scope: Scope, state: dict[str, Any], page: bool) -> None:
         headers = dict(scope["headers"])
-        if self.local:
-            host = headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0] if not _bare(headers) else "::1"
-            if host not in LOCAL:
-                raise Refusal(403, "this server is bound to this machine alone; ask for it as localhost")
-        if page or scope["path"] in OPEN:
+        path, method = scope["path"], scope["method"]
+        host = headers.get(b"host", b"").decode("latin-1")
+        if self.local and _name(host) not in LOCAL:
+            raise Refusal(403, "this server is bound to this machine alone; ask for it as localhost", code="host")
+        if path in OPEN:
             return
+        key = self._caller(headers)
+        if key is not None:
+            state["key"] = key
+        if page:
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            if method == "OPTIONS" or (self.local and origin and urlsplit(origin).netloc.lower() != host.lower()):
+                raise Refusal(403, "this page answers to itself alone, not to pages of another origin", code="origin")
+        elif key is None:
+            raise Refusal(401, "give your API key as Authorization: Bearer …", code="invalid_api_key")
+        if method in CHANGES and (not page or path == JOIN) and not self.service.audit.check():
+            raise unaudited()
+
+    def _caller(self, headers: dict[bytes, bytes]) -> Key | None:
         given = headers.get(b"authorization", b"").decode("latin-1")
         kind, _, secret = given.partition(" ")
-        key = self.service.policy.caller(secret.strip() if kind.lower() == "bearer" else None)
-        if key is None:
-            raise Refusal(401, "give your API key as Authorization: Bearer …", code="invalid_api_key")
-        state["key"] = key
+        return self.service.policy.caller(secret.strip() if kind.lower() == "bearer" else None)
 
-    async def _body(self, scope: Scope, receive: Receive) -> Receive:
-        """A `receive` that gives the body at once, and afterwards tells when the client goes."""
-        limits = self.service.limits
-        limit = limits.upload if scope["method"] == "PUT" else limits.body
-        too_large = Refusal(413, f"a request has {limit} bytes at most")
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if declared.isdigit() and int(declared[:20]) > limit:
-            raise too_large
-        parts: list[bytes] = []
-        size = 0
+    async def _to_page(self, page: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        held = STREAMS.fullmatch(scope["path"]) is not None
+        if held and self._streams >= PAGE_STREAMS:
+            await Refusal(503, "too many pages are open", code="busy", retry=10).response(scope, receive, send)
+            return
+        self._streams += held
         try:
-            with anyio.fail_after(BODY_SECONDS):
-                while True:
-                    message = await receive()
-                    if message["type"] != "http.request":
-                        raise Refusal(400, "the client went away")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > limit:
-                        raise too_large
-                    if not message.get("more_body"):
-                        break
-        except TimeoutError:
-            raise Refusal(408, f"the request's body took longer than {BODY_SECONDS:g} s") from None
-        given = False
+            await until_drained(page, self.service.scheduler, scope, receive, send)
+        finally:
+            self._streams -= held
 
-        async def inside() -> Message:
-            nonlocal given
-            if not given:
-                given = True
-                return {"type": "http.request", "body": b"".join(parts), "more_body": False}
-            return await receive()
+    def _write_down(self, scope: Scope, state: dict[str, Any], status: int) -> None:
+        """A refusal leaves a line, with where it came from; those of strangers so many a second."""
+        if not self.service.audit.on or scope["path"] in OPEN:
+            return
+        key: Key | None = state.get("key")
+        client = scope.get("client")
+        who = {
+            "request": state["request_id"],
+            "method": scope["method"],
+            "route": scope["path"][:200],
+            "client": client[0] if client else None,
+        }
+        if key is None:
+            left_out = self._strangers.pour()
+            if left_out is None:
+                return
+            who |= {"left_out": left_out} if left_out else {}
+        given = state.get("refused")
+        refusal = given if isinstance(given, Refusal) else Refusal(status, "")
+        refused(self.service, who, key, refusal, state.get("asked"))
 
-        return inside
+
+class _Trickle:
+    """So many a second, and not more than ten seconds' worth at a time."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._room = 10 * rate
+        self._at = time.monotonic()
+        self._left_out = 0
+
+    def pour(self) -> int | None:
+        """How many were left out before this one; `None` where it is left out itself."""
+        now = time.monotonic()
+        self._room = min(10 * self.rate, self._room + (now - self._at) * self.rate)
+        self._at = now
+        if self._room < 1:
+            self._left_out += 1
+            return None
+        self._room -= 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
-def _bare(headers: dict[bytes, bytes]) -> bool:
-    """Whether the host is an IPv6 address without a port."""
-    return headers.get(b"host", b"") == b"[::1]"
+def _given(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body at once, and afterwards tells when the client goes."""
+    left: list[bytes] = [body]
+
+    async def inside() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return inside
+
+
+def _own(headers: Any, page: bool) -> list[tuple[bytes, bytes]]:
+    """The response's headers; of the page's without those that let other origins in."""
+    return [(name, value) for name, value in headers if not (page and name.lower().startswith(b"access-control-"))]
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without its port; names are compared in small letters and without a last dot."""
+    name, colon, port = host.rpartition(":")
+    if not colon or not port.isdigit() or (":" in name and not name.startswith("[")):
+        name = host
+    return name.lower().rstrip(".")

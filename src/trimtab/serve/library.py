@@ -1,6 +1,7 @@
 """The steerings that requests can name: those of a folder, read once at the start, and those added while it runs.
 
-A request's name is looked up among these and goes nowhere else; nothing that is added is written to disk.
+A request's name is looked up among these and goes nowhere else; nothing that is added is written to disk. What is added
+is its owner's: others neither see it nor its name, and may give the same name to something else.
 """
 
 from __future__ import annotations
@@ -14,60 +15,99 @@ from pathlib import Path
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import load_steering, steering_digest
 from trimtab.lm import LM
-from trimtab.serve.schema import NAME
+from trimtab.serve.bounds import check_bounds, size_of
+from trimtab.serve.fields import NAME
 from trimtab.steering import Steering
 
 MOST_ADDED = 64
+"""Steerings added while the server runs, those of all owners together."""
+MOST_OWNED = 16
+"""And of one."""
+MOST_BYTES = 256 << 20
+"""What they may hold in memory, all together."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A steering under its name. `source`: `"file"`, `"uploaded"`, `"learned"` or `"made"`."""
+    """A steering under its name. `source`: `"file"`, `"uploaded"`, `"learned"` or `"made"`.
+
+    `owner` is the name of the key that added it; `None`: it is everybody's.
+    """
 
     name: str
     steering: Steering
     digest: str
     source: str
+    owner: str | None = None
 
 
 class Library:
-    """Steerings by name. `add` from any thread."""
+    """Steerings by owner and name. `add` and `remove` from any thread."""
 
     def __init__(self, lm: LM, loaded: Sequence[Loaded] = ()) -> None:
         self.lm = lm
         self._lock = threading.Lock()
-        self._loaded = {one.name: one for one in loaded}
+        self._loaded = {(one.owner, one.name): one for one in loaded}
 
     @property
     def names(self) -> list[str]:
-        """All names, in order."""
-        return sorted(self._loaded)
+        """The names of what is everybody's, in order."""
+        return sorted(name for owner, name in self._loaded if owner is None)
 
-    def get(self, name: str) -> Loaded | None:
-        """The steering of this name."""
-        return self._loaded.get(name)
+    def get(self, name: str, owner: str | None = None) -> Loaded | None:
+        """The steering that this name stands for: the owner's own, or everybody's."""
+        return self._loaded.get((owner, name)) or self._loaded.get((None, name))
 
-    def add(self, name: str, steering: Steering, source: str) -> Loaded:
-        """One more. Raises `TrimtabError` for a name that is taken or no name, and a steering that doesn't fit."""
+    def of(self, owner: str | None) -> list[Loaded]:
+        """What is everybody's, and this owner's own, by name."""
+        with self._lock:
+            found = {one.name: one for one in self._loaded.values() if one.owner is None}
+            found |= {one.name: one for one in self._loaded.values() if one.owner == owner}
+        return [found[name] for name in sorted(found)]
+
+    def add(self, name: str, steering: Steering, source: str, owner: str | None = None) -> Loaded:
+        """One more.
+
+        Raises:
+            TrimtabError: The name is the owner's already, or no name; the steering doesn't fit the model; or there are
+                too many.
+            Refusal: It has more parts than one that is brought may have (`check_bounds`).
+        """
         if not re.fullmatch(NAME, name):
             raise TrimtabError("a steering's name has letters, digits, '.', '_' and '-', 64 at most")
+        check_bounds(steering)
         self.lm.check(steering)
         if not steering.edits:
             raise TrimtabError("the steering has no edits")
-        found = Loaded(name, steering, steering_digest(steering), source)
+        found = Loaded(name, steering, steering_digest(steering), source, owner)
         with self._lock:
-            if name in self._loaded:
+            if (owner, name) in self._loaded:
                 raise TrimtabError(f"there is a steering {name!r} already; choose another name")
-            if sum(one.source != "file" for one in self._loaded.values()) >= MOST_ADDED:
-                raise TrimtabError(f"{MOST_ADDED} steerings were added already; the server keeps no more")
-            self._loaded[name] = found
+            added = [one for one in self._loaded.values() if one.source != "file"]
+            if len(added) >= MOST_ADDED or sum(one.owner == owner for one in added) >= self._most_of(owner):
+                raise TrimtabError("as many steerings were added as the server keeps; delete one that isn't needed")
+            if sum(size_of(one.steering) for one in added) + size_of(steering) > MOST_BYTES:
+                raise TrimtabError(f"steerings that are added hold {MOST_BYTES >> 20} MiB at most; delete one")
+            self._loaded[owner, name] = found
         return found
+
+    def remove(self, name: str, owner: str | None = None) -> Loaded | None:
+        """Take out what the owner added under this name; `None` where there is none. Files stay."""
+        with self._lock:
+            found = self._loaded.get((owner, name))
+            return None if found is None or found.source == "file" else self._loaded.pop((owner, name))
+
+    @staticmethod
+    def _most_of(owner: str | None) -> int:
+        return MOST_ADDED if owner is None else MOST_OWNED
 
 
 def read_folder(lm: LM, folder: Path) -> Library:
     """All `.safetensors` files of a folder, named as the files are. Raises `TrimtabError` for one that doesn't fit."""
     loaded = []
     for path in sorted(folder.glob("*.safetensors")):
+        if not path.is_file():  # reading a pipe would wait for whoever writes to it
+            raise TrimtabError(f"{path} is no file; take it out of the folder, or rename it")
         if not re.fullmatch(NAME, path.stem):
             raise TrimtabError(f"{path}: a steering is named as its file, in letters, digits, '.', '_' and '-'")
         steering = load_steering(path)

@@ -177,4 +177,4 @@ def _write_down(service: Service, who: dict[str, str], asked: MakeRequest, made:
     idea = {key: value for key in ("idea", "like", "unlike") if (value := getattr(asked, key)) is not None}
     if asked.pairs is not None:
         idea["pairs"] = len(asked.pairs)
-    service.audit.write({**who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)
+    service.audit.write({"event": "made", **who, "made": asked.name, **found, "outcome": outcome}, prompt=idea)

@@ -34,6 +34,7 @@ class Metrics:
         )
         self.queued = Gauge("trimtab_queued", "Answers that wait.", **mine)
         self.running = Gauge("trimtab_running", "Answers that are being decoded.", **mine)
+        self.audited = Gauge("trimtab_audit_writable", "1, or 0 while the audit log can't be written.", **mine)
         self.steps = Gauge("trimtab_steps", "Steps of the batch so far.", **mine)
 
     def finished(self, event: Event, task: Task) -> None:
@@ -53,8 +54,9 @@ class Metrics:
             )
             self.judged.labels(result).inc()
 
-    def text(self, scheduler: Scheduler) -> bytes:
+    def text(self, scheduler: Scheduler, *, audited: bool = True) -> bytes:
         """All of it, in Prometheus's text format."""
+        self.audited.set(audited)
         self.queued.set(scheduler.queued)
         self.running.set(scheduler.running)
         self.steps.set(scheduler.steps)

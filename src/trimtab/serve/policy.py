@@ -8,9 +8,10 @@ A policy is a JSON file, all of it optional:
      "strength": [-4, 4],
      "max_dose": 1.0}
 
-A key without `steerings` may use all; the tighter of its own and the common limits holds. `always` are put on every
-request, and no request can name, weaken or reject them. `add` lets a key bring steerings of its own, where the server
-allows that at all.
+A key without `steerings` may use all; the tighter of its own and the common limits holds. A range of strengths bounds
+what one steering's strengths in a request add up to, at whatever layers. `always` are put on every request, and no
+request can name, weaken or reject them, nor push along their directions (see `protected`). `add` lets a key bring
+steerings of its own, which are its own alone, where the server allows that at all.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from trimtab.errors import TrimtabError
 
 STRENGTHS = (-100.0, 100.0)
 """No request steers by more than this, whatever the policy says of it or doesn't."""
+NO_KEYS = {hashlib.sha256(text.encode()).digest() for text in ("", " ", "\n", "\r\n")}
+"""Digests of nothing: what `sha256sum` says where the variable with the key in it isn't set."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ class Policy:
     max_dose: float | None = None
 
     def caller(self, given: str | None) -> Key | None:
-        """Whose key this is; `None` if nobody's. Takes as long for any key, right or wrong.
+        """Whose key this is; `None` if nobody's, as where none is given. Takes as long for any key, right or wrong.
 
         Without keys, everybody is `ANYBODY`.
         """
         if not self.keys:
             return ANYBODY
-        digest = hashlib.sha256((given or "").encode("utf-8", "surrogatepass")).digest()
+        if not given or not given.strip():
+            return None
+        digest = hashlib.sha256(given.encode("utf-8", "surrogatepass")).digest()
         found = None
         for key in self.keys:
             if hmac.compare_digest(key.digest, digest):
@@ -73,7 +78,7 @@ class Policy:
         return max(self.strength[0], key.strength[0]), min(self.strength[1], key.strength[1])
 
     def dose_of(self, key: Key) -> float | None:
-        """The largest mean dose at any site that a caller's answers may have; `None`: any."""
+        """What the doses of all sites of a caller's answer may add up to; `None`: anything."""
         caps = [cap for cap in (self.max_dose, key.max_dose) if cap is not None]
         return min(caps) if caps else None
 
@@ -116,6 +121,11 @@ def read_policy(path: Path) -> Policy:
     names = [key.name for key in given.keys]
     if len(set(names)) < len(names) or len({key.sha256 for key in given.keys}) < len(names):
         raise TrimtabError(f"the policy {path} has two keys of one name, or the same key twice")
+    if nothing := [key.name for key in given.keys if bytes.fromhex(key.sha256) in NO_KEYS]:
+        raise TrimtabError(
+            f"the policy {path} has the digest of no key at all for {nothing[0]!r}, so that anybody would be let in;"
+            ' was the variable empty in printf %s "$KEY" | sha256sum?'
+        )
     keys = tuple(
         Key(
             key.name,

@@ -5,7 +5,23 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.responses import Response
+
+
+class ErrorTold(BaseModel):
+    """What is wrong, in words."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """The body of every error."""
+
+    error: ErrorTold
 
 
 class Json(Response):

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from trimtab.errors import TrimtabError
+from trimtab.serve.connections import protocol
 from trimtab.serve.scheduler import Scheduler
 
 LAST_WORDS = 5
@@ -57,13 +58,20 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float) -> None:
-    """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
+def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections: int) -> uvicorn.Server:
+    """uvicorn around the application, with our bounds on connections."""
     config = uvicorn.Config(
         app,
+        http=protocol(connections),
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=int(grace) + LAST_WORDS,
     )
-    _Server(config, scheduler, grace).run(sockets=[bound])
+    return _Server(config, scheduler, grace)
+
+
+def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float, connections: int) -> None:
+    """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
+    make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])

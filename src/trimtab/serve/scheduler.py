@@ -7,6 +7,7 @@ together; sampled ones run alone, as its random numbers are shared.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from trimtab.engines.transformers.generate import Applied, _end_ids, check_reque
 from trimtab.engines.transformers.rejecting import Request, check_rejection
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
-from trimtab.serve.tasks import Done, Event, Failed, Piece, Task, TokenTold
+from trimtab.serve.tasks import NOTHING, Done, Event, Failed, Piece, Task, TokenTold, total_dose
 from trimtab.text.unfolding import Unfolding
 
 DOSE_EVERY = 8
@@ -154,15 +155,19 @@ class Scheduler:
             check_request(self.lm.layout, [len(task.ids)], task.max_new_tokens, options)
             check_rejection([Request(len(task.ids), task.steering.edits, task.rejection)], options)
 
+    def check_room(self, count: int) -> None:
+        """Raises `Full` or `Draining` where so many tasks wouldn't be accepted now."""
+        if self.draining:
+            raise Draining
+        free = max(0, self.rows - self.running)
+        if len(self._queue) + count > self.waiting + free:
+            ahead = (len(self._queue) + count) / max(1, self.rows)
+            raise Full(max(1, min(60, round(self._pace * ahead))))
+
     def submit(self, tasks: list[Task]) -> None:
         """Accept all of these tasks. Raises `Full` or `Draining`, and then has accepted none."""
         with self._changed:
-            if self.draining:
-                raise Draining
-            free = max(0, self.rows - self.running)
-            if len(self._queue) + len(tasks) > self.waiting + free:
-                ahead = (len(self._queue) + len(tasks)) / max(1, self.rows)
-                raise Full(max(1, min(60, round(self._pace * ahead))))
+            self.check_room(len(tasks))
             now = time.monotonic()
             for task in tasks:
                 task.deadline = now + task.seconds
@@ -253,9 +258,9 @@ class Scheduler:
             shut = self.over
             for key, answer in list(self._answers.items()):
                 if (why := self._why_over(answer.task, gone, now, shut)) is not None:
-                    self._batch.remove(key)
+                    applied = self._batch.remove(key)
                     del self._answers[key]
-                    self._end(answer, why)
+                    self._end(answer, why, applied)
             for answer in self._apart:
                 going = not answer.over and answer.finish is None
                 if going and (why := self._why_over(answer.task, gone, now, shut)) is not None:
@@ -308,22 +313,31 @@ class Scheduler:
             return
         applied = told.applied
         if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
-            dose = (applied or self._batch.applied(told.key) or Applied((), ())).dose
+            now = applied or self._batch.applied(told.key) or NOTHING
+            dose = total_dose(now)
             if not dose <= task.max_dose:
                 self._batch.remove(told.key)
                 del self._answers[told.key]
-                message = f"the steering's dose is {dose:.2g} and may be {task.max_dose:g}; lower the strength"
-                self._end(answer, Failed("dose", message))
+                message = (
+                    f"the doses of all sites add up to {dose:.2g} and may come to {task.max_dose:g}; lower the"
+                    " strengths, or steer at fewer layers"
+                )
+                self._end(answer, Failed("dose", message), now)
                 return
         answer.take(TokenTold(told.token, told.logprob, told.likeliest), bool(told.finish))
         finish = "stop" if answer.text.stopped else told.finish
         if finish:
             del self._answers[told.key]
-            applied = applied or self._batch.remove(told.key) or Applied((), ())
-            self._end(answer, Done(finish, answer.tokens, applied))
+            applied = applied or self._batch.remove(told.key) or NOTHING
+            if math.isfinite(total_dose(applied)):
+                self._end(answer, Done(finish, answer.tokens, applied))
+            else:
+                self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
 
-    def _end(self, answer: _Answer, event: Event) -> None:
-        if not isinstance(event, Failed):
+    def _end(self, answer: _Answer, event: Event, applied: Applied | None = None) -> None:
+        if isinstance(event, Failed):
+            event = replace(event, tokens=answer.tokens, applied=applied or NOTHING)
+        else:
             took = time.monotonic() - (answer.task.deadline - answer.task.seconds)
             self._pace += 0.1 * (took - self._pace)
         answer.end(event)

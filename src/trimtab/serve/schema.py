@@ -1,25 +1,16 @@
 """Requests and responses as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
 
-What OpenAI's API has and this server doesn't is accepted where it asks for nothing, and refused where it asks for
-something. A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
+A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
-NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""What a steering may be called."""
-Text = Annotated[str, Field(max_length=1_000_000)]
-PairText = Annotated[str, Field(max_length=20_000)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-
-
-class _In(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+from trimtab.serve.fields import NAME, Finite, In, Nothing, PairText, Seed, Text, Unsupported, UnsupportedChat
 
 
 class _Out(BaseModel):
@@ -29,7 +20,7 @@ class _Out(BaseModel):
 # ---- steering ------------------------------------------------------------------------------------------------
 
 
-class SteeringChoice(_In):
+class SteeringChoice(In):
     """A steering of the server's, and what its strength is multiplied by."""
 
     name: str = Field(max_length=64, examples=["json"])
@@ -39,21 +30,21 @@ class SteeringChoice(_In):
     )
 
 
-class PhraseChoice(_In):
+class PhraseChoice(In):
     """A phrase as it stands in the prompt: all its occurrences, or one of them, counted from 0."""
 
     text: str = Field(min_length=1, max_length=2000)
     occurrence: int | None = Field(None, ge=0, lt=10_000)
 
 
-class PartChoice(_In):
+class PartChoice(In):
     """The whole content of a message: number `index` among those of `role`; -1 is the last."""
 
     role: Literal["system", "user", "assistant"]
     index: int = Field(-1, ge=-1000, lt=1000)
 
 
-class RejectionChoice(_In):
+class RejectionChoice(In):
     """How a steering is weakened or rejected where its token is implausible (DIRECTER)."""
 
     beta: Finite = Field(0.5, ge=0, le=1, description="The least share of the likeliest raw token's probability.")
@@ -61,13 +52,15 @@ class RejectionChoice(_In):
     min_layers: int = Field(2, ge=1, le=10_000)
 
 
-class Steered(_In):
+class Steered(Unsupported):
     """The fields beyond OpenAI's; with its Python client they go into `extra_body`."""
 
-    steering: list[SteeringChoice] = Field(
+    steering: Annotated[list[SteeringChoice], Field(fail_fast=True)] = Field(
         [], max_length=16, description="Added up.", examples=[[{"name": "json", "strength": 1.2}]]
     )
-    emphasize: list[Annotated[str, Field(min_length=1, max_length=2000)] | PhraseChoice | PartChoice] = Field(
+    emphasize: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=2000)] | PhraseChoice | PartChoice], Field(fail_fast=True)
+    ] = Field(
         [], max_length=16, description="What of the prompt to steer attention towards.", examples=[["in one sentence"]]
     )
     rejection: bool | RejectionChoice | None = Field(
@@ -78,11 +71,14 @@ class Steered(_In):
 # ---- what both kinds of completion are asked by --------------------------------------------------------------
 
 
-class StreamOptions(_In):
+class StreamOptions(In):
     """What else a stream tells."""
 
     include_usage: bool = Field(False, description="One more chunk at the end, with the tokens counted.")
     include_obfuscation: bool | None = None
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class Common(Steered):
@@ -93,45 +89,51 @@ class Common(Steered):
     temperature: Finite | None = Field(None, ge=0, le=2, description="1 unless given; 0 is greedy.")
     top_p: Finite | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=128, description="How many answers.")
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=200)]
-        | list[Annotated[str, Field(min_length=1, max_length=200)]]
-        | None
-    ) = Field(None, description="At most 4 texts that end an answer; they aren't part of it.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = Field(
+        None, description="At most 4 texts that end an answer; they aren't part of it."
+    )
     seed: Seed | None = Field(None, description="The same seed gives the same samples; answer i of `n` has seed + i.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
-    metadata: dict[str, str] | None = None
-    presence_penalty: Finite | None = Field(None, ge=0, le=0, description="Not supported.")
-    frequency_penalty: Finite | None = Field(None, ge=0, le=0, description="Not supported.")
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description="Not supported.")
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = Field(None, description="Taken, and kept nowhere.")
 
 
-class TextPart(_In):
+class TextPart(In):
     """A part of a message's content."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(_In):
+class Message(In):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
-    name: str | None = Field(None, max_length=64)
+    content: Text | Annotated[list[TextPart], Field(max_length=1000, fail_fast=True)] = Field(
+        "", description="Of the assistant's messages it may be missing."
+    )
+    name: str | None = Field(None, max_length=64, description="Taken, and not told to the model.")
     refusal: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    audio: None = None
+    function_call: None = None
+    reasoning_content: Literal[""] | None = None
+    tool_calls: Nothing | None = None
+    annotations: Nothing | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.role != "assistant" and "content" not in self.model_fields_set:
+            raise PydanticCustomError("no_content", "a message of the {role}'s needs content", {"role": self.role})
+        return self
 
 
-class PlainFormat(_In):
-    """The only format of answers."""
-
-    type: Literal["text"]
-
-
-class ChatRequest(Common):
+class ChatRequest(Common, UnsupportedChat):
     """`POST /v1/chat/completions`."""
 
     model_config = ConfigDict(
@@ -148,7 +150,7 @@ class ChatRequest(Common):
         }
     )
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: Annotated[list[Message], Field(fail_fast=True)] = Field(min_length=1, max_length=1000)
     continue_final_message: bool | None = Field(
         None,
         description="Go on with the last message, the assistant's, instead of answering it: as vLLM's server does. The"
@@ -165,22 +167,14 @@ class ChatRequest(Common):
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: PlainFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="Not supported.")
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    store: Literal[False] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = Field(None, max_length=512)
-    prompt_cache_key: str | None = Field(None, max_length=512)
 
 
-Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1_000_000)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=1_000_000, fail_fast=True)]
 Prompts = (
     Text
-    | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    | Annotated[list[Text], Field(min_length=1, max_length=64, fail_fast=True)]
     | Ids
-    | Annotated[list[Ids], Field(min_length=1, max_length=64)]
+    | Annotated[list[Ids], Field(min_length=1, max_length=64, fail_fast=True)]
 )
 
 
@@ -211,6 +205,10 @@ class AppliedSteering(_Out):
     strength: float
     always: bool = False
     layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
+    taken_off: float | None = Field(
+        default=None,
+        description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",
+    )
 
 
 class DoseTold(_Out):
@@ -234,11 +232,12 @@ class RejectionTold(_Out):
 
 
 class AppliedTold(_Out):
-    """What steered one answer. `dose` is the largest of `doses`."""
+    """What steered one answer. `dose` is the largest of `doses`, `total_dose` their sum, which a policy may cap."""
 
     index: int
     edits: list[str]
     dose: float | None
+    total_dose: float | None
     doses: list[DoseTold]
     rejection: RejectionTold | None = None
 
@@ -376,14 +375,26 @@ class SteeringList(_Out):
     data: list[SteeringTold]
 
 
-class PairMessage(_In):
+class Deleted(_Out):
+    """A steering that is no longer there."""
+
+    id: str
+    object: Literal["steering.deleted"] = "steering.deleted"
+    deleted: bool = True
+
+
+class PairMessage(In):
     """A message of a prompt or an answer that is learned from."""
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: PairText
 
 
-class LearnRequest(_In):
+Side = PairText | Annotated[list[PairMessage], Field(max_length=64, fail_fast=True)]
+Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(fail_fast=True)]
+
+
+class LearnRequest(In):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
 
     model_config = ConfigDict(
@@ -400,13 +411,13 @@ class LearnRequest(_In):
 
     name: str = Field(pattern=NAME)
     method: Literal["caa", "instruct"]
-    pairs: list[dict[str, PairText | Annotated[list[PairMessage], Field(max_length=64)]]] = Field(
-        min_length=1, max_length=512
+    pairs: Pairs = Field(min_length=1, max_length=512)
+    layers: Annotated[list[Annotated[int, Field(ge=0, lt=10_000)]], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=256
     )
-    layers: list[Annotated[int, Field(ge=0, lt=10_000)]] | None = Field(None, min_length=1, max_length=256)
 
 
-class MakeRequest(_In):
+class MakeRequest(In):
     """`POST /v1/steerings/make`: make one from an idea and say what it is worth, as `trimtab make` does.
 
     Either `idea`, or `like` with or without `unlike`, or `pairs`.
@@ -430,7 +441,7 @@ class MakeRequest(_In):
         max_length=200,
         description="And one that it is to be unlike; without it an ordinary assistant.",
     )
-    pairs: list[dict[str, PairText | Annotated[list[PairMessage], Field(max_length=64)]]] | None = Field(
+    pairs: Pairs | None = Field(
         None,
         min_length=16,
         max_length=512,
@@ -495,24 +506,3 @@ class MadeTold(_Out):
         max_length=4, description="None where the server's policy would steer, cap or refuse such answers."
     )
     steering: SteeringTold | None
-
-
-class Health(_Out):
-    """Whether the server is there, or ready."""
-
-    status: Literal["ok", "draining", "dead"]
-
-
-class ErrorTold(_Out):
-    """What is wrong, in words."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(_Out):
-    """The body of every error."""
-
-    error: ErrorTold

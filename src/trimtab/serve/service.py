@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from trimtab.decoding.rejection import Rejection
@@ -17,6 +18,7 @@ from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.policy import Key, Policy
+from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
@@ -28,6 +30,7 @@ from trimtab.serve.schema import (
     PhraseChoice,
     RejectionChoice,
     Steered,
+    SteeringChoice,
 )
 from trimtab.serve.tasks import Task
 from trimtab.steering import ScaleScores, Steering, emphasis
@@ -41,14 +44,20 @@ ALIAS = "trimtab"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds."""
+    """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds.
+
+    `held` is how many bytes all requests' bodies may hold in memory together, and `rejecting_tokens` those of a prompt
+    with rejection, which is read in one pass while everybody waits.
+    """
 
     body: int = 1 << 20
-    upload: int = 64 << 20
+    upload: int = 16 << 20
     prompt_tokens: int | None = None
     max_tokens: int = 512
     answers: int = 16
     seconds: float = 300.0
+    held: int = 256 << 20
+    rejecting_tokens: int = 2048
 
 
 @dataclass(frozen=True)
@@ -73,17 +82,21 @@ class Service:
     def visible(self, key: Key) -> list[Loaded]:
         """The steerings that a caller may name, and those that are always on."""
         always = {name for name, _ in self.policy.always}
-        found = [self.library.get(name) for name in self.library.names]
-        return [one for one in found if one and (_allowed(key, one) or one.name in always)]
+        known = self.library.of(self.owner(key.name))
+        return [one for one in known if _allowed(key, one) or (one.name in always and one.source == "file")]
+
+    def owner(self, key: str) -> str | None:
+        """Who owns what this key adds: itself; without keys, everybody."""
+        return key if self.policy.keys else None
 
     def chosen(self, key: Key, asked: Steered) -> tuple[list[AppliedSteering], Steering | None]:
         """What is always on, and what the request asks for: as it is told, and as one steering.
 
         Raises `Refusal` for what isn't there or isn't allowed.
         """
-        low, high = self.policy.range_of(key)
         always = dict(self.policy.always)
         told, total = [], None
+        pushes: dict[str, tuple[float, float]] = {}  # by digest, as one steering may have several names
         for name, strength in self.policy.always:
             loaded = self.library.get(name)
             assert loaded is not None  # checked at the start
@@ -93,17 +106,57 @@ class Service:
             where = f"steering.{i}"
             if choice.name in always:
                 raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
-            loaded = self.library.get(choice.name)
+            loaded = self.library.get(choice.name, self.owner(key.name))
             if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
                 raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
-            if not low <= choice.strength <= high:
-                raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=f"{where}.strength")
-            told.append(
-                AppliedSteering(name=choice.name, digest=loaded.digest, strength=choice.strength, layer=choice.layer)
+            pushes[loaded.digest] = self._pushed(
+                key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )
-            one = choice.strength * self._placed(loaded, choice.layer, f"{where}.layer")
+            placed, lost = self._apart(self._placed(loaded, choice.layer, f"{where}.layer"), where)
+            told.append(
+                AppliedSteering(
+                    name=choice.name,
+                    digest=loaded.digest,
+                    strength=choice.strength,
+                    layer=choice.layer,
+                    taken_off=lost or None,
+                )
+            )
+            one = choice.strength * placed
             total = one if total is None else total + one
         return told, total
+
+    def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
+        """What one steering's strengths in a request add up to: those below zero, and those above.
+
+        They aren't set off against each other: at two layers both act. Raises `Refusal` beyond the caller's range.
+        """
+        low, high = self.policy.range_of(key)
+        strength = choice.strength
+        if not low <= strength <= high:
+            raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=param)
+        down, up = before[0] + min(strength, 0.0), before[1] + max(strength, 0.0)
+        if up > max(high, 0.0) or down < min(low, 0.0):
+            raise Refusal(
+                403,
+                f"the strengths of {choice.name!r} add up to {up if up > max(high, 0.0) else down:g} in this request;"
+                f" for you they lie between {low:g} and {high:g}, all layers together",
+                param=param,
+            )
+        return down, up
+
+    def _apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
+        """The steering without what it has along what is always on, and how much that was."""
+        try:
+            return apart(self._protected, steering)
+        except TrimtabError as error:
+            raise Refusal(403, str(error), code="always_on", param=param) from None
+
+    @cached_property
+    def _protected(self) -> Protected:
+        """What is always on; the library's files don't change while the server runs."""
+        found = [(name, self.library.get(name)) for name, strength in self.policy.always if strength]
+        return protected([(name, one.steering) for name, one in found if one is not None])
 
     def _placed(self, loaded: Loaded, layer: int | None, param: str) -> Steering:
         """The steering where it was learned, or at another layer."""
@@ -116,10 +169,11 @@ class Service:
             raise Refusal(400, str(error), param=param) from None
         return moved
 
-    def rejection(self, asked: Steered) -> Rejection | None:
+    def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
 
-        By default there is some where something is emphasized.
+        By default there is some where something is emphasized. Unless the request names a ladder, a steering of too few
+        layers to be halved is weakened in strength instead.
         """
         given = asked.rejection
         wanted = bool(asked.emphasize) if given is None else given is not False
@@ -129,9 +183,11 @@ class Service:
             raise Refusal(
                 403, "steerings that are always on can't be rejected; ask for rejection: false", param="rejection"
             )
-        if isinstance(given, RejectionChoice):
-            return Rejection(given.beta, given.min_layers, given.ladder)
-        return Rejection()
+        wish = given if isinstance(given, RejectionChoice) else RejectionChoice.model_validate({})
+        few = steering is not None and not asked.emphasize and len(steering.layers) < wish.min_layers
+        if few and not {"ladder", "min_layers"} & wish.model_fields_set:
+            return Rejection(wish.beta, ladder="strength")
+        return Rejection(wish.beta, wish.min_layers, wish.ladder)
 
     # ---- tasks ---------------------------------------------------------------------------------------------
 
@@ -149,13 +205,20 @@ class Service:
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
         told, steering = self.chosen(key, asked)
-        rejection = self.rejection(asked)
+        rejection = self.rejection(asked, steering)
         stop = _stop(asked.stop)
         tasks, marked, lengths = [], 0, []
         try:
             for prompt in prompts:
                 ids = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
+                if rejection is not None and len(ids) > self.limits.rejecting_tokens:
+                    raise Refusal(
+                        400,
+                        f"with rejection a prompt has {self.limits.rejecting_tokens} tokens at most, and this one"
+                        f" {len(ids)}; shorten it, or ask for rejection: false",
+                        code="context_length_exceeded",
+                    )
                 mine, tokens = self._emphasized(asked, prompt, chat, steering, template)
                 marked += tokens
                 most = self._most(asked, len(ids))
@@ -217,7 +280,8 @@ class Service:
         try:
             check_request(self.lm.layout, [length], wanted, {})
         except TrimtabError as error:
-            raise Refusal(400, str(error), code="context_length_exceeded") from None
+            code = "context_length_exceeded" if length else None  # an empty prompt isn't a long one
+            raise Refusal(400, str(error), code=code) from None
         return wanted
 
     def _emphasized(
@@ -264,7 +328,7 @@ def _missing(phrase: str) -> str:
 
 
 def _allowed(key: Key, loaded: Loaded) -> bool:
-    return key.steerings is None or loaded.name in key.steerings
+    return loaded.owner is not None or key.steerings is None or loaded.name in key.steerings
 
 
 def _template(asked: ChatRequest | CompletionRequest) -> Template | None:

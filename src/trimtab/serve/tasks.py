@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,6 +12,16 @@ from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt, Template
+
+NOTHING = Applied((), ())
+
+
+def total_dose(applied: Applied) -> float:
+    """The doses of all sites added up: the longest that their pushes can come to, in lengths of the activation.
+
+    The residual stream carries each on, so that many small ones in one direction are a large one.
+    """
+    return math.fsum(dose.ratio for dose in applied.doses)
 
 
 @dataclass(frozen=True)
@@ -42,10 +53,16 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The end, without an answer. `kind`: `"timeout"`, `"dose"`, `"input"`, `"shutdown"`, `"cancelled"`, `"server"`."""
+    """The end, without an answer. `kind`: `"timeout"`, `"dose"`, `"input"`, `"shutdown"`, `"cancelled"`, `"server"`.
+
+    `tokens` and `applied` are how far it had come until then, and what had steered it.
+    """
 
     kind: str
     message: str
+    tokens: int = 0
+    applied: Applied = NOTHING
+    trace: Trace | None = None
 
 
 Event = Piece | Done | Failed

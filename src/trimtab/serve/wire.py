@@ -26,7 +26,8 @@ from trimtab.serve.schema import (
     Usage,
 )
 from trimtab.serve.service import Prepared
-from trimtab.serve.tasks import Done, Piece, TokenTold
+from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
+from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
 
@@ -154,8 +155,8 @@ class Wire:
 
     def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(token)
-        whole = "\ufffd" not in text  # a part of a character has no text of its own
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode()) if whole else None}
+        data = text.encode() if "\ufffd" not in text else token_bytes(self.tokenizer, token)  # a part of a character
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if data is None else list(data)}
 
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
@@ -192,5 +193,12 @@ def _applied(index: int, done: Done) -> AppliedTold:
             rejected=sum(step.rung is None for step in opened),
             changed=sum(step.replaced is not None for step in steps),
         )
-    dose = None if done.trace is not None else done.applied.dose  # not measured with rejection
-    return AppliedTold(index=index, edits=list(done.applied.edits), dose=dose, doses=doses, rejection=rejection)
+    measured = done.trace is None  # not with rejection
+    return AppliedTold(
+        index=index,
+        edits=list(done.applied.edits),
+        dose=done.applied.dose if measured else None,
+        total_dose=total_dose(done.applied) if measured else None,
+        doses=doses,
+        rejection=rejection,
+    )

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Active, Stage, compiled, missing_of, slots_at
+from trimtab.engines.folding import Active, Prepared, Stage, compiled, missing_of, slots_at
 from trimtab.steering import Edit, Site
 from trimtab.steering.low_rank import LowRank, LowRanks
 from trimtab.steering.operations import Kernel, Rows, add
 
 Address = tuple[int, Kernel, float]
 """A site's lane: at which step of the site's edits it runs, its kernel, and the share of the norm that is kept."""
-Prepared = list[tuple[Stage, Rows, Active]]
 
 ROOM = 8
 """Slots that a lane begins with; it doubles when they are full."""

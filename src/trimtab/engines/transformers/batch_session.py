@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.folding import States, sweep
+from trimtab.engines.folding import Prepared, States, sweep
 from trimtab.engines.transformers.bank import Bank
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
 from trimtab.engines.transformers.positions import Pass
-from trimtab.engines.transformers.session import STRIDE, Prepared, Session, Tally, _Step
+from trimtab.engines.transformers.session import STRIDE, Session, Tally, _Step
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site
 

@@ -24,6 +24,7 @@ from trimtab.engines.resolve import check_prompt, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.batch_session import BatchSession
+from trimtab.engines.transformers.chunked_prefill import CHUNK, ChunkedPrefill
 from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
@@ -38,8 +39,9 @@ from trimtab.engines.transformers.session import Session, Tally, doses_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
-PREFILL = 2048
-"""Tokens, pads included, that one step reads of prompts at most (or one prompt), so that others don't wait for long."""
+PREFILL = 512
+"""Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long; and a chunk of a
+prompt that is longer than `CHUNK`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class GenerationResponse:
     error: Exception | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Row:
     key: int
     request: GenerationRequest
@@ -131,12 +133,13 @@ class GenerationBatch:
         self._next = 0
         self._waiting: list[_Row] = []
         self._rows: list[_Row] = []  # in the order of the cache's
+        self._long: tuple[list[_Row], ChunkedPrefill] | None = None  # rows whose one prompt is being read in chunks
         self._cache = Columns()
         self._session = BatchSession(model, layout)  # of the rows
         self._run: _Decoding | None = None
 
     def __len__(self) -> int:
-        return len(self._rows) + len(self._waiting)
+        return len(self._rows) + len(self._waiting) + len(self._long[0] if self._long else ())
 
     @property
     def running(self) -> int:
@@ -161,6 +164,11 @@ class GenerationBatch:
             if row.key == key:
                 self._waiting.remove(row)
                 return Applied((), ())
+        for row in self._long[0] if self._long else ():
+            if row.key == key:  # the others of the same prompt go on
+                self._long[0].remove(row)  # type: ignore[index]
+                self._long = self._long if self._long and self._long[0] else None
+                return Applied((), ())
         for place, row in enumerate(self._rows):
             if row.key == key:
                 self._take_out(place)
@@ -176,18 +184,17 @@ class GenerationBatch:
 
     def clear(self) -> list[int]:
         """Everybody leaves; their keys."""
-        keys = [row.key for row in (*self._rows, *self._waiting)]
-        self._rows, self._waiting, self._cache, self._run = [], [], Columns(), None
+        keys = [row.key for row in (*self._rows, *(self._long[0] if self._long else ()), *self._waiting)]
+        self._rows, self._waiting, self._long, self._cache, self._run = [], [], None, Columns(), None
         self._session = BatchSession(self.model, self.layout)
         return keys
 
     @torch.no_grad()
     def step(self) -> list[GenerationResponse]:
-        """One token for each row, rows that have just joined included."""
+        """One token for each row, rows that have just joined included, once their prompts are read."""
         with reading(self.layout.decoder):
             told = self._decode() if self._rows else []
-            if self._waiting:
-                told += self._read_in(self._admitted())
+            told += self._read_in(self._admitted()) + self._read_chunk()
         return told
 
     # ---- rows that are in the batch ----------------------------------------------------------------------
@@ -276,17 +283,41 @@ class GenerationBatch:
         """The first of those that wait, as many as fit into one pass."""
         taken: list[_Row] = []
         widest, texts = 0, set()
-        for row in self._waiting:
+        for row in (row for row in self._waiting if len(row.request.ids) <= CHUNK):
             texts.add((row.request.ids, row.request.steering))
             widest = max(widest, len(row.request.ids))
             if taken and widest * len(texts) > PREFILL:
                 break
             taken.append(row)
-        self._waiting = self._waiting[len(taken) :]
+        self._waiting = [row for row in self._waiting if row not in taken]
         return taken
+
+    def _read_chunk(self) -> list[GenerationResponse]:
+        """Read some more of a long prompt; its rows join, and have their first tokens, when all of it is read."""
+        if self._long is None:
+            text = next(
+                ((r.request.ids, r.request.steering) for r in self._waiting if len(r.request.ids) > CHUNK), None
+            )
+            if text is None:
+                return []
+            rows = [row for row in self._waiting if (row.request.ids, row.request.steering) == text]
+            self._waiting = [row for row in self._waiting if row not in rows]
+            self._long = rows, ChunkedPrefill(self.model, self.layout, *text, self._logits, self.device)
+        rows, prefill = self._long
+        try:
+            if (logits := prefill.advance()) is None:
+                return []
+            self._long = None
+            read = [prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache
+            return self._seat(rows, [0] * len(rows), *read)
+        except (TrimtabError, RuntimeError) as error:
+            self._long = None
+            return [GenerationResponse(row.key, error=error) for row in rows]
 
     def _read_in(self, rows: list[_Row]) -> list[GenerationResponse]:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
+        if not rows:
+            return []
         try:
             return self._read_together(rows)
         except (TrimtabError, RuntimeError) as error:
@@ -324,10 +355,24 @@ class GenerationBatch:
                 logits = self._logits(*inputs)
             session.check_reached(width)
         which = [texts.index(one) for one in asked]
+        tallies = [session.tally(text) for text in range(len(texts))]
+        return self._seat(rows, which, edits, names, tallies, logits, cache)
+
+    def _seat(
+        self,
+        rows: list[_Row],
+        which: list[int],
+        edits: Sequence[tuple[Edit, ...]],
+        names: Sequence[tuple[str, ...]],
+        tallies: Sequence[Tally],
+        logits: Tensor,
+        cache: DynamicCache,
+    ) -> list[GenerationResponse]:
+        """Rows whose prompts are read join the batch. `which` of the texts that were read is each row's."""
         for row, text in zip(rows, which, strict=True):
             row.edits, row.names = edits[text], names[text]
             row.sampler = self._row_sampler(row.request)
-            row.add(session.tally(text))
+            row.add(tallies[text])
         told = self._choose(rows, logits[which], self._sampler(rows)).told
         done = {one.key for one in told if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from trimtab.engines.folding import Stage, check_together, slots_at, stages_of, sweep
 from trimtab.engines.transformers.layout import Layout
@@ -82,3 +83,12 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
             state for stage in stages[site] for state in stage.active.nonzero().flatten().tolist()
         )
     return Plan(tuple(segments), stages, touches)
+
+
+def activity(plan: Plan) -> Tensor:
+    """`[sites, states]`: whether a site does something in a state."""
+    count = 1 + max((state for segments in plan.segments for _, _, state in segments), default=0)
+    table = torch.zeros(len(plan.stages), count, dtype=torch.bool)
+    for row, site in enumerate(sorted(plan.stages)):
+        table[row, list(plan.touches[site])] = True
+    return table

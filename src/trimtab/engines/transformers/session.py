@@ -22,21 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.answer import Dose
-from trimtab.engines.folding import Active, Stage, States, apply, apply_to
+from trimtab.engines.folding import Prepared, States, apply_all, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import Place, attach, place
-from trimtab.engines.transformers.plan import Plan, compile_plan
+from trimtab.engines.transformers.plan import Plan, activity, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
-from trimtab.steering.operations import Rows
 
 STRIDE = 8
 """In steady decoding one token in so many is measured for the doses."""
-
-
-Prepared = list[tuple[Stage, Rows, Active]]
 
 
 @dataclass
@@ -187,7 +183,7 @@ class Session:
         step = self._enter(one, given, one.past == 0 or resumed)
         self._pass = one
         self._called = [0] * len(self._hooked)
-        self._measures = step.passes % STRIDE == 0
+        self._measures = one.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
         if self._measures:
             self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
@@ -253,7 +249,7 @@ class Session:
                 raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}
             self._sums = torch.zeros(2, len(self.sites), len(lengths), device=one.device)
-            self._active = _activity(self.plan).to(one.device)
+            self._active = activity(self.plan).to(one.device)
             self._step = None
             self._steady = None
             self._fresh = False
@@ -309,7 +305,7 @@ class Session:
             if step.index.shape[1] == 1:
                 step.prepared[site] = prepared
         if whole.requires_grad:
-            new = _apply_all(prepared, x)
+            new = apply_all(prepared, x)
             if self._measures:
                 lengths.copy_(_norm(x))
                 edits.copy_(_norm(new - x))
@@ -330,7 +326,7 @@ class Session:
             if lasting:
                 step.scales[site] = factor, lengths, edits
         elif self._measures:
-            new = _apply_all(prepared, x)
+            new = apply_all(prepared, x)
             _norm_into(edits, new - x)
             x.copy_(new)
         else:
@@ -391,7 +387,7 @@ class Session:
 
     def _weight(self, step: _Step) -> Tensor | int:
         """How many tokens those of this pass stand for in the doses: one number, or one a row."""
-        return STRIDE if step.passes > STRIDE else 1
+        return STRIDE if step.passes > STRIDE and len(step.states[0]) == 1 else 1
 
     def _complain(self) -> None:
         """A pass has ended in which a site's hook wasn't called once: raise, if anything was to be done there."""
@@ -483,21 +479,6 @@ def _dtype(layout: Layout) -> torch.dtype:
         if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             return parameter.dtype
     raise UnsupportedError("the model has no floating-point weights")
-
-
-def _activity(plan: Plan) -> Tensor:
-    """`[sites, states]`: whether a site does something in a state."""
-    count = 1 + max((state for segments in plan.segments for _, _, state in segments), default=0)
-    table = torch.zeros(len(plan.stages), count, dtype=torch.bool)
-    for row, site in enumerate(sorted(plan.stages)):
-        table[row, list(plan.touches[site])] = True
-    return table
-
-
-def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
-    for stage, rows, active in prepared:
-        x = apply(stage, rows, active, x)
-    return x
 
 
 def _norm_into(out: Tensor, x: Tensor) -> None:

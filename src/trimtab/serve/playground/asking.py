@@ -12,14 +12,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from trimtab.report.tokens import TokenCosines
-from trimtab.serve.answering import write_down
 from trimtab.serve.playground.callers import new_request
 from trimtab.serve.playground.choices import Request
 from trimtab.serve.policy import Key
+from trimtab.serve.records import Record, refused
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.scheduler import Full
 from trimtab.serve.schema import AppliedSteering, ChatRequest
 from trimtab.serve.service import Prepared, Service
 from trimtab.serve.tasks import Done, Event, Failed
-from trimtab.serve.wire import Collected, Wire, new_id
+from trimtab.serve.wire import Collected, new_id
 
 
 @dataclass
@@ -71,12 +73,24 @@ class Asking:
 
         Raises before anything runs: `Refusal` for what can't be or may not be asked, `Full` and `Draining`.
         """
-        prepared = [await asyncio.to_thread(self.service.prepare, self.key, one) for one in self.asked]
+        service = self.service
+        prepared = [await self._prepared(one) for one in self.asked]
         tasks = [one.tasks[0] for one in prepared]
-        for i, (side, one) in enumerate(zip(self.sides, prepared, strict=True)):
+        records = []
+        for i, (side, one, asked) in enumerate(zip(self.sides, prepared, self.asked, strict=True)):
             side.prompt, side.told = one.tasks[0].ids, tuple(one.told)
-            one.tasks[0].deliver = self._deliver(i)
-        self.service.scheduler.submit(tasks)
+            record = Record(service, new_request(self.key), asked, one, new_id(isinstance(asked, ChatRequest)))
+            one.tasks[0].deliver = record.heard(0, self._deliver(i))
+            records.append(record)
+        service.scheduler.check_room(len(tasks))
+        try:
+            for record in records:
+                await record.begin()
+            service.scheduler.submit(tasks)
+        except Exception as error:
+            for record in records:
+                record.drop("queue_full" if isinstance(error, Full) else "failed")
+            raise
         try:
             yield self.sides
             while not all(side.over for side in self.sides):
@@ -90,7 +104,14 @@ class Asking:
                     self._take(*told)
                 yield self.sides
         finally:
-            self._close(prepared)
+            self._close(records)
+
+    async def _prepared(self, asked: Request) -> Prepared:
+        try:
+            return await asyncio.to_thread(self.service.prepare, self.key, asked)
+        except Refusal as refusal:
+            refused(self.service, new_request(self.key), self.key, refusal, asked)
+            raise
 
     def _deliver(self, number: int) -> Callable[[Event], None]:
         loop = asyncio.get_running_loop()
@@ -109,13 +130,8 @@ class Asking:
             side.collected.take(event)
             side.over = isinstance(event, Done)
 
-    def _close(self, prepared: list[Prepared]) -> None:
-        unfinished = [one.tasks[0] for one, side in zip(prepared, self.sides, strict=True) if not side.over]
-        if unfinished:
-            self.service.scheduler.cancel(unfinished)
-        for asked, one, side in zip(self.asked, prepared, self.sides, strict=True):
-            outcome = "done" if side.done else "failed" if side.error else "cancelled"
-            chat = isinstance(asked, ChatRequest)
-            wire = Wire(new_id(chat), asked.model, chat, False, self.service.lm.tokenizer)
-            write_down(self.service, new_request(self.key), asked, one, wire, [side.collected], outcome)
+    def _close(self, records: list[Record]) -> None:
+        for side, record in zip(self.sides, records, strict=True):
+            with suppress(Refusal):
+                record.end("done" if side.done else "failed" if side.error else "cancelled")
             side.over = True

@@ -8,6 +8,7 @@ import uuid
 from pydantic import ValidationError
 
 from trimtab.errors import TrimtabError
+from trimtab.serve import wording
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Draining, Full
@@ -40,8 +41,6 @@ def in_words(error: Exception) -> str:
     if isinstance(error, (TrimtabError, Full, Draining)):
         return str(error)
     if isinstance(error, ValidationError):
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = " ".join(str(part) for part in first["loc"])
-        return f"{where}: {first['msg']}" if where else str(first["msg"])
+        return wording.in_words(error.errors(include_input=False, include_url=False), None).message
     log.error("the playground failed", exc_info=error)
     return "something went wrong inside the server; its log says what"

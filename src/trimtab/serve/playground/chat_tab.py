@@ -23,6 +23,7 @@ from trimtab.serve.playground.talk import Talk, Turn
 from trimtab.serve.service import Service
 
 EXAMPLE = "Name three rivers."
+MOST_TURNS = 100
 SETTLED = 0.3
 """Seconds without a move after which a slider stands still."""
 COUNTED = "(key, move, ...rest) => [key, (window.trimtabMoves = (window.trimtabMoves ?? 0) + 1), ...rest]"
@@ -93,6 +94,8 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     async def speak(secret: str, text: str, talk: Talk, tint: str, *values: Any) -> AsyncGenerator[list[Any], None]:
         try:
             text = _checked(text)
+            if len(talk.turns) >= MOST_TURNS:
+                raise TrimtabError(f"this chat has {MOST_TURNS} messages; start a new one")
             mine, given = caller(service, secret), chosen(values)
             plain = request(service, given, prompt_of(service, given, talk.said(steered=False), text), steered=False)
             steered = request(service, given, prompt_of(service, given, talk.said(steered=True), text))
@@ -166,8 +169,9 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         except Exception as error:
             return show.error(in_words(error))
 
-    def copied(here: gr.Request, text: str, talk: Talk, *values: Any) -> list[str]:
+    def copied(secret: str, here: gr.Request, text: str, talk: Talk, *values: Any) -> list[str]:
         try:
+            caller(service, secret)
             given = chosen(values)
             asked = request(service, given, _asked_now(service, given, talk, text or ""))
             assert here.request is not None  # Gradio gives it to what runs on the page's behalf
@@ -190,7 +194,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     for event in (panel.emphasis.change, message.blur):
         event(look, looking, panel.marks, **quick)
     changed = [*(part.change for part in panel.inputs), said.change, message.blur]
-    gr.on(changed, copied, looking[1:], [curl, python], trigger_mode="always_last", **quick)
+    gr.on(changed, copied, looking, [curl, python], trigger_mode="always_last", **quick)
     return Chat(colour)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from trimtab.errors import TrimtabError
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import ALIAS, Service
 from trimtab.text.chat import Message, has_template
@@ -16,6 +17,7 @@ AS_LEARNED = -1
 """Among layers: the one where it was learned."""
 WIDEST = 4.0
 """Sliders end here on either side, or where the policy does."""
+LONGEST = 32_000
 REJECTIONS = ("where something is emphasized", "always", "never")
 
 Request = ChatRequest | CompletionRequest
@@ -83,7 +85,12 @@ def talks(service: Service) -> bool:
 
 
 def prompt_of(service: Service, given: Chosen, said: Sequence[Message], text: str) -> Any:
-    """The prompt: the conversation so far and what is said now; or the text, where the model only continues texts."""
+    """The prompt: the conversation so far and what is said now; or the text, where the model only continues texts.
+
+    Raises `TrimtabError` for a text that is too long to be sent back and forth while somebody types.
+    """
+    if len(text) + len(given.system) > LONGEST:
+        raise TrimtabError(f"on the page a message has {LONGEST:,} characters at most; the API takes longer ones")
     if not talks(service):
         return text
     opening = [{"role": "system", "content": given.system}] if given.system else []

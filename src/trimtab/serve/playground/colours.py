@@ -18,6 +18,7 @@ from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Service
 
 NOTHING, REJECTION = "nothing", "rejection"
+LONGEST = 2048
 MOST_LAYERS = 3
 """Of a steering at many layers, so many are offered."""
 
@@ -56,6 +57,8 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
         raise Refusal(404, "there is no such steering any more")
     for side in sides:
         if side.done is not None and side.ids and colour not in side.cosines:
+            if len(side.prompt) + len(side.ids) > LONGEST:  # read in one pass, while everybody waits
+                raise TrimtabError(f"answers in chats of more than {LONGEST} tokens aren't coloured; start a new chat")
             job = partial(answer_cosines, service.lm, loaded.steering, side.prompt, side.ids, int(layer))
             side.cosines[colour] = await asyncio.wrap_future(service.scheduler.run(job))
 

@@ -14,6 +14,7 @@ from trimtab.serve.playground.callers import caller, in_words
 from trimtab.serve.playground.chat_tab import make_chat
 from trimtab.serve.playground.choices import SLOTS
 from trimtab.serve.playground.colours import offered
+from trimtab.serve.playground.door import STATES, Door
 from trimtab.serve.playground.learn_tab import make_learn
 from trimtab.serve.playground.looks import options
 from trimtab.serve.playground.panel import arrange, make_panel, nameable
@@ -24,13 +25,15 @@ WAITING = 256
 """Clicks that wait at most; what they ask for waits in the scheduler's own queue."""
 
 
-def make_page(service: Service) -> FastAPI:
+def make_page(service: Service) -> Door:
     """The application that serves the page; to be run with the server's."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
     page = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     given = {"footer_links": [], "run_history": False, "show_error": False, "ssr_mode": False, "mcp_server": False}
-    gr.mount_gradio_app(page, make_blocks(service), path="/", **given, **options())
-    return page
+    blocks = make_blocks(service)
+    blocks.state_session_capacity = STATES
+    gr.mount_gradio_app(page, blocks, path="/", **given, **options())
+    return Door(page, blocks)
 
 
 def make_blocks(service: Service) -> gr.Blocks:

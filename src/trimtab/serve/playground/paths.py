@@ -14,6 +14,13 @@ PAGE = re.compile(
     r"|gradio_api/(?:info|app_id|startup-events|cancel|reset|queue/join|queue/data|heartbeat/[A-Za-z0-9]+))"
 )
 
+JOIN = "/gradio_api/queue/join"
+"""Where the page asks for something to be done."""
+DATA = "/gradio_api/queue/data"
+"""Where it reads what came of it."""
+STREAMS = re.compile(r"/gradio_api/(?:queue/data|heartbeat/[A-Za-z0-9]+)")
+"""Where its responses stay open."""
+
 HEADERS = (
     (
         b"content-security-policy",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,9 +47,12 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
         if not word:
             continue
         try:
-            found.append(float(word))
+            value = float(word)
         except ValueError:
-            raise TrimtabError(f"{word!r} is no number; {what} are numbers with commas between them") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise TrimtabError(f"{word!r} is no number; {what} are numbers with commas between them")
+        found.append(value)
     return tuple(dict.fromkeys(found))
 
 

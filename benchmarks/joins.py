@@ -1,0 +1,97 @@
+"""What it costs a running batch that a steered request joins or leaves: time of the host, beyond a steady step's.
+
+The batch is as large as a server's, over a wide model. What is timed is the steering's part of a step, without the
+model and without reading prompts, in the processor's time and not the clock's: other work hardly disturbs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.harness import Report, Result, Target, summarized
+from benchmarks.machine import machine, versions
+from trimtab.engines.transformers.batch_session import BatchSession
+from trimtab.engines.transformers.layout import Layout, find_layout
+from trimtab.engines.transformers.positions import Pass
+from trimtab.steering import Add, Edit, Positions, SetProjection, Site
+
+ROWS, LAYERS, WIDTH = 32, 32, 4096
+PROMPT = 6
+TARGET = Target(5.0, at_least=False)
+
+
+def run(rounds: int) -> Report:
+    """Requests of one steering, and of one each; additions and projections; at every layer."""
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(LAYERS, WIDTH, generator=generator) / 100
+    units = torch.nn.functional.normalize(vectors)
+    operations: dict[str, list[Any]] = {
+        "additions": [Add(vector) for vector in vectors],
+        "projections": [SetProjection(unit, 1.0) for unit in units],
+    }
+    layout = _layout()
+    results: list[Result] = []
+    for name, made in operations.items():
+        for apart in (False, True):
+            steerings = [
+                tuple(
+                    Edit(Site(layer), operation, Positions.all(), 1 + apart * number / 1000)
+                    for layer, operation in enumerate(made)
+                )
+                for number in range(ROWS + rounds + 1)
+            ]
+            case = f"{name}, {'a steering each' if apart else 'one steering'}"
+            results += _measured(case, layout, steerings, rounds)
+    return Report("joins", machine(), versions(), tuple(results))
+
+
+def _measured(case: str, layout: Layout, steerings: list[tuple[Edit, ...]], rounds: int) -> list[Result]:
+    session = BatchSession(layout.decoder, layout)
+    x = torch.randn(ROWS, 1, WIDTH)
+    for edits in steerings[:ROWS]:
+        session.insert(edits, PROMPT)
+    _step(session, x)
+    found: dict[str, list[float]] = {"a request leaves": [], "a request joins": []}
+    for number in range(rounds + 1):
+        steady = _timed(partial(_step, session, x))
+        left = _timed(partial(_step, session, x), partial(session.remove, number % ROWS))
+        joined = _timed(partial(_step, session, x), partial(session.insert, steerings[ROWS + number], PROMPT))
+        if number:  # the first warms up
+            found["a request leaves"].append(left - steady)
+            found["a request joins"].append(joined - steady)
+    return [summarized(case, metric, "ms", values, TARGET) for metric, values in found.items()]
+
+
+def _step(session: BatchSession, x: Tensor) -> None:
+    """A pass, without the model: each site's activations are given to the session."""
+    rows = len(session.rows)
+    with torch.no_grad():
+        session._enter(Pass(rows, 1, PROMPT, None, x.device, None), {}, begins=False).passes += 1
+        for layer in range(LAYERS):
+            session.edit(Site(layer), x[:rows])
+    session.advance()
+
+
+def _timed(step: Callable[[], None], change: Callable[[], Any] | None = None) -> float:
+    """Milliseconds of the processor's for a step, and for what comes before it."""
+    began = time.thread_time()
+    if change is not None:
+        change()
+    step()
+    return (time.thread_time() - began) * 1000
+
+
+def _layout() -> Layout:
+    """Blocks of this width, small otherwise."""
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, vocab_size=64,
+    )  # fmt: skip
+    return find_layout(LlamaForCausalLM(config))

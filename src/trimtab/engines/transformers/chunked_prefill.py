@@ -1,0 +1,180 @@
+"""A long prompt read a chunk at a time, so that others have their tokens, and limits their effect, between two chunks.
+
+What comes of it is what one pass over the whole prompt gives: every chunk attends to the cache of those before, and
+the session of hooks knows which absolute positions each of them computes. Gates, and operations that the prompt
+decides, look at the unsteered prompt, so it is read unsteered first, likewise in chunks; what no edit touches isn't
+read again: steered, it goes on from the first token at which one acts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers.attention import head_count, steered_scores
+from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.deciding import conditionals, decided, wanted
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import attach, place
+from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
+from trimtab.engines.transformers.session import Session, Tally
+from trimtab.engines.transformers.settle import is_open, settle
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, Site, Steering
+
+CHUNK = 256
+"""Tokens a chunk: some seconds of a small model on one core of a CPU, nothing that is felt on a GPU."""
+
+Logits = Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]
+"""The last column's logits `[1, vocabulary]` of ids, mask, positions and a cache."""
+
+
+class ChunkedPrefill:
+    """One prompt being read. `edits`, `names`, `cache` and `tally()` are there when `advance` has returned logits.
+
+    Args:
+        model: The whole model.
+        layout: Its layout.
+        ids: The prompt, one token at least.
+        steering: What steers it.
+        logits: Runs the model.
+        device: Where the inputs go.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        ids: Sequence[int],
+        steering: Steering | None,
+        logits: Logits,
+        device: torch.device,
+    ) -> None:
+        self.layout = layout
+        self.ids = list(ids)
+        self.steering = steering
+        self.cache = DynamicCache()
+        self.edits: tuple[Edit, ...] = ()
+        self.names: tuple[str, ...] = ()
+        self._logits = logits
+        self._device = device
+        self._done = 0
+        self._kept: dict[Site, list[Tensor]] = {}
+        self._session = Session(model, layout, lambda *_: [_residual(self.edits)])
+        acting = [edit for edit in steering.edits if edit.strength] if steering else []
+        self._asked = sorted(wanted(steering), key=str)
+        self._open = {edit.site for edit in acting if is_open(edit)}
+        self._looking = bool(self._asked or self._open)
+        if not self._looking:
+            self._decide({})
+            self._session.expect([len(self.ids)])
+
+    def advance(self, chunk: int | None = None) -> Tensor | None:
+        """Read so many tokens more (`CHUNK`); the last column's logits `[1, vocabulary]` once the prompt is read."""
+        start, stop = self._done, min(self._done + (chunk or CHUNK), len(self.ids))
+        ids = torch.tensor([self.ids[start:stop]], device=self._device)
+        mask = torch.ones(1, stop, dtype=torch.long, device=self._device)
+        positions = torch.arange(start, stop, device=self._device)[None]
+        with self._looking_at(start) if self._looking else self._steering(stop):
+            logits = self._logits(ids, mask, positions, self.cache)
+        self._done = stop
+        if stop < len(self.ids):
+            return None
+        if not self._looking:
+            self._session.check_reached(stop)
+            return logits
+        self._looking = False
+        self._decide({site: torch.cat(found) for site, found in self._kept.items()})
+        self._kept = {}
+        first = self._first_touched()
+        if first >= stop:
+            return logits
+        self._go_back(first)
+        return None
+
+    def tally(self) -> Tally:
+        """What the doses of the prompt are made of."""
+        return self._session.tally(0)
+
+    # ---- the unsteered reading ---------------------------------------------------------------------------
+
+    @property
+    def _places(self) -> dict[Site, list[int]]:
+        """The positions that are kept of each site, in order."""
+        found: dict[Site, set[int]] = {site: set(range(len(self.ids))) for site in self._open}
+        for reading in self._asked:
+            found.setdefault(reading.site, set()).update(reading.tokens(len(self.ids)))
+        return {site: sorted(where) for site, where in found.items()}
+
+    @contextmanager
+    def _looking_at(self, start: int) -> Iterator[None]:
+        owner = get_ident()
+
+        def keep(site: Site, where: Sequence[int]) -> Callable[[Tensor], None]:
+            def hook(x: Tensor) -> None:
+                if get_ident() == owner:
+                    x = x.reshape(-1, x.shape[-1])
+                    here = [p - start for p in where if start <= p < start + len(x)]
+                    self._kept.setdefault(site, []).append(x[torch.tensor(here, dtype=torch.long, device=x.device)])
+
+            return hook
+
+        before = {site: len(self._kept.get(site, ())) for site in self._places}
+        with ExitStack() as stack:
+            for site, where in self._places.items():
+                stack.callback(attach(place(self.layout, site), keep(site, where)).remove)
+            yield
+        for site, count in before.items():
+            if len(self._kept.get(site, ())) != count + 1:
+                raise TrimtabError(f"{site} didn't run once in a pass over the prompt, so no gate is decided")
+
+    def _decide(self, found: dict[Site, Tensor]) -> None:
+        places = self._places
+        length = len(self.ids)
+        rows = {site: {p: at for at, p in enumerate(where)} for site, where in places.items()}
+        readings = {r: r.pooled(found[r.site][[rows[r.site][p] for p in r.tokens(length)]]) for r in self._asked}
+        acting = decided(self.steering, readings)
+        self.names = tuple(str(edit) for edit in acting)
+        settled = settle([acting], lambda _numbers, sites: {0: {site: found[site] for site in sites}})
+        (self.edits,) = conditionals(settled)
+
+    def _first_touched(self) -> int:
+        """The first position of the prompt at which an edit acts; edits of attention scores act from the first on."""
+        if any(is_score_edit(edit) for edit in self.edits):
+            return 0
+        length = len(self.ids)
+        return min((start for edit in self.edits for start, _ in edit.positions.resolve(length)), default=length)
+
+    def _go_back(self, first: int) -> None:
+        """Forget what was read from this position on; the next pass is steered, and begins there."""
+        if first:
+            layers: list[Any] = list(self.cache.layers)
+            for layer in layers:
+                if layer.keys is not None and layer.values is not None:
+                    layer.keys, layer.values = layer.keys[..., :first, :], layer.values[..., :first, :]
+        else:
+            self.cache = DynamicCache()
+        self._done = first
+        self._session.expect([len(self.ids)], resumed=first > 0)
+
+    # ---- the steered reading -----------------------------------------------------------------------------
+
+    @contextmanager
+    def _steering(self, columns: int) -> Iterator[None]:
+        scored = Row(tuple(edit for edit in self.edits if is_score_edit(edit)), len(self.ids), 0)
+        sites = sorted({edit.site for edit in _residual(self.edits)})
+        with ExitStack() as stack:
+            stack.enter_context(self._session.hooked(sites))
+            if scored.edits:
+                layers = compile_scores([scored], len(self.ids), head_count(self.layout), torch.device("cpu"))
+                stack.enter_context(steered_scores(self.layout, layers, lambda: columns))
+            yield
+
+
+def _residual(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    return tuple(edit for edit in edits if not is_score_edit(edit))

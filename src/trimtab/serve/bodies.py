@@ -1,0 +1,87 @@
+"""Requests' bodies: how large one may be on its route, how long it may take, and what all may hold together."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import anyio
+from starlette.types import Message, Receive, Scope
+
+from trimtab.serve.playground.paths import JOIN, is_page
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.service import Service
+
+SECONDS = 30.0
+"""How long a body may take to come."""
+SMALL = 16 << 10
+"""Bytes, on routes whose requests say nothing in their body, and of a page's request that brings no key."""
+LOOK = 0.25
+"""Seconds between looks at whether the server is shutting down."""
+ANSWERS = ("/v1/chat/completions", "/v1/completions")
+STEERINGS = "/v1/steerings"
+
+
+def largest(service: Service, method: str, path: str, *, known: bool) -> int:
+    """How many bytes a request's body may have, from its first line. `known`: its sender's key is."""
+    limits = service.limits
+    if method == "PUT" and path.startswith(f"{STEERINGS}/"):
+        return limits.upload if service.upload else SMALL
+    if method == "POST" and path in ANSWERS:
+        return limits.body
+    if method == "POST" and path in (STEERINGS, f"{STEERINGS}/make"):
+        return limits.body if service.learn else SMALL
+    if method == "POST" and path == JOIN and is_page(path) and known:
+        return limits.body
+    return min(SMALL, limits.body)
+
+
+class Bodies:
+    """What all bodies that are being read, or answered, hold in memory; no more than `most` bytes."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.held = 0
+
+    def let_go(self, size: int) -> None:
+        """A request is over."""
+        self.held -= size
+
+    async def read(self, scope: Scope, receive: Receive, limit: int, draining: Callable[[], bool]) -> bytes:
+        """The whole body; `let_go(len(…))` is the caller's. Raises `Refusal` for one that is too large or too slow."""
+        too_large = Refusal(413, f"the body of a request here has {limit} bytes at most", code="too_large")
+        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared[:20]) > limit:
+            raise too_large
+        parts: list[bytes] = []
+        size = 0
+        until = time.monotonic() + SECONDS
+        try:
+            while True:
+                message = await _next(receive, until, draining)
+                if message["type"] != "http.request":
+                    raise Refusal(400, "the client went away")
+                part = message.get("body", b"")
+                if part and self.held + len(part) > self.most:
+                    raise Refusal(429, "the server holds as many requests as it has memory for", code="busy", retry=1)
+                self.held += len(part)
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+                if not message.get("more_body"):
+                    return b"".join(parts)
+        except BaseException:
+            self.held -= size
+            raise
+
+
+async def _next(receive: Receive, until: float, draining: Callable[[], bool]) -> Message:
+    """What comes next. Raises `Refusal` when it takes too long, or the server is shutting down meanwhile."""
+    while True:
+        with anyio.move_on_after(LOOK):
+            return await receive()
+        if draining():
+            raise Refusal(503, "the server is shutting down", code="shutting_down", retry=5)
+        if time.monotonic() > until:
+            raise Refusal(408, f"the request's body took longer than {SECONDS:g} s", code="too_slow")

@@ -1,0 +1,111 @@
+"""What requests are made of, and the fields of other servers' that are accepted where they ask for nothing.
+
+Every list and text is bounded, and a list's first wrong item ends its validation: an error for each of a hundred
+thousand would take the server longer than the answer.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAME = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+"""What a steering may be called."""
+Text = Annotated[str, Field(max_length=1_000_000)]
+PairText = Annotated[str, Field(max_length=20_000)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+"""A list that asks for nothing: an empty one."""
+Zero = Annotated[Finite, Field(ge=0, le=0)]
+One = Annotated[Finite, Field(ge=1, le=1)]
+OFF = "Not supported."
+
+
+class In(BaseModel):
+    """A part of a request. What isn't known is refused, and nothing is converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Unsupported(In):
+    """What other servers have and this one doesn't: taken where it asks for nothing, as clients send whole objects."""
+
+    presence_penalty: Zero | None = Field(None, description=OFF)
+    frequency_penalty: Zero | None = Field(None, description=OFF)
+    repetition_penalty: One | None = Field(None, description=OFF)
+    length_penalty: One | None = Field(None, description=OFF)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(None, description=OFF)
+    top_k: Literal[-1, 0] | None = Field(None, description=OFF)
+    min_p: Zero | None = Field(None, description=OFF)
+    ignore_eos: Literal[False] | None = Field(None, description=OFF)
+    skip_special_tokens: Literal[True] | None = Field(None, description="Always so.")
+
+
+class PlainFormat(In):
+    """The only format of answers."""
+
+    type: Literal["text"]
+
+
+class UnsupportedChat(Unsupported):
+    """The same of chats alone."""
+
+    response_format: PlainFormat | None = Field(None, description="Answers are plain text.")
+    tools: Nothing | None = Field(None, description=OFF)
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Nothing | None = Field(None, description=OFF)
+    function_call: Literal["none", "auto"] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
+    reasoning_effort: Literal["none"] | None = Field(None, description=OFF)
+    verbosity: Literal["medium"] | None = Field(None, description=OFF)
+    store: Literal[False] | None = Field(None, description=OFF)
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = Field(None, max_length=512)
+    prompt_cache_key: str | None = Field(None, max_length=512)
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+
+
+INSTEAD = {
+    "presence_penalty": "penalties aren't supported; leave it out",
+    "frequency_penalty": "penalties aren't supported; leave it out",
+    "repetition_penalty": "penalties aren't supported; leave it out",
+    "length_penalty": "beams aren't supported; leave it out",
+    "logit_bias": "biases of tokens aren't supported; leave it out",
+    "top_k": "it isn't supported; use top_p, or temperature 0",
+    "min_p": "it isn't supported; use top_p, or temperature 0",
+    "ignore_eos": "an answer ends where the model ends it; leave it out",
+    "skip_special_tokens": "special tokens are never a part of an answer; leave it out",
+    "response_format": "answers are plain text, which no format constrains; ask for it in the prompt",
+    "tools": "tools aren't supported; leave them out",
+    "tool_choice": "tools aren't supported; leave it out",
+    "functions": "functions aren't supported; leave them out",
+    "function_call": "functions aren't supported; leave it out",
+    "modalities": "answers are text; leave it out",
+    "audio": "answers are text; leave it out",
+    "reasoning_effort": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
+    "verbosity": "it isn't supported; say in the prompt how long the answer is to be",
+    "prediction": "predicted outputs aren't supported; leave it out",
+    "web_search_options": "this server searches nothing; leave it out",
+    "store": "nothing is stored; leave it out",
+    "service_tier": "there is one tier; leave it out",
+    "echo": "prompts aren't echoed; leave it out",
+    "suffix": "text is continued, not filled in; leave it out",
+    "best_of": "it isn't supported; ask for n answers and choose",
+    "tool_calls": "tools aren't supported; leave such messages out",
+    "function_calls": "functions aren't supported; leave such messages out",
+    "annotations": "annotations aren't supported; leave them out",
+    "use_beam_search": "beams aren't supported; leave it out",
+    "guided_json": "answers are plain text, which no format constrains; ask for it in the prompt",
+}
+"""What to do instead, by field."""
+EXPECTED = {
+    "content": "a text, or a list of text parts",
+    "prompt": "a text, several, or token ids",
+    "stop": "a text, or up to 4 of them",
+    "emphasize": 'a list of phrases, {"text", "occurrence"} or {"role", "index"}',
+    "rejection": 'true, false, or an object such as {"beta": 0.5}',
+}
+"""What a field that may be of several kinds is to be."""

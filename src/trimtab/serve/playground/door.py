@@ -1,0 +1,200 @@
+"""What stands between the page's routes and Gradio: what may be asked there, and what is kept for whom.
+
+Gradio keeps what its functions return for a session until somebody reads it, and a session is any text that a client
+makes up. Here sessions that nobody reads are few, and forgotten after a while, with what was being done for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+from urllib.parse import parse_qs
+
+import gradio.queueing
+from fastapi import FastAPI
+from gradio import Blocks
+from starlette.types import Message, Receive, Scope, Send
+
+from trimtab.serve.playground.paths import DATA, JOIN
+from trimtab.serve.refusals import Refusal
+
+SESSIONS = 64
+"""Sessions at a time that something is done or kept for and that nobody reads."""
+EVENTS = 32
+"""What one session may ask for before it has answers."""
+UNREAD = 30.0
+"""Seconds after which what nobody reads is dropped."""
+MESSAGES = 256
+"""Messages after which it is dropped at once."""
+STATES = 256
+"""Conversations that are remembered, one a page that is open; the oldest is forgotten first."""
+TRACEBACKS = 6
+"""Tracebacks a minute that the page's functions may leave in the server's log."""
+KEPT = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
+log = logging.getLogger("trimtab")
+
+
+class Door:
+    """The page as an ASGI application; `lifespan()` is to be entered with the server's.
+
+    The whole body of a request comes in its first message: see `Guard`.
+    """
+
+    def __init__(self, app: FastAPI, blocks: Blocks) -> None:
+        self.app = app
+        self.blocks = blocks
+        self.sessions = Sessions(blocks)
+        # it prints a traceback for whatever a client makes up
+        gradio.queueing.traceback = _Few()  # type: ignore[assignment]
+
+    @asynccontextmanager
+    async def lifespan(self) -> AsyncIterator[None]:
+        """Gradio's own, and what forgets sessions."""
+        async with self.app.router.lifespan_context(self.app):
+            sweeping = asyncio.ensure_future(self.sessions.sweep())
+            try:
+                yield
+            finally:
+                sweeping.cancel()
+                with suppress(asyncio.CancelledError):
+                    await sweeping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] == JOIN:
+                receive = self._join((await receive())["body"], receive)
+        except Refusal as refusal:
+            scope["state"]["refused"] = refusal
+            await refusal.response(scope, receive, send)
+            return
+        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        if scope["path"] == DATA:
+            with self.sessions.read(session):
+                await self.app(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _join(self, body: bytes, receive: Receive) -> Receive:
+        asked = _checked(body, self.blocks)
+        self.sessions.join(asked["session_hash"])
+        left = [json.dumps(asked).encode()]
+
+        async def inside() -> Message:
+            if left:
+                return {"type": "http.request", "body": left.pop(), "more_body": False}
+            return await receive()
+
+        return inside
+
+
+class Sessions:
+    """Which sessions have something done or kept for them, and who reads it."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self._readers: Counter[str] = Counter()
+        self._seen: dict[str, float] = {}
+
+    @property
+    def unread(self) -> list[str]:
+        """The sessions that have something and that nobody reads."""
+        queue = self.blocks._queue
+        waiting = {name for name, events in queue.pending_event_ids_session.items() if events}
+        kept = {name for name, messages in queue.pending_messages_per_session.items() if messages.qsize()}
+        return sorted(name for name in waiting | kept if not self._readers[name])
+
+    def join(self, session: str) -> None:
+        """Something is asked for in its name. Raises `Refusal` where there is too much already."""
+        if len(self.blocks._queue.pending_event_ids_session.get(session, ())) >= EVENTS:
+            raise Refusal(429, "this page has asked for more than it has answers to", code="busy", retry=5)
+        unread = self.unread
+        if session not in unread and not self._readers[session] and len(unread) >= SESSIONS:
+            raise Refusal(429, "too many pages ask and don't read the answers", code="busy", retry=5)
+        self._seen[session] = time.monotonic()
+
+    @contextmanager
+    def read(self, session: str) -> Iterator[None]:
+        """While open, somebody reads it."""
+        self._readers[session] += 1
+        try:
+            yield
+        finally:
+            self._readers[session] -= 1
+            self._seen[session] = time.monotonic()
+            if not self._readers[session]:
+                del self._readers[session]
+
+    async def sweep(self) -> None:
+        """Again and again, drop what nobody reads."""
+        while True:
+            await asyncio.sleep(1.0)
+            try:
+                await self.drop_unread()
+            except Exception as error:
+                log.error("what nobody reads of the page couldn't be dropped", exc_info=error)
+
+    async def drop_unread(self) -> None:
+        """Drop what wasn't read for too long, and what has grown too much."""
+        queue = self.blocks._queue
+        now = time.monotonic()
+        unread = self.unread
+        for session in unread:
+            messages = queue.pending_messages_per_session.get(session)
+            many = messages is not None and messages.qsize() > MESSAGES
+            if many or now - self._seen.setdefault(session, now) > UNREAD:
+                await queue.clean_events(session_hash=session)
+                queue.pending_event_ids_session.pop(session, None)
+                if session in queue.pending_messages_per_session:
+                    del queue.pending_messages_per_session[session]
+                self._seen.pop(session, None)
+        for session in self._seen.keys() - set(unread) - set(self._readers):
+            if now - self._seen[session] > UNREAD:
+                del self._seen[session]
+
+
+def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
+    """What a page asks for. Raises `Refusal` for what no page does."""
+    try:
+        given = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, dict):
+        raise Refusal(400, "the page asks in JSON")
+    session, number, data = given.get("session_hash"), given.get("fn_index"), given.get("data")
+    if not isinstance(session, str) or not re.fullmatch("[A-Za-z0-9]{1,64}", session):
+        raise Refusal(400, "a session is letters and digits, 64 at most", param="session_hash")
+    function = blocks.fns.get(number) if type(number) is int else None
+    if function is None or function.fn is None:
+        raise Refusal(400, "the page has no such function", param="fn_index")
+    if not isinstance(data, list) or len(data) != len(function.inputs):
+        raise Refusal(400, f"this function takes {len(function.inputs)} values", param="data")
+    return {name: given[name] for name in KEPT if name in given}
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+class _Few:
+    """In the place of Gradio's `traceback`: the first few a minute are written to the log, the others counted."""
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._count = 0
+
+    def print_exc(self, *_: Any, **__: Any) -> None:
+        now = time.monotonic()
+        if now - self._began > 60:
+            if self._count > TRACEBACKS:
+                log.error("and %d more of the playground's functions failed", self._count - TRACEBACKS)
+            self._began, self._count = now, 0
+        self._count += 1
+        if self._count <= TRACEBACKS:
+            log.error("a function of the playground failed", exc_info=True)

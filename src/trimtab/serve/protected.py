@@ -1,0 +1,120 @@
+"""What is always on, kept from being cancelled: other steerings lose whatever they have along its directions.
+
+Let V be the span of the directions of all steerings that are always on, whatever their layers: the residual stream
+carries what is added at one layer to all later ones, so a push against it at another layer cancels it as well. What a
+request asks for is changed so that no edit of its own changes the stream's projection on V, at any layer and token:
+
+    Add             v'  =  v - P v                 P the orthogonal projection on V
+    SetProjection   u'  =  (u - P u) / |u - P u|
+    Ablate          the same
+
+Other operations scale, turn or clip the stream or parts of it, V included, and are refused; so are edits of heads,
+neurons and parts of a block, which reach the stream through weights and norms. Edits of attention scores add nothing
+to the stream and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Ablate, Add, Edit, SetProjection, Steering
+
+STREAM = ("residual", "block_input")
+"""The kinds of sites that are the stream itself."""
+PARTS = ("attention", "mlp")
+"""What these put out is added to the stream; what is always on there has its directions."""
+LEAST = 0.05
+"""A direction of which a smaller share is left is the protected one in all but name, and is refused."""
+
+
+@dataclass(frozen=True)
+class Protected:
+    """The span of what is always on: an orthonormal `basis` `[directions, width]`, float64; `None`: nothing is.
+
+    `unknown` names steerings that are always on and have no directions to protect: scales, rotations, heads.
+    """
+
+    basis: Tensor | None = None
+    unknown: tuple[str, ...] = ()
+
+    @property
+    def anything(self) -> bool:
+        """Whether other steerings are held back at all."""
+        return self.basis is not None or bool(self.unknown)
+
+
+def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
+    """What these steerings, with their names, need to be protected."""
+    found: list[Tensor] = []
+    unknown = []
+    for name, steering in always:
+        for edit in steering.edits:
+            if edit.site.kind == "scores":
+                continue
+            if edit.site.kind in STREAM + PARTS and type(edit.operation) in (Add, SetProjection, Ablate):
+                found.append(edit.operation.direction.double())
+            else:
+                unknown.append(name)
+    return Protected(_basis(found), tuple(dict.fromkeys(unknown)))
+
+
+def apart(held: Protected, steering: Steering) -> tuple[Steering, float]:
+    """The steering without what it has along the protected directions, and the largest share that an edit has lost.
+
+    The share is `|P v| / |v|`, from 0 to 1. Raises `TrimtabError` where it can't be taken apart, saying why.
+    """
+    if not held.anything:
+        return steering, 0.0
+    edits, lost = [], 0.0
+    for edit in steering.edits:
+        new, share = _apart(held, edit)
+        edits.append(new)
+        lost = max(lost, share)
+    return replace(steering, edits=tuple(edits)), lost
+
+
+def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
+    if edit.site.kind == "scores":
+        return edit, 0.0
+    if held.unknown:
+        raise TrimtabError(
+            f"{held.unknown[0]!r} is always on and isn't made of directions of the residual stream, so nothing can be"
+            " kept from undoing it: requests steer by emphasis only on this server"
+        )
+    operation = edit.operation
+    if edit.site.kind not in STREAM or type(operation) not in (Add, SetProjection, Ablate) or operation.keep_norm:
+        raise TrimtabError(
+            f"{edit} could undo what is always on here; what adds to the residual stream, or sets or ablates a"
+            " projection of it, can be asked for, without keep_norm"
+        )
+    assert held.basis is not None
+    direction = operation.direction.double()
+    if direction.shape[-1] != held.basis.shape[-1]:
+        raise TrimtabError(f"{edit} has width {direction.shape[-1]}, the residual stream {held.basis.shape[-1]}")
+    norm = float(direction.norm())
+    along = held.basis.T @ (held.basis @ direction)
+    if not norm or float(along.norm()) <= 1e-7 * norm:
+        return edit, 0.0
+    rest = direction - along
+    rest = rest - held.basis.T @ (held.basis @ rest)  # once more, for what rounding left
+    if float(rest.norm()) < LEAST * norm:
+        raise TrimtabError(f"{edit} acts along what is always on here, and nothing else is left of it")
+    if not isinstance(operation, Add):
+        rest = rest / rest.norm()
+    return replace(edit, operation=replace(operation, direction=rest.to(operation.direction.dtype))), float(
+        along.norm()
+    ) / norm
+
+
+def _basis(directions: Sequence[Tensor]) -> Tensor | None:
+    """An orthonormal basis `[rank, width]` of the span of vectors `[width]`; `None` where all are zero."""
+    units = [v / v.norm() for v in directions if v.any()]
+    if not units:
+        return None
+    _, values, basis = torch.linalg.svd(torch.stack(units), full_matrices=False)
+    return basis[values > 1e-9 * values[0]]

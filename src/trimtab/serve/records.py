@@ -1,0 +1,125 @@
+"""One request in the audit log: begun before anything of it runs, ended once every answer of it has ended.
+
+A client that goes ends nothing by itself: the rows are let go by the model's thread, which then says how far each had
+come and what had steered it. So the line of the end is written when the last of them is known, in whichever thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from trimtab.serve.policy import Key
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.service import Prepared, Service
+from trimtab.serve.tasks import Done, Event, Failed, total_dose
+
+
+class Record:
+    """What is written down of a request.
+
+    Args:
+        service: The server.
+        who: The request's id, its key's name, the route.
+        asked: The request.
+        prepared: Its tasks, in the order of its answers.
+        id: The completion's id.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        who: dict[str, str],
+        asked: ChatRequest | CompletionRequest,
+        prepared: Prepared,
+        id: str,
+    ) -> None:
+        self.service = service
+        self._prepared = prepared
+        self._prompt = [m.model_dump() for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt
+        self._line: dict[str, Any] = {
+            "request": who["request"],
+            "id": id,
+            "key": who["key"],
+            "route": who["route"],
+            "model": service.lm.name,
+            "user": asked.user,
+            "steering": [one.model_dump() for one in prepared.told],
+            "emphasized_tokens": prepared.emphasized,
+            "rejection": prepared.tasks[0].rejection is not None,
+            "prompt_tokens": prepared.lengths,
+        }
+        self._lock = threading.Lock()
+        self._last: list[Done | Failed | None] = [None] * len(prepared.tasks)
+        self._begun = False
+        self._outcome: str | None = None
+        self._written = False
+
+    async def begin(self) -> None:
+        """The first line. Raises `Refusal` where it can't be written: then nothing may run."""
+        await self.service.audit.soon({"event": "begun", **self._line}, self._prompt)
+        self._begun = True
+
+    def heard(self, index: int, deliver: Callable[[Event], None]) -> Callable[[Event], None]:
+        """`deliver` of an answer's events, noting how it ended. In the model's thread."""
+
+        def hear(event: Event) -> None:
+            if isinstance(event, (Done, Failed)):
+                with self._lock:
+                    self._last[index] = event
+                with suppress(Refusal):  # the log is in trouble then, and lets nobody else in
+                    self._write()
+            deliver(event)
+
+        return hear
+
+    def end(self, outcome: str) -> None:
+        """How the request ended; answers that haven't are let go, and the line is written when they are.
+
+        Raises `Refusal` where all have ended and it can't be written. Only the first call counts.
+        """
+        with self._lock:
+            if self._outcome is not None or not self._begun:
+                return
+            self._outcome = outcome
+            left = [task for task, last in zip(self._prepared.tasks, self._last, strict=True) if last is None]
+        if left:
+            self.service.scheduler.cancel(left)
+        self._write()
+
+    def drop(self, outcome: str) -> None:
+        """The end of a request whose answers were begun in the log and never accepted."""
+        with self._lock:
+            self._last = [one or Failed("cancelled", outcome) for one in self._last]
+        with suppress(Refusal):
+            self.end(outcome)
+
+    def _write(self) -> None:
+        with self._lock:
+            if self._written or self._outcome is None or None in self._last:
+                return
+            self._written = True
+            last = [one for one in self._last if one is not None]
+        doses = [None if one.trace else one.applied for one in last]  # not measured with rejection
+        self.service.audit.write(
+            {
+                "event": "ended",
+                **self._line,
+                "tokens": [one.tokens for one in last],
+                "doses": [applied and applied.dose for applied in doses],
+                "total_doses": [applied and total_dose(applied) for applied in doses],
+                "outcome": self._outcome,
+            }
+        )
+
+
+def refused(service: Service, who: dict[str, Any], key: Key | None, refusal: Refusal, asked: Any = None) -> None:
+    """The line of a request that was turned away. What it asked to be steered by tells who looks for what."""
+    line = {"event": "refused", **who, "key": None if key is None else key.name}
+    if asked is not None:
+        line["steering"] = [one.model_dump(exclude_none=True) for one in asked.steering]
+    with suppress(Refusal):  # it is refused in any case
+        service.audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})

@@ -1,0 +1,71 @@
+"""A body's JSON before it is validated: bounded in shape, and without what asks for nothing.
+
+Validation is quick for what is nearly right, and slow for what is wrong in a hundred thousand places, each of which
+becomes an error with a description; and it holds up the event loop. So shapes that no request has are turned away here,
+in a thread, at the first place. What is `null` asks for nothing, wherever it stands, and is left out: clients send
+whole objects of theirs, in which most is.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trimtab.serve.refusals import Refusal
+
+FIELDS = 64
+"""Fields of an object at most."""
+ITEMS = 1000
+"""Items of a list at most, unless it holds whole numbers alone: those are token ids."""
+DEPTH = 24
+KEPT = ("chat_template_kwargs",)
+"""Objects in which `null` is said on purpose."""
+
+
+def sieved(body: bytes) -> bytes:
+    """The body as JSON in ASCII, or as it is where it isn't JSON's: that is said by who reads it.
+
+    Raises `Refusal` for what can't be read, or is too large in one of its parts.
+    """
+    if not body:
+        return body
+    try:
+        given = json.loads(body, parse_constant=_no_constant)
+    except RecursionError:
+        raise _wrong(f"the body is nested deeper than {DEPTH} levels") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise _wrong(f"the body isn't JSON: {str(error)[:200]}") from None
+    return json.dumps(_clean(given, ""), ensure_ascii=True, separators=(",", ":")).encode()
+
+
+def _clean(value: Any, where: str, depth: int = 0) -> Any:
+    if depth > DEPTH:
+        raise _wrong(f"{_short(where)} is nested deeper than {DEPTH} levels", where)
+    if isinstance(value, dict):
+        if len(value) > FIELDS:
+            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; {FIELDS} are the most", where)
+        keep = where.partition(".")[0] in KEPT
+        return {
+            name: _clean(inner, f"{where}.{name}" if where else name, depth + 1)
+            for name, inner in value.items()
+            if keep or inner is not None
+        }
+    if isinstance(value, list):
+        if all(type(inner) is int for inner in value):
+            return value
+        if len(value) > ITEMS:
+            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} items; {ITEMS} are the most", where)
+        return [_clean(inner, f"{where}.{i}", depth + 1) for i, inner in enumerate(value)]
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _short(where: str) -> str:
+    return where if len(where) <= 100 else f"{where[:99]}…"
+
+
+def _wrong(message: str, where: str = "") -> Refusal:
+    return Refusal(400, message, param=where[:200] or None)

@@ -1,0 +1,105 @@
+"""What is wrong with a request in the API's own words: where, what, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from trimtab.serve.fields import EXPECTED, INSTEAD
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema import ChatRequest, CompletionRequest, LearnRequest, MakeRequest, Message, SteeringChoice
+
+LOOKED_AT = 200
+"""Errors of one request of which the one to tell is chosen."""
+NAMES = "letters, digits, '.', '_' and '-', of which the first is a letter or a digit, 64 at most"
+KINDS = {
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "model_attributes_type": "an object",
+    "none_required": "null",
+}
+SAID: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "missing": lambda _: "it is missing",
+    "extra_forbidden": lambda _: "it isn't known",
+    "literal_error": lambda about: f"it is to be {about['expected']}",
+    "greater_than": lambda about: f"it is to be above {about['gt']}",
+    "greater_than_equal": lambda about: f"it is to be {about['ge']} at least",
+    "less_than": lambda about: f"it is to be below {about['lt']}",
+    "less_than_equal": lambda about: f"it is to be {about['le']} at most",
+    "finite_number": lambda _: "it is to be a finite number",
+    "too_long": lambda about: f"it has {about['max_length']} items at most",
+    "too_short": lambda about: f"it has {about['min_length']} items at least",
+    "string_too_long": lambda about: f"it has {about['max_length']} characters at most",
+    "string_too_short": lambda about: f"it has {about['min_length']} characters at least",
+    "json_invalid": lambda _: "it isn't JSON",
+}
+FIELDS = sorted({name for model in (ChatRequest, CompletionRequest) for name in model.model_fields})
+INNER = sorted({name for model in (Message, SteeringChoice, LearnRequest, MakeRequest) for name in model.model_fields})
+
+
+def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
+    """pydantic's errors about a body as a refusal with status 400. It tells the one that is deepest inside.
+
+    A text that may be a list as well has two errors where it is neither; what stands deeper is of the kind that was
+    meant.
+    """
+    placed = [(_place(error["loc"], body), error) for error in errors[:LOOKED_AT]]
+    where, error = max(placed, key=lambda one: (len(one[0]), one[1]["type"] not in KINDS))
+    here = [one for place, one in placed if place == where]
+    said = _said(where, error, here)
+    dotted = ".".join(map(str, where))
+    message = f"{dotted}: {said}" if dotted else f"the body: {said}"
+    return Refusal(400, message[:1000], param=dotted[:200] or None)
+
+
+def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
+    """Where it stands in the request. pydantic's own names of the kinds that it tried are left out."""
+    parts = list(loc)
+    if parts and parts[0] in ("body", "path", "query", "header"):
+        if parts[0] != "body":
+            return tuple(parts[1:])
+        parts = parts[1:]
+    if body is None:
+        return tuple(part for part in parts if isinstance(part, int) or str(part).isidentifier())
+    found: list[Any] = []
+    at = body
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        inside = (
+            isinstance(part, int) and part < len(at) if isinstance(at, list) else isinstance(at, dict) and part in at
+        )
+        if inside:
+            at = at[part]
+        elif not (isinstance(at, dict) and last and isinstance(part, str) and part.isidentifier()):
+            continue  # the name of a kind
+        found.append(part)
+    return tuple(found)
+
+
+def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping[str, Any]]) -> str:
+    name = next((part for part in reversed(where) if isinstance(part, str)), "")
+    kind, about = error["type"], error.get("ctx") or {}
+    for part in where:
+        if part in INSTEAD:
+            return INSTEAD[part]
+    if kind == "extra_forbidden":
+        known = FIELDS if len(where) == 1 else INNER
+        near = difflib.get_close_matches(name, known, 1)
+        return f"this field isn't known; did you mean {near[0]!r}?" if near else "this field isn't known; see /docs"
+    if kind == "literal_error" and name == "type" and "content" in where:
+        return "only text can be read here: {'type': 'text', 'text': …}; leave other parts out"
+    if kind == "string_pattern_mismatch" and name == "name":
+        return f"a steering's name has {NAMES}"
+    kinds = {one["type"] for one in here}
+    if kind in KINDS:
+        several = name in EXPECTED and (len(kinds) > 1 or not isinstance(where[-1], int))
+        return f"it is to be {EXPECTED[name] if several else KINDS[kind]}"
+    if kind in SAID:
+        return SAID[kind](about)
+    return str(error["msg"])

@@ -1,0 +1,31 @@
+"""The bytes that a token stands for, where it is only a part of a character and has no text of its own."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+
+def token_bytes(tokenizer: Any, token: int) -> bytes | None:
+    """What the token adds to an answer's UTF-8, from how its vocabulary writes it; `None` where that isn't known.
+
+    Vocabularies write parts of characters in one of two ways: as `<0xE2>` (SentencePiece's byte fallback), or with a
+    printable character for each byte (GPT-2's, and most since).
+    """
+    piece = tokenizer.convert_ids_to_tokens(int(token))
+    if not isinstance(piece, str):
+        return None
+    if found := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes([int(found[1], 16)])
+    table = _printable()
+    return bytes(table[c] for c in piece) if all(c in table for c in piece) else None
+
+
+@cache
+def _printable() -> dict[str, int]:
+    """GPT-2's character of each byte: itself where it is printable, otherwise the next one from 256 on."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {chr(byte): byte for byte in own}
+    others = [byte for byte in range(256) if byte not in own]
+    return table | {chr(256 + i): byte for i, byte in enumerate(others)}
