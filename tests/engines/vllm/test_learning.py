@@ -177,7 +177,7 @@ class TestLearning:
     @pytest.mark.parametrize("name", recipes())
     def test_every_method_learns_or_says_what_it_lacks(self, vllm: Any, name: str) -> None:
         recipe = recipes()[name]
-        learn = getattr(public, recipe.function)
+        learn = recipe.load()
         data: dict[str, Any] = {"pairs": [INSTRUCTED if name == "instruct" else ANSWERS], "texts": [PROMPTS[:6]]}
         more = {
             "cast": {"when": PROMPTS[:6], "unless": PROMPTS[6:12]},

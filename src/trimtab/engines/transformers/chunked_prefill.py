@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.resolve import Where, acting, resolve, tokens_of, waits_for_prompt, wanted
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.compat import DynamicCache
-from trimtab.engines.transformers.deciding import conditionals, decided, wanted
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally
-from trimtab.engines.transformers.settle import is_open, settle
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site, Steering
 
@@ -66,9 +65,8 @@ class ChunkedPrefill:
         self._done = 0
         self._kept: dict[Site, list[Tensor]] = {}
         self._session = Session(model, layout, lambda *_: [_residual(self.edits)])
-        acting = [edit for edit in steering.edits if edit.strength] if steering else []
         self._asked = sorted(wanted(steering), key=str)
-        self._open = {edit.site for edit in acting if is_open(edit)}
+        self._open = {edit.site for edit in acting(steering) if waits_for_prompt(edit)}
         self._looking = bool(self._asked or self._open)
         if not self._looking:
             self._decide({})
@@ -106,10 +104,9 @@ class ChunkedPrefill:
     @property
     def _places(self) -> dict[Site, list[int]]:
         """The positions that are kept of each site, in order."""
-        found: dict[Site, set[int]] = {site: set(range(len(self.ids))) for site in self._open}
-        for reading in self._asked:
-            found.setdefault(reading.site, set()).update(reading.tokens(len(self.ids)))
-        return {site: sorted(where) for site, where in found.items()}
+        length = len(self.ids)
+        by_gates = tokens_of(self._asked, length)
+        return {reading.site: by_gates for reading in self._asked} | {site: list(range(length)) for site in self._open}
 
     @contextmanager
     def _looking_at(self, start: int) -> Iterator[None]:
@@ -134,14 +131,13 @@ class ChunkedPrefill:
                 raise TrimtabError(f"{site} didn't run once in a pass over the prompt, so no gate is decided")
 
     def _decide(self, found: dict[Site, Tensor]) -> None:
-        places = self._places
-        length = len(self.ids)
-        rows = {site: {p: at for at, p in enumerate(where)} for site, where in places.items()}
-        readings = {r: r.pooled(found[r.site][[rows[r.site][p] for p in r.tokens(length)]]) for r in self._asked}
-        acting = decided(self.steering, readings)
-        self.names = tuple(str(edit) for edit in acting)
-        settled = settle([acting], lambda _numbers, sites: {0: {site: found[site] for site in sites}})
-        (self.edits,) = conditionals(settled)
+        rows = {site: {p: at for at, p in enumerate(where)} for site, where in self._places.items()}
+
+        def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+            return {0: {site: found[site][[rows[site][p] for p in where[0]]] for site in sites}}
+
+        resolved = resolve([self.steering], [len(self.ids)], read)
+        (self.edits,), (self.names,) = resolved.edits, resolved.names
 
     def _first_touched(self) -> int:
         """The first position of the prompt at which an edit acts; edits of attention scores act from the first on."""
