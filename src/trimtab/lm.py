@@ -19,7 +19,7 @@ from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.attention import attending, check_attention, head_count
+from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
 from trimtab.engines.transformers.deciding import (
     check_gates,
     check_prompt,
@@ -182,7 +182,7 @@ class LM:
         check_edits(steering, self.layout)
         check_gates(steering, self.layout)
         if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
-            check_attention(self.layout)
+            check_attention(self.layout, {edit.site.layer for edit in scores} & set(range(self.layout.layers)))
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
 
     # ---- text --------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ class LM:
         for i, marks in enumerate(marked):
             if marks is not None:
                 spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat, template=template)
-                towards = emphasis(ScaleScores(), spans, range(self.layout.layers), "directer")
+                towards = emphasis(ScaleScores(), spans, score_layers(self.layout), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
         for one in set(steerings) - {None}:

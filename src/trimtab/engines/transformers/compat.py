@@ -7,6 +7,7 @@ What can't be found raises `UnsupportedError`; it is never taken for something t
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import warnings
@@ -192,6 +193,39 @@ def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not is_cache(value) and name != "use_cache"}
 
 
+def new_cache(config: Any) -> Any:
+    """An empty cache of the kind that a model of this configuration wants."""
+    return DynamicCache(config=config)
+
+
+def put_aside(cache: Any) -> Any:
+    """The cache as it is now: what passes do to this one from now on leaves that one alone.
+
+    Plain keys and values are given other tensors when they grow, not changed ones, so they aren't copied.
+    """
+    if not isinstance(getattr(cache, "layers", None), list):
+        return copy.deepcopy(cache)
+    aside = copy.copy(cache)
+    aside.layers = [copy.copy(one) if type(one) in _REPLACED else copy.deepcopy(one) for one in cache.layers]
+    return aside
+
+
+def fork(cache: Any, rows: Tensor) -> Any:
+    """A cache of its own with these rows `[rows]` of another, which may come several times.
+
+    Raises:
+        UnsupportedError: It can't give rows of itself.
+    """
+    if not callable(getattr(cache, "reorder_cache", None)):
+        raise UnsupportedError(f"{type(cache).__name__} can't be copied row by row, as rejection needs")
+    forked = put_aside(cache)
+    forked.reorder_cache(rows)
+    return forked
+
+
+_REPLACED = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
 def keeps_plain_cache(decoder: Any) -> bool:
     """Whether all layers cache plain keys and values (windows included), so that rows of it can be repeated.
 
@@ -215,12 +249,17 @@ def grows_plainly(cache: Any) -> bool:
 # ---- what a model declares -------------------------------------------------------------------------------------
 
 
-def declared(decoder: Any, output: str) -> type | None:
-    """The class of the modules that the decoder declares as the source of `"hidden_states"` or `"attentions"`."""
+def declared(decoder: Any, output: str) -> tuple[type, ...]:
+    """The classes of the modules that the decoder declares as sources of `"hidden_states"` or `"attentions"`."""
     found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
-    found = found[0] if isinstance(found, list) and found else found
-    found = getattr(found, "target_class", found)
-    return found if isinstance(found, type) else None
+    listed = [getattr(one, "target_class", one) for one in (found if isinstance(found, (list, tuple)) else [found])]
+    return tuple(one for one in listed if isinstance(one, type))
+
+
+def declared_name(decoder: Any, output: str) -> str | None:
+    """What the decoder calls the parts of its blocks that it declares as the source of an output, if it says so."""
+    found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
+    return getattr(found, "layer_name", None)
 
 
 def is_causal_lm(config: Any) -> bool:
@@ -231,9 +270,19 @@ def is_causal_lm(config: Any) -> bool:
 # ---- the attention interface -----------------------------------------------------------------------------------
 
 
-def calls_attention_interface(decoder: Any) -> bool:
-    """Whether the decoder's attention is computed through transformers' attention interface."""
-    return bool(getattr(decoder, "_supports_attention_backend", False))
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether the module's own code looks up the attention that its configuration names."""
+    return _looks_up(type(module))
+
+
+@lru_cache(maxsize=256)
+def _looks_up(kind: type[nn.Module]) -> bool:
+    functions = [f for one in kind.__mro__ if one is not nn.Module for f in vars(one).values() if inspect.isfunction(f)]
+    return any(_INTERFACE in inspect.unwrap(function).__code__.co_names for function in functions)
+
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""What transformers' modules call the table of attentions."""
 
 
 def attention_name(config: Any) -> str:
@@ -247,6 +296,12 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     if eager is None:
         raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def attention_parameters(module: nn.Module) -> frozenset[str]:
+    """The parameters of the attention that stands in the module's own file, which its other attentions stand for."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return frozenset() if eager is None else frozenset(inspect.signature(eager).parameters)
 
 
 def mask_function(name: str) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
 def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     block = compat.declared(decoder, "hidden_states")
-    if block is not None:
+    if block:
         declared = {name: m for name, m in lists.items() if all(isinstance(item, block) for item in m)}
         lists = declared or lists
     if len(lists) == 1:

@@ -111,7 +111,7 @@ def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
     """The block's attention: of the class that the model declares, else the one child that is called so."""
     kind = compat.declared(layout.decoder, "attentions")
     children = list(block.children())
-    if kind is not None:
+    if kind:
         found = [child for child in children if isinstance(child, kind)]
     else:
         found = [child for child in children if type(child).__name__.endswith("Attention")]
