@@ -262,6 +262,12 @@ def declared_name(decoder: Any, output: str) -> str | None:
     return getattr(found, "layer_name", None)
 
 
+def active_stream(config: Any) -> int | None:
+    """Of several residual streams the one that blocks read, where the configuration declares one (AltUp)."""
+    found = getattr(config, "altup_active_idx", None)
+    return found if isinstance(found, int) else None
+
+
 def is_causal_lm(config: Any) -> bool:
     """Whether transformers has a causal language model for this configuration."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING

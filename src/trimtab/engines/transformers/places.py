@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
@@ -22,11 +24,19 @@ DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out")
 
 @dataclass(frozen=True)
 class Place:
-    """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there."""
+    """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there.
+
+    `streams`: the tensor there holds several residual streams, of which one, or the mean, is meant.
+    """
 
     module: nn.Module
     side: str
     size: int
+    streams: Streams | None = None
+
+    def read(self, x: Tensor) -> Tensor:
+        """The site's activations in the tensor that is there."""
+        return x if self.streams is None else self.streams.read(x)
 
 
 def place(layout: Layout, site: Site) -> Place:
@@ -38,10 +48,8 @@ def place(layout: Layout, site: Site) -> Place:
     if not 0 <= site.layer < layout.layers:
         raise TrimtabError(f"there is no layer {site.layer}; this model has layers 0 to {layout.layers - 1}")
     block = layout.blocks[site.layer]
-    if site.kind == "residual":
-        return Place(block, "output", layout.width)
-    if site.kind == "block_input":
-        return Place(block, "input", layout.width)
+    if site.kind in ("residual", "block_input"):
+        return Place(block, "output" if site.kind == "residual" else "input", layout.width, _streams(layout, site))
     if site.kind == "attention":
         return Place(_attention(layout, block, site), "output", layout.width)
     if site.kind == "heads":
@@ -63,6 +71,9 @@ def place(layout: Layout, site: Site) -> Place:
 
 def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     """A hook that puts what `edit` makes of a place's activations in their stead (`None`: they stay)."""
+    streams = where.streams
+    if streams is not None:
+        edit = partial(_edited_streams, streams, edit)
     if where.side == "output":
 
         def after(_module: Any, _args: Any, output: Any) -> Any:
@@ -79,6 +90,29 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
         return None if x is None else (args, {**kwargs, "hidden_states": x})
 
     return where.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], given: Tensor) -> Tensor:
+    """The streams after an edit of the residual stream among them."""
+    before = streams.read(given)
+    x = before.clone()
+    after = edit(x)
+    return streams.moved(given, (x if after is None else after) - before)
+
+
+def _streams(layout: Layout, site: Site) -> Streams | None:
+    found = block_of(layout, site.layer)
+    if found.shape is not None:
+        raise UnsupportedError(
+            f"block {site.layer} of {type(layout.decoder).__name__} puts out {found.shape} for {ROWS} rows of {TOKENS}"
+            f" tokens at width {layout.width}; which part of it is the residual stream can't be told"
+        )
+    if found.runs > 1:
+        raise UnsupportedError(
+            f"block {site.layer} of {type(layout.decoder).__name__} runs {found.runs} times in a pass, so that there is"
+            " no one residual stream after it"
+        )
+    return found.streams
 
 
 def query_heads(layout: Layout) -> int:

@@ -139,8 +139,11 @@ def _common(texts: Sequence[Text]) -> int:
 
 
 def can_share(layout: Layout) -> bool:
-    """Whether the model's cache is of plain keys and values, so that rows of it can be repeated."""
-    return compat.keeps_plain_cache(layout.decoder)
+    """Whether rows of the model's cache can be repeated, with pads between what they share and what they don't.
+
+    It is one of plain keys and values, and the model takes its tokens' positions as they are given.
+    """
+    return compat.keeps_plain_cache(layout.decoder) and "position_ids" in compat.parameters(layout.decoder)
 
 
 def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
@@ -269,6 +272,7 @@ def recording(
     found: dict[Site, Tensor] = {}
     owner = get_ident()
     wanted = sorted(set(sites))
+    places = {site: place(layout, site) for site in wanted}
     rows = 0
     handles: list[Any] = []
 
@@ -282,7 +286,7 @@ def recording(
     def record(site: Site, given: Any) -> None:
         if get_ident() != owner:
             return
-        x = given if isinstance(given, Tensor) else given[0]
+        x = places[site].read(given if isinstance(given, Tensor) else given[0])
         # some blocks run their MLP over the tokens of all rows as one list
         found[site] = keep(x if x.dim() == 3 else x.view(rows, -1, x.shape[-1]))
         if len(found) == len(wanted) and not to_the_end:
@@ -295,7 +299,7 @@ def recording(
         try:
             handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
             for site in wanted:
-                where = place(layout, site)
+                where = places[site]
                 if where.side == "input":
                     handles.append(where.module.register_forward_pre_hook(entering(site), with_kwargs=True))
                 else:

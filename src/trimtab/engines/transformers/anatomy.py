@@ -1,0 +1,120 @@
+"""What a model's blocks put out: one residual stream, or several; found out once a model, by a pass of a few tokens.
+
+Most blocks put out `[rows, tokens, width]`. Some models carry several streams through their blocks (hyper-connections:
+DeepSeek V4; AltUp: Gemma 3n), and some run a block several times a pass (looped models). What is declared doesn't say
+so, so ten made-up tokens are run, and the blocks' outputs are looked at.
+
+Of several streams *the* residual stream is the one that the configuration declares active, which the block's attention
+and MLP read (AltUp); where none is, it is their mean, and an edit moves all of them alike. Hyper-connections mix streams
+with weights that sum to one, so that what all have in common goes through them as it goes through a single stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.exclusive import reading, steers
+from trimtab.engines.transformers.layout import Layout
+
+ROWS, TOKENS = 3, 5
+"""What is run: no model has so many streams."""
+
+_known: WeakKeyDictionary[nn.Module, tuple[Block, ...]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Several residual streams in one tensor.
+
+    `axis` is that of the streams in `[rows, tokens, width]` and one axis more; `folded`: they stand side by side in the
+    last axis instead. `active` is the number of the one that is read and edited; `None`: their mean is.
+    """
+
+    count: int
+    axis: int
+    folded: bool
+    active: int | None
+
+    def read(self, x: Tensor) -> Tensor:
+        """The residual stream `[rows, tokens, width]`: a view of the active one, or the mean, which is a copy."""
+        streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
+        return streams.mean(self.axis) if self.active is None else streams.select(self.axis, self.active)
+
+    def moved(self, x: Tensor, change: Tensor) -> Tensor:
+        """The streams after this change `[rows, tokens, width]` of the residual stream, in a tensor of their own."""
+        streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
+        if self.active is None:
+            streams = streams + change.unsqueeze(self.axis)
+        else:
+            streams = streams.clone()
+            streams.select(self.axis, self.active).add_(change)
+        return streams.flatten(-2) if self.folded else streams
+
+
+@dataclass(frozen=True)
+class Block:
+    """How often a block runs in a pass, and the streams that it puts out (`None`: one); `shape` where that is odd."""
+
+    runs: int
+    streams: Streams | None
+    shape: tuple[int, ...] | None = None
+
+
+PLAIN = Block(1, None)
+
+
+def block_of(layout: Layout, layer: int) -> Block:
+    """What a block puts out."""
+    if layout.decoder not in _known:
+        if steers(layout.decoder):  # another run's hooks would take this pass for theirs
+            return PLAIN
+        _known[layout.decoder] = _examine(layout)
+    return _known[layout.decoder][layer]
+
+
+@torch.no_grad()
+def _examine(layout: Layout) -> tuple[Block, ...]:
+    outputs: list[list[tuple[int, ...]]] = [[] for _ in layout.blocks]
+
+    def leave(number: int) -> Any:
+        return lambda _module, _args, output: outputs[number].append(
+            tuple((output if isinstance(output, Tensor) else output[0]).shape)
+        )
+
+    device = next(layout.decoder.parameters()).device
+    ids = torch.arange(1, 1 + ROWS * TOKENS, device=device).view(ROWS, TOKENS)
+    weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    ids = ids if weight is None else ids % weight.shape[0]
+    with reading(layout.decoder):
+        handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(layout.blocks)]
+        try:
+            layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except Exception:  # noqa: BLE001  # what it can't run is told, with its reason, when it is to run
+            return (PLAIN,) * layout.layers
+        finally:
+            for handle in handles:
+                handle.remove()
+    return tuple(_block(layout, shapes) for shapes in outputs)
+
+
+def _block(layout: Layout, shapes: list[tuple[int, ...]]) -> Block:
+    if not shapes:  # attention to images, say, which this text hasn't
+        return PLAIN
+    shape, width = shapes[0], layout.width
+    plain = (ROWS, TOKENS, width)
+    active = compat.active_stream(layout.decoder.config)
+    if shape == plain:
+        return Block(len(shapes), None)
+    if len(shape) == 4 and shape[:2] == plain[:2] and shape[3] == width:
+        return Block(len(shapes), Streams(shape[2], 2, False, active))
+    if len(shape) == 4 and shape[1:] == plain:
+        return Block(len(shapes), Streams(shape[0], 0, False, active))
+    if len(shape) == 3 and shape[:2] == plain[:2] and shape[2] % width == 0:
+        return Block(len(shapes), Streams(shape[2] // width, 2, True, active))
+    return Block(len(shapes), None, shape)
