@@ -13,12 +13,13 @@ from torch import Tensor
 
 from trimtab import engines
 from trimtab.decoding.rejection import Rejection
-from trimtab.engines.arguments import as_list, batches_of, marks_for, one_each, rejections_for
+from trimtab.engines.arguments import as_list, batches_of, marks_for, of_equal_length, one_each, rejections_for
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import ignores_pads
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
 from trimtab.engines.transformers.deciding import (
     check_gates,
@@ -257,6 +258,8 @@ class LM:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
         batches = batches_of(order, batch_size, steerings, rejections)
+        if len({len(i) for i in ids}) > 1 and not ignores_pads(self.layout):
+            batches = [alike for chosen in batches for alike in of_equal_length(chosen, [len(i) for i in ids])]
         answers: dict[int, list[Generation]] = {}
         requests = [
             Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)

@@ -1,9 +1,9 @@
 """The doctor: what of trimtab works on a model, found out by running it there.
 
-    from trimtab.doctor import check_model
+from trimtab.doctor import check_model
 
-    report = check_model(LM.load("Qwen/Qwen2.5-0.5B-Instruct"))
-    report["heads"].state     # "works", "partly", "refused", "wrong", or "transformers": wrong without trimtab
+report = check_model(LM.load("Qwen/Qwen2.5-0.5B-Instruct"))
+report["heads"].state     # "works", "partly", "refused", "wrong", or "transformers": wrong without trimtab
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from trimtab.doctor.checks import run_checks
 from trimtab.doctor.report import Finding as Finding
 from trimtab.doctor.report import Report as Report
 from trimtab.doctor.tiny import CAUSAL, tiny_lm, tiny_prompts
-from trimtab.doctor.tiny import tiny_lm as tiny_lm
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 

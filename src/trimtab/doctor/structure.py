@@ -86,9 +86,8 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 140, "vision_end_token_id": 141},
     "qwen4_exp": {"text_config": INDEXER},
 }
-STRUCTURE |= {
-    name: DECODER
-    for name in (
+STRUCTURE |= dict.fromkeys(
+    (
         "bert",
         "bert-generation",
         "camembert",
@@ -104,8 +103,9 @@ STRUCTURE |= {
         "xlm-roberta",
         "xlm-roberta-xl",
         "xmod",
-    )
-}
+    ),
+    DECODER,
+)
 STRUCTURE |= {
     name: {"text_config": _sections(2, 3, 3)}
     for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")

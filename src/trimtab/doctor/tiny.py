@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def tiny_lm(kind: str, *, vision: bool = False, flags: Mapping[str, Any] | None 
             try:
                 _try(model)
                 return LM(model, tokenizer(), name=f"tiny {kind}")
-            except Exception as error:  # noqa: BLE001  # some kernels have no float64
+            except Exception as error:  # some kernels have no float64
                 problem = error
         raise problem or TrimtabError(kind)
     except TrimtabError:
@@ -135,7 +136,7 @@ def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, A
             kind = mine.get("model_type") if isinstance(mine, dict) else None
             try:
                 part = CONFIG_MAPPING[kind or getattr(config_class(), name).model_type]
-            except Exception:  # noqa: BLE001, S112  # it is made by its owner's defaults
+            except Exception:  # it is made by its owner's defaults
                 continue
         of_text = any(word in name for word in ("text", "decoder", "llm", "language", "thinker"))
         given[name] = _fields(part, of_text and "vision" not in name, used, mine)
@@ -184,10 +185,8 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
                 setattr(settings, name, None)
     model = model.to(dtype).eval()
     if dtype == torch.float64 and hasattr(model, "set_experts_implementation"):
-        try:
+        with suppress(Exception):
             model.set_experts_implementation("eager")  # the grouped kernels have no float64
-        except Exception:  # noqa: BLE001, S110
-            pass
     text = model.config.get_text_config(decoder=True)
     if getattr(text, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves out the soft cap

@@ -5,8 +5,8 @@ DeepSeek V4; AltUp: Gemma 3n), and some run a block several times a pass (looped
 so, so ten made-up tokens are run, and the blocks' outputs are looked at.
 
 Of several streams *the* residual stream is the one that the configuration declares active, which the block's attention
-and MLP read (AltUp); where none is, it is their mean, and an edit moves all of them alike. Hyper-connections mix streams
-with weights that sum to one, so that what all have in common goes through them as it goes through a single stream.
+and MLP read (AltUp); where none is, it is their mean, and an edit moves all of them alike. Hyper-connections mix
+streams with weights that sum to one, so that what all have in common goes through as it does in a single stream.
 """
 
 from __future__ import annotations
@@ -68,6 +68,51 @@ class Block:
 
 PLAIN = Block(1, None)
 
+_pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+PADS = 3
+"""Pads before the tokens that are tried with and without them."""
+OFF = {torch.float64: 1e-4, torch.float32: 1e-3}
+COARSE = 0.1
+"""By how much, of its norm, the last hidden state may differ where pads don't matter; in a coarser dtype."""
+
+
+def ignores_pads(layout: Layout) -> bool:
+    """Whether a text that is padded on the left, and masked, is computed as it is alone.
+
+    Some models count positions by columns, pads included, and can't be told otherwise. It is tried on five tokens.
+    """
+    if layout.decoder not in _pads:
+        if steers(layout.decoder):
+            return True
+        _pads[layout.decoder] = _alike(layout)
+    return _pads[layout.decoder]
+
+
+@torch.no_grad()
+def _alike(layout: Layout) -> bool:
+    decoder = layout.decoder
+    device = next(decoder.parameters()).device
+    ids = torch.arange(1, 1 + TOKENS, device=device)[None]
+    found = []
+    with reading(decoder):
+        for pads in (0, PADS):
+            mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
+            inputs = {"input_ids": torch.cat([ids.new_zeros(1, pads), ids], 1), "attention_mask": mask}
+            if "position_ids" in compat.parameters(decoder):
+                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+            try:
+                output = decoder(**inputs, use_cache=False)
+            except Exception:  # what it can't run is told, with its reason, when it is to run
+                return True
+            found.append((output if isinstance(output, Tensor) else output[0])[0, -1].double())
+    alone, padded = found
+    limit = OFF.get(_dtype(layout), COARSE)
+    return bool((alone - padded).norm() <= limit * alone.norm())
+
+
+def _dtype(layout: Layout) -> torch.dtype:
+    return next(layout.decoder.parameters()).dtype
+
 
 def block_of(layout: Layout, layer: int) -> Block:
     """What a block puts out."""
@@ -95,7 +140,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
         handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(layout.blocks)]
         try:
             layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception:  # noqa: BLE001  # what it can't run is told, with its reason, when it is to run
+        except Exception:  # what it can't run is told, with its reason, when it is to run
             return (PLAIN,) * layout.layers
         finally:
             for handle in handles:

@@ -83,7 +83,11 @@ def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
 
 
 def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
-    found = {name: m for name, m in block.named_modules() if compat.calls_attention_interface(m)}
+    found = {
+        name: m
+        for name, m in block.named_modules()
+        if compat.calls_attention_interface(m) and not compat.attends_elsewhere(m)
+    }
     if len(found) > 1 and (kinds := compat.declared(layout.decoder, "attentions")):
         found = {name: m for name, m in found.items() if isinstance(m, kinds)} or found
     if len(found) > 1 and (called := compat.declared_name(layout.decoder, "attentions")):
@@ -97,8 +101,8 @@ def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
 
 
 def head_count(layout: Layout) -> int:
-    """How many query heads a layer has."""
-    return int(layout.decoder.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    """How many query heads a layer has; 1 where there is no one number of them, and no head can be chosen."""
+    return int(getattr(layout.decoder.config, "num_attention_heads", 1) or 1)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -303,8 +307,8 @@ def _steered_attention(
     missing = columns - length
     if missing < 0:
         raise UnsupportedError(
-            f"attention can't be steered over a cache that has {length} columns for {columns} tokens (a static cache);"
-            " leave out cache_implementation"
+            f"attention can't be steered over a cache that has {length} columns for {columns} tokens: which of them are"
+            " the tokens' own can't be told (a static cache, which cache_implementation asks for; or a compressed one)"
         )
     steered.scale(scores, missing, own)
     if given.get("position_bias") is not None:

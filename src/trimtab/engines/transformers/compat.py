@@ -22,7 +22,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -31,6 +31,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
+
+STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionLayer", None)
+_KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+_NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
+"""Layers of a cache that hold a recurrent state, or nothing; `None` in releases that have none."""
 
 __all__ = ["DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "sdpa_mask"]  # what others take from here as is
 
@@ -241,6 +246,44 @@ def keeps_plain_cache(decoder: Any) -> bool:
     return True
 
 
+def whole_cache(config: Any) -> Any:
+    """An empty cache for a model of this configuration whose layers forget nothing: windows are kept whole.
+
+    Raises:
+        UnsupportedError: A layer keeps something else than keys and values, and a recurrent state.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [_whole(layer) for layer in cache.layers]
+    return cache
+
+
+def _whole(layer: Any) -> Any:
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return DynamicLayer()
+    if type(layer) is _NOTHING:
+        return layer
+    if keeps_state(layer) and type(layer).__module__ == DynamicLayer.__module__:
+        states = layer.number_of_states
+        return _KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
+    raise UnsupportedError(f"the cache has a {type(layer).__name__}, whose rows can't be taken apart")
+
+
+def keeps_state(layer: Any) -> bool:
+    """Whether a layer of a cache holds a recurrent state, beside keys and values or instead of them."""
+    return STATE_LAYER is not None and isinstance(layer, STATE_LAYER)
+
+
+STATES = ("conv_states", "recurrent_states")
+"""Where a layer keeps its states: dictionaries of tensors, or of `None`, whose first axis is that of rows."""
+STATE_FLAGS = (
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+)
+"""What a layer knows of each of its states."""
+
+
 def grows_plainly(cache: Any) -> bool:
     """Whether every layer of this cache is one of keys and values without a window, that grows by a column a token."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -302,6 +345,11 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     if eager is None:
         raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def attends_elsewhere(module: nn.Module) -> bool:
+    """Whether this is attention to an image's or an encoder's states alone, not to the text."""
+    return any(name.startswith("cross_attention") for name in _parameters(type(module)))
 
 
 def attention_parameters(module: nn.Module) -> frozenset[str]:

@@ -12,8 +12,8 @@ from typing import Any
 
 from trimtab.engines.transformers.generate import Applied, Generation
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import can_share
-from trimtab.engines.transformers.stepping import Asked, Stepper
+from trimtab.engines.transformers.stepping import Asked, Stepper, check_steps
+from trimtab.errors import UnsupportedError
 from trimtab.steering import Steering
 
 PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -22,7 +22,13 @@ PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 def can_leave(layout: Layout, options: Mapping[str, Any]) -> bool:
     """Whether rows may leave a batch of this model, decoded under these options of `generate`."""
-    return dict(options) == PLAIN and can_share(layout)
+    if dict(options) != PLAIN:
+        return False
+    try:
+        check_steps(layout)
+    except UnsupportedError:
+        return False
+    return True
 
 
 def finish_batch(

@@ -79,7 +79,12 @@ class Forks:
                 handle.remove()
 
     def start(self, model: Any, model_kwargs: dict[str, Any]) -> Any:
-        """The cache of the unsteered stream: the one that `generate` has made for this model."""
+        """The cache of the unsteered stream: the one that `generate` has made for this model.
+
+        Raises:
+            UnsupportedError: The model takes no cache.
+        """
+        compat.cache_name(model)
         cache = compat.cache_of(model_kwargs, type(model).__name__)
         return compat.new_cache(model.config) if cache is None else cache
 

@@ -42,8 +42,10 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")
     text = config.get_text_config(decoder=True)
-    decoder = model.get_decoder()
-    path, blocks = _named(model, layers) if layers else _declared(model, decoder, text.num_hidden_layers)
+    said = model.get_decoder()
+    said = said if hasattr(said, "config") else model  # some models call their head a decoder
+    path, blocks = _named(model, layers) if layers else _declared(model, said, text.num_hidden_layers)
+    decoder = _runner(model, path) if said is model else said
     return Layout(
         decoder=decoder,
         blocks=tuple(blocks),
@@ -51,6 +53,16 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
         width=text.hidden_size,
         context=getattr(text, "max_position_embeddings", None),
     )
+
+
+def _runner(model: nn.Module, path: str) -> nn.Module:
+    """The innermost module around the blocks that takes a text: a model that says it is its own decoder has a head."""
+    parts = path.split(".")[:-1]
+    for stop in range(len(parts), 0, -1):
+        module = model.get_submodule(".".join(parts[:stop]))
+        if {"input_ids", "inputs_embeds"} & set(compat.parameters(module)):
+            return module
+    return model
 
 
 def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:

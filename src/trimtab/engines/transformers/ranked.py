@@ -32,8 +32,8 @@ def rank_layers(
 
     `lengths` and `pads` are those of the batch's prompts, `columns` counts the cache's with the last prompt token. A
     row joins at its layer where it can, so that the pass costs about half of what so many rows cost; `Forks` run whole
-    rows, a few at a time. Observed is the attention of the layers that have one; in a model without attention, its
-    blocks.
+    rows, a few at a time. Observed is the attention of the layers that have one; in a model without attention, and where
+    its input is wider than the stream (Zamba), the blocks.
     """
     layers = sorted({edit.site.layer for edit in edits})
     if len(layers) == 1:
@@ -50,7 +50,12 @@ def rank_layers(
     raws: list[Tensor] = []
     for start in range(0, len(layers), rows.together):
         lot = list(range(start, min(len(layers), start + rows.together)))
-        found = _observe(rows, list(observed.values()), token, cache, columns, steer, request, lot, layers)
+        asked = rows, list(observed.values()), token, cache, columns, steer, request, lot, layers
+        try:
+            found = _observe(*asked)
+        except _Uneven:
+            observed = {i: layout.blocks[i] for i in observed}
+            found = _observe(rows, list(observed.values()), *asked[2:])
         tables.append([_whole(column, raw, len(lot)) for column, raw in found])
         raws = [raw.cpu() for _, raw in found]
     crossed = torch.stack([torch.cat(columns_of) for columns_of in zip(*tables, strict=True)], dim=1)
@@ -59,6 +64,10 @@ def rank_layers(
     else:
         scores = sensitivity(crossed, torch.stack(raws), ranking)
     return order_of(scores, layers)
+
+
+class _Uneven(Exception):
+    """An attention's input and output have different widths, and no angle between them."""
 
 
 def _whole(column: Tensor, raw: Tensor, rows: int) -> Tensor:
@@ -88,6 +97,8 @@ def _observe(
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         after = output if isinstance(output, Tensor) else output[0]
+        if after.shape[-1] != before[-1].shape[-1]:
+            raise _Uneven
         found.append(disturbance(before.pop(), after.reshape(-1, after.shape[-1])))
 
     try:

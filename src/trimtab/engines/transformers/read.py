@@ -143,7 +143,12 @@ def can_share(layout: Layout) -> bool:
 
     It is one of plain keys and values, and the model takes its tokens' positions as they are given.
     """
-    return compat.keeps_plain_cache(layout.decoder) and "position_ids" in compat.parameters(layout.decoder)
+    if "position_ids" not in compat.parameters(layout.decoder):
+        return False
+    try:
+        return compat.keeps_plain_cache(layout.decoder)
+    except UnsupportedError:  # it takes no cache that is known
+        return False
 
 
 def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
@@ -273,22 +278,28 @@ def recording(
     owner = get_ident()
     wanted = sorted(set(sites))
     places = {site: place(layout, site) for site in wanted}
-    rows = 0
+    rows = tokens = 0
     handles: list[Any] = []
 
     def begin(_module: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal rows
+        nonlocal rows, tokens
         if get_ident() != owner:
             return
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        rows = len(next(tokens for tokens in given if isinstance(tokens, Tensor)))
+        rows, tokens = next(one for one in given if isinstance(one, Tensor)).shape[:2]
 
     def record(site: Site, given: Any) -> None:
         if get_ident() != owner:
             return
         x = places[site].read(given if isinstance(given, Tensor) else given[0])
         # some blocks run their MLP over the tokens of all rows as one list
-        found[site] = keep(x if x.dim() == 3 else x.view(rows, -1, x.shape[-1]))
+        whole = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
+        if whole.shape[:2] != (rows, tokens):
+            raise UnsupportedError(
+                f"at {site} the model computes {tuple(x.shape)} in a pass of {rows} rows and {tokens} tokens; which is"
+                " whose can't be told"
+            )
+        found[site] = keep(whole)
         if len(found) == len(wanted) and not to_the_end:
             raise _Enough
 

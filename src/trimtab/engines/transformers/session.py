@@ -105,6 +105,7 @@ class Session:
         self._hooked: list[Site] = []  # the sites that have a hook
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
+        self._kept = 0  # of how many columns, the last ones, logits are wanted in this pass
         self._step: _Step | None = None
         self._pass: Pass | None = None
         self._measures = True
@@ -204,6 +205,8 @@ class Session:
             self._move(one)
         assert self._step is not None
         self._pass = one
+        kept = given.get("logits_to_keep")
+        self._kept = kept if isinstance(kept, int) and 0 < kept < one.length else one.length
         self._called = [0] * len(self._hooked)
         self._measures = self._step.passes % STRIDE == 0
         self._step.passes += 1
@@ -282,6 +285,12 @@ class Session:
         step, plan = self._step, self.plan
         if self._deciding or step is None or plan is None or site not in plan.stages:
             return None
+        absent = len(step.states[0]) - self._kept
+        if absent > 0 and given.dim() == 3 and given.shape[:2] == (len(step.states), self._kept):
+            # nothing comes of the other columns: the layer is run for the last ones alone
+            whole = torch.cat([given[:, :1].expand(-1, absent, -1), given], 1)
+            new = self.edit(site, whole)
+            return (whole if new is None else new)[:, absent:]
         if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import ignores_pads
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
@@ -28,7 +29,6 @@ from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
-from trimtab.engines.transformers.read import can_share
 from trimtab.engines.transformers.sampling import GREEDY, Chooser, Sampling
 from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally, doses_of
@@ -38,6 +38,18 @@ from trimtab.steering import Edit, Site, Steering
 
 PREFILL = 2048
 """Tokens, pads included, that one step reads of prompts at most (or one prompt), so that others don't wait for long."""
+
+
+def check_steps(layout: Layout) -> None:
+    """Raises `UnsupportedError` for a model whose rows can't join and leave a running batch."""
+    name = type(layout.decoder).__name__
+    try:
+        compat.whole_cache(layout.decoder.config)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
+    compat.cache_name(layout.decoder)
+    if not ignores_pads(layout):
+        raise UnsupportedError(f"{name} counts pads as positions, so that its rows can't share a batch of steps")
 
 
 @dataclass(frozen=True)
@@ -99,10 +111,7 @@ class Stepper:
     """
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout, *, strict: bool = True) -> None:
-        if not can_share(layout):
-            raise UnsupportedError(
-                f"{type(layout.decoder).__name__} keeps a state that rows can't share a batch of steps with"
-            )
+        check_steps(layout)
         self.model = model
         self.layout = layout
         self.strict = strict
@@ -280,7 +289,7 @@ class Stepper:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        cache = DynamicCache()
+        cache = compat.whole_cache(self.model.config)
         inputs = ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache
         steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
         if decides_at_prefill(self.layout, steerings, lengths, {}):
