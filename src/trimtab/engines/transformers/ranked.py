@@ -32,8 +32,8 @@ def rank_layers(
 
     `lengths` and `pads` are those of the batch's prompts, `columns` counts the cache's with the last prompt token. A
     row joins at its layer where it can, so that the pass costs about half of what so many rows cost; `Forks` run whole
-    rows, a few at a time. Observed is the attention of the layers that have one; in a model without attention, and where
-    its input is wider than the stream (Zamba), the blocks.
+    rows, a few at a time. Observed is the attention of the layers that have one; in a model without attention its
+    blocks are, and so they are where attention's input is wider than the stream (Zamba).
     """
     layers = sorted({edit.site.layer for edit in edits})
     if len(layers) == 1:
