@@ -5,16 +5,14 @@ The checks compare what trimtab's engine gives with this. Nothing of the engine 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules, configurations
 from trimtab.engines.transformers.places import place
 from trimtab.errors import UnsupportedError
@@ -74,7 +72,7 @@ def stream(lm: LM, x: Tensor) -> Tensor:
     width = lm.layout.width
     if x.dim() == 3:
         return x[0] if x.shape[-1] == width else sum(x[0].split(width, -1)) * (width / x.shape[-1])
-    active = getattr(lm.layout.decoder.config, "altup_active_idx", None)
+    active = compat.active_stream(lm.layout.decoder.config)
     if x.shape[0] == 1 and active is None:
         return sum(x[0, :, i] for i in range(x.shape[2])) / x.shape[2]
     return x[active or 0, 0]
@@ -86,7 +84,7 @@ def _on_streams(lm: LM, x: Tensor, change: Change) -> Tensor:
     width = lm.layout.width
     if x.dim() == 3:
         return x + step.repeat(1, x.shape[-1] // width)[None]
-    active = getattr(lm.layout.decoder.config, "altup_active_idx", None)
+    active = compat.active_stream(lm.layout.decoder.config)
     if active is None:
         return x + step[None, :, None]
     moved = x.clone()
@@ -124,9 +122,7 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **more: Any
     ) -> Any:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        if eager is None:
-            raise UnsupportedError(f"{type(module).__name__} has no eager attention to compare with")
+        eager = compat.attention_function("eager", module)
         if attention_mask is None and query.shape[2] > 1:
             hidden = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).triu(1)
             attention_mask = torch.zeros_like(hidden, dtype=query.dtype).masked_fill(
@@ -148,24 +144,17 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
             return output, weights
         return other, weights
 
-    configs = configurations(lm.layout)
-    before = [config._attn_implementation for config in configs]
-    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    handles = [
-        block.register_forward_pre_hook(lambda *_, i=i: running.append(i)) for i, block in enumerate(lm.layout.blocks)
-    ]
+    blocks = enumerate(lm.layout.blocks)
+    handles = [block.register_forward_pre_hook(lambda *_, i=i: running.append(i)) for i, block in blocks]
     try:
-        for config in configs:
-            config._attn_implementation = NAME
-        found = logits(lm, ids)
+        with (
+            compat.registered(NAME, attention, compat.mask_function("eager")),
+            compat.attending_with(configurations(lm.layout), NAME),
+        ):
+            found = logits(lm, ids)
     finally:
-        for config, old in zip(configs, before, strict=True):
-            config._attn_implementation = old
         for handle in handles:
             handle.remove()
-        ALL_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
-        ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(NAME, None)
     if missing := set(factors) - seen:
         raise UnsupportedError(f"the attention of layer {min(missing)} never looked up what the configuration names")
     return found

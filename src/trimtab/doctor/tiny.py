@@ -13,20 +13,16 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
 
 from trimtab.doctor.sizes import TEXT, VISION, VOCABULARY
 from trimtab.doctor.structure import DROP, STRUCTURE, VARIANTS
+from trimtab.engines.transformers import compat
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 
-CAUSAL: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+CAUSAL = compat.CAUSAL
 """Model types with a causal language model, and its class's name."""
-IMAGE_TEXT: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+IMAGE_TEXT = compat.IMAGE_TEXT
 """Model types of images and text; their language model is what is run."""
 KEPT_OUT = ("A_log",)
 """Weights that are left as they were made: they are the logarithms of others."""
@@ -81,11 +77,11 @@ def tiny_lm(kind: str, *, vision: bool = False, flags: Mapping[str, Any] | None 
 def tiny_config(kind: str, flags: Mapping[str, Any]) -> Any:
     """The configuration of a tiny model of this type."""
     base = kind.split("@")[0]
-    if base not in CONFIG_MAPPING:
+    if base not in compat.CONFIGURATIONS:
         raise TrimtabError(f"transformers {transformers.__version__} has no model type {base!r}")
     over = {**STRUCTURE.get(base, {}), **VARIANTS.get(kind, {}), **flags}
     used = [0]
-    config_class: Any = CONFIG_MAPPING[base]
+    config_class: Any = compat.CONFIGURATIONS[base]
     return config_class(**_fields(config_class, True, used, over))
 
 
@@ -135,7 +131,7 @@ def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, A
         if not hasattr(part, "sub_configs") or "Auto" in part.__name__:
             kind = mine.get("model_type") if isinstance(mine, dict) else None
             try:
-                part = CONFIG_MAPPING[kind or getattr(config_class(), name).model_type]
+                part = compat.CONFIGURATIONS[kind or getattr(config_class(), name).model_type]
             except Exception:  # it is made by its owner's defaults
                 continue
         of_text = any(word in name for word in ("text", "decoder", "llm", "language", "thinker"))
@@ -188,7 +184,7 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
         with suppress(Exception):
             model.set_experts_implementation("eager")  # the grouped kernels have no float64
     text = model.config.get_text_config(decoder=True)
-    if getattr(text, "attn_logit_softcapping", None) and model.config._attn_implementation == "sdpa":
+    if getattr(text, "attn_logit_softcapping", None) and compat.attention_name(model.config) == "sdpa":
         model.set_attn_implementation("eager")  # sdpa leaves out the soft cap
     return model
 

@@ -128,9 +128,12 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
     outputs: list[list[tuple[int, ...]]] = [[] for _ in layout.blocks]
 
     def leave(number: int) -> Any:
-        return lambda _module, _args, output: outputs[number].append(
-            tuple((output if isinstance(output, Tensor) else output[0]).shape)
-        )
+        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+            parts = [output] if isinstance(output, Tensor) else list(output)
+            several = hasattr(output, "_fields")  # streams of different meaning, by name (Reformer)
+            outputs[number].append((len(parts),) if several else tuple(parts[0].shape))
+
+        return look
 
     device = next(layout.decoder.parameters()).device
     ids = torch.arange(1, 1 + ROWS * TOKENS, device=device).view(ROWS, TOKENS)
@@ -141,7 +144,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
         try:
             layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except Exception:  # what it can't run is told, with its reason, when it is to run
-            return (PLAIN,) * layout.layers
+            pass
         finally:
             for handle in handles:
                 handle.remove()

@@ -318,7 +318,12 @@ def _steered_attention(
         mask = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)[None, None]
     if mask is not None:
         mask = mask[..., :length]
-        scores = scores.masked_fill(~mask if mask.dtype == torch.bool else mask < -1, -torch.inf)
+        if mask.dtype == torch.bool:
+            unseen = ~mask
+        else:  # it is added; some attentions weigh what they see by it
+            unseen = mask <= torch.finfo(mask.dtype).min / 2
+            scores = scores + mask
+        scores = scores.masked_fill(unseen, -torch.inf)
     if queries > 1:
         empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
         scores = scores.masked_fill(empty, 0)

@@ -28,6 +28,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
@@ -309,6 +314,14 @@ def active_stream(config: Any) -> int | None:
     """Of several residual streams the one that blocks read, where the configuration declares one (AltUp)."""
     found = getattr(config, "altup_active_idx", None)
     return found if isinstance(found, int) else None
+
+
+CONFIGURATIONS: Any = CONFIG_MAPPING
+"""The class of configurations by model type."""
+CAUSAL: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+"""The name of the class of causal language models by model type."""
+IMAGE_TEXT: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+"""The name of the class of image-text models by model type."""
 
 
 def is_causal_lm(config: Any) -> bool:

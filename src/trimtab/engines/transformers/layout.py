@@ -31,7 +31,8 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
 
     The blocks are the one list of the decoder that has as many items as the configuration declares hidden
     layers, of the class that the model itself declares as the source of its hidden states; where it declares
-    none, the one list of that length. `layers`, a dotted path such as `"model.layers"`, overrides it.
+    none, the one list of that length; where none has that length (two layers a block), the one of that class.
+    `layers`, a dotted path such as `"model.layers"`, overrides it.
 
     Raises `TrimtabError`, naming the candidates, when that leaves none or several.
     """
@@ -51,8 +52,14 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
         blocks=tuple(blocks),
         path=path,
         width=text.hidden_size,
-        context=getattr(text, "max_position_embeddings", None),
+        context=_context(text),
     )
+
+
+def _context(text: Any) -> int | None:
+    """How many positions the configuration allows; none or a negative number is no limit."""
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _runner(model: nn.Module, path: str) -> nn.Module:
@@ -79,8 +86,9 @@ def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     block = compat.declared(decoder, "hidden_states")
     if block:
-        declared = {name: m for name, m in lists.items() if all(isinstance(item, block) for item in m)}
-        lists = declared or lists
+        every = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        declared = {name: m for name, m in every.items() if all(isinstance(item, block) for item in m)}
+        lists = {name: m for name, m in declared.items() if name in lists} or lists or declared
     if len(lists) == 1:
         ((name, blocks),) = lists.items()
         prefix = next((n for n, m in model.named_modules() if m is decoder), "")

@@ -23,7 +23,7 @@ SELF = ("self_attn", "self_attention", "attention", "attn")
 """What families call attention to the text itself, where a block has attention to an encoder's output as well."""
 MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp")
 """What families call the MLP of a block."""
-BESIDE = (*MLPS, "experts", "moe", "router")
+BESIDE = (*MLPS, "mlps", "experts", "moe", "router")
 """Parts that together are a block's MLP, where it has several of them."""
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 """What families call the expert that every token passes."""
@@ -104,10 +104,15 @@ def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], g
 
 def _streams(layout: Layout, site: Site) -> Streams | None:
     found = block_of(layout, site.layer)
-    if found.shape is not None and site.kind in ("residual", "block_input"):
+    if found.shape is not None:
+        what = (
+            f"{found.shape[0]} streams"
+            if len(found.shape) == 1
+            else f"{found.shape} for {ROWS} rows of {TOKENS} tokens"
+        )
         raise UnsupportedError(
-            f"block {site.layer} of {type(layout.decoder).__name__} puts out {found.shape} for {ROWS} rows of {TOKENS}"
-            f" tokens at width {layout.width}; which part of it is the residual stream can't be told"
+            f"block {site.layer} of {type(layout.decoder).__name__} puts out {what} at width {layout.width}; which"
+            " token's residual stream is where can't be told"
         )
     if found.runs > 1:
         raise UnsupportedError(
