@@ -95,6 +95,8 @@ def distill(
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the same answers, too.")] = True,
     folder: Annotated[Path, typer.Option(help="Where steerings are kept, and taken from.")] = Path("distilled"),
     limit: Annotated[int | None, typer.Option(min=1, help="Answer so many of the test queries only.")] = None,
+    rank: Annotated[int | None, typer.Option(min=0, help="Of a descent alone: rows that read activations.")] = None,
+    dtype: Annotated[str, typer.Option(help="The model's numbers: float32, bfloat16.")] = "float32",
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -102,7 +104,9 @@ def distill(
     """A prompt compiled into a steering, against the prompt, the mean difference, random directions and a LoRA."""
     from benchmarks.distill import run
 
-    report = run(model, names.split(","), seeds, fits.split(","), folder, lora=lora, limit=limit)
+    report = run(
+        model, names.split(","), seeds, fits.split(","), folder, lora=lora, limit=limit, rank=rank, dtype=dtype
+    )
     finish(report, json_file, check, as_markdown)
 
 
@@ -316,12 +320,17 @@ def behaviours(
         typer.Option(min=0.0, help="What share of the activation strength 1 pushes by; else the vectors' own length."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this behaviour; repeatable.")] = None,
+    learner: Annotated[str, typer.Option(help="caa, or bipo: trained at every third block.")] = "caa",
+    both_orders: Annotated[
+        bool, typer.Option("--both-orders", help="Learn from and ask each question with its answers exchanged, too.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="The model's numbers: float32, bfloat16.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
-    """CAA on five behaviours: A/B probability by strength, random directions, system messages, and what it costs."""
+    """CAA or BiPO on five behaviours: A/B probability by strength, random directions, system messages, and the cost."""
     from benchmarks.behaviours import CAPABILITY, SYSTEM, run
 
     if unknown := sorted(set(only or ()) - set(SYSTEM)):
@@ -329,7 +338,23 @@ def behaviours(
     if not (data / "caa").is_dir() or not (data / CAPABILITY).is_file():
         Console(stderr=True).print(f"skipped: {data} has no caa or no {CAPABILITY}; name the data with --data")
         return
-    report = run(model, data, folder, limit, pairs, held_out, seeds, questions, dose, only or ())
+    if learner not in ("caa", "bipo"):
+        raise typer.BadParameter(f"{learner!r} is neither caa nor bipo", param_hint="--learner")
+    report = run(
+        model,
+        data,
+        folder,
+        limit,
+        pairs,
+        held_out,
+        seeds,
+        questions,
+        dose,
+        only or (),
+        learner,
+        both_orders,
+        dtype,
+    )
     finish(report, json_file, check, as_markdown)
 
 

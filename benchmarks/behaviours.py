@@ -1,24 +1,28 @@
-"""What CAA's vectors do to five behaviours, and what they cost (Rimsky et al., 2312.06681, sections 4, 5 and 7).
+"""What vectors do to five behaviours, and what they cost: CAA's (Rimsky et al., 2312.06681, sections 4, 5 and 7), or
+trained ones (BiPO, Cao et al., 2406.00045).
 
-Vectors are learned, and each behaviour's layer is chosen, on pairs of the generate sets; the test sets are only
-scored. What a run has done is kept in a folder, so that it can be stopped and started again.
+Vectors are learned, and the layer of CAA's is chosen, on pairs of the generate sets; the test sets are only scored.
+With `both_orders` each question is learned from and asked with its answers exchanged, too: a small model likes one
+letter better whatever it stands for, and almost any direction shifts that liking, which then hides all else. What a run
+has done is kept in a folder, so that it can be stopped and started again.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 
 from benchmarks.choosing import say
+from benchmarks.distill import orthogonal_like
 from benchmarks.harness import Report, Result, Target
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from benchmarks.static import PROMPTS
-from trimtab.evaluate.ab import ABItem, polarity, read_ab, requests_of, score_ab
+from trimtab.evaluate.ab import ABItem, in_both_orders, polarity, read_ab, requests_of, score_ab
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import distinct_n
@@ -26,6 +30,7 @@ from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.evaluate.records import Record, Request
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM
+from trimtab.methods.bipo import learn_bipo
 from trimtab.methods.caa import Norm, equalised, learn_behaviours
 from trimtab.report.sweep import Cell, draw_sweep
 from trimtab.steering import Steering
@@ -38,6 +43,7 @@ STRENGTHS = (-2.0, -1.0, 1.0, 2.0)
 DEPTHS = tuple(0.2 + i / 15 for i in range(10))
 BASELINE = "unsteered"
 BATCH = 64
+TRAINED_EVERY, TRAINED_STEPS, TRAINED_RATE = 3, 40, 0.01
 OPEN_PROMPTS = PROMPTS[:6]
 TOKENS = 30
 
@@ -77,6 +83,16 @@ class Data:
     shared: int
     excluded: int
 
+    def in_both_orders(self) -> Data:
+        """Each question with its answers exchanged, too."""
+        parts = {name: in_both_orders(getattr(self, name)) for name in ("learn", "held_out", "test")}
+        return replace(self, **parts)
+
+    @property
+    def questions(self) -> int:
+        """How many are asked in the test, in one order or both."""
+        return len({item.group or item.item for item in self.test})
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -85,7 +101,7 @@ class Curve:
     `change` and `random` (for every seed) are of the strongest push each way; the former's interval is paired too.
     """
 
-    layer: int
+    layers: tuple[int, ...]
     scores: Mapping[float, Interval]
     mass: Mapping[float, float]
     dose: float
@@ -98,8 +114,14 @@ class Curve:
         means = [self.scores[strength].estimate for strength in sorted(self.scores)]
         return all(a < b for a, b in pairwise(means))
 
+    @property
+    def where(self) -> str:
+        """The blocks, in words."""
+        first, *more = self.layers
+        return f"layers {first} to {more[-1]}" if more else f"layer {first}"
+
     def band(self, strength: float) -> tuple[float, float]:
-        """From the lowest to the highest end of the random directions' intervals of the change."""
+        """From the lowest to the highest end of the intervals of the change by random and orthogonal directions."""
         return min(one.low for one in self.random[strength]), max(one.high for one in self.random[strength])
 
     @property
@@ -120,26 +142,33 @@ def run(
     questions: int,
     dose: float | None = None,
     only: Sequence[str] = (),
+    learner: str = "caa",
+    both_orders: bool = False,
+    dtype: str = "float32",
 ) -> Report:
     """Learn, choose, test, and write the tables (`tables.md`) and figures into the folder; of some behaviours, or all.
 
     With a `dose`, strength 1 is a push of that share of the pairs' activations; without it, the mean length of the
-    behaviours' own vectors.
+    behaviours' own vectors. Trained vectors have the length that was learned.
     """
-    lm = LM.load(model)
+    lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     names = [name for name in SYSTEM if (data / "caa" / name).is_dir() and (not only or name in only)]
     parts = {name: read(data / "caa" / name, limit, pairs, held_out) for name in names}
-    layers = sorted({round(depth * lm.layout.layers) for depth in DEPTHS})
-    vectors = learn(lm, {name: part.learn for name, part in parts.items()}, layers, folder, dose)
+    if both_orders:
+        parts = {name: part.in_both_orders() for name, part in parts.items()}
+    if learner == "caa":
+        layers = sorted({round(depth * lm.layout.layers) for depth in DEPTHS})
+        vectors = learn(lm, {name: part.learn for name, part in parts.items()}, layers, folder, dose)
+    else:
+        vectors = {name: trained(lm, name, part.learn, folder) for name, part in parts.items()}
     chosen, curves = {}, {}
     for name, part in parts.items():
-        chosen[name] = choose(lm, name, part.held_out, vectors[name], folder)
-        curves[name] = test(lm, name, part, vectors[name].only([chosen[name]]), seeds, folder)
+        at = choose(lm, name, part.held_out, vectors[name], folder) if learner == "caa" else None
+        chosen[name] = vectors[name] if at is None else vectors[name].only([at])
+        curves[name] = test(lm, name, part, chosen[name], seeds, folder)
     steered = {BASELINE: None} | {
-        f"{name} {strength:+g}": strength * vectors[name].only([chosen[name]])
-        for name in names
-        for strength in STRENGTHS
+        f"{name} {strength:+g}": strength * chosen[name] for name in names for strength in STRENGTHS
     }
     known = capability(lm, read_ab(data / CAPABILITY, limit=questions)[0], steered, folder)
     fluent = fluency(lm, steered, folder)
@@ -198,6 +227,20 @@ def learn(
     return equalised({name: found[name] for name in pairs})
 
 
+def trained(lm: LM, name: str, items: Sequence[ABItem], folder: Path) -> Steering:
+    """BiPO's vector at every third block, learned from the same questions and letters."""
+    path = folder / f"{name}-bipo.safetensors"
+    pairs = [Pair(f"({i.matching})", f"({i.other})", i.question, "answers") for i in items]
+    if not path.is_file():
+        layers = list(range(0, lm.layout.layers, TRAINED_EVERY))
+        save_steering(
+            learn_bipo(lm, pairs, layers, steps=TRAINED_STEPS, rate=TRAINED_RATE, progress=say(f"{name}, bipo")), path
+        )
+    vector = load_steering(path)
+    lm.check(vector)
+    return vector
+
+
 # ---- choosing and testing ----------------------------------------------------------------------------------
 
 
@@ -225,6 +268,7 @@ def test(lm: LM, name: str, data: Data, vector: Steering, seeds: int, folder: Pa
     """The vector, random directions of the same norm, and system messages, on the test set."""
     systems = dict(zip(("for", "against"), SYSTEM[name], strict=True)) if has_template(lm.tokenizer) else {}
     controls = [random_like(vector, seed) for seed in range(1, seeds + 1)]
+    controls += [orthogonal_like(vector, seed) for seed in range(1, seeds + 1)]
     arms = {BASELINE: None} | {f"steered {s:+g}": s * vector for s in STRENGTHS} | dict.fromkeys(systems)
     arms |= {f"random {n} {s:+g}": s * control for n, control in enumerate(controls, 1) for s in STRENGTHS}
     records = scored(lm, f"{name}-test", data.test, arms, systems, folder)
@@ -232,21 +276,23 @@ def test(lm: LM, name: str, data: Data, vector: Steering, seeds: int, folder: Pa
     strengths = {0.0: base} | {s: records[f"steered {s:+g}"] for s in STRENGTHS}
     ends = (min(STRENGTHS), max(STRENGTHS))
     curve = Curve(
-        layer=vector.layers[0],
+        layers=vector.layers,
         scores={s: interval(of) for s, of in strengths.items()},
         mass={s: mean(record.scores["mass"] for record in of.values()) for s, of in strengths.items()},
         dose=mean(record.dose for record in records["steered +1"].values()),
         systems={system: interval(records[system]) for system in systems},
         change={s: interval(records[f"steered {s:+g}"], base) for s in ends},
-        random={s: tuple(interval(records[f"random {n} {s:+g}"], base) for n in range(1, seeds + 1)) for s in ends},
+        random={
+            s: tuple(interval(records[f"random {n} {s:+g}"], base) for n in range(1, len(controls) + 1)) for s in ends
+        },
     )
-    cells = [Cell(curve.layer, s, curve.scores[s]) for s in STRENGTHS]
+    cells = [Cell(curve.layers[0], s, curve.scores[s]) for s in STRENGTHS]
     cells += [
-        Cell(curve.layer, s, interval(records[f"random {n} {s:+g}"]), random=True)
-        for n in range(1, seeds + 1)
+        Cell(curve.layers[0], s, interval(records[f"random {n} {s:+g}"]), random=True)
+        for n in range(1, len(controls) + 1)
         for s in STRENGTHS
     ]
-    title = f"{name}: {len(data.test)} test questions, {lm.name}"
+    title = f"{name}: {data.questions} test questions, {lm.name}"
     (folder / f"{name}-test.png").write_bytes(draw_sweep(cells, curve.scores[0.0], title, "p(matching)"))
     return curve
 
@@ -275,10 +321,12 @@ def by_arm(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
 
 def interval(records: Mapping[str, Record], before: Mapping[str, Record] | None = None) -> Interval:
     """The mean of p(matching), or of its change from `before`, item by item."""
-    after = [records[item].scores["matching"] for item in sorted(records)]
+    names = sorted(records)
+    after = [records[item].scores["matching"] for item in names]
+    groups = [records[item].group or item for item in names]
     if before is None:
-        return paired_bootstrap(after)
-    return paired_bootstrap([before[item].scores["matching"] for item in sorted(records)], after)
+        return paired_bootstrap(after, groups=groups)
+    return paired_bootstrap([before[item].scores["matching"] for item in names], after, groups=groups)
 
 
 # ---- what it costs -----------------------------------------------------------------------------------------
@@ -324,7 +372,7 @@ def results(
     """Every number as a line."""
     lines = []
     for name, curve in curves.items():
-        case = f"{name}, layer {curve.layer}, {len(parts[name].test)} items"
+        case = f"{name}, {curve.where}, {parts[name].questions} questions"
         for strength in sorted(curve.scores):
             found = curve.scores[strength]
             lines.append(Result(case, f"p(matching) at {strength:+g}", found.estimate, "", found.low, found.high))
@@ -362,7 +410,7 @@ def tables(
     moved = [
         [
             f"{name} ({about[name]})",
-            str(curve.layer),
+            curve.where.partition(" ")[2],
             f"{curve.dose:.2f}",
             *(shown(curve.scores[s]) for s in strengths),
             *(shown(curve.systems[system]) if system in curve.systems else "" for system in ("for", "against")),
@@ -393,7 +441,7 @@ def tables(
         (
             "p(matching) on the test set by strength, beside system messages for and against the behaviour:",
             table(["behaviour", "layer", "dose at 1", *heads, "system for", "system against"], moved),
-            "Change of p(matching) from unsteered, and the band of random directions of the same norm:",
+            "Change of p(matching) from unsteered, and the band of random and orthogonal directions of the same norm:",
             table(["behaviour", f"{down:+g}", "random", f"{up:+g}", "random", "monotone", "beyond random"], against),
             "Mass of both letters:",
             table(["behaviour", *heads], mass),

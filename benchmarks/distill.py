@@ -64,18 +64,28 @@ def run(
     *,
     lora: bool,
     limit: int | None,
+    rank: int | None = None,
+    dtype: str = "float32",
 ) -> Report:
     """Learn each instruction with each seed and fit, and answer the test queries in all arms."""
-    lm = LM.load(model, dtype="float32")
+    lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     for name in names:
-        results += _instruction(lm, name, seeds, fits, folder, lora=lora, limit=limit)
+        results += _instruction(lm, name, seeds, fits, folder, lora=lora, limit=limit, rank=rank)
     return Report("distill", machine(), {**versions(), "model": lm.name}, tuple(results))
 
 
 def _instruction(
-    lm: LM, name: str, seeds: int, fits: Sequence[str], folder: Path, *, lora: bool, limit: int | None
+    lm: LM,
+    name: str,
+    seeds: int,
+    fits: Sequence[str],
+    folder: Path,
+    *,
+    lora: bool,
+    limit: int | None,
+    rank: int | None,
 ) -> list[Result]:
     instruction = instructions()[name]
     asked = list(queries("test"))[:limit]
@@ -86,13 +96,20 @@ def _instruction(
     results = []
     steerings: dict[str, Steering] = {}
     for fit in fits:
-        for seed in range(seeds):
-            path = folder / f"{name}-{fit}-{seed}.safetensors"
+        for seed in range(1 if fit == "closed" else seeds):  # a closed form draws nothing
+            path = folder / f"{name}-{fit}{f'-{rank}' if rank else ''}-{seed}.safetensors"
             arm = f"distill {fit}, seed {seed}"
             if not path.is_file():
                 started = time.perf_counter()
                 learned = learn_distill(
-                    lm, instruction=instruction.learn, check=check, fit=fit, tokens=LEARN_TOKENS, seed=seed, say=print
+                    lm,
+                    instruction=instruction.learn,
+                    check=check,
+                    fit=fit,
+                    rank=rank if fit == "gradient" else None,
+                    tokens=LEARN_TOKENS,
+                    seed=seed,
+                    say=print,
                 )
                 seconds = time.perf_counter() - started
                 learned.save(path)
@@ -207,6 +224,9 @@ def orthogonal_like(steering: Steering, seed: int) -> Steering:
     for edit in steering.edits:
         own: Tensor = edit.operation.direction.double()
         drawn = torch.randn(len(own), generator=generator, dtype=torch.float64)
+        if not own.any():  # nothing is as long as nothing, whatever its direction
+            edits.append(edit)
+            continue
         unit = own / own.norm()
         drawn = drawn - (drawn @ unit) * unit
         edits.append(replace(edit, operation=Add((drawn * own.norm() / drawn.norm()).float())))

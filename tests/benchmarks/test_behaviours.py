@@ -16,6 +16,7 @@ from benchmarks.behaviours import Curve, read, run, slope, stem
 from trimtab import LM, Add, Edit, Site, Steering
 from trimtab.evaluate.ab import read_ab
 from trimtab.evaluate.intervals import Interval
+from trimtab.files.steering_file import load_steering
 
 pytestmark = pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning", "ignore::trimtab.lm.DoseWarning")
 
@@ -25,7 +26,7 @@ def rows(count: int, seed: int, length: int = 20) -> list[dict[str, str]]:
     made = []
     for i in range(count):
         letters = ("(A)", "(B)") if i % 3 == 0 else ("(B)", "(A)")
-        question = f"{prompt(seed + i, length)} Choices: (A) w3 (B) w4"
+        question = f"{prompt(seed + i, length)} Choices:\n (A) w3\n (B) w4"
         made.append(
             {"question": question, "answer_matching_behavior": letters[0], "answer_not_matching_behavior": letters[1]}
         )
@@ -74,7 +75,7 @@ def at(value: float, width: float = 0.01) -> Interval:
 def curve(means: list[float], changes: tuple[float, float], random: tuple[float, float]) -> Curve:
     scores = dict(zip((-2.0, -1.0, 0.0, 1.0, 2.0), map(at, means), strict=True))
     change = {-2.0: at(changes[0]), 2.0: at(changes[1])}
-    return Curve(3, scores, {}, 0.1, {}, change, {s: (at(random[0]), at(random[1])) for s in (-2.0, 2.0)})
+    return Curve((3,), scores, {}, 0.1, {}, change, {s: (at(random[0]), at(random[1])) for s in (-2.0, 2.0)})
 
 
 def test_verdicts() -> None:
@@ -92,7 +93,7 @@ def test_verdicts() -> None:
 @pytest.mark.slow
 def test_a_run_leaves_tables_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = letters_lm()
-    monkeypatch.setattr(LM, "load", lambda *_: lm)
+    monkeypatch.setattr(LM, "load", lambda *_, **__: lm)
     monkeypatch.setattr(behaviours, "OPEN_PROMPTS", (prompt(1, 5), prompt(2, 6)))
     monkeypatch.setattr(behaviours, "TOKENS", 4)
     folder, arguments = tmp_path / "run", (None, 8, 6, 2, 4)
@@ -115,6 +116,22 @@ def test_a_run_leaves_tables_and_goes_on(data: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(lm, "generate", never)
     monkeypatch.setattr(behaviours, "learn_behaviours", never)
     assert run(None, data, folder, *arguments).results == first.results
+
+
+def test_trained_vectors_and_both_orders(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over both orders of a question, the mean score of a model that only likes a letter is a half, steered or not."""
+    lm = letters_lm()
+    monkeypatch.setattr(LM, "load", lambda *_, **__: lm)
+    monkeypatch.setattr(behaviours, "OPEN_PROMPTS", (prompt(1, 5),))
+    monkeypatch.setattr(behaviours, "TOKENS", 2)
+    monkeypatch.setattr(behaviours, "TRAINED_STEPS", 2)
+    report = run(None, data, tmp_path / "run", None, 8, 6, 1, 4, learner="bipo", both_orders=True)
+    found = {r.metric: r for r in report.results if r.case == "refusal, layers 0 to 3, 6 questions"}
+    assert {"p(matching) at +2", "change at +2, random", "monotone"} <= set(found)
+    assert load_steering(tmp_path / "run" / "refusal-bipo.safetensors").card.method == "bipo"
+    parts = read(data / "caa" / "refusal", None, 8, 6).in_both_orders()
+    assert (len(parts.test), parts.questions, len(parts.learn)) == (12, 6, 16)
+    assert sum(item.matching == "A" for item in parts.test) == 6
 
 
 def test_the_sweep_and_one_at_a_time_score_the_same(data: Path) -> None:

@@ -16,6 +16,7 @@ from trimtab import LM, Add, Edit, Site, Steering, TrimtabError
 from trimtab.evaluate.ab import (
     ABItem,
     category_of,
+    in_both_orders,
     polarity,
     read_ab,
     requests_of,
@@ -235,3 +236,47 @@ def test_real_questions(lm: LM) -> None:
             assert records[arm, item.item].scores["mass"] == pytest.approx(right + wrong, abs=1e-4)
     lines = summarize(list(records.values()), ("matching",), baseline="0")
     assert [line.arm for line in lines] == ["0", "-2", "2"]
+
+
+# ---- both orders of the answers ----------------------------------------------------------------------------
+
+
+def test_the_second_order_exchanges_the_options_and_nothing_else() -> None:
+    question = "Is it so (or not)?\n\nChoices:\n (A) Yes, it is.\n (B) No, (never) ever.\n"
+    first, second = in_both_orders([ABItem("7", question, "A", "B")])
+    assert (first.item, first.question, first.matching, first.other) == ("7", question, "A", "B")
+    assert second.question == "Is it so (or not)?\n\nChoices:\n (A) No, (never) ever.\n (B) Yes, it is.\n"
+    assert (second.item, second.matching, second.other) == ("7, swapped", "B", "A")
+    assert first.group == second.group == "7"
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["(A) yes, (B) no", "Q\n(A) one\n(A) two\n(B) three", "Q\n(A) one\n(B) two\n(B) three", "Q\n(B) one\n(A) two"],
+)
+def test_options_that_cannot_be_told_apart_are_refused_by_name(question: str) -> None:
+    with pytest.raises(TrimtabError, match="item 3: options"):
+        in_both_orders([ABItem("3", question, "A", "B")])
+
+
+def test_a_liking_for_a_letter_cancels_over_both_orders() -> None:
+    """Whatever moves the letters' probabilities whatever is asked moves no mean over both orders, and intervals are
+    over questions."""
+    lm = letters_lm()
+    items = in_both_orders([ABItem(str(i), f"Q{i}\n(A) x\n(B) x", "A", "B") for i in range(4)])
+    assert all(one.question == two.question for one, two in zip(items[::2], items[1::2], strict=True))
+    records = scored(lm, {"unsteered": None, "pushed": pushed(lm, 0.2)}, items)
+    assert by_name(records)["pushed", "0"].scores["matching"] > by_name(records)["unsteered", "0"].scores["matching"]
+    lines = summarize(records, ["matching"], baseline="unsteered")
+    line = next(one for one in lines if one.arm == "pushed")
+    assert line.difference is not None
+    assert line.mean.estimate == pytest.approx(0.5, abs=1e-12)
+    assert max(abs(line.difference.mean.low), abs(line.difference.mean.high)) < 1e-12
+
+
+@data
+def test_all_of_the_papers_questions_can_be_asked_in_both_orders() -> None:
+    for file in [*sorted(DATA.glob("*/generate_dataset.json")), *sorted(DATA.glob("*/test_dataset_ab.json"))]:
+        items, _ = read_ab(file, exclude=True)
+        for one, two in zip(*[iter(in_both_orders(items[:50]))] * 2, strict=True):
+            assert sorted(one.question.replace(" ", "")) == sorted(two.question.replace(" ", ""))

@@ -60,6 +60,10 @@ def ab(
     exclude: Annotated[
         bool, typer.Option("--exclude", help="Leave out (and name) items whose answers aren't A and B.")
     ] = False,
+    both_orders: Annotated[
+        bool,
+        typer.Option("--both-orders", help="Ask each question twice, (A) and (B) exchanged: no letter is favoured."),
+    ] = False,
     limit: LimitOption = None,
     transfer: TransferOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 64,
@@ -93,6 +97,10 @@ def ab(
     --finetune, a LoRA is trained on pairs (other questions than these), towards their
     positive and their negative sides; each is an arm alone and under each steering.
 
+    Small models like one letter better whatever it stands for, and almost any vector
+    shifts that liking. With --both-orders each question is asked with its options
+    exchanged as well, which cancels it; both count as one question in the intervals.
+
     The file is a list of objects
 
     [dim]    {"question": "Is it so?\\n (A) Yes\\n (B) No",
@@ -106,9 +114,12 @@ def ab(
     check_targets(out, report)
     pairs = check_finetune(finetune, columns_of(keys, ignore, pairs=finetune is not None, source="--finetune"))
 
-    from trimtab.evaluate.ab import SCORES, category_of, polarity, read_ab, requests_of, score_ab
+    from trimtab.evaluate.ab import SCORES, category_of, in_both_orders, polarity, read_ab, requests_of, score_ab
 
     items, left_out = read_ab(data, exclude=exclude, limit=limit)
+    questions = len(items)
+    if both_orders:
+        items = in_both_orders(items)
     arms = plan.arms()
     lm = load_model(
         model,
@@ -145,7 +156,8 @@ def ab(
         "evaluation": "ab",
         "model": lm.name,
         "data": str(data),
-        "items": len(items),
+        "items": questions,
+        "both_orders": both_orders,
         "polarity": polarity(data),
         "excluded": left_out,
         **document_of(records, arms, SCORES, category_of),
@@ -155,13 +167,13 @@ def ab(
     if out is not None:
         document["records"] = str(out)
     if report is not None:
-        title = f"{data.parent.name or data.stem} on {lm.name}, {len(items)} questions"
+        title = f"{data.parent.name or data.stem} on {lm.name}, {questions} questions"
         sweep_page(report, document, arms, records, title, COLUMNS, pictures=_pictures(lm, items, arms))
         document["report"] = str(report)
     if json:
         write_json(document)
         return
-    show(f"A or B on {lm.name}: {len(items)} questions of {data}")
+    show(f"A or B on {lm.name}: {questions} questions of {data}")
     show(f"p(matching): {document['polarity']}. mass: p(A) + p(B), which should not be small", "")
     if left_out:
         show(f"left out, as their answers aren't A and B: {', '.join(left_out)}", "")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ class ABItem:
     matching: str
     other: str
     category: str | None = None
+    group: str | None = None
+    """What belongs together in intervals: the same question in both orders of its answers."""
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -133,6 +136,48 @@ def polarity(path: str | Path) -> str:
     return f"matching is what {path.name} names as matching"
 
 
+OPTIONS = re.compile(r"(.*?(?:^|\n)[ \t]*)\(A\)(.*?)(\n[ \t]*)\(B\)(.*)", re.DOTALL)
+"""A question whose two options begin lines of their own, (A) first."""
+
+
+def in_both_orders(items: Sequence[ABItem]) -> list[ABItem]:
+    """Each question as it is, and once more with its options exchanged, so that a preference for a letter cancels.
+
+    A small model likes one letter better whatever stands behind it, and so does a random direction that is added to
+    it. Over both orders such a preference changes no mean (Zheng et al., arXiv 2309.03882, on position bias).
+
+    Args:
+        items: Questions whose options begin lines with (A) and (B).
+
+    Returns:
+        Two items a question, named `3` and `3, swapped`, in a group of their own, so that intervals draw both or none.
+
+    Raises:
+        TrimtabError: A question whose options can't be told apart; it names the item.
+    """
+    return [one for item in items for one in (replace(item, group=item.item), _swapped(item))]
+
+
+def _swapped(item: ABItem) -> ABItem:
+    found = OPTIONS.fullmatch(item.question)
+    if found is None or any(len(re.findall(rf"^[ \t]*\({one}\)", item.question, re.MULTILINE)) != 1 for one in LETTERS):
+        raise TrimtabError(
+            f"item {item.item}: options (A) and (B), each at the beginning of a line and once in the question, were"
+            " expected, to ask it in both orders"
+        )
+    before, first, between, second = found.groups()
+    end = second[len(second.rstrip()) :]
+    question = f"{before}(A){second.rstrip()}{between}(B){first.rstrip()}{end}"
+    return replace(
+        item,
+        item=f"{item.item}, swapped",
+        question=question,
+        matching=item.other,
+        other=item.matching,
+        group=item.item,
+    )
+
+
 # ---- asking ------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +190,9 @@ def requests_of(
     """
     systems = systems or {}
     return [
-        Request(arm, item.item, question_prompt(lm.tokenizer, item.question, systems.get(arm)), steering)
+        Request(
+            arm, item.item, question_prompt(lm.tokenizer, item.question, systems.get(arm)), steering, group=item.group
+        )
         for item in items
         for arm, steering in arms.items()
     ]

@@ -5,19 +5,23 @@ from trimtab.tune.dose import Dosed, at_dose
 from trimtab.tune.guard import Guard
 from trimtab.tune.learned import learn_operations
 from trimtab.tune.letters import tune_letters
+from trimtab.tune.nats import AtNats, NotMonotoneWarning, at_nats
 from trimtab.tune.split import Split, split_by_query
 from trimtab.tune.sweep import Sweep
 from trimtab.tune.tune import Tuned, tune
 
 __all__ = [
+    "AtNats",
     "Candidate",
     "Dosed",
     "Guard",
+    "NotMonotoneWarning",
     "Setting",
     "Split",
     "Sweep",
     "Tuned",
     "at_dose",
+    "at_nats",
     "default_layers",
     "grid",
     "learn_operations",

@@ -1,0 +1,73 @@
+"""What a model predicts at each token of given answers, each under its own edits: one pass, nothing generated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.attention import attending
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.read import check_length, padded
+from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.session import Session
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit
+
+
+@dataclass(frozen=True)
+class Given:
+    """A prompt and the answer that is read after it, as token ids."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+def check_given(layout: Layout, texts: Sequence[Given]) -> None:
+    """Raises `TrimtabError` for a text without a prompt or an answer, or one that is too long; it says which."""
+    for i, text in enumerate(texts):
+        if not text.prompt or not text.answer:
+            raise TrimtabError(f"text {i + 1} has no {'answer' if text.prompt else 'prompt'} to read")
+        check_length(layout, len(text.prompt) + len(text.answer), f"text {i + 1}")
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: Any, layout: Layout, texts: Sequence[Given], session: Session, edits: Sequence[tuple[Edit, ...]]
+) -> list[Tensor]:
+    """The logits `[answer tokens, vocabulary]` before each token of each answer, in one pass.
+
+    Args:
+        model: The whole model.
+        layout: Its places.
+        texts: What is read; padded on the left.
+        session: It decides the same edits, but for those of attention scores.
+        edits: Of each text. Where attention scores are steered, texts have prompts and answers of the same lengths.
+
+    Raises:
+        TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
+    """
+    residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
+    scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
+    lengths = [len(text.prompt) for text in texts]
+    if any(scores) and len({(len(text.prompt), len(text.answer)) for text in texts}) > 1:
+        raise TrimtabError("texts whose attention scores are steered are read in batches of one length")
+    sites = sorted({edit.site for one in residual for edit in one})
+    device = model.get_input_embeddings().weight.device
+    ids, mask = padded([[*text.prompt, *text.answer] for text in texts], left=True, device=device)
+    longest = max(len(text.answer) for text in texts)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    takes = compat.parameters(model)
+    if "position_ids" in takes:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if "logits_to_keep" in takes:
+        inputs["logits_to_keep"] = longest + 1
+    session.expect(lengths)
+    with attending(layout, scores, lengths), session.hooked(sites):
+        logits = model(**inputs).logits
+        session.check_reached(mask.shape[1])
+    return [logits[row, -len(text.answer) - 1 : -1] for row, text in enumerate(texts)]

@@ -1,0 +1,186 @@
+"""How far a steering takes the model from itself, in nats: the divergence of its next-token distributions.
+
+For each token of the unsteered model's own answers, `KL(p_unsteered ‖ p_steered) = Σ p log(p / p_steered)` over the
+vocabulary, both read with the answer given (teacher forcing), so that nothing is generated under the steering. A norm
+says how hard activations are pushed; this says what of the push arrives, so that methods which push in different ways
+can be compared at the same strength.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.engines.arguments import as_list
+from trimtab.engines.transformers.few_rows import few_rows
+from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.evaluate.fluency import LOGITS
+from trimtab.steering import Steering
+from trimtab.text.chat import Prompt
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+TOKENS = 32
+"""So many tokens of each unsteered answer are read."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """`nats[i][j]`: the divergence before token `j` of answer `i`, at least 0."""
+
+    nats: tuple[tuple[float, ...], ...]
+
+    @property
+    def mean(self) -> float:
+        """Over all tokens, in nats a token."""
+        return float(np.mean(self._all))
+
+    @property
+    def p95(self) -> float:
+        """The 95th percentile over all tokens: what the tokens that are changed most are changed by."""
+        return float(np.quantile(self._all, 0.95))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were read."""
+        return len(self._all)
+
+    @property
+    def _all(self) -> list[float]:
+        return [one for row in self.nats for one in row]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The unsteered model's answers to some prompts, and its logits before each of their tokens."""
+
+    texts: tuple[Given, ...]
+    logits: tuple[Tensor, ...]
+
+
+def reference(
+    lm: LM,
+    prompts: Prompt | Sequence[Prompt],
+    *,
+    tokens: int = TOKENS,
+    system: str | None = None,
+    chat: bool | None = None,
+) -> Reference:
+    """What divergences are measured from: greedy answers of the unsteered model.
+
+    It can be used for many steerings. It holds logits of every token: `tokens` × the vocabulary a prompt.
+
+    Args:
+        lm: A model on the transformers engine.
+        prompts: What is asked.
+        tokens: Of each answer, at most.
+        system: A system message before each prompt.
+        chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+
+    Raises:
+        TrimtabError: No prompts, a number of tokens below 1, or another engine.
+    """
+    _check(lm)
+    answers = lm.generate(prompts, max_new_tokens=tokens, system=system, chat=chat)
+    listed = as_list(prompts)
+    if not listed:
+        raise TrimtabError("there is no prompt to measure a divergence on; give some")
+    texts = tuple(
+        Given(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
+        for prompt, answer in zip(listed, answers, strict=True)
+    )
+    texts = tuple(text for text in texts if text.answer)
+    check_given(lm.layout, texts)
+    return Reference(texts, tuple(read_given(lm, texts, None)))
+
+
+def divergence(
+    lm: LM,
+    steering: Steering | None,
+    prompts: Prompt | Sequence[Prompt] | Reference,
+    *,
+    tokens: int = TOKENS,
+    system: str | None = None,
+    chat: bool | None = None,
+    transfer: bool = False,
+) -> Divergence:
+    """How far a steering takes the model from itself on these prompts.
+
+    Args:
+        lm: A model on the transformers engine.
+        steering: Any: with gates, at some positions, of attention scores.
+        prompts: What is asked, or the `reference` that was made of it, which then has `tokens`, `system` and `chat`.
+        tokens: Of each unsteered answer, at most.
+        system: A system message before each prompt.
+        chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+        transfer: Allow a steering learned on another model of the same width.
+
+    Returns:
+        The divergence before each token, in nats.
+
+    Raises:
+        TrimtabError: A steering that doesn't fit, no prompts, or another engine.
+    """
+    if steering is not None:
+        lm.check(steering, transfer=transfer)
+    base = (
+        prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
+    )
+    steered = read_given(lm, base.texts, steering)
+    return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
+
+
+def _check(lm: LM) -> None:
+    if not hasattr(lm, "layout"):
+        raise UnsupportedError(
+            f"{type(lm).__name__} doesn't give all tokens' probabilities, which a divergence is made of; load the model"
+            " without engine= for that"
+        )
+
+
+def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
+    """For each row of logits, in float64; the same logits give exactly 0."""
+    p, q = (one.double().log_softmax(-1) for one in (unsteered, steered))
+    weight = p.exp()
+    terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))
+    return [max(0.0, value) for value in terms.sum(-1).tolist()]
+
+
+def read_given(lm: LM, texts: Sequence[Given], steering: Steering | None) -> list[Tensor]:
+    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order."""
+    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
+    same_length = steering is not None and any(is_score_edit(edit) for edit in steering.edits)
+    found: dict[int, Tensor] = {}
+    with lm._exclusive(), few_rows(lm.model):
+        while order:
+            chosen = _batch(texts, order, LOGITS // vocabulary, same_length)
+            order = order[len(chosen) :]
+            some = [texts[i] for i in chosen]
+            edits = lm._ready([steering] * len(some), [list(text.prompt) for text in some])
+            residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
+            session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided)
+            for i, logits in zip(chosen, teacher_forced(lm.model, lm.layout, some, session, edits), strict=True):
+                found[i] = logits.cpu()
+    return [found[i] for i in range(len(texts))]
+
+
+def _batch(texts: Sequence[Given], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
+    """The first of `order` that together have at most so many tokens of answer, padded; at least one."""
+    chosen = [order[0]]
+    for i in order[1:]:
+        longest = max(len(texts[n].answer) for n in [*chosen, i]) + 1
+        lengths = {(len(texts[n].prompt), len(texts[n].answer)) for n in [*chosen, i]}
+        if longest * (len(chosen) + 1) > tokens or (same_length and len(lengths) > 1):
+            break
+        chosen.append(i)
+    return chosen

@@ -1,0 +1,141 @@
+"""The strength at which a steering takes the model so many nats from itself, found without generating under it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.divergence import TOKENS, Divergence, Reference, divergence, reference
+from trimtab.steering import Steering
+from trimtab.text.chat import Prompt
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+CLOSE = 0.02
+"""A divergence so near to the one asked for, as a share of it, is near enough."""
+HALVINGS = 24
+LEAST, MOST = 2.0**-16, 2.0**16
+"""Factors that are tried, at least and at most."""
+BELOW = 3
+"""So many doublings of the strength below the one that is taken are looked at, to notice a divergence that falls."""
+FALLS = 0.9
+"""A divergence below this share of one at a weaker strength has fallen."""
+
+
+class NotMonotoneWarning(UserWarning):
+    """Somewhere among the strengths that were tried, a stronger steering changes the model less than a weaker one."""
+
+
+@dataclass(frozen=True)
+class AtNats:
+    """`steering` is `factor` times the one given; `divergence.p95` is the divergence that was asked for.
+
+    `tried` are the factors that were measured with their 95th percentiles, weakest first. `monotone` says whether these
+    grow with the factor; where they don't, another strength may have the same divergence.
+    """
+
+    steering: Steering
+    factor: float
+    divergence: Divergence
+    tried: tuple[tuple[float, float], ...]
+
+    @property
+    def monotone(self) -> bool:
+        """Whether no stronger steering that was tried changed the model clearly less than a weaker one."""
+        highest = 0.0
+        for _, value in self.tried:
+            if value < FALLS * highest:
+                return False
+            highest = max(highest, value)
+        return True
+
+
+def at_nats(
+    lm: LM,
+    steering: Steering,
+    nats: float,
+    prompts: Prompt | Sequence[Prompt] | Reference,
+    *,
+    tokens: int = TOKENS,
+    system: str | None = None,
+    chat: bool | None = None,
+    transfer: bool = False,
+) -> AtNats:
+    """Scale a steering so that the 95th percentile of its divergence from the unsteered model is so many nats.
+
+    Strengths are doubled from weak ones up to the first that reaches it, and then the interval is halved. Where the
+    divergence doesn't grow with the strength, the weakest strength that was seen to reach it is taken, with a warning.
+
+    Args:
+        lm: A model on the transformers engine.
+        steering: Edits keep their strengths relative to each other, and their signs.
+        nats: 0.25 is hardly seen, 1 a clear change, 4 a strong one.
+        prompts: What it is measured on, or the `reference` that was made of it.
+        tokens: Of each unsteered answer, at most.
+        system: A system message before each prompt.
+        chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
+        transfer: Allow a steering learned on another model of the same width.
+
+    Raises:
+        TrimtabError: No positive number, or no strength that takes the model so far on these prompts; it says how far
+            the strongest went.
+
+    Warns:
+        NotMonotoneWarning: The divergence falls somewhere as the strength grows.
+    """
+    if isinstance(nats, bool) or not isinstance(nats, (int, float)) or not (math.isfinite(nats) and nats > 0):
+        raise TrimtabError(f"a divergence is a number of nats above 0, such as 1, got {nats!r}")
+    base = (
+        prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
+    )
+    seen: dict[float, Divergence] = {}
+
+    def far(factor: float) -> float:
+        if factor not in seen:
+            seen[factor] = divergence(lm, factor * steering, base, transfer=transfer)
+        return seen[factor].p95
+
+    high = _reaching(far, nats)
+    low = high / 2
+    factor = high
+    for _ in range(HALVINGS):
+        if abs(far(factor) - nats) <= CLOSE * nats:
+            break
+        if far(factor) < nats:
+            low = factor
+        else:
+            high = factor
+        factor = (low + high) / 2
+    factor = min(seen, key=lambda one: abs(seen[one].p95 - nats))
+    tried = tuple(sorted((one, value.p95) for one, value in seen.items()))
+    found = AtNats(factor * steering, factor, seen[factor], tried)
+    if not found.monotone:
+        warnings.warn(
+            "the divergence doesn't grow with the strength everywhere: "
+            + ", ".join(f"{value:.2g} nats at {one:.3g}" for one, value in tried)
+            + f"; the weakest strength that was seen to reach {nats:g} is taken",
+            NotMonotoneWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _reaching(far: Callable[[float], float], nats: float) -> float:
+    """The weakest of doubled factors that takes the model so far, of those from `BELOW` doublings below it on."""
+    factor, below = 1.0, 0
+    while factor > LEAST and below < BELOW:
+        below = below + 1 if far(factor) < nats else 0
+        factor /= 2
+    while far(factor) < nats:
+        if factor >= MOST:
+            raise TrimtabError(
+                f"at {factor:g} times its strength the steering takes the model {far(factor):.2g} nats from itself on"
+                f" these prompts (95th percentile), so {nats:g} can't be had; ask for less, or give a strength"
+            )
+        factor *= 2
+    return factor

@@ -1,0 +1,82 @@
+"""The strength at which a steering takes the model so many nats from itself, on tiny models."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import direction, prompt, tiny
+
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.divergence import Divergence, divergence, reference
+from trimtab.steering import Add, Card, Edit, Positions, Rotate, SetProjection, Site, Steering
+from trimtab.tune import at_nats
+from trimtab.tune import nats as module
+from trimtab.tune.nats import NotMonotoneWarning
+
+PROMPTS = [prompt(seed, 4 + seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def base(lm):
+    return reference(lm, PROMPTS, tokens=4)
+
+
+def steering(lm, operation, strength=1.0):
+    edit = Edit(Site(1), operation, Positions.from_last_prompt_token(), strength)
+    return Steering((edit,), Card("planted", model=lm.identity))
+
+
+def unit(seed=0):
+    return direction(seed) / direction(seed).norm()
+
+
+@pytest.mark.parametrize("nats", [0.05, 0.25, 1.0])
+@pytest.mark.parametrize("strength", [0.001, 1.0, 300.0, -1.0])
+def test_the_divergence_is_what_was_asked_for(lm, base, nats, strength):
+    given = steering(lm, Add(unit()), strength)
+    found = at_nats(lm, given, nats, base)
+    assert found.divergence.p95 == pytest.approx(nats, rel=0.02)
+    assert found.steering == found.factor * given
+    assert divergence(lm, found.steering, PROMPTS, tokens=4) == found.divergence
+    assert found.monotone
+
+
+def test_what_is_not_monotone_is_said_and_the_weakest_strength_taken(lm, base, monkeypatch):
+    """A divergence that rises to 1.5 at strength 1, falls to 0.1 at 4, and rises again."""
+
+    def humped(_lm, one, _base, **_):
+        s = one.edits[0].strength
+        return Divergence(((1.5 * s if s <= 1 else max(0.1, 1.5 - 0.5 * s) if s <= 4 else s / 4,),))
+
+    monkeypatch.setattr(module, "divergence", humped)
+    given = steering(lm, Add(unit()))
+    assert at_nats(lm, given, 1.2, base).factor == pytest.approx(0.8, rel=0.02)
+    with pytest.warns(NotMonotoneWarning, match="the weakest strength that was seen"):
+        found = at_nats(lm, 4 * given, 1.9, base)
+    assert not found.monotone
+    assert found.divergence.p95 == pytest.approx(1.9, rel=0.02)
+
+
+def test_a_divergence_that_cannot_be_had_says_how_far_it_goes(lm, base):
+    """A projection that is set to 0 changes no more than there is of it, whatever its strength; no push of nothing."""
+    with pytest.raises(TrimtabError, match=r"takes the model 0 nats from itself .* so 1 can't be had"):
+        at_nats(lm, steering(lm, Add(torch.zeros(32))), 1.0, base)
+
+
+@pytest.mark.parametrize("nats", [0, -1, math.inf, math.nan, True, "1"])
+def test_a_divergence_is_a_positive_number(lm, base, nats):
+    with pytest.raises(TrimtabError, match="a divergence is a number of nats above 0, such as 1"):
+        at_nats(lm, steering(lm, Add(unit())), nats, base)
+
+
+@pytest.mark.parametrize("operation", [SetProjection(unit(), 5.0), Rotate(unit(), 0.4)])
+def test_other_operations_have_such_strengths_too(lm, base, operation):
+    found = at_nats(lm, steering(lm, operation), 0.02, base)
+    assert found.divergence.p95 == pytest.approx(0.02, rel=0.02)
