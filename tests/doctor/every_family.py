@@ -41,7 +41,6 @@ HYBRIDS = (
     "rwkv",
     "zamba",
     "zamba2",
-    "zamba2@one_block",
 )
 """Types that keep a recurrent state."""
 LANGUAGE = tuple(kind for kind in (*CAUSAL, *VARIANTS) if kind not in HYBRIDS)

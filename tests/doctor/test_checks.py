@@ -45,6 +45,7 @@ def test_a_crash_is_wrong_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(places._PARTS, "heads", crash)
     one = check_model(lm)["heads"]
     assert (one.state, one.reason) == (WRONG, "it crashes: ZeroDivisionError: oh")
+    monkeypatch.undo()
     assert check_config("mamba")["heads"].state == REFUSED
 
 

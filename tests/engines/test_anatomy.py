@@ -69,7 +69,8 @@ def test_a_block_that_runs_twice_is_refused() -> None:
 
 
 def test_a_part_of_several_blocks_is_refused() -> None:
-    lm = tiny_lm("zamba2@one_block")
+    lm = tiny_lm("llama")
+    lm.layout.blocks[1].self_attn = lm.layout.blocks[2].self_attn
     with pytest.raises(TrimtabError, match="one and the same"):
         place(lm.layout, Site(1, "heads"))
 

@@ -161,6 +161,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         },
     },
-    "zamba2@one_block": {"layers_block_type": ZAMBA, "num_mem_blocks": 1},
     "qwen2@windows": {"layer_types": WINDOWS, "use_sliding_window": True},
 }

@@ -278,6 +278,12 @@ def keeps_state(layer: Any) -> bool:
     return STATE_LAYER is not None and isinstance(layer, STATE_LAYER)
 
 
+def is_state_alone(cache: Any) -> bool:
+    """Whether a cache holds recurrent states and no keys: it has no columns that a mask could be about."""
+    layers = list(getattr(cache, "layers", ()))
+    return any(map(keeps_state, layers)) and not any(hasattr(layer, "keys") for layer in layers)
+
+
 STATES = ("conv_states", "recurrent_states")
 """Where a layer keeps its states: dictionaries of tensors, or of `None`, whose first axis is that of rows."""
 STATE_FLAGS = (

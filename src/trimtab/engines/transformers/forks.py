@@ -100,7 +100,8 @@ class Forks:
         length = ids.shape[1]
         if length > 1:
             self.model(**_columns(inputs, length, slice(None, -1)), return_dict=True)
-            inputs = {**_columns(inputs, length, slice(-1, None)), **_masks(inputs)}
+            masks = {} if compat.is_state_alone(cache) else _masks(inputs)
+            inputs = {**_columns(inputs, length, slice(-1, None)), **masks}
         before = compat.put_aside(cache)
         output = self.model(**inputs, return_dict=True)
         return output, Fork(inputs["input_ids"], compat.without_cache(inputs), before)

@@ -26,13 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.decoding.rejection import (
-    SCHEDULES,
-    Rejection,
-    expected_cost,
-    ladder,
-    plausible_set,
-)
+from trimtab.decoding.rejection import SCHEDULES, Rejection, expected_cost, ladder, plausible_set
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.forks import Forks

@@ -25,6 +25,7 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Active, Stage, States, apply, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.norms import norm, norm_into
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
@@ -105,7 +106,7 @@ class Session:
         self._hooked: list[Site] = []  # the sites that have a hook
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
-        self._kept = 0  # of how many columns, the last ones, logits are wanted in this pass
+        self._kept = 0  # how many columns, the last ones, logits are wanted of
         self._step: _Step | None = None
         self._pass: Pass | None = None
         self._measures = True
@@ -125,14 +126,16 @@ class Session:
         ends: Sequence[int] = (),
         *,
         resumed: bool = False,
+        pads: Sequence[int] | None = None,
     ) -> None:
         """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
 
         `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
-        fed has ended: what runs on behind it isn't part of its answer, and not of its doses. `resumed` says that the
-        next pass goes on from a cache of tokens that no edit touches.
+        fed has ended: what runs on behind it is no part of its answer and its doses. `resumed`: the next pass goes on
+        from a cache of tokens that no edit touches, whose rows have so many `pads` (for passes without a mask).
         """
         self._resumed = resumed
+        self._known_pads = pads
         self._ends = torch.tensor(list(ends), dtype=torch.long)
         self.prompt_lengths = prompt_lengths
         self._columns = columns
@@ -225,6 +228,8 @@ class Session:
         """How many columns of each row have been pads so far."""
         if one.mask is not None:
             return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
+        if self._known_pads is not None:
+            return list(self._known_pads)
         if self._columns is not None and self.prompt_lengths is not None:
             repeat = one.rows // len(self.prompt_lengths)
             return [self._columns - n for n in self.prompt_lengths for _ in range(repeat)]
@@ -287,8 +292,7 @@ class Session:
             return None
         absent = len(step.states[0]) - self._kept
         if absent > 0 and given.dim() == 3 and given.shape[:2] == (len(step.states), self._kept):
-            # nothing comes of the other columns: the layer is run for the last ones alone
-            whole = torch.cat([given[:, :1].expand(-1, absent, -1), given], 1)
+            whole = torch.cat([given[:, :1].expand(-1, absent, -1), given], 1)  # the layer runs for the last ones alone
             new = self.edit(site, whole)
             return (whole if new is None else new)[:, absent:]
         if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
@@ -312,18 +316,18 @@ class Session:
             tokens = step.tokens.to(x.device)
             prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in plan.stages[site]]
             if len(prepared) == 1 and prepared[0][0].only_adds:
-                edits.copy_(_norm(prepared[0][1]["vector"]))
+                edits.copy_(norm(prepared[0][1]["vector"]))
             if step.index.shape[1] == 1:
                 step.prepared[site] = prepared
         if whole.requires_grad:
             new = _apply_all(prepared, x)
             if self._measures:
-                lengths.copy_(_norm(x))
-                edits.copy_(_norm(new - x))
+                lengths.copy_(norm(x))
+                edits.copy_(norm(new - x))
             new = torch.cat([whole[:, : step.first], new], 1) if step.first else new
             return new.reshape(given.shape)
         if self._measures:
-            _norm_into(lengths, x)
+            norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
@@ -332,13 +336,13 @@ class Session:
         elif len(prepared) == 1 and prepared[0][0].in_place:
             factor = prepared[0][1]["factor"]
             if self._measures:
-                _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
+                norm_into(edits, torch.addcmul(x, x, factor, value=-1))
             x *= factor
             if lasting:
                 step.scales[site] = factor, lengths, edits
         elif self._measures:
             new = _apply_all(prepared, x)
-            _norm_into(edits, new - x)
+            norm_into(edits, new - x)
             x.copy_(new)
         else:
             for stage, rows, active in prepared:
@@ -359,7 +363,7 @@ class Session:
         factor, lengths, edits = scaled
         if self._measures:
             torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
-            _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
+            norm_into(edits, torch.addcmul(x, x, factor, value=-1))
         x *= factor
         return True
 
@@ -487,15 +491,3 @@ def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
     for stage, rows, active in prepared:
         x = apply(stage, rows, active, x)
     return x
-
-
-def _norm_into(out: Tensor, x: Tensor) -> None:
-    """Put the norms of activations there, which may be on another device."""
-    if out.device == x.device:
-        torch.linalg.vector_norm(x, dim=-1, dtype=out.dtype, out=out)
-    else:
-        out.copy_(_norm(x))
-
-
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -202,6 +202,8 @@ class Stepper:
     def _logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """The last column's, `[rows, vocabulary]`, in float32."""
         inputs = compat.with_cache(self.model, {"input_ids": ids, "attention_mask": mask}, cache)
+        if cache is self._cache and compat.is_state_alone(cache):
+            del inputs["attention_mask"]  # which has a column for each token before
         if "position_ids" in self._takes:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._takes:
@@ -347,8 +349,9 @@ class _Decoding:
         self.batch = batch
         self.edits = [row.edits for row in batch._rows]
         self.session = Session(batch.model, batch.layout, lambda *_: _residual(self.edits))
-        self.session.expect([len(row.asked.ids) for row in batch._rows], resumed=True)
         self.width = batch._cache.width
+        pads = [self.width - length for length in batch._cache.lengths]
+        self.session.expect([len(row.asked.ids) for row in batch._rows], resumed=True, pads=pads)
         self.scored = [
             Row(_scores(row.edits), len(row.asked.ids), self.width - length)
             for row, length in zip(batch._rows, batch._cache.lengths, strict=True)
