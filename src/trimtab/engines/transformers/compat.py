@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -191,6 +192,14 @@ def cache_name(module: Any) -> str:
             f" {', '.join(parameters(module))}"
         )
     return found
+
+
+def check_common_cache(decoder: Any) -> None:
+    """Raises `UnsupportedError` for a decoder that takes no cache, or declares one of its own (MiniMax)."""
+    declared_as = str(parameters(decoder)[cache_name(decoder)].annotation)
+    own = [name for name in re.findall(r"\w*Cache\b", declared_as) if not hasattr(cache_utils, name)]
+    if own:
+        raise UnsupportedError(f"{type(decoder).__name__} keeps its past in a {own[0]} of its own")
 
 
 def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:

@@ -82,9 +82,9 @@ class Forks:
         """The cache of the unsteered stream: the one that `generate` has made for this model.
 
         Raises:
-            UnsupportedError: The model takes no cache.
+            UnsupportedError: The model takes no cache, or one of its own kind.
         """
-        compat.cache_name(model)
+        compat.check_common_cache(self.layout.decoder)
         cache = compat.cache_of(model_kwargs, type(model).__name__)
         return compat.new_cache(model.config) if cache is None else cache
 

@@ -44,10 +44,10 @@ def check_steps(layout: Layout) -> None:
     """Raises `UnsupportedError` for a model whose rows can't join and leave a running batch."""
     name = type(layout.decoder).__name__
     try:
+        compat.check_common_cache(layout.decoder)
         compat.whole_cache(layout.decoder.config)
     except UnsupportedError as error:
         raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
-    compat.cache_name(layout.decoder)
     if not ignores_pads(layout):
         raise UnsupportedError(f"{name} counts pads as positions, so that its rows can't share a batch of steps")
 
