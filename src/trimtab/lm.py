@@ -19,7 +19,7 @@ from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.doses import warn_of_doses
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.anatomy import ignores_pads
+from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
 from trimtab.engines.transformers.deciding import (
     check_gates,
@@ -258,7 +258,7 @@ class LM:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
         batches = batches_of(order, batch_size, steerings, rejections)
-        if len({len(i) for i in ids}) > 1 and not ignores_pads(self.layout):
+        if len({len(i) for i in ids}) > 1 and not positions_of(self.layout).ignores_pads:
             batches = [alike for chosen in batches for alike in of_equal_length(chosen, [len(i) for i in ids])]
         answers: dict[int, list[Generation]] = {}
         requests = [

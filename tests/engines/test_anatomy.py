@@ -10,7 +10,7 @@ from torch import Tensor
 from trimtab import Site, TrimtabError
 from trimtab.doctor.tiny import tiny_lm
 from trimtab.engines.arguments import of_equal_length
-from trimtab.engines.transformers.anatomy import Streams, block_of, ignores_pads
+from trimtab.engines.transformers.anatomy import Positions, Streams, block_of, positions_of
 from trimtab.engines.transformers.places import place
 
 ROWS, TOKENS, WIDTH, COUNT = 2, 3, 5, 4
@@ -75,9 +75,18 @@ def test_a_part_of_several_blocks_is_refused() -> None:
         place(lm.layout, Site(1, "heads"))
 
 
-@pytest.mark.parametrize(("kind", "ignored"), [("llama", True), ("bloom", True), ("jamba", True), ("bart", False)])
-def test_pads(kind: str, ignored: bool) -> None:
-    assert ignores_pads(tiny_lm(kind).layout) is ignored
+@pytest.mark.parametrize(
+    ("kind", "given", "ignored"),
+    [
+        ("llama", True, True),
+        ("bloom", False, True),
+        ("jamba", True, True),
+        ("bart", False, False),
+        ("roberta", False, True),
+    ],
+)
+def test_how_positions_are_counted(kind: str, given: bool, ignored: bool) -> None:
+    assert positions_of(tiny_lm(kind).layout) == Positions(given, ignored)
 
 
 def test_prompts_of_equal_length_stay_together() -> None:

@@ -68,46 +68,62 @@ class Block:
 
 PLAIN = Block(1, None)
 
-_pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_positions: WeakKeyDictionary[nn.Module, Positions] = WeakKeyDictionary()
 PADS = 3
 """Pads before the tokens that are tried with and without them."""
 OFF = {torch.float64: 1e-4, torch.float32: 1e-3}
 COARSE = 0.1
-"""By how much, of its norm, the last hidden state may differ where pads don't matter; in a coarser dtype."""
+"""By how much, of its norm, the last hidden state may differ where it is the same; in a coarser dtype."""
 
 
-def ignores_pads(layout: Layout) -> bool:
-    """Whether a text that is padded on the left, and masked, is computed as it is alone.
+@dataclass(frozen=True)
+class Positions:
+    """How a model counts its tokens.
 
-    Some models count positions by columns, pads included, and can't be told otherwise. It is tried on five tokens.
+    `given`: it takes `position_ids`, which count from 0. Some take them and count from elsewhere (RoBERTa), so that
+    they aren't told. `ignores_pads`: a text that is padded on the left, and masked, is computed as it is alone.
     """
-    if layout.decoder not in _pads:
-        if steers(layout.decoder):
-            return True
-        _pads[layout.decoder] = _alike(layout)
-    return _pads[layout.decoder]
+
+    given: bool
+    ignores_pads: bool
+
+
+def positions_of(layout: Layout) -> Positions:
+    """How the model counts its tokens; it is tried on five of them, once."""
+    if layout.decoder not in _positions:
+        if steers(layout.decoder):  # another run's hooks would take these passes for theirs
+            return Positions("position_ids" in compat.parameters(layout.decoder), True)
+        _positions[layout.decoder] = _count(layout)
+    return _positions[layout.decoder]
 
 
 @torch.no_grad()
-def _alike(layout: Layout) -> bool:
-    decoder = layout.decoder
-    device = next(decoder.parameters()).device
+def _count(layout: Layout) -> Positions:
+    takes = "position_ids" in compat.parameters(layout.decoder)
+    try:
+        with reading(layout.decoder):
+            alone = _last(layout, 0, told=False)
+            given = takes and _near(layout, alone, _last(layout, 0, told=True))
+            return Positions(given, _near(layout, alone, _last(layout, PADS, told=given)))
+    except Exception:  # what it can't run is told, with its reason, when it is to run
+        return Positions(takes, True)
+
+
+def _last(layout: Layout, pads: int, *, told: bool) -> Tensor:
+    """The last hidden state `[width]` after five tokens behind so many pads."""
+    device = next(layout.decoder.parameters()).device
     ids = torch.arange(1, 1 + TOKENS, device=device)[None]
-    found = []
-    with reading(decoder):
-        for pads in (0, PADS):
-            mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
-            inputs = {"input_ids": torch.cat([ids.new_zeros(1, pads), ids], 1), "attention_mask": mask}
-            if "position_ids" in compat.parameters(decoder):
-                inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-            try:
-                output = decoder(**inputs, use_cache=False)
-            except Exception:  # what it can't run is told, with its reason, when it is to run
-                return True
-            found.append((output if isinstance(output, Tensor) else output[0])[0, -1].double())
-    alone, padded = found
-    limit = OFF.get(_dtype(layout), COARSE)
-    return bool((alone - padded).norm() <= limit * alone.norm())
+    mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
+    inputs = {"input_ids": torch.cat([ids.new_zeros(1, pads), ids], 1), "attention_mask": mask}
+    if told:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = layout.decoder(**inputs, use_cache=False)
+    found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
+    return found.double()
+
+
+def _near(layout: Layout, one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= OFF.get(_dtype(layout), COARSE) * one.norm())
 
 
 def _dtype(layout: Layout) -> torch.dtype:

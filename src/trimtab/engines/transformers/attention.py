@@ -32,6 +32,8 @@ KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropou
     "kwargs",
 }
 """What attentions take that steering their scores knows."""
+BY_ROW = ("position_bias", "sinks", "s_aux")
+"""What of it may differ from row to row."""
 _numbers = itertools.count()
 
 Attention = Callable[..., tuple[Tensor, Any]]
@@ -198,8 +200,7 @@ def steered_scores(
         if steered is None or rows is None or not len(rows):
             return output, weights
         inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
-        bias = given.get("position_bias")
-        here = given if bias is None else {**given, "position_bias": _rows_of(bias, rows)}
+        here = {name: _rows_of(one, rows) if name in BY_ROW else one for name, one in given.items()}
         output = output.clone()
         output[rows] = _steered_attention(module, *inputs, steered, columns(), own, here)
         return output, None
@@ -280,8 +281,9 @@ def _steered_rows(steered: LayerScores, count: int) -> tuple[Tensor, LayerScores
     return rows, steered.select(rows // repeat)
 
 
-def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    return mask if mask is None or mask.shape[0] == 1 else mask[rows.to(mask.device)]
+def _rows_of(given: Tensor | None, rows: Tensor) -> Tensor | None:
+    """These rows of what is `[rows or 1, heads or 1, …]`; what has no rows (a number a head) is for all of them."""
+    return given if given is None or given.dim() < 4 or given.shape[0] == 1 else given[rows.to(given.device)]
 
 
 def _steered_attention(

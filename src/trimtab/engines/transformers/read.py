@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
@@ -143,7 +144,7 @@ def can_share(layout: Layout) -> bool:
 
     It is one of plain keys and values, and the model takes its tokens' positions as they are given.
     """
-    if "position_ids" not in compat.parameters(layout.decoder):
+    if not positions_of(layout).given:
         return False
     try:
         return compat.keeps_plain_cache(layout.decoder)
@@ -158,7 +159,7 @@ def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]
     """
     cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
     texts = [text for group in groups for text in group]
-    plain = compat.grows_plainly(cache) and "position_ids" in compat.parameters(layout.decoder)
+    plain = compat.grows_plainly(cache) and positions_of(layout).given
     if len(groups) < 2 or not plain:
         return _Opening(0, cache)
     read_from = min(min(text.positions) for text in texts)
@@ -240,7 +241,7 @@ def _run(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs = compat.with_cache(layout.decoder, inputs, cache)
-    if "position_ids" in compat.parameters(layout.decoder):
+    if positions_of(layout).given:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     rows, columns = (torch.tensor(indices, dtype=torch.long, device=ids.device) for indices in at)
     return run_decoder(layout, inputs, sites, lambda x: x[rows.to(x.device), columns.to(x.device)])

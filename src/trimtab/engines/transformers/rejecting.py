@@ -202,7 +202,8 @@ class RejectingLoop:
             raise UnsupportedError("rejection can't run with synced_gpus")
         config = generation_config
         streamer = self.streamer if streamer is None else streamer
-        if isinstance(self.rows, Rows) and "position_ids" not in compat.first_inputs(model, input_ids, model_kwargs):
+        told = compat.first_inputs(model, input_ids, model_kwargs).get("position_ids")
+        if isinstance(self.rows, Rows) and told is None:
             self._fork()
         cache = self.rows.start(model, model_kwargs)
         model_kwargs = compat.put_cache(model_kwargs, cache)

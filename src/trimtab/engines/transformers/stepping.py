@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.anatomy import ignores_pads
+from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
@@ -48,8 +48,11 @@ def check_steps(layout: Layout) -> None:
         compat.whole_cache(layout.decoder.config)
     except UnsupportedError as error:
         raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
-    if not ignores_pads(layout):
-        raise UnsupportedError(f"{name} counts pads as positions, so that its rows can't share a batch of steps")
+    counted = positions_of(layout)
+    if not counted.ignores_pads or ("position_ids" in compat.parameters(layout.decoder) and not counted.given):
+        raise UnsupportedError(
+            f"{name} counts pads as positions, or from elsewhere than 0, so that its rows can't share a batch of steps"
+        )
 
 
 @dataclass(frozen=True)
