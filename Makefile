@@ -11,7 +11,7 @@ VLLM_TESTS ?= parts engine adapters processes serve
 VLLM_ALL := parts engine adapters compiled parallel processes serve ray
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
-  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench clean
+  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
 setup:
@@ -88,6 +88,10 @@ browser:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 	  { [ -n "$$CI" ] && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -qq -y chromium >/dev/null; } || \
 	  echo "there is no Chromium here, so the playground's tests in a browser are skipped (Debian: apt-get install chromium)"
+
+# The documentation site, with warnings as errors, into build/site.
+site: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
 
 # Renew the locks within pyproject.toml's ranges, and say what moved.
 lock:

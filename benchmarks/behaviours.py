@@ -85,8 +85,8 @@ class Data:
 
     def in_both_orders(self) -> Data:
         """Each question with its answers exchanged, too."""
-        parts = {name: in_both_orders(getattr(self, name)) for name in ("learn", "held_out", "test")}
-        return replace(self, **parts)
+        learn, held_out, test = map(in_both_orders, (self.learn, self.held_out, self.test))
+        return replace(self, learn=learn, held_out=held_out, test=test)
 
     @property
     def questions(self) -> int:

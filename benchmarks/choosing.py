@@ -96,7 +96,6 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
                 max_new_tokens=tokens,
                 batch_size=BATCH,
                 progress=progress,
-                drop_finished=True,
             )
         read = _read(lm, [task.told[i] for i in rows], answers, confirm=set(rows) <= held_out)
         return [

@@ -35,7 +35,7 @@ from trimtab.lm import LM
 
 PROMPTS = Path("ifeval") / "input_data.jsonl"
 WITHOUT = Path("ifeval") / "without_instructions.jsonl"
-SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused", "auto")
+SCHEDULES = ("optimistic", "fused", "auto")
 COUNT = 24
 ALPHA, BETA = 100.0, 0.5
 TIME, TIME_ON_GPU = Target(1.2, at_least=False), Target(1.1, at_least=False)
@@ -181,10 +181,6 @@ def _speed(
         share = sum(r == rung for r in last.rungs) / max(1, len(last.rungs))
         label = "all rungs rejected" if rung is None else f"rung {rung} accepted"
         results.append(Result(case, label, share, "of open gates"))
-    costs = lm._row_costs
-    if batch == 1 and (0, 1) in costs:  # what `auto` chose by
-        for rows in sorted(rows for rows, requests in costs if rows and requests == 1):
-            results.append(Result(case, f"a pass of {rows} rows / the raw pass", costs[rows, 1] / costs[0, 1], "ratio"))
     if batch == 1 and naive_rounds:
         pair = {
             "naive": _each(chunks, lambda chunk: naive(lm, chunk[0], tokens)[1] / tokens),

@@ -122,7 +122,6 @@ def measure(lm: LM, arms: Sequence[Arm], asked: Sequence[str], tokens: int) -> l
             [steering for steering in steerings for _ in asked],
             max_new_tokens=tokens,
             batch_size=64,
-            drop_finished=True,
             progress=say("answers"),
         )
     plain, *steered = [answers[i * len(asked) : (i + 1) * len(asked)] for i in range(len(steerings))]

@@ -35,8 +35,8 @@ from trimtab.evaluate.answers import run as run_batches
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import Fluency, distinct_n
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
-from trimtab.evaluate.records import Record, Request
-from trimtab.evaluate.refusal import RefusalItem, read_refusal, refuses, with_system
+from trimtab.evaluate.records import Record, Request, with_system
+from trimtab.evaluate.refusal import RefusalItem, read_refusal, refuses
 from trimtab.files.steering_file import load_steering, save_steering, steering_digest
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.lm import LM, DoseWarning

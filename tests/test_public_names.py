@@ -15,8 +15,8 @@ from trimtab.methods.recipe import recipes
 
 @pytest.mark.parametrize("recipe", recipes().values(), ids=lambda recipe: recipe.name)
 def test_every_method_can_be_had_from_the_top(recipe: Any) -> None:
-    assert getattr(trimtab, recipe.function) is recipe.load()
-    assert recipe.function in trimtab.__all__
+    assert getattr(trimtab, recipe.function.partition(":")[2]) is recipe.load()
+    assert recipe.function.partition(":")[2] in trimtab.__all__
 
 
 def test_the_package_waits_for_nothing_heavy() -> None:
@@ -35,5 +35,5 @@ def test_an_editor_knows_what_is_loaded() -> None:
     for overload in get_overloads(trimtab.LM.load):
         given, made = overload.__annotations__["engine"], overload.__annotations__["return"]
         known[given] = made
-    named = {f"Literal['{name}']": made for name, (_, made) in ENGINES.items()}
+    named = {f"Literal['{name}']": made.partition(":")[2] for name, made in ENGINES.items()}
     assert known == {"Literal['transformers']": "LM", **named, "str": "Any"}

@@ -33,6 +33,11 @@ SIZES = {
 EXPERTS = {"num_experts_per_tok": 2}
 
 
+def by_transformers() -> dict[str, Any]:
+    """An option of `lm.generate` that does nothing, and that only transformers' own loop has."""
+    return {"stopping_criteria": [lambda ids, _scores, **_: torch.zeros(len(ids), dtype=torch.bool)]}
+
+
 def _llama_like(name: str, **more: Any) -> Callable[[], Any]:
     def make() -> Any:
         config = getattr(transformers, f"{name}Config")(**{**SIZES, **more})

@@ -21,6 +21,7 @@ from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
+from trimtab.engines.transformers.continuous import Continuous, answer
 from trimtab.engines.transformers.deciding import (
     check_gates,
     check_prompt,
@@ -32,7 +33,6 @@ from trimtab.engines.transformers.deciding import (
 )
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.finishing import can_leave, finish_batch
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
 from trimtab.engines.transformers.layout import find_layout
 from trimtab.engines.transformers.load import load
@@ -47,7 +47,6 @@ from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.settle import Read, read_prompts, settle
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Positions, ScaleScores, Site, Steering, emphasis
-from trimtab.steering.above import above
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.steering.steering import check_steering
@@ -94,7 +93,6 @@ class LM:
         compat.check_version()
         self.layout = find_layout(model, layers)
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-        self._row_costs: dict[tuple[int, ...], float] = {}  # seconds of passes of rows, measured once
 
     @overload
     @classmethod
@@ -140,7 +138,8 @@ class LM:
         where the model can't be had.
 
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
-        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored.
+        starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored. Or it is one that another installed
+        distribution brings.
         """
         if name is not None and not isinstance(name, (str, Path)):
             raise TrimtabError(
@@ -209,7 +208,6 @@ class LM:
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
-        drop_finished: bool = False,
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -217,19 +215,20 @@ class LM:
 
         A prompt is a string or a list of chat messages, of which a last one of the assistant's is continued. `template`
         holds keywords of the chat template, such as `{"enable_thinking": False}`. `options` go to transformers'
-        `generate`; decoding is greedy unless they say `do_sample=True`, with `seed` for repeatable samples. Prompts are
-        sorted by length into batches of `batch_size`; the answers come in the prompts' order, `num_return_sequences`
-        each. `progress(done, total)` is called after each batch. `transfer=True` allows a steering learned on another
-        model of the same width.
+        `generate`; decoding is greedy unless they say `do_sample=True`, with `seed` for repeatable samples: each answer
+        has random numbers of its own, which its place in the list decides. `batch_size` prompts are answered at a time,
+        longest first; rows leave the batch as they end, and the next prompts take their places. The answers come in
+        the prompts' order, `num_return_sequences` each. `progress(done, total)` is called as prompts are done.
+        `transfer=True` allows a steering learned on another model of the same width.
 
         `emphasize` names what the model should heed: a phrase of every prompt, or one item for each prompt (several
         phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
         `rejection` weakens or rejects steering, of whatever kind, where its token is implausible, and the answers
         then have a `trace`; with `emphasize` it is on unless it is `False`.
 
-        `drop_finished` lets rows leave their batch when they end, which is faster where answers differ in length; a
-        row then has other neighbours than in a whole batch, and near-ties may fall otherwise. It holds for greedy
-        answers without rejection or further options, of models whose rows can share a batch, and is nothing to others.
+        Rejection, and options that choose tokens otherwise than by `temperature`, `top_k`, `top_p`, `min_p`,
+        `repetition_penalty`, `min_new_tokens` and `eos_token_id` (beams, further processors or criteria), go through
+        transformers' own `generate`, in batches that stay whole. So does a model whose rows can't share such a batch.
 
         Raises `TrimtabError` before anything runs for a steering or prompt that doesn't fit.
         """
@@ -258,26 +257,39 @@ class LM:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
         order = sorted(range(len(many)), key=lambda i: -len(ids[i]))
         batches = batches_of(order, batch_size, steerings, rejections)
-        if len({len(i) for i in ids}) > 1 and not positions_of(self.layout).ignores_pads:
+        continuous = Continuous.of(self.model, self.layout, options)
+        if continuous is not None and not any(rejections):
+            batches = [order]
+        elif len({len(i) for i in ids}) > 1 and not positions_of(self.layout).ignores_pads:
             batches = [alike for chosen in batches for alike in of_equal_length(chosen, [len(i) for i in ids])]
         answers: dict[int, list[Generation]] = {}
         requests = [
             Request(len(i), s.edits if s else (), r) for i, s, r in zip(ids, steerings, rejections, strict=True)
         ]
         check_rejection([request for request in requests if request.rejection is not None], options)
+        given: dict[str, Any] = {"max_new_tokens": max_new_tokens, "logprobs": logprobs}
+
+        def tell(done: int) -> None:
+            if progress is not None:
+                progress(len(answers) + done, len(order))
+
         with self._exclusive(), few_rows(self.model), seeded(seed, self.model.device):
             for chosen in batches:
-                found = self._answer(
-                    [ids[i] for i in chosen],
-                    [steerings[i] for i in chosen],
-                    [rejections[i] for i in chosen],
-                    {"max_new_tokens": max_new_tokens, "logprobs": logprobs, "options": options},
-                    drop_finished,
-                )
+                prompts_of, steerings_of = [ids[i] for i in chosen], [steerings[i] for i in chosen]
+                rejections_of = [rejections[i] for i in chosen]
+                by_steps = continuous is not None and not any(rejections_of)
+                if by_steps:
+                    assert continuous is not None
+                    found = answer(
+                        self.model, self.tokenizer, self.layout, continuous, prompts_of, steerings_of, chosen,
+                        rows=batch_size, seed=seed, progress=tell, **given,
+                    )  # fmt: skip
+                else:
+                    found = self._answer(prompts_of, steerings_of, rejections_of, {**given, "options": options})
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
-                if progress is not None:
-                    progress(len(answers), len(order))
+                if not by_steps:
+                    tell(0)
         done = [self._with_pieces(answer) for i in range(len(many)) for answer in answers[i]]
         warn_of_doses(done, steerings)
         return done
@@ -421,14 +433,10 @@ class LM:
         steerings: list[Steering | None],
         rejections: list[Rejection | None],
         given: dict[str, Any],
-        drop_finished: bool,
     ) -> list[Generation]:
-        """The answers to one batch, by the way that suits it."""
+        """The answers to one batch by transformers' own `generate`, in the way that suits it."""
         options = given["options"]
         if not any(rejections):
-            if drop_finished and can_leave(self.layout, options):
-                limits = {"max_new_tokens": given["max_new_tokens"], "logprobs": given["logprobs"]}
-                return finish_batch(self.model, self.tokenizer, self.layout, ids, steerings, **limits)
             held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
             if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
                 return self._steer_from_prefill(ids, steerings, given)
@@ -459,7 +467,7 @@ class LM:
         """The answers to one batch, steered where that is plausible."""
         requests = [Request(len(i), e, r) for i, e, r in zip(ids, edits, rejections, strict=True)]
         streamer = given["options"].get("streamer")
-        loop = RejectingLoop(self.model, self.layout, requests, self._row_costs, streamer)
+        loop = RejectingLoop(self.model, self.layout, requests, streamer)
         given = {**given, "options": {**given["options"], "custom_generate": loop.decode}}
         with loop.open():
             session = Session(self.model, self.layout, _always([() for _ in ids]))
@@ -577,8 +585,9 @@ class LM:
         Raises:
             TrimtabError: An empty text, a layer without a direction or with several, a steering of another model.
         """
-        found: Projections = above("report.projections", "project")(self, text, steering, layers, transfer=transfer)
-        return found
+        from trimtab.report.projections import project
+
+        return project(self, text, steering, layers, transfer=transfer)
 
     def sweep(
         self,
@@ -611,9 +620,10 @@ class LM:
             TrimtabError: A layer that the steering hasn't, a strength of 0, a check that says neither, and as
                 `generate` does.
         """
-        given = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
-        found: Sweep = above("tune.sweep", "sweep")(self, steering, **given, max_new_tokens=max_new_tokens, **options)
-        return found
+        from trimtab.tune.sweep import sweep
+
+        given: dict[str, Any] = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        return sweep(self, steering, **given, max_new_tokens=max_new_tokens, **options)
 
     # ---- activations -------------------------------------------------------------------------------------
 

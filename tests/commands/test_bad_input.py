@@ -41,8 +41,7 @@ def no_model(monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    for command in ("learn", "generate"):
-        monkeypatch.setattr(sys.modules[f"trimtab.commands.{command}"], "load_model", load)
+    monkeypatch.setattr("trimtab.commands.model.load_model", load)
 
 
 # ---- before a model is loaded ------------------------------------------------------------------------------
@@ -268,7 +267,7 @@ def test_a_failure_is_one_line_and_exit_1(trimtab, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("the GPU\nis on fire")
 
-    monkeypatch.setattr(sys.modules["trimtab.commands.generate"], "load_model", fail)
+    monkeypatch.setattr("trimtab.commands.model.load_model", fail)
     ran = trimtab("generate", "--prompt", "Why?")
     assert (ran.code, ran.out) == (1, "")
     assert ran.err.startswith("error: RuntimeError: the GPU is on fire")

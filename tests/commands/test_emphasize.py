@@ -21,11 +21,11 @@ def ask(trimtab: Callable[..., Any], model: Path) -> Callable[..., Any]:
 
 class TestEmphasize:
     def test_json_tells_what_happened_at_each_token(self, ask: Callable[..., Any]) -> None:
-        ran = ask("--emphasize", "Write in capitals!", "--beta", 0.01, "--schedule", "two_phase", "--json")
+        ran = ask("--emphasize", "Write in capitals!", "--beta", 0.01, "--schedule", "fused", "--json")
         assert ran.code == 0
         (answer,) = ran.json["answers"]
         trace = answer["trace"]
-        assert trace["schedule"] == "two_phase"
+        assert trace["schedule"] == "fused"
         assert len(trace["steps"]) == answer["new_tokens"]
         assert trace["rungs"] == ["4 layers at strength 1", "2 layers at strength 1"]
         assert sorted(trace["ranking"]) == [0, 1, 2, 3]

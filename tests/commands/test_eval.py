@@ -42,8 +42,8 @@ def test_json_and_records(ifeval, steering, tmp_path):
     assert ran.code == 0
     assert ran.err.startswith("warning: at layer")  # random weights, and a steering as long as the activations
     assert ran.err.count("\n") == 1  # once, in whatever batch
-    arms = ["unsteered", "s", "s, random 1", "s:0.5", "s:0.5, random 1", "said twice"]
-    assert sorted(ran.json["arms"]) == sorted(arms)
+    arms = ["unsteered", "s x0.5", "s", "s x0.5, random 1", "s, random 1", "said twice"]
+    assert list(ran.json["arms"]) == arms
     assert ran.json["prompts"] == 5
     header, records = read_records(out)
     assert header["about"]["evaluation"] == "ifeval"
@@ -77,7 +77,42 @@ def test_a_random_arm_is_pushed_as_hard(ifeval, steering, tmp_path):
     assert len({*doses.values()}) == 4
     assert doses["unsteered"] == 0
     edits = {r.arm: r.edits for r in read_records(out)[1] if r.arm != "unsteered"}
-    assert edits["s:0.2"] == edits["s:0.2, random 1"] == edits["s:0.2, random 2"] != ()
+    assert edits["s x0.2"] == edits["s x0.2, random 1"] == edits["s x0.2, random 2"] != ()
+
+
+def test_arms_by_layer_strength_and_system_message(ifeval, steering, tmp_path):
+    out = tmp_path / "r.jsonl"
+    given = (
+        "--steer",
+        steering,
+        "--strength",
+        "-0.5,0.5",
+        "--layers",
+        "all",
+        "--system-prompt",
+        "Write.",
+        "--out",
+        out,
+    )
+    ran = ifeval("--json", *given, "--limit", 2, "--out", out)
+    assert ran.code == 0
+    steered = [f"s @{layer} x{m}" for layer in (1, 2) for m in ("-0.5", "0.5")]
+    assert list(ran.json["arms"]) == ["unsteered", *steered, "system: Write."]
+    about = {"kind": "steered", "file": str(steering), "layers": [1], "strength": 0.5, "items": 2, "steered": 2}
+    assert about.items() <= ran.json["arms"]["s @1 x0.5"].items()
+    _, records = read_records(out)
+    assert {r.prompt[0]["content"] for r in records if r.arm.startswith("system")} == {"Write."}
+    assert {r.prompt[1]["content"] for r in records if r.arm.startswith("system")} == {
+        r.prompt for r in records if r.arm == "unsteered"
+    }
+
+
+def test_a_file_that_is_called_as_the_baseline(ifeval, steering, tmp_path):
+    for name in ("unsteered", "said twice"):
+        file = tmp_path / f"{name}.safetensors"
+        file.write_bytes(steering.read_bytes())
+        ran = ifeval("--json", "--steer", file, "--repeat-instruction", "--limit", 1)
+        assert list(ran.json["arms"]) == ["unsteered", str(file), "said twice"]
 
 
 def test_the_table(ifeval, steering):
@@ -114,7 +149,7 @@ def test_bad_input(ifeval, trimtab, model, steering, prompts, tmp_path, monkeypa
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(sys.modules["trimtab.commands.eval"], "load_model", load)
+    monkeypatch.setattr("trimtab.commands.model.load_model", load)
     bare = tmp_path / "bare.jsonl"
     bare.write_text(json.dumps({k: v for k, v in row(0, "Why?").items() if k != "prompt_without_instruction"}) + "\n")
     wrong = tmp_path / "wrong.jsonl"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,7 @@ def test_bad_input(trimtab, given, prompt_pairs, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(sys.modules["trimtab.commands.eval_ab"], "load_model", load)
+    monkeypatch.setattr("trimtab.commands.model.load_model", load)
     for file, word in ((prompt_pairs, "no answer to learn"), (tmp_path / "none.json", "none.json")):
         ran = trimtab(*given[:-1], file)
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 
 import pytest
 from judging import fails, serving
@@ -138,7 +137,7 @@ def test_bad_input(trimtab, given, served, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    monkeypatch.setattr(sys.modules["trimtab.commands.eval_judge"], "load_model", load)
+    monkeypatch.setattr("trimtab.commands.model.load_model", load)
 
     def refused(ran, *words):
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran

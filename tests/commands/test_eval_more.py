@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 
 import pytest
 
@@ -156,8 +155,7 @@ def test_bad_input(evaluate, data, steering, tmp_path, monkeypatch):
     def load(*_, **__):
         raise AssertionError("a model was loaded before the input was checked")
 
-    for name in ("ab", "refusal", "capability"):
-        monkeypatch.setattr(sys.modules[f"trimtab.commands.eval_{name}"], "load_model", load)
+    monkeypatch.setattr("trimtab.commands.model.load_model", load)
 
     def refused(ran, *words):
         assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1), ran

@@ -1,100 +1,17 @@
-"""Methods that describe themselves: found by their files, with commands of their own."""
+"""Methods that describe themselves, with commands of their own."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import trimtab.methods
 from trimtab import TrimtabError, load
 from trimtab.methods.recipe import Option, Recipe, recipes
-
-FILE = '''
-"""A method that adds a multiple of the mean difference (nobody, 2026)."""
-
-from trimtab.methods.caa import learn_caa
-from trimtab.methods.recipe import Option, Recipe
-
-RECIPE = Recipe(
-    name="doubled",
-    title="a doubled difference",
-    paper="nobody, 2026",
-    shapes=("answers", "texts"),
-    data="answers",
-    reads="the last token",
-    acts="adds",
-    function="learn_doubled",
-    options=(
-        Option("times", "float", 2.0, "How much of it."),
-        Option("norm", "str", "raw", "Which norm.", ("raw", "unit")),
-        Option("positions", "positions", None, "Where."),
-    ),
-)
-
-
-def learn_doubled(lm, pairs, layers=None, *, times=2.0, norm="raw", positions=None, progress=None):
-    return times * learn_caa(lm, pairs, layers, norm=norm, positions=positions, progress=progress)
-'''
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder whose modules are in `trimtab.methods` too."""
-    path = tmp_path / "methods"
-    path.mkdir()
-    monkeypatch.setattr(trimtab.methods, "__path__", [*trimtab.methods.__path__, str(path)])
-    yield path
-    for name in [name for name in sys.modules if name.startswith("trimtab.methods.")]:
-        if str(path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def test_a_file_is_all_that_a_method_needs(
-    folder: Path, tmp_path: Path, trimtab: Any, model: Path, answer_pairs: Path
-) -> None:
-    (folder / "doubled.py").write_text(FILE)
-    assert "doubled" in trimtab("methods", "--json").json
-    shown = trimtab("learn", "doubled", "--help").out
-    assert "--times" in shown
-    assert "How much of it." in shown
-    out = tmp_path / "d.safetensors"
-    common = ["--pairs", str(answer_pairs), "--out", str(out), "--model", str(model), "--layers", "1,2", "--json"]
-    found = trimtab("learn", "doubled", *common, "--times", "3", "--norm", "unit", "--positions", "all").json
-    assert found["method"] == "doubled"
-    steering = load(out)
-    assert [(e.site.layer, e.strength, str(e.positions)) for e in steering.edits] == [(1, 3.0, "all"), (2, 3.0, "all")]
-    assert all(abs(float(edit.operation.direction.norm()) - 1) < 1e-5 for edit in steering.edits)
-
-
-def test_bad_choices_and_data(folder: Path, tmp_path: Path, trimtab: Any, prompt_pairs: Path) -> None:
-    (folder / "doubled.py").write_text(FILE)
-    common = ["learn", "doubled", "--pairs", prompt_pairs, "--out", tmp_path / "d.safetensors"]
-    for more, words in (
-        ([], "pairs of prompts"),
-        (["--norm", "x"], "raw, unit"),
-        (["--layers", "a"], "list of blocks"),
-    ):
-        ran = trimtab(*common, *more)
-        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
-        assert words in ran.err
-
-
-def test_what_is_no_literal(folder: Path) -> None:
-    (folder / "bad.py").write_text("NAME = 'x'\nRECIPE = Recipe(name=NAME)\n")
-    with pytest.raises(TrimtabError, match=r"bad\.py: RECIPE can't be read"):
-        recipes()
-
-
-def test_two_of_one_name(folder: Path) -> None:
-    (folder / "mine.py").write_text(FILE.replace('"doubled"', '"caa"'))
-    with pytest.raises(TrimtabError, match="there is a method 'caa' already"):
-        recipes()
 
 
 def test_every_recipe_fits_its_function() -> None:
@@ -122,6 +39,8 @@ def test_recipes_check_themselves() -> None:
     }
     with pytest.raises(TrimtabError, match="names their shapes"):
         Recipe(**about)
+    with pytest.raises(TrimtabError, match="function is 'module:function', got 'f'"):
+        Recipe(**about, takes="nothing")
     with pytest.raises(TrimtabError, match="unknown kind"):
         Option("a", "vector", None, "")
 
@@ -319,3 +238,28 @@ def test_tune_refuses_what_it_would_leave_out(trimtab: Any, tmp_path: Path) -> N
         ran = trimtab("tune", "--pairs", path, *check, "--out", tmp_path / "s.safetensors")
         assert (ran.code, ran.out) == (2, "")
         assert said in ran.err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_estimators_from_the_command_line(trimtab: Any, tmp_path: Path, model: Path, persona: Path) -> None:
+    from trimtab import LM, learn_caa, learn_icv, learn_repe, read_pairs
+
+    lm, pairs, out = LM.load(model, device="cpu"), read_pairs(persona), tmp_path / "e.safetensors"
+    common = ["--pairs", persona, "--out", out, "--model", model, "--device", "cpu", "--layers", "1"]
+    for name, flag, value, learned in (
+        ("caa", "--estimator", "median", learn_caa(lm, pairs, [1], estimator="median")),
+        ("icv", "--estimator", "probe", learn_icv(lm, pairs, [1], estimator="probe")),
+        ("repe", "--reader", "median", learn_repe(lm, pairs, [1], reader="median")),
+    ):
+        ran = trimtab("learn", name, *common, flag, value)
+        assert ran.code == 0, ran.err
+        assert load(out) == learned
+        assert value in load(out).card.options.values()
+    for name, words in (
+        ("caa", "no estimator 'mode'; estimators: mean-difference, median, pca, probe"),
+        ("icv", "--estimator 'mode' is not known"),
+        ("instruct", "--estimator is for caa, not for instruct"),
+    ):
+        ran = trimtab("learn", name, *common, "--estimator", "mode")
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert words in ran.err

@@ -59,7 +59,7 @@ def test_every_command_that_reads_pairs(
     assert "its keys are q, good, bad, note" in said()
     assert "nothing is read of 'note'" in said(*SAID)
     assert "no column 'other'" in said("--keys", "prompt=q,positive=good,negative=other", "--ignore", "note")
-    monkeypatch.setattr(f"trimtab.commands.{_module(command)}.load_model", _stop)
+    monkeypatch.setattr("trimtab.commands.model.load_model", _stop)
     if command == "eval ab":
         assert "a list of questions" in said(*SAID, "--ignore", "note") or "not JSON" in said(*SAID, "--ignore", "note")
     else:

@@ -74,5 +74,5 @@ def test_ifevals_arms_too(trimtab, model, steering, tmp_path):
     given = ("--model", model, "--device", "cpu", "--data", data, "--max-new-tokens", 2, "--json")
     told = trimtab("eval", "ifeval", *given, "--steer", f"{steering}@1:0.5", "--steer", f"{steering}@2:0.5")
     assert told.json["steerings"] == {
-        f"s@{layer}:0.5": {"file": str(steering), "layers": [layer], "strength": 0.5} for layer in (1, 2)
+        f"s@{layer} x0.5": {"file": str(steering), "layers": [layer], "strength": 0.5} for layer in (1, 2)
     }

@@ -14,7 +14,6 @@ from torch import Tensor
 from trimtab.decoding.ranking import disturbance, order_of, sensitivity
 from trimtab.decoding.rejection import (
     Rejection,
-    expected_cost,
     gate_open,
     halved,
     ladder,
@@ -148,26 +147,6 @@ class TestRankings:
         assert float(raw) == pytest.approx(1.0)
 
 
-COST = {"raw": 1.0, "one": 1.0, "rungs": 1.5, "optimistic": 1.8, "fused": 1.6}
-
-
-class TestCosts:
-    def test_by_hand(self) -> None:
-        assert expected_cost("sequential", COST, 1, 0.25, 2.0) == pytest.approx(1.5)
-        assert expected_cost("two_phase", COST, 1, 0.25, 2.0) == pytest.approx(1.375)
-        assert expected_cost("two_phase", COST, 2, 0.5, 2.0) == pytest.approx(1 + 0.75 * 1.5)
-        assert expected_cost("optimistic", COST, 1, 0.25, 2.0) == pytest.approx(1 - 0.25 * 0.87 + 0.25 * 1.8)
-        assert expected_cost("optimistic", COST, 2, 0.5, 2.0) == pytest.approx(
-            1 - 0.75 * 0.87 ** (1 / 0.75) + 0.75 * 1.8
-        )
-        assert expected_cost("fused", COST, 8, 0.25, 2.0) == pytest.approx(1.6)
-        assert expected_cost("narrow", COST, 1, 0.25, 2.0) == float("inf")
-        narrow = {**COST, "three": 1.1, "more": 1.2}
-        again, guessed = 0.25 * 0.6, 0.25 * 0.6 * 0.7
-        expected = (1 - guessed) * 1.1 + again * 1.2 + guessed * 0.25 * 1.2
-        assert expected_cost("narrow", narrow, 1, 0.25, 2.0) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -175,7 +154,7 @@ class TestCosts:
         ({"beta": float("nan")}, "beta"),
         ({"min_layers": 0}, "min_layers"),
         ({"ladder": "third"}, "halve, strength"),
-        ({"schedule": "fast"}, "two_phase"),
+        ({"schedule": "fast"}, "optimistic, fused"),
         ({"ranking": "random"}, "paper, repo"),
         ({"ranking": (1, 1)}, "twice"),
     ],

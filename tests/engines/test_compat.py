@@ -20,8 +20,8 @@ from transformers import DynamicCache, StaticCache
 import trimtab
 from trimtab import Add, Edit, Positions, Site, Steering, TrimtabError, UnsupportedError
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.sampling import GREEDY
-from trimtab.engines.transformers.stepping import Asked, Stepper
 from trimtab.errors import UntestedVersionWarning
 
 SOURCE = Path(trimtab.__file__).parent
@@ -185,8 +185,8 @@ class TestARenamedArgument:
                 ids = torch.tensor([lm.encode(self.PROMPTS[0])])
                 out = lm.model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
             assert tuple(out[0, ids.shape[1] :].tolist()) == wanted[0]
-            batch = Stepper(lm.model, lm.tokenizer, lm.layout)
-            batch.join(Asked(tuple(lm.encode(self.PROMPTS[0])), GENERATED, 6, GREEDY))
+            batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
+            batch.insert(GenerationRequest(tuple(lm.encode(self.PROMPTS[0])), GENERATED, 6, GREEDY))
             assert tuple(batch.step()[0].token for _ in range(6)) == wanted[0]
 
     def test_reading_shares_prefixes_as_before(self) -> None:

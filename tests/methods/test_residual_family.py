@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tiny import LAYERS, prompt
 from torch import Tensor
 
 from trimtab import LM, Positions, Site, Steering, Threshold, TrimtabError, load, save
-from trimtab.learn.directions import centred_members, mean_difference, random_order
+from trimtab.learn.estimators import Estimator, mean_difference, pca, random_order, unit
 from trimtab.methods import cast
 from trimtab.methods.actadd import learn_actadd
 from trimtab.methods.cast import learn_cast, learn_condition
@@ -198,7 +197,7 @@ def test_cast(lm: LM, tmp_path: Path) -> None:
         for m, side in enumerate((pair.positive, pair.negative)):
             x = at(lm, f"{pair.prompt} {side}", 2)
             means[m].append(x[len(lm.encode(pair.prompt)) :].mean(0))
-    expected = centred_members(torch.stack(means[0]), torch.stack(means[1]))
+    expected = unit(pca(torch.stack(means[0]), torch.stack(means[1])))
     assert torch.allclose(edit.operation.direction.double(), expected, atol=1e-5)
     card = steering.card.measured["condition"]
     hits = sum(opens(lm, text, gate) for text in ON[1::2]) / 4
@@ -265,10 +264,10 @@ def test_readers_find_a_planted_direction_where_pca_of_differences_cannot() -> N
         return shared + sign * 2 * u + torch.randn(300, 1, generator=draw, dtype=torch.float64) * noise
 
     plus, minus = side(1), side(-1)
-    readers: list[Callable[[Tensor, Tensor], Tensor]] = [mean_difference, centred_members, random_order]
+    readers: list[Estimator] = [mean_difference, pca, random_order()]
     for reader in readers:
-        assert float(reader(plus, minus) @ u) > 0.97
-        assert float(reader(minus, plus) @ u) < -0.97
+        assert float(unit(reader(plus, minus)) @ u) > 0.97
+        assert float(unit(reader(minus, plus)) @ u) < -0.97
     differences = plus - minus
     defective = torch.linalg.svd(differences - differences.mean(0)).Vh[0]
     assert abs(float(defective @ u)) < 0.3
@@ -295,8 +294,8 @@ def test_bad_input() -> None:
     late = learn_actadd(lm, positive="w7 w8 w9 w10 w11 w12", negative="w3")
     with pytest.raises(TrimtabError, match="which has 4 tokens"):
         lm.generate(prompt(1, 4), late, max_new_tokens=1)
-    with pytest.raises(TrimtabError, match="known: pca, random-order, cluster-mean"):
-        learn_repe(lm, PAIRS, reader="pca-diff")  # type: ignore[arg-type]
+    with pytest.raises(TrimtabError, match="estimators: pca, random-order, cluster-mean"):
+        learn_repe(lm, PAIRS, reader="pca-diff")
     with pytest.raises(TrimtabError, match="one of the two is missing"):
         learn_inferaligner(lm, ON)
     with pytest.raises(TrimtabError, match="prompts on which to act"):

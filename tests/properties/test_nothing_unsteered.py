@@ -13,7 +13,7 @@ import faults
 import pytest
 import tiny
 import torch
-from tiny import FAMILIES, direction, prompt
+from tiny import FAMILIES, by_transformers, direction, prompt
 
 from trimtab import (
     LM,
@@ -28,9 +28,9 @@ from trimtab import (
     TrimtabError,
     UnsupportedError,
 )
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.next_token import Choice
 from trimtab.engines.transformers.sampling import GREEDY
-from trimtab.engines.transformers.stepping import Asked, Stepper
 from trimtab.steering import emphasis
 
 NEW = 6
@@ -100,8 +100,8 @@ def streamed(lm: LM, steering: Steering | None) -> Any:
 
 
 def stepped(lm: LM, steering: Steering | None) -> Any:
-    batch = Stepper(lm.model, lm.tokenizer, lm.layout)
-    keys = [batch.join(Asked(tuple(lm.encode(one)), steering, NEW, GREEDY)) for one in PROMPTS]
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
+    keys = [batch.insert(GenerationRequest(tuple(lm.encode(one)), steering, NEW, GREEDY)) for one in PROMPTS]
     found: dict[int, list[int]] = {key: [] for key in keys}
     while len(batch):
         for told in batch.step():
@@ -111,8 +111,14 @@ def stepped(lm: LM, steering: Steering | None) -> Any:
     return [tuple(found[key]) for key in keys]
 
 
-def leaving(lm: LM, steering: Steering | None) -> Any:
-    return [answer.token_ids for answer in lm.generate(PROMPTS, steering, max_new_tokens=NEW, drop_finished=True)]
+def by_beams(lm: LM, steering: Steering | None) -> Any:
+    """As with all options that transformers' own loop is left to."""
+    return [answer.token_ids for answer in lm.generate(PROMPTS, steering, max_new_tokens=NEW, num_beams=2)]
+
+
+def by_transformers_alone(lm: LM, steering: Steering | None) -> Any:
+    more = by_transformers()
+    return [answer.token_ids for answer in lm.generate(PROMPTS, steering, max_new_tokens=NEW, **more)]
 
 
 @torch.no_grad()
@@ -130,7 +136,7 @@ def scored(lm: LM, steering: Steering | None) -> Any:
 
 
 def rejected(lm: LM, steering: Steering | None) -> Any:
-    rejection = Rejection(beta=0.0, schedule="sequential", ladder="strength") if steering else None
+    rejection = Rejection(beta=0.0, ladder="strength") if steering else None
     return [lm.generate(one, steering, max_new_tokens=NEW, rejection=rejection)[0].token_ids for one in PROMPTS]
 
 
@@ -145,7 +151,8 @@ DECODING = {
     "model.generate in lm.steered": inside_steered,
     "a thread in lm.steered": streamed,
     "the stepping batch": stepped,
-    "drop_finished": leaving,
+    "transformers' own loop": by_transformers_alone,
+    "beams": by_beams,
 }
 SINGLE_PASSES = {"a call in lm.steered": called, "next_logprobs": scored}
 RUNS = {**DECODING, **SINGLE_PASSES}
@@ -471,7 +478,7 @@ class TestPlantedFaults:
         with faults.deaf(lm.layout.decoder), pytest.raises(TrimtabError, match="past trimtab's hooks"):
             lm.generate(PROMPTS[0], EMPHASIS, max_new_tokens=3)
 
-    @pytest.mark.parametrize("schedule", ["sequential", "two_phase", "optimistic", "narrow", "fused"])
+    @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection_over_a_cache_that_isnt_written_to(self, lm: LM, schedule: str) -> None:
         rejection = Rejection(beta=0.0, schedule=schedule)
         lm.generate(PROMPTS[0], EMPHASIS, max_new_tokens=3, rejection=rejection)
@@ -507,8 +514,8 @@ class TestCounts:
             steering = Steering((Edit(Site(1), Add(direction(1, 0.1)), rule),))
             (alone,) = lm.generate(PROMPTS[1], steering, max_new_tokens=new)
             assert [dose.tokens for dose in alone.applied.doses] == ([wanted] if wanted else []), rule
-            (leaving,) = lm.generate(PROMPTS[1], steering, max_new_tokens=new, drop_finished=True)
-            assert [dose.tokens for dose in leaving.applied.doses] == ([wanted] if wanted else []), rule
+            (other,) = lm.generate(PROMPTS[1], steering, max_new_tokens=new, **by_transformers())
+            assert [dose.tokens for dose in other.applied.doses] == ([wanted] if wanted else []), rule
 
     def test_a_row_that_has_ended_counts_no_more(self, lm: LM) -> None:
         answers = lm.generate(PROMPTS, ALL, max_new_tokens=20)

@@ -38,9 +38,9 @@ from trimtab import (
     save,
 )
 from trimtab.engines.folding import States, apply
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.next_token import Choice
 from trimtab.engines.transformers.plan import compile_plan
-from trimtab.engines.transformers.stepping import Asked, Stepper
 from trimtab.engines.vllm.admission import check_supported
 from trimtab.evaluate.controls import random_like
 from trimtab.files import steering_file
@@ -278,9 +278,9 @@ class TestInAModel:
             (found,) = lm.next_logprobs([Choice(ids, len(ids), tokens[:1])], one)
             assert found.logprobs == pytest.approx(logprobs[:1], abs=tolerance(lm))
         said: dict[int, list[int]] = {}
-        batch = Stepper(lm.model, lm.tokenizer, lm.layout)
+        batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
         for text, one in zip(PROMPTS, MIXED, strict=True):
-            batch.join(Asked(tuple(lm.encode(text)), one, NEW))
+            batch.insert(GenerationRequest(tuple(lm.encode(text)), one, NEW))
             for told in batch.step():  # each joins while the others are decoding
                 said.setdefault(told.key, []).append(told.token)
         while len(batch):
@@ -289,7 +289,7 @@ class TestInAModel:
         for key, (text, one) in enumerate(zip(PROMPTS, MIXED, strict=True), 1):
             assert said[key] == naive_generate(lm, text, one, NEW)[0]
 
-    @pytest.mark.parametrize("schedule", ["sequential", "optimistic", "narrow", "fused"])
+    @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
     def test_rejection(self, lm: LM, schedule: str) -> None:
         if lm.name == "tiny-gemma2":
             pytest.skip("single precision")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trimtab import LM, Edit, Positions, Site, Steering, TrimtabError, load, save
 from trimtab.steering import Rotate, RotateInPlane, RotatePredicted
+from trimtab.steering.operations import unit, with_norm_of
 from trimtab.steering.rotations import angle_sizes, weight_count
 
 FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "falcon", "opt", "gpt_neox")
@@ -23,8 +24,16 @@ U = direction(2)
 
 
 def turned(x: Tensor, operation: Any, strength: float = 1.0) -> Tensor:
-    rows = {name: value.to(x.dtype) for name, value in operation.row(strength).items()}
-    return operation.kernel(x, rows)
+    """As engines run it; and as the operation's own kernel does, where that is another."""
+    kernel, row = operation.call(strength)
+    found = kernel(x, {name: value.to(x.dtype) for name, value in row.items()})
+    own = operation.kernel(x, {name: value.to(x.dtype) for name, value in operation.row(strength).items()})
+    off = (x - (x @ operation.direction.to(x.dtype))[..., None] * operation.direction.to(x.dtype)).norm(dim=-1)
+    plane = off > 1e-3 * x.norm(dim=-1)  # along the direction some kernels turn, and others leave it
+    assert torch.allclose(
+        found[plane], own[plane], rtol=0, atol=400 * float(x[plane].norm()) * torch.finfo(x.dtype).eps
+    )
+    return found
 
 
 def published(x: Tensor, w: Tensor, gamma1: float) -> Tensor:
@@ -95,6 +104,27 @@ def test_angles() -> None:
     assert torch.allclose(turned(turned(x, both), both), x)
     along = -2 * U[None]  # has no plane to turn in
     assert torch.equal(turned(along, Rotate(U, 0.9)), along)
+
+
+@pytest.mark.parametrize("operation", [Rotate(U), Rotate(U, 0.9), RotatePredicted(U, network())])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_activations_that_have_no_angle_stay(operation: Any, dtype: torch.dtype) -> None:
+    side = torch.zeros(WIDTH, dtype=dtype)
+    side[:2] = torch.tensor([U[1], -U[0]])  # its projection is 0, or all that rounding makes of it
+    assert torch.equal(turned(torch.zeros(2, WIDTH, dtype=dtype), operation), torch.zeros(2, WIDTH, dtype=dtype))
+    assert torch.allclose(turned(side[None] * 1e-3, operation).norm(), 1e-3 * side.norm(), rtol=1e-5)
+    mixed = turned(torch.stack([at_angle(0.3, dtype), torch.full_like(side, torch.nan), side]), operation)
+    assert bool(mixed[[0, 2]].isfinite().all())
+
+
+def test_the_norm_is_kept_by_one_kernel_as_by_several() -> None:
+    x, y = torch.randn(2, 5, 4, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y[2] = 0
+    wanted = torch.nan_to_num(y / y.norm(dim=-1, keepdim=True))
+    for dtype, off in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        assert torch.allclose(unit(y.to(dtype)).double(), wanted, rtol=0, atol=off)
+        several = with_norm_of(x.to(dtype), y.to(dtype)).double()
+        assert torch.allclose(several, wanted * x.norm(dim=-1, keepdim=True), rtol=0, atol=20 * off)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,10 +13,15 @@ from torch import Tensor
 from trimtab import Edit, Positions, Rejection, Site, Steering, Threshold
 from trimtab.lm import LM
 from trimtab.steering import (
+    Ablate,
     Add,
+    AddScaled,
     BiasScores,
+    HoldElements,
     MaskNeurons,
     ReadWrite,
+    Rotate,
+    RotateInPlane,
     RotatePredicted,
     ScaleElements,
     ScaleScores,
@@ -24,7 +29,9 @@ from trimtab.steering import (
     TargetMass,
     emphasis,
 )
+from trimtab.steering.operations import OPERATIONS
 from trimtab.steering.rotations import weight_count
+from trimtab.steering.site import KINDS
 
 U, SPAN = direction(1), Positions.span(1, 3)
 PROMPTS = [prompt(0, 7), prompt(1, 5)]
@@ -47,19 +54,35 @@ STEERINGS = {
     "add": at_all(Add(U)),
     "keep_norm": at_all(Add(U, keep_norm=True)),
     "set_projection": at_all(SetProjection(U, 1.0)),
+    "set_projection, one-sided": at_all(SetProjection(U, 1.0, one_sided=True)),
+    "ablate": at_all(Ablate(U)),
+    "rotate": at_all(Rotate(U)),
+    "rotate half": 0.5 * at_all(Rotate(U)),
+    "rotate by an angle": at_all(Rotate(U, 0.6)),
+    "rotate in a plane": at_all(RotateInPlane(U, direction(2), 0.7)),
+    "rotate to a place in a plane": at_all(RotateInPlane(U, direction(2))),
+    "add_scaled": at_all(AddScaled(U, by="sign")),
+    "block_input": at_all(Add(U), "block_input"),
+    "attention": at_all(Add(U), "attention"),
+    "mlp": at_all(Add(U), "mlp"),
     "rotate_predicted": at_all(RotatePredicted(U, random(weight_count(WIDTH)) - 0.5)),
     "read_write": at_all(ReadWrite(random(2, WIDTH), random(2, WIDTH) - 0.5)),
+    "read_write, bounded": at_all(ReadWrite(random(2, WIDTH), random(2, WIDTH) - 0.5, low=0.0, keep_norm=0.5)),
     "scale_elements": at_all(ScaleElements(U), "heads"),
+    "hold_elements": at_all(HoldElements(random(48)), "neurons", Positions.generated()),
     "mask_neurons": at_all(MaskNeurons(random(48)), "neurons", Positions.generated()),
     "gate": Steering((Edit(Site(1), Add(U), gate=Threshold(Site(3), U, -1e9)),)),
+    "gate at each token": Steering(
+        tuple(Edit(Site(i), Add(U), gate=Threshold(Site(i), U, 0.0, each_token=True)) for i in range(LAYERS))
+    ),
 }
-SCHEDULES = ("sequential", "two_phase", "optimistic", "narrow", "fused")
+SCHEDULES = ("optimistic", "fused")
 CASES = {
     **{name: (steering, None) for name, steering in STEERINGS.items()},
     **{f"emphasis, {one}": (EMPHASIS, Rejection(beta=0.05, schedule=one)) for one in SCHEDULES},
     **{
         f"{name}, rejected": (STEERINGS[name], Rejection(beta=0.05, schedule="optimistic"))
-        for name in ("bias", "mass", "add", "rotate_predicted", "read_write")
+        for name in ("bias", "mass", "add", "rotate_predicted", "rotate by an angle", "read_write", "keep_norm")
     },
 }
 
@@ -89,3 +112,26 @@ def test_the_same_answers(whole: LM, halves: LM, name: str) -> None:
         assert one.token_ids == other.token_ids
         assert one.applied == other.applied
         assert None in (one.trace, other.trace) or one.trace.steps == other.trace.steps  # type: ignore[union-attr]
+
+
+def test_every_operation_is_among_them() -> None:
+    edits = [edit for steering in STEERINGS.values() for edit in steering.edits]
+    assert {type(edit.operation) for edit in edits} >= set(OPERATIONS.values())
+    assert {edit.site.kind for edit in edits} == set(KINDS)
+
+
+@pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning")
+def test_rows_of_every_kind_in_one_batch(whole: LM, halves: LM) -> None:
+    """They join while others are being answered, and leave one by one."""
+    steerings: list[Steering | None] = [None, *STEERINGS.values()]
+    prompts = [prompt(n, 4 + n % 4) for n in range(len(steerings))]
+    options: dict[str, Any] = {"max_new_tokens": 5, "batch_size": 8}
+    wanted = whole.generate(prompts, steerings, **options)
+    with pretending():
+        found = halves.generate(prompts, steerings, **options)
+    assert [one.token_ids for one in found] == [one.token_ids for one in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        assert [(dose.layer, dose.tokens) for dose in one.applied.doses] == [
+            (dose.layer, dose.tokens) for dose in other.applied.doses
+        ]
+        assert [dose.ratio for dose in one.applied.doses] == pytest.approx([d.ratio for d in other.applied.doses])

@@ -70,13 +70,13 @@ def steering(scheduler: Scheduler, number: int) -> Any:
 
 def slowed(scheduler: Scheduler, seconds: float = 0.02) -> None:
     """Each step takes at least so long, so that something can happen between them."""
-    step = scheduler._stepper.step
+    step = scheduler._batch.step
 
     def slow() -> Any:
         time.sleep(seconds)
         return step()
 
-    scheduler._stepper.step = slow  # type: ignore[method-assign]
+    scheduler._batch.step = slow  # type: ignore[method-assign]
 
 
 def test_everybody_gets_what_they_get_alone(scheduler: Scheduler) -> None:
@@ -159,7 +159,7 @@ class TestRejection:
     def emphasized(self, scheduler: Scheduler, **given: Any) -> tuple[Task, Heard]:
         spans = [(2, 5)]
         towards = emphasis(ScaleScores(), spans, range(scheduler.lm.layout.layers), "directer")
-        return task(scheduler, steering=towards, rejection=Rejection(schedule="sequential"), **given)
+        return task(scheduler, steering=towards, rejection=Rejection(), **given)
 
     def test_answers_are_those_of_lm_generate(self, scheduler: Scheduler) -> None:
         one, heard = self.emphasized(scheduler)
@@ -231,7 +231,7 @@ class TestTheEnd:
         assert not scheduler.alive
 
     def test_a_model_that_breaks_fails_its_answers_and_no_others(self, scheduler: Scheduler) -> None:
-        step, broken = scheduler._stepper.step, threading.Event()
+        step, broken = scheduler._batch.step, threading.Event()
 
         def breaks() -> Any:
             if not broken.is_set():
@@ -239,7 +239,7 @@ class TestTheEnd:
                 raise RuntimeError("out of memory")
             return step()
 
-        scheduler._stepper.step = breaks  # type: ignore[method-assign]
+        scheduler._batch.step = breaks  # type: ignore[method-assign]
         one, heard = task(scheduler)
         scheduler.submit([one])
         end = heard.end

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import row_of, slots_at
+from trimtab.engines.folding import call_of, slots_at
 from trimtab.steering import Edit
 from trimtab.steering.operations import Kernel, Rows, add
 
@@ -33,8 +33,8 @@ class Affine:
         """Of the additions and ablations of one site, in the order in which they act."""
         steps = []
         for slot in slots_at(tuple(edits), edits[0].site) if edits else []:
-            rows = {name: value.double() for name, value in row_of(slot).items()}
-            steps.append((slot[0].operation.kernel, rows))
+            kernel, row = call_of(slot)
+            steps.append((kernel, {name: value.double() for name, value in row.items()}))
         return cls(width, tuple(steps))
 
     def then_add(self, vector: Tensor) -> Affine:

@@ -14,7 +14,14 @@ from typing import Annotated, Any
 import typer
 
 from trimtab import __version__
-from trimtab.commands import eval_ab, eval_capability, eval_harness, eval_judge, eval_refusal  # noqa: F401 (register)
+from trimtab.commands import (  # noqa: F401 (they register)
+    eval_ab,
+    eval_capability,
+    eval_harness,
+    eval_ifeval,
+    eval_judge,
+    eval_refusal,
+)
 from trimtab.commands.bake import bake
 from trimtab.commands.chat import chat
 from trimtab.commands.convert import convert

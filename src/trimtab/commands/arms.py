@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,55 +18,77 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Prompt
 
 BASELINE = "unsteered"
+REPEATED = "said twice"
+"""An unsteered arm of IFEval's."""
 PANEL = "Arms"
 
-SteerOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="A steering file; after @, which of its layers act (14, 14,15, 10-14), after a colon a strength to"
-        " multiply it by. May be given several times.",
-        metavar=FORM,
-        show_default=False,
-        rich_help_panel=PANEL,
-    ),
-]
-StrengthOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Multipliers, such as -2,-1,0,1,2: an arm for each. 0 is the unsteered arm, which always runs.",
-        metavar="NUMBERS",
-        show_default=False,
-        rich_help_panel=PANEL,
-    ),
-]
-LayersOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Steer at one layer at a time: 10,12,14, or all of the file's. Without it: as the file has it.",
-        metavar="LAYERS",
-        show_default=False,
-        rich_help_panel=PANEL,
-    ),
-]
-RandomOption = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="For each steered arm, N arms pushed as hard in random directions.",
-        rich_help_panel=PANEL,
-    ),
-]
-SystemOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--system-prompt",
-        help="An unsteered arm with this system message. May be given several times.",
-        metavar="TEXT",
-        show_default=False,
-        rich_help_panel=PANEL,
-    ),
-]
+
+@dataclass(frozen=True)
+class ArmOptions:
+    """What an evaluation compares with the unsteered model."""
+
+    steer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A steering file; after @, which of its layers act (14, 14,15, 10-14), after a colon a strength to"
+            " multiply it by. May be given several times.",
+            metavar=FORM,
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    strength: Annotated[
+        str | None,
+        typer.Option(
+            help="Multipliers, such as -2,-1,0,1,2: an arm for each. 0 is the unsteered arm, which always runs.",
+            metavar="NUMBERS",
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Steer at one layer at a time: 10,12,14, or all of the file's. Without it: as the file has it.",
+            metavar="LAYERS",
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    random: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="For each steered arm, N arms pushed as hard in random directions.",
+            rich_help_panel=PANEL,
+        ),
+    ] = 0
+    system_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--system-prompt",
+            help="An unsteered arm with this system message. May be given several times.",
+            metavar="TEXT",
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+
+    def plan(self) -> Plan:
+        """The options, checked. Raises `TrimtabError` where they are malformed, or make no sense without --steer."""
+        if not self.steer:
+            given = {"--strength": self.strength, "--layers": self.layers, "--random": self.random}
+            for name, value in given.items():
+                if value:
+                    raise TrimtabError(f"{name} is about a steering; give --steer FILE")
+        files = [parse_pick(text) for text in self.steer or []]
+        systems = self.system_prompt or []
+        if not all(text.strip() for text in systems):
+            raise TrimtabError("a --system-prompt is empty; give it some text")
+        if len(set(files)) < len(files) or len(set(systems)) < len(systems):
+            raise TrimtabError("the same --steer or --system-prompt is given twice; each arm once is enough")
+        return Plan(tuple(files), _strengths(self.strength), self.layers, self.random, tuple(systems))
 
 
 @dataclass(frozen=True)
@@ -87,35 +110,14 @@ class Plan:
     random: int
     systems: tuple[str, ...]
 
-    @classmethod
-    def of(
-        cls,
-        steer: Sequence[str] | None,
-        strength: str | None,
-        layers: str | None,
-        random: int,
-        systems: Sequence[str] | None,
-    ) -> Plan:
-        """Raises `TrimtabError` for options that are malformed, or make no sense without --steer."""
-        if not steer:
-            for name, value in (("--strength", strength), ("--layers", layers), ("--random", random)):
-                if value:
-                    raise TrimtabError(f"{name} is about a steering; give --steer FILE")
-        files = [parse_pick(text) for text in steer or []]
-        for text in systems or []:
-            if not text.strip():
-                raise TrimtabError("a --system-prompt is empty; give it some text")
-        if len(set(files)) < len(files) or len(set(systems or [])) < len(systems or []):
-            raise TrimtabError("the same --steer or --system-prompt is given twice; each arm once is enough")
-        return cls(tuple(files), _strengths(strength), layers, random, tuple(systems or []))
-
     def arms(self) -> dict[str, Arm]:
         """All arms by name but the random ones, the baseline first. Raises `TrimtabError` as `Pick.load` does."""
         found = {BASELINE: Arm(about={"kind": "baseline"})}
-        stems = [pick.path.stem + pick.where for pick in self.files]
-        for pick, stem in zip(self.files, stems, strict=True):
+        stems = [Path(file).stem for file in {str(pick.path) for pick in self.files}]
+        for pick in self.files:
             whole = pick.unscaled()
-            name = stem if stems.count(stem) == 1 else f"{pick.path}{pick.where}:{pick.strength:g}"
+            own = stems.count(pick.path.stem) == 1 and pick.path.stem not in (BASELINE, REPEATED)
+            name = f"{pick.path.stem if own else pick.path}{pick.where}"
             for layer in _layers(self.layers, whole):
                 one = whole if layer is None else whole.only([layer])
                 for strength in self.strengths:

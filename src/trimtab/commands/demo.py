@@ -27,8 +27,8 @@ TUNED_FOR = "SmolLM2-135M-Instruct"
 TUNED_BLOCKS = 30
 LIVE = "title"
 """The instruction that is learned while one watches; the others come learned, or three minutes wouldn't do."""
-LEARN_QUERIES, LEARN_STEPS = 40, 30
-"""The one that is learned live is learned from fewer queries in fewer steps than `trimtab learn distill` would take."""
+LEARN_QUERIES = 40
+"""The one that is learned live is learned from fewer queries than `trimtab learn distill` would take."""
 REGIMES = ("without", "with")
 
 
@@ -213,7 +213,6 @@ def _steering(
             instruction=instruction.learn,
             queries=learn[:LEARN_QUERIES],
             check=check,
-            steps=LEARN_STEPS,
             progress=progress,
         )
         return steering, NOW

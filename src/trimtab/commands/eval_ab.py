@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimtab.commands.arms import Arm, LayersOption, Plan, RandomOption, SteerOption, StrengthOption, SystemOption
+from trimtab.commands.arms import Arm, ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import (
     LimitOption,
-    OutOption,
     ReportOption,
-    TransferOption,
+    Run,
+    RunOptions,
     check_targets,
     document_of,
-    resumable,
+    finish,
     scores_table,
 )
 from trimtab.commands.eval_report import sweep_page
 from trimtab.commands.finetuned import FinetuneOption, check_finetune, sides
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions
 
 if TYPE_CHECKING:
     from trimtab.evaluate.ab import ABItem
@@ -47,16 +39,14 @@ DRAWN_LAYERS = 6
 
 
 @evaluations.command()
+@grouped
 def ab(
+    *,
     data: Annotated[
         Path,
         typer.Option(help="A .json list of two-letter questions, such as CAA's test sets.", show_default=False),
     ],
-    steer: SteerOption = None,
-    strength: StrengthOption = None,
-    layers: LayersOption = None,
-    random: RandomOption = 0,
-    system_prompt: SystemOption = None,
+    arms: ArmOptions,
     exclude: Annotated[
         bool, typer.Option("--exclude", help="Leave out (and name) items whose answers aren't A and B.")
     ] = False,
@@ -65,19 +55,12 @@ def ab(
         typer.Option("--both-orders", help="Ask each question twice, (A) and (B) exchanged: no letter is favoured."),
     ] = False,
     limit: LimitOption = None,
-    transfer: TransferOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 64,
-    out: OutOption = None,
+    options: RunOptions,
     report: ReportOption = None,
     finetune: FinetuneOption = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    columns: ColumnOptions,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """A or B: how probable is the answer that matches a behaviour?
@@ -110,77 +93,54 @@ def ab(
     left out by name with --exclude. Choose layer and strength on other questions than
     these: the best of many on the same questions looks better than it is.
     """
-    plan = Plan.of(steer, strength, layers, random, system_prompt)
+    plan, out = arms.plan(), options.out
     check_targets(out, report)
-    pairs = check_finetune(finetune, columns_of(keys, ignore, pairs=finetune is not None, source="--finetune"))
+    pairs = check_finetune(finetune, columns.of(pairs=finetune is not None, source="--finetune"))
 
-    from trimtab.evaluate.ab import SCORES, category_of, in_both_orders, polarity, read_ab, requests_of, score_ab
+    from trimtab.evaluate.ab import SCORES, category_of, in_both_orders, polarity, read_ab
 
     items, left_out = read_ab(data, exclude=exclude, limit=limit)
     questions = len(items)
     if both_orders:
         items = in_both_orders(items)
-    arms = plan.arms()
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
-    arms |= plan.controls(lm, arms, [item.question for item in items], transfer=transfer)
+    run = Run.start(plan, loader, options, [item.question for item in items], batch_size=batch_size, quiet=json)
 
     def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:
-        systems = {name: arm.system for name, arm in of.items() if arm.system is not None}
-        requests = requests_of(on, items, {name: arm.steering for name, arm in of.items()}, systems)
-        with resumable(file, quiet=json), progress_bar("scoring", quiet=json) as progress:
-            return score_ab(
-                on,
-                requests,
-                items,
-                out=file,
-                batch_size=batch_size,
-                transfer=transfer,
-                progress=progress,
-                about={"evaluation": "ab", **about},
-            )
+        return replace(run, lm=on, arms=of).into(file).letters(items, {"evaluation": "ab", **about})
 
-    records = score(lm, arms, out, {})
+    records, compared = score(run.lm, run.arms, out, {}), dict(run.arms)
     if pairs:
-        for more, found in sides(lm, pairs, dict(arms), out, score, quiet=json):
-            arms |= more
+        for more, found in sides(run.lm, pairs, run.arms, out, score, quiet=json):
+            compared |= more
             records += found
     document: dict[str, Any] = {
         "evaluation": "ab",
-        "model": lm.name,
+        "model": run.lm.name,
         "data": str(data),
         "items": questions,
         "both_orders": both_orders,
         "polarity": polarity(data),
         "excluded": left_out,
-        **document_of(records, arms, SCORES, category_of),
+        **document_of(records, compared, SCORES, category_of),
     }
     if finetune is not None:
         document["finetune"] = {"pairs": str(finetune), "count": len(pairs)}
-    if out is not None:
-        document["records"] = str(out)
     if report is not None:
-        title = f"{data.parent.name or data.stem} on {lm.name}, {questions} questions"
-        sweep_page(report, document, arms, records, title, COLUMNS, pictures=_pictures(lm, items, arms))
+        title = f"{data.parent.name or data.stem} on {run.lm.name}, {questions} questions"
+        pictures = _pictures(run.lm, items, compared)
+        sweep_page(report, document, compared, records, title, COLUMNS, pictures=pictures)
         document["report"] = str(report)
-    if json:
-        write_json(document)
-        return
-    show(f"A or B on {lm.name}: {questions} questions of {data}")
-    show(f"p(matching): {document['polarity']}. mass: p(A) + p(B), which should not be small", "")
-    if left_out:
-        show(f"left out, as their answers aren't A and B: {', '.join(left_out)}", "")
-    show(scores_table(document, COLUMNS))
-    for path in (out, report):
-        if path is not None:
-            note(f"wrote {path}", quiet=False)
+    left = [f"left out, as their answers aren't A and B: {', '.join(left_out)}", ""] if left_out else []
+    finish(
+        document,
+        f"A or B on {run.lm.name}: {questions} questions of {data}",
+        f"p(matching): {document['polarity']}. mass: p(A) + p(B), which should not be small",
+        "",
+        *left,
+        scores_table(document, COLUMNS),
+        out=out,
+        json=json,
+    )
 
 
 def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture]:

@@ -7,30 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from trimtab.commands.arms import LayersOption, Plan, RandomOption, SteerOption, StrengthOption, SystemOption
+from trimtab.commands.arms import ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import (
     LimitOption,
-    OutOption,
-    TransferOption,
+    Run,
+    RunOptions,
     check_targets,
     document_of,
     find_data,
-    resumable,
     scores_table,
     shorten,
 )
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.terminal import note, show, write_json
 from trimtab.errors import TrimtabError
 
 FILES = {"mmlu": "mmlu/mmlu.json", "truthfulqa": "truthfulqa/truthful_qa_ab.json", "gsm8k": "gsm8k/test.jsonl"}
@@ -39,7 +30,9 @@ MATH = {"correct": "correct", "marked": "after ####"}
 
 
 @evaluations.command()
+@grouped
 def capability(
+    *,
     data: Annotated[
         Path,
         typer.Option(
@@ -54,22 +47,12 @@ def capability(
             show_default=False,
         ),
     ] = None,
-    steer: SteerOption = None,
-    strength: StrengthOption = None,
-    layers: LayersOption = None,
-    random: RandomOption = 0,
-    system_prompt: SystemOption = None,
+    arms: ArmOptions,
     limit: LimitOption = None,
-    transfer: TransferOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="For gsm8k: tokens at most, in every arm.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 32,
-    out: OutOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    options: RunOptions,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Capability: what is lost of what the model knew?
@@ -84,54 +67,35 @@ def capability(
 
     With --out and several tasks, the task's name is put into each file's name.
     """
-    plan = Plan.of(steer, strength, layers, random, system_prompt)
+    plan, out = arms.plan(), options.out
     check_targets(out, None)
     tasks = _tasks(data, task)
 
-    from trimtab.evaluate.ab import SCORES, category_of, read_ab, score_ab
-    from trimtab.evaluate.ab import requests_of as letters_of
-    from trimtab.evaluate.answers import answer
+    from trimtab.evaluate.ab import SCORES, category_of, read_ab
     from trimtab.evaluate.capability import MATH_SCORES, macro, math_requests, math_scorer, read_gsm8k
 
     sums = {name: read_gsm8k(path, limit) for name, path in tasks.items() if path.suffix == ".jsonl"}
-    options = {name: read_ab(path, limit=limit)[0] for name, path in tasks.items() if name not in sums}
-    arms = plan.arms()
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
-    questions = [item.question for of in options.values() for item in of]
+    letters = {name: read_ab(path, limit=limit)[0] for name, path in tasks.items() if name not in sums}
+    questions = [item.question for of in letters.values() for item in of]
     questions += [item.question for of in sums.values() for item in of]
-    arms |= plan.controls(lm, arms, questions[:64], transfer=transfer)
-    steerings = {name: arm.steering for name, arm in arms.items()}
-    systems = {name: arm.system for name, arm in arms.items() if arm.system is not None}
+    run = Run.start(plan, loader, options, questions[:64], batch_size=batch_size, quiet=json)
     documents: dict[str, dict[str, Any]] = {}
     for name, path in tasks.items():
         target = None if out is None else out if len(tasks) == 1 else out.with_stem(f"{out.stem}-{name}")
-        common: dict[str, Any] = {"out": target, "batch_size": batch_size, "transfer": transfer}
-        common["about"] = {"evaluation": "capability", "task": name}
-        with resumable(target, quiet=json), progress_bar(name, quiet=json) as progress:
-            if name in sums:
-                requests = math_requests(sums[name], steerings, systems)
-                scorer = math_scorer(sums[name])
-                common |= {"score": scorer, "max_new_tokens": max_new_tokens}
-                records = answer(lm, requests, progress=progress, **common)
-                found = {"items": len(sums[name]), **document_of(records, arms, MATH_SCORES, None)}
-            else:
-                requests = letters_of(lm, options[name], steerings, systems)
-                records = score_ab(lm, requests, options[name], progress=progress, **common)
-                found = {"items": len(options[name]), **document_of(records, arms, SCORES, category_of)}
-                found["macro"] = macro(records, "matching")
+        into, about = run.into(target), {"evaluation": "capability", "task": name}
+        if name in sums:
+            requests, scorer = math_requests(sums[name], run.steerings, run.systems), math_scorer(sums[name])
+            records = into.answered(requests, scorer, about, max_new_tokens=max_new_tokens, label=name)
+            found = {"items": len(sums[name]), **document_of(records, run.arms, MATH_SCORES, None)}
+        else:
+            records = into.letters(letters[name], about, label=name)
+            found = {"items": len(letters[name]), **document_of(records, run.arms, SCORES, category_of)}
+            found["macro"] = macro(records, "matching")
         documents[name] = {"data": str(path), **found, **({"records": str(target)} if target else {})}
     if json:
-        write_json({"evaluation": "capability", "model": lm.name, "tasks": documents})
+        write_json({"evaluation": "capability", "model": run.lm.name, "tasks": documents})
         return
-    show(f"Capability of {lm.name}", "")
+    show(f"Capability of {run.lm.name}", "")
     for name, document in documents.items():
         show(f"{name}, {document['items']} items", scores_table(document, MATH if name in sums else COLUMNS))
         if "macro" in document:

@@ -1,39 +1,140 @@
-"""What `trimtab eval ab`, `refusal` and `capability` share: options, the run, the document, tables, the report."""
+"""What the commands of `trimtab eval` share: options, the run, the document and its tables."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 
-from trimtab.commands.arms import BASELINE, Arm
-from trimtab.commands.terminal import note
+from trimtab.commands.arms import BASELINE, Arm, Plan
+from trimtab.commands.model import ModelOptions
+from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
 
 if TYPE_CHECKING:
-    from trimtab.evaluate.records import Record
+    from trimtab.evaluate.ab import ABItem
+    from trimtab.evaluate.answers import Score
+    from trimtab.evaluate.records import Record, Request
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+    from trimtab.text.chat import Prompt
 
-OutOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="A .jsonl file to write each record to as it comes. If there, the run in it goes on.", show_default=False
-    ),
-]
 ReportOption = Annotated[
     Path | None, typer.Option(help="A .html page to write: tables, figures and samples.", show_default=False)
 ]
 LimitOption = Annotated[
     int | None, typer.Option(min=1, help="Only so many items, evenly from the whole file.", show_default=False)
 ]
-TransferOption = Annotated[
-    bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
-]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the requests may do, and where the records go."""
+
+    transfer: Annotated[
+        bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
+    ] = False
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .jsonl file to write each record to as it comes. If there, the run in it goes on.",
+            show_default=False,
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """An evaluation under way: the model, its arms, and how their requests are run."""
+
+    lm: LM
+    arms: dict[str, Arm]
+    options: RunOptions
+    batch_size: int
+    quiet: bool
+
+    @classmethod
+    def start(
+        cls,
+        plan: Plan,
+        loader: ModelOptions,
+        options: RunOptions,
+        prompts: Sequence[Prompt],
+        *,
+        batch_size: int,
+        quiet: bool,
+    ) -> Run:
+        """Load the model, and make the arms; pushes of random ones are matched on these prompts.
+
+        Raises:
+            TrimtabError: A steering can't be read, or doesn't fit the model.
+        """
+        arms = plan.arms()
+        lm = loader.load(quiet=quiet)
+        arms |= plan.controls(lm, arms, prompts, transfer=options.transfer)
+        return cls(lm, arms, options, batch_size, quiet)
+
+    @property
+    def steerings(self) -> dict[str, Steering | None]:
+        """Each arm's steering."""
+        return {name: arm.steering for name, arm in self.arms.items()}
+
+    @property
+    def systems(self) -> dict[str, str]:
+        """The system messages of the arms that have one."""
+        return {name: arm.system for name, arm in self.arms.items() if arm.system is not None}
+
+    def answered(
+        self,
+        requests: Sequence[Request],
+        score: Score,
+        about: Mapping[str, Any],
+        *,
+        max_new_tokens: int,
+        label: str = "answering",
+    ) -> list[Record]:
+        """Have the model answer, and score what it says: one record a request."""
+        from trimtab.evaluate.answers import answer
+
+        return self._kept(label, answer, requests, score=score, max_new_tokens=max_new_tokens, about=about)
+
+    def letters(self, items: Sequence[ABItem], about: Mapping[str, Any], *, label: str = "scoring") -> list[Record]:
+        """Read the probabilities of the letters that answer these questions, in every arm."""
+        from trimtab.evaluate.ab import requests_of, score_ab
+
+        requests = requests_of(self.lm, items, self.steerings, self.systems)
+        return self._kept(label, score_ab, requests, items=items, about=about)
+
+    def into(self, out: Path | None) -> Run:
+        """The same, with its records in another file."""
+        return replace(self, options=replace(self.options, out=out))
+
+    def _kept(self, label: str, make: Callable[..., list[Record]], requests: Sequence[Request], **given: Any) -> Any:
+        with resumable(self.options.out, quiet=self.quiet), progress_bar(label, quiet=self.quiet) as progress:
+            return make(
+                self.lm, requests, **given, **asdict(self.options), batch_size=self.batch_size, progress=progress
+            )
+
+
+def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, json: bool) -> None:
+    """Print the document, or for people these parts, and which files were written."""
+    if out is not None:
+        document["records"] = str(out)
+    if json:
+        write_json(document)
+        return
+    show(*parts)
+    for name in ("records", "judged", "report"):
+        if name in document:
+            note(f"wrote {document[name]}", quiet=False)
 
 
 def check_targets(out: Path | None, report: Path | None) -> None:
@@ -68,13 +169,14 @@ def document_of(
     parts = key is not None and len({key(record) for record in records}) > 1
     return {
         "baseline": BASELINE,
-        "arms": {name: {**arm.about, **_facts(of[name])} for name, arm in arms.items()},
+        "arms": {name: {**arm.about, **facts_of(of[name])} for name, arm in arms.items()},
         "scores": [line.to_json() for line in summarize(records, scores, baseline=BASELINE)],
         "by_part": [line.to_json() for line in summarize(records, scores, baseline=BASELINE, key=key)] if parts else [],
     }
 
 
-def _facts(records: Sequence[Record]) -> dict[str, Any]:
+def facts_of(records: Sequence[Record]) -> dict[str, Any]:
+    """How many answers an arm has, how hard they were pushed, and how long they are."""
     return {
         "items": len(records),
         "mean_dose": sum(record.dose for record in records) / len(records),
@@ -87,10 +189,7 @@ def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: 
     """Arms by scores. The first score comes with its interval, and with its difference from the unsteered arm."""
     first, *others = columns
     heads = (columns[first], "minus unsteered", *(columns[score] for score in others), "dose")
-    table = Table("arm", *heads, box=None, header_style="dim", pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
+    table = table_of("arm", *heads)
     for arm, facts in document["arms"].items():
         top = find(document, arm, first, part)
         if top is None:
@@ -102,15 +201,34 @@ def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: 
             interval(top["mean"]),
             "" if change is None else interval(change["mean"], sign=True),
             *("" if line is None else f"{line['mean']['estimate']:.2f}" for line in rest),
-            "" if dose == 0 or not math.isfinite(dose) else f"{dose:.2g}",
+            dosed(dose),
         )
     return table
+
+
+def table_of(first: str, *columns: str) -> Table:
+    """An empty table: the first column holds words, the others numbers, which don't wrap."""
+    table = Table(first, *columns, box=None, header_style="dim", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    return table
+
+
+def dosed(dose: float) -> str:
+    """A dose in a table; nothing where nothing was pushed."""
+    return "" if dose == 0 or not math.isfinite(dose) else f"{dose:.2g}"
 
 
 def find(document: Mapping[str, Any], arm: str, score: str, part: str | None = None) -> dict[str, Any] | None:
     """The line of an arm and a score, over all items or over those of one part."""
     lines = document["scores"] if part is None else document["by_part"]
-    return next((x for x in lines if (x["arm"], x["score"], x["key"]) == (arm, score, part)), None)
+    return next((line for line in lines if (line["arm"], line["score"], line["key"]) == (arm, score, part)), None)
+
+
+def line_of(lines: Sequence[Mapping[str, Any]], arm: str, score: str) -> Mapping[str, Any]:
+    """The line of an arm and a score among lines that have one for each."""
+    return next(line for line in lines if (line["arm"], line["score"]) == (arm, score))
 
 
 def interval(mean: Mapping[str, float], sign: bool = False) -> str:

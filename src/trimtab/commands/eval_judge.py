@@ -11,41 +11,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.arms import (
-    BASELINE,
-    Arm,
-    LayersOption,
-    Plan,
-    RandomOption,
-    SteerOption,
-    StrengthOption,
-    SystemOption,
-)
+from trimtab.commands.arms import BASELINE, Arm, ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import (
     LimitOption,
-    OutOption,
     ReportOption,
-    TransferOption,
+    Run,
+    RunOptions,
     check_targets,
+    facts_of,
     find,
+    finish,
     interval,
     resumable,
     shorten,
+    table_of,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.terminal import progress_bar
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -57,7 +43,9 @@ COLUMNS = {"judge": "score"}
 
 
 @evaluations.command()
+@grouped
 def judge(
+    *,
     prompts: Annotated[
         str,
         typer.Option(
@@ -90,23 +78,13 @@ def judge(
         ),
     ] = False,
     column: ColumnOption = None,
-    steer: SteerOption = None,
-    strength: StrengthOption = None,
-    layers: LayersOption = None,
-    random: RandomOption = 0,
-    system_prompt: SystemOption = None,
+    arms: ArmOptions,
     limit: LimitOption = None,
-    transfer: TransferOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 64,
-    out: OutOption = None,
+    options: RunOptions,
     report: ReportOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Open-ended answers, scored by another language model with a rubric.
@@ -126,89 +104,75 @@ def judge(
     r-replies, and both together to r-judged.jsonl in the end. The same command goes on
     where a run stopped, and asks again for the replies that failed.
     """
-    plan = Plan.of(steer, strength, layers, random, system_prompt)
+    plan, out = arms.plan(), options.out
     check_targets(out, report)
     rubric = _rubric(criterion, scale, ends)
     asked = gather_prompts([], prompts, column)
 
     from trimtab.evaluate.ab import spread
-    from trimtab.evaluate.answers import answer
     from trimtab.evaluate.judge import Endpoint, LocalJudge, judge_records, tally
-    from trimtab.evaluate.records import Request
+    from trimtab.evaluate.records import Request, with_system
 
     endpoint = None if local else _endpoint(Endpoint)
     chosen = spread(list(enumerate(asked, 1)), limit)
-    arms = plan.arms()
-    if any(arm.system is not None for arm in arms.values()):
+    if plan.systems:
         _check_systems([prompt for _, prompt in chosen])
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
-    arms |= plan.controls(lm, arms, [prompt for _, prompt in chosen], transfer=transfer)
+    run = Run.start(plan, loader, options, [prompt for _, prompt in chosen], batch_size=batch_size, quiet=json)
     requests = [
-        Request(name, str(number), _with_system(prompt, arm.system), arm.steering)
+        Request(name, str(number), with_system(prompt, arm.system), arm.steering)
         for number, prompt in chosen
-        for name, arm in arms.items()
+        for name, arm in run.arms.items()
     ]
-    with resumable(out, quiet=json), progress_bar("answering", quiet=json) as progress:
-        records = answer(
-            lm,
-            requests,
-            score=lambda _request, one: {"empty": float(not one.text.strip())},
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            out=out,
-            transfer=transfer,
-            progress=progress,
-            about={"evaluation": "judge"},
-        )
-    by: Judge = LocalJudge(lm) if endpoint is None else endpoint
+    records = run.answered(
+        requests,
+        lambda _request, one: {"empty": float(not one.text.strip())},
+        {"evaluation": "judge"},
+        max_new_tokens=max_new_tokens,
+    )
+    by: Judge = LocalJudge(run.lm) if endpoint is None else endpoint
     cache = None if out is None else out.with_name(f"{out.stem}-replies")
     with resumable(out, quiet=json), progress_bar("judging", quiet=json) as progress:
         questions = {str(number): prompt for number, prompt in chosen}
         bare = [_as_asked(record, questions) for record in records]
         scored, verdicts = judge_records(by, rubric, bare, cache=cache, progress=progress)
     tallies = {
-        name: tally(by, [v for record, v in zip(scored, verdicts, strict=True) if record.arm == name]) for name in arms
+        name: tally(by, [v for record, v in zip(scored, verdicts, strict=True) if record.arm == name])
+        for name in run.arms
     }
     document: dict[str, Any] = {
         "evaluation": "judge",
-        "model": lm.name,
+        "model": run.lm.name,
         "data": prompts,
         "items": len(chosen),
         "max_new_tokens": max_new_tokens,
         "judge": {**by.identity, "weak": by.weak},
         "rubric": asdict(rubric),
-        **_document(scored, arms, tallies),
+        **_document(scored, run.arms, tallies),
     }
     if out is not None:
         judged = out.with_name(f"{out.stem}-judged.jsonl")
         _write(judged, scored, verdicts)
-        document |= {"records": str(out), "judged": str(judged)}
+        document["judged"] = str(judged)
     if report is not None:
         label = " (weak judge)" if by.weak else ""
-        title = f"{criterion.strip()} {lm.name}, {len(chosen)} prompts{label}"
-        sweep_page(report, _drawable(document), arms, scored, title, COLUMNS)
+        title = f"{criterion.strip()} {run.lm.name}, {len(chosen)} prompts{label}"
+        sweep_page(report, _drawable(document), run.arms, scored, title, COLUMNS)
         document["report"] = str(report)
-    if json:
-        write_json(document)
-        return
-    who = f"{lm.name} itself, a weak judge" if by.weak else f"{document['judge']['model']}"
-    show(f"{criterion.strip()} Answers of {lm.name} to {len(chosen)} prompts, judged by {who}")
-    show(f"scores from {rubric.low:g} ({rubric.lowest}) to {rubric.high:g} ({rubric.highest})", "")
-    show(_table(document))
-    for arm, facts in document["arms"].items():
-        if facts["unreadable"] or facts["failed"]:
-            show(f"{shorten(arm)}: {facts['unreadable']} replies unreadable, {facts['failed']} requests failed")
-    for path in (out, document.get("judged"), report):
-        if path is not None:
-            note(f"wrote {path}", quiet=False)
+    who = f"{run.lm.name} itself, a weak judge" if by.weak else f"{document['judge']['model']}"
+    finish(
+        document,
+        f"{criterion.strip()} Answers of {run.lm.name} to {len(chosen)} prompts, judged by {who}",
+        f"scores from {rubric.low:g} ({rubric.lowest}) to {rubric.high:g} ({rubric.highest})",
+        "",
+        _table(document),
+        *(
+            f"{shorten(arm)}: {facts['unreadable']} replies unreadable, {facts['failed']} requests failed"
+            for arm, facts in document["arms"].items()
+            if facts["unreadable"] or facts["failed"]
+        ),
+        out=out,
+        json=json,
+    )
 
 
 def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
@@ -240,13 +204,6 @@ def _check_systems(prompts: Sequence[Any]) -> None:
             raise TrimtabError("a prompt of the file has a system message already; leave out --system-prompt")
 
 
-def _with_system(prompt: Any, system: str | None) -> Any:
-    if system is None:
-        return prompt
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [{"role": "system", "content": system}, *messages]
-
-
 def _as_asked(record: Record, questions: Mapping[str, Any]) -> Record:
     """The record with the file's prompt: an arm's own system message is not the judge's business."""
     from dataclasses import replace
@@ -268,16 +225,12 @@ def _document(records: Sequence[Record], arms: Mapping[str, Arm], tallies: Mappi
 
 
 def _facts(records: Sequence[Record], tally: Tally) -> dict[str, Any]:
-    count = len(records)
     return {
-        "items": count,
+        **facts_of(records),
         "scored": tally.scored,
         "unreadable": tally.unreadable,
         "failed": tally.failed,
         "empty": sum(record.scores["empty"] for record in records),
-        "mean_dose": sum(record.dose for record in records) / count,
-        "mean_tokens": sum(record.tokens for record in records) / count,
-        "cut": sum(record.finish == "length" for record in records),
     }
 
 
@@ -329,10 +282,7 @@ def _write(path: Path, records: Sequence[Record], verdicts: Sequence[Verdict]) -
 
 
 def _table(document: Mapping[str, Any]) -> Table:
-    table = Table("arm", "score", f"minus {BASELINE}", "scored", box=None, header_style="dim", pad_edge=False)
-    for column in table.columns[1:]:
-        column.justify = "right"
-        column.no_wrap = True
+    table = table_of("arm", "score", f"minus {BASELINE}", "scored")
     for arm, facts in document["arms"].items():
         line = find(document, arm, "judge")
         change = None if line is None else line["difference"]

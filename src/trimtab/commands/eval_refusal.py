@@ -6,39 +6,33 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import RenderableType
 
-from trimtab.commands.arms import LayersOption, Plan, RandomOption, SteerOption, StrengthOption, SystemOption
+from trimtab.commands.arms import BASELINE, ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import (
     LimitOption,
-    OutOption,
     ReportOption,
-    TransferOption,
+    Run,
+    RunOptions,
     check_targets,
     document_of,
     find_data,
-    resumable,
+    finish,
     scores_table,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 
 FILES = ("advbench/harmful_behaviors.csv", "refusal/harmful_test.json", "xstest/xstest_prompts.csv")
 COLUMNS = {"refused": "refused", "empty": "empty"}
 
 
 @evaluations.command()
+@grouped
 def refusal(
+    *,
     data: Annotated[
         list[Path],
         typer.Option(
@@ -46,23 +40,13 @@ def refusal(
             show_default=False,
         ),
     ],
-    steer: SteerOption = None,
-    strength: StrengthOption = None,
-    layers: LayersOption = None,
-    random: RandomOption = 0,
-    system_prompt: SystemOption = None,
+    arms: ArmOptions,
     limit: LimitOption = None,
-    transfer: TransferOption = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 48,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time, of all arms together.")] = 64,
-    out: OutOption = None,
+    options: RunOptions,
     report: ReportOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Refusal: how often are harmful requests refused, and harmless ones too?
@@ -79,64 +63,35 @@ def refusal(
     Files: AdvBench's .csv (goal), XSTest's .csv (prompt, label), or a .json list of
     objects with an instruction.
     """
-    plan = Plan.of(steer, strength, layers, random, system_prompt)
+    plan, out = arms.plan(), options.out
     check_targets(out, report)
 
-    from trimtab.evaluate.answers import answer
     from trimtab.evaluate.refusal import SCORES, part_of, read_refusal, requests_of, score
+    from trimtab.evaluate.summary import summarize
 
     files = list(dict.fromkeys(file for path in data for file in find_data(path, FILES, "refusals")))
     items = [item for file in files for item in read_refusal(file, limit)]
     harmful = {item.part: item.harmful for item in items}
-    arms = plan.arms()
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
-    arms |= plan.controls(lm, arms, [item.prompt for item in items], transfer=transfer)
-    systems = {name: arm.system for name, arm in arms.items() if arm.system is not None}
-    requests = requests_of(items, {name: arm.steering for name, arm in arms.items()}, systems)
-    with resumable(out, quiet=json), progress_bar("answering", quiet=json) as progress:
-        records = answer(
-            lm,
-            requests,
-            score=score,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            out=out,
-            transfer=transfer,
-            progress=progress,
-            about={"evaluation": "refusal"},
-        )
-    from trimtab.evaluate.summary import summarize
-
+    prompts = [item.prompt for item in items]
+    run = Run.start(plan, loader, options, prompts, batch_size=batch_size, quiet=json)
+    requests = requests_of(items, run.steerings, run.systems)
+    records = run.answered(requests, score, {"evaluation": "refusal"}, max_new_tokens=max_new_tokens)
     document: dict[str, Any] = {
         "evaluation": "refusal",
-        "model": lm.name,
+        "model": run.lm.name,
         "data": [str(file) for file in files],
         "items": len(items),
         "max_new_tokens": max_new_tokens,
         "harmful": harmful,
-        **document_of(records, arms, SCORES, None),
-        "by_part": [line.to_json() for line in summarize(records, SCORES, baseline="unsteered", key=part_of)],
+        **document_of(records, run.arms, SCORES, None),
+        "by_part": [line.to_json() for line in summarize(records, SCORES, baseline=BASELINE, key=part_of)],
     }
-    if out is not None:
-        document["records"] = str(out)
     if report is not None:
-        sweep_page(report, document, arms, records, f"refusals on {lm.name}, {len(items)} requests", COLUMNS)
+        sweep_page(report, document, run.arms, records, f"refusals on {run.lm.name}, {len(items)} requests", COLUMNS)
         document["report"] = str(report)
-    if json:
-        write_json(document)
-        return
-    show(f"Refusals on {lm.name}, {len(items)} requests, at most {max_new_tokens} tokens an answer", "")
+    title = f"Refusals on {run.lm.name}, {len(items)} requests, at most {max_new_tokens} tokens an answer"
+    parts: list[RenderableType] = []
     for part, bad in harmful.items():
         wanted = "harmful: high is wanted" if bad else "harmless: low is wanted"
-        show(f"{part} ({wanted})", scores_table(document, COLUMNS, part), "")
-    for path in (out, report):
-        if path is not None:
-            note(f"wrote {path}", quiet=False)
+        parts += [f"{part} ({wanted})", scores_table(document, COLUMNS, part), ""]
+    finish(document, title, "", *parts, out=out, json=json)

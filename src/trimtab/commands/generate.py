@@ -13,18 +13,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.commands.model import (
-    PANEL,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import PANEL, EngineOption, JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -45,7 +35,9 @@ DOSED_PROMPTS = 32
 """A dose is measured on so many of the prompts at most, evenly from all."""
 
 
+@grouped
 def generate(
+    *,
     steer: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,8 +120,7 @@ def generate(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="With rejection: auto (the default), sequential, two_phase, optimistic, narrow or fused; the answers"
-            " are the same.",
+            help="With rejection: auto (the default: by the device), optimistic or fused; the answers are the same.",
             rich_help_panel=ATTENTION,
             show_default=False,
         ),
@@ -167,7 +158,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.", show_default=False)
     ] = None,
-    model: ModelOption = None,
+    loader: ModelOptions,
     engine: EngineOption = "transformers",
     ray: Annotated[
         int | None,
@@ -179,11 +170,6 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
     json: JsonOption = False,
 ) -> None:
     """Answer prompts, steered or unsteered.
@@ -226,7 +212,7 @@ def generate(
         check_matplotlib()
     if compare and not files and marks is None:
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
-    if plain and template:
+    if plain and loader.template:
         raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
     if dose is not None:
         _check_dose(dose, bool(files), engine)
@@ -237,20 +223,11 @@ def generate(
     steering = _steering(files, positions)
     lm: Any
     if ray is None:
-        lm = load_model(
-            model,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            layers_path=layers_path,
-            quiet=json,
-            engine=engine,
-            template=template,
-        )
+        lm = loader.load(quiet=json, engine=engine)
     else:
         if engine != "vllm":
             raise TrimtabError("--ray spreads prompts over engines of vLLM; add --engine vllm")
-        lm = _ray(ray, model, dtype, revision, parse_keywords(template), device=device, layers_path=layers_path)
+        lm = _ray(ray, loader)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -334,16 +311,15 @@ def _check_dose(dose: float, steers: bool, engine: str) -> None:
         )
 
 
-def _ray(
-    workers: int, model: str | None, dtype: str, revision: str | None, template: dict[str, Any], **unknown: Any
-) -> RayEngines:
+def _ray(workers: int, loader: ModelOptions) -> RayEngines:
     from trimtab.engines.vllm.on_ray import RayEngines
 
-    for name, value in unknown.items():
+    for flag, value in (("--device", loader.device), ("--layers-path", loader.layers_path)):
         if value is not None:
-            raise TrimtabError(f"--ray can't take --{name.replace('_', '-')}: vLLM sees to that")
-    given = {"dtype": None if dtype == "auto" else dtype, "revision": revision, "template": template or None}
-    return RayEngines(model, workers, {name: value for name, value in given.items() if value is not None})
+            raise TrimtabError(f"--ray can't take {flag}: vLLM sees to that")
+    dtype = None if loader.dtype == "auto" else loader.dtype
+    given = {"dtype": dtype, "revision": loader.revision, "template": parse_keywords(loader.template) or None}
+    return RayEngines(loader.model, workers, {name: value for name, value in given.items() if value is not None})
 
 
 def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:

@@ -10,17 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.terminal import show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import Pick, parse_pick
@@ -35,7 +27,9 @@ EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR = 24  # columns
 
 
+@grouped
 def inspect(
+    *,
     files: Annotated[
         list[str],
         typer.Argument(
@@ -56,8 +50,7 @@ def inspect(
         Path | None,
         typer.Option(help="Draw these pairs' activations, two principal components a layer.", show_default=False),
     ] = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
+    columns: ColumnOptions,
     layer: Annotated[
         int | None,
         typer.Option(help="With --text or --pairs: at this layer, not at all of the file's.", show_default=False),
@@ -69,12 +62,7 @@ def inspect(
     transfer: Annotated[
         bool, typer.Option("--transfer", help="With --text or --pairs: allow another model of the same width.")
     ] = False,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Show a steering file: its origin, its edits, and how hard they push.
@@ -99,7 +87,7 @@ def inspect(
     without a chat template.
     """
     _check_options(files, plot, text, pairs, layer, page)
-    columns = columns_of(keys, ignore, pairs=pairs is not None)
+    named = columns.of(pairs=pairs is not None)
     picks = [parse_pick(file, "inspect") for file in files]
     if plot is not None:
         from trimtab.report.plots import check_matplotlib
@@ -117,16 +105,8 @@ def inspect(
     if text is not None or pairs is not None:
         from trimtab.commands.inspect_text import show_plane, show_text
 
-        read = pairs_in(pairs, columns)
-        lm = load_model(
-            model,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            layers_path=layers_path,
-            quiet=json,
-            template=template,
-        )
+        read = pairs_in(pairs, named)
+        lm = loader.load(quiet=json)
         if text is not None:
             show_text(lm, pick, text, layer, page, plot, transfer=transfer, json=json)
         elif pairs is not None and plot is not None:

@@ -10,17 +10,10 @@ import typer
 from rich.table import Table
 
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.learn_method import LayersOption, StrengthOption
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.recipes import recipe_for
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -38,7 +31,9 @@ SOURCE = "What to learn from"
 OPERATIONS = ("project", "add", "unit")
 
 
+@grouped
 def learn(
+    *,
     method: Annotated[
         str,
         typer.Argument(
@@ -55,8 +50,7 @@ def learn(
             help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs.", show_default=False, rich_help_panel=SOURCE
         ),
     ] = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
+    columns: ColumnOptions,
     instruction: Annotated[
         str | None,
         typer.Option(
@@ -101,13 +95,7 @@ def learn(
             rich_help_panel=SOURCE,
         ),
     ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Without it: the method's own choice.",
-            show_default=False,
-        ),
-    ] = None,
+    layers: LayersOption = None,
     operation: Annotated[
         str | None,
         typer.Option(
@@ -136,17 +124,21 @@ def learn(
             show_default=False,
         ),
     ] = None,
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            help="For caa, how a direction comes of the activations: their mean difference, its median, the first"
+            " principal component of centred members, or a probe's weight. Without it: mean-difference.",
+            metavar="mean-difference|median|pca|probe",
+            show_default=False,
+        ),
+    ] = None,
     one_sided: Annotated[
         bool, typer.Option("--one-sided", help="With project: only ever raise the projection, never lower it.")
     ] = False,
-    strength: Annotated[float, typer.Option(help="Multiply the steering by this before it is saved.")] = 1.0,
+    strength: StrengthOption = 1.0,
     program: ForOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
@@ -162,6 +154,7 @@ def learn(
       trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
       trimtab learn caa --pairs rude.csv --layers 12 --out rude.safetensors
       trimtab learn caa --pairs evil.jsonl --read-at answer --out evil.safetensors
+      trimtab learn caa --pairs rude.csv --estimator median --out rude.safetensors
       trimtab learn caa --pairs rude.csv --for llama.cpp --out rude.gguf
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
@@ -216,6 +209,8 @@ def learn(
         raise TrimtabError(f"--operation, --positions and --one-sided are for instruct, not for {method}")
     if method != "caa" and read_at is not None:
         raise TrimtabError(f"--read-at is about answers, and {method} learns from prompts")
+    if method != "caa" and estimator is not None:
+        raise TrimtabError(f"--estimator is for caa, not for {method}")
     if exclude and word is None:
         raise TrimtabError("--exclude keeps a word out; say which with --word")
     if limit is not None and pairs is not None:
@@ -226,15 +221,18 @@ def learn(
     if not every:
         options = {"operation": operation, "positions": positions, "one_sided": one_sided or None}
         operation = check_program(program, method, options, wanted, out).get("operation", operation)
-    read = pairs_in(pairs, columns_of(keys, ignore, pairs=pairs is not None))
+    read = columns.read(pairs)
     recipe = recipe_for(method, read, str(pairs))
     where = check_read_at(read_at, read[0].shape) if read else None
 
     from trimtab.commands.instructions import base_queries, every_lesson, lesson_of
+    from trimtab.learn.estimators import as_estimator
     from trimtab.steering.positions import Positions
     from trimtab.steering.steering import check_strength
 
     check_strength(strength)
+    if estimator is not None:
+        as_estimator(estimator)  # an unknown one is said at once
     rule = None if positions is None else Positions.parse(positions)
     _check_operation(operation, one_sided)
     if one_sided and (word is not None or length is not None):
@@ -247,15 +245,7 @@ def learn(
         raise TrimtabError("--one-sided is for projections, and lengths and words are added; say --operation project")
     for lesson in lessons:
         note(lesson.remark, quiet=json or not lesson.remark)
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=json) as progress:
         steerings: dict[Path, Steering]
@@ -268,9 +258,10 @@ def learn(
             given: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
             given |= {} if operation is None else {"operation": operation}
             given |= {} if where is None else {"read_at": where}
+            given |= {} if estimator is None else {"estimator": estimator}
             steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
     steerings = {path: strength * one for path, one in steerings.items()}
-    _save(out, steerings, method, source, lm.name, model, strength, program, json)
+    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json)
 
 
 def _the_one(method: str, given: dict[str, Any]) -> str:
@@ -363,7 +354,7 @@ def _save(
     method: str,
     source: str,
     model: str,
-    asked: str | None,
+    named: str,
     strength: float,
     program: str | None,
     json: bool,
@@ -389,10 +380,7 @@ def _save(
     if source == "--all":
         show(_overview(documents), f"saved {len(documents)} files in {out}")
     shown = named_with_strength(*next(iter(steerings.items())))
-    note(
-        f'try: trimtab generate {f"--model {asked} " if asked else ""}--steer {shown} --prompt "…" --compare',
-        quiet=False,
-    )
+    note(f'try: trimtab generate {named}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def parse_layers(text: str | None) -> list[int] | str | None:

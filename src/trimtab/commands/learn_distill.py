@@ -10,16 +10,8 @@ import typer
 from trimtab.commands.checkers import checker_for
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
 from trimtab.commands.instructions import base_queries
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
@@ -34,7 +26,9 @@ if TYPE_CHECKING:
 PROMPT, CHECK, FIT = "The prompt that is to become needless", "Which answers count", "The fit"
 
 
+@grouped
 def learn_distill(
+    *,
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
     instruction: Annotated[
         str | None,
@@ -127,12 +121,12 @@ def learn_distill(
         int | None,
         typer.Option(
             min=0,
-            help="Directions that are read at each block; 0 is a vector alone. Without it: 0, and 64 for closed.",
+            help="Directions that are read at each block; 0 is a vector alone. Without it: 8, and 64 for closed.",
             show_default=False,
             rich_help_panel=FIT,
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of descent, at most.", rich_help_panel=FIT)] = 16,
     rate: Annotated[
         float,
         typer.Option(help="The learning rate, in units of the activations' root mean square.", rich_help_panel=FIT),
@@ -149,12 +143,7 @@ def learn_distill(
     ] = 0.3,
     seed: Annotated[int, typer.Option(help="Of the order of the answers.", rich_help_panel=FIT)] = 0,
     program: ForOption = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Learn to answer without a prompt as the model does with it.
@@ -174,6 +163,7 @@ def learn_distill(
     Ctrl-C while it descends ends it, and the best so far is saved.
     """
     from trimtab.commands.learn import parse_layers
+    from trimtab.commands.learn_method import document_of
 
     wanted = parse_layers(layers)
     check_program(program, "distill", {"fit": fit, "rank": rank}, wanted, out)
@@ -191,15 +181,7 @@ def learn_distill(
     from trimtab.methods.distill import learn_distill as learn
 
     teacher = Teacher(_phrasings(instruction, found), system, text, shots, times)
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     if found is not None:
         note(f"recognised as {found.type.name}", quiet=json)
@@ -229,12 +211,11 @@ def learn_distill(
         )
     learned, digest = save_for(program, learned, out)
     if json:
-        document = _document(lm.name, learned, out, digest)
+        document = document_of("distill", lm.name, learned, out, digest)
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     show(*_lines(lm.name, learned, out), *next_steps(program, out))
-    asked = f"--model {model} " if model else ""
-    note(f'try: trimtab generate {asked}--steer {out} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {loader.named}--steer {out} --prompt "…" --compare', quiet=False)
 
 
 def command() -> Any:
@@ -291,18 +272,6 @@ def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | No
         if name in CONSTRAINTS and type_ == found.type.name and values == found.values:
             return name, None, None
     return check_of(instruction)
-
-
-def _document(model: str, learned: Steering, out: Path, digest: str) -> dict[str, Any]:
-    return {
-        "file": str(out),
-        "digest": digest,
-        "method": "distill",
-        "model": model,
-        "options": dict(learned.card.options),
-        "measured": dict(learned.card.measured),
-        "edits": [str(edit) for edit in learned.edits],
-    }
 
 
 def _lines(model: str, learned: Steering, out: Path) -> list[str]:

@@ -12,22 +12,14 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from trimtab.commands.for_program import ForOption, check_program, commands_for, next_steps, save_for
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import parameters_of, taken
+from trimtab.commands.pair_files import ColumnOptions, pairs_in
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.recipes import check_shape
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
-from trimtab.methods.recipe import Option, Recipe, recipes
+from trimtab.methods.recipe import Option, Recipe, recipe_named
 
 if TYPE_CHECKING:
     from trimtab.steering import Steering
@@ -48,16 +40,13 @@ class Learn(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Where the first argument is such a method, the context of its command."""
-        if args and args[0] == DISTILL:
-            from trimtab.commands.learn_distill import command
-
-            return command().make_context(f"{info_name} {DISTILL}", args[1:], parent=parent, **extra)
         if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
-            known = recipes()
-            if args[0] in known:
-                return command_for(known[args[0]]).make_context(
-                    f"{info_name} {args[0]}", args[1:], parent=parent, **extra
-                )
+            recipe = recipe_named(args[0])
+            if recipe is not None:
+                from trimtab.commands import learn_distill
+
+                command = learn_distill.command() if recipe.name == DISTILL else command_for(recipe)
+                return command.make_context(f"{info_name} {args[0]}", args[1:], parent=parent, **extra)
         return super().make_context(info_name, args, parent=parent, **extra)
 
 
@@ -70,11 +59,17 @@ def command_for(recipe: Recipe) -> Any:
     texts = recipe.takes == "texts" or any(option.kind == "texts" for option in recipe.options)
     column = [_keyword("column", ColumnOption, None)] if texts else []
     parameters = [*_source(recipe), *column, *(_parameter(option) for option in recipe.options), *_COMMON]
+    names = [parameter.name for parameter in parameters]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise TrimtabError(
+            f"{recipe.name} of {recipe.distribution} has an option {twice[0]!r}, which every command has; rename it"
+        )
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__doc__ = (
         f"{recipe.title[:1].upper()}{recipe.title[1:]}: {recipe.paper}\n\n"
         f"Learns from {recipe.data}. Reads {recipe.reads}. Acts: {recipe.acts}. Costs {recipe.cost}."
+        + ("" if recipe.distribution == "trimtab" else f" From {recipe.distribution}.")
     )
     alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
     alone.command(name=recipe.name, context_settings={"help_option_names": ["-h", "--help"]})(run)
@@ -99,12 +94,7 @@ _COMMON = [
     _keyword("layers", LayersOption, None),
     _keyword("strength", StrengthOption, 1.0),
     _keyword("program", ForOption, None),
-    _keyword("model", ModelOption, None),
-    _keyword("device", DeviceOption, None),
-    _keyword("dtype", DtypeOption, "auto"),
-    _keyword("revision", RevisionOption, None),
-    _keyword("layers_path", LayersPathOption, None),
-    _keyword("template", TemplateOption, None),
+    *parameters_of(ModelOptions),
     _keyword("json", JsonOption, False),
 ]
 
@@ -117,8 +107,8 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         "texts": "A file of texts: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
-    named = [_keyword("keys", KeysOption, None), _keyword("ignore", IgnoreOption, None)]
-    return [_keyword(recipe.takes, Annotated[str, source]), *(named if recipe.takes == "pairs" else [])]
+    named = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []
+    return [_keyword(recipe.takes, Annotated[str, source]), *named]
 
 
 def _parameter(option: Option) -> inspect.Parameter:
@@ -144,7 +134,9 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
 
     wanted = parse_layers(given["layers"])
     check_program(program, recipe.name, given, wanted, out)
-    columns = columns_of(given.get("keys"), given.get("ignore"), pairs=recipe.takes == "pairs")
+    loader = taken(ModelOptions, given)
+    named = taken(ColumnOptions, given) if recipe.takes == "pairs" else ColumnOptions()
+    columns = named.of(pairs=recipe.takes == "pairs")
     column = given.get("column")
     options = {option.name: _value(option, given[option.name], columns, column) for option in recipe.options}
     data: list[Any] = []
@@ -159,31 +151,22 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
     from trimtab.steering.steering import check_strength
 
     strength = check_strength(given["strength"])
-    lm = load_model(
-        given["model"],
-        device=given["device"],
-        dtype=given["dtype"],
-        revision=given["revision"],
-        layers_path=given["layers_path"],
-        template=given["template"],
-        quiet=quiet,
-    )
+    lm = loader.load(quiet=quiet)
     layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=quiet) as progress:
         chosen = {name: value for name, value in options.items() if value is not None}
         learned = strength * recipe.load()(lm, *data, layers, progress=progress, **chosen)
     learned, digest = save_for(program, learned, out)
     if quiet:
-        document = _document(recipe, lm.name, strength, learned, out, digest)
+        document = document_of(recipe.name, lm.name, learned, out, digest, strength=strength)
         document["suggested_strength"] = suggested_strength(learned)
         write_json(document | ({"next": commands_for(program, out)} if program else {}))
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
     show(title, _table(learned), f"saved {out}", *next_steps(program, out))
-    asked = f"--model {given['model']} " if given["model"] else ""
     shown = named_with_strength(out, learned)
-    note(f'try: trimtab generate {asked}--steer {shown} --prompt "…" --compare', quiet=False)
+    note(f'try: trimtab generate {loader.named}--steer {shown} --prompt "…" --compare', quiet=False)
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
@@ -208,13 +191,14 @@ def _value(option: Option, value: Any, columns: Columns, column: str | None) -> 
     return value
 
 
-def _document(recipe: Recipe, model: str, strength: float, learned: Steering, out: Path, digest: str) -> dict[str, Any]:
+def document_of(method: str, model: str, learned: Steering, out: Path, digest: str, **more: Any) -> dict[str, Any]:
+    """What was learned and written, as values."""
     return {
         "file": str(out),
         "digest": digest,
-        "method": recipe.name,
+        "method": method,
         "model": model,
-        "strength": strength,
+        **more,
         "options": dict(learned.card.options),
         "measured": dict(learned.card.measured),
         "edits": [str(edit) for edit in learned.edits],

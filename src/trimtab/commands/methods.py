@@ -18,7 +18,8 @@ def methods(json: JsonOption = False) -> None:
     [bold]  trimtab methods
       trimtab methods --json[/bold]
 
-    `trimtab learn METHOD --help` shows what each can be told.
+    `trimtab learn METHOD --help` shows what each can be told. What other installed
+    packages bring stands at the end, with the package's name.
     """
     found = recipes()
     if json:
@@ -33,6 +34,7 @@ def methods(json: JsonOption = False) -> None:
             ("reads", recipe.reads),
             ("acts", f"{recipe.acts} ({recipe.sites})"),
             ("costs", recipe.cost),
+            *([] if recipe.distribution == "trimtab" else [("from", recipe.distribution)]),
         ):
             table.add_row("", Text.assemble((f"{label}: ", "dim"), value))
         table.add_row("", "")

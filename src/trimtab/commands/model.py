@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict, dataclass
 from logging import ERROR, getLogger
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,8 +56,8 @@ LayersPathOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="transformers; vllm, which must be installed; or llamacpp for a .gguf file as it is stored (needs"
-        " trimtab\\[llamacpp]; steerings that add directions only).",
+        help="transformers; vllm, which must be installed; llamacpp for a .gguf file as it is stored (needs"
+        " trimtab\\[llamacpp]; steerings that add directions only); or another installed package's.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -71,6 +72,34 @@ TemplateOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+
+
+@dataclass(frozen=True)
+class BareModelOptions:
+    """Which model, and where it runs: options of most commands."""
+
+    model: ModelOption = None
+    device: DeviceOption = None
+    dtype: DtypeOption = "auto"
+    revision: RevisionOption = None
+    layers_path: LayersPathOption = None
+
+    def load(self, *, quiet: bool, engine: str = "transformers") -> LM:
+        """The model. Raises `TrimtabError` when it can't be had on that device."""
+        given = asdict(self)
+        return load_model(given.pop("model"), quiet=quiet, engine=engine, **given)
+
+    @property
+    def named(self) -> str:
+        """What to type to name it again, in front of other options."""
+        return f"--model {self.model} " if self.model else ""
+
+
+@dataclass(frozen=True)
+class ModelOptions(BareModelOptions):
+    """The same, and keywords of its chat template."""
+
+    template: TemplateOption = None
 
 
 def load_model(

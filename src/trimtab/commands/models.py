@@ -1,22 +1,16 @@
-"""`trimtab models`: how to name a model, what trimtab finds in one, and what of it works there."""
+"""`trimtab models`: how to name a model, and what trimtab finds in one, and what of it works there."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    load_model,
-)
+from trimtab.commands.model import BareModelOptions, JsonOption
 from trimtab.commands.models_check import check as check_model
+from trimtab.commands.options import grouped
 from trimtab.commands.terminal import show, write_json
 from trimtab.engines.transformers import default_model
 
@@ -31,12 +25,10 @@ WAYS = {
 }
 
 
+@grouped
 def models(
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
+    *,
+    loader: BareModelOptions,
     check: Annotated[
         str | None,
         typer.Option(
@@ -61,9 +53,9 @@ def models(
     with 1 where something is wrong. With random weights nothing is downloaded.
     """
     if check is not None:
-        check_model(check, device=device, dtype=dtype, revision=revision, layers_path=layers_path, json=json)
+        check_model(replace(loader, model=check), json=json)
         return
-    if model is None:
+    if loader.model is None:
         folder = default_model.cache_directory() / f"{default_model.NAME}-{default_model.SHA256[:12]}"
         cached = (folder / "model.safetensors").is_file()
         if json:
@@ -76,7 +68,7 @@ def models(
         state = f"is in {folder}" if cached else f"will be kept in {folder}; it isn't there yet"
         show("Name a model by", table, "", f"{default_model.NAME} {state}")
         return
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = loader.load(quiet=json)
     details = _details(lm)
     if json:
         write_json(details)

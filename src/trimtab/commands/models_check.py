@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from trimtab.commands.model import load_model, silence, without_bars
+from trimtab.commands.model import BareModelOptions, silence, without_bars
 from trimtab.commands.terminal import note, say, show, write_json
 from trimtab.errors import TrimtabError
 
@@ -22,15 +22,13 @@ SHOWN = {"works": "yes", "partly": "partly", "refused": "no", "wrong": "WRONG", 
 STYLES = {"works": "green", "partly": "yellow", "refused": "dim", "wrong": "bold red", "transformers": "yellow"}
 
 
-def check(
-    what: str, *, device: str | None, dtype: str, revision: str | None, layers_path: str | None, json: bool
-) -> None:
-    """Check a model, a folder, a `config.json` or a model type, and print what was found.
+def check(loader: BareModelOptions, *, json: bool) -> None:
+    """Check the model, folder, `config.json` or model type that is `loader.model`, and print what was found.
 
     Raises `typer.Exit` with 1 where something is wrong, as tests of it would.
     """
     without_bars(json)
-    report = _report(what, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    report = _report(loader, quiet=json)
     if json:
         write_json(report.as_json())
     else:
@@ -39,12 +37,11 @@ def check(
         raise typer.Exit(1)
 
 
-def _report(
-    what: str, *, device: str | None, dtype: str, revision: str | None, layers_path: str | None, quiet: bool
-) -> Report:
+def _report(loader: BareModelOptions, *, quiet: bool) -> Report:
     from trimtab.doctor import check_config, check_model
     from trimtab.doctor.tiny import CAUSAL, IMAGE_TEXT
 
+    what = str(loader.model)
     path = Path(what)
     if path.is_dir() and (path / "config.json").is_file() and not any(next(path.glob(w), None) for w in WEIGHTS):
         path = path / "config.json"
@@ -55,7 +52,7 @@ def _report(
         silence(quiet)
         note("checking a tiny random model of that type …", quiet=quiet)
         return check_config(what if type_alone else path)
-    lm = load_model(what, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=quiet)
+    lm = loader.load(quiet=quiet)
     note("checking …", quiet=quiet)
     return check_model(lm)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +34,23 @@ IgnoreOption = Annotated[
 ]
 
 
-def columns_of(keys: str | None, ignore: str | None, *, pairs: bool, source: str = "--pairs") -> Columns:
-    """What the options say. Raises `TrimtabError` where they can't be read, or where there are no `pairs` at all."""
-    for name, value in (("--keys", keys), ("--ignore", ignore)):
-        if value is not None and not pairs:
-            raise TrimtabError(f"{name} is about the columns of pairs; give {source} FILE")
-    return Columns.parse(KEYS, keys, ignore)
+@dataclass(frozen=True)
+class ColumnOptions:
+    """Which columns of a file of pairs are what."""
+
+    keys: KeysOption = None
+    ignore: IgnoreOption = None
+
+    def of(self, *, pairs: bool, source: str = "--pairs") -> Columns:
+        """The columns. Raises `TrimtabError` where they can't be read, or where there are no `pairs` at all."""
+        for name, value in (("--keys", self.keys), ("--ignore", self.ignore)):
+            if value is not None and not pairs:
+                raise TrimtabError(f"{name} is about the columns of pairs; give {source} FILE")
+        return Columns.parse(KEYS, self.keys, self.ignore)
+
+    def read(self, path: str | Path | None) -> list[Pair]:
+        """The pairs of the file by them, none without one. Raises `TrimtabError` as `read_pairs` does."""
+        return pairs_in(path, self.of(pairs=path is not None))
 
 
 def pairs_in(path: str | Path | None, columns: Columns) -> list[Pair]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.errors import TrimtabError
-from trimtab.methods.recipe import Recipe, recipes
+from trimtab.methods.recipe import Recipe, recipe_named, recipes
 from trimtab.text.pairs import Pair
 
 
 def recipe_for(name: str, pairs: Sequence[Pair], source: str) -> Recipe:
     """The method of that name. Raises `TrimtabError` when there is none or it can't learn from such pairs, if any."""
-    known = recipes()
-    if name not in known:
-        raise TrimtabError(f"there is no method {name!r}; methods: {', '.join(known)}")
-    check_shape(known[name], pairs, source)
-    return known[name]
+    recipe = recipe_named(name)
+    if recipe is None:
+        raise TrimtabError(f"there is no method {name!r}; methods: {', '.join(recipes())}")
+    check_shape(recipe, pairs, source)
+    return recipe
 
 
 def check_shape(recipe: Recipe, pairs: Sequence[Pair], source: str) -> None:

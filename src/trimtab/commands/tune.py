@@ -19,17 +19,9 @@ from rich.table import Table
 from trimtab.commands.checkers import Check, checker_for
 from trimtab.commands.instructions import lesson_of
 from trimtab.commands.learn import parse_layers
-from trimtab.commands.model import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LayersPathOption,
-    ModelOption,
-    RevisionOption,
-    TemplateOption,
-    load_model,
-)
-from trimtab.commands.pair_files import IgnoreOption, KeysOption, columns_of, pairs_in
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions
 from trimtab.commands.terminal import note, progress_bar, say, show, sigterm_interrupts, write_json
 from trimtab.commands.tune_advice import advice
 from trimtab.errors import TrimtabError
@@ -62,7 +54,9 @@ class Task:
     instructed: Sequence[Prompt]
 
 
+@grouped
 def tune(
+    *,
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
     instruction: Annotated[
         str | None, typer.Option(help="A sentence to put after queries that come with trimtab.", show_default=False)
@@ -74,8 +68,7 @@ def tune(
             show_default=False,
         ),
     ] = None,
-    keys: KeysOption = None,
-    ignore: IgnoreOption = None,
+    columns: ColumnOptions,
     check: Annotated[
         str | None,
         typer.Option(
@@ -153,12 +146,7 @@ def tune(
     figure: Annotated[
         Path | None, typer.Option(help="A .png of the search. Needs matplotlib.", show_default=False)
     ] = None,
-    model: ModelOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    revision: RevisionOption = None,
-    layers_path: LayersPathOption = None,
-    template: TemplateOption = None,
+    loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Find the layer, strength and positions at which a steering works, or that none does.
@@ -213,7 +201,7 @@ def tune(
         raise TrimtabError(f"--operation is add, project or both, got {operation!r}")
     if budget_minutes is not None and not (math.isfinite(budget_minutes) and budget_minutes > 0):
         raise TrimtabError(f"--budget-minutes is a number above 0, got {budget_minutes}")
-    read = pairs_in(pairs, columns_of(keys, ignore, pairs=pairs is not None))
+    read = columns.read(pairs)
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "margin": margin,
@@ -248,15 +236,7 @@ def tune(
     from trimtab.tune import default_layers, grid, learn_operations, tune_letters
     from trimtab.tune import tune as search_for
 
-    lm = load_model(
-        model,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        layers_path=layers_path,
-        quiet=json,
-        template=template,
-    )
+    lm = loader.load(quiet=json)
     tried = list(range(lm.layout.layers)) if wanted == "all" else wanted
     tried = default_layers(lm.layout.layers) if tried is None else tried
     lines = not json and not sys.stderr.isatty()  # in place of the bars
@@ -310,7 +290,7 @@ def tune(
     if json:
         write_json({**_document(lm, task, found, out, digest, figure), "warnings": doubts, "advice": list(advised)})
     else:
-        _print(lm, task, found, model, out, figure)
+        _print(lm, task, found, loader.named, out, figure)
         show(*(f"try next: {line}" for line in advised))
     if digest is None:
         raise typer.Exit(130 if found.interrupted else NOTHING)
@@ -460,7 +440,7 @@ def _guard(given: Sequence[str]) -> Guard:
 # ---- what is told ----------------------------------------------------------------------------------------------
 
 
-def _print(lm: LM, task: Task, found: Tuned, model: str | None, out: Path, figure: Path | None) -> None:
+def _print(lm: LM, task: Task, found: Tuned, named: str, out: Path, figure: Path | None) -> None:
     head = (
         f"{task.what} on {lm.name}: learned from {len(task.pairs)} pairs, searched on {len(found.split.search)}"
         f" prompts, confirmed on {len(found.split.held_out)} others"
@@ -481,7 +461,6 @@ def _print(lm: LM, task: Task, found: Tuned, model: str | None, out: Path, figur
         show("nothing is written")
     else:
         show(f"saved {out}")
-        named = f"--model {model} " if model else ""
         note(f'try: trimtab generate {named}--steer {out} --prompt "…" --compare', quiet=False)
     if figure is not None:
         show(f"figure {figure}")

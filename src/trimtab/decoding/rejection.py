@@ -19,14 +19,9 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Steering
 
 LADDERS = ("halve", "strength")
-SCHEDULES = ("auto", "sequential", "two_phase", "optimistic", "narrow", "fused")
+SCHEDULES = ("auto", "optimistic", "fused")
 RANKINGS = ("paper", "repo")
 STRENGTH_RUNGS = 5
-TRUE_GUESSES = 0.87
-"""How often the token of an open gate is taken to be one of the raw model's best two. This and the next two as on the
-default model: 73 of 84 open gates, of which 51 rejected two rungs, and 35 of these gave the best token."""
-TWO_REJECTED, THEN_BEST = 0.6, 0.7
-"""How often the two strongest rungs are taken to be rejected, and the raw model's best token to be emitted then."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Rejection:
     1 nothing but ties. `ladder="halve"` keeps the first half of the layers at each rung, in the order of `ranking`
     (`"paper"`, `"repo"`: as the released code computes it, or a tuple of layers, best first), down to `min_layers`
     (2: the released code; 1: the paper's text); `"strength"` keeps all layers and halves the strength, in five rungs.
-    `schedule` says how rungs are computed; all give the same tokens, `"auto"` measures which is fastest.
+    `schedule` says how rungs are computed, for the same tokens: `"auto"` is `"optimistic"` on CPUs, else `"fused"`.
     """
 
     beta: float = 0.5
@@ -125,24 +120,3 @@ def plausible(raw: Tensor, tau: Tensor, candidate: Tensor) -> Tensor:
 def plausible_set(raw: Tensor, tau: Tensor) -> Tensor:
     """`[rows, vocabulary]`: the tokens with `z >= tau`. It has at most `1 / (beta * max p)` members."""
     return raw >= tau[:, None]
-
-
-def expected_cost(schedule: str, cost: dict[str, float], batch: int, open_share: float, tries: float) -> float:
-    """Seconds a token takes, from those of passes: `raw`, `one` (a rung), `rungs` (all), `optimistic` (these and the
-    guesses), `fused` (these and the raw rows); and where `narrow` can be had, `three` (the raw row and two rungs) and
-    `more` (two rungs and a guess)."""
-    some_open = 1 - (1 - open_share) ** batch
-    if schedule == "sequential":
-        return cost["raw"] + some_open * tries * cost["one"]
-    if schedule == "two_phase":
-        return cost["raw"] + some_open * cost["rungs"]
-    if schedule == "optimistic":
-        all_true = TRUE_GUESSES ** (open_share * batch / some_open)  # so many gates are open where some are
-        return (1 - some_open * all_true) * cost["raw"] + some_open * cost["optimistic"]
-    if schedule == "fused":
-        return cost["fused"]
-    if "three" not in cost:
-        return float("inf")
-    again = open_share * TWO_REJECTED
-    guessed = again * THEN_BEST
-    return (1 - guessed) * cost["three"] + (again + guessed * open_share) * cost["more"]

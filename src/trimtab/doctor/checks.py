@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -14,10 +15,10 @@ from trimtab.decoding.rejection import Rejection
 from trimtab.doctor import naive
 from trimtab.doctor.report import PARTLY, REFUSED, THEIRS, WORKS, WRONG, Finding
 from trimtab.engines.transformers.attention import check_attention, score_layers
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.generate import _end_ids
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.read import Text, read_groups
-from trimtab.engines.transformers.stepping import Stepper
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.steering import Add, Edit, Positions, ScaleScores, SetProjection, Site, Steering, emphasis
@@ -46,6 +47,14 @@ class Wrong(Exception):
 
 class Theirs(Exception):
     """It is wrong in transformers itself, without any steering."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens and their log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
 
 
 class Checks:
@@ -275,10 +284,23 @@ class Checks:
             self.same(got[row], self.ids[row], self.expected(row), f"row {row + 1} behind an open gate")
 
     def stepping(self) -> None:
-        Stepper(self.lm.model, self.lm.tokenizer, self.lm.layout)
-        got = self.generate(self.prompts, self.steerings, drop_finished=True, max_new_tokens=MORE)
-        for row in range(3):
-            self.same(got[row], self.ids[row], self.expected(row), f"row {row + 1} of a batch that rows leave")
+        batch = GenerationBatch(self.lm.model, self.lm.tokenizer, self.lm.layout)
+        told: dict[int, list[Any]] = {}
+        rows: dict[int, int] = {}
+        with torch.no_grad():
+            for row, limit in ((0, MORE), (1, NEW), (2, MORE)):  # one at a time; the second leaves first
+                request = GenerationRequest(tuple(self.ids[row]), self.steerings[row], limit, alternatives=0)
+                rows[batch.insert(request)] = row
+                for one in batch.step():
+                    told.setdefault(rows[one.key], []).append(one)
+            while len(batch):
+                for one in batch.step():
+                    told.setdefault(rows[one.key], []).append(one)
+        for row, given in told.items():
+            if problem := next((one.error for one in given if one.error), None):
+                raise problem
+            got = Answer(tuple(one.token for one in given), tuple(one.logprob for one in given))
+            self.same(got, self.ids[row], self.expected(row), f"row {row + 1} of a batch that rows join and leave")
 
     def part(self, kind: str) -> str | None:
         """Reading and adding at a kind of site; the reason why it is refused at some layers, if it is."""
@@ -344,7 +366,7 @@ class Checks:
             lambda text, these=these: naive.attended(self.lm, text, dict.fromkeys(these, factor), SPAN, True)
             for these in rungs
         ]
-        for schedule, rows in (("sequential", [0]), ("optimistic", [0, 1, 2])):
+        for schedule, rows in (("fused", [0]), ("optimistic", [0, 1, 2])):
             way = Rejection(beta=BETA, ranking=order, schedule=schedule, min_layers=1)
             got = self.generate([self.prompts[row] for row in rows], steering, rejection=way)
             for row in rows:

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from trimtab.decoding.trace import Trace
-from trimtab.steering.above import above
 
 
 @dataclass(frozen=True)
@@ -66,4 +65,6 @@ class Generation:
     pieces: tuple[str, ...] | None = None
 
     def _repr_html_(self) -> str:
-        return str(above("report.notebook", "generation_html")(self))
+        from trimtab.report.notebook import generation_html
+
+        return str(generation_html(self))

@@ -109,7 +109,7 @@ def check_together(steering: Steering) -> None:
                 alike.setdefault((edit.positions, edit.gate), []).append(edit)
             for edits in alike.values():
                 if len(edits) > 1:
-                    row_of(edits)
+                    call_of(edits)
 
 
 def sweep(edits: tuple[Edit, ...], length: int) -> list[tuple[int, int | None, frozenset[Positions]]]:
@@ -146,11 +146,13 @@ def _acts_together(one: Edit, other: Edit) -> bool:
     return a.kernel is b.kernel and a.kernel in TOGETHER and not (a.keep_norm or b.keep_norm)
 
 
-def row_of(edits: Sequence[Edit]) -> Rows:
-    """The parameters of one slot. Raises `TrimtabError` for projections that can't all be had."""
-    rows = [edit.operation.row(edit.strength) for edit in edits]
-    together = TOGETHER.get(edits[0].operation.kernel)
-    return rows[0] if together is None else together(rows, [str(edit) for edit in edits])
+def call_of(edits: Sequence[Edit]) -> tuple[Kernel, Rows]:
+    """The kernel of one slot, and its parameters. Raises `TrimtabError` for projections that can't all be had."""
+    kernel = edits[0].operation.kernel
+    together = TOGETHER.get(kernel)
+    if together is None:
+        return edits[0].operation.call(edits[0].strength)
+    return kernel, together([edit.operation.row(edit.strength) for edit in edits], [str(edit) for edit in edits])
 
 
 def as_rows(row: Rows, dtype: torch.dtype, edits: Sequence[Edit]) -> Rows:
@@ -184,25 +186,36 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
     """
     found = []
     for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
-        groups: dict[tuple[Kernel, float], dict[int, Slot]] = {}
+        groups: dict[tuple[Kernel, float], dict[int, Rows]] = {}
         for state, one in slots.items():
             if step < len(one):
-                first = one[step][0].operation
-                groups.setdefault((first.kernel, first.keep_norm), {})[state] = one[step]
-        for (kernel, keep_norm), slot_of in groups.items():
-            only_adds = kernel is add and not keep_norm
-            compute = dtype if only_adds else torch.promote_types(dtype, torch.float32)
-            rows_of = {state: as_rows(row_of(slot), compute, slot) for state, slot in slot_of.items()}
+                kernel, keep_norm, row = compiled(one[step], dtype)
+                groups.setdefault((kernel, keep_norm), {})[state] = row
+        for (kernel, keep_norm), rows_of in groups.items():
+            compute = compute_dtype(kernel, keep_norm, dtype)
             found.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, compute))
     return found
 
 
-def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
-    """What some rows have more than others (a second projection, say) is negative zero for these: it does nothing.
+def compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:
+    """One slot's kernel, the share of the norm that is kept, and its parameters, for activations of this dtype."""
+    kernel, row = call_of(slot)
+    keep_norm = slot[0].operation.keep_norm
+    return kernel, keep_norm, as_rows(row, compute_dtype(kernel, keep_norm, dtype), slot)
 
-    A floor that they haven't is minus infinity.
-    """
-    nothing = NEUTRAL.get(kernel, -0.0)
+
+def compute_dtype(kernel: Kernel, keep_norm: float, dtype: torch.dtype) -> torch.dtype:
+    """What a stage computes in where the model computes in `dtype`."""
+    return dtype if kernel is add and not keep_norm else torch.promote_types(dtype, torch.float32)
+
+
+def missing_of(name: str, kernel: Kernel) -> float:
+    """What a row that hasn't a parameter of this name has in its place, so that it does nothing."""
+    return -torch.inf if name.startswith("floor.") else NEUTRAL.get(kernel, -0.0)
+
+
+def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int, dtype: torch.dtype) -> Stage:
+    """What some rows have more than others (a second projection, say) does nothing to these (see `missing_of`)."""
     active = torch.zeros(count, dtype=torch.bool)
     values: dict[str, dict[int, Any]] = {}
     for state, row in rows_of.items():
@@ -215,8 +228,7 @@ def _bank(kernel: Kernel, keep_norm: float, rows_of: dict[int, Rows], count: int
         if isinstance(first, LowRank):
             rows[name] = LowRanks(by_state, count)
             continue
-        missing = -torch.inf if name.startswith("floor.") else nothing
-        bank = rows[name] = torch.full((count, first.shape[0]), missing, dtype=dtype)
+        bank = rows[name] = torch.full((count, first.shape[0]), missing_of(name, kernel), dtype=dtype)
         for state, value in by_state.items():
             bank[state] = value
     return Stage(kernel, keep_norm, rows, active)

@@ -21,7 +21,6 @@ from trimtab.text.unfolding import Unfolding
 
 REFUSED = {
     "batch_size": "there is one prompt",
-    "drop_finished": "there is one prompt",
     "progress": "each piece is the progress",
     "streamer": "the stream is one",
     "num_return_sequences": "one answer comes",

@@ -41,7 +41,7 @@ def answer(
 
     The batches are fixed before the first one runs: the requests, longest prompt first, cut into `batch_size`. So an
     answer doesn't depend on where a run was interrupted. Rows leave their batch as they end, where `lm.generate` can
-    let them (`drop_finished`). Records come, and are written, in that order. `options` go to `lm.generate`; with
+    let them. Records come, and are written, in that order. `options` go to `lm.generate`; with
     `do_sample=True` each batch has a seed of its own, drawn from `seed`.
 
     With `out`, each batch is appended to that JSONL file as soon as it is done. When the file is there already, the
@@ -70,7 +70,6 @@ def answer(
             batch_size=batch_size,
             seed=drawn,
             transfer=transfer,
-            drop_finished=True,
             **options,
         )
         return [

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import category_of, spread
-from trimtab.evaluate.records import Record, Request
-from trimtab.evaluate.refusal import with_system
+from trimtab.evaluate.records import Record, Request, with_system
 from trimtab.steering import Steering
 from trimtab.text.read import read_text
 

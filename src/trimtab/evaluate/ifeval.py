@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.punkt import ensure_punkt, has
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import Record, Request, with_system
 from trimtab.steering import Steering
 from trimtab.text.read import read_text
 
@@ -317,9 +317,17 @@ def _repeatable(kind: str, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 
 def requests_of(
-    items: Sequence[IFEvalItem], arms: Mapping[str, Steering | None], *, without_instruction: bool = False
+    items: Sequence[IFEvalItem],
+    arms: Mapping[str, Steering | None],
+    systems: Mapping[str, str] | None = None,
+    *,
+    without_instruction: bool = False,
 ) -> list[Request]:
-    """Every item in every arm. Raises `TrimtabError` for an item without the bare prompt asked for."""
+    """Every item in every arm. `systems[arm]` is the system message that an arm has.
+
+    Raises `TrimtabError` for an item without the bare prompt asked for.
+    """
+    systems = systems or {}
     requests = []
     for item in items:
         prompt = item.prompt_without_instruction if without_instruction else item.prompt
@@ -327,7 +335,10 @@ def requests_of(
             raise TrimtabError(
                 f"item {item.item} has no prompt_without_instruction; use a file of pairs, or leave the instruction in"
             )
-        requests += [Request(arm, item.item, prompt, steering, item.key) for arm, steering in arms.items()]
+        requests += [
+            Request(arm, item.item, with_system(prompt, systems.get(arm)), steering, item.key)
+            for arm, steering in arms.items()
+        ]
     return requests
 
 

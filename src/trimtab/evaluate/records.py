@@ -32,6 +32,14 @@ class Request:
     group: str | None = None
 
 
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """The prompt; under a system message, where there is one, as messages."""
+    if system is None:
+        return prompt
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "system", "content": system}, *messages]
+
+
 @dataclass(frozen=True)
 class Record:
     """One answer, what steered it, and what it scored.

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import spread
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import Record, Request, with_system
 from trimtab.steering import Steering
-from trimtab.text.chat import Prompt
 from trimtab.text.read import read_text
 
 if TYPE_CHECKING:
@@ -143,13 +142,6 @@ def requests_of(
         for item in items
         for arm, steering in arms.items()
     ]
-
-
-def with_system(prompt: str, system: str | None) -> Prompt:
-    """The prompt, as messages where there is a system message."""
-    if system is None:
-        return prompt
-    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
 
 
 def score(_request: Request, answer: Generation) -> dict[str, float]:

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 TextPair = tuple[Text, Text]
+Kept = TypeVar("Kept", bound=PairMoments)
 
 
 def contrast(
@@ -63,13 +64,15 @@ def contrast_many(
     sets: Mapping[str, Sequence[TextPair]],
     layers: Sequence[int],
     *,
+    keep: type[Kept] = PairMoments,  # type: ignore[assignment]
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: Progress | None = None,
-) -> dict[str, dict[int, PairMoments]]:
+) -> dict[str, dict[int, Kept]]:
     """`contrast` for many sets of (positive, negative) texts, by the set's name and the layer, in one pass.
 
     Every text is read once, whatever number of pairs it is in: a negative that all sets share, with all its
-    positives, is one group, whose common beginning runs once. `progress(done, total)` counts pairs.
+    positives, is one group, whose common beginning runs once. `keep` is what is kept of each set at each layer: sums,
+    or with `PairMembers` all activations. `progress(done, total)` counts pairs.
 
     Raises `TrimtabError` as `contrast` does, naming the set that has no pairs.
     """
@@ -84,7 +87,7 @@ def contrast_many(
     # read_groups counts a group of texts with one beginning as one row, which is right for about two of them
     budget = max(1, 2 * tokens_per_batch // max(len(group) for group in groups))
     sites = [Site(layer) for layer in layers]
-    moments = {name: {layer: PairMoments(lm.layout.width) for layer in layers} for name in sets}
+    moments = {name: {layer: keep(lm.layout.width) for layer in layers} for name in sets}
     done, total = 0, sum(len(pairs) for pairs in sets.values())
     for batch in read_groups(lm.layout, groups, sites, tokens_per_batch=budget):
         places: dict[str, list[tuple[int, int]]] = {}

@@ -1,4 +1,5 @@
-"""Streaming sums of activations: memory doesn't grow with the number of pairs."""
+"""Streaming sums of activations, whose memory doesn't grow with the number of pairs; and all activations, for what
+needs them."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.learn.estimators import Estimator, estimate
 from trimtab.steering.tensors import to_float64
 
 
@@ -64,3 +66,24 @@ class PairMoments:
     def target(self) -> float:
         """The positives' mean projection on the unit mean difference (Stolfo et al., section 3.2)."""
         return float(self.positive @ self.direction) / self.count
+
+
+@dataclass
+class PairMembers(PairMoments):
+    """The same, and every pair's activations: for directions that no sums give. Memory grows with the pairs.
+
+    At each site that is 16 bytes times pairs times width.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.members: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, positive: Tensor, negative: Tensor) -> None:
+        super().add(positive, negative)
+        self.members.append((to_float64(positive), to_float64(negative)))
+
+    def estimated(self, estimator: Estimator) -> Tensor:
+        """The direction that the estimator gives: `[width]`. Raises `TrimtabError` as `estimate` does."""
+        positive, negative = (torch.cat([batch[side] for batch in self.members]) for side in (0, 1))
+        return estimate(estimator, positive, negative)

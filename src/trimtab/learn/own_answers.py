@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import as_rows, row_of
+from trimtab.engines.folding import as_rows, call_of
 from trimtab.engines.transformers.forced import Change, Forced, forcing, passes
 from trimtab.engines.transformers.read import Text
 from trimtab.errors import TrimtabError
@@ -328,8 +328,8 @@ def help_changes(help_: Steering) -> dict[Site, Change]:
     """What a steering adds, as changes of a teacher-forced pass."""
     changes: dict[Site, Change] = {}
     for edit in help_.edits:
-        rows = as_rows(row_of([edit]), torch.float32, [edit])
-        changes[edit.site] = partial(_added, edit.operation.kernel, rows)
+        kernel, row = call_of([edit])
+        changes[edit.site] = partial(_added, kernel, as_rows(row, torch.float32, [edit]))
     return changes
 
 

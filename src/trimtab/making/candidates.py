@@ -133,7 +133,9 @@ def distilled(lm: LM, idea: Idea, learned: Contrasts, seed: int, say: Callable[[
     lessons = tuple(learned.lessons)
     answers = Answers(lessons, lessons, ())
     options = {"idea": idea.name}
-    return learn_from_answers(lm, answers, steps=STEPS, rate=RATE, with_prompt=0.0, seed=seed, options=options, say=say)
+    return learn_from_answers(
+        lm, answers, rank=0, steps=STEPS, rate=RATE, with_prompt=0.0, seed=seed, options=options, say=say
+    )
 
 
 def _pairs(learned: Contrasts) -> list[tuple[Text, Text]]:

@@ -15,7 +15,6 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import check_lm
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.positions import END, Bound
 
@@ -23,24 +22,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="actadd",
-    title="activation addition",
-    paper="Turner et al., 2023, arXiv 2308.10248",
-    takes="nothing",
-    data="two short texts, no more",
-    reads="every token of the two texts, at a block's input",
-    acts="adds at one block's input (default: 1/8 of the depth), at the prompt's first tokens",
-    sites="block_input",
-    cost="nothing a generated token: it acts on the prompt only",
-    function="learn_actadd",
-    options=(
-        Option("positive", "str", None, "The text to go towards, such as Love."),
-        Option("negative", "str", None, "The text to go away from, such as Hate."),
-        Option("coefficient", "float", 5.0, "How many times the difference is added (c)."),
-        Option("align", "str", "front", "At the prompt's first tokens, or its last.", choices=("front", "back")),
-    ),
-)
 
 DEPTH = 0.125
 """Layer 6 of GPT-2 XL's 48, the paper's most used."""

@@ -27,31 +27,12 @@ from trimtab.learn.descent import Descent
 from trimtab.learn.given import pairs_for
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
 from trimtab.learn.trained import Trained
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="bipo",
-    title="a vector by bi-directional preference optimization",
-    paper="Cao et al., NeurIPS 2024, arXiv 2406.00045",
-    shapes=("answers",),
-    data="prompt + positive (preferred) + negative, some dozens or more",
-    reads="the answers' tokens, teacher-forced, with gradients",
-    acts="adds at one block (default: 0.47 of the depth), from the last prompt token on; -1 prefers the negatives",
-    function="learn_bipo",
-    options=(
-        Option("beta", "float", 0.1, "How soon a preference is strong enough: the scale of log-ratios in the loss."),
-        Option("steps", "int", 40, "Steps of gradient descent, at most."),
-        Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
-        Option("max_dose", "float", 1.0, "The vector's greatest length, in typical activations."),
-        Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
-        Option("seed", "int", 0, "Of the order of the pairs, and of the signs."),
-    ),
-)
 
 DEPTH = 0.47
 """The paper steers layer 15 of 32 (Llama 2 7B); Mistral 7B at layer 13."""

@@ -23,9 +23,9 @@ from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
+from trimtab.learn.estimators import Estimator, as_estimator, estimator_name, mean_difference, unit
 from trimtab.learn.given import pairs_for
-from trimtab.learn.moments import PairMoments
-from trimtab.methods.recipe import Option, Recipe
+from trimtab.learn.moments import PairMembers, PairMoments
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
 from trimtab.text.letters import BASE_FORMAT, letter_balance, letter_of
@@ -46,27 +46,6 @@ __all__ = [
     "moved",
 ]
 
-RECIPE = Recipe(
-    name="caa",
-    title="contrastive activation addition",
-    paper="Rimsky et al., ACL 2024, arXiv 2312.06681",
-    shapes=("letters", "answers", "texts"),
-    data="question + answer_matching_behavior + answer_not_matching_behavior; or positive + negative (+ prompt, and"
-    " system prompts)",
-    reads="the answer's letter, or the last token of a text, or several tokens of it",
-    acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
-    cost="one addition at one layer a token",
-    function="learn_caa",
-    options=(
-        Option(
-            "read_at",
-            "str",
-            None,
-            "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8), or"
-            " over those after a text (after:MARKER). Default: the letter of letters, else last.",
-        ),
-    ),
-)
 
 DEPTH = 0.4
 """Where CAA works best in the paper: layer 13 of 32 (7B) and 14 of 40 (13B)."""
@@ -93,12 +72,17 @@ def learn_caa(
     pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
+    estimator: str | Estimator = "mean-difference",
     norm: Norm = "raw",
     read_at: str | ReadAt | None = None,
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
     """Learn the mean difference of the pairs' activations at each layer (default: the one at 0.4 of the depth).
+
+    `estimator` makes the direction another: `"median"`, `"pca"`, `"probe"`, or a function of the positives' and the
+    negatives' activations, each `[pairs, width]`, that gives one, `[width]` (`trimtab.learn.estimators`). The mean
+    difference needs sums only; for others the activations of all pairs are kept.
 
     Multiple-choice pairs are read at the answer's letter, other answers and texts at their last token or at `read_at`:
     the mean over all tokens of each side's answer (`"answer"`), over the first ones (`"first:8"`), or over those after
@@ -112,7 +96,7 @@ def learn_caa(
     after it, or pairs of prompts (they are for `learn_instruct`).
     """
     options: dict[str, Any] = {"norm": norm, "read_at": read_at, "positions": positions, "progress": progress}
-    return learn_behaviours(lm, {"caa": pairs}, layers, **options)["caa"]
+    return learn_behaviours(lm, {"caa": pairs}, layers, estimator=estimator, **options)["caa"]
 
 
 def learn_behaviours(
@@ -120,6 +104,7 @@ def learn_behaviours(
     behaviours: Mapping[str, Pairs],
     layers: int | Sequence[int] | None = None,
     *,
+    estimator: str | Estimator = "mean-difference",
     norm: Norm = "raw",
     read_at: str | ReadAt | None = None,
     positions: Positions | None = None,
@@ -133,12 +118,14 @@ def learn_behaviours(
         raise TrimtabError(f"there is no norm {norm!r}; norms: {', '.join(get_args(Norm))}")
     sets = {name: pairs_for(lm, pairs) for name, pairs in behaviours.items()}
     chosen = check_layers(lm, layers, DEPTH)
+    direction = as_estimator(estimator)
     if not sets:
         raise TrimtabError("there are no behaviours to learn")
     texts = {
         name: answer_texts(lm, pairs, read_at, f" of {name!r}" if len(sets) > 1 else "") for name, pairs in sets.items()
     }
-    found = contrast_many(lm, texts, chosen, progress=progress)
+    keep = PairMoments if direction is mean_difference else PairMembers
+    found = contrast_many(lm, texts, chosen, keep=keep, progress=progress)
     position = Positions.from_last_prompt_token() if positions is None else positions
     learned = {}
     for name, moments in found.items():
@@ -146,8 +133,8 @@ def learn_behaviours(
         of = f" of {name!r}" if len(sets) > 1 else ""
         letters = pairs[0].shape == "letters"
         options = {"layers": chosen, "read_at": _where(letters, read_at), "norm": norm}
-        if positions is not None:
-            options["positions"] = str(positions)
+        options |= {} if direction is mean_difference else {"estimator": estimator_name(direction)}
+        options |= {} if positions is None else {"positions": str(positions)}
         card = learned_card(lm, "caa", pairs, moments, options)
         if letters:
             balance = {letter: round(net, 6) for letter, net in letter_balance(pairs).items()}
@@ -155,7 +142,8 @@ def learn_behaviours(
             _warn_of_balance(balance, of)
         _warn_of_agreement(moments, of)
         edits = tuple(
-            Edit(Site(layer), Add(_scaled(moments[layer], norm, layer).float()), position) for layer in chosen
+            Edit(Site(layer), Add(_direction(moments[layer], direction, norm, layer).float()), position)
+            for layer in chosen
         )
         learned[name] = Steering(edits, card)
     return learned
@@ -211,11 +199,12 @@ def _length(edit: Edit, name: str) -> float:
     return length
 
 
-def _scaled(moments: PairMoments, norm: Norm, layer: int) -> Tensor:
-    if norm == "raw":
-        return moments.difference
+def _direction(moments: PairMoments, estimator: Estimator, norm: Norm, layer: int) -> Tensor:
     try:
-        return moments.direction * (moments.norm if norm == "relative" else 1.0)
+        found = moments.estimated(estimator) if isinstance(moments, PairMembers) else moments.difference
+        if norm == "raw":
+            return found
+        return unit(found) * (moments.norm if norm == "relative" else 1.0)
     except TrimtabError as error:
         raise TrimtabError(f"layer {layer}: {error}") from None
 

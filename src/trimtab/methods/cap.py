@@ -21,9 +21,8 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import mean_difference
+from trimtab.learn.estimators import mean_difference, unit
 from trimtab.learn.given import pairs_for
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering
 from trimtab.text.pairs import Pair, Pairs, digest
 
@@ -31,30 +30,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="cap",
-    title="activation capping",
-    paper="Lu et al., 2026, arXiv 2601.10387",
-    shapes=("answers", "texts"),
-    data="prompt + positive (wanted) + negative, some dozens or more",
-    reads="all tokens of the answers",
-    acts="raises projections that are below the cap, at blocks from 0.7 to 0.85 of the depth, at all tokens but the"
-    " first",
-    cost="one projection a layer and token",
-    function="learn_cap",
-    options=(
-        Option("quantile", "float", 0.25, "Which quantile of the answers' projections the cap is, 0 to 1."),
-        Option("over", "str", "wanted", "Of which answers' projections.", choices=("wanted", "both")),
-        Option(
-            "bound",
-            "str",
-            "floor",
-            "Keep projections above the positives' low ones, or what positives have below the negatives' high ones.",
-            choices=("floor", "ceiling"),
-        ),
-        Option("positions", "positions", None, "At which tokens (default: all but the first)."),
-    ),
-)
 
 Over = Literal["wanted", "both"]
 Bound = Literal["floor", "ceiling"]
@@ -140,7 +115,7 @@ def _cap(
     """The direction towards the first side `[width]`, the cap, and what the card tells; a text is `[tokens, width]`."""
     wanted, other = (torch.stack([x.mean(0) for x in side]) for side in sides)
     try:
-        v = mean_difference(wanted, other).float()
+        v = unit(mean_difference(wanted, other)).float()
     except TrimtabError as error:
         raise TrimtabError(f"layer {layer}: {error}; use other pairs, or another layer") from None
     along = [side @ v.double() for side in (wanted, other)]

@@ -18,10 +18,9 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import centred_members, mean_difference, unit
+from trimtab.learn.estimators import mean_difference, pca, unit
 from trimtab.learn.given import check_lm, pairs_for
 from trimtab.learn.thresholds import Choice, learn_threshold
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
 from trimtab.steering.gates import MEASURES, POOLS, Gate, Reading
 from trimtab.text.chat import Prompt
@@ -30,34 +29,6 @@ from trimtab.text.pairs import Pairs, digest
 if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
-
-RECIPE = Recipe(
-    name="cast",
-    title="conditional activation steering",
-    paper="Lee et al., ICLR 2025, arXiv 2409.05907",
-    shapes=("answers", "texts"),
-    data="prompt + positive + negative for the behaviour; prompts that should trigger it, and others",
-    reads="the answers' tokens, and the prompts'",
-    acts="adds at blocks from 0.3 to 0.5 of the depth, at every token, where the prompt meets the condition",
-    cost="one addition a layer and token; a reading of the prompt where the condition isn't below all steered layers",
-    function="learn_cast",
-    options=(
-        Option("when", "texts", None, "Prompts on which the behaviour should act."),
-        Option("unless", "texts", None, "Prompts on which it should not."),
-        Option("coefficient", "float", 0.2, "The length of the push, in shares of the mean activation's."),
-        Option("behaviour", "str", "pca", "The behaviour's direction.", choices=("pca", "mean")),
-        Option(
-            "measure",
-            "str",
-            "dot",
-            "The condition's measure (the paper's: cast).",
-            choices=("dot", "cosine", "ratio", "cast"),
-        ),
-        Option("pool", "str", "unit-mean", "How tokens are pooled (the paper's: mean).", choices=("unit-mean", "mean")),
-        Option("choice", "str", "f1", "Which threshold is best.", choices=("f1", "youden")),
-        Option("condition_layer", "int", None, "Where the condition reads (default: best below the behaviour)."),
-    ),
-)
 
 
 ENOUGH = 3
@@ -203,7 +174,7 @@ def learn_behaviour(
     for site in sites:
         positive, negative = (torch.stack([pair[m].mean(0) for pair in found[site]]) for m in (0, 1))
         try:
-            v = (centred_members if behaviour == "pca" else mean_difference)(positive, negative)
+            v = unit((pca if behaviour == "pca" else mean_difference)(positive, negative))
         except TrimtabError as error:
             raise TrimtabError(f"layer {site.layer}: {error}") from None
         norm = float(torch.cat([x for pair in found[site] for x in pair]).norm(dim=-1).median())

@@ -34,30 +34,19 @@ from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.trained import Part, Trained, typical
-from trimtab.methods.recipe import Recipe
 from trimtab.steering import Card, Site, Steering
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
-
-RECIPE = Recipe(
-    name="distill",
-    title="a prompt compiled into an edit",
-    paper="prompt distillation (Askell et al., arXiv 2112.00861) into activations; closed form: PSR, arXiv 2605.03907",
-    takes="nothing",
-    data="an instruction, a system message, a text or examples, and the model's own answers under it",
-    reads="the answers' tokens, with and without the prompt",
-    acts="adds a vector at every block (default), or a low-rank map, from the last prompt token on",
-    cost="one addition a layer and token; of rank r, two products of r rows",
-    function="learn_distill",
-)
 
 FITS = ("gradient", "closed", "both")
 HELD_OUT = 8
 """One query in so many is held out, and decides when the descent stops."""
 SLACK = 0.25
 """In few held-out answers, a divergence so much above the lowest is no worse."""
-CLOSED_RANK = 64
+RANK, CLOSED_RANK = 8, 64
+STEPS = 16
+"""More steps still lower the divergence on held-out answers a little, and the answers say less about their queries."""
 CLOSED_TOKENS = 4096
 """A closed fit reads about so many tokens of answers, which stay in memory together."""
 
@@ -81,7 +70,7 @@ def learn_distill(
     check: Check | None = None,
     fit: str = "gradient",
     rank: int | None = None,
-    steps: int = Descent.steps,
+    steps: int = STEPS,
     rate: float = Descent.rate,
     tokens: int = 64,
     with_prompt: float = 0.3,
@@ -103,7 +92,8 @@ def learn_distill(
         check: `check(query, answer, cut)`: whether an answer does what the teacher says, `cut` if the token limit
             stopped it. Without one, answers count that are clearly more likely with what the teacher says.
         fit: `"gradient"`, `"closed"`, or `"both"`: a descent that begins where the closed form ends.
-        rank: Rows that read activations, at each block; 0 is a vector alone. Default: 0, and 64 for a closed fit.
+        rank: Rows that read activations, at each block; 0 is a vector alone, which can't tell what the answer has
+            done already, but is an addition, as every engine runs it. Default: 8, and 64 for a closed fit.
         steps: Steps of gradient descent, at most; it stops earlier when answers to held-out queries get no better.
         rate: Adam's learning rate, in units of the activations' root mean square.
         tokens: The most tokens of an answer.
@@ -140,7 +130,7 @@ def learn_from_answers(
     *,
     fit: str = "gradient",
     rank: int | None = None,
-    steps: int = Descent.steps,
+    steps: int = STEPS,
     rate: float = Descent.rate,
     with_prompt: float = 0.3,
     max_dose: float = Descent.max_dose,
@@ -200,7 +190,7 @@ def _plan(
     if not 0 <= with_prompt <= 1:
         raise TrimtabError(f"with_prompt is a share from 0 to 1, got {with_prompt}")
     closed = fit != "gradient"
-    rank = (CLOSED_RANK if closed else 0) if rank is None else rank
+    rank = (CLOSED_RANK if closed else RANK) if rank is None else rank
     if rank < 0:
         raise TrimtabError(f"rank is 0 or more, got {rank}")
     return _Plan(tuple(check_layers(lm, _layers(lm, layers, closed), 0)), fit, rank, how, with_prompt)

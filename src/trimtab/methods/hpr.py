@@ -21,7 +21,6 @@ from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import pairs_for
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, Positions, Rotate, RotatePredicted, Site, Steering
 from trimtab.steering.rotations import angle_sizes, predicted_angle
 from trimtab.text.pairs import Pairs, digest
@@ -30,31 +29,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="hpr",
-    title="Householder pseudo-rotation",
-    paper="Pham and Nguyen, EMNLP 2024, arXiv 2409.10053",
-    shapes=("answers", "texts"),
-    data="prompt + positive + negative, a few hundred or more",
-    reads="all tokens of the answers from where the two part, at every block",
-    acts="turns activations on the wrong side of a probe, at the best 5 blocks, from the last prompt token on",
-    cost="a small network a layer and token (none with --turn fixed or reflect)",
-    function="learn_hpr",
-    options=(
-        Option("keep", "int", 5, "So many layers, those whose probes are best on held-out pairs."),
-        Option(
-            "turn",
-            "str",
-            "predicted",
-            "By a predicted angle, the mean angle of the pairs, or the reflection.",
-            choices=("predicted", "fixed", "reflect"),
-        ),
-        Option("alpha", "float", 1.0, "Multiplies the angle."),
-        Option("epochs", "int", 5, "Of training the angle network."),
-        Option("seed", "int", 0, "Of the network's first weights and the order of its batches."),
-        Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
-    ),
-)
 
 Turn = Literal["predicted", "fixed", "reflect"]
 TURNS = ("predicted", "fixed", "reflect")

@@ -14,8 +14,8 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
+from trimtab.learn.estimators import ESTIMATORS, Estimator, as_estimator, estimate, estimator_name, mean_difference
 from trimtab.learn.given import pairs_for
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.pairs import Pairs, digest
 
@@ -23,38 +23,8 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="icv",
-    title="in-context vectors",
-    paper="Liu et al., ICML 2024, arXiv 2311.06668",
-    shapes=("texts", "answers"),
-    data="a few demonstrations: negative is a text as it is (x), positive as it should be (y)",
-    reads="the last token of a text, at every block",
-    acts="turns the output of every MLP towards the vector, norm kept, at every token",
-    sites="mlp",
-    cost="a projection, a norm and an addition a layer and token",
-    function="learn_icv",
-    options=(
-        Option("scale", "float", 0.1, "Lambda: the push, in shares of the activation (paper: 0.10 to 0.12)."),
-        Option(
-            "estimator",
-            "str",
-            "mean",
-            "What the differences share: their mean, or their first direction, not centred.",
-            choices=("mean", "pca"),
-        ),
-        Option(
-            "site",
-            "str",
-            "mlp",
-            "Where it acts: the MLPs' outputs (the authors' code) or the residual stream (their text).",
-            choices=("mlp", "residual"),
-        ),
-        Option("positions", "positions", None, "At which tokens (default: all)."),
-    ),
-)
 
-Estimator = Literal["mean", "pca"]
+KNOWN = {"mean": mean_difference, **ESTIMATORS}
 
 
 def learn_icv(
@@ -63,35 +33,29 @@ def learn_icv(
     layers: int | Sequence[int] | None = None,
     *,
     scale: float = 0.1,
-    estimator: Estimator = "mean",
+    estimator: str | Estimator = "mean",
     site: Literal["mlp", "residual"] = "mlp",
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
     """One vector over all layers (or those named) from demonstrations, each text read as it is.
 
-    `estimator="pca"` is the first direction of the differences without centring, over all layers together. (The
-    authors' code adds a centred component of arbitrary sign to the mean, which is far longer, so the mean is what it
-    comes to; with one demonstration the two are the same.) `scale` becomes the edits' strength.
+    `estimator` sees all layers together, `[pairs, layers * width]` of each side: `"mean"`, another name that
+    `learn_caa` knows, or a function. `"pca"` is the first direction of the differences without centring. (The authors'
+    code adds a centred component of arbitrary sign to the mean, which is far longer, so the mean is what it comes to;
+    with one demonstration the two are the same.) `scale` becomes the edits' strength.
 
     Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and texts that don't differ.
     """
     pairs = pairs_for(lm, pairs)
-    if estimator not in ("mean", "pca") or site not in ("mlp", "residual"):
-        raise TrimtabError(
-            f"ICV has the estimators mean and pca, and the sites mlp and residual; got {estimator}, {site}"
-        )
+    share = as_estimator(estimator, KNOWN)
+    if site not in ("mlp", "residual"):
+        raise TrimtabError(f"ICV acts at the sites mlp and residual; got {site}")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
     found = read_each(lm, pair_texts(lm, pairs), sites, progress=progress)
-    differences = torch.stack([torch.cat([plus - minus for plus, minus in found[one]]) for one in sites], 1)
-    mean = differences.mean(0)  # [layers, width]
-    if estimator == "pca":
-        rows = differences.flatten(1)
-        first = torch.linalg.svd(rows, full_matrices=False).Vh[0]
-        vector = (first if float(first @ rows.mean(0)) >= 0 else -first).view(mean.shape)
-    else:
-        vector = mean
+    positive, negative = (torch.cat([torch.cat([pair[m] for pair in found[one]]) for one in sites], 1) for m in (0, 1))
+    vector = estimate(share, positive, negative).view(len(chosen), -1)  # [layers, width]
     edits = []
     for layer, v in zip(chosen, vector, strict=True):
         norm = float(v.norm())
@@ -99,6 +63,6 @@ def learn_icv(
             raise TrimtabError(f"layer {layer}: the demonstrations' two sides don't differ there; leave it out")
         operation = AddScaled((v / norm).float(), by="opposed", keep_norm=True)
         edits.append(Edit(Site(layer, site), operation, positions or Positions.all(), scale))
-    options = {"layers": chosen, "scale": scale, "estimator": estimator, "site": site}
+    options = {"layers": chosen, "scale": scale, "estimator": estimator_name(estimator, KNOWN), "site": site}
     card = Card("icv", lm.identity, digest(pairs), options, {"pairs": len(pairs)}, versions())
     return Steering(tuple(edits), card)

@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import unit
+from trimtab.learn.estimators import unit
 from trimtab.learn.given import check_lm
 from trimtab.learn.thresholds import CHOICES, Choice, learn_threshold
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
 from trimtab.steering.gates import Reading
 from trimtab.text.chat import Prompt
@@ -28,31 +27,6 @@ if TYPE_CHECKING:
 
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
-
-RECIPE = Recipe(
-    name="inferaligner",
-    title="cross-model guidance towards refusal of harmful prompts",
-    paper="Wang et al., EMNLP 2024, arXiv 2401.11206",
-    takes="texts",
-    data="harmful prompts, and harmless ones",
-    reads="the last token of each prompt",
-    acts="adds at the middle third of the blocks, at every token, where the prompt reads as harmful",
-    cost="one addition a layer and token, and where there is a gate a reading of the prompt",
-    function="learn_inferaligner",
-    options=(
-        Option("harmless", "texts", None, "Prompts that are not harmful."),
-        Option("alpha", "float", 1.0, "How many times the guide's difference is added."),
-        Option("gate", "str", "each", "A gate a layer, or the best layer's for all.", choices=("each", "best")),
-        Option(
-            "threshold",
-            "str",
-            "midpoint",
-            "Where a gate opens: half-way between the sides, or by its curve.",
-            choices=("midpoint", "youden", "f1"),
-        ),
-        Option("positions", "positions", None, "At which tokens (default: all)."),
-    ),
-)
 
 
 def learn_inferaligner(

@@ -20,7 +20,6 @@ from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
 from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
-from trimtab.methods.recipe import Recipe
 from trimtab.steering import Add, Card, Edit, Operation, Positions, SetProjection, Site, Steering
 from trimtab.text.answers import encode_prompt
 from trimtab.text.pairs import Pair, Pairs, Side, sides
@@ -28,18 +27,6 @@ from trimtab.text.pairs import Pair, Pairs, Side, sides
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="instruct",
-    title="instruction vectors",
-    paper="Stolfo et al., ICLR 2025, arXiv 2410.12877",
-    shapes=("prompts", "texts"),
-    data="prompt + prompt_without_instruction; or positive + negative, both prompts",
-    reads="the last prompt token",
-    acts="moves the projection at one block (default: 0.6 of the depth) to where the instruction puts it, at every"
-    " token but the first; or adds",
-    cost="one projection at one layer a token",
-    function="learn_instruct",
-)
 
 DEPTH = 0.6
 Moments = Mapping[int, PairMoments]

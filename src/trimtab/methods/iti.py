@@ -24,7 +24,6 @@ from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_texts
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
@@ -32,28 +31,6 @@ from trimtab.text.pairs import Pair, Pairs, digest, sides
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
-
-RECIPE = Recipe(
-    name="iti",
-    title="inference-time intervention",
-    paper="Li et al., NeurIPS 2023, arXiv 2306.03341",
-    shapes=("letters", "answers", "texts"),
-    data="pairs of a true and a false answer, at least a few hundred",
-    reads="every head's output at the answer's letter, or the last token of a text",
-    acts="adds at the heads whose probes do best, from the last prompt token on",
-    sites="heads",
-    cost="one addition a token at each layer that has chosen heads",
-    function="learn_iti",
-    options=(
-        Option("heads", "int", 48, "How many heads, over all layers."),
-        Option("alpha", "float", 15.0, "How far, in deviations of the activations along the direction."),
-        Option("direction", "str", "mean", "The difference of means, or the probe's weight.", ("mean", "probe")),
-        Option("validation", "float", 0.2, "The share of questions that heads are ranked on."),
-        Option("seed", "int", 0, "Of the split into questions to fit and to rank on."),
-        Option("bank", "texts", None, "Other texts to measure the deviation on. Without it: the pairs' own."),
-        Option("positions", "positions", None, "At which tokens. Without it: from-last-prompt-token."),
-    ),
-)
 
 
 @dataclass(frozen=True)

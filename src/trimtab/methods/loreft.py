@@ -29,32 +29,12 @@ from trimtab.learn.descent import Descent
 from trimtab.learn.given import pairs_for
 from trimtab.learn.preferences import Plan, Preference, answers_logprobs, fit
 from trimtab.learn.trained import FROM_LAST
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, ReadWrite, Site, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="loreft",
-    title="low-rank representation finetuning",
-    paper="Wu et al., NeurIPS 2024, arXiv 2404.03592",
-    shapes=("answers",),
-    data="prompt + positive (what is learned) + negative (what is only measured), some dozens or more",
-    reads="the positive answers' tokens, teacher-forced, with gradients",
-    acts="puts activations in a low-rank subspace where a linear map of them says, at four blocks, from the last prompt"
-    " token on",
-    cost="two products of `rank` rows a layer and token",
-    function="learn_loreft",
-    options=(
-        Option("rank", "int", 4, "The dimension of the subspace at each block."),
-        Option("steps", "int", 40, "Steps of gradient descent, at most."),
-        Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
-        Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
-        Option("seed", "int", 0, "Of the first subspaces, and of the order of the pairs."),
-    ),
-)
 
 DEPTHS = (0.2, 0.4, 0.6, 0.8)
 MAX_DOSE = 1.0

@@ -13,7 +13,6 @@ import torch
 from trimtab.files.steering_file import steering_digest
 from trimtab.learn.contrast import check_layers
 from trimtab.learn.given import check_lm
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.random_edits import random_edits, random_unit
 
@@ -21,22 +20,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="random",
-    title="norm-matched random control",
-    paper="the control of Rimsky et al., ACL 2024, arXiv 2312.06681, and most others",
-    takes="nothing",
-    data="nothing, or a steering to imitate",
-    reads="nothing",
-    acts="as the steering it imitates; else adds at one block, from the last prompt token on",
-    cost="what the steering that it imitates costs",
-    function="learn_random",
-    options=(
-        Option("like", "steering", None, "A steering whose directions are replaced, at their norms."),
-        Option("length", "float", 1.0, "Without --like: the length of the push at strength 1."),
-        Option("seed", "int", 0, "Which directions are drawn."),
-    ),
-)
 
 DEPTH = 0.4
 

@@ -1,21 +1,20 @@
-"""What a method says of itself: a literal in its own file, which is read without importing the file.
+"""What a method says of itself: a recipe, from which its command and its help are made.
 
-Every module of `trimtab.methods` may have one module-level `RECIPE = Recipe(…)`. It is evaluated from the source, so
-that listing methods and showing their help wait for no torch; therefore it holds literals only, `Recipe(…)` and
-`Option(…)`. The command line finds a method by it and by nothing else.
+trimtab's own are listed in `own.py`. Another distribution's method is found by its entry point, which names a `Recipe`:
+
+    [project.entry-points."trimtab.methods"]
+    median = "trimtab_median:RECIPE"
 """
 
 from __future__ import annotations
 
-import ast
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache
-from pathlib import Path
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.plugins import METHODS, Plugin, loaded, plugin, plugins
 
 KINDS = ("str", "int", "float", "bool", "pairs", "texts", "positions", "steering")
 TAKES = ("pairs", "texts", "nothing")
@@ -46,7 +45,8 @@ class Recipe:
     """A method: its paper, what it learns from, where it reads and acts, what it costs, its function and options.
 
     `takes` says what the function is given as its second argument: `"pairs"` of texts (of one of `shapes`),
-    `"texts"`, or `"nothing"`. `function` is a name in the method's own module.
+    `"texts"`, or `"nothing"`. `function` is where it is, `"module:function"`, so that help needn't import it.
+    `distribution` is filled in where the recipe is found.
     """
 
     name: str
@@ -61,67 +61,68 @@ class Recipe:
     takes: str = "pairs"
     shapes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()
-    module: str = ""
+    distribution: str = "trimtab"
 
     def __post_init__(self) -> None:
         if self.takes not in TAKES:
             raise TrimtabError(f"{self.name}: takes is one of {', '.join(TAKES)}, got {self.takes!r}")
         if (self.takes == "pairs") != bool(self.shapes):
             raise TrimtabError(f"{self.name}: a method that takes pairs, and no other, names their shapes")
+        if not all(self.function.partition(":")):
+            raise TrimtabError(f"{self.name}: function is 'module:function', got {self.function!r}")
 
     def load(self) -> Callable[..., Any]:
-        """The function that learns. Imports torch."""
-        function: Callable[..., Any] = getattr(importlib.import_module(self.module), self.function)
+        """The function that learns. Imports torch.
+
+        Raises:
+            TrimtabError: Another distribution's function can't be imported.
+        """
+        try:
+            function: Callable[..., Any] = EntryPoint(self.name, self.function, METHODS).load()
+        except Exception as error:
+            if self.distribution == "trimtab":
+                raise
+            raise TrimtabError(
+                f"the method {self.name!r} of {self.distribution} can't be loaded: {self.function}:"
+                f" {type(error).__name__}: {error}"
+            ) from error
         return function
 
 
-def recipes() -> dict[str, Recipe]:
-    """The methods by name, in the order of their names: one for each module of `trimtab.methods` that has a recipe.
+def own_recipes() -> dict[str, Recipe]:
+    """trimtab's own methods by name."""
+    from trimtab.methods.own import OWN
 
-    Raises `TrimtabError`, naming the file, for a recipe that is no literal, or two of one name.
+    return {recipe.name: recipe for recipe in OWN}
+
+
+def recipe_named(name: str) -> Recipe | None:
+    """The method of that name, trimtab's or another distribution's, of which no other is imported; `None` for none.
+
+    Raises:
+        TrimtabError: Two methods have that name, or it is a distribution's that can't be loaded.
     """
-    import trimtab.methods
-
-    found: dict[str, Recipe] = {}
-    for folder in trimtab.methods.__path__:
-        for path in sorted(Path(folder).glob("*.py")):
-            recipe = _recipe_in(path, path.stat().st_mtime_ns)
-            if recipe is None:
-                continue
-            if recipe.name in found:
-                raise TrimtabError(f"{path}: there is a method {recipe.name!r} already, in {found[recipe.name].module}")
-            found[recipe.name] = recipe
-    return dict(sorted(found.items()))
+    own = own_recipes()
+    found = plugin(METHODS, name, own)
+    return own.get(name) if found is None else _recipe_of(found)
 
 
-@cache
-def _recipe_in(path: Path, _changed: int) -> Recipe | None:
-    text = path.read_text(encoding="utf-8")
-    if "RECIPE" not in text:
-        return None
-    for node in ast.parse(text).body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(target, ast.Name) and target.id == "RECIPE":
-            assert node.value is not None
-            try:
-                recipe = _evaluated(node.value)
-                if not isinstance(recipe, Recipe):
-                    raise ValueError("it is no Recipe(…)")
-                values = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
-                return Recipe(**{**values, "module": f"trimtab.methods.{path.stem}"})
-            except (ValueError, TypeError, KeyError, TrimtabError) as error:
-                raise TrimtabError(f"{path}: RECIPE can't be read ({error}); write literals only") from None
-    return None
+def recipes() -> dict[str, Recipe]:
+    """All methods by name: trimtab's own, then those of other distributions, each in the order of their names.
+
+    What can't be loaded is left out, with a `PluginWarning` that names its distribution.
+
+    Raises:
+        TrimtabError: Two methods have one name.
+    """
+    own = own_recipes()
+    return own | loaded(plugins(METHODS, own), _recipe_of)
 
 
-def _evaluated(node: ast.expr) -> Any:
-    """The value of a literal in which `Recipe` and `Option` may be called."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        make: Any = {"Recipe": Recipe, "Option": Option}[node.func.id]
-        if any(keyword.arg is None for keyword in node.keywords):
-            raise ValueError("** can't be read")
-        given = {str(keyword.arg): _evaluated(keyword.value) for keyword in node.keywords}
-        return make(*(_evaluated(argument) for argument in node.args), **given)
-    if isinstance(node, ast.Tuple):
-        return tuple(_evaluated(item) for item in node.elts)
-    return ast.literal_eval(node)
+def _recipe_of(found: Plugin) -> Recipe:
+    recipe = found.load()
+    if not isinstance(recipe, Recipe):
+        raise found.broken(f"it is no Recipe(…), but of the kind {type(recipe).__name__}")
+    if recipe.name != found.name:
+        raise found.broken(f"its recipe is called {recipe.name!r}, and its entry point {found.name!r}")
+    return replace(recipe, distribution=found.distribution)

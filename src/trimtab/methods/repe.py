@@ -15,9 +15,17 @@ import torch
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import centred_members, mean_difference, random_order
+from trimtab.learn.estimators import (
+    ESTIMATORS,
+    Estimator,
+    as_estimator,
+    estimate,
+    estimator_name,
+    mean_difference,
+    random_order,
+    unit,
+)
 from trimtab.learn.given import pairs_for
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at
 from trimtab.text.pairs import Pairs, digest
@@ -26,41 +34,7 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="repe",
-    title="representation reading and control",
-    paper="Zou et al., 2023, arXiv 2310.01405",
-    shapes=("texts", "answers"),
-    data="positive + negative (+ prompt)",
-    reads="the last token of a text, or several tokens of it",
-    acts="adds a unit direction at the middle third of the blocks, at every token",
-    cost="one addition a layer and token",
-    function="learn_repe",
-    options=(
-        Option(
-            "reader",
-            "str",
-            "pca",
-            "How a direction is read: principal component of centred members, of differences in random order, or mean.",
-            choices=("pca", "random-order", "cluster-mean"),
-        ),
-        Option(
-            "read_at",
-            "str",
-            "last",
-            "Where an answer is read: last, or the mean over all of it (answer), over its first tokens (first:8), or"
-            " over those after a text (after:MARKER).",
-        ),
-        Option("coefficient", "float", 1.0, "The length of the push, in shares of the mean activation's."),
-        Option("control", "str", "add", "Add the direction, or what is there of it.", choices=("add", "sign")),
-        Option("keep_norm", "bool", False, "Keep each activation's norm."),
-        Option("positions", "positions", None, "At which tokens (default: all)."),
-        Option("seed", "int", 0, "Of the random order."),
-    ),
-)
 
-Reader = Literal["pca", "random-order", "cluster-mean"]
-READERS = ("pca", "random-order", "cluster-mean")
 Control = Literal["add", "sign"]
 APART = 0.5
 """Below this cosine to the mean difference, a principal component has found something else than what the pairs have in
@@ -76,7 +50,7 @@ def learn_repe(
     pairs: Pairs,
     layers: int | Sequence[int] | None = None,
     *,
-    reader: Reader = "pca",
+    reader: str | Estimator = "pca",
     read_at: str | ReadAt = "last",
     coefficient: float = 1.0,
     control: Control = "add",
@@ -93,14 +67,18 @@ def learn_repe(
 
     An answer is read at its last token, or at `read_at` as `learn_caa` has it: then it counts by its mean there.
 
+    `reader` is `"pca"`, `"random-order"` (PCA of differences in random order, drawn from `seed`), `"cluster-mean"`, the
+    name of another estimator, or a function such as `learn_caa` takes; only its direction counts, not its length.
+
     PCA of the differences themselves is not offered: centring them removes the direction that is sought. The card has
     each layer's cosine to the mean difference. Warns (`ReaderWarning`) where it is below 0.5.
 
     Raises `TrimtabError` for no pairs, other shapes, unknown layers or options, and sides that don't differ.
     """
     pairs = pairs_for(lm, pairs)
-    if reader not in READERS:
-        raise TrimtabError(f"unknown reader {reader!r}; known: {', '.join(READERS)}")
+    readers = {"pca": ESTIMATORS["pca"], "random-order": random_order(seed), "cluster-mean": mean_difference}
+    readers |= ESTIMATORS
+    estimator = as_estimator(reader, readers)
     if control not in ("add", "sign"):
         raise TrimtabError(f"unknown control {control!r}; known: add, sign")
     if layers is None:
@@ -115,13 +93,8 @@ def learn_repe(
         positive = torch.cat([plus for plus, _ in found[site]])
         negative = torch.cat([minus for _, minus in found[site]])
         try:
-            if reader == "cluster-mean":
-                v = mean_difference(positive, negative)
-            elif reader == "pca":
-                v = centred_members(positive, negative)
-            else:
-                v = random_order(positive, negative, seed)
-            cosines[str(site.layer)] = round(float(v @ mean_difference(positive, negative)), 6)
+            v = unit(estimate(estimator, positive, negative))
+            cosines[str(site.layer)] = round(float(v @ unit(mean_difference(positive, negative))), 6)
         except TrimtabError as error:
             raise TrimtabError(f"layer {site.layer}: {error}") from None
         norm = float(torch.cat([positive, negative]).norm(dim=-1).mean())
@@ -131,14 +104,14 @@ def learn_repe(
         edits.append(Edit(site, operation, positions or Positions.all(), coefficient * norm))
     if far := [layer for layer, cosine in cosines.items() if abs(cosine) < APART]:
         warnings.warn(
-            f"the direction read by {reader} at layer {', '.join(far)} is not what the pairs differ in on the mean; use"
-            " more pairs, or reader cluster-mean",
+            f"the direction read by {estimator_name(reader, readers)} at layer {', '.join(far)} is not what the pairs"
+            " differ in on the mean; use more pairs, or reader cluster-mean",
             ReaderWarning,
             stacklevel=2,
         )
     options: dict[str, Any] = {
         "layers": chosen,
-        "reader": reader,
+        "reader": estimator_name(reader, readers),
         "control": control,
         "coefficient": coefficient,
         "seed": seed,

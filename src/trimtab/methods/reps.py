@@ -33,30 +33,12 @@ from trimtab.learn.descent import Descent
 from trimtab.learn.given import pairs_for
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
 from trimtab.learn.trained import Trained
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, SetProjection, Site, Steering
 from trimtab.text.pairs import Pairs, as_pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="reps",
-    title="a vector by reference-free preference steering",
-    paper="Wu et al., NeurIPS 2025, arXiv 2505.20809",
-    shapes=("answers",),
-    data="prompt + positive (steered) + negative (as the model answers), some dozens or more",
-    reads="the answers' tokens, teacher-forced, with gradients",
-    acts="adds at one block (default: 0.4 of the depth), from the last prompt token on",
-    function="learn_reps",
-    options=(
-        Option("steps", "int", 40, "Steps of gradient descent, at most."),
-        Option("rate", "float", 0.01, "Adam's learning rate, in units of the activations' root mean square."),
-        Option("max_dose", "float", 1.0, "The vector's greatest length, in typical activations."),
-        Option("held_out", "pairs", None, "Pairs that decide when to stop (default: one prompt in eight)."),
-        Option("seed", "int", 0, "Of the first vector, the order of the pairs, and the steering factors."),
-    ),
-)
 
 DEPTH = 0.4
 """AxBench, which the paper measures on, steers Gemma 2 2B at layers 10 and 20 of 26."""

@@ -25,40 +25,12 @@ from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_texts
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
 from trimtab.text.pairs import Pair, Pairs, digest
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="sadi",
-    title="semantics-adaptive dynamic intervention",
-    paper="Wang et al., ICLR 2025, arXiv 2410.12299",
-    shapes=("letters", "answers", "texts"),
-    data="pairs of a right and a wrong answer, hundreds of them",
-    reads="the answer's letter, or the last token of a text, at heads, neurons or the MLP's output",
-    acts="scales the most telling heads or elements, at the last prompt token",
-    sites="heads, neurons or mlp",
-    cost="nothing after the prompt; one multiplication a layer and token where it acts on generated tokens",
-    function="learn_sadi",
-    options=(
-        Option("site", "str", "heads", "Whole heads, neurons, or the MLP's output.", ("heads", "neurons", "hidden")),
-        Option("k", "int", None, "How many, over all layers. Without it: 8 heads, 100 neurons, 10 elements."),
-        Option("delta", "float", 1.0, "By how much of themselves they grow."),
-        Option("score", "str", "norm", "What they are chosen by (code: signed).", ("norm", "signed", "absolute")),
-        Option("operation", "str", "scale", "scale, or add the mean difference under the mask.", ("scale", "add")),
-        Option(
-            "mode",
-            "str",
-            "live",
-            "Layers see what was done before them, or (code: frozen) all of them scale what a clean pass had.",
-            ("live", "frozen"),
-        ),
-        Option("positions", "positions", None, "At which tokens. Without it: last-prompt-token."),
-    ),
-)
 
 KINDS = {"heads": "heads", "neurons": "neurons", "hidden": "mlp"}
 USUAL = {"heads": 8, "neurons": 100, "hidden": 10}

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import unit
+from trimtab.learn.estimators import unit
 from trimtab.learn.given import check_lm
 from trimtab.learn.thresholds import Choice
 from trimtab.methods.cast import learn_behaviour, learn_condition
 from trimtab.methods.inferaligner import learn_inferaligner
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.gates import Gate, Reading
 from trimtab.text.chat import Prompt
@@ -32,39 +31,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="safety",
-    title="refusal of harmful requests, and of no others",
-    paper="after Lee et al., ICLR 2025, arXiv 2409.05907, and Arditi et al., 2024, arXiv 2406.11717",
-    takes="texts",
-    data="harmful requests, and harmless ones, a hundred or more of each",
-    reads="answers that refuse or comply, and the last token of each prompt",
-    acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads harmful",
-    cost="one addition a layer and token",
-    function="learn_safety",
-    options=(
-        Option("harmless", "texts", None, "Requests that are to be answered, in form like the harmful ones."),
-        Option(
-            "direction",
-            "str",
-            "answers",
-            "What refusal is read from: answers that refuse and comply, or harmful and harmless prompts.",
-            choices=("answers", "prompts"),
-        ),
-        Option("coefficient", "float", 0.08, "The length of the push, in shares of the median activation's."),
-        Option("gate", "str", "inferaligner", "How a request is told to be harmful.", choices=("inferaligner", "cast")),
-        Option(
-            "choice",
-            "str",
-            None,
-            "CAST's gate: which threshold is best; youden if not given.",
-            choices=("youden", "f1"),
-        ),
-        Option("false_alarms", "float", None, "CAST's gate: at most this share of the harmless requests may open it."),
-        Option("requests", "int", 24, "From so many requests of either kind refusing and complying answers are read."),
-        Option("positions", "positions", None, "At which tokens (default: from the last prompt token on)."),
-    ),
-)
 
 REFUSING = (
     "I'm sorry, but I can't help with that.",

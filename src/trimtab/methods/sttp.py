@@ -27,10 +27,9 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.directions import unit
+from trimtab.learn.estimators import unit
 from trimtab.learn.given import pairs_for
 from trimtab.learn.probes import logistic
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering, Threshold
 from trimtab.text.pairs import Pair, Pairs, digest
 
@@ -38,29 +37,6 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="sttp",
-    title="steering to a target or mirror projection, at tokens that need it",
-    paper="Herbster et al., 2026, arXiv 2604.08169",
-    shapes=("answers", "texts"),
-    data="prompt + positive (wanted) + negative, some dozens or more",
-    reads="all tokens of the answers",
-    acts="moves projections on the wrong side of a probe, at one block (default: 0.5 of the depth), at all tokens but"
-    " the first",
-    cost="a projection and a test a layer and token",
-    function="learn_sttp",
-    options=(
-        Option(
-            "move",
-            "str",
-            "target",
-            "To where the wanted answers are (StTP), or as far beyond the probe's line as before it (StMP).",
-            choices=("target", "mirror"),
-        ),
-        Option("alpha", "float", 1.0, "StTP: standard deviations beyond the wanted mean; StMP: shares of the mirror."),
-        Option("positions", "positions", None, "At which tokens (default: all but the first)."),
-    ),
-)
 
 Move = Literal["target", "mirror"]
 DEPTH = 0.5

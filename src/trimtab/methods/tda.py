@@ -25,7 +25,6 @@ from trimtab.engines.transformers.read import Text, read_groups
 from trimtab.errors import TrimtabError
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import check_lm
-from trimtab.methods.recipe import Option, Recipe
 from trimtab.steering import Card, Edit, MaskNeurons, Positions, Site, Steering
 from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
@@ -33,23 +32,6 @@ from trimtab.text.chat import Prompt
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-RECIPE = Recipe(
-    name="tda",
-    title="training-free dynamic activation",
-    paper="Ma et al., 2024, arXiv 2408.11393",
-    takes="texts",
-    data="a few texts like those to be read, to calibrate on",
-    reads="the MLPs' neurons at all tokens but the first",
-    acts="switches off neurons that were small in the prompt, at generated tokens",
-    sites="neurons",
-    cost="a second reading of the prompt, and one multiplication a layer and token; saves nothing by itself",
-    function="learn_tda",
-    options=(
-        Option("cett", "float", 0.2, "What share of the MLP's output may be lost, on average."),
-        Option("statistic", "str", "any", "A neuron's size over the prompt: its largest, or rms.", ("any", "rms")),
-        Option("tokens", "int", 512, "Calibrate on at most so many tokens."),
-    ),
-)
 
 LEVELS = 4096
 """The threshold is looked for among so many quantiles of the neurons' sizes."""

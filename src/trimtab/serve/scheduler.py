@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
 from trimtab.engines.transformers.rejecting import Request, check_rejection
-from trimtab.engines.transformers.stepping import Asked, Stepper, Told
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.tasks import Done, Event, Failed, Piece, Task, TokenTold
@@ -93,7 +93,7 @@ class Scheduler:
         self.waiting = waiting
         self.steps = 0
         self._finished = finished
-        self._stepper = Stepper(lm.model, lm.tokenizer, lm.layout)
+        self._batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
         self._ends = _end_ids(lm.model, {})
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
@@ -139,7 +139,7 @@ class Scheduler:
 
     def check(self, task: Task) -> None:
         """Raises `TrimtabError` for a task that can't run; `lm.check(steering)` is the caller's."""
-        self._stepper.check(_asked(task))
+        self._batch.check(_request(task))
         if task.rejects:
             assert task.steering is not None
             if task.prompt is None:
@@ -253,7 +253,7 @@ class Scheduler:
             shut = self.over
             for key, answer in list(self._answers.items()):
                 if (why := self._why_over(answer.task, gone, now, shut)) is not None:
-                    self._stepper.leave(key)
+                    self._batch.remove(key)
                     del self._answers[key]
                     self._end(answer, why)
             for answer in self._apart:
@@ -287,18 +287,18 @@ class Scheduler:
     def _join(self, task: Task) -> None:
         answer = self._begin(task)
         try:
-            self._answers[self._stepper.join(_asked(task))] = answer
+            self._answers[self._batch.insert(_request(task))] = answer
         except TrimtabError as error:  # what else could raise was checked before
             self._end(answer, Failed("input", str(error)))
 
     def _step(self) -> None:
         self.steps += 1
-        for told in self._stepper.step():
+        for told in self._batch.step():
             answer = self._answers.get(told.key)
             if answer is not None:
                 self._tell(answer, told)
 
-    def _tell(self, answer: _Answer, told: Told) -> None:
+    def _tell(self, answer: _Answer, told: GenerationResponse) -> None:
         task = answer.task
         if told.error is not None:
             del self._answers[told.key]
@@ -308,9 +308,9 @@ class Scheduler:
             return
         applied = told.applied
         if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
-            dose = (applied or self._stepper.applied(told.key) or Applied((), ())).dose
+            dose = (applied or self._batch.applied(told.key) or Applied((), ())).dose
             if not dose <= task.max_dose:
-                self._stepper.leave(told.key)
+                self._batch.remove(told.key)
                 del self._answers[told.key]
                 message = f"the steering's dose is {dose:.2g} and may be {task.max_dose:g}; lower the strength"
                 self._end(answer, Failed("dose", message))
@@ -319,7 +319,7 @@ class Scheduler:
         finish = "stop" if answer.text.stopped else told.finish
         if finish:
             del self._answers[told.key]
-            applied = applied or self._stepper.leave(told.key) or Applied((), ())
+            applied = applied or self._batch.remove(told.key) or Applied((), ())
             self._end(answer, Done(finish, answer.tokens, applied))
 
     def _end(self, answer: _Answer, event: Event) -> None:
@@ -330,7 +330,7 @@ class Scheduler:
         self._finished(event, answer.task)
 
     def _fail_all(self, message: str) -> None:
-        self._stepper.clear()
+        self._batch.clear()
         answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             self._end(answer, Failed("server", message))
@@ -405,5 +405,5 @@ class Scheduler:
         return torch.tensor(over, device=input_ids.device)
 
 
-def _asked(task: Task) -> Asked:
-    return Asked(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)
+def _request(task: Task) -> GenerationRequest:
+    return GenerationRequest(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.steering.above import above
-
 TRAINED = frozenset({"bipo", "distill", "loreft", "reps"})
 """Methods that train on the model's own text, by descending on what it says: they see what their edits do to it."""
 
@@ -59,4 +57,6 @@ class Card:
         return tuple(found)
 
     def _repr_html_(self) -> str:
-        return str(above("report.notebook", "card_html")(self))
+        from trimtab.report.notebook import card_html
+
+        return str(card_html(self))

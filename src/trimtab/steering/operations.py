@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import inf
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -44,11 +44,30 @@ SHORTEST = 1e-30
 
 def with_norm_of(x: Tensor, y: Tensor, share: float = 1.0, out: Tensor | None = None) -> Tensor:
     """`y` rescaled to the norm of `x`, or this share of the way there; both `[..., width]`. Where `y` is zero, `y`."""
-    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     wanted = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    if share == 1 and y.is_cuda and FUSED:
+        return torch.mul(unit(y), wanted, out=out)
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     if share != 1:
         wanted = torch.lerp(norm, wanted, share)
     return torch.mul(y, wanted / norm.clamp_min(SHORTEST), out=out)
+
+
+FUSED = hasattr(torch.ops.aten, "_fused_rms_norm")
+"""Whether this torch has a root mean square normalization that is one kernel on CUDA (since 2.9)."""
+
+
+def unit(y: Tensor) -> Tensor:
+    """`y` `[..., width]` at norm 1, in one kernel; zeros stay zeros."""
+    weight = _even(y.shape[-1], y.dtype, y.device)
+    return torch.nn.functional.rms_norm(y, y.shape[-1:], weight, float(torch.finfo(y.dtype).tiny))
+
+
+@lru_cache(maxsize=64)
+def _even(width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What turns a root mean square of 1 into a norm of 1. Kept, as making it would be a kernel each time."""
+    with torch.inference_mode(False):
+        return torch.full((width,), width**-0.5, dtype=dtype, device=device)
 
 
 OPERATIONS: dict[str, type[Operation]] = {}
@@ -80,6 +99,14 @@ class Operation:
     def row(self, strength: float) -> Rows:
         """The kernel's parameters at this strength: vectors of shape `[width]` or `[1]`, or a `LowRank`."""
         raise NotImplementedError
+
+    def call(self, strength: float) -> tuple[Kernel, Rows]:
+        """What runs at this strength: a kernel and its parameters, by default `kernel` and `row`.
+
+        An operation may have a cheaper pair of the same effect at some strengths. It acts together with others by
+        its own `kernel` alone.
+        """
+        return self.kernel, self.row(strength)
 
     @property
     def width(self) -> int:

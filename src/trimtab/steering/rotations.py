@@ -14,11 +14,13 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.steering.operations import SHORTEST, WRITING, Directed, Kernel
-from trimtab.steering.projections import PARALLEL, Rows, along
+from trimtab.steering.projections import PARALLEL, Rows, along, set_projections, short_of
 from trimtab.steering.tensors import as_direction, as_unit
 
 NEARLY = 64
 """An activation within so many roundings of the direction's line has no plane to turn in."""
+CLOSE = 4096
+"""The same for `turn`, which doesn't take out a second time what rounding left along the direction."""
 
 
 def rotated(
@@ -60,13 +62,41 @@ def rotate(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
 WRITING.add(rotate)
 
 
+def sloped(x: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is off the direction `u`, its length q, `-x.u`, and q / -x.u: above 0 on the wrong side.
+
+    `shift`, a hair below 0, makes -x.u that of an activation on the right side where it is 0.
+    """
+    c = short_of(rows["shift"], x, rows["direction"])
+    rest = torch.addcmul(x, c, rows["direction"])
+    q = torch.linalg.vector_norm(rest, dim=-1, keepdim=True)
+    return rest, q, c, q / c
+
+
+def turn(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
+    """`x` turned towards `direction` by one angle, where its projection is negative; a few kernels, without angles.
+
+    By the angle a, x' = x + (cos a - 1 + sin a / s) r + (sin a - (cos a - 1) / s) q u, with r, q and s of `sloped`.
+    `turn` is `(cos a - 1, sin a)`, `cross` is `(sin a, 1 - cos a)`.
+    """
+    rest, q, _, slope = sloped(x, rows)
+    shares = torch.addcdiv(rows["turn"], rows["cross"], slope)
+    shares.masked_fill_(slope <= CLOSE * torch.finfo(x.dtype).eps, 0)
+    new = torch.addcmul(x, shares[..., :1], rest)
+    return torch.addcmul(new, shares[..., 1:] * q, rows["direction"], out=out)
+
+
+WRITING.add(turn)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Rotate(Directed, name="rotate"):
     """Turns activations towards a unit direction `[width]`, keeping their norm (HPR, 2409.10053).
 
     The turn is `strength * angle` (radians), in the plane of the activation and the direction. `angle=None` is the
     Householder reflection on the plane that the direction is normal to: at strength 1 the projection changes its sign,
-    at 1/2 it becomes 0. With `one_sided` only activations with a negative projection are turned.
+    at 1/2 it becomes 0. With `one_sided` only activations with a negative projection are turned. One (nearly) along the
+    direction has no plane to turn in, and stays; but for the whole reflection, which needs none.
     """
 
     angle: float | None = None
@@ -88,6 +118,22 @@ class Rotate(Directed, name="rotate"):
             "angle": one * (strength * (self.angle or 0.0)),
             "lean": one * (1 - 2 * strength if self.angle is None else 1.0),
             "ceiling": one * (0.0 if self.one_sided else math.inf),
+        }
+
+    def call(self, strength: float) -> tuple[Kernel, Rows]:
+        """The whole reflection is linear, and a turn by one angle needs no angles of activations."""
+        u, one = self.direction, self.direction.new_ones(1)
+        if self.angle is None and strength == 1:
+            floor = {"floor.0": 0 * one} if self.one_sided else {}
+            return set_projections, {"direction.0": u, "weight.0": 2 * u, "target.0": 0 * one, **floor}
+        if self.angle is None or not self.one_sided:
+            return self.kernel, self.row(strength)
+        less, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
+        return turn, {
+            "direction": u,
+            "shift": -SHORTEST * one,
+            "turn": u.new_tensor([less, sine]),
+            "cross": u.new_tensor([sine, -less]),
         }
 
 
@@ -151,6 +197,27 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
             "angle": one * (strength * (self.angle or 0.0)),
             "share": one * (strength if self.angle is None else 0.0),
         }
+
+    def call(self, strength: float) -> tuple[Kernel, Rows]:
+        """A turn by one angle is linear: two projections move by what the angle makes of both."""
+        if self.angle is None:
+            return self.kernel, self.row(strength)
+        row, zero = self.row(strength), self.direction.new_zeros(1)
+        first, other = row["first"].double(), row["other"].double()
+        less, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
+        return set_projections, {
+            "direction.0": row["first"],
+            "weight.0": -(less * first + sine * other),
+            "target.0": zero,
+            "direction.1": row["other"],
+            "weight.1": -(less * other - sine * first),
+            "target.1": zero,
+        }
+
+
+def _cosine_less_one(angle: float) -> float:
+    """cos(angle) - 1, as precise for small angles."""
+    return -2 * math.sin(angle / 2) ** 2
 
 
 def _angle(value: float | None) -> float | None:
@@ -229,15 +296,22 @@ class RotatePredicted(Directed, name="rotate_predicted"):
             if key not in copies:
                 copies[key] = self.weights.to(device=x.device, dtype=x.dtype)
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            share = _share_of_pi(x, norm, copies[key])
-
-            def turned(old: Tensor) -> Tensor:
-                return torch.addcmul(old, rows["strength"], share, value=math.pi)
-
-            return rotated(x, rows["direction"], norm, turned, 0.0, out)
+            _, q, c, slope = sloped(x, rows)
+            parts = torch.polar(rows["one"], rows["angle"] * _share_of_pi(x, norm, copies[key]))
+            # cos a + sin a / s, and sin a |x|^2 / q: as `turn`, of x and the direction
+            along_x = torch.addcdiv(parts.real, parts.imag, slope)
+            along_u = parts.imag * torch.addcdiv(q, c, slope)
+            new = torch.addcmul(x * along_x, along_u, rows["direction"])
+            return torch.where(slope > CLOSE * torch.finfo(x.dtype).eps, new, x, out=out)
 
         WRITING.add(rotate_predicted)
         return rotate_predicted
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        return {"direction": self.direction, "strength": self.direction.new_full((1,), strength)}
+        one = self.direction.new_ones(1)
+        return {
+            "direction": self.direction,
+            "shift": -SHORTEST * one,
+            "one": one,
+            "angle": math.pi * strength * one,
+        }

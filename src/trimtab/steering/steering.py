@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering.above import above
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.card import Card
 from trimtab.steering.directions import directions, shared_cosines
@@ -107,20 +106,28 @@ class Steering:
     @classmethod
     def load(cls, path: str | Path, **options: Any) -> Steering:
         """A steering from a file, trimtab's or another program's: `trimtab.load`."""
-        return above("files.load", "load")(path, **options)
+        from trimtab.files.load import load
+
+        return load(path, **options)
 
     @classmethod
     def from_pretrained(cls, repository: str | Path, **options: Any) -> Steering:
         """A steering from the Hugging Face Hub, or a folder: `trimtab.from_pretrained`."""
-        return above("files.hub", "from_pretrained")(repository, **options)
+        from trimtab.files.hub import from_pretrained
+
+        return from_pretrained(repository, **options)
 
     def save(self, path: str | Path) -> str:
         """Write it to a `.safetensors` file: `trimtab.save`. Returns the digest."""
-        return above("files.steering_file", "save_steering")(self, path)
+        from trimtab.files.steering_file import save_steering
+
+        return save_steering(self, path)
 
     def push_to_hub(self, repository: str, **options: Any) -> str:
         """Put it on the Hugging Face Hub, with a page made from its card: `trimtab.push_to_hub`."""
-        return above("files.hub", "push_to_hub")(self, repository, **options)
+        from trimtab.files.hub import push_to_hub
+
+        return push_to_hub(self, repository, **options)
 
     def at(self, positions: Positions) -> Steering:
         """The same edits at other positions. Raises `TrimtabError` for anything but `Positions`."""
@@ -192,10 +199,14 @@ class Steering:
         Raises:
             TrimtabError: matplotlib is missing, or there is no direction to show.
         """
-        return above("report.axes", "draw_steering")(self, ax)
+        from trimtab.report.axes import draw_steering
+
+        return draw_steering(self, ax)
 
     def _repr_html_(self) -> str:
-        return str(above("report.notebook", "steering_html")(self))
+        from trimtab.report.notebook import steering_html
+
+        return str(steering_html(self))
 
     def __repr__(self) -> str:
         if len(self.edits) > 4:

@@ -20,7 +20,6 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.fluency import Fluency, fluencies
 from trimtab.lm import DoseWarning
 from trimtab.steering import Steering
-from trimtab.steering.above import above
 from trimtab.steering.steering import check_strength
 from trimtab.text.chat import Prompt
 from trimtab.tune.candidates import STRENGTHS
@@ -101,8 +100,9 @@ class Sweep:
         rows = [{name: getattr(row, name) for name in names} for row in (self.unsteered, *self.rows)]
         for row in rows:
             row["broken"] = "; ".join(row["broken"])
-        frame = above("report.frames", "frame")(rows)
-        return frame.astype({"layer": "Int64"})
+        from trimtab.report.frames import frame
+
+        return frame(rows).astype({"layer": "Int64"})
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the share that passes (without a check, the perplexity) by strength, a line for each layer.
@@ -110,10 +110,14 @@ class Sweep:
         With one strength it is by layer. What breaks the guard is marked with a cross. Draws into matplotlib's `ax`, or
         a new one, which is returned. Raises `TrimtabError` when matplotlib is missing.
         """
-        return above("report.axes", "draw_sweep_lines")(self, ax)
+        from trimtab.report.axes import draw_sweep_lines
+
+        return draw_sweep_lines(self, ax)
 
     def _repr_html_(self) -> str:
-        return str(above("report.notebook", "sweep_html")(self))
+        from trimtab.report.notebook import sweep_html
+
+        return str(sweep_html(self))
 
 
 def sweep(
@@ -153,7 +157,6 @@ def sweep(
             system=system,
             chat=chat,
             transfer=transfer,
-            drop_finished=True,
             progress=progress,
             **options,
         )

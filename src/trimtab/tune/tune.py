@@ -185,7 +185,6 @@ def tune(
                 batch_size=batch_size,
                 progress=progress,
                 transfer=transfer,
-                drop_finished=True,
                 **options,
             )
         read = fluencies(lm, [after[i] for i in items], answers) if guard else [None] * len(answers)

@@ -133,7 +133,7 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
     check_attention(layout)
     width = max(lengths)
     rows = [Row(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
-    layers = compile_scores(rows, width, head_count(layout), next(layout.decoder.parameters()).device)
+    layers = compile_scores(rows, width, head_count(layout), torch.device("cpu"))
     columns: int | None = None
     owner = get_ident()
 
@@ -152,12 +152,18 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
 
 @contextmanager
 def steered_scores(
-    layout: Layout, layers: dict[int, LayerScores], columns: Callable[[], int], *, own: int = 0
+    layout: Layout,
+    layers: dict[int, LayerScores],
+    columns: Callable[[], int],
+    masks: Callable[..., Tensor | None] | None = None,
+    *,
+    own: int = 0,
 ) -> Iterator[None]:
     """While open, attention to a batch's prompts is steered at these layers, for all queries.
 
     `columns()` says how many columns a row has so far, pads and those of the running pass included. The last `own`
-    columns are left alone. Passes of other threads are left alone too.
+    columns are left alone, and so are passes of other threads. `masks` makes the masks; by default what the model's own
+    attention has for it.
 
     Raises:
         TrimtabError: A pass has ended in which a layer to be steered didn't ask for this attention, or there was none.
@@ -189,7 +195,7 @@ def steered_scores(
         if steered is not None:
             place = id(steered), count, query.device
             if place not in chosen:
-                chosen[place] = _steered_rows(steered.to(query.device), count)
+                chosen[place] = steered.steered_rows(count, query.device)
             rows, steered = chosen[place]
             if len(rows) == count:
                 return _steered_attention(module, query, key, value, mask, steered, columns(), own, given), None
@@ -228,7 +234,7 @@ def steered_scores(
             )
 
     with (
-        registered(attention, compat.mask_function(usual)) as name,
+        registered(attention, masks or compat.mask_function(usual)) as name,
         compat.attending_with(configurations(layout), name),
     ):
         hooks = [
@@ -268,17 +274,6 @@ def with_sinks(scores: Tensor, given: dict[str, Any]) -> tuple[Tensor, int]:
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
     """Scores after the model's soft cap (Gemma 2)."""
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
-
-
-def _steered_rows(steered: LayerScores, count: int) -> tuple[Tensor, LayerScores]:
-    """The rows of a batch of `count` that are steered, and what is done to them.
-
-    A request may stand in several neighbouring rows.
-    """
-    touched = steered.touched
-    repeat = count // len(touched)
-    rows = touched.repeat_interleave(repeat).nonzero().flatten()
-    return rows, steered.select(rows // repeat)
 
 
 def _rows_of(given: Tensor | None, rows: Tensor) -> Tensor | None:

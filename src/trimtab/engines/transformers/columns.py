@@ -47,13 +47,7 @@ class Columns(DynamicCache):
         """How many columns the batch has, pads included."""
         return self.stop - self.start
 
-    def mask(self, device: torch.device, more: int = 0) -> Tensor:
-        """`[rows, width + more]`: 1 where a row has a token, or will have in the next `more` columns."""
-        columns = torch.arange(self.width + more, device=device)
-        pads = torch.tensor([self.width - length for length in self.lengths], device=device)
-        return (columns[None] >= pads[:, None]).long()
-
-    def adopt(self, source: DynamicCache, picks: Sequence[tuple[int, int]]) -> None:
+    def insert(self, source: DynamicCache, picks: Sequence[tuple[int, int]]) -> None:
         """Take in rows `(row, tokens)` of another cache, whose last `tokens` columns are theirs; they come last."""
         longest = max([*self.lengths, *(length for _, length in picks)])
         first = len(self.lengths)
@@ -61,7 +55,7 @@ class Columns(DynamicCache):
         if not self._buffers:
             self._buffers = [_layer_like(theirs, self) for theirs in others]
             self.layers = list(self._buffers)
-        self._make_room(first + len(picks), longest, 1)
+        self._allocate(first + len(picks), longest, 1)
         for mine, theirs in zip(self._buffers, others, strict=True):
             if mine.state is not None:
                 mine.state.adopt(theirs, [place for place, _ in picks])
@@ -76,7 +70,7 @@ class Columns(DynamicCache):
                     buffer[row, :, self.stop - length : self.stop] = given[place, :, given.shape[2] - length :]
         self.lengths += [length for _, length in picks]
 
-    def drop(self, row: int) -> None:
+    def remove(self, row: int) -> None:
         """A row leaves; the last one takes its place."""
         last = len(self.lengths) - 1
         for layer in self._buffers:
@@ -92,16 +86,16 @@ class Columns(DynamicCache):
         if not self.lengths:  # an idle batch holds no memory
             self.layers, self._buffers, self.stop, self._capacity = [], [], 0, (0, 0)
 
-    def open_column(self) -> None:
+    def make_room(self) -> None:
         """See to it that the next pass finds a column to write to."""
-        self._make_room(len(self.lengths), max(self.lengths), 1)
+        self._allocate(len(self.lengths), max(self.lengths), 1)
 
-    def close_column(self) -> None:
+    def advance(self) -> None:
         """The pass is done: every row has one token more."""
         self.stop += 1
         self.lengths = [length + 1 for length in self.lengths]
 
-    def _make_room(self, rows: int, longest: int, ahead: int) -> None:
+    def _allocate(self, rows: int, longest: int, ahead: int) -> None:
         """Buffers for so many rows, whose longest has so many tokens, and for `ahead` columns to come."""
         have_rows, have_columns = self._capacity
         if rows <= have_rows and longest <= self.stop and self.stop + ahead <= have_columns:

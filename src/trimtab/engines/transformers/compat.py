@@ -25,7 +25,15 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -386,6 +394,11 @@ def attention_parameters(module: nn.Module) -> frozenset[str]:
     return frozenset() if eager is None else frozenset(inspect.signature(eager).parameters)
 
 
+def sdpa_attention() -> Callable[..., Any]:
+    """The attention that is called `"sdpa"`."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
 def mask_function(name: str) -> Callable[..., Any]:
     """What makes the masks for the attention of that name."""
     return ALL_MASK_ATTENTION_FUNCTIONS[name]
@@ -428,15 +441,56 @@ def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
     return asked if asked is not None else getattr(model.generation_config, name, None)
 
 
+_ELSEWHERE = (
+    "stop_strings",
+    "max_time",
+    "penalty_alpha",
+    "dola_layers",
+    "guidance_scale",
+    "prompt_lookup_num_tokens",
+    "watermarking_config",
+    "num_return_sequences",
+    "token_healing",
+)
+"""Settings that do nothing only where they are unset (or 1)."""
+
+
+def decodes_by_steps(model: Any, options: Mapping[str, Any]) -> bool:
+    """Whether `generate` would take a token a pass, greedily or sampled, over a cache that grows with each.
+
+    Args:
+        model: The model; its own settings of generation count where `options` say nothing.
+        options: Options of `generate` that say how tokens are chosen.
+    """
+    inside = wrapped(model)
+    if type(inside).generate is not GenerationMixin.generate or "generate" in vars(model):
+        return False
+    config, _ = inside._prepare_generation_config(None, **options)
+    if str(config.get_generation_mode().value) not in ("greedy_search", "sample") or config.use_cache is False:
+        return False
+    if any(getattr(config, name, None) not in (None, 1, False) for name in _ELSEWHERE):
+        return False
+    return not _may_read_anew(inside)
+
+
+def _may_read_anew(model: Any) -> bool:
+    """Whether rotary embeddings change with the length of the text, so that a long one's cache is made anew."""
+    text = model.config.get_text_config(decoder=True)
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    each = [found, *(one for one in found.values() if isinstance(one, Mapping))]
+    return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in each)
+
+
 def is_generate_option(model: Any, name: str) -> bool:
     """Whether transformers' `generate` takes this name: a setting, one of its arguments, or an input of the model."""
     if hasattr(model.generation_config, name) or name in ("tokenizer", "assistant_tokenizer", *CACHE_NAMES):
         return True
-    own = inspect.signature(model.generate).parameters
+    inside = wrapped(model)
+    own = inspect.signature(inside.generate).parameters
     return (
         name in own
         or name in parameters(model)
-        or name in inspect.signature(model.prepare_inputs_for_generation).parameters
+        or name in inspect.signature(inside.prepare_inputs_for_generation).parameters
     )
 
 
@@ -481,6 +535,42 @@ def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int
     config, _ = model._prepare_generation_config(None, **options)
     model._prepare_special_tokens(config, True, device=device)
     return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
+
+
+_KNOWN_PROCESSORS: dict[type, tuple[str, str]] = {
+    RepetitionPenaltyLogitsProcessor: ("repetition_penalty", "penalty"),
+    MinNewTokensLengthLogitsProcessor: ("min_new_tokens", "min_new_tokens"),
+    TemperatureLogitsWarper: ("temperature", "temperature"),
+    TopKLogitsWarper: ("top_k", "top_k"),
+    TopPLogitsWarper: ("top_p", "top_p"),
+    MinPLogitsWarper: ("min_p", "min_p"),
+}
+"""Processors that come to one number: the setting of `generate`, and their attribute. In the order that it has them."""
+
+
+def processor_settings(processors: Sequence[Any]) -> dict[str, Any] | None:
+    """What these processors do, as the settings of `generate` that they come from; `None` if that isn't known of all.
+
+    With `min_new_tokens` come the `ends` that it keeps away.
+    """
+    found: dict[str, Any] = {}
+    order = list(_KNOWN_PROCESSORS)
+    if any(type(one) not in order for one in processors):
+        return None
+    places = [order.index(type(one)) for one in processors]
+    if sorted(set(places)) != places:
+        return None
+    for one in processors:
+        name, attribute = _KNOWN_PROCESSORS[type(one)]
+        value = getattr(one, attribute, None)
+        if value is None or getattr(one, "prompt_ignore_length", None) is not None:
+            return None
+        if getattr(one, "min_tokens_to_keep", 1) != 1 or getattr(one, "filter_value", -torch.inf) != -torch.inf:
+            return None
+        found[name] = value
+        if name == "min_new_tokens":
+            found["ends"] = tuple(torch.as_tensor(one.eos_token_id).flatten().tolist())
+    return found
 
 
 def render_chat_template(messages: Sequence[Any], template: str | None, **variables: Any) -> str:

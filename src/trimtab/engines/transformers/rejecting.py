@@ -4,29 +4,24 @@ The raw stream is decoded as ever, with the model's own attention. Where its gat
 computed as rows over its cache (see `rows`), and the first plausible one gives the token. As the cache is always the
 raw one, each decision depends on the text so far and on nothing else, and schedules differ only in their speed:
 
-    sequential   the raw pass; then, while no rung was accepted, a pass for the next one
-    two_phase    the raw pass; then, if a gate is open, all rungs in one pass
-    optimistic   like two_phase, and the pass of the rungs is the next step's raw pass too: unsteered rows of the token
-                 after go with it, for the raw model's two best tokens, one of which is mostly taken
-    fused        the raw token and all rungs in one pass each step
-    narrow       no more than three rows in a pass: the raw token and the two strongest rungs; then, while no rung was
-                 accepted, two more, with one guess as above. For CPUs on which three rows cost little more than one,
-                 and four nearly twice as much (see `few_rows`)
+    optimistic   the raw pass; then, if a gate is open, all rungs in one pass, which is the next step's raw pass too:
+                 unsteered rows of the token after go with it, for the raw model's two best tokens, one of which is
+                 mostly taken. Where rows cost something: on CPUs
+    fused        the raw token and all rungs in one pass each step. Where rows cost next to nothing: on GPUs
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.decoding.rejection import SCHEDULES, Rejection, expected_cost, ladder, plausible_set
+from trimtab.decoding.rejection import Rejection, ladder, plausible_set
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.forks import Forks
@@ -40,29 +35,8 @@ from trimtab.engines.transformers.sharing import rows_for
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
-OPEN_SHARE = 0.25
-"""How often a gate is taken to open, when a schedule is chosen: 14 to 27 % of tokens were measured."""
-TRIES = 2.1
-"""How many rungs are taken to be tried at an open gate."""
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """How many rungs stand beside the raw row, how many in each pass of rungs, and beside these how many guesses."""
-
-    beside: int
-    together: int
-    guesses: int
-
-
-ALL = 1_000
-SHAPES = {
-    "sequential": _Shape(0, 1, 0),
-    "two_phase": _Shape(0, ALL, 0),
-    "optimistic": _Shape(0, ALL, 2),
-    "narrow": _Shape(2, 2, 1),
-    "fused": _Shape(ALL, ALL, 0),
-}
+GUESSES = 2
+"""How many tokens `optimistic` guesses where a gate is open, and takes along in the pass of the rungs."""
 
 REFUSED = {
     "num_beams": "beams share no cache; decode greedily or sample",
@@ -77,10 +51,6 @@ REFUSED = {
 
 Found = dict[tuple[int, int], Tensor]
 """The logits `[vocabulary]` of a request's rung."""
-
-
-_Pass = tuple[list[tuple[int, int | None]], list[int]]
-"""Rows (a request, and a version or none), and the requests of guesses."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +89,11 @@ def check_rejection(requests: Sequence[Request], options: dict[str, Any]) -> Non
         raise TrimtabError(f"one batch has one schedule, not {', '.join(sorted(schedules))}")
 
 
+def schedule_for(layout: Layout) -> str:
+    """What `auto` is: by the device, and not by trying, so that every run on a machine rounds alike."""
+    return "optimistic" if next(layout.decoder.parameters()).device.type == "cpu" else "fused"
+
+
 def _reaches_decoding(edit: Edit, prompt_length: int) -> bool:
     spans = edit.positions.resolve(prompt_length)
     return any(stop is None or stop >= prompt_length for _, stop in spans)
@@ -132,25 +107,22 @@ class RejectingLoop:
         model: nn.Module,
         layout: Layout,
         requests: Sequence[Request],
-        costs: dict[tuple[int, ...], float],
         streamer: Any = None,
     ) -> None:
         self.model: Any = model
         self.layout = layout
         self.requests = list(requests)
         self.rows: Any = rows_for(model, layout)
-        self.costs = costs
         self.streamer = streamer  # transformers keeps it from a custom_generate
         self.streams: list[_Stream] = []
-        self.schedule = next((r.rejection.schedule for r in requests if r.rejection is not None), "sequential")
-        if isinstance(self.rows, Forks) and self.schedule != "sequential":
-            self.schedule = "two_phase"
+        asked = next((r.rejection.schedule for r in requests if r.rejection is not None), "auto")
+        self.schedule = schedule_for(layout) if asked == "auto" else asked
         self.passes = 0
         self.first = 0.0
         self._began = 0.0
         self._filler: int | None = None  # what ended rows go on with; without it, with their best token
         self._guessing = 0  # how many guesses of the next step's raw row a pass of this one's rungs takes along
-        self._guessed: list[tuple[Guesses, Tensor]] = []  # these, pass by pass, and their logits
+        self._guessed: tuple[Guesses, Tensor] | None = None  # these, and their logits
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -168,7 +140,6 @@ class RejectingLoop:
         self._opened.close()
         self.rows = Forks(self.model, self.layout)
         self._opened.enter_context(self.rows.open(self._sites()))
-        self.schedule = "sequential" if self.schedule == "sequential" else "two_phase"
 
     def traces(self) -> list[Trace]:
         """What happened in each row of the batch, one step a token (those after a row's end included)."""
@@ -226,12 +197,13 @@ class RejectingLoop:
         betas = [r.rejection.beta if r.rejection is not None else 1.0 for r in self._spread(self.requests)]
         asked = Asked.of(betas, [len(stream.versions) for stream in self.streams], input_ids.device)
         ahead: Found = {}
-        shape = SHAPES[self.schedule]
+        shares = isinstance(self.rows, Rows)
+        fused = shares and self.schedule == "fused"
         while True:
             self.rows.check_cached(cache, input_ids.shape[1])
             last = input_ids.shape[1] + 1 >= config.max_length
-            self._guessed = []
-            self._guessing = 0 if last or (shape.beside and count > 1) else shape.guesses
+            self._guessed = None
+            self._guessing = 0 if last or fused or steer is None or not shares else GUESSES
             chosen = self._choose(
                 input_ids, token, cache, raw, ahead, steer, asked, going, logits_processor, config.do_sample
             )
@@ -256,14 +228,14 @@ class RejectingLoop:
             inputs = compat.next_inputs(model, input_ids, model_kwargs)
             ahead = {}
             guessed = self._come_true(cache, fed)
-            if guessed is not None or (shape.beside and steer is not None):
+            if guessed is not None or (fused and steer is not None):
                 token = Token.of(inputs)
             if guessed is not None:
                 raw = guessed
                 model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
-            elif shape.beside and steer is not None:
+            elif fused and steer is not None:
                 self.passes += 1
-                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, going, shape.beside)
+                raw, ahead = self._fused(token, cache, input_ids.shape[1], steer, going)
                 model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
             else:
                 self.passes += 1
@@ -291,9 +263,8 @@ class RejectingLoop:
         sample: bool,
     ) -> Chosen:
         """The next token of each row. The host waits once for what the unsteered model says; once for rungs."""
-        passes = -(-max(asked.rungs, default=0) // SHAPES[self.schedule].together)
         scores = processor(input_ids, logits.clone()) if len(processor) else logits
-        raw = read_raw(logits, scores, asked, going, self._guessing * passes)
+        raw = read_raw(logits, scores, asked, going, self._guessing)
         chosen = Chosen.best_of(raw)
         if steer is not None and any(raw.opened):
             chosen = self._rungs(input_ids, token, cache, raw, ahead, steer, going, processor)
@@ -328,8 +299,7 @@ class RejectingLoop:
             if not here:
                 break
             if (here[0], r) not in found:
-                rungs = range(r, r + SHAPES[self.schedule].together)
-                asked = [(b, n) for b in here for n in rungs if n < len(self.streams[b].versions)]
+                asked = [(b, n) for b in here for n in range(r, len(self.streams[b].versions))]
                 versions = [self.streams[b].versions[n] for b, n in asked]
                 guesses = self._guess(raw, going) if self._guessing else None
                 self.passes += 1
@@ -338,7 +308,7 @@ class RejectingLoop:
                 ).to(dtype=torch.float32, device=raw.logits.device)
                 found |= dict(zip(asked, rows, strict=False))
                 if guesses is not None:
-                    self._guessed.append((guesses, rows[len(asked) :]))
+                    self._guessed = guesses, rows[len(asked) :]
             if (here[0], r) not in judged:
                 these = [(b, n) for b, n in found if b in here and n >= r and (n == r or not len(processor))]
                 of = self.rows.tensor(tuple(b for b, _ in these), raw.logits.device)
@@ -353,12 +323,11 @@ class RejectingLoop:
         return chosen
 
     def _guess(self, raw: Raw, going: list[bool]) -> Guesses:
-        """The best tokens of rows whose gate is open that weren't guessed yet, and what the others go on with."""
-        first = len(self._guessed) * self._guessing
+        """The best tokens of rows whose gate is open, and what the others go on with."""
         requests: list[int] = []
         ids: list[int] = []
         for b, (is_open, alive) in enumerate(zip(raw.opened, going, strict=True)):
-            mine = raw.ranked[b][first : first + self._guessing] if is_open else raw.ranked[b][:1]
+            mine = raw.ranked[b] if is_open else raw.ranked[b][:1]
             mine = mine if alive or self._filler is None else (self._filler,)
             requests += [b] * len(mine)
             ids += mine
@@ -366,22 +335,24 @@ class RejectingLoop:
 
     def _come_true(self, cache: RawCache, tokens: Sequence[int]) -> Tensor | None:
         """The raw logits of the next step, `[batch, vocabulary]`, if all of its tokens were guessed; `None` else."""
-        for guesses, logits in self._guessed:
-            rows = guesses.true(tokens)
-            if rows is not None:
-                guesses.enter(cache, rows)
-                return logits[self.rows.tensor(tuple(rows), logits.device)]
-        return None
+        if self._guessed is None:
+            return None
+        guesses, logits = self._guessed
+        rows = guesses.true(tokens)
+        if rows is None:
+            return None
+        guesses.enter(cache, rows)
+        return logits[self.rows.tensor(tuple(rows), logits.device)]
 
     def _fused(
-        self, token: Token, cache: RawCache, columns: int, steer: Versions, going: list[bool], beside: int
+        self, token: Token, cache: RawCache, columns: int, steer: Versions, going: list[bool]
     ) -> tuple[Tensor, Found]:
-        """One pass of the raw rows, `[batch, …]`, and the first rungs of rows that are still going."""
+        """One pass of the raw rows, `[batch, …]`, and the rungs of rows that are still going."""
         chosen: list[int | None] = []
         requests: list[int] = []
         asked: dict[tuple[int, int], int] = {}  # the row of a request's rung
         for b, stream in enumerate(self.streams):
-            mine = stream.versions[:beside] if going[b] else ()
+            mine = stream.versions if going[b] else ()
             asked |= {(b, r): len(chosen) + 1 + r for r in range(len(mine))}
             chosen += [None, *mine]
             requests += [b] * (1 + len(mine))
@@ -394,7 +365,7 @@ class RejectingLoop:
     # ---- before the first token --------------------------------------------------------------------------
 
     def _prepare(self, token: Token, cache: RawCache, columns: int) -> Versions | None:
-        """Rank the layers, build the ladders, and choose the schedule."""
+        """Rank the layers, and build the ladders."""
         requests = self._spread(self.requests)
         lengths = [request.prompt_length for request in requests]
         pads = [columns - length for length in lengths]
@@ -415,80 +386,7 @@ class RejectingLoop:
             rungs = ladder(request.edits, request.rejection, stream.order)
             stream.versions = tuple(range(len(versions), len(versions) + len(rungs)))
             versions += [(b, edits) for edits in rungs]
-        if not versions:
-            self.schedule = "sequential" if self.schedule == "auto" else self.schedule
-            return None
-        steer = compile_versions(self.layout, versions, lengths, pads)
-        if self.schedule == "auto":
-            self.schedule = self._fastest(token, cache, columns, steer)
-        return steer
-
-    def _fastest(self, token: Token, cache: RawCache, columns: int, steer: Versions) -> str:
-        """The schedule with the least expected time a token, from what passes of so many rows cost here."""
-        going = [b for b, stream in enumerate(self.streams) if stream.versions]
-        rungs = max(len(self.streams[b].versions) for b in going)
-        opened = max(1, round(OPEN_SHARE * len(going)))
-        raw: list[tuple[int, int | None]] = [(b, None) for b in range(len(self.streams))]
-        one: list[tuple[int, int | None]] = [(b, self.streams[b].versions[0]) for b in going[:opened]]
-        some: list[tuple[int, int | None]] = [(b, v) for b in going[:opened] for v in self.streams[b].versions]
-        full: list[tuple[int, int | None]] = [
-            (b, v) for b, stream in enumerate(self.streams) for v in (None, *stream.versions)
-        ]
-        guesses = [b for b, _ in raw for _ in range(2 if b in going[:opened] else 1)]
-        passes: dict[str, _Pass] = {
-            "one": (one, []),
-            "rungs": (some, []),
-            "optimistic": (some, guesses),
-            "fused": (full, []),
-        }
-        if len(full) == 1 + rungs > 3:
-            passes |= {"three": (full[:3], []), "more": (full[1:3], [0])}
-        alone = (0, len(raw))
-        if alone not in self.costs:
-            self.costs[alone] = self._time_raw(token, cache)
-        cost = {"raw": self.costs[alone]}
-        for name, (rows, guessed) in passes.items():
-            key = (len(rows) + len(guessed), len({b for b, _ in rows} | set(guessed)))
-            if key not in self.costs:
-                self.costs[key] = self._time(token, cache, columns, steer, rows, guessed)
-            cost[name] = self.costs[key]
-        tries = min(TRIES, rungs)
-        return min(SCHEDULES[1:], key=lambda name: expected_cost(name, cost, len(going), OPEN_SHARE, tries))
-
-    def _time_raw(self, token: Token, cache: RawCache) -> float:
-        """Seconds of a pass of the raw rows alone, through the model's own attention; the cache is left as it is."""
-
-        def once() -> Tensor:
-            aside = copy(cache)
-            aside.layers = [copy(layer) for layer in cache.layers]  # that are given other tensors, not changed ones
-            aside.seen = {}
-            inputs = compat.with_cache(self.model, {"input_ids": token.ids, **token.more}, aside)
-            return self.model(**inputs, use_cache=True).logits[0]
-
-        return _best_of_three(once)
-
-    def _time(
-        self,
-        token: Token,
-        cache: RawCache,
-        columns: int,
-        steer: Versions,
-        rows: Sequence[tuple[int, int | None]],
-        guessed: Sequence[int],
-    ) -> float:
-        """Seconds of a pass of these rows and guesses; such a pass leaves nothing behind."""
-        requests, versions = [b for b, _ in rows], [v for _, v in rows]
-        guesses = Guesses(tuple(guessed), (0,) * len(guessed)) if guessed else None
-        return _best_of_three(lambda: self.rows.run(token, cache, columns, steer, versions, requests, guesses=guesses))
-
-
-def _best_of_three(work: Callable[[], Tensor]) -> float:
-    best = float("inf")
-    for _ in range(3):
-        began = time.perf_counter()
-        float(work()[0, 0])  # waits for the device
-        best = min(best, time.perf_counter() - began)
-    return best
+        return compile_versions(self.layout, versions, lengths, pads) if versions else None
 
 
 def _describe(edits: tuple[Edit, ...]) -> str:

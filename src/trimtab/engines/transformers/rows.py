@@ -39,6 +39,7 @@ from trimtab.engines.transformers.positions import state_at
 from trimtab.engines.transformers.raw_cache import Guesses, RawCache, entries
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import _dtype
+from trimtab.engines.transformers.shared_past import queries_by_keys, weights_by_values
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 from trimtab.steering.operations import Rows as Gathered
@@ -412,15 +413,8 @@ class Rows:
         scaling = size**-0.5 if scaling is None else scaling
         spans = run.spans if rows == run.rows else [(run.spans[0][0], slice(0, rows))]  # rows that join are of one
 
-        by_group = query[0].view(groups, -1, rows, size)
-        products = [
-            (by_group[:, :, span].reshape(groups, -1, size) @ past_keys[request].transpose(-1, -2)).view(
-                heads, -1, length
-            )
-            for request, span in spans
-        ]
-        past = products[0] if len(products) == 1 else torch.cat(products, 1)
-        alone = (by_group * key[0][:, None]).sum(-1, keepdim=True).view(heads, rows, 1)
+        past = queries_by_keys(query[0], past_keys, spans)
+        alone = (query[0].view(groups, -1, rows, size) * key[0][:, None]).sum(-1, keepdim=True).view(heads, rows, 1)
         scores = torch.cat([past, alone], -1).to(wide).mul_(scaling)
         by_row = scores.transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, columns]
         if steered is not None:
@@ -437,9 +431,7 @@ class Rows:
         weights = scores.softmax(-1)[..., : length + 1].to(value.dtype)
 
         output = (weights[..., -1:].reshape(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
-        for request, span in spans:
-            given_weights = weights[:, span, :-1].reshape(groups, -1, length)
-            output[:, span] += (given_weights @ past_values[request]).view(heads, -1, output.shape[-1])
+        output += weights_by_values(weights[..., :-1], past_values, spans)
         return output.transpose(0, 1)[None].contiguous(), None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,6 +94,7 @@ class LayerScores:
     factor: Tensor | None
     stages: tuple[_Bias | _Mass, ...]
     _moved: dict[torch.device, LayerScores] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _chosen: dict[Any, tuple[Tensor, LayerScores]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def select(self, rows: Tensor) -> LayerScores:
         """The same for these rows, in this order."""
@@ -105,6 +107,19 @@ class LayerScores:
             factor = None if self.factor is None else self.factor.to(device)
             self._moved[device] = LayerScores(factor, tuple(stage.to(device) for stage in self.stages))
         return self._moved[device]
+
+    def steered_rows(self, count: int, device: torch.device) -> tuple[Tensor, LayerScores]:
+        """Which rows of a batch of `count` are steered, and what is done to them; on this device, where it is kept.
+
+        A request may stand in several neighbouring rows. Of scores that were compiled on the CPU, no device is waited
+        for.
+        """
+        if (count, device) not in self._chosen:
+            touched = self.touched
+            repeat = count // len(touched)
+            rows = touched.repeat_interleave(repeat).nonzero().flatten()
+            self._chosen[count, device] = rows.to(device), self.select(rows // repeat).to(device)
+        return self._chosen[count, device]
 
     def without(self, rows: Tensor) -> LayerScores:
         """The same, with nothing done where `rows`, `[rows]`, is true."""

@@ -25,8 +25,7 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Active, Stage, States, apply, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.norms import norm, norm_into
-from trimtab.engines.transformers.places import attach, place
+from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -103,6 +102,7 @@ class Session:
         self.ran = False  # whether any pass came by
         self._dtype = _dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
+        self._places: dict[Site, Place] = {}
         self._hooked: list[Site] = []  # the sites that have a hook
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
@@ -126,16 +126,14 @@ class Session:
         ends: Sequence[int] = (),
         *,
         resumed: bool = False,
-        pads: Sequence[int] | None = None,
     ) -> None:
         """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
 
         `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
-        fed has ended: what runs on behind it is no part of its answer and its doses. `resumed`: the next pass goes on
-        from a cache of tokens that no edit touches, whose rows have so many `pads` (for passes without a mask).
+        fed has ended: what runs on behind it isn't part of its answer, and not of its doses. `resumed` says that the
+        next pass goes on from a cache of tokens that no edit touches.
         """
         self._resumed = resumed
-        self._known_pads = pads
         self._ends = torch.tensor(list(ends), dtype=torch.long)
         self.prompt_lengths = prompt_lengths
         self._columns = columns
@@ -187,7 +185,18 @@ class Session:
         if self._deciding:
             self._pass = one
             return
-        begins = one.past == 0 or resumed
+        step = self._enter(one, given, one.past == 0 or resumed)
+        self._pass = one
+        kept = given.get("logits_to_keep")
+        self._kept = kept if isinstance(kept, int) and 0 < kept < one.length else one.length
+        self._called = [0] * len(self._hooked)
+        self._measures = step.passes % STRIDE == 0
+        step.passes += 1
+        if self._measures:
+            self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
+
+    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
+        """What this pass does to its tokens; `begins`: it is the first over a text that this session steers."""
         if not begins and self._reached is not None and one.past > self._reached:
             raise TrimtabError(
                 f"columns {self._reached} to {one.past - 1} were computed by passes that trimtab didn't see, so they"
@@ -207,14 +216,7 @@ class Session:
         if one.length > 1 or self._steady is None or one.past < self._steady or one.rows != len(self._pads):
             self._move(one)
         assert self._step is not None
-        self._pass = one
-        kept = given.get("logits_to_keep")
-        self._kept = kept if isinstance(kept, int) and 0 < kept < one.length else one.length
-        self._called = [0] * len(self._hooked)
-        self._measures = self._step.passes % STRIDE == 0
-        self._step.passes += 1
-        if self._measures:
-            self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
+        return self._step
 
     def _still_live(self, ids: Tensor | None, past: int) -> Tensor | None:
         """`[rows]`: the rows that haven't ended yet; `None` when that can't be seen or doesn't matter."""
@@ -228,8 +230,6 @@ class Session:
         """How many columns of each row have been pads so far."""
         if one.mask is not None:
             return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
-        if self._known_pads is not None:
-            return list(self._known_pads)
         if self._columns is not None and self.prompt_lengths is not None:
             repeat = one.rows // len(self.prompt_lengths)
             return [self._columns - n for n in self.prompt_lengths for _ in range(repeat)]
@@ -313,21 +313,18 @@ class Session:
         lengths, edits = self._norms[:, self._row[site]]
         prepared = step.prepared.get(site)
         if prepared is None:
-            tokens = step.tokens.to(x.device)
-            prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in plan.stages[site]]
-            if len(prepared) == 1 and prepared[0][0].only_adds:
-                edits.copy_(norm(prepared[0][1]["vector"]))
+            prepared = self._prepare(site, step, x)
             if step.index.shape[1] == 1:
                 step.prepared[site] = prepared
         if whole.requires_grad:
             new = _apply_all(prepared, x)
             if self._measures:
-                lengths.copy_(norm(x))
-                edits.copy_(norm(new - x))
+                lengths.copy_(_norm(x))
+                edits.copy_(_norm(new - x))
             new = torch.cat([whole[:, : step.first], new], 1) if step.first else new
             return new.reshape(given.shape)
         if self._measures:
-            norm_into(lengths, x)
+            _norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
         if len(prepared) == 1 and prepared[0][0].only_adds:
             x += prepared[0][1]["vector"]
@@ -336,18 +333,27 @@ class Session:
         elif len(prepared) == 1 and prepared[0][0].in_place:
             factor = prepared[0][1]["factor"]
             if self._measures:
-                norm_into(edits, torch.addcmul(x, x, factor, value=-1))
+                _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
             x *= factor
             if lasting:
                 step.scales[site] = factor, lengths, edits
         elif self._measures:
             new = _apply_all(prepared, x)
-            norm_into(edits, new - x)
+            _norm_into(edits, new - x)
             x.copy_(new)
         else:
             for stage, rows, active in prepared:
                 apply_to(stage, rows, active, x)
         return given if own else None
+
+    def _prepare(self, site: Site, step: _Step, x: Tensor) -> Prepared:
+        """What is done at a site to these activations, those of the step's tokens."""
+        assert self.plan is not None
+        tokens = step.tokens.to(x.device)
+        prepared = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
+        if len(prepared) == 1 and prepared[0][0].only_adds:  # how long edits are is known before they are made
+            self._norms[1, self._row[site]].copy_(_norm(prepared[0][1]["vector"]))
+        return prepared
 
     def _steadily(self, site: Site, step: _Step, x: Tensor) -> bool:
         """Whether the site is one whose one addition or multiplication is prepared; then it is done."""
@@ -363,7 +369,7 @@ class Session:
         factor, lengths, edits = scaled
         if self._measures:
             torch.linalg.vector_norm(x, dim=-1, dtype=lengths.dtype, out=lengths)
-            norm_into(edits, torch.addcmul(x, x, factor, value=-1))
+            _norm_into(edits, torch.addcmul(x, x, factor, value=-1))
         x *= factor
         return True
 
@@ -387,9 +393,13 @@ class Session:
             steered = steered & self._live[:, None]
         ratio = torch.where(steered, self._norms[1] / self._norms[0], 0)
         shape = (len(self.sites), self._sums.shape[2], -1)
-        weight = STRIDE if step.passes > STRIDE else 1
+        weight = self._weight(step)
         self._sums[0] += weight * ratio.reshape(shape).sum(-1)
         self._sums[1] += weight * steered.reshape(shape).sum(-1)
+
+    def _weight(self, step: _Step) -> Tensor | int:
+        """How many tokens those of this pass stand for in the doses: one number, or one a row."""
+        return STRIDE if step.passes > STRIDE else 1
 
     def _complain(self) -> None:
         """A pass has ended in which a site's hook wasn't called once: raise, if anything was to be done there."""
@@ -434,7 +444,7 @@ class Session:
         Passes of other threads are left alone, unless `any_thread`.
         """
         handles = []
-        places = [(site, place(self.layout, site)) for site in sites]
+        places = [(site, self._place(site)) for site in sites]
         self._owner = None if any_thread else get_ident()
         self._hooked = list(sites)
         try:
@@ -449,6 +459,11 @@ class Session:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _place(self, site: Site) -> Place:
+        if site not in self._places:
+            self._places[site] = place(self.layout, site)
+        return self._places[site]
 
     def _at_site(self, number: int, site: Site, given: Tensor) -> Tensor | None:
         """A site's hook: count the call, and edit."""
@@ -491,3 +506,15 @@ def _apply_all(prepared: Prepared, x: Tensor) -> Tensor:
     for stage, rows, active in prepared:
         x = apply(stage, rows, active, x)
     return x
+
+
+def _norm_into(out: Tensor, x: Tensor) -> None:
+    """Put the norms of activations there, which may be on another device."""
+    if out.device == x.device:
+        torch.linalg.vector_norm(x, dim=-1, dtype=out.dtype, out=out)
+    else:
+        out.copy_(_norm(x))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

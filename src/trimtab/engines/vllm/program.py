@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from trimtab.engines.folding import Slot, as_rows, row_of, slots_at, sweep
+from trimtab.engines.folding import Slot, as_rows, call_of, slots_at, sweep
 from trimtab.steering import Edit
 from trimtab.steering.conditional import conditional
 from trimtab.steering.operations import add
@@ -59,7 +59,7 @@ class State:
     def row(self, layer: int, dtype: torch.dtype) -> Tensor:
         """What it adds after a layer: `[width]`. Raises `TrimtabError` for numbers that the dtype can't hold."""
         slot = self.added[layer]
-        return as_rows(row_of(slot), dtype, slot)["vector"]
+        return as_rows(call_of(slot)[1], dtype, slot)["vector"]
 
 
 @dataclass(frozen=True)

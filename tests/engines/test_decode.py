@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import FAMILIES, LAYERS, direction, prompt
+from tiny import FAMILIES, LAYERS, by_transformers, direction, prompt
 
 from trimtab import (
     LM,
@@ -24,8 +24,8 @@ from trimtab import (
     TrimtabError,
 )
 from trimtab.engines.transformers.columns import ROOM
+from trimtab.engines.transformers.decode import PREFILL, GenerationBatch, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.sampling import Sampling
-from trimtab.engines.transformers.stepping import PREFILL, Asked, Stepper, Told
 from trimtab.steering import Rotate, emphasis
 
 STEPPED = [family for family in FAMILIES if family not in ("mixtral",)]  # one mixture of experts will do
@@ -59,13 +59,13 @@ STEERINGS = [
 ]
 
 
-def asked(lm: LM, number: int, length: int, count: int, **more: Any) -> Asked:
+def asked(lm: LM, number: int, length: int, count: int, **more: Any) -> GenerationRequest:
     ids = tuple(lm.encode(prompt(number, length)))
-    return Asked(ids, STEERINGS[number % len(STEERINGS)], count, **more)
+    return GenerationRequest(ids, STEERINGS[number % len(STEERINGS)], count, **more)
 
 
-def stepper(lm: LM) -> Stepper:
-    return Stepper(lm.model, lm.tokenizer, lm.layout)
+def stepper(lm: LM) -> GenerationBatch:
+    return GenerationBatch(lm.model, lm.tokenizer, lm.layout)
 
 
 def alone(lm: LM, number: int, length: int, count: int, **options: Any) -> Any:
@@ -75,13 +75,13 @@ def alone(lm: LM, number: int, length: int, count: int, **options: Any) -> Any:
         max_new_tokens=count,
         chat=False,
         logprobs=True,
-        **options,
+        **{**by_transformers(), **options},
     )
     return answer
 
 
-def drain(batch: Stepper) -> dict[int, list[Told]]:
-    told: dict[int, list[Told]] = {}
+def drain(batch: GenerationBatch) -> dict[int, list[GenerationResponse]]:
+    told: dict[int, list[GenerationResponse]] = {}
     while len(batch):
         for one in batch.step():
             told.setdefault(one.key, []).append(one)
@@ -100,7 +100,7 @@ class TestRowsGetWhatTheyGetAlone:
         while waiting or len(batch):
             for _ in range(min(len(waiting), chance.choice([0, 0, 1, 3]))):
                 number, length, count = waiting.pop(0)
-                of[batch.join(asked(lm, number, length, count, alternatives=2))] = number
+                of[batch.insert(asked(lm, number, length, count, alternatives=2))] = number
             before = batch.running
             steps = batch.step()
             assert len({one.key for one in steps}) == len(steps) >= before
@@ -109,7 +109,7 @@ class TestRowsGetWhatTheyGetAlone:
                 told.setdefault(one.key, []).append(one)
             if chance.random() < 0.1 and batch.running:
                 key = chance.choice([row.key for row in batch._rows])
-                assert batch.leave(key) is not None
+                assert batch.remove(key) is not None
                 cancelled.add(key)
         assert set(of.values()) == set(range(12))
         tolerance = 2e-3 if lm.model.dtype == torch.float32 else 1e-4
@@ -132,8 +132,9 @@ class TestRowsGetWhatTheyGetAlone:
         wanted: dict[int, Any] = {}
         for number in range(6):
             sampling = Sampling(0.8 + number / 10, 1.0 if number % 2 else 0.7, seed=number)
-            key = batch.join(asked(llama, number, 5 + number, 7, sampling=sampling))
-            wanted[key] = alone(llama, number, 5 + number, 7, seed=number, **sampling.options)
+            key = batch.insert(asked(llama, number, 5 + number, 7, sampling=sampling))
+            more = {"seed": number, "stopping_criteria": None, **sampling.options}
+            wanted[key] = alone(llama, number, 5 + number, 7, **more)
             batch.step()
         told = drain(batch)
         for key, answer in wanted.items():
@@ -149,16 +150,16 @@ class TestRowsGetWhatTheyGetAlone:
         both = towards + STEERINGS[1]  # type: ignore[operator]
         rows = [(1, 4, towards), (2, 11, both), (3, 6, None), (4, 9, towards), (5, 5, STEERINGS[3])]
         batch, keys = stepper(lm), []
-        told: dict[int, list[Told]] = {}
+        told: dict[int, list[GenerationResponse]] = {}
         for number, length, one in rows:
-            keys.append(batch.join(Asked(tuple(lm.encode(prompt(number, length))), one, 6)))
+            keys.append(batch.insert(GenerationRequest(tuple(lm.encode(prompt(number, length))), one, 6)))
             for token in batch.step():
                 told.setdefault(token.key, []).append(token)
         for key, tokens in drain(batch).items():
             told.setdefault(key, []).extend(tokens)
         changed = 0
         for key, (number, length, one) in zip(keys, rows, strict=True):
-            (answer,) = lm.generate(prompt(number, length), one, max_new_tokens=6, rejection=False)
+            (answer,) = lm.generate(prompt(number, length), one, max_new_tokens=6, rejection=False, **by_transformers())
             assert tuple(token.token for token in told[key]) == answer.token_ids
             (plain,) = lm.generate(prompt(number, length), max_new_tokens=6)
             changed += plain.token_ids != answer.token_ids
@@ -169,10 +170,10 @@ class TestRowsGetWhatTheyGetAlone:
         lm = tiny.tiny("llama", seed=3)
         lm.layout = type(lm.layout)(**{**vars(lm.layout), "context": None})
         batch = stepper(lm)
-        keys = [batch.join(asked(lm, 1, 4, ROOM + 20)), batch.join(asked(lm, 2, 60, 5))]
+        keys = [batch.insert(asked(lm, 1, 4, ROOM + 20)), batch.insert(asked(lm, 2, 60, 5))]
         told = batch.step() + batch.step()
         assert batch._cache.width == 61
-        keys.append(batch.join(asked(lm, 3, 7, 30)))
+        keys.append(batch.insert(asked(lm, 3, 7, 30)))
         found = drain(batch)
         for one in reversed(told):
             found[one.key].insert(0, one)
@@ -188,7 +189,7 @@ class TestRowsGetWhatTheyGetAlone:
         assert [alone(lm, number, 6, 12).token_ids for number in range(3)] != expected
         lm.model.generation_config.repetition_penalty = 1.7
         batch = stepper(lm)
-        keys = [batch.join(asked(lm, number, 6, 12)) for number in range(3)]
+        keys = [batch.insert(asked(lm, number, 6, 12)) for number in range(3)]
         told = drain(batch)
         assert [tuple(one.token for one in told[key]) for key in keys] == expected
 
@@ -198,7 +199,7 @@ class TestRowsGetWhatTheyGetAlone:
         lm.model.generation_config.eos_token_id = end
         answer = alone(lm, 1, 6, 8)
         batch = stepper(lm)
-        key, other = batch.join(asked(lm, 1, 6, 8)), batch.join(asked(lm, 2, 9, 8))
+        key, other = batch.insert(asked(lm, 1, 6, 8)), batch.insert(asked(lm, 2, 9, 8))
         told = drain(batch)
         assert [one.token for one in told[key]] == list(answer.token_ids)
         assert (told[key][-1].finish, answer.finish_reason) == ("stop", "stop")
@@ -208,13 +209,13 @@ class TestRowsGetWhatTheyGetAlone:
 class TestTheBatch:
     def test_a_row_that_leaves_is_gone_before_the_next_step(self, llama: LM) -> None:
         batch = stepper(llama)
-        keys = [batch.join(asked(llama, number, 6, 20)) for number in range(3)]
+        keys = [batch.insert(asked(llama, number, 6, 20)) for number in range(3)]
         batch.step()
-        batch.leave(keys[1])
+        batch.remove(keys[1])
         assert (batch.running, len(batch._cache.lengths)) == (2, 2)
         assert {one.key for one in batch.step()} == {keys[0], keys[2]}
-        assert batch.leave(keys[1]) is None
-        batch.join(asked(llama, 5, 6, 20))
+        assert batch.remove(keys[1]) is None
+        batch.insert(asked(llama, 5, 6, 20))
         assert len(batch.clear()) == 3
         assert len(batch) == 0
         assert batch.step() == []
@@ -224,7 +225,7 @@ class TestTheBatch:
         handle = llama.layout.decoder.register_forward_pre_hook(
             lambda _m, _a, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
         )
-        keys = [batch.join(asked(llama, 1, 6, 5)) for _ in range(3)] + [batch.join(asked(llama, 2, 6, 5))]
+        keys = [batch.insert(asked(llama, 1, 6, 5)) for _ in range(3)] + [batch.insert(asked(llama, 2, 6, 5))]
         told = drain(batch)
         handle.remove()
         assert widths[0] == (2, 6)
@@ -234,9 +235,9 @@ class TestTheBatch:
 
     def test_one_step_reads_so_many_tokens_at_most(self, llama: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         assert PREFILL > 1000
-        monkeypatch.setattr("trimtab.engines.transformers.stepping.PREFILL", 20)
+        monkeypatch.setattr("trimtab.engines.transformers.decode.PREFILL", 20)
         batch = stepper(llama)
-        keys = [batch.join(asked(llama, number, 8, 4)) for number in range(5)]
+        keys = [batch.insert(asked(llama, number, 8, 4)) for number in range(5)]
         firsts = [[one.key for one in batch.step()] for _ in range(3)]
         assert firsts == [keys[:2], keys[:4], keys]
 
@@ -244,8 +245,8 @@ class TestTheBatch:
         """All tokens are measured up to the stride, so short answers have the same dose wherever they are."""
         one = steering((1, Add(direction(1, 2.0)), Positions.all()))
         batch = stepper(llama)
-        key = batch.join(Asked(tuple(llama.encode(prompt(1, 6))), one, 2))
-        batch.join(asked(llama, 2, 9, 2))
+        key = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 6))), one, 2))
+        batch.insert(asked(llama, 2, 9, 2))
         batch.step()
         halfway = batch.applied(key)
         assert halfway is not None
@@ -260,10 +261,10 @@ class TestTheBatch:
     def test_a_row_steered_to_pieces_leaves_the_others_alone(self, llama: LM) -> None:
         wild = steering((1, Add(direction(1, 1e300)), Positions.generated()))
         batch = stepper(llama)
-        bad = batch.join(Asked(tuple(llama.encode(prompt(1, 9))), wild, 6))
-        good = batch.join(asked(llama, 2, 6, 6))
+        bad = batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 9))), wild, 6))
+        good = batch.insert(asked(llama, 2, 6, 6))
         told = batch.step() + batch.step()
-        late = batch.join(asked(llama, 3, 4, 6))  # takes a place in which there are no numbers
+        late = batch.insert(asked(llama, 3, 4, 6))  # takes a place in which there are no numbers
         more = drain(batch)
         errors = [one for one in [*told, *more.get(bad, [])] if one.error]
         assert [one.key for one in errors] == [bad]
@@ -278,8 +279,8 @@ class TestTheBatch:
 
         before, own = hooks(), llama.model.config._attn_implementation
         batch = stepper(llama)
-        batch.join(Asked(tuple(llama.encode(prompt(1, 6))), emphasis(ScaleScores(), [(1, 2)], [0, 1]), 4))
-        batch.join(asked(llama, 1, 6, 4))
+        batch.insert(GenerationRequest(tuple(llama.encode(prompt(1, 6))), emphasis(ScaleScores(), [(1, 2)], [0, 1]), 4))
+        batch.insert(asked(llama, 1, 6, 4))
         batch.step()
         batch.step()
         assert (hooks(), llama.model.config._attn_implementation) == (before, own)
@@ -287,11 +288,50 @@ class TestTheBatch:
     def test_what_cant_run_is_said_before(self, llama: LM) -> None:
         batch = stepper(llama)
         with pytest.raises(TrimtabError, match="context"):
-            batch.join(asked(llama, 1, 100, 100))
-        far = Asked(tuple(llama.encode(prompt(1, 6))), steering((1, Add(direction(1)), Positions.span(3, 99))), 4)
+            batch.insert(asked(llama, 1, 100, 100))
+        far = GenerationRequest(
+            tuple(llama.encode(prompt(1, 6))), steering((1, Add(direction(1)), Positions.span(3, 99))), 4
+        )
         with pytest.raises(TrimtabError, match="span 3:99"):
-            batch.join(far)
+            batch.insert(far)
         for bad in ({"temperature": float("nan")}, {"temperature": -1}, {"top_p": 2.0}, {"seed": 1.5}):
             with pytest.raises(TrimtabError, match=next(iter(bad))):
                 Sampling(**bad)  # type: ignore[arg-type]
         assert len(batch) == 0
+
+
+class Heard:
+    """A streamer that is its own stopping criterion: it ends the answer after so many tokens."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.tokens, self.ended = most, [], False
+
+    def put(self, ids: torch.Tensor) -> None:
+        self.tokens.append(ids.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+    def __call__(self, ids: torch.Tensor, _scores: object, **_: object) -> torch.Tensor:
+        return torch.full((len(ids),), len(self.tokens) - 1 >= self.most)
+
+
+def test_a_streamer_that_ends_the_answer_ends_it_in_either_loop() -> None:
+    """It sees what both loops see: the prompt, then a token at a time; what steered the answer so far is told."""
+    lm = tiny.tiny("llama")
+    steering = Steering((Edit(Site(1), Add(direction(1, 0.3))),))
+    (whole,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8)
+    never = {"stopping_criteria": [lambda ids, _scores, **_: torch.zeros(len(ids), dtype=torch.bool)]}
+    for sampled in ({}, {"do_sample": True, "seed": 3}):
+        heard = Heard(3)
+        (cut,) = lm.generate(
+            [prompt(1, 6)], steering, max_new_tokens=8, streamer=heard, stopping_criteria=[heard], **sampled
+        )
+        assert (len(cut.token_ids), cut.finish_reason, heard.ended) == (3, "length", True)
+        assert [one for some in heard.tokens[1:] for one in some] == list(cut.token_ids)
+        assert cut.applied.doses
+        assert cut.applied.edits == whole.applied.edits
+        (full,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8, **sampled)
+        assert full.token_ids[:3] == cut.token_ids
+    (greedy,) = lm.generate([prompt(1, 6)], steering, max_new_tokens=8, **never)
+    assert greedy.token_ids == whole.token_ids

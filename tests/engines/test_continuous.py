@@ -1,4 +1,4 @@
-"""Rows that leave their batch as they end get the answers of a whole batch, on tiny random models of many families."""
+"""Rows that leave their batch as they end get the answers of transformers' own loop, on models of many families."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import tiny
-from test_stepping import STEERINGS, STEPPED
-from tiny import prompt
+from test_decode import STEERINGS, STEPPED
+from tiny import by_transformers, prompt
 
 from trimtab import LM
-from trimtab.engines.transformers import finishing
+from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.generate import Generation
 from trimtab.engines.transformers.read import can_share
 from trimtab.lm import DoseWarning
@@ -25,7 +25,7 @@ def lm(request: pytest.FixtureRequest) -> LM:
 
 
 def answers(lm: LM, **more: Any) -> list[Generation]:
-    return lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False, batch_size=6, **more)
+    return lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False, **{"batch_size": 6, **more})
 
 
 def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
@@ -36,9 +36,9 @@ def test_answers_that_end_at_different_lengths_are_those_of_a_whole_batch(
     free = answers(lm)
     ends = sorted({free[1].token_ids[1], free[2].token_ids[4], free[7].token_ids[0]})
     monkeypatch.setattr(lm.model.generation_config, "eos_token_id", ends)
-    whole = answers(lm, logprobs=True)
+    whole = answers(lm, logprobs=True, **by_transformers())
     assert len({len(one.token_ids) for one in whole}) > 1
-    found = answers(lm, logprobs=True, drop_finished=True)
+    found = answers(lm, logprobs=True)
     for one, other in zip(found, whole, strict=True):
         assert one.token_ids == other.token_ids
         assert one.text == other.text
@@ -63,19 +63,22 @@ def test_the_batch_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
     )
     try:
-        lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False, drop_finished=True)
+        lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False)
     finally:
         handle.remove()
     decoding = rows[-(COUNT - 1) :]
     assert decoding == [sum(length > step for length in lengths) for step in range(1, COUNT)]
 
 
-def test_other_options_are_decoded_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_options_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny.tiny("llama")
-    monkeypatch.setattr(finishing.Stepper, "step", lambda self: pytest.fail("rows must not leave here"))
-    for options in ({"do_sample": True, "top_k": 5}, {"repetition_penalty": 1.3}, {"num_beams": 2}):
-        one = lm.generate(PROMPTS[:2], max_new_tokens=3, chat=False, seed=1, drop_finished=True, **options)
-        assert one == lm.generate(PROMPTS[:2], max_new_tokens=3, chat=False, seed=1, **options)
+    monkeypatch.setattr(GenerationBatch, "step", lambda self: pytest.fail("rows must not leave here"))
+    for options in ({"do_sample": True, "typical_p": 0.5}, {"no_repeat_ngram_size": 2}, {"num_beams": 2}):
+        one, other = (
+            lm.generate(PROMPTS[:2], max_new_tokens=3, chat=False, seed=1, **options, **more)
+            for more in ({}, by_transformers())
+        )
+        assert one == other
 
 
 def test_the_models_own_penalty_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,16 +86,16 @@ def test_the_models_own_penalty_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     lm = tiny.tiny("llama")
     plain = answers(lm)
     monkeypatch.setattr(lm.model.generation_config, "repetition_penalty", 5.0)
-    alone = lm.generate(PROMPTS, STEERINGS, max_new_tokens=COUNT, chat=False, batch_size=1)
+    alone = answers(lm, batch_size=1, **by_transformers())
     assert [one.token_ids for one in alone] != [one.token_ids for one in plain]
-    assert [one.token_ids for one in answers(lm, drop_finished=True)] == [one.token_ids for one in alone]
+    assert [one.token_ids for one in answers(lm)] == [one.token_ids for one in alone]
 
 
 def test_an_answer_steered_out_of_all_numbers_goes_on_as_in_a_whole_batch() -> None:
     lm = tiny.tiny("llama")
     steerings = [1e300 * STEERINGS[1], None]  # type: ignore[operator]
     with pytest.warns(DoseWarning):
-        whole, plain = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False)
+        whole, plain = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False, **by_transformers())
     with pytest.warns(DoseWarning):
-        found = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False, drop_finished=True)
+        found = lm.generate(PROMPTS[:2], steerings, max_new_tokens=3, chat=False)
     assert [one.token_ids for one in found] == [whole.token_ids, plain.token_ids]

@@ -1,0 +1,57 @@
+"""Options that several commands have: declared once, as the fields of a dataclass, which the command gets as one value.
+
+@dataclass(frozen=True)
+class Where:
+    host: Annotated[str, typer.Option(help="The address.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(help="The port.")] = 8000
+
+@grouped
+def ping(name: str, where: Where) -> None:      # ping NAME --host … --port …
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from functools import wraps
+from typing import Any, TypeVar, get_type_hints
+
+Group = TypeVar("Group")
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """The command as typer is to see it: each parameter that is a group of options becomes these, in its place."""
+    groups: dict[str, type[Any]] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(command, include_extras=True)
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if isinstance(kind, type) and is_dataclass(kind):
+            groups[parameter.name] = kind
+            parameters += parameters_of(kind)
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        made = {name: taken(kind, given) for name, kind in groups.items()}
+        command(**given, **made)
+
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+def parameters_of(group: type) -> list[inspect.Parameter]:
+    """A group's options as parameters."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=hints[f.name])
+        for f in fields(group)
+    ]
+
+
+def taken(group: type[Group], given: dict[str, Any]) -> Group:
+    """The group with its options' values, which are taken out of `given`."""
+    return group(**{f.name: given.pop(f.name) for f in fields(group)})  # type: ignore[arg-type]

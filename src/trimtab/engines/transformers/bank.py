@@ -1,0 +1,297 @@
+"""What is done to the rows of a batch that come and go, kept where the model is: a slot a row, which is written alone.
+
+Each site has lanes, one for each kernel of each step of its edits, as `plan` has stages; a lane's banks hold one row of
+parameters a slot. A row that joins writes its slot in each lane, a row that leaves has its slot taken by the last one,
+and no other is touched. A pass of one token a row reads the banks as they are: nothing is gathered, and nothing copied
+from the host. Parameters of edits that were here before are on the device already (`KEPT`), all of a row's go there in
+one copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.folding import Active, Stage, compiled, missing_of, slots_at
+from trimtab.steering import Edit, Site
+from trimtab.steering.low_rank import LowRank, LowRanks
+from trimtab.steering.operations import Kernel, Rows, add
+
+Address = tuple[int, Kernel, float]
+"""A site's lane: at which step of the site's edits it runs, its kernel, and the share of the norm that is kept."""
+Prepared = list[tuple[Stage, Rows, Active]]
+
+ROOM = 8
+"""Slots that a lane begins with; it doubles when they are full."""
+KEPT = 32
+"""Of so many sets of edits the parameters are kept on the device, those used last."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What edits that act at once do: their parameters by site and lane, and how long what they add at a site is."""
+
+    rows: dict[Site, dict[Address, Rows]]
+    added: dict[Site, float]
+
+
+def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
+    """The edits compiled, in the model's dtype and on the CPU.
+
+    Raises `TrimtabError` for numbers that the dtype can't hold, and for edits that can't act together.
+    """
+    by_site: dict[Site, list[Edit]] = {}
+    for edit in edits:
+        by_site.setdefault(edit.site, []).append(edit)
+    found: dict[Site, dict[Address, Rows]] = {}
+    added: dict[Site, float] = {}
+    for site in sorted(by_site):
+        slots = slots_at(tuple(by_site[site]), site)
+        here = found[site] = {}
+        for step, slot in enumerate(slots):
+            kernel, keep_norm, row = compiled(slot, dtype)
+            here[step, kernel, keep_norm] = row
+        if len(slots) == 1 and kernel is add and not keep_norm:  # else it depends on the activations
+            added[site] = float(
+                torch.linalg.vector_norm(row["vector"], dtype=torch.promote_types(dtype, torch.float32))
+            )
+    return Compiled(found, added)
+
+
+class Lane:
+    """One kernel's parameters at one site: of each name a bank `[slots, 1, size]`, or each slot's low-rank map."""
+
+    def __init__(self, address: Address, slots: int, device: torch.device) -> None:
+        self.step, kernel, keep_norm = address
+        self.stage = Stage(kernel, keep_norm, {}, torch.zeros(0, dtype=torch.bool))
+        self.banks: dict[str, Any] = {}
+        self.active = torch.zeros(slots, 1, dtype=torch.bool, device=device)
+        self.names: list[frozenset[str]] = [frozenset()] * slots  # what each slot's row has; nothing: it isn't here
+        self.added = [0.0] * slots  # how long what a slot's row adds is, in a lane that adds
+        self._blank = [True] * slots  # whether a slot's parameters are those of no row
+
+    @property
+    def used(self) -> bool:
+        return any(self.names)
+
+    def write(self, slot: int, row: Rows, added: float = 0.0) -> None:
+        """A row's parameters, which are where the lane is."""
+        self.added[slot] = added
+        for name, value in row.items():
+            if name not in self.banks:
+                self.banks[name] = self._new(name, value)
+        for name, bank in self.banks.items():
+            value = row.get(name)
+            if isinstance(bank, list):
+                bank[slot] = value
+            elif value is not None:
+                bank[slot, 0] = value
+            elif not self._blank[slot]:
+                bank[slot].fill_(missing_of(name, self.stage.kernel))
+        self._tell(slot, frozenset(row))
+
+    def clear(self, slot: int) -> None:
+        """Nothing is done in this slot."""
+        self.added[slot] = 0.0
+        if self._blank[slot]:
+            return
+        for name, bank in self.banks.items():
+            if isinstance(bank, list):
+                bank[slot] = None
+            else:
+                bank[slot].fill_(missing_of(name, self.stage.kernel))
+        self._tell(slot, frozenset())
+
+    def move(self, slot: int, to: int) -> None:
+        """The row of one slot goes to another; its own isn't in use any more."""
+        if slot != to and not self.names[slot]:
+            self.clear(to)
+        elif slot != to:
+            for bank in self.banks.values():
+                bank[to] = bank[slot]
+            self._tell(to, self.names[slot])
+        self.added[to] = self.added[slot]
+        self.names[slot] = frozenset()
+
+    def tidy(self) -> None:
+        """Leave out what no row has any more."""
+        for name in self.banks.keys() - frozenset().union(*self.names):
+            del self.banks[name]
+
+    def grow(self, slots: int) -> None:
+        """Room for so many rows."""
+        more = slots - len(self.names)
+        for name, bank in self.banks.items():
+            if isinstance(bank, list):
+                bank += [None] * more
+            else:
+                blank = bank.new_full((more, *bank.shape[1:]), missing_of(name, self.stage.kernel))
+                self.banks[name] = torch.cat([bank, blank])
+        self.active = torch.cat([self.active, self.active.new_zeros(more, 1)])
+        self.names += [frozenset()] * more
+        self.added += [0.0] * more
+        self._blank += [True] * more
+
+    def to(self, device: torch.device) -> None:
+        """Where the site's activations are."""
+        self.active = self.active.to(device)
+        for name, bank in self.banks.items():
+            self.banks[name] = [one and one.to(device) for one in bank] if isinstance(bank, list) else bank.to(device)
+
+    def prepared(self, rows: int, dtype: torch.dtype) -> tuple[Stage, Rows, Active]:
+        """What `apply` wants for these first slots and activations of this dtype `[rows, 1, width]`."""
+        found: dict[str, Any] = {}
+        for name, bank in self.banks.items():
+            if isinstance(bank, list):
+                maps = {slot: one for slot, one in enumerate(bank[:rows]) if one is not None}
+                found[name] = LowRanks(maps, rows).to(self.active.device).pick(torch.arange(rows)[:, None])
+            else:
+                found[name] = bank[:rows]
+        if self.stage.only_adds:
+            return self.stage, {"vector": found["vector"].to(dtype)}, None
+        if self.stage.in_place:
+            return self.stage, found, None
+        return self.stage, found, all(self.names[:rows]) or self.active[:rows]
+
+    def _new(self, name: str, value: Tensor | LowRank) -> Any:
+        slots = len(self.names)
+        if isinstance(value, LowRank):
+            return [None] * slots
+        return value.new_full((slots, 1, len(value)), missing_of(name, self.stage.kernel))
+
+    def _tell(self, slot: int, names: frozenset[str]) -> None:
+        if not self.stage.in_place:
+            self.active[slot].fill_(bool(names))
+        self.names[slot], self._blank[slot] = names, not names
+
+
+class Bank:
+    """The lanes of a batch whose rows are in slots 0 to `rows`.
+
+    Args:
+        dtype: The model's.
+        device_of: Where a site's activations are, as far as is known before they have come by.
+    """
+
+    def __init__(self, dtype: torch.dtype, device_of: Callable[[Site], torch.device]) -> None:
+        self.rows = 0
+        self.lanes: dict[Site, dict[Address, Lane]] = {}
+        self._dtype = dtype
+        self._device_of = device_of
+        self._devices: dict[Site, torch.device] = {}
+        self._slots = ROOM
+        self._kept: OrderedDict[tuple[Edit, ...], Compiled] = OrderedDict()
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where anything is done to any row."""
+        return sorted(self.lanes)
+
+    def touched(self, site: Site) -> list[bool]:
+        """To which rows anything is done at a site."""
+        found = [False] * self.rows
+        for lane in self.lanes.get(site, {}).values():
+            found = [bool(names) or before for names, before in zip(lane.names, found, strict=False)]
+        return found
+
+    def added(self, site: Site) -> list[float]:
+        """How long what each row is given at a site is; where more is done than to add, that isn't known here."""
+        lanes = list(self.lanes.get(site, {}).values())
+        return lanes[0].added[: self.rows] if len(lanes) == 1 else [0.0] * self.rows
+
+    def insert(self, edits: tuple[Edit, ...]) -> None:
+        """One more row, under these edits. Raises as `compile_edits` does, and then nothing has changed."""
+        state = self._state(edits)
+        if self.rows == self._slots:
+            self._slots *= 2
+            for lane in self._all():
+                lane.grow(self._slots)
+        self.rows += 1
+        self._write(self.rows - 1, state)
+
+    def change(self, row: int, edits: tuple[Edit, ...]) -> None:
+        """From now on a row is under these edits."""
+        self._write(row, self._state(edits))
+        self._tidy()
+
+    def remove(self, row: int) -> None:
+        """A row leaves; the last one takes its slot."""
+        self.rows -= 1
+        for lane in self._all():
+            lane.move(self.rows, row)
+        self._tidy()
+
+    def prepared(self, site: Site, x: Tensor) -> Prepared:
+        """What is done at a site to the batch's activations `[rows, 1, width]`, in order."""
+        lanes = sorted(self.lanes[site].values(), key=lambda lane: lane.step)
+        if self._device(site) != x.device:
+            self._devices[site] = x.device
+            for lane in lanes:
+                lane.to(x.device)
+        return [lane.prepared(self.rows, x.dtype) for lane in lanes]
+
+    def _all(self) -> list[Lane]:
+        return [lane for here in self.lanes.values() for lane in here.values()]
+
+    def _device(self, site: Site) -> torch.device:
+        if site not in self._devices:
+            self._devices[site] = self._device_of(site)
+        return self._devices[site]
+
+    def _write(self, slot: int, state: Compiled) -> None:
+        for site, rows in state.rows.items():
+            here = self.lanes.setdefault(site, {})
+            for address in rows.keys() - here.keys():
+                here[address] = Lane(address, self._slots, self._device(site))
+        for site, here in self.lanes.items():
+            rows = state.rows.get(site, {})
+            for address, lane in here.items():
+                if address in rows:
+                    lane.write(slot, rows[address], state.added.get(site, 0.0))
+                else:
+                    lane.clear(slot)
+
+    def _tidy(self) -> None:
+        for site, here in list(self.lanes.items()):
+            for address, lane in list(here.items()):
+                if not lane.used:
+                    del here[address]
+                elif len(lane.banks) > 1:
+                    lane.tidy()
+            if not here:
+                del self.lanes[site]
+
+    def _state(self, edits: tuple[Edit, ...]) -> Compiled:
+        """These edits compiled, with parameters where their lanes are."""
+        found = self._kept.get(edits)
+        if found is None:
+            found = self._kept[edits] = self._moved(compile_edits(edits, self._dtype))
+            if len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(edits)
+        return found
+
+    def _moved(self, state: Compiled) -> Compiled:
+        """The same on the devices; tensors of one dtype go to a device in one copy."""
+        found: dict[Site, dict[Address, Any]] = {}
+        apart: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
+        for site, rows in state.rows.items():
+            device = self._device(site)
+            found[site] = {address: dict(row) for address, row in rows.items()}
+            for row in found[site].values():
+                for name, value in row.items():
+                    if isinstance(value, LowRank):
+                        row[name] = value.to(device)
+                    elif value.device != device:
+                        apart.setdefault((device, value.dtype), []).append((row, name))
+        for (device, _), places in apart.items():
+            values = [row[name] for row, name in places]
+            parts = torch.cat(values).to(device).split([len(value) for value in values])
+            for (row, name), part in zip(places, parts, strict=True):
+                row[name] = part
+        return Compiled(found, state.added)

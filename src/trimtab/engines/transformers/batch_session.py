@@ -1,0 +1,209 @@
+"""A session whose rows come and go, each between any two passes of one token a row; the others go on as they were.
+
+What is done to a row is its slot of a `Bank`. It is written when the row joins and where its positions' rules change;
+between such passes a step reads what lies there, as a `Session` in steady decoding does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.folding import States, sweep
+from trimtab.engines.transformers.bank import Bank
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.plan import Plan
+from trimtab.engines.transformers.positions import Pass
+from trimtab.engines.transformers.session import STRIDE, Prepared, Session, Tally, _Step
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, Site
+
+Segment = tuple[int, int | None, tuple[Edit, ...], frozenset[Site]]
+"""From which position to which (`None`: to the end) which edits act, and where."""
+STEERED = 1
+"""The one state that a row is in to which anything is done, as `Session` counts them."""
+
+
+@dataclass
+class _Row:
+    """A row's edits by position, the position of the token that it reads next, and what was measured of it so far."""
+
+    segments: list[Segment]
+    first: int
+    position: int
+    unmeasured: int = 0  # passes since it was measured
+    measured: dict[Site, tuple[float, float]] = field(default_factory=dict)
+    written: tuple[Edit, ...] = ()  # what its slot of the bank holds
+
+    @property
+    def acting(self) -> tuple[Edit, ...]:
+        """The edits that act on the next token."""
+        for start, stop, edits, _ in self.segments:
+            if start <= self.position and (stop is None or self.position < stop):
+                return edits
+        return ()
+
+    @property
+    def left(self) -> float:
+        """In how many passes other edits act, if ever."""
+        marks = [m for segment in self.segments for m in segment[:2] if m is not None and m > self.position]
+        return min(marks, default=inf) - self.position
+
+    @property
+    def sites(self) -> set[Site]:
+        """Where it is edited, sooner or later."""
+        return set().union(*(sites for _, _, _, sites in self.segments))
+
+    @property
+    def steered(self) -> dict[Site, int]:
+        """At how many tokens it was edited so far, by site."""
+        counts: dict[Site, int] = {}
+        for start, stop, _, sites in self.segments:
+            count = min(self.position, self.position if stop is None else stop) - max(start, self.first)
+            for site in sites if count > 0 else ():
+                counts[site] = counts.get(site, 0) + count
+        return counts
+
+
+class BatchSession(Session):
+    """Steers passes of one token for each of its rows, which `insert` and `remove` number as a batch's cache does.
+
+    Rows come with their prompts read: nothing here edits those. `advance` after each pass.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        super().__init__(model, layout, lambda *_: [])
+        self.bank = Bank(self._dtype, self._device_of)
+        self.rows: list[_Row] = []
+        self.sites: list[Site] = []  # where any row is edited, sooner or later
+        self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
+        self._left: float = 0  # in how many passes some row's edits change
+        self._weights: Tensor | None = None
+
+    def insert(self, edits: Sequence[Edit], prompt_length: int) -> None:
+        """One more row, the last, which has read a prompt of so many tokens.
+
+        Raises:
+            TrimtabError: The edits can't act together, or not in the model's dtype; the batch is as it was.
+        """
+        spans = sweep(tuple(edits), prompt_length)
+        acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
+        segments = [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
+        row = _Row(segments, prompt_length, prompt_length)
+        row.written = row.acting
+        self.bank.insert(row.written)
+        self._flush()
+        self.rows.append(row)
+        self._steered.update(row.sites)
+        self._change()
+
+    def remove(self, number: int) -> Tally:
+        """A row leaves, and the last one takes its number. Returns what was measured of it."""
+        tally = self.tally(number)
+        self.bank.remove(number)
+        self._steered.subtract(self.rows[number].sites)
+        self._steered += Counter()  # leave out those that no row is steered at any more
+        last = self.rows.pop()
+        if number < len(self.rows):
+            self.rows[number] = last
+        self._change()
+        return tally
+
+    def advance(self) -> None:
+        """A pass is done, steered or not: each row reads its next token."""
+        for row in self.rows:
+            row.position += 1
+        self._left -= 1
+        self._reached = None
+
+    def tally(self, request: int, tokens: int | None = None) -> Tally:
+        """What was measured of a row so far, and where it was steered."""
+        self._flush()
+        row = self.rows[request]
+        counts = row.steered
+        return {site: (*found, counts[site]) for site, found in row.measured.items()}
+
+    # ---- passes ------------------------------------------------------------------------------------------
+
+    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
+        if one.length != 1 or one.rows != len(self.rows):
+            raise TrimtabError(
+                f"a pass of {one.rows} rows and {one.length} tokens, where the batch has {len(self.rows)} rows and each"
+                " reads one token"
+            )
+        if self._left <= 0 or self._step is None:
+            self._write()
+        if self._step is None:
+            self._step = self._begin_step(one.device)
+        return self._step
+
+    def _write(self) -> None:
+        """Write the slots of rows whose edits change here."""
+        for number, row in enumerate(self.rows):
+            acting = row.acting
+            if acting != row.written:
+                self._flush()
+                self.bank.change(number, acting)
+                row.written = acting
+                self._step = None
+        self._left = min((row.left for row in self.rows), default=inf)
+
+    def _begin_step(self, device: torch.device) -> _Step:
+        """What passes do from here on, until a row's edits change or rows come and go."""
+        here, count = self.bank.sites, len(self.rows)
+        self.plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
+        self._row = {site: i for i, site in enumerate(self.sites)}
+        index = torch.zeros(count, 1, dtype=torch.long)
+        state = STEERED if here else 0
+        step = _Step(((state,),) * count, 0, States(index, index), frozenset([state]))
+        if here:
+            touched = [self.bank.touched(site) for site in self.sites]
+            weights = [row.unmeasured + 1.0 for row in self.rows]
+            step.steered = torch.tensor(touched).view(len(touched), count, 1).to(device)
+            self._weights = torch.tensor(weights).to(device) if max(weights) > 1 else None
+            wide = torch.promote_types(self._dtype, torch.float32)
+            lengths = torch.tensor([[[1.0] * count] * len(touched), [self.bank.added(site) for site in self.sites]])
+            self._norms = lengths[..., None].to(device=device, dtype=wide)
+            self._sums = torch.zeros(2, len(self.sites), count, device=device)
+        return step
+
+    def _prepare(self, site: Site, step: _Step, x: Tensor) -> Prepared:
+        return self.bank.prepared(site, x)
+
+    def _weight(self, step: _Step) -> Tensor | int:
+        if step.passes > 1:
+            return STRIDE
+        return 1 if self._weights is None else self._weights
+
+    # ---- rows that come and go ---------------------------------------------------------------------------
+
+    def _change(self) -> None:
+        self._step = None
+        self._left = 0
+        self.sites = sorted(self._steered)
+
+    def _flush(self) -> None:
+        """Add what was measured to the rows' own, for which the host waits."""
+        step = self._step
+        if step is None or not step.passes or step.present == {0}:
+            return
+        for row in self.rows:
+            row.unmeasured = (step.passes - 1) % STRIDE
+        ratios, counts = self._sums.tolist()
+        self._sums.zero_()
+        for i, site in enumerate(self.sites):
+            for row, ratio, count in zip(self.rows, ratios[i], counts[i], strict=True):
+                if count:
+                    before = row.measured.get(site, (0.0, 0.0))
+                    row.measured[site] = (before[0] + ratio, before[1] + count)
+
+    def _device_of(self, site: Site) -> torch.device:
+        """Where a site's module is; of one that is loaded when it runs, the session sees it then."""
+        here = next((p.device for p in self._place(site).module.parameters()), torch.device("cpu"))
+        return torch.device("cpu") if here.type == "meta" else here

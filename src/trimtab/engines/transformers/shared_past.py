@@ -1,0 +1,58 @@
+"""Products of rows with the past that they share with the other rows of their request, none of which is copied.
+
+Where all requests of a batch have equally many rows, in their order, that is one batched product; else one a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Spans = Sequence[tuple[int, slice]]
+"""A request, and neighbouring rows of it."""
+
+
+def queries_by_keys(queries: Tensor, keys: Tensor, spans: Spans) -> Tensor:
+    """Each row's products with the keys of its request.
+
+    Args:
+        queries: `[heads, rows, size]`; neighbouring heads share a group of keys.
+        keys: `[requests, groups, columns, size]`.
+        spans: Which rows are of which request.
+
+    Returns:
+        `[heads, rows, columns]`.
+    """
+    return _products(queries, keys.mT, spans)
+
+
+def weights_by_values(weights: Tensor, values: Tensor, spans: Spans) -> Tensor:
+    """Each row's sum of its request's values, weighted.
+
+    Args:
+        weights: `[heads, rows, columns]`.
+        values: `[requests, groups, columns, size]`.
+        spans: Which rows are of which request.
+
+    Returns:
+        `[heads, rows, size]`.
+    """
+    return _products(weights, values, spans)
+
+
+def _products(given: Tensor, past: Tensor, spans: Spans) -> Tensor:
+    heads, rows, size = given.shape
+    requests, groups = past.shape[:2]
+    each = rows // requests
+    if all(span == (b, slice(b * each, (b + 1) * each)) for b, span in enumerate(spans)) and len(spans) == requests:
+        split = given.view(groups, -1, requests, each, size).movedim(2, 0)
+        found = split.reshape(requests, groups, -1, size) @ past
+        return found.view(requests, groups, -1, each, past.shape[-1]).movedim(0, 2).reshape(heads, rows, -1)
+    by_group = given.view(groups, -1, rows, size)
+    parts = [
+        (by_group[:, :, span].reshape(groups, -1, size) @ past[request]).view(heads, -1, past.shape[-1])
+        for request, span in spans
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

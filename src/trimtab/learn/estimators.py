@@ -1,0 +1,164 @@
+"""Estimators: from the activations of both sides of pairs to a direction.
+
+An estimator is a function of the positives' activations and the negatives', each `[pairs, width]`, row by row of one
+pair, in float64 on the CPU. It gives the direction from the negatives to the positives, `[width]`. Its length is what
+strength 1 adds where a method doesn't scale it: the mean shift between the sides along it. Methods take one as an
+argument, so that a new direction is a function:
+
+    def trimmed(positive, negative):
+        differences = (positive - negative).sort(0).values
+        return differences[len(differences) // 10 : -(len(differences) // 10) or None].mean(0)
+
+    learn_caa(lm, pairs, estimator=trimmed)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError
+from trimtab.learn.probes import logistic
+from trimtab.steering.tensors import to_float64
+
+Estimator = Callable[[Tensor, Tensor], Tensor]
+
+
+def mean_difference(positive: Tensor, negative: Tensor) -> Tensor:
+    """The mean of positive minus negative (CAA, Rimsky et al.)."""
+    return (positive - negative).mean(0)
+
+
+def median(positive: Tensor, negative: Tensor) -> Tensor:
+    """The median of positive minus negative, element by element: a few odd pairs can't move it far."""
+    ordered = (positive - negative).sort(0).values
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def pca(positive: Tensor, negative: Tensor) -> Tensor:
+    """The first principal component of the pairs' members, each less its pair's mean (RepE, Zou et al.).
+
+    The sign is that by which most positives project above their negatives. (PCA of the differences themselves would
+    subtract their mean first, which is the direction sought.)
+    """
+    centred = torch.cat([positive - negative, negative - positive]) / 2  # their mean is 0
+    return _as_far_apart(_signed(_first(centred), positive, negative), positive, negative)
+
+
+def probe(positive: Tensor, negative: Tensor) -> Tensor:
+    """The weight of a logistic regression that tells positives from negatives (as ITI's probes, Li et al.).
+
+    It sees them centred, and scaled by one number to a mean square of 1 an element, so that its penalty
+    (scikit-learn's at `C = 1`) means the same at every layer and for every model.
+    """
+    members = torch.cat([positive, negative])
+    members = members - members.mean(0)
+    scale = float(members.square().mean().sqrt())
+    basis = torch.linalg.qr(members.T).Q  # the weight is a sum of members, so that no more is fitted: [width, members]
+    labels = torch.tensor([1, 0]).repeat_interleave(len(positive))
+    weight, _ = logistic(members @ basis / (scale or 1.0), labels)
+    return _as_far_apart(unit(basis @ weight), positive, negative)
+
+
+def random_order(seed: int = 0) -> Estimator:
+    """The first principal component of the differences, each in a random order, centred (RepE), as an estimator.
+
+    The sign is that by which most positives project above their negatives.
+    """
+
+    def estimator(positive: Tensor, negative: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, (len(positive), 1), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+        differences = (positive - negative) * signs
+        first = _first(differences - differences.mean(0))
+        return _as_far_apart(_signed(first, positive, negative), positive, negative)
+
+    return estimator
+
+
+ESTIMATORS: Mapping[str, Estimator] = {
+    "mean-difference": mean_difference,
+    "median": median,
+    "pca": pca,
+    "probe": probe,
+}
+"""Those that have a name on the command line, and in a steering's card."""
+
+
+def as_estimator(value: str | Estimator, known: Mapping[str, Estimator] = ESTIMATORS) -> Estimator:
+    """The estimator of that name among the known ones, or the function given.
+
+    Raises:
+        TrimtabError: It is neither.
+    """
+    if isinstance(value, str) and value in known:
+        return known[value]
+    if isinstance(value, str) or not callable(value):
+        raise TrimtabError(
+            f"there is no estimator {value!r}; estimators: {', '.join(known)}, or a function of the positives' and the"
+            " negatives' activations, each [pairs, width], that gives a direction [width]"
+        )
+    return value
+
+
+def estimator_name(value: str | Estimator, known: Mapping[str, Estimator] = ESTIMATORS) -> str:
+    """What a card calls it: its name among the known ones, or where the function is, `module:function`."""
+    if isinstance(value, str):
+        return value
+    for name, one in known.items():
+        if one is value:
+            return name
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def estimate(estimator: Estimator, positive: Tensor, negative: Tensor) -> Tensor:
+    """The estimator's direction `[width]`, in float64 on the CPU.
+
+    Args:
+        estimator: The function.
+        positive: The positives' activations, `[pairs, width]`, in any dtype.
+        negative: The negatives', likewise.
+
+    Raises:
+        TrimtabError: It gives anything but a finite direction of that width.
+    """
+    positive, negative = to_float64(positive), to_float64(negative)
+    found = estimator(positive, negative)
+    if not isinstance(found, Tensor) or found.shape != positive.shape[1:] or not found.is_floating_point():
+        what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise TrimtabError(
+            f"the estimator {estimator_name(estimator)} gave {what}; a direction is a floating-point tensor of shape"
+            f" [{positive.shape[1]}]"
+        )
+    if not bool(torch.isfinite(found).all()):
+        raise TrimtabError(f"the estimator {estimator_name(estimator)} gave a direction with NaN or infinite values")
+    return to_float64(found)
+
+
+def unit(direction: Tensor) -> Tensor:
+    """The direction at length 1. Raises `TrimtabError` for a zero one."""
+    norm = float(direction.norm())
+    if not norm > 0:
+        raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
+    return direction / norm
+
+
+def _signed(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """The direction turned so that more positives project above their negatives than below; on a tie, so that they
+    do on the mean."""
+    along = (positive - negative) @ direction
+    votes = float(torch.sign(along).sum()) or float(along.sum())
+    return direction if votes >= 0 else -direction
+
+
+def _as_far_apart(direction: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """A unit direction made as long as the sides' means are apart along it."""
+    return direction * ((positive - negative).mean(0) @ direction).abs()
+
+
+def _first(rows: Tensor) -> Tensor:
+    if not bool(rows.any()):
+        raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
+    return torch.linalg.svd(rows, full_matrices=False).Vh[0]

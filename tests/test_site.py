@@ -1,0 +1,74 @@
+"""The documentation site: it builds without a warning, has every page and public name, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+
+import trimtab
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("mkdocs", reason="the site is built by mkdocs: pip install 'trimtab[docs]'")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(folder)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr.strip(), done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_every_page_is_there_and_in_the_menu(site: Path) -> None:
+    menu = (site / "index.html").read_text()
+    for page in ROOT.glob("docs/**/*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        if str(name) == "index":
+            continue
+        assert (site / name / "index.html").is_file()
+        assert f'href="{name}/"' in menu
+
+
+@pytest.mark.slow
+def test_links_within_the_site_lead_to_what_is_there(site: Path) -> None:
+    pages = {page: page.read_text() for page in site.rglob("*.html") if page.name != "404.html"}
+    anchors = {page: set(re.findall(r'id="([^"]+)"', text)) for page, text in pages.items()}
+    for page, text in pages.items():
+        for link in re.findall(r'(?:href|src)="([^"]+)"', text):
+            if re.match(r"[a-z]+:", link):
+                continue
+            path, _, anchor = unquote(link).partition("#")
+            target = (page.parent / path.partition("?")[0]).resolve() if path else page
+            target = target / "index.html" if target.is_dir() else target
+            assert target.is_file(), f"{page.relative_to(site)} links to {link}"
+            if anchor and target in anchors and not anchor.startswith("__"):
+                assert anchor in anchors[target], f"{page.relative_to(site)} links to {link}"
+
+
+@pytest.mark.slow
+def test_every_public_name_and_command_is_in_the_reference(site: Path) -> None:
+    names = (site / "reference" / "api" / "index.html").read_text()
+    for name in trimtab.__all__:
+        assert re.search(rf'id="trimtab\.[\w.]*\b{name}"', names), name
+    commands = (site / "reference" / "cli" / "index.html").read_text()
+    for command in ("trimtab make", "trimtab learn", "trimtab eval ab", "trimtab serve"):
+        assert f">{command}<" in commands
+
+
+@pytest.mark.slow
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    """A page that is read offline, or by somebody who wants no one to know, asks no other server for anything."""
+    text = (site / "index.html").read_text()
+    loaded = re.findall(r'<(?:script|img|link)[^>]+(?:src|href)="(https?://[^"]+)"', text)
+    assert not [one for one in loaded if "canonical" not in one]

@@ -1,0 +1,131 @@
+"""What the documentation site has besides `docs/`: the reference of names and commands, made from the code.
+
+mkdocs calls `on_files` and `on_page_markdown`. Links from the pages to files outside of `docs/` go to the repository.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+GROUPS = {
+    "Models": ("trimtab.lm",),
+    "Learning": ("trimtab.making", "trimtab.methods"),
+    "Steerings": ("trimtab.steering", "trimtab.decoding"),
+    "Text": ("trimtab.text",),
+    "Files": ("trimtab.files", "trimtab.baking"),
+    "Errors": ("trimtab.errors",),
+}
+"""The parts of the reference, by where the public names live."""
+
+OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)(#[^)\s]*)?\)")
+MARKUP = re.compile(r"\[/?(?:bold|dim|italic)\]")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are made from the code."""
+    from mkdocs.structure.files import File
+
+    pages = {
+        "reference/api.md": api_page(),
+        "reference/cli.md": cli_page(),
+        "results.md": (ROOT / "benchmarks" / "RESULTS.md").read_text(),
+    }
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Let links to files that aren't pages of the site go to the repository."""
+    folder = Path("benchmarks/x.md" if page.file.src_uri == "results.md" else f"docs/{page.file.src_uri}").parent
+
+    def link(found: re.Match[str]) -> str:
+        target, anchor = found[0][2:].rstrip(")").partition("#")[0], found[2] or ""
+        path = (ROOT / folder / target).resolve().relative_to(ROOT)
+        if not (ROOT / path).exists():
+            raise FileNotFoundError(f"{page.file.src_uri} links to {target}, and there is no {path}")
+        if path == Path("benchmarks/RESULTS.md"):
+            up = "../" * page.file.src_uri.count("/")
+            return f"]({up}results.md{anchor})"
+        if path.parts[0] == "docs" and path.suffix == ".md":
+            up = "../" * page.file.src_uri.count("/")
+            return f"]({up}{path.relative_to('docs')}{anchor})"
+        kind = "tree" if (ROOT / path).is_dir() else "blob"
+        return f"]({config['repo_url'].rstrip('/')}/{kind}/main/{path}{anchor})"
+
+    return OUTSIDE.sub(link, markdown)
+
+
+def api_page() -> str:
+    """Every public name of the package, from its docstring."""
+    import trimtab
+
+    public: dict[str, tuple[str, str]] = trimtab._PUBLIC
+    parts = ["# Python\n\nEverything that `from trimtab import …` gives, in one page.\n"]
+    placed: set[str] = set()
+    for title, homes in GROUPS.items():
+        names = [name for name, (home, _) in public.items() if home.startswith(homes)]
+        placed |= set(names)
+        parts.append(f"## {title}\n")
+        parts += [f"::: {_defined(*public[name])}\n" for name in sorted(names, key=lambda name: (name.lower(), name))]
+    if missing := sorted(set(public) - placed):
+        raise LookupError(f"the site's reference has no part for {', '.join(missing)}")
+    return "\n".join(parts)
+
+
+def _defined(home: str, name: str) -> str:
+    """The dotted name under which something is defined, for a reader of the source."""
+    from importlib import import_module
+
+    value = getattr(import_module(home), name)
+    module = getattr(value, "__module__", home)
+    return f"{module if module.startswith('trimtab') else home}.{name}"
+
+
+def cli_page() -> str:
+    """Every command with its help and its options."""
+    import typer
+
+    from trimtab.commands.app import app
+
+    parts = ["# Command line\n\nWhat `--help` says of each command.\n"]
+    for names, command in _commands(typer.main.get_command(app), ("trimtab",)):
+        parts.append(f"## {' '.join(names)}\n\n{_help(command.help or '')}\n")
+        rows = [_row(one) for one in command.params if getattr(one, "help", None)]
+        if rows:
+            parts.append("| option | what it says |\n| --- | --- |\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def _commands(command: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield names, command
+    if hasattr(command, "list_commands"):
+        context = command.context_class(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            if found is not None and not found.hidden:
+                yield from _commands(found, (*names, name))
+
+
+def _help(text: str) -> str:
+    """A docstring of a command as Markdown: what is in bold or dim is typed, or shown as it is."""
+    text = textwrap.dedent(text).replace("\f", "")
+
+    def block(found: re.Match[str]) -> str:
+        lines = found[2].strip("\n").splitlines()
+        code = "\n".join([lines[0].strip(), *textwrap.dedent("\n".join(lines[1:])).splitlines()]) if lines else ""
+        return f"\n```\n{code}\n```\n" if "\n" in found[2] or found[1] == "bold" else f"`{found[2].strip()}`"
+
+    text = re.sub(r"\[(bold|dim)\](.*?)\[/\1\]", block, text, flags=re.DOTALL)
+    return MARKUP.sub("", text)
+
+
+def _row(option: Any) -> str:
+    names = ", ".join(f"`{one}`" for one in [*option.opts, *option.secondary_opts])
+    words = MARKUP.sub("", option.help).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return f"| {names} | {words} |"
