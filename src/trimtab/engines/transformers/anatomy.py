@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.exclusive import reading, steers
 from trimtab.engines.transformers.layout import Layout
+from trimtab.errors import UnsupportedError
 
 ROWS, TOKENS = 3, 5
 """What is run: no model has so many streams."""
@@ -104,6 +105,7 @@ def _count(layout: Layout) -> Positions:
         with reading(layout.decoder):
             alone = _last(layout, 0, told=False)
             given = takes and _near(layout, alone, _last(layout, 0, told=True))
+            given = given and (not _plain(layout) or _near(layout, alone, _continued(layout)))
             return Positions(given, _near(layout, alone, _last(layout, PADS, told=given)))
     except Exception:  # what it can't run is told, with its reason, when it is to run
         return Positions(takes, True)
@@ -118,6 +120,28 @@ def _last(layout: Layout, pads: int, *, told: bool) -> Tensor:
     if told:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     output = layout.decoder(**inputs, use_cache=False)
+    found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
+    return found.double()
+
+
+def _plain(layout: Layout) -> bool:
+    try:
+        return compat.keeps_plain_cache(layout.decoder)
+    except UnsupportedError:  # it takes no cache that is known
+        return False
+
+
+def _continued(layout: Layout) -> Tensor:
+    """The last hidden state `[width]` after five tokens behind pads, the last two read from a cache of the others."""
+    decoder = layout.decoder
+    ids = torch.arange(1, 1 + TOKENS, device=next(decoder.parameters()).device)[None]
+    ids = torch.cat([ids.new_zeros(1, PADS), ids], 1)
+    mask = (ids > 0).long()
+    positions, stop = (mask.cumsum(-1) - 1).clamp(min=0), ids.shape[1] - 2
+    cache = compat.new_cache(decoder.config)
+    for here in (slice(0, stop), slice(stop, None)):
+        inputs = {"input_ids": ids[:, here], "attention_mask": mask[:, : here.stop], "position_ids": positions[:, here]}
+        output = decoder(**compat.with_cache(decoder, inputs, cache), use_cache=True)
     found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
     return found.double()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import block_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.positions import read_pass
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
@@ -56,6 +57,9 @@ def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
             f"{name} caps its scores, and the sdpa attention it was loaded with leaves that out; load it with"
             " attn_implementation='eager'"
         )
+    looped = [layer for layer in layers if layer < layout.layers and block_of(layout, layer).runs > 1]
+    if looped:
+        raise UnsupportedError(f"{name} runs layer {looped[0]} several times in a pass, so that it has no one score")
     if without := sorted(set(layers) - set(having)):
         raise UnsupportedError(
             f"{name} has no attention at layer {without[0]}, so there are no scores to steer; its layers of attention"
