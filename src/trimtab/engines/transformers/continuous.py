@@ -60,7 +60,7 @@ class Continuous:
         stops = "streamer" in given and list(given.get("stopping_criteria", ())) == [given["streamer"]]
         if stops:
             del given["stopping_criteria"]
-        if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not _steps(layout):
+        if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not _steps(model, layout):
             return None
         each = given.get("num_return_sequences", 1)
         if each != 1 and not (options["do_sample"] and isinstance(each, int) and each > 0):
@@ -74,9 +74,9 @@ class Continuous:
         return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), stops)
 
 
-def _steps(layout: Layout) -> bool:
+def _steps(model: Any, layout: Layout) -> bool:
     try:
-        check_steps(layout)
+        check_steps(model, layout)
     except UnsupportedError:
         return False
     return True

@@ -76,7 +76,7 @@ class GenerationResponse:
     error: Exception | None = None
 
 
-def check_steps(layout: Layout) -> None:
+def check_steps(model: Any, layout: Layout) -> None:
     """Raises `UnsupportedError` for a model whose rows can't join and leave a running batch."""
     name = type(layout.decoder).__name__
     try:
@@ -85,6 +85,10 @@ def check_steps(layout: Layout) -> None:
     except UnsupportedError as error:
         raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
     counted = positions_of(layout)
+    if counted.given and "position_ids" not in compat.parameters(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} doesn't take its tokens' positions, so that rows can't be padded"
+        )
     if not counted.ignores_pads or ("position_ids" in compat.parameters(layout.decoder) and not counted.given):
         raise UnsupportedError(
             f"{name} counts pads as positions, or from elsewhere than 0, so that its rows can't share a batch of steps"
@@ -131,7 +135,7 @@ class GenerationBatch:
     def __init__(
         self, model: Any, tokenizer: Any, layout: Layout, *, strict: bool = True, ends: Collection[int] | None = None
     ) -> None:
-        check_steps(layout)
+        check_steps(model, layout)
         self.model = model
         self.layout = layout
         self.strict = strict
