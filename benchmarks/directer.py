@@ -298,7 +298,7 @@ def _scaled(cache: Any, layers: Sequence[int], spans: Sequence[tuple[int, int]])
 def _rank(lm: LM, token: int, before: Any, spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     layers = list(range(lm.layout.layers))
     seen: list[list[tuple[Tensor, Tensor]]] = []
-    modules = attention_modules(lm.layout)
+    modules = [module for module in attention_modules(lm.layout) if module is not None]
 
     def note(_module: Any, args: tuple, given: dict, output: Any) -> None:
         entered = given["hidden_states"] if "hidden_states" in given else args[0]

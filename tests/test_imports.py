@@ -26,6 +26,7 @@ MAY_SEE = {
     "learn": ENGINES | {"learn"},
     "methods": ENGINES | {"data", "learn", "methods"},
     "evaluate": LM | {"data", "evaluate"},
+    "doctor": LM | {"doctor"},
     "baking": LM | {"baking"},
     "tune": LM | {"learn", "methods", "data", "evaluate", "tune"},
     "making": LM | {"learn", "methods", "data", "evaluate", "making"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab import engines
 from trimtab.decoding.rejection import Rejection
-from trimtab.engines.arguments import batches_of, one_each
+from trimtab.engines.arguments import batches_of, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.language_model import LanguageModel
@@ -21,7 +21,8 @@ from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
 from trimtab.engines.request import Request as Asked
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.attention import attending, check_attention, head_count
+from trimtab.engines.transformers.anatomy import positions_of
+from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
 from trimtab.engines.transformers.continuous import Continuous, answer
 from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steered_here
@@ -182,7 +183,7 @@ class LM(LanguageModel):
         check_edits(steering, self.layout)
         check_gates(steering, self.layout)
         if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
-            check_attention(self.layout)
+            check_attention(self.layout, {edit.site.layer for edit in scores} & set(range(self.layout.layers)))
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
 
     @property
@@ -218,6 +219,9 @@ class LM(LanguageModel):
         continuous = Continuous.of(self.model, self.layout, dict(decoding.options))
         if continuous is not None and not any(rejections):
             batches = [order]
+        elif len({len(one.ids) for one in requests}) > 1 and not positions_of(self.layout).ignores_pads:
+            lengths = [len(one.ids) for one in requests]
+            batches = [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
         answers: dict[int, list[Generation]] = {}
 
         def tell(done: int) -> None:
@@ -250,6 +254,9 @@ class LM(LanguageModel):
                 if by_steps is None:
                     tell(0)
         return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
+
+    def _emphasised(self) -> Iterable[int]:
+        return score_layers(self.layout)
 
     def _check_free(self) -> None:
         super()._check_free()

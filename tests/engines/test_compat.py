@@ -35,7 +35,8 @@ MAY_CHANGE = {
     "_attn_implementation",
     "_global_mapping",
     "_can_record_outputs",
-    "_supports_attention_backend",
+    "altup_active_idx",
+    "ALL_ATTENTION_FUNCTIONS",
     "_is_stateful",
     "_model_mapping",
     "prepare_inputs_for_generation",
@@ -48,6 +49,7 @@ PUBLIC = {  # what transformers documents for everybody to import
     "AutoModelForImageTextToText",
     "AutoTokenizer",
     "GgufConfig",
+    "PreTrainedTokenizerFast",
     "logging",
 }
 GENERATED = Steering((Edit(Site(1), Add(direction(1, 3.0)), Positions.generated()),))

@@ -280,7 +280,7 @@ class TestOtherCaches:
         assert generated(lm, gated) == wanted
 
     def test_emphasis_over_a_static_cache_is_refused_in_words(self, lm: LM) -> None:
-        with pytest.raises(UnsupportedError, match="leave out cache_implementation"):
+        with pytest.raises(UnsupportedError, match="which cache_implementation asks for"):
             lm.generate(PROMPTS[1], EMPHASIS, max_new_tokens=NEW, cache_implementation="static")
 
     @pytest.mark.parametrize("name", list(DECODING))
@@ -416,6 +416,7 @@ class TestPlantedFaults:
     @pytest.mark.parametrize("which", [1, 3, NEW - 1])
     def test_a_step_that_is_swallowed(self, lm: LM, name: str, which: int) -> None:
         """One pass runs past the hooks, in the midst of an answer or at its end."""
+        DECODING[name](lm, ALL)
         with faults.deaf(lm.layout.decoder, range(which, which + 1)), pytest.raises(TrimtabError, match="hooks"):
             DECODING[name](lm, ALL)
 
@@ -438,6 +439,7 @@ class TestPlantedFaults:
 
     def test_a_part_that_runs_twice(self, lm: LM) -> None:
         block: Any = lm.layout.blocks[1]
+        generated(lm, ALL)
         lm.layout.decoder.layers[2] = block
         with pytest.raises(TrimtabError, match="ran 2 times"):
             lm.generate(PROMPTS[0], ALL, max_new_tokens=2)
@@ -445,6 +447,7 @@ class TestPlantedFaults:
     def test_a_part_that_computes_other_tokens(self, lm: LM) -> None:
         block: Any = lm.layout.blocks[1]
         own = block.forward
+        generated(lm, ALL)
         block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs)[:, :-1]
         with pytest.raises(TrimtabError, match="which is whose can't be told"):
             lm.generate(PROMPTS[0], ALL, max_new_tokens=2)
@@ -467,6 +470,7 @@ class TestPlantedFaults:
             lm.generate(PROMPTS[0], EMPHASIS, max_new_tokens=3, rejection=rejects)
 
     def test_emphasis_in_the_stepping_batch(self, lm: LM) -> None:
+        stepped(lm, EMPHASIS)
         with faults.own_attention(lm.layout.blocks[2].self_attn), pytest.raises(TrimtabError, match="layer 2"):
             stepped(lm, EMPHASIS)
 

@@ -1,12 +1,15 @@
-"""`trimtab models`: how to name a model, and what trimtab finds in one."""
+"""`trimtab models`: how to name a model, and what trimtab finds in one, and what of it works there."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.table import Table
 
 from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.models_check import check as check_model
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import show, write_json
 from trimtab.engines.transformers import default_model
@@ -23,15 +26,35 @@ WAYS = {
 
 
 @grouped
-def models(*, loader: BareModelOptions, json: JsonOption = False) -> None:
-    """Show how to name a model, or with --model what trimtab finds in it.
+def models(
+    *,
+    loader: BareModelOptions,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            help="Run trimtab on this model, and say what works there: a Hub id or a folder (its own weights), a"
+            " config.json or a model type such as qwen3_next (tiny random weights).",
+            metavar="MODEL|CONFIG",
+            show_default=False,
+        ),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Show how to name a model; with --model what trimtab finds in it; with --check what of trimtab works on it.
 
     [bold]  trimtab models
       trimtab models --model Qwen/Qwen2.5-0.5B-Instruct
-      trimtab models --model ./my-model --layers-path model.layers[/bold]
+      trimtab models --model ./my-model --layers-path model.layers
+      trimtab models --check ./my-model
+      trimtab models --check qwen3_next[/bold]
 
-    The fingerprint is by what a steering file knows its model's weights.
+    The fingerprint is by what a steering file knows its model's weights. A check generates a few tokens in every way
+    that trimtab has, and compares them with a plain computation; what doesn't work is listed with its reason. It exits
+    with 1 where something is wrong. With random weights nothing is downloaded.
     """
+    if check is not None:
+        check_model(replace(loader, model=check), json=json)
+        return
     if loader.model is None:
         folder = default_model.cache_directory() / f"{default_model.NAME}-{default_model.SHA256[:12]}"
         cached = (folder / "model.safetensors").is_file()

@@ -65,6 +65,14 @@ def batches_of(
     return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
+def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
+    """A batch's prompts in batches that need no pads, in order; `lengths` are those of all prompts, in tokens."""
+    found: dict[int, list[int]] = {}
+    for i in batch:
+        found.setdefault(lengths[i], []).append(i)
+    return list(found.values())
+
+
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """The prompts as a list; a list of messages is one prompt.
 

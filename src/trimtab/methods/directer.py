@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.transformers.attention import score_layers
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.text.spans import Emphasis
 
@@ -44,4 +45,4 @@ def directer(
     instruction isn't in the prompt.
     """
     spans = lm.spans(prompt, instruction, system=system, chat=chat)
-    return emphasis(ScaleScores(alpha), spans, range(lm.layout.layers), "directer")
+    return emphasis(ScaleScores(alpha), spans, score_layers(lm.layout), "directer")

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trimtab.engines.transformers.attention import score_layers
 from trimtab.errors import TrimtabError
 from trimtab.steering import BiasScores, Steering, emphasis
 from trimtab.text.spans import Emphasis
@@ -65,4 +66,4 @@ def instaboost(
             f"InstABoost adds a bias above 0, got {bias:g}; to look away from a phrase, take a negative strength: -s"
         )
     spans = lm.spans(prompt, emphasize, system=system, chat=chat)
-    return emphasis(operation, spans, range(lm.layout.layers), "instaboost")
+    return emphasis(operation, spans, score_layers(lm.layout), "instaboost")

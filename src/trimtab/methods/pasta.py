@@ -19,6 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from trimtab.engines.transformers.attention import score_layers
 from trimtab.errors import TrimtabError
 from trimtab.steering import BiasScores, Steering, emphasis
 from trimtab.text.spans import Emphasis
@@ -65,7 +66,7 @@ def pasta(
         raise TrimtabError(f"alpha is a factor above 0, got {alpha}")
     spans = lm.spans(prompt, emphasize, system=system, chat=chat)
     bias = -math.log(alpha) if include else math.log(alpha)
-    layers = range(lm.layout.layers) if heads is None else sorted(heads)
+    layers = score_layers(lm.layout) if heads is None else sorted(heads)
     parts = []
     for layer in layers:
         chosen = tuple(heads[layer]) if isinstance(heads, Mapping) else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from trimtab.engines.transformers.attention import score_layers
 from trimtab.steering import Steering, TargetMass, emphasis
 from trimtab.text.spans import Emphasis
 
@@ -41,4 +42,4 @@ def spotlight(
     Raises `TrimtabError` for a target not between 0 and 1, and for phrases that aren't in the prompt.
     """
     spans = lm.spans(prompt, emphasize, system=system, chat=chat)
-    return emphasis(TargetMass(target, pool, exact), spans, range(lm.layout.layers), "spotlight")
+    return emphasis(TargetMass(target, pool, exact), spans, score_layers(lm.layout), "spotlight")

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.transformers.attention import score_layers
 from trimtab.engines.transformers.generate import check_request
 from trimtab.engines.transformers.sampling import Sampling
 from trimtab.errors import TrimtabError
@@ -307,7 +308,7 @@ class Service:
                 else:
                     marks.append(Phrase(one))
             spans = find_spans(self.lm.tokenizer, prompt, marks, **given)
-        towards = emphasis(ScaleScores(), spans, range(self.lm.layout.layers), "directer")
+        towards = emphasis(ScaleScores(), spans, score_layers(self.lm.layout), "directer")
         self.lm.check(towards)
         return (towards if steering is None else steering + towards), sum(stop - start for start, stop in spans)
 

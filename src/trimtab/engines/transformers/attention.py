@@ -8,8 +8,9 @@ the model's own implementation, so that they stay as they were to the bit.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -17,29 +18,38 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import block_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.positions import read_pass
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 
-FULL = {"full_attention", "sliding_attention"}
 PLAIN = ("eager", "sdpa")
-UNKNOWN = ("s_aux", "position_bias", "head_mask")  # what changes scores in ways that steering them doesn't know
+KNOWN = {"module", "query", "key", "value", "attention_mask", "scaling", "dropout", "softcap", "sliding_window"} | {
+    "position_bias",
+    "sinks",
+    "s_aux",
+    "kwargs",
+}
+"""What attentions take that steering their scores knows."""
+BY_ROW = ("position_bias", "sinks", "s_aux")
+"""What of it may differ from row to row."""
 _numbers = itertools.count()
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
 
-def check_attention(layout: Layout) -> None:
-    """Raises `UnsupportedError` for a model whose attention scores can't be steered."""
+def check_attention(layout: Layout, layers: Iterable[int] = ()) -> None:
+    """Raises `UnsupportedError` for a model whose attention scores can't be steered, or can't at these layers."""
     decoder: Any = layout.decoder
     name = type(decoder).__name__
-    if not compat.calls_attention_interface(decoder):
-        raise UnsupportedError(f"{name} computes its attention outside of transformers' attention interface")
-    kinds = set(getattr(decoder.config, "layer_types", None) or ())
-    if other := sorted(kinds - FULL):
-        raise UnsupportedError(f"attention scores can't be steered in {name}, which has layers of {', '.join(other)}")
+    having = [i for i, module in enumerate(attention_modules(layout)) if module is not None]
+    if not having:
+        parts = {type(m).__name__ for block in layout.blocks for m in block.modules()}
+        if any("attention" in part.lower() or "attn" in part.lower() for part in parts):
+            raise UnsupportedError(f"{name} computes its attention outside of transformers' attention interface")
+        raise UnsupportedError(f"{name} has no attention, so there are no scores to steer")
     if getattr(decoder.config, "alibi", False):
         raise UnsupportedError(f"{name} adds position biases to its scores, which steering them doesn't know")
     if getattr(decoder.config, "attn_logit_softcapping", None) and compat.attention_name(decoder.config) == "sdpa":
@@ -47,22 +57,58 @@ def check_attention(layout: Layout) -> None:
             f"{name} caps its scores, and the sdpa attention it was loaded with leaves that out; load it with"
             " attn_implementation='eager'"
         )
+    looped = [layer for layer in layers if layer < layout.layers and block_of(layout, layer).runs > 1]
+    if looped:
+        raise UnsupportedError(f"{name} runs layer {looped[0]} several times in a pass, so that it has no one score")
+    if without := sorted(set(layers) - set(having)):
+        raise UnsupportedError(
+            f"{name} has no attention at layer {without[0]}, so there are no scores to steer; its layers of attention"
+            f" are {', '.join(map(str, having))}"
+        )
 
 
-def attention_modules(layout: Layout) -> tuple[nn.Module, ...]:
-    """Each block's attention, as the model declares it. Raises `UnsupportedError` where that isn't one a block."""
-    kind = compat.declared(layout.decoder, "attentions")
-    if kind is None:
-        raise UnsupportedError(f"{type(layout.decoder).__name__} doesn't declare what its attention is")
-    found = [[m for m in block.modules() if isinstance(m, kind)] for block in layout.blocks]
-    if any(len(modules) != 1 for modules in found):
-        raise UnsupportedError(f"{type(layout.decoder).__name__} has blocks without one {kind.__name__}")
-    return tuple(modules[0] for modules in found)
+def score_layers(layout: Any) -> tuple[int, ...]:
+    """The layers whose scores can be steered: those of a hybrid that have attention.
+
+    All of them where none has, so that a check says why; and where blocks are another program's.
+    """
+    modules = attention_modules(layout) if isinstance(layout, Layout) else ()
+    having = tuple(i for i, module in enumerate(modules) if module is not None)
+    return having or tuple(range(layout.layers))
+
+
+def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
+    """Each block's attention that goes through transformers' attention interface, `None` where there is none.
+
+    A hybrid's blocks of another kind have none; some share one between blocks (Zamba 2).
+
+    Raises:
+        UnsupportedError: A block has several, and which one attends to the text isn't declared.
+    """
+    return tuple(_attention_in(layout, block) for block in layout.blocks)
+
+
+def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
+    found = {
+        name: m
+        for name, m in block.named_modules()
+        if compat.calls_attention_interface(m) and not compat.attends_elsewhere(m)
+    }
+    if len(found) > 1 and (kinds := compat.declared(layout.decoder, "attentions")):
+        found = {name: m for name, m in found.items() if isinstance(m, kinds)} or found
+    if len(found) > 1 and (called := compat.declared_name(layout.decoder, "attentions")):
+        found = {name: m for name, m in found.items() if name.split(".")[-1] == called} or found
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"{type(layout.decoder).__name__} has several attentions in a block ({', '.join(found)}), and doesn't"
+            " declare which of them attends to the text"
+        )
+    return next(iter(found.values()), None)
 
 
 def head_count(layout: Layout) -> int:
-    """How many query heads a layer has."""
-    return int(layout.decoder.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    """How many query heads a layer has; 1 where there is no one number of them, and no head can be chosen."""
+    return int(getattr(layout.decoder.config, "num_attention_heads", 1) or 1)
 
 
 @contextmanager
@@ -114,35 +160,41 @@ def steered_scores(
     layers: dict[int, LayerScores],
     columns: Callable[[], int],
     masks: Callable[..., Tensor | None] | None = None,
+    *,
+    own: int = 0,
 ) -> Iterator[None]:
     """While open, attention to a batch's prompts is steered at these layers, for all queries.
 
-    `columns()` says how many columns a row has so far, pads and those of the running pass included. Passes of other
-    threads are left alone. `masks` makes the masks; by default what the model's own attention has for it.
+    `columns()` says how many columns a row has so far, pads and those of the running pass included. The last `own`
+    columns are left alone, and so are passes of other threads. `masks` makes the masks; by default what the model's own
+    attention has for it.
 
     Raises:
         TrimtabError: A pass has ended in which a layer to be steered didn't ask for this attention, or there was none.
     """
-    check_attention(layout)
-    own = compat.attention_name(layout.decoder.config)
-    if own not in PLAIN:
-        raise UnsupportedError(f"attention scores can't be steered under {own}; load the model with sdpa or eager")
-    at = {id(module): layers[i] for i, module in enumerate(attention_modules(layout)) if i in layers}
+    check_attention(layout, layers)
+    usual = compat.attention_name(layout.decoder.config)
+    if usual not in PLAIN:
+        raise UnsupportedError(f"attention scores can't be steered under {usual}; load the model with sdpa or eager")
+    modules = attention_modules(layout)
     owner = get_ident()
-    asked: set[int] = set()  # the modules that have asked for this attention in the pass that is running
+    layer: int | None = None  # the block that is running: some blocks share one attention
+    asked: set[int] = set()  # the layers that have asked for this attention in the pass that is running
     passes = 0
     running = False
     # for a layer's scores, a batch of so many rows, and where the layer is
     chosen: dict[tuple[int, int, torch.device], tuple[Tensor, LayerScores]] = {}
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, Any]:
-        count = len(query)
-        steered = at.get(id(module)) if get_ident() == owner else None
-        asked.add(id(module))
-        if steered is not None and not running:
+        count, mask = len(query), attention_mask
+        if get_ident() == owner and not running and any(module is modules[i] for i in layers):
             raise TrimtabError("the model ran past trimtab's hooks, which tell its tokens' positions to its attention")
+        steered = None
+        if get_ident() == owner and layer is not None and modules[layer] is module:
+            steered = layers.get(layer)
+            asked.add(layer)
         rows: Tensor | None = None
         if steered is not None:
             place = id(steered), count, query.device
@@ -150,16 +202,17 @@ def steered_scores(
                 chosen[place] = steered.steered_rows(count, query.device)
             rows, steered = chosen[place]
             if len(rows) == count:
-                return _steered_attention(query, key, value, mask, steered, columns(), given), None
-        plain = compat.attention_function(own, module)
-        if given.get("softcap") is None and own == "sdpa":
+                return _steered_attention(module, query, key, value, mask, steered, columns(), own, given), None
+        plain = compat.attention_function(usual, module)
+        if given.get("softcap") is None and usual == "sdpa":
             given.pop("softcap", None)
         output, weights = plain(module, query, key, value, mask, **given)
         if steered is None or rows is None or not len(rows):
             return output, weights
         inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
+        here = {name: _rows_of(one, rows) if name in BY_ROW else one for name, one in given.items()}
         output = output.clone()
-        output[rows] = _steered_attention(*inputs, steered, columns(), given)
+        output[rows] = _steered_attention(module, *inputs, steered, columns(), own, here)
         return output, None
 
     def begin(*_: Any) -> None:
@@ -168,24 +221,30 @@ def steered_scores(
             running = True
             asked.clear()
 
+    def enter(number: int, *_: Any) -> None:
+        nonlocal layer
+        if get_ident() == owner:
+            layer = number
+
     def end(*_: Any) -> None:
-        nonlocal passes, running
+        nonlocal passes, running, layer
         if get_ident() != owner:
             return
-        passes, running = passes + 1, False
-        if missing := [i for i, module in enumerate(attention_modules(layout)) if id(module) in at.keys() - asked]:
+        passes, running, layer = passes + 1, False, None
+        if missing := sorted(layers.keys() - asked):
             raise TrimtabError(
                 f"the attention of layer {missing[0]} wasn't steered in this pass: it doesn't look up the attention"
                 " that the model's configuration names"
             )
 
     with (
-        registered(attention, masks or compat.mask_function(own)) as name,
+        registered(attention, masks or compat.mask_function(usual)) as name,
         compat.attending_with(configurations(layout), name),
     ):
         hooks = [
             layout.decoder.register_forward_pre_hook(begin),
             layout.decoder.register_forward_hook(end),
+            *(block.register_forward_pre_hook(partial(enter, i)) for i, block in enumerate(layout.blocks)),
         ]
         try:
             yield
@@ -196,11 +255,24 @@ def steered_scores(
         raise TrimtabError("the model ran past trimtab's hooks, so its attention wasn't steered")
 
 
-def refuse_unknown(given: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, given: dict[str, Any]) -> None:
     """Raises `UnsupportedError` for an attention with parts that steering its scores doesn't know."""
-    for name in UNKNOWN:
+    for name in compat.attention_parameters(module) - KNOWN:
         if given.get(name) is not None:
-            raise UnsupportedError(f"attention with {name} can't be steered")
+            raise UnsupportedError(f"{type(module).__name__} has {name}: its scores can't be steered")
+
+
+def with_sinks(scores: Tensor, given: dict[str, Any]) -> tuple[Tensor, int]:
+    """Scores `[rows, heads, queries, columns]` and the attention's sinks as further columns; how many these are.
+
+    A sink takes weight and gives no value. Attentions are given one number a head (gpt-oss), or one for each query.
+    """
+    sinks = given.get("s_aux") if given.get("s_aux") is not None else given.get("sinks")
+    if sinks is None:
+        return scores, 0
+    sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
+    sinks = sinks.to(scores.dtype).expand(*scores.shape[:3], -1)
+    return torch.cat([scores, sinks], -1), sinks.shape[-1]
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
@@ -208,21 +280,24 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _rows_of(mask: Tensor | None, rows: Tensor) -> Tensor | None:
-    return mask if mask is None or mask.shape[0] == 1 else mask[rows.to(mask.device)]
+def _rows_of(given: Tensor | None, rows: Tensor) -> Tensor | None:
+    """These rows of what is `[rows or 1, heads or 1, …]`; what has no rows (a number a head) is for all of them."""
+    return given if given is None or given.dim() < 4 or given.shape[0] == 1 else given[rows.to(given.device)]
 
 
 def _steered_attention(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     steered: LayerScores,
     columns: int,
+    own: int,
     given: dict[str, Any],
 ) -> Tensor:
     """The output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`, scores in full."""
-    refuse_unknown(given)
+    refuse_unknown(module, given)
     count, heads, queries, size = query.shape
     groups, length = key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -233,20 +308,28 @@ def _steered_attention(
     missing = columns - length
     if missing < 0:
         raise UnsupportedError(
-            f"attention can't be steered over a cache that has {length} columns for {columns} tokens (a static cache);"
-            " leave out cache_implementation"
+            f"attention can't be steered over a cache that has {length} columns for {columns} tokens: which of them are"
+            " the tokens' own can't be told (a static cache, which cache_implementation asks for; or a compressed one)"
         )
-    steered.scale(scores, missing)
+    steered.scale(scores, missing, own)
+    if given.get("position_bias") is not None:
+        scores += given["position_bias"][..., -length:]
     scores = capped(scores, given.get("softcap"))
     if mask is None and queries > 1:
         mask = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)[None, None]
     if mask is not None:
         mask = mask[..., :length]
-        scores = scores.masked_fill(~mask if mask.dtype == torch.bool else mask < -1, -torch.inf)
+        if mask.dtype == torch.bool:
+            unseen = ~mask
+        else:  # it is added; some attentions weigh what they see by it
+            unseen = mask <= torch.finfo(mask.dtype).min / 2
+            scores = scores + mask
+        scores = scores.masked_fill(unseen, -torch.inf)
     if queries > 1:
         empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
         scores = scores.masked_fill(empty, 0)
-    steered.shift(scores, missing)
-    weights = scores.softmax(-1).to(value.dtype)
-    output = weights.view(count, groups, -1, length) @ value
-    return output.view(count, heads, queries, -1).transpose(1, 2)
+    scores, sinks = with_sinks(scores, given)
+    steered.shift(scores, missing, own + sinks)
+    weights = scores.softmax(-1)[..., :length].to(value.dtype)
+    output = weights.reshape(count, groups, -1, length) @ value
+    return output.view(count, heads, queries, -1).transpose(1, 2).contiguous()

@@ -1,5 +1,8 @@
 """The cache of a batch that rows join and leave: buffers with room, in which a step writes one column.
 
+Where a model keeps a recurrent state (Mamba, Gated DeltaNet), beside keys and values or in some of its layers, a row's
+state joins and leaves with it; it has no columns.
+
 Every row ends in the same column, the newest; it begins wherever it begins, and the columns before are its pads. So
 a row that joins is written to the left of the batch's end, a row that leaves gives its place to the last one, and
 neither moves the others. Windows are kept whole: the model's masks see to them.
@@ -10,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer
 
 ROOM = 128
@@ -30,7 +35,7 @@ class Columns(DynamicCache):
         self.lengths: list[int] = []
         self.stop = 0  # the column after the newest
         self._capacity = (0, 0)  # rows, columns
-        self._buffers: list[_Layer] = []  # the same as `layers`, of which others know less
+        self._buffers: list[Any] = []  # the same as `layers`, of which others know less
 
     @property
     def start(self) -> int:
@@ -46,13 +51,15 @@ class Columns(DynamicCache):
         """Take in rows `(row, tokens)` of another cache, whose last `tokens` columns are theirs; they come last."""
         longest = max([*self.lengths, *(length for _, length in picks)])
         first = len(self.lengths)
+        others: list[Any] = list(source.layers)
         if not self._buffers:
-            self._buffers = [_Layer(self) for _ in source.layers]
+            self._buffers = [_layer_like(theirs, self) for theirs in others]
             self.layers = list(self._buffers)
         self._allocate(first + len(picks), longest, 1)
-        others: list[Any] = list(source.layers)
         for mine, theirs in zip(self._buffers, others, strict=True):
-            if theirs.keys is None or theirs.values is None:  # a layer that attends to another's keys
+            if mine.state is not None:
+                mine.state.adopt(theirs, [place for place, _ in picks])
+            if getattr(theirs, "keys", None) is None:  # another's keys are attended to, or a state alone is kept
                 continue
             if mine.keys is None:
                 mine.allocate(theirs.keys, theirs.values, *self._capacity)
@@ -66,9 +73,12 @@ class Columns(DynamicCache):
     def remove(self, row: int) -> None:
         """A row leaves; the last one takes its place."""
         last = len(self.lengths) - 1
+        for layer in self._buffers:
+            if layer.state is not None:
+                layer.state.drop(row)
         if row != last:
             for layer in self._buffers:
-                for buffer in (layer.keys, layer.values):
+                for buffer in (getattr(layer, "keys", None), getattr(layer, "values", None)):
                     if buffer is not None:
                         buffer[row, :, : self.stop] = buffer[last, :, : self.stop]
         self.lengths[row] = self.lengths[last]
@@ -94,7 +104,7 @@ class Columns(DynamicCache):
         columns = longest + max(ROOM, longest // 2)
         count, kept = len(self.lengths), self.width
         for layer in self._buffers:
-            if layer.keys is not None and layer.values is not None:
+            if getattr(layer, "keys", None) is not None and layer.values is not None:
                 old = (layer.keys[:count, :, self.start : self.stop], layer.values[:count, :, self.start : self.stop])
                 layer.allocate(*old, rows, columns)
                 layer.keys[:count, :, longest - kept : longest] = old[0]
@@ -113,6 +123,8 @@ class Columns(DynamicCache):
 
 class _Layer(DynamicLayer):
     """One layer's buffers; where the batch stands in them is the same for all layers."""
+
+    state: _State | None = None
 
     def __init__(self, batch: Columns) -> None:
         super().__init__()
@@ -138,3 +150,48 @@ class _Layer(DynamicLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.batch.width + query_length, 0
+
+
+class _State:
+    """The recurrent states of a layer's rows: what a layer of transformers' cache that holds such states does of them.
+
+    `kept` is such a layer; its states have just as many rows as the batch.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+
+    def adopt(self, theirs: Any, places: Sequence[int]) -> None:
+        """Take in these rows of another layer's states; they come last."""
+        for name in compat.STATES:
+            mine = getattr(self.kept, name)
+            for number, state in getattr(theirs, name).items():
+                if state is None:
+                    continue
+                rows = state[list(places)]
+                mine[number] = rows if mine.get(number) is None else torch.cat([mine[number], rows])
+        for name in compat.STATE_FLAGS:
+            getattr(self.kept, name).update(getattr(theirs, name))
+        self.kept.device, self.kept.dtype = theirs.device, theirs.dtype
+
+    def drop(self, row: int) -> None:
+        """A row leaves; the last one takes its place."""
+        for name in compat.STATES:
+            states = getattr(self.kept, name)
+            for number, state in states.items():
+                if state is not None:
+                    state[row] = state[-1].clone()
+                    states[number] = state[:-1]
+
+
+def _layer_like(theirs: Any, batch: Columns) -> Any:
+    """A layer of the batch that keeps what this one of another cache does."""
+    if not compat.keeps_state(theirs):
+        return _Layer(batch)
+    kind: Any = type("_StateLayer", (_Layer, compat.STATE_LAYER), {}) if hasattr(theirs, "keys") else compat.STATE_LAYER
+    layer = kind.__new__(kind)
+    compat.STATE_LAYER.__init__(layer, number_of_states=theirs.number_of_states)
+    if hasattr(theirs, "keys"):
+        _Layer.__init__(layer, batch)
+    layer.state = _State(layer)
+    return layer

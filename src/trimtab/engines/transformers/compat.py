@@ -7,7 +7,9 @@ What can't be found raises `UnsupportedError`; it is never taken for something t
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
@@ -35,9 +37,19 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
+
+STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionLayer", None)
+_KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+_NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
+"""Layers of a cache that hold a recurrent state, or nothing; `None` in releases that have none."""
 
 __all__ = ["DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "sdpa_mask"]  # what others take from here as is
 
@@ -190,6 +202,14 @@ def cache_name(module: Any) -> str:
     return found
 
 
+def check_common_cache(decoder: Any) -> None:
+    """Raises `UnsupportedError` for a decoder that takes no cache, or declares one of its own (MiniMax)."""
+    declared_as = str(parameters(decoder)[cache_name(decoder)].annotation)
+    own = [name for name in re.findall(r"\w*Cache\b", declared_as) if not hasattr(cache_utils, name)]
+    if own:
+        raise UnsupportedError(f"{type(decoder).__name__} keeps its past in a {own[0]} of its own")
+
+
 def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The inputs of a pass of `module`, and this cache among them."""
     return {**inputs, cache_name(module): cache}
@@ -198,6 +218,39 @@ def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, 
 def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a pass, and no cache among them."""
     return {name: value for name, value in given.items() if not is_cache(value) and name != "use_cache"}
+
+
+def new_cache(config: Any) -> Any:
+    """An empty cache of the kind that a model of this configuration wants."""
+    return DynamicCache(config=config)
+
+
+def put_aside(cache: Any) -> Any:
+    """The cache as it is now: what passes do to this one from now on leaves that one alone.
+
+    Plain keys and values are given other tensors when they grow, not changed ones, so they aren't copied.
+    """
+    if not isinstance(getattr(cache, "layers", None), list):
+        return copy.deepcopy(cache)
+    aside = copy.copy(cache)
+    aside.layers = [copy.copy(one) if type(one) in _REPLACED else copy.deepcopy(one) for one in cache.layers]
+    return aside
+
+
+def fork(cache: Any, rows: Tensor) -> Any:
+    """A cache of its own with these rows `[rows]` of another, which may come several times.
+
+    Raises:
+        UnsupportedError: It can't give rows of itself.
+    """
+    if not callable(getattr(cache, "reorder_cache", None)):
+        raise UnsupportedError(f"{type(cache).__name__} can't be copied row by row, as rejection needs")
+    forked = put_aside(cache)
+    forked.reorder_cache(rows)
+    return forked
+
+
+_REPLACED = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 def keeps_plain_cache(decoder: Any) -> bool:
@@ -215,6 +268,50 @@ def keeps_plain_cache(decoder: Any) -> bool:
     return True
 
 
+def whole_cache(config: Any) -> Any:
+    """An empty cache for a model of this configuration whose layers forget nothing: windows are kept whole.
+
+    Raises:
+        UnsupportedError: A layer keeps something else than keys and values, and a recurrent state.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [_whole(layer) for layer in cache.layers]
+    return cache
+
+
+def _whole(layer: Any) -> Any:
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return DynamicLayer()
+    if type(layer) is _NOTHING:
+        return layer
+    if keeps_state(layer) and type(layer).__module__ == DynamicLayer.__module__:
+        states = layer.number_of_states
+        return _KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
+    raise UnsupportedError(f"the cache has a {type(layer).__name__}, whose rows can't be taken apart")
+
+
+def keeps_state(layer: Any) -> bool:
+    """Whether a layer of a cache holds a recurrent state, beside keys and values or instead of them."""
+    return STATE_LAYER is not None and isinstance(layer, STATE_LAYER)
+
+
+def is_state_alone(cache: Any) -> bool:
+    """Whether a cache holds recurrent states and no keys: it has no columns that a mask could be about."""
+    layers = list(getattr(cache, "layers", ()))
+    return any(map(keeps_state, layers)) and not any(hasattr(layer, "keys") for layer in layers)
+
+
+STATES = ("conv_states", "recurrent_states")
+"""Where a layer keeps its states: dictionaries of tensors, or of `None`, whose first axis is that of rows."""
+STATE_FLAGS = (
+    "is_conv_states_initialized",
+    "is_recurrent_states_initialized",
+    "has_previous_state",
+    "conv_kernel_size",
+)
+"""What a layer knows of each of its states."""
+
+
 def grows_plainly(cache: Any) -> bool:
     """Whether every layer of this cache is one of keys and values without a window, that grows by a column a token."""
     return all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -223,12 +320,31 @@ def grows_plainly(cache: Any) -> bool:
 # ---- what a model declares -------------------------------------------------------------------------------------
 
 
-def declared(decoder: Any, output: str) -> type | None:
-    """The class of the modules that the decoder declares as the source of `"hidden_states"` or `"attentions"`."""
+def declared(decoder: Any, output: str) -> tuple[type, ...]:
+    """The classes of the modules that the decoder declares as sources of `"hidden_states"` or `"attentions"`."""
     found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
-    found = found[0] if isinstance(found, list) and found else found
-    found = getattr(found, "target_class", found)
-    return found if isinstance(found, type) else None
+    listed = [getattr(one, "target_class", one) for one in (found if isinstance(found, (list, tuple)) else [found])]
+    return tuple(one for one in listed if isinstance(one, type))
+
+
+def declared_name(decoder: Any, output: str) -> str | None:
+    """What the decoder calls the parts of its blocks that it declares as the source of an output, if it says so."""
+    found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
+    return getattr(found, "layer_name", None)
+
+
+def active_stream(config: Any) -> int | None:
+    """Of several residual streams the one that blocks read, where the configuration declares one (AltUp)."""
+    found = getattr(config, "altup_active_idx", None)
+    return found if isinstance(found, int) else None
+
+
+CONFIGURATIONS: Any = CONFIG_MAPPING
+"""The class of configurations by model type."""
+CAUSAL: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+"""The name of the class of causal language models by model type."""
+IMAGE_TEXT: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+"""The name of the class of image-text models by model type."""
 
 
 def is_causal_lm(config: Any) -> bool:
@@ -239,9 +355,20 @@ def is_causal_lm(config: Any) -> bool:
 # ---- the attention interface -----------------------------------------------------------------------------------
 
 
-def calls_attention_interface(decoder: Any) -> bool:
-    """Whether the decoder's attention is computed through transformers' attention interface."""
-    return bool(getattr(decoder, "_supports_attention_backend", False))
+def calls_attention_interface(module: nn.Module) -> bool:
+    """Whether the module's own code looks up the attention that its configuration names."""
+    kind: Any = type(module)
+    return _looks_up(kind)
+
+
+@lru_cache(maxsize=256)
+def _looks_up(kind: type[nn.Module]) -> bool:
+    functions = [f for one in kind.__mro__ if one is not nn.Module for f in vars(one).values() if inspect.isfunction(f)]
+    return any(_INTERFACE in inspect.unwrap(function).__code__.co_names for function in functions)
+
+
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+"""What transformers' modules call the table of attentions."""
 
 
 def attention_name(config: Any) -> str:
@@ -255,6 +382,18 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
     if eager is None:
         raise UnsupportedError(f"{type(module).__name__} has no attention of its own to fall back on")
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+
+
+def attends_elsewhere(module: nn.Module) -> bool:
+    """Whether this is attention to an image's or an encoder's states alone, not to the text."""
+    kind: Any = type(module)
+    return any(name.startswith("cross_attention") for name in _parameters(kind))
+
+
+def attention_parameters(module: nn.Module) -> frozenset[str]:
+    """The parameters of the attention that stands in the module's own file, which its other attentions stand for."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return frozenset() if eager is None else frozenset(inspect.signature(eager).parameters)
 
 
 def sdpa_attention() -> Callable[..., Any]:

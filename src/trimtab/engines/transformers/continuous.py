@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, check_steps
 from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.read import can_share
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
+from trimtab.errors import UnsupportedError
 from trimtab.steering import Steering
 
 SETTINGS = (
@@ -60,7 +60,7 @@ class Continuous:
         stops = "streamer" in given and list(given.get("stopping_criteria", ())) == [given["streamer"]]
         if stops:
             del given["stopping_criteria"]
-        if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not can_share(layout):
+        if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not _steps(model, layout):
             return None
         each = given.get("num_return_sequences", 1)
         if each != 1 and not (options["do_sample"] and isinstance(each, int) and each > 0):
@@ -72,6 +72,14 @@ class Continuous:
         if settings.others:
             return None
         return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), stops)
+
+
+def _steps(model: Any, layout: Layout) -> bool:
+    try:
+        check_steps(model, layout)
+    except UnsupportedError:
+        return False
+    return True
 
 
 @dataclass

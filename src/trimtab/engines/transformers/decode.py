@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trimtab.engines.resolve import check_prompt, resolve
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.chunked_prefill import CHUNK, ChunkedPrefill
@@ -32,7 +33,7 @@ from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, ch
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
-from trimtab.engines.transformers.read import can_share, reader
+from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.sampling import GREEDY, PLAIN, BatchSampler, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally, doses_of
@@ -77,6 +78,25 @@ class GenerationResponse:
     error: Exception | None = None
 
 
+def check_steps(model: Any, layout: Layout) -> None:
+    """Raises `UnsupportedError` for a model whose rows can't join and leave a running batch."""
+    name = type(layout.decoder).__name__
+    try:
+        compat.check_common_cache(layout.decoder)
+        compat.whole_cache(layout.decoder.config)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
+    counted = positions_of(layout)
+    if counted.given and "position_ids" not in compat.parameters(model):
+        raise UnsupportedError(
+            f"{type(model).__name__} doesn't take its tokens' positions, so that rows can't be padded"
+        )
+    if not counted.ignores_pads or ("position_ids" in compat.parameters(layout.decoder) and not counted.given):
+        raise UnsupportedError(
+            f"{name} counts pads as positions, or from elsewhere than 0, so that its rows can't share a batch of steps"
+        )
+
+
 @dataclass(eq=False)
 class _Row:
     key: int
@@ -117,10 +137,7 @@ class GenerationBatch:
     def __init__(
         self, model: Any, tokenizer: Any, layout: Layout, *, strict: bool = True, ends: Collection[int] | None = None
     ) -> None:
-        if not can_share(layout):
-            raise UnsupportedError(
-                f"{type(layout.decoder).__name__} keeps a state that rows can't share a batch of steps with"
-            )
+        check_steps(model, layout)
         self.model = model
         self.layout = layout
         self.strict = strict
@@ -217,6 +234,8 @@ class GenerationBatch:
     def _logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
         """The last column's, `[rows, vocabulary]`, in float32."""
         inputs = compat.with_cache(self.model, {"input_ids": ids, "attention_mask": mask}, cache)
+        if cache is self._cache and compat.is_state_alone(cache):
+            del inputs["attention_mask"]  # which has a column for each token before
         if "position_ids" in self._takes:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._takes:
@@ -334,7 +353,7 @@ class GenerationBatch:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
-        cache = DynamicCache()
+        cache = compat.whole_cache(self.model.config)
         inputs = ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache
         steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
         if decides_at_prefill(self.layout, steerings, lengths, {}):

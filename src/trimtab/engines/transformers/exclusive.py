@@ -116,6 +116,11 @@ class Generating:
             )
 
 
+def steers(decoder: nn.Module) -> bool:
+    """Whether this decoder is being steered, by this thread or another."""
+    return decoder in _turns and _turns[decoder].steered
+
+
 @contextmanager
 def _eager() -> Iterator[None]:
     """While open, what `torch.compile` has made runs as plain Python: a compiled graph doesn't call hooks.

@@ -31,7 +31,8 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
 
     The blocks are the one list of the decoder that has as many items as the configuration declares hidden
     layers, of the class that the model itself declares as the source of its hidden states; where it declares
-    none, the one list of that length. `layers`, a dotted path such as `"model.layers"`, overrides it.
+    none, the one list of that length; where none has that length (two layers a block), the one of that class.
+    `layers`, a dotted path such as `"model.layers"`, overrides it.
 
     Raises `TrimtabError`, naming the candidates, when that leaves none or several.
     """
@@ -42,14 +43,16 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{type(model).__name__} is an encoder-decoder; trimtab steers decoder-only models")
     text = config.get_text_config(decoder=True)
-    decoder = model.get_decoder()
-    path, blocks = _named(model, layers) if layers else _declared(model, decoder, text.num_hidden_layers)
+    said = model.get_decoder()
+    said = said if hasattr(said, "config") else model  # some models call their head a decoder
+    path, blocks = _named(model, layers) if layers else _declared(model, said, text.num_hidden_layers)
+    decoder = _runner(model, path) if said is model else said
     return Layout(
         decoder=decoder,
         blocks=tuple(blocks),
         path=path,
         width=text.hidden_size,
-        context=getattr(text, "max_position_embeddings", None),
+        context=_context(text),
     )
 
 
@@ -61,6 +64,22 @@ def check_in_memory(model: Any) -> None:
             f"the embeddings of this {type(model).__name__} aren't in memory (offloaded to disk or another device), and"
             " trimtab reads them; load it with a device_map that keeps them there, or without offloading"
         )
+
+
+def _context(text: Any) -> int | None:
+    """How many positions the configuration allows; none or a negative number is no limit."""
+    found = getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _runner(model: nn.Module, path: str) -> nn.Module:
+    """The innermost module around the blocks that takes a text: a model that says it is its own decoder has a head."""
+    parts = path.split(".")[:-1]
+    for stop in range(len(parts), 0, -1):
+        module = model.get_submodule(".".join(parts[:stop]))
+        if {"input_ids", "inputs_embeds"} & set(compat.parameters(module)):
+            return module
+    return model
 
 
 def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
@@ -76,9 +95,10 @@ def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
 def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:
     lists = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count}
     block = compat.declared(decoder, "hidden_states")
-    if block is not None:
-        declared = {name: m for name, m in lists.items() if all(isinstance(item, block) for item in m)}
-        lists = declared or lists
+    if block:
+        every = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+        declared = {name: m for name, m in every.items() if all(isinstance(item, block) for item in m)}
+        lists = {name: m for name, m in declared.items() if name in lists} or lists or declared
     if len(lists) == 1:
         ((name, blocks),) = lists.items()
         prefix = next((n for n, m in model.named_modules() if m is decoder), "")

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.attention import configurations, registered
+from trimtab.engines.transformers.attention import attention_modules, configurations, registered
 from trimtab.engines.transformers.layout import Layout
 
 
@@ -23,7 +23,7 @@ class PaddedMasks:
     def __init__(self, layout: Layout) -> None:
         decoder: Any = layout.decoder
         waits = next(decoder.parameters()).device.type != "cpu"
-        suits = waits and compat.calls_attention_interface(decoder) and compat.attention_name(decoder.config) == "sdpa"
+        suits = waits and None not in attention_modules(layout) and compat.attention_name(decoder.config) == "sdpa"
         self._configs: Sequence[Any] = configurations(layout) if suits else ()
 
     def of(self, padded: bool) -> Callable[..., Tensor | None] | None:

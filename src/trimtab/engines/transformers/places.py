@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
-MIXERS = ("o_proj", "out_proj", "dense", "c_proj", "wo")
+MIXERS = ("o_proj", "out_proj", "dense", "c_proj", "wo", "linear_o", "out_linear")
 """What families call the projection that mixes the heads' outputs."""
-MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
-DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out")
+SELF = ("self_attn", "self_attention", "attention", "attn")
+"""What families call attention to the text itself, where a block has attention to an encoder's output as well."""
+MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "shared_mlp")
+"""What families call the MLP of a block."""
+BESIDE = (*MLPS, "mlps", "experts", "moe", "router")
+"""Parts that together are a block's MLP, where it has several of them."""
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+"""What families call the expert that every token passes."""
+DOWNS = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "w2", "fc_out", "output_linear", "lin2")
 """What families call the MLP's last projection."""
 ACTS = ("act_fn", "act", "activation_fn")
 """What families call the MLP's activation function."""
@@ -24,11 +35,19 @@ ACTS = ("act_fn", "act", "activation_fn")
 
 @dataclass(frozen=True)
 class Place:
-    """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there."""
+    """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there.
+
+    `streams`: the tensor there holds several residual streams, of which one, or the mean, is meant.
+    """
 
     module: nn.Module
     side: str
     size: int
+    streams: Streams | None = None
+
+    def read(self, x: Tensor) -> Tensor:
+        """The site's activations in the tensor that is there."""
+        return x if self.streams is None else self.streams.read(x)
 
 
 def place(layout: Layout, site: Site) -> Place:
@@ -40,33 +59,25 @@ def place(layout: Layout, site: Site) -> Place:
     if not 0 <= site.layer < layout.layers:
         raise TrimtabError(f"there is no layer {site.layer}; this model has layers 0 to {layout.layers - 1}")
     block = layout.blocks[site.layer]
-    if site.kind == "residual":
-        return Place(block, "output", layout.width)
-    if site.kind == "block_input":
-        return Place(block, "input", layout.width)
-    if site.kind == "attention":
-        return Place(_attention(layout, block, site), "output", layout.width)
-    if site.kind == "heads":
-        mixer = _one(_attention(layout, block, site), MIXERS, layout, site)
-        heads, size = query_heads(layout), _inputs(mixer)
-        if size % heads:
-            raise UnsupportedError(f"{site}: {size} inputs don't divide into {heads} heads")
-        return Place(mixer, "input", size)
-    if site.kind == "mlp":
-        parts = [part for name, part in block.named_children() if name in MLPS]
-        module = parts[0] if len(parts) == 1 else _one(block, DOWNS, layout, site)
-        return Place(module, "output", layout.width)
-    if site.kind == "neurons":
-        parts = [part for name, part in block.named_children() if name in MLPS]
-        down = _one(parts[0] if len(parts) == 1 else block, DOWNS, layout, site)
-        return Place(down, "input", _inputs(down))
-    if site.kind == "act_fn":
-        return _act_fn(layout, block, site)
-    raise UnsupportedError(f"the transformers engine has no activations at {site}")
+    streams = _streams(layout, site)
+    if site.kind in ("residual", "block_input"):
+        return Place(block, "output" if site.kind == "residual" else "input", layout.width, streams)
+    where = _PARTS[site.kind](layout, block, site) if site.kind in _PARTS else None
+    if where is None:
+        raise UnsupportedError(f"the transformers engine has no activations at {site}")
+    if where.module in shared_modules(layout):
+        raise UnsupportedError(
+            f"{type(layout.decoder).__name__} runs one and the same {type(where.module).__name__} in several blocks, so"
+            f" that {site} isn't apart from theirs; steer the residual stream"
+        )
+    return where
 
 
 def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     """A hook that puts what `edit` makes of a place's activations in their stead (`None`: they stay)."""
+    streams = where.streams
+    if streams is not None:
+        edit = partial(_edited_streams, streams, edit)
     if where.side == "output":
 
         def after(_module: Any, _args: Any, output: Any) -> Any:
@@ -85,14 +96,60 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     return where.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
+def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], given: Tensor) -> Tensor:
+    """The streams after an edit of the residual stream among them."""
+    before = streams.read(given)
+    x = before.clone()
+    after = edit(x)
+    return streams.moved(given, (x if after is None else after) - before)
+
+
+def _streams(layout: Layout, site: Site) -> Streams | None:
+    found = block_of(layout, site.layer)
+    if found.shape is not None:
+        what = (
+            f"{found.shape[0]} streams"
+            if len(found.shape) == 1
+            else f"{found.shape} for {ROWS} rows of {TOKENS} tokens"
+        )
+        raise UnsupportedError(
+            f"block {site.layer} of {type(layout.decoder).__name__} puts out {what} at width {layout.width}; which"
+            " token's residual stream is where can't be told"
+        )
+    if found.runs > 1:
+        raise UnsupportedError(
+            f"block {site.layer} of {type(layout.decoder).__name__} runs {found.runs} times in a pass, so that there is"
+            f" no one {site}"
+        )
+    return found.streams
+
+
 def query_heads(layout: Layout) -> int:
-    """How many query heads a layer has."""
-    return int(layout.decoder.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    """How many query heads a layer has.
+
+    Raises:
+        UnsupportedError: The layers differ in it.
+    """
+    try:
+        return int(layout.decoder.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
+    except AttributeError as error:
+        raise UnsupportedError(f"{type(layout.decoder).__name__} has no one number of heads: {error}") from None
 
 
 def head_size(layout: Layout, layer: int) -> int:
     """The width of one head's output, which need not be the residual stream's divided by the number of heads."""
     return place(layout, Site(layer, "heads")).size // query_heads(layout)
+
+
+_shared: WeakKeyDictionary[nn.Module, frozenset[nn.Module]] = WeakKeyDictionary()
+
+
+def shared_modules(layout: Layout) -> frozenset[nn.Module]:
+    """The modules that stand in several blocks."""
+    if layout.decoder not in _shared:
+        counts = Counter(module for block in layout.blocks for module in set(block.modules()))
+        _shared[layout.decoder] = frozenset(module for module, count in counts.items() if count > 1)
+    return _shared[layout.decoder]
 
 
 def output_weight(layout: Layout, site: Site) -> Tensor:
@@ -111,28 +168,43 @@ def output_weight(layout: Layout, site: Site) -> Tensor:
     raise UnsupportedError(f"can't read the weight behind {site}; load the model unquantized")
 
 
-def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
-    """The block's attention: of the class that the model declares, else the one child that is called so."""
-    kind = compat.declared(layout.decoder, "attentions")
-    children = list(block.children())
-    if kind is not None:
-        found = [child for child in children if isinstance(child, kind)]
-    else:
-        found = [child for child in children if type(child).__name__.endswith("Attention")]
-    if len(found) != 1:
-        raise _missing(block, layout, site)
-    return found[0]
+def _attention_place(layout: Layout, block: nn.Module, site: Site) -> Place:
+    attention = _attention(layout, block, site)
+    if _adds_stream(attention) or attention not in block.children():
+        return Place(_mixer(layout, block, attention, site), "output", layout.width)
+    return Place(attention, "output", layout.width)
 
 
-def _one(parent: nn.Module, names: tuple[str, ...], layout: Layout, site: Site) -> nn.Module:
-    """The one projection of these names among the parent's own parts, which must give the stream's width."""
-    found = [child for name, child in parent.named_children() if name in names]
-    if len(found) != 1 or _outputs(found[0]) != layout.width:
-        raise _missing(parent, layout, site)
-    return found[0]
+def _heads_place(layout: Layout, block: nn.Module, site: Site) -> Place:
+    attention = _attention(layout, block, site)
+    mixer = _mixer(layout, block, attention, site)
+    heads, size = query_heads(layout), _inputs(mixer)
+    widths = [getattr(attention, name, None) for name in ("v_head_dim", "head_dim")]
+    own = [width for width in widths if isinstance(width, int)]
+    if size % heads or (own and size not in (heads * width for width in own) and size != layout.width):
+        raise UnsupportedError(f"{site}: {size} inputs don't divide into {heads} heads")
+    return Place(mixer, "input", size)
 
 
-def _act_fn(layout: Layout, block: nn.Module, site: Site) -> Place:
+def _mlp_place(layout: Layout, block: nn.Module, site: Site) -> Place:
+    beside = [name for name, _ in block.named_children() if name in BESIDE]
+    if len(beside) > 1:
+        raise UnsupportedError(
+            f"{site}: what {', '.join(beside)} of {type(layout.decoder).__name__} put out is added up outside of any"
+            " part; steer the residual stream"
+        )
+    part = _mlp(block)
+    if part is None or _adds_stream(part):
+        return Place(_down(layout, block, part, site), "output", layout.width)
+    return Place(part, "output", layout.width)
+
+
+def _neurons_place(layout: Layout, block: nn.Module, site: Site) -> Place:
+    down = _down(layout, block, _mlp(block), site)
+    return Place(down, "input", _inputs(down))
+
+
+def _act_fn_place(layout: Layout, block: nn.Module, site: Site) -> Place:
     """The activation function beside the MLP's last projection, whose inputs are made of what it puts out."""
     neurons = place(layout, Site(site.layer, "neurons"))
     parent = next(part for part in block.modules() if any(child is neurons.module for child in part.children()))
@@ -142,13 +214,91 @@ def _act_fn(layout: Layout, block: nn.Module, site: Site) -> Place:
     return Place(functions[0], "output", neurons.size)
 
 
+_PARTS = {
+    "attention": _attention_place,
+    "heads": _heads_place,
+    "mlp": _mlp_place,
+    "neurons": _neurons_place,
+    "act_fn": _act_fn_place,
+}
+
+
+def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
+    """The block's attention: of the class that the model declares, else the one that is called so."""
+    kinds = compat.declared(layout.decoder, "attentions")
+    parts: dict[str, nn.Module] = dict(block.named_modules())
+    found: dict[str, nn.Module] = {name: part for name, part in parts.items() if kinds and isinstance(part, kinds)}
+    if not found:
+        found = {name: p for name, p in block.named_children() if type(p).__name__.endswith("Attention")}
+    if len(found) > 1:
+        called = compat.declared_name(layout.decoder, "attentions")
+        found = {n: p for n, p in found.items() if n.split(".")[-1] in ((called,) if called in found else SELF)}
+    if len(found) != 1:
+        raise _missing(block, layout, site)
+    return next(iter(found.values()))
+
+
+def _mixer(layout: Layout, block: nn.Module, attention: nn.Module, site: Site) -> nn.Module:
+    """The projection of the heads' outputs: attention's own, or that of the part beside it (BERT's `output.dense`)."""
+    found = _named(attention, MIXERS, layout.width)
+    if not found:
+        path = next(name for name, part in block.named_modules() if part is attention)
+        around = block.get_submodule(path.rpartition(".")[0])
+        output = getattr(around, "output", None)
+        found = _named(output, MIXERS, layout.width) if around is not block and isinstance(output, nn.Module) else []
+    if len(found) != 1:
+        raise _missing(attention, layout, site)
+    return found[0]
+
+
+def _mlp(block: nn.Module) -> nn.Module | None:
+    """The block's MLP, if it is one part: by what it is called, or by what its class is."""
+    children = dict(block.named_children())
+    parts = [part for name, part in children.items() if name in MLPS and name not in SHARED]
+    parts = parts or [part for name, part in children.items() if name in SHARED]
+    parts = parts or [part for part in children.values() if type(part).__name__.endswith(("MLP", "MoE", "FeedForward"))]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _down(layout: Layout, block: nn.Module, part: nn.Module | None, site: Site) -> nn.Module:
+    """The MLP's last projection; in a mixture of experts that of the expert that every token passes."""
+    children = dict(block.named_children())
+    if part is None and "intermediate" in children and "output" in children:
+        found = _named(children["output"], MIXERS, layout.width)  # BERT's
+    elif isinstance(part, nn.Sequential):
+        found = [part[-1]] if len(part) and _outputs(part[-1]) == layout.width else []
+    else:
+        inside = part if part is not None else block
+        found = _named(inside, DOWNS, layout.width, deep=False)
+        experts = {**dict(inside.named_children()), **children}
+        shared = [expert for name, expert in experts.items() if name in SHARED]
+        found = found or [down for expert in shared for down in _named(expert, DOWNS, layout.width, deep=False)]
+    if len(found) != 1:
+        raise _missing(block if part is None else part, layout, site)
+    return found[0]
+
+
+def _named(parent: nn.Module, names: tuple[str, ...], width: int, *, deep: bool = True) -> list[nn.Module]:
+    """The projections to this width that are called so: the parent's own parts, or else those of its parts."""
+    own = [part for name, part in parent.named_children() if name in names and _outputs(part) == width]
+    if own or not deep:
+        return own
+    return [part for name, part in parent.named_modules() if name.split(".")[-1] in names and _outputs(part) == width]
+
+
+def _adds_stream(part: nn.Module) -> bool:
+    """Whether the part is given the residual stream and adds it itself, so that what it puts out isn't its own."""
+    return "residual" in compat.parameters(part)
+
+
 def _inputs(projection: Any) -> int:
     return int(projection.in_features if hasattr(projection, "in_features") else projection.weight.shape[0])
 
 
 def _outputs(projection: nn.Module) -> int | None:
-    """`Conv1D`, which GPT-2 has, counts them as `nf`."""
-    return getattr(projection, "out_features", getattr(projection, "nf", None))
+    """`Conv1D`, which GPT-2 has, counts them as `nf`; mixtures' own linear parts as `output_size`."""
+    counts = (getattr(projection, name, None) for name in ("out_features", "nf", "output_size"))
+    return next((count for count in counts if isinstance(count, int)), None)
 
 
 def _missing(parent: nn.Module, layout: Layout, site: Site) -> UnsupportedError:
@@ -160,4 +310,6 @@ def _missing(parent: nn.Module, layout: Layout, site: Site) -> UnsupportedError:
 
 
 def _replaced(output: Any, x: Tensor) -> Any:
-    return x if isinstance(output, Tensor) else (x, *output[1:])
+    if isinstance(output, Tensor):
+        return x
+    return [x, *output[1:]] if isinstance(output, list) else (x, *output[1:])

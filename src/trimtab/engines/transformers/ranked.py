@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from trimtab.decoding.ranking import disturbance, order_of, sensitivity
 from trimtab.engines.transformers.attention import attention_modules
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.raw_cache import RawCache
-from trimtab.engines.transformers.rows import Rows, Token, compile_versions
+from trimtab.engines.transformers.rows import Versions, compile_versions
+from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit
 
 
 def rank_layers(
-    rows: Rows,
+    rows: Any,
     layout: Layout,
-    token: Token,
-    cache: RawCache,
+    token: Any,
+    cache: Any,
     columns: int,
     request: int,
     edits: tuple[Edit, ...],
@@ -31,40 +31,90 @@ def rank_layers(
     """The order of the layers of one request's edits, best first, from one pass with a row for each of them.
 
     `lengths` and `pads` are those of the batch's prompts, `columns` counts the cache's with the last prompt token. A
-    row joins at its layer, so the pass costs about half of what so many rows cost.
+    row joins at its layer where it can, so that the pass costs about half of what so many rows cost; `Forks` run whole
+    rows, a few at a time. Observed is the attention of the layers that have one; in a model without attention its
+    blocks are, and so they are where attention's input is wider than the stream (Zamba).
     """
     layers = sorted({edit.site.layer for edit in edits})
     if len(layers) == 1:
         return tuple(layers)
     alone = [(request, tuple(edit for edit in edits if edit.site.layer == layer)) for layer in layers]
     steer = compile_versions(layout, alone, lengths, pads)
+    observed = {i: module for i, module in enumerate(attention_modules(layout)) if module is not None}
+    observed = observed or dict(enumerate(layout.blocks))
+    if ranking == "repo" and (without := sorted(set(layers) - observed.keys())):
+        raise UnsupportedError(
+            f"ranking='repo' goes by the attention of the steered layers, and layer {without[0]} has none; use 'paper'"
+        )
+    tables: list[list[Tensor]] = []  # by observed layer: for each layer the distances, in lots of rows
+    raws: list[Tensor] = []
+    for start in range(0, len(layers), rows.together):
+        lot = list(range(start, min(len(layers), start + rows.together)))
+        asked = rows, list(observed.values()), token, cache, columns, steer, request, lot, layers
+        try:
+            found = _observe(*asked)
+        except _Uneven:
+            observed = {i: layout.blocks[i] for i in observed}
+            found = _observe(rows, list(observed.values()), *asked[2:])
+        tables.append([_whole(column, raw, len(lot)) for column, raw in found])
+        raws = [raw.cpu() for _, raw in found]
+    crossed = torch.stack([torch.cat(columns_of) for columns_of in zip(*tables, strict=True)], dim=1)
+    if ranking == "repo":
+        scores = sensitivity(crossed, torch.empty(0), ranking)[[list(observed).index(layer) for layer in layers]]
+    else:
+        scores = sensitivity(crossed, torch.stack(raws), ranking)
+    return order_of(scores, layers)
+
+
+class _Uneven(Exception):
+    """An attention's input and output have different widths, and no angle between them."""
+
+
+def _whole(column: Tensor, raw: Tensor, rows: int) -> Tensor:
+    """The distances of all rows at an observed layer; those that join later are still row 0 there."""
+    return torch.cat([column, 2 * raw.expand(rows - len(column))]).cpu()
+
+
+def _observe(
+    rows: Any,
+    modules: list[nn.Module],
+    token: Any,
+    cache: Any,
+    columns: int,
+    steer: Versions,
+    request: int,
+    lot: list[int],
+    layers: list[int],
+) -> list[tuple[Tensor, Tensor]]:
+    """What each observed module makes of row 0 and of these versions, one a row, in one pass."""
     found: list[tuple[Tensor, Tensor]] = []
     before: list[Tensor] = []
     handles: list[Any] = []
 
     def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        before.append(given[0])
+        before.append(given.reshape(-1, given.shape[-1]))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         after = output if isinstance(output, Tensor) else output[0]
-        found.append(disturbance(before.pop(), after[0]))
+        if after.shape[-1] != before[-1].shape[-1]:
+            raise _Uneven
+        found.append(disturbance(before.pop(), after.reshape(-1, after.shape[-1])))
 
     try:
-        for module in attention_modules(layout):
+        for module in dict.fromkeys(modules):  # blocks may share one
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
-        chosen = [None, *range(len(layers))]
-        rows.run(token, cache, columns, steer, chosen, [request] * len(chosen), joining=layers)
+        chosen = [None, *lot]
+        rows.run(
+            token, cache, columns, steer, chosen, [request] * len(chosen), joining=[layers[number] for number in lot]
+        )
     finally:
         for handle in handles:
             handle.remove()
-    waiting = [raw.expand(len(layers) - len(column)) for column, raw in found]  # rows that are still row 0
-    crossed = torch.stack(
-        [torch.cat([column, 2 * rest]).cpu() for (column, _), rest in zip(found, waiting, strict=True)], dim=1
-    )
-    if ranking == "repo":
-        scores = sensitivity(crossed, torch.empty(0), ranking)[layers]
-    else:
-        scores = sensitivity(crossed, torch.stack([raw.cpu() for _, raw in found]), ranking)
-    return order_of(scores, layers)
+    if len(found) != len(modules):
+        raise UnsupportedError(
+            f"{len(found)} attentions ran where {len(modules)} were expected, so layers can't be ranked; give"
+            " Rejection(ranking=…) their order"
+        )
+    return found

@@ -22,6 +22,7 @@ from trimtab.engines.contract import TOKENS_PER_BATCH, check_texts
 from trimtab.engines.request import Batch, Text
 from trimtab.engines.resolve import Read, Where
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
@@ -126,8 +127,16 @@ def _common(texts: Sequence[Text]) -> int:
 
 
 def can_share(layout: Layout) -> bool:
-    """Whether the model's cache is of plain keys and values, so that rows of it can be repeated."""
-    return compat.keeps_plain_cache(layout.decoder)
+    """Whether rows of the model's cache can be repeated, with pads between what they share and what they don't.
+
+    It is one of plain keys and values, and the model takes its tokens' positions as they are given.
+    """
+    if not positions_of(layout).given:
+        return False
+    try:
+        return compat.keeps_plain_cache(layout.decoder)
+    except UnsupportedError:  # it takes no cache that is known
+        return False
 
 
 def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]) -> _Opening:
@@ -137,7 +146,7 @@ def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]
     """
     cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
     texts = [text for group in groups for text in group]
-    plain = compat.grows_plainly(cache) and "position_ids" in compat.parameters(layout.decoder)
+    plain = compat.grows_plainly(cache) and positions_of(layout).given
     if len(groups) < 2 or not plain:
         return _Opening(0, cache)
     read_from = min(min(text.positions) for text in texts)
@@ -219,7 +228,7 @@ def _run(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs = compat.with_cache(layout.decoder, inputs, cache)
-    if "position_ids" in compat.parameters(layout.decoder):
+    if positions_of(layout).given:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     rows, columns = (torch.tensor(indices, dtype=torch.long, device=ids.device) for indices in at)
     return run_decoder(layout, inputs, sites, lambda x: x[rows.to(x.device), columns.to(x.device)])
@@ -256,22 +265,29 @@ def recording(
     found: dict[Site, Tensor] = {}
     owner = get_ident()
     wanted = sorted(set(sites))
-    rows = 0
+    places = {site: place(layout, site) for site in wanted}
+    rows = tokens = 0
     handles: list[Any] = []
 
     def begin(_module: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal rows
+        nonlocal rows, tokens
         if get_ident() != owner:
             return
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        rows = len(next(tokens for tokens in given if isinstance(tokens, Tensor)))
+        rows, tokens = next(one for one in given if isinstance(one, Tensor)).shape[:2]
 
     def record(site: Site, given: Any) -> None:
         if get_ident() != owner:
             return
-        x = given if isinstance(given, Tensor) else given[0]
+        x = places[site].read(given if isinstance(given, Tensor) else given[0])
         # some blocks run their MLP over the tokens of all rows as one list
-        found[site] = keep(x if x.dim() == 3 else x.view(rows, -1, x.shape[-1]))
+        whole = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
+        if whole.shape[:2] != (rows, tokens):
+            raise UnsupportedError(
+                f"at {site} the model computes {tuple(x.shape)} in a pass of {rows} rows and {tokens} tokens; which is"
+                " whose can't be told"
+            )
+        found[site] = keep(whole)
         if len(found) == len(wanted) and not to_the_end:
             raise _Enough
 
@@ -282,7 +298,7 @@ def recording(
         try:
             handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
             for site in wanted:
-                where = place(layout, site)
+                where = places[site]
                 if where.side == "input":
                     handles.append(where.module.register_forward_pre_hook(entering(site), with_kwargs=True))
                 else:

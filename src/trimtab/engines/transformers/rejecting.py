@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,14 +24,16 @@ from torch import Tensor, nn
 from trimtab.decoding.rejection import Rejection, ladder, plausible_set
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.judging import Asked, Chosen, Judged, Raw, judge, read_raw
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.ranked import rank_layers
 from trimtab.engines.transformers.raw_cache import Guesses, RawCache
 from trimtab.engines.transformers.rows import Rows, Token, Versions, compile_versions
 from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.sharing import rows_for
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit
+from trimtab.steering import Edit, Site
 
 GUESSES = 2
 """How many tokens `optimistic` guesses where a gate is open, and takes along in the pass of the rungs."""
@@ -110,7 +112,7 @@ class RejectingLoop:
         self.model: Any = model
         self.layout = layout
         self.requests = list(requests)
-        self.rows = Rows(model, layout)
+        self.rows: Any = rows_for(model, layout)
         self.streamer = streamer  # transformers keeps it from a custom_generate
         self.streams: list[_Stream] = []
         asked = next((r.rejection.schedule for r in requests if r.rejection is not None), "auto")
@@ -125,10 +127,19 @@ class RejectingLoop:
     @contextmanager
     def open(self) -> Iterator[None]:
         """The hooks and the attention that rows need, for as long as the context is open."""
-        sites = {e.site for r in self.requests for e in r.edits if not is_score_edit(e)}
         self._began = time.perf_counter()
-        with self.rows.open(sorted(sites)):
+        with ExitStack() as self._opened:
+            self._opened.enter_context(self.rows.open(self._sites()))
             yield
+
+    def _sites(self) -> list[Site]:
+        return sorted({e.site for r in self.requests for e in r.edits if not is_score_edit(e)})
+
+    def _fork(self) -> None:
+        """Let rows go over copies of the cache, from before the first token on."""
+        self._opened.close()
+        self.rows = Forks(self.model, self.layout)
+        self._opened.enter_context(self.rows.open(self._sites()))
 
     def traces(self) -> list[Trace]:
         """What happened in each row of the batch, one step a token (those after a row's end included)."""
@@ -162,7 +173,10 @@ class RejectingLoop:
             raise UnsupportedError("rejection can't run with synced_gpus")
         config = generation_config
         streamer = self.streamer if streamer is None else streamer
-        cache = RawCache(model.config)
+        told = compat.first_inputs(model, input_ids, model_kwargs).get("position_ids")
+        if isinstance(self.rows, Rows) and told is None:
+            self._fork()
+        cache = self.rows.start(model, model_kwargs)
         model_kwargs = compat.put_cache(model_kwargs, cache)
         count = len(input_ids)
         self.streams = [_Stream() for _ in range(count)]
@@ -174,9 +188,8 @@ class RejectingLoop:
         logits: tuple[Tensor, ...] = ()
 
         inputs = compat.first_inputs(model, input_ids, model_kwargs)
-        output = model(**inputs, return_dict=True)
-        _check_cached(cache, input_ids.shape[1])
-        token = Token.of(inputs)
+        output, token = self.rows.read(inputs)
+        self.rows.check_cached(cache, input_ids.shape[1])
         raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
         model_kwargs = compat.after_pass(model, model_kwargs, output)
         del output, inputs
@@ -184,12 +197,13 @@ class RejectingLoop:
         betas = [r.rejection.beta if r.rejection is not None else 1.0 for r in self._spread(self.requests)]
         asked = Asked.of(betas, [len(stream.versions) for stream in self.streams], input_ids.device)
         ahead: Found = {}
-        fused = self.schedule == "fused"
+        shares = isinstance(self.rows, Rows)
+        fused = shares and self.schedule == "fused"
         while True:
-            _check_cached(cache, input_ids.shape[1])
+            self.rows.check_cached(cache, input_ids.shape[1])
             last = input_ids.shape[1] + 1 >= config.max_length
             self._guessed = None
-            self._guessing = 0 if last or fused or steer is None else GUESSES
+            self._guessing = 0 if last or fused or steer is None or not shares else GUESSES
             chosen = self._choose(
                 input_ids, token, cache, raw, ahead, steer, asked, going, logits_processor, config.do_sample
             )
@@ -212,9 +226,10 @@ class RejectingLoop:
             if not any(going):
                 break
             inputs = compat.next_inputs(model, input_ids, model_kwargs)
-            token = Token.of(inputs)
             ahead = {}
             guessed = self._come_true(cache, fed)
+            if guessed is not None or (fused and steer is not None):
+                token = Token.of(inputs)
             if guessed is not None:
                 raw = guessed
                 model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
@@ -224,7 +239,7 @@ class RejectingLoop:
                 model_kwargs = compat.after_skipped_pass(model, model_kwargs, cache)
             else:
                 self.passes += 1
-                output = model(**inputs, return_dict=True)
+                output, token = self.rows.read(inputs)
                 raw = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
                 model_kwargs = compat.after_pass(model, model_kwargs, output)
                 del output
@@ -372,16 +387,6 @@ class RejectingLoop:
             stream.versions = tuple(range(len(versions), len(versions) + len(rungs)))
             versions += [(b, edits) for edits in rungs]
         return compile_versions(self.layout, versions, lengths, pads) if versions else None
-
-
-def _check_cached(cache: RawCache, columns: int) -> None:
-    """Raises `TrimtabError` unless each layer of the unsteered stream's cache holds so many columns."""
-    held = {cache.get_seq_length(layer) for layer in range(len(cache.layers))}
-    if held != {columns}:
-        raise TrimtabError(
-            f"the cache of the unsteered stream holds {sorted(held)} tokens where {columns} have been read: the model"
-            " didn't put them into the cache that it was given, or a pass was missed"
-        )
 
 
 def _describe(edits: tuple[Edit, ...]) -> str:

@@ -29,6 +29,7 @@ from trimtab.engines.transformers.attention import (
     head_count,
     refuse_unknown,
     registered,
+    with_sinks,
 )
 from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
 from trimtab.engines.transformers.layout import Layout
@@ -162,7 +163,7 @@ class Versions:
     def select(self, chosen: tuple[int | None, ...]) -> dict[int, LayerScores]:
         """Each layer's parameters for rows of these versions (`None`: nothing is done); on the CPU."""
         if chosen not in self._selected:
-            _bound(self._selected)
+            bound(self._selected)
             self._selected[chosen] = _select(self.scores, chosen)
         return self._selected[chosen]
 
@@ -170,7 +171,7 @@ class Versions:
         """What is done at a site to rows in these states, where `x` is and in its dtype."""
         key = site, states, x.device, x.dtype
         if key not in self._prepared:
-            _bound(self._prepared, len(self.plan.stages))
+            bound(self._prepared, len(self.plan.stages))
             tokens = States.of(torch.tensor(states), x.device)
             self._prepared[key] = [(stage, *stage.prepare(tokens, x.dtype)) for stage in self.plan.stages[site]]
         return self._prepared[key]
@@ -199,6 +200,8 @@ def compile_versions(
 class Rows:
     """Passes of rows through a model, while `open`. The model is as it was outside of the passes."""
 
+    together = 1_000
+
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         check_attention(layout)
         self.model = model
@@ -225,6 +228,24 @@ class Rows:
             self._run = None
             for handle in handles:
                 handle.remove()
+
+    def start(self, model: Any, model_kwargs: dict[str, Any]) -> RawCache:
+        """The cache of the unsteered stream."""
+        return RawCache(model.config)
+
+    def read(self, inputs: dict[str, Any]) -> tuple[Any, Token]:
+        """The unsteered pass over these inputs: what it puts out, and its last token, to be read again by rows."""
+        output = self.model(**inputs, return_dict=True)
+        return output, Token.of(inputs)
+
+    def check_cached(self, cache: RawCache, columns: int) -> None:
+        """Raises `TrimtabError` unless each layer of the unsteered stream's cache holds so many columns."""
+        held = {cache.get_seq_length(layer) for layer in range(len(cache.layers))}
+        if held != {columns}:
+            raise TrimtabError(
+                f"the cache of the unsteered stream holds {sorted(held)} tokens where {columns} have been read: the"
+                " model didn't put them into the cache that it was given, or a pass was missed"
+            )
 
     def run(
         self,
@@ -265,7 +286,7 @@ class Rows:
             of,
             token.mask.bool() if token.mask is not None and versions.padded else None,
             versions.select(rows),
-            _states(versions, rows, columns),
+            states_at(versions, rows, columns),
             tuple(i for i, version in enumerate(rows) if version is None) if raw_enters_cache else None,
             guesses,
         )
@@ -315,7 +336,7 @@ class Rows:
     def tensor(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
         """These numbers on a device. Passes have the same ones again and again, and a copy is one to wait for."""
         if (numbers, device) not in self._tensors:
-            _bound(self._tensors)
+            bound(self._tensors)
             self._tensors[numbers, device] = torch.tensor(numbers, device=device)
         return self._tensors[numbers, device]
 
@@ -326,10 +347,7 @@ class Rows:
         if get_ident() != self._owner:
             return None
         run.edited.add(site)
-        x = given.view(1, -1, given.shape[-1])
-        for stage, rows, active in versions.prepare(site, run.states[: x.shape[1]], x):
-            x = apply(stage, rows, active, x)
-        return x.view(given.shape)
+        return edited(versions, site, run.states, given)
 
     def _mask(self, *_: Any, **given: Any) -> Tensor | None:
         """Which columns each row does not see, `[1, 1, rows, columns]`; `None`: it sees all.
@@ -365,16 +383,19 @@ class Rows:
         return unseen[None, None]
 
     def _attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **given: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
     ) -> tuple[Tensor, None]:
         """`[1, rows, heads, size]` for the rows' queries `[1, heads, rows, size]` and their own keys and values."""
         run = self._run
         if get_ident() != self._owner:
-            return compat.attention_function(self._own, module)(module, query, key, value, mask, **given)
-        refuse_unknown(given)
+            return compat.attention_function(self._own, module)(module, query, key, value, attention_mask, **given)
+        mask = attention_mask
+        refuse_unknown(module, given)
         if run is None or run.layer is None:
             raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
         past_keys, past_values = run.raw.seen[run.layer]
+        if past_keys.shape[1::2] != key.shape[1::2] or past_values.shape[1::2] != value.shape[1::2]:
+            raise UnsupportedError(f"{type(module).__name__} attends to other keys than those that it caches")
         missing = run.columns - past_keys.shape[2]  # a sliding window has left them behind
         if run.guesses is None:  # nobody sees the newest column but guesses; the others have one of their own instead
             past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
@@ -403,13 +424,23 @@ class Rows:
             scores.copy_(capped(scores, softcap))
         if mask is not None:
             scores[..., :-1].masked_fill_(mask[0, 0, :rows, missing : missing + length], -torch.inf)
+        scores, sinks = with_sinks(scores[None], given)
+        scores = scores[0]
         if steered is not None:
-            steered.shift(by_row, missing, own)
-        weights = scores.softmax(-1).to(value.dtype)
+            steered.shift(scores.transpose(0, 1).unsqueeze(2), missing, own + sinks)
+        weights = scores.softmax(-1)[..., : length + 1].to(value.dtype)
 
-        output = (weights[..., -1:].view(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
+        output = (weights[..., -1:].reshape(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
         output += weights_by_values(weights[..., :-1], past_values, spans)
         return output.transpose(0, 1)[None].contiguous(), None
+
+
+def edited(versions: Versions, site: Site, states: tuple[int, ...], given: Tensor) -> Tensor:
+    """What rows in these states make of a site's activations, one a row."""
+    x = given.reshape(1, -1, given.shape[-1])
+    for stage, rows, active in versions.prepare(site, states[: x.shape[1]], x):
+        x = apply(stage, rows, active, x)
+    return x.view(given.shape)
 
 
 def _with_another(x: Tensor) -> Tensor:
@@ -417,7 +448,7 @@ def _with_another(x: Tensor) -> Tensor:
     return torch.cat([x, x[:, :1]], 1)
 
 
-def _states(versions: Versions, chosen: Sequence[int | None], columns: int) -> tuple[int, ...] | None:
+def states_at(versions: Versions, chosen: Sequence[int | None], columns: int) -> tuple[int, ...] | None:
     """Each row's state; `None` where nothing is done to any."""
     if not versions.plan.stages:
         return None
@@ -440,7 +471,7 @@ def _select(layers: dict[int, LayerScores], chosen: Sequence[int | None]) -> dic
     return {layer: made[id(scores)] for layer, scores in layers.items()}
 
 
-def _bound(kept: dict[Any, Any], each: int = 1) -> None:
+def bound(kept: dict[Any, Any], each: int = 1) -> None:
     """Make room for another entry."""
     if len(kept) >= KEPT_PATTERNS * each:
         kept.clear()

@@ -102,6 +102,7 @@ class Session:
         self._hooked: list[Site] = []  # the sites that have a hook
         self._called: list[int] = []  # how often each of their hooks was called in this pass
         self._deciding = False
+        self._kept = 0  # how many columns, the last ones, logits are wanted of
         self._step: _Step | None = None
         self._pass: Pass | None = None
         self._measures = True
@@ -182,6 +183,8 @@ class Session:
             return
         step = self._enter(one, given, one.past == 0 or resumed)
         self._pass = one
+        kept = given.get("logits_to_keep")
+        self._kept = kept if isinstance(kept, int) and 0 < kept < one.length else one.length
         self._called = [0] * len(self._hooked)
         self._measures = one.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
@@ -283,6 +286,11 @@ class Session:
         step, plan = self._step, self.plan
         if self._deciding or step is None or plan is None or site not in plan.stages:
             return None
+        absent = len(step.states[0]) - self._kept
+        if absent > 0 and given.dim() == 3 and given.shape[:2] == (len(step.states), self._kept):
+            whole = torch.cat([given[:, :1].expand(-1, absent, -1), given], 1)  # the layer runs for the last ones alone
+            new = self.edit(site, whole)
+            return (whole if new is None else new)[:, absent:]
         if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"

@@ -1,0 +1,75 @@
+"""The doctor: what of trimtab works on a model, found out by running it there.
+
+from trimtab.doctor import check_model
+
+report = check_model(LM.load("Qwen/Qwen2.5-0.5B-Instruct"))
+report["heads"].state     # "works", "partly", "refused", "wrong", or "transformers": wrong without trimtab
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from trimtab.doctor.checks import CHECKS as CHECKS
+from trimtab.doctor.checks import run_checks
+from trimtab.doctor.report import Finding as Finding
+from trimtab.doctor.report import Report as Report
+from trimtab.doctor.tiny import CAUSAL, tiny_lm, tiny_prompts
+from trimtab.errors import TrimtabError
+from trimtab.lm import LM
+
+PROMPTS = (
+    "The harbour is quiet today, and the boats lie still.",
+    "Write one sentence about rain.",
+    "Answer in three words: which animals can you see in a wood in the north, and when?",
+)
+
+
+def check_model(lm: LM, *, weights: str = "as given") -> Report:
+    """What of trimtab works on this model.
+
+    Every check runs on the model itself, with a few tokens, and is compared with a plain computation: one text, no
+    cache, one hook. In float32 or float64 what is wrong shows; a coarser dtype hides small differences.
+
+    Args:
+        lm: The model.
+        weights: What the report says of its weights.
+
+    Returns:
+        A report, whose findings are by name; see `CHECKS`.
+    """
+    prompts = tiny_prompts() if lm.name.startswith("tiny ") else list(PROMPTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # doses that are high on random weights
+        findings = run_checks(lm, prompts)
+    return Report(lm.name, lm.identity.family, lm.layout.path, weights, findings)
+
+
+def check_config(source: str | Path | dict[str, Any]) -> Report:
+    """What of trimtab works on models of a configuration, by a tiny random model of its type.
+
+    Args:
+        source: A `config.json`, its contents, or a model type of transformers such as `"qwen3_next"`. Of a
+            configuration its type counts, and whether it is one for images and text; sizes and weights don't.
+
+    Returns:
+        The report.
+
+    Raises:
+        TrimtabError: It names no type that transformers knows, or none that can be run on text alone.
+    """
+    if isinstance(source, dict):
+        config = source
+    elif Path(source).is_file():
+        config = json.loads(Path(source).read_text(encoding="utf-8"))
+    else:
+        config = {"model_type": str(source)}
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str):
+        raise TrimtabError(f"{source} names no model_type; give a config.json of transformers")
+    vision = kind.split("@")[0] not in CAUSAL
+    report = check_model(tiny_lm(kind, vision=vision), weights="random, tiny")
+    return Report(f"{kind}, tiny and random", report.family, report.blocks, report.weights, report.findings)

@@ -1,0 +1,480 @@
+"""The checks of a model: each runs one thing that trimtab does, and compares it with the plain way (`naive`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.decoding.rejection import Rejection
+from trimtab.doctor import naive
+from trimtab.doctor.report import PARTLY, REFUSED, THEIRS, WORKS, WRONG, Finding
+from trimtab.engines.transformers.attention import check_attention, score_layers
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
+from trimtab.engines.transformers.generate import _end_ids
+from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.read import Text, read_groups
+from trimtab.errors import TrimtabError
+from trimtab.lm import LM
+from trimtab.steering import Add, Edit, Positions, ScaleScores, SetProjection, Site, Steering, emphasis
+from trimtab.steering.gates import Threshold
+
+NEW = 2
+"""Tokens that are generated at a time."""
+MORE = 4
+"""Tokens where the same steps come again and again."""
+SPAN = (1, 4)
+"""The tokens of a prompt that are emphasized."""
+BETA = 0.2
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 3e-3}
+"""By how much log-probabilities may differ between two ways of one computation; a coarser dtype: `COARSE`."""
+COARSE = 0.3
+NOISE = 30
+"""How many times the difference that transformers itself has, unsteered, is allowed."""
+EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
+"""How much an activation may differ, of its largest number; a coarser dtype: `COARSE_EXACT`."""
+COARSE_EXACT = 0.05
+
+
+class Wrong(Exception):
+    """What came out isn't what it says."""
+
+
+class Theirs(Exception):
+    """It is wrong in transformers itself, without any steering."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens and their log-probabilities."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+
+class Checks:
+    """The checks of one model, over three prompts of different lengths. They run in the order of `CHECKS`."""
+
+    def __init__(self, lm: LM, prompts: Sequence[str]) -> None:
+        self.lm = lm
+        self.prompts = list(prompts)
+        self.ids = [lm.encode(prompt, chat=False) for prompt in prompts]
+        self.running = self._running()
+        count = len(self.running)
+        self.low, self.middle = self.running[min(1, count - 1)], self.running[min(2, count - 1)]
+        self.last = self.running[-1]
+        self.tolerance = TOLERANCE.get(lm.model.dtype, COARSE)
+        self.exact = EXACT.get(lm.model.dtype, COARSE_EXACT)
+        self.ends = _end_ids(lm.model, {})
+
+    def of_one_length(self) -> Checks:
+        """The same checks over prompts that need no pads."""
+        shortest = min(map(len, self.ids))
+        words = [self.lm.tokenizer.decode(ids[-shortest:]) for ids in self.ids]
+        return Checks(self.lm, words)
+
+    @torch.no_grad()
+    def _running(self) -> list[int]:
+        """The layers that run in a pass over text: those of attention to images may not."""
+        found: set[int] = set()
+        blocks = enumerate(self.lm.layout.blocks)
+        handles = [block.register_forward_hook(lambda *_, i=i: found.add(i)) for i, block in blocks]
+        try:
+            naive.logits(self.lm, self.ids[0])
+        finally:
+            for handle in handles:
+                handle.remove()
+        return sorted(found)
+
+    # ---- helpers -----------------------------------------------------------------------------------------
+
+    def direction(self, site: Site, seed: int) -> Tensor:
+        """A direction whose norm is half of that of an activation there."""
+        size = place(self.lm.layout, site).size
+        vector = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        norm = float(self.norms(site))
+        return vector * (0.5 * max(norm, 0.1) / vector.norm())
+
+    def norms(self, site: Site) -> Tensor:
+        return naive.activations(self.lm, self.ids[0], [site])[site].double().norm(dim=-1).mean()
+
+    def generate(self, prompts: Any, steering: Any, **more: Any) -> list[Any]:
+        given = {"max_new_tokens": NEW, "logprobs": True, "chat": False, "transfer": True, **more}
+        return list(self.lm.generate(prompts, steering, **given))
+
+    def same(self, got: Any, ids: Sequence[int], expected: Callable[[list[int]], Tensor], what: str) -> None:
+        """The tokens are the likeliest by `expected(text)`, and their log-probabilities are its."""
+        text = list(ids)
+        for token, logprob in zip(got.token_ids, got.logprobs, strict=True):
+            reference = expected(text).log_softmax(-1)
+            off = abs(float(reference[token]) - logprob)
+            short = float(reference.max() - reference[token])
+            if not (off <= self.tolerance and short <= self.tolerance):
+                raise Wrong(f"{what}: log-probabilities are off by {max(off, short):.2g} at token {len(text)}")
+            text.append(token)
+
+    def close(self, got: Tensor, expected: Tensor, what: str) -> None:
+        """Activations are the same but for rounding."""
+        if got.shape != expected.shape:
+            raise Wrong(f"{what}: {tuple(got.shape)} where there are {tuple(expected.shape)}")
+        off = float((got.double() - expected.double()).abs().max())
+        if not off <= self.exact * max(1.0, float(expected.double().abs().max())):
+            raise Wrong(f"{what}: off by {off:.2g}")
+
+    def plain(self, text: list[int]) -> Tensor:
+        return naive.logits(self.lm, text)
+
+    def residual(self, layer: int, seed: int) -> Tensor:
+        return self.direction(Site(layer), seed)
+
+    @cached_property
+    def steerings(self) -> list[Steering | None]:
+        last, v = self.last, self.residual
+        unit = v(self.middle, 2) / v(self.middle, 2).norm()
+        return [
+            Steering(
+                (
+                    Edit(Site(self.low), Add(v(self.low, 1)), Positions.all()),
+                    Edit(Site(self.middle), SetProjection(unit, target=1.5), Positions.generated()),
+                )
+            ),
+            None,
+            Steering(
+                (
+                    Edit(Site(0), Add(v(0, 3)), Positions.from_last_prompt_token()),
+                    Edit(Site(last), Add(v(last, 4)), Positions.generated()),
+                )
+            ),
+        ]
+
+    def expected(self, row: int) -> Callable[[list[int]], Tensor]:
+        """What the steering of this row makes of a text."""
+        steering, start = self.steerings[row], len(self.ids[row])
+
+        def change(edit: Edit) -> naive.Change:
+            first = {"all": 0, "generated": start, "from-last-prompt-token": start - 1}[str(edit.positions)]
+            v: Any = edit.operation
+
+            def apply(x: Tensor) -> Tensor:
+                x = x.clone()
+                u = v.direction.to(x.dtype).to(x.device)
+                for t in range(first, len(x)):
+                    x[t] = x[t] + (u if isinstance(v, Add) else (v.target - x[t] @ u) * u)
+                return x
+
+            return apply
+
+        changes = {edit.site: change(edit) for edit in steering.edits} if steering else {}
+
+        def run(text: list[int]) -> Tensor:
+            with naive.changed(self.lm, changes):
+                return naive.logits(self.lm, text)
+
+        return run
+
+    # ---- checks ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def theirs(self, rows: Sequence[int]) -> float:
+        """By how much transformers' own `generate`, unsteered, differs from what its model gives without a cache.
+
+        Raises `Theirs` where that is more than rounding.
+        """
+        most = 0.0
+        texts = [self.ids[row] for row in rows]
+        width = max(map(len, texts))
+        device = self.lm.model.device
+        ids = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts], device=device)
+        mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
+        options = {"max_new_tokens": MORE, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        found = self.lm.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **options)
+        for r, text in enumerate(texts):
+            so_far = list(text)
+            for t, token in enumerate(found.sequences[r, width:].tolist()):
+                reference = self.plain(so_far).log_softmax(-1)
+                theirs = found.logits[t][r].to(reference).log_softmax(-1)
+                off = float((theirs - reference).abs()[token])
+                most = max(most, off)
+                if not off <= self.tolerance:
+                    how = "from its cache" if len(set(rows)) == 1 else "with left padding"
+                    raise Theirs(f"transformers' own generate, unsteered, is wrong {how}")
+                if token in self.ends:
+                    break
+                so_far.append(token)
+        return most
+
+    def cache(self) -> None:
+        """Decoding from the cache is what recomputing gives, unsteered.
+
+        By how much that differs is what parts in float32 cost a model in float64: no more can be asked of steering.
+        """
+        self.tolerance = max(self.tolerance, NOISE * self.theirs([0, 0]))
+
+    def padding(self) -> None:
+        """Prompts of different lengths answer as they do alone, unsteered."""
+        self.theirs([0, 1, 2])
+
+    def reading(self) -> str | None:
+        sites = [Site(layer) for layer in self.running]
+        read = self.lm.capture(self.prompts, sites, Positions.all(), chat=False)
+        for row, ids in enumerate(self.ids):
+            expected = naive.activations(self.lm, ids, sites)
+            for site in sites:
+                if site not in expected:
+                    raise Wrong(f"block {site.layer} didn't run")
+                self.close(read[row][site], expected[site], f"prompt {row + 1} at {site}")
+        words = [self.ids[0], self.ids[1]]
+        tails = [(self.ids[2][0], self.ids[2][1]), (self.ids[2][2],)]
+        beginnings = [(head * 12)[: 11 + 3 * i] for i, head in enumerate(words)]
+        groups = [[Text([*head, *tail], [len(head) - 1, len(head)]) for tail in tails] for head in beginnings]
+        sites = [Site(self.low), Site(self.last)]
+        for batch in read_groups(self.lm.layout, groups, sites):
+            for n, g in enumerate(batch.groups):
+                for m, text in enumerate(groups[g]):
+                    expected = naive.activations(self.lm, text.ids, sites)
+                    for site in sites:
+                        where = list(text.positions)
+                        self.close(batch.values[site][n][m], expected[site][where], f"a shared beginning at {site}")
+        if len(self.running) == self.lm.layout.layers:
+            return None
+        return f"at layers {', '.join(map(str, self.running))}, which run over text"
+
+    def adding(self) -> None:
+        site = Site(self.middle)
+        v = self.direction(site, 1)
+        every = [Site(layer) for layer in self.running]
+        (before,) = self.lm.capture(self.prompts[0], every, Positions.all(), chat=False)
+        with self.lm.steered(Steering((Edit(site, Add(v), Positions.span(1, 3), 0.5),)), transfer=True):
+            (after,) = self.lm.capture(self.prompts[0], every, Positions.all(), chat=False)
+        for earlier in every[: every.index(site)]:
+            if not torch.equal(before[earlier], after[earlier]):
+                raise Wrong(f"{earlier}, before the steered one, changed")
+        expected = before[site].clone()
+        expected[1:3] += 0.5 * v.to(expected)
+        self.close(after[site], expected, f"an addition at {site}")
+        for row in (0, 2):
+            (got,) = self.generate(self.prompts[row], self.steerings[row], max_new_tokens=MORE)
+            self.same(got, self.ids[row], self.expected(row), f"steering {row + 1}, decoded from the cache")
+
+    def nothing(self) -> None:
+        nothing = 0.0 * Steering((Edit(Site(self.middle), Add(self.residual(self.middle, 1)), Positions.all()),))
+        gate = Threshold(Site(0), self.residual(0, 2), 1e9)
+        shut = Steering((Edit(Site(self.middle), Add(self.residual(self.middle, 1)), Positions.all()),)).when(gate)
+        plain = self.generate(self.prompts, None)
+        for what, steering in (("strength 0", nothing), ("a shut gate", shut)):
+            got = self.generate(self.prompts, steering)
+            if [(one.token_ids, one.logprobs) for one in got] != [(one.token_ids, one.logprobs) for one in plain]:
+                raise Wrong(f"{what} changes the answer")
+
+    def batches(self) -> None:
+        got = self.generate(self.prompts, self.steerings)
+        for row in range(3):
+            self.same(got[row], self.ids[row], self.expected(row), f"row {row + 1} of a batch")
+
+    def gates(self) -> None:
+        gate = Threshold(Site(0), self.residual(0, 9), -1e9)
+        gated = [one.when(gate) if one else None for one in self.steerings]
+        got = self.generate(self.prompts, gated)
+        for row in range(3):
+            self.same(got[row], self.ids[row], self.expected(row), f"row {row + 1} behind an open gate")
+
+    def stepping(self) -> None:
+        batch = GenerationBatch(self.lm.model, self.lm.tokenizer, self.lm.layout)
+        told: dict[int, list[Any]] = {}
+        rows: dict[int, int] = {}
+        with torch.no_grad():
+            for row, limit in ((0, MORE), (1, NEW), (2, MORE)):  # one at a time; the second leaves first
+                request = GenerationRequest(tuple(self.ids[row]), self.steerings[row], limit, alternatives=0)
+                rows[batch.insert(request)] = row
+                for one in batch.step():
+                    told.setdefault(rows[one.key], []).append(one)
+            while len(batch):
+                for one in batch.step():
+                    told.setdefault(rows[one.key], []).append(one)
+        for row, given in told.items():
+            if problem := next((one.error for one in given if one.error), None):
+                raise problem
+            got = Answer(tuple(one.token for one in given), tuple(one.logprob for one in given))
+            self.same(got, self.ids[row], self.expected(row), f"row {row + 1} of a batch that rows join and leave")
+
+    def part(self, kind: str) -> str | None:
+        """Reading and adding at a kind of site; the reason why it is refused at some layers, if it is."""
+        having, reasons = [], []
+        for layer in self.running:
+            try:
+                place(self.lm.layout, Site(layer, kind))
+                having.append(layer)
+            except TrimtabError as error:
+                reasons.append(error)
+        if not having:
+            raise reasons[0]
+        (read,) = self.lm.capture(self.prompts[0], [Site(i, kind) for i in having], Positions.all(), chat=False)
+        expected = naive.activations(self.lm, self.ids[0], list(read))
+        for site, x in read.items():
+            self.close(x, expected[site].reshape(x.shape), str(site))
+        site = Site(having[min(1, len(having) - 1)], kind)
+        v = self.direction(site, 5)
+        steering = Steering((Edit(site, Add(v), Positions.from_last_prompt_token()),))
+        got = self.generate(self.prompts, [steering, None, steering])
+        for row, steered in enumerate((True, False, True)):
+            start = len(self.ids[row]) - 1
+
+            def change(x: Tensor, start: int = start) -> Tensor:
+                return torch.cat([x[:start], x[start:] + v.to(x)])
+
+            def run(text: list[int], change: Any = change, steered: bool = steered) -> Tensor:
+                with naive.changed(self.lm, {site: change} if steered else {}):
+                    return naive.logits(self.lm, text)
+
+            self.same(got[row], self.ids[row], run, f"an addition at {site}, row {row + 1}")
+        if not reasons:
+            return None
+        return f"at layers {', '.join(map(str, having))} of {self.lm.layout.layers}; elsewhere: {reasons[0]}"
+
+    def emphasis(self) -> str | None:
+        layers = score_layers(self.lm.layout)
+        check_attention(self.lm.layout, layers)
+        steering = emphasis(ScaleScores(), [SPAN], layers, "directer")
+        factors = dict.fromkeys(layers, ScaleScores().factor(1.0))
+        got = self.generate(self.prompts, [steering, None, steering])
+        for row, steered in enumerate((True, False, True)):
+            on = factors if steered else {}
+            run = partial(_attended, self.lm, on)
+            self.same(got[row], self.ids[row], run, f"emphasis, row {row + 1}")
+        return (
+            None
+            if len(layers) == len(self.running)
+            else f"at layers {', '.join(map(str, layers))}, which have attention"
+        )
+
+    def rejection(self) -> None:
+        layers = score_layers(self.lm.layout)
+        check_attention(self.lm.layout, layers)
+        order = layers[::-1]
+        steering = emphasis(ScaleScores(), [SPAN], layers, "directer")
+        factor = ScaleScores().factor(1.0)
+        rungs, size = [order], len(order) // 2
+        while size >= 1:
+            rungs.append(order[:size])
+            size //= 2
+        ways = [
+            lambda text, these=these: naive.attended(self.lm, text, dict.fromkeys(these, factor), SPAN, True)
+            for these in rungs
+        ]
+        for schedule, rows in (("fused", [0]), ("optimistic", [0, 1, 2])):
+            way = Rejection(beta=BETA, ranking=order, schedule=schedule, min_layers=1)
+            got = self.generate([self.prompts[row] for row in rows], steering, rejection=way)
+            for row in rows:
+                self.chosen(got[row], self.ids[row], ways, f"emphasis with rejection ({schedule}), row {row + 1}")
+        self.generate(self.prompts[0], steering, rejection=Rejection(min_layers=1), max_new_tokens=1)
+
+    def rejecting(self) -> None:
+        site = Site(self.low)
+        v = self.direction(site, 1)
+        steering = Steering((Edit(site, Add(v), Positions.all()),))
+
+        def rung(strength: float) -> Callable[[list[int]], Tensor]:
+            def change(x: Tensor) -> Tensor:
+                return torch.cat([x[:-1], x[-1:] + strength * v.to(x)])
+
+            def run(text: list[int]) -> Tensor:
+                with naive.changed(self.lm, {site: change}):
+                    return naive.logits(self.lm, text)
+
+            return run
+
+        got = self.generate(self.prompts, steering, rejection=Rejection(beta=BETA, ladder="strength"))
+        ways = [rung(0.5**n) for n in range(5)]
+        for row in range(3):
+            self.chosen(got[row], self.ids[row], ways, f"additions with rejection, row {row + 1}")
+
+    def chosen(self, got: Any, ids: Sequence[int], rungs: Sequence[Callable[[list[int]], Tensor]], what: str) -> None:
+        """Each token is the first plausible rung's, or the unsteered model's."""
+        if self.lm.model.dtype not in TOLERANCE:
+            return  # near-ties fall either way, and with them all that follows
+        text = list(ids)
+        for token, logprob in zip(got.token_ids, got.logprobs, strict=True):
+            raw = self.plain(text)
+            least = raw.max() + math.log(BETA)
+            used = raw
+            if raw.topk(2).values[1] >= least:
+                candidates = (rung(text) for rung in rungs)
+                used = next((one for one in candidates if raw[one.argmax()] >= least), raw)
+            off = abs(float(used.log_softmax(-1)[token]) - logprob)
+            if int(used.argmax()) != token or not off <= self.tolerance:
+                raise Wrong(f"{what}: token {len(text)} isn't the one that the ladder gives (off by {off:.2g})")
+            text.append(token)
+
+
+CHECKS: dict[str, tuple[str, Callable[[Checks], str | None]]] = {
+    "cache": ("transformers' own cache, unsteered, gives what recomputing gives", Checks.cache),
+    "padding": ("transformers' own left padding, unsteered, changes nothing", Checks.padding),
+    "reading": ("reading the residual stream", Checks.reading),
+    "adding": ("adding to it and setting its projection, decoded from the cache", Checks.adding),
+    "nothing": ("strength 0 and shut gates change no bit", Checks.nothing),
+    "batches": ("rows of one batch, each with its own steering", Checks.batches),
+    "gates": ("gates that read the prompt", Checks.gates),
+    "stepping": ("rows that join and leave a running batch, as the server has them", Checks.stepping),
+    "block_input": ("what enters a block", lambda checks: checks.part("block_input")),
+    "attention": ("what attention puts out", lambda checks: checks.part("attention")),
+    "mlp": ("what the MLP puts out", lambda checks: checks.part("mlp")),
+    "heads": ("attention heads", lambda checks: checks.part("heads")),
+    "neurons": ("MLP neurons", lambda checks: checks.part("neurons")),
+    "emphasis": ("emphasizing a phrase (attention scores)", Checks.emphasis),
+    "rejection": ("emphasis with rejection", Checks.rejection),
+    "rejecting": ("additions with rejection", Checks.rejecting),
+}
+
+
+def _attended(lm: LM, factors: dict[int, float], text: list[int]) -> Tensor:
+    return naive.attended(lm, text, factors, SPAN, last=False)
+
+
+def run_checks(lm: LM, prompts: Sequence[str], names: Sequence[str] = tuple(CHECKS)) -> tuple[Finding, ...]:
+    """What these checks find of a model."""
+    checks = Checks(lm, prompts)
+    findings: list[Finding] = []
+    for name in names:
+        what, check = CHECKS[name]
+        findings.append(_run(checks, name, what, check))
+    theirs = {one.name for one in findings if one.state == THEIRS}
+    if "cache" in theirs:
+        return tuple(_attributed(one) for one in findings)
+    if "padding" in theirs and any(one.state == WRONG for one in findings):
+        checks = checks.of_one_length()
+        findings = [_without_pads(checks, one) if one.state == WRONG else one for one in findings]
+    return tuple(findings)
+
+
+def _run(checks: Checks, name: str, what: str, check: Callable[[Checks], str | None]) -> Finding:
+    try:
+        partly = check(checks)
+    except TrimtabError as error:
+        return Finding(name, what, REFUSED, str(error))
+    except Wrong as error:
+        return Finding(name, what, WRONG, str(error))
+    except Theirs as error:
+        return Finding(name, what, THEIRS, str(error))
+    except Exception as error:  # whatever it is, it is what is looked for
+        return Finding(name, what, WRONG, f"it crashes: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+    return Finding(name, what, PARTLY if partly else WORKS, partly or "")
+
+
+def _without_pads(checks: Checks, one: Finding) -> Finding:
+    """What is wrong with pads and right without is transformers' own, if it is wrong with pads there."""
+    again = _run(checks, one.name, one.what, CHECKS[one.name][1])
+    if again.state == WRONG:
+        return one
+    return Finding(one.name, one.what, THEIRS, f"transformers' own left padding is wrong, unsteered: {one.reason}")
+
+
+def _attributed(one: Finding) -> Finding:
+    """Over a cache that transformers itself doesn't decode from rightly, nothing can be right."""
+    if one.state != WRONG or one.reason.startswith("it crashes"):
+        return one
+    return Finding(one.name, one.what, THEIRS, f"transformers' own cache is wrong, unsteered: {one.reason}")

@@ -1,0 +1,208 @@
+"""What a model's blocks put out: one residual stream, or several; found out once a model, by a pass of a few tokens.
+
+Most blocks put out `[rows, tokens, width]`. Some models carry several streams through their blocks (hyper-connections:
+DeepSeek V4; AltUp: Gemma 3n), and some run a block several times a pass (looped models). What is declared doesn't say
+so, so ten made-up tokens are run, and the blocks' outputs are looked at.
+
+Of several streams *the* residual stream is the one that the configuration declares active, which the block's attention
+and MLP read (AltUp); where none is, it is their mean, and an edit moves all of them alike. Hyper-connections mix
+streams with weights that sum to one, so that what all have in common goes through as it does in a single stream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.exclusive import reading, steers
+from trimtab.engines.transformers.layout import Layout
+from trimtab.errors import UnsupportedError
+
+ROWS, TOKENS = 3, 5
+"""What is run: no model has so many streams."""
+
+_known: WeakKeyDictionary[nn.Module, tuple[Block, ...]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Several residual streams in one tensor.
+
+    `axis` is that of the streams in `[rows, tokens, width]` and one axis more; `folded`: they stand side by side in the
+    last axis instead. `active` is the number of the one that is read and edited; `None`: their mean is.
+    """
+
+    count: int
+    axis: int
+    folded: bool
+    active: int | None
+
+    def read(self, x: Tensor) -> Tensor:
+        """The residual stream `[rows, tokens, width]`: a view of the active one, or the mean, which is a copy."""
+        streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
+        return streams.mean(self.axis) if self.active is None else streams.select(self.axis, self.active)
+
+    def moved(self, x: Tensor, change: Tensor) -> Tensor:
+        """The streams after this change `[rows, tokens, width]` of the residual stream, in a tensor of their own."""
+        streams = x.unflatten(-1, (self.count, -1)) if self.folded else x
+        if self.active is None:
+            streams = streams + change.unsqueeze(self.axis)
+        else:
+            streams = streams.clone()
+            streams.select(self.axis, self.active).add_(change)
+        return streams.flatten(-2) if self.folded else streams
+
+
+@dataclass(frozen=True)
+class Block:
+    """How often a block runs in a pass, and the streams that it puts out (`None`: one); `shape` where that is odd."""
+
+    runs: int
+    streams: Streams | None
+    shape: tuple[int, ...] | None = None
+
+
+PLAIN = Block(1, None)
+
+_positions: WeakKeyDictionary[nn.Module, Positions] = WeakKeyDictionary()
+PADS = 3
+"""Pads before the tokens that are tried with and without them."""
+OFF = {torch.float64: 1e-4, torch.float32: 1e-3}
+COARSE = 0.1
+"""By how much, of its norm, the last hidden state may differ where it is the same; in a coarser dtype."""
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How a model counts its tokens.
+
+    `given`: it takes `position_ids`, which count from 0. Some take them and count from elsewhere (RoBERTa), so that
+    they aren't told. `ignores_pads`: a text that is padded on the left, and masked, is computed as it is alone.
+    """
+
+    given: bool
+    ignores_pads: bool
+
+
+def positions_of(layout: Layout) -> Positions:
+    """How the model counts its tokens; it is tried on five of them, once."""
+    if layout.decoder not in _positions:
+        if steers(layout.decoder):  # another run's hooks would take these passes for theirs
+            return Positions("position_ids" in compat.parameters(layout.decoder), True)
+        _positions[layout.decoder] = _count(layout)
+    return _positions[layout.decoder]
+
+
+@torch.no_grad()
+def _count(layout: Layout) -> Positions:
+    takes = "position_ids" in compat.parameters(layout.decoder)
+    try:
+        with reading(layout.decoder):
+            alone = _last(layout, 0, told=False)
+            given = takes and _near(layout, alone, _last(layout, 0, told=True))
+            given = given and (not _plain(layout) or _near(layout, alone, _continued(layout)))
+            return Positions(given, _near(layout, alone, _last(layout, PADS, told=given)))
+    except Exception:  # what it can't run is told, with its reason, when it is to run
+        return Positions(takes, True)
+
+
+def _last(layout: Layout, pads: int, *, told: bool) -> Tensor:
+    """The last hidden state `[width]` after five tokens behind so many pads."""
+    device = next(layout.decoder.parameters()).device
+    ids = torch.arange(1, 1 + TOKENS, device=device)[None]
+    mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
+    inputs = {"input_ids": torch.cat([ids.new_zeros(1, pads), ids], 1), "attention_mask": mask}
+    if told:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = layout.decoder(**inputs, use_cache=False)
+    found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
+    return found.double()
+
+
+def _plain(layout: Layout) -> bool:
+    try:
+        return compat.keeps_plain_cache(layout.decoder)
+    except UnsupportedError:  # it takes no cache that is known
+        return False
+
+
+def _continued(layout: Layout) -> Tensor:
+    """The last hidden state `[width]` after five tokens behind pads, the last two read from a cache of the others."""
+    decoder = layout.decoder
+    ids = torch.arange(1, 1 + TOKENS, device=next(decoder.parameters()).device)[None]
+    ids = torch.cat([ids.new_zeros(1, PADS), ids], 1)
+    mask = (ids > 0).long()
+    positions, stop = (mask.cumsum(-1) - 1).clamp(min=0), ids.shape[1] - 2
+    cache = compat.new_cache(decoder.config)
+    for here in (slice(0, stop), slice(stop, None)):
+        inputs = {"input_ids": ids[:, here], "attention_mask": mask[:, : here.stop], "position_ids": positions[:, here]}
+        output = decoder(**compat.with_cache(decoder, inputs, cache), use_cache=True)
+    found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
+    return found.double()
+
+
+def _near(layout: Layout, one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= OFF.get(_dtype(layout), COARSE) * one.norm())
+
+
+def _dtype(layout: Layout) -> torch.dtype:
+    return next(layout.decoder.parameters()).dtype
+
+
+def block_of(layout: Layout, layer: int) -> Block:
+    """What a block puts out."""
+    if layout.decoder not in _known:
+        if steers(layout.decoder):  # another run's hooks would take this pass for theirs
+            return PLAIN
+        _known[layout.decoder] = _examine(layout)
+    return _known[layout.decoder][layer]
+
+
+@torch.no_grad()
+def _examine(layout: Layout) -> tuple[Block, ...]:
+    outputs: list[list[tuple[int, ...]]] = [[] for _ in layout.blocks]
+
+    def leave(number: int) -> Any:
+        def look(_module: nn.Module, _args: Any, output: Any) -> None:
+            parts = [output] if isinstance(output, Tensor) else list(output)
+            several = hasattr(output, "_fields")  # streams of different meaning, by name (Reformer)
+            outputs[number].append((len(parts),) if several else tuple(parts[0].shape))
+
+        return look
+
+    device = next(layout.decoder.parameters()).device
+    ids = torch.arange(1, 1 + ROWS * TOKENS, device=device).view(ROWS, TOKENS)
+    weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    ids = ids if weight is None else ids % weight.shape[0]
+    with reading(layout.decoder):
+        handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(layout.blocks)]
+        try:
+            layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except Exception:  # what it can't run is told, with its reason, when it is to run
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+    return tuple(_block(layout, shapes) for shapes in outputs)
+
+
+def _block(layout: Layout, shapes: list[tuple[int, ...]]) -> Block:
+    if not shapes:  # attention to images, say, which this text hasn't
+        return PLAIN
+    shape, width = shapes[0], layout.width
+    plain = (ROWS, TOKENS, width)
+    active = compat.active_stream(layout.decoder.config)
+    if shape == plain:
+        return Block(len(shapes), None)
+    if len(shape) == 4 and shape[:2] == plain[:2] and shape[3] == width:
+        return Block(len(shapes), Streams(shape[2], 2, False, active))
+    if len(shape) == 4 and shape[1:] == plain:
+        return Block(len(shapes), Streams(shape[0], 0, False, active))
+    if len(shape) == 3 and shape[:2] == plain[:2] and shape[2] % width == 0:
+        return Block(len(shapes), Streams(shape[2] // width, 2, True, active))
+    return Block(len(shapes), None, shape)

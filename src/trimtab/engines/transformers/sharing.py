@@ -1,0 +1,84 @@
+"""Which way rows go through a model: over one shared cache (`rows`), or over copies of it (`forks`).
+
+Sharing is faster, and takes a model whose attention is all that remembers, over keys and values just as they are
+cached. Whether a model is one isn't told from its name: four made-up tokens are decoded in both ways and compared, once
+a model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.attention import attention_modules, check_attention
+from trimtab.engines.transformers.forks import Forks
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.raw_cache import RawCache
+from trimtab.engines.transformers.rows import Rows, Token, compile_versions
+from trimtab.errors import TrimtabError
+
+_shares: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+PROMPTS = ((1, 2, 3), (3, 1, 2, 4))
+"""Tokens of the two requests that are tried; the first is padded."""
+ROUNDING = 256
+"""How many units of the dtype's precision two ways of one computation may differ by, of the largest logit."""
+
+
+def rows_for(model: Any, layout: Layout) -> Rows | Forks:
+    """Passes of rows through this model, in the way that it can."""
+    return Rows(model, layout) if shares_cache(model, layout) else Forks(model, layout)
+
+
+def shares_cache(model: Any, layout: Layout) -> bool:
+    """Whether rows of this model can share one cache; it is tried at the first call."""
+    if layout.decoder not in _shares:
+        _shares[layout.decoder] = _can_be_tried(model, layout) and _gives_the_same(model, layout)
+    return _shares[layout.decoder]
+
+
+def _can_be_tried(model: Any, layout: Layout) -> bool:
+    try:
+        check_attention(layout)
+        modules = attention_modules(layout)
+        return (
+            None not in modules
+            and len(set(modules)) == len(modules)
+            and compat.keeps_plain_cache(layout.decoder)
+            and "position_ids" in compat.parameters(model)
+        )
+    except TrimtabError:
+        return False
+
+
+@torch.no_grad()
+def _gives_the_same(model: Any, layout: Layout) -> bool:
+    """Whether rows over a shared cache are what the model's own pass gives."""
+    width, device = max(map(len, PROMPTS)), model.get_input_embeddings().weight.device
+    ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in PROMPTS], device=device)
+    ids = ids % model.get_input_embeddings().weight.shape[0]
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS], device=device)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    lengths = [len(prompt) for prompt in PROMPTS]
+    versions = compile_versions(layout, [], lengths, [width - length for length in lengths])
+    rows, cache = Rows(model, layout), RawCache(model.config)
+    try:
+        given = compat.with_cache(model, inputs, cache)
+        expected = model(**given, use_cache=True, return_dict=True).logits[:, -1]
+        if len(cache.layers) != layout.layers:
+            return False  # blocks that run several times, or attend to what others cached
+        token = Token.of(inputs)
+        with rows.open([]):
+            found = rows.run(token, cache, width, versions, [None] * 3, [0, 0, 1])
+            joined = rows.run(token, cache, width, versions, [None] * 2, [0, 0], joining=[layout.layers - 1])
+    except (TrimtabError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError):
+        return False  # it isn't made for rows that stand side by side
+    return _near(found, expected[[0, 0, 1]]) and _near(joined[:1], expected[:1])
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    limit = ROUNDING * torch.finfo(one.dtype).eps * float(other.abs().max())
+    return bool((one - other).abs().max() <= limit)

@@ -1,0 +1,60 @@
+"""The doctor finds what is wrong, and says whose it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimtab.doctor import check_config, check_model, tiny_lm
+from trimtab.doctor.report import REFUSED, WORKS, WRONG
+from trimtab.engines.transformers import places
+from trimtab.engines.transformers.session import Session
+
+
+def states(report) -> dict[str, str]:
+    return {one.name: one.state for one in report.findings}
+
+
+def test_a_model_on_which_all_works() -> None:
+    assert set(states(check_config("llama")).values()) == {WORKS}
+
+
+def test_an_edit_in_the_wrong_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every edit lands one token late."""
+    whole = Session.edit
+
+    def late(self: Session, site, given: Tensor) -> Tensor | None:
+        rolled = given.roll(1, 1)
+        new = whole(self, site, rolled)
+        return (rolled if new is None else new).roll(-1, 1)
+
+    lm = tiny_lm("llama")
+    monkeypatch.setattr(Session, "edit", late)
+    found = states(check_model(lm))
+    assert {found[name] for name in ("adding", "batches", "gates", "attention")} == {WRONG}
+    assert found["reading"] == found["cache"] == WORKS
+
+
+def test_a_crash_is_wrong_and_a_refusal_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = tiny_lm("llama")
+
+    def crash(*_):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setitem(places._PARTS, "heads", crash)
+    one = check_model(lm)["heads"]
+    assert (one.state, one.reason) == (WRONG, "it crashes: ZeroDivisionError: oh")
+    monkeypatch.undo()
+    assert check_config("mamba")["heads"].state == REFUSED
+
+
+def test_nothing_of_the_model_is_left_changed() -> None:
+    lm = tiny_lm("gemma3_text")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        before = lm.model(input_ids=ids).logits
+        check_model(lm)
+        after = lm.model(input_ids=ids).logits
+    assert torch.equal(before, after)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())

@@ -1,0 +1,24 @@
+"""Every type of model that keeps a recurrent state: nothing is wrong, and what works is what the page says."""
+
+from __future__ import annotations
+
+import pytest
+from every_family import HYBRIDS, page, reasons, row, written_for_this_release
+
+from trimtab import TrimtabError
+
+SHORT = {"falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba2", "nemotron_h", "qwen3_5_text", "zamba2"}
+
+
+@pytest.mark.long_unless(lambda kind: kind in SHORT)
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_what_works(kind: str) -> None:
+    _, rows, missing = page()
+    if kind in missing and written_for_this_release():
+        with pytest.raises(TrimtabError):
+            row(kind)
+        return
+    found = row(kind)
+    assert "WRONG" not in found.values(), reasons(kind)
+    if written_for_this_release():
+        assert found == rows.get(kind, found)

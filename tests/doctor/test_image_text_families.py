@@ -1,0 +1,24 @@
+"""The language model inside of every type of image-text model: nothing is wrong, and the page says what works."""
+
+from __future__ import annotations
+
+import pytest
+from every_family import IMAGES, page, reasons, row, written_for_this_release
+
+from trimtab import TrimtabError
+
+SHORT = {"gemma4:images", "kimi_k25:images", "llava:images", "mistral3:images", "mllama:images", "qwen3_vl:images"}
+
+
+@pytest.mark.long_unless(lambda kind: kind in SHORT)
+@pytest.mark.parametrize("kind", IMAGES)
+def test_what_works(kind: str) -> None:
+    _, rows, missing = page()
+    if kind in missing and written_for_this_release():
+        with pytest.raises(TrimtabError):
+            row(kind)
+        return
+    found = row(kind)
+    assert "WRONG" not in found.values(), reasons(kind)
+    if written_for_this_release():
+        assert found == rows.get(kind, found)

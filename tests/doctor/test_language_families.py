@@ -1,0 +1,37 @@
+"""Every type of language model that transformers has: nothing is wrong, and what works is what the page says."""
+
+from __future__ import annotations
+
+import pytest
+from every_family import LANGUAGE, page, reasons, row, written_for_this_release
+
+from trimtab import TrimtabError
+
+SHORT = {
+    "bart",
+    "bert",
+    "bloom",
+    "deepseek_v3",
+    "gemma3n_text",
+    "gemma4_text@shared",
+    "gpt_oss",
+    "hy_v4",
+    "llama4_text",
+    "modernbert-decoder",
+    "openai-gpt",
+    "qwen2_moe",
+}
+
+
+@pytest.mark.long_unless(lambda kind: kind in SHORT)
+@pytest.mark.parametrize("kind", LANGUAGE)
+def test_what_works(kind: str) -> None:
+    _, rows, missing = page()
+    if kind in missing and written_for_this_release():
+        with pytest.raises(TrimtabError):
+            row(kind)
+        return
+    found = row(kind)
+    assert "WRONG" not in found.values(), reasons(kind)
+    if written_for_this_release():
+        assert found == rows.get(kind, found)

@@ -1,0 +1,131 @@
+"""Write docs/families.md: what of trimtab works on which type of model, as the doctor finds it.
+
+    python tools/families.py                  all types, one process each: some minutes of one core
+    python tools/families.py llama jamba      these rows anew; the others stay
+
+A type is `llama`, a variant `gemma4_text@shared`, the language model of an image-text type `llava:images`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import transformers
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "doctor"))
+
+from every_family import COLUMNS, HYBRIDS, IMAGES, LANGUAGE, MARKS, PAGE, page, row  # noqa: E402
+
+from trimtab.doctor import CHECKS  # noqa: E402
+from trimtab.errors import TrimtabError  # noqa: E402
+
+ONE = "--one"
+COUNTED = ("adding", "heads", "neurons", "attention", "mlp", "emphasis", "rejection", "rejecting", "stepping")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the types that are named, or all, and write the page."""
+    if arguments[:1] == [ONE]:
+        try:
+            print(json.dumps(row(arguments[1])))
+        except TrimtabError as error:
+            print(json.dumps(str(error)))
+        return 0
+    rows, missing = ({}, {}) if not arguments else page()[1:]
+    for kind in arguments or (*LANGUAGE, *HYBRIDS, *IMAGES):
+        rows.pop(kind, None)
+        missing.pop(kind, None)
+        done = subprocess.run(
+            [sys.executable, __file__, ONE, kind], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
+        )
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(kind, found, flush=True)
+        if isinstance(found, str):
+            missing[kind] = found
+        else:
+            rows[kind] = found
+    PAGE.write_text(written(rows, missing), encoding="utf-8")
+    return 0
+
+
+def written(rows: dict[str, dict[str, str]], missing: dict[str, str]) -> str:
+    """The page."""
+    counts = {name: sum(one[name] in (MARKS["works"], MARKS["partly"]) for one in rows.values()) for name in COUNTED}
+    legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items())
+    summary = ", ".join(f"{name} {count}" for name, count in counts.items())
+    head = f"| type | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}"
+    table = "\n".join(f"| {kind} | {' | '.join(rows[kind][name] for name in COLUMNS)} |" for kind in sorted(rows))
+    left = "\n".join(f"| {kind} | {_reason(missing[kind])} |" for kind in sorted(missing))
+    return f"""{INTRODUCTION.format(release=transformers.__version__, count=len(rows), summary=summary)}
+{legend}
+
+{head}
+{table}
+
+## Not in the table
+
+Of these no tiny model could be made that runs on text alone.
+
+| type | why |
+| --- | --- |
+{left}
+"""
+
+
+def _reason(text: str) -> str:
+    plain = " ".join(text.replace("|", "/").split())
+    return plain.partition("can be made to run on text alone: ")[2][:160] or plain[:160]
+
+
+INTRODUCTION = """# Model families
+
+trimtab finds its way in a model from what the model declares and does, never by its name. This page says what that is
+worth: it is written by `python tools/families.py`, which makes a tiny random model of every type in transformers
+{release} that has a causal language model (`type@name` are variants of a type, `type:images` the language models inside
+of image-text models), runs everything on it and compares it with a plain computation. `make test-all` runs it again.
+
+To ask about a model of your own, or one that isn't here:
+
+```bash
+trimtab models --check Qwen/Qwen2.5-0.5B-Instruct   # its own weights
+trimtab models --check config.json                  # a tiny random model of its type
+```
+
+```python
+from trimtab.doctor import check_model
+
+report = check_model(lm)
+report["heads"].state, report["heads"].reason
+```
+
+`yes`: it works. `some`: it works at the layers that have it. `no`: it is refused, with an error that says why.
+`theirs`: it is wrong in transformers itself, without any steering. Nothing is allowed to be wrong otherwise.
+
+Of the {count} types here, so many can do it: {summary}.
+
+What to know of some:
+
+- **Several residual streams** (hyper-connections: DeepSeek V4, Hunyuan V4, Qwen4-Exp; AltUp: Gemma 3n). The residual
+  stream is the one that the configuration declares active; where it declares none, the mean of all, and an edit moves
+  all alike.
+- **Hybrids** (Mamba, Gated DeltaNet, convolutions beside attention). Attention is read and steered in the layers that
+  have it. Rejection copies the cache for each candidate, since a state can't be shared as keys and values can; so it
+  does under latent attention (DeepSeek V2 and V3, Kimi, GLM-4.7-Flash).
+- **Pads.** Some types count pads as positions when they are padded on the left, without trimtab as well (`padding` is
+  `theirs`). trimtab finds that out and lets prompts of different lengths run in batches of their own.
+- **Mixtures of experts.** `neurons` are those of the expert that every token passes, if there is one. A routed expert
+  has other tokens each time, so there is no one row of neurons.
+- **Looped models** run a block several times a pass. There is no one place after it, so such blocks aren't steered.
+- **Layers that only reuse keys and values** (Gemma 3n and 4) compute the last prompt token alone while generating, as
+  transformers has them; nothing would come of edits at the tokens before.
+
+The columns:
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
