@@ -43,6 +43,8 @@ MAY_CHANGE = {
     "eager_attention_forward",
 }
 PUBLIC = {  # what transformers documents for everybody to import
+    "LlamaConfig",
+    "LlamaForCausalLM",
     "AutoConfig",
     "PreTrainedModel",
     "AutoModelForCausalLM",

@@ -188,9 +188,9 @@ class TestRequests:
             ({"idea": " . "}, "say in a sentence what is wanted"),
             ({"idea": None, "like": "a mouse", "unlike": "a mouse"}, "the same"),
             ({"idea": "x" * 501}, "at most 500 characters"),
-            ({"questions": 15}, "greater than or equal to 16"),
-            ({"questions": 41}, "less than or equal to 40"),
-            ({"tokens": 7}, "greater than or equal to 8"),
+            ({"questions": 15}, "must be at least 16"),
+            ({"questions": 41}, "must be at most 40"),
+            ({"tokens": 7}, "must be at least 8"),
             ({"tokens": 33}, "tokens is 32 at most on this server"),
             ({"name": "../x"}, "name"),
             ({"keeep": True}, "keeep"),
@@ -407,7 +407,7 @@ class TestPage:
         for sentence, name, persona, words in (
             (" ", "x", {}, "Say in a sentence what is wanted"),
             ("shout", " ", {}, "Give the steering a name"),
-            ("shout", "../x", {}, "Name: String should match pattern"),
+            ("shout", "../x", {}, "Name: a steering&#x27;s name has letters"),
             ("shout", "x", {"like": "a parrot"}, "Give a sentence, or a persona and its opposite, not both"),
             ("", "x", {"unlike": "a mouse"}, "Say as well whom the model is to be like"),
         ):

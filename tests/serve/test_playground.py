@@ -261,7 +261,7 @@ class TestPolicy:
             "look": (TEXT, talk, *panel),
             "run": ("s0", "0, 1", "", TEXT, Talk(), *panel),
             "study": ("\n".join(map(json.dumps, PAIRS)), "mine", METHODS[0], ""),
-            "create": ("talk like a pirate", "mine", True),
+            "create": ("talk like a pirate", "", "", "mine", True),
             "choose": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
             "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
             "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),

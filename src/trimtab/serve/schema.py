@@ -439,7 +439,7 @@ class MakeRequest(In):
         None,
         min_length=1,
         max_length=200,
-        description="And one that it is to be unlike; without it an ordinary assistant.",
+        description="And one that it must be unlike; without it an ordinary assistant.",
     )
     pairs: Pairs | None = Field(
         None,

@@ -27,16 +27,16 @@ KINDS = {
 SAID: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "missing": lambda _: "it is missing",
     "extra_forbidden": lambda _: "it isn't known",
-    "literal_error": lambda about: f"it is to be {about['expected']}",
-    "greater_than": lambda about: f"it is to be above {about['gt']}",
-    "greater_than_equal": lambda about: f"it is to be {about['ge']} at least",
-    "less_than": lambda about: f"it is to be below {about['lt']}",
-    "less_than_equal": lambda about: f"it is to be {about['le']} at most",
-    "finite_number": lambda _: "it is to be a finite number",
-    "too_long": lambda about: f"it has {about['max_length']} items at most",
-    "too_short": lambda about: f"it has {about['min_length']} items at least",
-    "string_too_long": lambda about: f"it has {about['max_length']} characters at most",
-    "string_too_short": lambda about: f"it has {about['min_length']} characters at least",
+    "literal_error": lambda about: f"it must be {about['expected']}",
+    "greater_than": lambda about: f"it must be above {about['gt']}",
+    "greater_than_equal": lambda about: f"it must be at least {about['ge']}",
+    "less_than": lambda about: f"it must be below {about['lt']}",
+    "less_than_equal": lambda about: f"it must be at most {about['le']}",
+    "finite_number": lambda _: "it must be a finite number",
+    "too_long": lambda about: f"it takes at most {about['max_length']} items",
+    "too_short": lambda about: f"it takes at least {about['min_length']} items",
+    "string_too_long": lambda about: f"it takes at most {about['max_length']} characters",
+    "string_too_short": lambda about: f"it takes at least {about['min_length']} characters",
     "json_invalid": lambda _: "it isn't JSON",
 }
 FIELDS = sorted({name for model in (ChatRequest, CompletionRequest) for name in model.model_fields})
@@ -99,7 +99,7 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
     kinds = {one["type"] for one in here}
     if kind in KINDS:
         several = name in EXPECTED and (len(kinds) > 1 or not isinstance(where[-1], int))
-        return f"it is to be {EXPECTED[name] if several else KINDS[kind]}"
+        return f"it must be {EXPECTED[name] if several else KINDS[kind]}"
     if kind in SAID:
         return SAID[kind](about)
     return str(error["msg"])

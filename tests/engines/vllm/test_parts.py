@@ -1156,5 +1156,5 @@ class TestAround:
         assert "needs vLLM, which isn't installed here" in ran.err
 
     def test_an_unknown_engine(self) -> None:
-        with pytest.raises(TrimtabError, match="there is no engine 'tgi'; engines: transformers, vllm"):
+        with pytest.raises(TrimtabError, match="there is no engine 'tgi'; engines: transformers, llamacpp, vllm"):
             tiny.LM.load(engine="tgi")

@@ -1,6 +1,6 @@
 """A server under load for as long as `--load-seconds` says: good clients, bad ones, and what is left of it afterwards.
 
-pytest tests/serve/test_load.py -m long --load-seconds 600 -s
+pytest tests/serve/test_under_load.py -m long --load-seconds 600 -s
 """
 
 from __future__ import annotations
