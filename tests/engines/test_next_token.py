@@ -57,6 +57,7 @@ def test_whatever_the_batch(family: str, size: int) -> None:
 
 def test_what_rows_have_in_common_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = tiny("llama")
+    lm.next_logprobs([choices(lm)[0]] * 2, LATE[:2])  # what blocks put out is looked at once, by running them
     seen: list[tuple[int, int]] = []
     handle = lm.layout.decoder.register_forward_pre_hook(
         lambda _m, _a, given: seen.append(tuple(given["input_ids"].shape)), with_kwargs=True

@@ -71,6 +71,7 @@ STEERINGS = {
     "scale_elements": at_all(ScaleElements(U), "heads"),
     "hold_elements": at_all(HoldElements(random(48)), "neurons", Positions.generated()),
     "mask_neurons": at_all(MaskNeurons(random(48)), "neurons", Positions.generated()),
+    "act_fn": at_all(ScaleElements(random(48)), "act_fn"),
     "gate": Steering((Edit(Site(1), Add(U), gate=Threshold(Site(3), U, -1e9)),)),
     "gate at each token": Steering(
         tuple(Edit(Site(i), Add(U), gate=Threshold(Site(i), U, 0.0, each_token=True)) for i in range(LAYERS))

@@ -59,6 +59,8 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
 def check_in_memory(model: Any) -> None:
     """Raises `UnsupportedError` for a model that accelerate keeps elsewhere and fetches part by part."""
     embeddings = model.get_input_embeddings()
+    if not hasattr(embeddings, "_hf_hook"):  # accelerate's
+        return
     if any(parameter.is_meta for parameter in embeddings.parameters()):
         raise UnsupportedError(
             f"the embeddings of this {type(model).__name__} aren't in memory (offloaded to disk or another device), and"
@@ -98,7 +100,8 @@ def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn
     if block:
         every = {name: m for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
         declared = {name: m for name, m in every.items() if all(isinstance(item, block) for item in m)}
-        lists = {name: m for name, m in declared.items() if name in lists} or lists or declared
+        shorter = {name: m for name, m in declared.items() if len(m) < count and count % len(m) == 0}
+        lists = {name: m for name, m in declared.items() if name in lists} or lists or shorter
     if len(lists) == 1:
         ((name, blocks),) = lists.items()
         prefix = next((n for n, m in model.named_modules() if m is decoder), "")
