@@ -219,7 +219,7 @@ def test_a_model_in_bfloat16(courses: list[Course]) -> None:
     """What is learned is float32 all the same."""
     lm = fresh(torch.bfloat16)
     steering = learn(lm, steps=20, with_prompt=0.0)
-    assert {edit.operation.direction.dtype for edit in steering.edits} == {torch.float32}
+    assert {edit.operation.write.dtype for edit in steering.edits} == {torch.float32}
     assert courses[0].losses[-1] < 0.8 * courses[0].losses[0]
     closed = learn(lm, fit="closed", rank=4)
     assert divergence(lm, closed, Teacher((SAID,))) < divergence(lm, None, Teacher((SAID,)))

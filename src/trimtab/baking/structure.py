@@ -141,10 +141,21 @@ class Structure:
         """The one projection that writes at this site; `None` for a mixture of experts, which has many."""
         if site.kind == ATTENTION:
             return place(self.layout, Site(site.layer, "heads")).module
+        if len(self._last_projections(site.layer)) > 1:
+            return None
         try:
             return place(self.layout, Site(site.layer, "neurons")).module
         except UnsupportedError:
             return None
+
+    def _last_projections(self, layer: int) -> set[str]:
+        """The names of all last projections in the block's MLP: each expert's, and that of the one all tokens pass."""
+        parts = (name.split(".") for name, _ in self.layout.blocks[layer].named_parameters())
+        return {
+            ".".join(one[:-1] if one[-1] in ("weight", "bias") else one)
+            for one in parts
+            if one[0] in MLPS and {*one[-2:]} & {*DOWNS}
+        }
 
     def _experts_turned(self, layer: int) -> bool | None:
         for module in self.layout.blocks[layer].modules():
@@ -276,7 +287,7 @@ def _check_block(model: Any, layout: Layout, layer: int) -> None:
     attention, block = place(layout, Site(layer, ATTENTION)).module, layout.blocks[layer]
     place(layout, Site(layer, "heads"))
     mlp = place(layout, Site(layer, MLP)).module
-    for part in (attention, mlp):
+    for part in block.children():
         if "residual" in inspect.signature(part.forward).parameters:
             raise UnsupportedError(
                 f"{type(part).__name__} of {type(model).__name__} adds the stream itself to what it puts out, so its"
