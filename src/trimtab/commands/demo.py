@@ -27,7 +27,7 @@ TUNED_FOR = "SmolLM2-135M-Instruct"
 TUNED_BLOCKS = 30
 LIVE = "title"
 """The instruction that is learned while one watches; the others come learned, or three minutes wouldn't do."""
-LEARN_QUERIES = 40
+LEARN_QUERIES = 32
 """The one that is learned live is learned from fewer queries than `trimtab learn distill` would take."""
 REGIMES = ("without", "with")
 
@@ -131,10 +131,13 @@ def demo(
     shipped = () if learn or lm.name != TUNED_FOR else tuple(one.name for one in SETTINGS if one.name != LIVE)
     if not json:
         show(_opening(lm, len(test), shipped))
-    results = []
+    results: list[Result] = []
+    with progress_bar("the unsteered answers", quiet=json) as progress:
+        bare = _answers(lm, tuple(test), None, _part(progress, 0.0, 1.0))
     for setting in SETTINGS:
         with progress_bar(setting.shown, quiet=json) as progress:
-            results.append(try_setting(lm, setting, base, test, shipped=setting.name in shipped, progress=progress))
+            before = setting.name in shipped
+            results.append(try_setting(lm, setting, base, test, shipped=before, bare=bare, progress=progress))
         if not json:
             show(_shown(results[-1], instructions()[setting.name].test[0]))
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
@@ -151,10 +154,12 @@ def try_setting(
     test: Sequence[str],
     *,
     shipped: bool = False,
+    bare: Sequence[Generation] | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Result:
     """Learn one instruction from the queries `learn`, or load it, and answer the queries `test` in both regimes.
 
+    `bare` are the unsteered answers to the test queries alone, which are the same for every instruction.
     `progress(done, total)` counts in hundredths of the work.
     """
     from trimtab.data import instructions, prompts
@@ -167,7 +172,8 @@ def try_setting(
     for i, regime in enumerate(REGIMES):
         asked = tuple(test) if regime == "without" else tuple(prompts(test, instruction.test))
         begin, size = share + i * (1 - share) / 2, (1 - share) / 4
-        unsteered = _answers(lm, asked, None, _part(progress, begin, begin + size))
+        known = bare if regime == "without" else None
+        unsteered = _answers(lm, asked, None, _part(progress, begin, begin + size)) if known is None else known
         steered = _answers(lm, asked, steering, _part(progress, begin + size, begin + 2 * size))
         regimes.append(_regime(setting.name, asked, test, unsteered, steered))
         doses += [answer.applied.dose for answer in steered]
