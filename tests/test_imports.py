@@ -38,6 +38,7 @@ SHORTCUTS = {
     "engines/answer.py": {"report"},
     "engines/streaming.py": {"report"},
     "engines/language_model.py": {"report", "tune"},
+    "lm.py": {"evaluate"},
     "tune/sweep.py": {"report"},
 }
 """Methods that save, draw or try what they belong to: each imports a function from above where it calls it, so that

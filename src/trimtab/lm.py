@@ -46,13 +46,14 @@ from trimtab.steering import Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
 from trimtab.steering.steering import check_steering
-from trimtab.text.chat import Template, template_digest
+from trimtab.text.chat import Prompt, Template, template_digest
 from trimtab.text.pieces import pieces
 from trimtab.text.templates import with_keywords
 
 if TYPE_CHECKING:
     from trimtab.engines.llamacpp.model import LlamaCpp
     from trimtab.engines.vllm.lm import VllmLM
+    from trimtab.evaluate.divergence import Divergence
 
 
 class LM(LanguageModel):
@@ -254,6 +255,24 @@ class LM(LanguageModel):
                 if by_steps is None:
                     tell(0)
         return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
+
+    def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
+        """How far a steering takes the model from itself: the divergence before each token of its unsteered answers.
+
+        Args:
+            steering: Any: with gates, at some positions, of attention scores.
+            prompts: What is asked.
+            options: `tokens` of each unsteered answer at most (32), `system`, `chat`, `transfer`.
+
+        Returns:
+            `mean` and `p95` (the 95th percentile), in nats a token, and each token's `nats`.
+
+        Raises:
+            TrimtabError: A steering that doesn't fit, or no prompts.
+        """
+        from trimtab.evaluate.divergence import divergence
+
+        return divergence(self, steering, prompts, **options)
 
     def _emphasised(self) -> Iterable[int]:
         return score_layers(self.layout)

@@ -3,7 +3,7 @@
 import pytest
 
 from trimtab import LM, load
-from trimtab.tune import at_dose
+from trimtab.tune import at_dose, at_nats
 
 
 @pytest.fixture
@@ -45,3 +45,35 @@ def test_bad_doses(ask, steering, given, said):
     assert told.code == 2
     assert said in told.err
     assert told.err.count("\n") == 1
+
+
+def test_nats_are_those_of_python_and_their_strength_is_told(ask, model, steering):
+    told = ask("--steer", f"{steering}:-2", "--nats", 0.3, "--json")
+    lm = LM.load(model, device="cpu")
+    found = at_nats(lm, -2.0 * load(steering), 0.3, ["Why?", "Who are you?"])
+    assert told.json["divergence"] == {
+        "p95": pytest.approx(found.divergence.p95),
+        "mean": pytest.approx(found.divergence.mean),
+        "tokens": found.divergence.tokens,
+        "factor": pytest.approx(found.factor),
+        "monotone": found.monotone,
+    }
+    assert told.json["divergence"]["p95"] == pytest.approx(0.3, rel=0.02)
+    assert lm.divergence(found.steering, ["Why?", "Who are you?"]) == found.divergence
+    shown = ask("--steer", f"{steering}:-2", "--nats", 0.3)
+    assert f"are strength × {found.factor:.3g}: --steer {steering}:" in " ".join(shown.err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--nats 1", "--nats says how hard to steer; give --steer FILE as well"),
+        ("--steer FILE --nats 0", "--nats is a number above 0, such as 1, got 0"),
+        ("--steer FILE --nats 1 --dose 0.2", "both say how hard to steer"),
+        ("--steer FILE --nats 1 --engine vllm", "which the vllm engine doesn't give"),
+    ],
+)
+def test_bad_nats(ask, steering, given, said):
+    told = ask(*given.replace("FILE", str(steering)).split())
+    assert told.code == 2
+    assert said in " ".join(told.err.split())

@@ -67,6 +67,15 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    nats: Annotated[
+        float | None,
+        typer.Option(
+            help="Or take the model so many nats from itself on these prompts (95th percentile over tokens): 0.25 is"
+            " hardly seen, 1 a clear change, 4 a strong one.",
+            metavar="NUMBER",
+            show_default=False,
+        ),
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Answer unsteered as well, side by side.")] = False,
     positions: Annotated[
         str | None,
@@ -193,7 +202,8 @@ def generate(
     way, 0 not at all. @14,15 or @10-14 after the file picks layers of it. The
     dose reported at the end is how long the push was, in lengths of the
     activation: with learned differences, text tends to fall apart from about
-    0.3 over all layers on. --dose finds the strength that has a dose.
+    0.3 over all layers on. --dose finds the strength that has a dose, and
+    --nats the one that changes next tokens so much.
     """
     asked = gather_prompts(prompt or [], prompts, column)
     files = [parse_pick(text) for text in steer or []]
@@ -214,8 +224,12 @@ def generate(
         raise TrimtabError("--compare needs something to compare with; give --steer FILE or --emphasize TEXT")
     if plain and loader.template:
         raise TrimtabError("--template is about the chat template, and --plain goes without it; leave one of them out")
+    if dose is not None and nats is not None:
+        raise TrimtabError("--dose and --nats both say how hard to steer; leave one of them out")
     if dose is not None:
         _check_dose(dose, bool(files), engine)
+    if nats is not None:
+        _check_nats(nats, bool(files), engine)
     if plain and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
@@ -245,6 +259,14 @@ def generate(
         chat: dict[str, Any] = {"system": system, "chat": False if plain else None}
         dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **chat)
         steering = dosed.steering
+    taken = None
+    if nats is not None and steering is not None:
+        from trimtab.evaluate.ab import spread
+        from trimtab.tune import at_nats
+
+        asked_as: dict[str, Any] = {"system": system, "chat": False if plain else None}
+        taken = at_nats(lm, steering, nats, spread(asked, DOSED_PROMPTS), transfer=transfer, **asked_as)
+        steering = taken.steering
     with progress_bar("generating", quiet=json) as progress:
         towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(asked)}
         answers = lm.generate(
@@ -266,6 +288,9 @@ def generate(
         document = _document(lm.name, files, asked, answers, unsteered)
         if dosed is not None:
             document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
+        if taken is not None:
+            found = {"p95": taken.divergence.p95, "mean": taken.divergence.mean, "tokens": taken.divergence.tokens}
+            document["divergence"] = {**found, "factor": taken.factor, "monotone": taken.monotone}
         if engine == "vllm":
             for row in document["answers"]:
                 row["dose"] = row["overall_dose"] = None  # it isn't measured there
@@ -289,6 +314,10 @@ def generate(
     if dosed is not None:
         at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * dosed.factor:.3g}" for pick in files)
         note(f"dose {dosed.dose:.2g} is strength × {dosed.factor:.3g}: --steer {at}", quiet=False)
+    if taken is not None:
+        at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * taken.factor:.3g}" for pick in files)
+        figures = f"{taken.divergence.p95:.2g} nats (95th percentile; mean {taken.divergence.mean:.2g})"
+        note(f"{figures} are strength × {taken.factor:.3g}: --steer {at}", quiet=False)
 
 
 def _doses(answers: Sequence[Generation]) -> str:
@@ -308,6 +337,18 @@ def _check_dose(dose: float, steers: bool, engine: str) -> None:
         raise TrimtabError(
             "--dose needs doses, and the vllm engine doesn't measure them; leave --engine out to find the"
             " strength, then give it as FILE:STRENGTH"
+        )
+
+
+def _check_nats(nats: float, steers: bool, engine: str) -> None:
+    if not (math.isfinite(nats) and nats > 0):
+        raise TrimtabError(f"--nats is a number above 0, such as 1, got {nats:g}")
+    if not steers:
+        raise TrimtabError("--nats says how hard to steer; give --steer FILE as well")
+    if engine != "transformers":
+        raise TrimtabError(
+            f"--nats needs all tokens' probabilities, which the {engine} engine doesn't give; leave --engine out to"
+            " find the strength, then give it as FILE:STRENGTH"
         )
 
 
