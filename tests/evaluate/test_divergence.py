@@ -10,7 +10,7 @@ from trimtab import LM, TrimtabError
 from trimtab.engines.transformers.teacher_forced import Given
 from trimtab.engines.vllm.lm import VllmLM
 from trimtab.errors import UnsupportedError
-from trimtab.evaluate.divergence import Divergence, divergence, read_given, reference
+from trimtab.evaluate.divergence import Divergence, Reference, divergence, read_given, reference
 from trimtab.steering import (
     Ablate,
     Add,
@@ -113,3 +113,16 @@ def test_what_cannot_be_read_is_refused_in_words() -> None:
         divergence(lm, None, [])
     with pytest.raises(UnsupportedError, match=r"the vllm engine has no probabilities of all tokens: .* engine can"):
         divergence(VllmLM.__new__(VllmLM), None, ["w3"])  # type: ignore[arg-type]
+
+
+def test_logits_that_are_no_numbers_are_infinitely_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not 0: a steering that breaks the model must not look like one that does nothing."""
+    lm = tiny("llama")
+    base = reference(lm, PROMPTS, tokens=4)
+    broken = [torch.full_like(logits, torch.nan) for logits in base.logits]
+    monkeypatch.setattr("trimtab.evaluate.divergence.read_given", lambda *_: broken)
+    found = divergence(lm, edits(lm)["add"], base)
+    assert (found.mean, found.p95) == (float("inf"), float("inf"))
+    assert Divergence(((0.0,) * 99, (float("inf"),))).p95 == 0.0
+    with pytest.raises(TrimtabError, match="the unsteered model's logits are no numbers"):
+        divergence(lm, None, Reference(base.texts, tuple(broken)))

@@ -8,6 +8,7 @@ can be compared at the same strength.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -35,7 +36,7 @@ TOKENS = 32
 
 @dataclass(frozen=True)
 class Divergence:
-    """`nats[i][j]`: the divergence before token `j` of answer `i`, at least 0."""
+    """`nats[i][j]`: the divergence before token `j` of answer `i`, at least 0; infinite where steered logits are NaN."""
 
     nats: tuple[tuple[float, ...], ...]
 
@@ -47,7 +48,8 @@ class Divergence:
     @property
     def p95(self) -> float:
         """The 95th percentile over all tokens: what the tokens that are changed most are changed by."""
-        return float(np.quantile(self._all, 0.95))
+        broken = bool(np.isinf(self._all).any())  # between two infinities nothing can be interpolated
+        return float(np.quantile(self._all, 0.95, method="higher" if broken else "linear"))
 
     @property
     def tokens(self) -> int:
@@ -99,6 +101,8 @@ def reference(
         for prompt, answer in zip(listed, answers, strict=True)
     )
     texts = tuple(text for text in texts if text.answer)
+    if not texts:
+        raise TrimtabError("the unsteered model answers none of these prompts with a token; give others")
     check_given(lm.layout, texts)
     return Reference(texts, tuple(read_given(lm, texts, None)))
 
@@ -140,11 +144,13 @@ def divergence(
 
 
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
-    """For each row of logits, in float64; the same logits give exactly 0."""
+    """For each row of logits, in float64; the same logits give exactly 0, and NaN among the steered ones infinity."""
+    if unsteered.isnan().any():
+        raise TrimtabError("the unsteered model's logits are no numbers; load it in float32 or bfloat16")
     p, q = (one.double().log_softmax(-1) for one in (unsteered, steered))
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))
-    return [max(0.0, value) for value in terms.sum(-1).tolist()]
+    return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
 
 
 def read_given(lm: LM, texts: Sequence[Given], steering: Steering | None) -> list[Tensor]:
