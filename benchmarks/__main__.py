@@ -170,7 +170,8 @@ def following_distilled(
     fit: Annotated[str, typer.Option(help="gradient, closed or both.")] = "gradient",
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
     learn_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer that is learned from.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 30,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 16,
+    rank: Annotated[int | None, typer.Option(min=0, help="Rows that read activations; 0: a vector.")] = None,
     rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.005,
     one: Annotated[bool, typer.Option("--one", help="With the instruction: one steering for all types.")] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
@@ -193,7 +194,9 @@ def following_distilled(
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
     finish(
-        run(model, file, mode, folder, tokens, learn_tokens, fit, Descent(steps=steps, rate=rate), dtype, one=one),
+        run(
+            model, file, mode, folder, tokens, learn_tokens, fit, Descent(steps=steps, rate=rate), dtype, rank, one=one
+        ),
         json_file,
         check,
         as_markdown,

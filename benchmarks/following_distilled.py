@@ -70,6 +70,7 @@ def run(
     fit: str,
     how: Descent,
     dtype: str,
+    rank: int | None = None,
     *,
     one: bool,
 ) -> Report:
@@ -79,10 +80,10 @@ def run(
     items = read_ifeval(file)
     if one:
         path = folder / f"follow-{fit}.safetensors"
-        steering = _kept(path, lambda: follow(lm, fit, how, learn_tokens))
+        steering = _kept(path, lambda: follow(lm, fit, how, rank, learn_tokens))
         steerings: dict[str, Steering | None] = {item.item: steering for item in items}
     else:
-        steerings = _distilled(lm, items, folder, fit, how, learn_tokens)
+        steerings = _distilled(lm, items, folder, fit, how, rank, learn_tokens)
     records = evaluate(
         lm, items, steerings, mode, folder / f"{mode}-{fit}-{'one' if one else 'each'}-answers.jsonl", tokens
     )
@@ -121,7 +122,7 @@ def _kept(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
 
 
 def _distilled(
-    lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, how: Descent, tokens: int
+    lm: LM, items: Sequence[IFEvalItem], folder: Path, fit: str, how: Descent, rank: int | None, tokens: int
 ) -> dict[str, Steering | None]:
     instances = {item.item: instance_of(item) for item in items}
     counts = Counter(instances.values())
@@ -130,7 +131,7 @@ def _distilled(
         if count < LEAST:
             steerings[one] = None
             continue
-        steerings[one] = _kept(folder / f"{fit}-{one.file}", partial(distilled, lm, one, fit, how, tokens))
+        steerings[one] = _kept(folder / f"{fit}-{one.file}", partial(distilled, lm, one, fit, how, rank, tokens))
     return {item: steerings[one] for item, one in instances.items()}
 
 
@@ -150,7 +151,7 @@ def instance_of(item: IFEvalItem) -> Instance:
     return Instance(kind, tuple(values))
 
 
-def distilled(lm: LM, instance: Instance, fit: str, how: Descent, tokens: int) -> Steering | None:
+def distilled(lm: LM, instance: Instance, fit: str, how: Descent, rank: int | None, tokens: int) -> Steering | None:
     """The instruction, said twice, as a steering; `None` where the model follows it too seldom."""
     kind, values = instruction_type(instance.kind), dict(instance.values)
     arguments = kind.arguments(values)
@@ -160,6 +161,7 @@ def distilled(lm: LM, instance: Instance, fit: str, how: Descent, tokens: int) -
             teacher=Teacher(instruction=tuple(kind.phrasings("learn", values)), times=2),
             check=lambda query, answer, cut: complies(instance.kind, arguments, answer, cut),
             fit=fit,
+            rank=rank,
             steps=how.steps,
             rate=how.rate,
             tokens=tokens,
@@ -174,7 +176,7 @@ def distilled(lm: LM, instance: Instance, fit: str, how: Descent, tokens: int) -
 # ---- with the instruction in the prompt ----------------------------------------------------------------------
 
 
-def follow(lm: LM, fit: str, how: Descent, tokens: int) -> Steering:
+def follow(lm: LM, fit: str, how: Descent, rank: int | None, tokens: int) -> Steering:
     """What saying a prompt twice does, over all types of instructions, as one steering for prompts said once."""
     asked = prompts_of_all_types(PROMPTS)
     return learn_distill(
@@ -183,6 +185,7 @@ def follow(lm: LM, fit: str, how: Descent, tokens: int) -> Steering:
         queries=list(asked),
         check=lambda query, answer, cut: complies(*asked[query], answer, cut),
         fit=fit,
+        rank=rank,
         steps=how.steps,
         rate=how.rate,
         tokens=tokens,

@@ -36,7 +36,8 @@ TOKENS = 32
 
 @dataclass(frozen=True)
 class Divergence:
-    """`nats[i][j]`: the divergence before token `j` of answer `i`, at least 0; infinite where steered logits are NaN."""
+    """`nats[i][j]`: the divergence before token `j` of answer `i`, at least 0; infinite where steered logits are
+    NaN."""
 
     nats: tuple[tuple[float, ...], ...]
 
