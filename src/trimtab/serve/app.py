@@ -27,20 +27,9 @@ from trimtab.serve.guard import Guard
 from trimtab.serve.made import respond
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import ErrorBody, Json, Refusal
-from trimtab.serve.schema import (
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    Deleted,
-    LearnRequest,
-    MadeTold,
-    MakeRequest,
-    ModelList,
-    ModelTold,
-    SteeringList,
-    SteeringTold,
-)
+from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.schema_steerings import Deleted, LearnRequest, MadeTold, MakeRequest, SteeringList, SteeringTold
+from trimtab.serve.schema_told import ChatCompletion, Completion, ModelList, ModelTold
 from trimtab.serve.service import Service
 from trimtab.serve.wording import in_words
 from trimtab.steering import Steering

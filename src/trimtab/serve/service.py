@@ -23,7 +23,6 @@ from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
-    AppliedSteering,
     ChatRequest,
     CompletionRequest,
     Message,
@@ -33,6 +32,7 @@ from trimtab.serve.schema import (
     Steered,
     SteeringChoice,
 )
+from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.text.chat import Prompt, Template

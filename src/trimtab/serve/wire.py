@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.serve.schema import (
+from trimtab.serve.schema_told import (
     AppliedTold,
     ChatChoice,
     ChatCompletion,

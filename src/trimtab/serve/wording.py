@@ -8,7 +8,8 @@ from typing import Any
 
 from trimtab.serve.fields import EXPECTED, INSTEAD
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import ChatRequest, CompletionRequest, LearnRequest, MakeRequest, Message, SteeringChoice
+from trimtab.serve.schema import ChatRequest, CompletionRequest, Message, SteeringChoice
+from trimtab.serve.schema_steerings import LearnRequest, MakeRequest
 
 LOOKED_AT = 200
 """Errors of one request of which the one to tell is chosen."""
