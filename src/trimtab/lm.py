@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from trimtab import engines
+from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.arguments import batches_of, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
@@ -214,6 +215,10 @@ class LM(LanguageModel):
             options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
             self._matchers(requests, options)
         return replace(decoding, options=options)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
+        return self._grammars({}).matcher(grammar)
 
     def _matchers(self, requests: Sequence[Asked], options: Mapping[str, Any]) -> list[Matcher | None]:
         """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""

@@ -16,8 +16,9 @@ from trimtab.serve.refusals import Json, Refusal
 from trimtab.serve.scheduler import Draining, Full
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.service import Prepared, Service
-from trimtab.serve.tasks import Done, Event, Failed, Piece
+from trimtab.serve.tasks import Event, Failed, Piece
 from trimtab.serve.wire import END, Collected, Wire, event, new_id
+from trimtab.text.said import Part, Parts
 
 STATUS = {"timeout": 504, "dose": 400, "input": 400, "shutdown": 503, "cancelled": 499, "server": 500}
 CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_down"}
@@ -58,7 +59,7 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
         record.drop("shutting_down")
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
     wire = Wire(name, asked.model, chat, prepared.tasks[0].alternatives is not None, service.lm.tokenizer)
-    answers = [Collected() for _ in prepared.tasks]
+    answers = [Collected(reading=Parts(prepared.shape.marks) if chat else None) for _ in prepared.tasks]
     run = _Run(service, request, asked, prepared, wire, answers, queue, record)
     if asked.stream:
         first = await run.first()
@@ -146,12 +147,15 @@ class _Run:
             coming = first
             while True:
                 index, told = coming
-                before = len(self.answers[index].text)
-                self._take(index, told)
+                answer = self.answers[index]
+                before = len(answer.text)
+                said = self._take(index, told)
                 if isinstance(told, Piece):
-                    yield event(self.wire.piece(index, told, before))
-                elif isinstance(told, Done):
-                    yield event(self.wire.ending(index, told))
+                    chunks = self.wire.piece(index, told, said, before)
+                else:
+                    chunks = self.wire.ending(index, answer, said)
+                for chunk in chunks:
+                    yield event(chunk)
                 if self._complete:
                     break
                 coming = await self.queue.get()
@@ -171,14 +175,14 @@ class _Run:
     def _complete(self) -> bool:
         return all(answer.done for answer in self.answers)
 
-    def _take(self, index: int, told: Event) -> None:
+    def _take(self, index: int, told: Event) -> list[Part]:
         if isinstance(told, Failed):
             raise _refusal(told)
         if not self._began:
             self._began = True
             loop = asyncio.get_running_loop()
             self.service.metrics.first.observe(loop.time() - self.started)
-        self.answers[index].take(told)
+        return self.answers[index].take(told)
 
     @property
     def started(self) -> float:

@@ -1,4 +1,4 @@
-"""Requests and responses as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
+"""Requests as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
 
 A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
 """
@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.serve.fields import Finite, In, Nothing, Seed, Text, Unsupported, UnsupportedChat
+from trimtab.serve.schema_tools import Call, ResponseFormat, ToolChoice, Tools
 
 # ---- steering ------------------------------------------------------------------------------------------------
 
@@ -109,7 +110,7 @@ class TextPart(In):
 class Message(In):
     """A message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=1000, fail_fast=True)] = Field(
         "", description="Of the assistant's messages it may be missing."
     )
@@ -117,8 +118,11 @@ class Message(In):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    reasoning_content: Literal[""] | None = None
-    tool_calls: Nothing | None = None
+    reasoning_content: Text | None = Field(None, description="Of the assistant's: what it thought.")
+    tool_calls: Annotated[list[Call], Field(max_length=128, fail_fast=True)] | None = Field(
+        None, description="Of the assistant's: what it called."
+    )
+    tool_call_id: str | None = Field(None, max_length=256, description="Of a tool's: which call it answers.")
     annotations: Nothing | None = None
 
     @model_validator(mode="after")
@@ -158,6 +162,14 @@ class ChatRequest(Common, UnsupportedChat):
         None,
         description="Keywords of the model's chat template. One that it doesn't use is refused.",
         examples=[{"enable_thinking": False}],
+    )
+    tools: Tools | None = Field(None, description="What the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+        None, description="Whether it calls one: `auto` unless given, where there are tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
+    response_format: ResponseFormat | None = Field(
+        None, description="Answers in JSON: every one of them is, unless it ends at `max_tokens`."
     )
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="The newer name of max_tokens.")
     logprobs: bool | None = None

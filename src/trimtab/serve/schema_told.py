@@ -62,6 +62,7 @@ class Told(Out):
     steering: list[AppliedSteering]
     emphasized_tokens: int
     answers: list[AppliedTold]
+    unheld: list[str] = Field(default=[], description="What answers aren't held to of schemas that aren't strict.")
 
 
 class Usage(Out):
@@ -93,12 +94,29 @@ class ChatLogprobs(Out):
     refusal: None = None
 
 
+class CalledFunction(Out):
+    """`arguments` is JSON, as the model has written it; cut off where `finish_reason` is `length`."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Out):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class ChatMessage(Out):
     """The answer."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | None = Field(default=None, description="What it thought, where the model thinks.")
+    tool_calls: list[ToolCall] | None = Field(default=None, description="What it calls, where there are tools.")
 
 
 class ChatChoice(Out):
@@ -107,7 +125,7 @@ class ChatChoice(Out):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(Out):

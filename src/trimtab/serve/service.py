@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,7 +24,6 @@ from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
     ChatRequest,
     CompletionRequest,
-    Message,
     PartChoice,
     PhraseChoice,
     RejectionChoice,
@@ -34,6 +32,7 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
+from trimtab.serve.tools import ANY, Shape, conversation, shaped
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.text.chat import Prompt, Template
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
@@ -202,17 +201,25 @@ class Service:
         chat = isinstance(asked, ChatRequest)
         count = asked.n or 1
         template = _template(asked)
-        prompts = [_messages(asked.messages)] if isinstance(asked, ChatRequest) else _prompts(asked.prompt)
+        prompts: list[Any]
+        if isinstance(asked, ChatRequest):
+            messages, keywords = conversation(self.lm.tokenizer, asked)
+            prompts, template = [messages], {**(template or {}), **keywords}
+        else:
+            prompts = _prompts(asked.prompt)
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
         told, steering = self.chosen(key, asked)
         rejection = self.rejection(asked, steering)
         stop = _stop(asked.stop)
-        tasks, marked, lengths = [], 0, []
+        tasks, marked, lengths, shape = [], 0, [], ANY
         try:
             for prompt in prompts:
                 ids = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
+                if isinstance(asked, ChatRequest):
+                    shape = shaped(self.lm.tokenizer, asked, ids)
+                matcher = None if shape.grammar is None else self.lm.matcher(shape.grammar)
                 if rejection is not None and len(ids) > self.limits.rejecting_tokens:
                     raise Refusal(
                         400,
@@ -238,12 +245,15 @@ class Service:
                         template,
                         self.policy.dose_of(key),
                         self.limits.seconds,
+                        grammar=shape.grammar,
+                        matcher=matcher,
+                        shown=shape.shown,
                     )
                     self.scheduler.check(task)
                     tasks.append(task)
         except TrimtabError as error:
             raise Refusal(400, str(error)) from None
-        return Prepared(tasks, told, marked, lengths)
+        return Prepared(tasks, told, marked, lengths, shape)
 
     def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
         """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't."""
@@ -315,12 +325,16 @@ class Service:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request's tasks, and what the response says beforehand. `lengths` are those of its prompts, in tokens."""
+    """A request's tasks, and what the response says beforehand. `lengths` are those of its prompts, in tokens.
+
+    `shape` is how the answers to a chat are read.
+    """
 
     tasks: list[Task]
     told: list[AppliedSteering]
     emphasized: int
     lengths: list[int]
+    shape: Shape = ANY
 
 
 def _missing(phrase: str) -> str:
@@ -342,20 +356,9 @@ def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
         raise Refusal(
             400, f"add_generation_prompt {meant} with continue_final_message: true", param="add_generation_prompt"
         )
-    given = dict(asked.chat_template_kwargs or {})
-    if CONTINUE in given:
+    if CONTINUE in (asked.chat_template_kwargs or {}):
         raise Refusal(400, f"{CONTINUE} is a field of its own", param="chat_template_kwargs")
-    return {**given, CONTINUE: continues}
-
-
-def _messages(messages: Sequence[Message]) -> Prompt:
-    found = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        content = message.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        found.append({"role": role, "content": text})
-    return found
+    return {CONTINUE: continues}
 
 
 def _prompts(given: Any) -> list[Any]:

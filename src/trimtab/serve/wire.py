@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab.serve.schema_told import (
     AppliedTold,
+    CalledFunction,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
@@ -22,11 +23,13 @@ from trimtab.serve.schema_told import (
     TextLogprobs,
     TokenLogprob,
     Told,
+    ToolCall,
     TopLogprob,
     Usage,
 )
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
+from trimtab.text.said import CallArguments, CallBegun, Part, Parts, Thought, Words
 from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
@@ -39,19 +42,53 @@ def new_id(chat: bool) -> str:
 
 @dataclass
 class Collected:
-    """One answer as far as it has come."""
+    """One answer as far as it has come. `reading` says what its text is made of: `said`."""
 
     text: str = ""
     tokens: list[TokenTold] = field(default_factory=list)
     done: Done | None = None
+    reading: Parts | None = None
+    said: list[Part] = field(default_factory=list)
 
-    def take(self, event: Piece | Done) -> None:
-        """Add a piece, or the end."""
+    def take(self, event: Piece | Done) -> list[Part]:
+        """Add a piece, or the end; what it says more."""
         if isinstance(event, Done):
             self.done = event
+            more = self.reading.finish() if self.reading is not None else []
         else:
             self.text += event.text
             self.tokens += event.tokens
+            more = self.reading.add(event.text) if self.reading is not None else [Words(event.text)]
+        self.said += more
+        return more
+
+    @property
+    def words(self) -> str:
+        """What it says to the reader."""
+        return "".join(part.text for part in self.said if isinstance(part, Words))
+
+    @property
+    def thought(self) -> str:
+        """What it thinks."""
+        return "".join(part.text for part in self.said if isinstance(part, Thought))
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """What it calls."""
+        found = []
+        for part in self.said:
+            if isinstance(part, CallBegun):
+                found.append(ToolCall(id=part.id, function=CalledFunction(name=part.name, arguments="")))
+            elif isinstance(part, CallArguments):
+                found[-1].function.arguments += part.text
+        return found
+
+    @property
+    def finish(self) -> Any:
+        """Why it has ended, in a chat."""
+        assert self.done is not None
+        calls = any(isinstance(part, CallBegun) for part in self.said)
+        return "tool_calls" if calls and self.done.finish == "stop" else self.done.finish
 
 
 @dataclass(frozen=True)
@@ -73,19 +110,24 @@ class Wire:
             chosen = [
                 ChatChoice(
                     index=i,
-                    message=ChatMessage(content=answer.text),
+                    message=_message(answer),
                     logprobs=self._chat_logprobs(answer.tokens),
-                    finish_reason=_finish(answer),
+                    finish_reason=answer.finish,
                 )
                 for i, answer in enumerate(answers)
             ]
-            return ChatCompletion(choices=chosen, trimtab=told, **head).model_dump()
+            response = ChatCompletion(choices=chosen, trimtab=told, **head).model_dump()
+            for choice in response["choices"]:
+                for name in ("reasoning_content", "tool_calls"):  # which plain answers don't have
+                    if choice["message"][name] is None:
+                        del choice["message"][name]
+            return response
         texts = [
             TextChoice(
                 index=i,
                 text=answer.text,
                 logprobs=self._text_logprobs(answer.tokens, 0),
-                finish_reason=_finish(answer),
+                finish_reason=answer.done.finish if answer.done else "stop",
             )
             for i, answer in enumerate(answers)
         ]
@@ -95,17 +137,23 @@ class Wire:
         """A chat stream's first chunk for an answer says whose words they are."""
         return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.chat else None
 
-    def piece(self, index: int, piece: Piece, before: int) -> dict[str, Any]:
-        """A chunk with more text, `before` characters into the answer."""
-        if self.chat:
-            logprobs = self._chat_logprobs(piece.tokens)
-            return self._chunk(index, {"content": piece.text}, logprobs and logprobs.model_dump(), None)
-        found = self._text_logprobs(piece.tokens, before)
-        return self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)
+    def piece(self, index: int, piece: Piece, said: Sequence[Part], before: int) -> list[dict[str, Any]]:
+        """Chunks with what a piece says, `before` characters into the answer; the first has its tokens."""
+        if not self.chat:
+            found = self._text_logprobs(piece.tokens, before)
+            return [self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)]
+        logprobs = self._chat_logprobs(piece.tokens)
+        told = logprobs and logprobs.model_dump()
+        deltas = [_delta(part) for part in said] or ([{"content": ""}] if told else [])
+        return [self._chunk(index, delta, None if n else told, None) for n, delta in enumerate(deltas)]
 
-    def ending(self, index: int, done: Done) -> dict[str, Any]:
-        """The chunk that says why an answer has ended."""
-        return self._chunk(index, {} if self.chat else {"text": ""}, None, done.finish)
+    def ending(self, index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
+        """The chunks with the rest, of which the last says why an answer has ended."""
+        assert answer.done is not None
+        if not self.chat:
+            return [self._chunk(index, {"text": ""}, None, answer.done.finish)]
+        rest = [self._chunk(index, _delta(part), None, None) for part in said]
+        return [*rest, self._chunk(index, {}, None, answer.finish)]
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
         """The chunk after all answers: what was applied, and the usage where it was asked for."""
@@ -121,7 +169,9 @@ class Wire:
     def told(self, prepared: Prepared, answers: Sequence[Collected]) -> Told:
         """What steered the answers."""
         found = [_applied(i, answer.done) for i, answer in enumerate(answers) if answer.done]
-        return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found)
+        grammar = prepared.shape.grammar
+        unheld = list(grammar.ignored) if grammar is not None else []
+        return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found, unheld=unheld)
 
     def _head(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -170,9 +220,23 @@ def event(chunk: dict[str, Any]) -> bytes:
 END = b"data: [DONE]\n\n"
 
 
-def _finish(answer: Collected) -> Any:
-    assert answer.done is not None
-    return answer.done.finish
+def _message(answer: Collected) -> ChatMessage:
+    words, calls = answer.words, answer.calls
+    return ChatMessage(
+        content=words or (None if calls else ""), reasoning_content=answer.thought or None, tool_calls=calls or None
+    )
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """A part as the change that it makes to a message."""
+    if isinstance(part, Words):
+        return {"content": part.text}
+    if isinstance(part, Thought):
+        return {"reasoning_content": part.text}
+    if isinstance(part, CallBegun):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
 
 def _finite(value: float | None) -> float:

@@ -97,7 +97,11 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
         return "only text can be read here: {'type': 'text', 'text': …}; leave other parts out"
     if kind == "string_pattern_mismatch" and name == "name":
         return f"a steering's name has {NAMES}"
+    if kind.startswith("union_tag_") and name in EXPECTED:
+        return f"it must be {EXPECTED[name]}"
     kinds = {one["type"] for one in here}
+    if kind == "literal_error" and len(kinds) > 1 and name in EXPECTED:
+        return f"it must be {EXPECTED[name]}"
     if kind in KINDS:
         several = name in EXPECTED and (len(kinds) > 1 or not isinstance(where[-1], int))
         return f"it must be {EXPECTED[name] if several else KINDS[kind]}"
