@@ -16,6 +16,9 @@ Text = Annotated[str, Field(max_length=1_000_000)]
 PairText = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 """A list that asks for nothing: an empty one."""
 Zero = Annotated[Finite, Field(ge=0, le=0)]
@@ -77,6 +80,14 @@ INSTEAD = {
     "prediction": "predicted outputs aren't supported; leave it out",
     "web_search_options": "this server searches nothing; leave it out",
     "service_tier": "there is one tier; leave it out",
+    "previous_response_id": "nothing is stored; send the whole conversation as input, with the items of its responses",
+    "conversation": "nothing is stored; send the whole conversation as input, with the items of its responses",
+    "background": "nothing is stored; wait for the answer, or stream it",
+    "truncation": "prompts aren't cut; shorten the input",
+    "reasoning": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
+    "top_logprobs": "ask /v1/chat/completions for log-probabilities",
+    "include": "nothing of that can be had; leave it out",
+    "max_tool_calls": "this server calls no tools itself; leave it out",
     "echo": "prompts aren't echoed; leave it out",
     "suffix": "text is continued, not filled in; leave it out",
     "best_of": "it isn't supported; ask for n answers and choose",

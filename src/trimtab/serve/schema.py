@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.serve.fields import Finite, In, Nothing, Seed, Text, Unsupported, UnsupportedChat
+from trimtab.serve.fields import Finite, In, Metadata, Nothing, Seed, Text, Unsupported, UnsupportedChat
 from trimtab.serve.schema_tools import Call, ResponseFormat, ToolChoice, Tools
 
 # ---- steering ------------------------------------------------------------------------------------------------
@@ -92,12 +92,7 @@ class Common(Steered):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = Field(None, description="Taken, and kept nowhere.")
+    metadata: Metadata | None = Field(None, description="Taken, and kept nowhere.")
 
 
 class TextPart(In):

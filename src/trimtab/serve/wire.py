@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema_told import (
     AppliedTold,
     CalledFunction,
@@ -49,6 +50,7 @@ class Collected:
     done: Done | None = None
     reading: Parts | None = None
     said: list[Part] = field(default_factory=list)
+    thought_tokens: int = 0
 
     def take(self, event: Piece | Done) -> list[Part]:
         """Add a piece, or the end; what it says more."""
@@ -58,6 +60,8 @@ class Collected:
         else:
             self.text += event.text
             self.tokens += event.tokens
+            if self.reading is not None and self.reading.thinks:
+                self.thought_tokens += len(event.tokens)
             more = self.reading.add(event.text) if self.reading is not None else [Words(event.text)]
         self.said += more
         return more
@@ -104,7 +108,7 @@ class Wire:
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
         """The response of a request that doesn't stream."""
-        told, usage = self.told(prepared, answers), self.usage(prepared, answers)
+        told, usage = told_of(prepared, answers), self.usage(prepared, answers)
         head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
         if self.chat:
             chosen = [
@@ -133,9 +137,9 @@ class Wire:
         ]
         return Completion(choices=texts, trimtab=told, **head).model_dump()
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> list[dict[str, Any]]:
         """A chat stream's first chunk for an answer says whose words they are."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.chat else None
+        return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)] if self.chat else []
 
     def piece(self, index: int, piece: Piece, said: Sequence[Part], before: int) -> list[dict[str, Any]]:
         """Chunks with what a piece says, `before` characters into the answer; the first has its tokens."""
@@ -157,7 +161,7 @@ class Wire:
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
         """The chunk after all answers: what was applied, and the usage where it was asked for."""
-        found: dict[str, Any] = {**self._head(), "choices": [], "trimtab": self.told(prepared, answers).model_dump()}
+        found: dict[str, Any] = {**self._head(), "choices": [], "trimtab": told_of(prepared, answers).model_dump()}
         return {**found, "usage": self.usage(prepared, answers).model_dump()} if usage else found
 
     def usage(self, prepared: Prepared, answers: Sequence[Collected]) -> Usage:
@@ -166,12 +170,18 @@ class Wire:
         made = sum(answer.done.tokens for answer in answers if answer.done)
         return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
 
-    def told(self, prepared: Prepared, answers: Sequence[Collected]) -> Told:
-        """What steered the answers."""
-        found = [_applied(i, answer.done) for i, answer in enumerate(answers) if answer.done]
-        grammar = prepared.shape.grammar
-        unheld = list(grammar.ignored) if grammar is not None else []
-        return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found, unheld=unheld)
+    def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
+        """The last chunk of a stream that can't go on."""
+        return [refusal.body]
+
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """A chunk as it is sent."""
+        return event(chunk)
+
+    @property
+    def end(self) -> bytes:
+        """What is sent when all is said."""
+        return END
 
     def _head(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -218,6 +228,14 @@ def event(chunk: dict[str, Any]) -> bytes:
 
 
 END = b"data: [DONE]\n\n"
+
+
+def told_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
+    """What steered these answers, and what they weren't held to."""
+    found = [_applied(i, answer.done) for i, answer in enumerate(answers) if answer.done]
+    grammar = prepared.shape.grammar
+    unheld = list(grammar.ignored) if grammar is not None else []
+    return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found, unheld=unheld)
 
 
 def _message(answer: Collected) -> ChatMessage:

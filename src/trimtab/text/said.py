@@ -83,6 +83,11 @@ class Parts:
         elif marks.begun:
             self._state = self._thinking
 
+    @property
+    def thinks(self) -> bool:
+        """Whether what comes next is thinking, as far as is known."""
+        return self._state == self._thinking
+
     def add(self, text: str) -> list[Part]:
         """What this piece lets go."""
         self._held += text
