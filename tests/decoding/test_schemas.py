@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("llguidance", reason="grammars need trimtab[serve]")
 
-from trimtab.decoding.grammar import SCHEMA_DEPTH, SCHEMA_SIZE, json_grammar, lark_grammar
+from trimtab.decoding.grammar import EXACT, SCHEMA_DEPTH, SCHEMA_SIZE, check_schema, json_grammar, lark_grammar
 from trimtab.errors import TrimtabError
 
 
@@ -64,6 +64,25 @@ def test_patterns_are_cheap_or_refused(pattern: str) -> None:
     """Compiling has so much fuel: what needs more is refused by it, rather than by patience."""
     with suppress(TrimtabError):
         assert json_grammar({"type": "string", "pattern": pattern}).text
+
+
+def test_whole_numbers_are_within_what_is_exact() -> None:
+    bounds = {"minimum": -EXACT, "maximum": EXACT}
+    kinds: Any = {
+        "a": {"type": "integer"},
+        "b": {"anyOf": [{"type": ["integer", "null"]}, {"type": "number"}]},
+        "c": {"type": "integer", "exclusiveMinimum": 3},
+        "d": {"type": "array", "items": {"$ref": "#/$defs/x"}},
+        "e": {"const": {"type": "integer"}},
+    }
+    schema = {"type": "object", "properties": kinds, "$defs": {"x": {"type": "integer", "maximum": 5}}}
+    found = json.loads(check_schema(schema).text)
+    a, b, c, d, e = found["properties"].values()
+    assert a == {"type": "integer", **bounds}
+    assert b["anyOf"] == [{"type": ["integer", "null"], **bounds}, {"type": "number"}]
+    assert c == {"type": "integer", "exclusiveMinimum": 3, "maximum": EXACT}
+    assert (d, e) == (kinds["d"], kinds["e"])
+    assert found["$defs"]["x"] == {"type": "integer", "maximum": 5, "minimum": -EXACT}
 
 
 def test_lenient_schemas_say_what_isnt_held() -> None:

@@ -23,6 +23,13 @@ WHITESPACE = r"(\n {0,16}| {0,1})"
 PARTS_TRIED = 1000
 """So many parts of a schema are compiled alone, at most, to find the one that is wrong."""
 
+EXACT = 2**53 - 1
+"""The largest whole number that every reader of JSON knows exactly."""
+BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
+ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
+"""Keywords of a schema that hold schemas: by name, in a list, or one."""
+
 Schema = Mapping[str, Any] | bool
 
 
@@ -115,9 +122,35 @@ def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSO
 
 
 def _with_options(schema: Schema, lenient: bool) -> str:
-    whole = {} if isinstance(schema, bool) else dict(schema)
+    whole = {} if isinstance(schema, bool) else _bounded(schema)
     whole["x-guidance"] = {"whitespace_pattern": WHITESPACE, "lenient": lenient}
     return json.dumps(whole, allow_nan=False)
+
+
+def _bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with whole numbers that have no bounds within those that every reader of JSON knows exactly.
+
+    A model that is pushed hard, or is small, may add digit to digit without end (RFC 7493, section 2.2, has the range).
+    """
+    found = dict(schema)
+    for keyword, value in schema.items():
+        if keyword in BY_NAME and isinstance(value, Mapping):
+            found[keyword] = {name: _bounded_part(part) for name, part in value.items()}
+        elif keyword in LISTS and isinstance(value, list):
+            found[keyword] = [_bounded_part(part) for part in value]
+        elif keyword in ONE:
+            found[keyword] = _bounded_part(value)
+    kinds = schema.get("type")
+    if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds):
+        if "minimum" not in schema and "exclusiveMinimum" not in schema:
+            found["minimum"] = -EXACT
+        if "maximum" not in schema and "exclusiveMaximum" not in schema:
+            found["maximum"] = EXACT
+    return found
+
+
+def _bounded_part(part: Any) -> Any:
+    return _bounded(part) if isinstance(part, Mapping) else part
 
 
 def _compiled(text: str) -> tuple[str | None, tuple[str, ...]]:
@@ -155,11 +188,11 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(schema, Mapping):
         return
     for keyword, value in schema.items():
-        if keyword in ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"):
+        if keyword in BY_NAME:
             inner = value.items() if isinstance(value, Mapping) else ()
-        elif keyword in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        elif keyword in LISTS:
             inner = enumerate(value) if isinstance(value, list) else ()
-        elif keyword in ("items", "additionalProperties", "not", "if", "then", "else", "contains"):
+        elif keyword in ONE:
             if isinstance(value, Mapping):
                 yield keyword, value
             continue
