@@ -20,7 +20,7 @@ from trimtab.serve.schema_responses import ResponsesRequest
 from trimtab.serve.service import Prepared, Service
 from trimtab.serve.tasks import Event, Failed, Piece
 from trimtab.serve.wire import Collected, Wire, new_id
-from trimtab.text.said import Part, Parts
+from trimtab.text.said import Part
 
 STATUS = {"timeout": 504, "dose": 400, "input": 400, "shutdown": 503, "cancelled": 499, "server": 500}
 CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_down"}
@@ -73,7 +73,7 @@ async def answer(
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
     logprobs = prepared.tasks[0].alternatives is not None
     told = wire or Wire(name, asked.model, chat, logprobs, service.lm.tokenizer)
-    answers = [Collected(reading=Parts(prepared.shape.marks) if chat else None) for _ in prepared.tasks]
+    answers = [Collected(reading=prepared.shape.reading() if chat else None) for _ in prepared.tasks]
     run = _Run(service, request, asked, prepared, told, answers, queue, record)
     if asked.stream:
         first = await run.first()

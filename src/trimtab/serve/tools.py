@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,8 @@ from trimtab.text.calls import (
     takes_tools,
     thinking_rules,
 )
-from trimtab.text.said import Marks
+from trimtab.text.said import Marks, Parts
+from trimtab.text.said_by_template import TemplateParts, has_response_template
 from trimtab.text.thinking import is_thinking, thinking_of
 
 ANY_OBJECT = {"type": "object"}
@@ -36,11 +37,17 @@ class Shape:
         grammar: What they keep to; `None` for any text.
         marks: What stands where in their text.
         shown: Special tokens that are part of the text, as marks are made of them.
+        reader: Makes a reading by the tokenizer's response template, where that is how answers are read.
     """
 
     grammar: Grammar | None = None
     marks: Marks = field(default_factory=Marks)
     shown: frozenset[int] = frozenset()
+    reader: Callable[[], TemplateParts] | None = None
+
+    def reading(self) -> Parts | TemplateParts:
+        """Of one answer, from its beginning."""
+        return Parts(self.marks) if self.reader is None else self.reader()
 
 
 ANY = Shape()
@@ -79,12 +86,14 @@ def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
     form, rules, unheld = None, None, []
     alone = _format(asked)  # the format without tools
     if chosen:
+        free = choice in (None, "auto") and alone is None
+        tools, unheld = _checked(chosen)
         try:
             form = form_of(tokenizer)
         except UnsupportedError as error:
+            if free and has_response_template(tokenizer):
+                return _by_template(tokenizer, ids, chosen, special)
             raise Refusal(400, str(error), param="tools") from None
-        tools, unheld = _checked(chosen)
-        free = choice in (None, "auto") and alone is None
         several = asked.parallel_tool_calls is not False and not isinstance(choice, ToolChoice)
         rules = call_rules(form, tools, special, several=several, free=free)
         if alone is not None and choice in (None, "auto"):
@@ -93,6 +102,8 @@ def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
             rules += "\nanswer: calls"
     elif alone is not None:
         rules = f"answer: %json {alone[0]}"
+    elif thinking is None and has_response_template(tokenizer):
+        return _by_template(tokenizer, ids, [], special)
     unheld = [*unheld, *(alone[1] if alone is not None else ())]
     marks = Marks(thinking, begun, form, tuple(tool.function.name for tool in chosen), rules is not None)
     shown = frozenset(id for text, id in special.items() if _marks(text, form, thinking))
@@ -105,6 +116,13 @@ def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
         return Shape(lark_grammar(f"{start}\n{rules}\n", tuple(unheld)), marks, shown)
     except TrimtabError as error:
         raise Refusal(400, str(error), param="tools" if chosen else "response_format") from None
+
+
+def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special: Mapping[str, int]) -> Shape:
+    """Any text, read by the tokenizer's response template, whose marks may be any special tokens."""
+    tools = [_shown(tool.function) for tool in chosen]
+    shown = frozenset(special.values()) - {tokenizer.eos_token_id}
+    return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
 
 
 def _may_call(asked: ChatRequest) -> bool:

@@ -31,6 +31,7 @@ from trimtab.serve.schema_told import (
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
 from trimtab.text.said import CallArguments, CallBegun, Part, Parts, Thought, Words
+from trimtab.text.said_by_template import TemplateParts
 from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
@@ -48,7 +49,7 @@ class Collected:
     text: str = ""
     tokens: list[TokenTold] = field(default_factory=list)
     done: Done | None = None
-    reading: Parts | None = None
+    reading: Parts | TemplateParts | None = None
     said: list[Part] = field(default_factory=list)
     thought_tokens: int = 0
 

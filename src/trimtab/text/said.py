@@ -180,7 +180,7 @@ class Parts:
 
     def _call(self, name: str) -> Iterator[Part]:
         self.calls += 1
-        yield CallBegun(self.calls - 1, f"call_{uuid.uuid4().hex[:24]}", name)
+        yield CallBegun(self.calls - 1, new_call_id(), name)
 
     def _begun(self, last: bool) -> Iterator[Part]:
         """Until the name is known, and its arguments begin."""
@@ -231,6 +231,11 @@ class Parts:
         else:
             self._fresh, self._state = True, self._words
         yield from ()
+
+
+def new_call_id() -> str:
+    """A call's id."""
+    return f"call_{uuid.uuid4().hex[:24]}"
 
 
 HEAD = re.compile(rf'[\s\[,]*\{{\s*"name"\s*:\s*({STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
