@@ -16,10 +16,10 @@ def read_schema(path: Path) -> Schema:
         TrimtabError: A file that can't be read, isn't JSON, or holds no schema that answers can keep to.
     """
     try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
+        schema: Schema = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise TrimtabError(f"--json-schema {path} can't be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise TrimtabError(f"--json-schema {path} isn't JSON: {error}") from None
     json_grammar(schema, where=str(path))  # before the model is loaded
-    return schema  # type: ignore[no-any-return]
+    return schema

@@ -189,9 +189,9 @@ def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
         return
     for keyword, value in schema.items():
         if keyword in BY_NAME:
-            inner = value.items() if isinstance(value, Mapping) else ()
+            inner = list(value.items()) if isinstance(value, Mapping) else []
         elif keyword in LISTS:
-            inner = enumerate(value) if isinstance(value, list) else ()
+            inner = list(enumerate(value)) if isinstance(value, list) else []
         elif keyword in ONE:
             if isinstance(value, Mapping):
                 yield keyword, value

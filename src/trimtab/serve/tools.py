@@ -83,7 +83,8 @@ def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
     thinking = thinking_of(tokenizer)
     begun = thinking is not None and is_thinking(tokenizer, ids, thinking)
     special = special_tokens(tokenizer)
-    form, rules, unheld = None, None, []
+    form, rules = None, None
+    unheld: list[str] = []
     alone = _format(asked)  # the format without tools
     if chosen:
         free = choice in (None, "auto") and alone is None
@@ -147,7 +148,8 @@ def _tools(asked: ChatRequest) -> list[Any]:
 
 def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
     """The tools with their schemas as grammars have them, and what isn't held of these."""
-    found, unheld = [], []
+    found: list[Tool] = []
+    unheld: list[str] = []
     for i, tool in enumerate(tools):
         spec: FunctionSpec = tool.function
         where = f"the tool {spec.name!r}"
