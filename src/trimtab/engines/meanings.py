@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +31,14 @@ MOST = 6
 def meanings_of(edits: Iterable[Edit]) -> Holding:
     """All that has to be known of generated tokens, for these edits to act where they are to."""
     return frozenset(meaning for edit in edits for meaning in edit.positions.meanings)
+
+
+def possible(meanings: Holding) -> list[Holding]:
+    """All sets of these that may hold: a token isn't in the thinking and in the answer."""
+    listed = sorted(meanings)
+    every = [frozenset(some) for n in range(len(listed) + 1) for some in combinations(listed, n)]
+    apart = [{Meaning(THINKING, one.texts), Meaning(ANSWER, one.texts)} for one in meanings if one.kind == THINKING]
+    return [holding for holding in every if not any(both <= holding for both in apart)]
 
 
 def check_meanings(steering: Steering, tokenizer: Any) -> None:

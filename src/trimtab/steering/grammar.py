@@ -30,7 +30,7 @@ FORMS = (
     THINKING, ANSWER, f"{AFTER}:TEXT", f"{AT}:TEXT", OUTSIDE_TOOLS,
 )  # fmt: skip
 PLAIN = re.compile(r"[^\s\"()&|~:]+")
-COMMA = r"\s*,(?!\s*-?\d+\s*(?:,|$))"
+COMMA = r"\s*,(?!\s*-?\d+\s*(?:[,|&)]|$))"
 """Between rules of a list: before a number alone it belongs to `tokens`."""
 DEPTH = 16
 """How deep brackets may stand in brackets."""
