@@ -30,6 +30,8 @@ from trimtab.steering.operations import NAMES, OPERATIONS, Directed
 from trimtab.steering.steering import check_steering
 
 FORMAT = 1
+BY_MEANING = 2
+"""The format of files with positions by meaning; all others keep the first, which older readers know."""
 KEY = "trimtab"
 GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
@@ -90,8 +92,8 @@ def steering_from_bytes(data: bytes, name: str) -> Steering:
 
 def _decoded(path: Path, stream: BinaryIO) -> Steering:
     header, tensors = _read(path, stream)
-    if header.get("format") != FORMAT:
-        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
+    if header.get("format") not in (FORMAT, BY_MEANING):
+        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {BY_MEANING}; update trimtab")
     digest = header.pop("digest", None)
     try:
         if digest != _digest(header, tensors):
@@ -181,7 +183,7 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
             }
         )
     return {
-        "format": FORMAT,
+        "format": BY_MEANING if any(edit.positions.rule is not None for edit in steering.edits) else FORMAT,
         "layer_convention": "block output, counted from 0",
         "edits": edits,
         "card": asdict(steering.card),
