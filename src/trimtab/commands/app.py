@@ -19,6 +19,7 @@ from trimtab.commands import (  # noqa: F401 (they register)
     eval_capability,
     eval_harness,
     eval_ifeval,
+    eval_inspect,
     eval_judge,
     eval_refusal,
 )
