@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 import torch
 
 inspect_ai = pytest.importorskip("inspect_ai", reason="needs trimtab[inspect]")
@@ -150,5 +149,5 @@ def test_a_seed_samples_the_same_whatever_is_asked_beside(model: Path, tmp_path:
 
 
 def test_the_package_says_that_it_has_a_provider() -> None:
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
-    assert project["project"]["entry-points"]["inspect_ai"] == {"trimtab": "trimtab.evaluate.inspect_provider"}
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.entry-points.inspect_ai]\ntrimtab = "trimtab.evaluate.inspect_provider"\n' in project

@@ -262,6 +262,8 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
 def _card(data: dict[str, Any]) -> Card:
     model = None if data["model"] is None else ModelId(**data["model"])
     parts = tuple(_card(part) for part in data["parts"])
+    if odd := [name for name in MEASURED if not isinstance(data.get(name), (dict, type(None)))]:
+        raise TypeError(f"a card's {odd[0]} is an object")
     return Card(**{**data, "model": model, "parts": parts})
 
 

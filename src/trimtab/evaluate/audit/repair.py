@@ -91,7 +91,8 @@ def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:
         if operation.by != "norm":
             raise UnsupportedError(f"{edit}: its length depends on its own direction; a repair can't keep that")
         # the direction has norm 1, so what is lost of its length goes into the strength
-        new = AddScaled(rest[0].to(operation.direction.dtype), by="norm") if share >= LEAST else operation
+        unit = (rest[0] / max(share, LEAST)).to(operation.direction.dtype)
+        new = AddScaled(unit) if share >= LEAST else operation
         return replace(edit, operation=new, strength=edit.strength * share), share
     if isinstance(operation, ReadWrite):
         new_map = replace(operation, write=rest.to(operation.write.dtype))
