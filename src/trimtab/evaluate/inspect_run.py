@@ -51,7 +51,6 @@ def run_task(
     # loaded here: an error of a steering's or a model's is raised as it is, not written into a log
     inspect_provider.SteeredModel(model, **given)
     made = get_model(f"trimtab/{model}", memoize=False, **given)
-    settings = {} if max_tokens is None else {"max_tokens": max_tokens}
     try:
         (log,) = run(
             task,
@@ -61,7 +60,7 @@ def run_task(
             log_dir=str(log_dir),
             display="none",
             max_connections=batch_size,
-            **settings,
+            max_tokens=max_tokens,
         )
     except (FileNotFoundError, LookupError) as error:
         raise TrimtabError(f"Inspect can't run {task!r}: {error}") from None

@@ -25,6 +25,7 @@ class Comparison:
         kind: "harm" and "change" hold among all comparisons at 5 %, the first being for the worse; "hint" has `p` below
             5 % by itself alone; else "nothing".
         could: The least change that would have been found, as a mean; `None` where that can't be told.
+        room: Of counts, how many of the items could get worse.
         words: All this in a sentence.
     """
 
@@ -39,6 +40,7 @@ class Comparison:
     adjusted: float
     kind: str
     could: float | None
+    room: int | None
     words: str
 
     def to_json(self) -> dict[str, Any]:
@@ -53,6 +55,7 @@ class Comparison:
             "change": [round(value, 6) for value in (self.change.estimate, self.change.low, self.change.high)],
             "kind": self.kind,
             "could": None if self.could is None else round(self.could, 6),
+            "room": self.room,
             "words": self.words,
         }
 
@@ -72,10 +75,14 @@ def compare(measures: Sequence[Measure], arm: str, seed: int = 0) -> list[Compar
         elif p <= LEVEL:
             kind = "hint"
         count = one.unit == "count"
-        means = tuple(sum(values) / (1 if count else len(values)) for values in (before, after))
-        words = _words(one, means, change, p, kind, could)
+        first, last = (sum(values) / (1 if count else len(values)) for values in (before, after))
+        worst = float(one.worse > 0)
+        room = sum(value != worst for value in before) if count and one.worse else None
+        words = _words(one, (first, last), change, p, kind)
         found.append(
-            Comparison(one.check, one.name, one.unit, len(before), *means, change, p, adjusted, kind, could, words)
+            Comparison(
+                one.check, one.name, one.unit, len(before), first, last, change, p, adjusted, kind, could, room, words
+            )
         )
     return found
 
@@ -92,7 +99,7 @@ def verdict(comparisons: Sequence[Comparison]) -> list[str]:
     return lines
 
 
-def _words(one: Measure, means: tuple[float, ...], change: Interval, p: float, kind: str, could: float | None) -> str:
+def _words(one: Measure, means: tuple[float, float], change: Interval, p: float, kind: str) -> str:
     """One comparison as a sentence without a subject."""
     n = len(one.values[UNSTEERED])
     if one.unit == "count":
@@ -119,9 +126,9 @@ def _could(one: Comparison) -> str:
         return "no item changed"
     if one.unit == "count":
         changed = round(one.could * one.items)
-        return (
-            f"{changed} of {one.items} would have shown" if changed <= one.items else f"{one.items} items are too few"
-        )
+        if one.room is not None and one.room < changed:
+            return f"only {one.room} of {one.items} could get worse, too few to tell"
+        return f"{changed} of {one.items} would have shown"
     if one.unit == "nats" and one.check != "refusal":
         return f"a factor of {math.exp(one.could):.2f} would have shown"
     return f"{one.could:.2g} would have shown"

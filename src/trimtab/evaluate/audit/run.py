@@ -102,7 +102,7 @@ class Audit:
                 "shift": [round(value, 4) for value in self.shift],
                 "told": [round(value, 4) for value in self.told],
             },
-            "nats": {name: _finite(value) for name, value in self.nats.items()},
+            "nats": _nats_json(self),
             "dose": _finite(self.dose),
             "series": self.series,
             "notes": list(self.notes),
@@ -239,7 +239,11 @@ def _with_card(steering: Steering, result: Audit) -> Steering:
 
 
 def _nats_json(result: Audit) -> dict[str, Any]:
-    return {"mean": _finite(result.nats["mean"]), "p95": _finite(result.nats["p95"]), "tokens": result.nats["tokens"]}
+    return {
+        "mean": _finite(result.nats["mean"]),
+        "p95": _finite(result.nats["p95"]),
+        "tokens": int(result.nats["tokens"]),
+    }
 
 
 def _nats(lm: LM, steering: Steering, base: Reference, transfer: bool) -> dict[str, float]:
