@@ -33,7 +33,7 @@ def inspect(
         list[str] | None, typer.Option("-T", metavar="NAME=VALUE", help="An argument of the task. Repeatable.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer, where the task doesn't say.", show_default=False)
+        int | None, typer.Option(min=1, help="Tokens of an answer at most, whatever the task says.", show_default=False)
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples that are answered together.")] = 32,
     log_dir: Annotated[Path, typer.Option(help="Where Inspect's logs go; `inspect view` shows them.")] = Path("logs"),

@@ -30,7 +30,7 @@ def run_task(
         steer: `FILE[@LAYERS][:STRENGTH]`; `None` for the unsteered model.
         limit: Samples at most.
         task_args: Arguments of the task.
-        max_tokens: Tokens of an answer, where the task doesn't say.
+        max_tokens: Tokens of an answer at most, whatever the task says; `None` leaves it to the task.
         batch_size: Samples that are answered together, at most.
         log_dir: Where Inspect's log goes.
         transfer: Allow a steering learned on another model of the same width.
@@ -42,14 +42,16 @@ def run_task(
     Raises:
         TrimtabError: Inspect isn't installed, there is no such task, or a sample failed: it says why.
     """
-    from inspect_ai import eval as run
-    from inspect_ai.model import get_model
-
-    from trimtab.evaluate import inspect_provider  # it registers the provider, and says what to install
+    if isinstance(task, str) and (file := task.partition("@")[0]).endswith(".py") and not Path(file).is_file():
+        raise TrimtabError(f"there is no file {file}; name a task's file, or an installed task")
+    from trimtab.evaluate.inspect_provider import SteeredModel  # it registers the provider, and says what to install
 
     given = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
     # loaded here: an error of a steering's or a model's is raised as it is, not written into a log
-    inspect_provider.SteeredModel(model, **given)
+    SteeredModel(model, **given)
+    from inspect_ai import eval as run
+    from inspect_ai.model import get_model
+
     made = get_model(f"trimtab/{model}", memoize=False, **given)
     try:
         (log,) = run(
