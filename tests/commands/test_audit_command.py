@@ -110,3 +110,18 @@ def test_a_card_without_an_audit_keeps_its_digest(steering, tmp_path):
     assert save(one, tmp_path / "same.safetensors") == steering_digest(one)
     header = (tmp_path / "same.safetensors").read_bytes()[8:20_000]
     assert b'\\"audit\\"' not in header.split(b"direction.")[0]
+
+
+def test_an_interrupted_audit_writes_nothing(trimtab, roomy, steering, small, tmp_path, monkeypatch):
+    from trimtab.evaluate.audit import run
+    from trimtab.evaluate.audit.checks import lean
+
+    def interrupt(_bench):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "CHECKS", (lean, interrupt))
+    out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
+    ran = trimtab("audit", steering, "--model", roomy, "--device", "cpu", "--quick", "--out", out, "--repair", mended)
+    assert ran.code == 130
+    assert "1 comparisons were made, and nothing was written" in ran.err
+    assert list(tmp_path.iterdir()) == []
