@@ -46,7 +46,7 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
     assert found["repaired"]["kept"] is not None
     assert load(out).edits == load(steering).edits
     assert load(out).card.audit["verdict"] == found["verdict"]
-    assert load(mended).card.options["orthogonal_to"] == ["the refusal direction"]
+    assert load(mended).card.options["orthogonal_to"] == ["the refusal directions"]
 
     again = trimtab("audit", steering, *given, "--json").json
     assert again["comparisons"] == found["comparisons"]
@@ -123,5 +123,5 @@ def test_an_interrupted_audit_writes_nothing(trimtab, roomy, steering, small, tm
     out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
     ran = trimtab("audit", steering, "--model", roomy, "--device", "cpu", "--quick", "--out", out, "--repair", mended)
     assert ran.code == 130
-    assert "1 comparisons were made, and nothing was written" in ran.err
+    assert "after 1 of the comparisons; nothing was written" in ran.err
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from trimtab.data.read import read_json
 from trimtab.errors import UnsupportedError
 from trimtab.evaluate.audit import FULL, QUICK, audit, read_items
 from trimtab.evaluate.audit.checks import UNSTEERED, Measure, repeats
-from trimtab.evaluate.audit.direction import Refusal, overlaps, refusal_direction, shifts, stream
+from trimtab.evaluate.audit.direction import COMPLYING, REFUSING, Refusal, overlaps, refusal_direction, shifts, stream
 from trimtab.evaluate.audit.findings import compare, verdict
 from trimtab.evaluate.audit.repair import repaired
 from trimtab.evaluate.audit.significance import detectable, holm, p_value
@@ -126,7 +126,8 @@ def test_repeats_by_the_definition() -> None:
 
 def refusal(seed: int = 3, layers: int = 4) -> Refusal:
     directions = torch.stack([direction(seed + layer) for layer in range(layers)])
-    return Refusal(directions, torch.ones(layers, dtype=torch.float64), (1.0,) * layers)
+    answers = torch.stack([direction(seed + 50 + layer) for layer in range(layers)])
+    return Refusal(directions, answers, torch.ones(layers, dtype=torch.float64), (1.0,) * layers)
 
 
 def edits() -> dict[str, Edit]:
@@ -147,10 +148,10 @@ def edits() -> dict[str, Edit]:
 def test_what_a_repaired_edit_changes_is_the_old_change_without_the_direction(name: str) -> None:
     r, edit = refusal(), edits()[name]
     other = direction(99)
-    mended = repaired(Steering((edit,), Card("x")), lambda site: [r.at(site), other], ["r"])
+    mended = repaired(Steering((edit,), Card("x")), lambda site: [*r.at(site).values(), other], ["r"])
     (new,) = mended.steering.edits
     assert 0 < mended.left[0] <= 1
-    basis = torch.linalg.qr(torch.stack([r.at(edit.site), other], 1))[0]
+    basis = torch.linalg.qr(torch.stack([*r.at(edit.site).values(), other], 1))[0]
     for seed in range(40, 45):
         x = direction(seed, 3.0)
         if name == "by norm":
@@ -167,7 +168,7 @@ def test_what_cannot_be_repaired_is_named() -> None:
     r = refusal()
     whole = Steering((Edit(Site(1), Add(r.directions[1])),), Card("x"))
     with pytest.raises(TrimtabError, match="nothing is left of the steering without r: that is all it does"):
-        repaired(whole, lambda site: [r.at(site)], ["r"])
+        repaired(whole, lambda site: list(r.at(site).values()), ["r"])
     for edit, says in (
         (Edit(Site(1), Rotate(direction(2))), "a repair is made of edits that add, set or ablate"),
         (Edit(Site(1), Add(direction(2), keep_norm=True)), "it keeps the norm"),
@@ -175,25 +176,25 @@ def test_what_cannot_be_repaired_is_named() -> None:
         (Edit(Site(1, "neurons"), MaskNeurons(torch.ones(48))), "goes through a projection first"),
     ):
         with pytest.raises(UnsupportedError, match=says):
-            repaired(Steering((edit,)), lambda site: [r.at(site)])
+            repaired(Steering((edit,)), lambda site: list(r.at(site).values()))
 
 
 def test_overlaps_are_cosines_and_shares_of_a_span() -> None:
     r, listed = refusal(), list(edits().values())
     found = overlaps(Steering(tuple(listed)), r)
-    assert len(found) == len(listed)
-    for edit, one in zip(listed, found, strict=True):
-        along = r.directions[1 if edit.site.layer == 1 or edit.site.kind == "block_input" else 2]
+    assert len(found) == 2 * len(listed)
+    for n, one in enumerate(found):
+        edit = listed[n // 2]
+        layer = 1 if edit.site.layer == 1 or edit.site.kind == "block_input" else 2
+        along = (r.directions, r.answers)[n % 2][layer]
+        assert one.of == ("requests", "answers")[n % 2]
         if hasattr(edit.operation, "write"):
             basis = torch.linalg.qr(edit.operation.write.double().T)[0]
             assert one.cosine == pytest.approx(float((basis.T @ along).norm()))
         else:
             sign = math.copysign(1.0, edit.strength) if isinstance(edit.operation, (Add, AddScaled)) else 1.0
-            assert one.cosine == pytest.approx(
-                sign
-                * float(edit.operation.direction.double() @ along)
-                / float(edit.operation.direction.double().norm())
-            )
+            v = edit.operation.direction.double()
+            assert one.cosine == pytest.approx(sign * float(v @ along) / float(v.norm()))
 
 
 # ---- the whole ---------------------------------------------------------------------------------------------------
@@ -213,6 +214,24 @@ def pushing(lm: LM, vector: torch.Tensor, strength: float = 1.0) -> Steering:
     return Steering((Edit(Site(2), Add(vector.float()), Positions.all(), strength),), Card("planted", lm.identity))
 
 
+def naive_answers(lm: LM, requests: Any, layer: int) -> torch.Tensor:
+    """Refusing minus complying answers, each read by itself and averaged over its tokens."""
+    total = torch.zeros(lm.layout.width, dtype=torch.float64)
+    for n, request in enumerate(requests):
+        for sign, side in ((1, REFUSING), (-1, COMPLYING)):
+            ids = lm.encode(request)
+            whole = [*ids, *lm.tokenizer(side[n % 4], add_special_tokens=False)["input_ids"]]
+            block = lm.model.model.layers[layer]
+            seen: list[torch.Tensor] = []
+            hook = block.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(out))
+            with torch.no_grad():
+                lm.model(torch.tensor([whole]))
+            hook.remove()
+            out = seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+            total += sign * out.reshape(len(whole), -1)[len(ids) :].double().mean(0)
+    return total / total.norm()
+
+
 def test_the_direction_is_the_difference_of_means(lm: LM) -> None:
     items = read_items(size=SMALL)
     learn = (items.learn_harmful[:4], items.learn_harmless[:4])
@@ -222,6 +241,7 @@ def test_the_direction_is_the_difference_of_means(lm: LM) -> None:
             torch.stack([lm.capture(one, layer)[0][Site(layer)][-1].double() for one in side]).mean(0) for side in learn
         )
         assert torch.allclose(found.directions[layer] * found.gaps[layer], on - off, atol=1e-5)
+        assert torch.allclose(found.answers[layer], naive_answers(lm, learn[0], layer), atol=1e-5)
     before = stream(lm, items.harmful)
     step = pushing(lm, found.directions[2], -float(found.gaps[2]))
     moved = shifts(found, before, {"s": stream(lm, items.harmful, step)})["s"]

@@ -49,7 +49,7 @@ def audit(
     repair: Annotated[
         Path | None,
         typer.Option(
-            help="Make it orthogonal to the refusal direction, audit that as well, and write it to this .safetensors.",
+            help="Make it orthogonal to the refusal directions, audit that as well, and write it to this .safetensors.",
             show_default=False,
         ),
     ] = None,
@@ -86,14 +86,14 @@ def audit(
     requests, plain, under a system message that asks to refuse, and in template
     jailbreaks; harmless ones that sound harmful; facts and behaviours by two
     letters in both orders; long answers, read window by window; conversations
-    of ten turns. A refusal direction is learned on the spot, and compared with
-    what the steering writes, layer by layer.
+    of ten turns. Two refusal directions are learned on the spot, one of requests and
+    one of answers, and compared with what the steering writes, layer by layer.
 
     A change that holds among all comparisons at 5 % (Holm) is said outright, one
     that holds only by itself is a "perhaps", and where nothing was found it says
     how much would have been. The same command gives the same audit.
 
-    --repair takes the part along the refusal direction out of each edit, measures
+    --repair takes the parts along both out of each edit, measures
     again, and says what that costs. Nothing is written before all is measured.
     """
     pick = parse_pick(file, "audit")
@@ -137,7 +137,7 @@ def audit(
             )
     except KeyboardInterrupt:
         if seen and not json:
-            say(f"{len(seen)} comparisons were made, and nothing was written")
+            say(f"interrupted after {len(seen)} of the comparisons; nothing was written")
         raise
     document: dict[str, Any] = {"file": str(pick.path), **found.to_json()}
     if found.repaired is not None and repair is not None:

@@ -14,6 +14,8 @@ from torch import Tensor
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.evaluate.audit.checks import ASKED, CHECKS, UNSTEERED, Bench, Measure
 from trimtab.evaluate.audit.direction import (
+    ANSWERS,
+    REQUESTS,
     Overlap,
     Refusal,
     behaviour_directions,
@@ -59,10 +61,10 @@ class Audit:
     Args:
         steering: What was audited, with the result in its card.
         comparisons: Against the unsteered model.
-        overlaps: How its edits lie along the refusal direction.
-        shift: At each layer, how far harmful requests are moved along that direction, as a share of the way between
+        overlaps: How its edits lie along the refusal directions.
+        shift: At each layer, how far harmful requests are moved along that of requests, as a share of the way between
             harmless (-1) and harmful ones.
-        told: At each layer, the share of requests that the direction tells apart; 0.5 is chance.
+        told: At each layer, the share of requests that that direction tells apart; 0.5 is chance.
         nats: The mean and the 95th percentile of the divergence from the unsteered model, a token.
         dose: The mean overall dose, relative to the activation's norm.
         series: Means by turn of a conversation.
@@ -98,7 +100,7 @@ class Audit:
             "verdict": list(self.verdict),
             "comparisons": [one.to_json() for one in self.comparisons],
             "refusal_direction": {
-                "cosines": [{"site": one.site, "cosine": round(one.cosine, 4)} for one in self.overlaps],
+                "cosines": [{"of": one.of, "site": one.site, "cosine": round(one.cosine, 4)} for one in self.overlaps],
                 "shift": [round(value, 4) for value in self.shift],
                 "told": [round(value, 4) for value in self.told],
             },
@@ -139,7 +141,7 @@ def audit(
         items: What is asked; by default what comes with trimtab.
         size: How much is asked: `FULL`, or `QUICK`.
         system: The system message under which harmful requests are asked once more: yours, or one that asks to refuse.
-        repair: Audit it made orthogonal to the refusal direction as well.
+        repair: Audit it made orthogonal to both refusal directions as well.
         protect: Names of `items.behaviours` whose directions a repair leaves alone, too.
         seed: Of the intervals and tests.
         transfer: Allow a steering learned on another model of the same width.
@@ -181,7 +183,7 @@ def audit(
     left = None
     if repair:
         directions = {name: behaviour_directions(lm, items.behaviours[name]) for name in protect}
-        mended = repaired(steering, _protected(refusal, directions), ["the refusal direction", *protect])
+        mended = repaired(steering, _protected(refusal, directions), ["the refusal directions", *protect])
         arms[REPAIRED], left = mended.steering, mended.left
     bench = Bench(lm, arms, items, size, system, transfer, tell.tick)
     after = {arm: stream(lm, items.harmful, one, transfer) for arm, one in arms.items() if one is not None}
@@ -226,7 +228,7 @@ def audit(
 def _protected(refusal: Refusal, behaviours: Mapping[str, Tensor]) -> Callable[[Site], list[Tensor]]:
     def at(site: Site) -> list[Tensor]:
         layer = max(0, site.layer - (site.kind == "block_input"))
-        return [refusal.at(site), *(directions[layer] for directions in behaviours.values())]
+        return [*refusal.at(site).values(), *(directions[layer] for directions in behaviours.values())]
 
     return at
 
@@ -266,19 +268,20 @@ def _along(lying: Sequence[Overlap], moved: Sequence[float], refusal: Refusal) -
     """What a steering has of the refusal direction, in words."""
     width = refusal.directions.shape[-1]
     lines = []
-    if lying:
-        most = max(lying, key=lambda one: abs(one.cosine))
-        what = "cosine" if most.signed else "overlap"
-        lines.append(
-            f"{what} with the refusal direction: {most.cosine:+.2f} at {most.site}, the most of {len(lying)} edits"
-            f" (three quarters of random directions stay within {1.15 / math.sqrt(width):.2f})"
-        )
+    for of in (REQUESTS, ANSWERS):
+        if mine := [one for one in lying if one.of == of]:
+            most = max(mine, key=lambda one: abs(one.cosine))
+            what = "cosine" if most.signed else "overlap"
+            lines.append(
+                f"{what} with the refusal direction of {of}: {most.cosine:+.2f} at {most.site}, the most of"
+                f" {len(mine)} edits (three quarters of random directions stay within {1.15 / math.sqrt(width):.2f})"
+            )
     layer = max(range(len(moved)), key=lambda one: abs(moved[one]))
     to = "harmless" if moved[layer] < 0 else "even more harmful"
     said = "moves" if abs(moved[layer]) >= PUSHED else "hardly moves"
     lines.append(
-        f"along that direction it {said} harmful requests: {abs(moved[layer]):.0%} of the gap towards {to} ones, at"
-        f" layer {layer}"
+        f"along the direction of requests it {said} harmful requests: {abs(moved[layer]):.0%} of the gap towards {to}"
+        f" ones, at layer {layer}"
     )
     return lines
 
