@@ -2,7 +2,7 @@
 
 Arditi et al., Refusal in Language Models Is Mediated by a Single Direction, 2406.11717, section 2.3:
 r[l] = mean over harmful requests - mean over harmless ones, at the last prompt token, of the stream after block l.
-That steering vectors move refusal by their overlap with it was found by 2603.24543. Lee et al. (2409.05907) read refusal
+That steering vectors move refusal by their overlap with it was found by 2603.24543. Lee et al. (2409.05907) read it
 in the answer: a[l] = mean over requests of (refusing answer - complying answer), averaged over the answers' tokens.
 Where a model tells harmful requests apart and answers them all the same, the second is what decides.
 """
