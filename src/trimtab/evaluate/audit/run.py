@@ -27,7 +27,7 @@ from trimtab.evaluate.audit.direction import (
 from trimtab.evaluate.audit.findings import Comparison, compare, verdict
 from trimtab.evaluate.audit.items import FULL, Items, Size, read_items
 from trimtab.evaluate.audit.repair import repaired
-from trimtab.evaluate.divergence import Reference, divergence, reference
+from trimtab.evaluate.divergence import Reference, divergence, read_given, reference
 from trimtab.files.steering_file import edits_digest
 from trimtab.steering import ScoreOperation, Site, Steering
 from trimtab.steering.card import AUDIT_VERSION
@@ -177,7 +177,8 @@ def audit(
         lm, (items.learn_harmful, items.learn_harmless), (before, stream(lm, items.harmless[: len(items.harmful)]))
     )
     if estimate is not None:
-        read = sum(len(lm.encode(prompt)) for prompt in (*items.learn_harmful, *items.learn_harmless, *items.harmless))
+        # the learned requests are read alone, and again before either answer
+        read = sum(len(lm.encode(one)) for one in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless))
         estimate(Estimate(tell.total * DECODED * (time.monotonic() - started) / max(1, read)))
     arms: dict[str, Steering | None] = {UNSTEERED: None, STEERED: steering}
     left = None
@@ -257,8 +258,6 @@ def _kept(lm: LM, steering: Steering, mended: Steering | None, base: Reference) 
     """The share of a steering's divergence that the repaired one has: 1 - that between both / that from nothing."""
     if mended is None:
         return None
-    from trimtab.evaluate.divergence import read_given
-
     steered = Reference(base.texts, tuple(read_given(lm, base.texts, steering)))
     apart, whole = (divergence(lm, one, steered, transfer=True).mean for one in (mended, None))
     return 1 - apart / whole if whole > 0 and math.isfinite(apart) else None
