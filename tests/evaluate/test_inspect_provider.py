@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from inspect_ai.tool import tool  # noqa: E402
 
 from trimtab import LM, Add, Card, Edit, Site, Steering, TrimtabError, save  # noqa: E402
 from trimtab.evaluate.answers import answer  # noqa: E402
-from trimtab.evaluate.inspect_provider import check_config, loaded, steered  # noqa: E402
+from trimtab.evaluate.inspect_provider import check_config, loaded  # noqa: E402
+from trimtab.evaluate.inspect_registry import steered  # noqa: E402
 from trimtab.evaluate.inspect_run import run_task  # noqa: E402
 from trimtab.evaluate.records import Request  # noqa: E402
 
@@ -148,6 +151,12 @@ def test_a_seed_samples_the_same_whatever_is_asked_beside(model: Path, tmp_path:
     assert asyncio.run(ask(1))[0] == asyncio.run(ask(4))[0]
 
 
-def test_the_package_says_that_it_has_a_provider() -> None:
+def test_what_inspect_always_imports_is_light() -> None:
     project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    assert '[project.entry-points.inspect_ai]\ntrimtab = "trimtab.evaluate.inspect_provider"\n' in project
+    assert '[project.entry-points.inspect_ai]\ntrimtab = "trimtab.evaluate.inspect_registry"\n' in project
+    program = (
+        "import sys, inspect_ai.model; before = set(sys.modules); import trimtab.evaluate.inspect_registry;"
+        " print({'torch', 'transformers'} & (set(sys.modules) - before))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "set()\n"), ran.stderr

@@ -2,9 +2,9 @@
 
     inspect eval task.py --model trimtab/HuggingFaceTB/SmolLM2-135M-Instruct -M steer=shout.safetensors:2
 
-Inspect finds it by the entry point `inspect_ai` of this distribution. `trimtab/default` is trimtab's default model. A
-sample may have a steering of its own: `extra_body={"steer": "FILE:2"}` of a `GenerateConfig`, or the solver `steered`,
-which takes it from the sample's metadata. Requests that wait are answered together, each under its own steering.
+Inspect finds it by what `inspect_registry` registers. `trimtab/default` is trimtab's default model. A sample may have a
+steering of its own: `extra_body={"steer": "FILE:2"}` of a `GenerateConfig`, or the registry's solver `steered`, which
+takes it from the sample's metadata. Requests that wait are answered together, each under its own steering.
 """
 
 from __future__ import annotations
@@ -34,9 +34,7 @@ try:
         ModelAPI,
         ModelOutput,
         ModelUsage,
-        modelapi,
     )
-    from inspect_ai.solver import Generate, Solver, TaskState, solver
     from inspect_ai.tool import ToolChoice, ToolInfo
 except ImportError as error:
     raise TrimtabError(f"Inspect isn't installed ({error}): pip install 'trimtab[inspect]'") from None
@@ -60,12 +58,6 @@ REFUSED = {
     "cache": "Inspect's cache doesn't know what steers, and would mix steered answers with others",
 }
 """Settings of Inspect's that would be dropped, and why they can't be taken."""
-
-
-@modelapi(name="trimtab")
-def trimtab() -> type[ModelAPI]:
-    """The provider, for Inspect's registry."""
-    return SteeredModel
 
 
 class SteeredModel(ModelAPI):
@@ -181,21 +173,6 @@ class SteeredModel(ModelAPI):
     def collapse_assistant_messages(self) -> bool:
         """Chat templates want turns."""
         return True
-
-
-@solver
-def steered(key: str = "steer") -> Solver:
-    """Generate under the steering that the sample's metadata names under `key` (`FILE[@LAYERS][:STRENGTH]`).
-
-    A sample without it is steered as the model is, one with null isn't steered.
-    """
-
-    async def solve(state: TaskState, generate: Generate) -> TaskState:
-        if key not in (state.metadata or {}):
-            return await generate(state)
-        return await generate(state, extra_body={"steer": state.metadata[key]})
-
-    return solve
 
 
 def check_config(config: GenerateConfig) -> None:

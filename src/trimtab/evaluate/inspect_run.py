@@ -44,7 +44,8 @@ def run_task(
     """
     if isinstance(task, str) and (file := task.partition("@")[0]).endswith(".py") and not Path(file).is_file():
         raise TrimtabError(f"there is no file {file}; name a task's file, or an installed task")
-    from trimtab.evaluate.inspect_provider import SteeredModel  # it registers the provider, and says what to install
+    from trimtab.evaluate import inspect_registry  # noqa: F401 (it registers the provider, and says what to install)
+    from trimtab.evaluate.inspect_provider import SteeredModel
 
     given = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
     # loaded here: an error of a steering's or a model's is raised as it is, not written into a log
