@@ -189,7 +189,15 @@ def test_masks_of_some_rows_of_a_batch(lm: LM) -> None:
     grammars = Grammars(lm.tokenizer, size, [0])
     one, two = (grammars.matcher(json_grammar(schema)) for schema in ({"type": "integer"}, {"type": "string"}))
     scores = torch.randn(4, size)
-    masked = Masks([None, one, None, two], size, torch.device("cpu")).apply(scores)
+    masks = Masks([None, one, None, two], size, torch.device("cpu"))
+    masked = masks.apply(scores)
+    some = (3, 0, 1, 1)  # in another order, and several times
+    assert torch.equal(masks.apply(scores[list(some)], some), masked[list(some)])
+    assert masks.apply(scores[:2], (0, 2)) is not masked
+    assert torch.equal(masks.apply(scores[[0, 2]], (0, 2)), scores[[0, 2]])
+    both = Masks([one, two], size, torch.device("cpu"))
+    assert torch.equal(both.apply(scores[[3, 1]], (1, 0)), masked[[3, 1]])
+    assert torch.equal(both.apply(scores[[1, 3]]), masked[[1, 3]])
     assert torch.equal(masked[[0, 2]], scores[[0, 2]])
     for row, matcher in ((1, one), (3, two)):
         bits = matcher._state.compute_bitmask()

@@ -123,39 +123,66 @@ class Masks:
     """
 
     def __init__(self, matchers: Sequence[Matcher | None], size: int, device: torch.device) -> None:
-        chosen = [(i, one) for i, one in enumerate(matchers) if one is not None]
+        chosen = [(row, one) for row, one in enumerate(matchers) if one is not None]
         self._matchers = [one for _, one in chosen]
-        self._rows = None
-        if len(chosen) < len(matchers):
-            self._rows = torch.tensor([i for i, _ in chosen], device=device)
+        self._places = {row: place for place, (row, _) in enumerate(chosen)}
+        self._every = tuple(range(len(matchers)))
         self._size, self._device = size, device
-        pinned = device.type == "cuda" and torch.cuda.is_available()
         words = max(one.words for _, one in chosen)
+        pinned = device.type == "cuda" and torch.cuda.is_available()
         self._bits = torch.zeros(len(chosen), words, dtype=torch.int32, pin_memory=pinned)
-        self._places = torch.arange(32, dtype=torch.int32, device=device)
+        self._shifts = torch.arange(32, dtype=torch.int32, device=device)
         self._executor = load_llguidance().LLExecutor() if len(chosen) > 1 else None
+        self._forbidden: Tensor | None = None  # at the token at hand
+        self._known: dict[tuple[int, ...], tuple[Tensor, Tensor] | None] = {}
 
-    def apply(self, scores: Tensor) -> Tensor:
-        """Scores `[rows, vocabulary]` with minus infinity where a token is forbidden; the given ones stay as they are.
+    def apply(self, scores: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+        """Scores with minus infinity where a token is forbidden; the given ones stay as they are.
 
-        A row whose answer is over is masked no more.
+        Args:
+            scores: `[rows, vocabulary]`.
+            rows: Which rows of the batch they are of, perhaps several times; `None` is the batch as it is.
         """
-        going = [(i, one) for i, one in enumerate(self._matchers) if not one._over]
+        rows = self._every if rows is None else rows
+        chosen = self._chosen(rows)
+        if chosen is None:
+            return scores
+        if self._forbidden is None:
+            self._forbidden = self._computed()
+        index, places = chosen
+        if rows == self._every and len(self._places) == len(rows):
+            return scores.masked_fill(self._forbidden, -torch.inf)
+        masked = scores.index_select(0, index).masked_fill(self._forbidden.index_select(0, places), -torch.inf)
+        return scores.index_copy(0, index, masked)
+
+    def advance(self) -> None:
+        """The token at hand is chosen: what comes is masked anew."""
+        self._forbidden = None
+
+    def _computed(self) -> Tensor:
+        """`[constrained rows, vocabulary]`: what mustn't come. A row whose answer is over may say anything."""
+        going = [(place, one) for place, one in enumerate(self._matchers) if not one._over]
         if len(going) < len(self._matchers):
             self._bits.fill_(-1)
         width = self._bits.shape[1] * 4
         if self._executor is not None and len(going) > 1:
-            pairs = [(one._state, i) for i, one in going]
+            pairs = [(one._state, place) for place, one in going]
             self._executor.unsafe_compute_mask_ptr(pairs, self._bits.data_ptr(), width, len(self._bits))
         else:
-            for i, one in going:
-                one._state.unsafe_compute_mask_ptr(self._bits.data_ptr() + i * width, width)
+            for place, one in going:
+                one._state.unsafe_compute_mask_ptr(self._bits.data_ptr() + place * width, width)
         bits = self._bits.to(self._device, non_blocking=True)
-        forbidden = ((bits[:, :, None] >> self._places) & 1 == 0).flatten(1)[:, : self._size]
-        if self._rows is None:
-            return scores.masked_fill(forbidden, -torch.inf)
-        masked = scores.index_select(0, self._rows).masked_fill(forbidden, -torch.inf)
-        return scores.index_copy(0, self._rows, masked)
+        return ((bits[:, :, None] >> self._shifts) & 1 == 0).flatten(1)[:, : self._size]
+
+    def _chosen(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """Which of these rows are constrained, and where their masks are; `None` where none is."""
+        if rows not in self._known:
+            found = [(i, self._places[row]) for i, row in enumerate(rows) if row in self._places]
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            both = [torch.tensor(one, device=self._device) for one in zip(*found, strict=True)]
+            self._known[rows] = (both[0], both[1]) if both else None
+        return self._known[rows]
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -183,6 +210,7 @@ class GrammarProcessor(LogitsProcessor):
                 for token in tokens if row is not None else ():
                     row.take(token)  # type: ignore[union-attr]
             self._read = input_ids.shape[1]
+            self._masks.advance()
         masked = self._masks.apply(scores)
         going = [i for i, row in enumerate(self._rows) if row is not None and not row.done]
         if not masked[going].isfinite().any(-1).all():  # the loop would take some token all the same

@@ -221,6 +221,8 @@ class BatchSampler:
             tokens = self._sampled.put(best, self._draw(self._sampled.take(scores), self._sampled.take(best)))
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
+        if self._masks is not None:
+            self._masks.advance()
         return tokens
 
     def _processed(self, logits: Tensor) -> Tensor:
