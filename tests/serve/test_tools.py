@@ -331,3 +331,52 @@ def test_an_unknown_form_is_refused(client_for: Callable[[str], Any]) -> None:
     assert found.status_code == 400
     assert "form that isn't known" in found.json()["error"]["message"]
     assert client_for("unknown").post(CHATS, json={**body, "tools": [BARE], "tool_choice": "none"}).status_code == 200
+
+
+class TestPositions:
+    """Steerings of a request with tools act on words, and not in calls, unless they say where."""
+
+    def prepared(self, client: Any, **more: Any) -> Any:
+        served = client.service
+        asked = ChatRequest.model_validate({"model": "trimtab", "messages": ASK, **more})
+        return served.prepare(served.policy.caller(None), asked)
+
+    def positions(self, client: Any, **more: Any) -> list[str]:
+        (task,) = self.prepared(client, **more).tasks
+        return [str(edit.positions) for edit in task.steering.edits]
+
+    def test_where_they_act(self, client_for: Callable[[str], Any]) -> None:
+        push, own = {"name": "push", "strength": 20}, "from-last-prompt-token"
+        for name, mark in (("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]"), ("no tools", "<tool_call>")):
+            client = client_for(name)
+            (found,) = self.positions(client, steering=[push], tools=TOOLS)
+            assert "outside-tools" in found
+            assert mark in found
+            assert self.positions(client, steering=[push]) == [own]
+            assert self.positions(client, steering=[push], tools=TOOLS, tool_choice="none") == [own]
+            for rule in ("all", "generated", "answer"):
+                asked = [{**push, "positions": rule}]
+                assert self.positions(client, steering=asked, tools=TOOLS) == [rule]
+        assert self.positions(client_for("llama"), steering=[push], tools=TOOLS) == [own]
+
+    def test_calls_are_those_of_the_prompt_alone(self, client_for: Callable[[str], Any]) -> None:
+        """What is generated in a call isn't pushed: from its beginning on it is as if only the prompt had been."""
+        client = client_for("hermes")
+        asked = {"tools": [STRICT], "tool_choice": "required", "parallel_tool_calls": False}
+        ways: list[dict[str, Any]] = [
+            {"steering": [{"name": "push", "strength": 8}]},
+            {"steering": [{"name": "push", "strength": 8, "positions": "last-prompt-token"}]},
+            {"steering": [{"name": "push", "strength": 8, "positions": "from-last-prompt-token"}]},
+        ]
+        # the marker's first tokens are pushed, which have no choice; the rest then differs by the cache alone
+        outside, prompt, everywhere = (ask(client, **asked, **way)["choices"][0]["message"] for way in ways)
+        for message in (outside, prompt, everywhere):
+            check_call(message["tool_calls"][0])
+        doses = [ask(client, **asked, **way)["trimtab"]["answers"][0]["doses"][0]["tokens"] for way in ways]
+        assert doses[1] < doses[0] < doses[2]
+
+    def test_a_rule_that_isnt_one(self, client_for: Callable[[str], Any]) -> None:
+        body = {"model": "trimtab", "messages": ASK, "steering": [{"name": "push", "positions": "nowhere-at-all"}]}
+        found = client_for("hermes").post(CHATS, json=body)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] == "steering.0.positions"

@@ -24,6 +24,14 @@ class SteeringChoice(In):
     layer: int | None = Field(
         None, ge=0, lt=10_000, description="Act at this layer instead; for a steering that acts at one."
     )
+    positions: str | None = Field(
+        None,
+        min_length=1,
+        max_length=500,
+        examples=["answer"],
+        description="Act at these tokens instead, as --positions has them. Without it, where there are tools: at those"
+        " that the steering was made for, but for what is generated in calls.",
+    )
 
 
 class PhraseChoice(In):

@@ -19,6 +19,7 @@ class AppliedSteering(Out):
     strength: float
     always: bool = False
     layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
+    positions: str | None = Field(default=None, description="At which tokens, if the request said so.")
     taken_off: float | None = Field(
         default=None,
         description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",

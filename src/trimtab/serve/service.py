@@ -32,8 +32,8 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
-from trimtab.serve.tools import ANY, Shape, conversation, shaped
-from trimtab.steering import ScaleScores, Steering, emphasis
+from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, outside_calls, shaped
+from trimtab.steering import Positions, ScaleScores, Steering, emphasis
 from trimtab.text.chat import Prompt, Template
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
@@ -89,9 +89,12 @@ class Service:
         """Who owns what this key adds: itself; without keys, everybody."""
         return key if self.policy.keys else None
 
-    def chosen(self, key: Key, asked: Steered) -> tuple[list[AppliedSteering], Steering | None]:
+    def chosen(
+        self, key: Key, asked: Steered, calls: tuple[str, str] | None = None
+    ) -> tuple[list[AppliedSteering], Steering | None]:
         """What is always on, and what the request asks for: as it is told, and as one steering.
 
+        What is asked for doesn't act in tool calls, which `calls` open and close, unless it says where it does.
         Raises `Refusal` for what isn't there or isn't allowed.
         """
         always = dict(self.policy.always)
@@ -112,13 +115,14 @@ class Service:
             pushes[loaded.digest] = self._pushed(
                 key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )
-            placed, lost = self._apart(self._placed(loaded, choice.layer, f"{where}.layer"), where)
+            placed, lost = self._apart(self._placed(loaded, choice, calls, where), where)
             told.append(
                 AppliedSteering(
                     name=choice.name,
                     digest=loaded.digest,
                     strength=choice.strength,
                     layer=choice.layer,
+                    positions=choice.positions,
                     taken_off=lost or None,
                 )
             )
@@ -158,16 +162,22 @@ class Service:
         found = [(name, self.library.get(name)) for name, strength in self.policy.always if strength]
         return protected([(name, one.steering) for name, one in found if one is not None])
 
-    def _placed(self, loaded: Loaded, layer: int | None, param: str) -> Steering:
-        """The steering where it was learned, or at another layer."""
-        if layer is None:
-            return loaded.steering
+    def _placed(self, loaded: Loaded, choice: SteeringChoice, calls: tuple[str, str] | None, where: str) -> Steering:
+        """The steering where it was made to act, or at another layer, or other positions."""
+        steering, param = loaded.steering, f"{where}.layer"
         try:
-            moved = loaded.steering.at_layer(layer)
-            self.lm.check(moved)
+            if choice.layer is not None:
+                steering = steering.at_layer(choice.layer)
+                self.lm.check(steering)
+            param = f"{where}.positions"
+            if choice.positions is not None:
+                steering = steering.at(Positions.parse(choice.positions))
+                self.lm.check(steering)
+            elif calls is not None:
+                steering = outside_calls(steering, calls)
         except TrimtabError as error:
             raise Refusal(400, str(error), param=param) from None
-        return moved
+        return steering
 
     def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
@@ -209,7 +219,8 @@ class Service:
             prompts = _prompts(asked.prompt)
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
-        told, steering = self.chosen(key, asked)
+        calls = markers_of_calls(self.lm.tokenizer, asked) if isinstance(asked, ChatRequest) else None
+        told, steering = self.chosen(key, asked, calls)
         rejection = self.rejection(asked, steering)
         stop = _stop(asked.stop)
         tasks, marked, lengths, shape = [], 0, [], ANY

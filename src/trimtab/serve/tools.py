@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.decoding.grammar import Grammar, check_schema, lark_grammar
@@ -12,6 +12,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest, Message
 from trimtab.serve.schema_tools import FunctionSpec, ObjectFormat, SchemaFormat, ToolChoice
+from trimtab.steering import Positions, Steering
 from trimtab.text.calls import (
     CallForm,
     Tool,
@@ -124,6 +125,27 @@ def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special:
     tools = [_shown(tool.function) for tool in chosen]
     shown = frozenset(special.values()) - {tokenizer.eos_token_id}
     return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
+
+
+def markers_of_calls(tokenizer: Any, asked: ChatRequest) -> tuple[str, str] | None:
+    """What opens and closes a call in answers to a request; `None` where there are none, or nothing opens them."""
+    if not _may_call(asked):
+        return None
+    try:
+        form = form_of(tokenizer)
+    except UnsupportedError:
+        return None
+    return None if form.alone else (form.opens, form.closes)
+
+
+def outside_calls(steering: Steering, markers: tuple[str, str]) -> Steering:
+    """The steering where it was, but for what is generated in calls. Attention scores are steered as they were."""
+    words = Positions.prompt() | Positions.outside_tools(markers)
+    edits = [
+        edit if edit.site.kind == "scores" else replace(edit, positions=edit.positions & words)
+        for edit in steering.edits
+    ]
+    return replace(steering, edits=tuple(edits))
 
 
 def _may_call(asked: ChatRequest) -> bool:
