@@ -227,7 +227,8 @@ class LM(LanguageModel):
 
     def _matchers(self, requests: Sequence[Asked], options: Mapping[str, Any]) -> list[Matcher | None]:
         """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""
-        return [one.grammar and self._grammars(options).matcher(one.grammar) for one in requests]
+        given = [one.grammar for one in requests]
+        return [None if one is None else self._grammars(options).matcher(one) for one in given]
 
     def _grammars(self, options: Mapping[str, Any]) -> Grammars:
         """What compiles grammars for answers that end as these options say."""

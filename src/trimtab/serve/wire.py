@@ -89,11 +89,16 @@ class Collected:
         return found
 
     @property
-    def finish(self) -> Any:
-        """Why it has ended, in a chat."""
+    def ended(self) -> Any:
+        """Why it has ended."""
         assert self.done is not None
+        return self.done.finish
+
+    @property
+    def finish(self) -> Any:
+        """The same, in a chat."""
         calls = any(isinstance(part, CallBegun) for part in self.said)
-        return "tool_calls" if calls and self.done.finish == "stop" else self.done.finish
+        return "tool_calls" if calls and self.ended == "stop" else self.ended
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Wire:
                 index=i,
                 text=answer.text,
                 logprobs=self._text_logprobs(answer.tokens, 0),
-                finish_reason=answer.done.finish if answer.done else "stop",
+                finish_reason=answer.ended,
             )
             for i, answer in enumerate(answers)
         ]
