@@ -68,7 +68,8 @@ def thinking_machine(tokenizer: Any, given: Sequence[str], strict: bool) -> Mach
     """
     if not given and _has(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
-    pair = tuple(given) or next((pair for pair in THINKING_PAIRS if _has(tokenizer, *pair)), None)
+    none: tuple[str, ...] | None = None
+    pair = tuple(given) or next((pair for pair in THINKING_PAIRS if _has(tokenizer, *pair)), none)
     if pair is None and strict:
         raise TrimtabError(
             "this model has no markers of thinking that are known, neither in its chat template nor among its special"
