@@ -27,6 +27,7 @@ RUN_ELSEWHERE = {
 }
 """Pages with a test of their own."""
 NOT_RUN = {
+    "audit.md": "measures for minutes: audits are run in tests/evaluate and tests/commands",
     "caa.md": "reads CAA's data sets, on a model from the Hub",
     "engines-vllm.md": "needs vLLM and two GPUs, or a server",
     "inferaligner.md": "needs two models of one family",
@@ -166,6 +167,7 @@ def _tda(lm: Any) -> dict[str, Any]:
 
 PREPARED: dict[str, Any] = {
     "doses.md": _doses,
+    "inspect.md": lambda lm: {},
     "start.md": lambda lm: {},
     "formats.md": _formats,
     "families.md": _model,
