@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
-from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
+from trimtab.steering import Adapter, Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
 from trimtab.steering.gates import LAST, AllOf, AnyOf, Not
 from trimtab.steering.operations import NAMES, OPERATIONS, Directed
@@ -184,7 +184,7 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
         "format": FORMAT,
         "layer_convention": "block output, counted from 0",
         "edits": edits,
-        "card": asdict(steering.card),
+        "card": _card_json(steering.card),
     }
 
 
@@ -246,8 +246,18 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
     return Threshold(Site(**data["site"]), tensors[data["direction"]], data["threshold"], data["measure"], **more)
 
 
+def _card_json(card: Card) -> dict[str, Any]:
+    data = asdict(replace(card, parts=()))
+    model = None if card.model is None else card.model.as_json()
+    return {**data, "model": model, "parts": [_card_json(part) for part in card.parts]}
+
+
+def _model(data: dict[str, Any]) -> ModelId:
+    return ModelId(**{**data, "adapters": tuple(Adapter(**one) for one in data.get("adapters", ()))})
+
+
 def _card(data: dict[str, Any]) -> Card:
-    model = None if data["model"] is None else ModelId(**data["model"])
+    model = None if data["model"] is None else _model(data["model"])
     parts = tuple(_card(part) for part in data["parts"])
     return Card(**{**data, "model": model, "parts": parts})
 

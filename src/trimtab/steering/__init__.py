@@ -2,7 +2,7 @@
 
 from trimtab.steering.ablation import directional_ablation
 from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass
-from trimtab.steering.card import Card, ModelId
+from trimtab.steering.card import Adapter, Card, ModelId
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
@@ -25,6 +25,7 @@ __all__ = [
     "Edit",
     "Gate",
     "HoldElements",
+    "Adapter",
     "ModelId",
     "MaskNeurons",
     "Operation",

@@ -12,6 +12,7 @@ from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.contract import check_answers
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
@@ -72,7 +73,7 @@ def generate_batch(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     if sites:
         options = {"disable_compile": True, **options}
     if options.get("stop_strings") is not None:

@@ -27,6 +27,7 @@ from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
@@ -311,4 +312,4 @@ def recording(
 
 
 def _device(layout: Layout) -> torch.device:
-    return next(layout.decoder.parameters()).device
+    return input_device(layout.decoder)

@@ -19,6 +19,7 @@ from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.raw_cache import RawCache
 from trimtab.engines.transformers.rows import Rows, Token, compile_versions
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 
 _shares: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -57,7 +58,7 @@ def _can_be_tried(model: Any, layout: Layout) -> bool:
 @torch.no_grad()
 def _gives_the_same(model: Any, layout: Layout) -> bool:
     """Whether rows over a shared cache are what the model's own pass gives."""
-    width, device = max(map(len, PROMPTS)), model.get_input_embeddings().weight.device
+    width, device = max(map(len, PROMPTS)), input_device(model)
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in PROMPTS], device=device)
     ids = ids % model.get_input_embeddings().weight.shape[0]
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS], device=device)
