@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 def written(rows: dict[str, dict[str, str]], missing: dict[str, str]) -> str:
     """The page."""
     counts = {name: sum(one[name] in (MARKS["works"], MARKS["partly"]) for one in rows.values()) for name in COUNTED}
-    legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items())
+    legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items() if name in COLUMNS)
     summary = ", ".join(f"{name} {count}" for name, count in counts.items())
     head = f"| type | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}"
     table = "\n".join(f"| {kind} | {' | '.join(rows[kind][name] for name in COLUMNS)} |" for kind in sorted(rows))

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from trimtab.doctor.checks import AS_LOADED as AS_LOADED
 from trimtab.doctor.checks import CHECKS as CHECKS
 from trimtab.doctor.checks import run_checks
 from trimtab.doctor.report import Finding as Finding

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.weights import input_device
+from trimtab.engines.transformers.weights import input_device, vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.steering.tensors import to_float64
 
@@ -56,7 +56,7 @@ def mean_nlls(
     tokens = torch.tensor([token for _, answer in texts for token in answer])
     there = hidden[rows.to(hidden.device), before.to(hidden.device)]
     with _decoder_gives(model, layout, type(output)) as give:
-        each = _token_nlls(give, there, tokens, model.get_output_embeddings().weight.shape[0])
+        each = _token_nlls(give, there, tokens, vocabulary_size(model))
     if each.isnan().any():
         raise TrimtabError(f"{name} gives logits that are not numbers; load it in float32 or bfloat16")
     sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, rows, each)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.weights import in_memory, is_dense
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
@@ -160,8 +161,9 @@ def output_weight(layout: Layout, site: Site) -> Tensor:
     if site.kind not in ("heads", "neurons"):
         raise UnsupportedError(f"{site} doesn't go into one projection; heads and neurons do")
     where = place(layout, site)
-    weight = getattr(where.module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
+    with in_memory(where.module):
+        weight = getattr(where.module, "weight", None)
+    if is_dense(weight):
         turned = weight.T if type(where.module).__name__ == "Conv1D" else weight
         if tuple(turned.shape) == (layout.width, where.size):
             return turned.detach()
@@ -292,12 +294,14 @@ def _adds_stream(part: nn.Module) -> bool:
 
 
 def _inputs(projection: Any) -> int:
-    return int(projection.in_features if hasattr(projection, "in_features") else projection.weight.shape[0])
+    counts = (getattr(projection, name, None) for name in ("in_features", "infeatures"))  # GPTQ's write it as one word
+    found = next((count for count in counts if isinstance(count, int)), None)
+    return int(projection.weight.shape[0]) if found is None else found
 
 
 def _outputs(projection: nn.Module) -> int | None:
     """`Conv1D`, which GPT-2 has, counts them as `nf`; mixtures' own linear parts as `output_size`."""
-    counts = (getattr(projection, name, None) for name in ("out_features", "nf", "output_size"))
+    counts = (getattr(projection, name, None) for name in ("out_features", "outfeatures", "nf", "output_size"))
     return next((count for count in counts if isinstance(count, int)), None)
 
 

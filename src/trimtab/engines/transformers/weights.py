@@ -19,6 +19,11 @@ from trimtab.errors import UnsupportedError
 
 SAMPLE = 16
 """How many numbers of a tensor are looked at."""
+PACKAGES = frozenset(
+    {"aqlm", "auto_gptq", "awq", "bitsandbytes", "compressed_tensors", "eetq", "gptqmodel", "hqq", "optimum", "quark"}
+    | {"torchao", "vptq"}
+)
+"""Whose modules and tensors hold weights in codes."""
 
 
 def sampled(tensors: Sequence[Tensor]) -> Tensor:
@@ -58,6 +63,8 @@ def blocks_digest(blocks: Sequence[nn.Module]) -> str | None:
 
     It is the same for a model within adapters and without, and another one once they are merged into its weights.
     """
+    if any(_package(module) in PACKAGES for block in blocks for module in block.modules()):
+        return None
     shapes, tensors = [], []
     for number, block in enumerate(blocks):
         for name, parameter in block.named_parameters():
@@ -93,8 +100,7 @@ def is_dense(weight: Any) -> bool:
 
 
 def _is_quantized_tensor(weight: Tensor) -> bool:
-    kind = type(weight.data)
-    return kind.__module__.split(".")[0] in ("torchao", "bitsandbytes", "optimum", "quark") or weight.is_quantized
+    return _package(weight.data) in PACKAGES or weight.is_quantized
 
 
 def quantization(model: Any) -> str | None:
@@ -103,12 +109,19 @@ def quantization(model: Any) -> str | None:
     if config is not None:
         method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
         return str(getattr(method, "value", method or "unknown"))
-    for parameter in model.parameters():
-        if _is_quantized_tensor(parameter):
-            return type(parameter.data).__module__.split(".")[0]
-        if not parameter.is_floating_point():
-            return "unknown"
+    for module in model.modules():
+        if (package := _package(module)) in PACKAGES:
+            return package
+        for parameter in module.parameters(recurse=False):
+            if _is_quantized_tensor(parameter):
+                return _package(parameter.data)
+            if not parameter.is_floating_point():
+                return "unknown"
     return None
+
+
+def _package(thing: Any) -> str:
+    return type(thing).__module__.split(".")[0]
 
 
 # ---- what accelerate keeps elsewhere ------------------------------------------------------------------------------
@@ -140,6 +153,16 @@ def in_memory(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, torch.empty(0))
+
+
+def vocabulary_size(model: Any) -> int:
+    """How many logits the model gives a token. A quantized head may hold no weight of that shape."""
+    head = model.get_output_embeddings()
+    count = getattr(head, "out_features", None)
+    if isinstance(count, int):
+        return count
+    weight = getattr(head, "weight", None)
+    return int((model.get_input_embeddings().weight if weight is None else weight).shape[0])
 
 
 def input_device(model: Any) -> torch.device:
