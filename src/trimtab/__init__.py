@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from trimtab.methods.sadi import learn_sadi
     from trimtab.methods.safety import learn_safety
     from trimtab.methods.spotlight import spotlight
+    from trimtab.methods.steermoe import learn_steermoe
     from trimtab.methods.sttp import learn_sttp
     from trimtab.methods.tda import learn_tda
     from trimtab.methods.words import learn_length, learn_word
@@ -139,6 +140,7 @@ __all__ = [
     "learn_reps",
     "learn_sadi",
     "learn_safety",
+    "learn_steermoe",
     "learn_sttp",
     "learn_tda",
     "learn_word",
@@ -193,6 +195,7 @@ _HOMES = {
     "trimtab.methods.sadi": ("learn_sadi",),
     "trimtab.methods.safety": ("learn_safety",),
     "trimtab.methods.spotlight": ("spotlight",),
+    "trimtab.methods.steermoe": ("learn_steermoe",),
     "trimtab.methods.sttp": ("learn_sttp",),
     "trimtab.methods.tda": ("learn_tda",),
     "trimtab.methods.words": ("learn_length", "learn_word"),

@@ -433,6 +433,7 @@ CHECKS: dict[str, tuple[str, Callable[[Checks], str | None]]] = {
     "mlp": ("what the MLP puts out", lambda checks: checks.part("mlp")),
     "heads": ("attention heads", lambda checks: checks.part("heads")),
     "neurons": ("MLP neurons", lambda checks: checks.part("neurons")),
+    "router": ("the logits of a mixture's router", lambda checks: checks.part("router")),
     "emphasis": ("emphasizing a phrase (attention scores)", Checks.emphasis),
     "rejection": ("emphasis with rejection", Checks.rejection),
     "rejecting": ("additions with rejection", Checks.rejecting),

@@ -10,6 +10,7 @@ from trimtab.steering.operations import Ablate, Add, Directed, Operation, SetPro
 from trimtab.steering.positions import Positions
 from trimtab.steering.read_write import ReadWrite
 from trimtab.steering.rotations import Rotate, RotateInPlane, RotatePredicted
+from trimtab.steering.routing import RouteExperts
 from trimtab.steering.scaled import AddScaled
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
@@ -34,6 +35,7 @@ __all__ = [
     "Rotate",
     "RotateInPlane",
     "RotatePredicted",
+    "RouteExperts",
     "ScaleElements",
     "ScaleScores",
     "ScoreOperation",

@@ -32,8 +32,9 @@ def sampled(tensors: Sequence[Tensor]) -> Tensor:
     order: list[tuple[torch.device, int]] = []
     for tensor in tensors:
         count = min(SAMPLE, tensor.numel())
-        where = torch.linspace(0, tensor.numel() - 1, count, device="cpu").long()
-        chosen = tensor.detach().reshape(-1)[where.to(tensor.device)].to(torch.bfloat16)
+        last = tensor.numel() - 1
+        where = [i * last // max(1, count - 1) for i in range(count)]  # in floats large numbers would be off
+        chosen = tensor.detach().reshape(-1)[where].to(torch.bfloat16)
         here = by_device.setdefault(tensor.device, [])
         order.append((tensor.device, count))
         here.append(chosen)
