@@ -44,6 +44,7 @@ from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.weights import device_of, input_device
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.keywords import keywords, stray_of
 from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on
@@ -70,6 +71,7 @@ class LM(LanguageModel):
     engine = "transformers"
     layout: Layout
 
+    @keywords
     def __init__(
         self,
         model: Any,
@@ -151,7 +153,10 @@ class LM(LanguageModel):
                     " transformers engine (leave out engine=, or --engine)"
                 )
             options |= {} if template is None else {"template": template}
-            return engines.engine(engine).load(name, layers=layers, **options)
+            try:
+                return engines.engine(engine).load(name, layers=layers, **options)
+            except TypeError as error:
+                raise stray_of(error, f"LM.load(engine={engine!r})", options, ()) or error from None
         model, tokenizer, label = load(name, **options)
         return cls(model, tokenizer, layers=layers, name=label, template=template)
 
@@ -177,6 +182,7 @@ class LM(LanguageModel):
             self._identities[adapters] = identify(self.model, self.layout, self.tokenizer, self.name, adapters)
         return self._identities[adapters]
 
+    @keywords
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
         """Raises `TrimtabError` when the steering doesn't fit this model, saying precisely what differs.
 
@@ -378,6 +384,7 @@ class LM(LanguageModel):
             for answer, trace in zip(found, traces, strict=True)
         ]
 
+    @keywords
     @contextmanager
     def steered(
         self,

@@ -34,6 +34,7 @@ from trimtab.engines.transformers.weights import quantization
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.page import baked_page
 from trimtab.files.steering_file import steering_digest
+from trimtab.keywords import keywords
 from trimtab.lm import LM
 from trimtab.steering import ModelId, Steering
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
@@ -79,6 +80,7 @@ class Baked:
     checked: Checked | None
 
 
+@keywords
 def bake(
     model: LM | PreTrainedModel | str | Path | None,
     steering: Steering,

@@ -29,6 +29,7 @@ from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request,
 from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.keywords import keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
 from trimtab.text.chat import Prompt, Template, encode
 from trimtab.text.spans import Emphasis, find_spans
@@ -156,12 +157,14 @@ class LanguageModel(ABC):
 
     # ---- text --------------------------------------------------------------------------------------------
 
+    @keywords
     def encode(
         self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
     ) -> list[int]:
         """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
         return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
+    @keywords
     def spans(
         self,
         prompt: Prompt,
@@ -317,6 +320,7 @@ class LanguageModel(ABC):
 
         return Stream(self.tokenizer, generate)
 
+    @keywords
     def next_logprobs(
         self,
         choices: Sequence[Choice],
@@ -346,6 +350,7 @@ class LanguageModel(ABC):
 
     # ---- what users ask of a steering ----------------------------------------------------------------------
 
+    @keywords
     def project(
         self,
         text: Prompt,
@@ -411,6 +416,7 @@ class LanguageModel(ABC):
 
     # ---- activations -------------------------------------------------------------------------------------
 
+    @keywords
     def capture(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -453,6 +459,7 @@ class LanguageModel(ABC):
                 found[i] = {site: batch.values[site][n][0] for site in wanted}
         return [found[i] for i in range(len(texts))]
 
+    @keywords
     def read(
         self,
         groups: Sequence[Sequence[Text]],

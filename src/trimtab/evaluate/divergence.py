@@ -25,6 +25,7 @@ from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
 from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
@@ -109,6 +110,7 @@ def reference(
     return Reference(texts, tuple(read_given(lm, texts, None)))
 
 
+@keywords
 def divergence(
     lm: LM,
     steering: Steering | None,

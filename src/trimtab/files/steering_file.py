@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
+from trimtab.keywords import keywords
 from trimtab.steering import Adapter, Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
 from trimtab.steering.gates import LAST, AllOf, AnyOf, Not
@@ -35,6 +36,7 @@ GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
+@keywords
 def save_steering(steering: Steering, path: str | Path) -> str:
     """Write the file, whole or not at all, and return the digest of its content.
 

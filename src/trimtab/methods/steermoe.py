@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers.routers import chosen_experts
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import Progress, pair_texts
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import Pairs, pairs_for
@@ -33,6 +34,7 @@ SHOWN = 6
 """Digits of a risk difference in the card."""
 
 
+@keywords
 def learn_steermoe(
     lm: LM,
     pairs: Pairs,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import outside
 from trimtab.steering.card import ModelId
 from trimtab.steering.steering import Steering, check_steering
 
@@ -53,13 +54,13 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
                 f"the blocks of {here.name} have other weights than when the steering was learned (an adapter merged"
                 " into them, another finetuning, revision or dtype?)"
             )
-            warnings.warn(message, MismatchWarning, stacklevel=4)
+            warnings.warn(message, MismatchWarning, stacklevel=outside())
         elif not transfer and learned.fingerprint != here.fingerprint:
             message = f"{here.name} has other weights than when the steering was learned (revision, quantization?)"
-            warnings.warn(message, MismatchWarning, stacklevel=4)
+            warnings.warn(message, MismatchWarning, stacklevel=outside())
         if learned.template != here.template:
             message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
-            warnings.warn(message, MismatchWarning, stacklevel=4)
+            warnings.warn(message, MismatchWarning, stacklevel=outside())
 
 
 def _digests(model: ModelId) -> frozenset[str]:

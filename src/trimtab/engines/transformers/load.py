@@ -13,8 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.engines.transformers import compat, default_model
 from trimtab.errors import TrimtabError
+from trimtab.keywords import stray, stray_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TAKEN = ("device", "dtype", "revision", "adapter", "layers", "engine", "template", "device_map", "quantization_config")
+"""The options of `LM.load` that are most in use; the others are `from_pretrained`'s."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What holds an adapter, as `peft` saves it."""
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -38,6 +41,8 @@ def load(
     Raises `TrimtabError` when there is no such model, it isn't a language model, or it is quantized in a way that the
     device can't run.
     """
+    if "torch_dtype" in options:
+        raise stray("LM.load", "torch_dtype", ())
     dtype = _dtype(dtype)
     if device is not None:
         _device(device)
@@ -117,7 +122,10 @@ def _read(
         if quantized is not None and "device_map" not in options:
             placed = _device(device)
             options = {**options, "device_map": {"": placed}}
-        model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
+        try:
+            model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
+        except TypeError as error:
+            raise stray_of(error, "LM.load", options, TAKEN) or error from None
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **known)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
         if placed is not None:
