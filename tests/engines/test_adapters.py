@@ -14,6 +14,7 @@ from tiny import direction, tiny, tokenizer
 from torch import Tensor
 
 from trimtab import LM, MismatchWarning, load
+from trimtab.commands.model import load_model
 from trimtab.engines.transformers.adapters import active_adapters
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
@@ -210,6 +211,16 @@ def test_loading_with_an_adapter(tmp_path: Path) -> None:
     assert isinstance(adapted, PeftModel)
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(lm.model(ids).logits, adapted(ids).logits)
+    typed = load_model(
+        str(tmp_path / "model"),
+        device="cpu",
+        dtype="auto",
+        revision=None,
+        layers_path=None,
+        adapter=str(tmp_path / "v1.0-lora"),
+        quiet=True,
+    )
+    assert typed.identity == lm.identity
     with pytest.raises(TrimtabError, match=r"adapter_config\.json"):
         LM.load(tmp_path / "model", device="cpu", adapter=tmp_path / "model")
     with pytest.raises(UnsupportedError, match="merge_and_unload"):
