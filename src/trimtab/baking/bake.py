@@ -217,7 +217,7 @@ def _check_unquantized(config: Any, name: str) -> None:
     by = getattr(config, "quantization_config", None)
     if by is not None:
         method = by.get("quant_method") if isinstance(by, dict) else by.quant_method
-        raise _quantized(name, getattr(method, "value", method))
+        raise _quantized(name, str(getattr(method, "value", method)))
 
 
 def _quantized(name: str, method: str) -> UnsupportedError:

@@ -63,7 +63,12 @@ def _stepped(lm: LM, ids: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """The logits and activations at each token of a text whose second half is run token by token, from a cache."""
     cache, half, found = compat.new_cache(lm.layout.decoder.config), ids.shape[1] // 2, []
     here: list[Tensor] = []
-    handle = naive.hook(lm, site, lambda x: here.append(x.clone()) or x)
+
+    def keep(x: Tensor) -> Tensor:
+        here.append(x.clone())
+        return x
+
+    handle = naive.hook(lm, site, keep)
     try:
         for start, stop in [(0, half), *((i, i + 1) for i in range(half, ids.shape[1]))]:
             inputs = compat.with_cache(lm.model, {"input_ids": ids[:, start:stop]}, cache)
@@ -102,7 +107,11 @@ def devices(checks: Checks) -> str | None:
         steering = Steering((Edit(site, Add(v), Positions.all()),))
         sites = [site, last]
         (read,) = lm.capture(checks.prompts[0], sites, Positions.all(), chat=False, steering=steering, transfer=True)
-        with naive.changed(lm, {site: lambda x, v=v: x + v.to(x)}):
+
+        def moved(x: Tensor, v: Tensor = v) -> Tensor:
+            return x + v.to(x)
+
+        with naive.changed(lm, {site: moved}):
             expected = naive.activations(lm, ids, [last])[last]
         checks.close(read[last].cpu(), expected.cpu(), f"an addition at {site}, on {device}")
     where = "; ".join(f"blocks {layers[0]} to {layers[-1]} on {device}" for layers, device in spans)

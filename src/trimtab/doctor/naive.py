@@ -79,7 +79,7 @@ class _Logits:
         torch.nn.functional.linear = self.product  # type: ignore[assignment]
 
     def leave(self, *_: Any) -> None:
-        torch.nn.functional.linear = self.linear  # type: ignore[assignment]
+        torch.nn.functional.linear = self.linear
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         found = self.linear(x, weight, bias)

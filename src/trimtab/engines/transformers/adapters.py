@@ -43,7 +43,7 @@ def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
 def check_adapters(model: nn.Module) -> None:
     """Raises `UnsupportedError` for adapters that put tokens of their own before a text, so that positions are off."""
     config = getattr(model, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if config is not None and getattr(config, "is_prompt_learning", False):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise UnsupportedError(
             f"the adapter of this {type(model).__name__} ({kind}) puts tokens of its own before every text, so that"

@@ -86,8 +86,8 @@ def router_of(layout: Layout, layer: int) -> Router:
 def _routers(layout: Layout, block: nn.Module) -> dict[str, nn.Module]:
     """The block's routers by path: of the class that the model declares, else those that are called so."""
     kinds = compat.declared(layout.decoder, "router_logits")
-    parts = {path: part for path, part in block.named_modules() if path}
-    found = {path: part for path, part in parts.items() if kinds and isinstance(part, kinds)}
+    parts: dict[str, nn.Module] = {path: part for path, part in block.named_modules() if path}
+    found: dict[str, nn.Module] = {path: part for path, part in parts.items() if kinds and isinstance(part, kinds)}
     if not found or any(type(part) is nn.Linear for part in found.values()):
         counts = _counts(layout)
         found = {
@@ -179,7 +179,7 @@ class Listening:
             return found
 
         heard.before = vars(module).get("forward")  # type: ignore[attr-defined]
-        module.forward = heard  # type: ignore[method-assign]
+        module.forward = heard
 
 
 class _Listener(TorchFunctionMode):

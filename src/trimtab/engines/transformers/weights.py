@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def _of_adapter(block: nn.Module, name: str) -> bool:
     return False
 
 
-def is_dense(weight: Any) -> bool:
+def is_dense(weight: Any) -> TypeGuard[Tensor]:
     """Whether this holds the numbers that it stands for: no codes, no tensor of a quantizing package, not meta."""
     return (
         isinstance(weight, Tensor)
