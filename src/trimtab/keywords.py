@@ -96,6 +96,17 @@ def class_keywords(kind: Class) -> Class:
     return kind
 
 
+def method_keywords(*names: str) -> Callable[[Class], Class]:
+    """For a class: these methods of it raise `KeywordError` for keywords that they don't have."""
+
+    def checked(kind: Class) -> Class:
+        for name in names:
+            setattr(kind, name, keywords(getattr(kind, name)))
+        return kind
+
+    return checked
+
+
 def check_fields(kind: Any, given: Mapping[str, Any]) -> None:
     """Raises `KeywordError` for what isn't a field of a dataclass."""
     known = [name for name, one in kind.__dataclass_fields__.items() if one.init]

@@ -29,7 +29,7 @@ from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request,
 from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.keywords import keywords
+from trimtab.keywords import method_keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
 from trimtab.text.chat import Prompt, Template, encode
 from trimtab.text.spans import Emphasis, find_spans
@@ -43,6 +43,7 @@ LAST = Positions.last_prompt_token()
 LEARNED = ", and what it has learned runs on this one wherever it can be honoured"
 
 
+@method_keywords("encode", "spans", "next_logprobs", "project", "capture", "read")
 class LanguageModel(ABC):
     """A model that can be steered and read: `LM`, `VllmLM` and `LlamaCpp` are its engines.
 
@@ -157,14 +158,12 @@ class LanguageModel(ABC):
 
     # ---- text --------------------------------------------------------------------------------------------
 
-    @keywords
     def encode(
         self, prompt: Prompt, *, system: str | None = None, chat: bool | None = None, template: Template | None = None
     ) -> list[int]:
         """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
         return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
-    @keywords
     def spans(
         self,
         prompt: Prompt,
@@ -320,7 +319,6 @@ class LanguageModel(ABC):
 
         return Stream(self.tokenizer, generate)
 
-    @keywords
     def next_logprobs(
         self,
         choices: Sequence[Choice],
@@ -350,7 +348,6 @@ class LanguageModel(ABC):
 
     # ---- what users ask of a steering ----------------------------------------------------------------------
 
-    @keywords
     def project(
         self,
         text: Prompt,
@@ -416,7 +413,6 @@ class LanguageModel(ABC):
 
     # ---- activations -------------------------------------------------------------------------------------
 
-    @keywords
     def capture(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -459,7 +455,6 @@ class LanguageModel(ABC):
                 found[i] = {site: batch.values[site][n][0] for site in wanted}
         return [found[i] for i in range(len(texts))]
 
-    @keywords
     def read(
         self,
         groups: Sequence[Sequence[Text]],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -31,7 +31,11 @@ from trimtab.steering.operations import NAMES, OPERATIONS, Directed
 from trimtab.steering.steering import check_steering
 
 FORMAT = 1
+BY_MEANING = 2
+"""The format of files with positions by meaning; all others keep the first, which older readers know."""
 KEY = "trimtab"
+MEASURED = ("divergence", "audit")
+"""Fields of a card that later versions brought."""
 GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
@@ -70,6 +74,11 @@ def steering_digest(steering: Steering) -> str:
     return _content(steering)[2]
 
 
+def edits_digest(steering: Steering) -> str:
+    """A digest of the edits alone, whatever the card says: what was measured of them holds for these."""
+    return steering_digest(Steering(steering.edits))
+
+
 def load_steering(path: str | Path) -> Steering:
     """Read a file that `save_steering` wrote.
 
@@ -92,8 +101,8 @@ def steering_from_bytes(data: bytes, name: str) -> Steering:
 
 def _decoded(path: Path, stream: BinaryIO) -> Steering:
     header, tensors = _read(path, stream)
-    if header.get("format") != FORMAT:
-        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
+    if header.get("format") not in (FORMAT, BY_MEANING):
+        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {BY_MEANING}; update trimtab")
     digest = header.pop("digest", None)
     try:
         if digest != _digest(header, tensors):
@@ -183,11 +192,18 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
             }
         )
     return {
-        "format": FORMAT,
+        "format": BY_MEANING if any(edit.positions.rule is not None for edit in steering.edits) else FORMAT,
         "layer_convention": "block output, counted from 0",
         "edits": edits,
-        "card": _card_json(steering.card),
+        "card": card_json(steering.card),
     }
+
+
+def card_json(card: Card) -> dict[str, Any]:
+    """A card as JSON values; what wasn't measured isn't there, so that files without it keep their digest."""
+    data = {name: value for name, value in asdict(card).items() if name not in MEASURED or value is not None}
+    model = None if card.model is None else card.model.as_json()
+    return {**data, "model": model, "parts": [card_json(part) for part in card.parts]}
 
 
 def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
@@ -248,12 +264,6 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
     return Threshold(Site(**data["site"]), tensors[data["direction"]], data["threshold"], data["measure"], **more)
 
 
-def _card_json(card: Card) -> dict[str, Any]:
-    data = asdict(replace(card, parts=()))
-    model = None if card.model is None else card.model.as_json()
-    return {**data, "model": model, "parts": [_card_json(part) for part in card.parts]}
-
-
 def _model(data: dict[str, Any]) -> ModelId:
     return ModelId(**{**data, "adapters": tuple(Adapter(**one) for one in data.get("adapters", ()))})
 
@@ -261,6 +271,8 @@ def _model(data: dict[str, Any]) -> ModelId:
 def _card(data: dict[str, Any]) -> Card:
     model = None if data["model"] is None else _model(data["model"])
     parts = tuple(_card(part) for part in data["parts"])
+    if odd := [name for name in MEASURED if not isinstance(data.get(name), (dict, type(None)))]:
+        raise TypeError(f"a card's {odd[0]} is an object")
     return Card(**{**data, "model": model, "parts": parts})
 
 

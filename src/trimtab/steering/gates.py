@@ -59,6 +59,8 @@ class Reading:
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise ValueError(f"unknown pooling {self.pool!r}; known: {', '.join(POOLS)}")
+        if self.positions.meanings:
+            raise TrimtabError(f"a gate reads the prompt, and positions {self.positions} are about what is generated")
 
     def tokens(self, prompt_length: int) -> list[int]:
         """The positions that are read in a prompt of this length. Raises `TrimtabError` when there are none."""
@@ -179,6 +181,11 @@ class Threshold(Gate):
             raise ValueError("a condition on each token reads that token: it has no positions and no pooling")
         object.__setattr__(self, "direction", as_direction(self.direction, "gate direction"))
         Reading(self.site, self.positions, self.pool)
+
+    def __repr__(self) -> str:
+        # The shape in place of the numbers, as for operations.
+        rest = f"{self.threshold:.6g}, measure={self.measure!r}, positions={self.positions!r}, pool={self.pool!r}"
+        return f"Threshold({self.site!r}, direction=[{self.direction.numel()}], threshold={rest})"
 
     @property
     def reading(self) -> Reading:
