@@ -29,9 +29,9 @@ from trimtab.evaluate.audit.items import FULL, Items, Size, read_items
 from trimtab.evaluate.audit.repair import repaired
 from trimtab.evaluate.divergence import Reference, divergence, read_given, reference
 from trimtab.files.steering_file import edits_digest
+from trimtab.keywords import keywords
 from trimtab.steering import ScoreOperation, Site, Steering
 from trimtab.steering.card import AUDIT_VERSION
-from trimtab.keywords import keywords
 
 if TYPE_CHECKING:
     from trimtab.lm import LM
