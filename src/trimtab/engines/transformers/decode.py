@@ -39,6 +39,7 @@ from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.sampling import GREEDY, PLAIN, BatchSampler, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally, doses_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
@@ -148,7 +149,7 @@ class GenerationBatch:
         self.strict = strict
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
         self.pad = _pad_id(model, tokenizer)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self._takes = compat.parameters(model)
         self._masks = PaddedMasks(layout)
         self._settings: dict[Sampling, Settings] = {}
@@ -411,8 +412,8 @@ class GenerationBatch:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
             for row, _ in staying:
-                (edits,), ids = _residual([row.edits]), row.request.ids
-                self._session.insert(edits, len(ids), follower(self.tokenizer, edits, ids), row.tokens[-1])
+                (acting,), ids = _residual([row.edits]), row.request.ids
+                self._session.insert(acting, len(ids), follower(self.tokenizer, acting, ids), row.tokens[-1])
                 self._rows.append(row)
         applied = {row.key: _applied(row) for row in rows if row.key in done}
         return [_with(one, applied.get(one.key)) for one in told]
