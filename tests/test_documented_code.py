@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 RUN_ELSEWHERE = {
     *("README.md", "add-a-method.md", "bake.md", "estimators.md", "notebooks.md", "operations.md", "pairs.md"),
-    "positions.md",
+    "agents.md",
     *("prompts.md", "traits.md", "your-vector.md", "bipo.md", "cap.md", "distill.md", "instaboost.md", "loreft.md"),
     *("pasta.md", "positions.md", "reps.md", "sttp.md"),
 }
