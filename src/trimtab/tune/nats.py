@@ -47,12 +47,7 @@ class AtNats:
     @property
     def monotone(self) -> bool:
         """Whether no stronger steering that was tried changed the model clearly less than a weaker one."""
-        highest = 0.0
-        for _, value in self.tried:
-            if value < FALLS * highest:
-                return False
-            highest = max(highest, value)
-        return True
+        return monotone(self.tried)
 
 
 def at_nats(
@@ -100,18 +95,7 @@ def at_nats(
             seen[factor] = divergence(lm, factor * steering, base, transfer=transfer)
         return seen[factor].p95
 
-    high = _reaching(far, nats)
-    low = high / 2
-    factor = high
-    for _ in range(HALVINGS):
-        if abs(far(factor) - nats) <= CLOSE * nats:
-            break
-        if far(factor) < nats:
-            low = factor
-        else:
-            high = factor
-        factor = (low + high) / 2
-    factor = min(seen, key=lambda one: abs(seen[one].p95 - nats))
+    factor = factor_at(far, nats)
     tried = tuple(sorted((one, value.p95) for one, value in seen.items()))
     found = AtNats(factor * steering, factor, seen[factor], tried)
     if not found.monotone:
@@ -123,6 +107,42 @@ def at_nats(
             stacklevel=2,
         )
     return found
+
+
+def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
+    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or as near as halving comes.
+
+    Args:
+        far: The divergence at a factor, in nats; the same factor is asked for more than once.
+        nats: What is to be reached.
+        close: How near is near enough.
+
+    Raises:
+        TrimtabError: No factor up to `MOST` takes the model so far.
+    """
+    high = _reaching(far, nats)
+    low, factor = high / 2, high
+    found = {}
+    for _ in range(HALVINGS):
+        found[factor] = far(factor)
+        if abs(found[factor] - nats) <= close * nats:
+            break
+        if found[factor] < nats:
+            low = factor
+        else:
+            high = factor
+        factor = (low + high) / 2
+    return min(found, key=lambda one: abs(found[one] - nats))
+
+
+def monotone(tried: Sequence[tuple[float, float]]) -> bool:
+    """Whether no stronger steering of these (factor, divergence), weakest first, is clearly less than a weaker one."""
+    highest = 0.0
+    for _, value in tried:
+        if value < FALLS * highest:
+            return False
+        highest = max(highest, value)
+    return True
 
 
 def _reaching(far: Callable[[float], float], nats: float) -> float:
