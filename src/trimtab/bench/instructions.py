@@ -63,7 +63,7 @@ def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] 
             make = partial(_task, kind, name, said, items, pairs, tokens)
             arm = Cost(tokens, 2 * (tokens + 60))
             written = Cost(2 * tokens, 120)
-            found.append(Outline(name, "instructions", len(items), arm, written, 50.0, make, said))
+            found.append(Outline(name, "instructions", len(items), arm, written, 2 * (tokens + 30.0), make, said))
     return found
 
 

@@ -6,8 +6,9 @@ from html import escape
 from pathlib import Path
 
 from trimtab.bench.learning import CONTROL
-from trimtab.bench.results import BETTER, NO_BETTER, WORSE, Cell, Results, Row, TaskResults
+from trimtab.bench.results import NO_BETTER, Cell, Results, Row, TaskResults
 from trimtab.bench.tasks import PROMPT, TWICE
+from trimtab.evaluate.decision import BETTER, WORSE
 from trimtab.evaluate.intervals import Interval
 from trimtab.files.target import write_atomically
 
@@ -51,8 +52,8 @@ def write_page(path: Path, results: Results) -> None:
         "<div class=verdict><ul>" + "".join(f"<li>{escape(line)}" for line in results.words()) + "</ul></div>",
         "<h2>Who is better where</h2>",
         "<p class=soft>The gain over the unsteered model, at each method's best divergence (in brackets, nats). ▲"
-        " better than unsteered and than random directions, ▼ worse, ≈ no better than a random direction; without a mark it"
-        " can't be told from luck. † the text is broken there. · it can't act on the task: see below why.</p>",
+        " better than unsteered and than random directions, ▼ worse, ≈ no better than a random direction; without a"
+        " mark it can't be told from luck. † the text is broken there. · it can't act on the task: see below.</p>",
         _overview(results),
         "<h2>The methods over all tasks</h2>",
         _standings(results),

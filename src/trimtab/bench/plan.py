@@ -25,12 +25,12 @@ KINDS = ("instructions", "behaviours", "refusal", "traits")
 NATS = (0.25, 1.0, 4.0)
 ITEMS = (64, 48, 32, 24, 16, 12, 8)
 """What a budget chooses from."""
-DOSES = 12
+DOSES = 10
 """So many divergences are measured to find the strengths of one method, about."""
 DOSE = 6 * 60.0
 """Tokens that are read for one divergence."""
-TRAINING = 700.0
-"""What a method that learns with gradients reads, in pairs: 40 steps of some pairs each, forwards and backwards."""
+TRAINING = 40 * 8 * 3.0
+"""What a method that learns with gradients reads, in pairs: 40 steps of 8, forwards and backwards."""
 WON = 0.25
 """The share of runs that controls and side effects are measured for, about."""
 
@@ -40,8 +40,9 @@ class Settings:
     """What is asked for.
 
     Args:
-        methods: Names, or patterns such as `re*`; empty: all that there are, the emphasizing ones among them.
-        tasks: Kinds (`instructions`, `behaviours`, `refusal`, `traits`), names of tasks, or patterns; empty: all.
+        methods: Names, or patterns such as `re*`; empty: all that there are, the emphasizing ones among them. What
+            begins with `!` is left out.
+        tasks: The same of kinds (`instructions`, `behaviours`, `refusal`, `traits`) and names of tasks.
         nats: The divergences.
         items: The most items of a task.
         pairs: The most pairs that are learned from.
@@ -217,16 +218,18 @@ def _chosen(
     what: str, wanted: Sequence[str], known: Mapping[str, Sequence[str]], left_out: Sequence[tuple[str, str]] = ()
 ) -> set[str]:
     """The names that are meant by names, kinds and patterns; all, where nothing is wanted in particular."""
-    if not wanted:
-        return set(known)
-    found: set[str] = set()
+    found: set[str] = set(known) if all(one.startswith("!") for one in wanted) else set()
     for one in wanted:
+        without = one.startswith("!")
+        one = one.removeprefix("!")
         mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, one) for call in called)}
         if not mine:
             why = next((f"; {reason}" for kind, reason in left_out if kind == one), "")
             listed = ", ".join(dict.fromkeys(call for called in known.values() for call in reversed(called)))
             raise TrimtabError(f"there is no {what} {one!r}{why or f'; there are {listed}'}")
-        found |= mine
+        found = found - mine if without else found | mine
+    if not found:
+        raise TrimtabError(f"no {what} is left of those that were named: {', '.join(wanted)}")
     return found
 
 

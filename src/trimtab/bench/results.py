@@ -15,7 +15,7 @@ from trimtab.bench.learning import CONTROL
 from trimtab.bench.store import HEAD, Store, canonical
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.decision import LEVEL, Decision, decide, error_rate, in_words
+from trimtab.evaluate.decision import BETTER, LEVEL, WORSE, Decision, decide, error_rate, in_words
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.files.target import write_atomically
 
@@ -23,7 +23,8 @@ RESULTS = "results.json"
 LOOPS, EMPTY, UNLIKELY = 0.1, 0.05, 2.0
 """A text is broken where so much more of it is repeated, so many more answers are empty, or its median perplexity is so
 many times that of the unsteered answers."""
-BETTER, NO_BETTER, CANT_TELL, WORSE = "better", "no better than random", "can't be told from luck", "worse"
+NO_BETTER = "no better than random"
+"""What `trimtab.evaluate.decision` calls better, and random directions at the same divergence have, too."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def outlines(tokens: int, pairs: int, names: Sequence[str] = TRAITS) -> list[Out
         card = trait(name)
         arm, written = Cost(0, 2 * (tokens + 60)), Cost(2 * tokens, 4 * (tokens + 60))
         make = partial(_task, card, tokens, pairs)
-        found.append(Outline(name, "traits", len(card.test), arm, written, tokens + 60.0, make))
+        found.append(Outline(name, "traits", len(card.test), arm, written, 2 * (tokens + 50.0), make))
     return found
 
 

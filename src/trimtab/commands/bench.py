@@ -42,7 +42,8 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names, or patterns such as re*; several with commas. Without it: all, installed ones too.",
+            help="Names, or patterns such as re*; several with commas; !NAME leaves one out. Without it: all, installed"
+            " ones too.",
             metavar="NAMES",
             show_default=False,
         ),
@@ -272,7 +273,8 @@ def _tell(made: Plan, speed: Speed, json: bool) -> None:
 
 def _tables(found: Results) -> list[Any]:
     """Each method's gain on each task, and how it stands over all."""
-    marks = {"better": "▲", "worse": "▼", "no better than random": "≈"}
+    from trimtab.bench.page import MARKS
+
     table = Table("method", *(task.name for task in found.tasks), "better", "place", box=None, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -289,7 +291,7 @@ def _tables(found: Results) -> list[Any]:
                 cells.append("·")
                 continue
             broken = "†" if row.cell.broken else ""
-            cells.append(f"{row.cell.decision.difference.estimate:+.2f}{marks.get(row.cell.verdict, '')}{broken}")
+            cells.append(f"{row.cell.decision.difference.estimate:+.2f}{MARKS.get(row.cell.verdict, '')}{broken}")
         table.add_row(one.method, *cells, f"{one.better}/{one.tasks}", f"{one.place:.2f}")
     return [
         table,
@@ -300,7 +302,8 @@ def _tables(found: Results) -> list[Any]:
 
 def _cases(folder: Path) -> tuple[Sequence[Any], dict[str, Any]]:
     """The benchmark's rows that have predictors, and where they come from."""
-    from trimtab.bench.results import BETTER, results_of
+    from trimtab.bench.results import results_of
+    from trimtab.evaluate.decision import BETTER
     from trimtab.tune.forecast import Case, Predictors
 
     found = results_of(folder)

@@ -17,6 +17,8 @@ import numpy as np
 
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 
+BETTER, WORSE, LUCK = "better", "worse", "can't be told from luck"
+"""The three things that can be said."""
 LEVEL = 0.05
 """At most this share of steerings that do nothing is called better, and as many worse."""
 ENUMERATED = 16
@@ -60,16 +62,19 @@ class Decision:
     @property
     def verdict(self) -> str:
         """`"better"`, `"worse"`, or `"can't be told from luck"`."""
-        if self.corrected <= LEVEL:
-            return "better"
-        if min(1.0, self.p_worse * self.candidates) <= LEVEL:
-            return "worse"
-        return "can't be told from luck"
+        return verdict_of(self.corrected, min(1.0, self.p_worse * self.candidates))
 
     @property
     def better(self) -> bool:
         """Whether it is better, at the stated rate of error."""
-        return self.verdict == "better"
+        return self.verdict == BETTER
+
+
+def verdict_of(p: float, p_worse: float = 1.0) -> str:
+    """`BETTER`, `WORSE` or `LUCK`, by the p of both tests, corrected where they are to be."""
+    if p <= LEVEL:
+        return BETTER
+    return WORSE if p_worse <= LEVEL else LUCK
 
 
 def decide(
@@ -160,7 +165,7 @@ def in_words(found: Decision, of: str = "prompts") -> str:
     """
     scores = f"{found.after:.2f} instead of {found.before:.2f} on {found.items} {of}"
     counts = f"{found.won} better, {found.lost} worse"
-    p = found.corrected if found.verdict != "worse" else min(1.0, found.p_worse * found.candidates)
+    p = found.corrected if found.verdict != WORSE else min(1.0, found.p_worse * found.candidates)
     chance = f"p = {p:.2g}" + (f" for the best of {found.candidates}" if found.candidates > 1 else "")
     return f"{found.verdict}: {scores} ({counts}; {chance})"
 

@@ -63,7 +63,7 @@ def at_nats(
 ) -> AtNats:
     """Scale a steering so that the 95th percentile of its divergence from the unsteered model is so many nats.
 
-    Strengths are doubled from weak ones up to the first that reaches it, and then the interval is halved. Where the
+    Strengths are doubled from weak ones up to the first that reaches it, and then the interval is narrowed. Where the
     divergence doesn't grow with the strength, the weakest strength that was seen to reach it is taken, with a warning.
 
     Args:
@@ -110,7 +110,7 @@ def at_nats(
 
 
 def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
-    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or as near as halving comes.
+    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or as near as narrowing comes.
 
     Args:
         far: The divergence at a factor, in nats; the same factor is asked for more than once.
@@ -131,8 +131,16 @@ def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) 
             low = factor
         else:
             high = factor
-        factor = (low + high) / 2
+        factor = _between((low, far(low)), (high, far(high)), nats)
     return min(found, key=lambda one: abs(found[one] - nats))
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -> float:
+    """The factor to try next: on the line through both in logarithms, but well inside of them."""
+    share = 0.5
+    if 0 < low[1] < nats < high[1] < math.inf:
+        share = min(0.85, max(0.15, math.log(nats / low[1]) / math.log(high[1] / low[1])))
+    return float(low[0] * (high[0] / low[0]) ** share)
 
 
 def monotone(tried: Sequence[tuple[float, float]]) -> bool:
