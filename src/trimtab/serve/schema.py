@@ -471,8 +471,8 @@ class VerdictTold(_Out):
     interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
     random: list[float] = Field(description="The same of random directions.")
     p: float = Field(
-        description="How often luck does as well: the largest p of the exact paired tests against the unsteered model and"
-        " against each random direction."
+        description="How often luck does as well: the largest p of the exact paired tests against the unsteered model"
+        " and against each random direction."
     )
     questions: int
     loops: float = Field(description="The share of answers that go in circles.")
