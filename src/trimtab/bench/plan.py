@@ -21,7 +21,6 @@ from trimtab.methods.recipe import Recipe, recipes
 if TYPE_CHECKING:
     from trimtab.lm import LM
 
-KINDS = ("instructions", "behaviours", "refusal", "traits")
 NATS = (0.25, 1.0, 4.0)
 ITEMS = (64, 48, 32, 24, 16, 12, 8)
 """What a budget chooses from."""
@@ -190,7 +189,10 @@ def plan(settings: Settings) -> Plan:
     rows.sort(key=lambda name: (name != CONTROL, names.index(name)))
     rows += ["LoRA"] if settings.lora else []
     available, left_out = _available(settings)
-    tasks = _chosen("task", settings.tasks, {one.name: (one.name, one.kind) for one in available}, left_out)
+    named = settings.tasks
+    if all(one.startswith("!") for one in named):
+        named = (*named, f"!{traits.MORE}")
+    tasks = _chosen("task", named, {one.name: (one.name, one.kind) for one in available}, left_out)
     outlines = tuple(one for one in available if one.name in tasks)
     return Plan(settings, outlines, {n: r for n, r in known.items() if n in rows}, tuple(rows), tuple(left_out))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,7 @@ def bench(
         try:
             task = outline.make(lm, store, plan.items)
         except TrimtabError as error:
-            reason = str(error)
-            store.keep("cells", outline.name, "task", make=lambda reason=reason: {"left_out": reason})
+            store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
         if task is not None:
             running = _Running(lm, store, plan, task)
             running.arms()
@@ -111,9 +111,12 @@ class _Running:
             },
         )
         for arm in (PLAIN, *task.told):
-            found = self.store.keep("cells", task.name, arm, make=lambda arm=arm: asdict(self._measure(arm, [None])[0]))
+            found = self.store.keep("cells", task.name, arm, make=partial(self._told, arm))
             if arm == PLAIN:
                 self._plain = _measured(found)
+
+    def _told(self, arm: str) -> dict[str, Any]:
+        return asdict(self._measure(arm, [None])[0])
 
     def cell(self, name: str) -> None:
         """One method: its doses, its runs, its controls; or why there are none."""

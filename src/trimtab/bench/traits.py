@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trimtab.bench.measures import by_leads
 from trimtab.bench.store import Store
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
-from trimtab.data import Trait, queries, trait
+from trimtab.data import Trait, queries, traits
 from trimtab.engines.transformers.teacher_forced import Given
 from trimtab.errors import TrimtabError
 from trimtab.making.contrasts import Answer, Contrasts, contrasts, hears_system, under
@@ -21,19 +21,21 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 TRAITS = ("blunt", "cheerful", "concise", "formal", "pirate", "poetic")
+"""Those that are run where no tasks are named; the other cards are `MORE`."""
+MORE = "more-traits"
 ASKED = 6
 LEAST = 5
 """Fewer questions with answers on both sides are too few to tell anything from luck."""
 
 
-def outlines(tokens: int, pairs: int, names: Sequence[str] = TRAITS) -> list[Outline]:
-    """A task for each trait."""
+def outlines(tokens: int, pairs: int) -> list[Outline]:
+    """A task for each trait card; those that are run anyway first."""
     found = []
-    for name in names:
-        card = trait(name)
+    for card in sorted(traits().values(), key=lambda one: (one.name not in TRAITS, one.name)):
         arm, written = Cost(0, 2 * (tokens + 60)), Cost(2 * tokens, 4 * (tokens + 60))
         make = partial(_task, card, tokens, pairs)
-        found.append(Outline(name, "traits", len(card.test), arm, written, 2 * (tokens + 50.0), make))
+        kind = "traits" if card.name in TRAITS else MORE
+        found.append(Outline(card.name, kind, len(card.test), arm, written, 2 * (tokens + 50.0), make))
     return found
 
 

@@ -177,7 +177,8 @@ def forecast(
 
     if write is not None:
         check_target(write, ".json")
-    cases, sources = [], []
+    cases: list[Any] = []
+    sources = []
     for folder in runs:
         more, source = _cases(folder)
         cases += more
