@@ -147,6 +147,9 @@ class Results:
         if with_prompt:
             what = ", ".join(beaten) if beaten else "none"
             said.append(f"at least as much as the prompt itself, on the {len(with_prompt)} tasks that have one: {what}")
+            deaf = [task.name for task in with_prompt if not task.told[PROMPT].better]
+            if deaf:
+                said.append(f"the model doesn't do it when it is asked to, either, on: {', '.join(deaf)}")
         said.append(
             f"{error_rate()}: of {len(rows)} rows that do nothing, up to {max(1, round(LEVEL * len(rows)))} would be"
             " called better"
