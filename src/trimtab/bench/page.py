@@ -30,7 +30,8 @@ th { color: var(--soft); font-weight: 600 } td.n, th.n { text-align: right; font
   white-space: nowrap }
 th.t { vertical-align: bottom; max-width: 7.5rem; overflow-wrap: anywhere; font-weight: 500 }
 td.good { background: var(--goodback); color: var(--good) } td.bad { background: var(--badback); color: var(--bad) }
-td.flat { background: var(--flatback) } tr.control td { color: var(--soft) } tr.told td { font-weight: 600 }
+td.flat { background: var(--flatback) } td.v { min-width: 12rem }
+tr.control td { color: var(--soft) } tr.told td { font-weight: 600 }
 details { margin: .5rem 0; border: 1px solid var(--line); border-radius: 6px; padding: .4rem .8rem }
 summary { cursor: pointer; font-weight: 600 }
 """
@@ -81,7 +82,7 @@ def _facts(results: Results) -> str:
 
 
 def _overview(results: Results) -> str:
-    heads = "".join(f"<th class=t>{escape(task.name)}" for task in results.tasks)
+    heads = "".join(f"<th class=t>{escape(task.name).replace('_', '_<wbr>')}" for task in results.tasks)
     lines = [f"<tr><th>method{heads}"]
     base = "".join(f"<td class=n>{task.unsteered:.2f}" for task in results.tasks)
     lines.append(f"<tr class=control><td>unsteered score{base}")
@@ -134,7 +135,8 @@ def _task(task: TaskResults) -> str:
         "<tr><th>method<th class=n>nats<th class=n>score<th class=n>gain<th class=n>won : lost<th class=n>p<th class=n>"
         f"p, random<th class=n>p, orthogonal{heads}<th>verdict"
     ]
-    lines.append(f"<tr class=control><td>unsteered<td><td class=n>{task.unsteered:.2f}")
+    rest = "<td>" * (len(beside) + len(sides) + 6)
+    lines.append(f"<tr class=control><td>unsteered<td><td class=n>{task.unsteered:.2f}{rest}")
     for arm, one in task.told.items():
         lines.append(
             f"<tr class=told><td>{escape(arm)}<td><td class=n>{one.after:.2f}<td class=n>{_interval(one.difference)}"
@@ -166,7 +168,7 @@ def _line(row: Row, cell: Cell, best: bool, beside: list[str], sides: list[str])
         f"<tr{kind}><td>{name}<td class=n>{'' if cell.nats is None else f'{cell.nats:g}'}<td class=n>{one.after:.2f}"
         f"<td class=n>{_interval(one.difference)}<td class=n>{one.won} : {one.lost}<td class=n>{one.corrected:.2g}"
         f"<td class=n>{_p(cell.random)}<td class=n>{_p(cell.orthogonal)}{more}"
-        f'<td class="{tone}">{escape(words)}'
+        f'<td class="v {tone}">{escape(words)}'
     )
 
 
