@@ -46,11 +46,18 @@ def learn_broken(lm, pairs, layers=None, **_):
     raise TrimtabError("it can't learn this")
 
 
+def learn_interrupted(lm, pairs, layers=None, **_):
+    """As a descent that somebody stopped: the best so far, and its card says so."""
+    return Steering(
+        (Edit(Site(1), Add(direction(9).float())),), Card("x", model=lm.identity, measured={"interrupted": True})
+    )
+
+
 def own(name):
     return Recipe(name, name, "none", "pairs", "texts", "adds", f"test_equal_nats:learn_{name}", shapes=("texts",))
 
 
-RECIPES = {name: own(name) for name in ("planted", "nothing", "broken")} | {
+RECIPES = {name: own(name) for name in ("planted", "nothing", "broken", "interrupted")} | {
     name: recipes()[name] for name in ("random", "caa", "bipo", "actadd", "safety", "tda")
 }
 
@@ -70,7 +77,7 @@ def task_of(lm, _store, count):
     )
 
 
-def planned(rows=tuple(RECIPES), nats=NATS, **settings):
+def planned(rows=tuple(name for name in RECIPES if name != "interrupted"), nats=NATS, **settings):
     outline = Outline("says it", "mine", ITEMS, Cost(4, 10), Cost(), 10.0, task_of)
     rows = tuple(sorted(rows, key=lambda name: name != "random"))
     return Plan(Settings(nats=nats, items=ITEMS, **settings), (outline,), RECIPES, rows, ())
@@ -138,6 +145,13 @@ def test_an_interrupted_run_ends_with_the_same_bytes(lm, done, tmp_path):
     bench(lm, planned(), tmp_path)
     assert files(tmp_path) == files(done[0])
     assert all(files(tmp_path)[name] == data for name, data in before.items())
+
+
+def test_what_was_learned_in_part_only_is_not_kept(lm, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        bench(lm, planned(("random", "interrupted")), tmp_path)
+    assert not list((tmp_path / "learned").glob("*interrupted*"))
+    assert not list((tmp_path / "cells").glob("*interrupted*"))
 
 
 def test_another_runs_folder_is_refused(lm, done):

@@ -68,7 +68,10 @@ def given_to(recipe: Recipe, lessons: Lessons, seed: int) -> Given | str:
 
 
 def learned(lm: LM, recipe: Recipe, given: Given) -> Steering:
-    """The method's steering, at its own defaults but for what was given. Raises what the method raises."""
+    """The method's steering, at its own defaults but for what was given.
+
+    Raises what the method raises, and `KeyboardInterrupt` where it was interrupted and ended before it was done.
+    """
     options = dict(given.options)
     if recipe.name == "iti":
         from trimtab.engines.transformers.places import query_heads
@@ -77,6 +80,8 @@ def learned(lm: LM, recipe: Recipe, given: Given) -> Steering:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few pairs a method may well warn
         steering: Steering = recipe.load()(lm, *given.data, None, **options)
+    if steering.card.measured.get("interrupted"):
+        raise KeyboardInterrupt  # a descent ends with the best so far, and a run keeps whole cells only
     if not steering.edits:
         raise TrimtabError("it learned a steering that edits nothing")
     return steering
