@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,10 @@ def learn_broken(lm, pairs, layers=None, **_):
     raise TrimtabError("it can't learn this")
 
 
+def learn_foreign(lm, pairs, layers=None, **_):
+    raise RuntimeError("a fault of theirs")
+
+
 def learn_interrupted(lm, pairs, layers=None, **_):
     """As a descent that somebody stopped: the best so far, and its card says so."""
     return Steering(
@@ -57,9 +62,11 @@ def own(name):
     return Recipe(name, name, "none", "pairs", "texts", "adds", f"test_equal_nats:learn_{name}", shapes=("texts",))
 
 
-RECIPES = {name: own(name) for name in ("planted", "nothing", "broken", "interrupted")} | {
-    name: recipes()[name] for name in ("random", "caa", "bipo", "actadd", "safety", "tda")
-}
+RECIPES = (
+    {name: own(name) for name in ("planted", "nothing", "broken", "interrupted")}
+    | {"foreign": replace(own("foreign"), distribution="theirs 1.0")}
+    | {name: recipes()[name] for name in ("random", "caa", "bipo", "actadd", "safety", "tda")}
+)
 
 
 def task_of(lm, _store, count):
@@ -115,6 +122,7 @@ def test_methods_that_cannot_act_are_listed_with_the_reason(done):
     assert "all prompts are of one kind" in task.left_out["safety"]
     assert "directed at nothing" in task.left_out["tda"]
     assert task.left_out["broken"] == "it couldn't be learned: it can't learn this"
+    assert task.left_out["foreign"] == "it couldn't be learned: RuntimeError: a fault of theirs (theirs 1.0)"
 
 
 def test_every_strength_has_the_divergence_that_was_asked_for(lm, done):
@@ -152,6 +160,19 @@ def test_what_was_learned_in_part_only_is_not_kept(lm, tmp_path):
         bench(lm, planned(("random", "interrupted")), tmp_path)
     assert not list((tmp_path / "learned").glob("*interrupted*"))
     assert not list((tmp_path / "cells").glob("*interrupted*"))
+
+
+def test_a_task_that_cannot_be_measured_is_left_out_with_the_reason(lm, tmp_path):
+    long = Outline("too long", "mine", 4, Cost(), Cost(), 1.0, too_long)
+    whole = planned(("random", "planted"))
+    found = bench(lm, replace(whole, outlines=(long, *whole.outlines)), tmp_path)
+    assert [task.name for task in found.tasks] == ["says it"]
+    assert "tokens" in found.left_out["too long"]
+
+
+def too_long(lm, store, count):
+    arms = {PLAIN: [prompt(1, 500)] * count}
+    return replace(task_of(lm, store, count), name="too long", told=(), measure=by_answers(arms, lambda *_: 0.0, 4))
 
 
 def test_another_runs_folder_is_refused(lm, done):

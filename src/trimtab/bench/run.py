@@ -62,16 +62,15 @@ def bench(
     for outline in plan.outlines:
         if say is not None:
             say(outline.name)
-        task = None
+        running: _Running | None = None
         try:
-            task = outline.make(lm, store, plan.items)
+            running = _Running(lm, store, plan, outline.make(lm, store, plan.items))
+            running.arms()
         except TrimtabError as error:
             store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
-        if task is not None:
-            running = _Running(lm, store, plan, task)
-            running.arms()
+            running = None
         for name in plan.rows:
-            if task is not None:
+            if running is not None:
                 running.cell(name)
             done += 1
             if progress is not None:
@@ -98,6 +97,10 @@ class _Running:
     def arms(self) -> None:
         """The arms without a steering, and what the task is."""
         task = self.task
+        for arm in (PLAIN, *task.told):
+            found = self.store.keep("cells", task.name, arm, make=partial(self._told, arm))
+            if arm == PLAIN:
+                self._plain = _measured(found)
         self.store.keep(
             "cells",
             task.name,
@@ -110,10 +113,6 @@ class _Running:
                 "pairs": {shape: len(pairs) for shape, pairs in task.lessons.pairs.items()},
             },
         )
-        for arm in (PLAIN, *task.told):
-            found = self.store.keep("cells", task.name, arm, make=partial(self._told, arm))
-            if arm == PLAIN:
-                self._plain = _measured(found)
 
     def _told(self, arm: str) -> dict[str, Any]:
         return asdict(self._measure(arm, [None])[0])
@@ -135,6 +134,10 @@ class _Running:
             self.lm.check(steering)
         except (TrimtabError, ValueError, ArithmeticError) as error:
             return {"left_out": f"it couldn't be learned: {error}"}
+        except Exception as error:
+            if recipe.distribution == "trimtab":
+                raise
+            return {"left_out": f"it couldn't be learned: {type(error).__name__}: {error} ({recipe.distribution})"}
         found = self._dosed(steering, None, {})
         found["edits"] = len(steering.edits)
         found["digest"] = steering_digest(steering)

@@ -32,7 +32,8 @@ def outlines(tokens: int, pairs: int) -> list[Outline]:
     """A task for each trait card; those that are run anyway first."""
     found = []
     for card in sorted(traits().values(), key=lambda one: (one.name not in TRAITS, one.name)):
-        arm, written = Cost(0, 2 * (tokens + 60)), Cost(2 * tokens, 4 * (tokens + 60))
+        texts = 2 * (len(card.learn) + len(card.test)) / max(1, pairs)  # all questions are answered, to find enough
+        arm, written = Cost(0, 2 * (tokens + 60)), texts * Cost(tokens, 2 * (tokens + 60))
         make = partial(_task, card, tokens, pairs)
         kind = "traits" if card.name in TRAITS else MORE
         found.append(Outline(card.name, kind, len(card.test), arm, written, 2 * (tokens + 50.0), make))
@@ -48,12 +49,12 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
 
         return _contrasts(store.keep("texts", card.name, side, make=write))
 
-    learn, test = answered("learn", card.learn[:pairs]), answered("test", card.test[:count])
-    chosen = test.questions
-    if len(chosen) < LEAST or len(learn.questions) < LEAST:
+    learn, test = answered("learn", card.learn), answered("test", card.test)
+    chosen, taught = test.questions[:count], learn.questions[:pairs]
+    if len(chosen) < LEAST or len(taught) < LEAST:
         raise TrimtabError(
             f"the model's own answers for and against {card.name} differ on {len(chosen)} test questions and"
-            f" {len(learn.questions)} to learn from; at least {LEAST} of each are needed"
+            f" {len(taught)} to learn from; at least {LEAST} of each are needed"
         )
     heard = hears_system(lm)
     sides = [(_first(test.positive, q), _first(test.negative, q)) for q in chosen]
@@ -67,7 +68,6 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
         tuple({arm: Given(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
         for i, both in enumerate(sides)
     ]
-    taught = learn.questions
     return Task(
         name=card.name,
         about=f"by how much answers that are {card.name} are likelier than others",
@@ -95,7 +95,7 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
                 else (),
             },
             contrast=(idea.positive[0], idea.negative[0]),
-            teacher={"system": idea.positive[0], "queries": card.learn[:pairs], "tokens": tokens},
+            teacher={"system": idea.positive[0], "queries": card.learn, "tokens": tokens},
         ),
         asked=queries("tune")[:ASKED],
         measure=by_leads([(positive, negative) for positive, negative in answers]),
