@@ -22,7 +22,7 @@ def too_few(held_out: int) -> str | None:
     prompts = f"{held_out} prompt" if held_out == 1 else f"{held_out} prompts"
     return (
         f"the last word will be on {prompts}, and even if all of them are won that can't be told from luck"
-        f" ({ENOUGH} are needed at {LEVEL:.0%}): take what is found as a hint, or give more prompts"
+        f" ({ENOUGH} are needed at {LEVEL:.0%}), so the answer will be not to steer: give more prompts"
     )
 
 
