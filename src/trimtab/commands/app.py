@@ -19,9 +19,11 @@ from trimtab.commands import (  # noqa: F401 (they register)
     eval_capability,
     eval_harness,
     eval_ifeval,
+    eval_inspect,
     eval_judge,
     eval_refusal,
 )
+from trimtab.commands.audit import audit
 from trimtab.commands.bake import bake
 from trimtab.commands.bench import bench, forecast
 from trimtab.commands.chat import chat
@@ -91,6 +93,7 @@ app.command()(tune)
 app.add_typer(evaluations)
 app.command()(bench)
 app.command()(forecast)
+app.command()(audit)
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
