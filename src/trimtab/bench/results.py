@@ -128,6 +128,7 @@ class Results:
         rows = [(task, row) for task in self.tasks for row in task.rows if row.method != CONTROL]
         better = [(task, row) for task, row in rows if row.cell.verdict == BETTER]
         whole = [(task, row) for task, row in better if not row.cell.broken]
+        heard = [row for _, row in better if "repeated" in row.cell.beside]
         said = []
         if not rows:
             return ["nothing was measured: no method could act on any of the tasks"]
@@ -137,7 +138,8 @@ class Results:
         else:
             said.append(
                 f"{len(better)} of {len(rows)} rows (a method on a task) are better than the unsteered model and than"
-                f" random directions at the same divergence; {len(whole)} of these leave the text whole"
+                f" random directions at the same divergence; of {len(heard)} of these answers were generated, and"
+                f" {len([row for row in heard if not row.cell.broken])} leave the text whole"
             )
         if best is not None and best.better:
             ties = [one.method for one in self.methods if one.better == best.better]
