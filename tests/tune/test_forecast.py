@@ -10,11 +10,14 @@ import pytest
 import torch
 from tiny import direction, prompt, tiny
 
+from trimtab.data.read import read_json
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.divergence import divergence, reference
 from trimtab.methods.caa import learn_caa
 from trimtab.text.pairs import Pair
 from trimtab.tune.forecast import (
+    FILE,
+    NAMES,
     Case,
     Forecast,
     Predictors,
@@ -146,4 +149,8 @@ def test_the_words_hang_on_the_chance():
 
 
 def test_the_fit_that_comes_along_gives_a_chance():
+    stored = read_json(FILE)
+    assert stored["names"] == list(NAMES)
+    assert stored["results"] == sum(source["results"] for source in stored["made_from"])
+    assert 0 < stored["worked"] < stored["results"]
     assert 0 <= forecast(Predictors(0.9, 1.0, 0.8, 0.5, 1.9)).chance <= 1
