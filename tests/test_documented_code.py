@@ -22,6 +22,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 RUN_ELSEWHERE = {
     *("README.md", "add-a-method.md", "bake.md", "estimators.md", "notebooks.md", "operations.md", "pairs.md"),
+    "positions.md",
     *("prompts.md", "traits.md", "your-vector.md", "bipo.md", "cap.md", "distill.md", "instaboost.md", "loreft.md"),
     *("pasta.md", "reps.md", "sttp.md"),
 }

@@ -402,8 +402,8 @@ class GenerationBatch:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
             for row, _ in staying:
-                (edits,), ids = _residual([row.edits]), row.request.ids
-                self._session.insert(edits, len(ids), follower(self.tokenizer, edits, ids), row.tokens[-1])
+                (acting,), ids = _residual([row.edits]), row.request.ids
+                self._session.insert(acting, len(ids), follower(self.tokenizer, acting, ids), row.tokens[-1])
                 self._rows.append(row)
         applied = {row.key: _applied(row) for row in rows if row.key in done}
         return [_with(one, applied.get(one.key)) for one in told]
