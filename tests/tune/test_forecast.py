@@ -141,11 +141,25 @@ def test_one_outcome_is_not_enough_to_fit():
 
 def test_the_words_hang_on_the_chance():
     some = Predictors(0.9, 1.0, 0.8, 0.5, 1.9)
-    words = [Forecast(chance, some, 30, 0.8).verdict for chance in (0.9, 0.5, 0.1)]
+    words = [Forecast(chance, some, 30, 12, 0.8).verdict for chance in (0.9, 0.5, 0.1)]
     assert words == ["works", "can't say", "unlikely"]
-    said = str(Forecast(0.9, some, 30, 0.8))
-    assert "forecast: works (chance 90%" in said
-    assert "AUC of 0.80 on tasks that it hadn't seen" in said
+    said = str(Forecast(0.9, some, 30, 12, 0.8))
+    assert said.startswith("forecast: works. 90% of held-out pairs")
+    assert "(chance 90%, by a fit to 30 bench results, of which 12 worked; AUC 0.80 on tasks it hadn't seen)" in said
+
+
+@pytest.mark.parametrize(("results", "worked", "auc"), [(30, 12, 0.69), (30, 4, 0.9), (30, 26, 0.9), (8, 4, 0.9)])
+def test_of_a_fit_that_has_not_shown_its_worth_nothing_is_said(results, worked, auc):
+    found = Forecast(0.99, Predictors(0.9, 1.0, 0.8, 0.5, 1.9), results, worked, auc)
+    assert found.verdict == "can't say"
+    assert "too small to be trusted" in str(found)
+
+
+def test_a_fit_of_ones_own_is_used():
+    some = cases(80, strength=6.0)
+    mine = forecast(Predictors(3.0, 0.0, 0.5, 0.0, 0.0), fit(some))
+    assert mine.trusted
+    assert mine.verdict == "works"
 
 
 def test_the_fit_that_comes_along_gives_a_chance():

@@ -33,8 +33,10 @@ def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, di
     return str(found), {
         "verdict": found.verdict,
         "chance": found.chance,
+        "trusted": found.trusted,
         "auc": found.auc,
-        "results": found.fitted_to,
+        "results": found.results,
+        "worked": found.worked,
         "predictors": asdict(found.predictors),
     }
 

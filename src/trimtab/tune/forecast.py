@@ -45,6 +45,9 @@ TOKENS = 16
 NATS = 1.0
 LIKELY, UNLIKELY = 0.7, 0.3
 """Above the one chance it is said to work, below the other not to; between them nothing is said."""
+TRUSTED_AUC, TRUSTED_EACH = 0.7, 5
+"""A fit is believed where it does so well on tasks that it hasn't seen, and has seen so many results of either outcome;
+otherwise nothing is said, whatever the chance."""
 FILE = "forecast.json"
 
 
@@ -78,35 +81,61 @@ NAMES = ("agree", "log(1 + separation)", "reach", "bend")
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is foretold: the chance that the steering works, by the fit, and what it was fitted to."""
+    """What is foretold.
+
+    Args:
+        chance: That the steering works, by the fit.
+        predictors: What it was made from.
+        results: How many bench results the fit was made from; `worked` of them were better than unsteered and random.
+        worked: See there.
+        auc: How well the fit does on tasks that it hasn't seen.
+    """
 
     chance: float
     predictors: Predictors
-    fitted_to: int
+    results: int
+    worked: int
     auc: float
 
     @property
+    def trusted(self) -> bool:
+        """Whether the fit has shown on tasks that it hadn't seen that it is worth something."""
+        return self.auc >= TRUSTED_AUC and min(self.worked, self.results - self.worked) >= TRUSTED_EACH
+
+    @property
     def verdict(self) -> str:
-        """`"works"`, `"unlikely"` or `"can't say"`."""
-        if self.chance >= LIKELY:
+        """`"works"`, `"unlikely"` or `"can't say"`; always the last where the fit isn't to be trusted."""
+        if self.trusted and self.chance >= LIKELY:
             return "works"
-        return "unlikely" if self.chance <= UNLIKELY else "can't say"
+        return "unlikely" if self.trusted and self.chance <= UNLIKELY else "can't say"
 
     def __str__(self) -> str:
         p = self.predictors
+        made = (
+            f"{self.results} bench results, of which {self.worked} worked; AUC {self.auc:.2f} on tasks it hadn't seen"
+        )
+        sure = (
+            f"chance {self.chance:.0%}, by a fit to {made}"
+            if self.trusted
+            else f"the fit that comes along is too small to be trusted: {made}; `trimtab forecast` fits your own"
+        )
         return (
-            f"forecast: {self.verdict} (chance {self.chance:.0%}; {p.agree:.0%} of held-out pairs point along the"
-            f" direction, their sides are {p.separation:.1f} deviations apart, and a push changes"
-            f" {math.exp(p.reach):.1f} times what a random one does). The chance is a fit to {self.fitted_to} bench"
-            f" results, with an AUC of {self.auc:.2f} on tasks that it hadn't seen"
+            f"forecast: {self.verdict}. {p.agree:.0%} of held-out pairs point along the direction, their sides are"
+            f" {p.separation:.1f} deviations apart, and a push changes {math.exp(p.reach):.1f} times what a random one"
+            f" does ({sure})"
         )
 
 
-def forecast(found: Predictors) -> Forecast:
-    """What the fit that comes along says. It is fitted to small models; look at its AUC before you believe it."""
-    fit = read_json(FILE)
-    chance = chance_of(found.features, fit)
-    return Forecast(chance, found, int(fit["results"]), float(fit["auc"]))
+def forecast(found: Predictors, fit: Mapping[str, Any] | None = None) -> Forecast:
+    """What a fit says of these numbers.
+
+    Args:
+        found: The predictors.
+        fit: What `fit` gave; default: the one that comes along, which `data/forecast.json` tells the origin of.
+    """
+    known = read_json(FILE) if fit is None else fit
+    chance = chance_of(found.features, known)
+    return Forecast(chance, found, int(known["results"]), int(known["worked"]), float(known["auc"]))
 
 
 def chance_of(features: Sequence[float], fit: Mapping[str, Any]) -> float:
@@ -228,7 +257,8 @@ def fit(cases: Sequence[Case], penalty: float = 1.0) -> dict[str, Any]:
         )
     found = _fit(cases, penalty)
     chances, worked = left_out(cases, penalty)
-    return {**found, "names": list(NAMES), "results": len(cases), "worked": sum(worked), "auc": auc_of(chances, worked)}
+    auc = round(auc_of(chances, worked), 6)
+    return {**found, "names": list(NAMES), "results": len(cases), "worked": sum(worked), "auc": auc}
 
 
 def left_out(cases: Sequence[Case], penalty: float = 1.0) -> tuple[list[float], list[bool]]:
