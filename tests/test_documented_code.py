@@ -175,6 +175,7 @@ PREPARED: dict[str, Any] = {
     "directer.md": _directer,
     "cast.md": _cast,
     "instruct.md": lambda lm: {},
+    "steermoe.md": lambda lm: {},
     "tda.md": _tda,
 }
 """What a page's code takes for granted."""
