@@ -23,7 +23,9 @@ from trimtab.engines.transformers.likelihood import LOGITS
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
+from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
@@ -108,6 +110,7 @@ def reference(
     return Reference(texts, tuple(read_given(lm, texts, None)))
 
 
+@keywords
 def divergence(
     lm: LM,
     steering: Steering | Sequence[Steering | None] | None,
@@ -165,7 +168,7 @@ def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Ste
     each = [steering] * len(texts) if steering is None or isinstance(steering, Steering) else list(steering)
     if len(each) != len(texts):
         raise TrimtabError(f"{len(each)} steerings for {len(texts)} texts; give one for each, or one for all")
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(lm.model)
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
     same_length = any(is_score_edit(edit) for one in each if one is not None for edit in one.edits)
     found: dict[int, Tensor] = {}

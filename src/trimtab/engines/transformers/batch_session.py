@@ -23,6 +23,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
 from trimtab.engines.transformers.positions import Pass
 from trimtab.engines.transformers.session import STRIDE, Session, Tally, _Step
+from trimtab.engines.transformers.weights import device_of
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site
 
@@ -257,6 +258,5 @@ class BatchSession(Session):
         self._aside = []
 
     def _device_of(self, site: Site) -> torch.device:
-        """Where a site's module is; of one that is loaded when it runs, the session sees it then."""
-        here = next((p.device for p in self._place(site).module.parameters()), torch.device("cpu"))
-        return torch.device("cpu") if here.type == "meta" else here
+        """Where a site's module computes."""
+        return device_of(self._place(site).module)
