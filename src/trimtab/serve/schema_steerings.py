@@ -126,6 +126,10 @@ class VerdictTold(Out):
     likelier: float | None = Field(None, description="How much likelier they are themselves, in nats a token.")
     interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
     random: list[float] = Field(description="The same of random directions.")
+    p: float = Field(
+        description="How often luck does as well: the largest p of the exact paired tests against the unsteered model"
+        " and against each random direction."
+    )
     questions: int
     loops: float = Field(description="The share of answers that go in circles.")
     loops_prompted: float | None = Field(None, description="The same under the system prompt.")
