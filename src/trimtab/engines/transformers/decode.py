@@ -31,6 +31,7 @@ from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
@@ -52,7 +53,8 @@ class GenerationRequest:
     """What one row is to be: a rendered prompt, its steering, how its tokens are chosen, and how many at most.
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
-    `settings` are those of `sampling` and the model's own, unless they are given.
+    `settings` are those of `sampling` and the model's own, unless they are given. `matcher` stands at the beginning of
+    the grammar that the answer keeps to; the row takes a copy.
     """
 
     ids: tuple[int, ...]
@@ -61,6 +63,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     alternatives: int | None = None
     settings: Settings | None = None
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,12 @@ class GenerationBatch:
         token = int(fact[0])
         row.tokens.append(token)
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
+        if (matcher := row.sampler.matcher) is not None:
+            try:
+                matcher.take(token)
+            except TrimtabError as error:
+                return GenerationResponse(row.key, error=error)
+            finish = "stop" if matcher.done else finish
         if row.request.alternatives is None:
             return GenerationResponse(row.key, token, finish=finish)
         likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most :], strict=True))
@@ -419,7 +428,8 @@ class GenerationBatch:
                 settings = Settings.of(self.model, options, len(request.ids), self.device)
                 if not settings.others:  # these may depend on the prompt
                     self._settings[plain] = settings
-        return RowSampler(settings, sampling.seed, request.max_new_tokens)
+        matcher = None if request.matcher is None else request.matcher.copy()
+        return RowSampler(settings, sampling.seed, request.max_new_tokens, matcher)
 
     def _sampler(self, rows: Sequence[_Row]) -> BatchSampler:
         samplers = [row.sampler for row in rows if row.sampler is not None]
