@@ -136,10 +136,15 @@ class Results:
         if not better:
             said.append(f"none of the {len(rows)} rows (a method on a task) is told from luck")
         else:
+            whole_text = sum(not row.cell.broken for row in heard)
+            text = (
+                f"answers were generated for {len(heard)} of these, and {whole_text} leave the text whole"
+                if heard
+                else "none of these generates answers, so nothing is known of the text"
+            )
             said.append(
                 f"{len(better)} of {len(rows)} rows (a method on a task) are better than the unsteered model and than"
-                f" random directions at the same divergence; of {len(heard)} of these answers were generated, and"
-                f" {len([row for row in heard if not row.cell.broken])} leave the text whole"
+                f" random directions at the same divergence; {text}"
             )
         if best is not None and best.better:
             ties = [one.method for one in self.methods if one.better == best.better]
