@@ -19,6 +19,7 @@ import torch
 from other_programs import has_vllm
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together, read_write
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trimtab import (
     Ablate,
@@ -37,6 +38,7 @@ from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.vllm import operator
 from trimtab.engines.vllm.attach import attach
 from trimtab.engines.vllm.bank import Bank, Slots
+from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.core import Failure, Room, block_keys, patch_core, patch_scheduler
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.endpoint import Endpoint
@@ -71,11 +73,12 @@ def steering(*edits: tuple[int, Any, Positions]) -> Steering:
     return Steering(tuple(Edit(Site(layer), operation, where) for layer, operation, where in edits))
 
 
-def placed(given: Steering, prompt_length: int) -> tuple[Wire, Steering]:
+def placed(given: Steering, prompt_length: int, static: bool = False) -> tuple[Wire, Steering]:
     """The wire of a steering for a prompt of this length, and its content."""
     digest, content, strengths = content_of(given)
     part = Wire.from_plain({"parts": [[digest, list(strengths)]], "reading": None, "prompt_length": 0, "spans": []})
-    wire = part.placed(compile_program(identified(part.parts[0], content), prompt_length), prompt_length)
+    segments = compile_program(identified(part.parts[0], content), prompt_length)
+    wire = part.placed(segments, prompt_length, static=static)
     assert Wire.from_plain(wire.to_plain()) == wire
     return wire, content
 
@@ -184,8 +187,8 @@ class Sent:
 FAILURE = Failure("failed", "error", SimpleNamespace, Sent)
 
 
-def request(name: str, given: Steering | None) -> Any:
-    extra = {RESOLVED: placed(given, 4)[0].to_plain()} if given else None
+def request(name: str, given: Steering | None, static: bool = False) -> Any:
+    extra = {RESOLVED: placed(given, 4, static)[0].to_plain()} if given else None
     params = SimpleNamespace(extra_args=extra)
     return SimpleNamespace(request_id=name, sampling_params=params, client_index=0)
 
@@ -208,6 +211,18 @@ class TestWaiting:
         assert list(scheduler.requests) == ["e", "c"]
         scheduler._free_request(scheduler.requests["c"])
         assert list(scheduler.requests) == ["e", "d"]
+
+    def test_requests_wait_for_a_map_too(self, scheduler: Any) -> None:
+        """Where captured graphs are replayed; there are fewer of these, and additions don't wait for them."""
+        scheduler.vllm_config.additional_config["trimtab"] |= {"slots": 9, "maps": 2}
+        mapped = [steering((1, Ablate(direction(i)), RULES[0])) for i in (1, 2)]
+        for name, given in (("a", mapped[0]), ("b", steering((1, Add(direction(3)), RULES[0]))), ("c", mapped[1])):
+            scheduler.add_request(request(name, given, static=True))
+        assert list(scheduler.requests) == ["a", "b"]
+        scheduler._free_request(scheduler.requests["a"])
+        assert list(scheduler.requests) == ["b", "c"]
+        scheduler.add_request(request("d", mapped[0]))  # of an engine without graphs
+        assert list(scheduler.requests) == ["b", "c", "d"]
 
     def test_who_gives_up_waits_no_more(self, scheduler: Any) -> None:
         one, other = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
@@ -359,10 +374,15 @@ class Recorded(TorchDispatchMode):
 
     def replay(self) -> None:
         made: dict[int, Any] = {}
+
+        def current(x: Any) -> Any:
+            return made.get(id(x), x)
+
         for func, args, kwargs, out in self.calls:
-            now = func(*(made.get(id(a), a) for a in args), **kwargs)
-            if isinstance(out, torch.Tensor) and not any(out is a for a in args):
-                made[id(out)] = now
+            given, named = tree_map(current, (args, kwargs))
+            now = func(*given, **named)
+            if not any(out is a for a in args):
+                made |= {id(old): new for old, new in zip(tree_leaves(out), tree_leaves(now), strict=True)}
 
 
 class Step(SimpleNamespace):
@@ -980,7 +1000,7 @@ class TestWorkers:
         monkeypatch.setattr(operator, "RIGS", [shown])
         one, two = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
         block, plain = torch.nn.Identity(), torch.nn.Identity()
-        attach({5: block, 6: plain}, 0, adds_only=adds_only)
+        attach({5: block, 6: plain}, 0, adds_only=(5,) if adds_only else ())
         assert block((one, two)) == (one, two)
         plain(one)
         assert [layer for layer, _, _ in seen] == [5, 6]
@@ -1141,6 +1161,14 @@ class TestAround:
         assert settings_from_environment().slots == 12
         monkeypatch.setenv("TRIMTAB_SLOTS", "one")
         with pytest.raises(TrimtabError, match="TRIMTAB_SLOTS is a whole number from 2, got 'one'"):
+            settings_from_environment()
+        monkeypatch.delenv("TRIMTAB_SLOTS")
+        wanted = Capacity(rank=2, layers=(1,))
+        assert settings_from_environment(wanted) == Settings(capacity=wanted.to_plain())
+        monkeypatch.setenv("TRIMTAB_KERNEL", "projections")
+        assert Capacity.from_plain(settings_from_environment(wanted).capacity) == Capacity(rank=4)
+        monkeypatch.setenv("TRIMTAB_MAPS", "1")
+        with pytest.raises(TrimtabError, match="TRIMTAB_MAPS is a whole number from 2, got '1'"):
             settings_from_environment()
 
     def test_a_steering_as_bytes(self) -> None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.engines.folding import check_together
+from trimtab.engines.vllm.capacity import Capacity
+from trimtab.engines.vllm.forms import check_edit
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import MaskNeurons, Operation, ScoreOperation, Steering
 from trimtab.steering.gates import thresholds
-from trimtab.steering.operations import add
 
 INSTEAD = "the transformers engine can (leave out engine=)"
 INSIDE = ("neurons", "act_fn", "heads", "mlp", "attention")
 """Sites inside of a block."""
 
 
-def check_supported(steering: Steering, *, layers: int, width: int, static: bool = False) -> None:
+def check_supported(steering: Steering, *, layers: int, width: int, capacity: Capacity | None = None) -> None:
     """Raises `TrimtabError` for a steering that doesn't fit a model of these sizes, or that this engine can't run.
 
-    `static`: the engine replays captured graphs, in which there are additions alone.
+    `capacity`: the engine replays captured graphs, and that is what they can do. Each edit is looked at alone here;
+    whether those that act together fit is known when a request comes.
     """
     for edit in steering.edits:
         operation = edit.operation
@@ -41,12 +43,19 @@ def check_supported(steering: Steering, *, layers: int, width: int, static: bool
         if operation.width != width:
             raise TrimtabError(f"the steering's width is {operation.width}, this model's is {width}")
         _check_gate(edit, layers, width)
-        if static and (operation.kernel is not add or operation.keep_norm or edit.gate.token_sites):
-            raise UnsupportedError(
-                f"this engine replays captured graphs, which hold additions alone, and this is {edit}; start it with"
-                " enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
-            )
+        if capacity is not None and edit.strength != 0:
+            _check_graphs(edit, capacity)
     check_together(steering)
+
+
+def _check_graphs(edit: Any, capacity: Capacity) -> None:
+    if edit.gate.readings and not capacity.reads:
+        raise UnsupportedError(
+            f"{edit}: its gate reads the prompt, and this engine replays captured graphs, which keep no activations;"
+            " start it with TRIMTAB_KERNEL=all, or with enforce_eager=True"
+        )
+    if not (edit.gate.readings and edit.gate.token_sites):  # what is left of it is known once the prompt was read
+        check_edit(edit, capacity)
 
 
 def _check_gate(edit: Any, layers: int, width: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.vllm.operator import define
+from trimtab.engines.vllm.operator import define, place_of
 from trimtab.errors import UnsupportedError
 
 
@@ -37,24 +38,29 @@ def _is_block(module: nn.Module) -> bool:
     return sum(1 for _ in module.children()) > 1
 
 
-def attach(blocks: dict[int, nn.Module], rig: int, *, adds_only: bool = False) -> None:
+PLACE = "trimtab_place"
+
+
+def attach(blocks: dict[int, nn.Module], rig: int, *, adds_only: Collection[int] = ()) -> None:
     """Let the operator act on what each block puts out: a tensor, or a pair of tensors whose sum is the stream.
 
-    To add, it needs the first of the two alone (`adds_only`). One that is shown the other as well makes the compiler
-    keep that in memory, in the model's dtype, where it would have kept a sum in float32 for itself.
+    To add, it needs the first of the two alone (at the layers `adds_only`). One that is shown the other as well makes
+    the compiler keep that in memory, in the model's dtype, where it would have kept a sum in float32 for itself.
     """
     define()
     for layer, block in blocks.items():
-        block.register_forward_hook(_hook(rig, layer, adds_only))
+        block.register_buffer(PLACE, place_of(rig, layer), persistent=False)
+        block.register_forward_hook(_adding if layer in adds_only else _steering)
 
 
-def _hook(rig: int, layer: int, adds_only: bool) -> Any:
-    def steer(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            torch.ops.trimtab.steer(output, None, rig, layer)
-        elif isinstance(output, tuple) and len(output) == 2:
-            torch.ops.trimtab.steer(output[0], None if adds_only else output[1], rig, layer)
-        else:
-            raise UnsupportedError("this model's blocks put out neither a tensor nor a pair; trimtab can't steer it")
+def _steering(block: nn.Module, _args: Any, output: Any) -> None:
+    if isinstance(output, Tensor):
+        torch.ops.trimtab.steer(output, None, getattr(block, PLACE))
+    elif isinstance(output, tuple) and len(output) == 2:
+        torch.ops.trimtab.steer(output[0], output[1], getattr(block, PLACE))
+    else:
+        raise UnsupportedError("this model's blocks put out neither a tensor nor a pair; trimtab can't steer it")
 
-    return steer
+
+def _adding(block: nn.Module, args: Any, output: Any) -> None:
+    _steering(block, args, output[0] if isinstance(output, tuple) and len(output) == 2 else output)

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.counting import MARK
+from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.program import Identified, check_range, compile_program
 from trimtab.engines.vllm.rpc import Rpc, run, run_async
@@ -90,6 +92,10 @@ class Names:
         for file in sorted(folder.glob("*.safetensors")):
             self.register(file.stem, load_steering(file))
 
+    def capacity(self) -> Capacity:
+        """What captured graphs must be able to do for any one of them; one that they can't do asks for nothing."""
+        return union(map(capacity_for, self._steerings.values()))
+
     def load_environment(self) -> None:
         """The folder that `$TRIMTAB_STEERINGS` names, if it names one."""
         if folder := os.environ.get(STEERINGS):
@@ -132,12 +138,18 @@ class Link:
     sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
     retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
     dtype: torch.dtype = torch.float32  # of the residual stream
+    capacity: Capacity = ADDITIONS  # of captured graphs
+    maps: int = 1
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
-        check_supported(steering, layers=self.layers, width=self.width, static=self.static)
+        check_supported(steering, layers=self.layers, width=self.width, capacity=self._capacity)
+
+    @property
+    def _capacity(self) -> Capacity | None:
+        return self.capacity if self.static else None
 
     def place(self, wire: Wire, prompt_length: int) -> Wire:
         """The wire for a prompt of this length.
@@ -151,7 +163,14 @@ class Link:
         segments = compile_program(edits, prompt_length)
         for segment in segments:
             check_range(segment.state, self.dtype)
-        placed = wire.placed(segments, prompt_length)
+            if self.static:
+                check_fits(segment.state, self.capacity)
+        placed = wire.placed(segments, prompt_length, static=self.static)
+        if len(placed.maps) > self.maps - 1:
+            raise TrimtabError(
+                f"this request needs {len(placed.maps)} slots of maps, the engine has {self.maps - 1}; raise"
+                " TRIMTAB_MAPS"
+            )
         if len(placed.slots) > self.slots - 1:
             raise TrimtabError(
                 f"this request needs {len(placed.slots)} slots, the engine has {self.slots - 1}; raise TRIMTAB_SLOTS"
@@ -176,7 +195,16 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
     if missing := sorted(set(range(layers)) - {layer for hello in hellos for layer in hello["here"]}):
         raise UnsupportedError(f"no worker steers after block {missing[0]}")
     static = any(hello["static"] for hello in hellos)
-    return Link(settings_of(config).slots, layers, hellos[0]["width"], static, dtype=getattr(torch, hellos[0]["dtype"]))
+    settings = settings_of(config)
+    return Link(
+        settings.slots,
+        layers,
+        hellos[0]["width"],
+        static,
+        dtype=getattr(torch, hellos[0]["dtype"]),
+        capacity=Capacity.from_plain(settings.capacity),
+        maps=settings.maps,
+    )
 
 
 LINK = "_trimtab_link"

@@ -14,26 +14,39 @@ if TYPE_CHECKING:
     from trimtab.engines.vllm.rig import Rig
 
 RIGS: list[Rig] = []
-"""This process's engines' rigs; the operator names one by its number, which is part of the graph."""
+"""This process's engines' rigs; the operator is told the number of one."""
 
 _library = torch.library.Library("trimtab", "FRAGMENT")
 
 
-def _steer(hidden: Tensor, residual: Tensor | None, rig: int, layer: int) -> None:
+def _steer(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
+    rig, layer = divmod(int(place), LAYERS)
     RIGS[rig].apply(layer, hidden, residual)
 
 
-def _steer_fake(hidden: Tensor, residual: Tensor | None, rig: int, layer: int) -> None:
+def _steer_fake(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
     return None
 
 
+LAYERS = 1 << 16
+"""More than any model has."""
+
+
+def place_of(rig: int, layer: int) -> Tensor:
+    """What tells the operator behind which block of which engine it stands.
+
+    It is a tensor, on the CPU, and so an input of the graph and no constant in it: alike blocks are compiled once.
+    """
+    return torch.tensor(rig * LAYERS + layer)
+
+
 def define() -> None:
-    """Make `torch.ops.trimtab.steer(hidden, residual, rig, layer)` known, once a process.
+    """Make `torch.ops.trimtab.steer(hidden, residual, place)` known, once a process.
 
     `hidden` and `residual` are `[tokens, width]`; the residual stream is their sum, and `hidden` takes the edit.
     """
     if hasattr(torch.ops.trimtab, "steer"):
         return
-    _library.define("steer(Tensor(a!) hidden, Tensor? residual, int rig, int layer) -> ()")
+    _library.define("steer(Tensor(a!) hidden, Tensor? residual, Tensor place) -> ()")
     _library.impl("steer", _steer, "CompositeExplicitAutograd")
     torch.library.register_fake("trimtab::steer", _steer_fake, lib=_library)

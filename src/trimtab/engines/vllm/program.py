@@ -56,6 +56,11 @@ class State:
         """Whether it adds anywhere, and so needs a slot of the bank."""
         return bool(self.added)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether it does more than add anywhere, and so needs a slot of the maps of captured graphs."""
+        return bool(self.staged)
+
     def row(self, layer: int, dtype: torch.dtype) -> Tensor:
         """What it adds after a layer: `[width]`. Raises `TrimtabError` for numbers that the dtype can't hold."""
         slot = self.added[layer]

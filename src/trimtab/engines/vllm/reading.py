@@ -23,10 +23,10 @@ AHEAD = 4
 
 def check_readable(link: Link, sites: Sequence[Site]) -> None:
     """Raises `UnsupportedError` for a site that an engine can't read, and for an engine that can't read."""
-    if link.static:
+    if link.static and not link.capacity.reads:
         raise UnsupportedError(
-            "this engine replays captured graphs, from which activations can't be read (by gates, too); start it with"
-            " enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
+            "this engine replays captured graphs, which keep no activations to be read (by gates, too); start it with"
+            " TRIMTAB_KERNEL=all, with enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
         )
     for site in sites:
         if site.kind != "residual" or not 0 <= site.layer < link.layers:

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
-from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.bank import Bank, Filled, to_device
+from trimtab.engines.vllm.capacity import ADDITIONS, Capacity
 from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
+from trimtab.engines.vllm.forms import check_fits, state_forms
+from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.program import Identified, Segment, State, compile_program, next_border, runs
-from trimtab.engines.vllm.step import Staged, Step, make_step
+from trimtab.engines.vllm.step import Runs, Staged, Step, make_step, slots_of
 from trimtab.engines.vllm.wire import Reading, Wire, identified
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
@@ -66,8 +69,9 @@ NOT_ASKED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer t
 class Rig:
     """The steering of one worker, for the blocks that it has.
 
-    Where the device replays captured graphs (`static`), Python runs at capture alone: then rows are always gathered
-    by the bank's index, and nothing but additions can be honoured.
+    Where the device replays captured graphs (`static`), Python runs at capture alone. Then the operators behind a block
+    are the same whatever acts: they read banks on the device, which are filled before a step, and can do what
+    `capacity` says. Passes of more tokens than are `captured` (`None`: all are) run in Python, and so as elsewhere.
     """
 
     layers: tuple[int, ...]
@@ -76,6 +80,9 @@ class Rig:
     device: torch.device
     bank: Bank
     static: bool = False
+    capacity: Capacity = ADDITIONS
+    maps: Maps | None = None
+    captured: int | None = None
     steerings: dict[str, Steering] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     readings: dict[str, dict[int, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
@@ -87,7 +94,10 @@ class Rig:
     _staged: Staged = field(default_factory=lambda: Staged({}, {}))
     _last: Sequence[str] = ()
     _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
-    _filled: bool = False
+    _adding: Filled | None = None  # the indices of captured graphs
+    _mapping: Filled | None = None
+    _stream: Tensor | None = None  # what captured graphs keep of the residual stream, `[layers, tokens, width]`
+    _replays: bool = False  # whether this pass is one of captured graphs
     _open: bool = False
     _seen: dict[int, int] = field(default_factory=dict)  # calls and tokens behind each block, as `CALL` says
     _due: Set[str] = frozenset()  # the requests with a program that vLLM's step is about
@@ -98,8 +108,14 @@ class Rig:
     _faults: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.static:
-            self.counts = GraphCounts(self.layers, self.device)
+        if not self.static:
+            return
+        self.counts = GraphCounts(self.layers, self.device)
+        self._adding = Filled(self.bank.index)
+        self._mapping = None if self.maps is None else Filled(self.maps.index)
+        if self.capacity.reads:
+            rows = len(self.bank.index) if self.captured is None else self.captured
+            self._stream = torch.zeros(len(self.layers), rows, self.width, dtype=self.dtype, device=self.device)
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
@@ -115,13 +131,22 @@ class Rig:
             edits += identified(part, self.steerings[part.digest])
         segments = compile_program(edits, wire.prompt_length)
         states = tuple({segment.state.key: segment.state for segment in segments}.values())
+        if self.static:
+            for state in states:
+                check_fits(state, self.capacity)
+            if wire.reading is not None and self._stream is None:
+                raise TrimtabError(
+                    f"request {request} reads activations, which this worker's captured graphs don't keep"
+                )
         for state in states:
             if state.banked:
                 self.bank.take(state)
+            if self.maps is not None and state.mapped:
+                self.maps.take(state.key, state_forms(state))
         self.programs[request] = Program(segments, wire.reading, states)
         self._next.pop(request, None)
-        if any(state.staged and state.key not in self._staged.numbers for state in states):
-            self._stage(states)
+        if not self.static:
+            self._stage()
         self._last = ()
 
     def resume(self, requests: Iterable[str]) -> None:
@@ -138,6 +163,8 @@ class Rig:
             for state in program.states if program else ():
                 if state.banked:
                     self.bank.release(state)
+                if self.maps is not None and state.mapped:
+                    self.maps.release(state.key)
             if program is not None:
                 self._last = ()
 
@@ -150,10 +177,12 @@ class Rig:
             found[layer] = every[[last[p] for p in sorted(last)]]
         return found
 
-    def _stage(self, states: Sequence[State]) -> None:
-        """Compile what doesn't merely add anew, for the requests that are here and these states."""
-        alive = [state for program in self.programs.values() for state in program.states] + list(states)
-        staged = list({state.key: state for state in alive if state.staged}.values())
+    def _stage(self) -> None:
+        """Compile what doesn't merely add, for the requests that are here, where it isn't yet."""
+        alive = [state for program in self.programs.values() for state in program.states]
+        if all(state.key in self._staged.numbers for state in alive if state.mapped):
+            return
+        staged = list({state.key: state for state in alive if state.mapped}.values())
         numbers = {state.key: i for i, state in enumerate(staged, 1)}
         layers = {}
         for layer in self.layers:
@@ -178,27 +207,47 @@ class Rig:
         if not self._goes_on(chunks):
             self._turn_to(chunks)
         self._pass = chunks
-        if self.counts is not None and self._needed:
+        if self.counts is not None and self._needed and self._replays:
             self.counts.clear()
 
     def _turn_to(self, chunks: Chunks) -> None:
         """A pass that isn't like the last one."""
         self._fold()
+        self._replays = self.static and (self.captured is None or sum(chunks.counts) <= self.captured)
+        self._step, self._needed = None, {}
+        found: Runs = ()
         if self.programs:
             self._here = {r: self.programs[r].layers for r in chunks.requests if r in self.programs}
             self._check_order(chunks)
-            self._step = self._step_for(chunks)
+            found = self._runs_of(chunks)
             self._reads = self._reads_in(chunks)
         else:
-            self._here, self._step, self._reads, self._last = {}, None, {}, ()
-        step = self._step
+            self._here, self._reads, self._last = {}, {}, ()
         self._needed = {layer: max(read.rows[-1] for read in reads) + 1 for layer, reads in self._reads.items()}
-        if step is not None:
-            for layer in {*step.adds, *step.staged.layers}:
-                self._needed[layer] = max(step.high, self._needed.get(layer, 0))
-        if self.static and (step is not None or self._filled):
-            self.bank.fill(*((0, self.bank.index[:0]) if step is None else (step.low, step.index)))
-            self._filled = step is not None
+        if self.static:
+            self._fill(found if self._replays else ())
+        if not self._replays and self._here:
+            self._stage()
+            self._step = make_step(found, self.bank, self._staged)
+            if self._step is not None:
+                self._need({*self._step.adds, *self._step.staged.layers}, self._step.high)
+
+    def _fill(self, found: Runs) -> None:
+        """What captured graphs find in the indices of their banks."""
+        assert self._adding is not None
+        present = {state.key: state for _, state in found if state is not None}.values()
+        slots = slots_of(found, self.bank.slots, lambda state: state.banked)
+        self._adding.fill(slots)
+        self._need({layer for state in present for layer in state.added}, len(slots))
+        if self.maps is not None and self._mapping is not None:
+            slots = slots_of(found, self.maps.slots, lambda state: state.mapped)
+            self._mapping.fill(slots)
+            self._need({layer for state in present for layer in state.staged}, len(slots))
+
+    def _need(self, layers: Set[int], tokens: int) -> None:
+        """Behind these of the blocks that are here the operator has something to do, on so many tokens."""
+        for layer in layers & self.bank.rows.keys():
+            self._needed[layer] = max(tokens, self._needed.get(layer, 0))
 
     def _fold(self) -> None:
         """Remember where the requests of the last pass go on."""
@@ -226,7 +275,8 @@ class Rig:
             self._lasts -= 1
         return self._lasts is None or self._lasts >= 0
 
-    def _step_for(self, chunks: Chunks) -> Step | None:
+    def _runs_of(self, chunks: Chunks) -> Runs:
+        """The states of a pass's tokens; and how many passes like it may follow."""
         found: list[tuple[int, State | None]] = []
         lasts: int | None = None
         for request, first, count in zip(*chunks, strict=True):
@@ -237,7 +287,7 @@ class Rig:
                 lasts = border - first - 1 if lasts is None else min(lasts, border - first - 1)
         self._last = list(chunks.requests) if max(chunks.counts) == 1 else ()
         self._lasts = lasts
-        return make_step(found, self.bank, self._staged)
+        return found
 
     def _reads_in(self, chunks: Chunks) -> dict[int, list[ReadRows]]:
         """What is read after each layer."""
@@ -249,7 +299,7 @@ class Rig:
                 here = sorted({p for p in reading.positions if first <= p < first + count})
                 if here:
                     rows = [offset + p - first for p in here]
-                    one = ReadRows(reading.id, rows, here, torch.tensor(rows, device=self.device))
+                    one = ReadRows(reading.id, rows, here, to_device(torch.tensor(rows), self.device))
                     for layer in self.bank.rows.keys() & reading.layers:  # of a pipeline's stages each has some
                         found.setdefault(layer, []).append(one)
                 self._last = ()
@@ -259,9 +309,8 @@ class Rig:
     def apply(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
         """After block `layer`, whose output is `hidden + residual`: `[tokens, width]` each."""
         self._seen[layer] = self._seen.get(layer, 0) + CALL + hidden.shape[0]
-        if self.counts is not None:
-            hidden.add_(self.bank.rows[layer].index_select(0, self.bank.index[: hidden.shape[0]]))
-            self.counts.count(layer, hidden.shape[0])
+        if self.counts is not None and (self._replays or not self._open):
+            self._apply_always(layer, hidden, residual, self.counts)
             return
         if not self._open or hidden.shape[0] < self._needed.get(layer, 0):
             return  # outside of a pass, or a fault that `end` finds
@@ -271,6 +320,30 @@ class Rig:
             x = hidden.index_select(0, read.at)
             x = x if residual is None else x + residual.index_select(0, read.at)
             self.readings.setdefault(read.reading, {}).setdefault(layer, []).append((read.positions, x))
+
+    def _apply_always(self, layer: int, hidden: Tensor, residual: Tensor | None, counts: GraphCounts) -> None:
+        """The same operators whatever acts, as a captured graph has them."""
+        tokens = hidden.shape[0]
+        hidden.add_(self.bank.rows[layer].index_select(0, self.bank.index[:tokens]))
+        if self.maps is not None and layer in self.maps.layers:
+            self.maps.act(layer, hidden, residual)
+        if self._stream is not None:
+            kept = self._stream[self.layers.index(layer)]
+            rows = min(tokens, len(kept))
+            if residual is None:
+                kept[:rows].copy_(hidden[:rows])
+            else:
+                torch.add(hidden[:rows], residual[:rows], out=kept[:rows])
+        counts.count(layer, tokens)
+
+    def _read_replayed(self) -> None:
+        """What is read of a pass of captured graphs, from what they have kept."""
+        for layer, reads in self._reads.items():
+            if self._stream is None:
+                continue
+            for read in reads:
+                x = self._stream[self.layers.index(layer)].index_select(0, read.at)
+                self.readings.setdefault(read.reading, {}).setdefault(layer, []).append((read.positions, x))
 
     def end(self) -> Receipt | None:
         """The pass is done: what is to be said of it, `None` where no request in it has a program.
@@ -289,9 +362,10 @@ class Rig:
         if not due <= self._here.keys():
             faults |= dict.fromkeys(due - self._here.keys(), NOT_ASKED)
         receipt = Receipt(max(len(due), len(self._here)), faults)
-        if self.counts is None:
+        if self.counts is None or not self._replays:
             faults.update(_miscounted(self._seen, self._needed, self._here))
         elif self._needed:
+            self._read_replayed()
             read, receipt.ready = self.counts.copy()
             needed, here = self._needed, self._here
             receipt.late = lambda: _miscounted(read(), needed, here)
@@ -304,6 +378,7 @@ class Rig:
             "requests": len(self.programs),
             "slots_used": self.bank.slots.used,
             "slots": self.bank.slots.capacity,
+            "maps_used": 0 if self.maps is None else self.maps.slots.used,
         }
 
     @property

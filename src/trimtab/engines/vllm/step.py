@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Active, Stage, States, apply
-from trimtab.engines.vllm.bank import NOTHING, Bank
+from trimtab.engines.vllm.bank import NOTHING, Bank, Slots, to_device
 from trimtab.engines.vllm.program import State
 from trimtab.steering.operations import Rows
 
 KEPT = 512
 """Passes of at most so many tokens keep what they have gathered, for the next pass that is alike."""
 
+Runs = Sequence[tuple[int, State | None]]
+"""A pass's tokens as stretches `(length, state)`."""
 Prepared = Iterable[tuple[Stage, Rows, Active]]
 
 
@@ -73,8 +75,17 @@ class Step:
         return rows
 
 
-def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Staged) -> Step | None:
-    """The step for a pass over tokens in these stretches `(length, state)`; `None` where nothing acts."""
+def slots_of(runs: Runs, slots: Slots, acts: Callable[[State], bool]) -> Tensor:
+    """The slot of each token, up to the last one whose state `acts`, on the host."""
+    numbers = [slots[state.key] if state is not None and acts(state) else NOTHING for _, state in runs]
+    while numbers and numbers[-1] == NOTHING:
+        numbers.pop()
+    lengths = torch.tensor([length for length, _ in runs[: len(numbers)]], dtype=torch.long)
+    return torch.tensor(numbers, dtype=torch.long).repeat_interleave(lengths)
+
+
+def make_step(runs: Runs, bank: Bank, staged: Staged) -> Step | None:
+    """The step for a pass over these tokens; `None` where nothing acts."""
     while runs and runs[-1][1] is None:
         runs = runs[:-1]
     skipped = 0
@@ -91,7 +102,7 @@ def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Stag
     return Step(
         low=skipped,
         high=skipped + int(lengths.sum()),
-        index=torch.tensor(slots).repeat_interleave(lengths).to(device),
+        index=to_device(torch.tensor(slots).repeat_interleave(lengths), device),
         numbers=States.of(torch.tensor(numbers).repeat_interleave(lengths), device),
         adds=frozenset(layer for state in present for layer in state.added if layer in bank.rows),
         staged=Staged(

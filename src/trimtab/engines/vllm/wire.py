@@ -39,12 +39,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Span:
-    """Over tokens `start` to `stop` (`None`: the end) what acts is named by `key`; `banked`: it needs a slot."""
+    """Over tokens `start` to `stop` (`None`: the end) what acts is named by `key`.
+
+    `banked`: it needs a slot for what it adds; `mapped`: it needs one of the maps of captured graphs.
+    """
 
     start: int
     stop: int | None
     key: str
     banked: bool
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Wire:
             "parts": [[part.digest, list(part.strengths)] for part in self.parts],
             "reading": None if reading is None else [reading.id, list(reading.layers), list(reading.positions)],
             "prompt_length": self.prompt_length,
-            "spans": [[span.start, span.stop, span.key, span.banked] for span in self.spans],
+            "spans": [[span.start, span.stop, span.key, span.banked, span.mapped] for span in self.spans],
         }
 
     @classmethod
@@ -78,15 +82,20 @@ class Wire:
             tuple(Span(*span) for span in data["spans"]),
         )
 
-    def placed(self, segments: Sequence[Segment], prompt_length: int) -> Wire:
-        """The same for a prompt of this length, with its segments' spans."""
-        spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked) for s in segments)
+    def placed(self, segments: Sequence[Segment], prompt_length: int, *, static: bool = False) -> Wire:
+        """The same for a prompt of this length, with its spans; `static`: where captured graphs are replayed."""
+        spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked, static and s.state.mapped) for s in segments)
         return replace(self, prompt_length=prompt_length, spans=spans)
 
     @property
     def slots(self) -> frozenset[str]:
-        """The keys of what needs a slot."""
+        """The keys of what needs a slot for what it adds."""
         return frozenset(span.key for span in self.spans if span.banked)
+
+    @property
+    def maps(self) -> frozenset[str]:
+        """The keys of what needs a slot of the maps."""
+        return frozenset(span.key for span in self.spans if span.mapped)
 
 
 def wire_of(params: Any) -> Wire | None:

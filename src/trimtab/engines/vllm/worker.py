@@ -18,7 +18,9 @@ from trimtab import __version__
 from trimtab.engines.vllm import operator
 from trimtab.engines.vllm.attach import attach, find_blocks
 from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
+from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.versions import vllm_version
@@ -57,17 +59,29 @@ def _fit(worker: Any) -> None:
         return
     first = next(iter(blocks.values()))
     device = next(first.parameters()).device
-    dtype = config.model_config.dtype
-    graphs = config.compilation_config.cudagraph_mode
-    static = device.type != "cpu" and graphs is not None and graphs.name != "NONE"
-    captured = config.compilation_config.max_cudagraph_capture_size or 0
-    tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
-    bank = Bank(sorted(blocks), text.hidden_size, settings_of(config).slots, tokens, dtype, device)
-    rig = Rig(tuple(sorted(blocks)), text.hidden_size, dtype, device, bank, static)
+    rig = _rig_for(config, sorted(blocks), device)
     operator.RIGS.append(rig)
     setattr(runner, RIG, rig)
-    attach(blocks, len(operator.RIGS) - 1, adds_only=static)
+    plain = [layer for layer in blocks if rig.static and not rig.capacity.reads and not rig.capacity.at(layer)]
+    attach(blocks, len(operator.RIGS) - 1, adds_only=plain)
     _wrap_runner(runner, rig, _is_heard(worker))
+
+
+def _rig_for(config: Any, layers: Sequence[int], device: torch.device) -> Rig:
+    """A rig with banks for these blocks; of what captured graphs can do, as much as is asked for."""
+    settings, dtype = settings_of(config), config.model_config.dtype
+    width = config.model_config.hf_text_config.hidden_size
+    graphs = config.compilation_config.cudagraph_mode
+    replayed = device.type != "cpu" and graphs is not None and graphs.name != "NONE"
+    captured = config.compilation_config.max_cudagraph_capture_size or 0 if replayed else settings.static
+    tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
+    bank = Bank(layers, width, settings.slots, tokens, dtype, device)
+    if not captured:
+        return Rig(tuple(layers), width, dtype, device, bank)
+    capacity = Capacity.from_plain(settings.capacity)
+    mapped = [layer for layer in layers if capacity.at(layer)]
+    maps = Maps(capacity, mapped, width, settings.maps, tokens, dtype, device) if mapped else None
+    return Rig(tuple(layers), width, dtype, device, bank, True, capacity, maps, captured)
 
 
 def _is_heard(worker: Any) -> bool:
