@@ -539,9 +539,9 @@ class Launches(TorchDispatchMode):
     ("capacity", "most"),
     [
         (Capacity(), 3),
-        (KERNELS["projections"], 14),
-        (replace(KERNELS["projections"], scales=True), 16),
-        (KERNELS["all"], 38),
+        (KERNELS["projections"], 13),
+        (replace(KERNELS["projections"], scales=True), 14),
+        (KERNELS["all"], 30),
     ],
     ids=["additions", "projections", "and scales", "all"],
 )

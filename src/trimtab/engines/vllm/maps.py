@@ -15,11 +15,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trimtab.engines.vllm.bank import Slots, send, to_device
+from trimtab.engines.vllm.bank import Slots, send
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.forms import Form
 from trimtab.steering.operations import SHORTEST
 
+TAIL = 5
+"""A slot's last numbers: a threshold (infinite where it doesn't act, minus infinity where it always does), the share of
+the norm that is kept, 1 for a threshold in norms, -1 where a projection's size counts and else 1, 1 for a negation."""
 GATHERED = 3
 """What gathering costs for a token (its map is read, written and read again), in what reading a slot's map does."""
 
@@ -56,16 +59,17 @@ class Maps:
         self._reads = self._rows + capacity.gates
         shape = (len(layers), capacity.steps, slots)
         made = {"dtype": self.dtype, "device": device}
-        self._read = torch.zeros(*shape, self._reads, width, **made)  # type: ignore[arg-type]
-        self._write = torch.zeros(*shape, self._rows, width, **made)  # type: ignore[arg-type]
-        self._excess = torch.zeros(*shape, width, **made) if capacity.scales else None  # type: ignore[arg-type]
+        vectors = self._reads + self._rows + capacity.scales  # what reads, what is written, and a scale less 1
+        self._vectors = torch.zeros(*shape[:2], vectors, slots, width, **made)  # type: ignore[arg-type]
         self._numbers = torch.zeros(*shape, self._size, **made)  # type: ignore[arg-type]
+        self._numbers[..., -TAIL] = torch.inf
+        self._one = torch.ones((), **made)  # type: ignore[arg-type]
         self._nothing = torch.full((), -0.0, **made)  # type: ignore[arg-type]
 
     @property
     def _size(self) -> int:
-        """Of a slot's numbers: a bias for each row that reads, three more for each that writes, and `_tail`."""
-        return self._reads + 3 * self._rows + 6
+        """Of a slot's numbers: a bias for each row that reads, three more for each that writes, and the last few."""
+        return self._reads + 3 * self._rows + TAIL
 
     # ---- what stands in a slot ---------------------------------------------------------------------------
 
@@ -75,6 +79,7 @@ class Maps:
         if not new:
             return
         numbers = torch.zeros(len(self.layers), self.capacity.steps, self._size, dtype=self.dtype)
+        numbers[..., -TAIL] = torch.inf
         for layer, several in forms.items():
             if layer not in self.layers:  # another stage's
                 continue
@@ -90,10 +95,9 @@ class Maps:
 
     def _put(self, at: int, step: int, slot: int, form: Form) -> None:
         """A form's matrices, filled up with zeros, which read and write nothing."""
-        rank = len(form.read)
-        width = self._read.shape[-1]
-        both = torch.zeros(self._reads + self._rows + 1, width, dtype=self.dtype)
-        read, write, excess = both.split([self._reads, self._rows, 1])
+        rank, vectors = len(form.read), self._vectors[at, step, :, slot]
+        every = torch.zeros(vectors.shape, dtype=self.dtype)
+        read, write, excess = every.split([self._reads, self._rows, int(self.capacity.scales)])
         read[:rank], write[:rank] = form.read, form.write
         if form.vector is not None:
             write[-1] = form.vector
@@ -101,23 +105,19 @@ class Maps:
             read[-1] = form.gate.direction
         if form.factor is not None:
             excess[0] = form.factor - 1
-        sent = to_device(both, self._read.device)  # one copy
-        self._read[at, step, slot] = sent[: self._reads]
-        self._write[at, step, slot] = sent[self._reads : -1]
-        if self._excess is not None:
-            self._excess[at, step, slot] = sent[-1]
+        send(every, vectors)
 
     def _numbers_of(self, form: Form) -> Tensor:
         rank, rows = len(form.read), self._rows
         found = torch.zeros(self._size, dtype=torch.float64)
-        bias, per_norm, low, high, tail = found.split([self._reads, rows, rows, rows, 6])
+        bias, per_norm, low, high, tail = found.split([self._reads, rows, rows, rows, TAIL])
         bias[:rank], per_norm[:rank], low[:rank], high[:rank] = form.bias, form.per_norm, form.low, form.high
         bias[rows - 1] = low[rows - 1] = high[rows - 1] = 1.0  # the vector's
         gate = form.gate
-        tail[0], tail[1] = 1.0, form.keep_norm
-        tail[2] = -torch.inf if gate is None else gate.threshold
+        tail[:] = torch.tensor([-torch.inf, form.keep_norm, 0, 1, 0])
         if gate is not None:
-            tail[3], tail[4], tail[5] = gate.by_norm, gate.either_way, gate.negated
+            tail[0], tail[2] = gate.threshold, gate.by_norm
+            tail[3], tail[4] = -1 if gate.either_way else 1, gate.negated
         return found
 
     # ---- the operators -----------------------------------------------------------------------------------
@@ -140,50 +140,50 @@ class Maps:
         """What is added to each token's activation; `-0.0`, which leaves it to the bit, where its slot doesn't act."""
         capacity, rows, reads = self.capacity, self._rows, self._reads
         numbers = self._numbers[at, step].index_select(0, index)
-        bias, per_norm, low, high, tail = numbers.split([reads, rows, rows, rows, 6], dim=-1)
-        few = GATHERED * len(index) <= self._read.shape[2]
-        z = self._gathered(at, step, x, index, bias) if few else self._multiplied(at, step, x, index, bias)
+        bias, per_norm, low, high, tail = numbers.split([reads, rows, rows, rows, TAIL], dim=-1)
+        vectors = self._vectors[at, step]
+        few = GATHERED * len(index) <= vectors.shape[1]
+        if few:
+            vectors = vectors.index_select(1, index)
+            z = torch.baddbmm(bias[..., None], vectors[:reads].transpose(0, 1), x[..., None])[..., 0]
+        else:
+            z = _own(x @ vectors[:reads].flatten(0, 1).T, reads, index) + bias
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) if capacity.norms else None
-        acts = tail[:, :1] > 0
-        if capacity.gates:
-            acts = acts & _holds(z[:, rows:], length, tail)
-        z = z[:, :rows]
+        threshold, share, by_norm, mirror, negated = tail.split(1, dim=-1)
+        if capacity.gates:  # x.v or its size, against a threshold, which may be in norms of x
+            value, least = z[:, rows:], threshold
+            if length is not None:
+                least = threshold * torch.lerp(self._one, length, by_norm)
+            acts = (torch.maximum(value, value * mirror) > least) != negated
+            z = z[:, :rows]
+        else:
+            acts = threshold < 0
         if length is not None:
             z = torch.addcmul(z, per_norm, length)
         z = torch.clamp(z, low, high)
-        delta = self._written(at, step, z, index, few)
-        if self._excess is not None:
-            delta = torch.addcmul(delta, x, self._excess[at, step].index_select(0, index))
+        write = vectors[reads : reads + rows]
+        if few:
+            delta = torch.bmm(z[:, None], write.transpose(0, 1))[:, 0]
+        else:
+            delta = _placed(z, vectors.shape[1], index) @ write.flatten(0, 1)
+        if capacity.scales:
+            excess = vectors[-1] if few else vectors[-1].index_select(0, index)
+            delta = torch.addcmul(delta, x, excess)
         if length is not None:
-            delta = _kept(x, delta, length, tail[:, 1:2])
+            delta = _kept(x, delta, length, share)
         return torch.where(acts, delta, self._nothing)
 
-    def _gathered(self, at: int, step: int, x: Tensor, index: Tensor, bias: Tensor) -> Tensor:
-        read = self._read[at, step].index_select(0, index)
-        return torch.baddbmm(bias[..., None], read, x[..., None])[..., 0]
 
-    def _multiplied(self, at: int, step: int, x: Tensor, index: Tensor, bias: Tensor) -> Tensor:
-        slots, reads = self._read.shape[2], self._reads
-        every = (x @ self._read[at, step].flatten(0, 1).T).view(-1, slots, reads)
-        own = every.gather(1, index[:, None, None].expand(-1, 1, reads))
-        return own[:, 0] + bias
-
-    def _written(self, at: int, step: int, z: Tensor, index: Tensor, few: bool) -> Tensor:
-        if few:
-            return torch.bmm(z[:, None], self._write[at, step].index_select(0, index))[:, 0]
-        slots, rows = self._write.shape[2], self._rows
-        every = z.new_zeros(len(z), slots, rows)
-        every.scatter_(1, index[:, None, None].expand(-1, 1, rows), z[:, None])
-        return every.flatten(1) @ self._write[at, step].flatten(0, 1)
+def _own(every: Tensor, rows: int, index: Tensor) -> Tensor:
+    """Of what all maps read in each token, `[tokens, rows * slots]`, that of the token's own: `[tokens, rows]`."""
+    each = every.view(len(index), rows, -1)
+    return each.gather(2, index[:, None, None].expand(-1, rows, 1))[..., 0]
 
 
-def _holds(value: Tensor, length: Tensor | None, tail: Tensor) -> Tensor:
-    """Whether each token's condition does: `[tokens, 1]`, for what it reads, `value`."""
-    threshold, by_norm, either_way, negated = tail[:, 2:].split(1, dim=-1)
-    if length is not None:
-        value = torch.where(by_norm > 0, value / length.clamp_min(SHORTEST), value)
-    value = torch.where(either_way > 0, value.abs(), value)
-    return (value > threshold) ^ (negated > 0)
+def _placed(z: Tensor, slots: int, index: Tensor) -> Tensor:
+    """What each token's own map writes of, `[tokens, rows]`, where that map stands, `[tokens, rows * slots]`."""
+    each = z.new_zeros(*z.shape, slots)
+    return each.scatter_(2, index[:, None, None].expand(-1, z.shape[1], 1), z[..., None]).flatten(1)
 
 
 def _kept(x: Tensor, delta: Tensor, length: Tensor, share: Tensor) -> Tensor:
