@@ -369,7 +369,7 @@ class TestAdmission:
         ("edit", "why"),
         [
             (Edit(Site(3, "scores"), ScaleScores(), Positions.span(1, 3)), "scores"),
-            (Edit(Site(3, "neurons"), MaskNeurons(torch.rand(1536))), "inside a block"),
+            (Edit(Site(3, "neurons"), MaskNeurons(torch.rand(1536))), "can't run"),
             (Edit(Site(3, "heads"), Add(direction(1))), "inside a block"),
             (Edit(Site(3, "block_input"), Add(direction(1))), "output of the block before"),
             (Edit(Site(30), Add(direction(1))), "layers 0 to 29"),

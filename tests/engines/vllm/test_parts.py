@@ -36,7 +36,7 @@ from trimtab import (
 )
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.vllm import operator
-from trimtab.engines.vllm.attach import attach
+from trimtab.engines.vllm.attach import Place, attach
 from trimtab.engines.vllm.bank import Bank, Slots
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.core import Failure, Room, block_keys, patch_core, patch_scheduler
@@ -86,7 +86,7 @@ def placed(given: Steering, prompt_length: int, static: bool = False) -> tuple[W
 def rig(slots: int = 8, static: bool = False, dtype: torch.dtype = torch.float64) -> Rig:
     device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, slots, 64, dtype, device)
-    return Rig(tuple(range(LAYERS)), WIDTH, dtype, device, bank, static)
+    return Rig({Site(layer): WIDTH for layer in range(LAYERS)}, dtype, device, bank, static)
 
 
 def start(one: Rig, request: str, given: Steering, prompt_length: int) -> None:
@@ -295,7 +295,7 @@ class TestRig:
                 x = torch.randn(3 * chunk + 2, WIDTH, generator=seed, dtype=torch.float64)  # two rows of padding
                 residual = torch.randn(x.shape, generator=seed, dtype=torch.float64) if pair else None
                 hidden = x.clone()
-                one.apply(layer, hidden, residual)
+                one.apply(Site(layer), hidden, residual)
                 stream, new = (x, hidden) if residual is None else (x + residual, hidden + residual)
                 for row in range(len(x)):
                     name, t = ("abc"[row // chunk], first + row % chunk) if row < 3 * chunk else ("b", 0)
@@ -316,12 +316,12 @@ class TestRig:
         start(one, "a", steering((1, Add(direction(1)), RULES[2])), 3)
         one.begin(Chunks(["b", "a"], [7, 2], [2, 3]))
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
-        one.apply(1, x, None)
+        one.apply(Site(1), x, None)
         assert x.norm(dim=-1).gt(0).tolist() == [False, False, False, True, True, False, False, False]
         one.finish(["a"])
         one.begin(Chunks(["b"], [9], [1]))
         y = torch.zeros(8, WIDTH, dtype=torch.float64)
-        one.apply(1, y, None)
+        one.apply(Site(1), y, None)
         assert not y.any()
 
     def test_steady_decoding_notices_borders_and_changes_of_the_batch(self) -> None:
@@ -331,28 +331,28 @@ class TestRig:
         for first in range(3, 10):
             one.begin(Chunks(["a"], [first], [1]))
             x = torch.zeros(1, WIDTH, dtype=torch.float64)
-            one.apply(1, x, None)
+            one.apply(Site(1), x, None)
             seen.append(bool(x.any()))
         assert seen == [False, False, True, True, False, False, False]
         start(one, "b", steering((1, Add(direction(1)), RULES[0])), 1)
         one.begin(Chunks(["a", "b"], [10, 1], [1, 1]))
         x = torch.zeros(2, WIDTH, dtype=torch.float64)
-        one.apply(1, x, None)
+        one.apply(Site(1), x, None)
         assert x.norm(dim=-1).gt(0).tolist() == [False, True]
 
     def test_readings_gather_over_chunks_what_the_steering_made(self) -> None:
         one = rig()
         wire, content = placed(steering((1, Add(direction(1)), RULES[0])), 6)
         one.steerings[wire.parts[0].digest] = content
-        one.start("a", Wire(wire.parts, Reading("r", (1, 2), (1, 4)), 6, wire.spans))
+        one.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
         for first in (0, 3):
             one.begin(Chunks(["b", "a"], [0, first], [1, 3]))
             for layer in (1, 2):
-                one.apply(layer, torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH))
+                one.apply(Site(layer), torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH))
             one.end()
         found = one.take("r")
-        assert torch.equal(found[2][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
-        torch.testing.assert_close(found[1][1], 4 + direction(1))
+        assert torch.equal(found[Site(2)][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
+        torch.testing.assert_close(found[Site(1)][1], 4 + direction(1))
         assert one.take("r") == {}
 
     def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
@@ -440,7 +440,7 @@ class Runner:
     def _run(self, rows: int) -> None:
         for layer in range(LAYERS):
             for _ in range((layer not in self.without) + (layer in self.twice)):
-                self.rig.apply(layer, torch.zeros(self.rows or rows, WIDTH, dtype=torch.float64), None)
+                self.rig.apply(Site(layer), torch.zeros(self.rows or rows, WIDTH, dtype=torch.float64), None)
 
     def execute_model(self, scheduled: Any, dummy_run: bool = False) -> None:
         rows = scheduled.total_num_scheduled_tokens
@@ -582,10 +582,10 @@ class TestCounting:
 
     def test_a_reading_that_isnt_read(self) -> None:
         one = rig()
-        one.start("r", Wire(reading=Reading("r", (1, 2), (1, 4)), prompt_length=6))
+        one.start("r", Wire(reading=Reading("r", (Site(1), Site(2)), (1, 4)), prompt_length=6))
         one.expect({"r": 6})
         one.begin(Chunks(["r"], [0], [6]))
-        one.apply(1, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+        one.apply(Site(1), torch.zeros(6, WIDTH, dtype=torch.float64), None)
         receipt = one.end()
         assert receipt is not None
         assert "behind block 2" in receipt.settle()["r"]
@@ -594,20 +594,21 @@ class TestCounting:
         """Of a pipeline: the other blocks are other workers'."""
         device = torch.device("cpu")
         here = (0, 1)
-        one = Rig(here, WIDTH, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
+        sites = {Site(layer): WIDTH for layer in here}
+        one = Rig(sites, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
         wire, content = placed(steering(*((layer, edit, RULES[0]) for layer in (1, 3) for edit in self.BOTH)), 6)
         one.steerings[wire.parts[0].digest] = content
-        one.start("a", Wire(wire.parts, Reading("r", (0, 3), (1, 4)), 6, wire.spans))
+        one.start("a", Wire(wire.parts, Reading("r", (Site(0), Site(3)), (1, 4)), 6, wire.spans))
         for missing in (None, 1):
             one.expect({"a": 6})
             one.begin(Chunks(["a"], [0], [6]))
             for layer in here:
                 if layer != missing:
-                    one.apply(layer, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+                    one.apply(Site(layer), torch.zeros(6, WIDTH, dtype=torch.float64), None)
             receipt = one.end()
             assert receipt is not None
             assert list(receipt.settle()) == ([] if missing is None else ["a"])
-        assert list(one.take("r")) == [0]
+        assert list(one.take("r")) == [Site(0)]
 
     BOTH = (Add(direction(1)), SetProjection(direction(2), 1.0))
 
@@ -646,7 +647,7 @@ class TestCountingInGraphs:
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
         with Recorded() as graph:
             for layer in layers:
-                one.apply(layer, x, None)
+                one.apply(Site(layer), x, None)
         return graph, x
 
     def replayed(self, one: Rig, graph: Recorded, first: int) -> dict[str, str]:
@@ -812,7 +813,7 @@ class TestFrontEnd:
         [
             ([HELLO], 2, "1 of 2 workers"),
             ([{**HELLO, "reasons": ["speculative decoding is on"]}], 1, "can't be steered: speculative decoding"),
-            ([{**HELLO, "unfired": [2]}], 1, "lacks trimtab's operator after block 2"),
+            ([{**HELLO, "unfired": ["residual[2]"]}], 1, r"lacks trimtab's operator at residual\[2\]"),
             ([{**HELLO, "here": [0, 1]}, {**HELLO, "here": [3]}], 2, "no worker steers after block 2"),
         ],
     )
@@ -996,14 +997,15 @@ class TestWorkers:
     def test_a_block_is_steered_behind_what_it_puts_out(self, adds_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """What adds needs the first of a pair alone; shown the second, the compiler has to keep it."""
         seen: list[Any] = []
-        shown = SimpleNamespace(apply=lambda layer, hidden, residual: seen.append((layer, hidden, residual)))
+        sites = [Site(5), Site(6)]
+        shown = SimpleNamespace(apply=lambda *given: seen.append(given), numbered=sites)
         monkeypatch.setattr(operator, "RIGS", [shown])
         one, two = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
         block, plain = torch.nn.Identity(), torch.nn.Identity()
-        attach({5: block, 6: plain}, 0, adds_only=(5,) if adds_only else ())
+        attach({Site(5): Place(block, WIDTH), Site(6): Place(plain, WIDTH)}, 0, adds_only=sites[: int(adds_only)])
         assert block((one, two)) == (one, two)
         plain(one)
-        assert [layer for layer, _, _ in seen] == [5, 6]
+        assert [site for site, _, _ in seen] == sites
         assert seen[0][1].equal(one)
         assert seen[0][2] is None if adds_only else seen[0][2].equal(two)
         assert seen[1][1].equal(one)

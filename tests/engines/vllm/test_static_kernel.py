@@ -31,7 +31,7 @@ from trimtab import (
     UnsupportedError,
 )
 from trimtab.engines.vllm.admission import check_supported
-from trimtab.engines.vllm.attach import attach
+from trimtab.engines.vllm.attach import Place, attach
 from trimtab.engines.vllm.bank import Bank
 from trimtab.engines.vllm.capacity import KERNELS, Capacity, capacity_from
 from trimtab.engines.vllm.forms import capacity_for, check_fits, forms_of
@@ -78,14 +78,20 @@ def static_rig(
 ) -> Rig:
     device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, slots, 256, dtype, device)
-    layers = [layer for layer in range(LAYERS) if capacity.at(layer)]
-    mapped = Maps(capacity, layers, WIDTH, maps, 256, dtype, device) if layers else None
-    return Rig(tuple(range(LAYERS)), WIDTH, dtype, device, bank, True, capacity, mapped, captured)
+    sites = {Site(layer): WIDTH for layer in range(LAYERS)}
+    here = {site: width for site, width in sites.items() if capacity.at(site.layer)}
+    mapped = Maps(capacity, here, maps, 256, dtype, device) if here else None
+    return Rig(sites, dtype, device, bank, True, capacity, mapped, captured)
 
 
 def in_python(slots: int = 40, dtype: torch.dtype = torch.float64) -> Rig:
     device = torch.device("cpu")
-    return Rig(tuple(range(LAYERS)), WIDTH, dtype, device, Bank(range(LAYERS), WIDTH, slots, 256, dtype, device))
+    return Rig(
+        {Site(layer): WIDTH for layer in range(LAYERS)},
+        dtype,
+        device,
+        Bank(range(LAYERS), WIDTH, slots, 256, dtype, device),
+    )
 
 
 class Graph:
@@ -97,7 +103,7 @@ class Graph:
         self.residual = torch.zeros(shape, dtype=one.dtype) if pair else None
         with Recorded() as self.graph:
             for layer in range(LAYERS):
-                one.apply(layer, self.hidden[layer], None if self.residual is None else self.residual[layer])
+                one.apply(Site(layer), self.hidden[layer], None if self.residual is None else self.residual[layer])
 
     def replay(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         self.hidden.copy_(hidden)
@@ -119,7 +125,7 @@ class TestForms:
         start(one, "a", given, 1)
         one.begin(Chunks(["a"], [0], [len(x)]))
         new = x.clone()
-        one.apply(1, new, None)
+        one.apply(Site(1), new, None)
         return new
 
     @pytest.mark.parametrize("strength", [1.0, 0.4, -1.5])
@@ -134,7 +140,7 @@ class TestForms:
         plain, wanted = in_python(), x.clone()
         start(plain, "a", given, 1)
         plain.begin(Chunks(["a"], [0], [7]))
-        plain.apply(1, wanted, None)
+        plain.apply(Site(1), wanted, None)
         found = self.value(given, x)
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
         stays = (wanted == x).all(-1)
@@ -152,7 +158,7 @@ class TestForms:
         state = State("", given.edits)
         try:
             capacity_for(given)
-            slots = state.slots.get(1, [])
+            slots = state.slots.get(Site(1), [])
         except TrimtabError:
             return  # clamps of one direction to two ends
         if not slots:
@@ -170,7 +176,7 @@ class TestForms:
             start(one, "a", given, 1)
             one.begin(Chunks(["a"], [0], [5]))
             new.append(x.clone())
-            one.apply(1, new[-1], None)
+            one.apply(Site(1), new[-1], None)
         torch.testing.assert_close(new[1], new[0], rtol=1e-8, atol=1e-8)
 
     def test_what_folds_is_one_form(self) -> None:
@@ -179,7 +185,7 @@ class TestForms:
         scale = ScaleElements((direction(5) > 0.1).double())
 
         def count(*operations: Any) -> int:
-            return len(forms_of(State("", steering(*((1, o, RULES[0]) for o in operations)).edits).slots[1]))
+            return len(forms_of(State("", steering(*((1, o, RULES[0]) for o in operations)).edits).slots[Site(1)]))
 
         assert count(add, ablate, scale, add, clamp) == 1
         assert count(clamp, add, scale) == 1
@@ -254,7 +260,7 @@ class TestReplays:
             assert receipt is None or receipt.settle() == {}
             wanted = hidden.clone()
             for layer in range(LAYERS):
-                plain.apply(layer, wanted[layer], None if residual is None else residual[layer])
+                plain.apply(Site(layer), wanted[layer], None if residual is None else residual[layer])
             plain.end()
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
             row = 0
@@ -312,7 +318,7 @@ class TestReplays:
 
         def steered(hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
             new = hidden.clone()
-            fixed.apply(1, new, residual)
+            fixed.apply(Site(1), new, residual)
             return new
 
         hidden, residual = torch.randn(2, 6, WIDTH, dtype=torch.float64)
@@ -325,7 +331,7 @@ class TestReplays:
                 start(one, str(number), given, 3)
                 one.begin(Chunks([str(number)], [0], [6]))
             wanted = hidden.clone()
-            plain.apply(1, wanted, residual)
+            plain.apply(Site(1), wanted, residual)
             torch.testing.assert_close(traced(hidden, residual), wanted, rtol=1e-9, atol=1e-9)
             for one in (fixed, plain):
                 one.end()
@@ -345,7 +351,7 @@ class TestReplays:
             one.begin(Chunks(names, [0] * 20, [2] * 20))
         found, wanted = graph.replay(hidden, residual), hidden.clone()
         for layer in range(LAYERS):
-            plain.apply(layer, wanted[layer], residual[layer])
+            plain.apply(Site(layer), wanted[layer], residual[layer])
             adds = {i for i, what in enumerate(given) if layer not in _staged(what)}
             rows = [2 * i + k for i in adds for k in (0, 1)]
             assert torch.equal(found[layer, rows], wanted[layer, rows])
@@ -355,7 +361,7 @@ class TestReplays:
 
 
 def _staged(given: Steering) -> set[int]:
-    return set(State("", given.edits).staged)
+    return {site.layer for site in State("", given.edits).staged}
 
 
 class TestNothingLeaks:
@@ -399,7 +405,7 @@ class TestReading:
         graph, seed = Graph(fixed, 5), torch.Generator().manual_seed(0)
         for one in (fixed, plain):
             one.steerings[wire.parts[0].digest] = content
-            one.start("a", Wire(wire.parts, Reading("r", (1, 2), (1, 4)), 6, wire.spans))
+            one.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
         for first in (0, 3):
             hidden, residual = torch.randn(2, LAYERS, 5, WIDTH, generator=seed, dtype=torch.float64)
             for one in (fixed, plain):
@@ -407,20 +413,20 @@ class TestReading:
             graph.replay(hidden, residual)
             wanted = hidden.clone()
             for layer in range(LAYERS):
-                plain.apply(layer, wanted[layer], residual[layer])
+                plain.apply(Site(layer), wanted[layer], residual[layer])
             for one in (fixed, plain):
                 receipt = one.end()
                 assert receipt is not None
                 assert receipt.settle() == {}
         found, theirs = fixed.take("r"), plain.take("r")
         for layer in (1, 2):
-            torch.testing.assert_close(found[layer], theirs[layer], rtol=1e-9, atol=1e-9)
-        assert found[1].shape == (2, WIDTH)
+            torch.testing.assert_close(found[Site(layer)], theirs[Site(layer)], rtol=1e-9, atol=1e-9)
+        assert found[Site(1)].shape == (2, WIDTH)
 
     def test_graphs_that_keep_nothing_are_not_read(self) -> None:
         one = static_rig(KERNELS["projections"])
         with pytest.raises(TrimtabError, match="captured graphs don't keep"):
-            one.start("a", Wire((), Reading("r", (1,), (0,)), 2))
+            one.start("a", Wire((), Reading("r", (Site(1),), (0,)), 2))
 
 
 class TestLongPasses:
@@ -439,9 +445,9 @@ class TestLongPasses:
                 each.begin(Chunks(["a"], [first], [count]))
             found, wanted = x.clone(), x.clone()
             for layer in range(LAYERS):
-                plain.apply(layer, wanted[layer], residual[layer])
+                plain.apply(Site(layer), wanted[layer], residual[layer])
                 if count > 4:
-                    one.apply(layer, found[layer], residual[layer])
+                    one.apply(Site(layer), found[layer], residual[layer])
             if count <= 4:
                 found = graph.replay(x, residual)
             for each in (one, plain):
@@ -467,8 +473,8 @@ class TestCapacity:
     @pytest.mark.parametrize(
         ("edit", "capacity", "why"),
         [
-            (Edit(Site(1), Ablate(direction(1))), Capacity(), "more than additions alone"),
-            (Edit(Site(1), Ablate(direction(1))), Capacity(rank=1, layers=(2,)), "additions alone after block 1"),
+            (Edit(Site(1), Ablate(direction(1))), Capacity(), "more than additions after blocks"),
+            (Edit(Site(1), Ablate(direction(1))), Capacity(rank=1, layers=(2,)), "more than additions at layer 1"),
             (Edit(Site(1), read_write(1, 5)), KERNELS["projections"], "rank 5, more than 4"),
             (Edit(Site(1), ScaleElements(direction(1))), KERNELS["projections"], "scaled elements"),
             (Edit(Site(1), Add(direction(1), keep_norm=True)), KERNELS["projections"], "norms"),
@@ -488,9 +494,11 @@ class TestCapacity:
     )
     def test_what_there_is_no_room_for_is_said_before_it_runs(self, edit: Edit, capacity: Capacity, why: str) -> None:
         with pytest.raises(UnsupportedError, match=why):
-            check_supported(Steering((edit,)), layers=LAYERS, width=WIDTH, capacity=capacity)
-        check_supported(Steering((replace(edit, strength=0.0),)), layers=LAYERS, width=WIDTH, capacity=capacity)
-        check_supported(Steering((edit,)), layers=LAYERS, width=WIDTH)
+            check_supported(Steering((edit,)), layers=LAYERS, widths={"residual": WIDTH}, capacity=capacity)
+        check_supported(
+            Steering((replace(edit, strength=0.0),)), layers=LAYERS, widths={"residual": WIDTH}, capacity=capacity
+        )
+        check_supported(Steering((edit,)), layers=LAYERS, widths={"residual": WIDTH})
 
     def test_edits_that_act_together_are_looked_at_together(self) -> None:
         given = steering((1, read_write(1, 3, low=0.0), RULES[0]), (1, read_write(2, 3), RULES[0]))
@@ -505,7 +513,7 @@ class TestCapacity:
     def test_what_a_steering_needs_is_enough_for_it(self, operation: Any) -> None:
         given = steering((1, operation, RULES[0]), (3, Add(direction(1)), RULES[0]))
         capacity = capacity_for(given)
-        check_supported(given, layers=LAYERS, width=WIDTH, capacity=capacity)
+        check_supported(given, layers=LAYERS, widths={"residual": WIDTH}, capacity=capacity)
         plain = isinstance(operation, Add) and not operation.keep_norm
         assert capacity == Capacity() if plain else capacity.layers == (1,)
         assert Capacity.from_plain(capacity.to_plain()) == capacity
@@ -549,14 +557,14 @@ def test_launches_behind_a_block(capacity: Capacity, most: int) -> None:
     one = static_rig(capacity, dtype=torch.bfloat16, maps=200)
     hidden, residual = torch.zeros(2, 8, WIDTH, dtype=torch.bfloat16)
     with Launches() as counted:
-        one.apply(1, hidden, residual)
+        one.apply(Site(1), hidden, residual)
     assert counted.counts.total() <= most, counted.counts
 
 
 def test_alike_blocks_are_compiled_once() -> None:
     """Which block it stands behind is an input of the operator's, not a constant of the graph."""
     one = static_rig()
-    blocks: dict[int, torch.nn.Module] = {layer: Block() for layer in range(3)}
+    blocks = {Site(layer): Place(Block(), WIDTH) for layer in range(3)}
     from trimtab.engines.vllm import operator
 
     operator.RIGS.append(one)
@@ -571,11 +579,11 @@ def test_alike_blocks_are_compiled_once() -> None:
         for block in blocks.values():
             torch._dynamo.reset()
             hidden, residual = torch.zeros(2, 3, WIDTH, dtype=torch.float64)
-            torch.compile(torch.nn.Sequential(block), backend=backend, fullgraph=True)((hidden, residual))
+            torch.compile(torch.nn.Sequential(block.module), backend=backend, fullgraph=True)((hidden, residual))
         assert len(seen) == 3
         assert "trimtab.steer" in seen[0]
         assert len({text.replace("\n", "") for text in seen}) == 1
-        assert sorted(one._seen) == [0, 1, 2]
+        assert sorted(one._seen) == [Site(layer) for layer in range(3)]
     finally:
         operator.RIGS.remove(one)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimtab.engines.vllm.program import State
 from trimtab.errors import TrimtabError
+from trimtab.steering import Site
 
 NOTHING = 0
 """The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` to the bit."""
@@ -71,8 +72,9 @@ class Slots:
 
 
 class Bank:
-    """`rows[layer]` is `[slots, width]` on the model's device, in its dtype; `index` is `[tokens]`, one slot each.
+    """`rows[site]`, behind a block, is `[slots, width]` on the model's device, in its dtype.
 
+    `index` is `[tokens]`, one slot each.
     Both stay where they are, so that captured graphs read what was last written there.
     """
 
@@ -81,7 +83,7 @@ class Bank:
     ) -> None:
         self.slots = Slots(capacity)
         self._all = torch.full((len(layers), capacity, width), -0.0, dtype=dtype, device=device)
-        self.rows = dict(zip(layers, self._all.unbind(), strict=True))  # views
+        self.rows = dict(zip(map(Site, layers), self._all.unbind(), strict=True))  # views
         self.index = torch.zeros(tokens, dtype=torch.long, device=device)
 
     def take(self, state: State) -> None:
@@ -90,9 +92,9 @@ class Bank:
         if not new:
             return
         rows = torch.full((len(self.rows), self._all.shape[-1]), -0.0, dtype=self._all.dtype)
-        for i, layer in enumerate(self.rows):
-            if layer in state.added:
-                rows[i] = state.row(layer, rows.dtype)
+        for i, site in enumerate(self.rows):
+            if site in state.added:
+                rows[i] = state.row(site, rows.dtype)
         send(rows, self._all[:, slot])
 
     def release(self, state: State) -> None:

@@ -20,7 +20,7 @@ from trimtab.engines.folding import Slot, call_of
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.program import State
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, Operation, Steering
+from trimtab.steering import Edit, Operation, Site, Steering
 from trimtab.steering.conditional import Conditional
 from trimtab.steering.elements import scale
 from trimtab.steering.gates import ALWAYS, AllOf, AnyOf, Gate, Not, Threshold
@@ -96,20 +96,20 @@ def forms_of(slots: Sequence[Slot]) -> tuple[Form, ...]:
 
 
 @lru_cache(maxsize=512)
-def state_forms(state: State) -> dict[int, tuple[Form, ...]]:
-    """A state's forms, at the layers at which it doesn't merely add. Kept by the state's key."""
+def state_forms(state: State) -> dict[Site, tuple[Form, ...]]:
+    """A state's forms, at the sites at which it doesn't merely add. Kept by the state's key."""
     return _forms(state)
 
 
-def _forms(state: State) -> dict[int, tuple[Form, ...]]:
-    return {layer: forms_of(slots) for layer, slots in state.staged.items()}
+def _forms(state: State) -> dict[Site, tuple[Form, ...]]:
+    return {site: forms_of(slots) for site, slots in state.staged.items()}
 
 
 def needed(state: State) -> Capacity:
     """The smallest capacity that a state fits in. Raises `UnsupportedError` for one that fits in none."""
     found = ADDITIONS
-    for layer, forms in _forms(state).items():
-        here = replace(union(form.needs for form in forms), steps=len(forms), layers=(layer,))
+    for site, forms in _forms(state).items():
+        here = replace(union(form.needs for form in forms), steps=len(forms), layers=(site.layer,))
         found = found | here
     return found
 
@@ -137,18 +137,18 @@ def check_edit(edit: Edit, capacity: Capacity) -> None:
     _check(alone, _forms(alone), capacity)
 
 
-def _check(state: State, found: Mapping[int, Sequence[Form]], capacity: Capacity) -> None:
-    for layer, forms in found.items():
+def _check(state: State, found: Mapping[Site, Sequence[Form]], capacity: Capacity) -> None:
+    for site, forms in found.items():
         wanted = union(form.needs for form in forms)
-        what = " + ".join(str(edit) for slot in state.staged[layer] for edit in slot)
+        what = " + ".join(str(edit) for slot in state.staged[site] for edit in slot)
         lacks = {name: f"{word} (TRIMTAB_KERNEL=all)" for name, word in _LACKING.items() if getattr(wanted, name)}
         reasons = [word for name, word in lacks.items() if not getattr(capacity, name)]
-        if not capacity.at(layer):
-            where = "additions alone" if not capacity.maps else f"additions alone after block {layer}"
+        if not capacity.at(site.layer):
+            where = "additions after blocks" if not capacity.maps else f"additions at layer {site.layer}"
             reasons = [f"more than {where} (TRIMTAB_KERNEL, TRIMTAB_LAYERS)"]
         elif wanted.rank > capacity.rank:
             reasons.append(f"rank {wanted.rank}, more than {capacity.rank} (TRIMTAB_RANK)")
-        if len(forms) > capacity.steps and capacity.at(layer):
+        if len(forms) > capacity.steps and capacity.at(site.layer):
             reasons.append(f"{len(forms)} steps that don't fold, more than {capacity.steps} (TRIMTAB_STEPS)")
         if reasons:
             raise UnsupportedError(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.forms import capacity_for, check_fits
@@ -96,6 +97,10 @@ class Names:
         """What captured graphs must be able to do for any one of them; one that they can't do asks for nothing."""
         return union(map(capacity_for, self._steerings.values()))
 
+    def sites(self) -> frozenset[str]:
+        """The kinds of sites inside of blocks at which any one of them acts."""
+        return frozenset(e.site.kind for s in self._steerings.values() for e in s.edits) & frozenset(INSIDE)
+
     def load_environment(self) -> None:
         """The folder that `$TRIMTAB_STEERINGS` names, if it names one."""
         if folder := os.environ.get(STEERINGS):
@@ -140,12 +145,15 @@ class Link:
     dtype: torch.dtype = torch.float32  # of the residual stream
     capacity: Capacity = ADDITIONS  # of captured graphs
     maps: int = 1
+    inside: Mapping[str, int] = field(default_factory=dict)  # by kind, how wide activations are where they are steered
+    split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
-        check_supported(steering, layers=self.layers, width=self.width, capacity=self._capacity)
+        widths = {"residual": self.width, **self.inside}
+        check_supported(steering, layers=self.layers, widths=widths, split=self.split, capacity=self._capacity)
 
     @property
     def _capacity(self) -> Capacity | None:
@@ -188,7 +196,7 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
             raise UnsupportedError(f"this engine can't be steered: {'; '.join(hello['reasons'])}")
         if hello["unfired"]:
             raise UnsupportedError(
-                f"worker {hello['rank']}'s compiled graph lacks trimtab's operator after block {hello['unfired'][0]};"
+                f"worker {hello['rank']}'s compiled graph lacks trimtab's operator at {hello['unfired'][0]};"
                 " delete vLLM's compile cache and start again"
             )
     layers = hellos[0]["layers"]
@@ -204,6 +212,8 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
         dtype=getattr(torch, hellos[0]["dtype"]),
         capacity=Capacity.from_plain(settings.capacity),
         maps=settings.maps,
+        inside=hellos[0].get("inside", {}),
+        split=frozenset(hellos[0].get("split", ())),
     )
 
 

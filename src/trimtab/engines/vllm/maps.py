@@ -1,6 +1,6 @@
 """The maps of a captured graph: the same operators at each step, which read what stands in banks on the device.
 
-A bank holds the forms (see `forms`) of as many states as there are slots, at each block; a token has the number of its
+A bank holds the forms (see `forms`) of as many states as there are slots, at each site; a token has the number of its
 state's slot, and 0 for nothing. What a token's slot does to it is selected, never multiplied by zero: where a slot
 doesn't act, or a gate is shut, the activation stays as it is to the bit, whatever stands in other slots.
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from trimtab.engines.vllm.bank import Slots, send
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.forms import Form
+from trimtab.steering import Site
 from trimtab.steering.operations import SHORTEST
 
 TAIL = 5
@@ -28,12 +29,11 @@ GATHERED = 3
 
 
 class Maps:
-    """Banks at some blocks; `index` is `[tokens]`, each token's slot.
+    """Banks at some sites; `index` is `[tokens]`, each token's slot.
 
     Args:
         capacity: What there is room for; its rank is that of each map.
-        layers: The blocks behind which there are maps.
-        width: The activations'.
+        sites: Where there are maps, and the width of the activations there.
         slots: So many states, that of nothing among them.
         tokens: A pass's, at most.
         dtype: The model's; the maps compute in at least float32.
@@ -43,24 +43,26 @@ class Maps:
     def __init__(
         self,
         capacity: Capacity,
-        layers: Sequence[int],
-        width: int,
+        sites: Mapping[Site, int],
         slots: int,
         tokens: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self.capacity = capacity
-        self.layers = {layer: i for i, layer in enumerate(layers)}
+        self.sites = {site: i for i, site in enumerate(sites)}
         self.slots = Slots(slots, "TRIMTAB_MAPS")
         self.index = torch.zeros(tokens, dtype=torch.long, device=device)
         self.dtype = torch.promote_types(dtype, torch.float32)
         self._rows = capacity.rank + 1  # one for a vector, which reads nothing
         self._reads = self._rows + capacity.gates
-        shape = (len(layers), capacity.steps, slots)
+        shape = (len(sites), capacity.steps, slots)
         made = {"dtype": self.dtype, "device": device}
         vectors = self._reads + self._rows + capacity.scales  # what reads, what is written, and a scale less 1
-        self._vectors = torch.zeros(*shape[:2], vectors, slots, width, **made)  # type: ignore[arg-type]
+        self._vectors = [
+            torch.zeros(capacity.steps, vectors, slots, width, **made)  # type: ignore[arg-type]
+            for width in sites.values()
+        ]
         self._numbers = torch.zeros(*shape, self._size, **made)  # type: ignore[arg-type]
         self._numbers[..., -TAIL] = torch.inf
         self._one = torch.ones((), **made)  # type: ignore[arg-type]
@@ -73,17 +75,17 @@ class Maps:
 
     # ---- what stands in a slot ---------------------------------------------------------------------------
 
-    def take(self, key: str, forms: Mapping[int, Sequence[Form]]) -> None:
+    def take(self, key: str, forms: Mapping[Site, Sequence[Form]]) -> None:
         """One more user of a state, whose forms are written if they aren't there yet."""
         slot, new = self.slots.take(key)
         if not new:
             return
-        numbers = torch.zeros(len(self.layers), self.capacity.steps, self._size, dtype=self.dtype)
+        numbers = torch.zeros(len(self.sites), self.capacity.steps, self._size, dtype=self.dtype)
         numbers[..., -TAIL] = torch.inf
-        for layer, several in forms.items():
-            if layer not in self.layers:  # another stage's
+        for site, several in forms.items():
+            if site not in self.sites:  # another stage's
                 continue
-            at = self.layers[layer]
+            at = self.sites[site]
             for step, form in enumerate(several):
                 self._put(at, step, slot, form)
                 numbers[at, step] = self._numbers_of(form)
@@ -95,7 +97,7 @@ class Maps:
 
     def _put(self, at: int, step: int, slot: int, form: Form) -> None:
         """A form's matrices, filled up with zeros, which read and write nothing."""
-        rank, vectors = len(form.read), self._vectors[at, step, :, slot]
+        rank, vectors = len(form.read), self._vectors[at][step, :, slot]
         every = torch.zeros(vectors.shape, dtype=self.dtype)
         read, write, excess = every.split([self._reads, self._rows, int(self.capacity.scales)])
         read[:rank], write[:rank] = form.read, form.write
@@ -122,9 +124,9 @@ class Maps:
 
     # ---- the operators -----------------------------------------------------------------------------------
 
-    def act(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
-        """Behind a block whose output is `hidden + residual`, `[tokens, width]` each: `hidden` takes the edit."""
-        at, index = self.layers[layer], self.index[: hidden.shape[0]]
+    def act(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
+        """At a site whose activation is `hidden + residual`, `[tokens, width]` each: `hidden` takes the edit."""
+        at, index = self.sites[site], self.index[: hidden.shape[0]]
         x = hidden.to(self.dtype)
         if residual is not None:
             x = x + residual
@@ -141,7 +143,7 @@ class Maps:
         capacity, rows, reads = self.capacity, self._rows, self._reads
         numbers = self._numbers[at, step].index_select(0, index)
         bias, per_norm, low, high, tail = numbers.split([reads, rows, rows, rows, TAIL], dim=-1)
-        vectors = self._vectors[at, step]
+        vectors = self._vectors[at][step]
         few = GATHERED * len(index) <= vectors.shape[1]
         if few:
             vectors = vectors.index_select(1, index)

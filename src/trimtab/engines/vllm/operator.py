@@ -1,4 +1,4 @@
-"""The operator that stands in the model's graph after each block. What it does is decided anew at each step.
+"""The operator that stands in the model's graph at each site. What it does is decided anew at each step.
 
 To the compiler it is opaque: a Python hook, in contrast, would be traced once, and be frozen as it was then.
 """
@@ -20,30 +20,31 @@ _library = torch.library.Library("trimtab", "FRAGMENT")
 
 
 def _steer(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
-    rig, layer = divmod(int(place), LAYERS)
-    RIGS[rig].apply(layer, hidden, residual)
+    rig, number = divmod(int(place), SITES)
+    one = RIGS[rig]
+    one.apply(one.numbered[number], hidden, residual)
 
 
 def _steer_fake(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
     return None
 
 
-LAYERS = 1 << 16
+SITES = 1 << 16
 """More than any model has."""
 
 
-def place_of(rig: int, layer: int) -> Tensor:
-    """What tells the operator behind which block of which engine it stands.
+def place_of(rig: int, number: int) -> Tensor:
+    """What tells the operator at which site of which rig it stands.
 
     It is a tensor, on the CPU, and so an input of the graph and no constant in it: alike blocks are compiled once.
     """
-    return torch.tensor(rig * LAYERS + layer)
+    return torch.tensor(rig * SITES + number)
 
 
 def define() -> None:
     """Make `torch.ops.trimtab.steer(hidden, residual, place)` known, once a process.
 
-    `hidden` and `residual` are `[tokens, width]`; the residual stream is their sum, and `hidden` takes the edit.
+    `hidden` and `residual` are `[tokens, width]`; the activation is their sum, and `hidden` takes the edit.
     """
     if hasattr(torch.ops.trimtab, "steer"):
         return

@@ -40,11 +40,11 @@ def register() -> None:
     from trimtab.engines.vllm.settings import patch_arguments
     from trimtab.engines.vllm.worker import patch_worker
 
-    def started(arguments: EngineArgs) -> Capacity:
+    def started(arguments: EngineArgs) -> tuple[Capacity, frozenset[str]]:
         NAMES.load_environment()
         if isinstance(arguments, AsyncEngineArgs):  # a server's, or whoever answers requests as they come
             patch_server()
-        return NAMES.capacity()
+        return NAMES.capacity(), NAMES.sites()
 
     patch_arguments(EngineArgs, started)
     patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError, GenerationError)

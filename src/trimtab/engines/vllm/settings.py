@@ -6,11 +6,12 @@ There it is also part of the key of compiled graphs: one with the operator in it
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from trimtab import __version__
+from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, capacity_from
 from trimtab.errors import TrimtabError
 
@@ -18,6 +19,7 @@ KEY = "trimtab"
 SLOTS = "TRIMTAB_SLOTS"
 MAPS = "TRIMTAB_MAPS"
 STATIC = "TRIMTAB_STATIC"
+INSIDE_BLOCKS = "TRIMTAB_SITES"
 STEERINGS = "TRIMTAB_STEERINGS"
 
 
@@ -30,6 +32,7 @@ class Settings:
             time, that of nothing among them.
         maps: Likewise of states that do more than add, where captured graphs are replayed.
         capacity: What captured graphs can do, as plain data.
+        sites: The kinds of sites inside of blocks at which there is an operator as well.
         static: Passes of at most so many tokens run the operators of captured graphs even where none is captured.
         version: trimtab's.
     """
@@ -37,12 +40,13 @@ class Settings:
     slots: int = 128
     maps: int = 17
     capacity: dict[str, Any] = field(default_factory=ADDITIONS.to_plain)
+    sites: tuple[str, ...] = ()
     static: int = 0
     version: str = __version__
 
 
-def settings_from_environment(wanted: Capacity = ADDITIONS) -> Settings:
-    """The settings that the environment asks for; where it doesn't say what graphs can do, that is what is `wanted`.
+def settings_from_environment(wanted: Capacity = ADDITIONS, sites: Collection[str] = ()) -> Settings:
+    """The settings that the environment asks for; where it says nothing of graphs and sites, those that are wanted.
 
     Raises:
         TrimtabError: A variable isn't understood.
@@ -52,8 +56,16 @@ def settings_from_environment(wanted: Capacity = ADDITIONS) -> Settings:
         _number(SLOTS, Settings.slots, 2),
         _number(MAPS, Settings.maps, 2),
         (wanted if given is None else given).to_plain(),
+        tuple(sorted(sites)) if INSIDE_BLOCKS not in os.environ else _sites(os.environ[INSIDE_BLOCKS]),
         _number(STATIC, 0, 0),
     )
+
+
+def _sites(given: str) -> tuple[str, ...]:
+    found = sorted({name.strip() for name in given.split(",") if name.strip()} - {"residual"})
+    if unknown := sorted(set(found) - set(INSIDE)):
+        raise TrimtabError(f"{INSIDE_BLOCKS} names kinds of sites, of {', '.join(INSIDE)}; got {unknown[0]!r}")
+    return tuple(found)
 
 
 def _number(name: str, otherwise: int, least: int) -> int:
@@ -65,7 +77,7 @@ def _number(name: str, otherwise: int, least: int) -> int:
     return int(given)
 
 
-def patch_arguments(arguments: type, started: Callable[[Any], Capacity]) -> None:
+def patch_arguments(arguments: type, started: Callable[[Any], tuple[Capacity, Collection[str]]]) -> None:
     """Let vLLM's `EngineArgs`, from which a front end starts its engine, put the settings into the configuration.
 
     `started` is called then, with the arguments; it says what the steerings that are known by then need.
@@ -76,7 +88,7 @@ def patch_arguments(arguments: type, started: Callable[[Any], Capacity]) -> None
         config = original(self, *args, **kwargs)
         if not isinstance(config.additional_config, dict):
             raise TrimtabError("trimtab needs an additional_config that is a dictionary, or none")
-        settings = settings_from_environment(started(self))
+        settings = settings_from_environment(*started(self))
         config.additional_config = {**config.additional_config, KEY: asdict(settings)}
         return config
 
@@ -85,4 +97,5 @@ def patch_arguments(arguments: type, started: Callable[[Any], Capacity]) -> None
 
 def settings_of(config: Any) -> Settings:
     """The settings that an engine was started with."""
-    return Settings(**config.additional_config.get(KEY, {}))
+    given = config.additional_config.get(KEY, {})
+    return Settings(**{**given, "sites": tuple(given.get("sites", ()))})

@@ -14,7 +14,7 @@ from typing import Any
 
 from trimtab.engines.vllm.program import Identified, Segment
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Steering
+from trimtab.steering import Site, Steering
 
 ASKED = "steering"
 RESOLVED = "trimtab"
@@ -30,10 +30,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """Activations to be kept for `take(id)`: after these blocks, at these positions of the prompt."""
+    """Activations to be kept for `take(id)`: at these sites, at these positions of the prompt."""
 
     id: str
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     positions: tuple[int, ...]
 
 
@@ -67,7 +67,7 @@ class Wire:
         reading = self.reading
         return {
             "parts": [[part.digest, list(part.strengths)] for part in self.parts],
-            "reading": None if reading is None else [reading.id, list(reading.layers), list(reading.positions)],
+            "reading": None if reading is None else _plain_reading(reading),
             "prompt_length": self.prompt_length,
             "spans": [[span.start, span.stop, span.key, span.banked, span.mapped] for span in self.spans],
         }
@@ -77,7 +77,7 @@ class Wire:
         reading = data["reading"]
         return cls(
             tuple(Part(digest, tuple(strengths)) for digest, strengths in data["parts"]),
-            None if reading is None else Reading(reading[0], tuple(reading[1]), tuple(reading[2])),
+            None if reading is None else _reading_from(*reading),
             data["prompt_length"],
             tuple(Span(*span) for span in data["spans"]),
         )
@@ -96,6 +96,14 @@ class Wire:
     def maps(self) -> frozenset[str]:
         """The keys of what needs a slot of the maps."""
         return frozenset(span.key for span in self.spans if span.mapped)
+
+
+def _plain_reading(reading: Reading) -> list[Any]:
+    return [reading.id, [[site.layer, site.kind] for site in reading.sites], list(reading.positions)]
+
+
+def _reading_from(name: str, sites: Sequence[Sequence[Any]], positions: Sequence[int]) -> Reading:
+    return Reading(name, tuple(Site(layer, kind) for layer, kind in sites), tuple(positions))
 
 
 def wire_of(params: Any) -> Wire | None:
