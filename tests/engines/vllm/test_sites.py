@@ -162,11 +162,7 @@ class TestActing:
             for t in range(3):
                 gate: Any = edit.gate
                 if not gate.token_sites or float(value[t] @ gate.direction) > gate.threshold:
-                    new[t] = (
-                        naive_together([self.formula(edit)], value[t])
-                        if self.formula(edit)
-                        else self.scaled(edit, value[t])
-                    )
+                    new[t] = self.formula(edit, value[t])
             seen.append(new)
             return new
 

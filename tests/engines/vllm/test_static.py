@@ -25,6 +25,7 @@ SETTINGS = {
     "TRIMTAB_STEPS": "2",
     "TRIMTAB_SLOTS": "9",
     "TRIMTAB_MAPS": "7",
+    "TRIMTAB_SITES": "heads,neurons,attention,mlp",
 }
 NEW = 16
 
@@ -91,6 +92,27 @@ def test_activations_are_those_of_transformers(vllm: Any, lm: LM, name: str, whe
         theirs = lm.capture(PROMPTS[5], sites, everywhere)[0]
     for site in sites:
         torch.testing.assert_close(ours[site], theirs[site], rtol=2e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons", "attention", "mlp"])
+def test_sites_inside_of_blocks_are_those_of_transformers(vllm: Any, lm: LM, kind: str) -> None:
+    """What is added, scaled and projected there; and what is read there."""
+    site, width = Site(10, kind), vllm._link.inside[kind]
+    generator = torch.Generator().manual_seed(3)
+    vector, mask, unit = torch.randn(3, width, generator=generator)
+    edits = (
+        Edit(site, Add(vector / vector.norm()), Positions.span(2, 6)),
+        Edit(site, ScaleElements((mask > 0).float()), Positions.span(5, 9)),
+        Edit(site, Ablate(unit / unit.norm()), Positions.prompt()),
+    )
+    sites, everywhere = [site, Site(10), Site(14)], Positions.prompt()
+    ours = vllm.capture(PROMPTS[5], sites, everywhere, steering=Steering(edits))[0]
+    with lm.steered(Steering(edits)):
+        theirs = lm.capture(PROMPTS[5], sites, everywhere)[0]
+    plain = lm.capture(PROMPTS[5], [Site(10)], everywhere)[0][Site(10)]
+    for one in sites:
+        torch.testing.assert_close(ours[one], theirs[one], rtol=5e-4, atol=2e-3)
+    assert not torch.allclose(ours[Site(10)], plain, rtol=5e-4, atol=2e-3)
 
 
 def test_a_batch_of_many_mixes_says_what_transformers_says(vllm: Any, lm: LM) -> None:

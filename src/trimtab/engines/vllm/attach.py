@@ -69,7 +69,7 @@ def find_places(blocks: Mapping[int, nn.Module], width: int, kinds: Collection[s
         UnsupportedError: A block isn't one attention and one MLP, each of which ends with a linear layer whose input
             is split over workers.
     """
-    found = {}
+    found: dict[Site, Place] = {}
     for layer, block in blocks.items():
         inside = _inside(layer, block, width) if kinds else {}
         found |= {Site(layer, kind): inside[kind] for kind in INSIDE if kind in kinds}

@@ -97,7 +97,7 @@ def capacity_from(given: Mapping[str, str]) -> Capacity | None:
             continue
         if not value.isdecimal() or int(value) < 1:
             raise TrimtabError(f"TRIMTAB_{name.upper()} is a whole number from 1, got {value!r}")
-        found = replace(found, **{name: int(value)})
+        found = replace(found, rank=int(value)) if name == "rank" else replace(found, steps=int(value))
     return found if layers is None else replace(found, layers=_layers(layers))
 
 

@@ -11,6 +11,7 @@ multiplied by all maps, and each takes its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,16 +58,13 @@ class Maps:
         self._rows = capacity.rank + 1  # one for a vector, which reads nothing
         self._reads = self._rows + capacity.gates
         shape = (len(sites), capacity.steps, slots)
-        made = {"dtype": self.dtype, "device": device}
+        made: dict[str, Any] = {"dtype": self.dtype, "device": device}
         vectors = self._reads + self._rows + capacity.scales  # what reads, what is written, and a scale less 1
-        self._vectors = [
-            torch.zeros(capacity.steps, vectors, slots, width, **made)  # type: ignore[arg-type]
-            for width in sites.values()
-        ]
-        self._numbers = torch.zeros(*shape, self._size, **made)  # type: ignore[arg-type]
+        self._vectors = [torch.zeros(capacity.steps, vectors, slots, width, **made) for width in sites.values()]
+        self._numbers = torch.zeros(*shape, self._size, **made)
         self._numbers[..., -TAIL] = torch.inf
-        self._one = torch.ones((), **made)  # type: ignore[arg-type]
-        self._nothing = torch.full((), -0.0, **made)  # type: ignore[arg-type]
+        self._one = torch.ones((), **made)
+        self._nothing = torch.full((), -0.0, **made)
 
     @property
     def _size(self) -> int:
@@ -130,13 +128,10 @@ class Maps:
         x = hidden.to(self.dtype)
         if residual is not None:
             x = x + residual
-        total = None
-        for step in range(self.capacity.steps):
-            delta = self._delta(at, step, x, index)
-            total = delta if total is None else total + delta
-            if step + 1 < self.capacity.steps:
-                x = x + delta
-        hidden.add_(total)
+        delta = self._delta(at, 0, x, index)
+        for step in range(1, self.capacity.steps):
+            delta = delta + self._delta(at, step, x + delta, index)
+        hidden.add_(delta)
 
     def _delta(self, at: int, step: int, x: Tensor, index: Tensor) -> Tensor:
         """What is added to each token's activation; `-0.0`, which leaves it to the bit, where its slot doesn't act."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,8 +117,8 @@ class Rig:
         self._mapping = None if self.maps is None else Filled(self.maps.index)
         if self.capacity.reads:
             rows = len(self.bank.index) if self.captured is None else self.captured
-            made = {"dtype": self.dtype, "device": self.device}
-            self._kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}  # type: ignore[arg-type]
+            made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+            self._kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
