@@ -27,7 +27,7 @@ SETTINGS = {
     "TRIMTAB_MAPS": "7",
     "TRIMTAB_SITES": "heads,neurons,attention,mlp",
 }
-NEW = 16
+NEW = 8
 
 
 def read_write(seed: int, rank: int) -> ReadWrite:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pretend_gpu import GPUS, on_gpu, pretending
 from test_parts import RULES, Recorded, placed, start, steering
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together, read_write
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -75,8 +76,8 @@ def static_rig(
     maps: int = 40,
     captured: int | None = None,
     dtype: torch.dtype = torch.float64,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Rig:
-    device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, slots, 256, dtype, device)
     sites = {Site(layer): WIDTH for layer in range(LAYERS)}
     here = {site: width for site, width in sites.items() if capacity.at(site.layer)}
@@ -559,6 +560,34 @@ def test_launches_behind_a_block(capacity: Capacity, most: int) -> None:
     with Launches() as counted:
         one.apply(Site(1), hidden, residual)
     assert counted.counts.total() <= most, counted.counts
+
+
+def test_copies_to_a_gpu_and_waits_for_it() -> None:
+    """Steady decoding copies nothing; another batch copies an index or two, a new state what it adds or its maps."""
+    with pretending() as counts:
+        one = static_rig(KERNELS["projections"], dtype=torch.float32, device=GPUS[0])
+        added = steering(*((layer, Add(direction(layer)), RULES[0]) for layer in range(LAYERS)))
+        counts.clear()
+        start(one, "a", added, 4)
+        assert counts.totals[1:] == (0, 1)  # waits, and copies: the vectors of all layers at once
+        counts.clear()
+        start(one, "b", steering((1, Ablate(direction(5)), RULES[0])), 4)
+        assert counts.totals[1:] == (0, 2)  # a map, and the numbers of all layers
+        for first, copies in ((4, 2), (5, 0), (6, 0)):
+            counts.clear()
+            one.begin(Chunks(["a", "b", "c"], [first] * 3, [1] * 3))
+            x = on_gpu(torch.zeros(8, WIDTH))
+            for layer in range(LAYERS):
+                one.apply(Site(layer), x, None)
+            assert counts.totals[1:] == (0, copies)
+        one.finish(["b"])
+        counts.clear()
+        one.begin(Chunks(["a", "c"], [7, 7], [1, 1]))
+        assert counts.totals[1:] == (0, 2)  # what stood in the maps' index is taken away
+        one.finish(["a"])
+        counts.clear()
+        one.begin(Chunks(["c"], [8], [1]))
+        assert counts.totals[1:] == (0, 1)
 
 
 def test_alike_blocks_are_compiled_once() -> None:

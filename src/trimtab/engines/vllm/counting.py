@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trimtab.steering import Site
 
@@ -70,6 +71,10 @@ class GraphCounts:
     def count(self, site: Site, tokens: int) -> None:
         """Part of the graph: one number is added to, in place."""
         self._one[site].add_(CALL + tokens)
+
+    def one(self, site: Site) -> Tensor:
+        """A site's number, `[]`."""
+        return self._one[site]
 
     def clear(self) -> None:
         """Before a pass."""

@@ -120,6 +120,11 @@ class Maps:
             tail[3], tail[4] = -1 if gate.either_way else 1, gate.negated
         return found
 
+    def banks(self, site: Site) -> tuple[Tensor, Tensor]:
+        """A site's vectors `[steps, vectors, slots, width]` and numbers `[steps, slots, size]`."""
+        at = self.sites[site]
+        return self._vectors[at], self._numbers[at]
+
     # ---- the operators -----------------------------------------------------------------------------------
 
     def act(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:

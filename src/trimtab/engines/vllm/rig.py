@@ -84,11 +84,13 @@ class Rig:
     maps: Maps | None = None
     captured: int | None = None
     shard: Shard = WHOLE
+    fused: Any = None  # a `Fused`, where the operators are one kernel
     steerings: dict[str, Steering] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
     readings: dict[str, dict[Site, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
     fired: set[Site] = field(default_factory=set)
     counts: GraphCounts | None = None
+    kept: dict[Site, Tensor] = field(default_factory=dict)  # what captured graphs keep to be read, `[tokens, width]`
 
     _step: Step | None = None
     _reads: dict[Site, list[ReadRows]] = field(default_factory=dict)
@@ -97,7 +99,6 @@ class Rig:
     _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
     _adding: Filled | None = None  # the indices of captured graphs
     _mapping: Filled | None = None
-    _kept: dict[Site, Tensor] = field(default_factory=dict)  # what captured graphs keep to be read, `[tokens, width]`
     _replays: bool = False  # whether this pass is one of captured graphs
     _open: bool = False
     _seen: dict[Site, int] = field(default_factory=dict)  # calls and tokens at each site, as `CALL` says
@@ -118,7 +119,7 @@ class Rig:
         if self.capacity.reads:
             rows = len(self.bank.index) if self.captured is None else self.captured
             made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-            self._kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}
+            self.kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
@@ -328,12 +329,15 @@ class Rig:
 
     def _apply_always(self, site: Site, hidden: Tensor, residual: Tensor | None, counts: GraphCounts) -> None:
         """The same operators whatever acts, as a captured graph has them."""
+        if self.fused is not None and self.fused.takes(hidden, residual):
+            self.fused.act(site, hidden, residual)
+            return
         tokens = hidden.shape[0]
         if site in self.bank.rows:
             hidden.add_(self.bank.rows[site].index_select(0, self.bank.index[:tokens]))
         if self.maps is not None and site in self.maps.sites:
             self.maps.act(site, hidden, residual)
-        kept = self._kept.get(site)
+        kept = self.kept.get(site)
         if kept is not None:
             rows = min(tokens, len(kept))
             if residual is None:
@@ -346,7 +350,7 @@ class Rig:
         """What is read of a pass of captured graphs, from what they have kept."""
         for site, reads in self._reads.items():
             for read in reads:
-                x = self._kept[site].index_select(0, read.at)
+                x = self.kept[site].index_select(0, read.at)
                 self.readings.setdefault(read.reading, {}).setdefault(site, []).append((read.positions, x))
 
     def end(self) -> Receipt | None:

@@ -19,6 +19,7 @@ KEY = "trimtab"
 SLOTS = "TRIMTAB_SLOTS"
 MAPS = "TRIMTAB_MAPS"
 STATIC = "TRIMTAB_STATIC"
+FUSED = "TRIMTAB_FUSED"
 INSIDE_BLOCKS = "TRIMTAB_SITES"
 STEERINGS = "TRIMTAB_STEERINGS"
 
@@ -34,6 +35,7 @@ class Settings:
         capacity: What captured graphs can do, as plain data.
         sites: The kinds of sites inside of blocks at which there is an operator as well.
         static: Passes of at most so many tokens run the operators of captured graphs even where none is captured.
+        fused: Whether these operators are one kernel, where there is Triton and it does the same here.
         version: trimtab's.
     """
 
@@ -42,6 +44,7 @@ class Settings:
     capacity: dict[str, Any] = field(default_factory=ADDITIONS.to_plain)
     sites: tuple[str, ...] = ()
     static: int = 0
+    fused: bool = True
     version: str = __version__
 
 
@@ -58,6 +61,7 @@ def settings_from_environment(wanted: Capacity = ADDITIONS, sites: Collection[st
         (wanted if given is None else given).to_plain(),
         tuple(sorted(sites)) if INSIDE_BLOCKS not in os.environ else _sites(os.environ[INSIDE_BLOCKS]),
         _number(STATIC, 0, 0),
+        bool(_number(FUSED, 1, 0)),
     )
 
 

@@ -6,6 +6,7 @@ wrapped, V1's (`GPUModelRunner`, `CPUModelRunner`) as well as V2's.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -31,6 +32,8 @@ from trimtab.files.steering_file import steering_from_bytes
 from trimtab.steering import Site
 
 RIG = "_trimtab_rig"
+
+log = logging.getLogger("vllm.trimtab")
 
 
 def patch_worker(wrapper: type) -> None:
@@ -89,7 +92,23 @@ def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) ->
     capacity = Capacity.from_plain(settings.capacity)
     mapped = {site: width for site, width in sites.items() if capacity.at(site.layer)}
     maps = Maps(capacity, mapped, settings.maps, tokens, dtype, device) if mapped else None
-    return Rig(sites, dtype, device, bank, True, capacity, maps, captured, shard)
+    rig = Rig(sites, dtype, device, bank, True, capacity, maps, captured, shard)
+    if device.type == "cuda" and settings.fused:
+        _fuse(rig)
+    return rig
+
+
+def _fuse(rig: Rig) -> None:
+    """Let one kernel do what many operators do, if it does the same on this device; else the log says why not."""
+    try:
+        from trimtab.engines.vllm.fused import Fused, check_fused
+
+        check_fused(rig)
+    except Exception as error:  # Triton's compiler raises what it likes
+        log.warning("trimtab runs its operators one by one: its kernel can't be used here (%s)", error)
+        return
+    assert rig.counts is not None
+    rig.fused = Fused(rig.bank, rig.maps, rig.counts, rig.kept)
 
 
 def _tensor_parallel_rank() -> int:
@@ -254,6 +273,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
             "split": sorted(rig.shard.split),
             "unfired": [str(site) for site in rig.unfired] if _runs_before_use(self.worker) else [],
             "static": rig.static,
+            "fused": rig.fused is not None,
             "dtype": str(rig.dtype).removeprefix("torch."),
             **rig.describe(),
         }
