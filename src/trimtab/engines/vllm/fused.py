@@ -27,7 +27,7 @@ WIDEST = 16384
 
 
 @triton.jit(do_not_specialize=["amount", "kept_rows"])
-def steer_token(
+def steer_token(  # type: ignore[no-untyped-def]  # Triton's types are those of its compiler
     hidden,
     residual,
     rows,
@@ -58,7 +58,7 @@ def steer_token(
     NORMS: tl.constexpr,
     GATES: tl.constexpr,
     KEEPS: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # Triton's types are those of its compiler
+):
     """One token's activation, `hidden + residual` where it is a `PAIR`; see `Maps` for what the banks hold."""
     token = tl.program_id(0).to(tl.int64)
     if token == 0:
