@@ -81,8 +81,9 @@ def test_its_passes_run_the_operators_of_graphs(vllm: Any) -> None:
     assert vllm._link.capacity.rank == 4
 
 
-@pytest.mark.parametrize("where", [Positions.span(4, 9), Positions.prompt()], ids=str)
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize(
+    ("name", "where"), [(name, [Positions.span(4, 9), Positions.prompt()][i % 2]) for i, name in enumerate(OPERATIONS)]
+)
 def test_activations_are_those_of_transformers(vllm: Any, lm: LM, name: str, where: Positions) -> None:
     """Behind the steered block and behind later ones; at tokens that aren't steered nothing has changed there."""
     one = steering(name, where) + Steering((Edit(Site(10), Add(direction(7, 3.0)), Positions.span(6, 12)),))

@@ -360,6 +360,23 @@ class TestReplays:
         near = 2e-4 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(*stream, rtol=near, atol=near)
 
+    @pytest.mark.parametrize("tokens", [2, 60], ids=["gathered", "all maps"])
+    def test_a_large_rank(self, tokens: int) -> None:
+        """Ranks of 64, 30 and 1 beside each other; smaller ones are filled up with rows that read and write nothing."""
+        fixed, plain = static_rig(replace(ALL, rank=64), maps=9), in_python()
+        count = tokens // 2
+        names = ["a", "b"] if count < 20 else ["a", "b", "c"]
+        for name, rank in zip(names, (64, 30, 1), strict=False):
+            for one in (fixed, plain):
+                start(one, name, steering((1, read_write(rank, rank, low=-0.5, high=2.0), RULES[0])), 3)
+        graph = Graph(fixed, tokens)
+        hidden, residual = torch.randn(2, LAYERS, tokens, WIDTH, dtype=torch.float64)
+        wanted = hidden.clone()
+        for one in (fixed, plain):
+            one.begin(Chunks(names, [0] * len(names), [tokens // len(names)] * len(names)))
+        plain.apply(Site(1), wanted[1], residual[1])
+        torch.testing.assert_close(graph.replay(hidden, residual), wanted, rtol=1e-9, atol=1e-9)
+
 
 def _staged(given: Steering) -> set[int]:
     return {site.layer for site in State("", given.edits).staged}
