@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.meanings import follower
 from trimtab.engines.resolve import check_prompt, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
@@ -124,7 +125,7 @@ class GenerationBatch:
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, for the token that pads prompts.
+        tokenizer: Its tokenizer, for the token that pads prompts, and for what tokens mean.
         layout: Where things are in the model.
         strict: A greedy row whose logits are no numbers any more leaves with an error, as sampled ones do in any case;
             otherwise it goes on, with some token.
@@ -139,6 +140,7 @@ class GenerationBatch:
     ) -> None:
         check_steps(model, layout)
         self.model = model
+        self.tokenizer = tokenizer
         self.layout = layout
         self.strict = strict
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
@@ -228,6 +230,7 @@ class GenerationBatch:
         self._session.advance()
         cache.advance()
         chosen = self._choose(self._rows, logits, run.sampler)
+        self._session.turn([row.tokens[-1] for row in self._rows])
         run.advance(chosen.tokens)
         return self._without_the_done(chosen.told)
 
@@ -399,7 +402,8 @@ class GenerationBatch:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
             for row, _ in staying:
-                self._session.insert(_residual([row.edits])[0], len(row.request.ids))
+                (edits,), ids = _residual([row.edits]), row.request.ids
+                self._session.insert(edits, len(ids), follower(self.tokenizer, edits, ids), row.tokens[-1])
                 self._rows.append(row)
         applied = {row.key: _applied(row) for row in rows if row.key in done}
         return [_with(one, applied.get(one.key)) for one in told]

@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 
+from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.vllm.admission import check_supported
 from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.program import Identified, check_range, compile_program
+from trimtab.engines.vllm.program import Identified, check_range
 from trimtab.engines.vllm.rpc import Rpc, run, run_async
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
+from trimtab.engines.vllm.turning import reserved
 from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.steering_file import load_steering, steering_to_bytes
@@ -147,6 +149,7 @@ class Link:
     maps: int = 1
     inside: Mapping[str, int] = field(default_factory=dict)  # by kind, how wide activations are where they are steered
     split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
+    untold: str = ""  # why workers don't know each token before the next pass; empty: they do
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
@@ -154,6 +157,11 @@ class Link:
         """Raises `TrimtabError` for a steering that the engine can't run."""
         widths = {"residual": self.width, **self.inside}
         check_supported(steering, layers=self.layers, widths=widths, split=self.split, capacity=self._capacity)
+        if self.untold and meanings_of(steering.edits):
+            raise UnsupportedError(
+                "positions by meaning depend on each token, which has to be known before the next one is computed:"
+                f" {self.untold}"
+            )
 
     @property
     def _capacity(self) -> Capacity | None:
@@ -168,7 +176,7 @@ class Link:
         edits: list[Identified] = []
         for part in wire.parts:
             edits += identified(part, self.sent[part.digest])
-        segments = compile_program(edits, prompt_length)
+        segments = reserved(edits, prompt_length)
         for segment in segments:
             check_range(segment.state, self.dtype)
             if self.static:
@@ -212,6 +220,7 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
         dtype=getattr(torch, hellos[0]["dtype"]),
         capacity=Capacity.from_plain(settings.capacity),
         maps=settings.maps,
+        untold=next((hello["untold"] for hello in hellos if hello.get("untold")), ""),
         inside=hellos[0].get("inside", {}),
         split=frozenset(hellos[0].get("split", ())),
     )
@@ -240,6 +249,8 @@ def connect(engine: Any) -> Rpc:
 def check(link: Link, engine: Any, steering: Steering) -> Rpc:
     """Raises `TrimtabError` for a steering that the engine can't run, or that was learned on another model."""
     link.check(steering)
+    if meanings_of(steering.edits):
+        check_meanings(steering, engine.get_tokenizer())
     if steering.card.models:
         if link.identity is None:
             link.identity = yield from identify(engine)

@@ -7,7 +7,7 @@ compares what was done with what was planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
+from trimtab.engines.meanings import NOTHING, Holding
 from trimtab.engines.vllm.bank import Bank, Filled, to_device
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity
 from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
 from trimtab.engines.vllm.forms import check_fits, state_forms
 from trimtab.engines.vllm.maps import Maps
-from trimtab.engines.vllm.program import Identified, Segment, State, compile_program, next_border, runs
+from trimtab.engines.vllm.program import Identified, Segment, State, next_border, runs
 from trimtab.engines.vllm.shards import WHOLE, Shard
 from trimtab.engines.vllm.step import Runs, Staged, Step, make_step, slots_of
+from trimtab.engines.vllm.turning import Turning, compile_turning
 from trimtab.engines.vllm.wire import Reading, Wire, identified
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site, Steering
@@ -53,6 +55,7 @@ class Program:
     segments: tuple[Segment, ...] = ()
     reading: Reading | None = None
     states: tuple[State, ...] = ()
+    turning: Turning | None = None  # where what acts depends on what is generated
 
     @cached_property
     def sites(self) -> frozenset[Site]:
@@ -91,6 +94,7 @@ class Rig:
     fired: set[Site] = field(default_factory=set)
     counts: GraphCounts | None = None
     kept: dict[Site, Tensor] = field(default_factory=dict)  # what captured graphs keep to be read, `[tokens, width]`
+    tokenizer: Callable[[], Any] | None = None  # the model's, where it is needed
 
     _step: Step | None = None
     _reads: dict[Site, list[ReadRows]] = field(default_factory=dict)
@@ -123,8 +127,8 @@ class Rig:
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
-    def start(self, request: str, wire: Wire) -> None:
-        """A request arrives. Raises `TrimtabError` for one that names what the worker wasn't given."""
+    def start(self, request: str, wire: Wire, ids: Sequence[int] | None = None) -> None:
+        """A request arrives, with these tokens. Raises `TrimtabError` for what the worker wasn't given."""
         if request in self.programs:
             self.resume([request])
             return
@@ -135,8 +139,11 @@ class Rig:
             edits += identified(part, self.steerings[part.digest])
         if self.shard.split:
             edits = [self.shard.of(one) for one in edits]
-        segments = compile_program(edits, wire.prompt_length)
+        tables = compile_turning(edits, wire.prompt_length)
+        segments, turning = tables[NOTHING], self._turning(tables, ids, wire.prompt_length)
         states = tuple({segment.state.key: segment.state for segment in segments}.values())
+        if turning is not None:
+            segments, states = turning.segments, turning.states
         if self.static:
             for state in states:
                 check_fits(state, self.capacity)
@@ -149,11 +156,31 @@ class Rig:
                 self.bank.take(state)
             if self.maps is not None and state.mapped:
                 self.maps.take(state.key, state_forms(state))
-        self.programs[request] = Program(segments, wire.reading, states)
+        self.programs[request] = Program(segments, wire.reading, states, turning)
         self._next.pop(request, None)
         if not self.static:
             self._stage()
         self._last = ()
+
+    def sampled(self, requests: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+        """The tokens that a pass has given these requests, none to those whose prompts aren't read yet."""
+        for request, new in zip(requests, tokens, strict=True):
+            program = self.programs.get(request, IDLE)
+            if program.turning is None:
+                continue
+            turned = [program.turning.read(int(token)) for token in new]
+            if any(turned):
+                self.programs[request] = replace(program, segments=program.turning.segments)
+                self._last = ()
+
+    def _turning(
+        self, tables: Mapping[Holding, tuple[Segment, ...]], ids: Sequence[int] | None, prompt_length: int
+    ) -> Turning | None:
+        if len(tables) == 1:
+            return None
+        if self.tokenizer is None or ids is None:
+            raise TrimtabError("positions by meaning need the request's tokens, and this worker wasn't given them")
+        return Turning.of(tables, self.tokenizer(), ids, prompt_length)
 
     def resume(self, requests: Iterable[str]) -> None:
         """These were preempted, and go on from wherever the cache now lets them."""
@@ -213,6 +240,7 @@ class Rig:
         if not self._goes_on(chunks):
             self._turn_to(chunks)
         self._pass = chunks
+        self._check_known(chunks)
         if self.counts is not None and self._needed and self._replays:
             self.counts.clear()
 
@@ -261,6 +289,16 @@ class Rig:
             if request in self.programs:
                 self._next[request] = first + count
         self._pass, self._last = NO_CHUNKS, ()
+
+    def _check_known(self, chunks: Chunks) -> None:
+        """Of requests whose steering goes by what is generated, all tokens of a pass must be known before it."""
+        for request, first, count in zip(*chunks, strict=True):
+            turning = self.programs.get(request, IDLE).turning
+            if turning is not None and first + count > turning.known:
+                self._faults[request] = (
+                    f"{MARK}token {first + count - 1} of this request was computed before the plugin knew what it is;"
+                    " start the engine with async_scheduling=False"
+                )
 
     def _check_order(self, chunks: Chunks) -> None:
         """Tokens between this stretch of a request and its last one were computed, and nothing was said of them."""
