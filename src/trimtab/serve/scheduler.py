@@ -287,7 +287,7 @@ class Scheduler:
         return Failed("shutdown", "the server is shutting down") if shut else None
 
     def _begin(self, task: Task) -> _Answer:
-        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop))
+        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop, task.shown))
 
     def _join(self, task: Task) -> None:
         answer = self._begin(task)
@@ -380,6 +380,7 @@ class Scheduler:
                 [task.prompt for task in tasks if task.prompt is not None],  # none is: `check` saw to it
                 [task.steering for task in tasks],
                 rejection=[task.rejection for task in tasks],
+                json_schema=[task.grammar for task in tasks],
                 max_new_tokens=max(task.max_new_tokens for task in tasks),
                 chat=first.chat,
                 template=first.template,
@@ -420,4 +421,6 @@ class Scheduler:
 
 
 def _request(task: Task) -> GenerationRequest:
-    return GenerationRequest(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)
+    return GenerationRequest(
+        task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives, matcher=task.matcher
+    )

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Trace
 from trimtab.engines.transformers.generate import Applied
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt, Template
@@ -73,6 +75,7 @@ class Task:
     """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
 
     `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs, with `chat` and `template`.
+    Its answer keeps to `grammar`, whose beginning is `matcher`; `shown` are special tokens that its text has.
     `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted.
     """
 
@@ -89,6 +92,9 @@ class Task:
     template: Template | None = None
     max_dose: float | None = None
     seconds: float = 600.0
+    grammar: Grammar | None = None
+    matcher: Matcher | None = None
+    shown: frozenset[int] = frozenset()
     deadline: float = field(default=float("inf"), init=False)
 
     @property

@@ -17,8 +17,10 @@ import torch
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, check_steps
 from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Steering
 
@@ -68,7 +70,7 @@ class Continuous:
         chosen = {name: options[name] for name in SETTINGS if name in options}
         if not compat.decodes_by_steps(model, chosen):
             return None
-        settings = Settings.of(model, chosen, 1, model.get_input_embeddings().weight.device)
+        settings = Settings.of(model, chosen, 1, input_device(model))
         if settings.others:
             return None
         return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), stops)
@@ -98,6 +100,7 @@ def answer(
     way: Continuous,
     prompts: Sequence[Sequence[int]],
     steerings: Sequence[Steering | None],
+    matchers: Sequence[Matcher | None],
     places: Sequence[int],
     *,
     rows: int,
@@ -106,13 +109,14 @@ def answer(
     seed: int | None,
     progress: Callable[[int], None],
 ) -> list[Generation]:
-    """Answers to rendered prompts, each under its own steering; `way.each` to a prompt, in the prompts' order.
+    """Answers to rendered prompts, each under its own steering and grammar, in the prompts' order: `way.each` to each.
 
     Args:
         model: The model, `tokenizer` and `layout` with it.
         way: How tokens are chosen.
         prompts: Token ids. They are begun in this order.
         steerings: One for each prompt.
+        matchers: Each prompt's, at the beginning of the grammar that its answers keep to; `None` for any text.
         places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
         rows: How many prompts are answered at a time, at most.
         max_new_tokens: Tokens of an answer at most.
@@ -146,6 +150,7 @@ def answer(
                         sampling,
                         0 if logprobs else None,
                         way.settings,
+                        matchers[prompt],
                     )
                     one = _Answer(prompt)
                     answers[prompt].append(one)

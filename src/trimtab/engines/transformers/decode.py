@@ -31,6 +31,7 @@ from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
@@ -38,6 +39,7 @@ from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.sampling import GREEDY, PLAIN, BatchSampler, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally, doses_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
@@ -51,7 +53,8 @@ class GenerationRequest:
     """What one row is to be: a rendered prompt, its steering, how its tokens are chosen, and how many at most.
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
-    `settings` are those of `sampling` and the model's own, unless they are given.
+    `settings` are those of `sampling` and the model's own, unless they are given. `matcher` stands at the beginning of
+    the grammar that the answer keeps to; the row takes a copy.
     """
 
     ids: tuple[int, ...]
@@ -60,6 +63,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     alternatives: int | None = None
     settings: Settings | None = None
+    matcher: Matcher | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class GenerationBatch:
         self.strict = strict
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
         self.pad = _pad_id(model, tokenizer)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self._takes = compat.parameters(model)
         self._masks = PaddedMasks(layout)
         self._settings: dict[Sampling, Settings] = {}
@@ -274,6 +278,12 @@ class GenerationBatch:
         token = int(fact[0])
         row.tokens.append(token)
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
+        if (matcher := row.sampler.matcher) is not None:
+            try:
+                matcher.take(token)
+            except TrimtabError as error:
+                return GenerationResponse(row.key, error=error)
+            finish = "stop" if matcher.done else finish
         if row.request.alternatives is None:
             return GenerationResponse(row.key, token, finish=finish)
         likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most :], strict=True))
@@ -402,8 +412,8 @@ class GenerationBatch:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
             for row, _ in staying:
-                (edits,), ids = _residual([row.edits]), row.request.ids
-                self._session.insert(edits, len(ids), follower(self.tokenizer, edits, ids), row.tokens[-1])
+                (acting,), ids = _residual([row.edits]), row.request.ids
+                self._session.insert(acting, len(ids), follower(self.tokenizer, acting, ids), row.tokens[-1])
                 self._rows.append(row)
         applied = {row.key: _applied(row) for row in rows if row.key in done}
         return [_with(one, applied.get(one.key)) for one in told]
@@ -418,7 +428,8 @@ class GenerationBatch:
                 settings = Settings.of(self.model, options, len(request.ids), self.device)
                 if not settings.others:  # these may depend on the prompt
                     self._settings[plain] = settings
-        return RowSampler(settings, sampling.seed, request.max_new_tokens)
+        matcher = None if request.matcher is None else request.matcher.copy()
+        return RowSampler(settings, sampling.seed, request.max_new_tokens, matcher)
 
     def _sampler(self, rows: Sequence[_Row]) -> BatchSampler:
         samplers = [row.sampler for row in rows if row.sampler is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from trimtab.engines.folding import check_together
+from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.forms import check_edit
 from trimtab.engines.vllm.shards import splits
@@ -14,7 +15,7 @@ from trimtab.steering.gates import thresholds
 
 INSTEAD = "the transformers engine can (leave out engine=)"
 SITES = "start the engine with TRIMTAB_SITES={} in its environment, or leave out engine="
-BLOCK = ("neurons", "act_fn", "heads", "mlp", "attention")
+BLOCK = (*INSIDE, "act_fn", "router")
 """Sites inside of a block."""
 
 
@@ -41,7 +42,7 @@ def check_supported(
             raise UnsupportedError(
                 f"the vllm engine's attention kernels don't give out scores, to steer them; {INSTEAD}"
             )
-        if isinstance(operation, MaskNeurons) or edit.site.kind == "act_fn":
+        if isinstance(operation, MaskNeurons):
             raise UnsupportedError(f"the vllm engine can't run {edit}; {INSTEAD}")
         _check_site(edit.site, widths, "steers")
         if not isinstance(operation, Operation) or hasattr(operation, "settled"):
@@ -77,9 +78,8 @@ def _check_site(site: Site, widths: Mapping[str, int], does: str) -> None:
     if site.kind in widths:
         return
     if site.kind in BLOCK:
-        raise UnsupportedError(
-            f"the vllm engine {does} the residual stream, and {site} is inside a block; {SITES.format(site.kind)}"
-        )
+        fix = SITES.format(site.kind) if site.kind in INSIDE else INSTEAD
+        raise UnsupportedError(f"the vllm engine {does} the residual stream, and {site} is inside a block; {fix}")
     raise UnsupportedError(
         f"the vllm engine {does} what blocks put out, not {site.kind}: use the output of the block before"
     )
