@@ -297,7 +297,7 @@ def _serve_vllm(
     given = context.get_parameter_source("rows")
     wanted = rows if given is not None and given.name == "COMMANDLINE" else None
     command = vllm_command(model=model, host=host, port=port, rows=wanted, dtype=dtype, revision=revision, more=more)
-    hand_over(command, vllm_environment(os.environ, steerings), steerings)
+    hand_over(command, vllm_environment(os.environ, steerings, more), steerings)
 
 
 def check_installed() -> None:

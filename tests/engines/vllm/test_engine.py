@@ -367,7 +367,7 @@ class TestSlots:
         assert len(vllm._link.sent) < 200
         room = vllm._engine.engine_core.engine_core.scheduler._trimtab_room
         assert not room.waiting
-        assert not room.users
+        assert not any(room.users)
         assert_nothing_is_left(vllm)
         for i in (0, 77, 150, 199):
             alone = vllm.generate(PROMPTS[i % 20], strengths[i] * base, **options)[0]
@@ -386,7 +386,7 @@ class TestAdmission:
         ("edit", "why"),
         [
             (Edit(Site(3, "scores"), ScaleScores(), Positions.span(1, 3)), "scores"),
-            (Edit(Site(3, "neurons"), MaskNeurons(torch.rand(1536))), "inside a block"),
+            (Edit(Site(3, "neurons"), MaskNeurons(torch.rand(1536))), "can't run"),
             (Edit(Site(3, "heads"), Add(direction(1))), "inside a block"),
             (Edit(Site(3, "block_input"), Add(direction(1))), "output of the block before"),
             (Edit(Site(30), Add(direction(1))), "layers 0 to 29"),
