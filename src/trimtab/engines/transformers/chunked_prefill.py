@@ -20,6 +20,7 @@ from trimtab.engines.resolve import Where, acting, resolve, tokens_of, waits_for
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally
@@ -28,9 +29,6 @@ from trimtab.steering import Edit, Site, Steering
 
 CHUNK = 256
 """Tokens a chunk: some seconds of a small model on one core of a CPU, nothing that is felt on a GPU."""
-
-Logits = Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]
-"""The last column's logits `[1, vocabulary]` of ids, mask, positions and a cache."""
 
 
 class ChunkedPrefill:
@@ -41,7 +39,6 @@ class ChunkedPrefill:
         layout: Its layout.
         ids: The prompt, one token at least.
         steering: What steers it.
-        logits: Runs the model.
         device: Where the inputs go.
     """
 
@@ -51,16 +48,15 @@ class ChunkedPrefill:
         layout: Layout,
         ids: Sequence[int],
         steering: Steering | None,
-        logits: Logits,
         device: torch.device,
     ) -> None:
+        self.model = model
         self.layout = layout
         self.ids = list(ids)
         self.steering = steering
         self.cache = DynamicCache()
         self.edits: tuple[Edit, ...] = ()
         self.names: tuple[str, ...] = ()
-        self._logits = logits
         self._device = device
         self._done = 0
         self._kept: dict[Site, list[Tensor]] = {}
@@ -79,7 +75,7 @@ class ChunkedPrefill:
         mask = torch.ones(1, stop, dtype=torch.long, device=self._device)
         positions = torch.arange(start, stop, device=self._device)[None]
         with self._looking_at(start) if self._looking else self._steering(stop):
-            logits = self._logits(ids, mask, positions, self.cache)
+            logits = last_logits(self.model, ids, mask, positions, self.cache)
         self._done = stop
         if stop < len(self.ids):
             return None

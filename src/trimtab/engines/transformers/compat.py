@@ -33,6 +33,7 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -47,7 +48,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
 
 STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionLayer", None)
-_KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 _NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 """Layers of a cache that hold a recurrent state, or nothing; `None` in releases that have none."""
 
@@ -286,7 +287,7 @@ def _whole(layer: Any) -> Any:
         return layer
     if keeps_state(layer) and type(layer).__module__ == DynamicLayer.__module__:
         states = layer.number_of_states
-        return _KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
+        return KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
     raise UnsupportedError(f"the cache has a {type(layer).__name__}, whose rows can't be taken apart")
 
 
@@ -532,11 +533,26 @@ def generated(sequences: Tensor, logits: tuple[Tensor, ...] | None, cache: Any) 
     return GenerateDecoderOnlyOutput(sequences=sequences, logits=logits, **{_OUTPUT_CACHE: cache})  # type: ignore[arg-type]
 
 
+PROCESSING = ("logits_processor", "prefix_allowed_tokens_fn")
+"""Arguments of `generate`, no settings, that have a say in which token comes."""
+
+
 def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Any:
     """The processors of logits that `generate` would use under these options and the model's own settings."""
-    config, _ = model._prepare_generation_config(None, **options)
+    own = {name: options[name] for name in PROCESSING if options.get(name) is not None}
+    config, _ = model._prepare_generation_config(None, **{n: v for n, v in options.items() if n not in PROCESSING})
     model._prepare_special_tokens(config, True, device=device)
-    return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
+    return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device, **own)
+
+
+def stopping_criteria(options: Mapping[str, Any], tokenizer: Any) -> list[Any]:
+    """What ends an answer beside its end tokens and its length, under these options of `generate`."""
+    found = list(options.get("stopping_criteria") or ())
+    if options.get("stop_strings") is not None:
+        found.append(StopStringCriteria(tokenizer, options["stop_strings"]))
+    if options.get("max_time") is not None:
+        found.append(MaxTimeCriteria(options["max_time"]))
+    return found
 
 
 _KNOWN_PROCESSORS: dict[type, tuple[str, str]] = {
