@@ -114,7 +114,8 @@ class GenerationBatch:
         new_cache = compat.new_cache if alone else compat.whole_cache
         pad = _pad_id(model, tokenizer)
         self._masks = masks
-        self._reader = Reader(model, layout, masks, pad, self.device, lambda: new_cache(model.config))
+        self._counts = alone and not positions_of(layout).given  # the model its positions, by itself
+        self._reader = Reader(model, layout, masks, pad, self.device, lambda: new_cache(model.config), self._counts)
         self._settings: dict[Sampling, Settings] = {}
         self._next = 0
         self._waiting: list[BatchRow] = []
@@ -203,7 +204,7 @@ class GenerationBatch:
         cache.make_room()
         width = cache.width + 1
         copies = cache.put_aside() if run.verifier and not self._passes.shares else None
-        token = Token(run.ids[:, None], run.positions[:, None], run.mask(width))
+        token = Token(run.ids[:, None], None if self._counts else run.positions[:, None], run.mask(width))
         past = Past(token, copies or cache.given, width)
         drafted, fused = self._come_true(), None
         with ExitStack() as opened:

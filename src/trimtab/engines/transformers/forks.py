@@ -81,10 +81,11 @@ class Forks:
         self._versions, self._edited = versions, set()
         self._states = states_at(versions, rows, columns)
         mask = None if token.mask is None else token.mask[picked]
+        positions = None if token.positions is None else token.positions[picked]
         scored = steered_scores(self.layout, scores, lambda: columns, own=1) if scores else nullcontext()
         try:
             with scored:
-                logits = last_logits(self.model, token.ids[picked], mask, token.positions[picked], cache(picked))
+                logits = last_logits(self.model, token.ids[picked], mask, positions, cache(picked))
             wanted = set() if self._states is None else set(versions.plan.stages)
             if unedited := sorted(wanted - self._edited):
                 raise TrimtabError(f"the part of the model at {unedited[0]} didn't run in a pass that steers there")

@@ -53,6 +53,7 @@ class Reader:
         pad: The token that pads prompts.
         device: Where inputs go.
         new_cache: Makes an empty cache.
+        counts: Whether the model counts its tokens' positions by itself.
     """
 
     model: Any
@@ -61,6 +62,7 @@ class Reader:
     pad: int
     device: torch.device
     new_cache: Callable[[], Any]
+    counts: bool = False
 
     def read(
         self, texts: Sequence[tuple[Sequence[int], Steering | None]], *, verified: bool = False, copied: bool = False
@@ -77,19 +79,19 @@ class Reader:
         ids = torch.tensor([[self.pad] * (width - len(one)) + one for one in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=self.device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        told = None if self.counts else positions
         cache = self.new_cache()
         before: list[Copies] = []
 
         def run() -> Tensor:
-            rest = slice(None)
+            start = width - 1 if copied else 0
+            if start:
+                part = slice(0, start)
+                last_logits(self.model, ids[:, part], mask[:, part], told[:, part] if told is not None else None, cache)
             if copied:
-                if width > 1:
-                    first = slice(None, -1)
-                    last_logits(self.model, ids[:, first], mask[:, first], positions[:, first], cache)
-                    rest = slice(-1, None)
                 aside = compat.put_aside(cache)
                 before.append(lambda picked: compat.fork(aside, picked))
-            return last_logits(self.model, ids[:, rest], mask, positions[:, rest], cache)
+            return last_logits(self.model, ids[:, start:], mask, told[:, start:] if told is not None else None, cache)
 
         steerings, lengths = [steering for _, steering in texts], [len(one) for one in prompts]
         if decides_at_prefill(self.layout, steerings, lengths, {}):
@@ -112,7 +114,8 @@ class Reader:
         session.check_reached(width)
         past = None
         if verified:
-            token = Token(ids[:, -1:], positions[:, -1:], mask if copied or min(lengths) < width else None)
+            last = None if told is None else told[:, -1:]
+            token = Token(ids[:, -1:], last, mask if copied or min(lengths) < width else None)
             past = Past(token, before[0] if copied else cache, width)
         return PromptsRead(edits, names, [session.tally(i) for i in range(len(texts))], logits, cache, lengths, past)
 

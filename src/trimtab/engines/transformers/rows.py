@@ -110,14 +110,19 @@ class _Run:
 
 @dataclass(frozen=True)
 class Token:
-    """The newest token of each request of a batch: its id and its position, both `[requests, 1]`."""
+    """The newest token of each request of a batch: its id and its position, both `[requests, 1]`.
+
+    Without positions the model counts them by itself, which rows over one cache can't do with.
+    """
 
     ids: Tensor
-    positions: Tensor
+    positions: Tensor | None
     mask: Tensor | None  # [requests, columns], 0 at pads; `None` where there are none
 
     def rows(self, picked: Tensor, drafts: Drafts | None = None) -> dict[str, Tensor]:
         """The inputs of a pass with one row for each of these requests, `[rows]`, drafts last: `[1, rows]`."""
+        if self.positions is None:
+            raise UnsupportedError("rows over one cache need a model that is told its tokens' positions")
         count = len(picked) - (0 if drafts is None else len(drafts.ids))
         ids, positions = self.ids[picked[:count]], self.positions[picked]
         if drafts is not None:
