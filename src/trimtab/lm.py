@@ -37,7 +37,13 @@ from trimtab.engines.transformers.plan import check_edits
 from trimtab.engines.transformers.prefill import OTHERS, Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, run_decoder
 from trimtab.engines.transformers.sampling import seeded
-from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
+from trimtab.engines.transformers.scores import (
+    activation_edits,
+    check_score_edits,
+    edited_sites,
+    is_score_edit,
+    score_edits,
+)
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
 from trimtab.engines.transformers.verify import check_rejection
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -182,7 +188,7 @@ class LM(LanguageModel):
         check_learned_on(steering, self.identity, transfer=transfer)
         check_edits(steering, self.layout)
         check_gates(steering, self.layout)
-        if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
+        if scores := score_edits(steering.edits):
             check_attention(self.layout, {edit.site.layer for edit in scores} & set(range(self.layout.layers)))
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
 
@@ -307,10 +313,9 @@ class LM(LanguageModel):
         self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]
     ) -> list[Generation]:
         """The answers to one batch, steered at every token."""
-        residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
-        session = Session(self.model, self.layout, _always(residual))
-        sites = sorted({edit.site for one in residual for edit in one})
-        scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
+        session = Session(self.model, self.layout, _always([activation_edits(one) for one in edits]))
+        sites = edited_sites([edit for one in edits for edit in one])
+        scores = [score_edits(one) for one in edits]
         with attending(self.layout, scores, [len(prompt) for prompt in ids]):
             return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **given)
 

@@ -22,7 +22,14 @@ from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
+from trimtab.engines.transformers.scores import (
+    Row,
+    activation_edits,
+    compile_scores,
+    edited_sites,
+    is_score_edit,
+    score_edits,
+)
 from trimtab.engines.transformers.session import Session, Tally
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site, Steering
@@ -60,7 +67,7 @@ class ChunkedPrefill:
         self._device = device
         self._done = 0
         self._kept: dict[Site, list[Tensor]] = {}
-        self._session = Session(model, layout, lambda *_: [_residual(self.edits)])
+        self._session = Session(model, layout, lambda *_: [activation_edits(self.edits)])
         self._asked = sorted(wanted(steering), key=str)
         self._open = {edit.site for edit in acting(steering) if waits_for_prompt(edit)}
         self._looking = bool(self._asked or self._open)
@@ -158,15 +165,11 @@ class ChunkedPrefill:
 
     @contextmanager
     def _steering(self, columns: int) -> Iterator[None]:
-        scored = Row(tuple(edit for edit in self.edits if is_score_edit(edit)), len(self.ids), 0)
-        sites = sorted({edit.site for edit in _residual(self.edits)})
+        scored = Row(score_edits(self.edits), len(self.ids), 0)
+        sites = edited_sites(self.edits)
         with ExitStack() as stack:
             stack.enter_context(self._session.hooked(sites))
             if scored.edits:
                 layers = compile_scores([scored], len(self.ids), head_count(self.layout), torch.device("cpu"))
                 stack.enter_context(steered_scores(self.layout, layers, lambda: columns))
             yield
-
-
-def _residual(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    return tuple(edit for edit in edits if not is_score_edit(edit))

@@ -13,8 +13,8 @@ rows, and once more for rungs that have a pass of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,18 +30,18 @@ from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, 
 from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.chunked_prefill import CHUNK, ChunkedPrefill
 from trimtab.engines.transformers.columns import Alone, Columns
-from trimtab.engines.transformers.drafts import Drafts
+from trimtab.engines.transformers.composition import Composition, Drafted, sampler_of, takes_drafts, verifier_of
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.generate import _end_ids, _pad_id, check_request
-from trimtab.engines.transformers.joining import PromptsRead, Reader, compiled, residual_of, scores_of, steering
+from trimtab.engines.transformers.joining import PromptsRead, Reader
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.rows import Token
 from trimtab.engines.transformers.sampling import PLAIN, BatchSampler, RowSampler, Sampling, Settings
-from trimtab.engines.transformers.scores import Row
+from trimtab.engines.transformers.scores import activation_edits
 from trimtab.engines.transformers.sharing import rows_for
 from trimtab.engines.transformers.verify import Ladder, Past, Verifier, check_rejection, make_ladder
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -127,8 +127,8 @@ class GenerationBatch:
     def _forget(self) -> None:
         self._cache: Any = Alone() if self.alone else Columns()
         self._session = BatchSession(self.model, self.layout)  # of the rows
-        self._run: _Decoding | None = None
-        self._drafted: _Drafted | None = None
+        self._run: Composition | None = None
+        self._drafted: Drafted | None = None
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._waiting) + len(self._long[0] if self._long else ())
@@ -199,7 +199,16 @@ class GenerationBatch:
 
     def _decode(self) -> list[GenerationResponse]:
         if self._run is None:
-            self._run = _Decoding(self)
+            self._run = Composition(
+                self.layout,
+                self._masks,
+                self._session,
+                self._rows,
+                self._cache,
+                self._passes,
+                self.alone,
+                self.device,
+            )
         run, cache = self._run, self._cache
         cache.make_room()
         width = cache.width + 1
@@ -207,9 +216,7 @@ class GenerationBatch:
         token = Token(run.ids[:, None], None if self._counts else run.positions[:, None], run.mask(width))
         past = Past(token, copies or cache.given, width)
         drafted, fused = self._come_true(), None
-        with ExitStack() as opened:
-            if run.verifier:
-                opened.enter_context(self._passes.open(run.verifier.sites))
+        with self._passes.open(run.verifier.sites) if run.verifier else nullcontext():
             if drafted is not None:
                 logits = drafted
             elif run.verifier and run.fuses:
@@ -231,9 +238,7 @@ class GenerationBatch:
         drafted, self._drafted = self._drafted, None
         if drafted is None:
             return None
-        places = [drafted.places.get((row.key, row.newest)) for row in self._rows]
-        rows = [place for place in places if place is not None]
-        if len(rows) < len(places):
+        if (rows := drafted.true(self._rows)) is None:
             return None
         drafted.drafts.enter(self._cache.given, rows)
         return drafted.logits[self._passes.tensor(tuple(rows), self.device)]
@@ -281,7 +286,7 @@ class GenerationBatch:
             if verified.ran:
                 self._count_pass(rows)
             if verified.drafts is not None:
-                self._drafted = _Drafted.of(rows, *verified.drafts)
+                self._drafted = Drafted.of(rows, *verified.drafts)
         sampler.advance(tokens)
         return [
             self._tell(row, line, most, steps.get(i)) for i, (row, line) in enumerate(zip(rows, lines, strict=True))
@@ -398,15 +403,12 @@ class GenerationBatch:
                 row.edits, row.names = read.edits[text], read.names[text]
                 row.add(read.tallies[text])
             row.sampler = self._row_sampler(row.request)
-        verifier, drafts = None, False
-        with ExitStack() as opened:
-            if read.past is not None and any(row.ladder is not None and row.ladder.rungs for row in rows):
-                pads = [read.past.columns - length for length in read.lengths]
-                ladders = [row.ladder for row in rows]
-                verifier = Verifier(self._passes, self.layout, ladders, which, read.lengths, pads, self.device)
-                drafts = not self._rows and not self._waiting and _drafts(rows, verifier)
-                opened.enter_context(self._passes.open(verifier.sites))
-            chosen, _ = self._choose(rows, read.logits[which], self._sampler(rows), verifier, read.past, drafts)
+        pads = [read.past.columns - length for length in read.lengths] if read.past else []
+        verifier = verifier_of(rows, self.layout, self._passes, which, read.lengths, pads, self.device)
+        drafts = not self._rows and not self._waiting and verifier is not None and takes_drafts(rows, verifier)
+        sampler = sampler_of(rows, self.device)
+        with self._passes.open(verifier.sites) if verifier else nullcontext():
+            chosen, _ = self._choose(rows, read.logits[which], sampler, verifier, read.past, drafts)
         done = {one.key for one in chosen if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]
         if staying:
@@ -422,7 +424,7 @@ class GenerationBatch:
         before = len(self._session.rows)
         try:
             for row in rows:
-                self._session.insert(residual_of(row.edits), len(row.request.ids))
+                self._session.insert(activation_edits(row.edits), len(row.request.ids))
         except TrimtabError:
             while len(self._session.rows) > before:
                 self._session.remove(before)
@@ -455,72 +457,6 @@ class GenerationBatch:
                 if not settings.others:  # these may depend on the prompt
                     self._settings[plain] = settings
         return RowSampler(settings, sampling.seed, request.max_new_tokens)
-
-    def _sampler(self, rows: Sequence[BatchRow]) -> BatchSampler:
-        samplers = [row.sampler for row in rows if row.sampler is not None]
-        return BatchSampler(samplers, [row.request.ids for row in rows], [row.tokens for row in rows], self.device)
-
-
-class _Decoding:
-    """What the batch's steps need for as long as its rows stay the same: it is put on the device once.
-
-    `ids` and `positions` `[rows]` are those of the tokens that the next step reads.
-    """
-
-    def __init__(self, batch: GenerationBatch) -> None:
-        rows, cache, device = batch._rows, batch._cache, batch.device
-        self.batch = batch
-        width = cache.width
-        pads = [width - length for length in cache.lengths]
-        scored = [Row(scores_of(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)]
-        self.scores = compiled(batch.layout, scored, width)
-        self.sampler = batch._sampler(rows)
-        self.ids = torch.tensor([row.newest for row in rows], device=device)
-        self.positions = torch.tensor([row.length - 1 for row in rows], device=device)
-        self._pads = torch.tensor(pads, device=device)[:, None] if any(pads) or batch.alone else None
-        self.verifier: Verifier | None = None
-        self.drafts = self.fuses = False
-        if any(row.ladder is not None and row.ladder.rungs for row in rows):
-            ladders, lengths = [row.ladder for row in rows], [len(row.request.ids) for row in rows]
-            self.verifier = Verifier(batch._passes, batch.layout, ladders, range(len(rows)), lengths, pads, device)
-            self.drafts = _drafts(rows, self.verifier)
-            self.fuses = self.verifier.fused and not any(row.edits for row in rows)
-
-    def mask(self, width: int) -> Tensor | None:
-        """`[rows, width]`: 1 where a row has a token; `None` where all have."""
-        if self._pads is None:
-            return None
-        return (torch.arange(width, device=self._pads.device)[None] >= self._pads).long()
-
-    def advance(self, tokens: Tensor) -> None:
-        """The next step reads these."""
-        self.ids, self.positions = tokens, self.positions + 1
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Hooks and attention for one step."""
-        batch, columns = self.batch, self.batch._cache.width + 1
-        session, padded = batch._session, self._pads is not None
-        with steering(batch.layout, batch._masks, session, session.sites, self.scores, lambda: columns, padded):
-            yield
-
-
-class _Drafted:
-    """Draft tokens that a pass took along: where each is, by its row's key and its id, and their logits."""
-
-    def __init__(self, drafts: Drafts, logits: Tensor, places: dict[tuple[int, int], int]) -> None:
-        self.drafts, self.logits, self.places = drafts, logits, places
-
-    @classmethod
-    def of(cls, rows: Sequence[BatchRow], drafts: Drafts, logits: Tensor) -> _Drafted:
-        """For these rows of the batch."""
-        pairs = zip(drafts.rows, drafts.ids, strict=True)
-        return cls(drafts, logits, {(rows[row].key, token): i for i, (row, token) in enumerate(pairs)})
-
-
-def _drafts(rows: Sequence[BatchRow], verifier: Verifier) -> bool:
-    """Whether passes of rungs take drafts along: no row is steered at every token, so that these may be its next."""
-    return verifier.passes.shares and not verifier.fused and not any(row.edits for row in rows)
 
 
 def _in_chunks(row: BatchRow) -> bool:

@@ -20,9 +20,16 @@ from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.rows import Token
-from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
+from trimtab.engines.transformers.scores import (
+    LayerScores,
+    Row,
+    activation_edits,
+    compile_scores,
+    edited_sites,
+    score_edits,
+)
 from trimtab.engines.transformers.session import Session, Tally
-from trimtab.engines.transformers.verify import Past, sites_of
+from trimtab.engines.transformers.verify import Past
 from trimtab.steering import Edit, Site, Steering
 
 
@@ -104,11 +111,11 @@ class Reader:
         else:
             resolved = resolve(steerings, lengths, reader(self.layout, prompts))
             edits, names = resolved.edits, resolved.names
-            session = Session(self.model, self.layout, lambda *_: [residual_of(one) for one in edits])
+            session = Session(self.model, self.layout, lambda *_: [activation_edits(one) for one in edits])
             session.expect(lengths, width)
-            scored = [Row(scores_of(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
+            scored = [Row(score_edits(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
             scores = compiled(self.layout, scored, width)
-            sites = sorted({site for one in edits for site in sites_of(one)})
+            sites = edited_sites([edit for one in edits for edit in one])
             with steering(self.layout, self.masks, session, sites, scores, lambda: width):
                 logits = run()
         session.check_reached(width)
@@ -145,13 +152,3 @@ def steering(
         else:
             with masks.open(padded):
                 yield
-
-
-def residual_of(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The edits of activations."""
-    return tuple(edit for edit in edits if not is_score_edit(edit))
-
-
-def scores_of(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The edits of attention scores."""
-    return tuple(edit for edit in edits if is_score_edit(edit))

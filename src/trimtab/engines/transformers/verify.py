@@ -30,9 +30,9 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.ranked import rank_layers
 from trimtab.engines.transformers.rows import Token, compile_versions
 from trimtab.engines.transformers.sampling import BatchSampler
-from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.scores import activation_edits, edited_sites
 from trimtab.errors import UnsupportedError
-from trimtab.steering import Edit, Site
+from trimtab.steering import Edit
 
 DRAFTS = 2
 """How many draft tokens an open row takes along in the pass of its rungs."""
@@ -76,9 +76,9 @@ def schedule_for(layout: Layout) -> str:
 
 def check_rejection(edits: Sequence[Edit], prompt_length: int) -> None:
     """Raises `UnsupportedError` where an edit never acts on a token that is being decoded."""
-    for edit in edits:
+    for edit in activation_edits(edits):
         spans = edit.positions.resolve(prompt_length)
-        if not is_score_edit(edit) and not any(stop is None or stop >= prompt_length for _, stop in spans):
+        if not any(stop is None or stop >= prompt_length for _, stop in spans):
             raise UnsupportedError(
                 f"rejection steers the token that is being decoded, and {edit} acts on the prompt alone"
             )
@@ -113,17 +113,12 @@ def make_ladder(
     order = () if isinstance(rejection.ranking, str) else rejection.ranking
     if rejection.ranks:
         pads = [past.columns - length for length in lengths]
-        with passes.open(sites_of(edits)):
+        with passes.open(edited_sites(edits)):
             order = rank_layers(
                 passes, layout, past.token, past.cache, past.columns, request, edits, list(lengths), pads,
                 str(rejection.ranking),
             )  # fmt: skip
     return Ladder(rejection, schedule, ladder(edits, rejection, order), order)
-
-
-def sites_of(edits: Sequence[Edit]) -> list[Site]:
-    """Where activations are edited."""
-    return sorted({edit.site for edit in edits if not is_score_edit(edit)})
 
 
 @dataclass(frozen=True)
@@ -189,7 +184,7 @@ class Verifier:
                 begun[key] = len(versions)
                 versions += [(request, edits) for edits in one.rungs]
             self._first[row] = begun[key]
-        self.sites = sites_of([edit for one in found.values() for edits in one.rungs for edit in edits])
+        self.sites = edited_sites([edit for one in found.values() for edits in one.rungs for edit in edits])
         self._versions = compile_versions(layout, versions, lengths, pads)
         self._betas = torch.tensor([one.rejection.beta for one in found.values()], device=device)
         self._index = self._tensor(self.rows)
@@ -347,8 +342,9 @@ class Verifier:
         steps: dict[int, Step] = {}
         for row in self.rows:
             opened, best = bool(lines[row][-WIDTH]), int(lines[row][1 - WIDTH])
-            rung, line = accepted.get(row, (None, lines[row]))
-            steps[row] = Step(opened, rung, best if int(line[0]) != best else None)
+            found = accepted.get(row)
+            token = int((found[1] if found else lines[row])[0])
+            steps[row] = Step(opened, found[0] if found else None, best if token != best else None)
         facts = [accepted[row][1] if row in accepted else line for row, line in enumerate(lines)]
         return Verified(tokens, facts, steps)
 
