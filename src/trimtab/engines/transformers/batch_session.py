@@ -31,7 +31,7 @@ STEERED = 1
 
 
 @dataclass
-class _Row:
+class _SteeredRow:
     """A row's edits by position, the position of the token that it reads next, and what was measured of it so far."""
 
     segments: list[Segment]
@@ -80,7 +80,7 @@ class BatchSession(Session):
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__(model, layout, lambda *_: [])
         self.bank = Bank(self._dtype, self._device_of)
-        self.rows: list[_Row] = []
+        self.rows: list[_SteeredRow] = []
         self.sites: list[Site] = []  # where any row is edited, sooner or later
         self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
         self._left: float = 0  # in how many passes some row's edits change
@@ -95,7 +95,7 @@ class BatchSession(Session):
         spans = sweep(tuple(edits), prompt_length)
         acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
         segments = [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
-        row = _Row(segments, prompt_length, prompt_length)
+        row = _SteeredRow(segments, prompt_length, prompt_length)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()

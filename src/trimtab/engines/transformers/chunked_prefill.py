@@ -23,7 +23,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.scores import (
-    Row,
+    ScoredRow,
     activation_edits,
     compile_scores,
     edited_sites,
@@ -165,7 +165,7 @@ class ChunkedPrefill:
 
     @contextmanager
     def _steering(self, columns: int) -> Iterator[None]:
-        scored = Row(score_edits(self.edits), len(self.ids), 0)
+        scored = ScoredRow(score_edits(self.edits), len(self.ids), 0)
         sites = edited_sites(self.edits)
         with ExitStack() as stack:
             stack.enter_context(self._session.hooked(sites))

@@ -37,7 +37,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import state_at
-from trimtab.engines.transformers.scores import LayerScores, Row, activation_edits, compile_scores, score_edits
+from trimtab.engines.transformers.scores import LayerScores, ScoredRow, activation_edits, compile_scores, score_edits
 from trimtab.engines.transformers.session import _dtype
 from trimtab.engines.transformers.shared_past import queries_by_keys, weights_by_values
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -171,7 +171,7 @@ def compile_versions(
     layout: Layout, versions: Sequence[tuple[int, tuple[Edit, ...]]], lengths: Sequence[int], pads: Sequence[int]
 ) -> Versions:
     """The versions `(request, edits)` of a batch whose prompts have these lengths and pads on their left."""
-    rows = [Row(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
+    rows = [ScoredRow(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
     width = max(length + pad for length, pad in zip(lengths, pads, strict=True))
     residual = [activation_edits(edits) for _, edits in versions]
     plan = compile_plan(residual, [lengths[request] for request, _ in versions], _dtype(layout))
