@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
 from trimtab.engines.transformers.sampling import GREEDY, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.session import Tally, doses_of
 from trimtab.engines.transformers.verify import Ladder
@@ -71,6 +72,8 @@ class BatchRow:
     steps: list[Step] = field(default_factory=list)
     passes: int = 0
     first: float = 0.0  # seconds to the first token
+    text: Follower | None = None  # where the ladder's edits ask what is generated
+    at: Followed | None = None  # where that is
 
     @property
     def length(self) -> int:
@@ -82,6 +85,17 @@ class BatchRow:
         """The last token so far."""
         return self.tokens[-1] if self.tokens else self.request.ids[-1]
 
+    @property
+    def holding(self) -> Holding:
+        """The meanings of the newest token, where the ladder's edits ask for them."""
+        return NOTHING if self.at is None else self.at.holding
+
+    def read(self, token: int) -> None:
+        """It goes on with this token."""
+        self.tokens.append(token)
+        if self.text is not None:
+            self.at = self.text.after(self.at or self.text.start, token)
+
     def add(self, more: Tally) -> None:
         """Add what was measured of it."""
         for site, (total, measured, tokens) in more.items():
@@ -90,7 +104,7 @@ class BatchRow:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.tokens, self.pushed, self.steps, self.passes = [], {}, [], 0
+        self.tokens, self.pushed, self.steps, self.passes, self.at = [], {}, [], 0, None
 
     def applied(self, more: Tally | None = None) -> Applied:
         """What has steered it so far; with what was measured since."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.folding import Prepared, States, sweep
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
 from trimtab.engines.transformers.bank import Bank
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
@@ -37,6 +38,10 @@ class _SteeredRow:
     segments: list[Segment]
     first: int
     position: int
+    sites: frozenset[Site]  # where it is edited, sooner or later
+    edits: tuple[Edit, ...] = ()
+    text: Follower | None = None  # where its edits ask what is generated
+    at: Followed | None = None  # where that is, with the token that it reads next
     unmeasured: int = 0  # passes since it was measured
     measured: dict[Site, tuple[float, float]] = field(default_factory=dict)
     written: tuple[Edit, ...] = ()  # what its slot of the bank holds
@@ -55,10 +60,20 @@ class _SteeredRow:
         marks = [m for segment in self.segments for m in segment[:2] if m is not None and m > self.position]
         return min(marks, default=inf) - self.position
 
-    @property
-    def sites(self) -> set[Site]:
-        """Where it is edited, sooner or later."""
-        return set().union(*(sites for _, _, _, sites in self.segments))
+    def turn(self, token: int) -> bool:
+        """It reads this token next. Whether that changes which edits act, for what the token means."""
+        if self.text is None:
+            return False
+        before = self.at
+        self.at = self.text.after(self.text.start if before is None else before, token)
+        if before is not None and before.holding is self.at.holding:
+            return False
+        now = _segments(self.edits, self.first, self.at.holding)
+        here = self.position
+        past = [(a, here if b is None else min(b, here), *more) for a, b, *more in self.segments if a < here]
+        to_come = [(max(a, here), b, *more) for a, b, *more in now if b is None or b > here]
+        self.segments = [*past, *to_come]  # type: ignore[list-item]
+        return True
 
     @property
     def steered(self) -> dict[Site, int]:
@@ -69,6 +84,13 @@ class _SteeredRow:
             for site in sites if count > 0 else ():
                 counts[site] = counts.get(site, 0) + count
         return counts
+
+
+def _segments(edits: tuple[Edit, ...], prompt_length: int, holding: Holding) -> list[Segment]:
+    """Where which edits act, if these meanings hold of the generated token at hand."""
+    spans = sweep(edits, prompt_length, holding)
+    acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
+    return [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
 
 
 class BatchSession(Session):
@@ -86,16 +108,24 @@ class BatchSession(Session):
         self._left: float = 0  # in how many passes some row's edits change
         self._weights: Tensor | None = None
 
-    def insert(self, edits: Sequence[Edit], prompt_length: int) -> None:
+    def insert(
+        self, edits: Sequence[Edit], prompt_length: int, text: Follower | None = None, token: int | None = None
+    ) -> None:
         """One more row, the last, which has read a prompt of so many tokens.
+
+        Where its edits ask what is generated, `text` follows that, and `token` is the first one.
 
         Raises:
             TrimtabError: The edits can't act together, or not in the model's dtype; the batch is as it was.
         """
-        spans = sweep(tuple(edits), prompt_length)
-        acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
-        segments = [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
-        row = _SteeredRow(segments, prompt_length, prompt_length)
+        every = tuple(edits)
+        segments = _segments(every, prompt_length, NOTHING)
+        sites = frozenset(site for segment in segments for site in segment[3])
+        if text is not None:
+            sites = frozenset(edit.site for edit in every)
+        row = _SteeredRow(segments, prompt_length, prompt_length, sites, every, text)
+        if token is not None:
+            row.turn(token)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()
@@ -121,6 +151,12 @@ class BatchSession(Session):
             row.position += 1
         self._left -= 1
         self._reached = None
+
+    def turn(self, tokens: Sequence[int]) -> None:
+        """The next pass reads these, one a row, of which some may be edited otherwise than the last."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if row.turn(token):
+                self._left = 0
 
     def tally(self, request: int, tokens: int | None = None) -> Tally:
         """What was measured of a row so far, and where it was steered."""
