@@ -23,6 +23,7 @@ from trimtab.engines.transformers.decode import GenerationBatch, check_steps
 from trimtab.engines.transformers.generate import _end_ids
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Steering
 
@@ -105,7 +106,7 @@ class Continuous:
         chosen = {name: options[name] for name in SETTINGS if name in options}
         if not compat.decodes_by_steps(model, chosen):
             return None
-        settings = Settings.of(model, chosen, 1, _device(model))
+        settings = Settings.of(model, chosen, 1, input_device(model))
         if settings.others:
             return None
         return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), criteria)
@@ -118,7 +119,7 @@ class Continuous:
         without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
         chosen = {name: value for name, value in options.items() if name not in without}
         return cls(
-            Settings.of(model, chosen, 1, _device(model)),
+            Settings.of(model, chosen, 1, input_device(model)),
             frozenset(_end_ids(model, given)),
             given.get("num_return_sequences", 1),
             given.get("streamer"),
@@ -130,7 +131,11 @@ class Continuous:
 
     def settings_for(self, model: Any, prompt: Sequence[int]) -> Settings:
         """How tokens after this prompt are chosen: what isn't known of processors may depend on its length."""
-        return Settings.of(model, self.options, len(prompt), _device(model)) if self.settings.others else self.settings
+        return (
+            Settings.of(model, self.options, len(prompt), input_device(model))
+            if self.settings.others
+            else self.settings
+        )
 
     def ends_at(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
         """Whether a criterion ends the answer here."""
@@ -139,10 +144,6 @@ class Continuous:
         ids = torch.tensor([[*prompt, *tokens]])
         ended = [bool(torch.as_tensor(criterion(ids, ())).all()) for criterion in self.criteria]
         return any(ended)  # each is asked, as it may count
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
 
 
 def _steps(model: Any, layout: Layout) -> bool:

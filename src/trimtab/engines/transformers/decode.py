@@ -45,6 +45,7 @@ from trimtab.engines.transformers.sampling import PLAIN, BatchSampler, RowSample
 from trimtab.engines.transformers.scores import activation_edits
 from trimtab.engines.transformers.sharing import rows_for
 from trimtab.engines.transformers.verify import Ladder, Past, Verifier, check_rejection, make_ladder
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 
 PREFILL = 512
@@ -111,7 +112,7 @@ class GenerationBatch:
         self.strict = strict
         self.alone = alone
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         masks = PaddedMasks(layout)
         new_cache = compat.new_cache if alone else compat.whole_cache
         pad = _pad_id(model, tokenizer)
