@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from trimtab import engines
+from trimtab.decoding.grammar import Grammar
 from trimtab.engines.arguments import check_batch_size, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
@@ -29,7 +30,8 @@ from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.following import check_rows_stay
-from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
+from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request, generate_batch
+from trimtab.engines.transformers.grammar import Grammars, Matcher, check_grammar_options, with_grammars
 from trimtab.engines.transformers.identity import identify
 from trimtab.engines.transformers.known_prompts import known_prompts
 from trimtab.engines.transformers.layout import Layout, find_layout
@@ -218,7 +220,29 @@ class LM(LanguageModel):
             check_verified(self.model, options)
         for one in verified:
             check_rejection(one.steering.edits if one.steering else (), len(one.ids))
+        if any(one.grammar is not None for one in requests):
+            check_grammar_options(options)
+            options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
+            self._matchers(requests, options)
         return replace(decoding, options=options)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
+        return self._grammars({}).matcher(grammar)
+
+    def _matchers(self, requests: Sequence[Asked], options: Mapping[str, Any]) -> list[Matcher | None]:
+        """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""
+        given = [one.grammar for one in requests]
+        return [None if one is None else self._grammars(options).matcher(one) for one in given]
+
+    def _grammars(self, options: Mapping[str, Any]) -> Grammars:
+        """What compiles grammars for answers that end as these options say."""
+        ends = frozenset(_end_ids(self.model, dict(options)))
+        known: dict[frozenset[int], Grammars] = self.__dict__.setdefault("_compilers", {})
+        if ends not in known:
+            size = self.model.config.get_text_config(decoder=True).vocab_size
+            known[ends] = Grammars(self.tokenizer, size, ends)
+        return known[ends]
 
     def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
         """The answers to requests that were checked, in their order, sorted by length into batches."""
@@ -226,6 +250,7 @@ class LM(LanguageModel):
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         size: Any = 32 if decoding.batch_size is None else decoding.batch_size
         check_batch_size(size)
+        matchers = self._matchers(requests, decoding.options)
         answers: dict[int, list[Generation]] = {}
 
         def tell(done: int) -> None:
@@ -239,7 +264,8 @@ class LM(LanguageModel):
         def by_steps(way: Continuous, chosen: Sequence[int]) -> list[Generation]:
             ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
             rejections = [requests[i].rejection for i in chosen]
-            arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, chosen
+            keeping = [matchers[i] for i in chosen]
+            arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, keeping, chosen
             rows = 1 if way.alone else size
             return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **given)
 
@@ -252,7 +278,8 @@ class LM(LanguageModel):
                 keep(verified, by_steps(way, verified))
             for chosen in self._whole_batches(rest, [len(one.ids) for one in requests], size):
                 ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
-                keep(chosen, self._answer(ids, edited, {**given, "options": dict(decoding.options)}))
+                options = with_grammars(decoding.options, [matchers[i] for i in chosen])
+                keep(chosen, self._answer(ids, edited, {**given, "options": options}))
                 tell(0)
         return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Trace
 from trimtab.engines.transformers.generate import Applied
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
 
@@ -71,7 +72,8 @@ Event = Piece | Done | Failed
 class Task:
     """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
 
-    `ids` is the rendered prompt. `steering` holds edits of attention scores as well. `seconds` counts from when it is
+    `ids` is the rendered prompt. Its answer keeps to the grammar at whose beginning `matcher` is; `shown` are special
+    tokens that its text has. `steering` holds edits of attention scores as well. `seconds` counts from when it is
     submitted.
     """
 
@@ -85,4 +87,6 @@ class Task:
     rejection: Rejection | None = None
     max_dose: float | None = None
     seconds: float = 600.0
+    matcher: Matcher | None = None
+    shown: frozenset[int] = frozenset()
     deadline: float = field(default=float("inf"), init=False)

@@ -8,6 +8,7 @@ from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
 from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.session import Tally, doses_of
 from trimtab.engines.transformers.verify import Ladder
@@ -20,7 +21,8 @@ class GenerationRequest:
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
     `settings` are those of `sampling` and the model's own, unless they are given. With `rejection` the steering acts on
-    the token that is being decoded, where that is plausible.
+    the token that is being decoded, where that is plausible. `matcher` stands at the beginning of the grammar that the
+    answer keeps to; the row takes a copy.
     """
 
     ids: tuple[int, ...]
@@ -30,6 +32,7 @@ class GenerationRequest:
     alternatives: int | None = None
     settings: Settings | None = None
     rejection: Rejection | None = None
+    matcher: Matcher | None = None
 
     @property
     def prefill(self) -> tuple[tuple[int, ...], Steering | None]:

@@ -21,6 +21,7 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.batch_row import GenerationRequest
 from trimtab.engines.transformers.decode import GenerationBatch, check_steps
 from trimtab.engines.transformers.generate import _end_ids
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
 from trimtab.engines.transformers.weights import input_device
@@ -172,6 +173,7 @@ def answer(
     prompts: Sequence[Sequence[int]],
     steerings: Sequence[Steering | None],
     rejections: Sequence[Rejection | None],
+    matchers: Sequence[Matcher | None],
     places: Sequence[int],
     *,
     rows: int,
@@ -180,7 +182,7 @@ def answer(
     seed: int | None,
     progress: Callable[[int], None],
 ) -> list[Generation]:
-    """Answers to rendered prompts, each under its own steering; `way.each` to a prompt, in the prompts' order.
+    """Answers to rendered prompts, each under its own steering and grammar, in the prompts' order: `way.each` to each.
 
     Args:
         model: The model, `tokenizer` and `layout` with it.
@@ -188,6 +190,7 @@ def answer(
         prompts: Token ids. They are begun in this order.
         steerings: One for each prompt.
         rejections: Likewise; `None` where tokens aren't verified.
+        matchers: Each prompt's, at the beginning of the grammar that its answers keep to; `None` for any text.
         places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
         rows: How many prompts are answered at a time, at most.
         max_new_tokens: Tokens of an answer at most.
@@ -223,6 +226,7 @@ def answer(
                         0 if logprobs else None,
                         settings[len(prompts[prompt])],
                         rejections[prompt],
+                        matchers[prompt],
                     )
                     begun = _Answer(prompt)
                     answers[prompt].append(begun)

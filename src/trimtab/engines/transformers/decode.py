@@ -310,6 +310,12 @@ class GenerationBatch:
         if row.ladder is not None:
             row.steps.append(step or Step(open=False, rung=None, replaced=None))
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
+        if (matcher := row.sampler.matcher) is not None:
+            try:
+                matcher.take(token)
+            except TrimtabError as error:
+                return GenerationResponse(row.key, error=error)
+            finish = "stop" if matcher.done else finish
         if row.request.alternatives is None:
             return GenerationResponse(row.key, token, finish=finish)
         likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most : 3 + 2 * most], strict=True))
@@ -462,7 +468,8 @@ class GenerationBatch:
                 settings = Settings.of(self.model, options, len(request.ids), self.device)
                 if not settings.others:  # these may depend on the prompt
                     self._settings[plain] = settings
-        return RowSampler(settings, sampling.seed, request.max_new_tokens)
+        matcher = None if request.matcher is None else request.matcher.copy()
+        return RowSampler(settings, sampling.seed, request.max_new_tokens, matcher)
 
 
 def _in_chunks(row: BatchRow) -> bool:
