@@ -251,12 +251,8 @@ class Service:
                         _alternatives(asked),
                         stop,
                         rejection,
-                        prompt if isinstance(prompt, (str, list)) and not _is_ids(prompt) else None,
-                        None if chat else False,
-                        template,
                         self.policy.dose_of(key),
                         self.limits.seconds,
-                        grammar=shape.grammar,
                         matcher=matcher,
                         shown=shape.shown,
                     )

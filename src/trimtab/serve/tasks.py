@@ -6,14 +6,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Trace
 from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
-from trimtab.text.chat import Prompt, Template
 
 NOTHING = Applied((), ())
 
@@ -74,9 +72,9 @@ Event = Piece | Done | Failed
 class Task:
     """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
 
-    `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs, with `chat` and `template`.
-    Its answer keeps to `grammar`, whose beginning is `matcher`; `shown` are special tokens that its text has.
-    `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted.
+    `ids` is the rendered prompt. Its answer keeps to the grammar at whose beginning `matcher` is; `shown` are special
+    tokens that its text has. `steering` holds edits of attention scores as well. `seconds` counts from when it is
+    submitted.
     """
 
     ids: tuple[int, ...]
@@ -87,17 +85,8 @@ class Task:
     alternatives: int | None = None
     stop: tuple[str, ...] = ()
     rejection: Rejection | None = None
-    prompt: Prompt | None = None
-    chat: bool | None = None
-    template: Template | None = None
     max_dose: float | None = None
     seconds: float = 600.0
-    grammar: Grammar | None = None
     matcher: Matcher | None = None
     shown: frozenset[int] = frozenset()
     deadline: float = field(default=float("inf"), init=False)
-
-    @property
-    def rejects(self) -> bool:
-        """Whether it needs the loop with rejection: there must be something to reject."""
-        return self.rejection is not None and self.steering is not None and bool(self.steering.edits)

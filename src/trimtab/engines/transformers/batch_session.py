@@ -37,7 +37,7 @@ ASIDE = 256
 
 
 @dataclass
-class _Row:
+class _SteeredRow:
     """A row's edits by position, the position of the token that it reads next, and what was measured of it so far."""
 
     segments: list[Segment]
@@ -107,12 +107,12 @@ class BatchSession(Session):
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__(model, layout, lambda *_: [])
         self.bank = Bank(self._dtype, self._device_of)
-        self.rows: list[_Row] = []
+        self.rows: list[_SteeredRow] = []
         self.sites: list[Site] = []  # where any row is edited, sooner or later
         self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
         self._left: float = 0  # in how many passes some row's edits change
         self._weights: Tensor | None = None
-        self._aside: list[tuple[list[_Row], list[Site], Tensor]] = []  # sums, of these rows at these sites
+        self._aside: list[tuple[list[_SteeredRow], list[Site], Tensor]] = []  # sums, of these rows at these sites
 
     def insert(
         self, edits: Sequence[Edit], prompt_length: int, text: Follower | None = None, token: int | None = None
@@ -129,7 +129,7 @@ class BatchSession(Session):
         sites = frozenset(site for segment in segments for site in segment[3])
         if text is not None:
             sites = frozenset(edit.site for edit in every)
-        row = _Row(segments, prompt_length, prompt_length, sites, every, text)
+        row = _SteeredRow(segments, prompt_length, prompt_length, sites, every, text)
         if token is not None:
             row.turn(token)
         row.written = row.acting

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import BiasScores, Edit, Positions, ScaleScores, ScoreOperation, TargetMass
+from trimtab.steering import BiasScores, Edit, Positions, ScaleScores, ScoreOperation, Site, TargetMass
 from trimtab.steering.positions import END
 
 SMALLEST_MASS = 1e-10
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """The edits of attention scores in force in one row, its prompt's length, and the pads before it."""
 
     edits: tuple[Edit, ...]
@@ -167,7 +167,7 @@ def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
             raise TrimtabError(f"the steering names head {chosen[-1]}; this model has heads 0 to {heads - 1}")
 
 
-def compile_scores(rows: Sequence[Row], width: int, heads: int, device: torch.device) -> dict[int, LayerScores]:
+def compile_scores(rows: Sequence[ScoredRow], width: int, heads: int, device: torch.device) -> dict[int, LayerScores]:
     """What each steered layer does to these rows, whose prompts are padded to `width` columns.
 
     Layers in which the same is done share one `LayerScores`.
@@ -185,7 +185,7 @@ def compile_scores(rows: Sequence[Row], width: int, heads: int, device: torch.de
 
 
 def _compile(
-    rows: Sequence[Row], here: list[tuple[Edit, ...]], width: int, heads: int, device: torch.device
+    rows: Sequence[ScoredRow], here: list[tuple[Edit, ...]], width: int, heads: int, device: torch.device
 ) -> LayerScores:
     factor: Tensor | None = None
     slots: list[dict[int, Edit]] = []
@@ -220,7 +220,7 @@ def _kind(operation: object) -> tuple:
 
 
 def _stage(
-    kind: tuple, chosen: dict[int, Edit], rows: Sequence[Row], width: int, heads: int, device: torch.device
+    kind: tuple, chosen: dict[int, Edit], rows: Sequence[ScoredRow], width: int, heads: int, device: torch.device
 ) -> _Bias | _Mass:
     if kind[0] == "bias":
         operations: dict[int, BiasScores] = {r: e.operation for r, e in chosen.items()}
@@ -249,7 +249,7 @@ def _precise(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
-def _columns(positions: Positions, row: Row, width: int) -> Tensor:
+def _columns(positions: Positions, row: ScoredRow, width: int) -> Tensor:
     """`[width]`: the row's columns at which these positions are."""
     columns = torch.zeros(width, dtype=torch.bool)
     for start, stop in positions.resolve(row.prompt_length):
@@ -261,3 +261,18 @@ def _columns(positions: Positions, row: Row, width: int) -> Tensor:
 def is_score_edit(edit: Edit) -> bool:
     """Whether it acts on attention scores."""
     return isinstance(edit.operation, ScoreOperation)
+
+
+def score_edits(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits of attention scores."""
+    return tuple(edit for edit in edits if is_score_edit(edit))
+
+
+def activation_edits(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits of activations."""
+    return tuple(edit for edit in edits if not is_score_edit(edit))
+
+
+def edited_sites(edits: Sequence[Edit]) -> list[Site]:
+    """Where activations are edited."""
+    return sorted({edit.site for edit in activation_edits(edits)})
