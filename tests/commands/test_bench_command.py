@@ -77,7 +77,7 @@ def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):
     file = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"Is {n} blue?", "positive": "yes", "negative": "no"} for n in range(9)]
     file.write_text("\n".join(map(json.dumps, rows)))
-    said = cpu("learn caa", "--pairs", file, "--out", tmp_path / "a.safetensors")
+    said = cpu("learn caa --forecast", "--pairs", file, "--out", tmp_path / "a.safetensors")
     assert "forecast: " in said.out
     assert "of held-out pairs point along the direction" in said.out
     told = cpu("learn caa --json --forecast", "--pairs", file, "--out", tmp_path / "b.safetensors")
@@ -85,8 +85,8 @@ def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):
     assert told.json["forecast"]["predictors"]["agree"] >= 0
     quiet = cpu("learn caa --json", "--pairs", file, "--out", tmp_path / "c.safetensors")
     assert "forecast" not in quiet.json
-    assert "forecast" not in cpu("learn caa --no-forecast", "--pairs", file, "--out", tmp_path / "d.safetensors").out
-    few = cpu("learn caa", "--pairs", _first(file, 4, tmp_path), "--out", tmp_path / "e.safetensors")
+    assert "forecast" not in cpu("learn caa", "--pairs", file, "--out", tmp_path / "d.safetensors").out
+    few = cpu("learn caa --forecast", "--pairs", _first(file, 4, tmp_path), "--out", tmp_path / "e.safetensors")
     assert "forecast: can't say (of 4 pairs nothing can be foretold" in few.out
 
 

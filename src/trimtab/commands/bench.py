@@ -165,7 +165,7 @@ def forecast(
     [bold]  trimtab forecast bench/ other-model/
       trimtab forecast bench/ --write forecast.json[/bold]
 
-    `trimtab learn` prints a forecast, from four numbers that need no answers:
+    `trimtab learn --forecast` prints one, from four numbers that need no answers:
     how far held-out pairs agree on the direction, how well it separates them,
     how much more a push along it changes than a random one, and how that grows.
     This command fits them to whether the steering was better in the benchmarks,

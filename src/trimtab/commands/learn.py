@@ -139,14 +139,13 @@ def learn(
     strength: StrengthOption = 1.0,
     program: ForOption = None,
     forecast: Annotated[
-        bool | None,
+        bool,
         typer.Option(
-            "--forecast/--no-forecast",
-            help="Say whether it is likely to steer, which takes some seconds. Without it: said, but not with --all or"
-            " --json.",
-            show_default=False,
+            "--forecast",
+            help="Say how far pairs agree on the direction and what a push along it changes, and by that whether it is"
+            " likely to steer. Takes up to a minute.",
         ),
-    ] = None,
+    ] = False,
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
@@ -274,7 +273,7 @@ def learn(
     steerings = {path: strength * one for path, one in steerings.items()}
     told: tuple[str, dict[str, Any] | None] | None = None
     learned_from = read or [pair for lesson in lessons for pair in lesson.pairs]
-    if learned_from and not every and (forecast or (forecast is None and not json and lm.engine == "transformers")):
+    if learned_from and forecast:
         from trimtab.commands.foretold import foretold
 
         told = foretold(lm, learned_from, steerings[out])
