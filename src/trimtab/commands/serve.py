@@ -103,6 +103,12 @@ def serve(
             rich_help_panel=SAFETY,
         ),
     ] = False,
+    clean_cache: Annotated[
+        bool,
+        typer.Option(
+            "--clean-cache", help="Steer over the unsteered model's cache, unless a request says clean_cache: false."
+        ),
+    ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.", rich_help_panel=LIMITS)] = 32,
     queue: Annotated[
         int, typer.Option(min=0, help="Answers that may wait; more get status 429.", rich_help_panel=LIMITS)
@@ -257,7 +263,10 @@ def serve(
         upload,
         learn,
         int(time.time()),
+        clean_cache,
     )
+    if clean_cache:
+        lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     made = make_app(service, local=is_loopback(host), playground=page)
     _greet(address, library, rules)

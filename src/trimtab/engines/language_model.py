@@ -189,6 +189,7 @@ class LanguageModel(ABC):
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
+        clean_cache: bool = False,
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -213,6 +214,9 @@ class LanguageModel(ABC):
                 phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
             rejection: Weakens or rejects steering, of whatever kind, where its token is implausible; the answers then
                 have a `trace`. With `emphasize` it is on unless it is `False`.
+            clean_cache: Steer over the cache of the unsteered model: what is stored of the text isn't coloured by what
+                steers it, and each token is chosen by a steered reading of the newest token alone. Costs a second row a
+                prompt. With rejection it is always so.
             progress: `progress(done, total)` is called as prompts are answered.
             options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
                 engines take those that they have too, under the same names. Rejection, and options that choose tokens
@@ -228,7 +232,7 @@ class LanguageModel(ABC):
             UnsupportedError: Before anything runs, for what this engine can't do.
         """
         check_no_keywords(self.tokenizer, options)
-        self._check_asked(emphasize, rejection)
+        self._check_asked(emphasize, rejection, clean_cache)
         many = as_list(prompts)
         steerings = self._named(steering, len(many))
         marked = marks_for(emphasize, len(many))
@@ -242,7 +246,7 @@ class LanguageModel(ABC):
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         requests = [Request(*each) for each in zip(ids, steerings, rejections, strict=True)]
-        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress)
+        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache)
         decoding = self.admit(requests, decoding)
         check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
         for request in requests:
@@ -265,6 +269,7 @@ class LanguageModel(ABC):
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis] | None = None,
         rejection: Rejection | bool | None = None,
+        clean_cache: bool = False,
         **options: Any,
     ) -> Stream:
         """Answer one prompt, and give its text piece by piece while it is generated.
@@ -284,6 +289,7 @@ class LanguageModel(ABC):
             transfer: Allow a steering learned on another model of the same width.
             emphasize: One phrase of the prompt, or several.
             rejection: As `generate` has it.
+            clean_cache: As `generate` has it.
             options: As `generate` takes them.
 
         Returns:
@@ -311,6 +317,7 @@ class LanguageModel(ABC):
                 transfer=transfer,
                 emphasize=None if emphasize is None else [emphasize],
                 rejection=rejection,
+                clean_cache=clean_cache,
                 **{**options, "streamer": TokenTeller(tell)},
             )
             return answer
@@ -479,7 +486,11 @@ class LanguageModel(ABC):
 
     # ---- where engines differ ----------------------------------------------------------------------------
 
-    def _check_asked(self, emphasize: Any, rejection: Any) -> None:
+    def _check_asked(self, emphasize: Any, rejection: Any, clean_cache: Any) -> None:
+        if not isinstance(clean_cache, bool):
+            raise TrimtabError(f"clean_cache is True or False, got {clean_cache!r}")
+        if clean_cache:
+            self.require("clean_cache")
         if emphasize is not None:
             self.require("emphasis")
         if rejection not in (None, False):

@@ -33,6 +33,7 @@ class Decoding:
         batch_size: Requests that run together, where the engine leaves that to its caller.
         options: Under transformers' names for them, those of `generate`.
         progress: Called with how many requests are done, and of how many.
+        clean_cache: Whether what is stored of the texts is what the unsteered model would store.
     """
 
     max_new_tokens: int = 128
@@ -41,6 +42,7 @@ class Decoding:
     batch_size: int | None = 32
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Any = None
+    clean_cache: bool = False
 
 
 @dataclass(frozen=True)

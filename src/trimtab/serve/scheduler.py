@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, GenerationResponse
+from trimtab.engines.transformers.clean import CleanBatch
+from trimtab.engines.transformers.decode import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
 from trimtab.engines.transformers.rejecting import Request, check_rejection
@@ -94,7 +95,7 @@ class Scheduler:
         self.waiting = waiting
         self.steps = 0
         self._finished = finished
-        self._batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
+        self._batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
         self._ends = _end_ids(lm.model, {})
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
@@ -420,4 +421,11 @@ class Scheduler:
 
 
 def _request(task: Task) -> GenerationRequest:
-    return GenerationRequest(task.ids, task.steering, task.max_new_tokens, task.sampling, task.alternatives)
+    return GenerationRequest(
+        task.ids,
+        task.steering,
+        task.max_new_tokens,
+        task.sampling,
+        task.alternatives,
+        clean_cache=task.clean_cache and not task.rejects,  # with rejection it is clean in any case
+    )

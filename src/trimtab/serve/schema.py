@@ -66,6 +66,9 @@ class Steered(Unsupported):
     rejection: bool | RejectionChoice | None = Field(
         None, description="Weaken or reject steering where it is implausible. With `emphasize` on, unless false."
     )
+    clean_cache: bool | None = Field(
+        None, description="Steer over the unsteered model's cache, so that a turn leaves no colour on the next."
+    )
 
 
 # ---- what both kinds of completion are asked by --------------------------------------------------------------

@@ -63,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """One server."""
+    """One server. `clean_cache` is what holds for requests that don't say."""
 
     lm: LM
     library: Library
@@ -75,6 +75,7 @@ class Service:
     upload: bool = False
     learn: bool = False
     started: int = 0
+    clean_cache: bool = False
     making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
@@ -190,6 +191,17 @@ class Service:
             return Rejection(wish.beta, ladder="strength")
         return Rejection(wish.beta, wish.min_layers, wish.ladder)
 
+    def clean(self, asked: Steered) -> bool:
+        """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
+        wanted = self.clean_cache if asked.clean_cache is None else asked.clean_cache
+        if wanted != self.clean_cache and self.policy.always:
+            raise Refusal(
+                403,
+                "steerings that are always on act as this server has it; leave clean_cache out",
+                param="clean_cache",
+            )
+        return wanted
+
     # ---- tasks ---------------------------------------------------------------------------------------------
 
     def prepare(self, key: Key, asked: ChatRequest | CompletionRequest) -> Prepared:
@@ -207,6 +219,7 @@ class Service:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
         told, steering = self.chosen(key, asked)
         rejection = self.rejection(asked, steering)
+        clean = self.clean(asked)
         stop = _stop(asked.stop)
         tasks, marked, lengths = [], 0, []
         try:
@@ -238,6 +251,7 @@ class Service:
                         template,
                         self.policy.dose_of(key),
                         self.limits.seconds,
+                        clean,
                     )
                     self.scheduler.check(task)
                     tasks.append(task)

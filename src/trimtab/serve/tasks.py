@@ -73,7 +73,8 @@ class Task:
     """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
 
     `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs, with `chat` and `template`.
-    `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted.
+    `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted. `clean_cache`: it is
+    steered over the unsteered model's cache.
     """
 
     ids: tuple[int, ...]
@@ -89,6 +90,7 @@ class Task:
     template: Template | None = None
     max_dose: float | None = None
     seconds: float = 600.0
+    clean_cache: bool = False
     deadline: float = field(default=float("inf"), init=False)
 
     @property

@@ -86,8 +86,8 @@ class BatchSession(Session):
         self._left: float = 0  # in how many passes some row's edits change
         self._weights: Tensor | None = None
 
-    def insert(self, edits: Sequence[Edit], prompt_length: int) -> None:
-        """One more row, the last, which has read a prompt of so many tokens.
+    def insert(self, edits: Sequence[Edit], prompt_length: int, position: int | None = None) -> None:
+        """One more row, the last, whose prompt has so many tokens; it has read all of them, or those before `position`.
 
         Raises:
             TrimtabError: The edits can't act together, or not in the model's dtype; the batch is as it was.
@@ -95,7 +95,8 @@ class BatchSession(Session):
         spans = sweep(tuple(edits), prompt_length)
         acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
         segments = [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
-        row = _Row(segments, prompt_length, prompt_length)
+        first = prompt_length if position is None else position
+        row = _Row(segments, first, first)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()

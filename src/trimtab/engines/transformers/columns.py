@@ -86,9 +86,9 @@ class Columns(DynamicCache):
         if not self.lengths:  # an idle batch holds no memory
             self.layers, self._buffers, self.stop, self._capacity = [], [], 0, (0, 0)
 
-    def make_room(self) -> None:
-        """See to it that the next pass finds a column to write to."""
-        self._allocate(len(self.lengths), max(self.lengths), 1)
+    def make_room(self, columns: int = 1) -> None:
+        """See to it that the next pass finds so many columns to write to."""
+        self._allocate(len(self.lengths), max(self.lengths), columns)
 
     def advance(self) -> None:
         """The pass is done: every row has one token more."""

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, check_steps
+from trimtab.engines.transformers.clean import CleanBatch
+from trimtab.engines.transformers.decode import GenerationRequest, check_steps
 from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
@@ -104,6 +105,7 @@ def answer(
     max_new_tokens: int,
     logprobs: bool,
     seed: int | None,
+    clean_cache: bool = False,
     progress: Callable[[int], None],
 ) -> list[Generation]:
     """Answers to rendered prompts, each under its own steering; `way.each` to a prompt, in the prompts' order.
@@ -118,12 +120,13 @@ def answer(
         max_new_tokens: Tokens of an answer at most.
         logprobs: Whether answers have log-probabilities.
         seed: For repeatable samples; `None` takes one from torch's random numbers.
+        clean_cache: Whether answers are steered over the cache of the unsteered model.
         progress: Told how many prompts are done, as they are.
 
     Raises:
         TrimtabError: A sampled row was steered to where the logits are no numbers any more.
     """
-    batch = GenerationBatch(model, tokenizer, layout, strict=False, ends=way.ends)
+    batch = CleanBatch(model, tokenizer, layout, strict=False, ends=way.ends)
     if way.settings.sampled and seed is None:
         seed = int(torch.randint(2**62, ()))
     waiting = deque(range(len(prompts)))
@@ -146,6 +149,7 @@ def answer(
                         sampling,
                         0 if logprobs else None,
                         way.settings,
+                        clean_cache,
                     )
                     one = _Answer(prompt)
                     answers[prompt].append(one)

@@ -50,7 +50,8 @@ class GenerationRequest:
     """What one row is to be: a rendered prompt, its steering, how its tokens are chosen, and how many at most.
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
-    `settings` are those of `sampling` and the model's own, unless they are given.
+    `settings` are those of `sampling` and the model's own, unless they are given. `clean_cache`: what is stored of the
+    text is what the unsteered model would store; only `CleanBatch` has such rows.
     """
 
     ids: tuple[int, ...]
@@ -59,6 +60,12 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     alternatives: int | None = None
     settings: Settings | None = None
+    clean_cache: bool = False
+
+    @property
+    def text(self) -> tuple[Any, ...]:
+        """What has to be the same for two requests whose prompts are to be read as one."""
+        return self.ids, self.steering, self.clean_cache
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,11 @@ class _Row:
     @property
     def length(self) -> int:
         return len(self.request.ids) + len(self.tokens)
+
+    @property
+    def newest(self) -> int:
+        """The token that the next pass reads."""
+        return self.tokens[-1] if self.tokens else self.request.ids[-1]
 
     def add(self, more: Tally) -> None:
         for site, (total, measured, tokens) in more.items():
@@ -314,24 +326,29 @@ class GenerationBatch:
     def _read_chunk(self) -> list[GenerationResponse]:
         """Read some more of a long prompt; its rows join, and have their first tokens, when all of it is read."""
         if self._long is None:
-            text = next(
-                ((r.request.ids, r.request.steering) for r in self._waiting if len(r.request.ids) > CHUNK), None
-            )
-            if text is None:
+            first = next((row.request for row in self._waiting if len(row.request.ids) > CHUNK), None)
+            if first is None:
                 return []
-            rows = [row for row in self._waiting if (row.request.ids, row.request.steering) == text]
+            rows = [row for row in self._waiting if row.request.text == first.text]
             self._waiting = [row for row in self._waiting if row not in rows]
-            self._long = rows, ChunkedPrefill(self.model, self.layout, *text, self._logits, self.device)
+            self._long = rows, self._prefill(first)
         rows, prefill = self._long
         try:
             if (logits := prefill.advance()) is None:
                 return []
             self._long = None
-            read = [prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache
-            return self._seat(rows, [0] * len(rows), *read)
+            return self._seat_read(rows, prefill, logits)
         except (TrimtabError, RuntimeError) as error:
             self._long = None
             return [GenerationResponse(row.key, error=error) for row in rows]
+
+    def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
+        return ChunkedPrefill(self.model, self.layout, request.ids, request.steering, self._logits, self.device)
+
+    def _seat_read(self, rows: list[_Row], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+        """Rows whose one prompt was read in chunks join the batch."""
+        read = [prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache
+        return self._seat(rows, [0] * len(rows), *read)
 
     def _read_in(self, rows: list[_Row]) -> list[GenerationResponse]:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
@@ -351,10 +368,8 @@ class GenerationBatch:
         texts = list(dict.fromkeys(asked))
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.device)
         cache = compat.whole_cache(self.model.config)
-        inputs = ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache
+        inputs = (*self._padded(prompts), cache)
         steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
         if decides_at_prefill(self.layout, steerings, lengths, {}):
             prefill = Prefill(self.model, self.layout, steerings, lengths)
@@ -376,6 +391,15 @@ class GenerationBatch:
         which = [texts.index(one) for one in asked]
         tallies = [session.tally(text) for text in range(len(texts))]
         return self._seat(rows, which, edits, names, tallies, logits, cache)
+
+    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions `[prompts, columns]` of prompts that are padded on the left."""
+        width = max(map(len, prompts))
+        pads = [width - len(prompt) for prompt in prompts]
+        rows = [[self.pad] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
+        seen = [[0] * pad + [1] * (width - pad) for pad in pads]
+        ids, mask = torch.tensor(rows, device=self.device), torch.tensor(seen, device=self.device)
+        return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
     def _seat(
         self,
@@ -467,7 +491,7 @@ class _Decoding:
         scored = [Row(_scores(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)]
         self.scores = batch._compiled(scored, self.width)
         self.sampler = batch._sampler(rows)
-        self.ids = torch.tensor([row.tokens[-1] for row in rows], device=device)
+        self.ids = torch.tensor([row.newest for row in rows], device=device)
         self.positions = torch.tensor([row.length - 1 for row in rows], device=device)
         self._pads = torch.tensor(pads, device=device)[:, None] if any(pads) else None
 
