@@ -71,6 +71,7 @@ if TYPE_CHECKING:
         Threshold,
         directional_ablation,
     )
+    from trimtab.steering.monitors import Monitor
     from trimtab.text.pairs import Pair, read_pairs
     from trimtab.text.spans import Part, Pattern, Phrase
 
@@ -90,6 +91,7 @@ __all__ = [
     "Gate",
     "MaskNeurons",
     "MismatchWarning",
+    "Monitor",
     "Operation",
     "Pair",
     "Part",
@@ -222,6 +224,7 @@ _HOMES = {
         "Threshold",
         "directional_ablation",
     ),
+    "trimtab.steering.monitors": ("Monitor",),
     "trimtab.text.pairs": ("Pair", "read_pairs"),
 }
 _PUBLIC = {name: (home, name) for home, names in _HOMES.items() for name in names} | {

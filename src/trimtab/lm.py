@@ -23,7 +23,8 @@ from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
-from trimtab.engines.transformers.clean import check_clean, check_clean_edits
+from trimtab.engines.transformers.by_steps import check_by_steps
+from trimtab.engines.transformers.clean import check_clean
 from trimtab.engines.transformers.continuous import Continuous, answer
 from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steered_here
@@ -209,26 +210,13 @@ class LM(LanguageModel):
             if one.rejection is not None
         ]
         check_rejection(rejecting, options)
-        if decoding.clean_cache:
-            self._check_clean(requests, options)
+        check_by_steps(self.model, self.layout, requests, replace(decoding, options=options))
         return replace(decoding, options=options)
 
     def require(self, *features: str) -> None:
         super().require(*features)
         if "clean_cache" in features:
             check_clean(self.layout)
-
-    def _check_clean(self, requests: Sequence[Asked], options: dict[str, Any]) -> None:
-        """Raises `TrimtabError` for requests that can't be decoded over a clean cache; with rejection it is clean."""
-        steered = [one for one in requests if one.rejection is None and acting(one.steering)]
-        if steered and Continuous.of(self.model, self.layout, options) is None:
-            known = ", ".join(sorted(name for name, value in options.items() if value is not None))
-            raise UnsupportedError(
-                f"clean_cache=True needs continuous batching, which these options haven't ({known}): beams, processors"
-                " and criteria of your own, and other caches go through transformers' generate; leave them out"
-            )
-        for one in steered:
-            check_clean_edits(acting(one.steering), len(one.ids))
 
     def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
         """The answers to requests that were checked, in their order, sorted by length into batches."""
@@ -266,6 +254,7 @@ class LM(LanguageModel):
                         rows=size,
                         seed=decoding.seed,
                         clean_cache=decoding.clean_cache,
+                        monitors=decoding.monitors,
                         progress=tell,
                         **given,
                     )

@@ -30,6 +30,7 @@ from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
+from trimtab.steering.monitors import Monitor, check_monitors
 from trimtab.text.chat import Prompt, Template, encode
 from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords
@@ -190,6 +191,7 @@ class LanguageModel(ABC):
         emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
         clean_cache: bool = False,
+        monitors: Monitor | Sequence[Monitor] = (),
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -217,6 +219,8 @@ class LanguageModel(ABC):
             clean_cache: Steer over the cache of the unsteered model: what is stored of the text isn't coloured by what
                 steers it, and each token is chosen by a steered reading of the newest token alone. Costs a second row a
                 prompt. With rejection it is always so.
+            monitors: Directions that are read at each token; they may end the answer or switch a steering on, and the
+                answers' `monitors` tell what was read.
             progress: `progress(done, total)` is called as prompts are answered.
             options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
                 engines take those that they have too, under the same names. Rejection, and options that choose tokens
@@ -232,7 +236,8 @@ class LanguageModel(ABC):
             UnsupportedError: Before anything runs, for what this engine can't do.
         """
         check_no_keywords(self.tokenizer, options)
-        self._check_asked(emphasize, rejection, clean_cache)
+        watching = check_monitors(monitors)
+        self._check_asked(emphasize, rejection, clean_cache, watching)
         many = as_list(prompts)
         steerings = self._named(steering, len(many))
         marked = marks_for(emphasize, len(many))
@@ -242,11 +247,11 @@ class LanguageModel(ABC):
                 towards = emphasis(ScaleScores(), spans, self._emphasised(), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
-        for one in {one for one in steerings if one is not None}:
+        for one in {one for one in (*steerings, *(each.steering for each in watching)) if one is not None}:
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         requests = [Request(*each) for each in zip(ids, steerings, rejections, strict=True)]
-        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache)
+        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache, watching)
         decoding = self.admit(requests, decoding)
         check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
         for request in requests:
@@ -270,6 +275,7 @@ class LanguageModel(ABC):
         emphasize: Emphasis | Sequence[Emphasis] | None = None,
         rejection: Rejection | bool | None = None,
         clean_cache: bool = False,
+        monitors: Monitor | Sequence[Monitor] = (),
         **options: Any,
     ) -> Stream:
         """Answer one prompt, and give its text piece by piece while it is generated.
@@ -290,6 +296,7 @@ class LanguageModel(ABC):
             emphasize: One phrase of the prompt, or several.
             rejection: As `generate` has it.
             clean_cache: As `generate` has it.
+            monitors: As `generate` has them; what they read is told by the result.
             options: As `generate` takes them.
 
         Returns:
@@ -318,6 +325,7 @@ class LanguageModel(ABC):
                 emphasize=None if emphasize is None else [emphasize],
                 rejection=rejection,
                 clean_cache=clean_cache,
+                monitors=monitors,
                 **{**options, "streamer": TokenTeller(tell)},
             )
             return answer
@@ -486,7 +494,9 @@ class LanguageModel(ABC):
 
     # ---- where engines differ ----------------------------------------------------------------------------
 
-    def _check_asked(self, emphasize: Any, rejection: Any, clean_cache: Any) -> None:
+    def _check_asked(self, emphasize: Any, rejection: Any, clean_cache: Any, monitors: Sequence[Monitor]) -> None:
+        if monitors:
+            self.require("monitors")
         if not isinstance(clean_cache, bool):
             raise TrimtabError(f"clean_cache is True or False, got {clean_cache!r}")
         if clean_cache:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.folding import Prepared, States, sweep
-from trimtab.engines.transformers.bank import Bank
+from trimtab.engines.transformers.bank import Bank, compile_edits
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
 from trimtab.engines.transformers.positions import Pass
@@ -92,16 +92,30 @@ class BatchSession(Session):
         Raises:
             TrimtabError: The edits can't act together, or not in the model's dtype; the batch is as it was.
         """
-        spans = sweep(tuple(edits), prompt_length)
-        acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
-        segments = [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
         first = prompt_length if position is None else position
-        row = _Row(segments, first, first)
+        row = _Row(_segments(edits, prompt_length), first, first)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()
         self.rows.append(row)
         self._steered.update(row.sites)
+        self._change()
+
+    def change(self, number: int, edits: Sequence[Edit], prompt_length: int) -> None:
+        """From the next pass on a row is under these edits; what was done to it before stays counted.
+
+        Raises:
+            TrimtabError: The edits can't act together, or not in the model's dtype; the row is as it was.
+        """
+        row = self.rows[number]
+        compile_edits(edits, self._dtype)
+        before = [(a, min(b, row.position) if b is not None else row.position, *rest) for a, b, *rest in row.segments]
+        after = [(max(a, row.position), b, *rest) for a, b, *rest in _segments(edits, prompt_length)]
+        self._flush()
+        self._steered.subtract(row.sites)
+        row.segments = [one for one in (*before, *after) if one[1] is None or one[0] < one[1]]  # type: ignore[misc]
+        self._steered.update(row.sites)
+        self._steered += Counter()
         self._change()
 
     def remove(self, number: int) -> Tally:
@@ -208,3 +222,10 @@ class BatchSession(Session):
         """Where a site's module is; of one that is loaded when it runs, the session sees it then."""
         here = next((p.device for p in self._place(site).module.parameters()), torch.device("cpu"))
         return torch.device("cpu") if here.type == "meta" else here
+
+
+def _segments(edits: Sequence[Edit], prompt_length: int) -> list[Segment]:
+    """Which edits act where behind a prompt of so many tokens."""
+    spans = sweep(tuple(edits), prompt_length)
+    acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
+    return [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]

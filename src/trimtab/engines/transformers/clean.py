@@ -115,6 +115,8 @@ class CleanBatch(GenerationBatch):
         if steers_clean(request):
             check_clean(self.layout)
             check_clean_edits(acting(request.steering), len(request.ids))
+            for one in request.monitors:
+                check_clean_edits(acting(one.steering), len(request.ids))
 
     def remove(self, key: int) -> Applied | None:
         found = super().remove(key)
@@ -148,6 +150,7 @@ class CleanBatch(GenerationBatch):
         sites = sorted({site for one in steerings for site in _sites_to_decide(one)})
         cache = compat.whole_cache(self.model.config)
         inputs = (*self._padded(prompts), cache)
+        self._watch.of(row.request.monitors for row in rows)
         with recording(self.layout, sites, lambda x: x, to_the_end=True) if sites else nullcontext({}) as found:
             logits = self._logits(*inputs)
 
@@ -171,8 +174,9 @@ class CleanBatch(GenerationBatch):
         """Rows whose prompts were read unsteered join the twins; those that nothing steers join the others."""
         told: list[GenerationResponse] = []
         for row, text, one, called in zip(rows, which, edits, names, strict=True):
-            if not one:
-                told += self._seat([row], [0], [()], [called], [{}], logits[[text]], _row_of(cache, text))
+            if not one and not _may_be_steered(row.request):
+                read = dict.fromkeys(which, ()), {text: called}, {key: {} for key in which}
+                told += self._seat([row], [text], *read, logits, cache)
                 continue
             row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)
             try:
@@ -233,6 +237,7 @@ class _Twins(GenerationBatch):
         run, cache = self._run, self._cache
         cache.make_room(2)
         width = cache.width + 1
+        self._watch.of(row.request.monitors for row in self._rows)
         with run.open(), self._twin_masks():
             ids, positions = run.ids[:, None].expand(-1, 2), run.positions[:, None].expand(-1, 2)
             logits = self._logits(ids, run.mask(width + 1), positions, cache)
@@ -241,7 +246,7 @@ class _Twins(GenerationBatch):
         cache.advance()
         chosen = self._choose(self._rows, logits, run.sampler)
         run.advance(chosen.tokens)
-        return self._without_the_done(chosen.told)
+        return self._without_the_done(self._switch_on(chosen.told))
 
     @contextmanager
     def _twin_masks(self) -> Iterator[None]:
@@ -321,7 +326,12 @@ class _TwinSession(BatchSession):
 
 def steers_clean(request: GenerationRequest) -> bool:
     """Whether a request's cache has to be kept clean of what steers it."""
-    return request.clean_cache and bool(acting(request.steering))
+    return request.clean_cache and (bool(acting(request.steering)) or _may_be_steered(request))
+
+
+def _may_be_steered(request: GenerationRequest) -> bool:
+    """Whether a monitor may switch a steering on."""
+    return any(one.steering is not None for one in request.monitors)
 
 
 def _sites_to_decide(steering: Steering | None) -> set[Site]:
@@ -333,16 +343,8 @@ def _sites_to_decide(steering: Steering | None) -> set[Site]:
 
 def _without_last(cache: DynamicCache) -> DynamicCache:
     """The same keys and values but those of the last column."""
-    return _view(cache, slice(None), slice(None, -1))
-
-
-def _row_of(cache: DynamicCache, row: int) -> DynamicCache:
-    return _view(cache, slice(row, row + 1), slice(None))
-
-
-def _view(cache: DynamicCache, rows: slice, columns: slice) -> DynamicCache:
     aside = compat.put_aside(cache)
     for layer in aside.layers:
         if getattr(layer, "keys", None) is not None:
-            layer.keys, layer.values = layer.keys[rows, :, columns], layer.values[rows, :, columns]
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
     return aside

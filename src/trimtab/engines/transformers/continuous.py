@@ -19,9 +19,11 @@ from trimtab.engines.transformers.clean import CleanBatch
 from trimtab.engines.transformers.decode import GenerationRequest, check_steps
 from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Steering
+from trimtab.steering.monitors import FILTERED, Monitor
 
 SETTINGS = (
     "do_sample",
@@ -90,6 +92,7 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
     applied: Applied | None = None
+    log: Log = field(default_factory=Log)
 
 
 def answer(
@@ -106,6 +109,7 @@ def answer(
     logprobs: bool,
     seed: int | None,
     clean_cache: bool = False,
+    monitors: tuple[Monitor, ...] = (),
     progress: Callable[[int], None],
 ) -> list[Generation]:
     """Answers to rendered prompts, each under its own steering; `way.each` to a prompt, in the prompts' order.
@@ -121,6 +125,7 @@ def answer(
         logprobs: Whether answers have log-probabilities.
         seed: For repeatable samples; `None` takes one from torch's random numbers.
         clean_cache: Whether answers are steered over the cache of the unsteered model.
+        monitors: What is read of each answer's tokens.
         progress: Told how many prompts are done, as they are.
 
     Raises:
@@ -150,6 +155,7 @@ def answer(
                         0 if logprobs else None,
                         way.settings,
                         clean_cache,
+                        monitors,
                     )
                     one = _Answer(prompt)
                     answers[prompt].append(one)
@@ -159,10 +165,13 @@ def answer(
             if told.error is not None:
                 raise told.error
             one = running[told.key]
-            one.tokens.append(told.token)
+            if monitors:
+                one.log.add(monitors, told.monitored)
+            if told.finish != FILTERED:  # else the token wasn't chosen
+                one.tokens.append(told.token)
             if told.logprob is not None:
                 one.logprobs.append(told.logprob)
-            if way.streamer is not None:
+            if way.streamer is not None and told.finish != FILTERED:
                 way.streamer.put(torch.tensor([told.token]))
             finish, applied = told.finish, told.applied
             if finish is None and way.stops and way.streamer(torch.tensor([[*prompts[0], *one.tokens]]), ()).all():
@@ -183,6 +192,7 @@ def answer(
             prompt_tokens=len(prompts[one.prompt]),
             applied=one.applied or Applied((), ()),
             logprobs=tuple(one.logprobs) if logprobs else None,
+            monitors=one.log.told(monitors) if monitors else None,
         )
         for of_prompt in answers
         for one in of_prompt

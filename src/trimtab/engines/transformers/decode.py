@@ -12,7 +12,7 @@ rungs need a loop of their own (see `rejecting`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,6 +32,7 @@ from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
+from trimtab.engines.transformers.monitoring import Log, Watch, check_watched, switched_on
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.sampling import GREEDY, PLAIN, BatchSampler, RowSampler, Sampling, Settings
@@ -39,6 +40,7 @@ from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
 from trimtab.engines.transformers.session import Session, Tally, doses_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
+from trimtab.steering.monitors import FILTERED, Monitor
 
 PREFILL = 512
 """Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long; and a chunk of a
@@ -51,7 +53,7 @@ class GenerationRequest:
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
     `settings` are those of `sampling` and the model's own, unless they are given. `clean_cache`: what is stored of the
-    text is what the unsteered model would store; only `CleanBatch` has such rows.
+    text is what the unsteered model would store; only `CleanBatch` has such rows. `monitors` read the row's tokens.
     """
 
     ids: tuple[int, ...]
@@ -61,6 +63,7 @@ class GenerationRequest:
     alternatives: int | None = None
     settings: Settings | None = None
     clean_cache: bool = False
+    monitors: tuple[Monitor, ...] = ()
 
     @property
     def text(self) -> tuple[Any, ...]:
@@ -71,6 +74,9 @@ class GenerationRequest:
 @dataclass(frozen=True)
 class GenerationResponse:
     """One token of one row. `finish` is `"stop"` or `"length"` with its last, and `applied` then what steered it.
+
+    `monitored` is what the row's monitors read where the token was chosen, and `fired` are those beyond their threshold
+    for the first time. One of them may end the answer: `finish` is then `"content_filter"`, and there is no token.
 
     `logprob` and `likeliest` (ids and log-probabilities, best first) are under the steered model, before any
     temperature. With `error` there is no token: the row couldn't go on and has left.
@@ -83,6 +89,8 @@ class GenerationResponse:
     finish: str | None = None
     applied: Applied | None = None
     error: Exception | None = None
+    monitored: tuple[float, ...] = ()
+    fired: tuple[str, ...] = ()
 
 
 def check_steps(model: Any, layout: Layout) -> None:
@@ -113,6 +121,8 @@ class _Row:
     sampler: RowSampler | None = None
     tokens: list[int] = field(default_factory=list)
     pushed: Tally = field(default_factory=dict)
+    log: Log = field(default_factory=Log)
+    switched: bool = False  # whether a monitor has changed its edits, which the session hasn't been told
 
     @property
     def length(self) -> int:
@@ -158,6 +168,7 @@ class GenerationBatch:
         self.device = model.get_input_embeddings().weight.device
         self._takes = compat.parameters(model)
         self._masks = PaddedMasks(layout)
+        self._watch = Watch(layout)
         self._settings: dict[Sampling, Settings] = {}
         self._next = 0
         self._waiting: list[_Row] = []
@@ -179,6 +190,9 @@ class GenerationBatch:
         """Raises `TrimtabError` for a row that can't run: too long, or steered where its prompt has no token."""
         check_request(self.layout, [len(request.ids)], request.max_new_tokens, {})
         check_prompt(request.steering, len(request.ids))
+        check_watched(request.monitors, request.steering, self.layout)
+        for one in request.monitors:
+            check_prompt(one.steering, len(request.ids))
 
     def insert(self, request: GenerationRequest) -> int:
         """A row, for the next step; its key. `lm.check(steering)` is the caller's. Raises as `check` does."""
@@ -234,6 +248,7 @@ class GenerationBatch:
         run, cache = self._run, self._cache
         cache.make_room()
         width = cache.width + 1
+        self._watch.of(row.request.monitors for row in self._rows)
         with run.open():
             logits = self._logits(run.ids[:, None], run.mask(width), run.positions[:, None], cache)
         self._session.check_reached(width)
@@ -241,7 +256,19 @@ class GenerationBatch:
         cache.advance()
         chosen = self._choose(self._rows, logits, run.sampler)
         run.advance(chosen.tokens)
-        return self._without_the_done(chosen.told)
+        return self._without_the_done(self._switch_on(chosen.told))
+
+    def _switch_on(self, told: list[GenerationResponse]) -> list[GenerationResponse]:
+        """Let what monitors have switched on act from the next pass on; a row for which that can't be has an error."""
+        for place, row in enumerate(self._rows):
+            if not row.switched:
+                continue
+            row.switched, self._run = False, None
+            try:
+                self._session.change(place, _residual([row.edits])[0], len(row.request.ids))
+            except TrimtabError as error:
+                told = [GenerationResponse(row.key, error=error) if one.key == row.key else one for one in told]
+        return told
 
     def _logits(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
         """The last column's, `[rows, vocabulary]`, in float32."""
@@ -252,11 +279,17 @@ class GenerationBatch:
             inputs["position_ids"] = positions
         if "logits_to_keep" in self._takes:
             inputs["logits_to_keep"] = 1
-        output = self.model(**inputs, use_cache=True, return_dict=True)
+        with self._watch.open(len(ids)):
+            output = self.model(**inputs, use_cache=True, return_dict=True)
         return output.logits[:, -1].to(dtype=torch.float32, device=self.device)
 
-    def _choose(self, rows: Sequence[_Row], logits: Tensor, sampler: BatchSampler) -> _Chosen:
-        """A token for each of these rows, and what is told of it. The host waits for the device once, here."""
+    def _choose(
+        self, rows: Sequence[_Row], logits: Tensor, sampler: BatchSampler, which: Sequence[int] | None = None
+    ) -> _Chosen:
+        """A token for each of these rows, and what is told of it. The host waits for the device once, here.
+
+        `which` of the last pass's rows these are, where they aren't all of them, in order.
+        """
         tokens = sampler.choose(logits)
         told = [tokens[:, None].float(), logits.amax(-1, keepdim=True)]  # of numbers and a NaN, the NaN is the largest
         asked = [row.request.alternatives for row in rows]
@@ -267,6 +300,10 @@ class GenerationBatch:
             if most:
                 values, ids = logprobs.topk(most)
                 told += [ids.float(), values]
+        watched = self._watch.values
+        if watched is not None:
+            values = watched if which is None else watched[list(which)]
+            told.append(values.to(device=logits.device, dtype=torch.float32))
         # whole numbers below 2 ** 24, as ids are, are exact in float32
         facts = torch.cat(told, -1).tolist()
         found = [self._tell(row, fact, most) for row, fact in zip(rows, facts, strict=True)]
@@ -280,13 +317,31 @@ class GenerationBatch:
                 "the model's logits are no numbers any more: it was steered too hard, lower the strength"
             )
             return GenerationResponse(row.key, error=error)
-        token = int(fact[0])
+        token, monitored, fired = int(fact[0]), (), ()
+        if row.request.monitors:
+            monitored, fired = self._hear(row, fact)
+            if any(one.action == "stop" for one in fired):
+                names = tuple(one.name for one in fired)
+                return GenerationResponse(row.key, finish=FILTERED, monitored=monitored, fired=names)
+        heard: dict[str, Any] = {"monitored": monitored, "fired": tuple(one.name for one in fired)}
         row.tokens.append(token)
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
         if row.request.alternatives is None:
-            return GenerationResponse(row.key, token, finish=finish)
-        likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most :], strict=True))
-        return GenerationResponse(row.key, token, fact[2], likeliest[: row.request.alternatives], finish)
+            return GenerationResponse(row.key, token, finish=finish, **heard)
+        likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most : 3 + 2 * most], strict=True))
+        return GenerationResponse(row.key, token, fact[2], likeliest[: row.request.alternatives], finish, **heard)
+
+    def _hear(self, row: _Row, fact: Sequence[float]) -> tuple[tuple[float, ...], tuple[Monitor, ...]]:
+        """What a row's monitors have read of its newest token, and which of them fire; what they switch on is noted."""
+        monitors = row.request.monitors
+        read = fact[len(fact) - len(self._watch.conditions) :]
+        values = tuple(read[i] for i in self._watch.columns(monitors))
+        fired = row.log.add(monitors, values)
+        for one in fired:
+            if one.steering is not None:
+                edits, names = switched_on(one, len(row.request.ids))
+                row.edits, row.names, row.switched = (*row.edits, *edits), (*row.names, *names), True
+        return values, fired
 
     def _without_the_done(self, told: list[GenerationResponse]) -> list[GenerationResponse]:
         done = {one.key for one in told if one.finish or one.error}
@@ -333,6 +388,7 @@ class GenerationBatch:
             self._waiting = [row for row in self._waiting if row not in rows]
             self._long = rows, self._prefill(first)
         rows, prefill = self._long
+        self._watch.of(row.request.monitors for row in rows)
         try:
             if (logits := prefill.advance()) is None:
                 return []
@@ -360,7 +416,7 @@ class GenerationBatch:
             if len(rows) == 1:
                 return [GenerationResponse(rows[0].key, error=error)]
             for row in rows:
-                row.tokens, row.pushed = [], {}
+                row.tokens, row.pushed, row.log = [], {}, Log()
             return [told for row in rows for told in self._read_in([row])]
 
     def _read_together(self, rows: list[_Row]) -> list[GenerationResponse]:
@@ -368,6 +424,7 @@ class GenerationBatch:
         texts = list(dict.fromkeys(asked))
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
+        self._watch.of(row.request.monitors for row in rows)
         cache = compat.whole_cache(self.model.config)
         inputs = (*self._padded(prompts), cache)
         steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
@@ -405,9 +462,9 @@ class GenerationBatch:
         self,
         rows: list[_Row],
         which: list[int],
-        edits: Sequence[tuple[Edit, ...]],
-        names: Sequence[tuple[str, ...]],
-        tallies: Sequence[Tally],
+        edits: Sequence[tuple[Edit, ...]] | Mapping[int, tuple[Edit, ...]],
+        names: Sequence[tuple[str, ...]] | Mapping[int, tuple[str, ...]],
+        tallies: Sequence[Tally] | Mapping[int, Tally],
         logits: Tensor,
         cache: DynamicCache,
     ) -> list[GenerationResponse]:
@@ -416,13 +473,14 @@ class GenerationBatch:
             row.edits, row.names = edits[text], names[text]
             row.sampler = self._row_sampler(row.request)
             row.add(tallies[text])
-        told = self._choose(rows, logits[which], self._sampler(rows)).told
+        told = self._choose(rows, logits[which], self._sampler(rows), which).told
         done = {one.key for one in told if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]
         if staying:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
             for row, _ in staying:
+                row.switched = False  # what a monitor has switched on is among its edits already
                 self._session.insert(_residual([row.edits])[0], len(row.request.ids))
                 self._rows.append(row)
         applied = {row.key: _applied(row) for row in rows if row.key in done}
@@ -533,4 +591,4 @@ def _applied(row: _Row, more: Tally | None = None) -> Applied:
 
 
 def _with(told: GenerationResponse, applied: Applied | None) -> GenerationResponse:
-    return GenerationResponse(told.key, told.token, told.logprob, told.likeliest, told.finish, applied, told.error)
+    return replace(told, applied=applied)
