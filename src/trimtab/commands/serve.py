@@ -103,6 +103,14 @@ def serve(
             rich_help_panel=SAFETY,
         ),
     ] = False,
+    monitor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A direction or probe that requests can have read at each token (`trimtab learn probe`). Repeatable.",
+            metavar="NAME=FILE[@LAYER]",
+            show_default=False,
+        ),
+    ] = None,
     clean_cache: Annotated[
         bool,
         typer.Option(
@@ -190,6 +198,7 @@ def serve(
     [bold]  {"keys": [{"name": "alice", "sha256": "…", "steerings": ["json"],
                  "strength": [0, 2], "max_dose": 0.5}],
        "always": [{"name": "safety", "strength": 1}],
+       "monitors": [{"name": "harm", "threshold": 0.9, "action": "stop"}],
        "strength": [-4, 4], "max_dose": 1.0}[/bold]
 
     sha256 is that of the API key: printf %s "$KEY" | sha256sum. A single key
@@ -198,6 +207,10 @@ def serve(
     always on, no request can name, weaken, reject or push against along its
     own directions. max_dose caps what the doses of all sites add up to. What
     a key brings (--upload, --learn) it alone may see, use and delete.
+
+    --monitor harm=probe.safetensors reads a probe at each token: requests name
+    it in "monitors", and the policy's read every answer. Beyond a threshold
+    they are logged, stop the answer, or switch a steering on.
 
     On SIGTERM nothing more is accepted, and what was accepted is finished.
 
@@ -243,11 +256,13 @@ def serve(
     from trimtab.serve.app import make_app
     from trimtab.serve.library import Library, read_folder
     from trimtab.serve.metrics import Metrics
+    from trimtab.serve.monitored import read_monitors
     from trimtab.serve.scheduler import Scheduler
     from trimtab.serve.service import Limits, Service
 
     library = Library(lm) if steerings is None else read_folder(lm, steerings)
     check_names(rules, library.names)
+    watching = read_monitors(lm, monitor or [])
     metrics = Metrics()
     scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished)
     service = Service(
@@ -264,7 +279,9 @@ def serve(
         learn,
         int(time.time()),
         clean_cache,
+        watching,
     )
+    assert service.always_watching is not None  # the policy's are there, and fit
     if clean_cache:
         lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"

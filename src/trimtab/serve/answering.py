@@ -57,7 +57,8 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
     except Draining as draining:
         record.drop("shutting_down")
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
-    wire = Wire(name, asked.model, chat, prepared.tasks[0].alternatives is not None, service.lm.tokenizer)
+    task = prepared.tasks[0]
+    wire = Wire(name, asked.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors)
     answers = [Collected() for _ in prepared.tasks]
     run = _Run(service, request, asked, prepared, wire, answers, queue, record)
     if asked.stream:

@@ -23,10 +23,12 @@ from trimtab.engines.transformers.clean import CleanBatch
 from trimtab.engines.transformers.decode import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
+from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.rejecting import Request, check_rejection
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.tasks import NOTHING, Done, Event, Failed, Piece, Task, TokenTold, total_dose
+from trimtab.steering.monitors import FILTERED
 from trimtab.text.unfolding import Unfolding
 
 DOSE_EVERY = 8
@@ -58,6 +60,7 @@ class _Answer:
     unsaid: list[TokenTold] = field(default_factory=list)
     finish: str | None = None  # with rejection: why it is done, before the loop has ended
     over: bool = False
+    log: Log = field(default_factory=Log)
 
     def take(self, told: TokenTold, last: bool) -> None:
         """One more token; says what it lets go. With the `last` there is nothing to wait for any more."""
@@ -69,6 +72,11 @@ class _Answer:
         if piece or last or self.text.stopped:
             self.task.deliver(Piece(piece, tuple(self.unsaid)))
             self.unsaid = []
+
+    def rest(self) -> None:
+        """No token comes any more: what was held back goes."""
+        self.task.deliver(Piece(self.text.finish(), tuple(self.unsaid)))
+        self.unsaid = []
 
     def end(self, event: Event) -> None:
         self.over = True
@@ -146,6 +154,8 @@ class Scheduler:
             assert task.steering is not None
             if task.prompt is None:
                 raise TrimtabError("rejection needs a prompt of text, not of token ids")
+            if task.monitors:
+                raise TrimtabError("monitors don't read what is decoded with rejection; ask for rejection: false")
             if task.alternatives is not None:
                 raise TrimtabError("log-probabilities aren't told with rejection; leave logprobs out")
             if task.max_dose is not None and any(edit.site.kind != "scores" for edit in task.steering.edits):
@@ -325,19 +335,26 @@ class Scheduler:
                 )
                 self._end(answer, Failed("dose", message), now)
                 return
-        answer.take(TokenTold(told.token, told.logprob, told.likeliest), bool(told.finish))
+        if task.monitors:
+            answer.log.add(task.monitors, told.monitored)
+        if told.finish == FILTERED:
+            answer.rest()
+        else:
+            answer.take(TokenTold(told.token, told.logprob, told.likeliest, told.monitored), bool(told.finish))
         finish = "stop" if answer.text.stopped else told.finish
         if finish:
             del self._answers[told.key]
             applied = applied or self._batch.remove(told.key) or NOTHING
             if math.isfinite(total_dose(applied)):
-                self._end(answer, Done(finish, answer.tokens, applied))
+                read = answer.log.told(task.monitors) if task.monitors else None
+                self._end(answer, Done(finish, answer.tokens, applied, monitors=read))
             else:
                 self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
 
     def _end(self, answer: _Answer, event: Event, applied: Applied | None = None) -> None:
         if isinstance(event, Failed):
-            event = replace(event, tokens=answer.tokens, applied=applied or NOTHING)
+            read = answer.log.told(answer.task.monitors) if answer.task.monitors else None
+            event = replace(event, tokens=answer.tokens, applied=applied or NOTHING, monitors=read)
         else:
             took = time.monotonic() - (answer.task.deadline - answer.task.seconds)
             self._pace += 0.1 * (took - self._pace)
@@ -428,4 +445,5 @@ def _request(task: Task) -> GenerationRequest:
         task.sampling,
         task.alternatives,
         clean_cache=task.clean_cache and not task.rejects,  # with rejection it is clean in any case
+        monitors=task.monitors,
     )

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.serve.fields import NAME, Finite, In, Nothing, PairText, Seed, Text, Unsupported, UnsupportedChat
+from trimtab.serve.monitored import Choices, MonitorTold
 
 
 class _Out(BaseModel):
@@ -68,6 +69,9 @@ class Steered(Unsupported):
     )
     clean_cache: bool | None = Field(
         None, description="Steer over the unsteered model's cache, so that a turn leaves no colour on the next."
+    )
+    monitors: Choices = Field(
+        [], max_length=8, description="Monitors of this server that read the answer.", examples=[["harm"]]
     )
 
 
@@ -243,6 +247,7 @@ class AppliedTold(_Out):
     total_dose: float | None
     doses: list[DoseTold]
     rejection: RejectionTold | None = None
+    monitors: list[MonitorTold] = []
 
 
 class Told(_Out):
@@ -296,7 +301,7 @@ class ChatChoice(_Out):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "content_filter"]
 
 
 class ChatCompletion(_Out):
@@ -326,7 +331,7 @@ class TextChoice(_Out):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "content_filter"]
 
 
 class Completion(_Out):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from trimtab.lm import LM
 from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
+from trimtab.serve.monitored import always_of, monitors_for
 from trimtab.serve.policy import Key, Policy
 from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
@@ -35,6 +36,7 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.tasks import Task
 from trimtab.steering import ScaleScores, Steering, emphasis
+from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
@@ -63,7 +65,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """One server. `clean_cache` is what holds for requests that don't say."""
+    """One server. `clean_cache` is what holds for requests that don't say; `monitors` are those that they may name."""
 
     lm: LM
     library: Library
@@ -76,6 +78,7 @@ class Service:
     learn: bool = False
     started: int = 0
     clean_cache: bool = False
+    monitors: Mapping[str, Monitor] = field(default_factory=dict)
     making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
@@ -191,6 +194,15 @@ class Service:
             return Rejection(wish.beta, ladder="strength")
         return Rejection(wish.beta, wish.min_layers, wish.ladder)
 
+    @cached_property
+    def always_watching(self) -> tuple[Monitor, ...]:
+        """The monitors that read every answer. Raises `TrimtabError` where the policy names what isn't there."""
+        return always_of(self)
+
+    def placed_apart(self, loaded: Loaded, param: str) -> Steering:
+        """A steering where it was learned, without what it has along what is always on. Raises `Refusal`."""
+        return self._apart(loaded.steering, param)[0]
+
     def clean(self, asked: Steered) -> bool:
         """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
         wanted = self.clean_cache if asked.clean_cache is None else asked.clean_cache
@@ -219,7 +231,7 @@ class Service:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
         told, steering = self.chosen(key, asked)
         rejection = self.rejection(asked, steering)
-        clean = self.clean(asked)
+        clean, monitors = self.clean(asked), monitors_for(self, key, asked)
         stop = _stop(asked.stop)
         tasks, marked, lengths = [], 0, []
         try:
@@ -252,6 +264,7 @@ class Service:
                         self.policy.dose_of(key),
                         self.limits.seconds,
                         clean,
+                        monitors,
                     )
                     self.scheduler.check(task)
                     tasks.append(task)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.serve.monitored import in_chunk, told_of
 from trimtab.serve.schema import (
     AppliedTold,
     ChatChoice,
@@ -27,6 +28,7 @@ from trimtab.serve.schema import (
 )
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
+from trimtab.steering.monitors import Monitor
 from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
@@ -63,6 +65,7 @@ class Wire:
     chat: bool
     logprobs: bool
     tokenizer: Any
+    monitors: tuple[Monitor, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
@@ -99,9 +102,11 @@ class Wire:
         """A chunk with more text, `before` characters into the answer."""
         if self.chat:
             logprobs = self._chat_logprobs(piece.tokens)
-            return self._chunk(index, {"content": piece.text}, logprobs and logprobs.model_dump(), None)
+            chunk = self._chunk(index, {"content": piece.text}, logprobs and logprobs.model_dump(), None)
+            return chunk | in_chunk(self.monitors, piece.tokens)
         found = self._text_logprobs(piece.tokens, before)
-        return self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)
+        chunk = self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)
+        return chunk | in_chunk(self.monitors, piece.tokens)
 
     def ending(self, index: int, done: Done) -> dict[str, Any]:
         """The chunk that says why an answer has ended."""
@@ -120,7 +125,11 @@ class Wire:
 
     def told(self, prepared: Prepared, answers: Sequence[Collected]) -> Told:
         """What steered the answers."""
-        found = [_applied(i, answer.done) for i, answer in enumerate(answers) if answer.done]
+        found = [
+            _applied(i, answer.done).model_copy(update={"monitors": told_of(self.monitors, answer.done)})
+            for i, answer in enumerate(answers)
+            if answer.done
+        ]
         return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found)
 
     def _head(self) -> dict[str, Any]:
