@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from trimtab.files.load import load
     from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
+    from trimtab.learn.probe import learn_probe
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.making.make import make, make_from_pairs
     from trimtab.methods.actadd import learn_actadd
@@ -137,6 +138,7 @@ __all__ = [
     "learn_loreft",
     "learn_many",
     "learn_random",
+    "learn_probe",
     "learn_repe",
     "learn_reps",
     "learn_sadi",
@@ -169,6 +171,7 @@ _HOMES = {
     "trimtab.files.hub": ("from_pretrained", "push_to_hub"),
     "trimtab.files.load": ("load",),
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
+    "trimtab.learn.probe": ("learn_probe",),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.making.make": ("make", "make_from_pairs"),
     "trimtab.methods.actadd": ("learn_actadd",),
