@@ -117,6 +117,23 @@ def serve(
             "--clean-cache", help="Steer over the unsteered model's cache, unless a request says clean_cache: false."
         ),
     ] = False,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens of past texts to keep in memory, so that the next turn isn't read anew; 0 keeps none.",
+            metavar="TOKENS",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 0,
+    prefix_shared: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-shared",
+            help="With --prefix-cache: unsteered texts of one key help all others; times then tell what was asked.",
+            rich_help_panel=SAFETY,
+        ),
+    ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.", rich_help_panel=LIMITS)] = 32,
     queue: Annotated[
         int, typer.Option(min=0, help="Answers that may wait; more get status 429.", rich_help_panel=LIMITS)
@@ -235,6 +252,8 @@ def serve(
         if given and audit is None:
             raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
     _check_reach(host, rules, insecure)
+    if prefix_shared and not prefix_cache:
+        raise TrimtabError("--prefix-shared is about texts that are kept; give --prefix-cache TOKENS")
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
     from trimtab.serve.audit import Audit
@@ -253,6 +272,7 @@ def serve(
         quiet=False,
         template=template,
     )
+    from trimtab.engines.transformers.prefixes import Prefixes
     from trimtab.serve.app import make_app
     from trimtab.serve.library import Library, read_folder
     from trimtab.serve.metrics import Metrics
@@ -264,7 +284,8 @@ def serve(
     check_names(rules, library.names)
     watching = read_monitors(lm, monitor or [])
     metrics = Metrics()
-    scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished)
+    prefixes = Prefixes(prefix_cache, shared=prefix_shared) if prefix_cache else None
+    scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished, prefixes=prefixes)
     service = Service(
         lm,
         library,

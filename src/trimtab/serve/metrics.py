@@ -29,6 +29,7 @@ class Metrics:
             "trimtab_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **mine
         )
         self.prompt = Counter("trimtab_prompt_tokens", "Tokens of prompts.", **mine)
+        self.cached = Counter("trimtab_cached_prompt_tokens", "Tokens of prompts that were taken over.", **mine)
         self.generated = Counter("trimtab_generated_tokens", "Tokens generated.", **mine)
         self.answers = Counter("trimtab_answers", "Answers by how they ended.", ["end"], **mine)
         self.steered = Counter("trimtab_steered_answers", "Answers that something steered.", **mine)
@@ -64,6 +65,7 @@ class Metrics:
         self.answers.labels(event.finish).inc()
         self.prompt.inc(len(task.ids))
         self.generated.inc(event.tokens)
+        self.cached.inc(event.cached)
         if event.applied.edits:
             self.steered.inc()
         for step in event.trace.steps if event.trace else ():

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.transformers.clean import CleanBatch
 from trimtab.engines.transformers.decode import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
 from trimtab.engines.transformers.monitoring import Log
+from trimtab.engines.transformers.prefixes import PrefixBatch, Prefixes
 from trimtab.engines.transformers.rejecting import Request, check_rejection
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
@@ -61,6 +61,7 @@ class _Answer:
     finish: str | None = None  # with rejection: why it is done, before the loop has ended
     over: bool = False
     log: Log = field(default_factory=Log)
+    cached: int = 0
 
     def take(self, told: TokenTold, last: bool) -> None:
         """One more token; says what it lets go. With the `last` there is nothing to wait for any more."""
@@ -87,7 +88,7 @@ class Scheduler:
     """`submit` from any thread; answers come through each task's `deliver`.
 
     At most `rows` tasks are decoded at a time and at most `waiting` more are accepted. `finished(event, task)` hears of
-    each task's end, for metrics.
+    each task's end, for metrics. `prefixes` keep what was read, for tasks that have a scope.
     """
 
     def __init__(
@@ -97,13 +98,14 @@ class Scheduler:
         rows: int = 32,
         waiting: int = 64,
         finished: Callable[[Event, Task], None] = lambda _event, _task: None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.lm = lm
         self.rows = rows
         self.waiting = waiting
         self.steps = 0
         self._finished = finished
-        self._batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
+        self._batch = PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=prefixes)
         self._ends = _end_ids(lm.model, {})
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
@@ -323,6 +325,7 @@ class Scheduler:
             self._end(answer, Failed("input" if expected else "server", message))
             return
         applied = told.applied
+        answer.cached = told.cached
         if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
             now = applied or self._batch.applied(told.key) or NOTHING
             dose = total_dose(now)
@@ -344,10 +347,10 @@ class Scheduler:
         finish = "stop" if answer.text.stopped else told.finish
         if finish:
             del self._answers[told.key]
-            applied = applied or self._batch.remove(told.key) or NOTHING
+            applied = applied or self._batch.remove(told.key, ended=True) or NOTHING
             if math.isfinite(total_dose(applied)):
                 read = answer.log.told(task.monitors) if task.monitors else None
-                self._end(answer, Done(finish, answer.tokens, applied, monitors=read))
+                self._end(answer, Done(finish, answer.tokens, applied, monitors=read, cached=answer.cached))
             else:
                 self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
 
@@ -446,4 +449,5 @@ def _request(task: Task) -> GenerationRequest:
         task.alternatives,
         clean_cache=task.clean_cache and not task.rejects,  # with rejection it is clean in any case
         monitors=task.monitors,
+        scope=task.scope,
     )

@@ -258,12 +258,19 @@ class Told(_Out):
     answers: list[AppliedTold]
 
 
+class PromptDetails(_Out):
+    """How many of the prompts' tokens were taken over from texts that were read before."""
+
+    cached_tokens: int
+
+
 class Usage(_Out):
     """Tokens; the prompt's counted once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class TopLogprob(_Out):

@@ -265,6 +265,7 @@ class Service:
                         self.limits.seconds,
                         clean,
                         monitors,
+                        f"key {key.name}" if self.policy.keys else "anybody",
                     )
                     self.scheduler.check(task)
                     tasks.append(task)

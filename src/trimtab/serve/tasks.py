@@ -52,6 +52,7 @@ class Done:
     applied: Applied
     trace: Trace | None = None
     monitors: Mapping[str, Monitored] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Task:
     `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs, with `chat` and `template`.
     `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted. `clean_cache`: it is
     steered over the unsteered model's cache. `monitors` read its tokens.
+    `scope`: for whom what it has read may be kept; `None`: for nobody.
     """
 
     ids: tuple[int, ...]
@@ -96,6 +98,7 @@ class Task:
     seconds: float = 600.0
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
+    scope: str | None = None
     deadline: float = field(default=float("inf"), init=False)
 
     @property

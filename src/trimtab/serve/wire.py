@@ -18,6 +18,7 @@ from trimtab.serve.schema import (
     ChatMessage,
     Completion,
     DoseTold,
+    PromptDetails,
     RejectionTold,
     TextChoice,
     TextLogprobs,
@@ -121,7 +122,12 @@ class Wire:
         """The tokens of the prompts and of all answers."""
         prompt = sum(prepared.lengths)
         made = sum(answer.done.tokens for answer in answers if answer.done)
-        return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+        each = max(1, len(answers) // max(1, len(prepared.lengths)))  # to a prompt, whose tokens are counted once
+        cached = sum(answer.done.cached for answer in answers[::each] if answer.done)
+        details = PromptDetails(cached_tokens=cached)
+        return Usage(
+            prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made, prompt_tokens_details=details
+        )
 
     def told(self, prepared: Prepared, answers: Sequence[Collected]) -> Told:
         """What steered the answers."""

@@ -63,6 +63,7 @@ class ChunkedPrefill:
         self._logits = logits
         self._device = device
         self._done = 0
+        self.taken_over = 0  # tokens at its beginning that weren't read here
         self._kept: dict[Site, list[Tensor]] = {}
         self._session = Session(model, layout, lambda *_: [_residual(self.edits)])
         self._asked = sorted(wanted(steering), key=str)
@@ -94,6 +95,17 @@ class ChunkedPrefill:
             return logits
         self._go_back(first)
         return None
+
+    def take_over(self, cache: DynamicCache, tokens: int) -> None:
+        """Go on from a cache of the first tokens, which were read under the very edits that would act on them here.
+
+        Only before the first `advance`, and where nothing of the prompt is to be decided.
+        """
+        assert not self._done
+        assert not self._looking
+        assert tokens < len(self.ids)
+        self.cache, self._done, self.taken_over = cache, tokens, tokens
+        self._session.expect([len(self.ids)], resumed=True)
 
     def tally(self) -> Tally:
         """What the doses of the prompt are made of."""

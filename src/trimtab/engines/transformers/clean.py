@@ -118,9 +118,9 @@ class CleanBatch(GenerationBatch):
             for one in request.monitors:
                 check_clean_edits(acting(one.steering), len(request.ids))
 
-    def remove(self, key: int) -> Applied | None:
-        found = super().remove(key)
-        return self._twins.remove(key) if found is None else found
+    def remove(self, key: int, *, ended: bool = False) -> Applied | None:
+        found = super().remove(key, ended=ended)
+        return self._twins.remove(key, ended=ended) if found is None else found
 
     def applied(self, key: int) -> Applied | None:
         found = super().applied(key)

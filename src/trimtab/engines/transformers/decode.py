@@ -54,6 +54,7 @@ class GenerationRequest:
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
     `settings` are those of `sampling` and the model's own, unless they are given. `clean_cache`: what is stored of the
     text is what the unsteered model would store; only `CleanBatch` has such rows. `monitors` read the row's tokens.
+    `scope`: for whom what the row has read may be kept, and from whose it may go on, where a batch keeps it.
     """
 
     ids: tuple[int, ...]
@@ -64,6 +65,7 @@ class GenerationRequest:
     settings: Settings | None = None
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
+    scope: str | None = None
 
     @property
     def text(self) -> tuple[Any, ...]:
@@ -77,6 +79,7 @@ class GenerationResponse:
 
     `monitored` is what the row's monitors read where the token was chosen, and `fired` are those beyond their threshold
     for the first time. One of them may end the answer: `finish` is then `"content_filter"`, and there is no token.
+    `cached` tokens of the prompt were taken over from another row.
 
     `logprob` and `likeliest` (ids and log-probabilities, best first) are under the steered model, before any
     temperature. With `error` there is no token: the row couldn't go on and has left.
@@ -89,6 +92,7 @@ class GenerationResponse:
     finish: str | None = None
     applied: Applied | None = None
     error: Exception | None = None
+    cached: int = 0
     monitored: tuple[float, ...] = ()
     fired: tuple[str, ...] = ()
 
@@ -122,6 +126,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     pushed: Tally = field(default_factory=dict)
     log: Log = field(default_factory=Log)
+    cached: int = 0  # tokens of its prompt that were taken over
     switched: bool = False  # whether a monitor has changed its edits, which the session hasn't been told
 
     @property
@@ -177,6 +182,7 @@ class GenerationBatch:
         self._cache = Columns()
         self._session = BatchSession(model, layout)  # of the rows
         self._run: _Decoding | None = None
+        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # told of a row's place before it leaves
 
     def __len__(self) -> int:
         return len(self._rows) + len(self._waiting) + len(self._long[0] if self._long else ())
@@ -201,8 +207,11 @@ class GenerationBatch:
         self._waiting.append(_Row(self._next, request))
         return self._next
 
-    def remove(self, key: int) -> Applied | None:
-        """Take a row out, and say what steered it so far; `None` where there is no such row any more."""
+    def remove(self, key: int, *, ended: bool = False) -> Applied | None:
+        """Take a row out, and say what steered it so far; `None` where there is no such row any more.
+
+        `ended`: not given up, but at its end, as by a text that ends it.
+        """
         for row in self._waiting:
             if row.key == key:
                 self._waiting.remove(row)
@@ -214,6 +223,8 @@ class GenerationBatch:
                 return Applied((), ())
         for place, row in enumerate(self._rows):
             if row.key == key:
+                if ended and self.on_end is not None:
+                    self.on_end(self, place)
                 self._take_out(place)
                 return _applied(row)
         return None
@@ -322,8 +333,12 @@ class GenerationBatch:
             monitored, fired = self._hear(row, fact)
             if any(one.action == "stop" for one in fired):
                 names = tuple(one.name for one in fired)
-                return GenerationResponse(row.key, finish=FILTERED, monitored=monitored, fired=names)
-        heard: dict[str, Any] = {"monitored": monitored, "fired": tuple(one.name for one in fired)}
+                return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
+        heard: dict[str, Any] = {
+            "cached": row.cached,
+            "monitored": monitored,
+            "fired": tuple(one.name for one in fired),
+        }
         row.tokens.append(token)
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
         if row.request.alternatives is None:
@@ -348,8 +363,11 @@ class GenerationBatch:
         if not done:
             return told
         left: dict[int, Applied] = {}
+        failed = {one.key for one in told if one.error}
         for place, row in reversed(list(enumerate(self._rows))):
             if row.key in done:
+                if self.on_end is not None and row.key not in failed:
+                    self.on_end(self, place)
                 self._take_out(place)
                 left[row.key] = _applied(row)
         return [_with(one, left.get(one.key)) for one in told]
@@ -479,12 +497,12 @@ class GenerationBatch:
         if staying:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
-            for row, _ in staying:
-                row.switched = False  # what a monitor has switched on is among its edits already
-                self._session.insert(_residual([row.edits])[0], len(row.request.ids))
+            for row, text in staying:
+                self._session.insert(_residual([edits[text]])[0], len(row.request.ids))
                 self._rows.append(row)
+            told = self._without_the_done(self._switch_on(told))
         applied = {row.key: _applied(row) for row in rows if row.key in done}
-        return [_with(one, applied.get(one.key)) for one in told]
+        return [_with(one, applied.get(one.key, one.applied)) for one in told]
 
     def _row_sampler(self, request: GenerationRequest) -> RowSampler:
         sampling, settings = request.sampling, request.settings
