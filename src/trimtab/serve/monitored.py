@@ -116,17 +116,17 @@ def monitors_for(service: Service, key: Key, asked: Any) -> tuple[Monitor, ...]:
     """What reads a request's answers. Raises `Refusal` for what isn't there, isn't allowed or can't be."""
     always = {one.name: one for one in service.always_watching}
     found = list(always.values())
-    choices = [MonitorChoice(name=one) if isinstance(one, str) else one for one in asked.monitors]
+    choices = [MonitorChoice.model_validate({"name": one}) if isinstance(one, str) else one for one in asked.monitors]
     extra = [one.steering for one in choices if one.steering is not None]
     if extra:  # what may be switched on counts as if it were on
         from trimtab.serve.schema import SteeringChoice
 
-        more = [SteeringChoice(name=one.name, strength=one.strength) for one in extra]
+        more = [SteeringChoice.model_validate(one.model_dump()) for one in extra]
         service.chosen(key, asked.model_copy(update={"steering": [*asked.steering, *more]}))
     for i, choice in enumerate(choices):
         where = f"monitors.{i}"
         if choice.name in always:
-            if choice != MonitorChoice(name=choice.name):
+            if choice.model_dump(exclude_defaults=True) != {"name": choice.name}:
                 raise Refusal(403, f"the monitor {choice.name!r} is always on; a request can't change it", param=where)
             continue
         base = service.monitors.get(choice.name)

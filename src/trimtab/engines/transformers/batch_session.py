@@ -109,11 +109,12 @@ class BatchSession(Session):
         """
         row = self.rows[number]
         compile_edits(edits, self._dtype)
-        before = [(a, min(b, row.position) if b is not None else row.position, *rest) for a, b, *rest in row.segments]
-        after = [(max(a, row.position), b, *rest) for a, b, *rest in _segments(edits, prompt_length)]
+        here = row.position
+        before = [(a, here if b is None else min(b, here), acts, at) for a, b, acts, at in row.segments]
+        after = [(max(a, here), b, acts, at) for a, b, acts, at in _segments(edits, prompt_length)]
         self._flush()
         self._steered.subtract(row.sites)
-        row.segments = [one for one in (*before, *after) if one[1] is None or one[0] < one[1]]  # type: ignore[misc]
+        row.segments = [(a, b, acts, at) for a, b, acts, at in (*before, *after) if b is None or a < b]
         self._steered.update(row.sites)
         self._steered += Counter()
         self._change()

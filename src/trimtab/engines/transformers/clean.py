@@ -12,7 +12,7 @@ A gate decides while the prompt is read. Where it stays shut the row is decoded 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from threading import get_ident
 from typing import Any
@@ -151,7 +151,10 @@ class CleanBatch(GenerationBatch):
         cache = compat.whole_cache(self.model.config)
         inputs = (*self._padded(prompts), cache)
         self._watch.of(row.request.monitors for row in rows)
-        with recording(self.layout, sites, lambda x: x, to_the_end=True) if sites else nullcontext({}) as found:
+        found: dict[Site, Tensor] = {}
+        with ExitStack() as stack:
+            if sites:
+                found = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
             logits = self._logits(*inputs)
 
         def read(where: Where, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
@@ -175,8 +178,7 @@ class CleanBatch(GenerationBatch):
         told: list[GenerationResponse] = []
         for row, text, one, called in zip(rows, which, edits, names, strict=True):
             if not one and not _may_be_steered(row.request):
-                read = dict.fromkeys(which, ()), {text: called}, {key: {} for key in which}
-                told += self._seat([row], [text], *read, logits, cache)
+                told += self._seat([row], [text], {text: ()}, {text: called}, {text: {}}, logits, cache)
                 continue
             row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)
             try:
@@ -206,8 +208,9 @@ class _CleanPrefill(ChunkedPrefill):
     def _first_touched(self) -> int:
         return len(self.ids)
 
-    def _steering(self, columns: int) -> AbstractContextManager[None]:
-        return nullcontext()
+    @contextmanager
+    def _steering(self, columns: int) -> Iterator[None]:
+        yield
 
 
 class _Twins(GenerationBatch):

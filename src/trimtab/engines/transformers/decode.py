@@ -328,17 +328,12 @@ class GenerationBatch:
                 "the model's logits are no numbers any more: it was steered too hard, lower the strength"
             )
             return GenerationResponse(row.key, error=error)
-        token, monitored, fired = int(fact[0]), (), ()
-        if row.request.monitors:
-            monitored, fired = self._hear(row, fact)
-            if any(one.action == "stop" for one in fired):
-                names = tuple(one.name for one in fired)
-                return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
-        heard: dict[str, Any] = {
-            "cached": row.cached,
-            "monitored": monitored,
-            "fired": tuple(one.name for one in fired),
-        }
+        token = int(fact[0])
+        monitored, fired = self._hear(row, fact)
+        names = tuple(one.name for one in fired)
+        if any(one.action == "stop" for one in fired):
+            return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
+        heard: dict[str, Any] = {"cached": row.cached, "monitored": monitored, "fired": names}
         row.tokens.append(token)
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
         if row.request.alternatives is None:
@@ -349,6 +344,8 @@ class GenerationBatch:
     def _hear(self, row: _Row, fact: Sequence[float]) -> tuple[tuple[float, ...], tuple[Monitor, ...]]:
         """What a row's monitors have read of its newest token, and which of them fire; what they switch on is noted."""
         monitors = row.request.monitors
+        if not monitors:
+            return (), ()
         read = fact[len(fact) - len(self._watch.conditions) :]
         values = tuple(read[i] for i in self._watch.columns(monitors))
         fired = row.log.add(monitors, values)
