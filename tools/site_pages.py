@@ -5,6 +5,7 @@ mkdocs calls `on_files` and `on_page_markdown`. Links from the pages to files ou
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ def on_files(files: Any, config: Any) -> Any:
         "reference/cli.md": cli_page(),
         "results.md": (ROOT / "benchmarks" / "RESULTS.md").read_text(),
     }
+    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+        pages[f"notebooks/{path.stem}.md"] = notebook_page(path)
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files
@@ -63,6 +66,27 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         return f"]({config['repo_url'].rstrip('/')}/{kind}/main/{path}{anchor})"
 
     return OUTSIDE.sub(link, markdown)
+
+
+def notebook_page(path: Path) -> str:
+    """A notebook with what its cells show, as Markdown; pictures and tables stand in the page itself."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        parts.append(f"```python\n{source}\n```")
+        for output in cell["outputs"]:
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f'<img alt="what the cell draws" src="data:image/png;base64,{data["image/png"].strip()}">')
+            elif "text/html" in data:
+                html = "".join(data["text/html"])
+                parts.append("<div>" + re.sub(r"\n\s*\n", "\n", html) + "</div>")
+            else:
+                parts.append(f"```text\n{''.join(output.get('text') or data['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 def api_page() -> str:

@@ -178,6 +178,11 @@ class Threshold(Gate):
         object.__setattr__(self, "direction", as_direction(self.direction, "gate direction"))
         Reading(self.site, self.positions, self.pool)
 
+    def __repr__(self) -> str:
+        # The shape in place of the numbers, as for operations.
+        rest = f"{self.threshold:.6g}, measure={self.measure!r}, positions={self.positions!r}, pool={self.pool!r}"
+        return f"Threshold({self.site!r}, direction=[{self.direction.numel()}], threshold={rest})"
+
     @property
     def reading(self) -> Reading:
         """What is read of the prompt."""
