@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from trimtab import engines
-from trimtab.decoding.rejection import Rejection
-from trimtab.engines.arguments import batches_of, of_equal_length, one_each
+from trimtab.engines.arguments import check_batch_size, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.language_model import LanguageModel
@@ -25,7 +24,7 @@ from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
 from trimtab.engines.transformers.by_steps import check_by_steps
 from trimtab.engines.transformers.clean import check_clean
-from trimtab.engines.transformers.continuous import Continuous, answer
+from trimtab.engines.transformers.continuous import Continuous, answer, check_verified
 from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
@@ -39,10 +38,16 @@ from trimtab.engines.transformers.next_token import first_steered, next_tokens
 from trimtab.engines.transformers.plan import check_edits
 from trimtab.engines.transformers.prefill import OTHERS, Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import check_sites, read_groups, reader, run_decoder
-from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check_rejection
 from trimtab.engines.transformers.sampling import seeded
-from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
+from trimtab.engines.transformers.scores import (
+    activation_edits,
+    check_score_edits,
+    edited_sites,
+    is_score_edit,
+    score_edits,
+)
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
+from trimtab.engines.transformers.verify import check_rejection
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
@@ -185,7 +190,7 @@ class LM(LanguageModel):
         check_learned_on(steering, self.identity, transfer=transfer)
         check_edits(steering, self.layout)
         check_gates(steering, self.layout)
-        if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
+        if scores := score_edits(steering.edits):
             check_attention(self.layout, {edit.site.layer for edit in scores} & set(range(self.layout.layers)))
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
 
@@ -204,12 +209,11 @@ class LM(LanguageModel):
         check_request(self.layout, [len(one.ids) for one in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        rejecting = [
-            Request(len(one.ids), one.steering.edits if one.steering else (), one.rejection)
-            for one in requests
-            if one.rejection is not None
-        ]
-        check_rejection(rejecting, options)
+        verified = [one for one in requests if one.rejection is not None]
+        if verified:
+            check_verified(self.model, options)
+        for one in verified:
+            check_rejection(one.steering.edits if one.steering else (), len(one.ids))
         check_by_steps(self.model, self.layout, requests, replace(decoding, options=options))
         return replace(decoding, options=options)
 
@@ -222,48 +226,37 @@ class LM(LanguageModel):
         """The answers to requests that were checked, in their order, sorted by length into batches."""
         given: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "logprobs": decoding.logprobs}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
-        steerings, rejections = [one.steering for one in requests], [one.rejection for one in requests]
         size: Any = 32 if decoding.batch_size is None else decoding.batch_size
-        batches = batches_of(order, size, steerings, rejections)
-        continuous = Continuous.of(self.model, self.layout, dict(decoding.options))
-        if continuous is not None and not any(rejections):
-            batches = [order]
-        elif len({len(one.ids) for one in requests}) > 1 and not positions_of(self.layout).ignores_pads:
-            lengths = [len(one.ids) for one in requests]
-            batches = [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
+        check_batch_size(size)
         answers: dict[int, list[Generation]] = {}
 
         def tell(done: int) -> None:
             if decoding.progress is not None:
                 decoding.progress(len(answers) + done, len(order))
 
+        def keep(chosen: Sequence[int], found: list[Generation]) -> None:
+            each = len(found) // len(chosen)
+            answers.update({i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)})
+
+        def by_steps(way: Continuous, chosen: Sequence[int]) -> list[Generation]:
+            ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
+            rejections = [requests[i].rejection for i in chosen]
+            arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, chosen
+            rows = 1 if way.alone else size
+            more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **given}
+            return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **more)
+
+        way = Continuous.of(self.model, self.layout, dict(decoding.options))
+        verified = order if way is not None else [i for i in order if requests[i].rejection is not None]
+        rest = [i for i in order if i not in set(verified)]
         with self._exclusive(), few_rows(self.model), seeded(decoding.seed, self.model.device):
-            for chosen in batches:
-                ids, edited = [requests[i].ids for i in chosen], [steerings[i] for i in chosen]
-                rejected = [rejections[i] for i in chosen]
-                by_steps = None if any(rejected) else continuous
-                if by_steps is not None:
-                    found = answer(
-                        self.model,
-                        self.tokenizer,
-                        self.layout,
-                        by_steps,
-                        ids,
-                        edited,
-                        chosen,
-                        rows=size,
-                        seed=decoding.seed,
-                        clean_cache=decoding.clean_cache,
-                        monitors=decoding.monitors,
-                        progress=tell,
-                        **given,
-                    )
-                else:
-                    found = self._answer(ids, edited, rejected, {**given, "options": dict(decoding.options)})
-                each = len(found) // len(chosen)
-                answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
-                if by_steps is None:
-                    tell(0)
+            if verified:
+                way = way or Continuous.verified(self.model, self.tokenizer, self.layout, decoding.options)
+                keep(verified, by_steps(way, verified))
+            for chosen in self._whole_batches(rest, [len(one.ids) for one in requests], size):
+                ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
+                keep(chosen, self._answer(ids, edited, {**given, "options": dict(decoding.options)}))
+                tell(0)
         return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
 
     def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
@@ -329,29 +322,28 @@ class LM(LanguageModel):
         self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]
     ) -> list[Generation]:
         """The answers to one batch, steered at every token."""
-        residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
-        session = Session(self.model, self.layout, _always(residual))
-        sites = sorted({edit.site for one in residual for edit in one})
-        scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
+        session = Session(self.model, self.layout, _always([activation_edits(one) for one in edits]))
+        sites = edited_sites([edit for one in edits for edit in one])
+        scores = [score_edits(one) for one in edits]
         with attending(self.layout, scores, [len(prompt) for prompt in ids]):
             return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **given)
 
+    def _whole_batches(self, order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
+        """Requests in batches that stay whole, without pads where these would count as positions."""
+        batches = [list(order[start : start + size]) for start in range(0, len(order), size)]
+        if len({lengths[i] for i in order}) < 2 or positions_of(self.layout).ignores_pads:
+            return batches
+        return [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
+
     def _answer(
-        self,
-        ids: list[list[int]],
-        steerings: list[Steering | None],
-        rejections: list[Rejection | None],
-        given: dict[str, Any],
+        self, ids: list[list[int]], steerings: list[Steering | None], given: dict[str, Any]
     ) -> list[Generation]:
         """The answers to one batch by transformers' own `generate`, in the way that suits it."""
         options = given["options"]
-        if not any(rejections):
-            held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
-            if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
-                return self._steer_from_prefill(ids, steerings, given)
+        held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
+        if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
+            return self._steer_from_prefill(ids, steerings, given)
         resolved = self._resolved(steerings, ids)
-        if any(rejections):
-            return self._reject(ids, resolved.edits, rejections, resolved.names, given)
         return self._steer(ids, resolved.edits, resolved.names, given)
 
     def _steer_from_prefill(
@@ -362,28 +354,6 @@ class LM(LanguageModel):
         session = Session(self.model, self.layout, prefill.decide)
         with prefill.watching(session):
             return generate_batch(self.model, self.tokenizer, ids, session, prefill.sites, prefill.names, **given)
-
-    def _reject(
-        self,
-        ids: list[list[int]],
-        edits: list[tuple[Edit, ...]],
-        rejections: list[Rejection | None],
-        names: list[tuple[str, ...]],
-        given: dict[str, Any],
-    ) -> list[Generation]:
-        """The answers to one batch, steered where that is plausible."""
-        requests = [Request(len(i), e, r) for i, e, r in zip(ids, edits, rejections, strict=True)]
-        streamer = given["options"].get("streamer")
-        loop = RejectingLoop(self.model, self.layout, requests, streamer)
-        given = {**given, "options": {**given["options"], "custom_generate": loop.decode}}
-        with loop.open():
-            session = Session(self.model, self.layout, _always([() for _ in ids]))
-            found = generate_batch(self.model, self.tokenizer, ids, session, [], names, **given)
-        traces = loop.traces()
-        return [
-            replace(answer, trace=replace(trace, steps=trace.steps[: len(answer.token_ids)]))
-            for answer, trace in zip(found, traces, strict=True)
-        ]
 
     @contextmanager
     def steered(

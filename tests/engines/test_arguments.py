@@ -1,26 +1,15 @@
-"""How requests are put into batches."""
+"""What users give for a whole call."""
 
 from __future__ import annotations
 
-from typing import Any
+import pytest
 
-import torch
-
-from trimtab import Add, Edit, Rejection, Site, Steering
-from trimtab.engines.arguments import batches_of
+from trimtab import TrimtabError
+from trimtab.engines.arguments import check_batch_size
 
 
-class Order(list):
-    """An order that nobody searches through, request by request."""
-
-    def index(self, *_: Any) -> int:
-        raise AssertionError("each request is looked for among all")
-
-
-def test_what_is_not_steered_goes_with_the_first_in_order_and_nothing_is_searched_for() -> None:
-    steering = Steering((Edit(Site(0), Add(torch.ones(4))),))
-    order = Order([4, 2, 0, 3, 1])
-    steerings = [steering, None, steering, None, steering]
-    rejections = [None, None, Rejection(), None, None]
-    assert batches_of(order, 3, steerings, rejections) == [[4, 0, 3], [1], [2]]
-    assert batches_of(order, 5, [None] * 5, [None] * 5) == [[4, 2, 0, 3, 1]]
+@pytest.mark.parametrize("size", [0, -1, True, 2.0, "8", None])
+def test_a_batch_has_a_whole_number_of_prompts(size: object) -> None:
+    check_batch_size(3)
+    with pytest.raises(TrimtabError, match="batch_size is a whole number from 1"):
+        check_batch_size(size)

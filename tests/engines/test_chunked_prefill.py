@@ -82,7 +82,7 @@ def lm(request: pytest.FixtureRequest) -> LM:
 def read(lm: LM, steering: Steering | None, chunk: int, length: int = LENGTH) -> tuple[ChunkedPrefill, torch.Tensor]:
     batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
     ids = lm.encode(prompt(3, length))
-    prefill = ChunkedPrefill(lm.model, lm.layout, ids, steering, batch._logits, batch.device)
+    prefill = ChunkedPrefill(lm.model, lm.layout, ids, steering, batch.device)
     with torch.no_grad():
         for _ in range(4 * length):
             if (logits := prefill.advance(chunk)) is not None:

@@ -33,9 +33,10 @@ from trimtab import (
 )
 from trimtab.engines.request import Text
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.chunked_prefill import CHUNK
 from trimtab.engines.transformers.clean import CleanBatch
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, GenerationResponse
+from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.steering import emphasis
 from trimtab.steering.gates import NEVER
 

@@ -8,7 +8,7 @@ from tiny import direction, prompt, tiny
 
 from trimtab import Add, Edit, Positions, Site, Steering
 from trimtab.decoding.rejection import Rejection
-from trimtab.engines.transformers import compat, rejecting, sharing
+from trimtab.engines.transformers import compat, decode, sharing
 from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.rows import Rows
 from trimtab.steering import ScaleScores, emphasis
@@ -28,7 +28,7 @@ def test_the_same_as_rows_over_one_cache(family: str, schedule: str, monkeypatch
     how = {"max_new_tokens": 4, "logprobs": True, "rejection": Rejection(beta=0.1, schedule=schedule)}
     shared = lm.generate(PROMPTS, steering(lm), **how)
     assert any(step.open for answer in shared for step in answer.trace.steps)
-    monkeypatch.setattr(rejecting, "rows_for", Forks)
+    monkeypatch.setattr(decode, "rows_for", Forks)
     forked = lm.generate(PROMPTS, steering(lm), **how)
     for one, other in zip(shared, forked, strict=True):
         assert one.token_ids == other.token_ids

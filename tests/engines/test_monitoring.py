@@ -26,9 +26,9 @@ from trimtab import (
     UnsupportedError,
 )
 from trimtab.engines.request import Text
+from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.chunked_prefill import CHUNK
 from trimtab.engines.transformers.clean import CleanBatch
-from trimtab.engines.transformers.decode import GenerationRequest, GenerationResponse
 from trimtab.steering.monitors import ACTIONS
 
 FAMILIES = ["llama", "gemma3", "qwen3_moe", "gpt2", "opt"]

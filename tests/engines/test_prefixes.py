@@ -12,7 +12,7 @@ from test_monitoring import long_llama
 from tiny import direction, prompt
 
 from trimtab import LM, Ablate, Add, Edit, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
-from trimtab.engines.transformers.decode import GenerationRequest, GenerationResponse
+from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.prefixes import LEAST, PrefixBatch, Prefixes
 from trimtab.steering import emphasis
 from trimtab.steering.monitors import Monitor

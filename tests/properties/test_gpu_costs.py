@@ -87,7 +87,8 @@ def cost(lm: LM, counts: Counts, steering: Any, prompts: Sequence[str] = PROMPTS
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     lm.generate(prompts, steering, max_new_tokens=NEW, stopping_criteria=[mark], **options)
-    return Cost(*marks[-1]) - Cost(*marks[-1 - TOKENS])
+    each = len(marks) // NEW  # with rejection each row is asked for
+    return Cost(*marks[-1]) - Cost(*marks[-1 - each * TOKENS])
 
 
 @pytest.fixture(scope="module")

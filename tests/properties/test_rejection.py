@@ -11,12 +11,11 @@ import pytest
 import tiny
 import torch
 from tiny import FAMILIES, LAYERS, direction, prompt
-from transformers import DynamicCache
 
 from trimtab import LM, Ablate, Add, Edit, Positions, Site, Steering, TrimtabError
 from trimtab.decoding.rejection import Rejection
-from trimtab.engines.transformers.raw_cache import RawCache
-from trimtab.engines.transformers.rejecting import RejectingLoop, Request
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.rows import Rows, Token, compile_versions
 from trimtab.steering import BiasScores, ScaleScores, ScoreOperation, TargetMass, emphasis
 
@@ -210,25 +209,21 @@ class TestTheLoop:
         for schedule, beta in (("optimistic", 1.0), *((schedule, beta_of(lm)) for schedule in SCHEDULES)):
             exact = beta == 1
             way = Rejection(beta, schedule=schedule, ladder="strength")
-            loop = RejectingLoop(lm.model, lm.layout, [Request(len(ids), steering(ScaleScores(), 1).edits, way)])
-            with loop.open(), torch.no_grad():
-                output = lm.model.generate(
-                    torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
-                    max_new_tokens=NEW, return_dict_in_generate=True, custom_generate=loop.decode, pad_token_id=0,
-                )  # fmt: skip
-            forced = DynamicCache(config=lm.model.config)
+            batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout, ends=())
+            key = batch.insert(GenerationRequest(tuple(ids), steering(ScaleScores(), 1), NEW + 1, rejection=way))
+            tokens = [batch.step()[0].token for _ in range(NEW)]
+            forced = compat.whole_cache(lm.model.config)
             with torch.no_grad():
-                lm.model(output.sequences[:, : len(ids)], past_key_values=forced, use_cache=True)
-                for k in range(len(ids), len(ids) + NEW - 1):
-                    lm.model(output.sequences[:, k : k + 1], past_key_values=forced, use_cache=True)
-            assert any(step.open for step in loop.traces()[0].steps) != exact
-            for mine, other in zip(output.past_key_values.layers, forced.layers, strict=True):
-                if exact:
-                    assert torch.equal(mine.keys, other.keys)
-                    assert torch.equal(mine.values, other.values)
-                else:
-                    torch.testing.assert_close(mine.keys, other.keys, rtol=1e-4, atol=1e-4)
-                    torch.testing.assert_close(mine.values, other.values, rtol=1e-4, atol=1e-4)
+                lm.model(torch.tensor([ids]), past_key_values=forced, use_cache=True)
+                for token in tokens[:-1]:
+                    lm.model(torch.tensor([[token]]), past_key_values=forced, use_cache=True)
+            assert any(step.open for step in batch.trace(key).steps) != exact
+            for mine, other in zip(batch._cache.layers, forced.layers, strict=True):
+                for x, y in zip(mine.window(), (other.keys, other.values), strict=True):
+                    if exact:
+                        assert torch.equal(x, y)
+                    else:
+                        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
     def test_nothing_is_left_behind_when_a_pass_of_rows_raises(self, lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
         def state() -> tuple:
@@ -258,16 +253,12 @@ class TestRows:
         ids = lm.encode(PROMPTS[1])
         edits = steering(ScaleScores(20.0), 1).edits
         rows = Rows(lm.model, lm.layout)
-        cache = RawCache(lm.model.config)
+        cache = compat.whole_cache(lm.model.config)
         with torch.no_grad(), rows.open([]):
-            mask = torch.ones(1, len(ids), dtype=torch.long)
-            inputs = lm.model.prepare_inputs_for_generation(
-                torch.tensor([ids]), attention_mask=mask, past_key_values=cache, use_cache=True,
-                is_first_iteration=True, position_ids=torch.arange(len(ids))[None],
-            )  # fmt: skip
-            lm.model(**inputs)
+            lm.model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
             versions = compile_versions(lm.layout, [(0, edits)], [len(ids)], [0])
-            found = rows.run(Token.of(inputs), cache, len(ids), versions, [0, None], [0, 0])
+            token = Token(torch.tensor([ids[-1:]]), torch.tensor([[len(ids) - 1]]), None)
+            found = rows.run(token, cache, len(ids), versions, [0, None], [0, 0])
         bound = 5e-3 if lm.model.dtype == torch.float32 else 1e-4
         exact = {"llama", "qwen2", "mistral", "phi3", "gpt2", "opt", "gpt_neox"}
         if lm.name.removeprefix("tiny-") in exact:  # the others' norms or rotary embeddings compute in float32

@@ -56,7 +56,7 @@ def scheduler(make_service: Callable[..., Any]) -> Scheduler:
 def task(scheduler: Scheduler, prompt: str = PROMPT, **given: Any) -> tuple[Task, Heard]:
     heard = Heard()
     ids = tuple(scheduler.lm.encode(prompt))
-    return Task(ids, heard, prompt=prompt, **{"max_new_tokens": 12, **given}), heard
+    return Task(ids, heard, **{"max_new_tokens": 12, **given}), heard
 
 
 def steering(scheduler: Scheduler, number: int) -> Any:
@@ -165,11 +165,11 @@ class TestRejection:
         one, heard = self.emphasized(scheduler)
         more, beside = self.emphasized(scheduler, prompt=PROMPT + " blue", max_new_tokens=5)
         scheduler.submit([one, more])
-        for (asked, told), count in (((one, heard), 12), ((more, beside), 5)):
+        for (asked, told), prompt, count in (((one, heard), PROMPT, 12), ((more, beside), PROMPT + " blue", 5)):
             end = told.end
             assert isinstance(end, Done)
             (answer,) = scheduler.lm.generate(
-                asked.prompt,
+                prompt,
                 asked.steering,
                 rejection=asked.rejection,
                 max_new_tokens=count,  # type: ignore[arg-type]

@@ -112,9 +112,13 @@ def gate_open(raw: Tensor, tau: Tensor) -> Tensor:
     return raw.topk(2, dim=-1).values[:, 1] >= tau
 
 
-def plausible(raw: Tensor, tau: Tensor, candidate: Tensor) -> Tensor:
-    """`[rows]`: whether these tokens, `[rows]`, could be accepted. The first rung whose best token can is taken."""
-    return raw.gather(-1, candidate[:, None])[:, 0] >= tau
+def plausible(raw: Tensor, tau: Tensor, candidate: Tensor, rows: Tensor | None = None) -> Tensor:
+    """`[candidates]`: whether these tokens could be accepted. The first rung whose best token can is taken.
+
+    `rows` are the rows of `raw` `[rows, vocabulary]` that the tokens are judged by, and `tau` is one for each token;
+    without them each row has one token.
+    """
+    return (raw.gather(-1, candidate[:, None])[:, 0] if rows is None else raw[rows, candidate]) >= tau
 
 
 def plausible_set(raw: Tensor, tau: Tensor) -> Tensor:

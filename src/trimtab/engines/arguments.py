@@ -44,25 +44,10 @@ def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
     return list(rejection)
 
 
-def batches_of(
-    order: list[int], size: int, steerings: list[Steering | None], rejections: list[Rejection | None]
-) -> list[list[int]]:
-    """The prompts in batches of at most `size`, in order; a batch rejects by one schedule, or steers at every token.
-
-    What isn't steered goes with the first of them.
-    """
+def check_batch_size(size: Any) -> None:
+    """Raises `TrimtabError` for what isn't a number of prompts."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
         raise TrimtabError(f"batch_size is a whole number from 1, got {size!r}")
-    kinds: dict[str, list[int]] = {}
-    for i in order:
-        way = rejections[i]
-        schedule = "" if way is None else way.schedule
-        kinds.setdefault("unsteered" if steerings[i] is None else schedule, []).append(i)
-    unsteered = kinds.pop("unsteered", [])
-    groups = list(kinds.values()) or [[]]
-    place = {i: n for n, i in enumerate(order)}
-    groups[0] = sorted(groups[0] + unsteered, key=place.__getitem__)
-    return [group[start : start + size] for group in groups for start in range(0, len(group), size)]
 
 
 def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:

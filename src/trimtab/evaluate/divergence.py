@@ -20,7 +20,7 @@ from torch import Tensor
 from trimtab.engines.arguments import as_list
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.likelihood import LOGITS
-from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.scores import activation_edits, is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
 from trimtab.errors import TrimtabError
@@ -166,7 +166,7 @@ def read_given(lm: LM, texts: Sequence[Given], steering: Steering | None) -> lis
             order = order[len(chosen) :]
             some = [texts[i] for i in chosen]
             edits = lm._ready([steering] * len(some), [list(text.prompt) for text in some])
-            residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
+            residual = [activation_edits(one) for one in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided)
             for i, logits in zip(chosen, teacher_forced(lm.model, lm.layout, some, session, edits), strict=True):
                 found[i] = logits.cpu()

@@ -1,9 +1,4 @@
-"""The one thread in which the model runs: a bounded queue, and a batch that tasks join and leave at each step.
-
-Tasks with rejection need a decoding loop of their own. It runs beside the batch: after each of its tokens the batch
-makes a step, so that neither waits for the other to end. Greedy tasks of one kind that wait for that loop run in it
-together; sampled ones run alone, as its random numbers are shared.
-"""
+"""The one thread in which the model runs: a bounded queue, and a batch that tasks join and leave at each step."""
 
 from __future__ import annotations
 
@@ -17,14 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trimtab.engines.transformers.decode import GenerationRequest, GenerationResponse
+from trimtab.engines.answer import Applied
+from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.few_rows import few_rows
-from trimtab.engines.transformers.generate import Applied, _end_ids, check_request
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.prefixes import PrefixBatch, Prefixes
-from trimtab.engines.transformers.rejecting import Request, check_rejection
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.tasks import NOTHING, Done, Event, Failed, Piece, Task, TokenTold, total_dose
@@ -58,8 +51,6 @@ class _Answer:
     text: Unfolding
     tokens: int = 0
     unsaid: list[TokenTold] = field(default_factory=list)
-    finish: str | None = None  # with rejection: why it is done, before the loop has ended
-    over: bool = False
     log: Log = field(default_factory=Log)
     cached: int = 0
 
@@ -78,10 +69,6 @@ class _Answer:
         """No token comes any more: what was held back goes."""
         self.task.deliver(Piece(self.text.finish(), tuple(self.unsaid)))
         self.unsaid = []
-
-    def end(self, event: Event) -> None:
-        self.over = True
-        self.task.deliver(event)
 
 
 class Scheduler:
@@ -106,13 +93,11 @@ class Scheduler:
         self.steps = 0
         self._finished = finished
         self._batch = PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=prefixes)
-        self._ends = _end_ids(lm.model, {})
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
         self._cancelled: set[Task] = set()
         self._jobs: deque[tuple[Callable[[], Any], Future]] = deque()
         self._answers: dict[int, _Answer] = {}
-        self._apart: list[_Answer] = []  # in the loop with rejection
         self._drain_until: float | None = None
         self._closed = False
         self._pace = 1.0  # seconds that a task takes, of late
@@ -132,7 +117,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Tasks that are being answered."""
-        return len(self._answers) + sum(not answer.over for answer in self._apart)
+        return len(self._answers)
 
     @property
     def draining(self) -> bool:
@@ -152,21 +137,11 @@ class Scheduler:
     def check(self, task: Task) -> None:
         """Raises `TrimtabError` for a task that can't run; `lm.check(steering)` is the caller's."""
         self._batch.check(_request(task))
-        if task.rejects:
-            assert task.steering is not None
-            if task.prompt is None:
-                raise TrimtabError("rejection needs a prompt of text, not of token ids")
-            if task.monitors:
-                raise TrimtabError("monitors don't read what is decoded with rejection; ask for rejection: false")
-            if task.alternatives is not None:
-                raise TrimtabError("log-probabilities aren't told with rejection; leave logprobs out")
-            if task.max_dose is not None and any(edit.site.kind != "scores" for edit in task.steering.edits):
-                raise TrimtabError(
-                    "doses aren't measured with rejection, and this server caps them; leave rejection out"
-                )
-            options = task.sampling.options
-            check_request(self.lm.layout, [len(task.ids)], task.max_new_tokens, options)
-            check_rejection([Request(len(task.ids), task.steering.edits, task.rejection)], options)
+        edits = task.steering.edits if task.rejection is not None and task.steering is not None else ()
+        if task.max_dose is not None and any(edit.site.kind != "scores" for edit in edits):
+            raise TrimtabError("doses aren't measured with rejection, and this server caps them; leave rejection out")
+        if edits and task.monitors:
+            raise TrimtabError("monitors don't read what is decoded with rejection; ask for rejection: false")
 
     def check_room(self, count: int) -> None:
         """Raises `Full` or `Draining` where so many tasks wouldn't be accepted now."""
@@ -239,10 +214,8 @@ class Scheduler:
                 self._fail_all(f"{type(error).__name__} while the model ran")
 
     def _turn(self) -> None:
-        together = self._sweep_and_admit(begin_apart=True)
-        if together:
-            self._run_apart(together)
-        elif self._answers:
+        self._sweep_and_admit()
+        if self._answers:
             with self.lm._exclusive():
                 self._step()
         if self._jobs:
@@ -254,17 +227,8 @@ class Scheduler:
                 except Exception as error:
                     future.set_exception(error)
 
-    def _between(self) -> None:
-        """Beside the loop with rejection, after each of its tokens."""
-        self._sweep_and_admit(begin_apart=False)
-        if self._answers:
-            self._step()
-
-    def _sweep_and_admit(self, *, begin_apart: bool) -> list[Task]:
-        """Let go of what is cancelled or too late, and begin what there is room for.
-
-        Tasks with rejection stay in the queue, unless they may begin: then those that run together are returned.
-        """
+    def _sweep_and_admit(self) -> None:
+        """Let go of what is cancelled or too late, and begin what there is room for."""
         with self._changed:
             gone, self._cancelled = self._cancelled, set()
             now = time.monotonic()
@@ -274,23 +238,15 @@ class Scheduler:
                     applied = self._batch.remove(key)
                     del self._answers[key]
                     self._end(answer, why, applied)
-            for answer in self._apart:
-                going = not answer.over and answer.finish is None
-                if going and (why := self._why_over(answer.task, gone, now, shut)) is not None:
-                    self._end(answer, why)
-            together: list[Task] = []
             left: deque[Task] = deque()
             for task in self._queue:
                 if (why := self._why_over(task, gone, now, shut)) is not None:
                     self._end(self._begin(task), why)
-                elif task.rejects:
-                    (together if begin_apart and self._fits(task, together) else left).append(task)
                 elif len(self._answers) < self.rows:
                     self._join(task)
                 else:
                     left.append(task)
             self._queue = left
-            return together
 
     def _why_over(self, task: Task, gone: set[Task], now: float, shut: bool) -> Failed | None:
         if task in gone:
@@ -347,10 +303,11 @@ class Scheduler:
         finish = "stop" if answer.text.stopped else told.finish
         if finish:
             del self._answers[told.key]
+            trace = told.trace or self._batch.trace(told.key)
             applied = applied or self._batch.remove(told.key, ended=True) or NOTHING
             if math.isfinite(total_dose(applied)):
                 read = answer.log.told(task.monitors) if task.monitors else None
-                self._end(answer, Done(finish, answer.tokens, applied, monitors=read, cached=answer.cached))
+                self._end(answer, Done(finish, answer.tokens, applied, trace, monitors=read, cached=answer.cached))
             else:
                 self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
 
@@ -361,7 +318,7 @@ class Scheduler:
         else:
             took = time.monotonic() - (answer.task.deadline - answer.task.seconds)
             self._pace += 0.1 * (took - self._pace)
-        answer.end(event)
+        answer.task.deliver(event)
         self._finished(event, answer.task)
 
     def _fail_all(self, message: str) -> None:
@@ -369,75 +326,6 @@ class Scheduler:
         answers, self._answers = list(self._answers.values()), {}
         for answer in answers:
             self._end(answer, Failed("server", message))
-
-    # ---- with rejection ----------------------------------------------------------------------------------
-
-    def _fits(self, task: Task, together: list[Task]) -> bool:
-        """Whether it can run in one loop with these."""
-        if not together:
-            return True
-        first = together[0]
-        if len(together) >= self.rows or not (first.sampling.greedy and task.sampling.greedy):
-            return False
-        assert first.rejection is not None
-        assert task.rejection is not None
-        if (first.rejection.schedule, first.chat, first.template) != (
-            task.rejection.schedule,
-            task.chat,
-            task.template,
-        ):
-            return False
-        both = [*together, task]
-        most = max(one.max_new_tokens for one in both)
-        context = self.lm.layout.context
-        return context is None or max(len(one.ids) for one in both) + most <= context
-
-    def _run_apart(self, tasks: list[Task]) -> None:
-        tasks = sorted(tasks, key=lambda task: -len(task.ids))  # as lm.generate orders its rows
-        self._apart = [self._begin(task) for task in tasks]
-        first = tasks[0]
-        try:
-            found = self.lm.generate(
-                [task.prompt for task in tasks if task.prompt is not None],  # none is: `check` saw to it
-                [task.steering for task in tasks],
-                rejection=[task.rejection for task in tasks],
-                max_new_tokens=max(task.max_new_tokens for task in tasks),
-                chat=first.chat,
-                template=first.template,
-                batch_size=len(tasks),
-                seed=first.sampling.seed,
-                transfer=True,  # whether a steering fits was checked when it was loaded
-                stopping_criteria=[self._after_token],
-                **first.sampling.options,
-            )
-            for answer, generation in zip(self._apart, found, strict=True):
-                if not answer.over:
-                    trace = generation.trace
-                    trace = trace and replace(trace, steps=trace.steps[: answer.tokens])
-                    self._end(answer, Done(answer.finish or "length", answer.tokens, generation.applied, trace))
-        except Exception as error:
-            expected = isinstance(error, TrimtabError)
-            message = str(error) if expected else f"{type(error).__name__} while the model ran"
-            for answer in self._apart:
-                if not answer.over:
-                    self._end(answer, Failed("input" if expected else "server", message))
-        finally:
-            self._apart = []
-
-    def _after_token(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-        """The loop's stopping criterion: which rows are done. It also lets everybody else have a step."""
-        for answer, token in zip(self._apart, input_ids[:, -1].tolist(), strict=True):
-            if answer.over or answer.finish is not None:
-                continue
-            last = token in self._ends or answer.tokens + 1 >= answer.task.max_new_tokens
-            answer.take(TokenTold(token), last)
-            if answer.text.stopped or token in self._ends:
-                answer.finish = "stop"
-            elif last:
-                answer.finish = "length"
-        self._between()
-        over = [answer.over or answer.finish is not None for answer in self._apart]
-        return torch.tensor(over, device=input_ids.device)
 
 
 def _request(task: Task) -> GenerationRequest:
@@ -447,7 +335,8 @@ def _request(task: Task) -> GenerationRequest:
         task.max_new_tokens,
         task.sampling,
         task.alternatives,
-        clean_cache=task.clean_cache and not task.rejects,  # with rejection it is clean in any case
+        rejection=task.rejection if task.steering is not None and task.steering.edits else None,
+        clean_cache=task.clean_cache and task.rejection is None,  # with rejection it is clean in any case
         monitors=task.monitors,
         scope=task.scope,
     )

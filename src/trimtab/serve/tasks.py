@@ -12,7 +12,6 @@ from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
 from trimtab.steering.monitors import Monitor, Monitored
-from trimtab.text.chat import Prompt, Template
 
 NOTHING = Applied((), ())
 
@@ -77,10 +76,9 @@ Event = Piece | Done | Failed
 class Task:
     """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
 
-    `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs, with `chat` and `template`.
-    `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted. `clean_cache`: it is
-    steered over the unsteered model's cache. `monitors` read its tokens.
-    `scope`: for whom what it has read may be kept; `None`: for nobody.
+    `ids` is the rendered prompt. `steering` holds edits of attention scores as well. `seconds` counts from when it is
+    submitted. `clean_cache`: it is steered over the unsteered model's cache. `monitors` read its tokens. `scope`: for
+    whom what it has read may be kept; `None`: for nobody.
     """
 
     ids: tuple[int, ...]
@@ -91,17 +89,9 @@ class Task:
     alternatives: int | None = None
     stop: tuple[str, ...] = ()
     rejection: Rejection | None = None
-    prompt: Prompt | None = None
-    chat: bool | None = None
-    template: Template | None = None
     max_dose: float | None = None
     seconds: float = 600.0
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
     scope: str | None = None
     deadline: float = field(default=float("inf"), init=False)
-
-    @property
-    def rejects(self) -> bool:
-        """Whether it needs the loop with rejection: there must be something to reject."""
-        return self.rejection is not None and self.steering is not None and bool(self.steering.edits)

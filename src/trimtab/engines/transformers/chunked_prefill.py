@@ -20,17 +20,23 @@ from trimtab.engines.resolve import Where, acting, resolve, tokens_of, waits_for
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.monitoring import Watch
+from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.scores import Row, compile_scores, is_score_edit
+from trimtab.engines.transformers.scores import (
+    Row,
+    activation_edits,
+    compile_scores,
+    edited_sites,
+    is_score_edit,
+    score_edits,
+)
 from trimtab.engines.transformers.session import Session, Tally
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site, Steering
 
 CHUNK = 256
 """Tokens a chunk: some seconds of a small model on one core of a CPU, nothing that is felt on a GPU."""
-
-Logits = Callable[[Tensor, Tensor, Tensor, DynamicCache], Tensor]
-"""The last column's logits `[1, vocabulary]` of ids, mask, positions and a cache."""
 
 
 class ChunkedPrefill:
@@ -41,7 +47,6 @@ class ChunkedPrefill:
         layout: Its layout.
         ids: The prompt, one token at least.
         steering: What steers it.
-        logits: Runs the model.
         device: Where the inputs go.
     """
 
@@ -51,21 +56,21 @@ class ChunkedPrefill:
         layout: Layout,
         ids: Sequence[int],
         steering: Steering | None,
-        logits: Logits,
         device: torch.device,
     ) -> None:
+        self.model = model
         self.layout = layout
         self.ids = list(ids)
         self.steering = steering
         self.cache = DynamicCache()
+        self.watch: Watch | None = None  # reads the newest token for monitors
         self.edits: tuple[Edit, ...] = ()
         self.names: tuple[str, ...] = ()
-        self._logits = logits
         self._device = device
         self._done = 0
         self.taken_over = 0  # tokens at its beginning that weren't read here
         self._kept: dict[Site, list[Tensor]] = {}
-        self._session = Session(model, layout, lambda *_: [_residual(self.edits)])
+        self._session = Session(model, layout, lambda *_: [activation_edits(self.edits)])
         self._asked = sorted(wanted(steering), key=str)
         self._open = {edit.site for edit in acting(steering) if waits_for_prompt(edit)}
         self._looking = bool(self._asked or self._open)
@@ -80,7 +85,7 @@ class ChunkedPrefill:
         mask = torch.ones(1, stop, dtype=torch.long, device=self._device)
         positions = torch.arange(start, stop, device=self._device)[None]
         with self._looking_at(start) if self._looking else self._steering(stop):
-            logits = self._logits(ids, mask, positions, self.cache)
+            logits = last_logits(self.model, ids, mask, positions, self.cache, self.watch)
         self._done = stop
         if stop < len(self.ids):
             return None
@@ -174,15 +179,11 @@ class ChunkedPrefill:
 
     @contextmanager
     def _steering(self, columns: int) -> Iterator[None]:
-        scored = Row(tuple(edit for edit in self.edits if is_score_edit(edit)), len(self.ids), 0)
-        sites = sorted({edit.site for edit in _residual(self.edits)})
+        scored = Row(score_edits(self.edits), len(self.ids), 0)
+        sites = edited_sites(self.edits)
         with ExitStack() as stack:
             stack.enter_context(self._session.hooked(sites))
             if scored.edits:
                 layers = compile_scores([scored], len(self.ids), head_count(self.layout), torch.device("cpu"))
                 stack.enter_context(steered_scores(self.layout, layers, lambda: columns))
             yield
-
-
-def _residual(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    return tuple(edit for edit in edits if not is_score_edit(edit))

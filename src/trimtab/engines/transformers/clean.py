@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.engines.answer import Applied
 from trimtab.engines.resolve import Where, acting, resolve, waits_for_prompt, wanted
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
@@ -30,18 +31,15 @@ from trimtab.engines.transformers.attention import (
     configurations,
     registered,
 )
+from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.batch_session import BatchSession
 from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
 from trimtab.engines.transformers.compat import DynamicCache
-from trimtab.engines.transformers.decode import (
-    GenerationBatch,
-    GenerationRequest,
-    GenerationResponse,
-    _Decoding,
-    _Row,
-)
-from trimtab.engines.transformers.generate import Applied
+from trimtab.engines.transformers.composition import Composition
+from trimtab.engines.transformers.decode import GenerationBatch
+from trimtab.engines.transformers.joining import PromptsRead
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.positions import Pass
 from trimtab.engines.transformers.read import recording
 from trimtab.engines.transformers.scores import is_score_edit
@@ -114,6 +112,10 @@ class CleanBatch(GenerationBatch):
         super().check(request)
         if steers_clean(request):
             check_clean(self.layout)
+            if self.alone:
+                raise UnsupportedError("a clean cache needs rows that share a batch; leave clean_cache out")
+            if request.rejection is not None:
+                raise UnsupportedError("with rejection the cache is clean in any case; leave clean_cache out")
             check_clean_edits(acting(request.steering), len(request.ids))
             for one in request.monitors:
                 check_clean_edits(acting(one.steering), len(request.ids))
@@ -133,15 +135,20 @@ class CleanBatch(GenerationBatch):
         told = super().step()
         return told + (self._twins.step() if len(self._twins) else [])
 
-    def _read_in(self, rows: list[_Row]) -> list[GenerationResponse]:
+    def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         clean = [row for row in rows if steers_clean(row.request)]
         others = [row for row in rows if not steers_clean(row.request)]
-        return super()._read_in(others) + super()._read_in(clean)
+        told = super()._read_in(others)
+        try:
+            return told + (self._read_clean(clean) if clean else [])
+        except (TrimtabError, RuntimeError) as error:
+            if len(clean) == 1:
+                return [*told, GenerationResponse(clean[0].key, error=error)]
+            for row in clean:
+                row.forget()
+            return told + [response for row in clean for response in self._read_in([row])]
 
-    def _read_together(self, rows: list[_Row]) -> list[GenerationResponse]:
-        return self._read_clean(rows) if steers_clean(rows[0].request) else super()._read_together(rows)
-
-    def _read_clean(self, rows: list[_Row]) -> list[GenerationResponse]:
+    def _read_clean(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         """Read prompts unsteered, each once; on the way, decide what gates there are."""
         prompts = list(dict.fromkeys(row.request.ids for row in rows))
         steerings = [row.request.steering for row in rows]
@@ -149,13 +156,13 @@ class CleanBatch(GenerationBatch):
         which = [prompts.index(row.request.ids) for row in rows]
         sites = sorted({site for one in steerings for site in _sites_to_decide(one)})
         cache = compat.whole_cache(self.model.config)
-        inputs = (*self._padded(prompts), cache)
+        inputs = (*self._reader.padded(prompts), cache)
         self._watch.of(row.request.monitors for row in rows)
         found: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             if sites:
                 found = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
-            logits = self._logits(*inputs)
+            logits = last_logits(self.model, *inputs, self._watch)
 
         def read(where: Where, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             width = inputs[0].shape[1]
@@ -167,7 +174,7 @@ class CleanBatch(GenerationBatch):
 
     def _seat_clean(
         self,
-        rows: list[_Row],
+        rows: list[BatchRow],
         which: Sequence[int],
         edits: Sequence[tuple[Edit, ...]],
         names: Sequence[tuple[str, ...]],
@@ -178,7 +185,9 @@ class CleanBatch(GenerationBatch):
         told: list[GenerationResponse] = []
         for row, text, one, called in zip(rows, which, edits, names, strict=True):
             if not one and not _may_be_steered(row.request):
-                told += self._seat([row], [text], {text: ()}, {text: called}, {text: {}}, logits, cache)
+                count = len(logits)
+                read = PromptsRead([()] * count, [called] * count, [{}] * count, logits, cache, [0] * count)
+                told += self._seat([row], [text], read)
                 continue
             row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)
             try:
@@ -190,7 +199,7 @@ class CleanBatch(GenerationBatch):
     def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
         return _CleanPrefill(self, request) if steers_clean(request) else super()._prefill(request)
 
-    def _seat_read(self, rows: list[_Row], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+    def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
         if not isinstance(prefill, _CleanPrefill):
             return super()._seat_read(rows, prefill, logits)
         count = len(rows)
@@ -203,7 +212,7 @@ class _CleanPrefill(ChunkedPrefill):
     """A long prompt that is read unsteered, once, whatever acts on the answer."""
 
     def __init__(self, batch: GenerationBatch, request: GenerationRequest) -> None:
-        super().__init__(batch.model, batch.layout, request.ids, request.steering, batch._logits, batch.device)
+        super().__init__(batch.model, batch.layout, request.ids, request.steering, batch.device)
 
     def _first_touched(self) -> int:
         return len(self.ids)
@@ -219,14 +228,12 @@ class _Twins(GenerationBatch):
     def __init__(self, model: Any, tokenizer: Any, layout: Layout, **options: Any) -> None:
         super().__init__(model, tokenizer, layout, **options)
         self._usual = compat.attention_name(layout.decoder.config)
-        self._session: BatchSession = _TwinSession(model, layout)
 
-    def clear(self) -> list[int]:
-        keys = super().clear()
-        self._session = _TwinSession(self.model, self.layout)
-        return keys
+    def _forget(self) -> None:
+        super()._forget()
+        self._session: BatchSession = _TwinSession(self.model, self.layout)
 
-    def seat(self, row: _Row, cache: DynamicCache, place: int) -> None:
+    def seat(self, row: BatchRow, cache: DynamicCache, place: int) -> None:
         """A row joins, whose prompt stands in this row of a cache, and whose last token is read again by twins."""
         kept = len(row.request.ids) - 1
         self._session.insert(row.edits, kept + 1, kept)
@@ -236,20 +243,22 @@ class _Twins(GenerationBatch):
 
     def _decode(self) -> list[GenerationResponse]:
         if self._run is None:
-            self._run = _Decoding(self)
+            self._run = Composition(
+                self.layout, self._masks, self._session, self._rows, self._cache, None, False, self.device
+            )
         run, cache = self._run, self._cache
         cache.make_room(2)
         width = cache.width + 1
         self._watch.of(row.request.monitors for row in self._rows)
         with run.open(), self._twin_masks():
             ids, positions = run.ids[:, None].expand(-1, 2), run.positions[:, None].expand(-1, 2)
-            logits = self._logits(ids, run.mask(width + 1), positions, cache)
+            logits = last_logits(self.model, ids, run.mask(width + 1), positions, cache, self._watch)
         self._session.check_reached(width)
         self._session.advance()
-        cache.advance()
-        chosen = self._choose(self._rows, logits, run.sampler)
-        run.advance(chosen.tokens)
-        return self._without_the_done(self._switch_on(chosen.told))
+        cache.advance(2)
+        chosen, tokens = self._choose(self._rows, logits, run.sampler, None, None, drafts=False)
+        run.advance(tokens)
+        return self._without_the_done(self._switch_on(chosen))
 
     @contextmanager
     def _twin_masks(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ neither moves the others. Windows are kept whole: the model's masks see to them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,13 @@ from torch import Tensor
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.compat import DynamicCache, DynamicLayer
+from trimtab.errors import TrimtabError
 
 ROOM = 128
 """Columns that are allocated ahead, at least; beyond it, half as many as there are."""
+
+Copies = Callable[[Tensor], Any]
+"""What makes a cache of its own with these rows `[rows]` of a batch, which may come several times."""
 
 
 class Columns(DynamicCache):
@@ -90,8 +94,23 @@ class Columns(DynamicCache):
         """See to it that the next pass finds so many columns to write to."""
         self._allocate(len(self.lengths), max(self.lengths), columns)
 
-    def advance(self) -> None:
-        """The pass is done: every row has one token more."""
+    @property
+    def given(self) -> Any:
+        """What a pass of the model is given."""
+        return self
+
+    def advance(self, written: int = 1) -> None:
+        """The pass is done, in which so many columns were written, and every row has one token more.
+
+        Raises:
+            TrimtabError: Some layer's keys and values didn't come.
+        """
+        held = {layer.written for layer in self._buffers if getattr(layer, "keys", None) is not None}
+        if held - {self.stop + written}:
+            raise TrimtabError(
+                f"the cache of the batch holds {min(held) - self.start} tokens where {self.width + 1} have been read:"
+                " the model didn't put them into the cache that it was given, or a pass was missed"
+            )
         self.stop += 1
         self.lengths = [length + 1 for length in self.lengths]
 
@@ -112,6 +131,21 @@ class Columns(DynamicCache):
         self.stop = longest
         self._capacity = (rows, columns)
 
+    def put_aside(self) -> Copies:
+        """Before a pass: what makes copies of rows as they are now, also after it, until rows come or go."""
+        start, stop, mine = self.start, self.stop, list(self._buffers)
+        rows = range(len(self.lengths))
+        states = [None if layer.state is None else _copy_of(layer, rows) for layer in mine]
+
+        def copies(picked: Tensor) -> DynamicCache:
+            cache = DynamicCache()
+            cache.layers = [
+                _copy(layer, state, picked, slice(start, stop)) for layer, state in zip(mine, states, strict=True)
+            ]
+            return cache
+
+        return copies
+
     # ---- what transformers asks --------------------------------------------------------------------------
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -125,6 +159,8 @@ class _Layer(DynamicLayer):
     """One layer's buffers; where the batch stands in them is the same for all layers."""
 
     state: _State | None = None
+    written = 0  # the column after the last that was written
+    kind: Any = DynamicLayer  # what a copy is
 
     def __init__(self, batch: Columns) -> None:
         super().__init__()
@@ -143,7 +179,15 @@ class _Layer(DynamicLayer):
         after = stop + key_states.shape[2]
         self.keys[:rows, :, stop:after] = key_states
         self.values[:rows, :, stop:after] = value_states
+        self.written = after
         return self.keys[:rows, :, start:after], self.values[:rows, :, start:after]
+
+    def window(self) -> tuple[Tensor | None, Tensor | None]:
+        """The keys and values of the batch's rows, as attention sees them."""
+        if self.keys is None or self.values is None:
+            return None, None
+        rows, columns = len(self.batch.lengths), slice(self.batch.start, self.batch.stop)
+        return self.keys[:rows, :, columns], self.values[:rows, :, columns]
 
     def get_seq_length(self) -> int:
         return self.batch.width
@@ -187,7 +231,9 @@ class _State:
 def _layer_like(theirs: Any, batch: Columns) -> Any:
     """A layer of the batch that keeps what this one of another cache does."""
     if not compat.keeps_state(theirs):
-        return _Layer(batch)
+        mine = _Layer(batch)
+        mine.kind = type(theirs)
+        return mine
     kind: Any = type("_StateLayer", (_Layer, compat.STATE_LAYER), {}) if hasattr(theirs, "keys") else compat.STATE_LAYER
     layer = kind.__new__(kind)
     compat.STATE_LAYER.__init__(layer, number_of_states=theirs.number_of_states)
@@ -195,3 +241,58 @@ def _layer_like(theirs: Any, batch: Columns) -> Any:
         _Layer.__init__(layer, batch)
     layer.state = _State(layer)
     return layer
+
+
+def _copy_of(layer: Any, rows: Sequence[int]) -> Any:
+    """A layer of its own with the recurrent states of these rows."""
+    kind = compat.KEYS_AND_STATE if hasattr(layer, "keys") else compat.STATE_LAYER
+    copy = kind(layer.number_of_states)
+    _State(copy).adopt(layer, rows)
+    return copy
+
+
+def _copy(layer: Any, state: Any, picked: Tensor, columns: slice) -> Any:
+    """A layer of its own with these rows and columns; `state` holds their recurrent states, if any are kept."""
+    copy = layer.kind() if state is None else _copy_of(state, picked.tolist())
+    if getattr(layer, "keys", None) is not None:
+        rows = picked.to(layer.keys.device)
+        copy.keys, copy.values = layer.keys[rows, :, columns], layer.values[rows, :, columns]
+        copy.dtype, copy.device, copy.is_initialized = copy.keys.dtype, copy.keys.device, True
+    return copy
+
+
+class Alone:
+    """The cache of a batch of one row that nothing joins: the model's own, of whatever kind."""
+
+    def __init__(self) -> None:
+        self.given: Any = None
+        self.lengths: list[int] = []
+
+    @property
+    def width(self) -> int:
+        """How many tokens the row has."""
+        return sum(self.lengths)
+
+    def insert(self, source: Any, picks: Sequence[tuple[int, int]]) -> None:
+        """Go on with this cache, which holds one row."""
+        ((_, length),) = picks
+        self.given, self.lengths = source, [length]
+
+    def remove(self, row: int) -> None:
+        """The row leaves."""
+        self.given, self.lengths = None, []
+
+    def make_room(self) -> None:
+        """It grows by itself."""
+
+    def advance(self) -> None:
+        """The pass is done. Raises `TrimtabError` unless the cache holds what was read."""
+        self.lengths = [length + 1 for length in self.lengths]
+        held = compat.past_length(self.given)
+        if held is not None and held != self.width:
+            raise TrimtabError(f"the cache of the batch holds {held} tokens where {self.width} have been read")
+
+    def put_aside(self) -> Copies:
+        """Before a pass: what makes copies of the row as it is now."""
+        aside = compat.put_aside(self.given)
+        return lambda picked: compat.fork(aside, picked)

@@ -14,7 +14,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from enum import Enum
 from functools import lru_cache
 from typing import Any
@@ -33,9 +32,9 @@ from transformers.generation.logits_process import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.utils import GenerateDecoderOnlyOutput, GenerationMixin
+from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
-from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -47,7 +46,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
 
 STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionLayer", None)
-_KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
+KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", None)
 _NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 """Layers of a cache that hold a recurrent state, or nothing; `None` in releases that have none."""
 
@@ -286,7 +285,7 @@ def _whole(layer: Any) -> Any:
         return layer
     if keeps_state(layer) and type(layer).__module__ == DynamicLayer.__module__:
         states = layer.number_of_states
-        return _KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
+        return KEYS_AND_STATE(states) if isinstance(layer, DynamicLayer) else STATE_LAYER(states)
     raise UnsupportedError(f"the cache has a {type(layer).__name__}, whose rows can't be taken apart")
 
 
@@ -433,9 +432,6 @@ def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
 
 # ---- generate ---------------------------------------------------------------------------------------------------
 
-_OUTPUT_CACHE = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
-"""What the outputs of models and of `generate` call the cache."""
-
 
 def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
     """An option of `generate` as it will hold: what was asked for, else the model's generation configuration's."""
@@ -496,47 +492,26 @@ def is_generate_option(model: Any, name: str) -> bool:
     )
 
 
-def put_cache(model_kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """The keyword arguments of `generate`'s loop, with this cache in the place of the one that it made."""
-    names = [name for name, value in model_kwargs.items() if is_cache(value)]
-    return {**model_kwargs, **dict.fromkeys(names or [_OUTPUT_CACHE], cache)}
-
-
-def first_inputs(model: Any, ids: Tensor, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of the pass over the prompts."""
-    return model.prepare_inputs_for_generation(ids, is_first_iteration=True, **model_kwargs)
-
-
-def next_inputs(model: Any, ids: Tensor, model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs of a pass over the last token of each row."""
-    return model.prepare_inputs_for_generation(ids, next_sequence_length=1, **model_kwargs)
-
-
-def after_pass(model: Any, model_kwargs: Mapping[str, Any], output: Any) -> dict[str, Any]:
-    """The keyword arguments of `generate`'s loop after a pass that gave this output."""
-    return model._update_model_kwargs_for_generation(output, dict(model_kwargs), is_encoder_decoder=False)
-
-
-def after_skipped_pass(model: Any, model_kwargs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """As `after_pass`, where a pass was saved and its keys and values are in the cache already."""
-    return after_pass(model, model_kwargs, CausalLMOutputWithPast(**{_OUTPUT_CACHE: cache}))
-
-
-def pad_token(config: Any) -> Tensor:
-    """The token that rows which have ended go on with, as `generate` has prepared it."""
-    return config._pad_token_tensor
-
-
-def generated(sequences: Tensor, logits: tuple[Tensor, ...] | None, cache: Any) -> Any:
-    """What `generate` returns with `return_dict_in_generate`."""
-    return GenerateDecoderOnlyOutput(sequences=sequences, logits=logits, **{_OUTPUT_CACHE: cache})  # type: ignore[arg-type]
+PROCESSING = ("logits_processor", "prefix_allowed_tokens_fn")
+"""Arguments of `generate`, no settings, that have a say in which token comes."""
 
 
 def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Any:
     """The processors of logits that `generate` would use under these options and the model's own settings."""
-    config, _ = model._prepare_generation_config(None, **options)
+    own = {name: options[name] for name in PROCESSING if options.get(name) is not None}
+    config, _ = model._prepare_generation_config(None, **{n: v for n, v in options.items() if n not in PROCESSING})
     model._prepare_special_tokens(config, True, device=device)
-    return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
+    return model._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device, **own)
+
+
+def stopping_criteria(options: Mapping[str, Any], tokenizer: Any) -> list[Any]:
+    """What ends an answer beside its end tokens and its length, under these options of `generate`."""
+    found = list(options.get("stopping_criteria") or ())
+    if options.get("stop_strings") is not None:
+        found.append(StopStringCriteria(tokenizer, options["stop_strings"]))
+    if options.get("max_time") is not None:
+        found.append(MaxTimeCriteria(options["max_time"]))
+    return found
 
 
 _KNOWN_PROCESSORS: dict[type, tuple[str, str]] = {

@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 
+from trimtab.decoding.rejection import Rejection
+from trimtab.decoding.trace import Trace
+from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.batch_row import GenerationRequest
 from trimtab.engines.transformers.clean import CleanBatch
-from trimtab.engines.transformers.decode import GenerationRequest, check_steps
-from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
+from trimtab.engines.transformers.decode import check_steps
+from trimtab.engines.transformers.generate import _end_ids
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
-from trimtab.errors import UnsupportedError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Steering
 from trimtab.steering.monitors import FILTERED, Monitor
 
@@ -35,34 +39,67 @@ SETTINGS = (
     "min_new_tokens",
     "eos_token_id",
 )
-"""The options of `generate` that say how tokens are chosen, and that batches of steps have as well."""
+"""The options of `generate` that say how tokens are chosen, and that batches of steps do for all rows at once."""
 OTHERS = ("streamer", "num_return_sequences", "use_cache")
 """Further options that they have."""
+ROW_BY_ROW = (*compat.PROCESSING, "stopping_criteria", "stop_strings", "max_time", "tokenizer")
+"""Arguments of `generate` that they have where tokens are verified: they are asked row by row."""
+REFUSED = {
+    "num_beams": "beams share no cache; decode greedily or sample",
+    "prompt_lookup_num_tokens": "drafts aren't checked for plausibility",
+    "penalty_alpha": "contrastive search chooses tokens in its own way",
+    "dola_layers": "it chooses tokens in its own way",
+    "cache_implementation": "rows need the default cache",
+    **dict.fromkeys(compat.CACHE_NAMES, "rows need a cache of their own"),
+    "use_cache": "rows need the cache",
+    "custom_generate": "the loop is trimtab's own",
+    "prefill_chunk_size": "the last prompt token's own pass is needed whole",
+    "synced_gpus": "the loop is trimtab's own",
+}
+"""Options of `generate` that rejection can't run with, and why."""
 REFILL = 4
 """New rows are read when a quarter of the batch is free, as reading one at a time would hold the others up."""
+
+
+def check_verified(model: Any, options: Mapping[str, Any]) -> None:
+    """Raises `TrimtabError` for options of `generate` under which tokens can't be verified."""
+    for name, value in options.items():
+        if value is None or name in (*OTHERS[:2], *ROW_BY_ROW) or (name == "use_cache" and value is True):
+            continue
+        if name in REFUSED and value != 1:
+            raise TrimtabError(f"rejection can't run with {name}: {REFUSED[name]}")
+        if name not in REFUSED and not hasattr(model.generation_config, name):
+            raise UnsupportedError(f"rejection can't run with {name}, which its own loop doesn't know")
+    each = options.get("num_return_sequences")
+    if each not in (None, 1) and not options.get("do_sample"):
+        raise TrimtabError("greedy answers to one prompt are all the same; sample, or leave num_return_sequences out")
 
 
 @dataclass(frozen=True)
 class Continuous:
     """What is decoded by continuous batching, as options of `generate` have it.
 
-    `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`. With `stops` it is also
-    asked after each token whether the answer ends there, as a stopping criterion is.
+    `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`. `criteria` are asked
+    after each token whether the answer ends there, with its prompt and its tokens; it is told as `ended`. `alone`: one
+    row at a time.
     """
 
     settings: Settings
     ends: frozenset[int]
     each: int
     streamer: Any
-    stops: bool = False
+    criteria: tuple[Any, ...] = ()
+    ended: str = "length"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
 
     @classmethod
     def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous | None:
         """`None` where it can't be: for an option or a setting of the model that steps don't have, or its cache."""
         given = {name: value for name, value in options.items() if value is not None}
-        stops = "streamer" in given and list(given.get("stopping_criteria", ())) == [given["streamer"]]
-        if stops:
-            del given["stopping_criteria"]
+        criteria: tuple[Any, ...] = ()
+        if "streamer" in given and list(given.get("stopping_criteria", ())) == [given["streamer"]]:
+            criteria = tuple(given.pop("stopping_criteria"))
         if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not _steps(model, layout):
             return None
         each = given.get("num_return_sequences", 1)
@@ -71,10 +108,44 @@ class Continuous:
         chosen = {name: options[name] for name in SETTINGS if name in options}
         if not compat.decodes_by_steps(model, chosen):
             return None
-        settings = Settings.of(model, chosen, 1, model.get_input_embeddings().weight.device)
+        settings = Settings.of(model, chosen, 1, _device(model))
         if settings.others:
             return None
-        return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), stops)
+        return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), criteria)
+
+    @classmethod
+    def verified(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous:
+        """For requests whose tokens are verified, under any options that `check_verified` lets pass."""
+        given = {name: value for name, value in options.items() if value is not None}
+        asks = tuple(compat.stopping_criteria(given, tokenizer))
+        without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
+        chosen = {name: value for name, value in options.items() if name not in without}
+        return cls(
+            Settings.of(model, chosen, 1, _device(model)),
+            frozenset(_end_ids(model, given)),
+            given.get("num_return_sequences", 1),
+            given.get("streamer"),
+            asks,
+            "stop" if "stop_strings" in given else "length",
+            chosen,
+            not _steps(model, layout),
+        )
+
+    def settings_for(self, model: Any, prompt: Sequence[int]) -> Settings:
+        """How tokens after this prompt are chosen: what isn't known of processors may depend on its length."""
+        return Settings.of(model, self.options, len(prompt), _device(model)) if self.settings.others else self.settings
+
+    def ends_at(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+        """Whether a criterion ends the answer here."""
+        if not self.criteria:
+            return False
+        ids = torch.tensor([[*prompt, *tokens]])
+        ended = [bool(torch.as_tensor(criterion(ids, ())).all()) for criterion in self.criteria]
+        return any(ended)  # each is asked, as it may count
+
+
+def _device(model: Any) -> torch.device:
+    return model.get_input_embeddings().weight.device
 
 
 def _steps(model: Any, layout: Layout) -> bool:
@@ -93,6 +164,7 @@ class _Answer:
     finish: str = ""
     applied: Applied | None = None
     log: Log = field(default_factory=Log)
+    trace: Trace | None = None
 
 
 def answer(
@@ -102,6 +174,7 @@ def answer(
     way: Continuous,
     prompts: Sequence[Sequence[int]],
     steerings: Sequence[Steering | None],
+    rejections: Sequence[Rejection | None],
     places: Sequence[int],
     *,
     rows: int,
@@ -119,6 +192,7 @@ def answer(
         way: How tokens are chosen.
         prompts: Token ids. They are begun in this order.
         steerings: One for each prompt.
+        rejections: Likewise; `None` where tokens aren't verified.
         places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
         rows: How many prompts are answered at a time, at most.
         max_new_tokens: Tokens of an answer at most.
@@ -131,7 +205,7 @@ def answer(
     Raises:
         TrimtabError: A sampled row was steered to where the logits are no numbers any more.
     """
-    batch = CleanBatch(model, tokenizer, layout, strict=False, ends=way.ends)
+    batch = CleanBatch(model, tokenizer, layout, strict=False, ends=way.ends, alone=way.alone)
     if way.settings.sampled and seed is None:
         seed = int(torch.randint(2**62, ()))
     waiting = deque(range(len(prompts)))
@@ -139,6 +213,7 @@ def answer(
     running: dict[int, _Answer] = {}
     left = [way.each] * len(prompts)
     most = rows * way.each
+    settings = {len(prompt): way.settings_for(model, prompt) for prompt in prompts}
     if way.streamer is not None:
         way.streamer.put(torch.tensor([list(prompts[0])]))
     while waiting or running:
@@ -153,8 +228,9 @@ def answer(
                         max_new_tokens,
                         sampling,
                         0 if logprobs else None,
-                        way.settings,
-                        clean_cache,
+                        settings[len(prompts[prompt])],
+                        rejections[prompt],
+                        clean_cache and rejections[prompt] is None,  # with rejection it is clean in any case
                         monitors,
                     )
                     one = _Answer(prompt)
@@ -173,11 +249,12 @@ def answer(
                 one.logprobs.append(told.logprob)
             if way.streamer is not None and told.finish != FILTERED:
                 way.streamer.put(torch.tensor([told.token]))
-            finish, applied = told.finish, told.applied
-            if finish is None and way.stops and way.streamer(torch.tensor([[*prompts[0], *one.tokens]]), ()).all():
-                finish, applied = "length", batch.remove(told.key)
+            finish, applied, trace = told.finish, told.applied, told.trace
+            if way.ends_at(prompts[one.prompt], one.tokens) and finish is None:
+                finish, trace = way.ended, batch.trace(told.key)
+                applied = batch.remove(told.key)
             if finish is not None:
-                one.finish, one.applied = finish, applied
+                one.finish, one.applied, one.trace = finish, applied, trace
                 left[one.prompt] -= 1
                 del running[told.key]
         if left.count(0) > before:
@@ -193,6 +270,7 @@ def answer(
             applied=one.applied or Applied((), ()),
             logprobs=tuple(one.logprobs) if logprobs else None,
             monitors=one.log.told(monitors) if monitors else None,
+            trace=one.trace,
         )
         for of_prompt in answers
         for one in of_prompt

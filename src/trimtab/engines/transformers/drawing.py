@@ -36,6 +36,10 @@ class Kept:
         columns = [torch.tensor(column, device=device)[:, None] for column in zip(*rows, strict=True)]
         return cls(columns[0], columns[1].float(), columns[2].float())
 
+    def select(self, rows: Tensor) -> Kept:
+        """The same for these rows, in this order."""
+        return Kept(self.top_k[rows], self.top_p[rows], self.min_p[rows])
+
     def least(self, probabilities: Tensor) -> Tensor:
         """The least probability `[rows, 1]` that is kept, of probabilities `[rows, vocabulary]`."""
         if probabilities.device.type != "cpu":
@@ -47,7 +51,7 @@ class Kept:
             return self._least(_descending(values))[0]
         least, settled = self._least(_descending(np.partition(values, size - MOST)[:, -MOST:]))
         for row in (~settled[:, 0]).nonzero()[:, 0].tolist():
-            one = Kept(self.top_k[row : row + 1], self.top_p[row : row + 1], self.min_p[row : row + 1])
+            one = self.select(torch.tensor([row]))
             least[row] = one._least(_descending(values[row : row + 1]))[0][0]
         return least
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from trimtab.engines.folding import sweep
 from trimtab.engines.resolve import acting, waits_for_prompt, wanted
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
 from trimtab.engines.transformers.clean import CleanBatch, _CleanPrefill, steers_clean
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest, GenerationResponse, _Row
+from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.errors import TrimtabError
@@ -129,7 +130,7 @@ class PrefixBatch(CleanBatch):
             self.prefixes.clear()
         return super().clear()
 
-    def _read_in(self, rows: list[_Row]) -> list[GenerationResponse]:
+    def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         if self.prefixes is None:
             return super()._read_in(rows)
         told: list[GenerationResponse] = []
@@ -143,6 +144,7 @@ class PrefixBatch(CleanBatch):
             self._watch.of(row.request.monitors for row in alike)
             try:
                 prefill = self._going_on(request, *found)
+                prefill.watch = self._watch
                 logits = prefill.advance()
                 assert logits is not None  # a prompt that is admitted is no longer than a chunk
                 told += self._seat_read(alike, prefill, logits)
@@ -154,7 +156,7 @@ class PrefixBatch(CleanBatch):
         found = self._found(request)
         return super()._prefill(request) if found is None else self._going_on(request, *found)
 
-    def _seat_read(self, rows: list[_Row], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+    def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
         for row in rows:
             row.cached = prefill.taken_over
         return super()._seat_read(rows, prefill, logits)
@@ -162,7 +164,7 @@ class PrefixBatch(CleanBatch):
     def _found(self, request: GenerationRequest) -> tuple[Prefix, int] | None:
         """What this request can go on from. Where its whole prompt has to be read, to decide something: nothing."""
         scope, prefixes = request.scope, self.prefixes
-        if prefixes is None or scope is None or wanted(request.steering):
+        if prefixes is None or scope is None or request.rejection is not None or wanted(request.steering):
             return None
         edits = acting(request.steering)
         if any(waits_for_prompt(edit) or is_score_edit(edit) for edit in edits):
@@ -201,10 +203,10 @@ class PrefixBatch(CleanBatch):
         self.prefixes.add(Prefix(row.request.scope, ids, acted, layers))
 
 
-def _by_text(rows: Sequence[_Row]) -> list[list[_Row]]:
-    found: dict[Any, list[_Row]] = {}
+def _by_text(rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
+    found: dict[Any, list[BatchRow]] = {}
     for row in rows:
-        found.setdefault((row.request.text, row.request.scope), []).append(row)
+        found.setdefault((row.request.prefill, row.request.clean_cache, row.request.scope), []).append(row)
     return list(found.values())
 
 

@@ -4,8 +4,8 @@ A row is one request's newest token under one steering. All rows stand in one ba
 each attends to the past of its own request, which it shares with that request's other rows, and to itself. Nothing
 of the past is copied, and a row's own key and value are forgotten, except those of raw rows.
 
-Beside them may stand guesses: unsteered rows of the token *after* the newest, so that the raw pass of the next step is
-done already when a guess turns out right (see `Guesses`).
+Beside them may stand draft tokens: unsteered rows of the token *after* the newest, so that the raw pass of the next
+step is done already when a draft comes true (see `Drafts`).
 """
 
 from __future__ import annotations
@@ -32,19 +32,18 @@ from trimtab.engines.transformers.attention import (
     with_sinks,
 )
 from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
+from trimtab.engines.transformers.drafts import Drafts, entries
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import state_at
-from trimtab.engines.transformers.raw_cache import Guesses, RawCache, entries
-from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
+from trimtab.engines.transformers.scores import LayerScores, Row, activation_edits, compile_scores, score_edits
 from trimtab.engines.transformers.session import _dtype
 from trimtab.engines.transformers.shared_past import queries_by_keys, weights_by_values
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 from trimtab.steering.operations import Rows as Gathered
 
-KEPT = ("position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # one entry a token, last axis
 KEPT_PATTERNS = 64
 """Of so many patterns of rows what they need is kept: the same ones come again and again."""
 
@@ -54,7 +53,7 @@ class _RowCache(DynamicCache):
 
     def __init__(self, run: _Run) -> None:
         super().__init__()
-        self.layers = run.raw.layers
+        self.layers = run.cache.layers
         self.run = run
 
     def update(
@@ -63,10 +62,12 @@ class _RowCache(DynamicCache):
         run = self.run
         if run.raw_rows is not None:
             raw = run.tensor(run.raw_rows, key_states.device)
-            run.raw.update(*entries(key_states, value_states, raw), layer_idx)
-        if run.guesses is not None:
-            first = run.rows - len(run.guesses.ids)
-            run.guesses.states[layer_idx] = key_states[:, :, first:], value_states[:, :, first:]
+            run.past = run.cache.update(*entries(key_states, value_states, raw), layer_idx)
+        else:
+            run.past = seen(run.cache, layer_idx, run.columns)
+        if run.drafts is not None:
+            first = run.rows - len(run.drafts.ids)
+            run.drafts.states[layer_idx] = key_states[:, :, first:], value_states[:, :, first:]
         run.layer = layer_idx
         return key_states, value_states
 
@@ -84,7 +85,7 @@ class _RowCache(DynamicCache):
 class _Run:
     """One pass: which request each row is of, and what is done in it."""
 
-    raw: RawCache
+    cache: Any  # of the unsteered stream
     rows: int
     columns: int  # of the cache with the token that is being decoded, pads included
     spans: list[tuple[int, slice]]  # a request and neighbouring rows of it
@@ -94,51 +95,40 @@ class _Run:
     scores: dict[int, LayerScores]
     states: tuple[int, ...] | None  # each row's, for edits of activations
     raw_rows: tuple[int, ...] | None
-    guesses: Guesses | None
+    drafts: Drafts | None
     layer: int | None = None
+    past: tuple[Tensor, Tensor] | None = None  # the keys and values that this layer's rows attend to
     attended: set[int] = field(default_factory=set)  # the layers that have asked for our attention
     edited: set[Site] = field(default_factory=set)  # the sites that came by
 
     @property
     def ahead(self) -> tuple[int, ...]:
-        """Of each row 1 for a guess, else 0."""
-        guesses = 0 if self.guesses is None else len(self.guesses.ids)
-        return (0,) * (self.rows - guesses) + (1,) * guesses
+        """Of each row 1 for a draft, else 0."""
+        drafts = 0 if self.drafts is None else len(self.drafts.ids)
+        return (0,) * (self.rows - drafts) + (1,) * drafts
 
 
 @dataclass(frozen=True)
 class Token:
-    """The newest token of each request of a batch, as the model wants it: ids and positions `[…, requests, 1]`."""
+    """The newest token of each request of a batch: its id and its position, both `[requests, 1]`.
+
+    Without positions the model counts them by itself, which rows over one cache can't do with.
+    """
 
     ids: Tensor
-    more: dict[str, Tensor]
-    mask: Tensor | None  # [requests, columns], of pads
+    positions: Tensor | None
+    mask: Tensor | None  # [requests, columns], 0 at pads; `None` where there are none
 
-    @classmethod
-    def of(cls, inputs: dict[str, Any]) -> Token:
-        """The last token of a pass, from the inputs that transformers prepared for it."""
-        more = {name: inputs[name][..., -1:] for name in KEPT if isinstance(inputs.get(name), Tensor)}
-        if "position_ids" not in more:
-            raise UnsupportedError("rejection needs a model that is told its tokens' positions")
-        mask = inputs.get("attention_mask")
-        return cls(inputs["input_ids"][:, -1:], more, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
-
-    def rows(self, picked: Tensor, guesses: Guesses | None = None) -> dict[str, Tensor]:
-        """The inputs of a pass with one row for each of these requests, `[rows]`, guesses last: `[…, 1, rows]`."""
-        count = len(picked) - (0 if guesses is None else len(guesses.ids))
-        ids = self.ids[picked[:count]]
-        if guesses is not None:
-            ids = torch.cat([ids, torch.tensor(guesses.ids, device=self.ids.device)[:, None]])
-        inputs = {"input_ids": ids.transpose(0, 1)}
-        for name, value in self.more.items():
-            if value.shape[-2] == 1 and len(self.ids) > 1:
-                value = value.expand(*value.shape[:-2], len(self.ids), 1)
-            inputs[name] = value.index_select(-2, picked).transpose(-1, -2)
-        if guesses is not None:
-            positions = inputs["position_ids"].clone()
-            positions[..., count:] += 1
-            inputs["position_ids"] = positions
-        return inputs
+    def rows(self, picked: Tensor, drafts: Drafts | None = None) -> dict[str, Tensor]:
+        """The inputs of a pass with one row for each of these requests, `[rows]`, drafts last: `[1, rows]`."""
+        if self.positions is None:
+            raise UnsupportedError("rows over one cache need a model that is told its tokens' positions")
+        count = len(picked) - (0 if drafts is None else len(drafts.ids))
+        ids, positions = self.ids[picked[:count]], self.positions[picked]
+        if drafts is not None:
+            ids = torch.cat([ids, torch.tensor(drafts.ids, device=self.ids.device)[:, None]])
+            positions[count:] += 1
+        return {"input_ids": ids.transpose(0, 1), "position_ids": positions.transpose(0, 1)}
 
 
 @dataclass(frozen=True)
@@ -181,12 +171,9 @@ def compile_versions(
     layout: Layout, versions: Sequence[tuple[int, tuple[Edit, ...]]], lengths: Sequence[int], pads: Sequence[int]
 ) -> Versions:
     """The versions `(request, edits)` of a batch whose prompts have these lengths and pads on their left."""
-    rows = [
-        Row(tuple(edit for edit in edits if is_score_edit(edit)), lengths[request], pads[request])
-        for request, edits in versions
-    ]
+    rows = [Row(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
     width = max(length + pad for length, pad in zip(lengths, pads, strict=True))
-    residual = [tuple(edit for edit in edits if not is_score_edit(edit)) for _, edits in versions]
+    residual = [activation_edits(edits) for _, edits in versions]
     plan = compile_plan(residual, [lengths[request] for request, _ in versions], _dtype(layout))
     return Versions(
         tuple(request for request, _ in versions),
@@ -201,6 +188,7 @@ class Rows:
     """Passes of rows through a model, while `open`. The model is as it was outside of the passes."""
 
     together = 1_000
+    shares = True  # whether rows of one request share its cache
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         check_attention(layout)
@@ -229,28 +217,10 @@ class Rows:
             for handle in handles:
                 handle.remove()
 
-    def start(self, model: Any, model_kwargs: dict[str, Any]) -> RawCache:
-        """The cache of the unsteered stream."""
-        return RawCache(model.config)
-
-    def read(self, inputs: dict[str, Any]) -> tuple[Any, Token]:
-        """The unsteered pass over these inputs: what it puts out, and its last token, to be read again by rows."""
-        output = self.model(**inputs, return_dict=True)
-        return output, Token.of(inputs)
-
-    def check_cached(self, cache: RawCache, columns: int) -> None:
-        """Raises `TrimtabError` unless each layer of the unsteered stream's cache holds so many columns."""
-        held = {cache.get_seq_length(layer) for layer in range(len(cache.layers))}
-        if held != {columns}:
-            raise TrimtabError(
-                f"the cache of the unsteered stream holds {sorted(held)} tokens where {columns} have been read: the"
-                " model didn't put them into the cache that it was given, or a pass was missed"
-            )
-
     def run(
         self,
         token: Token,
-        cache: RawCache,
+        cache: Any,
         columns: int,
         versions: Versions,
         chosen: Sequence[int | None],
@@ -258,24 +228,24 @@ class Rows:
         *,
         raw_enters_cache: bool = False,
         joining: Sequence[int] = (),
-        guesses: Guesses | None = None,
+        drafts: Drafts | None = None,
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
         `requests[i]` is the request of row i; the rows of one are neighbours. `columns` counts the cache's columns
-        with this token. With `raw_enters_cache`, the unsteered rows, one for each request in order, put their keys
-        and values into the cache; otherwise the raw pass has done so.
+        with this token; windows are kept whole in it. With `raw_enters_cache`, the unsteered rows, one for each request
+        in order, put their keys and values into the cache; otherwise the raw pass has done so.
 
         With `joining`, all rows are of one request, row 0 is unsteered, and row i + 1 isn't steered before block
         `joining[i]` (these rise): until there it is row 0, and is computed from there on. Only row 0's logits come.
 
-        With `guesses`, whose logits come last, the raw pass must have entered the cache already.
+        With `drafts`, whose logits come last, the raw pass must have entered the cache already.
         """
         rows = tuple(chosen)
         of = tuple(requests)
-        if guesses is not None:
-            rows += tuple(None for _ in guesses.requests)
-            of += guesses.requests
+        if drafts is not None:
+            rows += tuple(None for _ in drafts.requests)
+            of += drafts.requests
         self._versions = versions
         self._run = _Run(
             cache,
@@ -288,12 +258,12 @@ class Rows:
             versions.select(rows),
             states_at(versions, rows, columns),
             tuple(i for i, version in enumerate(rows) if version is None) if raw_enters_cache else None,
-            guesses,
+            drafts,
         )
         try:
             with compat.attending_with(self._configs, self._name), self._joined(joining):
                 picked = self.tensor(of[:1] if joining else of, token.ids.device)
-                inputs: dict[str, Any] = token.rows(picked, guesses)
+                inputs: dict[str, Any] = token.rows(picked, drafts)
                 if joining and "logits_to_keep" in compat.parameters(self.model):
                     inputs["logits_to_keep"] = 1
                 inputs = compat.with_cache(self.model, inputs, _RowCache(self._run))
@@ -305,7 +275,7 @@ class Rows:
 
     def _check(self, run: _Run) -> None:
         """Raises `TrimtabError` unless every layer asked for our attention, and every edited site ran."""
-        if missing := sorted(set(range(len(run.raw.layers))) - run.attended):
+        if missing := sorted(set(range(len(run.cache.layers))) - run.attended):
             raise TrimtabError(
                 f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"
                 " attention that the model's configuration names, or doesn't update the cache that it was given"
@@ -353,31 +323,33 @@ class Rows:
         """Which columns each row does not see, `[1, 1, rows, columns]`; `None`: it sees all.
 
         Made by the rule that the model asks for (causal, or a sliding window), for the newest token of each request,
-        and where there are guesses, for the one after it.
+        and where there are drafts, for the one after it.
         """
         run = self._run
         if run is None or get_ident() != self._owner:
             return compat.mask_function(self._own)(*_, **given)
         kept = {name: given[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in given}
-        padding, queries = run.padding, 1 if run.guesses is None else 2
+        padding, queries = run.padding, 1 if run.drafts is None else 2
         if padding is not None and queries == 2:
             padding = torch.cat([padding, padding.new_ones(len(padding), 1)], dim=1)
         columns = run.columns + queries - 1
-        seen = sdpa_mask(
+        visible = sdpa_mask(
             batch_size=1 if padding is None else len(padding), q_length=queries, kv_length=columns,
             q_offset=run.columns - 1, kv_offset=0, attention_mask=padding,
             allow_is_causal_skip=padding is None, **kept,
         )  # fmt: skip
-        if seen is None and run.guesses is None:
+        if visible is None and run.drafts is None:
             return None
-        if seen is None:
+        if visible is None:
             unseen = torch.zeros(run.rows, columns, dtype=torch.bool, device=given.get("device"))
         else:
-            requests = run.requests if len(seen) > 1 else (0,) * run.rows
-            rows = self.tensor(requests, seen.device)
-            unseen = ~(seen[rows, 0, 0] if queries == 1 else seen[rows, 0, self.tensor(run.ahead, seen.device)])
-        if run.guesses is not None:  # they alone see the newest column: the others have one of their own instead
-            unseen[: run.rows - len(run.guesses.ids), -2] = True
+            requests = run.requests if len(visible) > 1 else (0,) * run.rows
+            rows = self.tensor(requests, visible.device)
+            unseen = ~(
+                visible[rows, 0, 0] if queries == 1 else visible[rows, 0, self.tensor(run.ahead, visible.device)]
+            )
+        if run.drafts is not None:  # they alone see the newest column: the others have one of their own instead
+            unseen[: run.rows - len(run.drafts.ids), -2] = True
         else:
             unseen[:, -1] = False  # left out of what is attended to
         return unseen[None, None]
@@ -391,19 +363,18 @@ class Rows:
             return compat.attention_function(self._own, module)(module, query, key, value, attention_mask, **given)
         mask = attention_mask
         refuse_unknown(module, given)
-        if run is None or run.layer is None:
+        if run is None or run.layer is None or run.past is None:
             raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
-        past_keys, past_values = run.raw.seen[run.layer]
+        past_keys, past_values = run.past
         if past_keys.shape[1::2] != key.shape[1::2] or past_values.shape[1::2] != value.shape[1::2]:
             raise UnsupportedError(f"{type(module).__name__} attends to other keys than those that it caches")
-        missing = run.columns - past_keys.shape[2]  # a sliding window has left them behind
-        if run.guesses is None:  # nobody sees the newest column but guesses; the others have one of their own instead
+        if run.drafts is None:  # nobody sees the newest column but drafts; the others have one of their own instead
             past_keys, past_values = past_keys[:, :, :-1], past_values[:, :, :-1]
-        own = 1 if run.guesses is None else 2
+        own = 1 if run.drafts is None else 2
         steered = run.scores.get(run.layer)
         steered = None if steered is None else steered.to(query.device)
         run.attended.add(run.layer)
-        run.layer = None
+        run.layer = run.past = None
         heads, rows, size = query.shape[1:]
         if steered is not None and rows < run.rows:
             steered = steered.select(torch.arange(rows, device=query.device))
@@ -418,21 +389,39 @@ class Rows:
         scores = torch.cat([past, alone], -1).to(wide).mul_(scaling)
         by_row = scores.transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, columns]
         if steered is not None:
-            steered.scale(by_row, missing, own)
+            steered.scale(by_row, 0, own)
         softcap = given.get("softcap")
         if softcap is not None:
             scores.copy_(capped(scores, softcap))
         if mask is not None:
-            scores[..., :-1].masked_fill_(mask[0, 0, :rows, missing : missing + length], -torch.inf)
+            scores[..., :-1].masked_fill_(mask[0, 0, :rows, :length], -torch.inf)
         scores, sinks = with_sinks(scores[None], given)
         scores = scores[0]
         if steered is not None:
-            steered.shift(scores.transpose(0, 1).unsqueeze(2), missing, own + sinks)
+            steered.shift(scores.transpose(0, 1).unsqueeze(2), 0, own + sinks)
         weights = scores.softmax(-1)[..., : length + 1].to(value.dtype)
 
         output = (weights[..., -1:].reshape(groups, -1, rows, 1) * value[0][:, None]).view(heads, rows, -1)
         output += weights_by_values(weights[..., :-1], past_values, spans)
         return output.transpose(0, 1)[None].contiguous(), None
+
+
+def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The keys and values `[requests, groups, columns, size]` that a layer of the unsteered stream's cache holds.
+
+    Raises:
+        TrimtabError: There aren't so many columns.
+    """
+    held = cache.layers[layer]
+    window = getattr(held, "window", None)
+    keys, values = (held.keys, held.values) if window is None else window()
+    count = 0 if keys is None else keys.shape[2]
+    if count != columns:
+        raise TrimtabError(
+            f"the cache of the unsteered stream holds {count} tokens where {columns} have been read: the model didn't"
+            " put them into the cache that it was given, or a pass was missed"
+        )
+    return keys, values
 
 
 def edited(versions: Versions, site: Site, states: tuple[int, ...], given: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from trimtab.errors import TrimtabError
 
 AHEAD = 64
 """So many of a row's random numbers are on the device at a time."""
+KEPT_PATTERNS = 64
+"""Of so many choices of a batch's rows what they need is kept."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +168,14 @@ class RowSampler:
 class BatchSampler:
     """How these rows choose their tokens, for as long as the batch stays the same. The host waits for nothing.
 
+    `choose` does it all. Whoever verifies tokens does it in steps: `processed` logits, the `warped` scores that tokens
+    are drawn by, `draw`, and `advance` once each row's token is known. These take `rows`: the batch's numbers of the
+    rows that the logits are of, which may come several times; `None` stands for the batch as it is.
+
     Args:
         rows: Each row's settings and numbers.
         prompts: Each row's prompt.
-        answers: Each row's tokens so far, which whoever calls `choose` goes on with.
+        answers: Each row's tokens so far, which whoever calls `advance` goes on with.
         device: Where the logits are.
     """
 
@@ -182,23 +188,17 @@ class BatchSampler:
     ) -> None:
         self.rows, self.prompts, self.answers, self.device = list(rows), prompts, answers, device
         every = [row.settings for row in rows]
-        self._apart = [i for i, one in enumerate(every) if one.others]
-        self._sampled = _Some([one.sampled for one in every], device)
-        picked = [one for one in every if one.sampled]
-        self._filtered = _Some([one.filters for one in picked], device)
-        self._hot = any(one.temperature != 1 for one in picked)
-        self._temperatures = torch.tensor([[one.temperature] for one in picked], device=device) if self._hot else None
+        self._every = tuple(range(len(self.rows)))
+        self._picked: dict[tuple[int, ...] | None, _Picked] = {}
+        self._batch = self._pick(None)
+        self._temperatures = self._column([one.temperature for one in every], 1)
         self._kept: Kept | None = None
-        self._limits = [(one.top_k, one.top_p, one.min_p) for one in picked if one.filters]
-        self._penalties: Tensor | None = None
+        self._penalties = self._column([one.repetition_penalty for one in every], 1)
         self._seen: Tensor | None = None
-        if any(one.repetition_penalty != 1 for one in every):
-            self._penalties = torch.tensor([[one.repetition_penalty] for one in every], device=device)
         self._steps = 0  # since the numbers on the device were put there
-        self._numbers = self._numbers_ahead() if picked else None
-        self._early = any(len(tokens) < one.min_new_tokens for one, tokens in zip(every, answers, strict=True))
+        self._numbers = self._numbers_ahead() if any(one.sampled for one in every) else None
         self._ends = self._missing = None
-        if self._early:
+        if any(len(tokens) < one.min_new_tokens for one, tokens in zip(every, answers, strict=True)):
             ends = sorted({end for one in every for end in one.ends})
             self._ends = torch.tensor(ends, device=device)
             missing = [one.min_new_tokens - len(tokens) for one, tokens in zip(every, answers, strict=True)]
@@ -207,80 +207,151 @@ class BatchSampler:
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next tokens `[rows]`, by logits `[rows, vocabulary]`, which are left as they are."""
-        scores = self._processed(logits)
-        best = scores.argmax(-1)
-        tokens = best
-        if self._numbers is not None:
-            tokens = self._sampled.put(best, self._draw(self._sampled.take(scores), self._sampled.take(best)))
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens[:, None], True)
+        tokens = self.pick(self.processed(logits))
+        self.advance(tokens)
         return tokens
 
-    def _processed(self, logits: Tensor) -> Tensor:
-        scores = logits
+    def processed(self, logits: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+        """The logits with penalties, and `-inf` for what mustn't come. They are left as they are."""
+        picked, scores = self._pick(rows), logits
         if self._penalties is not None:
-            seen = self._seen_in(logits)
-            scores = torch.where(
-                seen, torch.where(logits < 0, logits * self._penalties, logits / self._penalties), logits
-            )
+            seen, penalties = picked.of(self._seen_in(logits.shape[-1])), picked.of(self._penalties)
+            scores = torch.where(seen, torch.where(logits < 0, logits * penalties, logits / penalties), logits)
         if self._ends is not None and self._missing is not None:
             scores = scores.clone() if scores is logits else scores
-            scores[:, self._ends] = scores[:, self._ends].masked_fill(self._missing > 0, -torch.inf)
-            self._missing = self._missing - 1
-        if self._apart:
+            missing = picked.of(self._missing)
+            scores[:, self._ends] = scores[:, self._ends].masked_fill(missing > 0, -torch.inf)
+        if picked.apart:
             scores = scores.clone() if scores is logits else scores
-            for i in self._apart:
-                ids = torch.tensor([[*self.prompts[i], *self.answers[i]]], device=self.device)
-                scores[i : i + 1] = self.rows[i].settings.others(ids, logits[i : i + 1].clone())
+            for i, row in picked.apart:
+                ids = torch.tensor([[*self.prompts[row], *self.answers[row]]], device=self.device)
+                scores[i : i + 1] = self.rows[row].settings.others(ids, logits[i : i + 1].clone())
         return scores
 
-    def _draw(self, scores: Tensor, best: Tensor) -> Tensor:
+    def pick(self, scores: Tensor) -> Tensor:
+        """The next tokens `[rows]` by processed scores: the likeliest, or drawn."""
+        best = scores.argmax(-1)
+        sampled = self._batch.sampled
+        if not sampled:
+            return best
+        weights = self._weights(sampled.take(scores), self._batch)
+        return sampled.put(best, draw(weights, sampled.take(self._number()), sampled.take(best)[:, None])[:, 0])
+
+    def warped(self, scores: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+        """Processed scores as tokens are chosen by them: of sampled rows the logarithms of the weights to draw by."""
+        picked = self._pick(rows)
+        if not picked.sampled:
+            return scores
+        return picked.sampled.put(scores, self._weights(picked.sampled.take(scores), picked).log())
+
+    def draws(self, rows: tuple[int, ...] | None = None) -> bool:
+        """Whether a token of any of these rows is drawn."""
+        return bool(self._pick(rows).sampled)
+
+    def draw(self, warped: Tensor, best: Tensor, rows: tuple[int, ...] | None = None) -> Tensor:
+        """Tokens `[rows]` by warped scores: `best` in greedy rows, and drawn in the others."""
+        picked = self._pick(rows)
+        sampled = picked.sampled
+        if not sampled:
+            return best
+        weights, numbers = sampled.take(warped).softmax(-1), sampled.take(picked.of(self._number()))
+        return sampled.put(best, draw(weights, numbers, sampled.take(best)[:, None])[:, 0])
+
+    def advance(self, tokens: Tensor) -> None:
+        """Each row of the batch goes on with its token `[rows]`."""
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
+        if self._missing is not None:
+            self._missing = self._missing - 1
+        self._steps += 1
+
+    def _weights(self, scores: Tensor, picked: _Picked) -> Tensor:
+        """The weights `[sampled rows, vocabulary]` to draw by, which needn't sum to one; 0 for what is left out."""
         if self._temperatures is not None:
-            scores = scores / self._temperatures
+            scores = scores / picked.sampled.take(picked.of(self._temperatures))
         weights = scores.softmax(-1)
-        if self._limits:
-            if self._kept is None:
-                size = weights.shape[-1]
-                limits = [(size if k is None else min(k, size), p, least) for k, p, least in self._limits]
-                self._kept = Kept.of(limits, self.device)
-            some = self._filtered.take(weights)
-            weights = self._filtered.put(weights, some * (some >= self._kept.least(some)))
+        if picked.filtered:
+            some = picked.filtered.take(weights)
+            kept = self._limits(weights.shape[-1])
+            least = kept.select(picked.filters).least(some)
+            weights = picked.filtered.put(weights, some * (some >= least))
+        return weights
+
+    def _limits(self, size: int) -> Kept:
+        if self._kept is None:
+            every = [row.settings for row in self.rows]
+            limits = [(size if one.top_k is None else min(one.top_k, size), one.top_p, one.min_p) for one in every]
+            self._kept = Kept.of(limits, self.device)
+        return self._kept
+
+    def _column(self, values: Sequence[float], nothing: float) -> Tensor | None:
+        """`[rows, 1]` on the device; `None` where all of them do nothing."""
+        return torch.tensor(values, device=self.device)[:, None] if any(x != nothing for x in values) else None
+
+    def _number(self) -> Tensor:
+        """Each row's random number `[rows, 1]` for the token at hand."""
         if self._steps == AHEAD:
             self._numbers, self._steps = self._numbers_ahead(), 0
         assert self._numbers is not None
-        numbers = self._numbers[:, self._steps, None]
-        self._steps += 1
-        return draw(weights, numbers, best[:, None])[:, 0]
+        return self._numbers[:, self._steps, None]
 
     def _numbers_ahead(self) -> Tensor:
         pairs = zip(self.rows, self.answers, strict=True)
-        numbers = [row.ahead(len(tokens)) for row, tokens in pairs if row.settings.sampled]
-        return torch.stack(numbers).to(self.device)
+        return torch.stack([row.ahead(len(tokens)) for row, tokens in pairs]).to(self.device)
 
-    def _seen_in(self, logits: Tensor) -> Tensor:
+    def _seen_in(self, size: int) -> Tensor:
         """`[rows, vocabulary]`: which tokens have come before, where that is penalized."""
         if self._seen is None:
-            size = logits.shape[-1]
-            seen = self._seen = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
+            seen = self._seen = torch.zeros(len(self.rows), size, dtype=torch.bool, device=self.device)
             for i, (row, prompt, answer) in enumerate(zip(self.rows, self.prompts, self.answers, strict=True)):
                 if row.settings.repetition_penalty != 1:
                     ids = [token for token in {*prompt, *answer} if token < size]
                     seen[i, torch.tensor(ids, dtype=torch.long, device=self.device)] = True
         return self._seen
 
+    def _pick(self, rows: tuple[int, ...] | None) -> _Picked:
+        """What is known of these rows of the batch; the same ones come again and again."""
+        rows = None if rows == self._every else rows
+        if rows not in self._picked:
+            if len(self._picked) >= KEPT_PATTERNS:
+                self._picked.clear()
+            self._picked[rows] = _Picked([row.settings for row in self.rows], rows, self.device)
+        return self._picked[rows]
+
+
+class _Picked:
+    """Some rows of a batch, in this order, which may come several times; `None`: all of it."""
+
+    def __init__(self, every: Sequence[Settings], rows: tuple[int, ...] | None, device: torch.device) -> None:
+        numbers = range(len(every)) if rows is None else rows
+        settings = [every[row] for row in numbers]
+        self.index = None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
+        self.apart = [(i, row) for i, row in enumerate(numbers) if every[row].others]
+        self.sampled = _Some([one.sampled for one in settings], device)
+        self.filtered = _Some([one.filters for one in settings if one.sampled], device)
+        filters = [row for row in numbers if every[row].sampled and every[row].filters]
+        self.filters = torch.tensor(filters, dtype=torch.long, device=device)  # the batch's numbers of these
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of what the batch has one of for each row."""
+        return x if self.index is None else x.index_select(0, self.index)
+
 
 class _Some:
-    """Some rows of a batch: all are taken without a copy."""
+    """Some rows of several: all are taken without a copy. It is true where there are any."""
 
     def __init__(self, chosen: Sequence[bool], device: torch.device) -> None:
-        self.every = all(chosen)
         rows = [i for i, one in enumerate(chosen) if one]
+        self.every, self.any = all(chosen), bool(rows)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
+
+    def __bool__(self) -> bool:
+        return self.any
 
     def take(self, x: Tensor) -> Tensor:
         """These rows."""
         return x if self.every else x.index_select(0, self.rows)
 
     def put(self, x: Tensor, some: Tensor) -> Tensor:
-        """The batch, and in it these rows as they are here."""
+        """The whole, and in it these rows as they are here."""
         return some if self.every else x.index_copy(0, self.rows, some)

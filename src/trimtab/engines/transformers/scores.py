@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import BiasScores, Edit, Positions, ScaleScores, ScoreOperation, TargetMass
+from trimtab.steering import BiasScores, Edit, Positions, ScaleScores, ScoreOperation, Site, TargetMass
 from trimtab.steering.positions import END
 
 SMALLEST_MASS = 1e-10
@@ -260,3 +260,18 @@ def _columns(positions: Positions, row: Row, width: int) -> Tensor:
 def is_score_edit(edit: Edit) -> bool:
     """Whether it acts on attention scores."""
     return isinstance(edit.operation, ScoreOperation)
+
+
+def score_edits(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits of attention scores."""
+    return tuple(edit for edit in edits if is_score_edit(edit))
+
+
+def activation_edits(edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits of activations."""
+    return tuple(edit for edit in edits if not is_score_edit(edit))
+
+
+def edited_sites(edits: Sequence[Edit]) -> list[Site]:
+    """Where activations are edited."""
+    return sorted({edit.site for edit in activation_edits(edits)})

@@ -17,7 +17,6 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules, check_attention
 from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.raw_cache import RawCache
 from trimtab.engines.transformers.rows import Rows, Token, compile_versions
 from trimtab.errors import TrimtabError
 
@@ -61,16 +60,18 @@ def _gives_the_same(model: Any, layout: Layout) -> bool:
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in PROMPTS], device=device)
     ids = ids % model.get_input_embeddings().weight.shape[0]
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS], device=device)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     lengths = [len(prompt) for prompt in PROMPTS]
     versions = compile_versions(layout, [], lengths, [width - length for length in lengths])
-    rows, cache = Rows(model, layout), RawCache(model.config)
+    rows = Rows(model, layout)
     try:
+        cache = compat.whole_cache(model.config)
         given = compat.with_cache(model, inputs, cache)
         expected = model(**given, use_cache=True, return_dict=True).logits[:, -1]
         if len(cache.layers) != layout.layers:
             return False  # blocks that run several times, or attend to what others cached
-        token = Token.of(inputs)
+        token = Token(ids[:, -1:], positions[:, -1:], mask)
         with rows.open([]):
             found = rows.run(token, cache, width, versions, [None] * 3, [0, 0, 1])
             joined = rows.run(token, cache, width, versions, [None] * 2, [0, 0], joining=[layout.layers - 1])

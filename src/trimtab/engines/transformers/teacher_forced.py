@@ -14,7 +14,7 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attending
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.read import padded
-from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.scores import activation_edits, score_edits
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit
@@ -52,8 +52,8 @@ def teacher_forced(
     Raises:
         TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
     """
-    residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
-    scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
+    residual = [activation_edits(one) for one in edits]
+    scores = [score_edits(one) for one in edits]
     lengths = [len(text.prompt) for text in texts]
     if any(scores) and len({(len(text.prompt), len(text.answer)) for text in texts}) > 1:
         raise TrimtabError("texts whose attention scores are steered are read in batches of one length")

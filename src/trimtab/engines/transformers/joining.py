@@ -1,0 +1,165 @@
+"""Prompts of rows that join a batch, read together in one pass: padded on the left, each under its own steering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.resolve import resolve
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.attention import head_count, steered_scores
+from trimtab.engines.transformers.columns import Copies
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.masks import PaddedMasks
+from trimtab.engines.transformers.monitoring import Watch
+from trimtab.engines.transformers.passes import last_logits
+from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
+from trimtab.engines.transformers.read import reader
+from trimtab.engines.transformers.rows import Token
+from trimtab.engines.transformers.scores import (
+    LayerScores,
+    Row,
+    activation_edits,
+    compile_scores,
+    edited_sites,
+    score_edits,
+)
+from trimtab.engines.transformers.session import Session, Tally
+from trimtab.engines.transformers.verify import Past
+from trimtab.steering import Edit, Site, Steering
+
+
+@dataclass(frozen=True)
+class PromptsRead:
+    """Prompts that were read: what acts on each, what was measured, the next token's logits, and the cache.
+
+    `past` is what their last tokens' rows go on from, where some will be verified.
+    """
+
+    edits: Sequence[tuple[Edit, ...]]
+    names: Sequence[tuple[str, ...]]
+    tallies: Sequence[Tally]
+    logits: Tensor  # [prompts, vocabulary]
+    cache: Any
+    lengths: Sequence[int]
+    past: Past | None = None
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads prompts for one batch.
+
+    Args:
+        model: The whole model.
+        layout: Its layout.
+        masks: Of padded batches.
+        pad: The token that pads prompts.
+        device: Where inputs go.
+        new_cache: Makes an empty cache.
+        counts: Whether the model counts its tokens' positions by itself.
+        watch: Reads the last tokens for monitors.
+    """
+
+    model: Any
+    layout: Layout
+    masks: PaddedMasks
+    pad: int
+    device: torch.device
+    new_cache: Callable[[], Any]
+    counts: bool = False
+    watch: Watch | None = None
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions `[prompts, columns]` of prompts that are padded on the left."""
+        width = max(map(len, prompts))
+        pads = [width - len(one) for one in prompts]
+        rows = [[self.pad] * pad + list(one) for pad, one in zip(pads, prompts, strict=True)]
+        seen = [[0] * pad + [1] * (width - pad) for pad in pads]
+        ids, mask = torch.tensor(rows, device=self.device), torch.tensor(seen, device=self.device)
+        return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def read(
+        self, texts: Sequence[tuple[Sequence[int], Steering | None]], *, verified: bool = False, copied: bool = False
+    ) -> PromptsRead:
+        """Read these prompts, each under its own steering.
+
+        Args:
+            texts: Token ids, and what steers them.
+            verified: Whether rows are going to verify the next tokens.
+            copied: Whether they go over copies of the cache; then the last token has a pass of its own.
+        """
+        prompts = [list(ids) for ids, _ in texts]
+        width = max(map(len, prompts))
+        ids, mask, positions = self.padded(prompts)
+        told = None if self.counts else positions
+        cache = self.new_cache()
+        before: list[Copies] = []
+
+        def run() -> Tensor:
+            start = width - 1 if copied else 0
+            if start:
+                part = slice(0, start)
+                last_logits(self.model, ids[:, part], mask[:, part], told[:, part] if told is not None else None, cache)
+            if copied:
+                aside = compat.put_aside(cache)
+                before.append(lambda picked: compat.fork(aside, picked))
+            newest = told[:, start:] if told is not None else None
+            return last_logits(self.model, ids[:, start:], mask, newest, cache, self.watch)
+
+        steerings, lengths = [steering for _, steering in texts], [len(one) for one in prompts]
+        if decides_at_prefill(self.layout, steerings, lengths, {}):
+            prefill = Prefill(self.model, self.layout, steerings, lengths)
+            edits, names = prefill.edits, prefill.names  # from the pass on
+            session = Session(self.model, self.layout, prefill.decide)
+            session.expect(lengths, width)
+            with prefill.watching(session), session.hooked(prefill.sites):
+                logits = run()
+        else:
+            resolved = resolve(steerings, lengths, reader(self.layout, prompts))
+            edits, names = resolved.edits, resolved.names
+            session = Session(self.model, self.layout, lambda *_: [activation_edits(one) for one in edits])
+            session.expect(lengths, width)
+            scored = [Row(score_edits(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
+            scores = compiled(self.layout, scored, width)
+            sites = edited_sites([edit for one in edits for edit in one])
+            with steering(self.layout, self.masks, session, sites, scores, lambda: width):
+                logits = run()
+        session.check_reached(width)
+        past = None
+        if verified:
+            last = None if told is None else told[:, -1:]
+            token = Token(ids[:, -1:], last, mask if copied or min(lengths) < width else None)
+            past = Past(token, before[0] if copied else cache, width)
+        return PromptsRead(edits, names, [session.tally(i) for i in range(len(texts))], logits, cache, lengths, past)
+
+
+def compiled(layout: Layout, scored: Sequence[Row], width: int) -> dict[int, LayerScores]:
+    """What each layer does to the attention scores of these rows; nothing where none is edited."""
+    if not any(row.edits for row in scored):
+        return {}
+    return compile_scores(scored, width, head_count(layout), torch.device("cpu"))
+
+
+@contextmanager
+def steering(
+    layout: Layout,
+    masks: PaddedMasks,
+    session: Session,
+    sites: Sequence[Site],
+    scores: dict[int, LayerScores],
+    columns: Callable[[], int],
+    padded: bool = False,
+) -> Iterator[None]:
+    """Hooks at these sites for a pass of rows; `scores` is what is done to attention scores."""
+    with session.hooked(sites):
+        if scores:
+            with steered_scores(layout, scores, columns, masks.of(padded)):
+                yield
+        else:
+            with masks.open(padded):
+                yield

@@ -1,0 +1,375 @@
+"""Rejection as a stage of a decoding step: rows whose steered tokens have to be plausible to the unsteered model.
+
+To the batch such rows are unsteered: its cache holds the unsteered model's keys and values. Where a row's gate opens,
+the rungs of its ladder are computed as rows over that cache (see `rows`), and the first plausible one gives the token.
+So each decision depends on the text so far and on nothing else, and schedules differ only in their speed:
+
+    optimistic   the step's pass; then, if a gate is open, all rungs in one pass. Draft tokens go with it, the two
+                 likeliest of an open row and the token of any other, and where they come true the next step needs no
+                 pass of its own. Where rows cost something: on CPUs
+    fused        the step's pass has all rungs of all rows in it. Where rows cost next to nothing: on GPUs
+
+Both need a batch in which no row is steered at every token. In others rungs have a pass of their own, without drafts.
+
+The host waits once for the step's facts, and once more where a gate is open and its rungs weren't fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.decoding.rejection import Rejection, gate_open, ladder, plausible, threshold
+from trimtab.decoding.trace import Step
+from trimtab.engines.transformers.drafts import Drafts
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.ranked import rank_layers
+from trimtab.engines.transformers.rows import Token, compile_versions
+from trimtab.engines.transformers.sampling import BatchSampler
+from trimtab.engines.transformers.scores import activation_edits, edited_sites
+from trimtab.errors import UnsupportedError
+from trimtab.steering import Edit
+
+DRAFTS = 2
+"""How many draft tokens an open row takes along in the pass of its rungs."""
+
+Facts = Callable[[Tensor, Tensor], Tensor]
+"""What is told of tokens `[rows]` and the logits `[rows, vocabulary]` that they came from: `[rows, facts]`."""
+Places = Sequence[tuple[int, int]]
+"""Rungs, as `(row of the batch, rung)`; those of a row are neighbours, the strongest first."""
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How the tokens of one row are verified: its rungs, strongest first, and the ranking of its layers."""
+
+    rejection: Rejection
+    schedule: str
+    rungs: tuple[tuple[Edit, ...], ...] = ()
+    order: tuple[int, ...] = ()
+
+    def descriptions(self) -> tuple[str, ...]:
+        """Each rung in words."""
+        return tuple(map(_describe, self.rungs))
+
+
+@dataclass(frozen=True)
+class Past:
+    """What rows go on from: their newest tokens, the cache of the unsteered stream, and its columns with these tokens.
+
+    Where rows go over copies of the cache, `cache` is what makes copies of it as it was before these tokens.
+    """
+
+    token: Token
+    cache: Any
+    columns: int
+
+
+def schedule_for(layout: Layout) -> str:
+    """What `auto` is: by the device, and not by trying, so that every run on a machine rounds alike."""
+    return "optimistic" if next(layout.decoder.parameters()).device.type == "cpu" else "fused"
+
+
+def check_rejection(edits: Sequence[Edit], prompt_length: int) -> None:
+    """Raises `UnsupportedError` where an edit never acts on a token that is being decoded."""
+    for edit in activation_edits(edits):
+        spans = edit.positions.resolve(prompt_length)
+        if not any(stop is None or stop >= prompt_length for _, stop in spans):
+            raise UnsupportedError(
+                f"rejection steers the token that is being decoded, and {edit} acts on the prompt alone"
+            )
+
+
+def make_ladder(
+    passes: Any,
+    layout: Layout,
+    rejection: Rejection,
+    edits: tuple[Edit, ...],
+    past: Past,
+    request: int,
+    lengths: Sequence[int],
+) -> Ladder:
+    """The ladder of one request, whose layers are ranked here if they have to be.
+
+    Args:
+        passes: Runs rows.
+        layout: The model's.
+        rejection: How it is to be weakened.
+        edits: What steers it: nothing where its gates are shut.
+        past: The prompts that have just been read.
+        request: Which of them is its own.
+        lengths: Those of the prompts, in tokens.
+
+    Raises:
+        TrimtabError: No rung is left, or the ranking leaves a layer out.
+    """
+    schedule = schedule_for(layout) if rejection.schedule == "auto" else rejection.schedule
+    if not edits:
+        return Ladder(rejection, schedule)
+    order = () if isinstance(rejection.ranking, str) else rejection.ranking
+    if rejection.ranks:
+        pads = [past.columns - length for length in lengths]
+        with passes.open(edited_sites(edits)):
+            order = rank_layers(
+                passes, layout, past.token, past.cache, past.columns, request, edits, list(lengths), pads,
+                str(rejection.ranking),
+            )  # fmt: skip
+    return Ladder(rejection, schedule, ladder(edits, rejection, order), order)
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """What the unsteered model says of rows that are verified, on the device."""
+
+    scores: Tensor  # [verified, vocabulary], warped
+    tau: Tensor  # [verified]
+    best: Tensor  # [verified]
+    opened: Tensor  # [verified]
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A step's tokens `[rows]` on the device, each row's facts, what became of each verified row, and the drafts.
+
+    `ran` says whether rungs had a pass of their own; `drafts` are there with their logits `[drafts, vocabulary]` where
+    it took some along.
+    """
+
+    tokens: Tensor
+    facts: list[list[float]]
+    steps: dict[int, Step]
+    ran: bool = False
+    drafts: tuple[Drafts, Tensor] | None = None
+
+
+class Verifier:
+    """The rows of a batch that have rungs, for as long as the batch stays the same.
+
+    Args:
+        passes: Runs rows: `Rows` or `Forks`.
+        layout: The model's.
+        ladders: Each row's; `None` where its tokens aren't verified.
+        requests: Which entry of the past each row goes on from.
+        lengths: Of each entry of the past, its prompt's length in tokens.
+        pads: Of each, its pads.
+        device: Where logits are.
+    """
+
+    def __init__(
+        self,
+        passes: Any,
+        layout: Layout,
+        ladders: Sequence[Ladder | None],
+        requests: Sequence[int],
+        lengths: Sequence[int],
+        pads: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.passes, self.requests, self.device = passes, tuple(requests), device
+        self.count = len(ladders)
+        found = {row: one for row, one in enumerate(ladders) if one is not None and one.rungs}
+        self.rows = tuple(found)
+        versions: list[tuple[int, tuple[Edit, ...]]] = []
+        begun: dict[tuple, int] = {}  # where a ladder's versions begin; several answers to a prompt share one
+        self._first: dict[int, int] = {}
+        self._rungs = {row: len(one.rungs) for row, one in found.items()}
+        for row, one in found.items():
+            request = requests[row]
+            key = one.rungs, lengths[request], pads[request]
+            if key not in begun:
+                begun[key] = len(versions)
+                versions += [(request, edits) for edits in one.rungs]
+            self._first[row] = begun[key]
+        self.sites = edited_sites([edit for one in found.values() for edits in one.rungs for edit in edits])
+        self._versions = compile_versions(layout, versions, lengths, pads)
+        self._betas = torch.tensor([one.rejection.beta for one in found.values()], device=device)
+        self._index = self._tensor(self.rows)
+        self._place = {row: i for i, row in enumerate(self.rows)}
+        self.fused = bool(found) and {one.schedule for one in found.values()} == {"fused"} and passes.shares
+        self._all = [(row, rung) for row in self.rows for rung in range(self._rungs[row])]
+
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return self.passes.tensor(tuple(numbers), self.device)
+
+    def run_fused(self, past: Past) -> tuple[Tensor, Tensor]:
+        """One pass of the unsteered rows, which enter the cache, and of all rungs: the logits of both."""
+        chosen: list[int | None] = []
+        requests: list[int] = []
+        unsteered: list[int] = []
+        for row in range(self.count):
+            unsteered.append(len(chosen))
+            mine = range(self._rungs.get(row, 0))
+            chosen += [None, *(self._first[row] + rung for rung in mine)]
+            requests += [row] * (1 + len(mine))
+        logits = self.passes.run(
+            past.token, past.cache, past.columns, self._versions, chosen, requests, raw_enters_cache=True
+        ).to(dtype=torch.float32, device=self.device)
+        rungs = [i for i, version in enumerate(chosen) if version is not None]
+        return logits[self._tensor(unsteered)], logits[self._tensor(rungs)]
+
+    def verify(
+        self,
+        sampler: BatchSampler,
+        logits: Tensor,
+        facts: Facts,
+        past: Past,
+        *,
+        drafting: Sequence[bool] = (),
+        ends: frozenset[int] = frozenset(),
+        fused: Tensor | None = None,
+    ) -> Verified:
+        """The next token of every row of the batch, by logits `[rows, vocabulary]` of the step's pass.
+
+        Args:
+            sampler: How rows choose.
+            logits: Of the step's pass, in which verified rows weren't steered.
+            facts: What is told of a token.
+            past: The batch, with the tokens that gave the logits.
+            drafting: For each row whether a draft of its token after is wanted; empty where there are to be none.
+            ends: Tokens after which there is no other.
+            fused: The logits of all rungs, where the step's pass had them.
+        """
+        scores = sampler.processed(logits)
+        gates, own = self._gates(sampler, scores)
+        tokens = self._put(sampler.pick(scores), own)
+        told = torch.cat([facts(tokens, logits), self._told(gates, bool(drafting))], -1)
+        if fused is not None:
+            tokens, judged = self._judged(sampler, gates, fused, self._all, tokens, facts, told.shape[-1])
+            lines = torch.cat([told, judged]).tolist()
+            return self._decided(tokens, lines[: self.count], self._all, lines[self.count :])
+        lines = told.tolist()
+        opened = [row for row in self.rows if lines[row][-WIDTH]]
+        if not opened:
+            return self._decided(tokens, lines, [], [])
+        asked = [(row, rung) for row in opened for rung in range(self._rungs[row])]
+        drafts = self._drafts(lines, set(opened), drafting, ends)
+        found = self.passes.run(
+            past.token,
+            past.cache,
+            past.columns,
+            self._versions,
+            [self._first[row] + rung for row, rung in asked],
+            [self.requests[row] for row, _ in asked],
+            drafts=drafts,
+        ).to(dtype=torch.float32, device=self.device)
+        tokens, judged = self._judged(sampler, gates, found[: len(asked)], asked, tokens, facts, told.shape[-1])
+        kept = None if drafts is None else (drafts, found[len(asked) :])
+        return replace(self._decided(tokens, lines, asked, judged.tolist()), ran=True, drafts=kept)
+
+    # ---- on the device -----------------------------------------------------------------------------------
+
+    def _gates(self, sampler: BatchSampler, scores: Tensor) -> tuple[_Gates, Tensor]:
+        """The gates, and the tokens `[verified]` that the unsteered model gives, drawn from what is plausible."""
+        every = len(self.rows) == self.count
+        scores = sampler.warped(scores if every else scores[self._index], self.rows)
+        tau = threshold(scores, self._betas)
+        best = scores.argmax(-1)
+        tokens = _draw(sampler, scores, best, self.rows, scores, tau)
+        return _Gates(scores, tau, best, gate_open(scores, tau)), tokens
+
+    def _put(self, x: Tensor, verified: Tensor) -> Tensor:
+        """The batch, with verified rows as they are here."""
+        return verified if len(self.rows) == self.count else x.index_copy(0, self._index, verified)
+
+    def _told(self, gates: _Gates, drafting: bool) -> Tensor:
+        """`[rows, WIDTH]`: whether a row's gate is open, its best token, and its likeliest ones if they are wanted."""
+        parts = [gates.opened[:, None].float(), gates.best[:, None].float()]
+        likeliest = gates.scores.topk(DRAFTS, dim=-1).indices if drafting else gates.best[:, None].expand(-1, DRAFTS)
+        told = torch.cat([*parts, likeliest.float()], -1)
+        return self._put(told.new_zeros(self.count, WIDTH), told)
+
+    def _judged(
+        self,
+        sampler: BatchSampler,
+        gates: _Gates,
+        logits: Tensor,
+        asked: Places,
+        tokens: Tensor,
+        facts: Facts,
+        width: int,
+    ) -> tuple[Tensor, Tensor]:
+        """The batch's tokens `[rows]`, the first plausible rung's where there is one; facts of rungs `[rungs, width]`.
+
+        The last but `WIDTH` says whether a rung's best token is plausible, and the next one which it is.
+        """
+        of = tuple(row for row, _ in asked)
+        place = self._tensor([self._place[row] for row in of])
+        scores = sampler.warped(sampler.processed(logits, of), of)
+        candidates, tau = scores.argmax(-1), gates.tau[place]
+        # of numbers and a NaN, the NaN is the largest
+        accepted = plausible(gates.scores, tau, candidates, place) & logits.amax(-1).isfinite()
+        accepted &= gates.opened[place]
+        drawn = _draw(sampler, scores, candidates, of, gates.scores, tau, place)
+        told = torch.cat([facts(drawn, logits), accepted[:, None].float(), candidates[:, None].float()], -1)
+        told = torch.nn.functional.pad(told, (0, width - told.shape[-1]))
+        count = len(asked)
+        order = torch.where(accepted, self._tensor(range(count)), count)
+        first = order.new_full((self.count,), count).scatter_reduce(0, self._tensor(of), order, "amin")
+        return torch.where(first < count, drawn[first.clamp(max=count - 1)], tokens), told
+
+    # ---- on the host -------------------------------------------------------------------------------------
+
+    def _drafts(
+        self, lines: list[list[float]], opened: set[int], drafting: Sequence[bool], ends: frozenset[int]
+    ) -> Drafts | None:
+        """The likeliest tokens of rows whose gate is open, and what the others go on with."""
+        rows: list[int] = []
+        ids: list[int] = []
+        for row, wanted in enumerate(drafting):
+            mine = list(map(int, lines[row][-DRAFTS:])) if row in opened else [int(lines[row][0])]
+            if not wanted or (row not in opened and mine[0] in ends):
+                continue
+            rows += [row] * len(mine)
+            ids += mine
+        return Drafts(tuple(self.requests[row] for row in rows), tuple(ids), tuple(rows)) if ids else None
+
+    def _decided(
+        self,
+        tokens: Tensor,
+        lines: list[list[float]],
+        asked: Places,
+        judged: list[list[float]],
+    ) -> Verified:
+        """What a row's token came of: its first plausible rung, or the unsteered model."""
+        accepted: dict[int, tuple[int, list[float]]] = {}
+        for (row, rung), line in zip(asked, judged, strict=True):
+            if line[-WIDTH] and row not in accepted:
+                accepted[row] = rung, line
+        steps: dict[int, Step] = {}
+        for row in self.rows:
+            opened, best = bool(lines[row][-WIDTH]), int(lines[row][1 - WIDTH])
+            found = accepted.get(row)
+            token = int((found[1] if found else lines[row])[0])
+            steps[row] = Step(opened, found[0] if found else None, best if token != best else None)
+        facts = [accepted[row][1] if row in accepted else line for row, line in enumerate(lines)]
+        return Verified(tokens, facts, steps)
+
+
+def _draw(
+    sampler: BatchSampler,
+    scores: Tensor,
+    best: Tensor,
+    rows: tuple[int, ...],
+    unsteered: Tensor,
+    tau: Tensor,
+    place: Tensor | None = None,
+) -> Tensor:
+    """The best tokens `[rows]` by warped scores, or drawn by them from what is plausible to the unsteered model."""
+    if not sampler.draws(rows):
+        return best
+    unsteered = unsteered if place is None else unsteered[place]
+    return sampler.draw(scores.masked_fill(unsteered < tau[:, None], -torch.inf), best, rows)
+
+
+WIDTH = 2 + DRAFTS
+"""The facts of a row that is verified, after those of any: whether its gate is open, its best token, its likeliest."""
+
+
+def _describe(edits: tuple[Edit, ...]) -> str:
+    layers = sorted({edit.site.layer for edit in edits})
+    strengths = sorted({edit.strength for edit in edits})
+    return f"{len(layers)} layers at strength {', '.join(f'{strength:g}' for strength in strengths)}"
