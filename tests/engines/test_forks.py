@@ -59,3 +59,9 @@ def test_what_is_put_aside_stays_as_it_was() -> None:
     for layer, (keys, values) in zip(aside.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
+
+
+@pytest.mark.real
+def test_the_default_model_shares_one_cache(lm) -> None:
+    """In float32 too, where rounding adds up over its thirty layers."""
+    assert isinstance(sharing.rows_for(lm.model, lm.layout), Rows)

@@ -17,7 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab import LM, Steering, TrimtabError, load, save
-from trimtab.engines.transformers.scores import Row, compile_scores
+from trimtab.engines.transformers.scores import ScoredRow, compile_scores
 from trimtab.errors import UnsupportedError
 from trimtab.methods.directer import directer
 from trimtab.methods.pasta import pasta
@@ -41,7 +41,7 @@ def weights_after(operation: ScoreOperation, scores: Tensor, span: tuple[int, in
     """The attention weights `[heads, queries, columns]` of one prompt, for raw scores of the same shape."""
     edit = Edit(Site(0, "scores"), operation, Positions.span(*span), strength)
     width = scores.shape[-1]
-    layers = compile_scores([Row((edit,), width, 0)], width, scores.shape[0], scores.device)
+    layers = compile_scores([ScoredRow((edit,), width, 0)], width, scores.shape[0], scores.device)
     new = scores[None].clone()
     layers[0].scale(new, 0)
     layers[0].shift(new, 0)

@@ -256,3 +256,20 @@ def test_a_mixed_batch_waits_as_one_row_does(counted: Any, beta: float, waits: i
         _, waited, copies = counted.totals
         assert (waited, copies) == (waits, 0), (counted.waits, counted.copies)
     assert torch.isfinite(lm.model.get_input_embeddings().weight.sum().cpu())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_one_row_at_a_time_over_the_models_own_cache(family: str) -> None:
+    """As models have it whose rows can't share a batch: they answer one prompt after the other."""
+    lm = tiny.tiny(family)
+    lm.check(EMPHASIS + ADDED)
+    batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout, alone=True)
+    numbers = (0, 2, 6, 8)
+    keys = [batch.insert(asked(lm, number, 6, alternatives=1)) for number in numbers]
+    responses: dict[int, list[GenerationResponse]] = {}
+    while len(batch):
+        for response in batch.step():
+            responses.setdefault(response.key, []).append(response)
+        assert batch.running <= 1
+    for key, number in zip(keys, numbers, strict=True):
+        same(responses[key], alone(lm, asked(lm, number, 6, alternatives=1)))

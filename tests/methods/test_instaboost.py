@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from trimtab import LM, BiasScores, Phrase, Positions, Site, Steering, TrimtabError, instaboost, load, save
 from trimtab.decoding.rejection import Rejection
-from trimtab.engines.transformers.scores import Row, compile_scores
+from trimtab.engines.transformers.scores import ScoredRow, compile_scores
 from trimtab.steering import Edit
 
 PROMPTS = [prompt(seed, length) for seed, length in ((50, 7), (51, 12), (52, 6))]
@@ -30,7 +30,7 @@ def boosted(scores: Tensor, bias: float, span: tuple[int, int]) -> Tensor:
     """The attention weights `[heads, queries, columns]` that the engine makes of scores of this shape."""
     edit = Edit(Site(0, "scores"), BiasScores(bias), Positions.span(*span))
     width = scores.shape[-1]
-    layer = compile_scores([Row((edit,), width, 0)], width, scores.shape[0], scores.device)[0]
+    layer = compile_scores([ScoredRow((edit,), width, 0)], width, scores.shape[0], scores.device)[0]
     new = scores[None].clone()
     layer.scale(new, 0)
     layer.shift(new, 0)

@@ -267,27 +267,27 @@ class Scheduler:
 
     def _step(self) -> None:
         self.steps += 1
-        for told in self._batch.step():
-            answer = self._answers.get(told.key)
+        for response in self._batch.step():
+            answer = self._answers.get(response.key)
             if answer is not None:
-                self._tell(answer, told)
+                self._tell(answer, response)
 
-    def _tell(self, answer: _Answer, told: GenerationResponse) -> None:
+    def _tell(self, answer: _Answer, response: GenerationResponse) -> None:
         task = answer.task
-        if told.error is not None:
-            del self._answers[told.key]
-            expected = isinstance(told.error, TrimtabError)
-            message = str(told.error) if expected else f"{type(told.error).__name__} while the prompt was read"
+        if response.error is not None:
+            del self._answers[response.key]
+            expected = isinstance(response.error, TrimtabError)
+            message = str(response.error) if expected else f"{type(response.error).__name__} while the prompt was read"
             self._end(answer, Failed("input" if expected else "server", message))
             return
-        applied = told.applied
-        answer.cached = told.cached
-        if task.max_dose is not None and (told.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
-            now = applied or self._batch.applied(told.key) or NOTHING
+        applied = response.applied
+        answer.cached = response.cached
+        if task.max_dose is not None and (response.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
+            now = applied or self._batch.applied(response.key) or NOTHING
             dose = total_dose(now)
             if not dose <= task.max_dose:
-                self._batch.remove(told.key)
-                del self._answers[told.key]
+                self._batch.remove(response.key)
+                del self._answers[response.key]
                 message = (
                     f"the doses of all sites add up to {dose:.2g} and may come to {task.max_dose:g}; lower the"
                     " strengths, or steer at fewer layers"
@@ -295,16 +295,17 @@ class Scheduler:
                 self._end(answer, Failed("dose", message), now)
                 return
         if task.monitors:
-            answer.log.add(task.monitors, told.monitored)
-        if told.finish == FILTERED:
+            answer.log.add(task.monitors, response.monitored)
+        if response.finish == FILTERED:
             answer.rest()
         else:
-            answer.take(TokenTold(told.token, told.logprob, told.likeliest, told.monitored), bool(told.finish))
-        finish = "stop" if answer.text.stopped else told.finish
+            token = TokenTold(response.token, response.logprob, response.likeliest, response.monitored)
+            answer.take(token, bool(response.finish))
+        finish = "stop" if answer.text.stopped else response.finish
         if finish:
-            del self._answers[told.key]
-            trace = told.trace or self._batch.trace(told.key)
-            applied = applied or self._batch.remove(told.key, ended=True) or NOTHING
+            del self._answers[response.key]
+            trace = response.trace or self._batch.trace(response.key)
+            applied = applied or self._batch.remove(response.key, ended=True) or NOTHING
             if math.isfinite(total_dose(applied)):
                 read = answer.log.told(task.monitors) if task.monitors else None
                 self._end(answer, Done(finish, answer.tokens, applied, trace, monitors=read, cached=answer.cached))

@@ -21,7 +21,7 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import block_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.positions import read_pass
-from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores
+from trimtab.engines.transformers.scores import LayerScores, ScoredRow, compile_scores
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 
@@ -136,7 +136,7 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
         return
     check_attention(layout)
     width = max(lengths)
-    rows = [Row(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
+    rows = [ScoredRow(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
     layers = compile_scores(rows, width, head_count(layout), torch.device("cpu"))
     columns: int | None = None
     owner = get_ident()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import GREEDY, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.session import Tally, doses_of
@@ -88,6 +89,8 @@ class BatchRow:
     log: Log = field(default_factory=Log)
     cached: int = 0  # tokens of its prompt that were taken over
     switched: bool = False  # whether a monitor has changed its edits, which the session hasn't been told
+    text: Follower | None = None  # where the ladder's edits ask what is generated
+    at: Followed | None = None  # where that is
 
     @property
     def length(self) -> int:
@@ -99,6 +102,17 @@ class BatchRow:
         """The last token so far."""
         return self.tokens[-1] if self.tokens else self.request.ids[-1]
 
+    @property
+    def holding(self) -> Holding:
+        """The meanings of the newest token, where the ladder's edits ask for them."""
+        return NOTHING if self.at is None else self.at.holding
+
+    def read(self, token: int) -> None:
+        """It goes on with this token."""
+        self.tokens.append(token)
+        if self.text is not None:
+            self.at = self.text.after(self.at or self.text.start, token)
+
     def add(self, more: Tally) -> None:
         """Add what was measured of it."""
         for site, (total, measured, tokens) in more.items():
@@ -107,7 +121,8 @@ class BatchRow:
 
     def forget(self) -> None:
         """Begin anew."""
-        self.tokens, self.pushed, self.steps, self.passes, self.log = [], {}, [], 0, Log()
+        self.tokens, self.pushed, self.steps, self.passes, self.at = [], {}, [], 0, None
+        self.log = Log()
 
     def applied(self, more: Tally | None = None) -> Applied:
         """What has steered it so far; with what was measured since."""

@@ -24,7 +24,7 @@ from trimtab.engines.transformers.monitoring import Watch
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.scores import (
-    Row,
+    ScoredRow,
     activation_edits,
     compile_scores,
     edited_sites,
@@ -161,7 +161,7 @@ class ChunkedPrefill:
         if any(is_score_edit(edit) for edit in self.edits):
             return 0
         length = len(self.ids)
-        return min((start for edit in self.edits for start, _ in edit.positions.resolve(length)), default=length)
+        return min((start for edit in self.edits for start, _ in edit.positions.reach(length)), default=length)
 
     def _go_back(self, first: int) -> None:
         """Forget what was read from this position on; the next pass is steered, and begins there."""
@@ -179,7 +179,7 @@ class ChunkedPrefill:
 
     @contextmanager
     def _steering(self, columns: int) -> Iterator[None]:
-        scored = Row(score_edits(self.edits), len(self.ids), 0)
+        scored = ScoredRow(score_edits(self.edits), len(self.ids), 0)
         sites = edited_sites(self.edits)
         with ExitStack() as stack:
             stack.enter_context(self._session.hooked(sites))

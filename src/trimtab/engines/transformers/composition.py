@@ -17,7 +17,7 @@ from trimtab.engines.transformers.joining import compiled, steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.sampling import BatchSampler
-from trimtab.engines.transformers.scores import Row, score_edits
+from trimtab.engines.transformers.scores import ScoredRow, score_edits
 from trimtab.engines.transformers.verify import Verifier
 
 
@@ -48,7 +48,9 @@ class Composition:
     ) -> None:
         self._layout, self._masks, self._session, self._cache = layout, masks, session, cache
         pads = [cache.width - length for length in cache.lengths]
-        scored = [Row(score_edits(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)]
+        scored = [
+            ScoredRow(score_edits(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)
+        ]
         self._scores = compiled(layout, scored, cache.width)
         self.sampler = sampler_of(rows, device)
         self.ids = torch.tensor([row.newest for row in rows], device=device)

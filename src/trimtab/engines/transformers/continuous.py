@@ -233,45 +233,45 @@ def answer(
                         clean_cache and rejections[prompt] is None,  # with rejection it is clean in any case
                         monitors,
                     )
-                    one = _Answer(prompt)
-                    answers[prompt].append(one)
-                    running[batch.insert(request)] = one
+                    begun = _Answer(prompt)
+                    answers[prompt].append(begun)
+                    running[batch.insert(request)] = begun
         before = left.count(0)
-        for told in batch.step():
-            if told.error is not None:
-                raise told.error
-            one = running[told.key]
+        for response in batch.step():
+            if response.error is not None:
+                raise response.error
+            current = running[response.key]
             if monitors:
-                one.log.add(monitors, told.monitored)
-            if told.finish != FILTERED:  # else the token wasn't chosen
-                one.tokens.append(told.token)
-            if told.logprob is not None:
-                one.logprobs.append(told.logprob)
-            if way.streamer is not None and told.finish != FILTERED:
-                way.streamer.put(torch.tensor([told.token]))
-            finish, applied, trace = told.finish, told.applied, told.trace
-            if way.ends_at(prompts[one.prompt], one.tokens) and finish is None:
-                finish, trace = way.ended, batch.trace(told.key)
-                applied = batch.remove(told.key)
+                current.log.add(monitors, response.monitored)
+            if response.finish != FILTERED:  # else the token wasn't chosen
+                current.tokens.append(response.token)
+            if response.logprob is not None:
+                current.logprobs.append(response.logprob)
+            if way.streamer is not None and response.finish != FILTERED:
+                way.streamer.put(torch.tensor([response.token]))
+            finish, applied, trace = response.finish, response.applied, response.trace
+            if way.ends_at(prompts[current.prompt], current.tokens) and finish is None:
+                finish, trace = way.ended, batch.trace(response.key)
+                applied = batch.remove(response.key)
             if finish is not None:
-                one.finish, one.applied, one.trace = finish, applied, trace
-                left[one.prompt] -= 1
-                del running[told.key]
+                current.finish, current.applied, current.trace = finish, applied, trace
+                left[current.prompt] -= 1
+                del running[response.key]
         if left.count(0) > before:
             progress(left.count(0))
     if way.streamer is not None:
         way.streamer.end()
     return [
         Generation(
-            text=tokenizer.decode(one.tokens, skip_special_tokens=True),
-            token_ids=tuple(one.tokens),
-            finish_reason=one.finish,
-            prompt_tokens=len(prompts[one.prompt]),
-            applied=one.applied or Applied((), ()),
-            logprobs=tuple(one.logprobs) if logprobs else None,
-            monitors=one.log.told(monitors) if monitors else None,
-            trace=one.trace,
+            text=tokenizer.decode(each.tokens, skip_special_tokens=True),
+            token_ids=tuple(each.tokens),
+            finish_reason=each.finish,
+            prompt_tokens=len(prompts[each.prompt]),
+            applied=each.applied or Applied((), ()),
+            logprobs=tuple(each.logprobs) if logprobs else None,
+            trace=each.trace,
+            monitors=each.log.told(monitors) if monitors else None,
         )
         for of_prompt in answers
-        for one in of_prompt
+        for each in of_prompt
     ]

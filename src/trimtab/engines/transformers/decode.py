@@ -23,6 +23,7 @@ from torch import Tensor
 
 from trimtab.decoding.trace import Step
 from trimtab.engines.answer import Applied
+from trimtab.engines.meanings import follower
 from trimtab.engines.resolve import check_prompt, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
@@ -80,7 +81,7 @@ class GenerationBatch:
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, for the token that pads prompts.
+        tokenizer: Its tokenizer, for the token that pads prompts, and for what tokens mean.
         layout: Where things are in the model.
         strict: A greedy row whose logits are no numbers any more leaves with an error, as sampled ones do in any case;
             otherwise it goes on, with some token.
@@ -108,6 +109,7 @@ class GenerationBatch:
         else:
             check_steps(model, layout)
         self.model = model
+        self.tokenizer = tokenizer
         self.layout = layout
         self.strict = strict
         self.alone = alone
@@ -233,7 +235,7 @@ class GenerationBatch:
         self._watch.of(row.request.monitors for row in self._rows)
         copies = cache.put_aside() if run.verifier and not self._passes.shares else None
         token = Token(run.ids[:, None], None if self._counts else run.positions[:, None], run.mask(width))
-        past = Past(token, copies or cache.given, width)
+        past = Past(token, copies or cache.given, width, [row.holding for row in self._rows])
         drafted, fused = self._come_true(), None
         with self._passes.open(run.verifier.sites) if run.verifier else nullcontext():
             if drafted is not None:
@@ -249,6 +251,7 @@ class GenerationBatch:
             self._session.advance()
             cache.advance()
             chosen, tokens = self._choose(self._rows, logits, run.sampler, run.verifier, past, run.drafts, fused)
+        self._session.turn([row.newest for row in self._rows])
         run.advance(tokens)
         return self._without_the_done(self._switch_on(chosen))
 
@@ -258,8 +261,9 @@ class GenerationBatch:
             if not row.switched:
                 continue
             row.switched, self._run = False, None
+            edits = activation_edits(row.edits)
             try:
-                self._session.change(place, activation_edits(row.edits), len(row.request.ids))
+                self._session.change(place, edits, follower(self.tokenizer, edits, row.request.ids), row.tokens)
             except TrimtabError as error:
                 failed = GenerationResponse(row.key, error=error)
                 responses = [failed if one.key == row.key else one for one in responses]
@@ -350,7 +354,7 @@ class GenerationBatch:
             return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
         heard: dict[str, Any] = {"cached": row.cached, "monitored": monitored, "fired": names}
         row.first = row.first or time.perf_counter() - row.began
-        row.tokens.append(token)
+        row.read(token)
         if row.ladder is not None:
             row.steps.append(step or Step(open=False, rung=None, replaced=None))
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
@@ -504,8 +508,9 @@ class GenerationBatch:
         together."""
         before = len(self._session.rows)
         try:
-            for row, edits in rows:
-                self._session.insert(activation_edits(edits), len(row.request.ids))
+            for row, before_monitors in rows:
+                edits, ids = activation_edits(before_monitors), row.request.ids
+                self._session.insert(edits, len(ids), follower(self.tokenizer, edits, ids), row.newest)
         except TrimtabError:
             while len(self._session.rows) > before:
                 self._session.remove(before)
@@ -526,6 +531,7 @@ class GenerationBatch:
                     resolved.names[0],
                 )
             row.ladder, row.names = made[key]
+            row.text = follower(self.tokenizer, row.ladder.edits, ids)
 
     def _row_sampler(self, request: GenerationRequest) -> RowSampler:
         sampling, settings = request.sampling, request.settings

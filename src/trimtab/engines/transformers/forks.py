@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.engines.meanings import Holding
 from trimtab.engines.transformers.attention import steered_scores
 from trimtab.engines.transformers.columns import Copies
 from trimtab.engines.transformers.layout import Layout
@@ -68,18 +69,20 @@ class Forks:
         versions: Versions,
         chosen: Sequence[int | None],
         requests: Sequence[int],
+        *,
+        holding: Sequence[Holding] = (),
         **_: Any,
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
         `requests[i]` is the request of row i. `columns` counts the columns so far with this token. `cache` makes copies
-        of the unsteered stream's as it was before this token.
+        of the unsteered stream's as it was before this token. `holding` is as `Rows.run` has it.
         """
         rows = tuple(chosen)
         picked = self.tensor(tuple(requests), token.ids.device)
         scores = versions.select(rows)
         self._versions, self._edited = versions, set()
-        self._states = states_at(versions, rows, columns)
+        self._states = states_at(versions, rows, columns, holding)
         mask = None if token.mask is None else token.mask[picked]
         positions = None if token.positions is None else token.positions[picked]
         scored = steered_scores(self.layout, scores, lambda: columns, own=1) if scores else nullcontext()

@@ -23,7 +23,7 @@ from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.rows import Token
 from trimtab.engines.transformers.scores import (
     LayerScores,
-    Row,
+    ScoredRow,
     activation_edits,
     compile_scores,
     edited_sites,
@@ -124,7 +124,7 @@ class Reader:
             edits, names = resolved.edits, resolved.names
             session = Session(self.model, self.layout, lambda *_: [activation_edits(one) for one in edits])
             session.expect(lengths, width)
-            scored = [Row(score_edits(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
+            scored = [ScoredRow(score_edits(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
             scores = compiled(self.layout, scored, width)
             sites = edited_sites([edit for one in edits for edit in one])
             with steering(self.layout, self.masks, session, sites, scores, lambda: width):
@@ -138,7 +138,7 @@ class Reader:
         return PromptsRead(edits, names, [session.tally(i) for i in range(len(texts))], logits, cache, lengths, past)
 
 
-def compiled(layout: Layout, scored: Sequence[Row], width: int) -> dict[int, LayerScores]:
+def compiled(layout: Layout, scored: Sequence[ScoredRow], width: int) -> dict[int, LayerScores]:
     """What each layer does to the attention scores of these rows; nothing where none is edited."""
     if not any(row.edits for row in scored):
         return {}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.folding import Active, Stage, States, apply
+from trimtab.engines.meanings import NOTHING, Holding
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import (
     capped,
@@ -37,7 +38,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import state_at
-from trimtab.engines.transformers.scores import LayerScores, Row, activation_edits, compile_scores, score_edits
+from trimtab.engines.transformers.scores import LayerScores, ScoredRow, activation_edits, compile_scores, score_edits
 from trimtab.engines.transformers.session import _dtype
 from trimtab.engines.transformers.shared_past import queries_by_keys, weights_by_values
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -171,7 +172,7 @@ def compile_versions(
     layout: Layout, versions: Sequence[tuple[int, tuple[Edit, ...]]], lengths: Sequence[int], pads: Sequence[int]
 ) -> Versions:
     """The versions `(request, edits)` of a batch whose prompts have these lengths and pads on their left."""
-    rows = [Row(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
+    rows = [ScoredRow(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
     width = max(length + pad for length, pad in zip(lengths, pads, strict=True))
     residual = [activation_edits(edits) for _, edits in versions]
     plan = compile_plan(residual, [lengths[request] for request, _ in versions], _dtype(layout))
@@ -229,6 +230,7 @@ class Rows:
         raw_enters_cache: bool = False,
         joining: Sequence[int] = (),
         drafts: Drafts | None = None,
+        holding: Sequence[Holding] = (),
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
@@ -240,6 +242,8 @@ class Rows:
         `joining[i]` (these rise): until there it is row 0, and is computed from there on. Only row 0's logits come.
 
         With `drafts`, whose logits come last, the raw pass must have entered the cache already.
+
+        `holding` are the meanings that hold of each request's newest token; none for one of its prompt.
         """
         rows = tuple(chosen)
         of = tuple(requests)
@@ -256,7 +260,7 @@ class Rows:
             of,
             token.mask.bool() if token.mask is not None and versions.padded else None,
             versions.select(rows),
-            states_at(versions, rows, columns),
+            states_at(versions, rows, columns, holding),
             tuple(i for i, version in enumerate(rows) if version is None) if raw_enters_cache else None,
             drafts,
         )
@@ -437,12 +441,19 @@ def _with_another(x: Tensor) -> Tensor:
     return torch.cat([x, x[:, :1]], 1)
 
 
-def states_at(versions: Versions, chosen: Sequence[int | None], columns: int) -> tuple[int, ...] | None:
-    """Each row's state; `None` where nothing is done to any."""
+def states_at(
+    versions: Versions, chosen: Sequence[int | None], columns: int, holding: Sequence[Holding] = ()
+) -> tuple[int, ...] | None:
+    """Each row's state; `None` where nothing is done to any. `holding` is what each request's newest token means."""
     if not versions.plan.stages:
         return None
     states = tuple(
-        0 if version is None else state_at(versions.plan.segments[version], columns - 1 - versions.pads[version])
+        0
+        if version is None
+        else state_at(
+            versions.plan.at(version, holding[versions.requests[version]] if holding else NOTHING),
+            columns - 1 - versions.pads[version],
+        )
         for version in chosen
     )
     return states if any(states) else None

@@ -22,7 +22,7 @@ SMALLEST_MASS = 1e-10
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """The edits of attention scores in force in one row, its prompt's length, and the pads before it."""
 
     edits: tuple[Edit, ...]
@@ -157,7 +157,8 @@ def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
     for edit in edits:
         if edit.site.layer >= layers:
             raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
-        if any(stop is None or (stop.anchor == END and stop.offset > 0) for _, stop in edit.positions.intervals):
+        bounds = [stop for _, stop in edit.positions.intervals]
+        if edit.positions.rule is not None or any(b is None or (b.anchor == END and b.offset > 0) for b in bounds):
             raise UnsupportedError(
                 f"attention is steered towards tokens of the prompt, not {edit.positions}; use Positions.span(…)"
             )
@@ -166,7 +167,7 @@ def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
             raise TrimtabError(f"the steering names head {chosen[-1]}; this model has heads 0 to {heads - 1}")
 
 
-def compile_scores(rows: Sequence[Row], width: int, heads: int, device: torch.device) -> dict[int, LayerScores]:
+def compile_scores(rows: Sequence[ScoredRow], width: int, heads: int, device: torch.device) -> dict[int, LayerScores]:
     """What each steered layer does to these rows, whose prompts are padded to `width` columns.
 
     Layers in which the same is done share one `LayerScores`.
@@ -184,7 +185,7 @@ def compile_scores(rows: Sequence[Row], width: int, heads: int, device: torch.de
 
 
 def _compile(
-    rows: Sequence[Row], here: list[tuple[Edit, ...]], width: int, heads: int, device: torch.device
+    rows: Sequence[ScoredRow], here: list[tuple[Edit, ...]], width: int, heads: int, device: torch.device
 ) -> LayerScores:
     factor: Tensor | None = None
     slots: list[dict[int, Edit]] = []
@@ -219,7 +220,7 @@ def _kind(operation: object) -> tuple:
 
 
 def _stage(
-    kind: tuple, chosen: dict[int, Edit], rows: Sequence[Row], width: int, heads: int, device: torch.device
+    kind: tuple, chosen: dict[int, Edit], rows: Sequence[ScoredRow], width: int, heads: int, device: torch.device
 ) -> _Bias | _Mass:
     if kind[0] == "bias":
         operations: dict[int, BiasScores] = {r: e.operation for r, e in chosen.items()}
@@ -248,7 +249,7 @@ def _precise(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
-def _columns(positions: Positions, row: Row, width: int) -> Tensor:
+def _columns(positions: Positions, row: ScoredRow, width: int) -> Tensor:
     """`[width]`: the row's columns at which these positions are."""
     columns = torch.zeros(width, dtype=torch.bool)
     for start, stop in positions.resolve(row.prompt_length):

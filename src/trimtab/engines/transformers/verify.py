@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trimtab.decoding.rejection import Rejection, gate_open, ladder, plausible, threshold
 from trimtab.decoding.trace import Step
+from trimtab.engines.meanings import Holding
 from trimtab.engines.transformers.drafts import Drafts
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.ranked import rank_layers
@@ -52,6 +53,11 @@ class Ladder:
     rungs: tuple[tuple[Edit, ...], ...] = ()
     order: tuple[int, ...] = ()
 
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """What steers the row at all."""
+        return tuple(dict.fromkeys(edit for edits in self.rungs for edit in edits))
+
     def descriptions(self) -> tuple[str, ...]:
         """Each rung in words."""
         return tuple(map(_describe, self.rungs))
@@ -61,12 +67,14 @@ class Ladder:
 class Past:
     """What rows go on from: their newest tokens, the cache of the unsteered stream, and its columns with these tokens.
 
-    Where rows go over copies of the cache, `cache` is what makes copies of it as it was before these tokens.
+    Where rows go over copies of the cache, `cache` is what makes copies of it as it was before these tokens. `holding`
+    are the meanings of the newest tokens; none where these are of prompts.
     """
 
     token: Token
     cache: Any
     columns: int
+    holding: Sequence[Holding] = ()
 
 
 def schedule_for(layout: Layout) -> str:
@@ -77,7 +85,7 @@ def schedule_for(layout: Layout) -> str:
 def check_rejection(edits: Sequence[Edit], prompt_length: int) -> None:
     """Raises `UnsupportedError` where an edit never acts on a token that is being decoded."""
     for edit in activation_edits(edits):
-        spans = edit.positions.resolve(prompt_length)
+        spans = edit.positions.reach(prompt_length)
         if not any(stop is None or stop >= prompt_length for _, stop in spans):
             raise UnsupportedError(
                 f"rejection steers the token that is being decoded, and {edit} acts on the prompt alone"
@@ -206,7 +214,14 @@ class Verifier:
             chosen += [None, *(self._first[row] + rung for rung in mine)]
             requests += [row] * (1 + len(mine))
         logits = self.passes.run(
-            past.token, past.cache, past.columns, self._versions, chosen, requests, raw_enters_cache=True
+            past.token,
+            past.cache,
+            past.columns,
+            self._versions,
+            chosen,
+            requests,
+            raw_enters_cache=True,
+            holding=past.holding,
         ).to(dtype=torch.float32, device=self.device)
         rungs = [i for i, version in enumerate(chosen) if version is not None]
         return logits[self._tensor(unsteered)], logits[self._tensor(rungs)]
@@ -255,6 +270,7 @@ class Verifier:
             [self._first[row] + rung for row, rung in asked],
             [self.requests[row] for row, _ in asked],
             drafts=drafts,
+            holding=past.holding,
         ).to(dtype=torch.float32, device=self.device)
         tokens, judged = self._judged(sampler, gates, found[: len(asked)], asked, tokens, facts, told.shape[-1])
         kept = None if drafts is None else (drafts, found[len(asked) :])
