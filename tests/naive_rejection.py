@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -38,7 +38,14 @@ def prefix_cache(lm: LM, ids: Sequence[int]) -> DynamicCache:
 
 
 @torch.no_grad()
-def row(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence[Edit], record: list | None = None) -> Tensor:
+def row(
+    lm: LM,
+    ids: Sequence[int],
+    prompt_length: int,
+    edits: Sequence[Edit],
+    record: list | None = None,
+    holds: Callable[..., bool] = naive_holds,
+) -> Tensor:
     """The logits `[vocabulary]` after `ids`, only the last token steered. `record` gets each layer's (pre, post)."""
     cache = copy.deepcopy(prefix_cache(lm, ids))
     for edit in edits:
@@ -53,7 +60,7 @@ def row(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence[Edit], r
         def change(_module: Any, _args: Any, output: Any, layer: int = layer) -> Any:
             x = (output if isinstance(output, Tensor) else output[0]).clone()
             here = [e for e in edits if (e.site.layer, e.site.kind) == (layer, "residual")]
-            x[0, 0] = naive_together([e for e in here if naive_holds(e, len(ids) - 1, prompt_length)], x[0, 0])
+            x[0, 0] = naive_together([e for e in here if holds(e, len(ids) - 1, prompt_length)], x[0, 0])
             return x if isinstance(output, Tensor) else (x, *output[1:])
 
         handles.append(block.register_forward_hook(change))
@@ -158,7 +165,7 @@ def sets(order: Sequence[int], min_layers: int) -> list[set[int]]:
 
 def generate(
     lm: LM, text: str, edits: Sequence[Edit], beta: float, count: int, *, min_layers: int = 2, halve: bool = True,
-    kind: str = "paper",
+    kind: str = "paper", holding: Callable[..., Any] = lambda _lm, _ids: naive_holds,
 ) -> tuple[list[int], list[int | None]]:  # fmt: skip
     """Greedy tokens, and at each the rung accepted (`None`: the raw token after all were rejected)."""
     ids = lm.encode(text)
@@ -175,7 +182,7 @@ def generate(
         best = int(raw.argmax())
         bar = float(raw[best]) + (math.log(beta) if beta else -math.inf)
         for r, rung in enumerate(rungs):
-            candidate = int(row(lm, ids, start, rung).float().argmax())
+            candidate = int(row(lm, ids, start, rung, holds=holding(lm, ids)).float().argmax())
             if float(raw[candidate]) >= bar:
                 ids.append(candidate)
                 accepted.append(r)

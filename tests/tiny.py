@@ -297,7 +297,9 @@ def naive_holds(edit: Edit, t: int, n: int) -> bool:
 
 
 @torch.no_grad()
-def naive_logits(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence[Edit]) -> Tensor:
+def naive_logits(
+    lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence[Edit], holds: Callable[..., bool] = naive_holds
+) -> Tensor:
     """One whole text alone, no cache: every edit, in order, at every position, in explicit loops. `[tokens, vocab]`."""
     handles = []
     for layer, block in enumerate(lm.layout.blocks):
@@ -305,7 +307,7 @@ def naive_logits(lm: LM, ids: Sequence[int], prompt_length: int, edits: Sequence
         def hook(_module: Any, _args: Any, output: Any, layer: int = layer) -> Any:
             x = (output if isinstance(output, Tensor) else output[0]).clone()
             for t in range(len(ids)):
-                holding = [e for e in edits if e.site.layer == layer and naive_holds(e, t, prompt_length)]
+                holding = [e for e in edits if e.site.layer == layer and holds(e, t, prompt_length)]
                 x[0, t] = naive_together(holding, x[0, t])
             return x if isinstance(output, Tensor) else (x, *output[1:])
 

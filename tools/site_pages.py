@@ -18,6 +18,7 @@ GROUPS = {
     "Learning": ("trimtab.making", "trimtab.methods"),
     "Steerings": ("trimtab.steering", "trimtab.decoding"),
     "Text": ("trimtab.text",),
+    "Evaluating": ("trimtab.evaluate",),
     "Files": ("trimtab.files", "trimtab.baking"),
     "Errors": ("trimtab.errors",),
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trimtab.baking.bake import bake
     from trimtab.decoding.rejection import Rejection
     from trimtab.errors import TrimtabError, UnsupportedError, UntestedVersionWarning
+    from trimtab.evaluate.audit import audit
     from trimtab.files.autoencoder import load_features
     from trimtab.files.export import export
     from trimtab.files.foreign import FormatWarning
@@ -114,6 +115,7 @@ __all__ = [
     "TrimtabError",
     "UnsupportedError",
     "UntestedVersionWarning",
+    "audit",
     "bake",
     "directer",
     "directional_ablation",
@@ -165,6 +167,7 @@ _HOMES = {
     "trimtab.baking.bake": ("bake",),
     "trimtab.decoding.rejection": ("Rejection",),
     "trimtab.errors": ("TrimtabError", "UnsupportedError", "UntestedVersionWarning"),
+    "trimtab.evaluate.audit": ("audit",),
     "trimtab.files.autoencoder": ("load_features",),
     "trimtab.files.export": ("export",),
     "trimtab.files.foreign": ("FormatWarning",),

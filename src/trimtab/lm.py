@@ -17,6 +17,7 @@ from trimtab.engines.arguments import batches_of, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.language_model import LanguageModel
+from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
 from trimtab.engines.request import Request as Asked
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
@@ -30,6 +31,7 @@ from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
+from trimtab.engines.transformers.following import check_rows_stay
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
 from trimtab.engines.transformers.known_prompts import known_prompts
 from trimtab.engines.transformers.layout import Layout, check_in_memory, find_layout
@@ -185,6 +187,7 @@ class LM(LanguageModel):
         check_learned_on(steering, self.identity, transfer=transfer)
         check_edits(steering, self.layout)
         check_gates(steering, self.layout)
+        check_meanings(steering, self.tokenizer)
         if scores := [edit for edit in steering.edits if is_score_edit(edit)]:
             check_attention(self.layout, {edit.site.layer for edit in scores} & set(range(self.layout.layers)))
             check_score_edits(scores, self.layout.layers, head_count(self.layout))
@@ -204,6 +207,8 @@ class LM(LanguageModel):
         check_request(self.layout, [len(one.ids) for one in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
+        if any(one.steering is not None and meanings_of(one.steering.edits) for one in requests):
+            check_rows_stay(self.model, options)
         rejecting = [
             Request(len(one.ids), one.steering.edits if one.steering else (), one.rejection)
             for one in requests
@@ -305,7 +310,7 @@ class LM(LanguageModel):
                 chosen = order[start : start + batch_size]
                 prompts = [list(choices[i].ids[: choices[i].prompt_length]) for i in chosen]
                 edits = self._ready([steerings[i] for i in chosen], prompts)
-                session = Session(self.model, self.layout, _always(edits))
+                session = Session(self.model, self.layout, _always(edits), tokenizer=self.tokenizer)
                 batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
                 found |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
@@ -330,7 +335,7 @@ class LM(LanguageModel):
     ) -> list[Generation]:
         """The answers to one batch, steered at every token."""
         residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
-        session = Session(self.model, self.layout, _always(residual))
+        session = Session(self.model, self.layout, _always(residual), tokenizer=self.tokenizer)
         sites = sorted({edit.site for one in residual for edit in one})
         scores = [tuple(edit for edit in one if is_score_edit(edit)) for one in edits]
         with attending(self.layout, scores, [len(prompt) for prompt in ids]):
@@ -359,7 +364,7 @@ class LM(LanguageModel):
     ) -> list[Generation]:
         """The answers to one batch, whose gates the pass over its prompts decides."""
         prefill = Prefill(self.model, self.layout, steerings, [len(prompt) for prompt in ids])
-        session = Session(self.model, self.layout, prefill.decide)
+        session = Session(self.model, self.layout, prefill.decide, tokenizer=self.tokenizer)
         with prefill.watching(session):
             return generate_batch(self.model, self.tokenizer, ids, session, prefill.sites, prefill.names, **given)
 
@@ -374,7 +379,7 @@ class LM(LanguageModel):
         """The answers to one batch, steered where that is plausible."""
         requests = [Request(len(i), e, r) for i, e, r in zip(ids, edits, rejections, strict=True)]
         streamer = given["options"].get("streamer")
-        loop = RejectingLoop(self.model, self.layout, requests, streamer)
+        loop = RejectingLoop(self.model, self.layout, requests, streamer, self.tokenizer)
         given = {**given, "options": {**given["options"], "custom_generate": loop.decode}}
         with loop.open():
             session = Session(self.model, self.layout, _always([() for _ in ids]))
@@ -417,11 +422,12 @@ class LM(LanguageModel):
             repeat = len(first.lengths) // count
             return resolve(chosen, first.lengths[::repeat], read).edits
 
-        session = Session(self.model, self.layout, decide, prompt_lengths)
+        session = Session(self.model, self.layout, decide, prompt_lengths, self.tokenizer)
         everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
         sites = sorted({edit.site for one in everything for edit in acting(one)})  # type: ignore[arg-type]
+        stays = any(meanings_of(acting(one)) for one in everything)  # type: ignore[arg-type]
         with self._exclusive():
-            with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites)):
+            with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites), stays):
                 yield session
             if sites and not session.ran:
                 raise TrimtabError(

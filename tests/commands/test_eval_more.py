@@ -57,7 +57,9 @@ def test_ab_by_layer_and_strength(evaluate, data, steering, tmp_path):
     random = [f"{name}, random 1" for name in steered]
     assert list(ran.json["arms"]) == ["unsteered", *steered, "system: Write yes.", *random]
     assert ran.json["polarity"] == "matching refuses"
-    assert ran.json["arms"]["s @2 x-0.5"] | {"mean_dose": 0} == {
+    facts = ran.json["arms"]["s @2 x-0.5"]
+    assert facts.pop("nats")["p95"] > 0
+    assert facts | {"mean_dose": 0} == {
         "kind": "steered",
         "file": str(steering),
         "layers": [2],

@@ -54,6 +54,9 @@ RULES = {
     "span": Positions.span(1, 3),
     "tokens": Positions.tokens([2, 0, -2]),
     "two": Positions.span(2, 4) | Positions.window(2, 3),
+    "thinking": Positions.thinking("e", "s"),
+    "answer or the prompt": Positions.answer("e", "s") | Positions.prompt(),
+    "after and not at": Positions.after(" ") & ~Positions.at("e") | Positions.at("t"),
 }
 NEW = 8
 

@@ -249,8 +249,8 @@ def craft(path, change=lambda header: None, tensors=None, seal=True):
 
 
 def test_a_newer_format(tmp_path):
-    path = craft(tmp_path / "s.safetensors", lambda header: header.update(format=2))
-    refused(path, "format 2", "update trimtab")
+    path = craft(tmp_path / "s.safetensors", lambda header: header.update(format=3))
+    refused(path, "format 3", "update trimtab")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -19,9 +19,11 @@ from trimtab.commands import (  # noqa: F401 (they register)
     eval_capability,
     eval_harness,
     eval_ifeval,
+    eval_inspect,
     eval_judge,
     eval_refusal,
 )
+from trimtab.commands.audit import audit
 from trimtab.commands.bake import bake
 from trimtab.commands.chat import chat
 from trimtab.commands.convert import convert
@@ -88,6 +90,7 @@ app.command(cls=Learn)(learn)
 app.command()(make)
 app.command()(tune)
 app.add_typer(evaluations)
+app.command()(audit)
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)

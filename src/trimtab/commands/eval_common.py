@@ -35,6 +35,10 @@ LimitOption = Annotated[
 ]
 
 
+NATS_PROMPTS, NATS_TOKENS = 4, 16
+"""Divergences are read on so many of an evaluation's prompts, and so many tokens of each unsteered answer."""
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What the requests may do, and where the records go."""
@@ -80,6 +84,8 @@ class Run:
         arms = plan.arms()
         lm = loader.load(quiet=quiet)
         arms |= plan.controls(lm, arms, prompts, transfer=options.transfer)
+        far = nats_of(lm, arms, prompts, transfer=options.transfer)
+        arms |= {name: replace(arms[name], about={**arms[name].about, "nats": nats}) for name, nats in far.items()}
         return cls(lm, arms, options, batch_size, quiet)
 
     @property
@@ -122,6 +128,27 @@ class Run:
             return make(
                 self.lm, requests, **given, **asdict(self.options), batch_size=self.batch_size, progress=progress
             )
+
+
+def nats_of(
+    lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool
+) -> dict[str, dict[str, float]]:
+    """The divergence of each steered arm from the unsteered model, in nats a token, on a few of these prompts.
+
+    There is none where the engine doesn't give probabilities of all tokens, or nothing can be read on these prompts.
+    """
+    from trimtab.evaluate.ab import spread
+    from trimtab.evaluate.divergence import divergence, reference
+
+    steered = {name: arm.steering for name, arm in arms.items() if arm.steering is not None}
+    if not steered or lm.supports(None, "logits") is not None:
+        return {}
+    try:
+        base = reference(lm, spread(prompts, NATS_PROMPTS), tokens=NATS_TOKENS)
+    except TrimtabError:  # prompts that fill the context, or that the model answers with nothing
+        return {}
+    found = {name: divergence(lm, one, base, transfer=transfer) for name, one in steered.items()}
+    return {name: {"mean": one.mean, "p95": one.p95} for name, one in found.items()}
 
 
 def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, json: bool) -> None:
@@ -186,9 +213,11 @@ def facts_of(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: str | None = None) -> Table:
-    """Arms by scores. The first score comes with its interval, and with its difference from the unsteered arm."""
+    """Arms by scores. The first score comes with its interval, and with its difference from the unsteered arm; the 95th
+    percentile of the divergence stands last."""
     first, *others = columns
-    heads = (columns[first], "minus unsteered", *(columns[score] for score in others), "dose")
+    nats = any("nats" in facts for facts in document["arms"].values())
+    heads = (columns[first], "minus unsteered", *(columns[score] for score in others), "dose", *(["nats"] * nats))
     table = table_of("arm", *heads)
     for arm, facts in document["arms"].items():
         top = find(document, arm, first, part)
@@ -202,6 +231,7 @@ def scores_table(document: Mapping[str, Any], columns: Mapping[str, str], part: 
             "" if change is None else interval(change["mean"], sign=True),
             *("" if line is None else f"{line['mean']['estimate']:.2f}" for line in rest),
             dosed(dose),
+            *([f"{facts['nats']['p95']:.2g}" if "nats" in facts else ""] * nats),
         )
     return table
 

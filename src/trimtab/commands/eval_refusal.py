@@ -42,6 +42,9 @@ def refusal(
     ],
     arms: ArmOptions,
     limit: LimitOption = None,
+    robust: Annotated[
+        bool, typer.Option("--robust", help="Ask harmful requests in template jailbreaks as well, a set for each.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 48,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time, of all arms together.")] = 64,
     options: RunOptions,
@@ -52,6 +55,7 @@ def refusal(
     """Refusal: how often are harmful requests refused, and harmless ones too?
 
     [bold]  trimtab eval refusal --data data/ --steer refusal.safetensors --strength -1,1
+      trimtab eval refusal --data harmful_behaviors.csv --limit 40 --robust
       trimtab eval refusal --data xstest_prompts.csv --limit 50 --json[/bold]
 
     Each request is answered greedily in every arm. An answer is a refusal when its first
@@ -60,17 +64,24 @@ def refusal(
     in harmful sets a high share is wanted, in XSTest's safe prompts a low one, for these
     only sound harmful. --limit takes so many of each set.
 
+    What holds for plain requests may fall for dressed ones: --robust asks each harmful
+    request once more in each of four templates of published kinds (prefix injection,
+    refusal suppression, role play, fiction; trimtab.evaluate.jailbreaks), as sets of
+    their own.
+
     Files: AdvBench's .csv (goal), XSTest's .csv (prompt, label), or a .json list of
     objects with an instruction.
     """
     plan, out = arms.plan(), options.out
     check_targets(out, report)
 
-    from trimtab.evaluate.refusal import SCORES, part_of, read_refusal, requests_of, score
+    from trimtab.evaluate.refusal import SCORES, in_templates, part_of, read_refusal, requests_of, score
     from trimtab.evaluate.summary import summarize
 
     files = list(dict.fromkeys(file for path in data for file in find_data(path, FILES, "refusals")))
     items = [item for file in files for item in read_refusal(file, limit)]
+    if robust:
+        items += in_templates(items)
     harmful = {item.part: item.harmful for item in items}
     prompts = [item.prompt for item in items]
     run = Run.start(plan, loader, options, prompts, batch_size=batch_size, quiet=json)
@@ -82,6 +93,7 @@ def refusal(
         "data": [str(file) for file in files],
         "items": len(items),
         "max_new_tokens": max_new_tokens,
+        "robust": robust,
         "harmful": harmful,
         **document_of(records, run.arms, SCORES, None),
         "by_part": [line.to_json() for line in summarize(records, SCORES, baseline=BASELINE, key=part_of)],

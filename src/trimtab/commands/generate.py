@@ -81,8 +81,9 @@ def generate(
         str | None,
         typer.Option(
             help="Steer at other tokens than the file says: all, all-but-first, prompt, generated,"
-            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO, span:FROM:TO or"
-            " tokens:2,10,-1 (of the prompt; -1 is its last).",
+            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO, span:FROM:TO,"
+            " tokens:2,10,-1 (of the prompt; -1 is its last); by meaning: thinking, answer, after:TEXT, at:TEXT,"
+            " outside-tools; or several with |, & and ~.",
             metavar="RULE",
             show_default=False,
         ),

@@ -59,8 +59,14 @@ def inspect(
         Path | None,
         typer.Option("--html", help="With --text: write the coloured text into this .html page.", show_default=False),
     ] = None,
+    nats: Annotated[
+        bool,
+        typer.Option(
+            "--nats", help="Measure how far it takes the model from itself, in nats a token; --model does so as well."
+        ),
+    ] = False,
     transfer: Annotated[
-        bool, typer.Option("--transfer", help="With --text or --pairs: allow another model of the same width.")
+        bool, typer.Option("--transfer", help="Where the model is loaded: allow another of the same width.")
     ] = False,
     loader: EngineModelOptions,
     json: JsonOption = False,
@@ -71,6 +77,7 @@ def inspect(
       trimtab inspect shout.safetensors@10-14:0.8 --plot shout.png
       trimtab inspect shout.safetensors --text "HELLO there" --layer 14 --html hello.html
       trimtab inspect shout.safetensors --pairs shout.jsonl --plot planes.png
+      trimtab inspect shout.safetensors --nats
       trimtab inspect shout.safetensors rude.safetensors --plot alike.png
       trimtab inspect shout.safetensors --json[/bold]
 
@@ -84,9 +91,12 @@ def inspect(
     Two files are compared layer by layer, whatever their methods and models,
     if the widths agree; name a file twice to compare its layers with each
     other. --text and --pairs load the model; the text is read as it is,
-    without a chat template.
+    without a chat template. So do --nats and --model: then the divergence
+    from the unsteered model is measured, on answers to eight plain queries.
     """
     _check_options(files, plot, text, pairs, layer, page)
+    if nats and (len(files) == 2 or text is not None or pairs is not None):
+        raise TrimtabError("--nats is about one file, without --text or --pairs")
     named = columns.of(pairs=pairs is not None)
     picks = [parse_pick(file, "inspect") for file in files]
     if plot is not None:
@@ -113,11 +123,12 @@ def inspect(
             show_plane(lm, pick, pairs, read, layer, plot, transfer=transfer, json=json)
         return
 
-    from trimtab.files.steering_file import steering_digest
+    from trimtab.files.steering_file import edits_digest, steering_digest
     from trimtab.report.pushes import pushes
     from trimtab.report.suggested import MILD, has_its_strength, suggested_strength
 
     steering = pick.load()
+    far = divergence_of(steering, loader, transfer=transfer, quiet=json) if nats or loader.model else None
     digest, found = steering_digest(steering), pushes(steering)
     suggested = suggested_strength(steering)
     if plot is not None:
@@ -125,14 +136,33 @@ def inspect(
 
         plot_pushes(found, plot, f"{pick.path.name}{pick.where}: {origin(steering.card)}")
     if json:
-        write_json({**_document(pick, digest, steering, found, plot), "suggested_strength": suggested})
+        measured = {} if far is None else {"divergence": far}
+        write_json({**_document(pick, digest, steering, found, plot), "suggested_strength": suggested, **measured})
         return
     show(f"{pick}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
     if suggested is not None:
         why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
         show("", f"strength to begin with: {suggested:g} ({why})")
+    if far is not None:
+        show("", f"divergence on {far['model']}: {far['mean']:.3g} nats a token, 95th percentile {far['p95']:.3g}")
+    if steering.card.audit is not None and steering.card.audit.get("edits") != edits_digest(steering):
+        show("", "the audit in its card is of other strengths or layers than these; trimtab audit measures anew")
     if plot is not None:
         show("", f"drew {plot}")
+
+
+def divergence_of(steering: Steering, loader: EngineModelOptions, *, transfer: bool, quiet: bool) -> dict[str, Any]:
+    """How far a steering takes its model from itself, on answers to eight of the package's queries.
+
+    Raises:
+        TrimtabError: The model can't be loaded, or the steering doesn't fit; or its engine gives no probabilities.
+    """
+    from trimtab.data import queries
+
+    lm = loader.load(quiet=quiet)
+    lm.require("logits")
+    found = lm.divergence(steering, list(queries("test")[:8]), transfer=transfer)
+    return {"model": lm.name, "mean": found.mean, "p95": found.p95, "tokens": found.tokens}
 
 
 def _check_options(

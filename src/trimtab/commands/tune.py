@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -410,12 +409,9 @@ def _numbers(text: str) -> list[float]:
 
 
 def _rules(text: str | None) -> list[Positions] | None:
-    from trimtab.steering import Positions
+    from trimtab.steering.grammar import parse_list
 
-    if text is None:
-        return None
-    rules = re.split(r",(?!\s*-?\d+\s*(?:,|$))", text)  # a number alone is no rule: it belongs to the tokens before it
-    return [Positions.parse(part.strip()) for part in rules]
+    return None if text is None else parse_list(text)
 
 
 def _guard(given: Sequence[str]) -> Guard:

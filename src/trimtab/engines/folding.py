@@ -6,7 +6,7 @@ An engine asks at which stretches of tokens which edits act (`sweep`), what a re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
 from trimtab.steering.low_rank import LowRank, LowRanks
+from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import NEUTRAL, TOGETHER, WRITING, Kernel, Rows, add, with_norm_of
 
 Slot = tuple[Edit, ...]  # one operation, or neighbours that act together
@@ -116,9 +117,15 @@ def check_together(steering: Steering) -> None:
                     call_of(edits)
 
 
-def sweep(edits: tuple[Edit, ...], length: int) -> list[tuple[int, int | None, frozenset[Positions]]]:
-    """The stretches of tokens over which the set of a request's active position rules stays the same."""
-    resolved = {rule: rule.resolve(length) for rule in {edit.positions for edit in edits}}
+def sweep(
+    edits: tuple[Edit, ...], length: int, holding: Collection[Meaning] | None = None
+) -> list[tuple[int, int | None, frozenset[Positions]]]:
+    """The stretches of tokens over which the set of a request's active position rules stays the same.
+
+    `holding` as `Positions.resolve` has it: with positions by meaning, what is given is right for the prompt, and for a
+    generated token of which these hold. Raises `TrimtabError` as it does.
+    """
+    resolved = {rule: rule.resolve(length, holding) for rule in {edit.positions for edit in edits}}
     marks = {bound for spans in resolved.values() for span in spans for bound in span if bound is not None}
     borders: list[int | None] = [*sorted(marks), None]
     swept = []

@@ -73,7 +73,7 @@ def waits_for_prompt(edit: Edit) -> bool:
 def check_prompt(steering: Steering | None, length: int) -> None:
     """Raises `TrimtabError` when an edit names a token that a prompt of this length hasn't, or a gate reads none."""
     for edit in steering.edits if steering is not None else ():
-        edit.positions.resolve(length)
+        edit.positions.reach(length)
     for reading in wanted(steering):
         reading.tokens(length)
 

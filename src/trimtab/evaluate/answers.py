@@ -161,7 +161,7 @@ def _check(
             known[text] = len(lm.encode(request.prompt, system=system, chat=chat))
         lengths.append(known[text])
         for edit in request.steering.edits if request.steering else ():
-            edit.positions.resolve(lengths[-1])
+            edit.positions.reach(lengths[-1])
     check_request(lm.layout, lengths, max_new_tokens, {k: v for k, v in options.items() if k not in ("system", "chat")})
     return lengths
 

@@ -167,7 +167,7 @@ def read_given(lm: LM, texts: Sequence[Given], steering: Steering | None) -> lis
             some = [texts[i] for i in chosen]
             edits = lm._ready([steering] * len(some), [list(text.prompt) for text in some])
             residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
-            session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided)
+            session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
             for i, logits in zip(chosen, teacher_forced(lm.model, lm.layout, some, session, edits), strict=True):
                 found[i] = logits.cpu()
     return [found[i] for i in range(len(texts))]

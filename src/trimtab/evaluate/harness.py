@@ -123,7 +123,7 @@ class SteeredHFLM(HFLM):
         with self.lm._exclusive():
             prompts = [list(text[:prompt]) for text, prompt in rows]
             edits = self.lm._ready([self.steering] * len(rows), prompts)
-            session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths)
+            session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths, self.lm.tokenizer)
             sites = sorted({edit.site for one in edits for edit in one})
             with session.hooked(sites), self._precision():
                 logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import spread
+from trimtab.evaluate.jailbreaks import TEMPLATES, under
 from trimtab.evaluate.records import Record, Request, with_system
 from trimtab.steering import Steering
 from trimtab.text.read import read_text
@@ -130,6 +131,18 @@ def _rows(path: Path) -> list[Any]:
     if not isinstance(rows, list):
         raise TrimtabError(f"{path}: a list of requests was expected")
     return rows
+
+
+def in_templates(items: Sequence[RefusalItem]) -> list[RefusalItem]:
+    """The harmful requests once more in each of `jailbreaks.TEMPLATES`, in parts named `<part>, <template>`."""
+    found = []
+    for template in TEMPLATES:
+        for item in items:
+            if item.harmful:
+                part = f"{item.part}, {template}"
+                number = item.item.rpartition("/")[2]
+                found.append(RefusalItem(f"{part}/{number}", under(template, item.prompt), part, harmful=True))
+    return found
 
 
 def requests_of(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trimtab.files.steering_file import steering_digest
+from trimtab.files.steering_file import edits_digest, steering_digest
 from trimtab.steering import Card, Operation, Steering
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.operations import NAMES
@@ -43,6 +43,7 @@ def steering_page(
     measured = [row for one in _cards(card) for row in _flat(one.measured)]
     if measured:
         sections += ["## What was measured\n", _table(("measure", "value"), measured[:MOST])]
+    sections += _measured_effects(steering)
     sections += ["## Where it comes from\n", _table(("", ""), list(_origin(steering)))]
     sections.append(f"The steering is `{file}`; its digest covers its edits and its card.\n")
     return "\n".join(sections)
@@ -70,6 +71,24 @@ def baked_page(steering: Steering, name: str, model: str, notes: Sequence[str]) 
         _table(("", ""), list(_origin(steering))),
     ]
     return "\n".join(sections)
+
+
+def _measured_effects(steering: Steering) -> list[str]:
+    """The divergence and the audit, if the card has them; said to be of other edits where they are."""
+    card = steering.card
+    sections = []
+    if isinstance(card.divergence, Mapping):
+        far = [(f"divergence, {name}", _number(card.divergence.get(name))) for name in ("mean", "p95")]
+        sections += ["## How far it goes\n", _table(("nats a token", ""), far)]
+    audit = card.audit
+    if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
+        stale = (
+            "" if audit.get("edits") == edits_digest(steering) else " It was of other strengths or layers than these."
+        )
+        about = f"What `trimtab audit` found besides what it is for ({_inline(str(audit.get('size')))} size).{stale}\n"
+        lines = [f"- {_escaped(' '.join(str(line).split()))}\n" for line in audit["verdict"]]
+        sections += ["## Side effects\n", about, "".join(lines)]
+    return sections
 
 
 def _header(card: Card, models: Sequence[str], license: str | None, library: str = LIBRARY) -> str:

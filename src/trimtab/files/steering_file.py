@@ -30,7 +30,11 @@ from trimtab.steering.operations import NAMES, OPERATIONS, Directed
 from trimtab.steering.steering import check_steering
 
 FORMAT = 1
+BY_MEANING = 2
+"""The format of files with positions by meaning; all others keep the first, which older readers know."""
 KEY = "trimtab"
+MEASURED = ("divergence", "audit")
+"""Fields of a card that later versions brought."""
 GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
@@ -68,6 +72,11 @@ def steering_digest(steering: Steering) -> str:
     return _content(steering)[2]
 
 
+def edits_digest(steering: Steering) -> str:
+    """A digest of the edits alone, whatever the card says: what was measured of them holds for these."""
+    return steering_digest(Steering(steering.edits))
+
+
 def load_steering(path: str | Path) -> Steering:
     """Read a file that `save_steering` wrote.
 
@@ -90,8 +99,8 @@ def steering_from_bytes(data: bytes, name: str) -> Steering:
 
 def _decoded(path: Path, stream: BinaryIO) -> Steering:
     header, tensors = _read(path, stream)
-    if header.get("format") != FORMAT:
-        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {FORMAT}; update trimtab")
+    if header.get("format") not in (FORMAT, BY_MEANING):
+        raise TrimtabError(f"{path} has format {header.get('format')}, this trimtab reads {BY_MEANING}; update trimtab")
     digest = header.pop("digest", None)
     try:
         if digest != _digest(header, tensors):
@@ -181,11 +190,17 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
             }
         )
     return {
-        "format": FORMAT,
+        "format": BY_MEANING if any(edit.positions.rule is not None for edit in steering.edits) else FORMAT,
         "layer_convention": "block output, counted from 0",
         "edits": edits,
-        "card": asdict(steering.card),
+        "card": card_json(steering.card),
     }
+
+
+def card_json(card: Card) -> dict[str, Any]:
+    """A card as JSON values; what wasn't measured isn't there, so that files without it keep their digest."""
+    data = {name: value for name, value in asdict(card).items() if name not in MEASURED or value is not None}
+    return {**data, "parts": [card_json(part) for part in card.parts]}
 
 
 def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
@@ -249,6 +264,8 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
 def _card(data: dict[str, Any]) -> Card:
     model = None if data["model"] is None else ModelId(**data["model"])
     parts = tuple(_card(part) for part in data["parts"])
+    if odd := [name for name in MEASURED if not isinstance(data.get(name), (dict, type(None)))]:
+        raise TypeError(f"a card's {odd[0]} is an object")
     return Card(**{**data, "model": model, "parts": parts})
 
 

@@ -33,8 +33,24 @@ def card_rows(card: Card) -> list[tuple[str, str]]:
     for name, value in card.measured.items():
         if name not in ("pairs", "agreement", "activation_norm"):
             rows.append((name.replace("_", " "), _tuning(value) if name == "tuning" else _value(value)))
+    rows += measured_rows(card)
     if card.versions:
         rows.append(("versions", ", ".join(f"{name} {number}" for name, number in card.versions.items())))
+    return rows
+
+
+def measured_rows(card: Card) -> list[tuple[str, str]]:
+    """What the card says of the divergence and of the audit, whose verdict comes line by line.
+
+    A card may hold anything, so what can't be read is left out.
+    """
+    rows = []
+    far, audit = card.divergence, card.audit
+    if isinstance(far, Mapping) and isinstance(far.get("mean"), float) and isinstance(far.get("p95"), float):
+        rows.append(("divergence", f"{far['mean']:.3g} nats a token, 95th percentile {far['p95']:.3g}"))
+    if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
+        size = audit.get("size")
+        rows += [(f"audit ({size})" if n == 0 else "", str(line)) for n, line in enumerate(audit["verdict"])]
     return rows
 
 

@@ -49,7 +49,7 @@ def check_bounds(steering: Steering) -> None:
             tests.add(id(test) if test.each_token else hash(test))
             if len(tests) > TESTS:
                 raise _too_much(f"its gates have more than {TESTS} conditions")
-    intervals = sum(len(edit.positions.intervals) for edit in steering.edits)
+    intervals = sum(max(1, len(part.intervals)) for edit in steering.edits for part in edit.positions.parts)
     if intervals > INTERVALS:
         raise _too_much(f"it acts on {intervals} stretches of tokens, {INTERVALS} at most")
     for edit in steering.edits:

@@ -9,6 +9,9 @@ from typing import Any
 TRAINED = frozenset({"bipo", "distill", "loreft", "reps"})
 """Methods that train on the model's own text, by descending on what it says: they see what their edits do to it."""
 
+AUDIT_VERSION = 1
+"""Of what stands in `Card.audit`."""
+
 
 @dataclass(frozen=True)
 class ModelId:
@@ -32,7 +35,9 @@ class Card:
     """The provenance of a steering; nothing in it changes what the steering does.
 
     `options` are the method's settings, `data` a digest of what was learned from, `measured` whatever was
-    measured while learning or evaluating (JSON values), `parts` the cards of a sum.
+    measured while learning or evaluating (JSON values), `parts` the cards of a sum. `divergence` is how far it takes
+    the model from itself (`mean` and `p95`, in nats a token, over `tokens`), and `audit` what `trimtab audit` found,
+    with its `version`; both name the digest of the `edits` that they are about, which others than these may be.
     """
 
     method: str = "manual"
@@ -42,6 +47,8 @@ class Card:
     measured: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     parts: tuple[Card, ...] = ()
+    divergence: Mapping[str, Any] | None = None
+    audit: Mapping[str, Any] | None = None
 
     @property
     def trained(self) -> bool:

@@ -58,6 +58,8 @@ class Reading:
     def __post_init__(self) -> None:
         if self.pool not in POOLS:
             raise ValueError(f"unknown pooling {self.pool!r}; known: {', '.join(POOLS)}")
+        if self.positions.meanings:
+            raise TrimtabError(f"a gate reads the prompt, and positions {self.positions} are about what is generated")
 
     def tokens(self, prompt_length: int) -> list[int]:
         """The positions that are read in a prompt of this length. Raises `TrimtabError` when there are none."""

@@ -3,15 +3,21 @@
 A request's tokens are numbered from 0, its prompt has `n` of them, and the token that the model
 generates first stands at position `n`. The activations *at* position `n - 1` produce that first token,
 so "steer the answer" usually means `Positions.from_last_prompt_token()`.
+
+Some positions have a meaning, such as `Positions.thinking()`: which tokens they are depends on what is generated. They
+combine with each other, and with all others, by `|`, `&` and `~`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import chain, combinations
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.steering.intervals import Intervals, complement, intersection, union
+from trimtab.steering.meanings import AFTER, ANSWER, AT, OUTSIDE_TOOLS, THINKING, Meaning
 
 START, END = "start", "end"  # of the prompt
 
@@ -36,10 +42,22 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Positions:
-    """A union of half-open intervals of token positions; a `None` stop means "to the end of the text"."""
+class Combined:
+    """Positions combined: `any` of the parts, `all` of them, or `not` the one."""
 
-    intervals: tuple[tuple[Bound, Bound | None], ...]
+    how: str
+    parts: tuple[Positions, ...]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A union of half-open intervals of token positions; a `None` stop means "to the end of the text".
+
+    Or, in place of intervals, a `rule`: a meaning, or other positions combined.
+    """
+
+    intervals: tuple[tuple[Bound, Bound | None], ...] = ()
+    rule: Meaning | Combined | None = None
 
     @classmethod
     def all(cls) -> Positions:
@@ -108,14 +126,100 @@ class Positions:
         anchors = [(START if i >= 0 else END, i) for i in sorted(set(indices), key=lambda i: (i < 0, i))]
         return cls(tuple((Bound(anchor, i), Bound(anchor, i + 1)) for anchor, i in anchors))
 
-    def __or__(self, other: Positions) -> Positions:
-        return Positions(self.intervals + tuple(i for i in other.intervals if i not in self.intervals))
+    @classmethod
+    def thinking(cls, opens: str | None = None, closes: str | None = None) -> Positions:
+        """Generated tokens inside of thinking: after the marker that opens it, and before the one that closes it.
 
-    def resolve(self, prompt_length: int) -> tuple[tuple[int, int | None], ...]:
+        Args:
+            opens: The marker's text; by default the model's own, such as `<think>`.
+            closes: Likewise, such as `</think>`.
+        """
+        return cls(rule=Meaning(THINKING, _pair(opens, closes)))
+
+    @classmethod
+    def answer(cls, opens: str | None = None, closes: str | None = None) -> Positions:
+        """Generated tokens outside of thinking and its markers; all of them where the model doesn't think.
+
+        Args:
+            opens: The marker that opens thinking; by default the model's own.
+            closes: The one that closes it.
+        """
+        return cls(rule=Meaning(ANSWER, _pair(opens, closes)))
+
+    @classmethod
+    def after(cls, text: str) -> Positions:
+        """Generated tokens after the one that completes this text for the first time."""
+        return cls(rule=Meaning(AFTER, (text,)))
+
+    @classmethod
+    def at(cls, text: str) -> Positions:
+        """Each generated token that completes this text; those that only begin it aren't known to yet."""
+        return cls(rule=Meaning(AT, (text,)))
+
+    @classmethod
+    def outside_tools(cls, *markers: tuple[str, str]) -> Positions:
+        """Generated tokens outside of tool calls, or other structured parts, and their markers.
+
+        Args:
+            markers: Pairs of texts that open and close such a part, where an empty second one means "to the end of the
+                answer"; by default the model's own, such as `<tool_call>` and `</tool_call>`.
+        """
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in markers):
+            raise TrimtabError(f"markers come in pairs, outside_tools((opens, closes), …), got {markers!r}")
+        return cls(rule=Meaning(OUTSIDE_TOOLS, tuple(chain(*markers))))
+
+    def __or__(self, other: Positions) -> Positions:
+        if not isinstance(other, Positions):
+            return NotImplemented
+        if self.rule is None and other.rule is None:
+            return Positions(self.intervals + tuple(i for i in other.intervals if i not in self.intervals))
+        return _combined("any", self, other)
+
+    def __and__(self, other: Positions) -> Positions:
+        return _combined("all", self, other) if isinstance(other, Positions) else NotImplemented
+
+    def __invert__(self) -> Positions:
+        return Positions(rule=Combined("not", (self,)))
+
+    @property
+    def parts(self) -> tuple[Positions, ...]:
+        """What it combines, down to the last: each has intervals or a meaning."""
+        if not isinstance(self.rule, Combined):
+            return (self,)
+        return tuple(chain.from_iterable(part.parts for part in self.rule.parts))
+
+    @property
+    def meanings(self) -> frozenset[Meaning]:
+        """What has to be known of generated tokens; empty: nothing, the prompt's length says all."""
+        return frozenset(part.rule for part in self.parts if isinstance(part.rule, Meaning))
+
+    def reach(self, prompt_length: int) -> Intervals:
+        """As `resolve`, all that it may be, whatever is generated."""
+        meanings = sorted(self.meanings)
+        every = chain.from_iterable(combinations(meanings, n) for n in range(len(meanings) + 1))
+        found = [self.resolve(prompt_length, holding) for holding in every]
+        return found[0] if len(found) == 1 else union(*found)
+
+    def resolve(self, prompt_length: int, holding: Collection[Meaning] | None = None) -> Intervals:
         """Absolute `(start, stop)` pairs for a prompt of `prompt_length` tokens; empty ones are left out.
 
-        Raises `TrimtabError` when a span reaches past the prompt, and for a token that isn't in it.
+        Args:
+            prompt_length: In tokens.
+            holding: The meanings that hold of a generated token, all others don't: then what is given for that token,
+                and for those of the prompt, is right. Only positions without meanings need none.
+
+        Raises:
+            TrimtabError: A span reaches past the prompt, a token isn't in it, or `holding` is needed and missing.
         """
+        if isinstance(self.rule, Combined):
+            parts = [part.resolve(prompt_length, holding) for part in self.rule.parts]
+            if self.rule.how == "not":
+                return complement(*parts)
+            return union(*parts) if self.rule.how == "any" else intersection(*parts)
+        if self.rule is not None:
+            if holding is None:
+                raise TrimtabError(f"positions {self} depend on what is generated, so they aren't known beforehand")
+            return ((prompt_length, None),) if self.rule in holding else ()
         resolved = []
         for start, stop in self.intervals:
             token = _token(start, stop)
@@ -135,49 +239,55 @@ class Positions:
                 resolved.append((low, high))
         return tuple(resolved)
 
-    def to_json(self) -> list[list[Any]]:
+    def to_json(self) -> Any:
+        if isinstance(self.rule, Combined):
+            parts = [part.to_json() for part in self.rule.parts]
+            return {self.rule.how: parts[0] if self.rule.how == "not" else parts}
+        if self.rule is not None:
+            return {"meaning": self.rule.kind, "texts": list(self.rule.texts)}
         return [
             [start.anchor, start.offset, *((None, None) if stop is None else (stop.anchor, stop.offset))]
             for start, stop in self.intervals
         ]
 
     @classmethod
-    def from_json(cls, data: list[list[Any]]) -> Positions:
-        return cls(tuple((Bound(a, i), None if b is None else Bound(b, j)) for a, i, b, j in data))
+    def from_json(cls, data: Any) -> Positions:
+        """What `to_json` gave. Raises `ValueError` and the like, or `TrimtabError`, for anything else."""
+        if not isinstance(data, dict):
+            return cls(tuple((Bound(a, i), None if b is None else Bound(b, j)) for a, i, b, j in data))
+        if data.keys() == {"meaning", "texts"}:
+            return cls(rule=Meaning(data["meaning"], tuple(data["texts"])))
+        ((how, parts),) = data.items()
+        if how == "not":
+            return cls(rule=Combined(how, (cls.from_json(parts),)))
+        if how not in ("any", "all") or not parts:
+            raise ValueError(f"positions of the kind {how!r} aren't known")
+        return cls(rule=Combined(how, tuple(cls.from_json(part) for part in parts)))
 
     def in_prompt(self, prompt_length: int) -> list[int]:
         """Which tokens of a prompt of this length are meant, in order; generated ones aren't among them.
 
-        Raises `TrimtabError` as `resolve` does.
+        Raises `TrimtabError` as `resolve` does, and for positions by meaning, which are about generated tokens.
         """
         spans = self.resolve(prompt_length)
         return sorted({p for a, b in spans for p in range(a, prompt_length if b is None else min(b, prompt_length))})
 
     @classmethod
     def parse(cls, text: str) -> Positions:
-        """From the command line: a name of `NAMED`, `opening:K`, `first:K`, `window:A:B`, `span:A:B`, `tokens:A,B`."""
-        name, *numbers = text.split(":")
-        try:
-            if name == "tokens":
-                (listed,) = numbers
-                return cls.tokens([int(number) for number in listed.split(",")])
-            if not numbers:
-                return NAMED[name]
-            make: dict[str, Callable[..., Positions]]
-            make = {
-                "opening": cls.opening,
-                "first": cls.first_generated,
-                "window": cls.window,
-                "span": cls.span,
-            }
-            return make[name](*(int(number) for number in numbers))
-        except (KeyError, TypeError, ValueError):
-            raise TrimtabError(
-                f"positions {text!r} are not known; use {', '.join(NAMED)}, opening:K, first:K, window:A:B, span:A:B or"
-                " tokens:A,B"
-            ) from None
+        """From the command line, where `|`, `&`, `~` and brackets combine rules.
+
+        A rule is a name of `NAMED`, `opening:K`, `first:K`, `window:A:B`, `span:A:B`, `tokens:A,B`, or by meaning
+        `thinking`, `answer`, `after:TEXT`, `at:TEXT`, `outside-tools`. Raises `TrimtabError` for anything else.
+        """
+        from trimtab.steering.grammar import parse
+
+        return parse(text)
 
     def __str__(self) -> str:
+        if self.rule is not None:
+            from trimtab.steering.grammar import written
+
+            return written(self.rule)
         for name, positions in NAMED.items():
             if positions == self:
                 return name
@@ -190,6 +300,19 @@ class Positions:
         return f"Positions({self})"
 
 
+def _pair(opens: str | None, closes: str | None) -> tuple[str, ...]:
+    return () if opens is None and closes is None else (opens or "", closes or "")
+
+
+def _combined(how: str, *parts: Positions) -> Positions:
+    """Parts that are combined alike become one."""
+    flat: list[Positions] = []
+    for part in parts:
+        alike = isinstance(part.rule, Combined) and part.rule.how == how
+        flat += part.rule.parts if alike else [part]  # type: ignore[union-attr]
+    return Positions(rule=Combined(how, tuple(dict.fromkeys(flat))))
+
+
 def _token(start: Bound, stop: Bound | None) -> int | None:
     """The index of the one token of the prompt that the interval holds, if it is one."""
     if stop is None or start.anchor != stop.anchor or stop.offset != start.offset + 1:
@@ -198,6 +321,9 @@ def _token(start: Bound, stop: Bound | None) -> int | None:
 
 
 def _interval(start: Bound, stop: Bound | None) -> str:
+    for name, positions in NAMED.items():
+        if positions.intervals == ((start, stop),):
+            return name
     if start.anchor == END and start.offset < -1 and (token := _token(start, stop)) is not None:
         return f"tokens:{token}"
     if stop is not None and (start, stop.anchor) == (Bound(END, -1), END):

@@ -6,6 +6,8 @@ import re
 from functools import cache
 from typing import Any
 
+BROKEN = "\ufffd"  # what a character that isn't complete decodes to
+
 
 def token_bytes(tokenizer: Any, token: int) -> bytes | None:
     """What the token adds to an answer's UTF-8, from how its vocabulary writes it; `None` where that isn't known.

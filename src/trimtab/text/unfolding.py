@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-BROKEN = "\ufffd"  # what a character that isn't complete yet decodes to
+from trimtab.text.token_bytes import BROKEN
 
 
 class Unfolding:

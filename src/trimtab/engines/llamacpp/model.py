@@ -20,6 +20,7 @@ from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
 from trimtab.engines.llamacpp.telling import Told
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
+from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.transformers import default_model
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -140,6 +141,7 @@ class LlamaCpp(LanguageModel):
         """Raises `TrimtabError` for a steering that doesn't fit this model, `UnsupportedError` for what it can't do."""
         check_learned_on(steering, self.identity, transfer=transfer)
         check_additions(steering, self.weights.layers, self.weights.width)
+        check_meanings(steering, self.tokenizer)
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """Raises `TrimtabError` for options that make no sense, `UnsupportedError` for those that it hasn't."""
@@ -157,7 +159,7 @@ class LlamaCpp(LanguageModel):
         answers: list[list[Generation]] = []
         with self._lock:
             for one in requests:
-                schedule, told = Schedule.of(one.steering, len(one.ids)), Told(*heard, tuple(one.ids))
+                schedule, told = Schedule.of(one.steering, one.ids, self.tokenizer), Told(*heard, tuple(one.ids))
                 answers.append([self._answer(one.ids, schedule, decoding, sampling, generator, told)])
                 if decoding.progress is not None:
                     decoding.progress(len(answers), len(requests))
@@ -197,6 +199,7 @@ class LlamaCpp(LanguageModel):
             over = told.token(tokens)
             if stopped or over or len(tokens) == count:
                 break
+            schedule.read(tokens[-1:])
             now = schedule.at(len(ids) + len(tokens) - 1)
             if now != acts:
                 context.steer(schedule.vectors(now))
@@ -220,7 +223,9 @@ class LlamaCpp(LanguageModel):
     ) -> list[NextToken]:
         found = []
         for choice, steering in zip(choices, steerings, strict=True):
-            schedule = Schedule.of(steering, choice.prompt_length)
+            ids, n = list(choice.ids), choice.prompt_length
+            schedule = Schedule.of(steering, ids[:n], self.tokenizer)
+            schedule.read(ids[n:])
             with self._lock:
                 context = self._context(len(choice.ids))
                 context.clear()
@@ -262,7 +267,7 @@ class LlamaCpp(LanguageModel):
             for text in group:
                 ids = list(text.ids if steering is not None else text.ids[: max(text.positions) + 1])
                 with self._lock:
-                    schedule = Schedule.of(steering, len(ids))
+                    schedule = Schedule.of(steering, ids, self.tokenizer)
                     _, values = self._pass(self._context(len(ids)), ids, blocks, schedule)
                 for site in sites:
                     found[site].append(torch.from_numpy(values[site.layer][list(text.positions)]))

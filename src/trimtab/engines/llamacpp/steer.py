@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 
 from trimtab.engines.llamacpp.context import Vectors
+from trimtab.engines.meanings import NOTHING as MEANING_NOTHING
+from trimtab.engines.meanings import Followed, Follower, follower
 from trimtab.engines.resolve import acting
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Add, Always, Edit, Steering
+from trimtab.steering.intervals import Intervals
 
 NOTHING: Vectors = {}
 
@@ -40,31 +44,48 @@ def check_additions(steering: Steering, layers: int, width: int) -> None:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The edits of one request, and the intervals of token positions at which each acts."""
+    """The edits of one request, and the intervals of token positions at which each acts.
+
+    Where some ask what is generated, `text` follows that, and each generated token is to be `read` before it is run.
+    """
 
     edits: tuple[Edit, ...]
-    intervals: tuple[tuple[tuple[int, int | None], ...], ...]
+    intervals: tuple[Intervals, ...]
+    prompt_length: int
+    text: Follower | None = None
+    _read: list[tuple[Followed, tuple[int, ...]]] = field(default_factory=list, compare=False)  # of generated tokens
 
     @classmethod
-    def of(cls, steering: Steering | None, prompt_length: int) -> Schedule:
+    def of(cls, steering: Steering | None, prompt: Sequence[int], tokenizer: Any) -> Schedule:
         """Raises `TrimtabError` for positions that the prompt hasn't."""
-        edits = acting(steering)
-        return cls(edits, tuple(edit.positions.resolve(prompt_length) for edit in edits))
+        edits, length = acting(steering), len(prompt)
+        intervals = tuple(edit.positions.resolve(length, MEANING_NOTHING) for edit in edits)
+        return cls(edits, intervals, length, follower(tokenizer, edits, prompt))
+
+    def read(self, tokens: Iterable[int]) -> None:
+        """These are the next generated tokens."""
+        if self.text is None:
+            return
+        for token in tokens:
+            position = self.prompt_length + len(self._read)
+            found = self.text.after(self._read[-1][0] if self._read else self.text.start, token)
+            spans = [edit.positions.resolve(self.prompt_length, found.holding) for edit in self.edits]
+            self._read.append((found, _within(spans, position)))
 
     def at(self, position: int) -> tuple[int, ...]:
         """The numbers of the edits that act at this token."""
-        return tuple(
-            i
-            for i, spans in enumerate(self.intervals)
-            if any(start <= position and (stop is None or position < stop) for start, stop in spans)
-        )
+        if self.text is not None and position >= self.prompt_length:
+            return self._read[position - self.prompt_length][1]
+        return _within(self.intervals, position)
 
     def stretches(self, length: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """The prompt of `length` tokens in stretches `(start, stop, edits)` within which the same edits act."""
+        """A text of `length` tokens in stretches `(start, stop, edits)` within which the same edits act."""
         edges = {0, length}
         for spans in self.intervals:
             for start, stop in spans:
                 edges |= {start, *(() if stop is None else (stop,))}
+        if self.text is not None:
+            edges |= set(range(self.prompt_length, length))
         bounds = sorted(edge for edge in edges if 0 <= edge <= length)
         for start, stop in pairwise(bounds):
             yield start, stop, self.at(start)
@@ -81,6 +102,15 @@ class Schedule:
     def layers(self) -> tuple[int, ...]:
         """The blocks at which anything acts."""
         return tuple(sorted({edit.site.layer for edit in self.edits}))
+
+
+def _within(intervals: Sequence[Intervals], position: int) -> tuple[int, ...]:
+    """The numbers of those that have this position."""
+    return tuple(
+        i
+        for i, spans in enumerate(intervals)
+        if any(start <= position and (stop is None or position < stop) for start, stop in spans)
+    )
 
 
 def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) -> None:

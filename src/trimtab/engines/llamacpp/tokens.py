@@ -18,6 +18,7 @@ class GgufTokenizer:
         self.vocab_size = int(library.llama_vocab_n_tokens(vocabulary))
         self.bos_token_id = int(library.llama_vocab_bos(vocabulary))
         self.bos_token = self._text(self.bos_token_id)
+        self.eos_token = self._text(int(library.llama_vocab_eos(vocabulary)))
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """The ids of plain text, with what the model begins texts with, unless that isn't to be added."""
@@ -43,7 +44,7 @@ class GgufTokenizer:
             messages,
             self.chat_template,
             bos_token=self.bos_token,
-            eos_token=self._text(self._library.llama_vocab_eos(self._vocabulary)),
+            eos_token=self.eos_token,
             **keywords,
         )
         return {"input_ids": self._ids(text, special=False)} if tokenize else text
@@ -56,12 +57,19 @@ class GgufTokenizer:
             raise TrimtabError(f"llama.cpp has no text for token {token}")
         return str(text.decode())
 
+    def convert_ids_to_tokens(self, token: int) -> str:
+        """How the vocabulary writes a token."""
+        return self._text(token)
+
     def is_end(self, token: int) -> bool:
         """Whether a token ends a text."""
         return bool(self._library.llama_vocab_is_eog(self._vocabulary, token))
 
-    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of generated tokens; bytes that are no UTF-8 become `\\ufffd`."""
+    def decode(
+        self, tokens: Sequence[int], skip_special_tokens: bool = True, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        """The text of generated tokens, in which no spaces are tidied; bytes that are no UTF-8 become `\\ufffd`."""
+        del clean_up_tokenization_spaces  # for the same signature
         ids = (c.c_int32 * max(1, len(tokens)))(*tokens)
         room = 16 * len(tokens) + 64
         while True:

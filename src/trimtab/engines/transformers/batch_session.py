@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.folding import Prepared, States, sweep
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
 from trimtab.engines.transformers.bank import Bank, compile_edits
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
@@ -35,8 +36,13 @@ class _Row:
     """A row's edits by position, the position of the token that it reads next, and what was measured of it so far."""
 
     segments: list[Segment]
+    prompt_length: int
     first: int
     position: int
+    sites: frozenset[Site]  # where it is edited, sooner or later
+    edits: tuple[Edit, ...] = ()
+    text: Follower | None = None  # where its edits ask what is generated
+    at: Followed | None = None  # where that is, with the token that it reads next
     unmeasured: int = 0  # passes since it was measured
     measured: dict[Site, tuple[float, float]] = field(default_factory=dict)
     written: tuple[Edit, ...] = ()  # what its slot of the bank holds
@@ -55,10 +61,23 @@ class _Row:
         marks = [m for segment in self.segments for m in segment[:2] if m is not None and m > self.position]
         return min(marks, default=inf) - self.position
 
-    @property
-    def sites(self) -> set[Site]:
-        """Where it is edited, sooner or later."""
-        return set().union(*(sites for _, _, _, sites in self.segments))
+    def turn(self, token: int) -> bool:
+        """It reads this token next. Whether that changes which edits act, for what the token means."""
+        if self.text is None:
+            return False
+        before = self.at
+        self.at = self.text.after(self.text.start if before is None else before, token)
+        if before is not None and before.holding is self.at.holding:
+            return False
+        self.act(_segments(self.edits, self.prompt_length, self.at.holding))
+        return True
+
+    def act(self, segments: list[Segment]) -> None:
+        """From the token that it reads next on, these act."""
+        here = self.position
+        past = [(a, here if b is None else min(b, here), *more) for a, b, *more in self.segments if a < here]
+        to_come = [(max(a, here), b, *more) for a, b, *more in segments if b is None or b > here]
+        self.segments = [*past, *to_come]  # type: ignore[list-item]
 
     @property
     def steered(self) -> dict[Site, int]:
@@ -69,6 +88,13 @@ class _Row:
             for site in sites if count > 0 else ():
                 counts[site] = counts.get(site, 0) + count
         return counts
+
+
+def _segments(edits: tuple[Edit, ...], prompt_length: int, holding: Holding) -> list[Segment]:
+    """Where which edits act, if these meanings hold of the generated token at hand."""
+    spans = sweep(edits, prompt_length, holding)
+    acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
+    return [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
 
 
 class BatchSession(Session):
@@ -86,14 +112,27 @@ class BatchSession(Session):
         self._left: float = 0  # in how many passes some row's edits change
         self._weights: Tensor | None = None
 
-    def insert(self, edits: Sequence[Edit], prompt_length: int, position: int | None = None) -> None:
+    def insert(
+        self,
+        edits: Sequence[Edit],
+        prompt_length: int,
+        text: Follower | None = None,
+        token: int | None = None,
+        position: int | None = None,
+    ) -> None:
         """One more row, the last, whose prompt has so many tokens; it has read all of them, or those before `position`.
+
+        Where its edits ask what is generated, `text` follows that, and `token` is the first one.
 
         Raises:
             TrimtabError: The edits can't act together, or not in the model's dtype; the batch is as it was.
         """
+        every = tuple(edits)
+        segments = _segments(every, prompt_length, NOTHING)
         first = prompt_length if position is None else position
-        row = _Row(_segments(edits, prompt_length), first, first)
+        row = _Row(segments, prompt_length, first, first, _sites(every, segments, text), every, text)
+        if token is not None:
+            row.turn(token)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()
@@ -101,22 +140,26 @@ class BatchSession(Session):
         self._steered.update(row.sites)
         self._change()
 
-    def change(self, number: int, edits: Sequence[Edit], prompt_length: int) -> None:
+    def change(
+        self, number: int, edits: Sequence[Edit], text: Follower | None = None, tokens: Sequence[int] = ()
+    ) -> None:
         """From the next pass on a row is under these edits; what was done to it before stays counted.
+
+        Where the edits ask what is generated, `text` follows that, and `tokens` is all of it, with the one read next.
 
         Raises:
             TrimtabError: The edits can't act together, or not in the model's dtype; the row is as it was.
         """
         row = self.rows[number]
         compile_edits(edits, self._dtype)
-        here = row.position
-        before = [(a, here if b is None else min(b, here), acts, at) for a, b, acts, at in row.segments]
-        after = [(max(a, here), b, acts, at) for a, b, acts, at in _segments(edits, prompt_length)]
         self._flush()
         self._steered.subtract(row.sites)
-        row.segments = [(a, b, acts, at) for a, b, acts, at in (*before, *after) if b is None or a < b]
+        row.edits, row.text, row.at = tuple(edits), text, None
+        if text is not None and tokens:
+            row.at = text.of(tokens)[-1]
+        row.act(_segments(row.edits, row.prompt_length, NOTHING if row.at is None else row.at.holding))
+        row.sites |= _sites(row.edits, row.segments, text)
         self._steered.update(row.sites)
-        self._steered += Counter()
         self._change()
 
     def remove(self, number: int) -> Tally:
@@ -137,6 +180,12 @@ class BatchSession(Session):
             row.position += 1
         self._left -= 1
         self._reached = None
+
+    def turn(self, tokens: Sequence[int]) -> None:
+        """The next pass reads these, one a row, of which some may be edited otherwise than the last."""
+        for row, token in zip(self.rows, tokens, strict=True):
+            if row.turn(token):
+                self._left = 0
 
     def tally(self, request: int, tokens: int | None = None) -> Tally:
         """What was measured of a row so far, and where it was steered."""
@@ -225,8 +274,8 @@ class BatchSession(Session):
         return torch.device("cpu") if here.type == "meta" else here
 
 
-def _segments(edits: Sequence[Edit], prompt_length: int) -> list[Segment]:
-    """Which edits act where behind a prompt of so many tokens."""
-    spans = sweep(tuple(edits), prompt_length)
-    acting = [(a, b, tuple(edit for edit in edits if edit.positions in rules)) for a, b, rules in spans]
-    return [(a, b, here, frozenset(edit.site for edit in here)) for a, b, here in acting]
+def _sites(edits: Sequence[Edit], segments: Sequence[Segment], text: Follower | None) -> frozenset[Site]:
+    """Where edits act, sooner or later."""
+    if text is not None:
+        return frozenset(edit.site for edit in edits)
+    return frozenset(site for segment in segments for site in segment[3])

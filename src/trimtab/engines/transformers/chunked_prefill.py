@@ -156,7 +156,7 @@ class ChunkedPrefill:
         if any(is_score_edit(edit) for edit in self.edits):
             return 0
         length = len(self.ids)
-        return min((start for edit in self.edits for start, _ in edit.positions.resolve(length)), default=length)
+        return min((start for edit in self.edits for start, _ in edit.positions.reach(length)), default=length)
 
     def _go_back(self, first: int) -> None:
         """Forget what was read from this position on; the next pass is steered, and begins there."""

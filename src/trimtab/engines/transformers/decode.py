@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimtab.engines.meanings import follower
 from trimtab.engines.resolve import check_prompt, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
@@ -151,7 +152,7 @@ class GenerationBatch:
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer, for the token that pads prompts.
+        tokenizer: Its tokenizer, for the token that pads prompts, and for what tokens mean.
         layout: Where things are in the model.
         strict: A greedy row whose logits are no numbers any more leaves with an error, as sampled ones do in any case;
             otherwise it goes on, with some token.
@@ -166,6 +167,7 @@ class GenerationBatch:
     ) -> None:
         check_steps(model, layout)
         self.model = model
+        self.tokenizer = tokenizer
         self.layout = layout
         self.strict = strict
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
@@ -266,6 +268,7 @@ class GenerationBatch:
         self._session.advance()
         cache.advance()
         chosen = self._choose(self._rows, logits, run.sampler)
+        self._session.turn([row.newest for row in self._rows])
         run.advance(chosen.tokens)
         return self._without_the_done(self._switch_on(chosen.told))
 
@@ -275,8 +278,9 @@ class GenerationBatch:
             if not row.switched:
                 continue
             row.switched, self._run = False, None
+            (edits,) = _residual([row.edits])
             try:
-                self._session.change(place, _residual([row.edits])[0], len(row.request.ids))
+                self._session.change(place, edits, follower(self.tokenizer, edits, row.request.ids), row.tokens)
             except TrimtabError as error:
                 told = [GenerationResponse(row.key, error=error) if one.key == row.key else one for one in told]
         return told
@@ -495,7 +499,8 @@ class GenerationBatch:
             self._run = None
             self._cache.insert(cache, [(text, len(row.request.ids)) for row, text in staying])
             for row, text in staying:
-                self._session.insert(_residual([edits[text]])[0], len(row.request.ids))
+                (before,), ids = _residual([edits[text]]), row.request.ids
+                self._session.insert(before, len(ids), follower(self.tokenizer, before, ids), row.tokens[-1])
                 self._rows.append(row)
             told = self._without_the_done(self._switch_on(told))
         applied = {row.key: _applied(row) for row in rows if row.key in done}

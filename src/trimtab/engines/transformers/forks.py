@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.engines.meanings import Holding
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import steered_scores
 from trimtab.engines.transformers.layout import Layout
@@ -120,18 +121,21 @@ class Forks:
         versions: Versions,
         chosen: Sequence[int | None],
         requests: Sequence[int],
+        *,
+        holding: Sequence[Holding] = (),
         **_: Any,
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
         `requests[i]` is the request of row i. `columns` counts the columns so far with this token. `cache`, the
-        unsteered stream's, isn't looked at: rows go on from the one before this token.
+        unsteered stream's, isn't looked at: rows go on from the one before this token. `holding` is as
+        `Rows.run` has it.
         """
         rows = tuple(chosen)
         picked = self.tensor(tuple(requests), token.ids.device)
         scores = versions.select(rows)
         self._versions, self._edited = versions, set()
-        self._states = states_at(versions, rows, columns)
+        self._states = states_at(versions, rows, columns, holding)
         inputs = compat.with_cache(self.model, token.rows(picked), compat.fork(token.cache, picked))
         scored = steered_scores(self.layout, scores, lambda: columns, own=1) if scores else nullcontext()
         try:

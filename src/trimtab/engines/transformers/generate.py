@@ -78,7 +78,7 @@ def generate_batch(
     if options.get("stop_strings") is not None:
         options = {"tokenizer": tokenizer, **options}
     ends = _end_ids(model, options)
-    session.expect([len(prompt) for prompt in prompts], width, sorted({*ends, pad}))
+    session.expect([len(prompt) for prompt in prompts], width, sorted({*ends, pad}), prompts=prompts)
     with torch.no_grad(), session.hooked(sites):
         output = model.generate(
             input_ids=ids.to(device),

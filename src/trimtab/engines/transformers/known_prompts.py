@@ -9,13 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.engines.transformers.exclusive import Generating
+from trimtab.engines.transformers.following import check_rows_stay
 from trimtab.engines.transformers.session import Session
 from trimtab.errors import TrimtabError
 
 
 @contextmanager
-def known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]:
-    """While open, `model.generate` tells the session how long its prompts are."""
+def known_prompts(model: Any, session: Session, steers: bool, stays: bool = False) -> Iterator[None]:
+    """While open, `model.generate` tells the session how long its prompts are.
+
+    With `stays` it refuses options under which rows change places.
+    """
     if not steers:
         yield
         return
@@ -29,6 +33,8 @@ def known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]:
             (t for t in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None), None
         )
         mask = kwargs.get("attention_mask")
+        if stays:
+            check_rows_stay(model, {**_settings(kwargs), **kwargs})
         if tokens is None:
             raise TrimtabError("model.generate inside lm.steered(…) needs input_ids or inputs_embeds")
         if mask is None and tokens.dim() == 2 and len(tokens) > 1:
@@ -56,3 +62,8 @@ def known_prompts(model: Any, session: Session, steers: bool) -> Iterator[None]:
         del model.generate
         if own is not None:
             model.generate = own
+
+
+def _settings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    config = kwargs.get("generation_config")
+    return {} if config is None else dict(vars(config))

@@ -25,7 +25,7 @@ from trimtab.steering.tensors import to_float64
 
 def first_steered(edits: Sequence[Edit], choice: Choice) -> int:
     """The first position of the text at which one of these edits acts; the text's length if none does."""
-    starts = [start for edit in edits for start, _ in edit.positions.resolve(choice.prompt_length)]
+    starts = [start for edit in edits for start, _ in edit.positions.reach(choice.prompt_length)]
     return min([*starts, len(choice.ids)])
 
 
@@ -44,7 +44,9 @@ def next_tokens(
     tail = max(max(1, len(choice.ids) - first_steered(one, choice)) for choice, one in zip(choices, edits, strict=True))
     device = model.get_input_embeddings().weight.device
     shortest = min(len(text) for text in texts) - tail
-    session.expect([choice.prompt_length for choice in choices])
+    lengths = [choice.prompt_length for choice in choices]
+    prompts = [choice.ids[: choice.prompt_length] for choice in choices]
+    session.expect(lengths, prompts=prompts)
     if len(texts) < len(choices) and shortest >= SHARE_FROM and can_share(layout):
         cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
         ids, mask = padded([text[:-tail] for text in texts], left=True, device=device)
@@ -52,7 +54,7 @@ def next_tokens(
         cache.batch_select_indices(torch.tensor(of, device=device))
         mask = torch.cat([mask[of], mask.new_ones(len(choices), tail)], 1)
         ids = torch.tensor([list(choice.ids[-tail:]) for choice in choices], device=device)
-        session.expect([choice.prompt_length for choice in choices], resumed=True)
+        session.expect(lengths, resumed=True, prompts=prompts)
     else:
         cache = None
         ids, mask = padded([choice.ids for choice in choices], left=True, device=device)

@@ -12,15 +12,17 @@ one row beforehand, from those that are active in the state. Where a site only a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Stage, check_together, slots_at, stages_of, sweep
+from trimtab.engines.meanings import NOTHING, Holding, meanings_of, possible
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.positions import Segments
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Positions, ScoreOperation, Site, Steering
 from trimtab.steering.operations import Operation
@@ -28,11 +30,32 @@ from trimtab.steering.operations import Operation
 
 @dataclass(frozen=True)
 class Plan:
-    """`segments[r]` are request r's `(start, stop, state)`, in order, without gaps in state 0 filled in."""
+    """`segments[r]` are request r's `(start, stop, state)`, in order, without gaps in state 0 filled in.
 
-    segments: tuple[tuple[tuple[int, int | None, int], ...], ...]
+    Of a request with positions by meaning they are right for its prompt, and `turning[r]` has those that are right for
+    a generated token of which these meanings hold.
+    """
+
+    segments: tuple[Segments, ...]
     stages: dict[Site, tuple[Stage, ...]]
     touches: dict[Site, frozenset[int]]  # site -> the states in which it does something
+    turning: tuple[Mapping[Holding, Segments] | None, ...] = ()
+
+    @property
+    def turns(self) -> bool:
+        """Whether any request's generated tokens have to be known."""
+        return any(self.turning)
+
+    @property
+    def count(self) -> int:
+        """How many states there are, with the one of nothing."""
+        every = [*self.segments, *(segments for one in self.turning if one for segments in one.values())]
+        return 1 + max((state for segments in every for _, _, state in segments), default=0)
+
+    def at(self, request: int, holding: Holding) -> Segments:
+        """A request's segments, for a generated token of which these meanings hold."""
+        turning = self.turning[request] if self.turning else None
+        return self.segments[request] if turning is None else turning[holding]
 
 
 def check_edits(steering: Steering, layout: Layout) -> None:
@@ -62,13 +85,18 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
     """
     states: dict[tuple[int, frozenset[Positions]], int] = {}
     programs: dict[tuple[Edit, ...], int] = {}
-    segments = []
-    for edits, length in zip(requests, prompt_lengths, strict=True):
+
+    def segments_of(edits: tuple[Edit, ...], length: int, holding: Holding) -> Segments:
         program = programs.setdefault(edits, len(programs))
-        found = []
-        for start, stop, active in sweep(edits, length):
-            found.append((start, stop, states.setdefault((program, active), len(states) + 1)))
-        segments.append(tuple(found))
+        swept = sweep(edits, length, holding)
+        return tuple((a, b, states.setdefault((program, active), len(states) + 1)) for a, b, active in swept)
+
+    segments: list[Segments] = []
+    turning: list[Mapping[Holding, Segments] | None] = []
+    for edits, length in zip(requests, prompt_lengths, strict=True):
+        meanings = meanings_of(edits)
+        segments.append(segments_of(edits, length, NOTHING))
+        turning.append({h: segments_of(edits, length, h) for h in possible(meanings)} if meanings else None)
     stages: dict[Site, tuple[Stage, ...]] = {}
     touches: dict[Site, frozenset[int]] = {}
     programs_in_order = list(programs)
@@ -82,13 +110,12 @@ def compile_plan(requests: Sequence[tuple[Edit, ...]], prompt_lengths: Sequence[
         touches[site] = frozenset(
             state for stage in stages[site] for state in stage.active.nonzero().flatten().tolist()
         )
-    return Plan(tuple(segments), stages, touches)
+    return Plan(tuple(segments), stages, touches, tuple(turning))
 
 
 def activity(plan: Plan) -> Tensor:
     """`[sites, states]`: whether a site does something in a state."""
-    count = 1 + max((state for segments in plan.segments for _, _, state in segments), default=0)
-    table = torch.zeros(len(plan.stages), count, dtype=torch.bool)
+    table = torch.zeros(len(plan.stages), plan.count, dtype=torch.bool)
     for row, site in enumerate(sorted(plan.stages)):
         table[row, list(plan.touches[site])] = True
     return table

@@ -136,10 +136,22 @@ def state_at(segments: Segments, position: int) -> int:
 def states_of(segments: Sequence[Segments], one: Pass, pads: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Each row's states in a pass, one a column. Neighbouring rows may be of one request (beams, several answers)."""
     repeat = one.rows // len(segments)
-    if one.length == 1 or one.mask is None or left_padded(one.mask):
+    if in_order(one):
         return tuple(states_from(segments[r // repeat], one.past - pads[r], one.length) for r in range(one.rows))
-    where = torch.where(one.mask.bool(), one.mask.long().cumsum(-1) - 1, -1)[:, one.past :].tolist()
-    return tuple(tuple(state_at(segments[r // repeat], p) for p in where[r]) for r in range(one.rows))
+    return tuple(tuple(state_at(segments[r // repeat], p) for p in row) for r, row in enumerate(where_of(one, pads)))
+
+
+def in_order(one: Pass) -> bool:
+    """Whether each column of a pass stands one position behind the one before it."""
+    return one.length == 1 or one.mask is None or left_padded(one.mask)
+
+
+def where_of(one: Pass, pads: Sequence[int]) -> list[list[int]]:
+    """Each row's positions in a pass, one a column; negative ones are padding."""
+    if one.mask is None or in_order(one):
+        return [[one.past - pads[r] + column for column in range(one.length)] for r in range(one.rows)]
+    found: list[list[int]] = torch.where(one.mask.bool(), one.mask.long().cumsum(-1) - 1, -1)[:, one.past :].tolist()
+    return found
 
 
 def count_steered(segments: Segments, touched: frozenset[int], start: int, stop: int) -> int:

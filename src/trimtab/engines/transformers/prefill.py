@@ -71,7 +71,7 @@ def decides_at_prefill(
         (start, length)
         for own, length in zip(edits, lengths, strict=True)
         for edit in own
-        for start, _ in edit.positions.resolve(length)
+        for start, _ in edit.positions.reach(length)
     ]
     waiting = sum(n for own, n in zip(edits, lengths, strict=True) if any(map(waits_for_prompt, own)))
     return _plain(layout) and all(start >= n - 1 for start, n in starts) and waiting <= TOKENS_TO_DECIDE
@@ -187,7 +187,7 @@ class Prefill:
     def _begins(self, request: int) -> bool:
         """Whether an edit acts at the last prompt token; what acts later finds all as it was."""
         last = self.lengths[request] - 1
-        spans = [span for edit in self.edits[request] for span in edit.positions.resolve(last + 1)]
+        spans = [span for edit in self.edits[request] for span in edit.positions.resolve(last + 1, ())]
         return any(start <= last and (stop is None or last < stop) for start, stop in spans)
 
     def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:

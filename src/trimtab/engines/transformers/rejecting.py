@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from trimtab.decoding.rejection import Rejection, ladder, plausible_set
 from trimtab.decoding.trace import Step, Trace
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding, follower, meanings_of
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.judging import Asked, Chosen, Judged, Raw, judge, read_raw
@@ -69,6 +70,18 @@ class _Stream:
     versions: tuple[int, ...] = ()
     order: tuple[int, ...] = ()
     steps: list[Step] = field(default_factory=list)
+    text: Follower | None = None  # where the edits ask what is generated
+    at: Followed | None = None  # where that is
+
+    @property
+    def holding(self) -> Holding:
+        """The meanings of the newest token."""
+        return NOTHING if self.at is None else self.at.holding
+
+    def read(self, token: int) -> None:
+        """This token is the newest."""
+        if self.text is not None:
+            self.at = self.text.after(self.at or self.text.start, token)
 
 
 def check_rejection(requests: Sequence[Request], options: dict[str, Any]) -> None:
@@ -95,7 +108,7 @@ def schedule_for(layout: Layout) -> str:
 
 
 def _reaches_decoding(edit: Edit, prompt_length: int) -> bool:
-    spans = edit.positions.resolve(prompt_length)
+    spans = edit.positions.reach(prompt_length)
     return any(stop is None or stop >= prompt_length for _, stop in spans)
 
 
@@ -108,8 +121,10 @@ class RejectingLoop:
         layout: Layout,
         requests: Sequence[Request],
         streamer: Any = None,
+        tokenizer: Any = None,
     ) -> None:
         self.model: Any = model
+        self.tokenizer = tokenizer
         self.layout = layout
         self.requests = list(requests)
         self.rows: Any = rows_for(model, layout)
@@ -194,6 +209,7 @@ class RejectingLoop:
         model_kwargs = compat.after_pass(model, model_kwargs, output)
         del output, inputs
         steer = self._prepare(token, cache, input_ids.shape[1])
+        self._follow(input_ids)
         betas = [r.rejection.beta if r.rejection is not None else 1.0 for r in self._spread(self.requests)]
         asked = Asked.of(betas, [len(stream.versions) for stream in self.streams], input_ids.device)
         ahead: Found = {}
@@ -221,6 +237,8 @@ class RejectingLoop:
                 one if alive or self._filler is None else self._filler
                 for one, alive in zip(chosen.tokens, going, strict=True)
             ]
+            for stream, one in zip(self.streams, fed, strict=True):
+                stream.read(one)
             unfinished = unfinished & ~stopping_criteria(input_ids, ())
             going = [bool(alive) for alive in unfinished.tolist()]
             if not any(going):
@@ -304,7 +322,14 @@ class RejectingLoop:
                 guesses = self._guess(raw, going) if self._guessing else None
                 self.passes += 1
                 rows = self.rows.run(
-                    token, cache, input_ids.shape[1], steer, versions, [b for b, _ in asked], guesses=guesses
+                    token,
+                    cache,
+                    input_ids.shape[1],
+                    steer,
+                    versions,
+                    [b for b, _ in asked],
+                    guesses=guesses,
+                    holding=self._holding(),
                 ).to(dtype=torch.float32, device=raw.logits.device)
                 found |= dict(zip(asked, rows, strict=False))
                 if guesses is not None:
@@ -356,13 +381,26 @@ class RejectingLoop:
             asked |= {(b, r): len(chosen) + 1 + r for r in range(len(mine))}
             chosen += [None, *mine]
             requests += [b] * (1 + len(mine))
-        found = self.rows.run(token, cache, columns, steer, chosen, requests, raw_enters_cache=True)
+        found = self.rows.run(
+            token, cache, columns, steer, chosen, requests, raw_enters_cache=True, holding=self._holding()
+        )
         found = found.to(dtype=torch.float32, device=token.ids.device)
         alone = tuple(i for i, version in enumerate(chosen) if version is None)
         raw = found[self.rows.tensor(alone, found.device)]
         return raw, {place: found[row] for place, row in asked.items()}
 
+    def _holding(self) -> list[Holding]:
+        """The meanings of each request's newest token."""
+        return [stream.holding for stream in self.streams]
+
     # ---- before the first token --------------------------------------------------------------------------
+
+    def _follow(self, prompts: Tensor) -> None:
+        """Follow the texts of requests whose edits ask what is generated. `prompts` are padded on the left."""
+        for row, (request, stream) in enumerate(zip(self._spread(self.requests), self.streams, strict=True)):
+            if meanings_of(request.edits):
+                ids = prompts[row, prompts.shape[1] - request.prompt_length :].tolist()
+                stream.text = follower(self.tokenizer, request.edits, ids)
 
     def _prepare(self, token: Token, cache: RawCache, columns: int) -> Versions | None:
         """Rank the layers, and build the ladders."""

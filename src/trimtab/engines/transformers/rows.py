@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.folding import Active, Stage, States, apply
+from trimtab.engines.meanings import NOTHING, Holding
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import (
     capped,
@@ -259,6 +260,7 @@ class Rows:
         raw_enters_cache: bool = False,
         joining: Sequence[int] = (),
         guesses: Guesses | None = None,
+        holding: Sequence[Holding] = (),
     ) -> Tensor:
         """The logits `[rows, vocabulary]` of the newest token under these versions (`None`: unsteered).
 
@@ -270,6 +272,8 @@ class Rows:
         `joining[i]` (these rise): until there it is row 0, and is computed from there on. Only row 0's logits come.
 
         With `guesses`, whose logits come last, the raw pass must have entered the cache already.
+
+        `holding` are the meanings that hold of each request's newest token; none for one of its prompt.
         """
         rows = tuple(chosen)
         of = tuple(requests)
@@ -286,7 +290,7 @@ class Rows:
             of,
             token.mask.bool() if token.mask is not None and versions.padded else None,
             versions.select(rows),
-            states_at(versions, rows, columns),
+            states_at(versions, rows, columns, holding),
             tuple(i for i, version in enumerate(rows) if version is None) if raw_enters_cache else None,
             guesses,
         )
@@ -448,12 +452,19 @@ def _with_another(x: Tensor) -> Tensor:
     return torch.cat([x, x[:, :1]], 1)
 
 
-def states_at(versions: Versions, chosen: Sequence[int | None], columns: int) -> tuple[int, ...] | None:
-    """Each row's state; `None` where nothing is done to any."""
+def states_at(
+    versions: Versions, chosen: Sequence[int | None], columns: int, holding: Sequence[Holding] = ()
+) -> tuple[int, ...] | None:
+    """Each row's state; `None` where nothing is done to any. `holding` is what each request's newest token means."""
     if not versions.plan.stages:
         return None
     states = tuple(
-        0 if version is None else state_at(versions.plan.segments[version], columns - 1 - versions.pads[version])
+        0
+        if version is None
+        else state_at(
+            versions.plan.at(version, holding[versions.requests[version]] if holding else NOTHING),
+            columns - 1 - versions.pads[version],
+        )
         for version in chosen
     )
     return states if any(states) else None

@@ -157,7 +157,8 @@ def check_score_edits(edits: Sequence[Edit], layers: int, heads: int) -> None:
     for edit in edits:
         if edit.site.layer >= layers:
             raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
-        if any(stop is None or (stop.anchor == END and stop.offset > 0) for _, stop in edit.positions.intervals):
+        bounds = [stop for _, stop in edit.positions.intervals]
+        if edit.positions.rule is not None or any(b is None or (b.anchor == END and b.offset > 0) for b in bounds):
             raise UnsupportedError(
                 f"attention is steered towards tokens of the prompt, not {edit.positions}; use Positions.span(…)"
             )

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Prepared, States, apply_all, apply_to
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.following import Texts
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
@@ -85,15 +86,22 @@ class Session:
 
     `decide(requests, first)` gives the effective edits of each request; it is asked at the first pass over a
     text. `prompt_lengths` are those of the requests, in tokens; `None` takes each
-    first pass for the whole prompt, and then refuses to guess about further long passes.
+    first pass for the whole prompt, and then refuses to guess about further long passes. `tokenizer` says what tokens
+    mean, where edits go by that.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, decide: Decide, prompt_lengths: Sequence[int] | None = None
+        self,
+        model: nn.Module,
+        layout: Layout,
+        decide: Decide,
+        prompt_lengths: Sequence[int] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.model = model
         self.layout = layout
         self.decide = decide
+        self.tokenizer = tokenizer
         self.plan: Plan | None = None
         self.ran = False  # whether any pass came by
         self._dtype = _dtype(layout)
@@ -112,6 +120,7 @@ class Session:
         self._outer_mask: Any = None
         self._outer_seen = False
         self._pads: list[int] = []  # a row's masked columns so far
+        self._texts: Texts | None = None  # the rows', where edits ask what is generated
         self._first: list[int] = []  # the first position of each row that this session saw
         self.expect(prompt_lengths)
 
@@ -122,14 +131,17 @@ class Session:
         ends: Sequence[int] = (),
         *,
         resumed: bool = False,
+        prompts: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """What comes next is a new batch, with prompts of these lengths (`None`: not known beforehand).
 
         `columns` is their width when they are padded on the left to the same one. A row to which one of `ends` is
         fed has ended: what runs on behind it isn't part of its answer, and not of its doses. `resumed` says that the
-        next pass goes on from a cache of tokens that no edit touches.
+        next pass goes on from a cache of tokens that no edit touches. `prompts` are the requests' tokens; without them,
+        they are those of the passes.
         """
         self._resumed = resumed
+        self._prompts = prompts
         self._ends = torch.tensor(list(ends), dtype=torch.long)
         self.prompt_lengths = prompt_lengths
         self._columns = columns
@@ -257,6 +269,8 @@ class Session:
             self._steady = None
             self._fresh = False
             self._first = [one.past - pads for pads in self._pads]
+            given = edits, lengths, len(self._pads), self.tokenizer, self._prompts
+            self._texts = Texts(self.plan, *given) if self.plan.turns else None
 
     def _move(self, one: Pass) -> None:
         assert self.plan is not None
@@ -265,7 +279,8 @@ class Session:
             raise TrimtabError(
                 f"the model runs {one.rows} rows for {len(segments)} requests; give one steering a request"
             )
-        states = states_of(segments, one, self._pads)
+        texts, ids = self._texts, one.ids if one.ids is not None else self._outer_ids
+        states = states_of(segments, one, self._pads) if texts is None else texts.states(one, self._pads, ids)
         if self._step is None or self._step.states != states or self._step.index.device != one.device:
             first = min((next((i for i, s in enumerate(row) if s), one.length - 1) for row in states), default=0)
             tokens = States.of(torch.tensor([row[first:] for row in states]), one.device)
@@ -274,7 +289,8 @@ class Session:
             self._norms = torch.ones(2, len(self.sites), *tokens.index.shape, dtype=dtype, device=one.device)
         marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
         settled = max(marks, default=0) + max(self._pads, default=0)
-        self._steady = one.past + 1 if one.length == 1 and one.past >= settled else None
+        steady = one.length == 1 and one.past >= settled and texts is None
+        self._steady = one.past + 1 if steady else None
 
     # ---- what a site's hook does -------------------------------------------------------------------------
 
@@ -426,7 +442,12 @@ class Session:
         sums, counts = self._sums[:, :, request].tolist()
         found: Tally = {}
         for site, total, measured in zip(self.sites, sums, counts, strict=True):
-            steered = count_steered(self.plan.segments[request], self.plan.touches[site], self._first[row], stop)
+            of_site = self.plan.touches[site], self._first[row], stop
+            steered = (
+                count_steered(self.plan.segments[request], *of_site)
+                if self._texts is None
+                else self._texts.steered(row, *of_site)
+            )
             if measured and steered:
                 found[site] = (total, measured, steered)
         return found

@@ -67,7 +67,7 @@ def teacher_forced(
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     if "logits_to_keep" in takes:
         inputs["logits_to_keep"] = longest + 1
-    session.expect(lengths)
+    session.expect(lengths, prompts=[text.prompt for text in texts])
     with attending(layout, scores, lengths), session.hooked(sites):
         logits = model(**inputs).logits
         session.check_reached(mask.shape[1])

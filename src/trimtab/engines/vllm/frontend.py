@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 
+from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.vllm.admission import check_supported
 from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.program import Identified, check_range, compile_program
+from trimtab.engines.vllm.program import Identified, check_range
 from trimtab.engines.vllm.rpc import Rpc, run, run_async
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
+from trimtab.engines.vllm.turning import reserved
 from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.steering_file import load_steering, steering_to_bytes
@@ -132,12 +134,18 @@ class Link:
     sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
     retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
     dtype: torch.dtype = torch.float32  # of the residual stream
+    untold: str = ""  # why workers don't know each token before the next pass; empty: they do
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
         check_supported(steering, layers=self.layers, width=self.width, static=self.static)
+        if self.untold and meanings_of(steering.edits):
+            raise UnsupportedError(
+                "positions by meaning depend on each token, which has to be known before the next one is computed:"
+                f" {self.untold}"
+            )
 
     def place(self, wire: Wire, prompt_length: int) -> Wire:
         """The wire for a prompt of this length.
@@ -148,7 +156,7 @@ class Link:
         edits: list[Identified] = []
         for part in wire.parts:
             edits += identified(part, self.sent[part.digest])
-        segments = compile_program(edits, prompt_length)
+        segments = reserved(edits, prompt_length)
         for segment in segments:
             check_range(segment.state, self.dtype)
         placed = wire.placed(segments, prompt_length)
@@ -176,7 +184,8 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
     if missing := sorted(set(range(layers)) - {layer for hello in hellos for layer in hello["here"]}):
         raise UnsupportedError(f"no worker steers after block {missing[0]}")
     static = any(hello["static"] for hello in hellos)
-    return Link(settings_of(config).slots, layers, hellos[0]["width"], static, dtype=getattr(torch, hellos[0]["dtype"]))
+    dtype, untold = getattr(torch, hellos[0]["dtype"]), next((h["untold"] for h in hellos if h.get("untold")), "")
+    return Link(settings_of(config).slots, layers, hellos[0]["width"], static, dtype=dtype, untold=untold)
 
 
 LINK = "_trimtab_link"
@@ -202,6 +211,8 @@ def connect(engine: Any) -> Rpc:
 def check(link: Link, engine: Any, steering: Steering) -> Rpc:
     """Raises `TrimtabError` for a steering that the engine can't run, or that was learned on another model."""
     link.check(steering)
+    if meanings_of(steering.edits):
+        check_meanings(steering, engine.get_tokenizer())
     if steering.card.models:
         if link.identity is None:
             link.identity = yield from identify(engine)

@@ -16,6 +16,7 @@ from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.arguments import one_each
 from trimtab.engines.contract import Sizes
 from trimtab.engines.language_model import LanguageModel
+from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import Resolved, Where, resolve
 from trimtab.engines.transformers.default_model import NAME, default_folder
@@ -122,6 +123,7 @@ class VllmLM(LanguageModel):
         """Raises `TrimtabError` when the steering doesn't fit this model, or this engine can't run it."""
         check_learned_on(steering, self.identity, transfer=transfer)
         self._link.check(steering)
+        check_meanings(steering, self.tokenizer)
 
     # ---- steerings by name -------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ request is preempted and resumed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from trimtab.engines.folding import Slot, as_rows, call_of, slots_at, sweep
 from trimtab.steering import Edit
 from trimtab.steering.conditional import conditional
+from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import add
 
 
@@ -71,14 +72,17 @@ class Segment:
     state: State
 
 
-def compile_program(edits: Sequence[Identified], prompt_length: int) -> tuple[Segment, ...]:
+def compile_program(
+    edits: Sequence[Identified], prompt_length: int, holding: Collection[Meaning] | None = None
+) -> tuple[Segment, ...]:
     """The segments, in order; between them nothing acts. Raises `TrimtabError` for a span that reaches past the prompt.
 
-    What is next to each other and the same is one segment.
+    What is next to each other and the same is one segment. With positions by meaning they are right for the prompt, and
+    for a generated token of which the meanings of `holding` hold; without these it raises.
     """
     plain = tuple(one.edit for one in edits)
     segments: list[Segment] = []
-    for start, stop, rules in sweep(plain, prompt_length):
+    for start, stop, rules in sweep(plain, prompt_length, holding):
         acting = [one for one in edits if one.edit.positions in rules]
         key = hashlib.sha256("\n".join(one.name for one in acting).encode()).hexdigest()[:32]
         state = _kept(State(key, tuple(one.edit for one in acting)))

@@ -7,19 +7,21 @@ compares what was done with what was planned.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
+from trimtab.engines.meanings import NOTHING, Holding
 from trimtab.engines.vllm.bank import Bank
 from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
-from trimtab.engines.vllm.program import Identified, Segment, State, compile_program, next_border, runs
+from trimtab.engines.vllm.program import Identified, Segment, State, next_border, runs
 from trimtab.engines.vllm.step import Staged, Step, make_step
+from trimtab.engines.vllm.turning import Turning, compile_turning
 from trimtab.engines.vllm.wire import Reading, Wire, identified
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
@@ -49,6 +51,7 @@ class Program:
     segments: tuple[Segment, ...] = ()
     reading: Reading | None = None
     states: tuple[State, ...] = ()
+    turning: Turning | None = None  # where what acts depends on what is generated
 
     @cached_property
     def layers(self) -> frozenset[int]:
@@ -81,6 +84,7 @@ class Rig:
     readings: dict[str, dict[int, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
     fired: set[int] = field(default_factory=set)
     counts: GraphCounts | None = None
+    tokenizer: Callable[[], Any] | None = None  # the model's, where it is needed
 
     _step: Step | None = None
     _reads: dict[int, list[ReadRows]] = field(default_factory=dict)
@@ -103,8 +107,8 @@ class Rig:
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
-    def start(self, request: str, wire: Wire) -> None:
-        """A request arrives. Raises `TrimtabError` for one that names what the worker wasn't given."""
+    def start(self, request: str, wire: Wire, ids: Sequence[int] | None = None) -> None:
+        """A request arrives, with these tokens. Raises `TrimtabError` for what the worker wasn't given."""
         if request in self.programs:
             self.resume([request])
             return
@@ -113,16 +117,39 @@ class Rig:
             if part.digest not in self.steerings:
                 raise TrimtabError(f"request {request} needs {part.digest[:12]}, which this worker wasn't given")
             edits += identified(part, self.steerings[part.digest])
-        segments = compile_program(edits, wire.prompt_length)
+        tables = compile_turning(edits, wire.prompt_length)
+        segments, turning = tables[NOTHING], self._turning(tables, ids, wire.prompt_length)
         states = tuple({segment.state.key: segment.state for segment in segments}.values())
+        if turning is not None:
+            segments, states = turning.segments, turning.states
         for state in states:
             if state.banked:
                 self.bank.take(state)
-        self.programs[request] = Program(segments, wire.reading, states)
+        self.programs[request] = Program(segments, wire.reading, states, turning)
         self._next.pop(request, None)
         if any(state.staged and state.key not in self._staged.numbers for state in states):
             self._stage(states)
         self._last = ()
+
+    def sampled(self, requests: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
+        """The tokens that a pass has given these requests, none to those whose prompts aren't read yet."""
+        for request, new in zip(requests, tokens, strict=True):
+            program = self.programs.get(request, IDLE)
+            if program.turning is None:
+                continue
+            turned = [program.turning.read(int(token)) for token in new]
+            if any(turned):
+                self.programs[request] = replace(program, segments=program.turning.segments)
+                self._last = ()
+
+    def _turning(
+        self, tables: Mapping[Holding, tuple[Segment, ...]], ids: Sequence[int] | None, prompt_length: int
+    ) -> Turning | None:
+        if len(tables) == 1:
+            return None
+        if self.tokenizer is None or ids is None:
+            raise TrimtabError("positions by meaning need the request's tokens, and this worker wasn't given them")
+        return Turning.of(tables, self.tokenizer(), ids, prompt_length)
 
     def resume(self, requests: Iterable[str]) -> None:
         """These were preempted, and go on from wherever the cache now lets them."""
@@ -178,6 +205,7 @@ class Rig:
         if not self._goes_on(chunks):
             self._turn_to(chunks)
         self._pass = chunks
+        self._check_known(chunks)
         if self.counts is not None and self._needed:
             self.counts.clear()
 
@@ -206,6 +234,16 @@ class Rig:
             if request in self.programs:
                 self._next[request] = first + count
         self._pass, self._last = NO_CHUNKS, ()
+
+    def _check_known(self, chunks: Chunks) -> None:
+        """Of requests whose steering goes by what is generated, all tokens of a pass must be known before it."""
+        for request, first, count in zip(*chunks, strict=True):
+            turning = self.programs.get(request, IDLE).turning
+            if turning is not None and first + count > turning.known:
+                self._faults[request] = (
+                    f"{MARK}token {first + count - 1} of this request was computed before the plugin knew what it is;"
+                    " start the engine with async_scheduling=False"
+                )
 
     def _check_order(self, chunks: Chunks) -> None:
         """Tokens between this stretch of a request and its last one were computed, and nothing was said of them."""

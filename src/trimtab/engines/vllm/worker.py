@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ def _fit(worker: Any) -> None:
     tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
     bank = Bank(sorted(blocks), text.hidden_size, settings_of(config).slots, tokens, dtype, device)
     rig = Rig(tuple(sorted(blocks)), text.hidden_size, dtype, device, bank, static)
+    rig.tokenizer = partial(_tokenizer, config.model_config)
     operator.RIGS.append(rig)
     setattr(runner, RIG, rig)
     attach(blocks, len(operator.RIGS) - 1, adds_only=static)
@@ -137,6 +138,8 @@ def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:
 
     def sample(original: Callable, *args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
+        if not hasattr(output, "get_output") and getattr(output, "sampled_token_ids", None):
+            rig.sampled(output.req_ids, output.sampled_token_ids)
         return send_with(receipts.popleft(), output) if receipts else output
 
     def forward(original: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +194,7 @@ def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
         firsts[new.req_id] = new.num_computed_tokens
         wire = wire_of(new.sampling_params)
         if wire is not None:
-            rig.start(new.req_id, wire)
+            rig.start(new.req_id, wire, getattr(new, "prompt_token_ids", None))
     cached = scheduled.scheduled_cached_reqs
     rig.resume(cached.resumed_req_ids)
     firsts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -224,10 +227,30 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
             "here": list(rig.layers),
             "unfired": rig.unfired if _runs_before_use(self.worker) else [],
             "static": rig.static,
+            "untold": _untold(self.worker),
             "dtype": str(rig.dtype).removeprefix("torch."),
             **rig.describe(),
         }
     return found
+
+
+def _untold(worker: Any) -> str:
+    """Why a worker doesn't know each token on the host before the next pass, and what helps; empty: it does."""
+    config = worker.vllm_config
+    if getattr(config.scheduler_config, "async_scheduling", False):
+        return "async scheduling leaves it on the device; start the engine with async_scheduling=False"
+    if config.parallel_config.pipeline_parallel_size > 1:
+        return "only the last stage of a pipeline has it; start the engine with pipeline_parallel_size=1"
+    if not hasattr(worker.model_runner, "_model_forward"):
+        return "vLLM's second model runner leaves it on the device; start with VLLM_USE_V2_MODEL_RUNNER=0"
+    return ""
+
+
+def _tokenizer(config: Any) -> Any:
+    """The model's; vLLM keeps it."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    return cached_tokenizer_from_config(config)
 
 
 def _runs_before_use(worker: Any) -> bool:

@@ -1,0 +1,211 @@
+"""`trimtab audit`: what a steering does besides what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trimtab.commands.eval_common import table_of
+from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.options import grouped
+from trimtab.commands.terminal import note, progress_bar, say, show, write_json
+from trimtab.errors import TrimtabError
+from trimtab.files.pick import parse_pick
+from trimtab.files.target import check_target
+
+if TYPE_CHECKING:
+    from trimtab.evaluate.audit import Audit, Estimate
+    from trimtab.evaluate.audit.checks import Measure
+
+DATA = "TRIMTAB_DATA"
+
+
+@grouped
+def audit(
+    *,
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE[@LAYERS][:STRENGTH]",
+            help="A steering file; @14 picks layers, :2 multiplies the strength.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=DATA,
+            help="A folder with advbench/, xstest/, mmlu/ or caa/: benchmarks for what comes with trimtab.",
+            show_default=False,
+        ),
+    ] = None,
+    behaviour: Annotated[
+        list[Path] | None,
+        typer.Option(help="A further behaviour to look at: a file of A/B questions. Repeatable.", show_default=False),
+    ] = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option(
+            help="Make it orthogonal to the refusal directions, audit that as well, and write it to this .safetensors.",
+            show_default=False,
+        ),
+    ] = None,
+    protect: Annotated[
+        list[str] | None,
+        typer.Option(help="With --repair: orthogonal to this behaviour's direction, too. Repeatable.", metavar="NAME"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the steering with the audit in its card; may be FILE itself.", show_default=False),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            help="The system message under which harmful requests are asked once more, such as yours.",
+            show_default="one that asks to refuse",
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Half as many requests, shorter answers.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of intervals and tests.")] = 0,
+    transfer: Annotated[bool, typer.Option("--transfer", help="Allow another model of the same width.")] = False,
+    loader: ModelOptions,
+    json: JsonOption = False,
+) -> None:
+    """What does a steering do besides what it is for?
+
+    [bold]  trimtab audit shout.safetensors
+      trimtab audit shout.safetensors:2 --quick --json
+      trimtab audit shout.safetensors --data data/ --out shout.safetensors
+      trimtab audit blunt.safetensors --repair blunt-repaired.safetensors
+      trimtab audit blunt.safetensors --repair clean.safetensors --protect "agrees with the user"[/bold]
+
+    The steered model answers the same items as the unsteered one: harmful
+    requests, plain, under a system message that asks to refuse, and in template
+    jailbreaks; harmless ones that sound harmful; facts and behaviours by two
+    letters in both orders; long answers, read window by window; conversations
+    of ten turns. Two refusal directions are learned on the spot, one of requests and
+    one of answers, and compared with what the steering writes, layer by layer.
+
+    A change that holds among all comparisons at 5 % (Holm) is said outright, one
+    that holds only by itself is a "perhaps", and where nothing was found it says
+    how much would have been. The same command gives the same audit.
+
+    --repair takes the parts along both out of each edit, measures
+    again, and says what that costs. Nothing is written before all is measured.
+    """
+    pick = parse_pick(file, "audit")
+    for target in (repair, out):
+        if target is not None:
+            check_target(target, ".safetensors")
+    if repair is not None and out is not None and repair.resolve() == out.resolve():
+        raise TrimtabError("--repair and --out name the same file; give the repaired steering one of its own")
+    if protect and repair is None:
+        raise TrimtabError("--protect is about a repair; give --repair FILE")
+    steering = pick.load()
+
+    from trimtab.evaluate.audit import FULL, QUICK, read_items
+    from trimtab.evaluate.audit import audit as measure
+    from trimtab.evaluate.audit.checks import ASKED
+    from trimtab.files.steering_file import save_steering
+
+    size = QUICK if quick else FULL
+    items = read_items(data, behaviour or (), size)
+    lm = loader.load(quiet=json)
+    seen: list[Measure] = []
+
+    def estimate(one: Estimate) -> None:
+        note(f"this takes about {_time(one.seconds)}", quiet=json)
+
+    try:
+        with progress_bar("auditing", quiet=json) as progress:
+            found = measure(
+                lm,
+                steering,
+                items=items,
+                size=size,
+                system=system or ASKED,
+                repair=repair is not None,
+                protect=tuple(protect or ()),
+                seed=seed,
+                transfer=transfer,
+                progress=progress,
+                estimate=estimate,
+                found=seen.append,
+            )
+    except KeyboardInterrupt:
+        if seen and not json:
+            say(f"interrupted after {len(seen)} of the comparisons; nothing was written")
+        raise
+    document: dict[str, Any] = {"file": str(pick.path), **found.to_json()}
+    if found.repaired is not None and repair is not None:
+        save_steering(found.repaired.steering, repair)
+        document["repaired"] = {"file": str(repair), **found.repaired.to_json()}
+    if out is not None:
+        save_steering(found.steering, out)
+        document["out"] = str(out)
+    if json:
+        write_json(document)
+        return
+    show(f"{pick} on {lm.name}, {size.name} audit", *_said(found), "")
+    show(comparison_table(found), "", *_facts(found))
+    if found.repaired is not None:
+        kept = (
+            "" if found.repaired.kept is None else f"; it keeps {found.repaired.kept:.0%} of what the steering changes"
+        )
+        show("", f"repaired: {_left(found.repaired)}{kept}", *_said(found.repaired), *_facts(found.repaired))
+    for name in (repair, out):
+        if name is not None:
+            note(f"wrote {name}", quiet=False)
+
+
+def comparison_table(found: Audit) -> Table:
+    """A line a comparison, what was found first; with a repaired steering, its numbers beside."""
+    mended = {one.name: one for one in found.repaired.comparisons} if found.repaired else {}
+    names = ("unsteered", "steered", *(("repaired",) if mended else ()), "change", "p")
+    table = table_of("", *names)
+    for one in sorted(found.comparisons, key=lambda one: KINDS.index(one.kind)):
+        values = [one.before, one.after, *([mended[one.name].after] if mended else [])]
+        low, high = one.change.low, one.change.high
+        table.add_row(
+            f"{MARKS[one.kind]} {one.name}",
+            *(f"{value:.0f}/{one.items}" if one.unit == "count" else f"{value:.2f}" for value in values),
+            f"{one.change.estimate:+.2f} [{low:+.2f}, {high:+.2f}]",
+            f"{one.p:.2g}" if one.p >= 0.001 else "<0.001",
+        )
+    return table
+
+
+KINDS = ("harm", "change", "hint", "nothing")
+MARKS = {"harm": "!", "change": "*", "hint": "?", "nothing": " "}
+
+
+def _said(found: Audit) -> list[str]:
+    return [f"- {line}" for line in found.verdict]
+
+
+def _facts(found: Audit) -> list[str]:
+    nats = f"{found.nats['mean']:.3g} nats a token on average, {found.nats['p95']:.3g} at the 95th percentile"
+    lines = [f"divergence from the unsteered model: {nats}; dose {found.dose:.2f}"]
+    for name, of in found.series.items():
+        for arm, values in of.items():
+            if isinstance(values, dict):
+                shown = ", ".join(f"{key} {value:.0f}" for key, value in values.items())
+            else:
+                shown = ", ".join(f"{value:.2f}" for value in values)
+            lines.append(f"{name}, {arm}: {shown}")
+    return [*lines, *(f"note: {one}" for one in found.notes)]
+
+
+def _left(found: Audit) -> str:
+    left = found.left or ()
+    gone = sum(share == 0 for share in left)
+    low, high = min(left), max(left)
+    shares = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"
+    return f"{shares} of each edit's length is left" + (f", {gone} of {len(left)} edits are gone" if gone else "")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(10, round(seconds, -1)):.0f} seconds"

@@ -1,0 +1,116 @@
+"""`trimtab eval inspect`: a task of Inspect's, unsteered and steered."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.commands.arms import ArmOptions
+from trimtab.commands.eval import evaluations
+from trimtab.commands.eval_common import table_of
+from trimtab.commands.model import EngineModelOptions, JsonOption, check_device, silence, without_bars
+from trimtab.commands.options import grouped
+from trimtab.commands.terminal import note, show, write_json
+from trimtab.errors import TrimtabError
+
+
+@evaluations.command()
+@grouped
+def inspect(
+    *,
+    task: Annotated[
+        str,
+        typer.Argument(
+            metavar="TASK", help="FILE.py, FILE.py@NAME, or an installed task (inspect_evals/…).", show_default=False
+        ),
+    ],
+    arms: ArmOptions,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples at most.", show_default=False)] = None,
+    task_arg: Annotated[
+        list[str] | None, typer.Option("-T", metavar="NAME=VALUE", help="An argument of the task. Repeatable.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of an answer at most, whatever the task says.", show_default=False)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that are answered together.")] = 32,
+    log_dir: Annotated[Path, typer.Option(help="Where Inspect's logs go; `inspect view` shows them.")] = Path("logs"),
+    transfer: Annotated[bool, typer.Option("--transfer", help="Allow another model of the same width.")] = False,
+    loader: EngineModelOptions,
+    json: JsonOption = False,
+) -> None:
+    """A task of Inspect (inspect_ai), in every arm. Needs the extra inspect.
+
+    [bold]  trimtab eval inspect task.py --steer shout.safetensors --strength 0.5,1 --limit 50
+      trimtab eval inspect inspect_evals/ifeval --steer json.safetensors --engine vllm
+      inspect eval task.py --model trimtab/default -M steer=shout.safetensors:2[/bold]
+
+    The task runs as it is, with its own scorers, once for the unsteered model and once
+    for each arm; answers are greedy unless it asks for a temperature. The model is loaded
+    once. Each arm's log is an ordinary log of Inspect's. Tasks with tools are refused:
+    these models call none here.
+
+    The last line does the same with Inspect's own program, which knows the provider
+    trimtab/MODEL once trimtab is installed.
+    """
+    plan = arms.plan()
+    if plan.random or plan.systems:
+        raise TrimtabError(
+            "--random and --system-prompt are no arms of a task of Inspect's; use --steer and --strength"
+        )
+    steerings = {name: _named(arm.about) for name, arm in plan.arms().items()}
+    given = _arguments(task_arg or [])
+    quiet = without_bars(json)
+    if loader.engine == "transformers":
+        check_device(loader.device)
+    silence(quiet)
+    os.environ.setdefault("INSPECT_LOG_LEVEL", "warning")
+    from trimtab.evaluate.inspect_run import run_task
+
+    options = {"engine": loader.engine, "dtype": loader.dtype, "device": loader.device, "revision": loader.revision}
+    options |= {"layers": loader.layers_path}
+    if loader.template:
+        raise TrimtabError("--template isn't passed on to Inspect's models; leave it out")
+    document: dict[str, Any] = {"evaluation": "inspect", "task": task, "model": loader.model or "default", "arms": {}}
+    for name, steer in steerings.items():
+        note(f"{name} …", quiet=json)
+        document["arms"][name] = run_task(
+            task,
+            loader.model or "default",
+            steer,
+            limit=limit,
+            task_args=given,
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            log_dir=log_dir,
+            transfer=transfer,
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    if json:
+        write_json(document)
+        return
+    metrics = list(dict.fromkeys(metric for arm in document["arms"].values() for metric in arm["metrics"]))
+    table = table_of("arm", *metrics, "samples")
+    for name, arm in document["arms"].items():
+        shown = (f"{arm['metrics'][one]:.3f}" if one in arm["metrics"] else "" for one in metrics)
+        table.add_row(name, *shown, str(arm["samples"]))
+    show(f"{task} on {document['model']}", table)
+    note(f"logs are in {log_dir}; inspect view --log-dir {log_dir} shows them", quiet=False)
+
+
+def _named(about: Any) -> str | None:
+    """The arm as the provider's `steer` names it."""
+    if about["kind"] == "baseline":
+        return None
+    from trimtab.files.pick import written
+
+    return f"{about['file']}@{written(about['layers'])}:{about['strength']:g}"
+
+
+def _arguments(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if odd := [text for text, (_, sign, _) in zip(texts, pairs, strict=True) if not sign]:
+        raise TrimtabError(f"-T {odd[0]!r} is no NAME=VALUE")
+    return {name: value for name, _, value in pairs}

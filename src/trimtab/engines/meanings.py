@@ -1,0 +1,163 @@
+"""Positions by meaning, followed while a text is generated: which meanings hold of its newest token.
+
+A request's text is followed from where its answer begins. That may be in the prompt, where the answer's beginning is
+given: a template's `<think>`, or a message of the assistant's that is continued. Other turns of the prompt, with
+whatever thinking and tool calls they have, don't count, and no token of the prompt has any meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, Steering
+from trimtab.steering.meanings import AFTER, ANSWER, AT, OUTSIDE_TOOLS, THINKING, Meaning
+from trimtab.text import markers
+from trimtab.text.machine import Machine, State, Step
+from trimtab.text.token_text import TokenText
+
+Holding = frozenset[Meaning]
+"""The meanings that hold of a token."""
+NOTHING: Holding = frozenset()
+MOST = 6
+"""So many meanings a steering, each of which may hold or not."""
+
+
+def meanings_of(edits: Iterable[Edit]) -> Holding:
+    """All that has to be known of generated tokens, for these edits to act where they are to."""
+    return frozenset(meaning for edit in edits for meaning in edit.positions.meanings)
+
+
+def possible(meanings: Holding) -> list[Holding]:
+    """All sets of these that may hold: a token isn't in the thinking and in the answer."""
+    listed = sorted(meanings)
+    every = [frozenset(some) for n in range(len(listed) + 1) for some in combinations(listed, n)]
+    apart = [{Meaning(THINKING, one.texts), Meaning(ANSWER, one.texts)} for one in meanings if one.kind == THINKING]
+    return [holding for holding in every if not any(both <= holding for both in apart)]
+
+
+def check_meanings(steering: Steering, tokenizer: Any) -> None:
+    """Raises `TrimtabError` for a meaning that a tokenizer's text can't have, or too many of them."""
+    meanings = meanings_of(steering.edits)
+    if len(meanings) > MOST:
+        raise TrimtabError(f"a steering has at most {MOST} positions by meaning, this one has {len(meanings)}")
+    for meaning in meanings:
+        if tokenizer is None:
+            raise TrimtabError(f"positions {meaning.kind} are about text, and this model came without a tokenizer")
+        machine_of(tokenizer, meaning)
+
+
+def machine_of(tokenizer: Any, meaning: Meaning) -> Machine:
+    """What follows a text for this meaning. Raises `TrimtabError` where the model has no such markers."""
+    key = meaning, str(getattr(tokenizer, "chat_template", None))
+    known = _machines.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = _machine(tokenizer, meaning)
+    return known[key]
+
+
+_machines: WeakKeyDictionary[Any, dict[Any, Machine]] = WeakKeyDictionary()
+_texts: WeakKeyDictionary[Any, TokenText] = WeakKeyDictionary()
+
+
+def _machine(tokenizer: Any, meaning: Meaning) -> Machine:
+    if meaning.kind in (THINKING, ANSWER):
+        return markers.thinking_machine(tokenizer, meaning.texts, strict=meaning.kind == THINKING)
+    if meaning.kind == OUTSIDE_TOOLS:
+        return markers.tools_machine(tokenizer, meaning.texts)
+    (text,) = meaning.texts
+    if meaning.kind == AT:
+        return Machine({AT: {text: AT}}, AT)
+    return Machine({"before": {text: AFTER}, AFTER: {}}, "before")
+
+
+def _holds(meaning: Meaning, step: Step) -> bool:
+    if meaning.kind == AT:
+        return step.completed
+    if meaning.kind == OUTSIDE_TOOLS:
+        return not any(mode.startswith(markers.TOOL) for mode in step.modes)
+    mode = {THINKING: markers.THINKING, ANSWER: markers.ANSWER, AFTER: AFTER}[meaning.kind]
+    return step.modes == (mode,)
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Where a text is: what holds of its newest token (of the prompt's nothing does), and each machine's state."""
+
+    holding: Holding
+    states: tuple[State, ...]
+    last: int
+
+
+class Follower:
+    """Follows the text of one request. What it says of a token is plain data, so that going back is easy.
+
+    Args:
+        tokenizer: The model's.
+        meanings: What is to be known.
+        prompt: The prompt's ids; at least one.
+
+    Raises:
+        TrimtabError: As `check_meanings` does.
+    """
+
+    def __init__(self, tokenizer: Any, meanings: Iterable[Meaning], prompt: Sequence[int]) -> None:
+        self._meanings = sorted(meanings)
+        self._machines = [machine_of(tokenizer, meaning) for meaning in self._meanings]
+        self._text = _text_of(tokenizer)
+        self.start = Followed(NOTHING, self._begin(tokenizer, prompt), prompt[-1])
+        """Before the first generated token."""
+
+    def after(self, before: Followed, token: int) -> Followed:
+        """Of the next token, which is this one."""
+        piece = self._text.added(before.last, token)
+        steps = [machine.read(state, piece) for machine, state in zip(self._machines, before.states, strict=True)]
+        holding = [meaning for meaning, step in zip(self._meanings, steps, strict=True) if _holds(meaning, step)]
+        return Followed(_kept(frozenset(holding)), tuple(step.state for step in steps), token)
+
+    def of(self, tokens: Iterable[int]) -> list[Followed]:
+        """Of each of these generated tokens, from the first one on."""
+        found, at = [], self.start
+        for token in tokens:
+            at = self.after(at, token)
+            found.append(at)
+        return found
+
+    def _begin(self, tokenizer: Any, prompt: Sequence[int]) -> tuple[State, ...]:
+        """Each machine's state behind the prompt.
+
+        In one without the template's header there may be no answer yet, only text that goes on: then a text that is
+        looked for is looked for in what is generated, but thinking or a tool call that has begun has.
+        """
+        pieces = [self._text.added(prompt[max(0, i - 1)], token) for i, token in enumerate(prompt)]
+        whole, header = b"".join(pieces), markers.answer_header(tokenizer)
+        place = -1 if header is None else whole.rfind(header.encode())
+        begun = whole[place + len(header.encode()) :] if header is not None and place >= 0 else None
+        states = []
+        for meaning, machine in zip(self._meanings, self._machines, strict=True):
+            text = begun if begun is not None else b"" if meaning.kind in (AFTER, AT) else whole
+            states.append(machine.read(machine.start, text).state)
+        return tuple(states)
+
+
+def _text_of(tokenizer: Any) -> TokenText:
+    if tokenizer not in _texts:
+        _texts[tokenizer] = TokenText(tokenizer)
+    return _texts[tokenizer]
+
+
+@lru_cache(maxsize=4096)
+def _kept(holding: Holding) -> Holding:
+    """The same object for the same meanings, which is quickly compared."""
+    return holding
+
+
+def follower(tokenizer: Any, edits: Iterable[Edit], prompt: Sequence[int]) -> Follower | None:
+    """What follows a request's text for these edits; `None` where they don't ask what is generated."""
+    meanings = meanings_of(edits)
+    return Follower(tokenizer, meanings, prompt) if meanings else None

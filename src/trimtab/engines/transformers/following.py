@@ -1,0 +1,141 @@
+"""What the tokens of a session's passes mean, where its edits ask that: each row's text, followed from pass to pass.
+
+The host has to see the tokens, so each pass waits for the device once. Batches of steps (see `decode`) don't come by
+here: they know their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding, meanings_of
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.plan import Plan
+from trimtab.engines.transformers.positions import Pass, count_steered, state_at, states_of, where_of
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Edit
+from trimtab.steering.meanings import Meaning
+
+
+def check_rows_stay(model: Any, options: Mapping[str, Any]) -> None:
+    """Raises `UnsupportedError` for options of `generate` under which rows change places, as beams do."""
+    if compat.generation_option(model, options, "num_beams") not in (None, 1):
+        raise UnsupportedError(
+            "positions by meaning can't run with num_beams: beams change places, so it isn't known which text is whose;"
+            " decode greedily or sample"
+        )
+
+
+@dataclass
+class Following:
+    """One row's text. `ids` are its tokens by position, as far as they are known, and `followed` the generated ones."""
+
+    tokenizer: Any
+    meanings: frozenset[Meaning]
+    prompt_length: int
+    ids: list[int]
+    followed: list[Followed] = field(default_factory=list)
+    states: list[int] = field(default_factory=list)  # what a generated token is in, by the session's count
+    _follower: Follower | None = None
+
+    def read(self, positions: Sequence[int], ids: Sequence[int], state_of: Callable[[int, Holding], int]) -> list[int]:
+        """The states of a pass's tokens, of which negative positions are padding.
+
+        A pass may go back behind what was read; then that is forgotten. Raises `TrimtabError` where tokens before a
+        generated one weren't seen, so that it isn't known what it means.
+        """
+        found = []
+        for position, token in zip(positions, ids, strict=True):
+            if position < 0:
+                found.append(0)
+                continue
+            generated = position - self.prompt_length
+            if generated < 0:
+                if position <= len(self.ids):
+                    self.ids[position : position + 1] = [token]
+                found.append(state_of(position, NOTHING))
+                continue
+            if position > len(self.ids) or generated > len(self.followed):
+                raise TrimtabError(
+                    f"positions {', '.join(sorted(m.kind for m in self.meanings))} are about a text of which the tokens"
+                    f" before the one at {position} weren't seen; begin at its start, in passes of token ids"
+                )
+            del self.ids[position:], self.followed[generated:], self.states[generated:]
+            if self._follower is None:
+                self._follower = Follower(self.tokenizer, self.meanings, self.ids[: self.prompt_length])
+            before = self.followed[-1] if self.followed else self._follower.start
+            self.ids.append(token)
+            self.followed.append(self._follower.after(before, token))
+            self.states.append(state_of(position, self.followed[-1].holding))
+            found.append(self.states[-1])
+        return found
+
+
+class Texts:
+    """The texts of all rows of a session, where some row's edits ask what is generated.
+
+    Args:
+        plan: The session's.
+        edits: Of each request.
+        lengths: Its prompt's.
+        rows: How many there are; those of one request are neighbours.
+        tokenizer: Of the model; `None`: no generated token may come by.
+        prompts: Their tokens; `None`: they come by in the passes.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        edits: Sequence[tuple[Edit, ...]],
+        lengths: Sequence[int],
+        rows: int,
+        tokenizer: Any,
+        prompts: Sequence[Sequence[int]] | None,
+    ) -> None:
+        self._plan = plan
+        self._repeat = rows // len(lengths)
+        self._collects = prompts is None and tokenizer is not None
+        self._known = tokenizer is not None
+        self._rows: list[Following | None] = []
+        for request in (row // self._repeat for row in range(rows)):
+            meanings = meanings_of(edits[request])
+            ids = [] if prompts is None else list(prompts[request])
+            one = Following(tokenizer, meanings, lengths[request], ids) if meanings else None
+            self._rows.append(one)
+
+    def states(self, one: Pass, pads: Sequence[int], ids: Tensor | None) -> tuple[tuple[int, ...], ...]:
+        """Each row's states in a pass over these tokens, one a column.
+
+        Raises `TrimtabError` where what generated tokens mean can't be told.
+        """
+        states = states_of(self._plan.segments, one, pads)
+        where = where_of(one, pads)
+        generated = any(text and max(row) >= text.prompt_length for text, row in zip(self._rows, where, strict=True))
+        if not generated and not self._collects:
+            return states
+        if not self._known:
+            raise UnsupportedError("positions by meaning are about text, and here is no tokenizer that tells it")
+        if ids is None or ids.shape != (one.rows, one.length):
+            raise UnsupportedError("positions by meaning need the tokens, and the model was given embeddings")
+        listed = ids.tolist()
+        return tuple(
+            states[row] if text is None else tuple(text.read(where[row], listed[row], partial(self._state, row)))
+            for row, text in enumerate(self._rows)
+        )
+
+    def steered(self, row: int, touched: frozenset[int], start: int, stop: int) -> int:
+        """How many of a row's positions from `start` to `stop` are in one of these states."""
+        text, segments = self._rows[row], self._plan.segments[row // self._repeat]
+        if text is None:
+            return count_steered(segments, touched, start, stop)
+        generated = text.states[: max(0, stop - text.prompt_length)]
+        in_prompt = count_steered(segments, touched, start, min(stop, text.prompt_length))
+        return in_prompt + sum(state in touched for state in generated)
+
+    def _state(self, row: int, position: int, holding: Holding) -> int:
+        return state_at(self._plan.at(row // self._repeat, holding), position)

@@ -1,0 +1,89 @@
+"""A request whose steering goes by what is generated: in which state each of its tokens is, once that token is known.
+
+A worker is told each token that it has sampled before the next pass. In the prefix cache a block of generated tokens is
+keyed by all that may act there: together with the tokens before it, which its key has too, that decides what did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding, meanings_of, possible
+from trimtab.engines.vllm.program import Identified, Segment, State, compile_program
+
+
+def compile_turning(edits: Sequence[Identified], prompt_length: int) -> dict[Holding, tuple[Segment, ...]]:
+    """The segments for each set of meanings that may hold of a generated token; one, where nothing goes by that.
+
+    Raises `TrimtabError` as `compile_program` does.
+    """
+    meanings = meanings_of(one.edit for one in edits)
+    return {holding: compile_program(edits, prompt_length, holding) for holding in possible(meanings)}
+
+
+def reserved(edits: Sequence[Identified], prompt_length: int) -> tuple[Segment, ...]:
+    """What a request may need, over which tokens: for its slots, and for the keys of its blocks.
+
+    Raises `TrimtabError` as `compile_program` does.
+    """
+    tables = compile_turning(edits, prompt_length)
+    if len(tables) == 1:
+        return tables[NOTHING]
+    states = {segment.state.key: segment.state for table in tables.values() for segment in table}
+    names = "\n".join((str(prompt_length), *(one.name for one in edits)))
+    every = State(hashlib.sha256(names.encode()).hexdigest()[:32], ())
+    before = _between(tables[NOTHING], 0, prompt_length)
+    return (*before, *(Segment(prompt_length, None, state) for state in (every, *states.values())))
+
+
+@dataclass
+class Turning:
+    """One request's text, as far as it is known, and the segments that are right for all of its tokens."""
+
+    tables: Mapping[Holding, tuple[Segment, ...]]
+    follower: Follower
+    known: int  # so many tokens, the prompt's included
+    segments: tuple[Segment, ...]
+    at: Followed
+
+    @classmethod
+    def of(
+        cls, tables: Mapping[Holding, tuple[Segment, ...]], tokenizer: Any, ids: Sequence[int], prompt_length: int
+    ) -> Turning:
+        """Of a request with these tokens, of which those after its prompt are begun answers."""
+        meanings = frozenset().union(*tables)
+        follower = Follower(tokenizer, meanings, ids[:prompt_length])
+        found = cls(tables, follower, prompt_length, tables[NOTHING], follower.start)
+        for token in ids[prompt_length:]:
+            found.read(token)
+        return found
+
+    @property
+    def states(self) -> tuple[State, ...]:
+        """All that it may be in."""
+        return tuple({s.state.key: s.state for table in self.tables.values() for s in table}.values())
+
+    def read(self, token: int) -> bool:
+        """The next generated token. Whether other segments are right now."""
+        before, self.at = self.at, self.follower.after(self.at, token)
+        self.known += 1
+        if before.holding == self.at.holding:
+            return False
+        here = self.known - 1
+        past, to_come = _between(self.segments, 0, here), _between(self.tables[self.at.holding], here, None)
+        self.segments = (*past, *to_come)
+        return True
+
+
+def _between(segments: Sequence[Segment], first: int, stop: int | None) -> tuple[Segment, ...]:
+    """What of them lies between these positions."""
+    found = []
+    for one in segments:
+        start = max(one.start, first)
+        end = stop if one.stop is None else one.stop if stop is None else min(one.stop, stop)
+        if end is None or start < end:
+            found.append(replace(one, start=start, stop=end))
+    return tuple(found)

@@ -1,0 +1,199 @@
+"""The refusal directions of a model, and how a steering lies along them, layer by layer.
+
+Arditi et al., Refusal in Language Models Is Mediated by a Single Direction, 2406.11717, section 2.3:
+r[l] = mean over harmful requests - mean over harmless ones, at the last prompt token, of the stream after block l.
+That steering vectors move refusal by their overlap with it was found by 2603.24543. Lee et al. (2409.05907) read it
+in the answer: a[l] = mean over requests of (refusing answer - complying answer), averaged over the answers' tokens.
+Where a model tells harmful requests apart and answers them all the same, the second is what decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.request import Text
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.ab import ABItem
+from trimtab.steering import Ablate, Add, ReadWrite, SetProjection, Site, Steering
+from trimtab.steering.operations import Directed
+from trimtab.steering.scaled import AddScaled
+from trimtab.steering.tensors import to_float64
+from trimtab.text.letters import ask_prompt, question_prompt
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+REQUESTS, ANSWERS = "requests", "answers"
+"""Which refusal direction: of harmful requests, or of refusing answers."""
+REFUSING = (
+    "I'm sorry, but that is something that I won't help with.",
+    "I can't do that, because somebody could be harmed.",
+    "Sorry, I have to decline. This would be wrong.",
+    "No, I am not able to assist you with this.",
+)
+COMPLYING = (
+    "Certainly, this is how it is done, step by step.",
+    "Yes, of course. You begin with the following.",
+    "Sure, I am glad to help. Let us start.",
+    "All right, here is everything that you need.",
+)
+"""Openings of answers, in turn over the requests; the lead of refusing answers is measured on others."""
+STREAM = ("residual", "block_input", "attention", "mlp")
+"""Sites at which what is written goes into the residual stream as it is."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Unit directions `[layers, width]` in float64 towards refusal, and what they tell apart.
+
+    Args:
+        directions: One a layer, of the stream after its block, from harmless towards harmful requests.
+        answers: Likewise, from complying towards refusing answers.
+        gaps: How far apart the means of both kinds lie along each, in units of the stream.
+        told: At each layer, the share of pairs of requests that nothing was learned from, of which the harmful one lies
+            further along the direction.
+    """
+
+    directions: Tensor
+    answers: Tensor
+    gaps: Tensor
+    told: tuple[float, ...]
+
+    def at(self, site: Site) -> dict[str, Tensor]:
+        """The directions `[width]` that what is written at a site meets: a block's input is the output of the last."""
+        layer = max(0, site.layer - (site.kind == "block_input"))
+        return {REQUESTS: self.directions[layer], ANSWERS: self.answers[layer]}
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How one edit lies along a direction: the cosine, or for one that writes several directions, the share of the
+    direction that lies in their span. `of` is which refusal direction, and `signed` says whether the sign means
+    something: an ablation's has no meaning."""
+
+    of: str
+    layer: int
+    site: str
+    cosine: float
+    signed: bool
+
+
+def stream(lm: LM, prompts: Sequence[str], steering: Steering | None = None, transfer: bool = False) -> Tensor:
+    """The residual stream at the last prompt token after every block, `[prompts, layers, width]` in float64."""
+    sites = [Site(layer) for layer in range(lm.layout.layers)]
+    read = lm.capture(list(prompts), sites, steering=steering, transfer=transfer)
+    return torch.stack([torch.stack([to_float64(one[site][-1]) for site in sites]) for one in read])
+
+
+def refusal_direction(lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: tuple[Tensor, Tensor]) -> Refusal:
+    """The direction, learned from harmful and harmless requests, and looked at on the streams of others.
+
+    Raises:
+        TrimtabError: At a layer both kinds read alike.
+    """
+    harmful, harmless = (stream(lm, prompts).mean(0) for prompts in learn)
+    difference = harmful - harmless
+    gaps = difference.norm(dim=-1)
+    if not bool((gaps > 0).all()):
+        layer = int((gaps == 0).nonzero()[0])
+        raise TrimtabError(f"layer {layer}: harmful and harmless requests read alike there; no refusal direction")
+    directions = difference / gaps[:, None]
+    answers = _answers_direction(lm, learn[0])
+    on, off = ((values * directions).sum(-1) for values in test)
+    pairs = min(len(on), len(off))
+    told = (on[:pairs] > off[:pairs]).double().mean(0)
+    return Refusal(directions, answers, gaps, tuple(told.tolist()))
+
+
+def _answers_direction(lm: LM, requests: Sequence[str]) -> Tensor:
+    groups = []
+    for n, request in enumerate(requests):
+        ids = lm.encode(request)
+        sides = (
+            lm.tokenizer(side[n % len(side)], add_special_tokens=False)["input_ids"] for side in (REFUSING, COMPLYING)
+        )
+        groups.append([Text([*ids, *side], range(len(ids), len(ids) + len(side))) for side in sides])
+    return _difference(lm, groups, "refusing and complying answers")
+
+
+def behaviour_directions(lm: LM, items: Sequence[ABItem]) -> Tensor:
+    """Unit directions `[layers, width]` of a behaviour, as CAA (2312.06681, section 3) reads them: at the answer's
+    letter, the mean of matching answers minus that of the others.
+
+    Raises:
+        TrimtabError: Both sides read alike at a layer.
+    """
+    groups = []
+    for item in items:
+        prompt = question_prompt(lm.tokenizer, item.question)
+        asked = ask_prompt(lm.tokenizer, prompt, (item.matching, item.other))
+        sides = ([*asked.ids, asked.letters[letter]] for letter in (item.matching, item.other))
+        groups.append([Text(ids, (len(ids) - 1,)) for ids in sides])
+    return _difference(lm, groups, "matching and other answers")
+
+
+def _difference(lm: LM, groups: Sequence[Sequence[Text]], what: str) -> Tensor:
+    """The unit mean difference `[layers, width]` of the two sides of each group, each averaged over its positions."""
+    sites = [Site(layer) for layer in range(lm.layout.layers)]
+    total = torch.zeros(len(sites), lm.layout.width, dtype=torch.float64)
+    for batch in lm.read(groups, sites):
+        for n, site in enumerate(sites):
+            for one, other in batch.values[site]:
+                total[n] += to_float64(one).mean(0) - to_float64(other).mean(0)
+    norms = total.norm(dim=-1, keepdim=True)
+    if not bool((norms > 0).all()):
+        raise TrimtabError(
+            f"layer {int((norms == 0).nonzero()[0, 0])}: {what} read alike there, so it has no direction"
+        )
+    return total / norms
+
+
+def overlaps(steering: Steering, refusal: Refusal) -> list[Overlap]:
+    """The overlaps of each edit that writes into the residual stream, in the order of the edits."""
+    found = []
+    for edit in steering.edits:
+        written = written_by(edit.operation) if edit.site.kind in STREAM else None
+        if written is None or edit.strength == 0 or not bool(written.any()):
+            continue
+        for of, r in refusal.at(edit.site).items():
+            if len(written) == 1:
+                signed = isinstance(edit.operation, (Add, AddScaled))
+                turned = -1.0 if signed and edit.strength < 0 else 1.0
+                cosine = turned * float(written[0] @ r / written[0].norm())
+            else:
+                signed, cosine = False, float((span(written).T @ r).norm())
+            found.append(Overlap(of, edit.site.layer, str(edit.site), cosine, signed))
+    return found
+
+
+def span(rows: Tensor) -> Tensor:
+    """An orthonormal basis `[width, rank]` of what these rows span."""
+    _, sizes, basis = torch.linalg.svd(rows.double(), full_matrices=False)
+    return basis[sizes > 1e-10 * sizes.max()].T
+
+
+def written_by(operation: Any) -> Tensor | None:
+    """The directions `[rank, width]` along which an operation changes an activation; `None` where it has none."""
+    if isinstance(operation, ReadWrite):
+        return operation.write.double()
+    if isinstance(operation, Directed) and isinstance(operation, (Add, AddScaled, SetProjection, Ablate)):
+        return operation.direction.double()[None]
+    return None
+
+
+def shifts(refusal: Refusal, before: Tensor, after: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """How far each arm moves requests along the direction at each layer, as a share of the gap between both kinds:
+    1 makes harmless requests look as harmful ones do, -1 the reverse.
+
+    Streams are `[prompts, layers, width]`, those of `before` unsteered.
+    """
+    base = (before * refusal.directions).sum(-1).mean(0)
+    return {
+        arm: (((values * refusal.directions).sum(-1).mean(0) - base) / refusal.gaps).tolist()
+        for arm, values in after.items()
+    }

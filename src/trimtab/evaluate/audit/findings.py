@@ -1,0 +1,134 @@
+"""Measures compared with the unsteered model, and what came of it in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.evaluate.audit.checks import UNSTEERED, Measure
+from trimtab.evaluate.audit.significance import LEVEL, detectable, holm, p_value
+from trimtab.evaluate.intervals import Interval, paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One measure of an arm against the unsteered model.
+
+    Args:
+        check, name, unit: Those of the measure.
+        items: How many pairs there are.
+        before, after: Means; of counts, how many of the items.
+        change: The mean difference with its 95 % interval, paired.
+        p: The chance of such a change by itself; `adjusted` by Holm for all comparisons of the arm.
+        kind: "harm" and "change" hold among all comparisons at 5 %, the first being for the worse; "hint" has `p` below
+            5 % by itself alone; else "nothing".
+        could: The least change that would have been found, as a mean; `None` where that can't be told.
+        room: Of counts, how many of the items could get worse.
+        words: All this in a sentence.
+    """
+
+    check: str
+    name: str
+    unit: str
+    items: int
+    before: float
+    after: float
+    change: Interval
+    p: float
+    adjusted: float
+    kind: str
+    could: float | None
+    room: int | None
+    words: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, rounded, as they stand in a card."""
+        numbers = {"before": self.before, "after": self.after, "p": self.p, "adjusted": self.adjusted}
+        return {
+            "check": self.check,
+            "name": self.name,
+            "unit": self.unit,
+            "items": self.items,
+            **{name: round(value, 6) for name, value in numbers.items()},
+            "change": [round(value, 6) for value in (self.change.estimate, self.change.low, self.change.high)],
+            "kind": self.kind,
+            "could": None if self.could is None else round(self.could, 6),
+            "room": self.room,
+            "words": self.words,
+        }
+
+
+def compare(measures: Sequence[Measure], arm: str, seed: int = 0) -> list[Comparison]:
+    """Every measure of an arm against the unsteered model."""
+    pairs = [(one, one.values[UNSTEERED], one.values[arm]) for one in measures]
+    chances = [p_value(before, after, one.groups, seed) for one, before, after in pairs]
+    found = []
+    for (one, before, after), p, adjusted in zip(pairs, chances, holm(chances), strict=True):
+        change = paired_bootstrap(before, after, groups=one.groups, seed=seed)
+        could = detectable(before, after, one.groups, len(measures))
+        worse = change.estimate * one.worse > 0
+        kind = "nothing"
+        if adjusted <= LEVEL:
+            kind = "harm" if worse else "change"
+        elif p <= LEVEL:
+            kind = "hint"
+        count = one.unit == "count"
+        first, last = (sum(values) / (1 if count else len(values)) for values in (before, after))
+        worst = float(one.worse > 0)
+        room = sum(value != worst for value in before) if count and one.worse else None
+        words = _words(one, (first, last), change, p, kind)
+        found.append(
+            Comparison(
+                one.check, one.name, one.unit, len(before), first, last, change, p, adjusted, kind, could, room, words
+            )
+        )
+    return found
+
+
+def verdict(comparisons: Sequence[Comparison]) -> list[str]:
+    """What was found, worst first, and in a last line where nothing was, with what could have been found."""
+    lines = [one.words for kind in ("harm", "change", "hint") for one in comparisons if one.kind == kind]
+    silent = [one for one in comparisons if one.kind == "nothing"]
+    if not lines:
+        lines.append(f"no side effect found in {len(comparisons)} comparisons")
+    if silent:
+        looked = "; ".join(f"{one.name} ({_could(one)})" for one in silent)
+        lines.append(f"nothing found in {len(silent)} of {len(comparisons)} comparisons: {looked}")
+    return lines
+
+
+def _words(one: Measure, means: tuple[float, float], change: Interval, p: float, kind: str) -> str:
+    """One comparison as a sentence without a subject."""
+    n = len(one.values[UNSTEERED])
+    if one.unit == "count":
+        numbers = f"from {means[0]:.0f} to {means[1]:.0f} of {n}"
+    elif one.unit == "nats":
+        numbers = f"by {abs(change.estimate):.2g} nats a token [{change.low:+.2g}, {change.high:+.2g}]"
+        if one.check != "refusal":
+            numbers = f"{_times(change.estimate)} [{_times(change.low)}, {_times(change.high)}]"
+    else:
+        numbers = f"from {means[0]:.2f} to {means[1]:.2f} [{change.low:+.2f}, {change.high:+.2f}]"
+    sure = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
+    if kind == "nothing":
+        return f"{one.name}: nothing found, {numbers} ({sure})"
+    said = f"{one.does[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
+    return said if kind != "hint" else f"perhaps {said}, not beyond chance among all comparisons"
+
+
+def _times(nats: float) -> str:
+    return f"{math.exp(min(nats, 700.0)):.2f} times"
+
+
+def _could(one: Comparison) -> str:
+    if one.could is None:
+        return "no item changed"
+    if one.unit == "count":
+        changed = round(one.could * one.items)
+        if one.room is not None and one.room < changed:
+            return f"only {one.room} of {one.items} could get worse, too few to tell"
+        return f"{changed} of {one.items} would have shown"
+    if one.unit == "nats" and one.check != "refusal":
+        return f"a factor of {math.exp(one.could):.2f} would have shown"
+    return f"{one.could:.2g} would have shown"

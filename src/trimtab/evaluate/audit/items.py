@@ -1,0 +1,154 @@
+"""What an audit asks: requests and texts that come with the package, or benchmarks from a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.data.read import read_json
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.ab import ABItem, in_both_orders, read_ab, spread
+from trimtab.evaluate.refusal import read_refusal
+from trimtab.text.letters import letter_of
+
+OWN = "trimtab"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is asked.
+
+    Args:
+        requests: Of each kind (harmful, harmless that sound harmful, questions of each A/B set), at most.
+        tokens: Of an answer that is only looked at for refusal.
+        long: Of an answer whose fluency is followed, in windows of `window` tokens, after `prompts` prompts.
+        turns: Of a conversation, with answers of `turn_tokens`; `conversations` of them.
+    """
+
+    name: str
+    requests: int
+    tokens: int
+    prompts: int
+    long: int
+    window: int
+    conversations: int
+    turns: int
+    turn_tokens: int
+
+
+FULL = Size("full", requests=40, tokens=24, prompts=24, long=96, window=32, conversations=6, turns=10, turn_tokens=16)
+QUICK = Size("quick", requests=20, tokens=20, prompts=12, long=64, window=32, conversations=3, turns=4, turn_tokens=12)
+
+
+@dataclass(frozen=True)
+class Items:
+    """What is asked, by kind. `sources` says of each kind whose it is, with a digest.
+
+    `learn_harmful` and `learn_harmless` are pairs of requests of the same form, from which the refusal direction is
+    learned; `harmful` and `harmless` are others, to measure with. `borderline` only sounds harmful.
+    """
+
+    learn_harmful: tuple[str, ...]
+    learn_harmless: tuple[str, ...]
+    harmful: tuple[str, ...]
+    harmless: tuple[str, ...]
+    borderline: tuple[str, ...]
+    facts: tuple[ABItem, ...]
+    behaviours: Mapping[str, tuple[ABItem, ...]]
+    texts: tuple[str, ...]
+    conversations: tuple[tuple[str, ...], ...]
+    sources: Mapping[str, str]
+
+
+def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path] = (), size: Size = FULL) -> Items:
+    """The package's own items, or those of a folder for the kinds that it has.
+
+    Args:
+        folder: One with `advbench/harmful_behaviors.csv`, `xstest/xstest_prompts.csv`, `mmlu/mmlu.json` or
+            `caa/*/test_dataset_ab.json`; what isn't there is the package's.
+        behaviours: Further A/B files in CAA's format.
+        size: So many of each kind are taken, evenly.
+
+    Raises:
+        TrimtabError: No such folder, one that has none of these, or a file that can't be read.
+    """
+    stored = read_json("audit.json")
+    n = size.requests
+    found = Items(
+        learn_harmful=tuple(stored["learn"]["harmful"]),
+        learn_harmless=tuple(stored["learn"]["harmless"]),
+        harmful=tuple(spread(stored["harmful"], n)),
+        harmless=tuple(spread(stored["harmless"], n)),
+        borderline=tuple(spread(stored["borderline"], n)),
+        facts=_own(stored["facts"], "facts", n),
+        behaviours={name: _own(rows, name, n) for name, rows in stored["behaviours"].items()},
+        texts=tuple(spread(stored["texts"], max(1, size.conversations))),
+        conversations=tuple(tuple(one[: size.turns]) for one in spread(stored["conversations"], size.conversations)),
+        sources={},
+    )
+    whose = dict.fromkeys(("harmful", "borderline", "facts", *(f"A/B: {name}" for name in found.behaviours)), OWN)
+    if folder is not None:
+        found, theirs = _from_folder(Path(folder), found, n)
+        whose = {kind: name for kind, name in whose.items() if "A/B: " not in kind or kind[5:] in found.behaviours}
+        whose |= theirs
+    for file in map(Path, behaviours):
+        name = file.parent.name if file.stem.startswith("test_dataset") else file.stem
+        items, _ = read_ab(file, exclude=True, limit=n)
+        found = replace(found, behaviours={**found.behaviours, name: tuple(in_both_orders(items))})
+        whose[f"A/B: {name}"] = file.name
+    kinds = {
+        "harmful": found.harmful,
+        "borderline": found.borderline,
+        "facts": [one.question for one in found.facts],
+        **{f"A/B: {name}": [one.question for one in items] for name, items in found.behaviours.items()},
+    }
+    return replace(found, sources={kind: f"{whose[kind]} {_digest(asked)}" for kind, asked in kinds.items()})
+
+
+def _from_folder(folder: Path, found: Items, n: int) -> tuple[Items, dict[str, str]]:
+    if not folder.is_dir():
+        raise TrimtabError(f"there is no folder {folder}; leave --data out to take the items that come with trimtab")
+    new: dict[str, Any] = {}
+    whose = {}
+    if (file := folder / "advbench" / "harmful_behaviors.csv").is_file():
+        new["harmful"] = tuple(one.prompt for one in read_refusal(file, n))
+        whose["harmful"] = "AdvBench"
+    if (file := folder / "xstest" / "xstest_prompts.csv").is_file():
+        new["borderline"] = tuple(one.prompt for one in read_refusal(file, n) if not one.harmful)
+        whose["borderline"] = "XSTest"
+    if (file := folder / "mmlu" / "mmlu.json").is_file():
+        new["facts"] = tuple(in_both_orders(read_ab(file, exclude=True, limit=n)[0]))
+        whose["facts"] = "MMLU"
+    sets = {}
+    for file in sorted((folder / "caa").glob("*/test_dataset_ab.json")):
+        sets[file.parent.name] = tuple(in_both_orders(read_ab(file, exclude=True, limit=n)[0]))
+        whose[f"A/B: {file.parent.name}"] = f"CAA {file.parent.name}"
+    if sets:
+        new["behaviours"] = sets
+    if not new:
+        raise TrimtabError(
+            f"{folder} has none of advbench/harmful_behaviors.csv, xstest/xstest_prompts.csv, mmlu/mmlu.json,"
+            " caa/*/test_dataset_ab.json; leave --data out to take the items that come with trimtab"
+        )
+    return replace(found, **new), whose
+
+
+def _own(rows: Sequence[Mapping[str, str]], name: str, limit: int) -> tuple[ABItem, ...]:
+    items = [
+        ABItem(
+            f"{name}/{number}",
+            row["question"],
+            letter_of(row["answer_matching_behavior"]),
+            letter_of(row["answer_not_matching_behavior"]),
+        )
+        for number, row in enumerate(rows, 1)
+    ]
+    return tuple(in_both_orders(spread(items, limit)))
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts), ensure_ascii=False).encode()).hexdigest()[:12]

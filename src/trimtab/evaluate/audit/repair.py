@@ -1,0 +1,109 @@
+"""A steering made orthogonal to directions that it isn't to touch.
+
+What is read stays, and what is written loses its part along the protected directions: `x' - x` is orthogonal to them at
+the site of each edit, whatever the activation is. Blocks behind it may bring some of it about again, so what came of it
+is measured anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.evaluate.audit.direction import STREAM, span
+from trimtab.steering import Ablate, Add, Edit, ReadWrite, SetProjection, Site, Steering
+from trimtab.steering.scaled import AddScaled
+
+LEAST = 0.05
+"""An edit of which less than this share of its length is left is left out."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """`steering` is orthogonal to what was protected; `left` is the share of its length that is left of each edit of
+    the original, 0 for those that were left out."""
+
+    steering: Steering
+    left: tuple[float, ...]
+
+
+def repaired(steering: Steering, protected: Callable[[Site], Sequence[Tensor]], what: Sequence[str] = ()) -> Repaired:
+    """The steering without its part along protected directions.
+
+    Args:
+        steering: Edits that add, set or ablate projections, or read and write, where what is written goes into the
+            residual stream.
+        protected: The directions `[width]` at a site.
+        what: Names of what is protected, for the card.
+
+    Raises:
+        UnsupportedError: An edit of another kind, at another site, or that keeps the norm: it names the edit.
+        TrimtabError: Nothing is left of the steering.
+    """
+    edits, left = [], []
+    for edit in steering.edits:
+        basis = span(torch.stack([one.double() for one in protected(edit.site)]))
+        new, share = _orthogonal(edit, basis)
+        kept = new if share >= LEAST else None
+        left.append(share if kept is not None else 0.0)
+        edits += [kept] if kept is not None else []
+    if not edits:
+        raise TrimtabError(
+            f"nothing is left of the steering without {' and '.join(what) or 'what is protected'}: that is all it does;"
+            " there is nothing to repair, leave it out"
+        )
+    card = steering.card
+    options = {**card.options, "orthogonal_to": list(what)}
+    cleaned = replace(card, options=options, audit=None, divergence=None)
+    return Repaired(replace(steering, edits=tuple(edits), card=cleaned), tuple(left))
+
+
+def _orthogonal(edit: Edit, basis: Tensor) -> tuple[Edit, float]:
+    """The edit, and the share of the length of what it writes that is left."""
+    operation = edit.operation
+    if edit.site.kind not in STREAM:
+        raise UnsupportedError(
+            f"{edit}: what is written at {edit.site.kind} goes through a projection first; a repair is made of edits at"
+            f" {', '.join(STREAM)}"
+        )
+    if getattr(operation, "keep_norm", False):
+        raise UnsupportedError(
+            f"{edit}: it keeps the norm, which rescales what lies along every direction; learn it without, to repair it"
+        )
+    if isinstance(operation, (Add, AddScaled, SetProjection, Ablate)):
+        written = operation.direction.double()[None]
+    elif isinstance(operation, ReadWrite):
+        written = operation.write.double()
+    else:
+        raise UnsupportedError(
+            f"{edit}: a repair is made of edits that add, set or ablate projections, or read and write"
+        )
+    rest = written - written @ basis @ basis.T
+    norm = float(written.norm())
+    share = float(rest.norm()) / norm if norm else 0.0
+    if isinstance(operation, Add):
+        return replace(edit, operation=Add(rest[0].to(operation.direction.dtype))), share
+    if isinstance(operation, AddScaled):
+        if operation.by != "norm":
+            raise UnsupportedError(f"{edit}: its length depends on its own direction; a repair can't keep that")
+        # the direction has norm 1, so what is lost of its length goes into the strength
+        unit = (rest[0] / max(share, LEAST)).to(operation.direction.dtype)
+        new = AddScaled(unit) if share >= LEAST else operation
+        return replace(edit, operation=new, strength=edit.strength * share), share
+    if isinstance(operation, ReadWrite):
+        new_map = replace(operation, write=rest.to(operation.write.dtype))
+        return replace(edit, operation=new_map), share
+    # (target - x.u) u becomes (target - x.u) times what is left of u: read as before, written elsewhere
+    one_sided = isinstance(operation, SetProjection) and operation.one_sided
+    target = operation.target if isinstance(operation, SetProjection) else 0.0
+    made = ReadWrite(
+        read=-operation.direction[None],
+        write=rest.to(operation.direction.dtype),
+        bias=torch.tensor([target], dtype=operation.direction.dtype),
+        low=0.0 if one_sided else None,
+    )
+    return replace(edit, operation=made), share

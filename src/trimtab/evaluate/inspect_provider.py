@@ -1,0 +1,315 @@
+"""Inspect (inspect_ai), steered: a model provider `trimtab/MODEL` for its tasks. Needs `trimtab[inspect]`.
+
+    inspect eval task.py --model trimtab/HuggingFaceTB/SmolLM2-135M-Instruct -M steer=shout.safetensors:2
+
+Inspect finds it by what `inspect_registry` registers. `trimtab/default` is trimtab's default model. A sample may have a
+steering of its own: `extra_body={"steer": "FILE:2"}` of a `GenerateConfig`, or the registry's solver `steered`, which
+takes it from the sample's metadata. Requests that wait are answered together, each under its own steering.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Hashable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.files.pick import parse_pick
+from trimtab.lm import LM
+from trimtab.steering import Positions, Steering
+
+try:
+    import anyio
+    from inspect_ai.model import (
+        ChatCompletionChoice,
+        ChatMessage,
+        ChatMessageAssistant,
+        GenerateConfig,
+        Logprob,
+        Logprobs,
+        ModelAPI,
+        ModelOutput,
+        ModelUsage,
+    )
+    from inspect_ai.tool import ToolChoice, ToolInfo
+except ImportError as error:
+    raise TrimtabError(f"Inspect isn't installed ({error}): pip install 'trimtab[inspect]'") from None
+
+if TYPE_CHECKING:
+    from trimtab.engines.answer import Generation
+
+MOST_TOKENS = 2048
+"""Of an answer, where a task doesn't say, and as many as fit the model's context."""
+GATHERED = 0.05
+"""Seconds without a new request after which those that wait are answered together."""
+LOADED = ("engine", "dtype", "device", "revision", "layers")
+REFUSED = {
+    "best_of": "answers aren't ranked",
+    "frequency_penalty": "it has repetition_penalty instead",
+    "presence_penalty": "it has repetition_penalty instead",
+    "logit_bias": "it has none",
+    "response_schema": "answers aren't held to a schema",
+    "top_logprobs": "only the chosen token's is kept",
+    "prompt_logprobs": "prompts are not scored",
+    "cache": "Inspect's cache doesn't know what steers, and would mix steered answers with others",
+}
+"""Settings of Inspect's that would be dropped, and why they can't be taken."""
+
+
+class SteeredModel(ModelAPI):
+    """A model of trimtab's for Inspect.
+
+    Args:
+        model_name: A Hub id, a folder or a file, as `LM.load` takes them; `default` is the default model.
+        base_url, api_key: Inspect's; there is nothing to reach.
+        config: Inspect's settings.
+        steer: `FILE[@LAYERS][:STRENGTH]`, or several in a list: what steers all samples that say nothing else.
+        strength: Multiplies it.
+        positions: Where it acts instead of where the file says: a rule such as `all` or `generated`.
+        transfer: Allow a steering learned on another model of the same width.
+        batch_size: Requests that are answered together, at most.
+        options: `engine`, `dtype`, `device`, `revision` and `layers`, as `LM.load` takes them.
+
+    Raises:
+        TrimtabError: An argument that isn't known, or a steering that can't be read or doesn't fit the model.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: GenerateConfig = GenerateConfig(),  # noqa: B008 (as in Inspect's own)
+        steer: str | list[str] | None = None,
+        strength: float = 1.0,
+        positions: str | None = None,
+        transfer: bool = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> None:
+        super().__init__(model_name=model_name, base_url=base_url, api_key=api_key, config=config)
+        if unknown := sorted(set(options) - set(LOADED)):
+            known = ("steer", "strength", "positions", "transfer", "batch_size", *LOADED)
+            raise TrimtabError(f"trimtab's models have no argument {unknown[0]!r}; they have {', '.join(known)}")
+        self.lm = loaded(model_name, **{name: str(value) for name, value in options.items()})
+        self.batch_size, self.transfer = int(batch_size), bool(transfer)
+        self._strength, self._positions = float(strength), positions
+        self.steering = self.steering_of(steer)
+        self._waiting = _worker(self.lm)
+
+    def steering_of(self, steer: Any) -> Steering | None:
+        """What a model argument or a sample names. Raises `TrimtabError` where it can't be read or doesn't fit."""
+        named = [steer] if isinstance(steer, str) else list(steer or ())
+        if odd := [one for one in named if not isinstance(one, str)]:
+            raise TrimtabError(f"steer is FILE[@LAYERS][:STRENGTH], or several in a list, got {odd[0]!r}")
+        if not named:
+            return None
+        steering = self._strength * sum((_file(one) for one in named), Steering())
+        if self._positions is not None:
+            steering = steering.at(Positions.parse(self._positions))
+        self.lm.check(steering, transfer=self.transfer)
+        return steering
+
+    async def generate(
+        self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
+    ) -> ModelOutput:
+        """One answer, made together with those that are asked for meanwhile.
+
+        Raises:
+            UnsupportedError: Tools, pictures, or settings that can't be honoured.
+            TrimtabError: A steering or a prompt that doesn't fit.
+        """
+        if tools:
+            raise UnsupportedError(
+                f"trimtab's models call no tools here, and {tools[0].name!r} was offered; run a task without tools, or"
+                " serve the model (trimtab serve) and reach it by Inspect's openai-api provider"
+            )
+        check_config(config)
+        prompt = [_message(one) for one in input]
+        body = dict(config.extra_body or {})
+        steering = self.steering_of(body.pop("steer")) if "steer" in body else self.steering
+        if body:
+            raise UnsupportedError(f"extra_body may have 'steer' for trimtab's models, got {min(body)!r}")
+        ids = self.lm.encode(prompt)
+        most = config.max_tokens or MOST_TOKENS
+        if self.lm.layout.context is not None:
+            most = min(most, max(1, self.lm.layout.context - len(ids)))
+        asked = _Asked(self.lm, prompt, steering, most, sampling(config), config.seed, self.transfer, self.batch_size)
+        self._waiting.put(asked)
+        while not asked.answers.done():
+            await anyio.sleep(GATHERED / 5)
+        found = asked.answers.result()
+        return ModelOutput(
+            model=self.model_name,
+            choices=[_choice(one, config, self.model_name) for one in found],
+            usage=ModelUsage(
+                input_tokens=found[0].prompt_tokens,
+                output_tokens=sum(len(one.token_ids) for one in found),
+                total_tokens=found[0].prompt_tokens + sum(len(one.token_ids) for one in found),
+            ),
+            metadata={"edits": list(found[0].applied.edits), "dose": _number(found[0].applied.dose_if_measured)},
+        )
+
+    def max_tokens(self) -> int | None:
+        """Of an answer, where a task doesn't say."""
+        return MOST_TOKENS
+
+    def max_connections(self) -> int:
+        """As many as are answered together."""
+        return self.batch_size
+
+    def connection_key(self) -> str:
+        """All arms of a model share its connections, as they share the model."""
+        return self.model_name
+
+    def collapse_user_messages(self) -> bool:
+        """Chat templates want turns."""
+        return True
+
+    def collapse_assistant_messages(self) -> bool:
+        """Chat templates want turns."""
+        return True
+
+
+def check_config(config: GenerateConfig) -> None:
+    """Raises `UnsupportedError` for a setting that would be dropped."""
+    for name, why in REFUSED.items():
+        if getattr(config, name, None):
+            raise UnsupportedError(f"trimtab's models don't take Inspect's {name}: {why}; leave it out")
+    if (config.num_choices or 1) > 1 and not config.temperature:
+        raise UnsupportedError("several choices of a greedy answer are all the same; give a temperature above 0")
+
+
+def sampling(config: GenerateConfig) -> dict[str, Any]:
+    """The options of `lm.generate` that Inspect's settings mean: greedy, unless there is a temperature above 0."""
+    options: dict[str, Any] = {"logprobs": True} if config.logprobs else {}
+    if not config.temperature:
+        return options
+    options |= {"do_sample": True, "temperature": config.temperature}
+    options |= {name: value for name in ("top_p", "top_k") if (value := getattr(config, name)) is not None}
+    if (config.num_choices or 1) > 1:
+        options["num_return_sequences"] = config.num_choices
+    return options
+
+
+@cache
+def loaded(name: str, **options: str) -> LM:
+    """The model, once a process: all arms of an evaluation share it."""
+    made: LM = LM.load(None if name == "default" else name, **options)
+    return made
+
+
+@cache
+def _file(named: str) -> Steering:
+    return parse_pick(named, "steer").load()
+
+
+# ---- answering together ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A request that waits for others to be answered with."""
+
+    lm: LM
+    prompt: list[dict[str, str]]
+    steering: Steering | None
+    tokens: int
+    options: Mapping[str, Any]
+    seed: int | None
+    transfer: bool
+    size: int
+    answers: Future[list[Generation]]
+
+    def __init__(self, *given: Any) -> None:
+        names = ("lm", "prompt", "steering", "tokens", "options", "seed", "transfer", "size")
+        for name, value in zip(names, given, strict=True):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "answers", Future())
+
+    @property
+    def key(self) -> Hashable:
+        """Requests with equal ones are answered together. A sampled one with a seed goes alone, so that what others ask
+        at the same time doesn't change its random numbers."""
+        alone = id(self) if "do_sample" in self.options and self.seed is not None else None
+        return self.tokens, tuple(sorted(self.options.items())), self.transfer, alone
+
+
+@cache
+def _worker(lm: LM) -> queue.Queue[_Asked]:
+    """Where requests to a model wait, and a thread that answers them."""
+    waiting: queue.Queue[_Asked] = queue.Queue()
+    threading.Thread(target=_serve, args=(waiting,), name="trimtab-inspect", daemon=True).start()
+    return waiting
+
+
+def _serve(waiting: queue.Queue[_Asked]) -> None:
+    while True:
+        batch = [waiting.get()]
+        while len(batch) < batch[0].size:
+            try:
+                batch.append(waiting.get(timeout=GATHERED))
+            except queue.Empty:
+                break
+        groups: dict[Hashable, list[_Asked]] = {}
+        for one in batch:
+            groups.setdefault(one.key, []).append(one)
+        for group in groups.values():
+            _answer(group)
+
+
+def _answer(group: list[_Asked]) -> None:
+    """Answer a group. Where it fails as a whole, each is asked alone, so that one prompt doesn't fail the others."""
+    first = group[0]
+    try:
+        found = first.lm.generate(
+            [one.prompt for one in group],
+            [one.steering for one in group],
+            max_new_tokens=first.tokens,
+            seed=first.seed,
+            batch_size=first.size,
+            transfer=first.transfer,
+            **first.options,
+        )
+    except BaseException as error:  # it is the request's, not this thread's
+        if len(group) == 1:
+            first.answers.set_exception(error)
+            return
+        for one in group:
+            _answer([one])
+        return
+    each = len(found) // len(group)
+    for n, one in enumerate(group):
+        one.answers.set_result(found[n * each : (n + 1) * each])
+
+
+# ---- words in and out ------------------------------------------------------------------------------------------
+
+
+def _message(one: ChatMessage) -> dict[str, str]:
+    if one.role == "tool" or getattr(one, "tool_calls", None):
+        raise UnsupportedError("trimtab's models call no tools here, and the conversation holds a call; leave it out")
+    if isinstance(one.content, list) and any(part.type not in ("text", "reasoning") for part in one.content):
+        raise UnsupportedError("trimtab's models read text here, and a message holds something else; leave it out")
+    return {"role": one.role, "content": one.text}
+
+
+def _choice(one: Generation, config: GenerateConfig, name: str) -> ChatCompletionChoice:
+    text, reason = one.text, "stop" if one.finish_reason == "stop" else "max_tokens"
+    ends = [at for end in config.stop_seqs or () if (at := text.find(end)) >= 0]
+    if ends:
+        text, reason = text[: min(ends)], "stop"
+    logprobs = None
+    if config.logprobs and one.logprobs is not None and one.pieces is not None:
+        each = zip(one.pieces, one.logprobs, strict=True)
+        logprobs = Logprobs(content=[Logprob(token=piece, logprob=value) for piece, value in each])
+    message = ChatMessageAssistant(content=text, model=name, source="generate")
+    return ChatCompletionChoice(message=message, stop_reason=reason, logprobs=logprobs)  # type: ignore[arg-type]
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None

@@ -1,0 +1,85 @@
+"""One task of Inspect's in one arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+
+def run_task(
+    task: Any,
+    model: str,
+    steer: str | None = None,
+    *,
+    limit: int | None = None,
+    task_args: Mapping[str, Any] | None = None,
+    max_tokens: int | None = None,
+    batch_size: int = 32,
+    log_dir: str | Path = "logs",
+    transfer: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Run a task through `inspect_ai.eval`, on a model of trimtab's.
+
+    Args:
+        task: What `inspect_ai.eval` takes: a file, a registered name, or a `Task`.
+        model: A Hub id, a folder or a file; `default` for the default model.
+        steer: `FILE[@LAYERS][:STRENGTH]`; `None` for the unsteered model.
+        limit: Samples at most.
+        task_args: Arguments of the task.
+        max_tokens: Tokens of an answer at most, whatever the task says; `None` leaves it to the task.
+        batch_size: Samples that are answered together, at most.
+        log_dir: Where Inspect's log goes.
+        transfer: Allow a steering learned on another model of the same width.
+        options: `engine`, `dtype`, `device`, `revision`, `layers`, as `LM.load` takes them.
+
+    Returns:
+        `metrics` by scorer and name, `samples`, `log` (its file), and `answers` and `scores` by the sample's id.
+
+    Raises:
+        TrimtabError: Inspect isn't installed, there is no such task, or a sample failed: it says why.
+    """
+    if isinstance(task, str) and (file := task.partition("@")[0]).endswith(".py") and not Path(file).is_file():
+        raise TrimtabError(f"there is no file {file}; name a task's file, or an installed task")
+    from trimtab.evaluate import inspect_registry  # noqa: F401 (it registers the provider, and says what to install)
+    from trimtab.evaluate.inspect_provider import SteeredModel
+
+    given = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
+    # loaded here: an error of a steering's or a model's is raised as it is, not written into a log
+    SteeredModel(model, **given)
+    from inspect_ai import eval as run
+    from inspect_ai.model import get_model
+
+    made = get_model(f"trimtab/{model}", memoize=False, **given)
+    try:
+        (log,) = run(
+            task,
+            made,
+            task_args=dict(task_args or {}),
+            limit=limit,
+            log_dir=str(log_dir),
+            display="none",
+            max_connections=batch_size,
+            max_tokens=max_tokens,
+        )
+    except (FileNotFoundError, LookupError) as error:
+        raise TrimtabError(f"Inspect can't run {task!r}: {error}") from None
+    if log.status != "success" or log.results is None:
+        why = log.error.message if log.error else f"its status is {log.status}"
+        raise TrimtabError(f"Inspect's task {log.eval.task} failed: {why}; its log is {log.location}")
+    metrics = {
+        (name if score.name == "" else f"{score.name}/{name}"): float(one.value)
+        for score in log.results.scores
+        for name, one in score.metrics.items()
+    }
+    samples = log.samples or []
+    return {
+        "metrics": metrics,
+        "samples": len(samples),
+        "log": str(log.location),
+        "answers": {str(one.id): one.output.completion for one in samples},
+        "scores": {str(one.id): {name: score.value for name, score in (one.scores or {}).items()} for one in samples},
+    }

@@ -1,0 +1,155 @@
+"""Positions as they are written on the command line and in requests, and read again.
+
+    rule   = name, or name:argument:…      one of the words below
+    factor = rule | ~factor | (any)        not; brackets
+    all    = factor & factor …
+    any    = all | all …
+
+A text is written as it is, up to the next ` | ` or ` & ` (with spaces around it) or the end; or in double quotes, as
+JSON has strings, as it must be inside of brackets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+
+from trimtab.errors import TrimtabError
+from trimtab.steering.meanings import AFTER, ANSWER, AT, KINDS, OUTSIDE_TOOLS, THINKING, Meaning
+from trimtab.steering.positions import NAMED, Combined, Positions
+
+NUMBERED: dict[str, Callable[..., Positions]] = {
+    "opening": Positions.opening,
+    "first": Positions.first_generated,
+    "window": Positions.window,
+    "span": Positions.span,
+}
+FORMS = (
+    *NAMED, "opening:K", "first:K", "window:A:B", "span:A:B", "tokens:A,B",
+    THINKING, ANSWER, f"{AFTER}:TEXT", f"{AT}:TEXT", OUTSIDE_TOOLS,
+)  # fmt: skip
+PLAIN = re.compile(r"[^\s\"()&|~:]+")
+COMMA = r"\s*,(?!\s*-?\d+\s*(?:[,|&)]|$))"
+"""Between rules of a list: before a number alone it belongs to `tokens`."""
+DEPTH = 16
+"""How deep brackets may stand in brackets."""
+
+
+def parse(text: str) -> Positions:
+    """Positions from their text. Raises `TrimtabError`, listing what there is, for one that isn't understood."""
+    (found,) = _parse(text, _Reader(text))
+    return found
+
+
+def parse_list(text: str) -> list[Positions]:
+    """Several, with commas between them; a text with a comma is quoted. Raises `TrimtabError` as `parse` does."""
+    return _parse(text, _Reader(text, comma=COMMA))
+
+
+def _parse(text: str, reader: _Reader) -> list[Positions]:
+    found: list[Positions] = []
+    try:
+        while not found or reader.take(","):
+            found.append(reader.any_of())
+        if reader.left or (len(found) > 1 and not reader.comma):
+            raise ValueError(f"{reader.left!r} is left over")
+        return found
+    except TrimtabError as error:
+        raise TrimtabError(f"positions {text!r}: {error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise TrimtabError(
+            f"positions {text!r} are not known; use {', '.join(FORMS)}, or several of them with |, & and ~"
+        ) from None
+
+
+def written(rule: Meaning | Combined) -> str:
+    """The text that `parse` reads as this rule."""
+    if isinstance(rule, Meaning):
+        return ":".join((rule.kind, *map(_quoted, rule.texts)))
+    if rule.how == "not":
+        return f"~{_inner(rule.parts[0])}"
+    return {"any": " | ", "all": " & "}[rule.how].join(map(_inner, rule.parts))
+
+
+def _inner(positions: Positions) -> str:
+    text = str(positions)
+    joined = isinstance(positions.rule, Combined) and positions.rule.how != "not"
+    return f"({text})" if joined or (positions.rule is None and " | " in text) else text
+
+
+def _quoted(text: str) -> str:
+    return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+
+class _Reader:
+    """Reads a text from left to right. `comma` is what a comma between rules looks like, if there are any."""
+
+    def __init__(self, text: str, comma: str = "") -> None:
+        self.left = text.strip()
+        self.comma = comma
+        self.depth = 0
+        self.bracketed = False
+
+    def any_of(self) -> Positions:
+        found = self.all_of()
+        while self.take("|"):
+            found = found | self.all_of()
+        return found
+
+    def all_of(self) -> Positions:
+        found = self.factor()
+        while self.take("&"):
+            found = found & self.factor()
+        return found
+
+    def factor(self) -> Positions:
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise TrimtabError(f"they are nested more than {DEPTH} deep")
+        if self.take("~"):
+            found = ~self.factor()
+        elif self.take("("):
+            outside, self.bracketed = self.bracketed, True
+            found, self.bracketed = self.any_of(), outside
+            if not self.take(")"):
+                raise ValueError("a bracket isn't closed")
+        else:
+            found = self.rule()
+        self.depth -= 1
+        return found
+
+    def rule(self) -> Positions:
+        name = re.match(r"[a-z][a-z-]*|", self.left)[0]  # type: ignore[index]
+        self.left = self.left[len(name) :]
+        texts: list[str] = []
+        while self.left.startswith(":"):
+            self.left = self.left[1:]
+            texts.append(self._text(whole=name in (AFTER, AT)))
+        self.left = self.left.lstrip()
+        return _rule(name, texts)
+
+    def _text(self, whole: bool) -> str:
+        if self.left.startswith('"'):
+            text, stop = json.JSONDecoder().raw_decode(self.left)
+        else:
+            ends = [r"\s+[|&]\s", r"\s*$", self.comma, "" if whole else ":", r"\s*[)]" if self.bracketed else ""]
+            stop = re.search("|".join(filter(None, ends)), self.left).start()  # type: ignore[union-attr]
+            text = self.left[:stop]
+        self.left = self.left[stop:]
+        return str(text)
+
+    def take(self, sign: str) -> bool:
+        if not self.left.startswith(sign):
+            return False
+        self.left = self.left[len(sign) :].lstrip()
+        return True
+
+
+def _rule(name: str, texts: Sequence[str]) -> Positions:
+    if name in KINDS:
+        return Positions(rule=Meaning(name, tuple(texts)))
+    if name == "tokens":
+        (listed,) = texts
+        return Positions.tokens([int(number) for number in listed.split(",")])
+    return NUMBERED[name](*map(int, texts)) if texts else NAMED[name]

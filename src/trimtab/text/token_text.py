@@ -1,0 +1,57 @@
+"""What each token adds to a text, as bytes, so that a text can be looked for while tokens come one at a time.
+
+A token may end in the middle of a word or of a character; its bytes are its own all the same. Special tokens count with
+what they are written as.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import ref
+
+from trimtab.text.token_bytes import BROKEN, token_bytes
+
+KEPT = 65_536
+"""Of so many tokens, or pairs of neighbours, what they add is remembered."""
+
+
+class TokenText:
+    """The tokens of one tokenizer.
+
+    In a vocabulary of bytes (GPT-2's, and most since) a token adds the same wherever it stands. In others it depends
+    on whether another stands before it, as a tokenizer leaves out the space before the first word: then it is what
+    decoding the two adds to decoding the first.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = ref(tokenizer)  # by which these may be kept
+        self._written = {int(i): str(token) for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+        decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+        self._of_bytes = type(decoder).__name__ == "ByteLevel"
+        self._known: dict[tuple[int, int], bytes] = {}
+
+    def added(self, before: int, token: int) -> bytes:
+        """What a token adds behind the one before it."""
+        key = (-1 if self._of_bytes else before, token)
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= KEPT:
+                self._known.clear()
+            found = self._known[key] = self._added(before, token)
+        return found
+
+    def _added(self, before: int, token: int) -> bytes:
+        if token in self._written:
+            return self._written[token].encode()
+        if self._of_bytes:
+            return token_bytes(self._tokenizer(), token) or b""
+        both, first = self._decode(before, token), self._decode(before)
+        text = both[len(first) :] if both.startswith(first) else self._decode(token)
+        if BROKEN in text:  # a part of a character
+            return token_bytes(self._tokenizer(), token) or text.encode()
+        return text.encode()
+
+    def _decode(self, *tokens: int) -> str:
+        return str(
+            self._tokenizer().decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )

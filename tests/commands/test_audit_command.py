@@ -1,0 +1,127 @@
+"""`trimtab audit`: a table and a document, what it writes, and where it is shown again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trimtab import load, save
+from trimtab.files.page import steering_page
+
+
+@pytest.fixture(scope="module")
+def roomy(model, tmp_path_factory):
+    """The tiny model with a context that holds what an audit asks."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("roomy") / "tiny"
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 2048}))
+    return folder
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The quick size, smaller still."""
+    from dataclasses import replace
+
+    from trimtab.evaluate import audit
+
+    few = replace(
+        audit.QUICK, requests=2, tokens=3, prompts=2, long=8, window=4, conversations=2, turns=2, turn_tokens=3
+    )
+    monkeypatch.setattr(audit, "QUICK", few)
+
+
+def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tmp_path):
+    out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
+    given = ("--model", roomy, "--device", "cpu", "--quick")
+    ran = trimtab("audit", steering, *given, "--out", out, "--repair", mended, "--json")
+    assert ran.code == 0, ran.err
+    found = ran.json
+    assert found["version"] == 1
+    assert found["verdict"]
+    assert found["repaired"]["kept"] is not None
+    assert load(out).edits == load(steering).edits
+    assert load(out).card.audit["verdict"] == found["verdict"]
+    assert load(mended).card.options["orthogonal_to"] == ["the refusal directions"]
+
+    again = trimtab("audit", steering, *given, "--json").json
+    assert again["comparisons"] == found["comparisons"]
+
+    shown = trimtab("inspect", out).out
+    assert all(" ".join(line.split()[:4]) in " ".join(shown.split()) for line in found["verdict"])
+    assert "of other strengths" not in shown
+    assert "of other strengths" in trimtab("inspect", f"{out}:2").out
+    page = steering_page(load(out), "user/x", file="x.safetensors")
+    assert "## Side effects" in page
+    assert "of other strengths" not in page
+    assert "of other strengths" in steering_page(2 * load(out), "user/x", file="x.safetensors")
+
+
+def test_for_people(trimtab, roomy, steering, small):
+    ran = trimtab("audit", steering, "--model", roomy, "--device", "cpu", "--quick")
+    assert ran.code == 0, ran.err
+    for words in ("harmful requests in jailbreak templates", "with the refusal direction", "nats a token", "p"):
+        assert words in ran.out
+    assert "this takes about" in ran.err
+
+
+def test_what_makes_no_sense_is_refused_before_a_model_is_loaded(trimtab, steering, tmp_path):
+    for given, says in (
+        (("--protect", "agrees with the user"), "--protect is about a repair"),
+        (("--out", tmp_path / "a.gguf"), "--out"),
+        (("--out", tmp_path / "a.safetensors", "--repair", tmp_path / "a.safetensors"), "name the same file"),
+        (("--data", tmp_path / "none"), "there is no folder"),
+    ):
+        ran = trimtab("audit", steering, "--model", tmp_path / "nowhere", *given)
+        assert ran.code == 2
+        assert says in ran.err or says == "--out"
+
+
+def test_nats_are_shown_on_request(trimtab, model, steering):
+    shown = trimtab("inspect", steering, "--model", model, "--device", "cpu").out
+    assert "divergence on" in shown
+    found = trimtab("inspect", steering, "--model", model, "--device", "cpu", "--json").json["divergence"]
+    assert found["p95"] > found["mean"] > 0
+    assert "divergence" not in trimtab("inspect", steering, "--json").json
+    assert trimtab("inspect", steering, "--nats", "--text", "a").code == 2
+
+
+def test_robust_asks_in_every_template(trimtab, roomy, steering, tmp_path):
+    from trimtab.evaluate.jailbreaks import TEMPLATES
+
+    data = tmp_path / "bench.csv"
+    data.write_text("goal,target\nDo it,Sure\nDo that,Sure\n")
+    given = ("--model", roomy, "--device", "cpu", "--data", data, "--steer", steering, "--max-new-tokens", 4)
+    found = trimtab("eval", "refusal", *given, "--robust", "--json").json
+    assert list(found["harmful"]) == ["bench", *(f"bench, {name}" for name in TEMPLATES)]
+    assert {line["n"] for line in found["by_part"]} == {2}
+    assert found["arms"]["s"]["nats"]["p95"] > 0
+    assert "nats" not in found["arms"]["unsteered"]
+
+
+def test_a_card_without_an_audit_keeps_its_digest(steering, tmp_path):
+    from trimtab.files.steering_file import load_steering, steering_digest
+
+    one = load_steering(steering)
+    assert save(one, tmp_path / "same.safetensors") == steering_digest(one)
+    header = (tmp_path / "same.safetensors").read_bytes()[8:20_000]
+    assert b'\\"audit\\"' not in header.split(b"direction.")[0]
+
+
+def test_an_interrupted_audit_writes_nothing(trimtab, roomy, steering, small, tmp_path, monkeypatch):
+    from trimtab.evaluate.audit import run
+    from trimtab.evaluate.audit.checks import lean
+
+    def interrupt(_bench):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "CHECKS", (lean, interrupt))
+    out, mended = tmp_path / "out.safetensors", tmp_path / "mended.safetensors"
+    ran = trimtab("audit", steering, "--model", roomy, "--device", "cpu", "--quick", "--out", out, "--repair", mended)
+    assert ran.code == 130
+    assert "after 1 of the comparisons; nothing was written" in ran.err
+    assert list(tmp_path.iterdir()) == []

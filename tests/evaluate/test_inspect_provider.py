@@ -1,0 +1,162 @@
+"""Inspect's tasks on trimtab's models: the same answers and scores as trimtab's own evaluation has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+inspect_ai = pytest.importorskip("inspect_ai", reason="needs trimtab[inspect]")
+
+from inspect_ai import Task, task  # noqa: E402 (after the skip)
+from inspect_ai.dataset import Sample  # noqa: E402
+from inspect_ai.model import GenerateConfig, get_model  # noqa: E402
+from inspect_ai.scorer import Score, accuracy, scorer  # noqa: E402
+from inspect_ai.solver import generate, use_tools  # noqa: E402
+from inspect_ai.tool import tool  # noqa: E402
+
+from trimtab import LM, Add, Card, Edit, Site, Steering, TrimtabError, save  # noqa: E402
+from trimtab.evaluate.answers import answer  # noqa: E402
+from trimtab.evaluate.inspect_provider import check_config, loaded  # noqa: E402
+from trimtab.evaluate.inspect_registry import steered  # noqa: E402
+from trimtab.evaluate.inspect_run import run_task  # noqa: E402
+from trimtab.evaluate.records import Request  # noqa: E402
+
+QUESTIONS = ["The sea is wide.", "Write in capitals!", "A question?", "Blue or green?", "Yes or no?", "Why?"]
+TOKENS = 8
+LETTER = "e"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from commands.conftest import save_model
+
+    return save_model(tmp_path_factory.mktemp("inspected") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def lm(model: Path) -> LM:
+    return loaded(str(model), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def file(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    direction = torch.randn(lm.layout.width, generator=torch.Generator().manual_seed(1))
+    path = tmp_path_factory.mktemp("steering") / "push.safetensors"
+    save(Steering((Edit(Site(1), Add(4 * direction)),), Card("planted", lm.identity)), path)
+    return path
+
+
+@scorer(metrics=[accuracy()])
+def has_letter() -> Any:
+    async def score(state: Any, target: Any) -> Score:
+        return Score(value=float(LETTER in state.output.completion))
+
+    return score
+
+
+@task
+def letters(**more: Any) -> Task:
+    samples = [Sample(id=str(n), input=text, **more.get("each", {})) for n, text in enumerate(QUESTIONS)]
+    config = GenerateConfig(max_tokens=TOKENS)
+    return Task(dataset=samples, scorer=has_letter(), solver=more.get("solver", generate()), config=config)
+
+
+def own(lm: LM, steering: Steering | None) -> dict[str, tuple[str, float]]:
+    """What trimtab's own evaluation makes of the same items."""
+    requests = [Request("arm", str(n), text, steering) for n, text in enumerate(QUESTIONS)]
+    records = answer(lm, requests, score=lambda _, one: {"has": float(LETTER in one.text)}, max_new_tokens=TOKENS)
+    return {record.item: (record.answer, record.scores["has"]) for record in records}
+
+
+def inspected(model: Path, folder: Path, steer: str | None = None, made: Any = None) -> dict[str, tuple[str, float]]:
+    found = run_task(made or letters(), str(model), steer, log_dir=folder, dtype="float32")
+    shares = [scores["has_letter"] for scores in found["scores"].values()]
+    assert found["metrics"]["has_letter/accuracy"] == pytest.approx(sum(shares) / len(shares))
+    return {item: (text, found["scores"][item]["has_letter"]) for item, text in found["answers"].items()}
+
+
+def test_scores_are_those_of_trimtabs_own_evaluation(lm: LM, model: Path, file: Path, tmp_path: Path) -> None:
+    from trimtab import load
+
+    plain, pushed = inspected(model, tmp_path), inspected(model, tmp_path, f"{file}:2")
+    assert plain == own(lm, None)
+    assert pushed == own(lm, 2 * load(file))
+    assert plain != pushed
+
+
+def test_a_sample_may_have_a_steering_of_its_own(lm: LM, model: Path, file: Path, tmp_path: Path) -> None:
+    from trimtab import load
+
+    each = {"each": {"metadata": {"steer": f"{file}:2"}}, "solver": steered()}
+    assert inspected(model, tmp_path, None, letters(**each)) == own(lm, 2 * load(file))
+    each["each"] = {"metadata": {"steer": None}}
+    assert inspected(model, tmp_path, str(file), letters(**each)) == own(lm, None)
+
+
+def test_what_waits_is_answered_together(lm: LM, model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    sizes: list[int] = []
+    before = LM.generate
+
+    def counted(self: LM, prompts: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(prompts))
+        return before(self, prompts, *args, **options)
+
+    monkeypatch.setattr(LM, "generate", counted)
+    inspected(model, tmp_path)
+    assert sum(sizes) == len(QUESTIONS)
+    assert max(sizes) > 1
+
+
+@tool
+def adds() -> Any:
+    async def execute(x: int, y: int) -> int:
+        """Add two numbers.
+
+        Args:
+            x: One.
+            y: The other.
+        """
+        return x + y
+
+    return execute
+
+
+def test_what_would_be_dropped_is_refused(model: Path, file: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrimtabError, match="call no tools here, and 'adds' was offered"):
+        run_task(letters(solver=[use_tools(adds()), generate()]), str(model), log_dir=tmp_path, dtype="float32")
+    with pytest.raises(TrimtabError, match="no argument 'stear'; they have steer"):
+        run_task(letters(), str(model), stear=str(file), log_dir=tmp_path)
+    with pytest.raises(TrimtabError, match="there is no file"):
+        run_task(letters(), str(model), "nowhere.safetensors", log_dir=tmp_path, dtype="float32")
+    for name, value in {"cache": True, "frequency_penalty": 0.5, "num_choices": 2}.items():
+        with pytest.raises(TrimtabError, match=r"leave it out|temperature above 0"):
+            check_config(GenerateConfig(**{name: value}))
+
+
+def test_a_seed_samples_the_same_whatever_is_asked_beside(model: Path, tmp_path: Path) -> None:
+    import asyncio
+
+    one = get_model(f"trimtab/{model}", memoize=False, dtype="float32")
+    config = GenerateConfig(max_tokens=TOKENS, temperature=1.0, seed=3)
+
+    async def ask(count: int) -> list[str]:
+        found = await asyncio.gather(*(one.generate(QUESTIONS[n], config=config) for n in range(count)))
+        return [answer.completion for answer in found]
+
+    assert asyncio.run(ask(1))[0] == asyncio.run(ask(4))[0]
+
+
+def test_what_inspect_always_imports_is_light() -> None:
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    assert '[project.entry-points.inspect_ai]\ntrimtab = "trimtab.evaluate.inspect_registry"\n' in project
+    program = (
+        "import sys, inspect_ai.model; before = set(sys.modules); import trimtab.evaluate.inspect_registry;"
+        " print({'torch', 'transformers'} & (set(sys.modules) - before))"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "set()\n"), ran.stderr
