@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.engines.answer import Applied
+from trimtab.engines.meanings import follower
 from trimtab.engines.resolve import Where, acting, resolve, waits_for_prompt, wanted
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import positions_of
@@ -83,7 +84,7 @@ def check_clean_edits(edits: Sequence[Edit], prompt_length: int) -> None:
                 f"{edit} steers attention scores, which a clean cache doesn't have; rejection does, and keeps the cache"
                 " clean as well: ask for that instead (beta 0 rejects nothing)"
             )
-        spans = edit.positions.resolve(prompt_length)
+        spans = edit.positions.reach(prompt_length)
         if not any(stop is None or stop >= prompt_length for _, stop in spans):
             raise UnsupportedError(
                 f"over a clean cache steering acts from the last prompt token on, and {edit} acts before it alone;"
@@ -236,7 +237,8 @@ class _Twins(GenerationBatch):
     def seat(self, row: BatchRow, cache: DynamicCache, place: int) -> None:
         """A row joins, whose prompt stands in this row of a cache, and whose last token is read again by twins."""
         kept = len(row.request.ids) - 1
-        self._session.insert(row.edits, kept + 1, kept)
+        ids = row.request.ids
+        self._session.insert(row.edits, len(ids), follower(self.tokenizer, row.edits, ids), position=kept)
         self._cache.insert(_without_last(cache), [(place, kept)])
         self._rows.append(row)
         self._run = None
@@ -257,6 +259,7 @@ class _Twins(GenerationBatch):
         self._session.advance()
         cache.advance(2)
         chosen, tokens = self._choose(self._rows, logits, run.sampler, None, None, drafts=False)
+        self._session.turn([row.newest for row in self._rows])
         run.advance(tokens)
         return self._without_the_done(self._switch_on(chosen))
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.engines.folding import sweep
+from trimtab.engines.meanings import NOTHING
 from trimtab.engines.resolve import acting, waits_for_prompt, wanted
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, GenerationResponse
@@ -211,8 +212,8 @@ def _by_text(rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
 
 
 def _acted(edits: tuple[Edit, ...], prompt_length: int) -> Acted:
-    """What acts where behind a prompt of so many tokens."""
-    spans = sweep(edits, prompt_length)
+    """What acts where in a prompt of so many tokens, of which none has a meaning."""
+    spans = sweep(edits, prompt_length, NOTHING)
     return tuple((a, b, _what([edit for edit in edits if edit.positions in rules])) for a, b, rules in spans)
 
 
