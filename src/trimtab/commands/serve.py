@@ -12,6 +12,7 @@ import typer
 
 from trimtab.commands.model import (
     PANEL,
+    AdapterOption,
     DeviceOption,
     DtypeOption,
     LayersPathOption,
@@ -187,6 +188,7 @@ def serve(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    adapter: AdapterOption = None,
     template: TemplateOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with steering as extra fields.
@@ -269,6 +271,7 @@ def serve(
         dtype=dtype,
         revision=revision,
         layers_path=layers_path,
+        adapter=adapter,
         quiet=False,
         template=template,
     )
@@ -341,7 +344,7 @@ def _serve_vllm(
     given = context.get_parameter_source("rows")
     wanted = rows if given is not None and given.name == "COMMANDLINE" else None
     command = vllm_command(model=model, host=host, port=port, rows=wanted, dtype=dtype, revision=revision, more=more)
-    hand_over(command, vllm_environment(os.environ, steerings), steerings)
+    hand_over(command, vllm_environment(os.environ, steerings, more), steerings)
 
 
 def check_installed() -> None:

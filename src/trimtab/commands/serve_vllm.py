@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import typer
 
+from trimtab.engines.vllm.memory import cpu_space
 from trimtab.errors import TrimtabError
 
 PASSED = ("steerings", "host", "port", "rows", "model", "dtype", "revision", "insecure", "engine", "vllm")
@@ -58,9 +59,14 @@ def vllm_command(
     return [*command, *more]
 
 
-def vllm_environment(environment: Mapping[str, str], steerings: Path | None) -> dict[str, str]:
-    """This process's environment for the server: the plugin with its routes, the steerings, and the API key."""
-    found = dict(environment)
+def vllm_environment(
+    environment: Mapping[str, str], steerings: Path | None, more: Sequence[str] = ()
+) -> dict[str, str]:
+    """This process's environment for the server: the plugin with its routes, the steerings, the API key, and memory.
+
+    `more` are options of vLLM's; what they say of memory isn't said again.
+    """
+    found = {**environment, **cpu_space(more, environment)}
     named = found.get("VLLM_PLUGINS")
     others = _plugins() if named is None else {one for one in named.split(",") if one}
     found["VLLM_PLUGINS"] = ",".join(sorted({"trimtab", *others}))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
 from trimtab.learn.given import pairs_for
@@ -45,6 +46,7 @@ POSITIONS = {
 in many models it is an attention sink whose norm is a hundred times the others'."""
 
 
+@keywords
 def learn_instruct(
     lm: LM,
     pairs: Pairs,
@@ -75,11 +77,12 @@ def learn_instruct(
     pairs = pairs_for(lm, pairs)
     _check_operation(operation, one_sided)
     chosen = check_layers(lm, layers, DEPTH)
-    moments = contrast(lm, _texts(lm, pairs), chosen, progress=progress)
+    moments = contrast(lm, prompt_texts(lm, pairs), chosen, progress=progress)
     card = instruct_card(lm, pairs, moments, options)
     return steering_from(moments, operation=operation, positions=positions, one_sided=one_sided, card=card)
 
 
+@keywords
 def learn_many(
     lm: LM,
     sets: Mapping[str, Pairs],
@@ -95,10 +98,11 @@ def learn_many(
     """
     chosen = check_layers(lm, layers, DEPTH)
     return contrast_many(
-        lm, {name: _texts(lm, pairs_for(lm, pairs)) for name, pairs in sets.items()}, chosen, progress=progress
+        lm, {name: prompt_texts(lm, pairs_for(lm, pairs)) for name, pairs in sets.items()}, chosen, progress=progress
     )
 
 
+@keywords
 def steering_from(
     moments: Moments,
     layers: int | Sequence[int] | None = None,
@@ -130,6 +134,7 @@ def steering_from(
     return Steering(edits, replace(card, options={**card.options, **does}, measured=measured))
 
 
+@keywords
 def steerings_from(
     moments: Mapping[str, Moments],
     layers: int | Sequence[int] | None = None,
@@ -173,7 +178,8 @@ def _check_operation(operation: str, one_sided: bool) -> None:
         raise TrimtabError(f"one_sided is for projections, and {operation!r} adds; use operation='project'")
 
 
-def _texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
+def prompt_texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
+    """The ids of both prompts of each pair, to be read at their last tokens. Raises `TrimtabError` for other shapes."""
     prompts = [_prompts(pair) for pair in pairs]
     encoded: dict[Side, list[int]] = {}
     for number, both in enumerate(prompts, 1):

@@ -256,7 +256,7 @@ class Scheduler:
         return Failed("shutdown", "the server is shutting down") if shut else None
 
     def _begin(self, task: Task) -> _Answer:
-        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop))
+        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop, task.shown))
 
     def _join(self, task: Task) -> None:
         answer = self._begin(task)
@@ -337,6 +337,7 @@ def _request(task: Task) -> GenerationRequest:
         task.sampling,
         task.alternatives,
         rejection=task.rejection if task.steering is not None and task.steering.edits else None,
+        matcher=task.matcher,
         clean_cache=task.clean_cache and task.rejection is None,  # with rejection it is clean in any case
         monitors=task.monitors,
         scope=task.scope,

@@ -81,6 +81,12 @@ def conditional(edit: Any) -> Any:
     return replace(edit, operation=Conditional(edit.operation, edit.gate)) if edit.gate.token_sites else edit
 
 
+def unconditional(edit: Any) -> Any:
+    """The edit as it was before `conditional`."""
+    inner = getattr(edit.operation, "operation", None)
+    return edit if inner is None else replace(edit, operation=inner)
+
+
 def _shape(gate: Gate) -> Shape:
     if isinstance(gate, Threshold):
         return (gate.measure,)

@@ -88,3 +88,45 @@ def test_an_added_vector_is_added(vllm: Any) -> None:
     change = (steered[Site(11)] - plain[Site(11)])[1:]  # the first token's activation is so large that little is left
     wanted = steering.edits[0].operation.direction
     assert float((change - wanted).norm(dim=-1).max() / wanted.norm()) < 0.05
+
+
+def test_the_operators_of_captured_graphs_in_a_compiled_model(tmp_path: Path) -> None:
+    """All that they can do, in one batch: as transformers has it, and unsteered rows to the bit."""
+    options = {**OPTIONS, "dtype": "float32", "model": small_model(tmp_path / "model")}
+    body = f"""
+import torch
+from trimtab import Ablate, Add, Edit, Positions, ScaleElements, SetProjection, Site, Steering, Threshold
+from cases import direction
+options = {options!r}
+name = options.pop("model")
+ours, theirs = LM.load(name, engine="vllm", **options), LM.load(name, dtype="float32")
+(hello,) = ours._rpc("trimtab_hello")
+print("static", hello["static"], hello["unfired"])
+gate = Threshold(Site(1), direction(60), 0.0, each_token=True)
+given = [
+    Edit(Site(1), SetProjection(direction(2), 4.0), Positions.span(2, 7)),
+    Edit(Site(1), Ablate(direction(3)), Positions.all(), gate=gate),
+    Edit(Site(2), Add(direction(4, 2.0), keep_norm=True), Positions.all()),
+    Edit(Site(2), ScaleElements((direction(5) > 0.02).float()), Positions.prompt()),
+    Edit(Site(0), Add(direction(6, 2.0)), Positions.all()),
+]
+for edit in given:
+    steering = Steering((edit, Edit(Site(3), Add(direction(7)), Positions.span(0, 4))))
+    read = ours.capture(PROMPTS[5], [0, 1, 2, 3], Positions.prompt(), steering=steering)[0]
+    with theirs.steered(steering):
+        wanted = theirs.capture(PROMPTS[5], [0, 1, 2, 3], Positions.prompt())[0]
+    for site, there in wanted.items():
+        assert float((read[site] - there).norm() / there.norm()) < 2e-4, (edit, site)
+print("the same activations")
+asked = dict(max_new_tokens={NEW}, min_new_tokens={NEW}, logprobs=True, chat=False)
+ours.llm.reset_prefix_cache()
+plain = ours.generate(PROMPTS[:8], **asked)
+ours.llm.reset_prefix_cache()
+mixed = ours.generate(PROMPTS[:8], [Steering((given[i // 2],)) if i % 2 else None for i in range(8)], **asked)
+print("unsteered", [plain[i].logprobs == mixed[i].logprobs for i in range(8)])
+ours.close()
+"""
+    said = run(tmp_path, body, TRIMTAB_STATIC="256", TRIMTAB_KERNEL="all", TRIMTAB_STEPS="2")
+    assert "static True []" in said
+    assert "the same activations" in said
+    assert f"unsteered {[True, False] * 4}" in said, said

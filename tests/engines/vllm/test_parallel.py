@@ -11,12 +11,16 @@ from cases import small_model
 from test_processes import run
 
 COMPARED = """
+import re
 from trimtab import Edit, Positions, SetProjection, Site, Steering
 from cases import direction
 everywhere = Positions.prompt()
 projected = Edit(Site(READ[1]), SetProjection(direction(4), 20.0), Positions.span(2, 7))
 both = added(1, 6.0, layers=READ) + Steering((projected,))
 lm = LM.load(NAME, engine="vllm", **OPTIONS | PARALLEL)
+if "inside" in globals():
+    both = both + inside
+    print("refused", re.search("heads are split", lm.supports(refused)).group())
 print("here", [hello["here"] for hello in lm._rpc("trimtab_hello")])
 rows = [None, both, None, 2 * both]
 ours = lm.generate(PROMPTS[:4], rows, max_new_tokens=12)
@@ -33,6 +37,16 @@ for site, there in wanted.items():
 print("the same activations")
 lm.close()
 """
+SPLIT = """
+from trimtab import Ablate, Add, Edit, Positions, Site, Steering
+from cases import direction
+HEADS, WIDE = Site(1, "heads"), 256
+inside = Steering((
+    Edit(HEADS, Add(direction(5)[:WIDE]), Positions.prompt()),
+    Edit(Site(2, "mlp"), Ablate(direction(6)), Positions.prompt()),
+))
+refused = Steering((Edit(HEADS, Ablate(direction(6)[:WIDE] / direction(6)[:WIDE].norm()), Positions.prompt()),))
+"""
 SAID = ("unsteered [True, True]", "steered [True, True]", "the same model True", "the same activations")
 
 
@@ -46,6 +60,9 @@ def test_stages(tmp_path: Path) -> None:
 
 def test_halves(tmp_path: Path) -> None:
     given = "READ, PARALLEL = [0, 1, 3], {'tensor_parallel_size': 2}"
-    out = run(tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{given}{COMPARED}")
+    out = run(
+        tmp_path, f"NAME = {small_model(tmp_path / 'model')!r}\n{given}{SPLIT}{COMPARED}", TRIMTAB_SITES="heads,mlp"
+    )
     assert f"here {[list(range(4))] * 2}" in out
+    assert "refused heads are split" in out
     assert all(line in out for line in SAID), out

@@ -19,6 +19,7 @@ import torch
 from other_programs import has_vllm
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together, read_write
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trimtab import (
     Ablate,
@@ -35,8 +36,9 @@ from trimtab import (
 )
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.vllm import operator
-from trimtab.engines.vllm.attach import attach
+from trimtab.engines.vllm.attach import Place, attach
 from trimtab.engines.vllm.bank import Bank, Slots
+from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.core import Failure, Room, block_keys, patch_core, patch_scheduler
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.endpoint import Endpoint
@@ -71,11 +73,12 @@ def steering(*edits: tuple[int, Any, Positions]) -> Steering:
     return Steering(tuple(Edit(Site(layer), operation, where) for layer, operation, where in edits))
 
 
-def placed(given: Steering, prompt_length: int) -> tuple[Wire, Steering]:
+def placed(given: Steering, prompt_length: int, static: bool = False) -> tuple[Wire, Steering]:
     """The wire of a steering for a prompt of this length, and its content."""
     digest, content, strengths = content_of(given)
     part = Wire.from_plain({"parts": [[digest, list(strengths)]], "reading": None, "prompt_length": 0, "spans": []})
-    wire = part.placed(compile_program(identified(part.parts[0], content), prompt_length), prompt_length)
+    segments = compile_program(identified(part.parts[0], content), prompt_length)
+    wire = part.placed(segments, prompt_length, static=static)
     assert Wire.from_plain(wire.to_plain()) == wire
     return wire, content
 
@@ -83,7 +86,7 @@ def placed(given: Steering, prompt_length: int) -> tuple[Wire, Steering]:
 def rig(slots: int = 8, static: bool = False, dtype: torch.dtype = torch.float64) -> Rig:
     device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, slots, 64, dtype, device)
-    return Rig(tuple(range(LAYERS)), WIDTH, dtype, device, bank, static)
+    return Rig({Site(layer): WIDTH for layer in range(LAYERS)}, dtype, device, bank, static)
 
 
 def start(one: Rig, request: str, given: Steering, prompt_length: int) -> None:
@@ -184,8 +187,8 @@ class Sent:
 FAILURE = Failure("failed", "error", SimpleNamespace, Sent)
 
 
-def request(name: str, given: Steering | None) -> Any:
-    extra = {RESOLVED: placed(given, 4)[0].to_plain()} if given else None
+def request(name: str, given: Steering | None, static: bool = False) -> Any:
+    extra = {RESOLVED: placed(given, 4, static)[0].to_plain()} if given else None
     params = SimpleNamespace(extra_args=extra)
     return SimpleNamespace(request_id=name, sampling_params=params, client_index=0)
 
@@ -208,6 +211,18 @@ class TestWaiting:
         assert list(scheduler.requests) == ["e", "c"]
         scheduler._free_request(scheduler.requests["c"])
         assert list(scheduler.requests) == ["e", "d"]
+
+    def test_requests_wait_for_a_map_too(self, scheduler: Any) -> None:
+        """Where captured graphs are replayed; there are fewer of these, and additions don't wait for them."""
+        scheduler.vllm_config.additional_config["trimtab"] |= {"slots": 9, "maps": 2}
+        mapped = [steering((1, Ablate(direction(i)), RULES[0])) for i in (1, 2)]
+        for name, given in (("a", mapped[0]), ("b", steering((1, Add(direction(3)), RULES[0]))), ("c", mapped[1])):
+            scheduler.add_request(request(name, given, static=True))
+        assert list(scheduler.requests) == ["a", "b"]
+        scheduler._free_request(scheduler.requests["a"])
+        assert list(scheduler.requests) == ["b", "c"]
+        scheduler.add_request(request("d", mapped[0]))  # of an engine without graphs
+        assert list(scheduler.requests) == ["b", "c", "d"]
 
     def test_who_gives_up_waits_no_more(self, scheduler: Any) -> None:
         one, other = (steering((1, Add(direction(i)), RULES[0])) for i in (1, 2))
@@ -280,7 +295,7 @@ class TestRig:
                 x = torch.randn(3 * chunk + 2, WIDTH, generator=seed, dtype=torch.float64)  # two rows of padding
                 residual = torch.randn(x.shape, generator=seed, dtype=torch.float64) if pair else None
                 hidden = x.clone()
-                one.apply(layer, hidden, residual)
+                one.apply(Site(layer), hidden, residual)
                 stream, new = (x, hidden) if residual is None else (x + residual, hidden + residual)
                 for row in range(len(x)):
                     name, t = ("abc"[row // chunk], first + row % chunk) if row < 3 * chunk else ("b", 0)
@@ -301,12 +316,12 @@ class TestRig:
         start(one, "a", steering((1, Add(direction(1)), RULES[2])), 3)
         one.begin(Chunks(["b", "a"], [7, 2], [2, 3]))
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
-        one.apply(1, x, None)
+        one.apply(Site(1), x, None)
         assert x.norm(dim=-1).gt(0).tolist() == [False, False, False, True, True, False, False, False]
         one.finish(["a"])
         one.begin(Chunks(["b"], [9], [1]))
         y = torch.zeros(8, WIDTH, dtype=torch.float64)
-        one.apply(1, y, None)
+        one.apply(Site(1), y, None)
         assert not y.any()
 
     def test_steady_decoding_notices_borders_and_changes_of_the_batch(self) -> None:
@@ -316,28 +331,28 @@ class TestRig:
         for first in range(3, 10):
             one.begin(Chunks(["a"], [first], [1]))
             x = torch.zeros(1, WIDTH, dtype=torch.float64)
-            one.apply(1, x, None)
+            one.apply(Site(1), x, None)
             seen.append(bool(x.any()))
         assert seen == [False, False, True, True, False, False, False]
         start(one, "b", steering((1, Add(direction(1)), RULES[0])), 1)
         one.begin(Chunks(["a", "b"], [10, 1], [1, 1]))
         x = torch.zeros(2, WIDTH, dtype=torch.float64)
-        one.apply(1, x, None)
+        one.apply(Site(1), x, None)
         assert x.norm(dim=-1).gt(0).tolist() == [False, True]
 
     def test_readings_gather_over_chunks_what_the_steering_made(self) -> None:
         one = rig()
         wire, content = placed(steering((1, Add(direction(1)), RULES[0])), 6)
         one.steerings[wire.parts[0].digest] = content
-        one.start("a", Wire(wire.parts, Reading("r", (1, 2), (1, 4)), 6, wire.spans))
+        one.start("a", Wire(wire.parts, Reading("r", (Site(1), Site(2)), (1, 4)), 6, wire.spans))
         for first in (0, 3):
             one.begin(Chunks(["b", "a"], [0, first], [1, 3]))
             for layer in (1, 2):
-                one.apply(layer, torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH))
+                one.apply(Site(layer), torch.full((4, WIDTH), float(first), dtype=torch.float64), torch.ones(4, WIDTH))
             one.end()
         found = one.take("r")
-        assert torch.equal(found[2][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
-        torch.testing.assert_close(found[1][1], 4 + direction(1))
+        assert torch.equal(found[Site(2)][:, 0], torch.tensor([1.0, 4.0], dtype=torch.float64))
+        torch.testing.assert_close(found[Site(1)][1], 4 + direction(1))
         assert one.take("r") == {}
 
     def test_a_request_for_what_was_never_sent_is_an_error(self) -> None:
@@ -359,10 +374,15 @@ class Recorded(TorchDispatchMode):
 
     def replay(self) -> None:
         made: dict[int, Any] = {}
+
+        def current(x: Any) -> Any:
+            return made.get(id(x), x)
+
         for func, args, kwargs, out in self.calls:
-            now = func(*(made.get(id(a), a) for a in args), **kwargs)
-            if isinstance(out, torch.Tensor) and not any(out is a for a in args):
-                made[id(out)] = now
+            given, named = tree_map(current, (args, kwargs))
+            now = func(*given, **named)
+            if not any(out is a for a in args):
+                made |= {id(old): new for old, new in zip(tree_leaves(out), tree_leaves(now), strict=True)}
 
 
 class Step(SimpleNamespace):
@@ -420,7 +440,7 @@ class Runner:
     def _run(self, rows: int) -> None:
         for layer in range(LAYERS):
             for _ in range((layer not in self.without) + (layer in self.twice)):
-                self.rig.apply(layer, torch.zeros(self.rows or rows, WIDTH, dtype=torch.float64), None)
+                self.rig.apply(Site(layer), torch.zeros(self.rows or rows, WIDTH, dtype=torch.float64), None)
 
     def execute_model(self, scheduled: Any, dummy_run: bool = False) -> None:
         rows = scheduled.total_num_scheduled_tokens
@@ -562,10 +582,10 @@ class TestCounting:
 
     def test_a_reading_that_isnt_read(self) -> None:
         one = rig()
-        one.start("r", Wire(reading=Reading("r", (1, 2), (1, 4)), prompt_length=6))
+        one.start("r", Wire(reading=Reading("r", (Site(1), Site(2)), (1, 4)), prompt_length=6))
         one.expect({"r": 6})
         one.begin(Chunks(["r"], [0], [6]))
-        one.apply(1, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+        one.apply(Site(1), torch.zeros(6, WIDTH, dtype=torch.float64), None)
         receipt = one.end()
         assert receipt is not None
         assert "behind block 2" in receipt.settle()["r"]
@@ -574,20 +594,21 @@ class TestCounting:
         """Of a pipeline: the other blocks are other workers'."""
         device = torch.device("cpu")
         here = (0, 1)
-        one = Rig(here, WIDTH, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
+        sites = {Site(layer): WIDTH for layer in here}
+        one = Rig(sites, torch.float64, device, Bank(here, WIDTH, 8, 64, torch.float64, device))
         wire, content = placed(steering(*((layer, edit, RULES[0]) for layer in (1, 3) for edit in self.BOTH)), 6)
         one.steerings[wire.parts[0].digest] = content
-        one.start("a", Wire(wire.parts, Reading("r", (0, 3), (1, 4)), 6, wire.spans))
+        one.start("a", Wire(wire.parts, Reading("r", (Site(0), Site(3)), (1, 4)), 6, wire.spans))
         for missing in (None, 1):
             one.expect({"a": 6})
             one.begin(Chunks(["a"], [0], [6]))
             for layer in here:
                 if layer != missing:
-                    one.apply(layer, torch.zeros(6, WIDTH, dtype=torch.float64), None)
+                    one.apply(Site(layer), torch.zeros(6, WIDTH, dtype=torch.float64), None)
             receipt = one.end()
             assert receipt is not None
             assert list(receipt.settle()) == ([] if missing is None else ["a"])
-        assert list(one.take("r")) == [0]
+        assert list(one.take("r")) == [Site(0)]
 
     BOTH = (Add(direction(1)), SetProjection(direction(2), 1.0))
 
@@ -626,7 +647,7 @@ class TestCountingInGraphs:
         x = torch.zeros(8, WIDTH, dtype=torch.float64)
         with Recorded() as graph:
             for layer in layers:
-                one.apply(layer, x, None)
+                one.apply(Site(layer), x, None)
         return graph, x
 
     def replayed(self, one: Rig, graph: Recorded, first: int) -> dict[str, str]:
@@ -792,7 +813,7 @@ class TestFrontEnd:
         [
             ([HELLO], 2, "1 of 2 workers"),
             ([{**HELLO, "reasons": ["speculative decoding is on"]}], 1, "can't be steered: speculative decoding"),
-            ([{**HELLO, "unfired": [2]}], 1, "lacks trimtab's operator after block 2"),
+            ([{**HELLO, "unfired": ["residual[2]"]}], 1, r"lacks trimtab's operator at residual\[2\]"),
             ([{**HELLO, "here": [0, 1]}, {**HELLO, "here": [3]}], 2, "no worker steers after block 2"),
         ],
     )
@@ -976,14 +997,15 @@ class TestWorkers:
     def test_a_block_is_steered_behind_what_it_puts_out(self, adds_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         """What adds needs the first of a pair alone; shown the second, the compiler has to keep it."""
         seen: list[Any] = []
-        shown = SimpleNamespace(apply=lambda layer, hidden, residual: seen.append((layer, hidden, residual)))
+        sites = [Site(5), Site(6)]
+        shown = SimpleNamespace(apply=lambda *given: seen.append(given), numbered=sites)
         monkeypatch.setattr(operator, "RIGS", [shown])
         one, two = torch.randn(3, WIDTH), torch.randn(3, WIDTH)
         block, plain = torch.nn.Identity(), torch.nn.Identity()
-        attach({5: block, 6: plain}, 0, adds_only=adds_only)
+        attach({Site(5): Place(block, WIDTH), Site(6): Place(plain, WIDTH)}, 0, adds_only=sites[: int(adds_only)])
         assert block((one, two)) == (one, two)
         plain(one)
-        assert [layer for layer, _, _ in seen] == [5, 6]
+        assert [site for site, _, _ in seen] == sites
         assert seen[0][1].equal(one)
         assert seen[0][2] is None if adds_only else seen[0][2].equal(two)
         assert seen[1][1].equal(one)
@@ -1141,6 +1163,14 @@ class TestAround:
         assert settings_from_environment().slots == 12
         monkeypatch.setenv("TRIMTAB_SLOTS", "one")
         with pytest.raises(TrimtabError, match="TRIMTAB_SLOTS is a whole number from 2, got 'one'"):
+            settings_from_environment()
+        monkeypatch.delenv("TRIMTAB_SLOTS")
+        wanted = Capacity(rank=2, layers=(1,))
+        assert settings_from_environment(wanted) == Settings(capacity=wanted.to_plain())
+        monkeypatch.setenv("TRIMTAB_KERNEL", "projections")
+        assert Capacity.from_plain(settings_from_environment(wanted).capacity) == Capacity(rank=4)
+        monkeypatch.setenv("TRIMTAB_MAPS", "1")
+        with pytest.raises(TrimtabError, match="TRIMTAB_MAPS is a whole number from 2, got '1'"):
             settings_from_environment()
 
     def test_a_steering_as_bytes(self) -> None:

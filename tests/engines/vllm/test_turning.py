@@ -39,7 +39,7 @@ PROMPTS = {"a": "ab<a", "b": "b>b", "c": "az<>b>"}
 def make_rig() -> Rig:
     device = torch.device("cpu")
     bank = Bank(range(LAYERS), WIDTH, 24, 64, torch.float64, device)
-    one = Rig(tuple(range(LAYERS)), WIDTH, torch.float64, device, bank)
+    one = Rig({Site(layer): WIDTH for layer in range(LAYERS)}, torch.float64, device, bank)
     one.tokenizer = lambda: TOKENIZER
     return one
 
@@ -63,7 +63,7 @@ def check_pass(one: Rig, texts: dict[str, list[int]], prompts: dict[str, int], c
     for layer in range(LAYERS):
         x = torch.randn(sum(chunks.counts), WIDTH, dtype=torch.float64)
         hidden = x.clone()
-        one.apply(layer, hidden, None)
+        one.apply(Site(layer), hidden, None)
         row = 0
         for name, first, count in zip(*chunks, strict=True):
             holds = holding_in(SimpleNamespace(tokenizer=TOKENIZER), texts[name])
@@ -117,7 +117,7 @@ def test_a_token_that_wasnt_told_ends_the_request() -> None:
     one.expect({"a": 1, "b": 1})
     one.begin(Chunks(["a", "b"], [len(ids), len(ids)], [1, 1]))
     for layer in range(LAYERS):
-        one.apply(layer, torch.zeros(2, WIDTH, dtype=torch.float64), None)
+        one.apply(Site(layer), torch.zeros(2, WIDTH, dtype=torch.float64), None)
     _, faults = one.end().plain()
     assert list(faults) == ["a"]
     assert "before the plugin knew what it is" in faults["a"]

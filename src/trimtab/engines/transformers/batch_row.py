@@ -8,6 +8,7 @@ from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
 from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import GREEDY, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.session import Tally, doses_of
@@ -22,9 +23,10 @@ class GenerationRequest:
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
     `settings` are those of `sampling` and the model's own, unless they are given. With `rejection` the steering acts on
-    the token that is being decoded, where that is plausible. `clean_cache`: what is stored of the text is what the
-    unsteered model would store; only `CleanBatch` has such rows. `monitors` read its tokens. `scope`: for whom what
-    the row has read may be kept, and from whose it may go on, where a batch keeps it.
+    the token that is being decoded, where that is plausible. `matcher` stands at the beginning of the grammar that the
+    answer keeps to; the row takes a copy. `clean_cache`: what is stored of the text is what the unsteered model would
+    store; only `CleanBatch` has such rows. `monitors` read its tokens. `scope`: for whom what the row has read may be
+    kept, and from whose it may go on, where a batch keeps it.
     """
 
     ids: tuple[int, ...]
@@ -34,6 +36,7 @@ class GenerationRequest:
     alternatives: int | None = None
     settings: Settings | None = None
     rejection: Rejection | None = None
+    matcher: Matcher | None = None
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
     scope: str | None = None

@@ -22,9 +22,11 @@ from trimtab.engines.transformers.batch_row import GenerationRequest
 from trimtab.engines.transformers.clean import CleanBatch
 from trimtab.engines.transformers.decode import check_steps
 from trimtab.engines.transformers.generate import _end_ids
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Steering
 from trimtab.steering.monitors import FILTERED, Monitor
@@ -108,7 +110,7 @@ class Continuous:
         chosen = {name: options[name] for name in SETTINGS if name in options}
         if not compat.decodes_by_steps(model, chosen):
             return None
-        settings = Settings.of(model, chosen, 1, _device(model))
+        settings = Settings.of(model, chosen, 1, input_device(model))
         if settings.others:
             return None
         return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), criteria)
@@ -121,7 +123,7 @@ class Continuous:
         without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
         chosen = {name: value for name, value in options.items() if name not in without}
         return cls(
-            Settings.of(model, chosen, 1, _device(model)),
+            Settings.of(model, chosen, 1, input_device(model)),
             frozenset(_end_ids(model, given)),
             given.get("num_return_sequences", 1),
             given.get("streamer"),
@@ -133,7 +135,11 @@ class Continuous:
 
     def settings_for(self, model: Any, prompt: Sequence[int]) -> Settings:
         """How tokens after this prompt are chosen: what isn't known of processors may depend on its length."""
-        return Settings.of(model, self.options, len(prompt), _device(model)) if self.settings.others else self.settings
+        return (
+            Settings.of(model, self.options, len(prompt), input_device(model))
+            if self.settings.others
+            else self.settings
+        )
 
     def ends_at(self, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
         """Whether a criterion ends the answer here."""
@@ -142,10 +148,6 @@ class Continuous:
         ids = torch.tensor([[*prompt, *tokens]])
         ended = [bool(torch.as_tensor(criterion(ids, ())).all()) for criterion in self.criteria]
         return any(ended)  # each is asked, as it may count
-
-
-def _device(model: Any) -> torch.device:
-    return model.get_input_embeddings().weight.device
 
 
 def _steps(model: Any, layout: Layout) -> bool:
@@ -175,6 +177,7 @@ def answer(
     prompts: Sequence[Sequence[int]],
     steerings: Sequence[Steering | None],
     rejections: Sequence[Rejection | None],
+    matchers: Sequence[Matcher | None],
     places: Sequence[int],
     *,
     rows: int,
@@ -185,7 +188,7 @@ def answer(
     monitors: tuple[Monitor, ...] = (),
     progress: Callable[[int], None],
 ) -> list[Generation]:
-    """Answers to rendered prompts, each under its own steering; `way.each` to a prompt, in the prompts' order.
+    """Answers to rendered prompts, each under its own steering and grammar, in the prompts' order: `way.each` to each.
 
     Args:
         model: The model, `tokenizer` and `layout` with it.
@@ -193,6 +196,7 @@ def answer(
         prompts: Token ids. They are begun in this order.
         steerings: One for each prompt.
         rejections: Likewise; `None` where tokens aren't verified.
+        matchers: Each prompt's, at the beginning of the grammar that its answers keep to; `None` for any text.
         places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
         rows: How many prompts are answered at a time, at most.
         max_new_tokens: Tokens of an answer at most.
@@ -230,8 +234,9 @@ def answer(
                         0 if logprobs else None,
                         settings[len(prompts[prompt])],
                         rejections[prompt],
-                        clean_cache and rejections[prompt] is None,  # with rejection it is clean in any case
-                        monitors,
+                        matcher=matchers[prompt],
+                        clean_cache=clean_cache and rejections[prompt] is None,  # with rejection it is clean anyway
+                        monitors=monitors,
                     )
                     begun = _Answer(prompt)
                     answers[prompt].append(begun)

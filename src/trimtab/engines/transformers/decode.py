@@ -46,6 +46,7 @@ from trimtab.engines.transformers.sampling import PLAIN, BatchSampler, RowSample
 from trimtab.engines.transformers.scores import activation_edits
 from trimtab.engines.transformers.sharing import rows_for
 from trimtab.engines.transformers.verify import Ladder, Past, Verifier, check_rejection, make_ladder
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
 from trimtab.steering.monitors import FILTERED, Monitor
@@ -114,7 +115,7 @@ class GenerationBatch:
         self.strict = strict
         self.alone = alone
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         masks = PaddedMasks(layout)
         new_cache = compat.new_cache if alone else compat.whole_cache
         pad = _pad_id(model, tokenizer)
@@ -358,6 +359,12 @@ class GenerationBatch:
         if row.ladder is not None:
             row.steps.append(step or Step(open=False, rung=None, replaced=None))
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
+        if (matcher := row.sampler.matcher) is not None:
+            try:
+                matcher.take(token)
+            except TrimtabError as error:
+                return GenerationResponse(row.key, error=error)
+            finish = "stop" if matcher.done else finish
         if row.request.alternatives is None:
             return GenerationResponse(row.key, token, finish=finish, **heard)
         likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most : 3 + 2 * most], strict=True))
@@ -543,7 +550,8 @@ class GenerationBatch:
                 settings = Settings.of(self.model, options, len(request.ids), self.device)
                 if not settings.others:  # these may depend on the prompt
                     self._settings[plain] = settings
-        return RowSampler(settings, sampling.seed, request.max_new_tokens)
+        matcher = None if request.matcher is None else request.matcher.copy()
+        return RowSampler(settings, sampling.seed, request.max_new_tokens, matcher)
 
 
 def _in_chunks(row: BatchRow) -> bool:

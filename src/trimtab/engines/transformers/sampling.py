@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.drawing import Kept, draw
+from trimtab.engines.transformers.grammar import Masks, Matcher
 from trimtab.errors import TrimtabError
 
 AHEAD = 64
@@ -143,10 +144,14 @@ class Settings:
 
 
 class RowSampler:
-    """One row's settings, and its random numbers: one for each token, the same on every device."""
+    """One row's settings, and its random numbers: one for each token, the same on every device.
 
-    def __init__(self, settings: Settings, seed: int | None, tokens: int) -> None:
+    `matcher` is how far its answer has come in its grammar, where it has one; the tokens are told to it as they come.
+    """
+
+    def __init__(self, settings: Settings, seed: int | None, tokens: int, matcher: Matcher | None = None) -> None:
         self.settings = settings
+        self.matcher = matcher
         self.numbers: Tensor | None = None
         if settings.sampled:
             generator = torch.Generator()
@@ -195,6 +200,8 @@ class BatchSampler:
         self._kept: Kept | None = None
         self._penalties = self._column([one.repetition_penalty for one in every], 1)
         self._seen: Tensor | None = None
+        self._constrained = any(row.matcher is not None for row in rows)
+        self._masks: Masks | None = None
         self._steps = 0  # since the numbers on the device were put there
         self._numbers = self._numbers_ahead() if any(one.sampled for one in every) else None
         self._ends = self._missing = None
@@ -226,6 +233,10 @@ class BatchSampler:
             for i, row in picked.apart:
                 ids = torch.tensor([[*self.prompts[row], *self.answers[row]]], device=self.device)
                 scores[i : i + 1] = self.rows[row].settings.others(ids, logits[i : i + 1].clone())
+        if self._constrained:  # last: what a grammar forbids, nothing brings back
+            if self._masks is None:
+                self._masks = Masks([row.matcher for row in self.rows], logits.shape[-1], self.device)
+            scores = self._masks.apply(scores, rows)
         return scores
 
     def pick(self, scores: Tensor) -> Tensor:
@@ -263,6 +274,8 @@ class BatchSampler:
             self._seen.scatter_(1, tokens[:, None], True)
         if self._missing is not None:
             self._missing = self._missing - 1
+        if self._masks is not None:
+            self._masks.advance()
         self._steps += 1
 
     def _weights(self, scores: Tensor, picked: _Picked) -> Tensor:

@@ -32,6 +32,7 @@ from trimtab.engines.transformers.ranked import rank_layers
 from trimtab.engines.transformers.rows import Token, compile_versions
 from trimtab.engines.transformers.sampling import BatchSampler
 from trimtab.engines.transformers.scores import activation_edits, edited_sites
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit
 
@@ -79,7 +80,7 @@ class Past:
 
 def schedule_for(layout: Layout) -> str:
     """What `auto` is: by the device, and not by trying, so that every run on a machine rounds alike."""
-    return "optimistic" if next(layout.decoder.parameters()).device.type == "cpu" else "fused"
+    return "optimistic" if input_device(layout.decoder).type == "cpu" else "fused"
 
 
 def check_rejection(edits: Sequence[Edit], prompt_length: int) -> None:

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from trimtab.engines.folding import check_together
+from trimtab.engines.vllm.attach import INSIDE
+from trimtab.engines.vllm.capacity import Capacity
+from trimtab.engines.vllm.forms import check_edit
+from trimtab.engines.vllm.shards import splits
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import MaskNeurons, Operation, ScoreOperation, Steering
+from trimtab.steering import Edit, MaskNeurons, Operation, ScoreOperation, Site, Steering
 from trimtab.steering.gates import thresholds
-from trimtab.steering.operations import add
 
 INSTEAD = "the transformers engine can (leave out engine=)"
-INSIDE = ("neurons", "act_fn", "heads", "mlp", "attention")
+SITES = "start the engine with TRIMTAB_SITES={} in its environment, or leave out engine="
+BLOCK = (*INSIDE, "act_fn", "router")
 """Sites inside of a block."""
 
 
-def check_supported(steering: Steering, *, layers: int, width: int, static: bool = False) -> None:
+def check_supported(
+    steering: Steering,
+    *,
+    layers: int,
+    widths: Mapping[str, int],
+    split: Collection[str] = (),
+    capacity: Capacity | None = None,
+) -> None:
     """Raises `TrimtabError` for a steering that doesn't fit a model of these sizes, or that this engine can't run.
 
-    `static`: the engine replays captured graphs, in which there are additions alone.
+    Args:
+        layers: The model's.
+        widths: The kinds of sites at which the engine steers, and how wide activations are there.
+        split: Those of them whose activations are split over workers.
+        capacity: The engine replays captured graphs, and that is what they can do. Each edit is looked at alone here;
+            whether those that act together fit is known when a request comes.
     """
     for edit in steering.edits:
         operation = edit.operation
@@ -26,35 +42,55 @@ def check_supported(steering: Steering, *, layers: int, width: int, static: bool
             raise UnsupportedError(
                 f"the vllm engine's attention kernels don't give out scores, to steer them; {INSTEAD}"
             )
-        if isinstance(operation, MaskNeurons) or edit.site.kind in INSIDE:
-            raise UnsupportedError(
-                f"the vllm engine steers the residual stream, and {edit.site} is inside a block; {INSTEAD}"
-            )
-        if edit.site.kind != "residual":
-            raise UnsupportedError(
-                f"the vllm engine steers what blocks put out, not {edit.site.kind}: use the output of the block before"
-            )
+        if isinstance(operation, MaskNeurons):
+            raise UnsupportedError(f"the vllm engine can't run {edit}; {INSTEAD}")
+        _check_site(edit.site, widths, "steers")
         if not isinstance(operation, Operation) or hasattr(operation, "settled"):
             raise UnsupportedError(f"the vllm engine can't run {type(operation).__name__}; {INSTEAD}")
+        if edit.site.kind in split and not splits(edit):
+            raise UnsupportedError(
+                f"{edit}: {edit.site.kind} are split over tensor-parallel workers, where there are additions and scales"
+                " alone; start the engine with tensor_parallel_size=1"
+            )
         if edit.site.layer >= layers:
             raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
+        width = widths[edit.site.kind]
         if operation.width != width:
-            raise TrimtabError(f"the steering's width is {operation.width}, this model's is {width}")
-        _check_gate(edit, layers, width)
-        if static and (operation.kernel is not add or operation.keep_norm or edit.gate.token_sites):
-            raise UnsupportedError(
-                f"this engine replays captured graphs, which hold additions alone, and this is {edit}; start it with"
-                " enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
-            )
+            where = "" if edit.site.kind == "residual" else f" at {edit.site}"
+            raise TrimtabError(f"the steering's width is {operation.width}, this model's is {width}{where}")
+        _check_gate(edit, layers, widths)
+        if capacity is not None and edit.strength != 0:
+            _check_graphs(edit, capacity)
     check_together(steering)
 
 
-def _check_gate(edit: Any, layers: int, width: int) -> None:
+def _check_graphs(edit: Edit, capacity: Capacity) -> None:
+    if edit.gate.readings and not capacity.reads:
+        raise UnsupportedError(
+            f"{edit}: its gate reads the prompt, and this engine replays captured graphs, which keep no activations;"
+            " start it with TRIMTAB_KERNEL=all, or with enforce_eager=True"
+        )
+    if not (edit.gate.readings and edit.gate.token_sites):  # what is left of it is known once the prompt was read
+        check_edit(edit, capacity)
+
+
+def _check_site(site: Site, widths: Mapping[str, int], does: str) -> None:
+    if site.kind in widths:
+        return
+    if site.kind in BLOCK:
+        fix = SITES.format(site.kind) if site.kind in INSIDE else INSTEAD
+        raise UnsupportedError(f"the vllm engine {does} the residual stream, and {site} is inside a block; {fix}")
+    raise UnsupportedError(
+        f"the vllm engine {does} what blocks put out, not {site.kind}: use the output of the block before"
+    )
+
+
+def _check_gate(edit: Edit, layers: int, widths: Mapping[str, int]) -> None:
     for test in thresholds(edit.gate):
-        if test.site.kind != "residual":
-            raise UnsupportedError(f"the vllm engine's gates read the residual stream, not {test.site}; {INSTEAD}")
+        _check_site(test.site, widths, "has gates about")
         if test.site.layer >= layers:
             raise TrimtabError(f"a gate reads layer {test.site.layer}; this model has layers 0 to {layers - 1}")
+        width = widths[test.site.kind]
         if test.direction.shape[0] != width:
             raise TrimtabError(f"a gate's width at {test.site} is {test.direction.shape[0]}, this model's is {width}")
         if test.each_token and test.site != edit.site:

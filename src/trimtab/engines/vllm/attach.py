@@ -1,14 +1,21 @@
-"""The operator put behind each block of a model that vLLM has loaded, before it is compiled."""
+"""The operator put at the sites of a model that vLLM has loaded, before it is compiled."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trimtab.engines.vllm.operator import define
+from trimtab.engines.vllm.operator import define, place_of
 from trimtab.errors import UnsupportedError
+from trimtab.steering import Site
+
+INSIDE = ("heads", "neurons", "attention", "mlp")
+"""The kinds of sites inside of a block."""
+PLACE = "trimtab_place"
 
 
 def find_blocks(model: Any, count: int) -> dict[int, nn.Module]:
@@ -37,24 +44,98 @@ def _is_block(module: nn.Module) -> bool:
     return sum(1 for _ in module.children()) > 1
 
 
-def attach(blocks: dict[int, nn.Module], rig: int, *, adds_only: bool = False) -> None:
-    """Let the operator act on what each block puts out: a tensor, or a pair of tensors whose sum is the stream.
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module at whose input (`before`) or output a site is, and how wide the activations there are.
 
-    To add, it needs the first of the two alone (`adds_only`). One that is shown the other as well makes the compiler
-    keep that in memory, in the model's dtype, where it would have kept a sum in float32 for itself.
+    Where each tensor-parallel worker has a part of them, this one has `width` of `whole`.
+    """
+
+    module: nn.Module
+    width: int
+    before: bool = False
+    whole: int = 0
+
+
+def find_places(blocks: Mapping[int, nn.Module], width: int, kinds: Collection[str]) -> dict[Site, Place]:
+    """Where the sites of these kinds, and the residual stream behind each block, are.
+
+    Args:
+        blocks: By layer.
+        width: The residual stream's.
+        kinds: Of `INSIDE`.
+
+    Raises:
+        UnsupportedError: A block isn't one attention and one MLP, each of which ends with a linear layer whose input
+            is split over workers.
+    """
+    found: dict[Site, Place] = {}
+    for layer, block in blocks.items():
+        inside = _inside(layer, block, width) if kinds else {}
+        found |= {Site(layer, kind): inside[kind] for kind in INSIDE if kind in kinds}
+        found[Site(layer)] = Place(block, width)
+    return found
+
+
+def _inside(layer: int, block: nn.Module, width: int) -> dict[str, Place]:
+    found: dict[str, Place] = {}
+    for name, part in block.named_children():
+        last = [m for m in part.modules() if type(m).__name__ == "RowParallelLinear"]
+        if not last:
+            continue
+        attends = any(type(module).__name__.endswith("Attention") for module in part.children())
+        kinds = ("heads", "attention") if attends else ("neurons", "mlp")
+        if len(last) > 1 or kinds[0] in found:
+            raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model: {name} isn't one part")
+        linear: Any = last[0]
+        found[kinds[0]] = Place(linear, linear.input_size_per_partition, True, linear.input_size)
+        found[kinds[1]] = Place(part, width)
+    if len(found) < len(INSIDE):
+        here = ", ".join(found) or "none of them"
+        raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model, which has {here}")
+    return found
+
+
+def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site] = ()) -> None:
+    """Let the operator act on what stands at each site: a tensor, or behind a block a pair whose sum is the stream.
+
+    To add, it needs the first of the two alone (at the sites `adds_only`). One that is shown the other as well makes
+    the compiler keep that in memory, in the model's dtype, where it would have kept a sum in float32 for itself.
     """
     define()
-    for layer, block in blocks.items():
-        block.register_forward_hook(_hook(rig, layer, adds_only))
-
-
-def _hook(rig: int, layer: int, adds_only: bool) -> Any:
-    def steer(_module: nn.Module, _args: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            torch.ops.trimtab.steer(output, None, rig, layer)
-        elif isinstance(output, tuple) and len(output) == 2:
-            torch.ops.trimtab.steer(output[0], None if adds_only else output[1], rig, layer)
+    for number, (site, place) in enumerate(places.items()):
+        place.module.register_buffer(PLACE, place_of(rig, number), persistent=False)
+        if place.before:
+            place.module.register_forward_pre_hook(_before)
+        elif site.kind != "residual":
+            place.module.register_forward_hook(_behind)
         else:
-            raise UnsupportedError("this model's blocks put out neither a tensor nor a pair; trimtab can't steer it")
+            place.module.register_forward_hook(_adding if site in adds_only else _steering)
 
-    return steer
+
+def _steering(block: nn.Module, _args: Any, output: Any) -> None:
+    if isinstance(output, Tensor):
+        torch.ops.trimtab.steer(output, None, getattr(block, PLACE))
+    elif isinstance(output, tuple) and len(output) == 2:
+        torch.ops.trimtab.steer(output[0], output[1], getattr(block, PLACE))
+    else:
+        raise UnsupportedError("this model's blocks put out neither a tensor nor a pair; trimtab can't steer it")
+
+
+def _adding(block: nn.Module, args: Any, output: Any) -> None:
+    _steering(block, args, output[0] if isinstance(output, tuple) and len(output) == 2 else output)
+
+
+def _before(linear: nn.Module, args: Any) -> None:
+    if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        raise UnsupportedError(
+            "this model's projections aren't given activations as they are; trimtab can't steer there"
+        )
+    torch.ops.trimtab.steer(args[0], None, getattr(linear, PLACE))
+
+
+def _behind(part: nn.Module, _args: Any, output: Any) -> None:
+    first = output[0] if isinstance(output, tuple) else output
+    if not isinstance(first, Tensor):
+        raise UnsupportedError("a part of this model's blocks doesn't put out a tensor; trimtab can't steer there")
+    torch.ops.trimtab.steer(first, None, getattr(part, PLACE))

@@ -10,16 +10,31 @@ from torch import Tensor
 
 from trimtab.engines.vllm.program import State
 from trimtab.errors import TrimtabError
+from trimtab.steering import Site
 
 NOTHING = 0
 """The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` to the bit."""
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host's on the device; where that is a GPU, from pinned memory, so that the host doesn't wait."""
+    return _pinned(x, device).to(device, non_blocking=True)
+
+
+def send(x: Tensor, to: Tensor) -> None:
+    """Likewise, into a tensor that is there."""
+    to.copy_(_pinned(x, to.device), non_blocking=True)
+
+
+def _pinned(x: Tensor, device: torch.device) -> Tensor:
+    return x.pin_memory() if device.type == "cuda" and torch.cuda.is_available() else x
+
+
 class Slots:
     """Which state has which slot, from 1. A state whose last user has gone keeps its slot until another needs it."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    def __init__(self, capacity: int, setting: str = "TRIMTAB_SLOTS") -> None:
+        self.capacity, self._setting = capacity, setting
         self._free = list(range(capacity - 1, NOTHING, -1))
         self._slot: dict[str, int] = {}
         self._users: dict[str, int] = {}
@@ -35,7 +50,7 @@ class Slots:
             oldest, _ = self._idle.popitem(last=False)
             self._free.append(self._slot.pop(oldest))
         if not self._free:
-            raise TrimtabError(f"all {self.capacity - 1} slots for steerings are in use; raise TRIMTAB_SLOTS")
+            raise TrimtabError(f"all {self.capacity - 1} slots for steerings are in use; raise {self._setting}")
         self._slot[key] = self._free.pop()
         self._users[key] = 1
         return self._slot[key], True
@@ -57,8 +72,9 @@ class Slots:
 
 
 class Bank:
-    """`rows[layer]` is `[slots, width]` on the model's device, in its dtype; `index` is `[tokens]`, one slot each.
+    """`rows[site]`, behind a block, is `[slots, width]` on the model's device, in its dtype.
 
+    `index` is `[tokens]`, one slot each.
     Both stay where they are, so that captured graphs read what was last written there.
     """
 
@@ -66,25 +82,36 @@ class Bank:
         self, layers: Sequence[int], width: int, capacity: int, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.slots = Slots(capacity)
-        self.rows = {layer: torch.full((capacity, width), -0.0, dtype=dtype, device=device) for layer in layers}
+        self._all = torch.full((len(layers), capacity, width), -0.0, dtype=dtype, device=device)
+        self.rows = dict(zip(map(Site, layers), self._all.unbind(), strict=True))  # views
         self.index = torch.zeros(tokens, dtype=torch.long, device=device)
 
     def take(self, state: State) -> None:
-        """One more user of a state, whose rows are written if they aren't there yet."""
+        """One more user of a state, whose rows are written, in one copy, if they aren't there yet."""
         slot, new = self.slots.take(state.key)
         if not new:
             return
-        for layer, rows in self.rows.items():
-            if layer in state.added:
-                rows[slot] = state.row(layer, rows.dtype).to(rows.device)
-            else:
-                rows[slot] = -0.0
+        rows = torch.full((len(self.rows), self._all.shape[-1]), -0.0, dtype=self._all.dtype)
+        for i, site in enumerate(self.rows):
+            if site in state.added:
+                rows[i] = state.row(site, rows.dtype)
+        send(rows, self._all[:, slot])
 
     def release(self, state: State) -> None:
         """One user less."""
         self.slots.release(state.key)
 
-    def fill(self, skipped: int, index: Tensor) -> None:
-        """The slots of a step's tokens, behind so many that get nothing; nor do those behind them."""
-        self.index.zero_()
-        self.index[skipped : skipped + len(index)].copy_(index)
+
+class Filled:
+    """What stands in an index of captured graphs, `[tokens]`: a step's slots at the front, and nothing behind them."""
+
+    def __init__(self, index: Tensor) -> None:
+        self.index = index
+        self._length = 0
+
+    def fill(self, slots: Tensor) -> None:
+        """The slots of a step's first tokens, given on the host; all others get nothing."""
+        length = max(self._length, len(slots))
+        if length:
+            send(torch.nn.functional.pad(slots, (0, length - len(slots)), value=NOTHING), self.index[:length])
+        self._length = len(slots)

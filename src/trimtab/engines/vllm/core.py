@@ -50,36 +50,42 @@ def _wire(request: Any) -> Wire | None:
 
 
 class Room:
-    """Which slots the requests of a scheduler need, and which requests wait for one, in the order of their arrival."""
+    """Which slots the requests of a scheduler need, and which requests wait for one, in the order of their arrival.
 
-    def __init__(self, slots: int) -> None:
-        self.slots = slots - 1
-        self.users: Counter[str] = Counter()
+    There are `slots` for what is added and `maps` for what else captured graphs do; one of each is that of nothing.
+    """
+
+    def __init__(self, slots: int, maps: int = 1) -> None:
+        self.most = (slots - 1, maps - 1)
+        self.users: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self.waiting: deque[Any] = deque()
-        self.held: dict[str, frozenset[str]] = {}
+        self.held: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         self.steered: set[str] = set()
         """The requests that are with the scheduler and have a wire."""
 
     def enter(self, request: Any) -> bool:
         """Whether there is room for a request, which then holds it."""
         wire = _wire(request)
-        needs = wire.slots if wire else frozenset()
-        if needs and len(self.users) + len(needs - self.users.keys()) > self.slots:
-            return False
-        if needs:
-            self.users.update(needs)
-            self.held[request.request_id] = needs
-        if wire is not None:
-            self.steered.add(request.request_id)
+        if wire is None:
+            return True
+        needs = (wire.slots, wire.maps)
+        for most, users, wanted in zip(self.most, self.users, needs, strict=True):
+            if wanted and len(users) + len(wanted - users.keys()) > most:
+                return False
+        for users, wanted in zip(self.users, needs, strict=True):
+            users.update(wanted)
+        self.held[request.request_id] = needs
+        self.steered.add(request.request_id)
         return True
 
     def leave(self, request: str) -> None:
         """A request is done; what it held is free."""
         self.steered.discard(request)
-        for key in self.held.pop(request, ()):
-            self.users[key] -= 1
-            if not self.users[key]:
-                del self.users[key]
+        for users, held in zip(self.users, self.held.pop(request, ()), strict=False):
+            for key in held:
+                users[key] -= 1
+                if not users[key]:
+                    del users[key]
 
     def needed(self) -> set[str]:
         """The digests that waiting requests need."""
@@ -95,7 +101,8 @@ def _room(scheduler: Any) -> Room:
     try:
         return scheduler._trimtab_room
     except AttributeError:
-        scheduler._trimtab_room = Room(settings_of(scheduler.vllm_config).slots)
+        settings = settings_of(scheduler.vllm_config)
+        scheduler._trimtab_room = Room(settings.slots, settings.maps)
         return scheduler._trimtab_room
 
 

@@ -1,17 +1,20 @@
-"""Whether a pass steered what it was to steer: what was counted behind each block, against the plan.
+"""Whether a pass steered what it was to steer: what was counted at each site, against the plan.
 
 Where Python runs in every pass, the operator's calls are counted. Where a captured graph is replayed, the graph counts
-by itself: behind each block it adds to a number on the device. The numbers come to the host along with the sampled
+by itself: at each site it adds to a number on the device. The numbers come to the host along with the sampled
 tokens, and compared before these leave the worker: a token that should have been steered and wasn't is never sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from trimtab.steering import Site
 
 RECEIPT = "_trimtab_receipt"
 """The attribute of a worker's output in which its receipt travels to the scheduler."""
@@ -20,16 +23,17 @@ MARK = "trimtab: "
 """How the reason begins for which a request is failed."""
 
 CALL = 1 << 32
-"""What a call of the operator adds to a block's count, besides its tokens: calls stand above this, tokens below."""
+"""What a call of the operator adds to a site's count, besides its tokens: calls stand above this, tokens below."""
 
 
-def fault(layer: int, count: int, tokens: int) -> str | None:
-    """What is wrong where the operator was to run once behind a block, on at least `tokens` tokens; `None`: nothing."""
+def fault(site: Site, count: int, tokens: int) -> str | None:
+    """What is wrong where the operator was to run once at a site, on at least `tokens` tokens; `None`: nothing."""
     if CALL + tokens <= count < 2 * CALL:
         return None
     calls, seen = divmod(count, CALL)
     found = "wasn't run" if not calls else f"ran {calls} times, on {seen} tokens"
-    return f"{MARK}behind block {layer} the steering was to run once, on {tokens} tokens, and {found}"
+    where = f"behind block {site.layer}" if site.kind == "residual" else f"at {site}"
+    return f"{MARK}{where} the steering was to run once, on {tokens} tokens, and {found}"
 
 
 @dataclass
@@ -57,34 +61,38 @@ class Receipt:
 
 
 class GraphCounts:
-    """Numbers on the device, one a block, to which a graph adds at each replay: a call, and its tokens."""
+    """Numbers on the device, one a site, to which a graph adds at each replay: a call, and its tokens."""
 
-    def __init__(self, layers: Sequence[int], device: torch.device) -> None:
-        self.layers = tuple(layers)
-        self._all = torch.zeros(len(layers), dtype=torch.int64, device=device)
-        self._one = dict(zip(layers, self._all.unbind(), strict=True))  # views, which stay where they are
+    def __init__(self, sites: Collection[Site], device: torch.device) -> None:
+        self.sites = tuple(sites)
+        self._all = torch.zeros(len(sites), dtype=torch.int64, device=device)
+        self._one = dict(zip(sites, self._all.unbind(), strict=True))  # views, which stay where they are
 
-    def count(self, layer: int, tokens: int) -> None:
+    def count(self, site: Site, tokens: int) -> None:
         """Part of the graph: one number is added to, in place."""
-        self._one[layer].add_(CALL + tokens)
+        self._one[site].add_(CALL + tokens)
+
+    def one(self, site: Site) -> Tensor:
+        """A site's number, `[]`."""
+        return self._one[site]
 
     def clear(self) -> None:
         """Before a pass."""
         self._all.zero_()
 
-    def copy(self) -> tuple[Callable[[], dict[int, int]], Callable[[], bool]]:
+    def copy(self) -> tuple[Callable[[], dict[Site, int]], Callable[[], bool]]:
         """What is counted by now, on its way to the host: how to read it, and whether it has arrived. Nothing waits."""
         on_gpu = self._all.is_cuda
-        host = torch.empty(len(self.layers), dtype=torch.int64, pin_memory=on_gpu)
+        host = torch.empty(len(self.sites), dtype=torch.int64, pin_memory=on_gpu)
         host.copy_(self._all, non_blocking=on_gpu)
         event: Any = None
         if on_gpu:
             event = torch.cuda.Event()
             event.record()
 
-        def read() -> dict[int, int]:
+        def read() -> dict[Site, int]:
             if event is not None:
                 event.synchronize()  # the sampled tokens are here, so it has arrived
-            return dict(zip(self.layers, host.tolist(), strict=True))
+            return dict(zip(self.sites, host.tolist(), strict=True))
 
         return read, lambda: event is None or event.query()

@@ -21,7 +21,10 @@ import torch
 
 from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.attach import INSIDE
+from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.counting import MARK
+from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.program import Identified, check_range
 from trimtab.engines.vllm.rpc import Rpc, run, run_async
@@ -92,6 +95,14 @@ class Names:
         for file in sorted(folder.glob("*.safetensors")):
             self.register(file.stem, load_steering(file))
 
+    def capacity(self) -> Capacity:
+        """What captured graphs must be able to do for any one of them; one that they can't do asks for nothing."""
+        return union(map(capacity_for, self._steerings.values()))
+
+    def sites(self) -> frozenset[str]:
+        """The kinds of sites inside of blocks at which any one of them acts."""
+        return frozenset(e.site.kind for s in self._steerings.values() for e in s.edits) & frozenset(INSIDE)
+
     def load_environment(self) -> None:
         """The folder that `$TRIMTAB_STEERINGS` names, if it names one."""
         if folder := os.environ.get(STEERINGS):
@@ -134,18 +145,27 @@ class Link:
     sent: OrderedDict[str, Steering] = field(default_factory=OrderedDict)  # by digest; the last used is the last
     retired: dict[str, float] = field(default_factory=dict)  # what workers may still have, and since when needlessly
     dtype: torch.dtype = torch.float32  # of the residual stream
+    capacity: Capacity = ADDITIONS  # of captured graphs
+    maps: int = 1
+    inside: Mapping[str, int] = field(default_factory=dict)  # by kind, how wide activations are where they are steered
+    split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
     untold: str = ""  # why workers don't know each token before the next pass; empty: they do
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
-        check_supported(steering, layers=self.layers, width=self.width, static=self.static)
+        widths = {"residual": self.width, **self.inside}
+        check_supported(steering, layers=self.layers, widths=widths, split=self.split, capacity=self._capacity)
         if self.untold and meanings_of(steering.edits):
             raise UnsupportedError(
                 "positions by meaning depend on each token, which has to be known before the next one is computed:"
                 f" {self.untold}"
             )
+
+    @property
+    def _capacity(self) -> Capacity | None:
+        return self.capacity if self.static else None
 
     def place(self, wire: Wire, prompt_length: int) -> Wire:
         """The wire for a prompt of this length.
@@ -159,7 +179,14 @@ class Link:
         segments = reserved(edits, prompt_length)
         for segment in segments:
             check_range(segment.state, self.dtype)
-        placed = wire.placed(segments, prompt_length)
+            if self.static:
+                check_fits(segment.state, self.capacity)
+        placed = wire.placed(segments, prompt_length, static=self.static)
+        if len(placed.maps) > self.maps - 1:
+            raise TrimtabError(
+                f"this request needs {len(placed.maps)} slots of maps, the engine has {self.maps - 1}; raise"
+                " TRIMTAB_MAPS"
+            )
         if len(placed.slots) > self.slots - 1:
             raise TrimtabError(
                 f"this request needs {len(placed.slots)} slots, the engine has {self.slots - 1}; raise TRIMTAB_SLOTS"
@@ -177,15 +204,26 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
             raise UnsupportedError(f"this engine can't be steered: {'; '.join(hello['reasons'])}")
         if hello["unfired"]:
             raise UnsupportedError(
-                f"worker {hello['rank']}'s compiled graph lacks trimtab's operator after block {hello['unfired'][0]};"
+                f"worker {hello['rank']}'s compiled graph lacks trimtab's operator at {hello['unfired'][0]};"
                 " delete vLLM's compile cache and start again"
             )
     layers = hellos[0]["layers"]
     if missing := sorted(set(range(layers)) - {layer for hello in hellos for layer in hello["here"]}):
         raise UnsupportedError(f"no worker steers after block {missing[0]}")
     static = any(hello["static"] for hello in hellos)
-    dtype, untold = getattr(torch, hellos[0]["dtype"]), next((h["untold"] for h in hellos if h.get("untold")), "")
-    return Link(settings_of(config).slots, layers, hellos[0]["width"], static, dtype=dtype, untold=untold)
+    settings = settings_of(config)
+    return Link(
+        settings.slots,
+        layers,
+        hellos[0]["width"],
+        static,
+        dtype=getattr(torch, hellos[0]["dtype"]),
+        capacity=Capacity.from_plain(settings.capacity),
+        maps=settings.maps,
+        untold=next((hello["untold"] for hello in hellos if hello.get("untold")), ""),
+        inside=hellos[0].get("inside", {}),
+        split=frozenset(hellos[0].get("split", ())),
+    )
 
 
 LINK = "_trimtab_link"

@@ -23,6 +23,7 @@ from trimtab.engines.transformers.default_model import NAME, default_folder
 from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.frontend import NAMES, Link, connect, send, tidy
 from trimtab.engines.vllm.identity import identify
+from trimtab.engines.vllm.memory import cpu_options
 from trimtab.engines.vllm.reading import batches, check_readable, params_of, taken
 from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.sampling import check_candidates, sampling_of
@@ -30,6 +31,7 @@ from trimtab.engines.vllm.versions import check_version
 from trimtab.engines.vllm.wire import RESOLVED, Part, Wire
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, ModelId, Site, Steering
+from trimtab.steering.conditional import unconditional
 from trimtab.steering.gates import ALWAYS
 from trimtab.steering.identity import check_learned_on
 from trimtab.text.chat import Template
@@ -58,6 +60,7 @@ class VllmLM(LanguageModel):
         "training": "the model's weights are in processes of their own",
         "logits": "it gives out those of few tokens",
         "doses": "it doesn't measure them",
+        "grammar": "it has structured outputs of its own; vllm serve takes response_format and tools",
     }
 
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
@@ -77,6 +80,9 @@ class VllmLM(LanguageModel):
         `template` is as for `LM`. `options` are vLLM's engine arguments (`tensor_parallel_size`, `dtype`,
         `enforce_eager` …), under its names. Raises `TrimtabError` where vLLM isn't there, is of another version, or its
         workers can't steer.
+
+        On a CPU the KV cache gets a quarter of the memory that is available, unless `kv_cache_memory_bytes`,
+        `gpu_memory_utilization` or `$VLLM_CPU_KVCACHE_SPACE` say otherwise.
         """
         check_version()
         for given, instead in (("device", "vLLM takes the device that it was built for"), ("layers", "it finds them")):
@@ -86,7 +92,10 @@ class VllmLM(LanguageModel):
             raise TrimtabError("the vllm engine reads a folder or a Hub id; convert the GGUF file first")
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what vLLM keeps of it can't be loaded again on a CPU
         from vllm import LLM
+        from vllm.platforms import current_platform
 
+        if current_platform.is_cpu():
+            options |= cpu_options(options, os.environ)
         if options.get("dtype") is None:
             options.pop("dtype", None)
         try:
@@ -293,8 +302,11 @@ class VllmLM(LanguageModel):
 
 
 def _open(edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """Edits that act, without the gates that let them, so that what does the same is the same."""
-    return tuple(edit if edit.gate.token_sites else replace(edit, gate=ALWAYS) for edit in edits)
+    """Edits that act, without the gates that let them, so that what does the same is the same.
+
+    A condition on each token stays, and stands in the gate, as in a file.
+    """
+    return tuple(unconditional(edit) if edit.gate.token_sites else replace(edit, gate=ALWAYS) for edit in edits)
 
 
 def _answer(output: Any, choice: Any, edits: tuple[str, ...], prompt_tokens: int) -> Generation:

@@ -1,4 +1,4 @@
-"""The operator that stands in the model's graph after each block. What it does is decided anew at each step.
+"""The operator that stands in the model's graph at each site. What it does is decided anew at each step.
 
 To the compiler it is opaque: a Python hook, in contrast, would be traced once, and be frozen as it was then.
 """
@@ -14,26 +14,40 @@ if TYPE_CHECKING:
     from trimtab.engines.vllm.rig import Rig
 
 RIGS: list[Rig] = []
-"""This process's engines' rigs; the operator names one by its number, which is part of the graph."""
+"""This process's engines' rigs; the operator is told the number of one."""
 
 _library = torch.library.Library("trimtab", "FRAGMENT")
 
 
-def _steer(hidden: Tensor, residual: Tensor | None, rig: int, layer: int) -> None:
-    RIGS[rig].apply(layer, hidden, residual)
+def _steer(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
+    rig, number = divmod(int(place), SITES)
+    one = RIGS[rig]
+    one.apply(one.numbered[number], hidden, residual)
 
 
-def _steer_fake(hidden: Tensor, residual: Tensor | None, rig: int, layer: int) -> None:
+def _steer_fake(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
     return None
 
 
-def define() -> None:
-    """Make `torch.ops.trimtab.steer(hidden, residual, rig, layer)` known, once a process.
+SITES = 1 << 16
+"""More than any model has."""
 
-    `hidden` and `residual` are `[tokens, width]`; the residual stream is their sum, and `hidden` takes the edit.
+
+def place_of(rig: int, number: int) -> Tensor:
+    """What tells the operator at which site of which rig it stands.
+
+    It is a tensor, on the CPU, and so an input of the graph and no constant in it: alike blocks are compiled once.
+    """
+    return torch.tensor(rig * SITES + number)
+
+
+def define() -> None:
+    """Make `torch.ops.trimtab.steer(hidden, residual, place)` known, once a process.
+
+    `hidden` and `residual` are `[tokens, width]`; the activation is their sum, and `hidden` takes the edit.
     """
     if hasattr(torch.ops.trimtab, "steer"):
         return
-    _library.define("steer(Tensor(a!) hidden, Tensor? residual, int rig, int layer) -> ()")
+    _library.define("steer(Tensor(a!) hidden, Tensor? residual, Tensor place) -> ()")
     _library.impl("steer", _steer, "CompositeExplicitAutograd")
     torch.library.register_fake("trimtab::steer", _steer_fake, lib=_library)

@@ -33,16 +33,18 @@ def register() -> None:
     from vllm.v1.request import RequestStatus
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+    from trimtab.engines.vllm.capacity import Capacity
     from trimtab.engines.vllm.core import Failure, patch_core, patch_keys, patch_scheduler
     from trimtab.engines.vllm.frontend import NAMES, patch_engines, patch_inputs
     from trimtab.engines.vllm.requests import patch_server
     from trimtab.engines.vllm.settings import patch_arguments
     from trimtab.engines.vllm.worker import patch_worker
 
-    def started(arguments: EngineArgs) -> None:
+    def started(arguments: EngineArgs) -> tuple[Capacity, frozenset[str]]:
         NAMES.load_environment()
         if isinstance(arguments, AsyncEngineArgs):  # a server's, or whoever answers requests as they come
             patch_server()
+        return NAMES.capacity(), NAMES.sites()
 
     patch_arguments(EngineArgs, started)
     patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError, GenerationError)

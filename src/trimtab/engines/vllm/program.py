@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Slot, as_rows, call_of, slots_at, sweep
-from trimtab.steering import Edit
+from trimtab.steering import Edit, Site
 from trimtab.steering.conditional import conditional
 from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import add
@@ -37,29 +37,38 @@ class State:
     edits: tuple[Edit, ...] = field(compare=False)
 
     @cached_property
-    def slots(self) -> dict[int, list[Slot]]:
-        """By layer."""
+    def slots(self) -> dict[Site, list[Slot]]:
+        """By site."""
         edits = tuple(conditional(edit) for edit in self.edits)
-        return {site.layer: slots_at(edits, site) for site in sorted({edit.site for edit in edits})}
+        return {site: slots_at(edits, site) for site in sorted({edit.site for edit in edits})}
 
     @cached_property
-    def added(self) -> dict[int, Slot]:
-        """The layers at which it only adds."""
-        return {layer: slots[0] for layer, slots in self.slots.items() if len(slots) == 1 and _adds(slots[0])}
+    def added(self) -> dict[Site, Slot]:
+        """The blocks behind which it only adds."""
+        return {
+            site: slots[0]
+            for site, slots in self.slots.items()
+            if site.kind == "residual" and len(slots) == 1 and _adds(slots[0])
+        }
 
     @cached_property
-    def staged(self) -> dict[int, list[Slot]]:
-        """All other layers."""
-        return {layer: slots for layer, slots in self.slots.items() if layer not in self.added}
+    def staged(self) -> dict[Site, list[Slot]]:
+        """All other sites."""
+        return {site: slots for site, slots in self.slots.items() if site not in self.added}
 
     @property
     def banked(self) -> bool:
         """Whether it adds anywhere, and so needs a slot of the bank."""
         return bool(self.added)
 
-    def row(self, layer: int, dtype: torch.dtype) -> Tensor:
-        """What it adds after a layer: `[width]`. Raises `TrimtabError` for numbers that the dtype can't hold."""
-        slot = self.added[layer]
+    @property
+    def mapped(self) -> bool:
+        """Whether it does more than add anywhere, and so needs a slot of the maps of captured graphs."""
+        return bool(self.staged)
+
+    def row(self, site: Site, dtype: torch.dtype) -> Tensor:
+        """What it adds after a block: `[width]`. Raises `TrimtabError` for numbers that the dtype can't hold."""
+        slot = self.added[site]
         return as_rows(call_of(slot)[1], dtype, slot)["vector"]
 
 
@@ -102,8 +111,8 @@ def _kept(state: State) -> State:
 @lru_cache(maxsize=512)
 def check_range(state: State, dtype: torch.dtype) -> None:
     """Raises `TrimtabError` where what a state adds can't be held in the model's dtype."""
-    for layer in state.added:
-        state.row(layer, dtype)
+    for site in state.added:
+        state.row(site, dtype)
 
 
 def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:

@@ -23,15 +23,18 @@ AHEAD = 4
 
 def check_readable(link: Link, sites: Sequence[Site]) -> None:
     """Raises `UnsupportedError` for a site that an engine can't read, and for an engine that can't read."""
-    if link.static:
+    if link.static and not link.capacity.reads:
         raise UnsupportedError(
-            "this engine replays captured graphs, from which activations can't be read (by gates, too); start it with"
-            " enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
+            "this engine replays captured graphs, which keep no activations to be read (by gates, too); start it with"
+            " TRIMTAB_KERNEL=all, with enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
         )
     for site in sites:
-        if site.kind != "residual" or not 0 <= site.layer < link.layers:
+        known = site.kind == "residual" or (site.kind in link.inside and site.kind not in link.split)
+        if not known or not 0 <= site.layer < link.layers:
             raise UnsupportedError(
-                f"the vllm engine reads the residual stream after layers 0 to {link.layers - 1}, not {site}; {INSTEAD}"
+                f"the vllm engine reads the residual stream after layers 0 to {link.layers - 1}, not {site}; {INSTEAD},"
+                " and so can this one, for heads, neurons, attention and mlp, with TRIMTAB_SITES in its environment and"
+                " tensor_parallel_size=1"
             )
 
 
@@ -52,10 +55,10 @@ def params_of(
     texts: Sequence[Text], sites: Sequence[Site], parts: Sequence[Part | None]
 ) -> tuple[list[str], list[Any]]:
     """The names of the readings, one for each text, and the sampling parameters of the requests that make them."""
-    layers = tuple(sorted({site.layer for site in sites}))
+    kept = tuple(sorted(set(sites)))
     names, params = [], []
     for one, part in zip(texts, parts, strict=True):
-        reading = Reading(uuid.uuid4().hex, layers, tuple(one.positions))
+        reading = Reading(uuid.uuid4().hex, kept, tuple(one.positions))
         plain = sampling_of(1, False, None, {})
         plain.skip_reading_prefix_cache = True  # what a block holds isn't computed again
         plain.extra_args = {RESOLVED: Wire(() if part is None else (part,), reading).to_plain()}
@@ -68,8 +71,8 @@ def taken(workers: Sequence[Sequence[Mapping[Any, Any]]], sites: Sequence[Site])
     """For each reading `{site: [positions, width]}` in float32, from what each worker has kept of it."""
     found: list[Mapping[Site, Tensor]] = []
     for each in zip(*workers, strict=True):
-        layers = {int(layer): value for one in each for layer, value in one.items()}
-        found.append({site: _tensor(*layers[site.layer]) for site in sites})
+        kept = {name: value for one in each for name, value in one.items()}
+        found.append({site: _tensor(*kept[str(site)]) for site in sites})
     return found
 
 

@@ -1,7 +1,7 @@
 """What a worker holds: the steerings it was given, its requests' programs, the bank, and what the next pass does.
 
 `expect` comes with each step that vLLM takes, `begin` before its forward pass, with the requests and the stretch of
-tokens of each; the operator in the graph then calls `apply` after each block; `end` comes when the pass is done, and
+tokens of each; the operator in the graph then calls `apply` at each site; `end` comes when the pass is done, and
 compares what was done with what was planned.
 """
 
@@ -17,14 +17,18 @@ from torch import Tensor
 
 from trimtab.engines.folding import Slot, Stage, stages_of
 from trimtab.engines.meanings import NOTHING, Holding
-from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.bank import Bank, Filled, to_device
+from trimtab.engines.vllm.capacity import ADDITIONS, Capacity
 from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
+from trimtab.engines.vllm.forms import check_fits, state_forms
+from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.program import Identified, Segment, State, next_border, runs
-from trimtab.engines.vllm.step import Staged, Step, make_step
+from trimtab.engines.vllm.shards import WHOLE, Shard
+from trimtab.engines.vllm.step import Runs, Staged, Step, make_step, slots_of
 from trimtab.engines.vllm.turning import Turning, compile_turning
 from trimtab.engines.vllm.wire import Reading, Wire, identified
 from trimtab.errors import TrimtabError
-from trimtab.steering import Steering
+from trimtab.steering import Site, Steering
 
 
 class Chunks(NamedTuple):
@@ -54,10 +58,10 @@ class Program:
     turning: Turning | None = None  # where what acts depends on what is generated
 
     @cached_property
-    def layers(self) -> frozenset[int]:
-        """The blocks behind which it needs the operator."""
-        read = self.reading.layers if self.reading is not None else ()
-        return frozenset(layer for state in self.states for layer in state.slots).union(read)
+    def sites(self) -> frozenset[Site]:
+        """Where it needs the operator."""
+        read = self.reading.sites if self.reading is not None else ()
+        return frozenset(site for state in self.states for site in state.slots).union(read)
 
 
 IDLE = Program()
@@ -67,43 +71,59 @@ NOT_ASKED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer t
 
 @dataclass
 class Rig:
-    """The steering of one worker, for the blocks that it has.
+    """The steering of one worker, for the sites that it has, of which each activation's width is told.
 
-    Where the device replays captured graphs (`static`), Python runs at capture alone: then rows are always gathered
-    by the bank's index, and nothing but additions can be honoured.
+    Where the device replays captured graphs (`static`), Python runs at capture alone. Then the operators at a site
+    are the same whatever acts: they read banks on the device, which are filled before a step, and can do what
+    `capacity` says. Passes of more tokens than are `captured` (`None`: all are) run in Python, and so as elsewhere.
     """
 
-    layers: tuple[int, ...]
-    width: int
+    sites: Mapping[Site, int]
     dtype: torch.dtype
     device: torch.device
     bank: Bank
     static: bool = False
+    capacity: Capacity = ADDITIONS
+    maps: Maps | None = None
+    captured: int | None = None
+    shard: Shard = WHOLE
+    fused: Any = None  # a `Fused`, where the operators are one kernel
     steerings: dict[str, Steering] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
-    readings: dict[str, dict[int, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
-    fired: set[int] = field(default_factory=set)
+    readings: dict[str, dict[Site, list[tuple[list[int], Tensor]]]] = field(default_factory=dict)
+    fired: set[Site] = field(default_factory=set)
     counts: GraphCounts | None = None
+    kept: dict[Site, Tensor] = field(default_factory=dict)  # what captured graphs keep to be read, `[tokens, width]`
     tokenizer: Callable[[], Any] | None = None  # the model's, where it is needed
 
     _step: Step | None = None
-    _reads: dict[int, list[ReadRows]] = field(default_factory=dict)
+    _reads: dict[Site, list[ReadRows]] = field(default_factory=dict)
     _staged: Staged = field(default_factory=lambda: Staged({}, {}))
     _last: Sequence[str] = ()
     _lasts: int | None = None  # passes of one token each for which the step still holds; `None`: all
-    _filled: bool = False
+    _adding: Filled | None = None  # the indices of captured graphs
+    _mapping: Filled | None = None
+    _replays: bool = False  # whether this pass is one of captured graphs
     _open: bool = False
-    _seen: dict[int, int] = field(default_factory=dict)  # calls and tokens behind each block, as `CALL` says
+    _seen: dict[Site, int] = field(default_factory=dict)  # calls and tokens at each site, as `CALL` says
     _due: Set[str] = frozenset()  # the requests with a program that vLLM's step is about
-    _here: Mapping[str, frozenset[int]] = field(default_factory=dict)  # those that `begin` was told of, their blocks
-    _needed: dict[int, int] = field(default_factory=dict)  # on how many rows each block acts or reads
+    _here: Mapping[str, frozenset[Site]] = field(default_factory=dict)  # those that `begin` was told of, their sites
+    _needed: dict[Site, int] = field(default_factory=dict)  # on how many rows each site acts or reads
     _pass: Chunks = NO_CHUNKS
     _next: dict[str, int] = field(default_factory=dict)  # where each request goes on, passes before the last counted
     _faults: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.static:
-            self.counts = GraphCounts(self.layers, self.device)
+        self.numbered = tuple(self.sites)  # as the operator in the graph numbers them
+        if not self.static:
+            return
+        self.counts = GraphCounts(self.sites, self.device)
+        self._adding = Filled(self.bank.index)
+        self._mapping = None if self.maps is None else Filled(self.maps.index)
+        if self.capacity.reads:
+            rows = len(self.bank.index) if self.captured is None else self.captured
+            made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+            self.kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}
 
     # ---- what the worker is told -------------------------------------------------------------------------
 
@@ -117,18 +137,29 @@ class Rig:
             if part.digest not in self.steerings:
                 raise TrimtabError(f"request {request} needs {part.digest[:12]}, which this worker wasn't given")
             edits += identified(part, self.steerings[part.digest])
+        if self.shard.split:
+            edits = [self.shard.of(one) for one in edits]
         tables = compile_turning(edits, wire.prompt_length)
         segments, turning = tables[NOTHING], self._turning(tables, ids, wire.prompt_length)
         states = tuple({segment.state.key: segment.state for segment in segments}.values())
         if turning is not None:
             segments, states = turning.segments, turning.states
+        if self.static:
+            for state in states:
+                check_fits(state, self.capacity)
+            if wire.reading is not None and not self.capacity.reads:
+                raise TrimtabError(
+                    f"request {request} reads activations, which this worker's captured graphs don't keep"
+                )
         for state in states:
             if state.banked:
                 self.bank.take(state)
+            if self.maps is not None and state.mapped:
+                self.maps.take(state.key, state_forms(state))
         self.programs[request] = Program(segments, wire.reading, states, turning)
         self._next.pop(request, None)
-        if any(state.staged and state.key not in self._staged.numbers for state in states):
-            self._stage(states)
+        if not self.static:
+            self._stage()
         self._last = ()
 
     def sampled(self, requests: Sequence[str], tokens: Sequence[Sequence[int]]) -> None:
@@ -165,30 +196,34 @@ class Rig:
             for state in program.states if program else ():
                 if state.banked:
                     self.bank.release(state)
+                if self.maps is not None and state.mapped:
+                    self.maps.release(state.key)
             if program is not None:
                 self._last = ()
 
-    def take(self, reading: str) -> dict[int, Tensor]:
-        """What was read, `{layer: [positions, width]}`, in the order of positions; it is forgotten here."""
+    def take(self, reading: str) -> dict[Site, Tensor]:
+        """What was read, `{site: [positions, width]}`, in the order of positions; it is forgotten here."""
         found = {}
-        for layer, parts in self.readings.pop(reading, {}).items():
+        for site, parts in self.readings.pop(reading, {}).items():
             every = torch.cat([rows for _, rows in parts])
             last = {p: i for i, p in enumerate(p for positions, _ in parts for p in positions)}  # of those read twice
-            found[layer] = every[[last[p] for p in sorted(last)]]
+            found[site] = every[[last[p] for p in sorted(last)]]
         return found
 
-    def _stage(self, states: Sequence[State]) -> None:
-        """Compile what doesn't merely add anew, for the requests that are here and these states."""
-        alive = [state for program in self.programs.values() for state in program.states] + list(states)
-        staged = list({state.key: state for state in alive if state.staged}.values())
+    def _stage(self) -> None:
+        """Compile what doesn't merely add, for the requests that are here, where it isn't yet."""
+        alive = [state for program in self.programs.values() for state in program.states]
+        if all(state.key in self._staged.numbers for state in alive if state.mapped):
+            return
+        staged = list({state.key: state for state in alive if state.mapped}.values())
         numbers = {state.key: i for i, state in enumerate(staged, 1)}
-        layers = {}
-        for layer in self.layers:
-            slots: dict[int, list[Slot]] = {numbers[state.key]: state.staged.get(layer, []) for state in staged}
+        sites = {}
+        for site in self.sites:
+            slots: dict[int, list[Slot]] = {numbers[state.key]: state.staged.get(site, []) for state in staged}
             if any(slots.values()):
                 stages = stages_of(slots, torch.promote_types(self.dtype, torch.float32))
-                layers[layer] = [_moved(stage, self.device) for stage in stages]
-        self._staged = Staged(numbers, layers)
+                sites[site] = [_moved(stage, self.device) for stage in stages]
+        self._staged = Staged(numbers, sites)
 
     # ---- passes ------------------------------------------------------------------------------------------
 
@@ -206,27 +241,47 @@ class Rig:
             self._turn_to(chunks)
         self._pass = chunks
         self._check_known(chunks)
-        if self.counts is not None and self._needed:
+        if self.counts is not None and self._needed and self._replays:
             self.counts.clear()
 
     def _turn_to(self, chunks: Chunks) -> None:
         """A pass that isn't like the last one."""
         self._fold()
+        self._replays = self.static and (self.captured is None or sum(chunks.counts) <= self.captured)
+        self._step, self._needed = None, {}
+        found: Runs = ()
         if self.programs:
-            self._here = {r: self.programs[r].layers for r in chunks.requests if r in self.programs}
+            self._here = {r: self.programs[r].sites for r in chunks.requests if r in self.programs}
             self._check_order(chunks)
-            self._step = self._step_for(chunks)
+            found = self._runs_of(chunks)
             self._reads = self._reads_in(chunks)
         else:
-            self._here, self._step, self._reads, self._last = {}, None, {}, ()
-        step = self._step
-        self._needed = {layer: max(read.rows[-1] for read in reads) + 1 for layer, reads in self._reads.items()}
-        if step is not None:
-            for layer in {*step.adds, *step.staged.layers}:
-                self._needed[layer] = max(step.high, self._needed.get(layer, 0))
-        if self.static and (step is not None or self._filled):
-            self.bank.fill(*((0, self.bank.index[:0]) if step is None else (step.low, step.index)))
-            self._filled = step is not None
+            self._here, self._reads, self._last = {}, {}, ()
+        self._needed = {site: max(read.rows[-1] for read in reads) + 1 for site, reads in self._reads.items()}
+        if self.static:
+            self._fill(found if self._replays else ())
+        if not self._replays and self._here:
+            self._stage()
+            self._step = make_step(found, self.bank, self._staged)
+            if self._step is not None:
+                self._need({*self._step.adds, *self._step.staged.sites}, self._step.high)
+
+    def _fill(self, found: Runs) -> None:
+        """What captured graphs find in the indices of their banks."""
+        assert self._adding is not None
+        present = {state.key: state for _, state in found if state is not None}.values()
+        slots = slots_of(found, self.bank.slots, lambda state: state.banked)
+        self._adding.fill(slots)
+        self._need({site for state in present for site in state.added}, len(slots))
+        if self.maps is not None and self._mapping is not None:
+            slots = slots_of(found, self.maps.slots, lambda state: state.mapped)
+            self._mapping.fill(slots)
+            self._need({site for state in present for site in state.staged}, len(slots))
+
+    def _need(self, sites: Set[Site], tokens: int) -> None:
+        """At these of the sites that are here the operator has something to do, on so many tokens."""
+        for site in sites & self.sites.keys():
+            self._needed[site] = max(tokens, self._needed.get(site, 0))
 
     def _fold(self) -> None:
         """Remember where the requests of the last pass go on."""
@@ -264,7 +319,8 @@ class Rig:
             self._lasts -= 1
         return self._lasts is None or self._lasts >= 0
 
-    def _step_for(self, chunks: Chunks) -> Step | None:
+    def _runs_of(self, chunks: Chunks) -> Runs:
+        """The states of a pass's tokens; and how many passes like it may follow."""
         found: list[tuple[int, State | None]] = []
         lasts: int | None = None
         for request, first, count in zip(*chunks, strict=True):
@@ -275,11 +331,11 @@ class Rig:
                 lasts = border - first - 1 if lasts is None else min(lasts, border - first - 1)
         self._last = list(chunks.requests) if max(chunks.counts) == 1 else ()
         self._lasts = lasts
-        return make_step(found, self.bank, self._staged)
+        return found
 
-    def _reads_in(self, chunks: Chunks) -> dict[int, list[ReadRows]]:
-        """What is read after each layer."""
-        found: dict[int, list[ReadRows]] = {}
+    def _reads_in(self, chunks: Chunks) -> dict[Site, list[ReadRows]]:
+        """What is read at each site."""
+        found: dict[Site, list[ReadRows]] = {}
         offset = 0
         for request, first, count in zip(*chunks, strict=True):
             reading = self.programs.get(request, IDLE).reading
@@ -287,33 +343,58 @@ class Rig:
                 here = sorted({p for p in reading.positions if first <= p < first + count})
                 if here:
                     rows = [offset + p - first for p in here]
-                    one = ReadRows(reading.id, rows, here, torch.tensor(rows, device=self.device))
-                    for layer in self.bank.rows.keys() & reading.layers:  # of a pipeline's stages each has some
-                        found.setdefault(layer, []).append(one)
+                    one = ReadRows(reading.id, rows, here, to_device(torch.tensor(rows), self.device))
+                    for site in self.sites.keys() & reading.sites:  # of a pipeline's stages each has some
+                        found.setdefault(site, []).append(one)
                 self._last = ()
             offset += count
         return found
 
-    def apply(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
-        """After block `layer`, whose output is `hidden + residual`: `[tokens, width]` each."""
-        self._seen[layer] = self._seen.get(layer, 0) + CALL + hidden.shape[0]
-        if self.counts is not None:
-            hidden.add_(self.bank.rows[layer].index_select(0, self.bank.index[: hidden.shape[0]]))
-            self.counts.count(layer, hidden.shape[0])
+    def apply(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
+        """At a site whose activation is `hidden + residual` (`None`: `hidden` alone): `[tokens, width]` each."""
+        self._seen[site] = self._seen.get(site, 0) + CALL + hidden.shape[0]
+        if self.counts is not None and (self._replays or not self._open):
+            self._apply_always(site, hidden, residual, self.counts)
             return
-        if not self._open or hidden.shape[0] < self._needed.get(layer, 0):
+        if not self._open or hidden.shape[0] < self._needed.get(site, 0):
             return  # outside of a pass, or a fault that `end` finds
         if self._step is not None:
-            self._step.apply(self.bank, layer, hidden, residual)
-        for read in self._reads.get(layer, ()):
+            self._step.apply(self.bank, site, hidden, residual)
+        for read in self._reads.get(site, ()):
             x = hidden.index_select(0, read.at)
             x = x if residual is None else x + residual.index_select(0, read.at)
-            self.readings.setdefault(read.reading, {}).setdefault(layer, []).append((read.positions, x))
+            self.readings.setdefault(read.reading, {}).setdefault(site, []).append((read.positions, x))
+
+    def _apply_always(self, site: Site, hidden: Tensor, residual: Tensor | None, counts: GraphCounts) -> None:
+        """The same operators whatever acts, as a captured graph has them."""
+        if self.fused is not None and self.fused.takes(hidden, residual):
+            self.fused.act(site, hidden, residual)
+            return
+        tokens = hidden.shape[0]
+        if site in self.bank.rows:
+            hidden.add_(self.bank.rows[site].index_select(0, self.bank.index[:tokens]))
+        if self.maps is not None and site in self.maps.sites:
+            self.maps.act(site, hidden, residual)
+        kept = self.kept.get(site)
+        if kept is not None:
+            rows = min(tokens, len(kept))
+            if residual is None:
+                kept[:rows].copy_(hidden[:rows])
+            else:
+                torch.add(hidden[:rows], residual[:rows], out=kept[:rows])
+        counts.count(site, tokens)
+
+    def _read_replayed(self) -> None:
+        """What is read of a pass of captured graphs, from what they have kept."""
+        for site, reads in self._reads.items():
+            for read in reads:
+                x = self.kept[site].index_select(0, read.at)
+                self.readings.setdefault(read.reading, {}).setdefault(site, []).append((read.positions, x))
 
     def end(self) -> Receipt | None:
         """The pass is done: what is to be said of it, `None` where no request in it has a program.
 
-        Its faults are of requests that weren't steered, or read, at exactly the tokens and blocks that the plan names.
+        Its faults are of requests that weren't steered, or read, at exactly the tokens and sites that the plan names.
         """
         self.fired.update(self._seen)
         opened, self._open = self._open, False
@@ -327,9 +408,10 @@ class Rig:
         if not due <= self._here.keys():
             faults |= dict.fromkeys(due - self._here.keys(), NOT_ASKED)
         receipt = Receipt(max(len(due), len(self._here)), faults)
-        if self.counts is None:
+        if self.counts is None or not self._replays:
             faults.update(_miscounted(self._seen, self._needed, self._here))
         elif self._needed:
+            self._read_replayed()
             read, receipt.ready = self.counts.copy()
             needed, here = self._needed, self._here
             receipt.late = lambda: _miscounted(read(), needed, here)
@@ -342,23 +424,24 @@ class Rig:
             "requests": len(self.programs),
             "slots_used": self.bank.slots.used,
             "slots": self.bank.slots.capacity,
+            "maps_used": 0 if self.maps is None else self.maps.slots.used,
         }
 
     @property
-    def unfired(self) -> list[int]:
-        """The blocks behind which the graph has not called the operator yet."""
-        return sorted(set(self.layers) - self.fired - self._seen.keys())
+    def unfired(self) -> list[Site]:
+        """The sites at which the graph has not called the operator yet."""
+        return sorted(self.sites.keys() - self.fired - self._seen.keys())
 
 
 def _miscounted(
-    seen: Mapping[int, int], needed: Mapping[int, int], here: Mapping[str, frozenset[int]]
+    seen: Mapping[Site, int], needed: Mapping[Site, int], here: Mapping[str, frozenset[Site]]
 ) -> dict[str, str]:
-    """Of these requests those that need the operator behind a block where it didn't run as it was to."""
+    """Of these requests those that need the operator at a site where it didn't run as it was to."""
     faults: dict[str, str] = {}
-    for layer, tokens in needed.items():
-        wrong = fault(layer, seen.get(layer, 0), tokens)
+    for site, tokens in needed.items():
+        wrong = fault(site, seen.get(site, 0), tokens)
         if wrong is not None:
-            faults |= {request: wrong for request, layers in here.items() if layer in layers}
+            faults |= {request: wrong for request, sites in here.items() if site in sites}
     return faults
 
 

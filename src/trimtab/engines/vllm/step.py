@@ -1,21 +1,24 @@
-"""One forward pass: what is done to which of its tokens, layer by layer."""
+"""One forward pass: what is done to which of its tokens, site by site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Active, Stage, States, apply
-from trimtab.engines.vllm.bank import NOTHING, Bank
+from trimtab.engines.vllm.bank import NOTHING, Bank, Slots, to_device
 from trimtab.engines.vllm.program import State
+from trimtab.steering import Site
 from trimtab.steering.operations import Rows
 
 KEPT = 512
 """Passes of at most so many tokens keep what they have gathered, for the next pass that is alike."""
 
+Runs = Sequence[tuple[int, State | None]]
+"""A pass's tokens as stretches `(length, state)`."""
 Prepared = Iterable[tuple[Stage, Rows, Active]]
 
 
@@ -24,57 +27,66 @@ class Staged:
     """What doesn't merely add: calls of kernels for all requests' states at once, which are numbered from 1."""
 
     numbers: Mapping[str, int]
-    layers: Mapping[int, Sequence[Stage]]
+    sites: Mapping[Site, Sequence[Stage]]
 
 
 @dataclass(eq=False)
 class Step:
-    """What acts on tokens `low` to `high` of a pass. Tokens before and behind are left alone, as are other layers.
+    """What acts on tokens `low` to `high` of a pass. Tokens before and behind are left alone, as are other sites.
 
     `index` are these tokens' slots of the bank, `[high - low]`, `numbers` their states as `staged` counts them; `adds`
-    the layers at which something is added.
+    the blocks behind which something is added.
     """
 
     low: int
     high: int
     index: Tensor
     numbers: States
-    adds: frozenset[int]
+    adds: frozenset[Site]
     staged: Staged
-    _rows: dict[int, Tensor] = field(default_factory=dict)
-    _sorted: dict[tuple[int, int], tuple[Rows, Active]] = field(default_factory=dict)
+    _rows: dict[Site, Tensor] = field(default_factory=dict)
+    _sorted: dict[tuple[Site, int], tuple[Rows, Active]] = field(default_factory=dict)
 
-    def apply(self, bank: Bank, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+    def apply(self, bank: Bank, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
         """Edit the residual stream `hidden + residual`, `[tokens, width]` each, by changing `hidden` alone."""
         whole = self.low == 0 and self.high == hidden.shape[0]
-        if layer in self.adds:
-            (hidden if whole else hidden[self.low : self.high]).add_(self._added(bank, layer))
-        stages = self.staged.layers.get(layer)
+        if site in self.adds:
+            (hidden if whole else hidden[self.low : self.high]).add_(self._added(bank, site))
+        stages = self.staged.sites.get(site)
         if stages:
             x = hidden[self.low : self.high]
             given = None if residual is None else residual[self.low : self.high]
-            x.copy_(_edited(x, given, ((s, *self._gathered(layer, i, s)) for i, s in enumerate(stages))))
+            x.copy_(_edited(x, given, ((s, *self._gathered(site, i, s)) for i, s in enumerate(stages))))
 
-    def _gathered(self, layer: int, number: int, stage: Stage) -> tuple[Rows, Active]:
+    def _gathered(self, site: Site, number: int, stage: Stage) -> tuple[Rows, Active]:
         """A stage's rows and activity, one for each token."""
-        ready = self._sorted.get((layer, number))
+        ready = self._sorted.get((site, number))
         if ready is None:
             ready = stage.gather(self.numbers), None if stage.in_place else stage.active[self.numbers.index]
             if stage.sorts and len(self.numbers.index) <= KEPT:
-                self._sorted[layer, number] = ready
+                self._sorted[site, number] = ready
         return ready
 
-    def _added(self, bank: Bank, layer: int) -> Tensor:
-        rows = self._rows.get(layer)
+    def _added(self, bank: Bank, site: Site) -> Tensor:
+        rows = self._rows.get(site)
         if rows is None:
-            rows = bank.rows[layer].index_select(0, self.index)
+            rows = bank.rows[site].index_select(0, self.index)
             if len(self.index) <= KEPT:
-                self._rows[layer] = rows
+                self._rows[site] = rows
         return rows
 
 
-def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Staged) -> Step | None:
-    """The step for a pass over tokens in these stretches `(length, state)`; `None` where nothing acts."""
+def slots_of(runs: Runs, slots: Slots, acts: Callable[[State], bool]) -> Tensor:
+    """The slot of each token, up to the last one whose state `acts`, on the host."""
+    numbers = [slots[state.key] if state is not None and acts(state) else NOTHING for _, state in runs]
+    while numbers and numbers[-1] == NOTHING:
+        numbers.pop()
+    lengths = torch.tensor([length for length, _ in runs[: len(numbers)]], dtype=torch.long)
+    return torch.tensor(numbers, dtype=torch.long).repeat_interleave(lengths)
+
+
+def make_step(runs: Runs, bank: Bank, staged: Staged) -> Step | None:
+    """The step for a pass over these tokens; `None` where nothing acts."""
     while runs and runs[-1][1] is None:
         runs = runs[:-1]
     skipped = 0
@@ -91,16 +103,12 @@ def make_step(runs: Sequence[tuple[int, State | None]], bank: Bank, staged: Stag
     return Step(
         low=skipped,
         high=skipped + int(lengths.sum()),
-        index=torch.tensor(slots).repeat_interleave(lengths).to(device),
+        index=to_device(torch.tensor(slots).repeat_interleave(lengths), device),
         numbers=States.of(torch.tensor(numbers).repeat_interleave(lengths), device),
-        adds=frozenset(layer for state in present for layer in state.added if layer in bank.rows),
+        adds=frozenset(site for state in present for site in state.added if site in bank.rows),
         staged=Staged(
             staged.numbers,
-            {
-                layer: stages
-                for layer, stages in staged.layers.items()
-                if any(layer in state.staged for state in present)
-            },
+            {site: stages for site, stages in staged.sites.items() if any(site in state.staged for state in present)},
         ),
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from trimtab.engines.vllm.program import Identified, Segment
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Steering
+from trimtab.steering import Site, Steering
 
 ASKED = "steering"
 RESOLVED = "trimtab"
@@ -30,21 +30,25 @@ class Part:
 
 @dataclass(frozen=True)
 class Reading:
-    """Activations to be kept for `take(id)`: after these blocks, at these positions of the prompt."""
+    """Activations to be kept for `take(id)`: at these sites, at these positions of the prompt."""
 
     id: str
-    layers: tuple[int, ...]
+    sites: tuple[Site, ...]
     positions: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Span:
-    """Over tokens `start` to `stop` (`None`: the end) what acts is named by `key`; `banked`: it needs a slot."""
+    """Over tokens `start` to `stop` (`None`: the end) what acts is named by `key`.
+
+    `banked`: it needs a slot for what it adds; `mapped`: it needs one of the maps of captured graphs.
+    """
 
     start: int
     stop: int | None
     key: str
     banked: bool
+    mapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,9 +67,9 @@ class Wire:
         reading = self.reading
         return {
             "parts": [[part.digest, list(part.strengths)] for part in self.parts],
-            "reading": None if reading is None else [reading.id, list(reading.layers), list(reading.positions)],
+            "reading": None if reading is None else _plain_reading(reading),
             "prompt_length": self.prompt_length,
-            "spans": [[span.start, span.stop, span.key, span.banked] for span in self.spans],
+            "spans": [[span.start, span.stop, span.key, span.banked, span.mapped] for span in self.spans],
         }
 
     @classmethod
@@ -73,20 +77,33 @@ class Wire:
         reading = data["reading"]
         return cls(
             tuple(Part(digest, tuple(strengths)) for digest, strengths in data["parts"]),
-            None if reading is None else Reading(reading[0], tuple(reading[1]), tuple(reading[2])),
+            None if reading is None else _reading_from(*reading),
             data["prompt_length"],
             tuple(Span(*span) for span in data["spans"]),
         )
 
-    def placed(self, segments: Sequence[Segment], prompt_length: int) -> Wire:
-        """The same for a prompt of this length, with its segments' spans."""
-        spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked) for s in segments)
+    def placed(self, segments: Sequence[Segment], prompt_length: int, *, static: bool = False) -> Wire:
+        """The same for a prompt of this length, with its spans; `static`: where captured graphs are replayed."""
+        spans = tuple(Span(s.start, s.stop, s.state.key, s.state.banked, static and s.state.mapped) for s in segments)
         return replace(self, prompt_length=prompt_length, spans=spans)
 
     @property
     def slots(self) -> frozenset[str]:
-        """The keys of what needs a slot."""
+        """The keys of what needs a slot for what it adds."""
         return frozenset(span.key for span in self.spans if span.banked)
+
+    @property
+    def maps(self) -> frozenset[str]:
+        """The keys of what needs a slot of the maps."""
+        return frozenset(span.key for span in self.spans if span.mapped)
+
+
+def _plain_reading(reading: Reading) -> list[Any]:
+    return [reading.id, [[site.layer, site.kind] for site in reading.sites], list(reading.positions)]
+
+
+def _reading_from(name: str, sites: Sequence[Sequence[Any]], positions: Sequence[int]) -> Reading:
+    return Reading(name, tuple(Site(layer, kind) for layer, kind in sites), tuple(positions))
 
 
 def wire_of(params: Any) -> Wire | None:

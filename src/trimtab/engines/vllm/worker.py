@@ -6,8 +6,9 @@ wrapped, V1's (`GPUModelRunner`, `CPUModelRunner`) as well as V2's.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import partial, wraps
 from typing import Any
@@ -16,17 +17,23 @@ import torch
 
 from trimtab import __version__
 from trimtab.engines.vllm import operator
-from trimtab.engines.vllm.attach import attach, find_blocks
+from trimtab.engines.vllm.attach import Place, attach, find_blocks, find_places
 from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
+from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.settings import settings_of
+from trimtab.engines.vllm.shards import Shard
 from trimtab.engines.vllm.versions import vllm_version
 from trimtab.engines.vllm.wire import wire_of
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
+from trimtab.steering import Site
 
 RIG = "_trimtab_rig"
+
+log = logging.getLogger("vllm.trimtab")
 
 
 def patch_worker(wrapper: type) -> None:
@@ -50,25 +57,65 @@ def _fit(worker: Any) -> None:
     if reasons:
         return
     text = config.model_config.hf_text_config
+    settings = settings_of(config)
     try:
         blocks = find_blocks(runner.get_model(), text.num_hidden_layers)
+        places = find_places(dict(sorted(blocks.items())), text.hidden_size, settings.sites)
     except TrimtabError as error:
         reasons.append(str(error))
         return
     first = next(iter(blocks.values()))
     device = next(first.parameters()).device
-    dtype = config.model_config.dtype
-    graphs = config.compilation_config.cudagraph_mode
-    static = device.type != "cpu" and graphs is not None and graphs.name != "NONE"
-    captured = config.compilation_config.max_cudagraph_capture_size or 0
-    tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
-    bank = Bank(sorted(blocks), text.hidden_size, settings_of(config).slots, tokens, dtype, device)
-    rig = Rig(tuple(sorted(blocks)), text.hidden_size, dtype, device, bank, static)
+    rig = _rig_for(config, places, device)
     rig.tokenizer = partial(_tokenizer, config.model_config)
     operator.RIGS.append(rig)
     setattr(runner, RIG, rig)
-    attach(blocks, len(operator.RIGS) - 1, adds_only=static)
+    plain = [site for site in places if rig.static and not rig.capacity.reads and not rig.capacity.at(site.layer)]
+    attach(places, len(operator.RIGS) - 1, adds_only=plain)
     _wrap_runner(runner, rig, _is_heard(worker))
+
+
+def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) -> Rig:
+    """A rig with banks for these sites; of what captured graphs can do, as much as is asked for."""
+    settings, dtype = settings_of(config), config.model_config.dtype
+    width = config.model_config.hf_text_config.hidden_size
+    graphs = config.compilation_config.cudagraph_mode
+    replayed = device.type != "cpu" and graphs is not None and graphs.name != "NONE"
+    captured = config.compilation_config.max_cudagraph_capture_size or 0 if replayed else settings.static
+    tokens = max(config.scheduler_config.max_num_batched_tokens, captured)
+    layers = [site.layer for site in places if site.kind == "residual"]
+    bank = Bank(layers, width, settings.slots, tokens, dtype, device)
+    sites = {site: place.width for site, place in places.items()}
+    split = {site.kind: place.whole for site, place in places.items() if place.whole > place.width}
+    shard = Shard(split, config.parallel_config.tensor_parallel_size, _tensor_parallel_rank() if split else 0)
+    if not captured:
+        return Rig(sites, dtype, device, bank, shard=shard)
+    capacity = Capacity.from_plain(settings.capacity)
+    mapped = {site: width for site, width in sites.items() if capacity.at(site.layer)}
+    maps = Maps(capacity, mapped, settings.maps, tokens, dtype, device) if mapped else None
+    rig = Rig(sites, dtype, device, bank, True, capacity, maps, captured, shard)
+    if device.type == "cuda" and settings.fused:
+        _fuse(rig)
+    return rig
+
+
+def _fuse(rig: Rig) -> None:
+    """Let one kernel do what many operators do, if it does the same on this device; else the log says why not."""
+    try:
+        from trimtab.engines.vllm.fused import Fused, check_fused
+
+        check_fused(rig)
+    except Exception as error:  # Triton's compiler raises what it likes
+        log.warning("trimtab runs its operators one by one: its kernel can't be used here (%s)", error)
+        return
+    assert rig.counts is not None
+    rig.fused = Fused(rig.bank, rig.maps, rig.counts, rig.kept)
+
+
+def _tensor_parallel_rank() -> int:
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
 
 
 def _is_heard(worker: Any) -> bool:
@@ -224,9 +271,12 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
     }
     if rig is not None:
         found |= {
-            "here": list(rig.layers),
-            "unfired": rig.unfired if _runs_before_use(self.worker) else [],
+            "here": [site.layer for site in rig.sites if site.kind == "residual"],
+            "inside": {site.kind: rig.shard.whole(site, width) for site, width in rig.sites.items()},
+            "split": sorted(rig.shard.split),
+            "unfired": [str(site) for site in rig.unfired] if _runs_before_use(self.worker) else [],
             "static": rig.static,
+            "fused": rig.fused is not None,
             "untold": _untold(self.worker),
             "dtype": str(rig.dtype).removeprefix("torch."),
             **rig.describe(),
@@ -269,11 +319,11 @@ def trimtab_drop(self: Any, digests: list[str]) -> None:
         _rig(self).steerings.pop(digest, None)
 
 
-def trimtab_take(self: Any, readings: list[str]) -> list[dict[int, tuple[list[int], bytes]]]:
-    """What was read: for each reading, for each layer of this worker's, shape and bytes, in float32."""
+def trimtab_take(self: Any, readings: list[str]) -> list[dict[str, tuple[list[int], bytes]]]:
+    """What was read: for each reading, for each site of this worker's, shape and bytes, in float32."""
     rig = _rig(self)
     taken = [rig.take(reading) for reading in readings]
-    return [{layer: (list(x.shape), _bytes(x)) for layer, x in found.items()} for found in taken]
+    return [{str(site): (list(x.shape), _bytes(x)) for site, x in found.items()} for found in taken]
 
 
 def trimtab_rows(self: Any, rows: list[int]) -> dict[int, bytes]:

@@ -1,0 +1,119 @@
+"""How much the operators of a captured graph can do: they are the same at each step, so it is chosen at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+FEATURES = ("scales", "norms", "gates", "reads")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What captured graphs can do after blocks, besides adding.
+
+    Args:
+        rank: So many rows a low-rank map may have (a projection is one); 0: there are additions alone.
+        steps: So many edits in a row that can't be folded into one map.
+        scales: Whether elements are scaled.
+        norms: Whether norms are kept, and additions measured in norms.
+        gates: Whether there are conditions on each token.
+        reads: Whether activations can be read (by prompt gates, and by `capture`).
+        layers: After which blocks there is more than addition; `None`: all.
+    """
+
+    rank: int = 0
+    steps: int = 1
+    scales: bool = False
+    norms: bool = False
+    gates: bool = False
+    reads: bool = False
+    layers: tuple[int, ...] | None = None
+
+    @property
+    def maps(self) -> bool:
+        """Whether there is more than addition anywhere."""
+        return self.rank > 0 or self.scales
+
+    def at(self, layer: int) -> bool:
+        """Whether there is more than addition after this block."""
+        return self.maps and (self.layers is None or layer in self.layers)
+
+    def __or__(self, other: Capacity) -> Capacity:
+        """The smallest that can do what either can."""
+        layers = None
+        if not self.maps or not other.maps:
+            layers = self.layers if self.maps else other.layers
+        elif self.layers is not None and other.layers is not None:
+            layers = tuple(sorted({*self.layers, *other.layers}))
+        flags = {name: getattr(self, name) or getattr(other, name) for name in FEATURES}
+        return Capacity(max(self.rank, other.rank), max(self.steps, other.steps), layers=layers, **flags)
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        given = {name: getattr(self, name) for name in ("rank", "steps", *FEATURES)}
+        return {**given, "layers": None if self.layers is None else list(self.layers)}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Capacity:
+        """From what `to_plain` gives."""
+        layers = data["layers"]
+        return cls(**{**data, "layers": None if layers is None else tuple(layers)})
+
+
+ADDITIONS = Capacity()
+"""Nothing else."""
+
+KERNELS = {
+    "additions": ADDITIONS,
+    "projections": Capacity(rank=4),
+    "all": Capacity(rank=4, scales=True, norms=True, gates=True, reads=True),
+}
+"""The names by which `$TRIMTAB_KERNEL` asks for them."""
+
+
+def capacity_from(given: Mapping[str, str]) -> Capacity | None:
+    """The capacity that an environment asks for; `None` where it says nothing.
+
+    Args:
+        given: `TRIMTAB_KERNEL`, one of `KERNELS`; `TRIMTAB_RANK`, `TRIMTAB_STEPS`, and `TRIMTAB_LAYERS` (`10-14,20`)
+            say more of it.
+
+    Raises:
+        TrimtabError: One of them isn't understood.
+    """
+    names = ("TRIMTAB_KERNEL", "TRIMTAB_RANK", "TRIMTAB_STEPS", "TRIMTAB_LAYERS")
+    kernel, rank, steps, layers = (given.get(name) for name in names)
+    if kernel is None and rank is None and steps is None and layers is None:
+        return None
+    found = KERNELS.get(kernel or "all")
+    if found is None:
+        raise TrimtabError(f"TRIMTAB_KERNEL is one of {', '.join(KERNELS)}, got {kernel!r}")
+    for name, value in (("rank", rank), ("steps", steps)):
+        if value is None:
+            continue
+        if not value.isdecimal() or int(value) < 1:
+            raise TrimtabError(f"TRIMTAB_{name.upper()} is a whole number from 1, got {value!r}")
+        found = replace(found, rank=int(value)) if name == "rank" else replace(found, steps=int(value))
+    return found if layers is None else replace(found, layers=_layers(layers))
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    found: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdecimal() or not (high or low).isdecimal() or int(high or low) < int(low):
+            raise TrimtabError(f"TRIMTAB_LAYERS names layers such as 10-14,20, got {text!r}")
+        found.update(range(int(low), int(high or low) + 1))
+    return tuple(sorted(found))
+
+
+def union(several: Iterable[Capacity]) -> Capacity:
+    """The smallest that can do what any of them can."""
+    total = ADDITIONS
+    for one in several:
+        total = total | one
+    return total

@@ -1,0 +1,269 @@
+"""The operators of a captured graph at a site as one kernel, in Triton: a program for each token.
+
+Where a token's slots are those of nothing, its program ends after it has read them, so that unsteered tokens cost next
+to nothing. It does what `Rig` and `Maps` do with torch's operators, in one pass over the activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.counting import CALL, GraphCounts
+from trimtab.engines.vllm.maps import TAIL, Maps
+from trimtab.engines.vllm.rig import Rig
+from trimtab.errors import TrimtabError
+from trimtab.steering import Site
+from trimtab.steering.operations import SHORTEST
+
+WIDEST = 16384
+"""A program holds one activation of at most this width."""
+
+
+@triton.jit(do_not_specialize=["amount", "kept_rows"])
+def steer_token(  # type: ignore[no-untyped-def]  # Triton's types are those of its compiler
+    hidden,
+    residual,
+    rows,
+    index,
+    vectors,
+    numbers,
+    which,
+    kept,
+    count,
+    amount,
+    kept_rows,
+    hidden_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SLOTS: tl.constexpr,
+    STEPS: tl.constexpr,
+    READS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROOM: tl.constexpr,
+    SIZE: tl.constexpr,
+    VECTORS: tl.constexpr,
+    TINY: tl.constexpr,
+    PAIR: tl.constexpr,
+    ADDS: tl.constexpr,
+    MAPS: tl.constexpr,
+    SCALES: tl.constexpr,
+    NORMS: tl.constexpr,
+    GATES: tl.constexpr,
+    KEEPS: tl.constexpr,
+):
+    """One token's activation, `hidden + residual` where it is a `PAIR`; see `Maps` for what the banks hold."""
+    token = tl.program_id(0).to(tl.int64)
+    if token == 0:
+        tl.atomic_add(count, amount)
+    row = token * 0
+    slot = token * 0
+    if ADDS:
+        row = tl.load(index + token)
+    if MAPS:
+        slot = tl.load(which + token)
+    if (row != 0) | (slot != 0) | KEEPS:
+        column = tl.arange(0, BLOCK)
+        inside = column < WIDTH
+        new = tl.load(hidden + token * hidden_stride + column, mask=inside, other=0.0)
+        if ADDS:
+            vector = tl.load(rows + row * WIDTH + column, mask=inside, other=0.0)
+            new = (new.to(tl.float32) + vector.to(tl.float32)).to(new.dtype)
+        rest = tl.zeros([BLOCK], tl.float32)
+        if PAIR:
+            rest = tl.load(residual + token * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        if MAPS:  # noqa: SIM102
+            if slot != 0:
+                x = new.to(tl.float32) + rest if PAIR else new.to(tl.float32)
+                total = tl.full([BLOCK], -0.0, tl.float32)
+                at = tl.arange(0, ROOM)
+                here = at < ROWS
+                for step in tl.static_range(STEPS):
+                    own = numbers + (step * SLOTS + slot) * SIZE
+                    map_of = vectors + (step * VECTORS * SLOTS + slot) * WIDTH
+                    z = tl.load(own + at, mask=here, other=0.0)
+                    for r in range(ROWS):
+                        read = tl.load(map_of + r * SLOTS * WIDTH + column, mask=inside, other=0.0)
+                        z = tl.where(at == r, z + tl.sum(x * read, 0), z)
+                    tail = own + READS + 3 * ROWS
+                    threshold = tl.load(tail)
+                    length = tl.full([], 1.0, tl.float32)
+                    if NORMS:
+                        length = tl.sqrt(tl.sum(x * x, 0))
+                        z += tl.load(own + READS + at, mask=here, other=0.0) * length
+                    if GATES:
+                        gate = tl.load(map_of + ROWS * SLOTS * WIDTH + column, mask=inside, other=0.0)
+                        value = tl.sum(x * gate, 0)
+                        value = tl.maximum(value, value * tl.load(tail + 3), propagate_nan=tl.PropagateNan.ALL)
+                        least = tl.where(tl.load(tail + 2) != 0, threshold * length, threshold)
+                        acts = (value > least) != (tl.load(tail + 4) != 0)
+                    else:
+                        acts = threshold < 0
+                    low = tl.load(own + READS + ROWS + at, mask=here, other=0.0)
+                    high = tl.load(own + READS + 2 * ROWS + at, mask=here, other=0.0)
+                    z = tl.maximum(z, low, propagate_nan=tl.PropagateNan.ALL)
+                    z = tl.minimum(z, high, propagate_nan=tl.PropagateNan.ALL)
+                    delta = tl.zeros([BLOCK], tl.float32)
+                    for r in range(ROWS):
+                        write = tl.load(map_of + (READS + r) * SLOTS * WIDTH + column, mask=inside, other=0.0)
+                        delta += tl.sum(tl.where(at == r, z, 0.0), 0) * write
+                    if SCALES:
+                        delta += x * tl.load(map_of + (VECTORS - 1) * SLOTS * WIDTH + column, mask=inside, other=0.0)
+                    if NORMS:
+                        edited = x + delta
+                        norm = tl.sqrt(tl.sum(edited * edited, 0))
+                        factor = (norm + tl.load(tail + 1) * (length - norm)) / tl.maximum(norm, TINY)
+                        delta = delta * factor + x * (factor - 1)
+                    delta = tl.where(acts, delta, -0.0)
+                    total += delta
+                    x += delta
+                new = (new.to(tl.float32) + total).to(new.dtype)
+        tl.store(hidden + token * hidden_stride + column, new, mask=inside)
+        if KEEPS:  # noqa: SIM102
+            if token < kept_rows:
+                stream = (new.to(tl.float32) + rest).to(new.dtype) if PAIR else new
+                tl.store(kept + token * WIDTH + column, stream, mask=inside)
+
+
+class Fused:
+    """The kernel at each site of a rig: additions, maps, the count, and what is kept to be read."""
+
+    def __init__(self, bank: Bank, maps: Maps | None, counts: GraphCounts, kept: dict[Site, Tensor]) -> None:
+        self._bank, self._maps, self._counts, self._kept = bank, maps, counts, kept
+
+    def takes(self, hidden: Tensor, residual: Tensor | None) -> bool:
+        """Whether the kernel is made for such activations, `[tokens, width]`."""
+        given = [hidden] if residual is None else [hidden, residual]
+        fits = hidden.shape[-1] <= WIDEST and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        return fits and all(one.stride(-1) == 1 and one.dtype == hidden.dtype for one in given)
+
+    def act(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
+        """At a site whose activation is `hidden + residual`, `[tokens, width]` each: `hidden` takes the edit."""
+        tokens, width = hidden.shape
+        if not tokens:
+            self._counts.count(site, 0)
+            return
+        rows, kept, maps = self._bank.rows.get(site), self._kept.get(site), self._maps
+        vectors, numbers = (hidden, hidden)
+        if maps is not None and site in maps.sites:
+            vectors, numbers = maps.banks(site)
+        mapped = vectors is not hidden
+        steer_token[(tokens,)](
+            hidden,
+            hidden if residual is None else residual,
+            hidden if rows is None else rows,
+            self._bank.index,
+            vectors,
+            numbers,
+            maps.index if mapped and maps is not None else self._bank.index,
+            hidden if kept is None else kept,
+            self._counts.one(site),
+            CALL + tokens,
+            0 if kept is None else len(kept),
+            hidden.stride(0),
+            0 if residual is None else residual.stride(0),
+            **constants(width, maps if mapped else None),
+            PAIR=residual is not None,
+            ADDS=rows is not None,
+            KEEPS=kept is not None,
+        )
+
+
+def constants(width: int, maps: Maps | None) -> dict[str, Any]:
+    """What a kernel is compiled for, but for which tensors it is given."""
+    found: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "TINY": SHORTEST}
+    if maps is None:
+        nothing = ("SLOTS", "STEPS", "READS", "ROWS", "ROOM", "SIZE", "VECTORS")
+        return {**found, **dict.fromkeys(nothing, 1), **dict.fromkeys(("MAPS", "SCALES", "NORMS", "GATES"), False)}
+    capacity, rows = maps.capacity, maps.capacity.rank + 1
+    reads = rows + capacity.gates
+    return {
+        **found,
+        "SLOTS": maps.slots.capacity,
+        "STEPS": capacity.steps,
+        "READS": reads,
+        "ROWS": rows,
+        "ROOM": triton.next_power_of_2(rows),
+        "SIZE": reads + 3 * rows + TAIL,
+        "VECTORS": reads + rows + capacity.scales,
+        "MAPS": True,
+        "SCALES": capacity.scales,
+        "NORMS": capacity.norms,
+        "GATES": capacity.gates,
+    }
+
+
+# ---- whether it does what torch's operators do ----------------------------------------------------------------
+
+NEAR = 1e-2
+"""How far the two may be apart, of how far torch's operators move an activation: more than matrix units round."""
+
+
+def check_fused(rig: Rig) -> None:
+    """Run both on random banks of the rig's shapes, where it is. This compiles the kernel, before a graph is captured.
+
+    Raises:
+        TrimtabError: They differ, or leave what doesn't act otherwise than to the bit.
+    """
+    kinds = {(site.kind, width, _has(rig, site)): site for site, width in rig.sites.items()}
+    for site in kinds.values():
+        made = [_random(rig, site) for _ in range(2)]
+        fused = Fused(made[0].bank, made[0].maps, made[0].counts, made[0].kept)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(1)
+        pair = site.kind == "residual"
+        hidden, residual = torch.randn(2, 12, rig.sites[site], generator=generator).to(rig.device, rig.dtype)
+        found, wanted = hidden.clone(), hidden.clone()
+        if not fused.takes(found, residual):
+            raise TrimtabError(f"it isn't made for {rig.dtype} of width {rig.sites[site]}")
+        fused.act(site, found, residual if pair else None)
+        made[1].apply(site, wanted, residual if pair else None)
+        moved = (wanted - hidden).float().norm(dim=-1)
+        apart = (found - wanted).float().norm(dim=-1)
+        rounded = torch.finfo(rig.dtype).eps * wanted.float().norm(dim=-1)
+        idle = moved == 0
+        near = bool((apart <= NEAR * moved + rounded).all())  # which NaN isn't
+        if not near or not torch.equal(found[idle], hidden[idle]):
+            raise TrimtabError(
+                f"at {site} it differs from torch's operators by {float((apart / rounded).max()):.3g} eps"
+            )
+        if not torch.equal(made[0].counts.one(site), made[1].counts.one(site)):  # type: ignore[union-attr]
+            raise TrimtabError(f"at {site} it counts otherwise than torch's operators")
+
+
+def _has(rig: Rig, site: Site) -> tuple[bool, bool]:
+    return site in rig.bank.rows, rig.maps is not None and site in rig.maps.sites
+
+
+def _random(rig: Rig, site: Site) -> Rig:
+    """A rig like this one of one site, with random banks, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    rows, mapped = _has(rig, site)
+    width, tokens = rig.sites[site], 16
+    bank = Bank([site.layer] if rows else [], width, rig.bank.slots.capacity, tokens, rig.dtype, rig.device)
+    maps = None
+    if mapped and rig.maps is not None:
+        slots = rig.maps.slots.capacity
+        maps = Maps(rig.capacity, {site: width}, slots, tokens, rig.dtype, rig.device)
+        vectors, numbers = maps.banks(site)
+        vectors[:, :, 1:] = (torch.randn(vectors[:, :, 1:].shape, generator=generator) / width**0.5).to(rig.device)
+        drawn = torch.rand(numbers[:, 1:].shape, generator=generator)
+        reads, rows_of = numbers.shape[-1] - TAIL - 3 * (rig.capacity.rank + 1), rig.capacity.rank + 1
+        drawn[..., reads + rows_of : reads + 2 * rows_of] -= 1  # what is low is below what is high
+        tail = drawn[..., -TAIL:]
+        tail[..., 0] = torch.where(tail[..., 0] < 0.5, -torch.inf, tail[..., 0] - 0.5)
+        tail[..., 2:] = torch.where(tail[..., 2:] < 0.5, 0.0, 1.0)
+        tail[..., 3] = 1 - 2 * tail[..., 3]
+        numbers[:, 1:] = drawn.to(rig.device)
+        maps.index[:12] = torch.tensor([0, 1, 0, 1] * 3) % slots
+    for row in bank.rows.values():
+        row[1:] = torch.randn(row[1:].shape, generator=generator).to(rig.device, rig.dtype)
+    bank.index[:12] = torch.tensor([0, 0, 1, 1] * 3)
+    capacity = replace(rig.capacity, layers=None)
+    return Rig({site: width}, rig.dtype, rig.device, bank, True, capacity, maps, tokens)

@@ -1,0 +1,55 @@
+"""Sites whose activations are split over tensor-parallel workers: each worker has so many of the heads, or neurons.
+
+What is done there element by element, to add or to scale, each worker does to its own. What takes the whole activation,
+such as a projection, is refused before a request runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.engines.vllm.program import Identified
+from trimtab.steering import Add, Edit, ScaleElements, Site
+
+BY_ELEMENT = (Add, ScaleElements)
+
+
+def splits(edit: Edit) -> bool:
+    """Whether each worker can do its part of an edit."""
+    operation: Any = edit.operation
+    return type(operation) in BY_ELEMENT and not operation.keep_norm and not edit.gate.token_sites
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of split activations a worker has: number `rank` of `workers`.
+
+    Args:
+        split: The kinds of sites that are split, and the width of the whole activation.
+    """
+
+    split: Mapping[str, int] = field(default_factory=dict)
+    workers: int = 1
+    rank: int = 0
+
+    def whole(self, site: Site, width: int) -> int:
+        """How wide the whole activation is where a worker has this much."""
+        return self.split.get(site.kind, width)
+
+    def of(self, one: Identified) -> Identified:
+        """This worker's part of an edit. Raises `ValueError` for one that doesn't split."""
+        whole = self.split.get(one.edit.site.kind)
+        if whole is None:
+            return one
+        if not splits(one.edit):
+            raise ValueError(f"{one.edit} can't be split over workers")
+        size = whole // self.workers
+        own = one.edit.operation.direction[self.rank * size : (self.rank + 1) * size]
+        part = replace(one.edit, operation=replace(one.edit.operation, direction=own))
+        return Identified(f"{one.name}/{self.rank}", part)
+
+
+WHOLE = Shard()
+"""Nothing is split."""

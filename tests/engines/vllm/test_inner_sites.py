@@ -1,0 +1,260 @@
+"""Sites inside of blocks: where they are found, what acts there, and what each of several workers does of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_parts import RULES, Recorded, start
+from test_static_kernel import ALL
+from tiny import WIDTH, direction, naive_together, read_write
+from torch import nn
+
+from trimtab import (
+    Ablate,
+    Add,
+    Edit,
+    Positions,
+    ScaleElements,
+    Site,
+    Steering,
+    Threshold,
+    TrimtabError,
+    UnsupportedError,
+)
+from trimtab.engines.vllm import operator
+from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.attach import INSIDE, attach, find_places
+from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.maps import Maps
+from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.engines.vllm.settings import settings_from_environment
+from trimtab.engines.vllm.shards import Shard
+from trimtab.engines.vllm.wire import Reading, Wire
+
+HEADS, NEURONS = 48, 80
+WIDTHS = {"residual": WIDTH, "heads": HEADS, "neurons": NEURONS, "attention": WIDTH, "mlp": WIDTH}
+
+
+class RowParallelLinear(nn.Linear):
+    """As vLLM's: a worker has a part of the input."""
+
+    def __init__(self, given: int, workers: int = 1) -> None:
+        super().__init__(given // workers, WIDTH, bias=False, dtype=torch.float64)
+        self.input_size, self.input_size_per_partition = given, given // workers
+
+
+class Attention(nn.Identity):
+    """What vLLM's attention is called."""
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.attn, self.o_proj = Attention(), RowParallelLinear(HEADS, workers)
+        self.inner = nn.Linear(WIDTH, HEADS // workers, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o_proj(self.attn(self.inner(x)))
+
+
+class Mlp(nn.Module):
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, NEURONS // workers, dtype=torch.float64)
+        self.down_proj = RowParallelLinear(NEURONS, workers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(torch.relu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, workers: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.self_attn, self.mlp = SelfAttention(workers), Mlp(workers)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        residual = x + self.self_attn(x)
+        return self.mlp(residual), residual
+
+
+def size(kind: str, seed: int, norm: float = 1.0) -> torch.Tensor:
+    vector = torch.randn(WIDTHS[kind], generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return norm * vector / vector.norm()
+
+
+def edits(kind: str) -> list[Edit]:
+    site = Site(1, kind)
+    gate = Threshold(site, size(kind, 5), 0.0, each_token=True)
+    return [
+        Edit(site, Add(size(kind, 1, 2.0)), RULES[0]),
+        Edit(site, ScaleElements((size(kind, 2) > 0).double()), RULES[0]),
+        Edit(site, Ablate(size(kind, 3)), RULES[0], gate=gate),
+        Edit(site, read_write(4, 2, WIDTHS[kind], low=0.0), RULES[0]),
+        Edit(site, Add(size(kind, 6), keep_norm=True), RULES[0]),
+    ]
+
+
+def steered(block: nn.Module, static: bool) -> Rig:
+    """A rig at all sites of two blocks, the second of which is this one."""
+    places = find_places({0: Block(), 1: block}, WIDTH, INSIDE)
+    sites = {site: place.width for site, place in places.items()}
+    device = torch.device("cpu")
+    bank = Bank((0, 1), WIDTH, 8, 64, torch.float64, device)
+    maps = Maps(ALL, sites, 8, 64, torch.float64, device) if static else None
+    one = Rig(sites, torch.float64, device, bank, static, ALL, maps)
+    operator.RIGS.append(one)
+    attach(places, len(operator.RIGS) - 1)
+    return one
+
+
+class TestActing:
+    @pytest.mark.parametrize("static", [False, True], ids=["in Python", "replayed"])
+    @pytest.mark.parametrize("number", range(5), ids=["add", "scale", "gated ablation", "map", "kept norm"])
+    @pytest.mark.parametrize("kind", INSIDE)
+    def test_an_edit_changes_what_stands_there(self, kind: str, number: int, static: bool) -> None:
+        """As the block with the formula in its place, and so does what is read there; later tokens are as they were."""
+        torch.manual_seed(number)
+        block = Block()
+        edit = replace(edits(kind)[number], positions=Positions.span(0, 3))
+        x = torch.randn(5, WIDTH, dtype=torch.float64)
+        plain, wanted = block(x), self.naive(block, x, edit)
+        one = steered(block, static)
+        start(one, "a", Steering((edit,)), 5)
+        program = one.programs["a"]
+        one.programs["a"] = replace(program, reading=Reading("r", (Site(1, kind),), (1, 4)))
+        with torch.no_grad():
+            if static:
+                given = torch.zeros_like(x)
+                with Recorded() as graph:
+                    found = block(given)
+            one.expect({"a": 5})
+            one.begin(Chunks(["a"], [0], [5]))
+            if static:
+                given.copy_(x)
+                graph.replay()
+                one.end()
+                read = one.take("r")[Site(1, kind)]
+                torch.testing.assert_close(read, wanted[1][[1, 4]])
+                return
+            found = block(x)
+            receipt = one.end()
+        assert receipt is not None
+        assert receipt.settle() == {}
+        torch.testing.assert_close(sum(found), sum(wanted[0]))
+        assert torch.equal(sum(found)[3:], sum(plain)[3:])
+        changed = not torch.equal(sum(wanted[0])[:3], sum(plain)[:3])  # a gate may be shut at all three
+        assert torch.equal(sum(found)[:3], sum(plain)[:3]) != changed
+        assert changed or number == 2
+        torch.testing.assert_close(one.take("r")[Site(1, kind)], wanted[1][[1, 4]])
+
+    def naive(self, block: Any, x: torch.Tensor, edit: Edit) -> tuple[Any, torch.Tensor]:
+        """The block's outcome, and what stands at the site, with the edit's formula in hooks that loop over tokens."""
+        linear = {"heads": block.self_attn.o_proj, "neurons": block.mlp.down_proj}.get(edit.site.kind)
+        part = {"attention": block.self_attn, "mlp": block.mlp}.get(edit.site.kind)
+        seen = []
+
+        def changed(value: torch.Tensor) -> torch.Tensor:
+            new = value.clone()
+            for t in range(3):
+                gate: Any = edit.gate
+                if not gate.token_sites or float(value[t] @ gate.direction) > gate.threshold:
+                    new[t] = self.formula(edit, value[t])
+            seen.append(new)
+            return new
+
+        if linear is not None:
+            handle = linear.register_forward_pre_hook(lambda _m, args: (changed(args[0]),))
+        else:
+            assert part is not None
+            handle = part.register_forward_hook(lambda _m, _a, output: changed(output))
+        with torch.no_grad():
+            found = block(x)
+        handle.remove()
+        return found, seen[0]
+
+    def formula(self, edit: Edit, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(edit.operation, ScaleElements):
+            return x * (1 + edit.strength * edit.operation.direction)
+        return naive_together([edit], x)
+
+    def test_a_site_that_isnt_run_is_a_fault(self) -> None:
+        block = Block()
+        one = steered(block, False)
+        start(one, "a", Steering((edits("heads")[0],)), 5)
+        block.self_attn.o_proj._forward_pre_hooks.clear()
+        one.expect({"a": 5})
+        one.begin(Chunks(["a"], [0], [5]))
+        with torch.no_grad():
+            block(torch.randn(5, WIDTH, dtype=torch.float64))
+        receipt = one.end()
+        assert receipt is not None
+        assert "at heads[1] the steering was to run once" in receipt.settle()["a"]
+
+
+class TestFinding:
+    def test_what_isnt_one_attention_and_one_mlp_is_refused(self) -> None:
+        block: Any = Block()
+        assert list(find_places({3: block}, WIDTH, ())) == [Site(3)]
+        assert list(find_places({3: block}, WIDTH, ("heads",))) == [Site(3, "heads"), Site(3)]
+        block.more = Mlp(1)
+        with pytest.raises(UnsupportedError, match=r"the sites inside of block 3 .* more isn't one part"):
+            find_places({3: block}, WIDTH, ("heads",))
+        del block.more, block.mlp
+        with pytest.raises(UnsupportedError, match="which has heads, attention"):
+            find_places({3: block}, WIDTH, ("heads",))
+
+    def test_the_environment_names_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert settings_from_environment(sites={"mlp"}).sites == ("mlp",)
+        monkeypatch.setenv("TRIMTAB_SITES", "residual, neurons,heads")
+        assert settings_from_environment(sites={"mlp"}).sites == ("heads", "neurons")
+        monkeypatch.setenv("TRIMTAB_SITES", "scores")
+        with pytest.raises(TrimtabError, match=r"TRIMTAB_SITES names kinds of sites, of heads, .*; got 'scores'"):
+            settings_from_environment()
+
+
+class TestAdmission:
+    def test_sites_that_the_engine_wasnt_started_with_are_refused(self) -> None:
+        for kind in INSIDE:
+            given = Steering((edits(kind)[0],))
+            check_supported(given, layers=2, widths=WIDTHS)
+            with pytest.raises(UnsupportedError, match=f"inside a block; start the engine with TRIMTAB_SITES={kind}"):
+                check_supported(given, layers=2, widths={"residual": WIDTH})
+        with pytest.raises(TrimtabError, match=r"width is 32, this model's is 48 at heads\[1\]"):
+            check_supported(Steering((Edit(Site(1, "heads"), Add(direction(1))),)), layers=2, widths=WIDTHS)
+
+    def test_what_takes_a_whole_activation_isnt_split(self) -> None:
+        for number, fine in enumerate((True, True, False, False, False)):
+            given = Steering((edits("heads")[number],))
+            if fine:
+                check_supported(given, layers=2, widths=WIDTHS, split={"heads"})
+                continue
+            with pytest.raises(UnsupportedError, match="heads are split over tensor-parallel workers"):
+                check_supported(given, layers=2, widths=WIDTHS, split={"heads"})
+        check_supported(Steering(tuple(edits("mlp"))), layers=2, widths=WIDTHS, split={"heads", "neurons"})
+
+
+def test_each_worker_does_its_part() -> None:
+    """The parts of two workers, side by side, are the whole; and a wire of a reading tells its sites."""
+    x = torch.randn(5, HEADS, dtype=torch.float64)
+    for edit in edits("heads")[:2]:
+        parts = []
+        for rank in range(2):
+            places = find_places({1: Block(2)}, WIDTH, INSIDE)
+            sites = {site: place.width for site, place in places.items()}
+            assert sites[Site(1, "heads")] == HEADS // 2
+            bank = Bank((1,), WIDTH, 8, 64, torch.float64, torch.device("cpu"))
+            shard = Shard({"heads": HEADS, "neurons": NEURONS}, 2, rank)
+            one = Rig(sites, torch.float64, torch.device("cpu"), bank, shard=shard)
+            start(one, "a", Steering((edit,)), 5)
+            one.begin(Chunks(["a"], [0], [5]))
+            parts.append(x.chunk(2, -1)[rank].clone())
+            one.apply(Site(1, "heads"), parts[-1], None)
+        vector = edit.operation.direction
+        wanted = x + vector if isinstance(edit.operation, Add) else x * (1 + vector)
+        torch.testing.assert_close(torch.cat(parts, -1), wanted)
+    wire = Wire((), Reading("r", (Site(1, "heads"), Site(2)), (0, 3)), 4)
+    assert Wire.from_plain(wire.to_plain()) == wire
