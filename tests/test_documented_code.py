@@ -22,11 +22,13 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 RUN_ELSEWHERE = {
     *("README.md", "add-a-method.md", "bake.md", "estimators.md", "notebooks.md", "operations.md", "pairs.md"),
+    "positions.md",
     *("prompts.md", "traits.md", "your-vector.md", "bipo.md", "cap.md", "distill.md", "instaboost.md", "loreft.md"),
-    *("pasta.md", "reps.md", "sttp.md"),
+    *("pasta.md", "positions.md", "reps.md", "sttp.md"),
 }
 """Pages with a test of their own."""
 NOT_RUN = {
+    "audit.md": "measures for minutes: audits are run in tests/evaluate and tests/commands",
     "caa.md": "reads CAA's data sets, on a model from the Hub",
     "engines-vllm.md": "needs vLLM and two GPUs, or a server",
     "inferaligner.md": "needs two models of one family",
@@ -166,12 +168,14 @@ def _tda(lm: Any) -> dict[str, Any]:
 
 PREPARED: dict[str, Any] = {
     "doses.md": _doses,
+    "inspect.md": lambda lm: {},
     "start.md": lambda lm: {},
     "formats.md": _formats,
     "families.md": _model,
     "directer.md": _directer,
     "cast.md": _cast,
     "instruct.md": lambda lm: {},
+    "steermoe.md": lambda lm: {},
     "tda.md": _tda,
 }
 """What a page's code takes for granted."""

@@ -10,15 +10,16 @@ from pathlib import Path
 import trimtab
 
 ROOT = Path(trimtab.__file__).parent
-STEERING = {"errors", "steering"}
+STEERING = {"keywords", "errors", "steering"}
 ENGINES = STEERING | {"plugins", "text", "files", "decoding", "engines"}
 LM = ENGINES | {"lm"}
 MAY_SEE = {
     "errors": set(),
+    "keywords": {"errors"},
     "plugins": {"errors"},
     "steering": STEERING,
-    "text": {"errors", "text"},
-    "data": {"errors", "text", "data"},
+    "text": {"errors", "keywords", "text"},
+    "data": {"errors", "keywords", "text", "data"},
     "files": STEERING | {"files"},
     "decoding": STEERING | {"decoding"},
     "engines": ENGINES,

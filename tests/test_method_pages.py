@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "pasta", "reps", "sttp")
+PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "pasta", "reps", "steermoe", "sttp")
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 

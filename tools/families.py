@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
 def written(rows: dict[str, dict[str, str]], missing: dict[str, str]) -> str:
     """The page."""
     counts = {name: sum(one[name] in (MARKS["works"], MARKS["partly"]) for one in rows.values()) for name in COUNTED}
-    legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items())
+    legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items() if name in COLUMNS)
     summary = ", ".join(f"{name} {count}" for name, count in counts.items())
     head = f"| type | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}"
     table = "\n".join(f"| {kind} | {' | '.join(rows[kind][name] for name in COLUMNS)} |" for kind in sorted(rows))
@@ -118,7 +118,8 @@ What to know of some:
 - **Pads.** Some types count pads as positions when they are padded on the left, without trimtab as well (`padding` is
   `theirs`). trimtab finds that out and lets prompts of different lengths run in batches of their own.
 - **Mixtures of experts.** `neurons` are those of the expert that every token passes, if there is one. A routed expert
-  has other tokens each time, so there is no one row of neurons.
+  has other tokens each time, so there is no one row of neurons. `router` are the logits by which experts are chosen:
+  of the router's own linear map, before any softmax, sigmoid, bias or group ([`steermoe`](methods/steermoe.md)).
 - **Looped models** run a block several times a pass. There is no one place after it, so such blocks aren't steered.
 - **Layers that only reuse keys and values** (Gemma 3n and 4) compute the last prompt token alone while generating, as
   transformers has them; nothing would come of edits at the tokens before.

@@ -41,8 +41,8 @@ def on_files(files: Any, config: Any) -> Any:
         "reference/cli.md": cli_page(),
         "results.md": (ROOT / "benchmarks" / "RESULTS.md").read_text(),
     }
-    for path in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
-        pages[f"notebooks/{path.stem}.md"] = notebook_page(path)
+    for notebook in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+        pages[f"notebooks/{notebook.stem}.md"] = notebook_page(notebook)
     for path, text in pages.items():
         files.append(File.generated(config, path, content=text))
     return files

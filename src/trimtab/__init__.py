@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from trimtab.methods.sadi import learn_sadi
     from trimtab.methods.safety import learn_safety
     from trimtab.methods.spotlight import spotlight
+    from trimtab.methods.steermoe import learn_steermoe
     from trimtab.methods.sttp import learn_sttp
     from trimtab.methods.tda import learn_tda
     from trimtab.methods.words import learn_length, learn_word
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
         Rotate,
         RotateInPlane,
         RotatePredicted,
+        RouteExperts,
         ScaleElements,
         ScaleScores,
         SetProjection,
@@ -105,6 +107,7 @@ __all__ = [
     "Rotate",
     "RotateInPlane",
     "RotatePredicted",
+    "RouteExperts",
     "ScaleElements",
     "ScaleScores",
     "SetProjection",
@@ -145,6 +148,7 @@ __all__ = [
     "learn_reps",
     "learn_sadi",
     "learn_safety",
+    "learn_steermoe",
     "learn_sttp",
     "learn_tda",
     "learn_word",
@@ -201,6 +205,7 @@ _HOMES = {
     "trimtab.methods.sadi": ("learn_sadi",),
     "trimtab.methods.safety": ("learn_safety",),
     "trimtab.methods.spotlight": ("spotlight",),
+    "trimtab.methods.steermoe": ("learn_steermoe",),
     "trimtab.methods.sttp": ("learn_sttp",),
     "trimtab.methods.tda": ("learn_tda",),
     "trimtab.methods.words": ("learn_length", "learn_word"),
@@ -221,6 +226,7 @@ _HOMES = {
         "Rotate",
         "RotateInPlane",
         "RotatePredicted",
+        "RouteExperts",
         "ScaleElements",
         "ScaleScores",
         "SetProjection",

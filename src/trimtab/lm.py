@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -22,6 +21,7 @@ from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
 from trimtab.engines.request import Request as Asked
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.adapters import active_adapters, check_adapters
 from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
 from trimtab.engines.transformers.by_steps import check_by_steps
@@ -33,8 +33,9 @@ from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.following import check_rows_stay
 from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
+from trimtab.engines.transformers.identity import identify
 from trimtab.engines.transformers.known_prompts import known_prompts
-from trimtab.engines.transformers.layout import Layout, check_in_memory, find_layout
+from trimtab.engines.transformers.layout import Layout, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
 from trimtab.engines.transformers.load import load
 from trimtab.engines.transformers.next_token import first_steered, next_tokens
@@ -45,12 +46,14 @@ from trimtab.engines.transformers.rejecting import RejectingLoop, Request, check
 from trimtab.engines.transformers.sampling import seeded
 from trimtab.engines.transformers.scores import check_score_edits, is_score_edit
 from trimtab.engines.transformers.session import Decide, FirstPass, Session
+from trimtab.engines.transformers.weights import device_of, input_device
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.steering import Edit, ModelId, Site, Steering
+from trimtab.keywords import keywords
+from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
-from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
+from trimtab.steering.identity import check_learned_on
 from trimtab.steering.steering import check_steering
-from trimtab.text.chat import Prompt, Template, template_digest
+from trimtab.text.chat import Prompt, Template
 from trimtab.text.pieces import pieces
 from trimtab.text.templates import with_keywords
 
@@ -72,6 +75,7 @@ class LM(LanguageModel):
     engine = "transformers"
     layout: Layout
 
+    @keywords
     def __init__(
         self,
         model: Any,
@@ -91,7 +95,8 @@ class LM(LanguageModel):
         self.tokenizer = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
-        check_in_memory(model)
+        check_adapters(model)
+        self._identities: dict[tuple[Adapter, ...], ModelId] = {}
         self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
@@ -133,9 +138,9 @@ class LM(LanguageModel):
     ) -> Any:
         """Load a Hub id, a folder, a GGUF file (dequantized) or, without a name, SmolLM2-135M-Instruct.
 
-        Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, and anything that
-        `from_pretrained` takes. `template` holds keywords of the chat template, as for `LM(…)`. Raises `TrimtabError`
-        where the model can't be had.
+        Options: `device` (CUDA, then MPS, then CPU), `dtype` (`"auto"`: as stored), `revision`, `adapter` (the
+        folder or Hub id of a LoRA to put on it), and anything that `from_pretrained` takes. `template` holds keywords
+        of the chat template, as for `LM(…)`. Raises `TrimtabError` where the model can't be had.
 
         `engine` is another of `trimtab.engines.ENGINES`, with options of its own, whose class it then gives: `"vllm"`
         starts a vLLM engine, `"llamacpp"` runs a GGUF file as it is stored. Or it is one that another installed
@@ -147,7 +152,7 @@ class LM(LanguageModel):
             )
         if engine != "transformers":
             options |= {} if template is None else {"template": template}
-            return engines.engine(engine).load(name, layers=layers, **options)
+            return engines.load(engine, name, {"layers": layers, **options})
         model, tokenizer, label = load(name, **options)
         return cls(model, tokenizer, layers=layers, name=label, template=template)
 
@@ -160,24 +165,20 @@ class LM(LanguageModel):
     def runs_in(self) -> dict[str, str]:
         """In which `dtype` the model computes, and on what kind of `device`."""
         parameter = next(self.model.parameters())
-        return {"dtype": str(parameter.dtype), "device": parameter.device.type}
+        return {"dtype": str(parameter.dtype), "device": device_of(self.model).type}
 
-    @cached_property
+    @property
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
-        config = self.model.config
-        family = str(config.get_text_config(decoder=True).model_type)
-        weight = self.model.get_input_embeddings().weight
-        return ModelId(
-            name=self.name,
-            revision=getattr(config, "_commit_hash", None),
-            family=family,
-            width=self.layout.width,
-            layers=self.layout.layers,
-            fingerprint=fingerprint(family, weight.shape, weight.detach()[sampled_rows(weight.shape[0])]),
-            template=template_digest(self.tokenizer),
-        )
+        """Name, shape and a fingerprint of the weights, as they stand in a steering's card.
 
+        The adapters are those that act now; what else there is, is looked at once for each choice of them.
+        """
+        adapters = active_adapters(self.model)
+        if adapters not in self._identities:
+            self._identities[adapters] = identify(self.model, self.layout, self.tokenizer, self.name, adapters)
+        return self._identities[adapters]
+
+    @keywords
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
         """Raises `TrimtabError` when the steering doesn't fit this model, saying precisely what differs.
 
@@ -242,7 +243,7 @@ class LM(LanguageModel):
             if decoding.progress is not None:
                 decoding.progress(len(answers) + done, len(order))
 
-        with self._exclusive(), few_rows(self.model), seeded(decoding.seed, self.model.device):
+        with self._exclusive(), few_rows(self.model), seeded(decoding.seed, input_device(self.model)):
             for chosen in batches:
                 ids, edited = [requests[i].ids for i in chosen], [steerings[i] for i in chosen]
                 rejected = [rejections[i] for i in chosen]
@@ -390,6 +391,7 @@ class LM(LanguageModel):
             for answer, trace in zip(found, traces, strict=True)
         ]
 
+    @keywords
     @contextmanager
     def steered(
         self,
@@ -410,22 +412,24 @@ class LM(LanguageModel):
         """
         if not isinstance(steering, (list, tuple)):
             check_steering(steering)
-        listed = None if isinstance(steering, Steering) else list(steering)
-        for one in {steering} if listed is None else set(listed) - {None}:
-            self.check(one, transfer=transfer)  # type: ignore[arg-type]
-            if any(is_score_edit(edit) for edit in one.edits):  # type: ignore[union-attr]
+        listed = [steering] if isinstance(steering, Steering) else steering
+        everything = tuple(one for one in listed if one is not None)
+        for one in set(everything):
+            self.check(one, transfer=transfer)
+            if any(is_score_edit(edit) for edit in one.edits):
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not inside lm.steered(…)")
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
+            for one in set(everything):  # adapters are switched while a model is held
+                check_learned_on(one, self.identity, transfer=transfer)
             chosen = one_each(steering, count)
             read = self._prompts_of_pass(count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
             return resolve(chosen, first.lengths[::repeat], read).edits
 
         session = Session(self.model, self.layout, decide, prompt_lengths, self.tokenizer)
-        everything = (steering,) if listed is None else tuple(one for one in listed if one is not None)
-        sites = sorted({edit.site for one in everything for edit in acting(one)})  # type: ignore[arg-type]
-        stays = any(meanings_of(acting(one)) for one in everything)  # type: ignore[arg-type]
+        sites = sorted({edit.site for one in everything for edit in acting(one)})
+        stays = any(meanings_of(acting(one)) for one in everything)
         with self._exclusive():
             with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites), stays):
                 yield session

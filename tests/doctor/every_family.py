@@ -7,7 +7,7 @@ from pathlib import Path
 
 import transformers
 
-from trimtab.doctor import CHECKS, check_model
+from trimtab.doctor import AS_LOADED, CHECKS, check_model
 from trimtab.doctor.structure import VARIANTS
 from trimtab.doctor.tiny import CAUSAL, IMAGE_TEXT, tiny_lm
 
@@ -45,14 +45,14 @@ HYBRIDS = (
 """Types that keep a recurrent state."""
 LANGUAGE = tuple(kind for kind in (*CAUSAL, *VARIANTS) if kind not in HYBRIDS)
 IMAGES = tuple(f"{kind}:images" for kind in IMAGE_TEXT)
-COLUMNS = tuple(CHECKS)
+COLUMNS = tuple(name for name in CHECKS if name not in AS_LOADED)
 
 
 def row(kind: str) -> dict[str, str]:
     """What the doctor finds of a type, one mark a column. Raises `TrimtabError` where no tiny model can be made."""
     name, _, images = kind.partition(":")
     report = check_model(tiny_lm(name, vision=bool(images)))
-    return {one.name: MARKS[one.state] for one in report.findings}
+    return {one.name: MARKS[one.state] for one in report.findings if one.name in COLUMNS}
 
 
 def reasons(kind: str) -> str:

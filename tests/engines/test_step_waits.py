@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import naive_meanings
 import pytest
 import tiny
 from pretend_gpu import Counts, move, pretending
@@ -78,6 +79,25 @@ def test_monitors_and_clean_caches_wait_no_more(device: tuple[LM, Counts], rows:
         assert len(batch.step()) == rows
         _, waits, copies = counts.totals
         assert (waits, copies) == (1, 0), (counts.waits, counts.copies)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_positions_by_meaning_wait_no_more(device: tuple[LM, Counts], turns: bool) -> None:
+    """Rows whose texts are followed; whether what acts on them changes all the time, or never."""
+    lm, counts = device
+    batch = GenerationBatch(lm.model, naive_meanings.tokenizer(), lm.layout)
+    rule = ~Positions.at("a") if turns else Positions.after("no such text") | Positions.generated()
+    for row in range(4):
+        steering = Steering((Edit(Site(1), Add(tiny.direction(row)), rule), Edit(Site(2), Add(tiny.direction(5)))))
+        batch.insert(GenerationRequest(tuple(lm.encode(prompt(row, 4 + row))), steering, 40))
+    for _ in range(7):
+        batch.step()
+    counts.clear()
+    for _ in range(12):
+        assert len(batch.step()) == 4
+    _, waits, copies = counts.totals
+    assert waits == 12, counts.waits
+    assert (copies > 0) is turns, counts.copies
 
 
 def test_the_numbers_ahead_are_copied_now_and_then(device: tuple[LM, Counts], monkeypatch: pytest.MonkeyPatch) -> None:

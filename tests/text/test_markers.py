@@ -21,11 +21,12 @@ QWEN = (
 )
 DEEPSEEK = (
     "{% for m in messages %}{% if m.role == 'user' %}<User>{{ m.content }}{% else %}<Assistant>"
-    "{{ m.content.split('</think>')[-1] }}<end>{% endif %}{% endfor %}{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
+    "{{ m.content.split('</think>')[-1] }}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<Assistant><think>\n{% endif %}"
 )
 MISTRAL = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>{% endif %}"
-    "{% endfor %}{# [TOOL_CALLS] #}"
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% else %} {{ m.content }}</s>"
+    "{% endif %}{% endfor %}{# [TOOL_CALLS] #}"
 )
 CHANNELS = (
     "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endfor %}"

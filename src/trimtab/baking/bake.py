@@ -30,9 +30,11 @@ from trimtab.baking.checkpoint import copy_rest, edit_config, find_shards, write
 from trimtab.baking.plan import FIRST, Plan, check_bakeable, plan
 from trimtab.baking.structure import Structure, auto_class, structure_of
 from trimtab.engines.transformers import default_model
+from trimtab.engines.transformers.weights import quantization
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.page import baked_page
 from trimtab.files.steering_file import steering_digest
+from trimtab.keywords import keywords
 from trimtab.lm import LM
 from trimtab.steering import ModelId, Steering
 from trimtab.steering.identity import check_learned_on, fingerprint, sampled_rows
@@ -78,6 +80,7 @@ class Baked:
     checked: Checked | None
 
 
+@keywords
 def bake(
     model: LM | PreTrainedModel | str | Path | None,
     steering: Steering,
@@ -201,6 +204,8 @@ def _save(lm: LM, folder: Path) -> None:
             f"{type(model).__name__} isn't a model of transformers alone; merge its adapters (merge_and_unload) first"
         )
     _check_unquantized(model.config, lm.name)
+    if (method := quantization(model)) is not None:
+        raise _quantized(lm.name, method)
     if any(parameter.device.type == "meta" for parameter in model.parameters()):
         raise UnsupportedError(f"a part of {lm.name} isn't in memory (offloaded); give its folder or Hub id instead")
     model.save_pretrained(folder, max_shard_size=SHARD)
@@ -209,13 +214,17 @@ def _save(lm: LM, folder: Path) -> None:
 
 
 def _check_unquantized(config: Any, name: str) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        raise UnsupportedError(
-            f"{name} is quantized ({getattr(method, 'value', method)}), and its weights can't be changed as they stand;"
-            " bake the model that it was made from, and quantize that"
-        )
+    by = getattr(config, "quantization_config", None)
+    if by is not None:
+        method = by.get("quant_method") if isinstance(by, dict) else by.quant_method
+        raise _quantized(name, str(getattr(method, "value", method)))
+
+
+def _quantized(name: str, method: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} is quantized ({method}), and its weights can't be changed as they stand; bake the model that it was"
+        " made from, and quantize that"
+    )
 
 
 def _folder_of(model: str | Path | None, revision: str | None) -> tuple[Path, str]:

@@ -14,6 +14,7 @@ import typer
 
 from trimtab.commands.chat_state import MAX_TOKENS
 from trimtab.commands.model import (
+    AdapterOption,
     DeviceOption,
     DtypeOption,
     EngineOption,
@@ -83,6 +84,7 @@ def chat(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    adapter: AdapterOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer, and nothing else.")] = False,
 ) -> None:
     """Talk with a model, and change what steers it as you go.
@@ -117,7 +119,14 @@ def chat(
     if typed and find_spec("prompt_toolkit") is None:
         raise TrimtabError("at a terminal, trimtab chat needs prompt_toolkit: pip install 'trimtab[chat]'")
     lm = load_model(
-        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json, engine=engine
+        model,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        layers_path=layers_path,
+        adapter=adapter,
+        quiet=json,
+        engine=engine,
     )
 
     from trimtab.commands.chat_answer import STREAMING

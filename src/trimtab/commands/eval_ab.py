@@ -106,7 +106,8 @@ def ab(
     run = Run.start(plan, loader, options, [item.question for item in items], batch_size=batch_size, quiet=json)
 
     def score(on: LM, of: dict[str, Arm], file: Path | None, about: Mapping[str, Any]) -> list[Record]:
-        return replace(run, lm=on, arms=of).into(file).letters(items, {"evaluation": "ab", **about})
+        allowed = replace(options, transfer=True) if on is not run.lm else options  # finetuned: another model
+        return replace(run, lm=on, arms=of, options=allowed).into(file).letters(items, {"evaluation": "ab", **about})
 
     records, compared = score(run.lm, run.arms, out, {}), dict(run.arms)
     if pairs:

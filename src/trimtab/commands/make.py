@@ -12,6 +12,7 @@ import typer
 
 from trimtab.commands.for_program import ForOption, check_output, commands_for, next_steps, save_for
 from trimtab.commands.model import (
+    AdapterOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -136,6 +137,7 @@ def make(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    adapter: AdapterOption = None,
     json: JsonOption = False,
 ) -> None:
     """From one sentence to a steering, and what it is worth.
@@ -173,7 +175,9 @@ def make(
     from trimtab.making import make_from_pairs
     from trimtab.steering import Positions
 
-    lm = load_model(model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, quiet=json)
+    lm = load_model(
+        model, device=device, dtype=dtype, revision=revision, layers_path=layers_path, adapter=adapter, quiet=json
+    )
     said = f"{wanted.name}: from {source_of(wanted)}" if wanted else f"{from_}: {len(pairs)} pairs"
     note(said, quiet=json)
     with progress_bar("answering", quiet=json) as progress:

@@ -44,6 +44,15 @@ RevisionOption = Annotated[
     str | None,
     typer.Option(help="A branch, tag or commit of a Hub model.", show_default=False, rich_help_panel=PANEL),
 ]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="A LoRA (or another adapter of peft) to put on the model: a folder or a Hub id. What is learned with it"
+        " belongs to the model with it.",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
 LayersPathOption = Annotated[
     str | None,
     typer.Option(
@@ -83,6 +92,7 @@ class BareModelOptions:
     dtype: DtypeOption = "auto"
     revision: RevisionOption = None
     layers_path: LayersPathOption = None
+    adapter: AdapterOption = None
 
     def load(self, *, quiet: bool, engine: str = "transformers") -> LM:
         """The model. Raises `TrimtabError` when it can't be had on that device."""
@@ -116,6 +126,7 @@ def load_model(
     dtype: str,
     revision: str | None,
     layers_path: str | None,
+    adapter: str | None = None,
     quiet: bool,
     engine: str = "transformers",
     template: list[str] | None = None,
@@ -136,6 +147,7 @@ def load_model(
         check_device(device)
     silence(quiet)
     where = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
+    where |= {} if adapter is None else {"adapter": adapter}
     return LM.load(name, engine=engine, template=keywords or None, **where)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from trimtab.commands.model import (
     PANEL,
+    AdapterOption,
     DeviceOption,
     DtypeOption,
     LayersPathOption,
@@ -187,6 +188,7 @@ def serve(
     dtype: DtypeOption = "auto",
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
+    adapter: AdapterOption = None,
     template: TemplateOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with steering as extra fields.
@@ -269,6 +271,7 @@ def serve(
         dtype=dtype,
         revision=revision,
         layers_path=layers_path,
+        adapter=adapter,
         quiet=False,
         template=template,
     )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords
 from trimtab.steering import Edit, Steering
 
 LADDERS = ("halve", "strength")
@@ -24,6 +25,7 @@ RANKINGS = ("paper", "repo")
 STRENGTH_RUNGS = 5
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Rejection:
     """How a steering is weakened or rejected where its token is implausible.

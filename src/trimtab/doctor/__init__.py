@@ -13,12 +13,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from trimtab.doctor.checks import AS_LOADED as AS_LOADED
 from trimtab.doctor.checks import CHECKS as CHECKS
 from trimtab.doctor.checks import run_checks
 from trimtab.doctor.report import Finding as Finding
 from trimtab.doctor.report import Report as Report
 from trimtab.doctor.tiny import CAUSAL, tiny_lm, tiny_prompts
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.lm import LM
 
 PROMPTS = (
@@ -28,6 +30,7 @@ PROMPTS = (
 )
 
 
+@keywords
 def check_model(lm: LM, *, weights: str = "as given") -> Report:
     """What of trimtab works on this model.
 

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from trimtab.decoding.rejection import Rejection
 from trimtab.doctor import naive
-from trimtab.doctor.report import PARTLY, REFUSED, THEIRS, WORKS, WRONG, Finding
+from trimtab.doctor.loaded import Rounding, devices, quantized, rounding_of
+from trimtab.doctor.report import PARTLY, REFUSED, THEIRS, WORKS, WRONG, Finding, Said, Theirs, Wrong
 from trimtab.engines.transformers.attention import check_attention, score_layers
 from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
 from trimtab.engines.transformers.generate import _end_ids
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.read import Text, read_groups
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.steering import Add, Edit, Positions, ScaleScores, SetProjection, Site, Steering, emphasis
@@ -34,19 +36,13 @@ BETA = 0.2
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 3e-3}
 """By how much log-probabilities may differ between two ways of one computation; a coarser dtype: `COARSE`."""
 COARSE = 0.3
+ROUNDINGS = 3
+"""How many times that of activations."""
 NOISE = 30
 """How many times the difference that transformers itself has, unsteered, is allowed."""
 EXACT = {torch.float64: 1e-6, torch.float32: 1e-3}
 """How much an activation may differ, of its largest number; a coarser dtype: `COARSE_EXACT`."""
 COARSE_EXACT = 0.05
-
-
-class Wrong(Exception):
-    """What came out isn't what it says."""
-
-
-class Theirs(Exception):
-    """It is wrong in transformers itself, without any steering."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,15 @@ class Checks:
         self.last = self.running[-1]
         self.tolerance = TOLERANCE.get(lm.model.dtype, COARSE)
         self.exact = EXACT.get(lm.model.dtype, COARSE_EXACT)
+        self.near_ties = lm.model.dtype not in TOLERANCE
+        self.allow_for(rounding_of(lm, self.ids))
         self.ends = _end_ids(lm.model, {})
+
+    def allow_for(self, rounding: Rounding) -> None:
+        """No more can be asked of steering than passes of other shapes have in common, unsteered."""
+        self.near_ties |= NOISE * rounding.logprobs > self.tolerance
+        self.tolerance = max(self.tolerance, min(COARSE, NOISE * rounding.logprobs))
+        self.exact = max(self.exact, ROUNDINGS * rounding.activations)
 
     def of_one_length(self) -> Checks:
         """The same checks over prompts that need no pads."""
@@ -188,7 +192,7 @@ class Checks:
         most = 0.0
         texts = [self.ids[row] for row in rows]
         width = max(map(len, texts))
-        device = self.lm.model.device
+        device = input_device(self.lm.model)
         ids = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts], device=device)
         mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
         options = {"max_new_tokens": MORE, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -395,7 +399,7 @@ class Checks:
 
     def chosen(self, got: Any, ids: Sequence[int], rungs: Sequence[Callable[[list[int]], Tensor]], what: str) -> None:
         """Each token is the first plausible rung's, or the unsteered model's."""
-        if self.lm.model.dtype not in TOLERANCE:
+        if self.near_ties:
             return  # near-ties fall either way, and with them all that follows
         text = list(ids)
         for token, logprob in zip(got.token_ids, got.logprobs, strict=True):
@@ -411,7 +415,11 @@ class Checks:
             text.append(token)
 
 
+AS_LOADED = ("quantized", "devices")
+"""Checks of how a model is held, not of what it is."""
 CHECKS: dict[str, tuple[str, Callable[[Checks], str | None]]] = {
+    "quantized": ("quantized weights, and what they mean for its answers", quantized),
+    "devices": ("several devices, and weights that are fetched while they run", devices),
     "cache": ("transformers' own cache, unsteered, gives what recomputing gives", Checks.cache),
     "padding": ("transformers' own left padding, unsteered, changes nothing", Checks.padding),
     "reading": ("reading the residual stream", Checks.reading),
@@ -425,6 +433,7 @@ CHECKS: dict[str, tuple[str, Callable[[Checks], str | None]]] = {
     "mlp": ("what the MLP puts out", lambda checks: checks.part("mlp")),
     "heads": ("attention heads", lambda checks: checks.part("heads")),
     "neurons": ("MLP neurons", lambda checks: checks.part("neurons")),
+    "router": ("the logits of a mixture's router", lambda checks: checks.part("router")),
     "emphasis": ("emphasizing a phrase (attention scores)", Checks.emphasis),
     "rejection": ("emphasis with rejection", Checks.rejection),
     "rejecting": ("additions with rejection", Checks.rejecting),
@@ -462,7 +471,7 @@ def _run(checks: Checks, name: str, what: str, check: Callable[[Checks], str | N
         return Finding(name, what, THEIRS, str(error))
     except Exception as error:  # whatever it is, it is what is looked for
         return Finding(name, what, WRONG, f"it crashes: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    return Finding(name, what, PARTLY if partly else WORKS, partly or "")
+    return Finding(name, what, PARTLY if partly and not isinstance(partly, Said) else WORKS, partly or "")
 
 
 def _without_pads(checks: Checks, one: Finding) -> Finding:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules, configurations
-from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.places import Place, place
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import UnsupportedError
 from trimtab.lm import LM
 from trimtab.steering import Site
@@ -27,7 +28,7 @@ NAME = "trimtab-doctor"
 @torch.no_grad()
 def logits(lm: LM, ids: Sequence[int]) -> Tensor:
     """The next token's logits `[vocabulary]` after a text, in float32 or wider."""
-    inputs = torch.tensor([list(ids)], device=lm.model.device)
+    inputs = torch.tensor([list(ids)], device=input_device(lm.model))
     found: Tensor = lm.model(input_ids=inputs, use_cache=False).logits[0, -1]
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
@@ -37,12 +38,15 @@ def changed(lm: LM, changes: Mapping[Site, Change]) -> Iterator[None]:
     """While open, these changes are made at these sites of the one text that is run."""
     with ExitStack() as stack:
         for site, change in changes.items():
-            stack.callback(_hook(lm, site, change).remove)
+            stack.callback(hook(lm, site, change).remove)
         yield
 
 
-def _hook(lm: LM, site: Site, change: Change) -> Any:
+def hook(lm: LM, site: Site, change: Change) -> Any:
+    """A hook that makes a change at a site, until it is removed."""
     where = place(lm.layout, site)
+    if where.side == "logits":
+        return _Logits(where, change_rows(change))
     apply = (lambda x: _on_streams(lm, x, change)) if site.kind in ("residual", "block_input") else change_rows(change)
 
     if where.side == "output":
@@ -60,6 +64,31 @@ def _hook(lm: LM, site: Site, change: Change) -> Any:
         return args, {**kwargs, "hidden_states": apply(kwargs["hidden_states"])}
 
     return where.module.register_forward_pre_hook(before, with_kwargs=True)
+
+
+class _Logits:
+    """A change of a router's logits, until it is removed: of what is multiplied by its weight while it runs."""
+
+    def __init__(self, where: Place, apply: Change) -> None:
+        self.weight: Any = where.module.weight
+        self.apply, self.linear = apply, torch.nn.functional.linear
+        enter = where.module.register_forward_pre_hook(self.enter)
+        self.handles = [enter, where.module.register_forward_hook(self.leave)]
+
+    def enter(self, *_: Any) -> None:
+        torch.nn.functional.linear = self.product  # type: ignore[assignment]
+
+    def leave(self, *_: Any) -> None:
+        torch.nn.functional.linear = self.linear
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found = self.linear(x, weight, bias)
+        return self.apply(found) if weight.shape == self.weight.shape else found
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.leave()
 
 
 def change_rows(change: Change) -> Change:

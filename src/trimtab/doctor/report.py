@@ -8,6 +8,18 @@ WORKS, PARTLY, REFUSED, WRONG, THEIRS = "works", "partly", "refused", "wrong", "
 """`PARTLY`: at some layers. `THEIRS`: wrong in transformers itself, unsteered."""
 
 
+class Wrong(Exception):
+    """What came out isn't what it says."""
+
+
+class Theirs(Exception):
+    """It is wrong in transformers itself, without any steering."""
+
+
+class Said(str):
+    """Of a check that found all well: what there is to say of it."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that trimtab does: its name, what it is, whether it works (see `WORKS` …), and the reason if not."""

@@ -6,7 +6,8 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 from trimtab import plugins
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.keywords import stray_of
 
 ENGINES = {
     "llamacpp": "trimtab.engines.llamacpp.model:LlamaCpp",
@@ -38,3 +39,20 @@ def engine(name: str) -> Any:
     if not callable(getattr(made, "load", None)):
         raise found.broken("it has no `load`, which makes an engine of a model's name")
     return made
+
+
+def load(name: str, model: Any, options: dict[str, Any]) -> Any:
+    """A model on an engine other than transformers, under these options of its own.
+
+    Raises:
+        TrimtabError: As `engine` does; an option that the engine doesn't have; and what its loading raises.
+    """
+    if options.pop("adapter", None) is not None:
+        raise UnsupportedError(
+            f"the {name} engine puts no adapter on a model; merge it (merge_and_unload), or use the transformers engine"
+            " (leave out engine=, or --engine)"
+        )
+    try:
+        return engine(name).load(model, **options)
+    except TypeError as error:
+        raise stray_of(error, f"LM.load(engine={name!r})", options, ()) or error from None

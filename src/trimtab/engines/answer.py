@@ -46,9 +46,10 @@ class Applied:
         """The dose over all sites: the root of the sum of their squares; 0 when nothing was steered.
 
         Edits at several sites add up in the residual stream, and each is about as long as its dose says. This is how
-        long they come to if their directions have nothing to do with each other, in lengths of the activation.
+        long they come to if their directions have nothing to do with each other, in lengths of the activation. The
+        logits of routers aren't part of it.
         """
-        return math.sqrt(sum(dose.ratio * dose.ratio for dose in self.doses))
+        return math.sqrt(sum(dose.ratio * dose.ratio for dose in self.doses if dose.kind != "router"))
 
 
 @dataclass(frozen=True)

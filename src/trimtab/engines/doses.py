@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from trimtab.engines.answer import Generation
+from trimtab.keywords import outside
 from trimtab.steering import Steering
 
 DOSE_WARNING = 0.3
@@ -46,5 +47,5 @@ def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | 
         f"{told}; above {limit:g} text tends to fall apart. Lower the strength"
         f"{' or steer at fewer layers' if len(doses) > 1 else ''}",
         DoseWarning,
-        stacklevel=3,
+        stacklevel=outside(),
     )

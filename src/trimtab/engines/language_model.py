@@ -29,6 +29,7 @@ from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request,
 from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.keywords import method_keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
 from trimtab.steering.monitors import Monitor, check_monitors
 from trimtab.text.chat import Prompt, Template, encode
@@ -43,6 +44,7 @@ LAST = Positions.last_prompt_token()
 LEARNED = ", and what it has learned runs on this one wherever it can be honoured"
 
 
+@method_keywords("encode", "spans", "next_logprobs", "project", "capture", "read")
 class LanguageModel(ABC):
     """A model that can be steered and read: `LM`, `VllmLM` and `LlamaCpp` are its engines.
 

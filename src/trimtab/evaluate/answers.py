@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +182,7 @@ def _header(
         arms.setdefault(r.arm, []).append([r.item, r.prompt, digests.get(id(r.steering)), r.group])
     run = {
         "about": dict(about or {}),
-        "model": {**asdict(lm.identity), **lm.runs_in},
+        "model": {**lm.identity.as_json(), **lm.runs_in},
         **({} if lm.engine == "transformers" else {"engine": lm.engine}),
         "options": dict(settings),
         "arms": {name: {"requests": len(rows), "digest": _digest(rows)} for name, rows in arms.items()},

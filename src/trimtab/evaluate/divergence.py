@@ -23,7 +23,9 @@ from trimtab.engines.transformers.likelihood import LOGITS
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
+from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
@@ -108,6 +110,7 @@ def reference(
     return Reference(texts, tuple(read_given(lm, texts, None)))
 
 
+@keywords
 def divergence(
     lm: LM,
     steering: Steering | None,
@@ -156,7 +159,7 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
 
 def read_given(lm: LM, texts: Sequence[Given], steering: Steering | None) -> list[Tensor]:
     """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order."""
-    vocabulary = lm.model.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_size(lm.model)
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
     same_length = steering is not None and any(is_score_edit(edit) for edit in steering.edits)
     found: dict[int, Tensor] = {}

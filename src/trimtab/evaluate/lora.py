@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from trimtab.engines.contract import check_length
 from trimtab.engines.transformers.read import padded
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
 from trimtab.lm import LM
@@ -225,7 +226,7 @@ def _train(lm: LM, targets: Sequence[Target], lora: Lora, progress: Progress | N
 
 def loss(lm: LM, batch: Sequence[Target]) -> Tensor:
     """The cross-entropy of a batch's targets, in nats: the mean over its texts of each one's mean over its tokens."""
-    device = lm.model.get_input_embeddings().weight.device
+    device = input_device(lm.model)
     ids, mask = padded([one.ids[:-1] for one in batch], left=True, device=device)
     tail = max(one.count for one in batch)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

@@ -26,6 +26,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.foreign import Found, check_vector, steering_of
 from trimtab.files.named_layout import block_named
 from trimtab.files.torch_file import DAMAGE
+from trimtab.keywords import keywords
 from trimtab.steering import Add, Card, Edit, Operation, Positions, ReadWrite, Steering
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -53,6 +54,7 @@ class Autoencoder:
     problem: str | None
 
 
+@keywords
 def load_features(
     path: str | Path,
     features: Mapping[int, float],

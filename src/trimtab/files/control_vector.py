@@ -23,6 +23,7 @@ from trimtab.errors import TrimtabError
 from trimtab.files.foreign import FormatWarning, Found, additions, folded, layer_number, model_family
 from trimtab.files.gguf_container import TYPES, Container, Place, read_container
 from trimtab.files.target import write_atomically
+from trimtab.keywords import outside
 from trimtab.steering import Steering
 
 ARCHITECTURES = ("controlvector", "steeringvector")  # the latter is dialz's
@@ -144,7 +145,7 @@ def write_control_vector(steering: Steering, path: Path, target: str) -> None:
         if not directions:
             raise TrimtabError("llama.cpp can't steer block 0, and this steering has no other")
         message = "llama.cpp can't steer block 0 and rejects files that try; its direction is left out"
-        warnings.warn(message, FormatWarning, stacklevel=3)
+        warnings.warn(message, FormatWarning, stacklevel=outside())
     extra = {"controlvector.method": steering.card.method} if target == "easysteer" else {}
     about = {
         "controlvector.model_hint": model_family(steering) or "unknown",

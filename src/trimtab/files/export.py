@@ -13,6 +13,7 @@ from trimtab.files.numpy_layout import write_numpy
 from trimtab.files.steering_file import save_steering
 from trimtab.files.target import check_target
 from trimtab.files.torch_layouts import write_lm_eval, write_torch
+from trimtab.keywords import keywords
 from trimtab.steering import Steering
 
 
@@ -50,6 +51,7 @@ def target_of(path: Path, to: str | None) -> str:
     return name
 
 
+@keywords
 def export(steering: Steering, path: str | Path, to: str | None = None) -> str:
     """Write a steering for another program, and return that program's name.
 

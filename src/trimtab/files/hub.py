@@ -15,6 +15,7 @@ from trimtab.files.load import load
 from trimtab.files.page import HUB_ID, LIBRARY, steering_page
 from trimtab.files.steering_file import save_steering
 from trimtab.files.target import write_atomically
+from trimtab.keywords import keywords
 from trimtab.steering import Steering
 
 FILE, PAGE = "steering.safetensors", "README.md"
@@ -52,6 +53,7 @@ def save_folder(
     write_atomically(folder / PAGE, page.encode())
 
 
+@keywords
 def push_to_hub(
     steering: Steering,
     repo: str,

@@ -29,6 +29,7 @@ from trimtab.files.steering_file import KEY, LARGEST_HEADER, load_steering
 from trimtab.files.tensor_layout import Wanted
 from trimtab.files.torch_file import DAMAGE
 from trimtab.files.torch_layouts import read_torch_folder, read_torch_layout
+from trimtab.keywords import keywords, outside
 from trimtab.steering import Ablate, Add, AddScaled, Card, Positions, SetProjection, Steering
 
 SOURCES: dict[str, Callable[[Path], Found]] = {
@@ -45,6 +46,7 @@ BARE: dict[str, Callable[[Path, Wanted], Found]] = {
 """And those that may hold a bare tensor, of which a caller must say more."""
 
 
+@keywords
 def load(
     path: str | Path,
     *,
@@ -92,7 +94,7 @@ def load(
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
     if found.doubt is not None and layer_offset is None:
-        warnings.warn(f"{path}: {found.doubt}", FormatWarning, stacklevel=2)
+        warnings.warn(f"{path}: {found.doubt}", FormatWarning, stacklevel=outside())
     return steering
 
 

@@ -12,12 +12,14 @@ import torch
 
 from trimtab.errors import TrimtabError
 from trimtab.files.foreign import Found, additions, folded, layer_number, model_family, steering_of
+from trimtab.keywords import keywords
 from trimtab.steering import Positions, Steering
 
 KINDS = {"decoder_block": "residual", "self_attn": "attention", "mlp": "mlp"}
 """steering-vectors' layer types that are sites here; it can also hook norms, which aren't."""
 
 
+@keywords
 def from_steering_vectors(vector: Any, *, positions: Positions | None = None) -> Steering:
     """The steering of a `SteeringVector` of steering-vectors: its layers' activations, added at every token.
 
@@ -32,6 +34,7 @@ def from_steering_vectors(vector: Any, *, positions: Positions | None = None) ->
     return steering_of(Found("steering-vectors", additions(directions), kind=KINDS[kind]), positions=positions)
 
 
+@keywords
 def to_steering_vectors(steering: Steering) -> Any:
     """A `SteeringVector` of steering-vectors that adds what the steering adds; strengths are folded in.
 
@@ -48,6 +51,7 @@ def to_steering_vectors(steering: Steering) -> Any:
     return SteeringVector({site.layer: vector for site, vector in sums.items()}, layer_type)
 
 
+@keywords
 def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
     """The steering of a `ControlVector` of repeng (or dialz): a direction a block, added at every token.
 
@@ -62,6 +66,7 @@ def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
     return steering_of(Found("repeng", additions(tensors), about), positions=positions)
 
 
+@keywords
 def to_repeng(steering: Steering) -> Any:
     """A `ControlVector` of repeng that adds what the steering adds; strengths are folded in.
 

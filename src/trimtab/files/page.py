@@ -134,6 +134,8 @@ def _origin(steering: Steering) -> Iterator[tuple[str, str]]:
             revision = f", revision {model.revision}" if model.revision else ""
             yield "model", f"{model.name} ({model.family}, {model.layers} layers, width {model.width}{revision})"
             yield "fingerprint of its weights", model.fingerprint
+            if model.adapters:
+                yield "learned", model.adapted
         if card.data:
             yield "data", card.data
         yield from _flat(card.options)

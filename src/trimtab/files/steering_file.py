@@ -23,7 +23,8 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.target import write_atomically
-from trimtab.steering import Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
+from trimtab.keywords import keywords
+from trimtab.steering import Adapter, Always, Card, Edit, Gate, ModelId, Operation, Positions, Site, Steering, Threshold
 from trimtab.steering.attention import SCORE_NAMES, SCORE_OPERATIONS, ScoreOperation
 from trimtab.steering.gates import LAST, AllOf, AnyOf, Not
 from trimtab.steering.operations import NAMES, OPERATIONS, Directed
@@ -39,6 +40,7 @@ GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
+@keywords
 def save_steering(steering: Steering, path: str | Path) -> str:
     """Write the file, whole or not at all, and return the digest of its content.
 
@@ -200,7 +202,8 @@ def _header(steering: Steering, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def card_json(card: Card) -> dict[str, Any]:
     """A card as JSON values; what wasn't measured isn't there, so that files without it keep their digest."""
     data = {name: value for name, value in asdict(card).items() if name not in MEASURED or value is not None}
-    return {**data, "parts": [card_json(part) for part in card.parts]}
+    model = None if card.model is None else card.model.as_json()
+    return {**data, "model": model, "parts": [card_json(part) for part in card.parts]}
 
 
 def _edit(data: dict[str, Any], tensors: Mapping[str, Tensor]) -> Edit:
@@ -261,8 +264,12 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
     return Threshold(Site(**data["site"]), tensors[data["direction"]], data["threshold"], data["measure"], **more)
 
 
+def _model(data: dict[str, Any]) -> ModelId:
+    return ModelId(**{**data, "adapters": tuple(Adapter(**one) for one in data.get("adapters", ()))})
+
+
 def _card(data: dict[str, Any]) -> Card:
-    model = None if data["model"] is None else ModelId(**data["model"])
+    model = None if data["model"] is None else _model(data["model"])
     parts = tuple(_card(part) for part in data["parts"])
     if odd := [name for name in MEASURED if not isinstance(data.get(name), (dict, type(None)))]:
         raise TypeError(f"a card's {odd[0]} is an object")

@@ -17,6 +17,7 @@ from trimtab.engines.contract import check_length
 from trimtab.engines.transformers.forced import Change, Forced, Forcing, forcing, passes
 from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
+from trimtab.keywords import outside
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress
 from trimtab.learn.descent import Course, Descent, Trainable, descend
@@ -307,5 +308,5 @@ def _warn(course: Course, aside: Sequence[Preference]) -> None:
             f"in {course.steps} steps nothing became better on the {len(aside)} held-out pairs, so what comes back is"
             " what it began with; give more pairs, or more alike ones, or change the rate",
             NoGainWarning,
-            stacklevel=4,
+            stacklevel=outside(),
         )

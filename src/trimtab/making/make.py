@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.given import check_lm, pairs_for
 from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distilling
 from trimtab.making.contrasts import check_enough, contrasts, hears_system, under
@@ -64,6 +65,7 @@ class Made:
     examples: tuple[Example, ...]
 
 
+@keywords
 def make(
     lm: LM,
     idea: str | Idea,
@@ -100,6 +102,7 @@ def make(
     return _made(lm, made_from, tokens=tokens, positions=positions, seed=seed, stage=stage, say=say)
 
 
+@keywords
 def make_from_pairs(
     lm: LM,
     pairs: Pairs,

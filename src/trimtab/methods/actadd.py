@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import check_lm
@@ -29,6 +30,7 @@ DEPTH = 0.125
 Align = Literal["front", "back"]
 
 
+@keywords
 def learn_actadd(
     lm: LM,
     layers: int | Sequence[int] | None = None,

@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 
 from trimtab.engines.transformers.forced import Forcing
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.given import pairs_for
@@ -39,6 +40,7 @@ DEPTH = 0.47
 SIGNS = (1.0, -1.0)
 
 
+@keywords
 def learn_bipo(
     lm: LM,
     pairs: Pairs,

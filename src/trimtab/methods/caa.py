@@ -21,6 +21,7 @@ from torch import Tensor
 
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords, outside
 from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
 from trimtab.learn.estimators import Estimator, as_estimator, estimator_name, mean_difference, unit
@@ -67,6 +68,7 @@ class PairsWarning(UserWarning):
     """What is learned from these pairs may not be what was meant: unbalanced letters, or pairs that don't agree."""
 
 
+@keywords
 def learn_caa(
     lm: LM,
     pairs: Pairs,
@@ -228,7 +230,7 @@ def _warn_of_agreement(moments: Mapping[int, PairMoments], of: str) -> None:
             f"the {count} pairs{of} hardly agree on a direction at layer {at} (less than {limit:.2g} beyond chance);"
             " such a steering tends to do little. Use more pairs, more alike ones, or another layer",
             PairsWarning,
-            stacklevel=3,
+            stacklevel=outside(),
         )
 
 
@@ -240,7 +242,7 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
             f"the letters of the pairs{of} are out of balance ({listed} a pair): the steering pushes towards a letter"
             " too. Swap the options of some questions",
             PairsWarning,
-            stacklevel=3,
+            stacklevel=outside(),
         )
 
 

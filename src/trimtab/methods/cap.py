@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, unit
@@ -37,6 +38,7 @@ FROM, TO = 0.7, 0.85
 """The paper caps blocks 46 to 53 of 64 and 56 to 71 of 80, and finds that a single layer does nothing useful."""
 
 
+@keywords
 def learn_cap(
     lm: LM,
     pairs: Pairs,

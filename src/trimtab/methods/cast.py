@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, pca, unit
@@ -48,6 +49,7 @@ class Condition:
     measured: dict[str, Any]
 
 
+@keywords
 def learn_condition(
     lm: LM,
     when: Sequence[Prompt],
@@ -112,6 +114,7 @@ def learn_condition(
     return Condition(best[2], best[3])
 
 
+@keywords
 def learn_cast(
     lm: LM,
     pairs: Pairs,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.transformers.attention import score_layers
+from trimtab.keywords import keywords
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.text.spans import Emphasis
 
@@ -28,6 +29,7 @@ ALPHA = 100.0
 REJECTION = Rejection(beta=0.5, min_layers=2)
 
 
+@keywords
 def directer(
     lm: LM,
     prompt: Prompt,

@@ -26,6 +26,7 @@ from trimtab.data import queries as packaged_queries
 from trimtab.engines.transformers.forced import Forced, Forcing, forcing, passes
 from trimtab.engines.transformers.places import place
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Course, Descent, descend
 from trimtab.learn.given import check_lm
@@ -59,6 +60,7 @@ class _Example:
     targets: Targets
 
 
+@keywords
 def learn_distill(
     lm: LM,
     layers: int | Sequence[int] | None = None,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import pairs_for
@@ -39,6 +40,7 @@ RIDGE = 1e-3
 """The probe's penalty on its squared weights, for activations scaled to a mean square norm of 1 an element."""
 
 
+@keywords
 def learn_hpr(
     lm: LM,
     pairs: Pairs,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import ESTIMATORS, Estimator, as_estimator, estimate, estimator_name, mean_difference
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 KNOWN = {"mean": mean_difference, **ESTIMATORS}
 
 
+@keywords
 def learn_icv(
     lm: LM,
     pairs: Pairs,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
 
 
+@keywords
 def learn_inferaligner(
     lm: LM,
     harmful: Sequence[Prompt],

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.engines.transformers.attention import score_layers
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.steering import BiasScores, Steering, emphasis
 from trimtab.text.spans import Emphasis
 
@@ -33,6 +34,7 @@ BIAS = math.log(3)
 M among 1, 3, 5 … 19 on validation data, a bias of up to 2.9."""
 
 
+@keywords
 def instaboost(
     lm: LM,
     prompt: Prompt,

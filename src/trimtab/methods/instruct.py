@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.engines.request import Text
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
 from trimtab.learn.given import pairs_for
@@ -45,6 +46,7 @@ POSITIONS = {
 in many models it is an attention sink whose norm is a hundred times the others'."""
 
 
+@keywords
 def learn_instruct(
     lm: LM,
     pairs: Pairs,
@@ -80,6 +82,7 @@ def learn_instruct(
     return steering_from(moments, operation=operation, positions=positions, one_sided=one_sided, card=card)
 
 
+@keywords
 def learn_many(
     lm: LM,
     sets: Mapping[str, Pairs],
@@ -99,6 +102,7 @@ def learn_many(
     )
 
 
+@keywords
 def steering_from(
     moments: Moments,
     layers: int | Sequence[int] | None = None,
@@ -130,6 +134,7 @@ def steering_from(
     return Steering(edits, replace(card, options={**card.options, **does}, measured=measured))
 
 
+@keywords
 def steerings_from(
     moments: Mapping[str, Moments],
     layers: int | Sequence[int] | None = None,

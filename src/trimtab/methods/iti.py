@@ -20,6 +20,7 @@ from torch import Tensor
 from trimtab.engines.request import Text
 from trimtab.engines.transformers.places import head_size, query_heads
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import pairs_for
 from trimtab.learn.probes import logistic
@@ -44,6 +45,7 @@ class Head:
     sigma: float
 
 
+@keywords
 def learn_iti(
     lm: LM,
     pairs: Pairs,

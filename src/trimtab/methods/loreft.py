@@ -24,6 +24,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers.forced import Change, Forcing
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.given import pairs_for
@@ -141,6 +142,7 @@ class Rotations:
         return tuple(Edit(site, self.parts[site].operation(), FROM_LAST) for site in sorted(self.parts))
 
 
+@keywords
 def learn_loreft(
     lm: LM,
     pairs: Pairs,

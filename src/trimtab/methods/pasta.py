@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.engines.transformers.attention import score_layers
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.steering import BiasScores, Steering, emphasis
 from trimtab.text.spans import Emphasis
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 ALPHA = 0.01
 
 
+@keywords
 def pasta(
     lm: LM,
     prompt: Prompt,

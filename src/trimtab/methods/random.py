@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trimtab.files.steering_file import steering_digest
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import check_layers
 from trimtab.learn.given import check_lm
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 DEPTH = 0.4
 
 
+@keywords
 def learn_random(
     lm: LM,
     layers: int | Sequence[int] | None = None,

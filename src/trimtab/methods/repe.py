@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords, outside
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import (
@@ -45,6 +46,7 @@ class ReaderWarning(UserWarning):
     """A reader's direction is far from what the pairs differ in on the mean."""
 
 
+@keywords
 def learn_repe(
     lm: LM,
     pairs: Pairs,
@@ -107,7 +109,7 @@ def learn_repe(
             f"the direction read by {estimator_name(reader, readers)} at layer {', '.join(far)} is not what the pairs"
             " differ in on the mean; use more pairs, or reader cluster-mean",
             ReaderWarning,
-            stacklevel=2,
+            stacklevel=outside(),
         )
     options: dict[str, Any] = {
         "layers": chosen,

@@ -28,6 +28,7 @@ from torch.nn.functional import logsigmoid
 
 from trimtab.engines.transformers.forced import Change, Forcing
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
 from trimtab.learn.given import pairs_for
@@ -48,6 +49,7 @@ FIRST = 0.05
 """How long the vector is to begin with, in typical activations: null needs a direction."""
 
 
+@keywords
 def learn_reps(
     lm: LM,
     pairs: Pairs,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers.places import query_heads
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import pairs_for
 from trimtab.learn.moments import PairMoments
@@ -42,6 +43,7 @@ has it, where elements of opposite signs cancel; or that mean's size. Of one ele
 size, whatever its sign, where the released code takes those that grow most."""
 
 
+@keywords
 def learn_sadi(
     lm: LM,
     pairs: Pairs,

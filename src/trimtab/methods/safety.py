@@ -15,6 +15,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
@@ -52,6 +53,7 @@ Gating = Literal["inferaligner", "cast"]
 GATINGS = ("inferaligner", "cast")
 
 
+@keywords
 def learn_safety(
     lm: LM,
     harmful: Sequence[Prompt],

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trimtab.engines.transformers.attention import score_layers
+from trimtab.keywords import keywords
 from trimtab.steering import Steering, TargetMass, emphasis
 from trimtab.text.spans import Emphasis
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 TARGET = 0.2
 
 
+@keywords
 def spotlight(
     lm: LM,
     prompt: Prompt,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
@@ -52,6 +53,7 @@ class Probe:
     line: float
 
 
+@keywords
 def learn_sttp(
     lm: LM,
     pairs: Pairs,

@@ -23,6 +23,7 @@ from torch import Tensor
 from trimtab.engines.request import Text
 from trimtab.engines.transformers.places import output_weight
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.given import check_lm
 from trimtab.steering import Card, Edit, MaskNeurons, Positions, Site, Steering
@@ -37,6 +38,7 @@ LEVELS = 4096
 """The threshold is looked for among so many quantiles of the neurons' sizes."""
 
 
+@keywords
 def learn_tda(
     lm: LM,
     texts: Sequence[Prompt],

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.data import instruction_pairs, instruction_type, length_phrasings, queries
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress
 from trimtab.learn.given import check_lm
 from trimtab.methods.instruct import learn_instruct
@@ -26,6 +27,7 @@ WORD_QUERIES = 20
 LENGTHS = ("concise", "verbose")
 
 
+@keywords
 def learn_word(
     lm: LM,
     word: str,
@@ -54,6 +56,7 @@ def learn_word(
     return -steering if exclude else steering
 
 
+@keywords
 def learn_length(
     lm: LM,
     length: str,

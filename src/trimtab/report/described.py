@@ -25,6 +25,8 @@ def card_rows(card: Card) -> list[tuple[str, str]]:
         revision = f", revision {model.revision}" if model.revision else ""
         rows.append(("model", f"{model.name} ({model.family}, {model.layers} layers, width {model.width}{revision})"))
         rows.append(("fingerprint", model.fingerprint))
+        if model.adapters:
+            rows.append(("learned", model.adapted))
     if card.data:
         pairs = card.measured.get("pairs")
         rows.append(("data", f"{card.data}{f' ({pairs} pairs)' if pairs else ''}"))

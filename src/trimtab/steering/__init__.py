@@ -2,7 +2,7 @@
 
 from trimtab.steering.ablation import directional_ablation
 from trimtab.steering.attention import BiasScores, ScaleScores, ScoreOperation, TargetMass
-from trimtab.steering.card import Card, ModelId
+from trimtab.steering.card import Adapter, Card, ModelId
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
@@ -10,6 +10,7 @@ from trimtab.steering.operations import Ablate, Add, Directed, Operation, SetPro
 from trimtab.steering.positions import Positions
 from trimtab.steering.read_write import ReadWrite
 from trimtab.steering.rotations import Rotate, RotateInPlane, RotatePredicted
+from trimtab.steering.routing import RouteExperts
 from trimtab.steering.scaled import AddScaled
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
@@ -25,6 +26,7 @@ __all__ = [
     "Edit",
     "Gate",
     "HoldElements",
+    "Adapter",
     "ModelId",
     "MaskNeurons",
     "Operation",
@@ -33,6 +35,7 @@ __all__ = [
     "Rotate",
     "RotateInPlane",
     "RotatePredicted",
+    "RouteExperts",
     "ScaleElements",
     "ScaleScores",
     "ScoreOperation",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.steering.card import Card
 from trimtab.steering.operations import Ablate
 from trimtab.steering.positions import Positions
@@ -18,6 +19,7 @@ from trimtab.steering.steering import Edit, Steering
 from trimtab.steering.tensors import as_direction
 
 
+@keywords
 def directional_ablation(direction: Tensor, layers: int) -> Steering:
     """Ablates a direction everywhere that writes to the residual stream, at every token.
 

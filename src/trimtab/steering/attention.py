@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords
 
 POOLS = ("head", "layer")
 
@@ -22,6 +23,7 @@ class ScoreOperation:
     """What all operations on attention scores share: they are plain numbers, with no direction in them."""
 
 
+@class_keywords
 @dataclass(frozen=True)
 class ScaleScores(ScoreOperation):
     """`score' = alpha^strength * score` in the span's columns, in every head.
@@ -48,6 +50,7 @@ class ScaleScores(ScoreOperation):
         return value
 
 
+@class_keywords
 @dataclass(frozen=True)
 class BiasScores(ScoreOperation):
     """`score' = score + strength * bias` in the span's columns, in `heads` (`None`: in all).
@@ -69,6 +72,7 @@ class BiasScores(ScoreOperation):
             object.__setattr__(self, "heads", tuple(sorted(set(heads))))
 
 
+@class_keywords
 @dataclass(frozen=True)
 class TargetMass(ScoreOperation):
     """Where a query attends to the span with less than `strength * target` of its weight, a bias that raises it.

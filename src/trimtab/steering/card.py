@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 TRAINED = frozenset({"bipo", "distill", "loreft", "reps"})
@@ -14,11 +14,21 @@ AUDIT_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter (LoRA and the like) that acts on a model: what it is called there, and a digest of its weights."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class ModelId:
     """Which model a steering belongs to.
 
-    `fingerprint` is a digest of a few embedding and norm weights and survives a moved folder, a
-    renamed copy and a change of dtype. `template` is a digest of the chat template.
+    `fingerprint` is a digest of a few rows of the embeddings and survives a moved folder, a renamed copy and a change
+    of dtype. `template` is a digest of the chat template. `adapters` are those that act on the model. `blocks` is a
+    digest of a few weights of every block, adapters left out, where they can be looked at: what is merged into them
+    shows there, and only there. Two names of one model may differ in it, so it isn't compared.
     """
 
     name: str
@@ -28,6 +38,19 @@ class ModelId:
     layers: int
     fingerprint: str
     template: str | None = None
+    adapters: tuple[Adapter, ...] = ()
+    blocks: str | None = field(default=None, compare=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values; of what older files don't have only what there is, so that these keep their digests."""
+        data = asdict(self)
+        return {key: value for key, value in data.items() if value or key not in ("adapters", "blocks")}
+
+    @property
+    def adapted(self) -> str:
+        """With which adapters it is, in words; empty where there are none."""
+        names = ", ".join(f"{one.name} ({one.digest[:8]})" for one in self.adapters)
+        return f"with the adapter{'s' if len(self.adapters) > 1 else ''} {names}" if names else ""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords
 from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
 from trimtab.steering.tensors import as_direction, same, to_float64
@@ -136,6 +137,7 @@ class Always(Gate):
 ALWAYS = Always()
 
 
+@class_keywords
 @dataclass(frozen=True, eq=False)
 class Threshold(Gate):
     """Open when `measure` of the prompt's activation and `direction` exceeds `threshold`.

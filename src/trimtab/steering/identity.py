@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import outside
 from trimtab.steering.card import ModelId
 from trimtab.steering.steering import Steering, check_steering
 
@@ -22,7 +23,8 @@ class MismatchWarning(UserWarning):
 def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = False) -> None:
     """Raises `TrimtabError` when the steering was learned on another model, saying precisely what differs.
 
-    With `transfer` only the width must be the same. Another chat template or revision is warned about.
+    Adapters are part of a model. With `transfer` only the width must be the same. Other weights in the blocks, another
+    chat template or revision are warned about.
     """
     check_steering(steering)
     for learned in steering.card.models:
@@ -40,12 +42,30 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
             detail = f" ({', '.join(differ)})" if differ else " (same shape, other weights)"
             hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
             raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
-        if not transfer and learned.fingerprint != here.fingerprint:
+        if not transfer and _digests(learned) != _digests(here):
+            there, mine = (one.adapted or "without an adapter" for one in (learned, here))
+            raise TrimtabError(
+                f"the steering was learned on {learned.name} {there}, this is {here.name} {mine};"
+                " switch adapters so that they are the same, learn it on this model, or allow transfer"
+            )
+        looked_at = not learned.adapters and None not in (learned.blocks, here.blocks)
+        if not transfer and looked_at and learned.blocks != here.blocks:
+            message = (
+                f"the blocks of {here.name} have other weights than when the steering was learned (an adapter merged"
+                " into them, another finetuning, revision or dtype?)"
+            )
+            warnings.warn(message, MismatchWarning, stacklevel=outside())
+        elif not transfer and learned.fingerprint != here.fingerprint:
             message = f"{here.name} has other weights than when the steering was learned (revision, quantization?)"
-            warnings.warn(message, MismatchWarning, stacklevel=4)
+            warnings.warn(message, MismatchWarning, stacklevel=outside())
         if learned.template != here.template:
             message = f"{here.name} has another chat template than {learned.name} had when the steering was learned"
-            warnings.warn(message, MismatchWarning, stacklevel=4)
+            warnings.warn(message, MismatchWarning, stacklevel=outside())
+
+
+def _digests(model: ModelId) -> frozenset[str]:
+    """What tells a model's adapters from others, whatever they are called."""
+    return frozenset(adapter.digest for adapter in model.adapters)
 
 
 def sampled_rows(vocabulary: int) -> list[int]:

@@ -19,6 +19,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from trimtab.keywords import check_fields
 from trimtab.steering.projections import Rows, set_projections, solve_projections
 from trimtab.steering.tensors import as_direction, as_share, as_unit, same
 
@@ -92,6 +93,10 @@ class Operation:
         if name is not None:
             OPERATIONS[name] = cls
             NAMES[cls] = name
+
+    def __new__(cls, *_args: Any, **given: Any) -> Any:
+        check_fields(cls, given)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keep_norm", as_share(self.keep_norm))

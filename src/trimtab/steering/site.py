@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "scores")
+KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "router", "scores")
 
 
 @dataclass(frozen=True, order=True)
@@ -18,8 +18,9 @@ class Site:
     are the outputs of the attention heads side by side, `[query heads * head size]`, before the projection that mixes
     them; `"neurons"` are the MLP's inner activations before its last projection (where it is gated: after the gate; of
     a mixture of experts those of the expert that every token passes), and `"act_fn"` what its activation function puts
-    out (where it is gated: before the product with the other half; else the same). `"scores"` are the scores of the
-    block's attention, before the softmax.
+    out (where it is gated: before the product with the other half; else the same). `"router"` are the logits by
+    which a mixture of experts chooses among them, `[experts]`. `"scores"` are the scores of the block's attention,
+    before the softmax.
     """
 
     layer: int
@@ -30,6 +31,11 @@ class Site:
             raise ValueError(f"unknown site kind {self.kind!r}; known: {', '.join(KINDS)}")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise ValueError(f"a layer is a whole number from 0, got {self.layer!r}")
+
+    @classmethod
+    def router(cls, layer: int) -> Site:
+        """The logits `[experts]` of a block's router, before it chooses."""
+        return cls(layer, "router")
 
     def __str__(self) -> str:
         return f"{self.kind}[{self.layer}]"

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords
 from trimtab.steering.attention import SCORE_NAMES, ScoreOperation
 from trimtab.steering.card import Card
 from trimtab.steering.directions import directions, shared_cosines
@@ -21,6 +22,7 @@ from trimtab.steering.positions import NAMED, Positions
 from trimtab.steering.site import Site
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Edit:
     """One operation at one site, at some positions, with a strength, on the requests that its gate lets in.
@@ -57,6 +59,7 @@ class Edit:
         return f"{self.strength:g} * {name} @ {self.site} {self.positions}{gate}"
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Steering:
     """Edits in the order in which they act, and the card that says where they come from.

@@ -10,6 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import outside
 from trimtab.text.templates import CONTINUE, check_keywords, set_keywords
 
 Message = Mapping[str, str]
@@ -162,7 +163,7 @@ def _notice_rendered(tokenizer: Any, prompt: str) -> None:
             f"the prompt holds {', '.join(map(repr, found))}, which the chat template writes itself, and is put into a"
             " user's message all the same; if it is rendered already, say that it is plain text (chat=False, --plain)",
             TemplateWarning,
-            stacklevel=4,
+            stacklevel=outside(),
         )
 
 

@@ -68,13 +68,14 @@ def thinking_machine(tokenizer: Any, given: Sequence[str], strict: bool) -> Mach
     """
     if not given and _has(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
-    pair = tuple(given) or next((pair for pair in THINKING_PAIRS if _has(tokenizer, *pair)), None)
-    if pair is None and strict:
+    known = [pair for pair in THINKING_PAIRS if _has(tokenizer, *pair)]
+    pair = tuple(given) or next(iter(known), ())
+    if not pair and strict:
         raise TrimtabError(
             "this model has no markers of thinking that are known, neither in its chat template nor among its special"
             ' tokens; give them: Positions.thinking("<think>", "</think>"), or thinking:<think>:</think>'
         )
-    if pair is None:
+    if not pair:
         return Machine({ANSWER: {}}, ANSWER)
     return Machine({ANSWER: {pair[0]: THINKING}, THINKING: {pair[1]: ANSWER}}, ANSWER)
 

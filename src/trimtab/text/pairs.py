@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords, keywords
 from trimtab.text.chat import Prompt
 from trimtab.text.columns import ALIASES, Columns, Row, is_nan
 from trimtab.text.letters import letter_of
@@ -39,6 +40,7 @@ Conversation = tuple[tuple[str, str], ...]
 Words = str | Conversation
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Pair:
     """Two sides that differ in what is to be learned: `prompt + positive` and `prompt + negative`.
@@ -245,6 +247,7 @@ KEYS = tuple(dict.fromkeys((*TALKS, *SYSTEMS, *(key for keys in SHAPES for key i
 """All that is read of a row."""
 
 
+@keywords
 def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignore: Iterable[str] = ()) -> list[Pair]:
     """The pairs of a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file.
 

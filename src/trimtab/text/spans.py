@@ -13,6 +13,7 @@ from difflib import SequenceMatcher
 from typing import Any
 
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.keywords import class_keywords
 from trimtab.text.chat import Message, Prompt, Template, encode, has_template, plain_tokens, render_messages
 
 Span = tuple[int, int]
@@ -20,6 +21,7 @@ CONTEXT = 40
 MARK = "trimtab\u2060marks\u2060this"
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Phrase:
     """A text as it stands in the prompt: its occurrence number `occurrence` (from 0), or all of them."""
@@ -28,6 +30,7 @@ class Phrase:
     occurrence: int | None = None
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Pattern:
     """A regular expression, searched over the whole rendered prompt: one of its matches, or all of them."""
@@ -36,6 +39,7 @@ class Pattern:
     occurrence: int | None = None
 
 
+@class_keywords
 @dataclass(frozen=True)
 class Part:
     """The whole content of a chat message: message number `index` (from 0) among those of `role`; -1 is the last."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import outside
 
 TRUE, FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 
@@ -59,6 +60,6 @@ def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement,
     warnings.warn(
         f"{name}: {made}, a true one and a false one each, {how}{left}",
         PairingWarning,
-        stacklevel=2,
+        stacklevel=outside(),
     )
     return found

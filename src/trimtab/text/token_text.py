@@ -52,6 +52,5 @@ class TokenText:
         return text.encode()
 
     def _decode(self, *tokens: int) -> str:
-        return str(
-            self._tokenizer().decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        )
+        tokenizer: Any = self._tokenizer()
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))

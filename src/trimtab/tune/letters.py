@@ -12,6 +12,7 @@ from trimtab.engines.contract import check_length
 from trimtab.engines.request import Choice, NextToken
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import share
+from trimtab.keywords import keywords
 from trimtab.steering import Steering
 from trimtab.text.answers import ask_side
 from trimtab.text.letters import letter_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 
+@keywords
 def tune_letters(
     lm: LM,
     candidates: Sequence[Candidate],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.divergence import TOKENS, Divergence, Reference, divergence, reference
+from trimtab.keywords import keywords, outside
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
 
@@ -55,6 +56,7 @@ class AtNats:
         return True
 
 
+@keywords
 def at_nats(
     lm: LM,
     steering: Steering,
@@ -120,7 +122,7 @@ def at_nats(
             + ", ".join(f"{value:.2g} nats at {one:.3g}" for one, value in tried)
             + f"; the weakest strength that was seen to reach {nats:g} is taken",
             NotMonotoneWarning,
-            stacklevel=2,
+            stacklevel=outside(),
         )
     return found
 

@@ -159,6 +159,23 @@ class TestTheSameAsTransformers:
             assert theirs[i].logprobs is not None
             assert theirs[i].logprobs[at] < -0.6  # the likeliest token had hardly more than half
 
+    def test_positions_by_meaning(self, vllm: Any, lm: LM) -> None:
+        """Requests are preempted and found in the prefix cache all along; what acts is decided by their own tokens."""
+        rules = [
+            Positions.after("."),
+            Positions.answer(" the", " of") | Positions.last_prompt_token(),
+            ~Positions.at("e"),
+            Positions.thinking(" a", "."),
+        ]
+        rows = [Steering((Edit(Site(12), Add(direction(i, 9.0)), rules[i % 4]),)) for i in range(8)]
+        expected = tokens(lm.generate(PROMPTS[:8], rows, max_new_tokens=NEW))
+        for _ in range(2):
+            found = tokens(vllm.generate(PROMPTS[:8], rows, max_new_tokens=NEW))
+            assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 7  # one may part at a near-tie
+        plain = tokens(lm.generate(PROMPTS[:8], max_new_tokens=NEW))
+        assert sum(a != b for a, b in zip(plain, expected, strict=True)) >= 4
+        assert_nothing_is_left(vllm)
+
     def test_it_is_the_same_model(self, vllm: Any, lm: LM) -> None:
         assert vllm.identity == lm.identity
 

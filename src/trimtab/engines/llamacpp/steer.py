@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from trimtab.engines.llamacpp.context import Vectors
-from trimtab.engines.meanings import NOTHING as MEANING_NOTHING
+from trimtab.engines.meanings import NOTHING as NO_MEANING
 from trimtab.engines.meanings import Followed, Follower, follower
 from trimtab.engines.resolve import acting
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -59,7 +59,7 @@ class Schedule:
     def of(cls, steering: Steering | None, prompt: Sequence[int], tokenizer: Any) -> Schedule:
         """Raises `TrimtabError` for positions that the prompt hasn't."""
         edits, length = acting(steering), len(prompt)
-        intervals = tuple(edit.positions.resolve(length, MEANING_NOTHING) for edit in edits)
+        intervals = tuple(edit.positions.resolve(length, NO_MEANING) for edit in edits)
         return cls(edits, intervals, length, follower(tokenizer, edits, prompt))
 
     def read(self, tokens: Iterable[int]) -> None:

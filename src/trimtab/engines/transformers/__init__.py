@@ -1,1 +1,14 @@
 """The default engine: any causal language model that transformers loads."""
+
+from logging import LogRecord, getLogger
+
+CHATTER = {"torchao": "Failed to load", "torch.utils._pytree": "is an Enum subclass and is now natively supported"}
+"""What importing torchao logs, by logger. transformers imports it wherever it is installed, used or not."""
+
+
+def _unless_chatter(record: LogRecord) -> bool:
+    return CHATTER.get(record.name, "\0") not in record.getMessage()
+
+
+for _name in CHATTER:
+    getLogger(_name).addFilter(_unless_chatter)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.exclusive import reading, steers
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.weights import input_device, quantization
 from trimtab.errors import UnsupportedError
 
 ROWS, TOKENS = 3, 5
@@ -113,7 +114,7 @@ def _count(layout: Layout) -> Positions:
 
 def _last(layout: Layout, pads: int, *, told: bool) -> Tensor:
     """The last hidden state `[width]` after five tokens behind so many pads."""
-    device = next(layout.decoder.parameters()).device
+    device = input_device(layout.decoder)
     ids = torch.arange(1, 1 + TOKENS, device=device)[None]
     mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
     inputs = {"input_ids": torch.cat([ids.new_zeros(1, pads), ids], 1), "attention_mask": mask}
@@ -134,7 +135,7 @@ def _plain(layout: Layout) -> bool:
 def _continued(layout: Layout) -> Tensor:
     """The last hidden state `[width]` after five tokens behind pads, the last two read from a cache of the others."""
     decoder = layout.decoder
-    ids = torch.arange(1, 1 + TOKENS, device=next(decoder.parameters()).device)[None]
+    ids = torch.arange(1, 1 + TOKENS, device=input_device(decoder))[None]
     ids = torch.cat([ids.new_zeros(1, PADS), ids], 1)
     mask = (ids > 0).long()
     positions, stop = (mask.cumsum(-1) - 1).clamp(min=0), ids.shape[1] - 2
@@ -147,7 +148,8 @@ def _continued(layout: Layout) -> Tensor:
 
 
 def _near(layout: Layout, one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).norm() <= OFF.get(_dtype(layout), COARSE) * one.norm())
+    exact = quantization(layout.decoder) is None  # else passes of other shapes may round in other ways
+    return bool((one - other).norm() <= (OFF.get(_dtype(layout), COARSE) if exact else COARSE) * one.norm())
 
 
 def _dtype(layout: Layout) -> torch.dtype:
@@ -175,7 +177,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
 
         return look
 
-    device = next(layout.decoder.parameters()).device
+    device = input_device(layout.decoder)
     ids = torch.arange(1, 1 + ROWS * TOKENS, device=device).view(ROWS, TOKENS)
     weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
     ids = ids if weight is None else ids % weight.shape[0]

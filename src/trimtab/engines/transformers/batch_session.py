@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import inf
 from typing import Any
 
@@ -22,6 +23,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
 from trimtab.engines.transformers.positions import Pass
 from trimtab.engines.transformers.session import STRIDE, Session, Tally, _Step
+from trimtab.engines.transformers.weights import device_of
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit, Site
 
@@ -29,6 +31,9 @@ Segment = tuple[int, int | None, tuple[Edit, ...], frozenset[Site]]
 """From which position to which (`None`: to the end) which edits act, and where."""
 STEERED = 1
 """The one state that a row is in to which anything is done, as `Session` counts them."""
+
+ASIDE = 256
+"""So many sums of what was measured are put aside before the host waits for them."""
 
 
 @dataclass
@@ -111,6 +116,7 @@ class BatchSession(Session):
         self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
         self._left: float = 0  # in how many passes some row's edits change
         self._weights: Tensor | None = None
+        self._aside: list[tuple[list[_Row], list[Site], Tensor]] = []  # sums, of these rows at these sites
 
     def insert(
         self,
@@ -190,6 +196,7 @@ class BatchSession(Session):
     def tally(self, request: int, tokens: int | None = None) -> Tally:
         """What was measured of a row so far, and where it was steered."""
         self._flush()
+        self._settle()
         row = self.rows[request]
         counts = row.steered
         return {site: (*found, counts[site]) for site, found in row.measured.items()}
@@ -254,24 +261,34 @@ class BatchSession(Session):
         self.sites = sorted(self._steered)
 
     def _flush(self) -> None:
-        """Add what was measured to the rows' own, for which the host waits."""
+        """Put aside what was measured, before rows or their edits change. It stays on the device."""
         step = self._step
         if step is None or not step.passes or step.present == {0}:
             return
         for row in self.rows:
             row.unmeasured = (step.passes - 1) % STRIDE
-        ratios, counts = self._sums.tolist()
-        self._sums.zero_()
-        for i, site in enumerate(self.sites):
-            for row, ratio, count in zip(self.rows, ratios[i], counts[i], strict=True):
-                if count:
-                    before = row.measured.get(site, (0.0, 0.0))
-                    row.measured[site] = (before[0] + ratio, before[1] + count)
+        self._aside.append((list(self.rows), self.sites, self._sums))
+        self._sums = torch.zeros_like(self._sums)
+        if len(self._aside) >= ASIDE:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Add what was put aside to the rows' own, for which the host waits once."""
+        if not self._aside:
+            return
+        numbers = iter(torch.cat([sums.flatten() for _, _, sums in self._aside]).tolist())
+        for rows, sites, sums in self._aside:
+            ratios, counts = ([list(islice(numbers, len(rows))) for _ in sites] for _ in range(len(sums)))
+            for site, *of_site in zip(sites, ratios, counts, strict=True):
+                for row, ratio, count in zip(rows, *of_site, strict=True):
+                    if count:
+                        before = row.measured.get(site, (0.0, 0.0))
+                        row.measured[site] = (before[0] + ratio, before[1] + count)
+        self._aside = []
 
     def _device_of(self, site: Site) -> torch.device:
-        """Where a site's module is; of one that is loaded when it runs, the session sees it then."""
-        here = next((p.device for p in self._place(site).module.parameters()), torch.device("cpu"))
-        return torch.device("cpu") if here.type == "meta" else here
+        """Where a site's module computes."""
+        return device_of(self._place(site).module)
 
 
 def _sites(edits: Sequence[Edit], segments: Sequence[Segment], text: Follower | None) -> frozenset[Site]:

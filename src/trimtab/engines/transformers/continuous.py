@@ -21,6 +21,7 @@ from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Steering
 from trimtab.steering.monitors import FILTERED, Monitor
@@ -71,7 +72,7 @@ class Continuous:
         chosen = {name: options[name] for name in SETTINGS if name in options}
         if not compat.decodes_by_steps(model, chosen):
             return None
-        settings = Settings.of(model, chosen, 1, model.get_input_embeddings().weight.device)
+        settings = Settings.of(model, chosen, 1, input_device(model))
         if settings.others:
             return None
         return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), stops)

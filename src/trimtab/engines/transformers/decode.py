@@ -39,6 +39,7 @@ from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.sampling import GREEDY, PLAIN, BatchSampler, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.scores import LayerScores, Row, compile_scores, is_score_edit
 from trimtab.engines.transformers.session import Session, Tally, doses_of
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 from trimtab.steering.monitors import FILTERED, Monitor
@@ -172,7 +173,7 @@ class GenerationBatch:
         self.strict = strict
         self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
         self.pad = _pad_id(model, tokenizer)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = input_device(model)
         self._takes = compat.parameters(model)
         self._masks = PaddedMasks(layout)
         self._watch = Watch(layout)

@@ -24,6 +24,7 @@ from trimtab.engines.transformers.exclusive import steering
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.read import can_share, check_read, padded
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
@@ -125,7 +126,7 @@ class Forcing:
 
     def _together(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         longest = max(len(text.prompt) for text in texts) - 1
         mask = torch.zeros(len(texts), 0, dtype=torch.long, device=device)
         if longest:
@@ -143,7 +144,7 @@ class Forcing:
         return [row[: len(text.answer)] for row, text in zip(out, texts, strict=True)]
 
     def _whole(self, text: Forced, changes: Mapping[Site, Change]) -> Tensor:
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         ids, mask = padded([[*text.prompt, *text.answer[:-1]]], left=False, device=device)
         self._answering = torch.arange(len(text.prompt) - 1, ids.shape[1], device=device)
         out = self._pass(_inputs(self.model, ids, mask, None), changes)

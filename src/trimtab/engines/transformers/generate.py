@@ -12,7 +12,9 @@ from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.contract import check_answers
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
+from trimtab.keywords import MEANT, KeywordError
 from trimtab.steering import Site
 
 REFUSED = {
@@ -27,10 +29,7 @@ REFUSED = {
 
 
 STRAY = {
-    "strength": "multiply the steering: 2 * steering",
-    "multiplier": "multiply the steering: 2 * steering",
-    "coefficient": "multiply the steering: 2 * steering",
-    "scale": "multiply the steering: 2 * steering",
+    **dict.fromkeys(("strength", "multiplier", "coefficient", "scale"), "multiply the steering: 2 * steering"),
     "layer": "a steering says where it acts: steering[14] is what it does at layer 14",
     "layers": "a steering says where it acts: steering.only([12, 14]) are two of its layers",
     "positions": "a steering says where it acts: steering.at(Positions.generated())",
@@ -39,7 +38,8 @@ STRAY = {
     "max_length": "it is max_new_tokens, which counts the answer's tokens alone",
     "steerings": "it is steering, one for all prompts or a list with one for each",
 }
-"""What is meant by options that `generate` doesn't have."""
+"""What is meant by options that `generate` doesn't have, beside `MEANT`."""
+NEITHER = "transformers' generate has none either"
 
 
 def check_options(model: Any, options: dict[str, Any]) -> None:
@@ -48,8 +48,8 @@ def check_options(model: Any, options: dict[str, Any]) -> None:
         if compat.is_generate_option(model, name) and name != "max_length":
             continue
         near = get_close_matches(name, ("max_new_tokens", *vars(model.generation_config)), 1)
-        instead = STRAY.get(name, f"did you mean {near[0]}?" if near else "transformers' generate has none either")
-        raise TrimtabError(f"lm.generate has no option {name!r}: {instead}")
+        instead = STRAY.get(name) or (f"did you mean {near[0]}?" if near else None) or MEANT.get(name, NEITHER)
+        raise KeywordError(f"lm.generate has no option {name!r}: {instead.format(name=name)}")
 
 
 def generate_batch(
@@ -72,7 +72,7 @@ def generate_batch(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(list(prompt))
         mask[row, width - len(prompt) :] = 1
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     if sites:
         options = {"disable_compile": True, **options}
     if options.get("stop_strings") is not None:

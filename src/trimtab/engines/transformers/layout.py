@@ -56,18 +56,6 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
     )
 
 
-def check_in_memory(model: Any) -> None:
-    """Raises `UnsupportedError` for a model that accelerate keeps elsewhere and fetches part by part."""
-    embeddings = model.get_input_embeddings()
-    if not hasattr(embeddings, "_hf_hook"):  # accelerate's
-        return
-    if any(parameter.is_meta for parameter in embeddings.parameters()):
-        raise UnsupportedError(
-            f"the embeddings of this {type(model).__name__} aren't in memory (offloaded to disk or another device), and"
-            " trimtab reads them; load it with a device_map that keeps them there, or without offloading"
-        )
-
-
 def _context(text: Any) -> int | None:
     """How many positions the configuration allows; none or a negative number is no limit."""
     found = getattr(text, "max_position_embeddings", None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.weights import input_device, vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.steering.tensors import to_float64
 
@@ -34,7 +35,7 @@ def mean_nlls(
         TrimtabError: Logits that aren't numbers.
     """
     decoder = layout.decoder
-    device = next(decoder.parameters()).device
+    device = input_device(decoder)
     width = max(len(context) + len(answer) for context, answer in texts)
     ids = torch.zeros(len(texts), width, dtype=torch.long)
     mask = torch.zeros(len(texts), width, dtype=torch.long)
@@ -55,7 +56,7 @@ def mean_nlls(
     tokens = torch.tensor([token for _, answer in texts for token in answer])
     there = hidden[rows.to(hidden.device), before.to(hidden.device)]
     with _decoder_gives(model, layout, type(output)) as give:
-        each = _token_nlls(give, there, tokens, model.get_output_embeddings().weight.shape[0])
+        each = _token_nlls(give, there, tokens, vocabulary_size(model))
     if each.isnan().any():
         raise TrimtabError(f"{name} gives logits that are not numbers; load it in float32 or bfloat16")
     sums = torch.zeros(len(texts), dtype=torch.float64).index_add_(0, rows, each)
@@ -88,7 +89,7 @@ def _decoder_gives(model: Any, layout: Layout, output: type) -> Iterator[Callabl
 
     def logits(hidden: Tensor) -> Tensor:
         given[:] = [hidden]
-        one = torch.zeros(1, 1, dtype=torch.long, device=next(decoder.parameters()).device)
+        one = torch.zeros(1, 1, dtype=torch.long, device=input_device(decoder))
         return model(input_ids=one, use_cache=False).logits[0]
 
     try:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.engines.transformers import compat, default_model
 from trimtab.errors import TrimtabError
+from trimtab.keywords import stray, stray_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+TAKEN = ("device", "dtype", "revision", "adapter", "layers", "engine", "template", "device_map", "quantization_config")
+"""The options of `LM.load` that are most in use; the others are `from_pretrained`'s."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What holds an adapter, as `peft` saves it."""
 SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
@@ -22,15 +29,20 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
+    adapter: str | Path | None = None,
     **options: Any,
 ) -> tuple[Any, Any, str]:
     """The model, its tokenizer and its name. `options` go to `from_pretrained` (quantization and the like).
+
+    `adapter` is the folder or Hub id of a LoRA, or another adapter of `peft`, that is put on it.
 
     `device=None` takes CUDA, then MPS, then the CPU; `device_map` among the options overrides it. A quantized model is
     put there while it is loaded, as it can't be moved afterwards.
     Raises `TrimtabError` when there is no such model, it isn't a language model, or it is quantized in a way that the
     device can't run.
     """
+    if "torch_dtype" in options:
+        raise stray("LM.load", "torch_dtype", ())
     dtype = _dtype(dtype)
     if device is not None:
         _device(device)
@@ -50,7 +62,32 @@ def load(
         model, tokenizer = _read(source, dtype, revision, options, device)
     if "device_map" not in options and not getattr(model, "is_quantized", False):
         model.to(_device(device))
+    if adapter is not None:
+        _put_on(model, adapter)
     return model.eval(), tokenizer, label
+
+
+def _put_on(model: Any, adapter: str | Path) -> None:
+    """Loads an adapter's weights into a model. Raises `TrimtabError` where they can't be had or don't fit it."""
+    if find_spec("peft") is None:
+        raise TrimtabError(f"the adapter {adapter} needs peft: pip install 'trimtab[finetune]'")
+    folder = Path(adapter)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(adapter), allow_patterns=list(ADAPTER_FILES)))
+        except (OSError, ValueError) as error:
+            raise TrimtabError(
+                f"can't load the adapter {str(adapter)!r}: {_first_line(error)}. Give a Hub id or an adapter's folder"
+            ) from error
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise TrimtabError(f"{adapter} has no {name}, so it holds no adapter that can be read")
+    try:
+        found = model.load_adapter(str(folder), adapter_name=folder.name.replace(".", "_"), low_cpu_mem_usage=True)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise TrimtabError(f"the adapter in {folder} doesn't fit this model: {_first_line(error)}") from error
+    if unfit := [*found.missing_keys, *found.unexpected_keys]:
+        raise TrimtabError(f"the adapter in {folder} doesn't fit this model: {sorted(unfit)[0]} isn't in both")
 
 
 def read_gguf(path: Path, dtype: Any = torch.float32, **options: Any) -> tuple[Any, Any]:
@@ -85,7 +122,10 @@ def _read(
         if quantized is not None and "device_map" not in options:
             placed = _device(device)
             options = {**options, "device_map": {"": placed}}
-        model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
+        try:
+            model = kind.from_pretrained(source, dtype=dtype, revision=revision, **options)
+        except TypeError as error:
+            raise stray_of(error, "LM.load", options, TAKEN) or error from None
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, **known)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
         if placed is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules, configurations, registered
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.weights import input_device
 
 
 class PaddedMasks:
@@ -22,7 +23,7 @@ class PaddedMasks:
 
     def __init__(self, layout: Layout) -> None:
         decoder: Any = layout.decoder
-        waits = next(decoder.parameters()).device.type != "cpu"
+        waits = input_device(decoder).type != "cpu"
         suits = waits and None not in attention_modules(layout) and compat.attention_name(decoder.config) == "sdpa"
         self._configs: Sequence[Any] = configurations(layout) if suits else ()
 

@@ -19,6 +19,7 @@ from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.read import SHARE_FROM, can_share, padded
 from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.weights import input_device
 from trimtab.steering import Edit
 from trimtab.steering.tensors import to_float64
 
@@ -42,7 +43,7 @@ def next_tokens(
     texts: dict[tuple[int, ...], int] = {}
     of = [texts.setdefault(tuple(choice.ids), len(texts)) for choice in choices]
     tail = max(max(1, len(choice.ids) - first_steered(one, choice)) for choice, one in zip(choices, edits, strict=True))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     shortest = min(len(text) for text in texts) - tail
     lengths = [choice.prompt_length for choice in choices]
     prompts = [choice.ids[: choice.prompt_length] for choice in choices]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.routers import Listening, Router, router_of
+from trimtab.engines.transformers.weights import in_memory, is_dense
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
@@ -37,6 +39,7 @@ ACTS = ("act_fn", "act", "activation_fn")
 class Place:
     """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there.
 
+    On the side `"logits"` of a router they are what its own linear map puts out, inside of it.
     `streams`: the tensor there holds several residual streams, of which one, or the mean, is meant.
     """
 
@@ -44,6 +47,7 @@ class Place:
     side: str
     size: int
     streams: Streams | None = None
+    router: Router | None = None
 
     def read(self, x: Tensor) -> Tensor:
         """The site's activations in the tensor that is there."""
@@ -78,6 +82,8 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     streams = where.streams
     if streams is not None:
         edit = partial(_edited_streams, streams, edit)
+    if where.router is not None:
+        return Listening(where.router, edit)
     if where.side == "output":
 
         def after(_module: Any, _args: Any, output: Any) -> Any:
@@ -160,8 +166,9 @@ def output_weight(layout: Layout, site: Site) -> Tensor:
     if site.kind not in ("heads", "neurons"):
         raise UnsupportedError(f"{site} doesn't go into one projection; heads and neurons do")
     where = place(layout, site)
-    weight = getattr(where.module, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point():
+    with in_memory(where.module):
+        weight = getattr(where.module, "weight", None)
+    if is_dense(weight):
         turned = weight.T if type(where.module).__name__ == "Conv1D" else weight
         if tuple(turned.shape) == (layout.width, where.size):
             return turned.detach()
@@ -214,7 +221,15 @@ def _act_fn_place(layout: Layout, block: nn.Module, site: Site) -> Place:
     return Place(functions[0], "output", neurons.size)
 
 
+def _router_place(layout: Layout, block: nn.Module, site: Site) -> Place:
+    router = router_of(layout, site.layer)
+    if router.inside:
+        return Place(router.source, "output", router.experts)
+    return Place(router.module, "logits", router.experts, router=router)
+
+
 _PARTS = {
+    "router": _router_place,
     "attention": _attention_place,
     "heads": _heads_place,
     "mlp": _mlp_place,
@@ -292,12 +307,14 @@ def _adds_stream(part: nn.Module) -> bool:
 
 
 def _inputs(projection: Any) -> int:
-    return int(projection.in_features if hasattr(projection, "in_features") else projection.weight.shape[0])
+    counts = (getattr(projection, name, None) for name in ("in_features", "infeatures"))  # GPTQ's write it as one word
+    found = next((count for count in counts if isinstance(count, int)), None)
+    return int(projection.weight.shape[0]) if found is None else found
 
 
 def _outputs(projection: nn.Module) -> int | None:
     """`Conv1D`, which GPT-2 has, counts them as `nf`; mixtures' own linear parts as `output_size`."""
-    counts = (getattr(projection, name, None) for name in ("out_features", "nf", "output_size"))
+    counts = (getattr(projection, name, None) for name in ("out_features", "outfeatures", "nf", "output_size"))
     return next((count for count in counts if isinstance(count, int)), None)
 
 

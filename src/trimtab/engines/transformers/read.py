@@ -11,7 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from threading import get_ident
 from typing import Any
 
@@ -26,7 +27,8 @@ from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.layout import Layout
-from trimtab.engines.transformers.places import place
+from trimtab.engines.transformers.places import attach, place
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Site
 
@@ -276,10 +278,10 @@ def recording(
         given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         rows, tokens = next(one for one in given if isinstance(one, Tensor)).shape[:2]
 
-    def record(site: Site, given: Any) -> None:
+    def record(site: Site, given: Tensor) -> None:
         if get_ident() != owner:
             return
-        x = places[site].read(given if isinstance(given, Tensor) else given[0])
+        x = places[site].read(given)
         # some blocks run their MLP over the tokens of all rows as one list
         whole = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
         if whole.shape[:2] != (rows, tokens):
@@ -291,19 +293,11 @@ def recording(
         if len(found) == len(wanted) and not to_the_end:
             raise _Enough
 
-    def entering(site: Site) -> Any:
-        return lambda _m, args, kwargs: record(site, args[0] if args else kwargs["hidden_states"])
-
     with reading(layout.decoder):
         try:
             handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
             for site in wanted:
-                where = places[site]
-                if where.side == "input":
-                    handles.append(where.module.register_forward_pre_hook(entering(site), with_kwargs=True))
-                else:
-                    leave = lambda _m, _a, output, site=site: record(site, output)  # noqa: E731
-                    handles.append(where.module.register_forward_hook(leave))
+                handles.append(attach(replace(places[site], streams=None), partial(record, site)))
             yield found
         finally:
             for handle in handles:
@@ -311,4 +305,4 @@ def recording(
 
 
 def _device(layout: Layout) -> torch.device:
-    return next(layout.decoder.parameters()).device
+    return input_device(layout.decoder)

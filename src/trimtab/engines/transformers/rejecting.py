@@ -33,6 +33,7 @@ from trimtab.engines.transformers.raw_cache import Guesses, RawCache
 from trimtab.engines.transformers.rows import Rows, Token, Versions, compile_versions
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.sharing import rows_for
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -104,7 +105,7 @@ def check_rejection(requests: Sequence[Request], options: dict[str, Any]) -> Non
 
 def schedule_for(layout: Layout) -> str:
     """What `auto` is: by the device, and not by trying, so that every run on a machine rounds alike."""
-    return "optimistic" if next(layout.decoder.parameters()).device.type == "cpu" else "fused"
+    return "optimistic" if input_device(layout.decoder).type == "cpu" else "fused"
 
 
 def _reaches_decoding(edit: Edit, prompt_length: int) -> bool:

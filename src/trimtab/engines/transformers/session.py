@@ -269,8 +269,10 @@ class Session:
             self._steady = None
             self._fresh = False
             self._first = [one.past - pads for pads in self._pads]
-            given = edits, lengths, len(self._pads), self.tokenizer, self._prompts
-            self._texts = Texts(self.plan, *given) if self.plan.turns else None
+            self._texts = None
+            if self.plan.turns:
+                rows = len(self._pads)
+                self._texts = Texts(self.plan, edits, lengths, rows, self.tokenizer, self._prompts)
 
     def _move(self, one: Pass) -> None:
         assert self.plan is not None

@@ -16,6 +16,7 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError
 from trimtab.steering import Edit
 
@@ -58,7 +59,7 @@ def teacher_forced(
     if any(scores) and len({(len(text.prompt), len(text.answer)) for text in texts}) > 1:
         raise TrimtabError("texts whose attention scores are steered are read in batches of one length")
     sites = sorted({edit.site for one in residual for edit in one})
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids, mask = padded([[*text.prompt, *text.answer] for text in texts], left=True, device=device)
     longest = max(len(text.answer) for text in texts)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

@@ -11,7 +11,7 @@ from trimtab.steering.gates import thresholds
 from trimtab.steering.operations import add
 
 INSTEAD = "the transformers engine can (leave out engine=)"
-INSIDE = ("neurons", "act_fn", "heads", "mlp", "attention")
+INSIDE = ("neurons", "act_fn", "heads", "mlp", "attention", "router")
 """Sites inside of a block."""
 
 

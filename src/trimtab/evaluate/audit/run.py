@@ -29,6 +29,7 @@ from trimtab.evaluate.audit.items import FULL, Items, Size, read_items
 from trimtab.evaluate.audit.repair import repaired
 from trimtab.evaluate.divergence import Reference, divergence, read_given, reference
 from trimtab.files.steering_file import edits_digest
+from trimtab.keywords import keywords
 from trimtab.steering import ScoreOperation, Site, Steering
 from trimtab.steering.card import AUDIT_VERSION
 
@@ -115,6 +116,7 @@ class Audit:
         return found
 
 
+@keywords
 def audit(
     lm: LM,
     steering: Steering,

@@ -1,0 +1,125 @@
+"""The checks of how a model is held: quantized weights, several devices, weights that are fetched while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.doctor import naive
+from trimtab.doctor.report import Said
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.weights import device_of, input_device, is_offloaded, quantization
+from trimtab.lm import LM
+from trimtab.steering import Add, Edit, Positions, Site, Steering
+
+if TYPE_CHECKING:
+    from trimtab.doctor.checks import Checks
+
+
+TOLERANCE = 1e-3
+"""By how much log-probabilities may differ between passes of other shapes by rounding in float32 alone."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """By how much a model's passes of other shapes differ, unsteered: in log-probabilities, and in activations (of the
+    largest number)."""
+
+    logprobs: float = 0.0
+    activations: float = 0.0
+
+
+@torch.no_grad()
+def rounding_of(lm: LM, texts: Sequence[Sequence[int]]) -> Rounding:
+    """How a quantized model rounds: each beginning of a text is run alone, within the whole, and from a cache."""
+    if quantization(lm.model) is None:
+        return Rounding()
+    site = Site(lm.layout.layers - 1)
+    logprobs, activations = 0.0, 0.0
+    for text in texts:
+        ids = torch.tensor([list(text)], device=input_device(lm.model))
+        logits = lm.model(input_ids=ids, use_cache=False).logits[0]
+        whole = naive.activations(lm, text, [site])[site]
+        largest = max(1.0, float(whole.abs().max()))
+        for stop in range(1, len(text)):
+            alone = naive.logits(lm, text[:stop])
+            off = alone.log_softmax(-1) - logits[stop - 1].to(alone).log_softmax(-1)
+            logprobs = max(logprobs, float(off.abs().max()))
+            part = naive.activations(lm, text[:stop], [site])[site]
+            activations = max(activations, float((part - whole[:stop]).abs().max()) / largest)
+        stepped, there = _stepped(lm, ids, site)
+        off = (stepped.log_softmax(-1) - logits.to(stepped).log_softmax(-1)).abs().max()
+        logprobs = max(logprobs, float(off))
+        activations = max(activations, float((there - whole).abs().max()) / largest)
+    return Rounding(logprobs, activations)
+
+
+def _stepped(lm: LM, ids: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """The logits and activations at each token of a text whose second half is run token by token, from a cache."""
+    cache, half, found = compat.new_cache(lm.layout.decoder.config), ids.shape[1] // 2, []
+    here: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        here.append(x.clone())
+        return x
+
+    handle = naive.hook(lm, site, keep)
+    try:
+        for start, stop in [(0, half), *((i, i + 1) for i in range(half, ids.shape[1]))]:
+            inputs = compat.with_cache(lm.model, {"input_ids": ids[:, start:stop]}, cache)
+            found.append(lm.model(**inputs, use_cache=True).logits[0].float())
+    finally:
+        handle.remove()
+    return torch.cat(found), torch.cat(here)
+
+
+def quantized(checks: Checks) -> str | None:
+    """Whether weights are quantized, and whether that makes answers depend on what else is in a pass."""
+    method = quantization(checks.lm.model)
+    if method is None:
+        return None
+    rounding = rounding_of(checks.lm, checks.ids)
+    if rounding.logprobs <= TOLERANCE:
+        return Said(f"by {method}")
+    return (
+        f"by {method}, which rounds in other ways in passes of other shapes: unsteered, log-probabilities differ by up"
+        f" to {rounding.logprobs:.2g} between them, so that an answer may depend on its batch"
+    )
+
+
+def devices(checks: Checks) -> str | None:
+    """Where a model's blocks are; one block on each device is steered and read, and compared with the plain way."""
+    lm = checks.lm
+    spans = list(_spans(lm))
+    offloaded = is_offloaded(lm.model)
+    if len(spans) == 1 and not offloaded:
+        return Said(f"on {spans[0][1]}")
+    ids = checks.ids[0]
+    last = Site(checks.last)
+    for layers, device in spans:
+        site = Site(next((layer for layer in layers if layer in checks.running), checks.last))
+        v = checks.direction(site, 7)
+        steering = Steering((Edit(site, Add(v), Positions.all()),))
+        sites = [site, last]
+        (read,) = lm.capture(checks.prompts[0], sites, Positions.all(), chat=False, steering=steering, transfer=True)
+
+        def moved(x: Tensor, v: Tensor = v) -> Tensor:
+            return x + v.to(x)
+
+        with naive.changed(lm, {site: moved}):
+            expected = naive.activations(lm, ids, [last])[last]
+        checks.close(read[last].cpu(), expected.cpu(), f"an addition at {site}, on {device}")
+    where = "; ".join(f"blocks {layers[0]} to {layers[-1]} on {device}" for layers, device in spans)
+    return Said(where + (", some of them fetched while they run" if offloaded else ""))
+
+
+def _spans(lm: LM) -> Iterator[tuple[list[int], torch.device]]:
+    """Blocks that follow each other on one device."""
+    places = [(layer, device_of(block)) for layer, block in enumerate(lm.layout.blocks)]
+    for device, group in groupby(places, key=lambda one: str(one[1])):
+        yield [layer for layer, _ in group], torch.device(device)

@@ -1,0 +1,109 @@
+"""The adapters that act on a model now, LoRA and the like of `peft`: their names, and a digest of their weights.
+
+An adapter makes another model of the same embeddings, so that a fingerprint of these doesn't see it. It is looked for
+in the layers that `peft` puts into a model, whether by `PeftModel`, by transformers' `model.load_adapter` or in place.
+Adapters are switched on and off while a model is held, so they are looked at anew each time; the digest of weights that
+haven't changed is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.transformers.weights import sampled
+from trimtab.errors import UnsupportedError
+from trimtab.steering.card import Adapter
+
+_known: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, str]]] = WeakKeyDictionary()
+"""By model, of each adapter: what its digest was made from (tensors and their versions), and the digest."""
+
+
+def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
+    """The adapters that act on what the model computes now, merged ones that can still be told included; by name."""
+    if "peft" not in sys.modules:  # whoever has an adapter has imported it
+        return ()
+    found: dict[str, list[tuple[str, float, Tensor]]] = {}
+    for path, layer in _layers(model):
+        for name in _acting(layer):
+            parts = list(_tensors(layer, name))
+            if parts:
+                scale = _scale(layer, name)
+                found.setdefault(name, []).extend((f"{path}.{part}", scale, tensor) for part, tensor in parts)
+    return tuple(Adapter(name, _digest(model, name, found[name])) for name in sorted(found))
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Raises `UnsupportedError` for adapters that put tokens of their own before a text, so that positions are off."""
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UnsupportedError(
+            f"the adapter of this {type(model).__name__} ({kind}) puts tokens of its own before every text, so that"
+            " positions can't be told; pass the model without it (model.get_base_model())"
+        )
+
+
+def is_adapter_layer(module: nn.Module) -> bool:
+    """Whether `peft` put this module in the place of one of the model's own."""
+    return hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        if is_adapter_layer(module):
+            yield path.removeprefix("base_model.model."), module
+
+
+def _acting(layer: Any) -> list[str]:
+    """The adapters of a layer that change what it puts out: those merged into it, else those that are switched on."""
+    merged = list(getattr(layer, "merged_adapters", ()))
+    if merged:
+        return merged
+    if getattr(layer, "disable_adapters", False):
+        return []
+    active = layer.active_adapters
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _tensors(layer: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights that a layer has for an adapter, by what they are called."""
+    for kind in layer.adapter_layer_names:
+        held = getattr(layer, kind, None)
+        if held is None or name not in held:
+            continue
+        part = held[name]
+        if isinstance(part, Tensor):
+            yield kind, part
+        elif isinstance(part, nn.Module):
+            yield from ((f"{kind}.{path}", tensor) for path, tensor in part.named_parameters())
+
+
+def _scale(layer: Any, name: str) -> float:
+    held = getattr(layer, "scaling", None)
+    value = held.get(name) if isinstance(held, dict) else None
+    return float(value) if isinstance(value, (int, float)) else 1.0
+
+
+def _digest(model: nn.Module, name: str, parts: list[tuple[str, float, Tensor]]) -> str:
+    versions = [(id(tensor), tensor.data_ptr(), scale, _version(tensor)) for _, scale, tensor in parts]
+    kept = _known.setdefault(model, {})
+    if name in kept and kept[name][0] == versions:
+        return kept[name][1]
+    described = json.dumps([[path, scale, list(tensor.shape)] for path, scale, tensor in parts])
+    values = sampled([tensor for _, _, tensor in parts])
+    digest = hashlib.sha256(described.encode() + values.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+    kept[name] = versions, digest
+    return digest
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place, where it counts that."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,244 @@
+"""The routers of a mixture of experts: where a block's router is, its logits, and which experts it chooses by them.
+
+A router of transformers' is a module that multiplies a token's activation by its weight `[experts, width]`, and makes
+of these logits its choice: by softmax or sigmoid, with biases and groups as the family has them. The logits are inside
+of it. So its linear map is listened to while its forward runs, and what it puts out can be changed before anything is
+chosen. A family that computes its logits in another way is refused when it runs: just one such map must be seen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.adapters import is_adapter_layer
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.weights import device_of
+from trimtab.errors import TrimtabError, UnsupportedError
+
+Edit = Callable[[Tensor], Tensor | None]
+
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+"""What configurations call the number of routed experts."""
+CALLED = re.compile(r"(Router|Gate|Gating)$")
+"""How the classes of routers are called, where the model doesn't declare one."""
+PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+
+
+@dataclass(frozen=True)
+class Router:
+    """A block's router.
+
+    `source` is the module whose linear map gives the logits: the router itself, which has a weight, or a linear part of
+    it, whose output they are (`inside`). `experts` is their number, `width` that of what the router is given.
+    """
+
+    module: nn.Module
+    source: nn.Module
+    experts: int
+    width: int
+
+    @property
+    def inside(self) -> bool:
+        return self.source is not self.module or type(self.source) is nn.Linear
+
+
+def router_of(layout: Layout, layer: int) -> Router:
+    """A block's router.
+
+    Raises:
+        UnsupportedError: The block has none, several, or one in which no weight of logits can be told.
+    """
+    block, name = layout.blocks[layer], type(layout.decoder).__name__
+    found = _routers(layout, block)
+    if len(found) != 1:
+        what = "no router" if not found else f"{len(found)} routers ({', '.join(found)})"
+        raise UnsupportedError(
+            f"block {layer} of {name} has {what}: only a mixture of experts that chooses among them in one place has"
+            f" a site router[{layer}]"
+        )
+    ((path, module),) = found.items()
+    if any(is_adapter_layer(part) for part in module.modules()):
+        raise UnsupportedError(f"an adapter stands in the router of block {layer}, {path}: its logits can't be told")
+    counts = _counts(layout)
+    maps: list[tuple[nn.Module, tuple[int, ...]]] = []
+    for part in module.modules():
+        own = part.__dict__["_parameters"].get("weight")
+        if own is not None and own.dim() == 2 and own.shape[0] in counts:
+            maps.append((part, tuple(own.shape)))
+    if len(maps) != 1:
+        raise UnsupportedError(
+            f"{type(module).__name__}, the router of block {layer} of {name}, has {len(maps)} weights that could give"
+            f" logits of its experts; steer the residual stream, or the block's mlp"
+        )
+    ((source, (experts, width)),) = maps
+    return Router(module, source, experts, width)
+
+
+def _routers(layout: Layout, block: nn.Module) -> dict[str, nn.Module]:
+    """The block's routers by path: of the class that the model declares, else those that are called so."""
+    kinds = compat.declared(layout.decoder, "router_logits")
+    parts: dict[str, nn.Module] = {path: part for path, part in block.named_modules() if path}
+    found: dict[str, nn.Module] = {path: part for path, part in parts.items() if kinds and isinstance(part, kinds)}
+    if not found or any(type(part) is nn.Linear for part in found.values()):
+        counts = _counts(layout)
+        found = {
+            path: part
+            for path, part in parts.items()
+            if path.split(".")[-1] in ("router", "gate")
+            and (CALLED.search(type(part).__name__) or (type(part) is nn.Linear and part.out_features in counts))
+        }
+    return found
+
+
+def _counts(layout: Layout) -> set[int]:
+    """The numbers of experts that the configuration, or a part of it, declares."""
+    config: Any = layout.decoder.config
+    parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))]
+    found = (getattr(part, name, None) for part in parts for name in COUNTS)
+    return {count for count in found if isinstance(count, int) and count > 1}
+
+
+class _Chosen(BaseException):
+    """Raised when a router has chosen: its experts needn't run. Only ever in the thread that asks."""
+
+
+def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
+    """What a router makes of `x` `[tokens, width]`, called as the part of the block that it is in calls it.
+
+    Where it puts out its logits alone, that part chooses by them.
+    """
+    parent: Any = next(part for part in block.modules() if any(one is router.module for one in part.children()))
+    found: list[Any] = []
+
+    def end(_module: Any, _args: Any, output: Any) -> None:
+        found.append(output)
+        raise _Chosen
+
+    handle = router.module.register_forward_hook(end)
+    try:
+        parent(x[None])
+    except _Chosen:
+        pass
+    finally:
+        handle.remove()
+    outside = getattr(parent, "route_tokens_to_experts", None)
+    return outside(found[0]) if isinstance(found[0], Tensor) and outside is not None else found[0]
+
+
+# ---- listening to the linear map -----------------------------------------------------------------------------------
+
+_edits: WeakKeyDictionary[nn.Module, list[Edit]] = WeakKeyDictionary()
+"""By router, what is done to its logits, in order."""
+
+
+class Listening:
+    """An edit of a router's logits, until it is removed."""
+
+    def __init__(self, router: Router, edit: Edit) -> None:
+        self._module, self._edit = router.module, edit
+        if router.module not in _edits:
+            _edits[router.module] = []
+            self._replace(router)
+        _edits[router.module].append(edit)
+
+    def remove(self) -> None:
+        edits = _edits.get(self._module, [])
+        if self._edit in edits:
+            edits.remove(self._edit)
+        if not edits and self._module in _edits:
+            del _edits[self._module]
+            forward: Any = self._module.forward
+            if forward.before is None:
+                del self._module.forward
+            else:
+                self._module.forward = forward.before
+
+    @staticmethod
+    def _replace(router: Router) -> None:
+        module = router.module
+        forward, edits = module.forward, _edits[module]
+
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            listener = _Listener(router, edits)
+            with listener:
+                found = forward(*args, **kwargs)
+            if listener.heard != 1:
+                raise UnsupportedError(
+                    f"{type(module).__name__} computes its logits in {listener.heard} linear maps where one was to be"
+                    " seen, so that they can't be steered or read; steer the residual stream, or the block's mlp"
+                )
+            return found
+
+        heard.before = vars(module).get("forward")  # type: ignore[attr-defined]
+        module.forward = heard
+
+
+class _Listener(TorchFunctionMode):
+    """While open, the edits are made where the router's linear map puts out its logits."""
+
+    def __init__(self, router: Router, edits: list[Edit]) -> None:
+        super().__init__()
+        self.router, self.edits, self.heard = router, edits, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func not in PRODUCTS or not isinstance(found, Tensor) or found.shape[-1:] != (self.router.experts,):
+            return found
+        if len(args) < 2 or args[0].shape[-1] != self.router.width:
+            return found
+        self.heard += 1
+        for edit in self.edits:
+            new = edit(found)
+            found = found if new is None else new
+        return found
+
+
+# ---- which experts -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
+    """Which experts a block's router chooses by these logits `[tokens, experts]`: booleans of that shape, on the CPU.
+
+    The router itself chooses: its forward runs, with these logits in the place of its own.
+
+    Raises:
+        UnsupportedError: The router doesn't put out its choice, or needs more than activations for it.
+    """
+    router = router_of(layout, layer)
+    parameter = next(p for p in router.source.parameters())
+    device = device_of(router.source)
+    given = logits.to(device)
+    x = torch.zeros(len(logits), router.width, dtype=parameter.dtype, device=device)
+
+    def own(made: Tensor) -> Tensor:
+        return given.to(made.dtype).view(made.shape)
+
+    handle: Any = router.source.register_forward_hook(lambda *call: own(call[2])) if router.inside else None
+    handle = handle or Listening(router, own)
+    try:
+        found = _output(layout.blocks[layer], router, x)
+    except TrimtabError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(f"{type(router.module).__name__} doesn't choose experts by itself: {error}") from error
+    finally:
+        handle.remove()
+    listed = [one for one in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(one, Tensor)]
+    indices = [one for one in listed if not one.is_floating_point() and one.dim() == 2 and len(one) == len(logits)]
+    if len(indices) == 1:
+        chosen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
+        return chosen.scatter_(1, indices[0].long(), True).cpu()
+    scores = [one for one in listed if one.shape == logits.shape and bool((one == 0).any())]
+    if len(scores) == 1:  # zeros where an expert isn't chosen
+        return (scores[0] != 0).cpu()
+    raise UnsupportedError(f"{type(router.module).__name__} doesn't put out which experts it chooses")

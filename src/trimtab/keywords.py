@@ -1,0 +1,160 @@
+"""Keywords that a function doesn't have: an error that says which one is meant, or where what it says belongs.
+
+A stray keyword is a bare `TypeError` in Python, which knows nothing of what is meant. `enable_thinking` is about the
+chat template, a strength multiplies a steering, a device is for loading a model: people write them where other
+libraries have them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from trimtab.errors import TrimtabError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Class = TypeVar("Class", bound=type)
+
+TEMPLATE = (
+    "it is about the chat template, and what renders prompts takes it: LM.load(…, template={{{name!r}: …}}) for all of"
+    " them, those that are learned from too, or template={{{name!r}: …}} of lm.generate and lm.encode for one"
+)
+LOADED = "a model is loaded with it: LM.load(…, {name}=…)"
+STRENGTH = "a strength multiplies the steering: 2 * steering"
+MEANT = {
+    "enable_thinking": TEMPLATE,
+    "thinking": TEMPLATE,
+    "reasoning_effort": TEMPLATE,
+    "add_generation_prompt": "prompts are rendered up to where the answer begins, and an assistant's message goes on",
+    "chat_template_kwargs": "it is template={{…}}, of LM.load, lm.generate or lm.encode",
+    "chat_template": "the tokenizer has it: tokenizer.chat_template = …",
+    "apply_chat_template": "it is chat=True, of lm.generate and lm.encode",
+    "system": "a system message is part of a pair: Pair(…, positive_system=…, negative_system=…), or messages",
+    "system_prompt": "it is system=…, of lm.generate and lm.encode; a pair has positive_system and negative_system",
+    "strength": STRENGTH,
+    "multiplier": STRENGTH,
+    "coefficient": STRENGTH,
+    "coeff": STRENGTH,
+    "scale": STRENGTH,
+    "steerings": "it is steering, one for all prompts or a list with one for each",
+    "max_tokens": "it is max_new_tokens, of lm.generate",
+    "max_new_tokens": "lm.generate takes it",
+    "temperature": "lm.generate takes it, with do_sample=True",
+    "do_sample": "lm.generate takes it",
+    "device": LOADED,
+    "dtype": LOADED,
+    "device_map": LOADED,
+    "torch_dtype": "it is dtype, of LM.load(…)",
+    "revision": LOADED,
+    "adapter": LOADED,
+    "quantization_config": LOADED,
+    "load_in_4bit": "it is quantization_config=BitsAndBytesConfig(load_in_4bit=True), of LM.load(…)",
+    "load_in_8bit": "it is quantization_config=BitsAndBytesConfig(load_in_8bit=True), of LM.load(…)",
+    "positions": "a steering says where it acts: steering.at(Positions.generated())",
+    "gate": "a steering says when it acts: steering.when(gate)",
+    "layer": "a steering says where it acts: steering[14] is what it does at layer 14",
+    "layers": "a steering says where it acts: steering.only([12, 14]) are two of its layers",
+    "question": "the context of a pair is prompt=…",
+    "chosen": "the two sides of a pair are positive=… and negative=…",
+    "rejected": "the two sides of a pair are positive=… and negative=…",
+}
+"""What is meant by keywords that are often written where they aren't. A function that has one of the name takes it."""
+SHOWN = 12
+
+
+class KeywordError(TrimtabError, TypeError):
+    """A keyword that isn't known where it was given."""
+
+
+def keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, which raises `KeywordError` for keywords that it doesn't have."""
+    takes = inspect.signature(function).parameters.values()
+    if any(one.kind is one.VAR_KEYWORD for one in takes):
+        raise TypeError(f"{function.__qualname__} takes any keyword")
+    known = tuple(one.name for one in takes if one.kind is not one.POSITIONAL_ONLY)
+    names = frozenset(known)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                raise stray(_called(function), name, known, args)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def class_keywords(kind: Class) -> Class:
+    """The class, whose making raises `KeywordError` for keywords that it doesn't have. Above `@dataclass`."""
+    kind.__init__ = keywords(kind.__init__)  # type: ignore[misc]
+    return kind
+
+
+def method_keywords(*names: str) -> Callable[[Class], Class]:
+    """For a class: these methods of it raise `KeywordError` for keywords that they don't have."""
+
+    def checked(kind: Class) -> Class:
+        for name in names:
+            setattr(kind, name, keywords(getattr(kind, name)))
+        return kind
+
+    return checked
+
+
+def check_fields(kind: Any, given: Mapping[str, Any]) -> None:
+    """Raises `KeywordError` for what isn't a field of a dataclass."""
+    known = [name for name, one in kind.__dataclass_fields__.items() if one.init]
+    for name in given:
+        if name not in known:
+            raise stray(kind.__name__, name, known, ())
+
+
+def stray(what: str, name: str, known: Iterable[str], args: tuple[Any, ...] = ()) -> KeywordError:
+    """The error for a keyword that `what` doesn't have, having the `known` ones; `args` are what else it was given."""
+    listed = [one for one in known if one not in ("self", "cls")]
+    near = get_close_matches(name, listed, 1, 0.75)
+    if near:
+        instead = f"did you mean {near[0]}?"
+    elif name in MEANT:
+        instead = MEANT[name].format(name=name)
+    elif any(_in_template(one, name) for one in args):
+        instead = TEMPLATE.format(name=name)
+    else:
+        more = ", …" if len(listed) > SHOWN else ""
+        instead = f"it has {', '.join(listed[:SHOWN])}{more}" if listed else "it has none"
+    return KeywordError(f"{what} has no option {name!r}: {instead}")
+
+
+def stray_of(error: TypeError, what: str, given: Iterable[str], known: Iterable[str]) -> KeywordError | None:
+    """What a `TypeError` of another package's says about a keyword that was handed on to it; `None`: something else."""
+    name = next((one for one in given if f"unexpected keyword argument '{one}'" in str(error)), None)
+    return None if name is None else stray(what, name, known)
+
+
+def outside() -> int:
+    """The `stacklevel` at which the caller's warning is about the line outside of trimtab that called it."""
+    frame: Any = sys._getframe(1)
+    level = 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__", "")).startswith("trimtab."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def _called(function: Any) -> str:
+    """A function as users call it: a method of a model is `lm.name`, what makes a class is the class."""
+    owner, _, name = function.__qualname__.rpartition(".")
+    if name == "__init__":
+        return str(owner)
+    return f"lm.{name}" if owner in ("LM", "LanguageModel") else function.__qualname__
+
+
+def _in_template(thing: Any, name: str) -> bool:
+    """Whether the chat template of a model speaks of this name."""
+    template = getattr(getattr(thing, "tokenizer", None), "chat_template", None)
+    return re.search(rf"\b{re.escape(name)}\b", str(template or "")) is not None
