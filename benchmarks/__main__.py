@@ -342,7 +342,8 @@ def behaviours(
     as_markdown: Markdown = False,
 ) -> None:
     """CAA or BiPO on five behaviours: A/B probability by strength, random directions, system messages, and the cost."""
-    from benchmarks.behaviours import CAPABILITY, SYSTEM, run
+    from benchmarks.behaviours import CAPABILITY, run
+    from trimtab.bench.behaviours import SYSTEM
 
     if unknown := sorted(set(only or ()) - set(SYSTEM)):
         raise typer.BadParameter(f"no behaviour {unknown[0]!r}; known: {', '.join(SYSTEM)}", param_hint="--only")

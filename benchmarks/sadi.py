@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.behaviours import by_arm, stem
+from benchmarks.behaviours import by_arm
 from benchmarks.choosing import say
 from benchmarks.harness import Report, Result
 from benchmarks.machine import machine, versions
+from trimtab.bench.behaviours import stem
 from trimtab.evaluate.ab import ABItem, read_ab, requests_of, score_ab, spread
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.evaluate.records import Record

@@ -29,6 +29,7 @@ RUN_ELSEWHERE = {
 """Pages with a test of their own."""
 NOT_RUN = {
     "audit.md": "measures for minutes: audits are run in tests/evaluate and tests/commands",
+    "bench.md": "compares methods for many minutes: tests/bench does on tiny models",
     "caa.md": "reads CAA's data sets, on a model from the Hub",
     "engines-vllm.md": "needs vLLM and two GPUs, or a server",
     "inferaligner.md": "needs two models of one family",

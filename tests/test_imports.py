@@ -32,6 +32,7 @@ MAY_SEE = {
     "tune": LM | {"learn", "methods", "data", "evaluate", "tune"},
     "making": LM | {"learn", "methods", "data", "evaluate", "making"},
     "report": LM | {"evaluate", "report"},
+    "bench": LM | {"learn", "methods", "data", "evaluate", "tune", "making", "bench"},
 }
 SHORTCUTS = {
     "steering/steering.py": {"files", "report"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor
 
 from trimtab import engines
+from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.arguments import batches_of, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
@@ -32,7 +33,8 @@ from trimtab.engines.transformers.exclusive import steered_here
 from trimtab.engines.transformers.exclusive import steering as steering_of
 from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.following import check_rows_stay
-from trimtab.engines.transformers.generate import Generation, check_options, check_request, generate_batch
+from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request, generate_batch
+from trimtab.engines.transformers.grammar import Grammars, Matcher, check_grammar_options, with_grammars
 from trimtab.engines.transformers.identity import identify
 from trimtab.engines.transformers.known_prompts import known_prompts
 from trimtab.engines.transformers.layout import Layout, find_layout
@@ -216,6 +218,10 @@ class LM(LanguageModel):
             if one.rejection is not None
         ]
         check_rejection(rejecting, options)
+        if any(one.grammar is not None for one in requests):
+            check_grammar_options(options)
+            options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
+            self._matchers(requests, options)
         check_by_steps(self.model, self.layout, requests, replace(decoding, options=options))
         return replace(decoding, options=options)
 
@@ -223,6 +229,24 @@ class LM(LanguageModel):
         super().require(*features)
         if "clean_cache" in features:
             check_clean(self.layout)
+
+    def matcher(self, grammar: Grammar) -> Matcher:
+        """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
+        return self._grammars({}).matcher(grammar)
+
+    def _matchers(self, requests: Sequence[Asked], options: Mapping[str, Any]) -> list[Matcher | None]:
+        """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""
+        given = [one.grammar for one in requests]
+        return [None if one is None else self._grammars(options).matcher(one) for one in given]
+
+    def _grammars(self, options: Mapping[str, Any]) -> Grammars:
+        """What compiles grammars for answers that end as these options say."""
+        ends = frozenset(_end_ids(self.model, dict(options)))
+        known: dict[frozenset[int], Grammars] = self.__dict__.setdefault("_compilers", {})
+        if ends not in known:
+            size = self.model.config.get_text_config(decoder=True).vocab_size
+            known[ends] = Grammars(self.tokenizer, size, ends)
+        return known[ends]
 
     def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
         """The answers to requests that were checked, in their order, sorted by length into batches."""
@@ -237,6 +261,7 @@ class LM(LanguageModel):
         elif len({len(one.ids) for one in requests}) > 1 and not positions_of(self.layout).ignores_pads:
             lengths = [len(one.ids) for one in requests]
             batches = [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
+        matchers = self._matchers(requests, decoding.options)
         answers: dict[int, list[Generation]] = {}
 
         def tell(done: int) -> None:
@@ -256,6 +281,7 @@ class LM(LanguageModel):
                         by_steps,
                         ids,
                         edited,
+                        [matchers[i] for i in chosen],
                         chosen,
                         rows=size,
                         seed=decoding.seed,
@@ -265,7 +291,8 @@ class LM(LanguageModel):
                         **given,
                     )
                 else:
-                    found = self._answer(ids, edited, rejected, {**given, "options": dict(decoding.options)})
+                    options = with_grammars(decoding.options, [matchers[i] for i in chosen])
+                    found = self._answer(ids, edited, rejected, {**given, "options": options})
                 each = len(found) // len(chosen)
                 answers |= {i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)}
                 if by_steps is None:

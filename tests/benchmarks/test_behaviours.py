@@ -12,8 +12,9 @@ from tiny import direction, prompt
 
 from benchmarks import behaviours
 from benchmarks import eval as benchmark
-from benchmarks.behaviours import Curve, read, run, slope, stem
+from benchmarks.behaviours import Curve, read, run, slope
 from trimtab import LM, Add, Edit, Site, Steering
+from trimtab.bench.behaviours import stem
 from trimtab.evaluate.ab import read_ab
 from trimtab.evaluate.intervals import Interval
 from trimtab.files.steering_file import load_steering

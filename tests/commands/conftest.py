@@ -14,7 +14,14 @@ TEMPLATE = (
 )
 
 
-def save_model(folder: Path, seed: int = 0, width: int = 32, template: str | None = TEMPLATE) -> Path:
+def save_model(
+    folder: Path,
+    seed: int = 0,
+    width: int = 32,
+    template: str | None = TEMPLATE,
+    context: int = 128,
+    special: tuple[str, ...] = (),
+) -> Path:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -30,6 +37,7 @@ def save_model(folder: Path, seed: int = 0, width: int = 32, template: str | Non
     )
     inner.train_from_iterator([WORDS] * 3, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.chat_template = template
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -39,7 +47,7 @@ def save_model(folder: Path, seed: int = 0, width: int = 32, template: str | Non
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,

@@ -10,7 +10,10 @@ from trimtab.commands.tune import check_of
 from trimtab.files.steering_file import load_steering, steering_digest
 from trimtab.tune import Setting
 
-SUBJECTS = ["sea", "sky", "day", "sun", "rain", "wind", "snow", "ice", "sand", "rock", "tree", "leaf"]
+SUBJECTS = [
+    *("sea", "sky", "day", "sun", "rain", "wind", "snow", "ice", "sand", "rock", "tree", "leaf"),
+    *("moon", "star", "hill", "lake", "road", "wall", "door", "roof", "boat", "bird", "fish", "seed"),
+]
 OFF = [
     part for limit in ("perplexity", "certainty", "repeated", "empty", "cut") for part in ("--guard", f"{limit}=off")
 ]
@@ -52,7 +55,7 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", "0.001,30", "--operation", "add", *OFF)
     told = cpu(*given, "--out", out, "--figure", figure)
     assert told.code == 0, told.err
-    for words in ("learned from 6 pairs", "searched on 4 prompts, confirmed on 2 others", "don't steer", "chosen"):
+    for words in ("learned from 12 pairs", "searched on 7 prompts, confirmed on 5 others", "don't steer", "chosen"):
         assert words in told.out
     assert f"saved {out}" in told.out
     assert "interrupted" not in told.out
@@ -66,15 +69,14 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     assert tuning["held_out"]["unsteered"] == 0
     assert len(tuning["table"]) == 1 + 4 * 2
     seen = trimtab("inspect", out)
-    words = "chosen among 8 candidates; on 2 held-out prompts 1.00 instead of 0.00, difference [+1.00, +1.00]"
+    words = "chosen among 8 candidates; on 5 held-out prompts 1.00 instead of 0.00, difference [+1.00, +1.00]"
     assert words in " ".join(seen.out.split())
 
-    learned, doubt, *rounds = told.err.splitlines()[:-1]
-    assert learned == "learned from 6 pairs at 4 blocks"
-    assert doubt.startswith("warning: the last word will be on 2 prompts, and even if all of them are won")
-    assert rounds == [
-        "round 1 of 1: 8 candidates on 4 prompts; best so far 1.00, unsteered 0.00: " + str(Setting(**tuning["chosen"]))
-    ]
+    learned, *rounds = told.err.splitlines()[:-1]
+    assert learned == "learned from 12 pairs at 4 blocks"
+    assert rounds[0].startswith("round 1 of 2: 8 candidates on 6 prompts; best so far 1.00, unsteered 0.00: ")
+    assert rounds[1].endswith("best so far 1.00, unsteered 0.00: " + str(Setting(**tuning["chosen"])))
+    assert "better: 1.00 instead of 0.00 on 5 held-out prompts (5 better, 0 worse; p = 0.031)" in told.out
 
     again = cpu(*given, "--out", tmp_path / "t.safetensors", "--json")
     assert (again.code, again.err) == (0, "")
@@ -84,8 +86,17 @@ def test_what_works_is_saved_with_the_search_in_its_card(trimtab, cpu, pairs, di
     assert again.json["setting"] == tuning["chosen"]
     assert again.json["held_out"]["difference"]["estimate"] == 1
     assert [row["setting"] for row in again.json["table"]].count(None) == 1
-    assert [f"warning: {one}" for one in again.json["warnings"]] == [doubt]
+    assert again.json["warnings"] == []
     assert again.json["advice"] == []
+
+
+def test_two_held_out_prompts_are_too_few_whatever_works(cpu, pairs, differs, tmp_path):
+    given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
+    told = cpu(*given, "--limit", 6, "--out", tmp_path / "s.safetensors", "--json")
+    assert told.code == 3
+    (doubt,) = told.json["warnings"]
+    assert doubt.startswith("the last word will be on 2 prompts, and even if all of them are won that can't be told")
+    assert "can't be told from luck: 1.00 instead of 0.00 on 2 held-out prompts" in told.json["reason"]
 
 
 def test_the_guard_forbids_what_breaks_answers(cpu, pairs, differs, tmp_path):
@@ -178,8 +189,8 @@ def test_pairs_of_answers_are_checked_on_the_models_own_answers(cpu, tmp_path, m
     steering = load_steering(out)
     assert (steering.card.method, told.json["setting"]["operation"]) == ("caa", "add")
     assert told.json["held_out"]["steered"] == 1
-    assert told.json["searched_on"] + told.json["confirmed_on"] == 6  # a prompt is asked once
-    assert told.json["pairs"] in (6, 7)
+    assert told.json["searched_on"] + told.json["confirmed_on"] == 12  # a prompt is asked once
+    assert told.json["pairs"] in (12, 13)
     assert cpu(*given, "--operation", "project").code == 2
     bare = cpu(*given, "--without-instruction")
     assert "pairs of answers have no instruction in their prompts" in bare.err
@@ -187,11 +198,11 @@ def test_pairs_of_answers_are_checked_on_the_models_own_answers(cpu, tmp_path, m
 
 def test_a_spent_budget_is_said(cpu, pairs, differs, tmp_path):
     given = ("--pairs", pairs, "--check", f"{differs}:differs", "--strengths", 30, "--operation", "add", *OFF)
-    told = cpu(*given, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 4 + 1))
+    told = cpu(*given, "--out", tmp_path / "s.safetensors", "--batch-size", 5, "--budget-tokens", 4 * (5 * 2 + 10 + 1))
     assert told.code == 0, told.err
     assert "the budget is spent: this is the best so far" in told.out
-    assert "warning: the budget of 60 tokens may pay for 2 of the 4 prompts of the first round" in told.err
-    assert "give 96, or try fewer layers or strengths" in told.err
+    assert "warning: the budget of 84 tokens may pay for 2 of the 6 prompts of the first round" in told.err
+    assert "give 160, or try fewer layers or strengths" in told.err
     poor = cpu(*given, "--out", tmp_path / "s.safetensors", "--budget-tokens", 8)
     assert poor.code == 2
     assert "a budget of 8 tokens does not pay for one prompt" in poor.err
@@ -266,9 +277,9 @@ def test_bad_input_is_one_line(cpu, pairs, differs, tmp_path, given, said):
     told = cpu("--out", out, *(w.replace("PAIRS", str(pairs)).replace("CHECKS", str(differs)) for w in given.split()))
     assert told.code == 2
     assert said in told.err
-    assert [line for line in told.err.splitlines() if not line.startswith(("learned from 6", "warning: the last"))] == [
-        line for line in told.err.splitlines() if line.startswith("error: ")
-    ]
+    assert [
+        line for line in told.err.splitlines() if not line.startswith(("learned from 12", "warning: the last"))
+    ] == [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert told.err.count("error: ") == 1
     assert not out.exists()
 

@@ -5,7 +5,7 @@ import torch
 from tiny import direction, prompt, tiny
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.controls import means_for, random_like
+from trimtab.evaluate.controls import means_for, orthogonal_like, random_like
 from trimtab.steering import Ablate, Add, Card, Edit, Positions, SetProjection, Site, Steering, Threshold
 
 GATE = Threshold(Site(0), direction(9), 0.5)
@@ -81,3 +81,29 @@ def test_means_are_read_where_projections_are_set_and_nowhere_else():
     assert set(means) == {Site(2)}
     torch.testing.assert_close(means[Site(2)], (last[0] + last[1]) / 2)
     assert means_for(lm, [Steering(REAL.edits[:1], Card("caa"))], prompts) is None
+
+
+def test_orthogonal_directions_have_nothing_of_the_steerings_own():
+    own = Steering((Edit(Site(1), Add(direction(1, 3.0))), Edit(Site(2), SetProjection(direction(2), 3.0))))
+    mean = direction(5, 2.0)
+    control = orthogonal_like(own, 3, {Site(2): mean})
+    for old, new in zip(own.edits, control.edits, strict=True):
+        a, b = old.operation.direction, new.operation.direction
+        assert abs(float(a @ b)) < 1e-9
+        assert float(a.norm()) == pytest.approx(float(b.norm()))
+        assert (new.site, new.positions, new.strength, new.gate) == (old.site, old.positions, old.strength, old.gate)
+    pushes = [
+        edit.operation.target - float(mean @ edit.operation.direction) for edit in (own.edits[1], control.edits[1])
+    ]
+    assert pushes[0] == pytest.approx(pushes[1])
+    again = orthogonal_like(own, 3, {Site(2): mean})
+    assert all(
+        torch.equal(a.operation.direction, b.operation.direction)
+        for a, b in zip(control.edits, again.edits, strict=True)
+    )
+
+
+def test_what_has_no_direction_of_its_own_to_avoid_is_as_random():
+    own = Steering((Edit(Site(3), Ablate(direction(2))),))
+    (drawn,), (control,) = random_like(own, 4).edits, orthogonal_like(own, 4).edits
+    assert torch.equal(drawn.operation.direction, control.operation.direction)

@@ -126,3 +126,14 @@ def test_logits_that_are_no_numbers_are_infinitely_far(monkeypatch: pytest.Monke
     assert Divergence(((0.0,) * 99, (float("inf"),))).p95 == 0.0
     with pytest.raises(TrimtabError, match="the unsteered model's logits are no numbers"):
         divergence(lm, None, Reference(base.texts, tuple(broken)))
+
+
+def test_each_prompt_may_have_a_steering_of_its_own(lm: LM) -> None:
+    one, two = steering(lm, Edit(Site(1), Add(2 * unit()))), steering(lm, Edit(Site(2), Add(-3 * unit(4))))
+    base = reference(lm, PROMPTS, tokens=4)
+    mixed = divergence(lm, [one, None, two], base).nats
+    alone = [divergence(lm, each, base).nats for each in (one, None, two)]
+    for i in range(3):
+        assert mixed[i] == pytest.approx(alone[i][i], abs=1e-9)
+    with pytest.raises(TrimtabError, match="2 steerings for 3 texts"):
+        divergence(lm, [one, two], base)

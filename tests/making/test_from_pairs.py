@@ -286,13 +286,13 @@ def test_other_positions_are_refused(lm: LM) -> None:
     [
         ({}, ""),
         ({"likelier": -0.1}, "makes the unwanted answers unlikelier, and the wanted ones no likelier"),
-        ({"random": (0.6, 0.1)}, "or from that of a random direction"),
+        ({"p": 0.2}, "or from that of a random direction"),
         ({"loops": 0.9}, "90% of its answers go in circles, and 10% unsteered"),
     ],
 )
 def test_verdicts_without_a_system_prompt(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
-        "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02), "questions": 20, "loops": 0.0,
+        "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02), "p": 0.001, "questions": 20, "loops": 0.0,
         "loops_before": 0.1, "perplexity": 1.2, "likelier": 0.4,
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})

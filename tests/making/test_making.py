@@ -265,15 +265,15 @@ def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     ("changed", "why"),
     [
         ({}, ""),
-        ({"low": 0.0}, "can't be told from none"),
-        ({"random": (0.1, 0.5)}, "can't be told from none, or from that of a random direction"),
+        ({"p": 0.051}, "can't be told from luck, or from that of a random direction (p = 0.051)"),
+        ({"p": 0.05}, ""),
         ({"effect": 0.05, "low": 0.02, "random": (0.0,)}, "less than 10%"),
         ({"loops": 0.5}, "50% of its answers go in circles"),
     ],
 )
 def test_verdicts(changed: dict[str, Any], why: str) -> None:
     usual: dict[str, Any] = {
-        "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "questions": 20, "loops": 0.0,
+        "effect": 0.7, "low": 0.5, "high": 0.9, "random": (0.0, 0.02, -0.01), "p": 0.001, "questions": 20, "loops": 0.0,
         "loops_before": 0.1, "perplexity": 1.2, "signs": (0.0, 1.0, 0.8),
     }  # fmt: skip
     verdict = Verdict(**{**usual, **changed})

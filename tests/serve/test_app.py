@@ -240,14 +240,22 @@ VALUES: list[Any] = [
     [{"name": "s0", "strength": 1e400}], [{"name": "/etc/passwd"}], [{"name": "s0", "strength": float("nan")}],
     [{"name": "s0", "strength": float("inf")}], [{"name": "s0", "path": "x"}], [{"role": "user"}],
     [{"role": "god", "content": "x"}], [{"role": "user", "content": 5}], {"beta": 2}, {"beta": float("nan")},
-    [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], 3.5, "9" * 5000,
+    [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}], 3.5, "9" * 5000, "required",
+    [{"type": "function", "function": {"name": "f", "parameters": {"type": "strin"}}}],
+    [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#"}}}],
+    [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"pattern": "(a{1,9}){9,}"}}}}}],
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/$defs/x", "$defs": {"x": {}}}}},
+    {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [1e308, "\ud800", None]}}},
+    {"type": "json_object"}, {"type": "function", "function": {"name": "f"}}, {"format": {"type": "json_object"}},
+    [{"role": "tool", "content": "x", "tool_call_id": "1"}], [{"type": "function_call_output", "call_id": "1"}],
+    [{"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[" * 5000}}]}],
 ]  # fmt: skip
 
 
 class TestMalformed:
     """A thousand requests that make no sense: each gets a 4xx with an error in words, and the server goes on."""
 
-    def fuzzed(self, chance: random.Random) -> bytes:
+    def fuzzed(self, chance: random.Random, items: bool = False) -> bytes:
         kind = chance.random()
         if kind < 0.1:
             return bytes(chance.randrange(256) for _ in range(chance.randrange(60)))
@@ -259,7 +267,10 @@ class TestMalformed:
         if kind < 0.35:
             body[chance.choice(["steerng", "path", "__class__", "file", "\ud800"])] = chance.choice(VALUES)
         fields = [*BODY, "steering", "emphasize", "rejection", "n", "top_p", "seed", "stop", "stream", "logit_bias"]
-        fields += ["stream_options", "top_logprobs", "tools", "response_format", "presence_penalty"]
+        fields += ["stream_options", "top_logprobs", "tools", "response_format", "presence_penalty", "tool_choice"]
+        if items:
+            body["input"] = body.pop("messages")
+            fields = [name.replace("messages", "input") for name in fields] + ["text", "instructions", "store"]
         for name in chance.sample(fields, chance.randint(1, 4)):
             body[name] = chance.choice(VALUES)
         return json.dumps(body).encode()
@@ -269,8 +280,8 @@ class TestMalformed:
         client, chance = client_of(service), random.Random(0)
         refused = 0
         for i in range(1000):
-            content = self.fuzzed(chance)
-            where = "/v1/completions" if i % 5 == 0 else PATH
+            where = "/v1/completions" if i % 5 == 0 else "/v1/responses" if i % 5 == 1 else PATH
+            content = self.fuzzed(chance, "responses" in where)
             found = client.post(where, content=content, headers={"Content-Type": "application/json"})
             assert found.status_code < 500, (content, found.text)
             if found.status_code >= 400:

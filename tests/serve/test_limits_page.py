@@ -43,7 +43,7 @@ def test_numbers() -> None:
         ("`--max-upload` | 16 MiB", limits.upload >> 20),
         ("`--max-held` | 256 MiB", limits.held >> 20),
         ("without a key | | 16 KiB", bodies.SMALL >> 10),
-        ("64, 1000, 24", (sieve.FIELDS, sieve.ITEMS, sieve.DEPTH)),
+        ("64, 1000, 32", (sieve.FIELDS, sieve.ITEMS, sieve.DEPTH)),
         ("| 10, 30 |", (int(connections.HEAD_SECONDS), int(bodies.SECONDS))),
         ("read some of its response | | 60", int(connections.READ_SECONDS)),
         ("| 256; 64; 8 |", (bounds.EDITS, bounds.TESTS, bounds.DEPTH)),

@@ -23,7 +23,7 @@ from trimtab.serve.metrics import Metrics
 from trimtab.serve.policy import ANYBODY, Key, Policy
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
-from trimtab.serve.schema import MakeRequest
+from trimtab.serve.schema_steerings import MakeRequest
 from trimtab.serve.service import Limits, Service
 
 PATH = "/v1/steerings/make"

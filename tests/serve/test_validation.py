@@ -158,11 +158,15 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages.0.content.0.type: only text can be read here",
     ),
-    (CHATS, {"tools": [{"type": "function"}]}, "tools: tools aren't supported; leave them out"),
+    (CHATS, {"tools": [{"type": "function"}]}, "tools.0.function: it is missing"),
+    (CHATS, {"tools": [{"type": "web_search"}]}, "tools.0.type: it must be 'function'"),
+    (CHATS, {"tool_choice": "any"}, 'tool_choice: it must be "none", "auto", "required", or'),
+    (CHATS, {"functions": [{"name": "f"}]}, "functions: they have been replaced by tools"),
+    (CHATS, {"guided_json": {}}, "guided_json: give response_format"),
     (CHATS, {"presence_penalty": 0.5}, "presence_penalty: penalties aren't supported; leave it out"),
-    (CHATS, {"response_format": {"type": "json_object"}}, "response_format.type: answers are plain text"),
+    (CHATS, {"response_format": {"type": "xml"}}, 'response_format: it must be {"type": "text"}, {"type": "json_o'),
+    (CHATS, {"response_format": {"type": "json_schema"}}, "response_format.json_schema: it is missing"),
     (CHATS, {"reasoning_effort": "high"}, "reasoning_effort: it isn't supported; chat_template_kwargs"),
-    (CHATS, {"store": True}, "store: nothing is stored; leave it out"),
     (CHATS, {"top_k": 5}, "top_k: it isn't supported; use top_p, or temperature 0"),
     (CHATS, {"web_search_options": {}}, "web_search_options: this server searches nothing"),
     (CHATS, {"temperature": 3}, "temperature: it must be at most 2"),
@@ -187,7 +191,7 @@ class TestWords:
         for theirs in ("constrained", "Input should", "List should", "pydantic", "Extra inputs"):
             assert theirs not in message
 
-    @pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/moderations", "/nothing"])
+    @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/moderations", "/nothing"])
     def test_routes_that_are_not_there(self, client: Any, path: str) -> None:
         found = client.post(path, json={"model": "trimtab", "input": "x"})
         assert found.status_code == 404
@@ -203,7 +207,7 @@ NOTHING: list[dict[str, Any]] = [
     {"functions": [], "tools": [], "tool_choice": "none", "function_call": "none", "parallel_tool_calls": True},
     {"reasoning_effort": "none", "modalities": ["text"], "prompt_cache_retention": "24h", "verbosity": "medium"},
     {"presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "repetition_penalty": 1.0, "top_k": -1},
-    {"min_p": 0, "ignore_eos": False, "skip_special_tokens": True, "length_penalty": 1, "store": False, "n": None},
+    {"min_p": 0, "ignore_eos": False, "skip_special_tokens": True, "length_penalty": 1, "store": True, "n": None},
     {"response_format": {"type": "text"}, "service_tier": "auto", "stream_options": None, "metadata": {"a": "b"}},
     {"steering": None, "emphasize": None, "rejection": None, "steering_extra": None},
 ]
@@ -253,5 +257,5 @@ def test_depth_is_far_from_pythons_own() -> None:
 def test_every_unsupported_field_says_what_to_do() -> None:
     from trimtab.serve.fields import INSTEAD, UnsupportedChat
 
-    silent = {"parallel_tool_calls", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    silent = {"store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     assert set(UnsupportedChat.model_fields) - silent <= set(INSTEAD)

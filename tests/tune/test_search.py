@@ -114,7 +114,7 @@ def test_luck_on_the_prompts_searched_on_is_not_enough():
     found = tuned(lm_with(), lambda i, answer, cut: i in searched and says_it(i, answer, cut))
     assert found.steering is None
     assert found.held_out.difference.estimate == 0
-    assert "on 8 held-out prompts, which is not above the margin of 0.1" in found.reason
+    assert "can't be told from luck: 0.00 instead of 0.00 on 8 held-out prompts (0 better, 0 worse" in found.reason
 
 
 def test_the_margin_is_what_must_be_exceeded():
@@ -293,7 +293,7 @@ def letters():
 def test_letters_are_scored_by_their_probability():
     lm = letters()
     sides = [("(A)", "(B)"), ("(A)", "(B)"), ("(A)", "(B)"), ("(B)", "(A)")]
-    pairs = [Pair(*sides[i % 4], prompt(i, 4 + i % 3), "letters") for i in range(16)]
+    pairs = [Pair(*sides[i % 4], prompt(i, 4 + i % 3), "letters") for i in range(64)]
     head = lm.model.get_output_embeddings().weight.detach()
     good = Steering((Edit(Site(3), Add(5 * (head[81] - head[82]))), Edit(Site(1), Add(1e-3 * direction(1)))))
     found = tune_letters(lm, grid({"add": good}, [1.0]), pairs, held_out=0.5, margin=0.0)

@@ -25,6 +25,7 @@ from trimtab.commands import (  # noqa: F401 (they register)
 )
 from trimtab.commands.audit import audit
 from trimtab.commands.bake import bake
+from trimtab.commands.bench import bench, forecast
 from trimtab.commands.chat import chat
 from trimtab.commands.convert import convert
 from trimtab.commands.demo import demo
@@ -90,6 +91,8 @@ app.command(cls=Learn)(learn)
 app.command()(make)
 app.command()(tune)
 app.add_typer(evaluations)
+app.command()(bench)
+app.command()(forecast)
 app.command()(audit)
 app.command()(generate)
 app.command()(chat)

@@ -17,6 +17,7 @@ from trimtab.commands.answer_json import answers_document
 from trimtab.commands.model import PANEL, EngineOption, JsonOption, ModelOptions
 from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
+from trimtab.commands.schema_file import read_schema
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import FORM, Pick, parse_pick
@@ -160,6 +161,16 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with a JSON schema: each answer is JSON that it describes, however it is steered. An answer"
+            " that ends at --max-new-tokens may be cut off (needs trimtab\\[serve]).",
+            metavar="FILE",
+            rich_help_panel=DECODING,
+            show_default=False,
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="A system message before each prompt.", show_default=False)] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Prompts are plain text: no chat template.")] = False,
     transfer: Annotated[
@@ -202,7 +213,8 @@ def generate(
         --emphasize "Use capitals." --compare --trace
       echo "Once upon a time" | trimtab generate --prompts - --plain
       trimtab generate --model model.gguf --engine llamacpp --steer rude.gguf \\
-        --prompt "Hello"[/bold]
+        --prompt "Hello"
+      trimtab generate --prompt "Describe Lyon." --json-schema city.json[/bold]
 
     A file's rows may be objects with "messages"; a last message of the assistant's
     is a begun answer, and is continued. A row's "system" is its system message.
@@ -246,6 +258,7 @@ def generate(
     if clean_cache and not files:
         raise TrimtabError("--clean-cache says over what cache to steer; give --steer FILE as well")
     steering = _steering(files, positions)
+    schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm: Any
     if ray is None:
         lm = loader.load(quiet=json, engine=engine)
@@ -259,6 +272,7 @@ def generate(
         "chat": False if plain else None,
         "batch_size": batch_size,
         "seed": seed,
+        **schema,
         **decoding,
     }
     dosed = None

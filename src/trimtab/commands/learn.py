@@ -138,6 +138,15 @@ def learn(
     ] = False,
     strength: StrengthOption = 1.0,
     program: ForOption = None,
+    forecast: Annotated[
+        bool | None,
+        typer.Option(
+            "--forecast/--no-forecast",
+            help="Say whether it is likely to steer, which takes some seconds. Without it: said, but not with --all or"
+            " --json.",
+            show_default=False,
+        ),
+    ] = None,
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
@@ -216,6 +225,8 @@ def learn(
     if limit is not None and pairs is not None:
         raise TrimtabError("--queries is about the queries that come along, and --pairs brings its own")
     wanted = parse_layers(layers)
+    if every and forecast:
+        raise TrimtabError("--forecast is about one steering, and --all learns many; leave one out")
     if every and program is not None:
         raise TrimtabError("--all writes a folder of steerings; --for takes one at a time")
     if not every:
@@ -261,7 +272,13 @@ def learn(
             given |= {} if estimator is None else {"estimator": estimator}
             steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
     steerings = {path: strength * one for path, one in steerings.items()}
-    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json)
+    told: tuple[str, dict[str, Any] | None] | None = None
+    learned_from = read or [pair for lesson in lessons for pair in lesson.pairs]
+    if learned_from and not every and (forecast or (forecast is None and not json and lm.engine == "transformers")):
+        from trimtab.commands.foretold import foretold
+
+        told = foretold(lm, learned_from, steerings[out])
+    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json, told)
 
 
 def _the_one(method: str, given: dict[str, Any]) -> str:
@@ -358,6 +375,7 @@ def _save(
     strength: float,
     program: str | None,
     json: bool,
+    told: tuple[str, dict[str, Any] | None] | None,
 ) -> None:
     """Write the files, now that all is learned, and say what they are."""
     from trimtab.report.pushes import pushes
@@ -371,9 +389,11 @@ def _save(
         found, count = pushes(steering), int(steering.card.measured["pairs"])
         document = _document(path, digest, method, model, count, strength, found, steering)
         document["suggested_strength"] = suggested_strength(steering)
+        document |= {} if told is None else {"forecast": told[1]}
         documents.append(document | ({"next": commands_for(program, path)} if program else {}))
         if not json and source != "--all":
-            show(f"{method} on {model}, from {count} pairs", _table(found), f"saved {path}", *next_steps(program, path))
+            title, foretold = f"{method} on {model}, from {count} pairs", [] if told is None else [told[0]]
+            show(title, _table(found), *foretold, f"saved {path}", *next_steps(program, path))
     if json:
         write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])
         return

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.decoding.grammar import Grammar, json_grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.errors import TrimtabError
 from trimtab.steering import Steering
@@ -42,6 +43,21 @@ def rejections_for(rejection: Any, marks: list[Any]) -> list[Rejection | None]:
     if len(rejection) != len(marks):
         raise TrimtabError(f"{len(rejection)} rejections for {len(marks)} prompts; give one, or one for each")
     return list(rejection)
+
+
+def grammars_for(json_schema: Any, count: int) -> list[Grammar | None]:
+    """The grammar of each prompt's answers: by one schema for all, or one for each. Raises as `json_grammar` does."""
+    if not isinstance(json_schema, (list, tuple)):
+        return [_grammar(json_schema)] * count
+    if len(json_schema) != count:
+        raise TrimtabError(
+            f"{len(json_schema)} JSON schemas for {count} prompts; give one, or one for each (None for any text)"
+        )
+    return [_grammar(one, f"JSON schema {i}") for i, one in enumerate(json_schema, 1)]
+
+
+def _grammar(given: Any, where: str = "the JSON schema") -> Grammar | None:
+    return given if given is None or isinstance(given, Grammar) else json_grammar(given, where=where)
 
 
 def batches_of(

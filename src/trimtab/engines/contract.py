@@ -29,6 +29,7 @@ FEATURES = {
     "perplexity": "perplexities",
     "logits": "probabilities of all tokens",
     "doses": "doses",
+    "grammar": "answers by a JSON schema",
 }
 """What not every engine can do, and what it is called in errors."""
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from trimtab.decoding.grammar import Grammar, Schema
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.answer import Generation
-from trimtab.engines.arguments import as_list, marks_for, one_each, rejections_for
+from trimtab.engines.arguments import as_list, grammars_for, marks_for, one_each, rejections_for
 from trimtab.engines.contract import (
     FEATURES,
     TOKENS_PER_BATCH,
@@ -194,6 +195,7 @@ class LanguageModel(ABC):
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
         clean_cache: bool = False,
         monitors: Monitor | Sequence[Monitor] = (),
+        json_schema: Schema | Grammar | Sequence[Schema | Grammar | None] | None = None,
         progress: Any = None,
         **options: Any,
     ) -> list[Generation]:
@@ -223,6 +225,9 @@ class LanguageModel(ABC):
                 prompt. With rejection it is always so.
             monitors: Directions that are read at each token; they may end the answer or switch a steering on, and the
                 answers' `monitors` tell what was read.
+            json_schema: Let each answer be JSON that this schema describes, however it is steered: a token that would
+                break it is never chosen. One for all prompts, or a list with one for each (`None`: any text). An
+                answer that ends at `max_new_tokens` may be cut off; its `finish_reason` is then `"length"`.
             progress: `progress(done, total)` is called as prompts are answered.
             options: Those of transformers' `generate`; decoding is greedy unless they say `do_sample=True`. Other
                 engines take those that they have too, under the same names. Rejection, and options that choose tokens
@@ -249,10 +254,13 @@ class LanguageModel(ABC):
                 towards = emphasis(ScaleScores(), spans, self._emphasised(), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
+        if json_schema is not None:
+            self.require("grammar")
+        grammars = grammars_for(json_schema, len(many))
         for one in {one for one in (*steerings, *(each.steering for each in watching)) if one is not None}:
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
-        requests = [Request(*each) for each in zip(ids, steerings, rejections, strict=True)]
+        requests = [Request(*each) for each in zip(ids, steerings, rejections, grammars, strict=True)]
         decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache, watching)
         decoding = self.admit(requests, decoding)
         check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
@@ -278,6 +286,7 @@ class LanguageModel(ABC):
         rejection: Rejection | bool | None = None,
         clean_cache: bool = False,
         monitors: Monitor | Sequence[Monitor] = (),
+        json_schema: Schema | Grammar | None = None,
         **options: Any,
     ) -> Stream:
         """Answer one prompt, and give its text piece by piece while it is generated.
@@ -299,6 +308,7 @@ class LanguageModel(ABC):
             rejection: As `generate` has it.
             clean_cache: As `generate` has it.
             monitors: As `generate` has them; what they read is told by the result.
+            json_schema: As `generate` has it.
             options: As `generate` takes them.
 
         Returns:
@@ -328,6 +338,7 @@ class LanguageModel(ABC):
                 rejection=rejection,
                 clean_cache=clean_cache,
                 monitors=monitors,
+                json_schema=json_schema,
                 **{**options, "streamer": TokenTeller(tell)},
             )
             return answer

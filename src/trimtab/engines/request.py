@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.answer import Applied
 from trimtab.steering import Site, Steering
@@ -16,11 +17,12 @@ from trimtab.steering.monitors import Monitor
 
 @dataclass(frozen=True)
 class Request:
-    """A rendered prompt that is to be answered, under its own steering and its own rejection."""
+    """A rendered prompt that is to be answered, under its own steering, rejection and grammar."""
 
     ids: list[int]
     steering: Steering | None = None
     rejection: Rejection | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

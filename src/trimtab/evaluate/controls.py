@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trimtab.files.steering_file import steering_digest
-from trimtab.steering import Card, ReadWrite, SetProjection, Site, Steering
+from trimtab.steering import Add, Card, ReadWrite, SetProjection, Site, Steering
+from trimtab.steering.operations import Directed
 from trimtab.steering.random_edits import random_edits
 from trimtab.steering.tensors import to_float64
 
@@ -53,3 +55,34 @@ def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] 
         options={"seed": seed, "like": steering_digest(steering), "targets": "shifted" if means else "kept"},
     )
     return Steering(random_edits(steering, seed, means), card)
+
+
+def orthogonal_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:
+    """`random_like` whose additions and projections are orthogonal to the steering's own directions.
+
+    A random direction has a little of any other in it, and in a narrow model not so little. What is neither added nor
+    projected is as `random_like` has it.
+
+    Raises:
+        TrimtabError: As `random_like` does.
+    """
+    control = random_like(steering, seed, means)
+    edits = []
+    for old, new in zip(steering.edits, control.edits, strict=True):
+        if not isinstance(old.operation, (Add, SetProjection)):
+            edits.append(new)
+            continue
+        assert isinstance(new.operation, Directed)
+        own, drawn = old.operation.direction.double(), new.operation.direction.double()
+        if not own.any():  # nothing is as long as nothing, whatever its direction
+            edits.append(old)
+            continue
+        away = drawn - (drawn @ own) * own / own.norm() ** 2
+        away = (away * drawn.norm() / away.norm()).to(old.operation.direction.dtype)
+        change: dict[str, object] = {"direction": away}
+        if isinstance(old.operation, SetProjection) and means is not None:
+            mean = to_float64(means[old.site])
+            change["target"] = float(mean @ away.double()) + old.operation.target - float(mean @ own)
+        edits.append(replace(new, operation=replace(new.operation, **change)))  # type: ignore[arg-type]
+    options = {**control.card.options, "orthogonal": True}
+    return Steering(tuple(edits), replace(control.card, options=options))

@@ -113,7 +113,7 @@ def reference(
 @keywords
 def divergence(
     lm: LM,
-    steering: Steering | None,
+    steering: Steering | Sequence[Steering | None] | None,
     prompts: Prompt | Sequence[Prompt] | Reference,
     *,
     tokens: int = TOKENS,
@@ -125,7 +125,8 @@ def divergence(
 
     Args:
         lm: A model on the transformers engine.
-        steering: Any: with gates, at some positions, of attention scores.
+        steering: Any: with gates, at some positions, of attention scores; or one for each prompt, as those are that
+            emphasize a phrase of it.
         prompts: What is asked, or the `reference` that was made of it, which then has `tokens`, `system` and `chat`.
         tokens: Of each unsteered answer, at most.
         system: A system message before each prompt.
@@ -136,10 +137,12 @@ def divergence(
         The divergence before each token, in nats.
 
     Raises:
-        TrimtabError: A steering that doesn't fit, no prompts, or another engine.
+        TrimtabError: A steering that doesn't fit, no prompts, not as many steerings as prompts, or another engine.
     """
-    if steering is not None:
-        lm.check(steering, transfer=transfer)
+    given = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
+    for one in given:
+        if one is not None:
+            lm.check(one, transfer=transfer)
     base = (
         prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     )
@@ -157,18 +160,24 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
 
 
-def read_given(lm: LM, texts: Sequence[Given], steering: Steering | None) -> list[Tensor]:
-    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order."""
+def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Steering | None] | None) -> list[Tensor]:
+    """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order.
+
+    Raises `TrimtabError` where there are several steerings, and not one for each text.
+    """
+    each = [steering] * len(texts) if steering is None or isinstance(steering, Steering) else list(steering)
+    if len(each) != len(texts):
+        raise TrimtabError(f"{len(each)} steerings for {len(texts)} texts; give one for each, or one for all")
     vocabulary = vocabulary_size(lm.model)
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
-    same_length = steering is not None and any(is_score_edit(edit) for edit in steering.edits)
+    same_length = any(is_score_edit(edit) for one in each if one is not None for edit in one.edits)
     found: dict[int, Tensor] = {}
     with lm._exclusive(), few_rows(lm.model):
         while order:
             chosen = _batch(texts, order, LOGITS // vocabulary, same_length)
             order = order[len(chosen) :]
             some = [texts[i] for i in chosen]
-            edits = lm._ready([steering] * len(some), [list(text.prompt) for text in some])
+            edits = lm._ready([each[i] for i in chosen], [list(text.prompt) for text in some])
             residual = [tuple(edit for edit in one if not is_score_edit(edit)) for one in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
             for i, logits in zip(chosen, teacher_forced(lm.model, lm.layout, some, session, edits), strict=True):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.data import WordCheck
 from trimtab.evaluate.controls import random_like
+from trimtab.evaluate.decision import decide
 from trimtab.evaluate.fluency import perplexities
 from trimtab.making.contrasts import BATCH, Contrasts
 from trimtab.making.effect import Effect, effect, gain_of, prompted, share_of
@@ -77,9 +78,11 @@ def judged(
     mine = effect(lm, steering, asked)
     found = worth(mine)
     step()
-    random = []
+    random, chances = [], [_chance(base, mine)]
     for n in range(RANDOM):
-        random.append(worth(effect(lm, random_like(steering, seed + n), asked)).estimate)
+        other = effect(lm, random_like(steering, seed + n), asked)
+        random.append(worth(other).estimate)
+        chances.append(_chance(other, mine))
         step()
     arms = _answers(lm, made_from.heard, steering, tokens)
     step()
@@ -91,6 +94,7 @@ def judged(
         found.low,
         found.high,
         tuple(random),
+        max(chances),
         len(asked.questions),
         loops["steered"],
         loops[before],
@@ -113,6 +117,12 @@ def _answers(lm: LM, heard: Sequence[Heard], steering: Steering, tokens: int) ->
         arms["told"] = lm.generate(told, max_new_tokens=tokens, batch_size=BATCH)
     arms["steered"] = lm.generate(bare, steering, max_new_tokens=tokens, batch_size=BATCH)
     return arms
+
+
+def _chance(before: Effect, after: Effect) -> float:
+    """p of the exact paired test that the leads grew, question by question."""
+    questions = list(before.leads)
+    return decide([before.leads[q] for q in questions], [after.leads[q] for q in questions]).p
 
 
 def _loops(answer: Generation) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from trimtab.evaluate.decision import BETTER, LUCK, verdict_of
+
 LEAST_SHARE = 0.1
 """Less of the system prompt's effect than this isn't worth a file."""
 MORE_LOOPS = 0.15
@@ -26,6 +28,8 @@ class Verdict:
         effect: How much it does, as a share of the system prompt's effect, or in nats a token.
         low, high: The 95 % interval of that (bootstrap over questions).
         random: The same for random directions of the same length.
+        p: How often luck alone does as well: the largest of the exact paired tests, by question, against the unsteered
+            model and against each random direction.
         questions: How many were asked.
         loops: The share of its answers that go in circles; `loops_before` that of the answers it is compared with.
         perplexity: The median of its answers under the unsteered model, over that of the answers it is compared with.
@@ -39,6 +43,7 @@ class Verdict:
     low: float
     high: float
     random: tuple[float, ...]
+    p: float
     questions: int
     loops: float
     loops_before: float
@@ -59,8 +64,8 @@ class Verdict:
     @property
     def why_not(self) -> str:
         """What speaks against it; empty if it holds."""
-        if self.low <= max(0.0, *self.random):
-            return "its effect can't be told from none, or from that of a random direction"
+        if verdict_of(self.p) != BETTER:
+            return f"its effect {LUCK}, or from that of a random direction (p = {self.p:.2g})"
         if self.share is not None and self.share < LEAST_SHARE:
             return f"it has less than {LEAST_SHARE:.0%} of the system prompt's effect"
         if self.likelier is not None and self.likelier <= 0:
@@ -75,7 +80,8 @@ class Verdict:
         whose = "the unsteered answers" if self.share is None else "the system prompt's answers"
         said = [
             f"verdict: {yes}",
-            f"effect: {self._effect}, on {self.questions} questions it hasn't seen; random directions {self._others}",
+            f"effect: {self._effect}, on {self.questions} questions it hasn't seen; random directions {self._others};"
+            f" p = {self.p:.2g}",
             f"cost: {self.loops:.0%} of answers go in circles ({self._before} {self.loops_before:.0%});"
             f" perplexity {self.perplexity:.2f} times that of {whose}",
         ]
@@ -97,6 +103,7 @@ class Verdict:
             **found,
             "interval": [round(self.low, 4), round(self.high, 4)],
             "random": [round(one, 4) for one in self.random],
+            "p": float(f"{self.p:.3g}"),
             "questions": self.questions,
             "loops": round(self.loops, 4),
             f"loops_{'unsteered' if self.share is None else 'prompted'}": round(self.loops_before, 4),

@@ -77,7 +77,7 @@ def learn_instruct(
     pairs = pairs_for(lm, pairs)
     _check_operation(operation, one_sided)
     chosen = check_layers(lm, layers, DEPTH)
-    moments = contrast(lm, _texts(lm, pairs), chosen, progress=progress)
+    moments = contrast(lm, prompt_texts(lm, pairs), chosen, progress=progress)
     card = instruct_card(lm, pairs, moments, options)
     return steering_from(moments, operation=operation, positions=positions, one_sided=one_sided, card=card)
 
@@ -98,7 +98,7 @@ def learn_many(
     """
     chosen = check_layers(lm, layers, DEPTH)
     return contrast_many(
-        lm, {name: _texts(lm, pairs_for(lm, pairs)) for name, pairs in sets.items()}, chosen, progress=progress
+        lm, {name: prompt_texts(lm, pairs_for(lm, pairs)) for name, pairs in sets.items()}, chosen, progress=progress
     )
 
 
@@ -178,7 +178,8 @@ def _check_operation(operation: str, one_sided: bool) -> None:
         raise TrimtabError(f"one_sided is for projections, and {operation!r} adds; use operation='project'")
 
 
-def _texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
+def prompt_texts(lm: LM, pairs: Sequence[Pair]) -> list[TextPair]:
+    """The ids of both prompts of each pair, to be read at their last tokens. Raises `TrimtabError` for other shapes."""
     prompts = [_prompts(pair) for pair in pairs]
     encoded: dict[Side, list[int]] = {}
     for number, both in enumerate(prompts, 1):

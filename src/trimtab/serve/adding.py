@@ -13,7 +13,7 @@ from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Draining
-from trimtab.serve.schema import LearnRequest
+from trimtab.serve.schema_steerings import LearnRequest
 from trimtab.serve.service import Service
 from trimtab.steering import Steering
 from trimtab.text.pairs import pairs_from_rows

@@ -13,11 +13,14 @@ from starlette.responses import StreamingResponse
 from trimtab.serve.policy import Key
 from trimtab.serve.records import Record
 from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.responses import ResponseWire, as_chat, as_responses, new_response_id
 from trimtab.serve.scheduler import Draining, Full
 from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.schema_responses import ResponsesRequest
 from trimtab.serve.service import Prepared, Service
-from trimtab.serve.tasks import Done, Event, Failed, Piece
-from trimtab.serve.wire import END, Collected, Wire, event, new_id
+from trimtab.serve.tasks import Event, Failed, Piece
+from trimtab.serve.wire import Collected, Wire, new_id
+from trimtab.text.said import Part
 
 STATUS = {"timeout": 504, "dose": 400, "input": 400, "shutdown": 503, "cancelled": 499, "server": 500}
 CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_down"}
@@ -25,13 +28,24 @@ CODES = {"dose": "dose_too_high", "timeout": "timeout", "shutdown": "shutting_do
 Queue = asyncio.Queue[tuple[int, Event]]
 
 
-async def answer(service: Service, request: Request, asked: ChatRequest | CompletionRequest) -> Any:
+async def respond(service: Service, request: Request, asked: ResponsesRequest) -> Any:
+    """The response to a request of the Responses API, which is a chat. Raises as `answer` does."""
+    wire = ResponseWire(new_response_id(), asked)
+    try:
+        return await answer(service, request, as_chat(asked), wire)
+    except Refusal as refusal:
+        raise as_responses(refusal) from None
+
+
+async def answer(
+    service: Service, request: Request, asked: ChatRequest | CompletionRequest, wire: ResponseWire | None = None
+) -> Any:
     """The response to a request. Raises `Refusal` for one that can't be answered, or whose answer failed."""
     key: Key = request.state.key
     chat = isinstance(asked, ChatRequest)
     request.state.asked = asked
     prepared = await asyncio.to_thread(service.prepare, key, asked)
-    name = new_id(chat)
+    name = new_id(chat) if wire is None else wire.id
     who = {"request": request.state.request_id, "key": key.name, "route": request.url.path}
     record = Record(service, who, asked, prepared, name)
     loop = asyncio.get_running_loop()
@@ -58,9 +72,9 @@ async def answer(service: Service, request: Request, asked: ChatRequest | Comple
         record.drop("shutting_down")
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
     task = prepared.tasks[0]
-    wire = Wire(name, asked.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors)
-    answers = [Collected() for _ in prepared.tasks]
-    run = _Run(service, request, asked, prepared, wire, answers, queue, record)
+    told = wire or Wire(name, asked.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors)
+    answers = [Collected(reading=prepared.shape.reading() if chat else None) for _ in prepared.tasks]
+    run = _Run(service, request, asked, prepared, told, answers, queue, record)
     if asked.stream:
         first = await run.first()
         return StreamingResponse(
@@ -78,7 +92,7 @@ class _Run:
         request: Request,
         asked: ChatRequest | CompletionRequest,
         prepared: Prepared,
-        wire: Wire,
+        wire: Wire | ResponseWire,
         answers: list[Collected],
         queue: Queue,
         record: Record,
@@ -142,28 +156,32 @@ class _Run:
         outcome = "cancelled"
         try:
             for i in range(len(self.answers)):
-                if (opening := self.wire.opening(i)) is not None:
-                    yield event(opening)
+                for chunk in self.wire.opening(i):
+                    yield self.wire.encode(chunk)
             coming = first
             while True:
                 index, told = coming
-                before = len(self.answers[index].text)
-                self._take(index, told)
+                answer = self.answers[index]
+                before = len(answer.text)
+                said = self._take(index, told)
                 if isinstance(told, Piece):
-                    yield event(self.wire.piece(index, told, before))
-                elif isinstance(told, Done):
-                    yield event(self.wire.ending(index, told))
+                    chunks = self.wire.piece(index, told, said, before)
+                else:
+                    chunks = self.wire.ending(index, answer, said)
+                for chunk in chunks:
+                    yield self.wire.encode(chunk)
                 if self._complete:
                     break
                 coming = await self.queue.get()
             usage = bool(self.asked.stream_options and self.asked.stream_options.include_usage)
-            yield event(self.wire.last(self.prepared, self.answers, usage))
+            yield self.wire.encode(self.wire.last(self.prepared, self.answers, usage))
             self._close("done")
-            yield END
+            yield self.wire.end
         except Refusal as refusal:  # the response has begun: the error is an event
             outcome = refusal.code or str(refusal.status)
-            yield event(refusal.body)
-            yield END
+            for chunk in self.wire.failed(refusal):
+                yield self.wire.encode(chunk)
+            yield self.wire.end
         finally:
             with suppress(Refusal):
                 self._close(outcome)
@@ -172,14 +190,14 @@ class _Run:
     def _complete(self) -> bool:
         return all(answer.done for answer in self.answers)
 
-    def _take(self, index: int, told: Event) -> None:
+    def _take(self, index: int, told: Event) -> list[Part]:
         if isinstance(told, Failed):
             raise _refusal(told)
         if not self._began:
             self._began = True
             loop = asyncio.get_running_loop()
             self.service.metrics.first.observe(loop.time() - self.started)
-        self.answers[index].take(told)
+        return self.answers[index].take(told)
 
     @property
     def started(self) -> float:

@@ -20,6 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
 from trimtab.serve.adding import added, check_may_add, learned, removed
 from trimtab.serve.answering import answer
+from trimtab.serve.answering import respond as respond_to
 from trimtab.serve.bounds import check_bounds, check_file
 from trimtab.serve.described import described
 from trimtab.serve.fields import NAME
@@ -29,20 +30,10 @@ from trimtab.serve.monitored import MonitorList
 from trimtab.serve.monitored import described as monitors_described
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import ErrorBody, Json, Refusal
-from trimtab.serve.schema import (
-    ChatCompletion,
-    ChatRequest,
-    Completion,
-    CompletionRequest,
-    Deleted,
-    LearnRequest,
-    MadeTold,
-    MakeRequest,
-    ModelList,
-    ModelTold,
-    SteeringList,
-    SteeringTold,
-)
+from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.schema_responses import ResponsesRequest, ResponseTold
+from trimtab.serve.schema_steerings import Deleted, LearnRequest, MadeTold, MakeRequest, SteeringList, SteeringTold
+from trimtab.serve.schema_told import ChatCompletion, Completion, ModelList, ModelTold
 from trimtab.serve.service import Service
 from trimtab.serve.wording import in_words
 from trimtab.steering import Steering
@@ -55,8 +46,8 @@ Python client: `client.chat.completions.create(…, extra_body={"steering": [{"n
 """
 
 NOWHERE = (
-    "there is no such route: POST /v1/chat/completions and /v1/completions answer, GET /v1/models and /v1/steerings"
-    " list what there is, and /docs explains all"
+    "there is no such route: POST /v1/chat/completions, /v1/responses and /v1/completions answer, GET /v1/models and"
+    " /v1/steerings list what there is, and /docs explains all"
 )
 ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "The request is malformed, or can't be honoured."},
@@ -222,6 +213,16 @@ def _completions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/monitors", tags=["completions"], summary="The monitors", responses={401: ERRORS[401]})
     async def monitors() -> MonitorList:
         return monitors_described(service)
+
+    @app.post(
+        "/v1/responses",
+        tags=["completions"],
+        summary="Answer a conversation, as OpenAI's newer API has it",
+        response_model=ResponseTold,
+        responses={**answers, 200: {"content": STREAM, "description": "The answer; with `stream`, in events."}},
+    )
+    async def responses(request: Request, asked: ResponsesRequest) -> Any:
+        return await respond_to(service, request, asked)
 
     @app.get("/v1/models", tags=["completions"], summary="The model", responses={401: ERRORS[401]})
     async def models() -> ModelList:

@@ -18,7 +18,7 @@ SMALL = 16 << 10
 """Bytes, on routes whose requests say nothing in their body, and of a page's request that brings no key."""
 LOOK = 0.25
 """Seconds between looks at whether the server is shutting down."""
-ANSWERS = ("/v1/chat/completions", "/v1/completions")
+ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 STEERINGS = "/v1/steerings"
 
 

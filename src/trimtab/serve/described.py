@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key
-from trimtab.serve.schema import SteeringTold
+from trimtab.serve.schema_steerings import SteeringTold
 from trimtab.serve.service import Service
 
 

@@ -16,6 +16,9 @@ Text = Annotated[str, Field(max_length=1_000_000)]
 PairText = Annotated[str, Field(max_length=20_000)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 """A list that asks for nothing: an empty one."""
 Zero = Annotated[Finite, Field(ge=0, le=0)]
@@ -43,25 +46,15 @@ class Unsupported(In):
     skip_special_tokens: Literal[True] | None = Field(None, description="Always so.")
 
 
-class PlainFormat(In):
-    """The only format of answers."""
-
-    type: Literal["text"]
-
-
 class UnsupportedChat(Unsupported):
     """The same of chats alone."""
 
-    response_format: PlainFormat | None = Field(None, description="Answers are plain text.")
-    tools: Nothing | None = Field(None, description=OFF)
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
     functions: Nothing | None = Field(None, description=OFF)
     function_call: Literal["none", "auto"] | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
     reasoning_effort: Literal["none"] | None = Field(None, description=OFF)
     verbosity: Literal["medium"] | None = Field(None, description=OFF)
-    store: Literal[False] | None = Field(None, description=OFF)
+    store: bool | None = Field(None, description="Taken; nothing is stored.")
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)
@@ -78,33 +71,41 @@ INSTEAD = {
     "min_p": "it isn't supported; use top_p, or temperature 0",
     "ignore_eos": "an answer ends where the model ends it; leave it out",
     "skip_special_tokens": "special tokens are never a part of an answer; leave it out",
-    "response_format": "answers are plain text, which no format constrains; ask for it in the prompt",
-    "tools": "tools aren't supported; leave them out",
-    "tool_choice": "tools aren't supported; leave it out",
-    "functions": "functions aren't supported; leave them out",
-    "function_call": "functions aren't supported; leave it out",
+    "functions": "they have been replaced by tools; give those",
+    "function_call": "it has been replaced by tool_choice and tool_calls; use those",
     "modalities": "answers are text; leave it out",
     "audio": "answers are text; leave it out",
     "reasoning_effort": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
     "verbosity": "it isn't supported; say in the prompt how long the answer is to be",
     "prediction": "predicted outputs aren't supported; leave it out",
     "web_search_options": "this server searches nothing; leave it out",
-    "store": "nothing is stored; leave it out",
     "service_tier": "there is one tier; leave it out",
+    "previous_response_id": "nothing is stored; send the whole conversation as input, with the items of its responses",
+    "conversation": "nothing is stored; send the whole conversation as input, with the items of its responses",
+    "background": "nothing is stored; wait for the answer, or stream it",
+    "truncation": "prompts aren't cut; shorten the input",
+    "reasoning": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
+    "top_logprobs": "ask /v1/chat/completions for log-probabilities",
+    "include": "nothing of that can be had; leave it out",
+    "max_tool_calls": "this server calls no tools itself; leave it out",
     "echo": "prompts aren't echoed; leave it out",
     "suffix": "text is continued, not filled in; leave it out",
     "best_of": "it isn't supported; ask for n answers and choose",
-    "tool_calls": "tools aren't supported; leave such messages out",
-    "function_calls": "functions aren't supported; leave such messages out",
+    "function_calls": "functions have been replaced by tools; leave such messages out",
     "annotations": "annotations aren't supported; leave them out",
     "use_beam_search": "beams aren't supported; leave it out",
-    "guided_json": "answers are plain text, which no format constrains; ask for it in the prompt",
+    "guided_json": 'give response_format: {"type": "json_schema", …}',
+    "guided_regex": 'give a JSON schema with a pattern, as response_format: {"type": "json_schema", …}',
+    "guided_choice": 'give a JSON schema with an enum, as response_format: {"type": "json_schema", …}',
+    "structured_outputs": 'give response_format: {"type": "json_schema", …}',
 }
 """What to do instead, by field."""
 EXPECTED = {
     "content": "a text, or a list of text parts",
     "prompt": "a text, several, or token ids",
     "stop": "a text, or up to 4 of them",
+    "tool_choice": '"none", "auto", "required", or {"type": "function", "function": {"name": …}}',
+    "response_format": '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": …}',
     "emphasize": 'a list of phrases, {"text", "occurrence"} or {"role", "index"}',
     "rejection": 'true, false, or an object such as {"beta": 0.5}',
 }

@@ -16,7 +16,7 @@ from trimtab.serve.described import described
 from trimtab.serve.making import Finished, Step, making
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Json, Refusal
-from trimtab.serve.schema import ExampleTold, MadeTold, MakeRequest, VerdictTold
+from trimtab.serve.schema_steerings import ExampleTold, MadeTold, MakeRequest, VerdictTold
 from trimtab.serve.service import Service
 from trimtab.serve.wire import END, event
 

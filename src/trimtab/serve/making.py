@@ -17,7 +17,7 @@ from trimtab.serve.library import Loaded
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Draining
-from trimtab.serve.schema import MakeRequest
+from trimtab.serve.schema_steerings import MakeRequest
 from trimtab.serve.service import Service
 from trimtab.text.pairs import Pair, pairs_from_rows
 

@@ -300,7 +300,7 @@ class Scheduler:
         return Failed("shutdown", "the server is shutting down") if shut else None
 
     def _begin(self, task: Task) -> _Answer:
-        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop))
+        return _Answer(task, Unfolding(self.lm.tokenizer, task.stop, task.shown))
 
     def _join(self, task: Task) -> None:
         answer = self._begin(task)
@@ -401,6 +401,7 @@ class Scheduler:
                 [task.prompt for task in tasks if task.prompt is not None],  # none is: `check` saw to it
                 [task.steering for task in tasks],
                 rejection=[task.rejection for task in tasks],
+                json_schema=[task.grammar for task in tasks],
                 max_new_tokens=max(task.max_new_tokens for task in tasks),
                 chat=first.chat,
                 template=first.template,
@@ -447,6 +448,7 @@ def _request(task: Task) -> GenerationRequest:
         task.max_new_tokens,
         task.sampling,
         task.alternatives,
+        matcher=task.matcher,
         clean_cache=task.clean_cache and not task.rejects,  # with rejection it is clean in any case
         monitors=task.monitors,
         scope=task.scope,

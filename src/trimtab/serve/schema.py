@@ -1,4 +1,4 @@
-"""Requests and responses as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
+"""Requests as they stand on the wire: OpenAI's, with `steering`, `emphasize` and `rejection`.
 
 A field that isn't known is refused: a misspelt one would go unnoticed, and the answer unsteered.
 """
@@ -7,16 +7,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from trimtab.serve.fields import NAME, Finite, In, Nothing, PairText, Seed, Text, Unsupported, UnsupportedChat
-from trimtab.serve.monitored import Choices, MonitorTold
-
-
-class _Out(BaseModel):
-    pass
-
+from trimtab.serve.fields import Finite, In, Metadata, Nothing, Seed, Text, Unsupported, UnsupportedChat
+from trimtab.serve.monitored import Choices
+from trimtab.serve.schema_tools import Call, ResponseFormat, ToolChoice, Tools
 
 # ---- steering ------------------------------------------------------------------------------------------------
 
@@ -28,6 +24,14 @@ class SteeringChoice(In):
     strength: Finite = Field(1.0, ge=-100, le=100, description="2 pushes twice as hard, -1 the other way.")
     layer: int | None = Field(
         None, ge=0, lt=10_000, description="Act at this layer instead; for a steering that acts at one."
+    )
+    positions: str | None = Field(
+        None,
+        min_length=1,
+        max_length=500,
+        examples=["answer"],
+        description="Act at these tokens instead, as --positions has them. Without it, where there are tools: at those"
+        " that the steering was made for, but for what is generated in calls.",
     )
 
 
@@ -103,12 +107,7 @@ class Common(Steered):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = Field(None, description="Taken, and kept nowhere.")
+    metadata: Metadata | None = Field(None, description="Taken, and kept nowhere.")
 
 
 class TextPart(In):
@@ -121,7 +120,7 @@ class TextPart(In):
 class Message(In):
     """A message of the conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(max_length=1000, fail_fast=True)] = Field(
         "", description="Of the assistant's messages it may be missing."
     )
@@ -129,8 +128,11 @@ class Message(In):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    reasoning_content: Literal[""] | None = None
-    tool_calls: Nothing | None = None
+    reasoning_content: Text | None = Field(None, description="Of the assistant's: what it thought.")
+    tool_calls: Annotated[list[Call], Field(max_length=128, fail_fast=True)] | None = Field(
+        None, description="Of the assistant's: what it called."
+    )
+    tool_call_id: str | None = Field(None, max_length=256, description="Of a tool's: which call it answers.")
     annotations: Nothing | None = None
 
     @model_validator(mode="after")
@@ -171,6 +173,14 @@ class ChatRequest(Common, UnsupportedChat):
         description="Keywords of the model's chat template. One that it doesn't use is refused.",
         examples=[{"enable_thinking": False}],
     )
+    tools: Tools | None = Field(None, description="What the model may call.")
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+        None, description="Whether it calls one: `auto` unless given, where there are tools."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="false: one call at most.")
+    response_format: ResponseFormat | None = Field(
+        None, description="Answers in JSON: every one of them is, unless it ends at `max_tokens`."
+    )
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000, description="The newer name of max_tokens.")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -199,325 +209,3 @@ class CompletionRequest(Common):
     echo: Literal[False] | None = Field(None, description="Not supported.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")
     best_of: Literal[1] | None = Field(None, description="Not supported.")
-
-
-# ---- responses -----------------------------------------------------------------------------------------------
-
-
-class AppliedSteering(_Out):
-    """A steering that was asked for, or is always on."""
-
-    name: str
-    digest: str
-    strength: float
-    always: bool = False
-    layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
-    taken_off: float | None = Field(
-        default=None,
-        description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",
-    )
-
-
-class DoseTold(_Out):
-    """How hard a site was pushed: the mean of ‖edit‖ / ‖activation‖ over `tokens`."""
-
-    layer: int
-    kind: str
-    ratio: float
-    tokens: int
-
-
-class RejectionTold(_Out):
-    """Of an answer's tokens: at how many the gate was open, and what came of it."""
-
-    tokens: int
-    open: int
-    steered: int
-    weakened: int
-    rejected: int
-    changed: int
-
-
-class AppliedTold(_Out):
-    """What steered one answer. `dose` is the largest of `doses`, `total_dose` their sum, which a policy may cap."""
-
-    index: int
-    edits: list[str]
-    dose: float | None
-    total_dose: float | None
-    doses: list[DoseTold]
-    rejection: RejectionTold | None = None
-    monitors: list[MonitorTold] = []
-
-
-class Told(_Out):
-    """What was applied, in the response's field `trimtab`."""
-
-    steering: list[AppliedSteering]
-    emphasized_tokens: int
-    answers: list[AppliedTold]
-
-
-class PromptDetails(_Out):
-    """How many of the prompts' tokens were taken over from texts that were read before."""
-
-    cached_tokens: int
-
-
-class Usage(_Out):
-    """Tokens; the prompt's counted once."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptDetails
-
-
-class TopLogprob(_Out):
-    """A token and its natural log-probability under the steered model, before any temperature."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class TokenLogprob(TopLogprob):
-    """The same, with the likeliest tokens in its place."""
-
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(_Out):
-    """One entry a token."""
-
-    content: list[TokenLogprob]
-    refusal: None = None
-
-
-class ChatMessage(_Out):
-    """The answer."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(_Out):
-    """One of `n` answers."""
-
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "content_filter"]
-
-
-class ChatCompletion(_Out):
-    """The answer to a chat request."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    trimtab: Told
-
-
-class TextLogprobs(_Out):
-    """One entry a token."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
-    text_offset: list[int]
-
-
-class TextChoice(_Out):
-    """One answer; prompts' answers come one prompt after the other."""
-
-    index: int
-    text: str
-    logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length", "content_filter"]
-
-
-class Completion(_Out):
-    """The answer to a completion request."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-    trimtab: Told
-
-
-class ModelTold(_Out):
-    """The model that is served."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "trimtab"
-
-
-class ModelList(_Out):
-    """All one of them."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelTold]
-
-
-class SteeringTold(_Out):
-    """A steering that requests may name. `card` says what it was learned from, and what was measured."""
-
-    name: str
-    object: Literal["steering"] = "steering"
-    digest: str
-    source: Literal["file", "uploaded", "learned", "made"]
-    layers: list[int]
-    edits: list[str]
-    strength: list[float] = Field(description="The range that you may ask for.", examples=[[-4, 4]])
-    always: bool
-    card: dict[str, Any]
-
-
-class SteeringList(_Out):
-    """The steerings that you may use."""
-
-    object: Literal["list"] = "list"
-    data: list[SteeringTold]
-
-
-class Deleted(_Out):
-    """A steering that is no longer there."""
-
-    id: str
-    object: Literal["steering.deleted"] = "steering.deleted"
-    deleted: bool = True
-
-
-class PairMessage(In):
-    """A message of a prompt or an answer that is learned from."""
-
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: PairText
-
-
-Side = PairText | Annotated[list[PairMessage], Field(max_length=64, fail_fast=True)]
-Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(fail_fast=True)]
-
-
-class LearnRequest(In):
-    """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
-
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "name": "polite",
-                    "method": "caa",
-                    "pairs": [{"prompt": "How are you?", "positive": "Splendid, thanks!", "negative": "Go away."}],
-                }
-            ]
-        }
-    )
-
-    name: str = Field(pattern=NAME)
-    method: Literal["caa", "instruct"]
-    pairs: Pairs = Field(min_length=1, max_length=512)
-    layers: Annotated[list[Annotated[int, Field(ge=0, lt=10_000)]], Field(fail_fast=True)] | None = Field(
-        None, min_length=1, max_length=256
-    )
-
-
-class MakeRequest(In):
-    """`POST /v1/steerings/make`: make one from an idea and say what it is worth, as `trimtab make` does.
-
-    Either `idea`, or `like` with or without `unlike`, or `pairs`.
-    """
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
-
-    name: str = Field(pattern=NAME)
-    idea: str | None = Field(
-        None,
-        min_length=1,
-        max_length=500,
-        description="A sentence. Its opposite may stand after 'not': be blunt, not flattering.",
-    )
-    like: str | None = Field(
-        None, min_length=1, max_length=200, description="Or a persona that the model is to be like."
-    )
-    unlike: str | None = Field(
-        None,
-        min_length=1,
-        max_length=200,
-        description="And one that it must be unlike; without it an ordinary assistant.",
-    )
-    pairs: Pairs | None = Field(
-        None,
-        min_length=16,
-        max_length=512,
-        description="Or pairs of yours, as POST /v1/steerings takes them: some to learn from, others for the verdict.",
-    )
-    questions: int = Field(
-        40, ge=16, le=40, description="How many are asked: half to learn from, half for the verdict. Not with pairs."
-    )
-    tokens: int | None = Field(
-        None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
-    )
-    distill: bool = Field(True, description="Whether to distill too, which holds more and takes longest.")
-    keep: bool = Field(False, description="Whether to add it even if the verdict is none.")
-    stream: bool = Field(False, description="Whether to tell in events how far it has come.")
-
-
-class VerdictTold(_Out):
-    """What it is worth, on questions that it wasn't learned from; `trimtab make` explains each figure."""
-
-    share_of_prompt: float | None = Field(
-        None,
-        description="The part of the system prompt's effect that it has without it. `null` where none stands behind the"
-        " pairs; then `gain` says it in nats a token.",
-    )
-    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats a token.")
-    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats a token.")
-    interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
-    random: list[float] = Field(description="The same of random directions.")
-    questions: int
-    loops: float = Field(description="The share of answers that go in circles.")
-    loops_prompted: float | None = Field(None, description="The same under the system prompt.")
-    loops_unsteered: float | None = Field(None, description="The same without steering, where there is no such prompt.")
-    perplexity_ratio: float | None
-    signs: list[float] | None = Field(
-        None, description="The share of answers with the idea's words: unsteered, under the system prompt, steered."
-    )
-    holds: bool
-    why_not: str = Field(description="What speaks against it; empty if it holds.")
-    lines: list[str] = Field(description="All of that in words.")
-
-
-class ExampleTold(_Out):
-    """A question, and three answers to it; `prompted` is `null` where there is no system prompt."""
-
-    question: str
-    unsteered: str
-    prompted: str | None
-    steered: str
-
-
-class MadeTold(_Out):
-    """What was made. `steering` is there if it was added: if the verdict holds, or `keep` asked for it."""
-
-    object: Literal["steering.made"] = "steering.made"
-    name: str
-    added: bool
-    idea: str
-    source: str = Field(description="Where the system prompts come from.", examples=["trait pirate"])
-    chosen: str = Field(description="Which of the ways to learn it did best.")
-    verdict: VerdictTold
-    examples: list[ExampleTold] = Field(
-        max_length=4, description="None where the server's policy would steer, cap or refuse such answers."
-    )
-    steering: SteeringTold | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,18 +24,18 @@ from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
-    AppliedSteering,
     ChatRequest,
     CompletionRequest,
-    Message,
     PartChoice,
     PhraseChoice,
     RejectionChoice,
     Steered,
     SteeringChoice,
 )
+from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
-from trimtab.steering import ScaleScores, Steering, emphasis
+from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, outside_calls, shaped
+from trimtab.steering import Positions, ScaleScores, Steering, emphasis
 from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
@@ -94,9 +94,12 @@ class Service:
         """Who owns what this key adds: itself; without keys, everybody."""
         return key if self.policy.keys else None
 
-    def chosen(self, key: Key, asked: Steered) -> tuple[list[AppliedSteering], Steering | None]:
+    def chosen(
+        self, key: Key, asked: Steered, calls: tuple[str, str] | None = None
+    ) -> tuple[list[AppliedSteering], Steering | None]:
         """What is always on, and what the request asks for: as it is told, and as one steering.
 
+        What is asked for doesn't act in tool calls, which `calls` open and close, unless it says where it does.
         Raises `Refusal` for what isn't there or isn't allowed.
         """
         always = dict(self.policy.always)
@@ -117,13 +120,14 @@ class Service:
             pushes[loaded.digest] = self._pushed(
                 key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )
-            placed, lost = self._apart(self._placed(loaded, choice.layer, f"{where}.layer"), where)
+            placed, lost = self._apart(self._placed(loaded, choice, calls, where), where)
             told.append(
                 AppliedSteering(
                     name=choice.name,
                     digest=loaded.digest,
                     strength=choice.strength,
                     layer=choice.layer,
+                    positions=choice.positions,
                     taken_off=lost or None,
                 )
             )
@@ -163,16 +167,22 @@ class Service:
         found = [(name, self.library.get(name)) for name, strength in self.policy.always if strength]
         return protected([(name, one.steering) for name, one in found if one is not None])
 
-    def _placed(self, loaded: Loaded, layer: int | None, param: str) -> Steering:
-        """The steering where it was learned, or at another layer."""
-        if layer is None:
-            return loaded.steering
+    def _placed(self, loaded: Loaded, choice: SteeringChoice, calls: tuple[str, str] | None, where: str) -> Steering:
+        """The steering where it was made to act, or at another layer, or other positions."""
+        steering, param = loaded.steering, f"{where}.layer"
         try:
-            moved = loaded.steering.at_layer(layer)
-            self.lm.check(moved)
+            if choice.layer is not None:
+                steering = steering.at_layer(choice.layer)
+                self.lm.check(steering)
+            param = f"{where}.positions"
+            if choice.positions is not None:
+                steering = steering.at(Positions.parse(choice.positions))
+                self.lm.check(steering)
+            elif calls is not None:
+                steering = outside_calls(steering, calls)
         except TrimtabError as error:
             raise Refusal(400, str(error), param=param) from None
-        return moved
+        return steering
 
     def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
@@ -226,18 +236,27 @@ class Service:
         chat = isinstance(asked, ChatRequest)
         count = asked.n or 1
         template = _template(asked)
-        prompts = [_messages(asked.messages)] if isinstance(asked, ChatRequest) else _prompts(asked.prompt)
+        prompts: list[Any]
+        if isinstance(asked, ChatRequest):
+            messages, keywords = conversation(self.lm.tokenizer, asked)
+            prompts, template = [messages], {**(template or {}), **keywords}
+        else:
+            prompts = _prompts(asked.prompt)
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
-        told, steering = self.chosen(key, asked)
+        calls = markers_of_calls(self.lm.tokenizer, asked) if isinstance(asked, ChatRequest) else None
+        told, steering = self.chosen(key, asked, calls)
         rejection = self.rejection(asked, steering)
         clean, monitors = self.clean(asked), monitors_for(self, key, asked)
         stop = _stop(asked.stop)
-        tasks, marked, lengths = [], 0, []
+        tasks, marked, lengths, shape = [], 0, [], ANY
         try:
             for prompt in prompts:
                 ids = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
+                if isinstance(asked, ChatRequest):
+                    shape = shaped(self.lm.tokenizer, asked, ids)
+                matcher = None if shape.grammar is None else self.lm.matcher(shape.grammar)
                 if rejection is not None and len(ids) > self.limits.rejecting_tokens:
                     raise Refusal(
                         400,
@@ -266,12 +285,15 @@ class Service:
                         clean,
                         monitors,
                         f"key {key.name}" if self.policy.keys else "anybody",
+                        grammar=shape.grammar,
+                        matcher=matcher,
+                        shown=shape.shown,
                     )
                     self.scheduler.check(task)
                     tasks.append(task)
         except TrimtabError as error:
             raise Refusal(400, str(error)) from None
-        return Prepared(tasks, told, marked, lengths)
+        return Prepared(tasks, told, marked, lengths, shape)
 
     def count_of(self, phrase: str, prompt: Prompt, *, chat: bool) -> int:
         """At how many tokens of a prompt a phrase stands. Raises `TrimtabError` where it doesn't."""
@@ -343,12 +365,16 @@ class Service:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request's tasks, and what the response says beforehand. `lengths` are those of its prompts, in tokens."""
+    """A request's tasks, and what the response says beforehand. `lengths` are those of its prompts, in tokens.
+
+    `shape` is how the answers to a chat are read.
+    """
 
     tasks: list[Task]
     told: list[AppliedSteering]
     emphasized: int
     lengths: list[int]
+    shape: Shape = ANY
 
 
 def _missing(phrase: str) -> str:
@@ -370,20 +396,9 @@ def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
         raise Refusal(
             400, f"add_generation_prompt {meant} with continue_final_message: true", param="add_generation_prompt"
         )
-    given = dict(asked.chat_template_kwargs or {})
-    if CONTINUE in given:
+    if CONTINUE in (asked.chat_template_kwargs or {}):
         raise Refusal(400, f"{CONTINUE} is a field of its own", param="chat_template_kwargs")
-    return {**given, CONTINUE: continues}
-
-
-def _messages(messages: Sequence[Message]) -> Prompt:
-    found = []
-    for message in messages:
-        role = "system" if message.role == "developer" else message.role
-        content = message.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        found.append({"role": role, "content": text})
-    return found
+    return {CONTINUE: continues}
 
 
 def _prompts(given: Any) -> list[Any]:

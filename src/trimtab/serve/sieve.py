@@ -17,9 +17,9 @@ FIELDS = 64
 """Fields of an object at most."""
 ITEMS = 1000
 """Items of a list at most, unless it holds whole numbers alone: those are token ids."""
-DEPTH = 24
-KEPT = ("chat_template_kwargs",)
-"""Objects in which `null` is said on purpose."""
+DEPTH = 32
+KEPT = ("chat_template_kwargs", "tools", "response_format", "text")
+"""Parts of a request in which `null` is said on purpose."""
 
 
 def sieved(body: bytes) -> bytes:

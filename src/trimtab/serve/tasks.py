@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Trace
 from trimtab.engines.transformers.generate import Applied
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
 from trimtab.steering.monitors import Monitor, Monitored
@@ -78,6 +80,7 @@ class Task:
     """What one answer is to be. `deliver` is called in the scheduler's thread and must not wait.
 
     `ids` is the rendered prompt; `prompt` is what it was made of, which rejection needs, with `chat` and `template`.
+    Its answer keeps to `grammar`, whose beginning is `matcher`; `shown` are special tokens that its text has.
     `steering` holds edits of attention scores as well. `seconds` counts from when it is submitted. `clean_cache`: it is
     steered over the unsteered model's cache. `monitors` read its tokens.
     `scope`: for whom what it has read may be kept; `None`: for nobody.
@@ -99,6 +102,9 @@ class Task:
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
     scope: str | None = None
+    grammar: Grammar | None = None
+    matcher: Matcher | None = None
+    shown: frozenset[int] = frozenset()
     deadline: float = field(default=float("inf"), init=False)
 
     @property

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trimtab.serve.monitored import in_chunk, told_of
-from trimtab.serve.schema import (
+from trimtab.serve.monitored import in_chunk
+from trimtab.serve.monitored import told_of as read_by_monitors
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema_told import (
     AppliedTold,
+    CalledFunction,
     ChatChoice,
     ChatCompletion,
     ChatLogprobs,
@@ -24,12 +27,15 @@ from trimtab.serve.schema import (
     TextLogprobs,
     TokenLogprob,
     Told,
+    ToolCall,
     TopLogprob,
     Usage,
 )
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
 from trimtab.steering.monitors import Monitor
+from trimtab.text.said import CallArguments, CallBegun, Part, Parts, Thought, Words
+from trimtab.text.said_by_template import TemplateParts
 from trimtab.text.token_bytes import token_bytes
 
 LOWEST = -9999.0  # what OpenAI's API says for a probability of nothing, which JSON has no number for
@@ -42,19 +48,61 @@ def new_id(chat: bool) -> str:
 
 @dataclass
 class Collected:
-    """One answer as far as it has come."""
+    """One answer as far as it has come. `reading` says what its text is made of: `said`."""
 
     text: str = ""
     tokens: list[TokenTold] = field(default_factory=list)
     done: Done | None = None
+    reading: Parts | TemplateParts | None = None
+    said: list[Part] = field(default_factory=list)
+    thought_tokens: int = 0
 
-    def take(self, event: Piece | Done) -> None:
-        """Add a piece, or the end."""
+    def take(self, event: Piece | Done) -> list[Part]:
+        """Add a piece, or the end; what it says more."""
         if isinstance(event, Done):
             self.done = event
+            more = self.reading.finish() if self.reading is not None else []
         else:
             self.text += event.text
             self.tokens += event.tokens
+            if self.reading is not None and self.reading.thinks:
+                self.thought_tokens += len(event.tokens)
+            more = self.reading.add(event.text) if self.reading is not None else [Words(event.text)]
+        self.said += more
+        return more
+
+    @property
+    def words(self) -> str:
+        """What it says to the reader."""
+        return "".join(part.text for part in self.said if isinstance(part, Words))
+
+    @property
+    def thought(self) -> str:
+        """What it thinks."""
+        return "".join(part.text for part in self.said if isinstance(part, Thought))
+
+    @property
+    def calls(self) -> list[ToolCall]:
+        """What it calls."""
+        found = []
+        for part in self.said:
+            if isinstance(part, CallBegun):
+                found.append(ToolCall(id=part.id, function=CalledFunction(name=part.name, arguments="")))
+            elif isinstance(part, CallArguments):
+                found[-1].function.arguments += part.text
+        return found
+
+    @property
+    def ended(self) -> Any:
+        """Why it has ended."""
+        assert self.done is not None
+        return self.done.finish
+
+    @property
+    def finish(self) -> Any:
+        """The same, in a chat."""
+        calls = any(isinstance(part, CallBegun) for part in self.said)
+        return "tool_calls" if calls and self.ended == "stop" else self.ended
 
 
 @dataclass(frozen=True)
@@ -71,51 +119,62 @@ class Wire:
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
         """The response of a request that doesn't stream."""
-        told, usage = self.told(prepared, answers), self.usage(prepared, answers)
+        told, usage = told_of(prepared, answers), self.usage(prepared, answers)
         head: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
         if self.chat:
             chosen = [
                 ChatChoice(
                     index=i,
-                    message=ChatMessage(content=answer.text),
+                    message=_message(answer),
                     logprobs=self._chat_logprobs(answer.tokens),
-                    finish_reason=_finish(answer),
+                    finish_reason=answer.finish,
                 )
                 for i, answer in enumerate(answers)
             ]
-            return ChatCompletion(choices=chosen, trimtab=told, **head).model_dump()
+            response = ChatCompletion(choices=chosen, trimtab=told, **head).model_dump()
+            for choice in response["choices"]:
+                for name in ("reasoning_content", "tool_calls"):  # which plain answers don't have
+                    if choice["message"][name] is None:
+                        del choice["message"][name]
+            return response
         texts = [
             TextChoice(
                 index=i,
                 text=answer.text,
                 logprobs=self._text_logprobs(answer.tokens, 0),
-                finish_reason=_finish(answer),
+                finish_reason=answer.ended,
             )
             for i, answer in enumerate(answers)
         ]
         return Completion(choices=texts, trimtab=told, **head).model_dump()
 
-    def opening(self, index: int) -> dict[str, Any] | None:
+    def opening(self, index: int) -> list[dict[str, Any]]:
         """A chat stream's first chunk for an answer says whose words they are."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.chat else None
+        return [self._chunk(index, {"role": "assistant", "content": ""}, None, None)] if self.chat else []
 
-    def piece(self, index: int, piece: Piece, before: int) -> dict[str, Any]:
-        """A chunk with more text, `before` characters into the answer."""
-        if self.chat:
-            logprobs = self._chat_logprobs(piece.tokens)
-            chunk = self._chunk(index, {"content": piece.text}, logprobs and logprobs.model_dump(), None)
-            return chunk | in_chunk(self.monitors, piece.tokens)
-        found = self._text_logprobs(piece.tokens, before)
-        chunk = self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)
-        return chunk | in_chunk(self.monitors, piece.tokens)
+    def piece(self, index: int, piece: Piece, said: Sequence[Part], before: int) -> list[dict[str, Any]]:
+        """Chunks with what a piece says, `before` characters into the answer; the first has its tokens."""
+        read = in_chunk(self.monitors, piece.tokens)
+        if not self.chat:
+            found = self._text_logprobs(piece.tokens, before)
+            return [self._chunk(index, {"text": piece.text}, found and found.model_dump(), None) | read]
+        logprobs = self._chat_logprobs(piece.tokens)
+        told = logprobs and logprobs.model_dump()
+        deltas = [_delta(part) for part in said] or ([{"content": ""}] if told or read else [])
+        chunks = [self._chunk(index, delta, None if n else told, None) for n, delta in enumerate(deltas)]
+        return [chunk if n else chunk | read for n, chunk in enumerate(chunks)]
 
-    def ending(self, index: int, done: Done) -> dict[str, Any]:
-        """The chunk that says why an answer has ended."""
-        return self._chunk(index, {} if self.chat else {"text": ""}, None, done.finish)
+    def ending(self, index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
+        """The chunks with the rest, of which the last says why an answer has ended."""
+        assert answer.done is not None
+        if not self.chat:
+            return [self._chunk(index, {"text": ""}, None, answer.done.finish)]
+        rest = [self._chunk(index, _delta(part), None, None) for part in said]
+        return [*rest, self._chunk(index, {}, None, answer.finish)]
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], usage: bool) -> dict[str, Any]:
         """The chunk after all answers: what was applied, and the usage where it was asked for."""
-        found: dict[str, Any] = {**self._head(), "choices": [], "trimtab": self.told(prepared, answers).model_dump()}
+        found: dict[str, Any] = {**self._head(), "choices": [], "trimtab": told_of(prepared, answers).model_dump()}
         return {**found, "usage": self.usage(prepared, answers).model_dump()} if usage else found
 
     def usage(self, prepared: Prepared, answers: Sequence[Collected]) -> Usage:
@@ -129,14 +188,18 @@ class Wire:
             prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made, prompt_tokens_details=details
         )
 
-    def told(self, prepared: Prepared, answers: Sequence[Collected]) -> Told:
-        """What steered the answers."""
-        found = [
-            _applied(i, answer.done).model_copy(update={"monitors": told_of(self.monitors, answer.done)})
-            for i, answer in enumerate(answers)
-            if answer.done
-        ]
-        return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found)
+    def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
+        """The last chunk of a stream that can't go on."""
+        return [refusal.body]
+
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """A chunk as it is sent."""
+        return event(chunk)
+
+    @property
+    def end(self) -> bytes:
+        """What is sent when all is said."""
+        return END
 
     def _head(self) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self.chat else "text_completion"
@@ -185,9 +248,37 @@ def event(chunk: dict[str, Any]) -> bytes:
 END = b"data: [DONE]\n\n"
 
 
-def _finish(answer: Collected) -> Any:
-    assert answer.done is not None
-    return answer.done.finish
+def told_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
+    """What steered these answers, and what they weren't held to."""
+    found = [
+        _applied(i, answer.done).model_copy(
+            update={"monitors": read_by_monitors(prepared.tasks[i].monitors, answer.done)}
+        )
+        for i, answer in enumerate(answers)
+        if answer.done
+    ]
+    grammar = prepared.shape.grammar
+    unheld = list(grammar.ignored) if grammar is not None else []
+    return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found, unheld=unheld)
+
+
+def _message(answer: Collected) -> ChatMessage:
+    words, calls = answer.words, answer.calls
+    return ChatMessage(
+        content=words or (None if calls else ""), reasoning_content=answer.thought or None, tool_calls=calls or None
+    )
+
+
+def _delta(part: Part) -> dict[str, Any]:
+    """A part as the change that it makes to a message."""
+    if isinstance(part, Words):
+        return {"content": part.text}
+    if isinstance(part, Thought):
+        return {"reasoning_content": part.text}
+    if isinstance(part, CallBegun):
+        function = {"name": part.name, "arguments": ""}
+        return {"tool_calls": [{"index": part.index, "id": part.id, "type": "function", "function": function}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
 
 
 def _finite(value: float | None) -> float:

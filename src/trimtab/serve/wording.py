@@ -8,7 +8,9 @@ from typing import Any
 
 from trimtab.serve.fields import EXPECTED, INSTEAD
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import ChatRequest, CompletionRequest, LearnRequest, MakeRequest, Message, SteeringChoice
+from trimtab.serve.schema import ChatRequest, CompletionRequest, Message, SteeringChoice
+from trimtab.serve.schema_responses import ResponsesRequest
+from trimtab.serve.schema_steerings import LearnRequest, MakeRequest
 
 LOOKED_AT = 200
 """Errors of one request of which the one to tell is chosen."""
@@ -39,7 +41,7 @@ SAID: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "string_too_short": lambda about: f"it takes at least {about['min_length']} characters",
     "json_invalid": lambda _: "it isn't JSON",
 }
-FIELDS = sorted({name for model in (ChatRequest, CompletionRequest) for name in model.model_fields})
+FIELDS = sorted({name for model in (ChatRequest, CompletionRequest, ResponsesRequest) for name in model.model_fields})
 INNER = sorted({name for model in (Message, SteeringChoice, LearnRequest, MakeRequest) for name in model.model_fields})
 
 
@@ -50,12 +52,18 @@ def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     meant.
     """
     placed = [(_place(error["loc"], body), error) for error in errors[:LOOKED_AT]]
-    where, error = max(placed, key=lambda one: (len(one[0]), one[1]["type"] not in KINDS))
+    where, error = max(placed, key=_telling)
     here = [one for place, one in placed if place == where]
     said = _said(where, error, here)
     dotted = ".".join(map(str, where))
     message = f"{dotted}: {said}" if dotted else f"the body: {said}"
     return Refusal(400, message[:1000], param=dotted[:200] or None)
+
+
+def _telling(one: tuple[Sequence[Any], Mapping[str, Any]]) -> tuple[int, bool, bool]:
+    """How much an error says: what is deep inside most, and of an object's fields its type."""
+    place, error = one
+    return len(place), error["type"] not in KINDS, tuple(place[-1:]) == ("type",)
 
 
 def _place(loc: Sequence[Any], body: Any) -> tuple[Any, ...]:
@@ -96,7 +104,11 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
         return "only text can be read here: {'type': 'text', 'text': …}; leave other parts out"
     if kind == "string_pattern_mismatch" and name == "name":
         return f"a steering's name has {NAMES}"
+    if kind.startswith("union_tag_") and name in EXPECTED:
+        return f"it must be {EXPECTED[name]}"
     kinds = {one["type"] for one in here}
+    if kind == "literal_error" and len(kinds) > 1 and name in EXPECTED:
+        return f"it must be {EXPECTED[name]}"
     if kind in KINDS:
         several = name in EXPECTED and (len(kinds) > 1 or not isinstance(where[-1], int))
         return f"it must be {EXPECTED[name] if several else KINDS[kind]}"

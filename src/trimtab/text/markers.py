@@ -66,9 +66,9 @@ def thinking_machine(tokenizer: Any, given: Sequence[str], strict: bool) -> Mach
     Raises:
         TrimtabError: A model without markers, if that is refused.
     """
-    if not given and _has(tokenizer, "<|channel|>", "<|message|>"):
+    if not given and has_markers(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
-    known = [pair for pair in THINKING_PAIRS if _has(tokenizer, *pair)]
+    known = [pair for pair in THINKING_PAIRS if has_markers(tokenizer, *pair)]
     pair = tuple(given) or next(iter(known), ())
     if not pair and strict:
         raise TrimtabError(
@@ -90,10 +90,10 @@ def tools_machine(tokenizer: Any, given: Sequence[str]) -> Machine:
     Raises:
         TrimtabError: A model without markers.
     """
-    if not given and _has(tokenizer, "<|channel|>", "<|message|>"):
+    if not given and has_markers(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
     pairs = list(zip(given[::2], given[1::2], strict=True))
-    pairs = pairs or [pair for pair in TOOL_PAIRS if _has(tokenizer, *filter(None, pair))]
+    pairs = pairs or [pair for pair in TOOL_PAIRS if has_markers(tokenizer, *filter(None, pair))]
     if not pairs:
         raise TrimtabError(
             "this model has no markers of tool calls that are known, neither in its chat template nor among its special"
@@ -134,7 +134,8 @@ def _header(tokenizer: Any) -> str | None:
     return header.rstrip() or None
 
 
-def _has(tokenizer: Any, *markers: str) -> bool:
+def has_markers(tokenizer: Any, *markers: str) -> bool:
+    """Whether all of these stand in the chat template or among the added tokens."""
     template = getattr(tokenizer, "chat_template", None) or ""
     texts = "".join(map(str, template.values())) if isinstance(template, dict) else str(template)
     tokens = {str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()}

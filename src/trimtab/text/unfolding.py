@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from trimtab.text.token_bytes import BROKEN
@@ -12,12 +12,13 @@ class Unfolding:
     """One answer. `add` takes a token and gives the text that can be shown now; `finish` gives what was held back.
 
     All pieces together are the decoded tokens, up to the first of the `stop` texts, which isn't part of them;
-    `stopped` says whether one has come.
+    `stopped` says whether one has come. Special tokens are no text, but those that are `shown`.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
+        self.shown = frozenset(shown)
         self.stopped = False
         self._tokens: list[int] = []
         self._context = 0  # decoding starts here, as a tokenizer may treat the first token specially
@@ -53,14 +54,18 @@ class Unfolding:
         if places:
             self.stopped, self._held = True, ""
             return text[: min(places)]
-        kept = max((_overlap(text, one) for one in self.stop), default=0)
+        kept = max((overlap(text, one) for one in self.stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 
     def _decode(self, tokens: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+        if not self.shown.intersection(tokens):
+            return str(self.tokenizer.decode(tokens, skip_special_tokens=True)) if tokens else ""
+        special = {id for id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        kept = [token for token in tokens if token not in special or token in self.shown]
+        return str(self.tokenizer.decode(kept, skip_special_tokens=False))
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of the text may be the beginning of a stop text."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

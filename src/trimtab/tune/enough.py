@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from trimtab.evaluate.decision import LEVEL, fewest
 from trimtab.tune.halving import Rung
 
-ENOUGH = 6
-"""So many held-out prompts, if all are won, are told from luck: 2 / 2**6 < 0.05 (the sign test), and 2 / 2**5 isn't."""
+ENOUGH = fewest()
+"""So many held-out prompts, if all are won, are told from luck: 1 / 2**5 < 0.05 (the sign test), and 1 / 2**4 isn't."""
 
 
 def too_few(held_out: int) -> str | None:
@@ -21,7 +22,7 @@ def too_few(held_out: int) -> str | None:
     prompts = f"{held_out} prompt" if held_out == 1 else f"{held_out} prompts"
     return (
         f"the last word will be on {prompts}, and even if all of them are won that can't be told from luck"
-        f" ({ENOUGH} are needed for 95 %): take what is found as a hint, or give more prompts"
+        f" ({ENOUGH} are needed at {LEVEL:.0%}), so the answer will be not to steer: give more prompts"
     )
 
 

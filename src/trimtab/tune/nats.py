@@ -48,12 +48,7 @@ class AtNats:
     @property
     def monotone(self) -> bool:
         """Whether no stronger steering that was tried changed the model clearly less than a weaker one."""
-        highest = 0.0
-        for _, value in self.tried:
-            if value < FALLS * highest:
-                return False
-            highest = max(highest, value)
-        return True
+        return monotone(self.tried)
 
 
 @keywords
@@ -70,7 +65,7 @@ def at_nats(
 ) -> AtNats:
     """Scale a steering so that the 95th percentile of its divergence from the unsteered model is so many nats.
 
-    Strengths are doubled from weak ones up to the first that reaches it, and then the interval is halved. Where the
+    Strengths are doubled from weak ones up to the first that reaches it, and then the interval is narrowed. Where the
     divergence doesn't grow with the strength, the weakest strength that was seen to reach it is taken, with a warning.
 
     Args:
@@ -102,18 +97,7 @@ def at_nats(
             seen[factor] = divergence(lm, factor * steering, base, transfer=transfer)
         return seen[factor].p95
 
-    high = _reaching(far, nats)
-    low = high / 2
-    factor = high
-    for _ in range(HALVINGS):
-        if abs(far(factor) - nats) <= CLOSE * nats:
-            break
-        if far(factor) < nats:
-            low = factor
-        else:
-            high = factor
-        factor = (low + high) / 2
-    factor = min(seen, key=lambda one: abs(seen[one].p95 - nats))
+    factor = factor_at(far, nats)
     tried = tuple(sorted((one, value.p95) for one, value in seen.items()))
     found = AtNats(factor * steering, factor, seen[factor], tried)
     if not found.monotone:
@@ -125,6 +109,50 @@ def at_nats(
             stacklevel=outside(),
         )
     return found
+
+
+def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
+    """The factor at which `far(factor)`, a divergence, is `nats` within a share `close`, or as near as narrowing comes.
+
+    Args:
+        far: The divergence at a factor, in nats; the same factor is asked for more than once.
+        nats: What is to be reached.
+        close: How near is near enough.
+
+    Raises:
+        TrimtabError: No factor up to `MOST` takes the model so far.
+    """
+    high = _reaching(far, nats)
+    low, factor = high / 2, high
+    found = {}
+    for _ in range(HALVINGS):
+        found[factor] = far(factor)
+        if abs(found[factor] - nats) <= close * nats:
+            break
+        if found[factor] < nats:
+            low = factor
+        else:
+            high = factor
+        factor = _between((low, far(low)), (high, far(high)), nats)
+    return min(found, key=lambda one: abs(found[one] - nats))
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -> float:
+    """The factor to try next: on the line through both in logarithms, but well inside of them."""
+    share = 0.5
+    if 0 < low[1] < nats < high[1] < math.inf:
+        share = min(0.85, max(0.15, math.log(nats / low[1]) / math.log(high[1] / low[1])))
+    return float(low[0] * (high[0] / low[0]) ** share)
+
+
+def monotone(tried: Sequence[tuple[float, float]]) -> bool:
+    """Whether no stronger steering of these (factor, divergence), weakest first, is clearly less than a weaker one."""
+    highest = 0.0
+    for _, value in tried:
+        if value < FALLS * highest:
+            return False
+        highest = max(highest, value)
+    return True
 
 
 def _reaching(far: Callable[[float], float], nats: float) -> float:

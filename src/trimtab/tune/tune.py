@@ -16,8 +16,9 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
+from trimtab.evaluate.decision import Decision, decide, in_words
 from trimtab.evaluate.fluency import Fluency, fluencies
-from trimtab.evaluate.intervals import Interval, paired_bootstrap
+from trimtab.evaluate.intervals import Interval
 from trimtab.lm import DoseWarning
 from trimtab.steering import Steering
 from trimtab.text.chat import Prompt
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
 MARGIN = 0.1
-"""How much better than not steering a setting must be on held-out prompts: so that one lucky answer in ten or more
-isn't enough."""
+"""How much better than not steering a setting must be on held-out prompts to be worth it. Whether that is more than
+luck, a test decides (`trimtab.evaluate.decision`)."""
 
 HELD_OUT = 0.4
 BATCH_SIZE = 64
@@ -74,13 +75,17 @@ class Row:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The chosen setting on prompts that the search has not seen; `difference` is paired, steered minus unsteered."""
+    """The chosen setting on prompts that the search has not seen; `difference` is paired, steered minus unsteered.
+
+    `decision` is the exact paired test of it. One setting alone comes so far, so nothing is corrected.
+    """
 
     items: int
     steered: float
     unsteered: float
     difference: Interval
     broken: tuple[str, ...]
+    decision: Decision | None = None
 
 
 @dataclass(frozen=True)
@@ -156,8 +161,10 @@ def tune(
     says that `max_new_tokens` ended it. Candidates and prompts run together as rows of batches of `batch_size`;
     candidates are halved as the prompts double (`rungs`, see `ladder`). A share `held_out` of the base queries
     (`groups[i]` names prompt i's; without it each prompt is its own) is kept for the last word: the setting found
-    best must beat not steering there by more than `margin` and break none of `guard`'s limits, or the answer is
-    not to steer. Ties go to not steering, then to the smaller dose, then to the lower layer.
+    best must beat not steering there by more than luck does (an exact paired test, `decide`: of settings that do
+    nothing at most 5 % pass it) and by more than `margin`, and break none of `guard`'s limits, or the answer is not to
+    steer. Where nothing is held out, the test is made on the prompts searched on and corrected for the number of
+    candidates. Ties go to not steering, then to the smaller dose, then to the lower layer.
 
     Perplexities are taken after the prompts, or after `contexts[i]` in their place: where an instruction is not in
     the prompt, give the prompts with it, for an answer that follows it is unlikely without.
@@ -291,10 +298,10 @@ def search(
     confirmed, interrupted = None, halved.interrupted
     if chosen is not None and split.held_out and not interrupted:
         try:
-            confirmed = _confirm(meter, chosen.steering, split.held_out, guard)
+            confirmed = _confirm(meter, chosen.steering, split.held_out, groups, guard)
         except KeyboardInterrupt:
             interrupted = True
-    steer, reason = _verdict(halved, chosen, confirmed, interrupted, margin)
+    steer, reason = _verdict(halved, chosen, confirmed, interrupted, margin, [groups[i] for i in split.search])
     table = _table(candidates, halved)
     if chosen is None or not steer:
         steering = setting = None
@@ -378,16 +385,24 @@ def _broken(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence
     return guard.broken(read, plain) if guard is not None and read else ()
 
 
-def _confirm(meter: _Meter, steering: Steering, items: Sequence[int], guard: Guard | None) -> HeldOut:
-    found = meter.run([None] * len(items) + [steering] * len(items), [*items, *items])
-    unsteered, steered = found[: len(items)], found[len(items) :]
+def _confirm(
+    meter: _Meter, steering: Steering, items: Sequence[int], groups: Sequence[Hashable], guard: Guard | None
+) -> HeldOut:
+    outcomes = meter.run([None] * len(items) + [steering] * len(items), [*items, *items])
+    unsteered, steered = outcomes[: len(items)], outcomes[len(items) :]
     before, after = ([one.score for one in side] for side in (unsteered, steered))
     broken = _broken(guard, steered, unsteered)
-    return HeldOut(len(items), mean(after), mean(before), paired_bootstrap(before, after), broken)
+    found = decide(before, after, groups=[groups[i] for i in items])
+    return HeldOut(len(items), found.after, found.before, found.difference, broken, found)
 
 
 def _verdict(
-    halved: Halved[Outcome], chosen: Candidate | None, confirmed: HeldOut | None, interrupted: bool, margin: float
+    halved: Halved[Outcome],
+    chosen: Candidate | None,
+    confirmed: HeldOut | None,
+    interrupted: bool,
+    margin: float,
+    groups: Sequence[Hashable],
 ) -> tuple[bool, str]:
     """Whether to steer, and why (not)."""
     base = halved.standings[BASELINE]
@@ -397,23 +412,32 @@ def _verdict(
         forbidden = sum(one is not None and not one.admissible for one in halved.standings[1:])
         tail = f"; {forbidden} of {len(halved.standings) - 1} candidates broke the guard" if forbidden else ""
         return False, f"no candidate scored above not steering ({base.score:.2f}){tail}"
-    if confirmed is None:
-        best = halved.standings[halved.best]
-        assert best is not None
-        gain = best.score - base.score
-        if not gain > margin:
-            return False, f"the best gained {gain:+.2f}, which is not above the margin of {margin:g}"
-        why = "interrupted before it was confirmed" if interrupted else "nothing was held out to confirm it"
-        return True, f"{best.score:.2f} instead of {base.score:.2f} on the prompts searched on; {why}"
-    if confirmed.broken:
-        return False, f"{chosen.setting} broke the guard on held-out prompts: {'; '.join(confirmed.broken)}"
-    gain = confirmed.difference.estimate
-    if not gain > margin or not math.isfinite(gain):
-        return False, (
-            f"{chosen.setting} gained {gain:+.2f} on {confirmed.items} held-out prompts, which is not above the"
-            f" margin of {margin:g}"
+    if confirmed is not None:
+        if confirmed.broken:
+            return False, f"{chosen.setting} broke the guard on held-out prompts: {'; '.join(confirmed.broken)}"
+        assert confirmed.decision is not None
+        found, where = confirmed.decision, "held-out prompts"
+    else:
+        found, where = _searched(halved, groups), "prompts searched on"
+    said = in_words(found, where) + ("" if confirmed is not None or interrupted else "; nothing was held out")
+    if interrupted and confirmed is None:
+        return True, f"{found.after:.2f} instead of {found.before:.2f}; interrupted before it was confirmed ({said})"
+    if not found.better:
+        return False, f"{chosen.setting}: {said}"
+    if not found.difference.estimate > margin:
+        return (
+            False,
+            f"{chosen.setting}: {said}, but a gain of {found.difference.estimate:+.2f} is not above {margin:g}",
         )
-    return True, f"{confirmed.steered:.2f} instead of {confirmed.unsteered:.2f} on {confirmed.items} held-out prompts"
+    return True, said
+
+
+def _searched(halved: Halved[Outcome], groups: Sequence[Hashable]) -> Decision:
+    """The test on the very prompts that the setting was chosen by, corrected for all that were tried."""
+    mine = halved.results[halved.best]
+    before = [one.score for one in halved.results[BASELINE][: len(mine)]]
+    tried = sum(one is not None for one in halved.standings[1:])
+    return decide(before, [one.score for one in mine], groups=groups[: len(mine)], candidates=max(1, tried))
 
 
 def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Row, ...]:

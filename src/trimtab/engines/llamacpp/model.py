@@ -55,6 +55,7 @@ class LlamaCpp(LanguageModel):
         "training": "llama.cpp has no gradients, and its weights are packed",
         "perplexity": "a pass gives the logits of its last token alone",
         "logits": "they aren't read at every token",
+        "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
     }
 
     def __init__(

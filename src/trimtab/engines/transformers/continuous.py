@@ -18,6 +18,7 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.clean import CleanBatch
 from trimtab.engines.transformers.decode import GenerationRequest, check_steps
 from trimtab.engines.transformers.generate import Applied, Generation, _end_ids
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
@@ -103,6 +104,7 @@ def answer(
     way: Continuous,
     prompts: Sequence[Sequence[int]],
     steerings: Sequence[Steering | None],
+    matchers: Sequence[Matcher | None],
     places: Sequence[int],
     *,
     rows: int,
@@ -113,13 +115,14 @@ def answer(
     monitors: tuple[Monitor, ...] = (),
     progress: Callable[[int], None],
 ) -> list[Generation]:
-    """Answers to rendered prompts, each under its own steering; `way.each` to a prompt, in the prompts' order.
+    """Answers to rendered prompts, each under its own steering and grammar, in the prompts' order: `way.each` to each.
 
     Args:
         model: The model, `tokenizer` and `layout` with it.
         way: How tokens are chosen.
         prompts: Token ids. They are begun in this order.
         steerings: One for each prompt.
+        matchers: Each prompt's, at the beginning of the grammar that its answers keep to; `None` for any text.
         places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
         rows: How many prompts are answered at a time, at most.
         max_new_tokens: Tokens of an answer at most.
@@ -155,8 +158,9 @@ def answer(
                         sampling,
                         0 if logprobs else None,
                         way.settings,
-                        clean_cache,
-                        monitors,
+                        matcher=matchers[prompt],
+                        clean_cache=clean_cache,
+                        monitors=monitors,
                     )
                     one = _Answer(prompt)
                     answers[prompt].append(one)

@@ -31,6 +31,7 @@ from trimtab.engines.transformers.columns import Columns
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.exclusive import reading
 from trimtab.engines.transformers.generate import Applied, _end_ids, _pad_id, check_request
+from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.monitoring import Log, Watch, check_watched, switched_on
@@ -54,9 +55,10 @@ class GenerationRequest:
     """What one row is to be: a rendered prompt, its steering, how its tokens are chosen, and how many at most.
 
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
-    `settings` are those of `sampling` and the model's own, unless they are given. `clean_cache`: what is stored of the
-    text is what the unsteered model would store; only `CleanBatch` has such rows. `monitors` read the row's tokens.
-    `scope`: for whom what the row has read may be kept, and from whose it may go on, where a batch keeps it.
+    `settings` are those of `sampling` and the model's own, unless they are given. `matcher` stands at the beginning of
+    the grammar that the answer keeps to; the row takes a copy. `clean_cache`: what is stored of the text is what the
+    unsteered model would store; only `CleanBatch` has such rows. `monitors` read the row's tokens. `scope`: for whom
+    what the row has read may be kept, and from whose it may go on, where a batch keeps it.
     """
 
     ids: tuple[int, ...]
@@ -65,6 +67,7 @@ class GenerationRequest:
     sampling: Sampling = GREEDY
     alternatives: int | None = None
     settings: Settings | None = None
+    matcher: Matcher | None = None
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
     scope: str | None = None
@@ -341,6 +344,12 @@ class GenerationBatch:
         heard: dict[str, Any] = {"cached": row.cached, "monitored": monitored, "fired": names}
         row.tokens.append(token)
         finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
+        if (matcher := row.sampler.matcher) is not None:
+            try:
+                matcher.take(token)
+            except TrimtabError as error:
+                return GenerationResponse(row.key, error=error)
+            finish = "stop" if matcher.done else finish
         if row.request.alternatives is None:
             return GenerationResponse(row.key, token, finish=finish, **heard)
         likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most : 3 + 2 * most], strict=True))
@@ -517,7 +526,8 @@ class GenerationBatch:
                 settings = Settings.of(self.model, options, len(request.ids), self.device)
                 if not settings.others:  # these may depend on the prompt
                     self._settings[plain] = settings
-        return RowSampler(settings, sampling.seed, request.max_new_tokens)
+        matcher = None if request.matcher is None else request.matcher.copy()
+        return RowSampler(settings, sampling.seed, request.max_new_tokens, matcher)
 
     def _sampler(self, rows: Sequence[_Row]) -> BatchSampler:
         samplers = [row.sampler for row in rows if row.sampler is not None]

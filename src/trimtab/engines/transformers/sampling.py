@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.drawing import Kept, draw
+from trimtab.engines.transformers.grammar import Masks, Matcher
 from trimtab.errors import TrimtabError
 
 AHEAD = 64
@@ -141,10 +142,14 @@ class Settings:
 
 
 class RowSampler:
-    """One row's settings, and its random numbers: one for each token, the same on every device."""
+    """One row's settings, and its random numbers: one for each token, the same on every device.
 
-    def __init__(self, settings: Settings, seed: int | None, tokens: int) -> None:
+    `matcher` is how far its answer has come in its grammar, where it has one; the tokens are told to it as they come.
+    """
+
+    def __init__(self, settings: Settings, seed: int | None, tokens: int, matcher: Matcher | None = None) -> None:
         self.settings = settings
+        self.matcher = matcher
         self.numbers: Tensor | None = None
         if settings.sampled:
             generator = torch.Generator()
@@ -194,6 +199,8 @@ class BatchSampler:
         self._seen: Tensor | None = None
         if any(one.repetition_penalty != 1 for one in every):
             self._penalties = torch.tensor([[one.repetition_penalty] for one in every], device=device)
+        self._constrained = any(row.matcher is not None for row in rows)
+        self._masks: Masks | None = None
         self._steps = 0  # since the numbers on the device were put there
         self._numbers = self._numbers_ahead() if picked else None
         self._early = any(len(tokens) < one.min_new_tokens for one, tokens in zip(every, answers, strict=True))
@@ -214,6 +221,8 @@ class BatchSampler:
             tokens = self._sampled.put(best, self._draw(self._sampled.take(scores), self._sampled.take(best)))
         if self._seen is not None:
             self._seen.scatter_(1, tokens[:, None], True)
+        if self._masks is not None:
+            self._masks.advance()
         return tokens
 
     def _processed(self, logits: Tensor) -> Tensor:
@@ -232,6 +241,10 @@ class BatchSampler:
             for i in self._apart:
                 ids = torch.tensor([[*self.prompts[i], *self.answers[i]]], device=self.device)
                 scores[i : i + 1] = self.rows[i].settings.others(ids, logits[i : i + 1].clone())
+        if self._constrained:  # last: what a grammar forbids, nothing brings back
+            if self._masks is None:
+                self._masks = Masks([row.matcher for row in self.rows], logits.shape[-1], self.device)
+            scores = self._masks.apply(scores)
         return scores
 
     def _draw(self, scores: Tensor, best: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class VllmLM(LanguageModel):
         "training": "the model's weights are in processes of their own",
         "logits": "it gives out those of few tokens",
         "doses": "it doesn't measure them",
+        "grammar": "it has structured outputs of its own; vllm serve takes response_format and tools",
     }
 
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:

@@ -18,7 +18,8 @@ from trimtab.serve.policy import Key
 from trimtab.serve.records import Record, refused
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Full
-from trimtab.serve.schema import AppliedSteering, ChatRequest
+from trimtab.serve.schema import ChatRequest
+from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.service import Prepared, Service
 from trimtab.serve.tasks import Done, Event, Failed
 from trimtab.serve.wire import Collected, new_id

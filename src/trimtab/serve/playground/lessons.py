@@ -19,7 +19,7 @@ from trimtab.serve.playground.callers import new_request
 from trimtab.serve.playground.sweep import whole_numbers
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import LearnRequest
+from trimtab.serve.schema_steerings import LearnRequest
 from trimtab.serve.service import Service
 from trimtab.steering import Steering
 from trimtab.text.pairs import pairs_from_text, row_of

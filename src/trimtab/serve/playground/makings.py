@@ -13,7 +13,7 @@ from trimtab.serve.playground.callers import new_request
 from trimtab.serve.playground.lessons import OFF, saving
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import MakeRequest
+from trimtab.serve.schema_steerings import MakeRequest
 from trimtab.serve.service import Service
 
 SHOWN = 2

@@ -13,7 +13,7 @@ from trimtab.serve.playground.asking import Side
 from trimtab.serve.playground.colours import NOTHING, coloured, full_of, key_of
 from trimtab.serve.playground.marks import Mark
 from trimtab.serve.playground.talk import Talk, Turn
-from trimtab.serve.schema import AppliedSteering
+from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.service import Service
 
 WELCOME = """<div class="tt-welcome"><p>Choose a steering, say something, and compare: the same model answers twice,

@@ -1,0 +1,51 @@
+"""Methods that emphasize a phrase of the prompt: a steering for each prompt, and a strength axis of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trimtab.methods.directer import REJECTION, directer
+from trimtab.methods.instaboost import instaboost
+from trimtab.methods.pasta import pasta
+from trimtab.methods.spotlight import spotlight
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+    from trimtab.text.chat import Prompt
+
+
+@dataclass(frozen=True)
+class Emphasis:
+    """Such a method: its steering for a prompt and a phrase, options of generating, and why its strength isn't set by
+    nats, where it isn't."""
+
+    make: Callable[..., Steering]
+    title: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    fixed: str = ""
+
+
+EMPHASIS = {
+    "directer": Emphasis(
+        directer,
+        "dynamic rejection steering (arXiv 2603.06745)",
+        {"rejection": REJECTION},
+        "its rejection decides at each token how much of it acts, so it runs at its published strength",
+    ),
+    "instaboost": Emphasis(instaboost, "attention boosted towards an instruction (arXiv 2506.13734)"),
+    "pasta": Emphasis(pasta, "post-hoc attention steering, all heads (arXiv 2311.02262)"),
+    "spotlight": Emphasis(
+        spotlight,
+        "attention kept on an instruction (arXiv 2505.12025)",
+        {},
+        "its strength is a share of attention between 0 and 1, so it runs at its published target",
+    ),
+}
+
+
+def emphasized(lm: LM, method: Emphasis, prompts: Sequence[Prompt], phrases: Sequence[str]) -> list[Steering]:
+    """The method's steering for each prompt. Raises `TrimtabError` for a phrase that isn't in its prompt."""
+    return [method.make(lm, prompt, phrase) for prompt, phrase in zip(prompts, phrases, strict=True)]

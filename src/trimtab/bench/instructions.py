@@ -1,0 +1,168 @@
+"""Tasks of following an instruction on an answer's form, checked by IFEval's code: with it in the prompt, and without.
+
+What is learned from are the package's queries and phrasings. Asked are IFEval's own prompts with that one instruction,
+where a data folder has them and the instruction stands in them word for word, and then the package's test queries.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.bench.measures import by_answers
+from trimtab.bench.store import Store
+from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
+from trimtab.data import instruction_pairs, instruction_type, prompts, queries
+from trimtab.evaluate.constraints import is_bullets, is_json
+from trimtab.evaluate.ifeval import IFEvalItem, checkers, follows, read_ifeval
+from trimtab.text.pairs import Pair
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+TYPES = (
+    "change_case:english_capital",
+    "change_case:english_lowercase",
+    "punctuation:no_comma",
+    "detectable_format:title",
+    "startend:quotation",
+    "detectable_format:json_format",
+)
+"""Types without a number or a word that the answer would have to guess, and that a short answer can follow."""
+FILE = Path("ifeval") / "ifeval_single_instr_format.jsonl"
+ASKED = 6
+PLAIN_ENDS = ("Answer as you usually do.", "Write it in the ordinary way.")
+SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A query, the instruction that is said behind it or in it, and the whole prompt."""
+
+    name: str
+    query: str
+    phrase: str
+    told: str
+
+
+def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] = TYPES) -> list[Outline]:
+    """Two tasks a type: the instruction isn't said (and a steering stands in for it), and it is said.
+
+    Raises `TrimtabError` when IFEval's checkers aren't installed.
+    """
+    checkers()
+    found = []
+    for kind in types:
+        items = _items(kind, data)
+        for said in (False, True):
+            name = f"{kind.partition(':')[2]}{' (said)' if said else ''}"
+            make = partial(_task, kind, name, said, items, pairs, tokens)
+            arm = Cost(tokens, 2 * (tokens + 60))
+            written = Cost(2 * tokens, 120)
+            found.append(Outline(name, "instructions", len(items), arm, written, 2 * (tokens + 30.0), make, said))
+    return found
+
+
+def holds(kind: str, text: str, cut: bool) -> bool:
+    """IFEval's loose verdict; what a token limit cut off is taken to be as the beginning promises."""
+    if cut and kind == "startend:quotation":
+        return text.strip().startswith('"')
+    if cut and kind == "detectable_format:json_format":
+        return is_json(text, cut=True)
+    if cut and kind == "detectable_format:number_bullet_lists":
+        return is_bullets(text, cut=True)
+    return follows(kind, {}, text, loose=True)
+
+
+def _items(kind: str, data: Path | None) -> list[Item]:
+    """IFEval's, then the package's."""
+    found = []
+    if data is not None and (data / FILE).is_file():
+        for item in read_ifeval(data / FILE):
+            if item.types == (kind,) and (phrase := _phrase(item)):
+                assert item.prompt_without_instruction is not None
+                found.append(Item(f"IFEval {item.item}", item.prompt_without_instruction, phrase, item.prompt))
+    asked = queries("test", more=True)
+    phrasings = instruction_type(kind).phrasings("test")
+    for n, query in enumerate(asked):
+        phrase = phrasings[n % len(phrasings)]
+        found.append(Item(f"query {n + 1}", query, phrase, f"{query} {phrase}"))
+    return found
+
+
+def _phrase(item: IFEvalItem) -> str | None:
+    """The one sentence of the prompt that isn't in the prompt without the instruction; `None` where it isn't one."""
+    bare = item.prompt_without_instruction
+    if bare is None:
+        return None
+    more = [part.strip() for part in SENTENCE.split(item.prompt) if part.strip() and part.strip() not in bare]
+    return more[0] if len(more) == 1 and item.prompt.count(more[0]) == 1 else None
+
+
+def _task(
+    kind: str,
+    name: str,
+    said: bool,
+    items: list[Item],
+    pairs: int,
+    tokens: int,
+    lm: LM,
+    store: Store,
+    count: int,
+) -> Task:
+    chosen = items[:count]
+    learn = queries("learn", more=True)[:pairs]
+    phrasings = instruction_type(kind).phrasings("learn")
+    lessons = _lessons(lm, store, kind, list(learn), phrasings, tokens)
+    bare, told = [one.query for one in chosen], [one.told for one in chosen]
+    twice = [f"{one.told} {one.phrase}" for one in chosen]
+    tune = list(queries("tune")[:ASKED])
+    asked = [f"{query} {phrasings[n % len(phrasings)]}" for n, query in enumerate(tune)] if said else tune
+    arms: Mapping[str, list[Any]] = {PLAIN: told, TWICE: twice} if said else {PLAIN: bare, PROMPT: told, TWICE: twice}
+    return Task(
+        name=name,
+        about=f"answers that follow {kind}" + (", which the prompt asks for" if said else ", which isn't asked for"),
+        unit="share",
+        items=tuple(one.name for one in chosen),
+        groups=tuple(one.name for one in chosen),
+        told=(TWICE,) if said else (PROMPT, TWICE),
+        lessons=lessons,
+        asked=tuple(asked),
+        measure=by_answers(arms, lambda _, text, cut: float(holds(kind, text, cut)), tokens, bare),
+        prompts=tuple(arms[PLAIN]),
+        phrases=tuple(one.phrase for one in chosen) if said else (),
+        asked_phrases=tuple(phrasings[n % len(phrasings)] for n in range(len(tune))) if said else (),
+    )
+
+
+def _lessons(lm: LM, store: Store, kind: str, learn: list[str], phrasings: list[str], tokens: int) -> Lessons:
+    """Prompts with and without the instruction, and the model's own answers to both."""
+    told = prompts(learn, phrasings)
+
+    def write() -> list[list[Any]]:
+        answers = lm.generate([*told, *learn], max_new_tokens=tokens, batch_size=BATCH)
+        return [[one.text, one.finish_reason == "length"] for one in answers]
+
+    made = store.keep("texts", kind, make=write)
+    positive, negative = made[: len(learn)], made[len(learn) :]
+    both = [
+        (Pair(mine, other, query, "answers"), holds(kind, mine, cut) and not holds(kind, other, cut_other))
+        for query, (mine, cut), (other, cut_other) in zip(learn, positive, negative, strict=True)
+        if mine.strip() and other.strip() and mine != other
+    ]
+    good = [pair for pair, right in both if right]
+    kept = good if len(good) >= len(learn) // 3 else [pair for pair, _ in both]
+    return Lessons(
+        pairs={"prompts": tuple(instruction_pairs(learn, phrasings)), "answers": tuple(kept)},
+        contrast=(phrasings[0], PLAIN_ENDS[0]),
+        teacher={
+            "instruction": tuple(phrasings),
+            "queries": tuple(learn),
+            "check": lambda _, text, cut: holds(kind, text, cut),
+            "tokens": tokens,
+        },
+    )

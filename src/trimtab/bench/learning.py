@@ -1,0 +1,94 @@
+"""Which method can learn a task, from what, and why not: by what its recipe says of itself."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trimtab.bench.tasks import Lessons, Task
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.controls import means_for
+from trimtab.methods.recipe import Recipe
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+
+UNDIRECTED = {"tda": "it switches neurons off to save work, and is directed at nothing"}
+"""Methods that give a steering towards nothing."""
+CONTROL = "random"
+"""The method that is the control of all others."""
+CONDITIONS = {"when", "unless", "harmless"}
+"""Options that take texts on which to act, and others."""
+HEADS = 48
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a method is given: its data, and keywords."""
+
+    data: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def given_to(recipe: Recipe, lessons: Lessons, seed: int) -> Given | str:
+    """What the method learns this task from; or, in words, why it can't."""
+    if recipe.name in UNDIRECTED:
+        return UNDIRECTED[recipe.name]
+    named = {option.name: option for option in recipe.options}
+    options: dict[str, Any] = {}
+    if "seed" in named:
+        options["seed"] = seed
+    conditions = CONDITIONS & {name for name, option in named.items() if option.kind == "texts"}
+    if conditions and not (lessons.texts and lessons.others):
+        return "it acts on some prompts and not on others, and here all prompts are of one kind"
+    for name in conditions:
+        options[name] = list(lessons.texts if name == "when" else lessons.others)
+    if recipe.name == "distill":
+        if not lessons.teacher:
+            return "it learns from a prompt, and this task has none"
+        return Given((), {**options, **lessons.teacher, "seed": seed})
+    if recipe.takes == "nothing":
+        texts = [name for name in ("positive", "negative") if name in named]
+        if texts and lessons.contrast is None:
+            return "it learns from two texts, and this task has none"
+        if texts and lessons.contrast is not None:
+            options |= dict(zip(("positive", "negative"), lessons.contrast, strict=True))
+        return Given((), options)
+    if recipe.takes == "texts":
+        if not lessons.texts:
+            return "it learns from prompts of two kinds, and here all prompts are of one kind"
+        return Given((list(lessons.texts),), options)
+    shape = next((shape for shape in recipe.shapes if lessons.pairs.get(shape)), None)
+    if shape is None:
+        has = ", ".join(shape for shape, pairs in lessons.pairs.items() if pairs)
+        return f"it learns from pairs of {' or '.join(recipe.shapes)}, and this task has pairs of {has}"
+    return Given((list(lessons.pairs[shape]),), options)
+
+
+def learned(lm: LM, recipe: Recipe, given: Given) -> Steering:
+    """The method's steering, at its own defaults but for what was given.
+
+    Raises what the method raises, and `KeyboardInterrupt` where it was interrupted and ended before it was done.
+    """
+    options = dict(given.options)
+    if recipe.name == "iti":
+        from trimtab.engines.transformers.places import query_heads
+
+        options["heads"] = min(HEADS, lm.layout.layers * query_heads(lm.layout))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of few pairs a method may well warn
+        steering: Steering = recipe.load()(lm, *given.data, None, **options)
+    if steering.card.measured.get("interrupted"):
+        raise KeyboardInterrupt  # a descent ends with the best so far, and a run keeps whole cells only
+    if not steering.edits:
+        raise TrimtabError("it learned a steering that edits nothing")
+    return steering
+
+
+def orthogonal(lm: LM, steering: Steering, task: Task, seed: int) -> Steering:
+    """A steering's control: as long, in directions orthogonal to its own. Raises `TrimtabError` where there is none."""
+    from trimtab.evaluate.controls import orthogonal_like
+
+    return orthogonal_like(steering, seed, means_for(lm, [steering], task.asked))

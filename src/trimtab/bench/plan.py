@@ -1,0 +1,290 @@
+"""What a run consists of, and how long it will take, told before it starts."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.bench import behaviours, instructions, refusals, traits
+from trimtab.bench.emphasizing import EMPHASIS
+from trimtab.bench.learning import CONTROL, UNDIRECTED
+from trimtab.bench.tasks import Cost, Outline
+from trimtab.data import queries
+from trimtab.errors import TrimtabError
+from trimtab.learn.contrast import versions
+from trimtab.methods.recipe import Recipe, recipes
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+NATS = (0.25, 1.0, 4.0)
+ITEMS = (64, 48, 32, 24, 16, 12, 8)
+"""What a budget chooses from."""
+DOSES = 10
+"""So many divergences are measured to find the strengths of one method, about."""
+DOSE = 6 * 60.0
+"""Tokens that are read for one divergence."""
+TRAINING = 40 * 8 * 3.0
+"""What a method that learns with gradients reads, in pairs: 40 steps of 8, forwards and backwards."""
+WON = 0.25
+"""The share of runs that controls and side effects are measured for, about."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for.
+
+    Args:
+        methods: Names, or patterns such as `re*`; empty: all that there are, the emphasizing ones among them. What
+            begins with `!` is left out.
+        tasks: The same of kinds (`instructions`, `behaviours`, `refusal`, `traits`) and names of tasks.
+        nats: The divergences.
+        items: The most items of a task.
+        pairs: The most pairs that are learned from.
+        tokens: The most tokens of an answer.
+        seed: Of everything that is drawn.
+        data: A folder with other people's data: CAA's sets, IFEval, MMLU, XSTest, harmful requests.
+        lora: Whether a LoRA is finetuned for each task, too.
+        thorough: Controls and side effects at every strength, and not only where something is gained.
+    """
+
+    methods: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+    nats: tuple[float, ...] = NATS
+    items: int = 24
+    pairs: int = 24
+    tokens: int = 48
+    seed: int = 0
+    data: Path | None = None
+    lora: bool = False
+    thorough: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.nats or not all(0 < one < 100 for one in self.nats):
+            raise TrimtabError(f"divergences are numbers of nats above 0, such as 0.25,1,4, got {self.nats}")
+        for name, least in (("items", 4), ("pairs", 8), ("tokens", 4)):
+            if getattr(self, name) < least:
+                raise TrimtabError(f"{name} are at least {least}, got {getattr(self, name)}")
+        if self.data is not None and not self.data.is_dir():
+            raise TrimtabError(f"there is no folder {self.data}; --data names one with caa, ifeval, mmlu …")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run: the tasks, the rows of each, how many items; and the tasks that were left out, and why."""
+
+    settings: Settings
+    outlines: tuple[Outline, ...]
+    recipes: Mapping[str, Recipe]
+    rows: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+    @property
+    def nats(self) -> tuple[float, ...]:
+        """The divergences, smallest first."""
+        return tuple(sorted(set(self.settings.nats)))
+
+    @property
+    def items(self) -> int:
+        """The most items of a task."""
+        return self.settings.items
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        return self.settings.seed
+
+    @property
+    def data(self) -> Path | None:
+        """The folder with other people's data."""
+        return self.settings.data
+
+    @property
+    def sides(self) -> int:
+        """Items of each side effect."""
+        return max(4, self.settings.items // 2)
+
+    @property
+    def thorough(self) -> bool:
+        """Whether controls and side effects are measured everywhere."""
+        return self.settings.thorough
+
+    @property
+    def cells(self) -> int:
+        """How many there are to run."""
+        return len(self.outlines) * len(self.rows)
+
+    def head(self, lm: LM) -> dict[str, Any]:
+        """All that the run's bytes depend on; not where its data lie."""
+        settings = asdict(self.settings)
+        settings["data"] = None if self.data is None else sorted(path.name for path in self.data.iterdir())
+        return {
+            "bench": 1,
+            "model": {**asdict(lm.identity), **lm.runs_in},
+            "settings": settings,
+            "tasks": [one.name for one in self.outlines],
+            "rows": list(self.rows),
+            "titles": {name: self.title(name) for name in self.rows},
+            "left_out": [list(one) for one in self.left_out],
+            "versions": versions(),
+        }
+
+    def title(self, name: str) -> str:
+        """A row's method in words."""
+        if name in self.recipes:
+            return self.recipes[name].title
+        return EMPHASIS[name].title if name in EMPHASIS else "a finetuned low-rank adapter (arXiv 2106.09685)"
+
+    def cost(self) -> Cost:
+        """Tokens to generate and to read, about."""
+        total = Cost()
+        for outline in self.outlines:
+            total += self.settings.pairs * outline.written
+            items = min(self.items, outline.available)
+            runs = len(self.nats)
+            extra = runs * (1.0 if self.thorough else WON)
+            sides = Cost(2 * self.sides, 8.0 * self.sides * 130)
+            total += 3 * items * outline.arm
+            for name in self.rows:
+                if not self._acts(name, outline):
+                    continue
+                total += Cost(0, self._reads(name) * outline.pair + DOSES * DOSE)
+                total += (runs + extra) * items * outline.arm
+                total += extra * sides
+        return total
+
+    def _reads(self, name: str) -> float:
+        """What a method reads to learn, in pairs."""
+        recipe = self.recipes.get(name)
+        gradients = name == "LoRA" or (recipe is not None and ("gradient" in recipe.reads or name == "distill"))
+        return TRAINING if gradients else 2.0 * self.settings.pairs
+
+    def _acts(self, name: str, outline: Outline) -> bool:
+        """Whether the method can act on the task, as far as can be told beforehand."""
+        if name in EMPHASIS:
+            return outline.said
+        recipe = self.recipes.get(name)
+        if recipe is None:
+            return True
+        conditional = any(option.kind == "texts" and option.name in ("harmless", "when") for option in recipe.options)
+        return name not in UNDIRECTED and (not conditional or outline.kind == "refusal")
+
+
+def plan(settings: Settings) -> Plan:
+    """What is to be run. Nothing is loaded for it.
+
+    Raises:
+        TrimtabError: A method or a task that isn't there, by name, or none that can be run.
+    """
+    known = recipes()
+    names = [*known, *EMPHASIS]
+    chosen = _chosen("method", settings.methods, {name: (name,) for name in names})
+    rows = [name for name in names if name in chosen]
+    if CONTROL not in rows:
+        rows.append(CONTROL)  # nothing is a gain that a random direction has, too
+    rows.sort(key=lambda name: (name != CONTROL, names.index(name)))
+    rows += ["LoRA"] if settings.lora else []
+    available, left_out = _available(settings)
+    named = settings.tasks
+    if all(one.startswith("!") for one in named):
+        named = (*named, f"!{traits.MORE}")
+    tasks = _chosen("task", named, {one.name: (one.name, one.kind) for one in available}, left_out)
+    outlines = tuple(one for one in available if one.name in tasks)
+    return Plan(settings, outlines, {n: r for n, r in known.items() if n in rows}, tuple(rows), tuple(left_out))
+
+
+def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]]:
+    """All tasks that can be had, and kinds that can't, with the reason."""
+    found: list[Outline] = []
+    left_out = []
+    try:
+        found += instructions.outlines(settings.data, settings.pairs, settings.tokens)
+    except TrimtabError as error:
+        left_out.append(("instructions", str(error)))
+    for kind, made in (
+        ("behaviours", behaviours.outlines(settings.data, settings.pairs, settings.seed)),
+        ("refusal", refusals.outlines(settings.data, settings.pairs)),
+        ("traits", traits.outlines(settings.tokens, settings.pairs)),
+    ):
+        found += made
+        if not made:
+            left_out.append((kind, "its data aren't there: give --data FOLDER, or set TRIMTAB_DATA"))
+    return found, left_out
+
+
+def _chosen(
+    what: str, wanted: Sequence[str], known: Mapping[str, Sequence[str]], left_out: Sequence[tuple[str, str]] = ()
+) -> set[str]:
+    """The names that are meant by names, kinds and patterns; all, where nothing is wanted in particular."""
+    found: set[str] = set(known) if all(one.startswith("!") for one in wanted) else set()
+    for one in wanted:
+        without = one.startswith("!")
+        one = one.removeprefix("!")
+        mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, one) for call in called)}
+        if not mine:
+            why = next((f"; {reason}" for kind, reason in left_out if kind == one), "")
+            listed = ", ".join(dict.fromkeys(call for called in known.values() for call in reversed(called)))
+            raise TrimtabError(f"there is no {what} {one!r}{why or f'; there are {listed}'}")
+        found = found - mine if without else found | mine
+    if not found:
+        raise TrimtabError(f"no {what} is left of those that were named: {', '.join(wanted)}")
+    return found
+
+
+# ---- time ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens a second that are generated, in a batch, and that are read."""
+
+    made: float
+    read: float
+
+    def seconds(self, cost: Cost) -> float:
+        """How long that takes."""
+        return cost.made / self.made + cost.read / self.read
+
+
+def speed_of(lm: LM) -> Speed:
+    """Measured on a few queries, in some seconds."""
+    from trimtab.evaluate.divergence import read_given, reference
+
+    asked = list(queries("tune")[:16])
+    lm.generate(asked[:2], max_new_tokens=2)
+    started = time.perf_counter()
+    answers = lm.generate(asked, max_new_tokens=16)
+    made = sum(len(one.token_ids) for one in answers) / (time.perf_counter() - started)
+    base = reference(lm, asked[:6], tokens=8)
+    started = time.perf_counter()
+    read_given(lm, base.texts, None)
+    read = sum(len(one.prompt) + len(one.answer) for one in base.texts) / (time.perf_counter() - started)
+    return Speed(made, read)
+
+
+def within(made: Plan, speed: Speed, budget: float) -> Plan:
+    """The plan with as many items as fit into so many seconds.
+
+    Raises:
+        TrimtabError: Not even the fewest fit; it says what they take.
+    """
+    for items in [made.items, *(count for count in ITEMS if count < made.items)]:
+        smaller = replace(made, settings=replace(made.settings, items=items))
+        if speed.seconds(smaller.cost()) <= budget:
+            return smaller
+    needed = speed.seconds(smaller.cost())
+    raise TrimtabError(
+        f"even with {smaller.items} items a task this takes about {told(needed)}, and the budget is {told(budget)}:"
+        " give more time, or fewer --methods or --tasks"
+    )
+
+
+def told(seconds: float) -> str:
+    """A time in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,428 @@
+"""What a run came to: each method's best strength on each task, decided by one test, and how the methods rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import numpy as np
+
+from trimtab.bench.learning import CONTROL
+from trimtab.bench.store import HEAD, Store, canonical
+from trimtab.bench.tasks import PLAIN, PROMPT, TWICE
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.decision import BETTER, LEVEL, WORSE, Decision, decide, error_rate, in_words
+from trimtab.evaluate.intervals import Interval, paired_bootstrap
+from trimtab.files.target import write_atomically
+
+RESULTS = "results.json"
+LOOPS, EMPTY, UNLIKELY = 0.1, 0.05, 2.0
+"""A text is broken where so much more of it is repeated, so many more answers are empty, or its median perplexity is so
+many times that of the unsteered answers."""
+NO_BETTER = "no better than random"
+"""What `trimtab.evaluate.decision` calls better, and random directions at the same divergence have, too."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method at one strength on one task.
+
+    Args:
+        nats: The divergence that was asked for; `None` where the strength isn't set by nats.
+        factor: What the steering was multiplied by.
+        reached: The divergence that it had.
+        decision: Against the unsteered arm, corrected for the number of strengths.
+        random: p of being better than random directions at the same nats; `None` where they weren't run.
+        orthogonal: The same for directions orthogonal to its own.
+        beside: What else changed, steered minus unsteered, as means (of perplexities: the ratio of medians).
+        sides: Side effects: the change, with its interval; empty where they weren't measured.
+        broken: Which limits its text breaks.
+    """
+
+    nats: float | None
+    factor: float
+    reached: float | None
+    decision: Decision
+    random: float | None
+    orthogonal: float | None
+    beside: Mapping[str, float]
+    sides: Mapping[str, Interval]
+    broken: tuple[str, ...]
+
+    @property
+    def verdict(self) -> str:
+        """In the words of `trimtab.evaluate.decision`, and whether random directions do as well."""
+        if self.decision.verdict != BETTER:
+            return self.decision.verdict
+        controls = [p for p in (self.random, self.orthogonal) if p is not None]
+        return BETTER if all(p <= LEVEL for p in controls) else NO_BETTER
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on one task: all its strengths, the best of them, and notes. `share` is that of the prompt's effect."""
+
+    method: str
+    cells: tuple[Cell, ...]
+    best: int
+    share: float | None
+    notes: tuple[str, ...]
+    predictors: Mapping[str, float] | None
+
+    @property
+    def cell(self) -> Cell:
+        """The best strength: the one that is better without breaking the text, else the one that gains most."""
+        return self.cells[self.best]
+
+
+@dataclass(frozen=True)
+class TaskResults:
+    """One task: its arms without a steering, its rows, and the methods that can't act on it."""
+
+    name: str
+    about: str
+    unit: str
+    items: int
+    unsteered: float
+    told: Mapping[str, Decision]
+    rows: tuple[Row, ...]
+    left_out: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A method over all tasks: on how many it acts, on how many it is better, worse, and breaks the text; its place
+    among the methods (1: always first, 0: always last); and the median share of the prompt's effect."""
+
+    method: str
+    tasks: int
+    better: int
+    worse: int
+    broken: int
+    place: float
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """A whole run. `agreement` is Spearman's rank correlation of the methods' places between two halves of the
+    items."""
+
+    about: Mapping[str, Any]
+    tasks: tuple[TaskResults, ...]
+    methods: tuple[Standing, ...]
+    agreement: float | None
+    left_out: Mapping[str, str]
+
+    @property
+    def decided(self) -> int:
+        """How many verdicts there are."""
+        return sum(row.method != CONTROL for task in self.tasks for row in task.rows)
+
+    def words(self) -> list[str]:
+        """The verdict."""
+        rows = [(task, row) for task in self.tasks for row in task.rows if row.method != CONTROL]
+        better = [(task, row) for task, row in rows if row.cell.verdict == BETTER]
+        whole = [(task, row) for task, row in better if not row.cell.broken]
+        heard = [row for _, row in better if "repeated" in row.cell.beside]
+        said = []
+        if not rows:
+            return ["nothing was measured: no method could act on any of the tasks"]
+        best = self.methods[0] if self.methods else None
+        if not better:
+            said.append(f"none of the {len(rows)} rows (a method on a task) is told from luck")
+        else:
+            said.append(
+                f"{len(better)} of {len(rows)} rows (a method on a task) are better than the unsteered model and than"
+                f" random directions at the same divergence; of {len(heard)} of these answers were generated, and"
+                f" {len([row for row in heard if not row.cell.broken])} leave the text whole"
+            )
+        if best is not None and best.better:
+            ties = [one.method for one in self.methods if one.better == best.better]
+            said.append(f"better on most tasks ({best.better}): {', '.join(ties)}")
+        beaten = [f"{row.method} on {task.name}" for task, row in whole if row.share is not None and row.share >= 1]
+        with_prompt = [task for task in self.tasks if PROMPT in task.told]
+        if with_prompt:
+            what = ", ".join(beaten) if beaten else "none"
+            said.append(f"at least as much as the prompt itself, on the {len(with_prompt)} tasks that have one: {what}")
+            deaf = [task.name for task in with_prompt if not task.told[PROMPT].better]
+            if deaf:
+                said.append(f"the model doesn't do it when it is asked to, either, on: {', '.join(deaf)}")
+        said.append(
+            f"{error_rate()}: of {len(rows)} rows that do nothing, up to {max(1, round(LEVEL * len(rows)))} would be"
+            " called better"
+        )
+        if self.agreement is not None:
+            said.append(
+                f"the methods' ranks on two halves of the items correlate by {self.agreement:.2f} (Spearman): "
+                + ("take the order seriously" if self.agreement >= 0.8 else "take no place for sure; give more --items")
+            )
+        return said
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the same for the same run."""
+        tasks = [_task_json(task) for task in self.tasks]
+        return {
+            "about": self.about,
+            "verdict": self.words(),
+            "error_rate": LEVEL,
+            "methods": [asdict(one) for one in self.methods],
+            "rank_correlation_of_halves": self.agreement,
+            "tasks": tasks,
+            "left_out": self.left_out,
+        }
+
+
+def results_of(folder: str | Path) -> Results:
+    """Sum up what a folder holds, and write `results.json` there.
+
+    Raises:
+        TrimtabError: No run is there, or not one task of it is done.
+    """
+    folder = Path(folder)
+    if not (folder / HEAD).is_file():
+        raise TrimtabError(f"{folder} holds no benchmark ({HEAD} isn't there)")
+    head = json.loads((folder / HEAD).read_bytes())
+    store = Store(folder, head)
+    tasks, left_out = [], dict(head["left_out"])
+    halves: list[dict[tuple[str, str], float]] = [{}, {}]
+    places: dict[str, list[float]] = {}
+    for name in head["tasks"]:
+        if not store.done("cells", name, "task"):
+            continue
+        about = _read(store, name, "task")
+        if "left_out" in about:
+            left_out[name] = about["left_out"]
+            continue
+        if not store.done("cells", name, PLAIN):
+            continue
+        found = {
+            row: _read(store, name, "method", row) for row in head["rows"] if store.done("cells", name, "method", row)
+        }
+        tasks.append(_task(store, name, about, found, halves, places))
+    if not tasks:
+        raise TrimtabError(f"{folder} holds the beginning of a run, and no task of it is done; run it again to go on")
+    results = Results(head, tuple(tasks), _standings(tasks, places), _agreement(halves), left_out)
+    write_atomically(folder / RESULTS, canonical(results.to_json()))
+    return results
+
+
+# ---- one task ----------------------------------------------------------------------------------------------------
+
+
+def _task(
+    store: Store,
+    name: str,
+    about: Mapping[str, Any],
+    found: Mapping[str, Mapping[str, Any]],
+    halves: list[dict[tuple[str, str], float]],
+    places: dict[str, list[float]],
+) -> TaskResults:
+    plain, groups = _read(store, name, PLAIN), about["groups"]
+    told = {
+        arm: decide(plain["scores"], _read(store, name, arm)["scores"], groups=groups)
+        for arm in (PROMPT, TWICE)
+        if store.done("cells", name, arm)
+    }
+    random = {run["nats"]: run["scores"] for run in found.get(CONTROL, {}).get("runs", ())}
+    gain = told[PROMPT].difference.estimate if PROMPT in told else None
+    rows, left_out = [], {}
+    for method, stored in found.items():
+        if "left_out" in stored or not stored["runs"]:
+            left_out[method] = stored.get("left_out") or stored["lacking"][0]["reason"]
+            continue
+        rows.append(_row(store, method, stored, plain, groups, random, gain))
+    _rank(name, plain, groups, found, halves, places)
+    unsteered = mean(plain["scores"])
+    return TaskResults(name, about["about"], about["unit"], len(set(groups)), unsteered, told, tuple(rows), left_out)
+
+
+def _row(
+    store: Store,
+    method: str,
+    stored: Mapping[str, Any],
+    plain: Mapping[str, Any],
+    groups: Sequence[str],
+    random: Mapping[float | None, Sequence[float]],
+    gain: float | None,
+) -> Row:
+    runs = stored["runs"]
+    cells = tuple(_cell(store, method, run, len(runs), plain, groups, random) for run in runs)
+    best = max(
+        range(len(cells)),
+        key=lambda n: (
+            cells[n].verdict == BETTER and not cells[n].broken,
+            cells[n].decision.difference.estimate,
+            -n,
+        ),
+    )
+    notes = [stored["note"]] if "note" in stored else []
+    notes += [f"{one['nats']:g} nats: {one['reason']}" for one in stored.get("lacking", ())]
+    if stored.get("monotone") is False:
+        notes.append("its divergence doesn't grow with the strength everywhere")
+    if "no_orthogonal" in stored:
+        notes.append(f"no orthogonal control: {stored['no_orthogonal']}")
+    # where the prompt itself does little, a share of it says nothing
+    share = cells[best].decision.difference.estimate / gain if gain is not None and gain > 0.02 else None
+    return Row(method, cells, best, share, tuple(notes), stored.get("predictors"))
+
+
+def _cell(
+    store: Store,
+    method: str,
+    run: Mapping[str, Any],
+    strengths: int,
+    plain: Mapping[str, Any],
+    groups: Sequence[str],
+    random: Mapping[float | None, Sequence[float]],
+) -> Cell:
+    scores, nats = run["scores"], run["nats"]
+    against = None if method == CONTROL else random.get(nats)
+    orthogonal = run.get("orthogonal", {}).get("scores")
+    sides = {}
+    for side, values in run.get("sides", {}).items():
+        sides[side] = paired_bootstrap(_read(store, "sides", side), values)
+    beside = {
+        name: median(run["beside"][name]) / median(values)
+        if name == "perplexity"
+        else mean(run["beside"][name]) - mean(values)
+        for name, values in plain["beside"].items()
+    }
+    broken = []
+    if beside.get("repeated", 0.0) > LOOPS:
+        broken.append("it repeats itself")
+    if beside.get("empty", 0.0) > EMPTY:
+        broken.append("answers are empty")
+    if beside.get("perplexity", 1.0) > UNLIKELY:
+        broken.append("its text is unlikely")
+    return Cell(
+        nats,
+        run["factor"],
+        run.get("reached"),
+        decide(plain["scores"], scores, groups=groups, candidates=strengths),
+        None if against is None else decide(against, scores, groups=groups).p,
+        None if orthogonal is None else decide(orthogonal, scores, groups=groups).p,
+        beside,
+        sides,
+        tuple(broken),
+    )
+
+
+# ---- ranks -------------------------------------------------------------------------------------------------------
+
+
+def _rank(
+    task: str,
+    plain: Mapping[str, Any],
+    groups: Sequence[str],
+    found: Mapping[str, Mapping[str, Any]],
+    halves: list[dict[tuple[str, str], float]],
+    places: dict[str, list[float]],
+) -> None:
+    """Put the methods' places at each divergence of this task where those of other tasks are, in all and by halves."""
+    order = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+    members = [[i for i, group in enumerate(groups) if order[group] % 2 == half] for half in (0, 1)]
+    everything = list(range(len(groups)))
+    at: dict[float, dict[str, Sequence[float]]] = {}
+    for method, stored in found.items():
+        for run in stored.get("runs", ()):
+            if run["nats"] is not None:
+                at.setdefault(run["nats"], {})[method] = run["scores"]
+    for nats, of in sorted(at.items()):
+        if len(of) < 2:
+            continue
+        for method, place in _places(of, plain["scores"], everything).items():
+            places.setdefault(method, []).append(place)
+        for half, some in enumerate(members):
+            if some:
+                for method, place in _places(of, plain["scores"], some).items():
+                    halves[half][method, f"{task} {nats:g}"] = place
+
+
+def _places(of: Mapping[str, Sequence[float]], plain: Sequence[float], some: Sequence[int]) -> dict[str, float]:
+    """From 0 (last) to 1 (first) by the mean gain on these items; those that tie share their places."""
+    gains = {method: mean(scores[i] - plain[i] for i in some) for method, scores in of.items()}
+    ranks = ranked(list(gains.values()))
+    return {method: rank / (len(gains) - 1) for method, rank in zip(gains, ranks, strict=True)}
+
+
+def ranked(values: Sequence[float]) -> list[float]:
+    """The ranks of these values, 0 for the lowest; those that tie have the mean of theirs."""
+    rounded = [round(value, 9) for value in values]
+    return [sum(b < a for b in rounded) + (sum(b == a for b in rounded) - 1) / 2 for a in rounded]
+
+
+def _agreement(halves: Sequence[Mapping[tuple[str, str], float]]) -> float | None:
+    """Spearman's correlation of the methods' mean places between the halves; `None` for fewer than three methods."""
+    both = sorted({method for method, _ in halves[0]} & {method for method, _ in halves[1]})
+    if len(both) < 3:
+        return None
+    sides = [[mean(v for (m, _), v in half.items() if m == method) for method in both] for half in halves]
+    a, b = (np.array(ranked(side)) for side in sides)
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return round(float(np.corrcoef(a, b)[0, 1]), 6)
+
+
+def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float]]) -> tuple[Standing, ...]:
+    rows: dict[str, list[Row]] = {}
+    for task in tasks:
+        for row in task.rows:
+            rows.setdefault(row.method, []).append(row)
+    found = []
+    for method, of in rows.items():
+        verdicts = [row.cell.verdict for row in of]
+        shares = [row.share for row in of if row.share is not None]
+        found.append(
+            Standing(
+                method,
+                len(of),
+                verdicts.count(BETTER),
+                verdicts.count(WORSE),
+                sum(bool(row.cell.broken) for row in of),
+                round(mean(places[method]), 6) if method in places else 0.0,
+                round(median(shares), 6) if shares else None,
+            )
+        )
+    return tuple(sorted(found, key=lambda one: (-one.better, -one.place, one.method)))
+
+
+# ---- plain values ------------------------------------------------------------------------------------------------
+
+
+def _task_json(task: TaskResults) -> dict[str, Any]:
+    return {
+        "task": task.name,
+        "about": task.about,
+        "unit": task.unit,
+        "items": task.items,
+        "unsteered": task.unsteered,
+        "told": {arm: {**asdict(one), "words": in_words(one, "items")} for arm, one in task.told.items()},
+        "rows": [_row_json(row) for row in task.rows],
+        "left_out": task.left_out,
+    }
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    return {
+        "method": row.method,
+        "verdict": row.cell.verdict,
+        "words": in_words(row.cell.decision, "items"),
+        "at_nats": row.cell.nats,
+        "share_of_prompt": row.share,
+        "broken": row.cell.broken,
+        "cells": [{**asdict(cell), "verdict": cell.verdict} for cell in row.cells],
+        "notes": row.notes,
+        "predictors": row.predictors,
+    }
+
+
+def _read(store: Store, *names: str) -> Any:
+    def gone() -> Any:
+        raise TrimtabError(f"a part of the run is missing: {' / '.join(names)}; run it again")
+
+    return store.keep("cells", *names, make=gone)

@@ -1,0 +1,257 @@
+"""The benchmark itself: each task's arms without a steering, then each method at each divergence, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.bench.doses import Dose, Doses, Steered, base_of, scaled
+from trimtab.bench.emphasizing import EMPHASIS, emphasized
+from trimtab.bench.learning import CONTROL, Given, given_to, learned, orthogonal
+from trimtab.bench.plan import Plan
+from trimtab.bench.results import Results, results_of
+from trimtab.bench.sides import Side, sides
+from trimtab.bench.store import Store
+from trimtab.bench.tasks import PLAIN, Measured, Task
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.decision import LEVEL, decide
+from trimtab.evaluate.divergence import Reference
+from trimtab.files.steering_file import steering_digest
+from trimtab.learn.given import check_lm
+from trimtab.steering import Steering
+from trimtab.tune.forecast import READ_BY, predictors
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.methods.recipe import Recipe
+
+LORA = "LoRA"
+Progress = Callable[[int, int], None]
+
+
+def bench(
+    lm: LM,
+    plan: Plan,
+    folder: str | Path,
+    *,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Results:
+    """Run what was planned, and sum it up.
+
+    Each cell (a method on a task) is a file in the folder, written whole or not at all: an interrupted run goes on
+    with the same call, and ends with the same bytes as one that wasn't interrupted. The same model, settings, machine
+    and number of threads give the same files.
+
+    Args:
+        lm: The model, on the transformers engine.
+        plan: What `plan` made.
+        folder: Where the run is kept; it may hold the beginning of the same run.
+        progress: Told of cells that are done, and of all.
+        say: Told in words what is being done.
+
+    Raises:
+        TrimtabError: A folder with another run, or a model that is being steered or on another engine.
+    """
+    check_lm(lm, "logits", "training")
+    store = Store(Path(folder), plan.head(lm))
+    done, total = 0, plan.cells
+    for outline in plan.outlines:
+        if say is not None:
+            say(outline.name)
+        running: _Running | None = None
+        try:
+            running = _Running(lm, store, plan, outline.make(lm, store, plan.items))
+            running.arms()
+        except TrimtabError as error:
+            store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
+            running = None
+        for name in plan.rows:
+            if running is not None:
+                running.cell(name)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+    return results_of(store.folder)
+
+
+class _Running:
+    """One task while it runs: what is measured for all of its methods stands here once."""
+
+    def __init__(self, lm: LM, store: Store, plan: Plan, task: Task) -> None:
+        self.lm, self.store, self.plan, self.task = lm, store, plan, task
+        self._base: Reference | None = None
+        self._plain: Measured | None = None
+        self._sides = sides(plan.data, plan.sides)
+
+    @property
+    def base(self) -> Reference:
+        """What divergences are measured from."""
+        if self._base is None:
+            self._base = base_of(self.lm, self.task)
+        return self._base
+
+    def arms(self) -> None:
+        """The arms without a steering, and what the task is."""
+        task = self.task
+        for arm in (PLAIN, *task.told):
+            found = self.store.keep("cells", task.name, arm, make=partial(self._told, arm))
+            if arm == PLAIN:
+                self._plain = _measured(found)
+        self.store.keep(
+            "cells",
+            task.name,
+            "task",
+            make=lambda: {
+                "about": task.about,
+                "unit": task.unit,
+                "items": task.items,
+                "groups": task.groups,
+                "pairs": {shape: len(pairs) for shape, pairs in task.lessons.pairs.items()},
+            },
+        )
+
+    def _told(self, arm: str) -> dict[str, Any]:
+        return asdict(self._measure(arm, [None])[0])
+
+    def cell(self, name: str) -> None:
+        """One method: its doses, its runs, its controls; or why there are none."""
+        make = self._lora if name == LORA else self._emphasis if name in EMPHASIS else self._method
+        self.store.keep("cells", self.task.name, "method", name, make=lambda: make(name))
+
+    # ---- kinds of rows -----------------------------------------------------------------------------------
+
+    def _method(self, name: str) -> dict[str, Any]:
+        recipe = self.plan.recipes[name]
+        given = given_to(recipe, self.task.lessons, self.plan.seed)
+        if isinstance(given, str):
+            return {"left_out": given}
+        try:
+            steering = self.store.keep_steering(self.task.name, name, make=lambda: learned(self.lm, recipe, given))
+            self.lm.check(steering)
+        except (TrimtabError, ValueError, ArithmeticError) as error:
+            return {"left_out": f"it couldn't be learned: {error}"}
+        except Exception as error:
+            if recipe.distribution == "trimtab":
+                raise
+            return {"left_out": f"it couldn't be learned: {type(error).__name__}: {error} ({recipe.distribution})"}
+        found = self._dosed(steering, None, {})
+        found["edits"] = len(steering.edits)
+        found["digest"] = steering_digest(steering)
+        if name in READ_BY:
+            found["predictors"] = self._predictors(recipe, given, steering)
+        if name != CONTROL:
+            self._controlled(steering, found)
+        return found
+
+    def _emphasis(self, name: str) -> dict[str, Any]:
+        task, method = self.task, EMPHASIS[name]
+        if not task.phrases:
+            return {"left_out": "it emphasizes a phrase of the prompt, and here the prompts have no instruction"}
+        try:
+            each = emphasized(self.lm, method, task.prompts, task.phrases)
+            asked = emphasized(self.lm, method, task.asked, task.asked_phrases)
+        except TrimtabError as error:
+            return {"left_out": str(error)}
+        if method.fixed:
+            run = asdict(self._measure(PLAIN, [each], method.options)[0])
+            return {"note": method.fixed, "runs": [{"nats": None, "factor": 1.0, **run}]}
+        return self._dosed(asked, each, method.options)
+
+    def _lora(self, _name: str) -> dict[str, Any]:
+        from trimtab.evaluate.lora import finetuned
+
+        pairs = self.task.lessons.pairs
+        shape = next((shape for shape in ("letters", "answers", "texts") if pairs.get(shape)), None)
+        if shape is None:
+            return {"left_out": "a LoRA is finetuned on answers, and this task has none"}
+        try:
+            with finetuned(self.lm, pairs[shape], "positive") as tuned:
+                run = asdict(self.task.measure(tuned, PLAIN, [[None] * len(self.task.items)], {})[0])
+        except TrimtabError as error:
+            return {"left_out": str(error)}
+        note = "its weights are changed, so its strength isn't set by nats"
+        return {"note": note, "runs": [{"nats": None, "factor": 1.0, **run}]}
+
+    # ---- parts -------------------------------------------------------------------------------------------
+
+    def _measure(self, arm: str, runs: Sequence[Any], options: Mapping[str, Any] | None = None) -> list[Measured]:
+        count = len(self.task.items)
+        each = [[None] * count if run is None else run for run in runs]
+        return self.task.measure(self.lm, arm, each, options or {})
+
+    def _dosed(self, asked: Steered, each: Sequence[Steering] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The method at each divergence that it reaches, and why it doesn't reach the others.
+
+        `asked` is what divergences are measured with, `each` a steering for each item; `None`: the same for all.
+        """
+        doses = Doses(self.lm, self.base, asked)
+        reached: list[Dose] = []
+        lacking = []
+        for nats in self.plan.nats:
+            try:
+                reached.append(doses.at(nats))
+            except TrimtabError as error:
+                lacking.append({"nats": nats, "reason": str(error)})
+        runs = []
+        if reached:
+            wanted = [self._run(asked if each is None else each, dose.factor) for dose in reached]
+            measured = self._measure(PLAIN, wanted, options)
+            runs = [{**asdict(dose), **asdict(one)} for dose, one in zip(reached, measured, strict=True)]
+        return {"runs": runs, "lacking": lacking, "monotone": doses.monotone}
+
+    def _controlled(self, steering: Steering, found: dict[str, Any]) -> None:
+        """Orthogonal directions and side effects: where there is a gain that they could explain or spoil."""
+        assert self._plain is not None
+        wanted = [run for run in found["runs"] if self.plan.thorough or self._gains(run["scores"])]
+        if not wanted:
+            return
+        try:
+            control = orthogonal(self.lm, steering, self.task, self.plan.seed)
+        except TrimtabError as error:
+            found["no_orthogonal"] = str(error)
+        else:
+            doses = Doses(self.lm, self.base, control)
+            for run in wanted:
+                try:
+                    dose = doses.at(run["nats"])
+                except TrimtabError as error:
+                    run["orthogonal"] = {"left_out": str(error)}
+                    continue
+                each = self._run(control, dose.factor)
+                run["orthogonal"] = {**asdict(dose), **asdict(self._measure(PLAIN, [each])[0])}
+        for run in wanted:
+            run["sides"] = {
+                name: side.measure(self.lm, run["factor"] * steering)
+                for name, side in self._sides.items()
+                if name != self.task.name and self._unsteered(side)
+            }
+
+    def _run(self, steering: Steered, factor: float) -> Sequence[Steering]:
+        """A steering for each item; where it is one for all, the same object."""
+        found = scaled(steering, factor)
+        return [found] * len(self.task.items) if isinstance(found, Steering) else found
+
+    def _gains(self, scores: Sequence[float]) -> bool:
+        assert self._plain is not None
+        return decide(self._plain.scores, scores, groups=self.task.groups).p <= LEVEL
+
+    def _unsteered(self, side: Side) -> list[float]:
+        """A side effect's values without a steering, measured once for all tasks."""
+        values: list[float] = self.store.keep("cells", "sides", side.name, make=lambda: side.measure(self.lm, None))
+        return values
+
+    def _predictors(self, recipe: Recipe, given: Given, steering: Steering) -> dict[str, Any] | None:
+        assert recipe.takes == "pairs"
+        try:
+            return asdict(predictors(self.lm, given.data[0], steering, self.task.asked, base=self.base))
+        except TrimtabError:
+            return None
+
+
+def _measured(stored: Mapping[str, Any]) -> Measured:
+    beside = {name: tuple(values) for name, values in stored["beside"].items()}
+    return Measured(tuple(stored["scores"]), beside, tuple(stored["answers"]))

@@ -1,0 +1,87 @@
+"""What a steering does besides what it is for: knowledge, harmless requests, other behaviours, plain text."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trimtab.bench.behaviours import SYSTEM, test_items
+from trimtab.bench.measures import letters, letters_of, likelihoods
+from trimtab.bench.tasks import BATCH
+from trimtab.data import queries
+from trimtab.engines.doses import DoseWarning
+from trimtab.evaluate.ab import read_ab
+from trimtab.evaluate.divergence import reference
+from trimtab.evaluate.refusal import read_refusal, refuses
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+
+TOKENS = 24
+TEXTS = 8
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side effect: what is measured, whether more of it is worse, and each item's value under a steering."""
+
+    name: str
+    about: str
+    measure: Callable[[LM, Steering | None], list[float]]
+
+
+def sides(data: Path | None, count: int) -> Mapping[str, Side]:
+    """The side effects that can be measured with what the data folder has, on so many items each."""
+    found = [Side("text", "log-probability of the unsteered model's own answers, nats a token", _text())]
+    if data is not None and (path := data / "mmlu" / "mmlu.json").is_file():
+        found.append(Side("MMLU", "the correct letter's share of two", _letters(path, count)))
+    if data is not None and (path := data / "xstest" / "xstest_prompts.csv").is_file():
+        found.append(Side("over-refusal", "harmless requests of XSTest that are refused", _refused(path, count)))
+    for name in SYSTEM:
+        if data is not None and (folder := data / "caa" / name).is_dir():
+            found.append(Side(name, "the matching letter's share, both orders", _behaviour(folder, max(1, count // 2))))
+    return {one.name: one for one in found}
+
+
+def _text() -> Callable[[LM, Steering | None], list[float]]:
+    def measure(lm: LM, steering: Steering | None) -> list[float]:
+        base = reference(lm, list(queries("test")[:TEXTS]), tokens=TOKENS)
+        return likelihoods(lm, base.texts, [steering] * len(base.texts))
+
+    return measure
+
+
+def _letters(path: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:
+    items = read_ab(path, limit=count)[0]
+
+    def measure(lm: LM, steering: Steering | None) -> list[float]:
+        (found,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
+        return list(found.scores)
+
+    return measure
+
+
+def _behaviour(folder: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:
+    items = test_items(folder, count)
+
+    def measure(lm: LM, steering: Steering | None) -> list[float]:
+        (found,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
+        return [(a + b) / 2 for a, b in zip(found.scores[::2], found.scores[1::2], strict=True)]
+
+    return measure
+
+
+def _refused(path: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:
+    items = [one for one in read_refusal(path, count) if not one.harmful]
+
+    def measure(lm: LM, steering: Steering | None) -> list[float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DoseWarning)
+            answers = lm.generate([one.prompt for one in items], steering, max_new_tokens=TOKENS, batch_size=BATCH)
+        return [float(refuses(answer.text)) for answer in answers]
+
+    return measure

@@ -1,0 +1,91 @@
+"""A folder in which each part of a run is a file, written whole or not at all, so that a run can go on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import load_steering, save_steering
+from trimtab.files.target import write_atomically
+
+if TYPE_CHECKING:
+    from trimtab.steering import Steering
+
+HEAD = "run.json"
+
+
+class Store:
+    """The folder of one run. `head` describes the run; a folder of another run is refused.
+
+    Raises `TrimtabError` for such a folder, or one that can't be written.
+    """
+
+    def __init__(self, folder: Path, head: Mapping[str, Any]) -> None:
+        self.folder = folder
+        try:
+            for name in ("cells", "learned", "texts"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrimtabError(f"can't write into {folder}: {error.strerror}; name another folder") from None
+        path, wanted = folder / HEAD, canonical(head)
+        if path.is_file():
+            if (found := path.read_bytes()) != wanted:
+                there = json.loads(found)
+                odd = [key for key in {**there, **head} if there.get(key) != json.loads(wanted).get(key)]
+                raise TrimtabError(
+                    f"{folder} holds a run with other settings ({', '.join(sorted(odd))} differ): give the same"
+                    " settings to go on with it, or another folder"
+                )
+        else:
+            write_atomically(path, wanted)
+
+    def done(self, kind: str, *names: str) -> bool:
+        """Whether this part is there."""
+        return self._path(kind, names, ".json").is_file()
+
+    def keep(self, kind: str, *names: str, make: Callable[[], Any]) -> Any:
+        """What is in this part's file; where there is none it is made and written. Values are JSON's."""
+        path = self._path(kind, names, ".json")
+        if not path.is_file():
+            write_atomically(path, canonical(make()))
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError:
+            raise TrimtabError(f"{path} is damaged; delete it, and it is made again") from None
+
+    def keep_steering(self, *names: str, make: Callable[[], Steering]) -> Steering:
+        """The steering of this part, learned where it isn't there yet."""
+        path = self._path("learned", names, ".safetensors")
+        if not path.is_file():
+            save_steering(make(), path)
+        return load_steering(path)
+
+    def _path(self, kind: str, names: tuple[str, ...], suffix: str) -> Path:
+        return self.folder / kind / f"{'--'.join(_plain(name) for name in names)}{suffix}"
+
+
+def canonical(value: Any) -> bytes:
+    """The value as JSON, the same bytes for the same value; numbers that JSON hasn't become null."""
+    return (json.dumps(_finite(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _plain(name: str) -> str:
+    """The name as a file's: what may not stand there is replaced, and then a digest keeps names apart."""
+    plain = re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"

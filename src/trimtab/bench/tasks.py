@@ -1,0 +1,128 @@
+"""What a benchmark task is: what is learned from, what is asked, and how an answer is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from trimtab.bench.store import Store
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+    from trimtab.text.chat import Prompt
+    from trimtab.text.pairs import Pair
+
+PLAIN, PROMPT, TWICE = "unsteered", "prompt", "said twice"
+"""The arms without a steering: nothing said but the question, what words can do, and the same words twice."""
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """What methods are given to learn from, in all the forms that a task has.
+
+    Args:
+        pairs: Contrastive pairs by their shape.
+        texts: Prompts on which the behaviour belongs, for methods that learn from texts.
+        others: Prompts on which it doesn't.
+        contrast: A text for and a text against, for methods that take two texts.
+        teacher: Keywords of `learn_distill`: what the model is told, and what is asked.
+    """
+
+    pairs: Mapping[str, tuple[Pair, ...]]
+    texts: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    contrast: tuple[str, str] | None = None
+    teacher: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One arm: a score for each item, in the items' order, and what else was seen of each (`repeated`, `perplexity` …).
+
+    `answers` are what was said, where something is.
+    """
+
+    scores: tuple[float, ...]
+    beside: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    answers: tuple[str, ...] = ()
+
+
+Run = Sequence["Steering | None"]
+"""A steering for each item."""
+Measure = Callable[["LM", str, Sequence[Run], Mapping[str, Any]], list[Measured]]
+"""`measure(lm, arm, runs, options)`: what comes of each run, all in the same batches, in one of the task's arms;
+`options` are for `lm.generate`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that is ready to run.
+
+    Args:
+        name: What it is called.
+        about: What a higher score means.
+        unit: What a score is: a share from 0 to 1, or nats a token.
+        items: The items' names.
+        groups: Which items belong together in intervals and tests.
+        told: Which of the arms `PROMPT` and `TWICE` there are.
+        lessons: What is learned from.
+        asked: Prompts like the items', none of them an item, on which divergences are measured.
+        prompts: What each item asks, in the arm without a steering; empty where nothing is generated.
+        phrases: For each item the phrase of its prompt that may be emphasized; none where nothing is said there.
+        asked_phrases: The same for `asked`.
+        measure: How an arm is scored.
+    """
+
+    name: str
+    about: str
+    unit: str
+    items: tuple[str, ...]
+    groups: tuple[str, ...]
+    told: tuple[str, ...]
+    lessons: Lessons
+    asked: tuple[Prompt, ...]
+    measure: Measure
+    prompts: tuple[Prompt, ...] = ()
+    phrases: tuple[str, ...] = ()
+    asked_phrases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Tokens that are generated, and tokens that are only read."""
+
+    made: float = 0.0
+    read: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.made + other.made, self.read + other.read)
+
+    def __rmul__(self, times: float) -> Cost:
+        return Cost(times * self.made, times * self.read)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A task before anything is run for it.
+
+    Args:
+        name: The task's name.
+        kind: `instructions`, `behaviours`, `refusal` or `traits`.
+        available: How many items there are at most.
+        arm: What one arm costs, an item.
+        build: What a pair to learn from costs to write, where the model writes it; and the tokens of a pair.
+        make: Gives the task: `make(lm, store, items)`.
+        said: Whether the instruction is in the prompts, so that it can be emphasized.
+    """
+
+    name: str
+    kind: str
+    available: int
+    arm: Cost
+    written: Cost
+    pair: float
+    make: Callable[[LM, Store, int], Task]
+    said: bool = False

@@ -1,0 +1,125 @@
+"""Tasks of being a certain way (the trait cards): by how likely the model's own answers for and against it become."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from trimtab.bench.measures import by_leads
+from trimtab.bench.store import Store
+from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
+from trimtab.data import Trait, queries, traits
+from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.errors import TrimtabError
+from trimtab.making.contrasts import Answer, Contrasts, contrasts, hears_system, under
+from trimtab.making.idea import idea_from_trait
+from trimtab.text.pairs import Pair
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+
+TRAITS = ("blunt", "cheerful", "concise", "formal", "pirate", "poetic")
+"""Those that are run where no tasks are named; the other cards are `MORE`."""
+MORE = "more-traits"
+ASKED = 6
+LEAST = 5
+"""Fewer questions with answers on both sides are too few to tell anything from luck."""
+
+
+def outlines(tokens: int, pairs: int) -> list[Outline]:
+    """A task for each trait card; those that are run anyway first."""
+    found = []
+    for card in sorted(traits().values(), key=lambda one: (one.name not in TRAITS, one.name)):
+        texts = 2 * (len(card.learn) + len(card.test)) / max(1, pairs)  # all questions are answered, to find enough
+        arm, written = Cost(0, 2 * (tokens + 60)), texts * Cost(tokens, 2 * (tokens + 60))
+        make = partial(_task, card, tokens, pairs)
+        kind = "traits" if card.name in TRAITS else MORE
+        found.append(Outline(card.name, kind, len(card.test), arm, written, 2 * (tokens + 50.0), make))
+    return found
+
+
+def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int) -> Task:
+    idea = idea_from_trait(card)
+
+    def answered(side: str, questions: Sequence[str]) -> Contrasts:
+        def write() -> dict[str, Any]:
+            return asdict(contrasts(lm, idea, questions, 1, tokens))
+
+        return _contrasts(store.keep("texts", card.name, side, make=write))
+
+    learn, test = answered("learn", card.learn), answered("test", card.test)
+    chosen, taught = test.questions[:count], learn.questions[:pairs]
+    if len(chosen) < LEAST or len(taught) < LEAST:
+        raise TrimtabError(
+            f"the model's own answers for and against {card.name} differ on {len(chosen)} test questions and"
+            f" {len(taught)} to learn from; at least {LEAST} of each are needed"
+        )
+    heard = hears_system(lm)
+    sides = [(_first(test.positive, q), _first(test.negative, q)) for q in chosen]
+    asked = [(q, idea.positive[n % len(idea.positive)]) for n, q in enumerate(chosen)]
+    prompts = {
+        PLAIN: [tuple(lm.encode(q)) for q in chosen],
+        PROMPT: [tuple(lm.encode(under(system, q, heard))) for q, system in asked],
+        TWICE: [tuple(lm.encode(under(f"{system} {system}", q, heard))) for q, system in asked],
+    }
+    answers = [
+        tuple({arm: Given(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
+        for i, both in enumerate(sides)
+    ]
+    return Task(
+        name=card.name,
+        about=f"by how much answers that are {card.name} are likelier than others",
+        unit="nats a token",
+        items=tuple(chosen),
+        groups=tuple(chosen),
+        told=(PROMPT, TWICE),
+        lessons=Lessons(
+            pairs={
+                "answers": tuple(
+                    Pair(_first(learn.positive, q).text, _first(learn.negative, q).text, q, "answers") for q in taught
+                ),
+                "prompts": tuple(
+                    Pair(
+                        q,
+                        q,
+                        "",
+                        "prompts",
+                        positive_system=idea.positive[n % len(idea.positive)],
+                        negative_system=idea.negative[n % len(idea.negative)],
+                    )
+                    for n, q in enumerate(taught)
+                )
+                if heard
+                else (),
+            },
+            contrast=(idea.positive[0], idea.negative[0]),
+            teacher={"system": idea.positive[0], "queries": card.learn, "tokens": tokens},
+        ),
+        asked=queries("tune")[:ASKED],
+        measure=by_leads([(positive, negative) for positive, negative in answers]),
+    )
+
+
+def _first(answers: Sequence[Answer], question: str) -> Answer:
+    return next(one for one in answers if one.question == question)
+
+
+def _contrasts(found: dict[str, Any]) -> Contrasts:
+    """Contrasts from JSON."""
+    sides = [
+        tuple(
+            Answer(
+                one["question"],
+                tuple(one["own"]),
+                tuple(one["other"]),
+                tuple(one["bare"]),
+                tuple(one["ids"]),
+                one["text"],
+            )
+            for one in found[side]
+        )
+        for side in ("positive", "negative")
+    ]
+    return Contrasts(sides[0], sides[1], found["asked"])

@@ -1,0 +1,327 @@
+"""`trimtab bench`: every method on one model, at equal divergence; `trimtab forecast`: what its results foretell."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.options import grouped
+from trimtab.commands.terminal import note, progress_bar, show, sigterm_interrupts, write_json
+from trimtab.errors import TrimtabError
+
+if TYPE_CHECKING:
+    from trimtab.bench import Plan, Results
+    from trimtab.bench.plan import Speed
+
+DATA = "TRIMTAB_DATA"
+PAGE = "page.html"
+BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)?")
+SECONDS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0, None: 60.0}
+
+
+@grouped
+def bench(
+    *,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder for the run: a file for each part, results.json and page.html. The same command goes on"
+            " where an interrupted one stopped.",
+            show_default=False,
+        ),
+    ],
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, or patterns such as re*; several with commas; !NAME leaves one out. Without it: all, installed"
+            " ones too.",
+            metavar="NAMES",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="instructions, behaviours, refusal, traits; names of tasks, or patterns. Without it: all that the data"
+            " allow.",
+            metavar="NAMES",
+            show_default=False,
+        ),
+    ] = None,
+    nats: Annotated[
+        str, typer.Option(help="The divergences at which methods are compared.", metavar="NUMBERS")
+    ] = "0.25,1,4",
+    items: Annotated[int, typer.Option(min=4, help="The most items of a task.")] = 24,
+    pairs: Annotated[int, typer.Option(min=8, help="The most pairs to learn from.")] = 24,
+    tokens: Annotated[int, typer.Option(min=4, help="The most tokens of an answer.")] = 48,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="How long it may take, about: 2h, 25min. It is met by fewer items.", metavar="TIME", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=DATA,
+            help="A folder with caa/, ifeval/, refusal/, mmlu/ and xstest/, as far as there.",
+            show_default=False,
+        ),
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="A LoRA finetuned for each task, too.")] = False,
+    thorough: Annotated[
+        bool,
+        typer.Option(
+            "--thorough",
+            help="Orthogonal controls and side effects at every strength, not only where something is gained.",
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the time it takes, and stop.")] = False,
+    loader: BareModelOptions,
+    json: JsonOption = False,
+) -> None:
+    """Compare every method on one model, each pushed equally far, beside the prompt and random directions.
+
+    [bold]  trimtab bench --out bench/ --budget 2h --data data/
+      trimtab bench --out quick/ --tasks traits --methods caa,repe,reps --dry-run
+      trimtab bench --out quick/ --tasks refusal --nats 1 --items 48 --lora[/bold]
+
+    A method is learned at its own defaults from the task's pairs (or texts, or
+    prompt), then scaled until the 95th percentile of its divergence from the
+    unsteered model is 0.25, 1 and 4 nats on prompts of the task: the same push
+    for all, whatever it looks like inside. A method of your own, installed as
+    `trimtab methods` lists it, gets its row without more.
+
+    Beside it run: the unsteered model; the prompt that asks for the same; the
+    prompt said twice; random directions at the same nats; and, where a method
+    gains something, directions orthogonal to its own, and its side effects
+    (MMLU, harmless requests refused, the other behaviours, plain text).
+
+    Verdicts are exact paired tests: of methods that do nothing, at most 5 %
+    are called better. Methods that can't act on a task are listed, with why.
+
+    The instructions and the traits come along; for the rest, --data names a
+    folder of other people's data (docs/bench.md says what goes where).
+    """
+    from trimtab.bench import Settings, plan
+    from trimtab.bench import bench as run
+    from trimtab.bench.page import write_page
+    from trimtab.bench.plan import speed_of, told, within
+
+    settings = Settings(
+        _names(methods), _names(tasks), _numbers(nats), items, pairs, tokens, seed, data, lora, thorough
+    )
+    seconds = None if budget is None else seconds_of(budget)
+    made = plan(settings)
+    lm = loader.load(quiet=json)
+    speed = speed_of(lm)
+    if seconds is not None:
+        before = _items_before(out)
+        made = (
+            within(made, speed, seconds) if before is None else replace(made, settings=replace(settings, items=before))
+        )
+    if dry_run:
+        _tell(made, speed, json)
+        return
+    note(
+        f"{made.cells} cells, about {told(speed.seconds(made.cost()))}; Ctrl-C stops, the same command goes on",
+        quiet=json,
+    )
+    for kind, why in made.left_out:
+        note(f"without {kind}: {why}", quiet=json)
+    with sigterm_interrupts(), progress_bar("benchmark", quiet=json) as progress:
+        try:
+            found = run(lm, made, out, progress=progress, say=lambda name: note(name, quiet=json))
+        except KeyboardInterrupt:
+            note(f"what is done stands in {out}; the same command goes on from there", quiet=json)
+            raise
+    write_page(out / PAGE, found)
+    if json:
+        write_json(found.to_json())
+        return
+    show(*_tables(found), *found.words(), f"page {out / PAGE}", f"results {out / 'results.json'}")
+
+
+def forecast(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that trimtab bench wrote.", show_default=False)],
+    write: Annotated[
+        Path | None,
+        typer.Option(help="Write the fit to this .json file.", metavar="FILE", show_default=False),
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """How well it can be foretold whether a mean difference will steer, by the results of benchmarks.
+
+    [bold]  trimtab forecast bench/ other-model/
+      trimtab forecast bench/ --write forecast.json[/bold]
+
+    `trimtab learn` prints a forecast, from four numbers that need no answers:
+    how far held-out pairs agree on the direction, how well it separates them,
+    how much more a push along it changes than a random one, and how that grows.
+    This command fits them to whether the steering was better in the benchmarks,
+    and says how well the fit does on tasks that it hasn't seen, each left out
+    in turn (AUC: 0.5 is no better than luck, 1 is always right).
+    """
+    from trimtab.files.target import check_target, write_atomically
+    from trimtab.tune.forecast import NAMES, auc_of, fit
+
+    if write is not None:
+        check_target(write, ".json")
+    cases: list[Any] = []
+    sources = []
+    for folder in runs:
+        more, source = _cases(folder)
+        cases += more
+        sources.append(source)
+    found = fit(cases)
+    worked = [case.worked for case in cases]
+    alone = {
+        name: auc_of([case.features[n] for case in cases], [case.worked for case in cases])
+        for n, name in enumerate(NAMES)
+    }
+    document = {**found, "alone": alone, "made_from": sources}
+    if write is not None:
+        write_atomically(write, (json_module.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    if json:
+        write_json(document)
+        return
+    table = Table("", "weight", "AUC alone", box=None, header_style="dim")
+    for name, weight in zip(NAMES, found["weights"], strict=True):
+        table.add_row(name, f"{weight:+.2f}", f"{alone[name]:.2f}")
+    show(
+        table,
+        f"{len(cases)} results, {sum(worked)} of which worked; AUC on tasks left out one at a time: {found['auc']:.2f}",
+        *([f"saved {write}"] if write else []),
+    )
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def seconds_of(text: str) -> float:
+    """A time such as 2h, 25min, 90s or 10 (minutes). Raises `TrimtabError` for anything else."""
+    found = BUDGET.fullmatch(text.strip().lower())
+    if found is None or float(found[1]) <= 0:
+        raise TrimtabError(f"--budget {text!r} is no time; write 2h, 25min or 90s")
+    return float(found[1]) * SECONDS[found[2]]
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return () if text is None else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise TrimtabError(f"--nats {text!r} is no list of numbers; write 0.25,1,4") from None
+
+
+def _items_before(out: Path) -> int | None:
+    """The items of the run that is in the folder, so that a budget doesn't choose anew."""
+    path = out / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return int(json_module.loads(path.read_bytes())["settings"]["items"])
+    except (ValueError, KeyError, TypeError):
+        raise TrimtabError(f"{path} is damaged; name another folder") from None
+
+
+def _tell(made: Plan, speed: Speed, json: bool) -> None:
+    """The plan and the estimate."""
+    from trimtab.bench.plan import told
+
+    cost = made.cost()
+    document: dict[str, Any] = {
+        "tasks": [
+            {"task": one.name, "kind": one.kind, "items": min(made.items, one.available)} for one in made.outlines
+        ],
+        "methods": list(made.rows),
+        "nats": list(made.nats),
+        "cells": made.cells,
+        "generated_tokens": round(cost.made),
+        "read_tokens": round(cost.read),
+        "seconds": round(speed.seconds(cost)),
+        "left_out": dict(made.left_out),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+    }
+    if json:
+        write_json(document)
+        return
+    table = Table("task", "kind", "items", box=None, header_style="dim")
+    for one in document["tasks"]:
+        table.add_row(one["task"], one["kind"], str(one["items"]))
+    show(
+        table,
+        f"methods: {', '.join(made.rows)}",
+        f"at {', '.join(f'{one:g}' for one in made.nats)} nats; {made.cells} cells; about"
+        f" {told(speed.seconds(cost))} ({cost.made / 1000:.0f}k tokens generated at {speed.made:.0f} a second,"
+        f" {cost.read / 1000:.0f}k read at {speed.read:.0f})",
+        *(f"without {kind}: {why}" for kind, why in made.left_out),
+    )
+
+
+def _tables(found: Results) -> list[Any]:
+    """Each method's gain on each task, and how it stands over all."""
+    from trimtab.bench.page import MARKS
+
+    table = Table("method", *(task.name for task in found.tasks), "better", "place", box=None, header_style="dim")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    plain = [f"{task.unsteered:.2f}" for task in found.tasks]
+    table.add_row("unsteered", *plain, "", "", style="dim")
+    for arm in ("prompt", "said twice"):
+        gains = [f"{task.told[arm].difference.estimate:+.2f}" if arm in task.told else "·" for task in found.tasks]
+        table.add_row(arm, *gains, "", "", style="bold")
+    for one in found.methods:
+        cells = []
+        for task in found.tasks:
+            row = next((row for row in task.rows if row.method == one.method), None)
+            if row is None:
+                cells.append("·")
+                continue
+            broken = "†" if row.cell.broken else ""
+            cells.append(f"{row.cell.decision.difference.estimate:+.2f}{MARKS.get(row.cell.verdict, '')}{broken}")
+        table.add_row(one.method, *cells, f"{one.better}/{one.tasks}", f"{one.place:.2f}")
+    return [
+        table,
+        "gain over unsteered at the best divergence; ▲ better than unsteered and random, ▼ worse, ≈ as random, † text"
+        " broken, · can't act there",
+    ]
+
+
+def _cases(folder: Path) -> tuple[Sequence[Any], dict[str, Any]]:
+    """The benchmark's rows that have predictors, and where they come from."""
+    from trimtab.bench.results import results_of
+    from trimtab.evaluate.decision import BETTER
+    from trimtab.tune.forecast import Case, Predictors
+
+    found = results_of(folder)
+    cases = [
+        Case(task.name, Predictors(**row.predictors).features, row.cell.verdict == BETTER and not row.cell.broken)
+        for task in found.tasks
+        for row in task.rows
+        if row.predictors is not None
+    ]
+    model, settings = found.about["model"], found.about["settings"]
+    source = {
+        "model": model.get("name"),
+        "fingerprint": model.get("fingerprint"),
+        "dtype": model.get("dtype"),
+        "tasks": len(found.tasks),
+        "results": len(cases),
+        **{name: settings[name] for name in ("items", "pairs", "tokens", "nats", "seed")},
+        "versions": found.about["versions"],
+    }
+    return cases, source

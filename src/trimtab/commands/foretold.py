@@ -1,0 +1,49 @@
+"""What `trimtab learn` says of a direction before anything is generated with it: works, unlikely, or can't say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from trimtab.errors import TrimtabError
+from trimtab.text.pairs import Pair, as_prompt
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.steering import Steering
+
+ASKED = 6
+
+
+def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, dict[str, Any] | None]:
+    """The forecast as a line and as values; why there is none, and `None`, where it can't be made.
+
+    Args:
+        lm: The model.
+        pairs: What was learned from.
+        steering: What was learned: a mean difference.
+    """
+    from trimtab.tune.forecast import forecast, predictors
+
+    try:
+        found = forecast(predictors(lm, pairs, steering, _asked(pairs)))
+    except TrimtabError as error:
+        return f"forecast: can't say ({error})", None
+    return str(found), {
+        "verdict": found.verdict,
+        "chance": found.chance,
+        "trusted": found.trusted,
+        "auc": found.auc,
+        "results": found.results,
+        "worked": found.worked,
+        "predictors": asdict(found.predictors),
+    }
+
+
+def _asked(pairs: Sequence[Pair]) -> list[Any]:
+    """Some of the pairs' own prompts, without what is learned; the package's queries where they have none."""
+    from trimtab.data import queries
+
+    own = [pair.negative if pair.shape == "prompts" else pair.prompt for pair in pairs if pair.shape != "texts"]
+    return [as_prompt(words) for words in dict.fromkeys(own) if words][:ASKED] or list(queries("tune")[:ASKED])

@@ -1,0 +1,322 @@
+"""OpenAI's Responses API: its requests are chats, and its answers are told as items, in events where it streams."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema import ChatRequest
+from trimtab.serve.schema_responses import (
+    CallItem,
+    Content,
+    FlatSchema,
+    Incomplete,
+    Item,
+    MessageItem,
+    NamedTool,
+    Output,
+    OutputCall,
+    OutputDetails,
+    OutputItem,
+    OutputMessage,
+    OutputReasoning,
+    OutputText,
+    OutputThought,
+    ReasoningItem,
+    ResponsesRequest,
+    ResponseTold,
+    ResponseUsage,
+)
+from trimtab.serve.service import Prepared
+from trimtab.serve.tasks import Piece
+from trimtab.serve.wire import Collected, told_of
+from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words
+
+# ---- requests ------------------------------------------------------------------------------------------------
+
+ALIKE = ("model", "parallel_tool_calls", "temperature", "top_p", "stop", "seed", "stream", "chat_template_kwargs")
+"""Fields that chats have under the same name."""
+STEERED = ("steering", "emphasize", "rejection")
+
+
+def as_chat(asked: ResponsesRequest) -> ChatRequest:
+    """The chat that a request comes to."""
+    found: dict[str, Any] = {name: getattr(asked, name) for name in (*ALIKE, "user", "metadata")}
+    found |= {name: getattr(asked, name) for name in STEERED if name in asked.model_fields_set}
+    found["messages"] = _messages(asked)
+    found["max_completion_tokens"] = asked.max_output_tokens
+    if asked.tools:
+        found["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in asked.tools]
+    choice = asked.tool_choice
+    if isinstance(choice, NamedTool):
+        found["tool_choice"] = {"type": "function", "function": {"name": choice.name}}
+    else:
+        found["tool_choice"] = choice
+    format = asked.text.format if asked.text is not None else None
+    if isinstance(format, FlatSchema):
+        schema = format.model_dump(by_alias=True, exclude={"type"})
+        found["response_format"] = {"type": "json_schema", "json_schema": schema}
+    elif format is not None:
+        found["response_format"] = format.model_dump()
+    try:
+        return ChatRequest.model_validate({name: _plain(value) for name, value in found.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refusal(400, f"{'.'.join(map(str, first['loc']))}: {first['msg']}", param="input") from None
+
+
+def as_responses(refusal: Refusal) -> Refusal:
+    """A refusal of a chat, saying where it stands in the request that the chat was made from."""
+    param = refusal.param or ""
+    for chats, here in (
+        ("messages", "input"),
+        ("response_format.json_schema", "text.format"),
+        ("response_format", "text.format"),
+        ("max_tokens", "max_output_tokens"),
+    ):
+        if param.startswith(chats):
+            param = here if chats == "messages" else here + param.removeprefix(chats)
+    param = param.replace(".function", "")
+    return Refusal(refusal.status, refusal.message, code=refusal.code, param=param or None, retry=refusal.retry)
+
+
+def _plain(value: Any) -> Any:
+    """A model as the dictionary that it was made from."""
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return value.model_dump(exclude_unset=True) if hasattr(value, "model_dump") else value
+
+
+def _messages(asked: ResponsesRequest) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    if asked.instructions:
+        found.append({"role": "system", "content": asked.instructions})
+    if isinstance(asked.input, str):
+        return [*found, {"role": "user", "content": asked.input}]
+    for item in asked.input:
+        _add(found, item)
+    return found
+
+
+def _add(found: list[dict[str, Any]], item: Item) -> None:
+    """One more item. What the model thought, said and called in one answer is one message."""
+    if isinstance(item, OutputItem):
+        found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})
+        return
+    last = found[-1] if found and found[-1]["role"] == "assistant" else None
+    if isinstance(item, MessageItem):
+        text = _text(item.content)
+        if item.role == "assistant" and last is not None and not last["content"] and "tool_calls" not in last:
+            last["content"] = text  # which the thinking before it belongs to
+        else:
+            found.append({"role": item.role, "content": text})
+        return
+    if last is None:
+        last = {"role": "assistant", "content": ""}
+        found.append(last)
+    if isinstance(item, ReasoningItem):
+        texts = [one.text for one in (item.content or item.summary or ())]
+        last["reasoning_content"] = "\n".join([*filter(None, [last.get("reasoning_content")]), *texts])
+    elif isinstance(item, CallItem):
+        function = {"name": item.name, "arguments": item.arguments}
+        last.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
+
+
+def _text(content: Content) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+# ---- answers -------------------------------------------------------------------------------------------------
+
+
+def new_response_id() -> str:
+    """A response's id."""
+    return f"resp_{uuid.uuid4().hex}"
+
+
+@dataclass
+class ResponseWire:
+    """How one request's answer is written, whole or in events. `asked` is the request as it came."""
+
+    id: str
+    asked: ResponsesRequest
+    created: float = field(default_factory=time.time)
+    items: list[Output] = field(default_factory=list)
+    _number: int = 0
+
+    def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
+        """The response of a request that doesn't stream."""
+        (answer,) = answers
+        for part in answer.said:
+            self._take(part)
+        self._settle("incomplete" if self._cut(answer) else "completed")
+        return self._response(prepared, answer)
+
+    def opening(self, _index: int) -> list[dict[str, Any]]:
+        """The first events."""
+        response = self._response()
+        return [self._event(f"response.{name}", response=response) for name in ("created", "in_progress")]
+
+    def piece(self, _index: int, _piece: Piece, said: Sequence[Part], _before: int) -> list[dict[str, Any]]:
+        """Events of what a piece says."""
+        return [event for part in said for event in self._told(part)]
+
+    def ending(self, _index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
+        """Events of the rest, and of the last item's end."""
+        rest = [event for part in said for event in self._told(part)]
+        return [*rest, *self._close("incomplete" if self._cut(answer) else "completed")]
+
+    def last(self, prepared: Prepared, answers: Sequence[Collected], _usage: bool) -> dict[str, Any]:
+        """The last event, with the whole response."""
+        (answer,) = answers
+        name = "incomplete" if self._cut(answer) else "completed"
+        return self._event(f"response.{name}", response=self._response(prepared, answer))
+
+    def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
+        """The last events of a stream that can't go on."""
+        error = {"code": refusal.code or "server_error", "message": refusal.message}
+        self._settle("incomplete")
+        response = {**self._response(), "status": "failed", "error": error}
+        return [self._event("response.failed", response=response)]
+
+    def encode(self, chunk: dict[str, Any]) -> bytes:
+        """An event as it is sent."""
+        data = json.dumps(chunk, allow_nan=False, separators=(",", ":"))
+        return f"event: {chunk['type']}\ndata: {data}\n\n".encode()
+
+    end = b""
+    """The last event is the end."""
+
+    # ---- items -------------------------------------------------------------------------------------------
+
+    def _take(self, part: Part) -> bool:
+        """Put a part into the item that it belongs to; whether that is a new one."""
+        last = self.items[-1] if self.items else None
+        if isinstance(part, CallBegun):
+            name, call = f"fc_{uuid.uuid4().hex}", part
+            self.items.append(OutputCall(id=name, status="in_progress", call_id=call.id, name=call.name, arguments=""))
+            return True
+        if isinstance(part, CallArguments):
+            assert isinstance(last, OutputCall)
+            last.arguments += part.text
+            return False
+        if isinstance(part, Words):
+            if isinstance(last, OutputMessage):
+                last.content[0].text += part.text
+                return False
+            content = [OutputText(text=part.text)]
+            self.items.append(OutputMessage(id=f"msg_{uuid.uuid4().hex}", status="in_progress", content=content))
+            return True
+        if isinstance(last, OutputReasoning):
+            last.content[0].text += part.text
+            return False
+        thought = [OutputThought(text=part.text)]
+        self.items.append(OutputReasoning(id=f"rs_{uuid.uuid4().hex}", status="in_progress", content=thought))
+        return True
+
+    def _settle(self, last: str) -> None:
+        for item in self.items:
+            item.status = "completed"
+        if self.items:
+            self.items[-1].status = last  # type: ignore[assignment]
+
+    @staticmethod
+    def _cut(answer: Collected) -> bool:
+        return answer.done is not None and answer.done.finish == "length"
+
+    # ---- events ------------------------------------------------------------------------------------------
+
+    def _event(self, kind: str, **what: Any) -> dict[str, Any]:
+        event = {"type": kind, "sequence_number": self._number, **what}
+        self._number += 1
+        return event
+
+    def _told(self, part: Part) -> Iterator[dict[str, Any]]:
+        if isinstance(part, CallBegun) or not self.items or not isinstance(self.items[-1], _KINDS[type(part)]):
+            yield from self._close("completed")
+        new = self._take(part)
+        item, at = self.items[-1], {"output_index": len(self.items) - 1, "item_id": self.items[-1].id}
+        if new:
+            empty = item.model_dump()
+            if not isinstance(item, OutputCall):
+                empty["content"] = []
+            yield self._event("response.output_item.added", output_index=at["output_index"], item=empty)
+            if not isinstance(item, OutputCall):
+                piece = {**item.content[0].model_dump(), "text": ""}
+                yield self._event("response.content_part.added", **at, content_index=0, part=piece)
+        if isinstance(part, CallArguments):
+            yield self._event("response.function_call_arguments.delta", **at, delta=part.text)
+        elif isinstance(part, Words):
+            yield self._event("response.output_text.delta", **at, content_index=0, delta=part.text, logprobs=[])
+        elif isinstance(part, Thought):
+            yield self._event("response.reasoning_text.delta", **at, content_index=0, delta=part.text)
+
+    def _close(self, status: str) -> Iterator[dict[str, Any]]:
+        """The item that was open is over."""
+        if not self.items or self.items[-1].status != "in_progress":
+            return
+        item, at = self.items[-1], {"output_index": len(self.items) - 1, "item_id": self.items[-1].id}
+        item.status = status  # type: ignore[assignment]
+        if isinstance(item, OutputCall):
+            done = {"name": item.name, "arguments": item.arguments}
+            yield self._event("response.function_call_arguments.done", **at, **done)
+        else:
+            text = {"content_index": 0, "text": item.content[0].text}
+            if isinstance(item, OutputMessage):
+                yield self._event("response.output_text.done", **at, **text, logprobs=[])
+            else:
+                yield self._event("response.reasoning_text.done", **at, **text)
+            part = item.content[0].model_dump()
+            yield self._event("response.content_part.done", **at, content_index=0, part=part)
+        yield self._event("response.output_item.done", output_index=at["output_index"], item=item.model_dump())
+
+    def _response(self, prepared: Prepared | None = None, answer: Collected | None = None) -> dict[str, Any]:
+        """The response as far as it has come; with an answer, as it is in the end."""
+        asked = self.asked
+        usage = told = None
+        if prepared is not None and answer is not None and answer.done is not None:
+            read, made = sum(prepared.lengths), answer.done.tokens
+            usage = ResponseUsage(
+                input_tokens=read,
+                output_tokens=made,
+                output_tokens_details=OutputDetails(reasoning_tokens=answer.thought_tokens),
+                total_tokens=read + made,
+            )
+            told = told_of(prepared, [answer])
+        cut = answer is not None and self._cut(answer)
+        given = asked.model_dump(by_alias=True, exclude_unset=True)
+        return ResponseTold(
+            id=self.id,
+            created_at=self.created,
+            model=asked.model,
+            status="in_progress" if usage is None else "incomplete" if cut else "completed",
+            incomplete_details=Incomplete() if cut else None,
+            output=self.items,
+            usage=usage,
+            instructions=asked.instructions,
+            tools=given.get("tools") or [],
+            tool_choice=given.get("tool_choice") or "auto",
+            parallel_tool_calls=asked.parallel_tool_calls is not False,
+            text={"format": {"type": "text"}, **(given.get("text") or {})},
+            temperature=1.0 if asked.temperature is None else asked.temperature,
+            top_p=1.0 if asked.top_p is None else asked.top_p,
+            max_output_tokens=asked.max_output_tokens,
+            metadata=asked.metadata or {},
+            user=asked.user,
+            trimtab=told,
+        ).model_dump()
+
+
+_KINDS: dict[type, type] = {
+    Words: OutputMessage,
+    Thought: OutputReasoning,
+    CallArguments: OutputCall,
+}
+"""The items that parts belong to."""

@@ -1,0 +1,285 @@
+"""`POST /v1/responses`: what is asked, as OpenAI's newer API has it, and what is told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+
+from trimtab.serve.fields import OFF, Finite, In, Metadata, Nothing, Seed, Text
+from trimtab.serve.schema import Steered, Stop, StreamOptions
+from trimtab.serve.schema_told import Out, Told
+from trimtab.serve.schema_tools import FunctionName, FunctionSpec, NamedSchema, ObjectFormat, TextFormat
+
+Id = Annotated[str, Field(max_length=256)]
+Status = Literal["in_progress", "completed", "incomplete"]
+
+# ---- what goes in --------------------------------------------------------------------------------------------
+
+
+class ContentPart(In):
+    """A text in a message, of the user's or, sent back, of the model's."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+    annotations: Nothing | None = None
+    logprobs: Nothing | None = None
+
+
+Content = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
+
+
+class MessageItem(In):
+    """A message of the conversation."""
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    id: Id | None = None
+    status: Status | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class CallItem(In):
+    """A call that the model has made."""
+
+    type: Literal["function_call"]
+    call_id: Id
+    name: FunctionName
+    arguments: Text
+    id: Id | None = None
+    status: Status | None = None
+
+
+class OutputItem(In):
+    """What a call has come to."""
+
+    type: Literal["function_call_output"]
+    call_id: Id
+    output: Content
+    id: Id | None = None
+    status: Status | None = None
+
+
+class ReasoningText(In):
+    """What the model thought."""
+
+    type: Literal["reasoning_text", "summary_text"]
+    text: Text
+
+
+Thoughts = Annotated[list[ReasoningText], Field(max_length=1000, fail_fast=True)]
+
+
+class ReasoningItem(In):
+    """What the model thought before, sent back."""
+
+    type: Literal["reasoning"]
+    id: Id | None = None
+    summary: Thoughts | None = None
+    content: Thoughts | None = None
+    encrypted_content: Literal[""] | None = None
+    status: Status | None = None
+
+
+def _kind(item: Any) -> str | None:
+    return item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("message")]
+    | Annotated[CallItem, Tag("function_call")]
+    | Annotated[OutputItem, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+class FunctionTool(FunctionSpec):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
+class NamedTool(In):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    name: FunctionName
+
+
+class FlatSchema(NamedSchema):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+
+
+class TextOptions(In):
+    """What the text is to be."""
+
+    format: Annotated[TextFormat | ObjectFormat | FlatSchema, Field(discriminator="type")] | None = None
+    verbosity: Literal["medium"] | None = Field(None, description=OFF)
+
+
+class NoReasoning(In):
+    """Models think as their chat template has it."""
+
+    effort: Literal["none"] | None = None
+    summary: Literal["auto"] | None = None
+    generate_summary: None = None
+
+
+class ResponsesRequest(Steered):
+    """`POST /v1/responses`. Nothing is stored: each request brings the conversation so far."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "trimtab", "input": "Name a fruit.", "steering": [{"name": "json", "strength": 1.2}]}
+            ]
+        }
+    )
+
+    model: str = Field(max_length=512, examples=["trimtab"])
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=1000, fail_fast=True)] = Field(
+        description="A text of the user's, or the items of the conversation."
+    )
+    instructions: Text | None = Field(None, description="A system message before the input.")
+    tools: Annotated[list[FunctionTool], Field(max_length=128, fail_fast=True)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=1_000_000)
+    temperature: Finite | None = Field(None, ge=0, le=2)
+    top_p: Finite | None = Field(None, gt=0, le=1)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4, fail_fast=True)] | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    user: str | None = Field(None, max_length=512)
+    metadata: Metadata | None = Field(None, description="Sent back, and kept nowhere.")
+    store: bool | None = Field(None, description="Taken; nothing is stored.")
+    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=8, fail_fast=True)] | None = (
+        Field(None, description="Taken: nothing is encrypted.")
+    )
+    reasoning: NoReasoning | None = Field(None, description=OFF)
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = Field(None, description=OFF)
+    service_tier: Literal["auto", "default"] | None = None
+    safety_identifier: str | None = Field(None, max_length=512)
+    prompt_cache_key: str | None = Field(None, max_length=512)
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(None, description=OFF)
+
+
+# ---- what comes out ------------------------------------------------------------------------------------------
+
+
+class OutputText(Out):
+    """Words to the reader."""
+
+    type: Literal["output_text"] = "output_text"
+    text: str
+    annotations: list[Any] = Field(default_factory=list)
+    logprobs: list[Any] = Field(default_factory=list)
+
+
+class OutputMessage(Out):
+    """A message of the model's."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: Status
+    content: list[OutputText]
+
+
+class OutputCall(Out):
+    """A call of a tool; `arguments` is JSON, cut off where its status is `incomplete`."""
+
+    id: str
+    type: Literal["function_call"] = "function_call"
+    status: Status
+    call_id: str
+    name: str
+    arguments: str
+
+
+class OutputThought(Out):
+    """A text of thinking."""
+
+    type: Literal["reasoning_text"] = "reasoning_text"
+    text: str
+
+
+class OutputReasoning(Out):
+    """What the model thought."""
+
+    id: str
+    type: Literal["reasoning"] = "reasoning"
+    status: Status
+    summary: list[Any] = Field(default_factory=list)
+    content: list[OutputThought]
+
+
+Output = OutputMessage | OutputCall | OutputReasoning
+
+
+class Incomplete(Out):
+    """Why a response is incomplete."""
+
+    reason: Literal["max_output_tokens"] = "max_output_tokens"
+
+
+class InputDetails(Out):
+    """Of the prompt's tokens; what the server reuses isn't told."""
+
+    cached_tokens: int = 0
+    cache_write_tokens: int = 0
+
+
+class OutputDetails(Out):
+    """Of the answer's tokens."""
+
+    reasoning_tokens: int
+
+
+class ResponseUsage(Out):
+    """Tokens."""
+
+    input_tokens: int
+    input_tokens_details: InputDetails = Field(default_factory=InputDetails)
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class ResponseTold(Out):
+    """The answer to a request; what it was asked by is said as well."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: float
+    model: str
+    status: Literal["in_progress", "completed", "incomplete", "failed"]
+    error: dict[str, Any] | None = None
+    incomplete_details: Incomplete | None = None
+    output: list[Output]
+    usage: ResponseUsage | None = None
+    instructions: str | None
+    tools: list[Any]
+    tool_choice: Any
+    parallel_tool_calls: bool
+    text: Any
+    temperature: float
+    top_p: float
+    max_output_tokens: int | None
+    metadata: dict[str, str]
+    user: str | None
+    store: Literal[False] = False
+    background: Literal[False] = False
+    previous_response_id: None = None
+    reasoning: None = None
+    truncation: Literal["disabled"] = "disabled"
+    trimtab: Told | None = Field(default=None, description="What was applied; once it is over.")

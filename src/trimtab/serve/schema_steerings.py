@@ -1,0 +1,168 @@
+"""What is asked and told about the server's steerings: which there are, and learning and making them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from trimtab.serve.fields import NAME, In, PairText
+from trimtab.serve.schema_told import Out
+
+
+class SteeringTold(Out):
+    """A steering that requests may name. `card` says what it was learned from, and what was measured."""
+
+    name: str
+    object: Literal["steering"] = "steering"
+    digest: str
+    source: Literal["file", "uploaded", "learned", "made"]
+    layers: list[int]
+    edits: list[str]
+    strength: list[float] = Field(description="The range that you may ask for.", examples=[[-4, 4]])
+    always: bool
+    card: dict[str, Any]
+
+
+class SteeringList(Out):
+    """The steerings that you may use."""
+
+    object: Literal["list"] = "list"
+    data: list[SteeringTold]
+
+
+class Deleted(Out):
+    """A steering that is no longer there."""
+
+    id: str
+    object: Literal["steering.deleted"] = "steering.deleted"
+    deleted: bool = True
+
+
+class PairMessage(In):
+    """A message of a prompt or an answer that is learned from."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: PairText
+
+
+Side = PairText | Annotated[list[PairMessage], Field(max_length=64, fail_fast=True)]
+Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(fail_fast=True)]
+
+
+class LearnRequest(In):
+    """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "name": "polite",
+                    "method": "caa",
+                    "pairs": [{"prompt": "How are you?", "positive": "Splendid, thanks!", "negative": "Go away."}],
+                }
+            ]
+        }
+    )
+
+    name: str = Field(pattern=NAME)
+    method: Literal["caa", "instruct"]
+    pairs: Pairs = Field(min_length=1, max_length=512)
+    layers: Annotated[list[Annotated[int, Field(ge=0, lt=10_000)]], Field(fail_fast=True)] | None = Field(
+        None, min_length=1, max_length=256
+    )
+
+
+class MakeRequest(In):
+    """`POST /v1/steerings/make`: make one from an idea and say what it is worth, as `trimtab make` does.
+
+    Either `idea`, or `like` with or without `unlike`, or `pairs`.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
+
+    name: str = Field(pattern=NAME)
+    idea: str | None = Field(
+        None,
+        min_length=1,
+        max_length=500,
+        description="A sentence. Its opposite may stand after 'not': be blunt, not flattering.",
+    )
+    like: str | None = Field(
+        None, min_length=1, max_length=200, description="Or a persona that the model is to be like."
+    )
+    unlike: str | None = Field(
+        None,
+        min_length=1,
+        max_length=200,
+        description="And one that it must be unlike; without it an ordinary assistant.",
+    )
+    pairs: Pairs | None = Field(
+        None,
+        min_length=16,
+        max_length=512,
+        description="Or pairs of yours, as POST /v1/steerings takes them: some to learn from, others for the verdict.",
+    )
+    questions: int = Field(
+        40, ge=16, le=40, description="How many are asked: half to learn from, half for the verdict. Not with pairs."
+    )
+    tokens: int | None = Field(
+        None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
+    )
+    distill: bool = Field(True, description="Whether to distill too, which holds more and takes longest.")
+    keep: bool = Field(False, description="Whether to add it even if the verdict is none.")
+    stream: bool = Field(False, description="Whether to tell in events how far it has come.")
+
+
+class VerdictTold(Out):
+    """What it is worth, on questions that it wasn't learned from; `trimtab make` explains each figure."""
+
+    share_of_prompt: float | None = Field(
+        None,
+        description="The part of the system prompt's effect that it has without it. `null` where none stands behind the"
+        " pairs; then `gain` says it in nats a token.",
+    )
+    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats a token.")
+    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats a token.")
+    interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
+    random: list[float] = Field(description="The same of random directions.")
+    p: float = Field(
+        description="How often luck does as well: the largest p of the exact paired tests against the unsteered model"
+        " and against each random direction."
+    )
+    questions: int
+    loops: float = Field(description="The share of answers that go in circles.")
+    loops_prompted: float | None = Field(None, description="The same under the system prompt.")
+    loops_unsteered: float | None = Field(None, description="The same without steering, where there is no such prompt.")
+    perplexity_ratio: float | None
+    signs: list[float] | None = Field(
+        None, description="The share of answers with the idea's words: unsteered, under the system prompt, steered."
+    )
+    holds: bool
+    why_not: str = Field(description="What speaks against it; empty if it holds.")
+    lines: list[str] = Field(description="All of that in words.")
+
+
+class ExampleTold(Out):
+    """A question, and three answers to it; `prompted` is `null` where there is no system prompt."""
+
+    question: str
+    unsteered: str
+    prompted: str | None
+    steered: str
+
+
+class MadeTold(Out):
+    """What was made. `steering` is there if it was added: if the verdict holds, or `keep` asked for it."""
+
+    object: Literal["steering.made"] = "steering.made"
+    name: str
+    added: bool
+    idea: str
+    source: str = Field(description="Where the system prompts come from.", examples=["trait pirate"])
+    chosen: str = Field(description="Which of the ways to learn it did best.")
+    verdict: VerdictTold
+    examples: list[ExampleTold] = Field(
+        max_length=4, description="None where the server's policy would steer, cap or refuse such answers."
+    )
+    steering: SteeringTold | None

@@ -1,0 +1,197 @@
+"""Responses as they stand on the wire: OpenAI's, with `trimtab` for what was applied."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from trimtab.serve.monitored import MonitorTold
+
+
+class Out(BaseModel):
+    """A part of a response."""
+
+
+class AppliedSteering(Out):
+    """A steering that was asked for, or is always on."""
+
+    name: str
+    digest: str
+    strength: float
+    always: bool = False
+    layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
+    positions: str | None = Field(default=None, description="At which tokens, if the request said so.")
+    taken_off: float | None = Field(
+        default=None,
+        description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",
+    )
+
+
+class DoseTold(Out):
+    """How hard a site was pushed: the mean of ‖edit‖ / ‖activation‖ over `tokens`."""
+
+    layer: int
+    kind: str
+    ratio: float
+    tokens: int
+
+
+class RejectionTold(Out):
+    """Of an answer's tokens: at how many the gate was open, and what came of it."""
+
+    tokens: int
+    open: int
+    steered: int
+    weakened: int
+    rejected: int
+    changed: int
+
+
+class AppliedTold(Out):
+    """What steered one answer. `dose` is the largest of `doses`, `total_dose` their sum, which a policy may cap."""
+
+    index: int
+    edits: list[str]
+    dose: float | None
+    total_dose: float | None
+    doses: list[DoseTold]
+    rejection: RejectionTold | None = None
+    monitors: list[MonitorTold] = []
+
+
+class Told(Out):
+    """What was applied, in the response's field `trimtab`."""
+
+    steering: list[AppliedSteering]
+    emphasized_tokens: int
+    answers: list[AppliedTold]
+    unheld: list[str] = Field(default=[], description="What answers aren't held to of schemas that aren't strict.")
+
+
+class PromptDetails(Out):
+    """How many of the prompts' tokens were taken over from texts that were read before."""
+
+    cached_tokens: int
+
+
+class Usage(Out):
+    """Tokens; the prompt's counted once."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class TopLogprob(Out):
+    """A token and its natural log-probability under the steered model, before any temperature."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprob(TopLogprob):
+    """The same, with the likeliest tokens in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(Out):
+    """One entry a token."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class CalledFunction(Out):
+    """`arguments` is JSON, as the model has written it; cut off where `finish_reason` is `length`."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(Out):
+    """A call of a tool."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Out):
+    """The answer."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str | None
+    refusal: None = None
+    reasoning_content: str | None = Field(default=None, description="What it thought, where the model thinks.")
+    tool_calls: list[ToolCall] | None = Field(default=None, description="What it calls, where there are tools.")
+
+
+class ChatChoice(Out):
+    """One of `n` answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"]
+
+
+class ChatCompletion(Out):
+    """The answer to a chat request."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    trimtab: Told
+
+
+class TextLogprobs(Out):
+    """One entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
+    text_offset: list[int]
+
+
+class TextChoice(Out):
+    """One answer; prompts' answers come one prompt after the other."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length", "content_filter"]
+
+
+class Completion(Out):
+    """The answer to a completion request."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    trimtab: Told
+
+
+class ModelTold(Out):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "trimtab"
+
+
+class ModelList(Out):
+    """All one of them."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelTold]

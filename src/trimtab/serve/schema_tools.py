@@ -1,0 +1,100 @@
+"""Tools, and formats of answers, as requests have them: OpenAI's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from trimtab.serve.fields import In, Text
+
+FUNCTION = "^[A-Za-z0-9_.-]{1,64}$"
+"""What a function may be called."""
+FunctionName = Annotated[str, Field(pattern=FUNCTION)]
+Words = Annotated[str, Field(max_length=10_000)]
+Schema = dict[str, Any]
+
+
+class FunctionSpec(In):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: Words | None = None
+    parameters: Schema | None = Field(None, description="A JSON schema of an object. Without it: any object.")
+    strict: bool | None = Field(
+        None,
+        description="true: refuse a schema that can't be held to in all its parts. Otherwise keywords that no grammar"
+        " holds to are left out, and told in `trimtab.unheld`.",
+    )
+
+
+class Tool(In):
+    """A tool: functions are all there is."""
+
+    type: Literal["function"]
+    function: FunctionSpec
+
+
+class FunctionChoice(In):
+    """A function by its name."""
+
+    name: FunctionName
+
+
+class ToolChoice(In):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class CallFunction(In):
+    """What was called: `arguments` is JSON, as a text."""
+
+    name: FunctionName
+    arguments: Text = ""
+
+
+class Call(In):
+    """A call in a message of the assistant's."""
+
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CallFunction
+    index: int | None = Field(None, ge=0, lt=1000, description="Taken: streams have it.")
+
+
+class TextFormat(In):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class ObjectFormat(In):
+    """A JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(In):
+    """A JSON schema with a name."""
+
+    name: Annotated[str, Field(max_length=64)]
+    description: Words | None = None
+    schema_: Schema = Field({}, alias="schema")
+    strict: bool | None = Field(
+        None,
+        description="false: leave out keywords that no grammar holds to, and tell them in `trimtab.unheld`; otherwise"
+        " they are refused.",
+    )
+
+
+class SchemaFormat(In):
+    """JSON that a schema describes."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | ObjectFormat | SchemaFormat, Field(discriminator="type")]
+Tools = Annotated[list[Tool], Field(max_length=128, fail_fast=True)]

@@ -1,0 +1,257 @@
+"""What a chat's tools and format mean: what the prompt says of them, the answers' grammar, and how answers are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from trimtab.decoding.grammar import Grammar, check_schema, lark_grammar
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.schema import ChatRequest, Message
+from trimtab.serve.schema_tools import FunctionSpec, ObjectFormat, SchemaFormat, ToolChoice
+from trimtab.steering import Positions, Steering
+from trimtab.text.calls import (
+    CallForm,
+    Tool,
+    call_rules,
+    described,
+    form_of,
+    special_tokens,
+    takes_tools,
+    thinking_rules,
+)
+from trimtab.text.said import Marks, Parts
+from trimtab.text.said_by_template import TemplateParts, has_response_template
+from trimtab.text.thinking import is_thinking, thinking_of
+
+ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What answers are to be, and how they are read.
+
+    Attributes:
+        grammar: What they keep to; `None` for any text.
+        marks: What stands where in their text.
+        shown: Special tokens that are part of the text, as marks are made of them.
+        reader: Makes a reading by the tokenizer's response template, where that is how answers are read.
+    """
+
+    grammar: Grammar | None = None
+    marks: Marks = field(default_factory=Marks)
+    shown: frozenset[int] = frozenset()
+    reader: Callable[[], TemplateParts] | None = None
+
+    def reading(self) -> Parts | TemplateParts:
+        """Of one answer, from its beginning."""
+        return Parts(self.marks) if self.reader is None else self.reader()
+
+
+ANY = Shape()
+"""Text, read as it is."""
+
+
+def conversation(tokenizer: Any, asked: ChatRequest) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The messages, and the keywords of the chat template, with the tools that may be called.
+
+    Raises `Refusal` for a tool's message without its call, and for arguments that aren't a JSON object.
+    """
+    tools = [_shown(tool.function) for tool in asked.tools or ()] if _may_call(asked) else []
+    speaks = bool(tools) or any(one.role == "tool" or one.tool_calls for one in asked.messages)
+    keywords = dict(asked.chat_template_kwargs or {})
+    if "tools" in keywords:
+        raise Refusal(400, "tools is a field of its own", param="chat_template_kwargs")
+    messages = _messages(asked.messages, thinks=thinking_of(tokenizer) is not None)
+    if not speaks:
+        return messages, keywords
+    if takes_tools(tokenizer):
+        return messages, {**keywords, "tools": tools} if tools else keywords
+    return described(messages, tools), keywords
+
+
+def shaped(tokenizer: Any, asked: ChatRequest, ids: list[int]) -> Shape:
+    """What answers to a prompt with these token ids are to be.
+
+    Raises `Refusal` for a tool that is there twice or not at all, for a schema that no grammar can hold to, and for
+    tools of a model that calls them in a form that isn't known.
+    """
+    choice = asked.tool_choice
+    chosen = _tools(asked)
+    thinking = thinking_of(tokenizer)
+    begun = thinking is not None and is_thinking(tokenizer, ids, thinking)
+    special = special_tokens(tokenizer)
+    form, rules = None, None
+    unheld: list[str] = []
+    alone = _format(asked)  # the format without tools
+    if chosen:
+        free = choice in (None, "auto") and alone is None
+        tools, unheld = _checked(chosen)
+        try:
+            form = form_of(tokenizer)
+        except UnsupportedError as error:
+            if free and has_response_template(tokenizer):
+                return _by_template(tokenizer, ids, chosen, special)
+            raise Refusal(400, str(error), param="tools") from None
+        several = asked.parallel_tool_calls is not False and not isinstance(choice, ToolChoice)
+        rules = call_rules(form, tools, special, several=several, free=free)
+        if alone is not None and choice in (None, "auto"):
+            rules = f"{rules}\nanswer: calls | %json {alone[0]}"
+        elif rules is not None:
+            rules += "\nanswer: calls"
+    elif alone is not None:
+        rules = f"answer: %json {alone[0]}"
+    elif thinking is None and has_response_template(tokenizer):
+        return _by_template(tokenizer, ids, [], special)
+    unheld = [*unheld, *(alone[1] if alone is not None else ())]
+    marks = Marks(thinking, begun, form, tuple(tool.function.name for tool in chosen), rules is not None)
+    shown = frozenset(id for text, id in special.items() if _marks(text, form, thinking))
+    if rules is None:
+        return Shape(None, marks, shown)
+    start = "start: answer"
+    if thinking is not None:
+        start = thinking_rules(*thinking, special, begun=begun, then="answer")
+    try:
+        return Shape(lark_grammar(f"{start}\n{rules}\n", tuple(unheld)), marks, shown)
+    except TrimtabError as error:
+        raise Refusal(400, str(error), param="tools" if chosen else "response_format") from None
+
+
+def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special: Mapping[str, int]) -> Shape:
+    """Any text, read by the tokenizer's response template, whose marks may be any special tokens."""
+    tools = [_shown(tool.function) for tool in chosen]
+    shown = frozenset(special.values()) - {tokenizer.eos_token_id}
+    return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
+
+
+def markers_of_calls(tokenizer: Any, asked: ChatRequest) -> tuple[str, str] | None:
+    """What opens and closes a call in answers to a request; `None` where there are none, or nothing opens them."""
+    if not _may_call(asked):
+        return None
+    try:
+        form = form_of(tokenizer)
+    except UnsupportedError:
+        return None
+    return None if form.alone else (form.opens, form.closes)
+
+
+def outside_calls(steering: Steering, markers: tuple[str, str]) -> Steering:
+    """The steering where it was, but for what is generated in calls. Attention scores are steered as they were."""
+    words = Positions.prompt() | Positions.outside_tools(markers)
+    edits = [
+        edit if edit.site.kind == "scores" else replace(edit, positions=edit.positions & words)
+        for edit in steering.edits
+    ]
+    return replace(steering, edits=tuple(edits))
+
+
+def _may_call(asked: ChatRequest) -> bool:
+    return bool(asked.tools) and asked.tool_choice != "none"
+
+
+def _tools(asked: ChatRequest) -> list[Any]:
+    """The tools that answers may call. Raises `Refusal` where the one that is chosen isn't there."""
+    tools, choice = list(asked.tools or ()), asked.tool_choice
+    names = [tool.function.name for tool in tools]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise Refusal(400, f"there are two tools of the name {name!r}", param=f"tools.{i}.function.name")
+    if isinstance(choice, ToolChoice):
+        if choice.function.name not in names:
+            raise Refusal(400, f"there is no tool {choice.function.name!r} in tools", param="tool_choice.function.name")
+        return [tools[names.index(choice.function.name)]]
+    if choice == "required" and not tools:
+        raise Refusal(400, "a call is required, and there are no tools; give some", param="tool_choice")
+    return tools if _may_call(asked) else []
+
+
+def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:
+    """The tools with their schemas as grammars have them, and what isn't held of these."""
+    found: list[Tool] = []
+    unheld: list[str] = []
+    for i, tool in enumerate(tools):
+        spec: FunctionSpec = tool.function
+        where = f"the tool {spec.name!r}"
+        schema = {**ANY_OBJECT, **(spec.parameters or {})}
+        if schema["type"] != "object":
+            raise Refusal(400, f"{where}: arguments are an object", param=f"tools.{i}.function.parameters.type")
+        try:
+            checked = check_schema(schema, lenient=not spec.strict, where=where)
+        except TrimtabError as error:
+            raise Refusal(400, str(error), param=f"tools.{i}.function.parameters") from None
+        found.append(Tool(spec.name, checked.text))
+        unheld += checked.ignored
+    return found, unheld
+
+
+def _format(asked: ChatRequest) -> tuple[str, tuple[str, ...]] | None:
+    """The schema that an answer keeps to, and what isn't held of it."""
+    given = asked.response_format
+    if isinstance(given, ObjectFormat):
+        return check_schema(ANY_OBJECT).text, ()
+    if not isinstance(given, SchemaFormat):
+        return None
+    spec = given.json_schema
+    try:
+        checked = check_schema(spec.schema_, lenient=spec.strict is False, where=f"the schema {spec.name!r}")
+    except TrimtabError as error:
+        raise Refusal(400, str(error), param="response_format.json_schema.schema") from None
+    return checked.text, checked.ignored
+
+
+def _marks(text: str, form: CallForm | None, thinking: tuple[str, str] | None) -> bool:
+    """Whether a special token is, or is in, what marks calls or thinking."""
+    marks = (*(thinking or ()), *((form.opens, form.closes, form.between) if form is not None else ()))
+    return any(text in mark for mark in marks)
+
+
+# ---- messages ------------------------------------------------------------------------------------------------
+
+
+def _shown(spec: FunctionSpec) -> dict[str, Any]:
+    """A tool as templates describe it."""
+    function: dict[str, Any] = {"name": spec.name}
+    if spec.description:
+        function["description"] = spec.description
+    return {"type": "function", "function": {**function, "parameters": spec.parameters or ANY_OBJECT}}
+
+
+def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    called: dict[str, str] = {}  # by a call's id
+    for i, message in enumerate(messages):
+        content = message.content
+        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
+        one: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+        if message.tool_calls:
+            if message.role != "assistant":
+                raise Refusal(400, "tools are called by the assistant alone", param=f"messages.{i}.tool_calls")
+            where = f"messages.{i}.tool_calls"
+            one["tool_calls"] = [_call(call, f"{where}.{n}") for n, call in enumerate(message.tool_calls)]
+            called |= {call.id: call.function.name for call in message.tool_calls}
+        if message.role == "tool":
+            if message.tool_call_id not in called:
+                raise Refusal(
+                    400,
+                    "a tool's message answers a call of the assistant's before it; tool_call_id says which",
+                    param=f"messages.{i}.tool_call_id",
+                )
+            one |= {"tool_call_id": message.tool_call_id, "name": called[message.tool_call_id]}
+        if thinks and message.reasoning_content and message.role == "assistant":
+            one["reasoning_content"] = message.reasoning_content
+        found.append(one)
+    return found
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A call for the template, its arguments read."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise Refusal(400, "the arguments of a call are a JSON object, as a text", param=f"{where}.function.arguments")
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}

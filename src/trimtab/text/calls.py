@@ -1,0 +1,206 @@
+"""Tool calls as models write them: which form a chat template has, a form for templates without one, and grammars.
+
+A form says what stands around a call's name and its arguments, which are JSON. Those that are known here are what most
+families have been trained on. Where a template takes no tools, prompts describe them in Hermes' form, which many
+models have seen, and answers are read in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trimtab.errors import UnsupportedError
+from trimtab.text.templates import keywords_of
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function that a model may call. `schema` is the JSON schema of its arguments, as a grammar has it."""
+
+    name: str
+    schema: str
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a call is written: `opens`, then `before` NAME `between` ARGUMENTS `after`, then `closes`.
+
+    `many`: how several calls stand together. `"each"` has its own `opens` and `closes`, `"list"` are in brackets behind
+    one `opens`, `"one"` is alone in its answer.
+    """
+
+    name: str
+    opens: str
+    closes: str
+    before: str
+    between: str
+    after: str
+    many: str
+
+    @property
+    def alone(self) -> bool:
+        """Whether a call is an answer as a whole, which nothing opens."""
+        return not self.opens
+
+
+HERMES = CallForm(
+    "hermes", "<tool_call>", "</tool_call>", '\n{"name": "', '", "arguments": ', "}\n", "each"
+)  # Hermes, Qwen 2.5 and 3, SmolLM3
+MISTRAL = CallForm("mistral", "[TOOL_CALLS]", "", '{"name": "', '", "arguments": ', "}", "list")
+MISTRAL_ARGS = CallForm("mistral, with [ARGS]", "[TOOL_CALLS]", "", "", "[ARGS]", "", "each")  # from version 11 on
+LLAMA = CallForm("llama", "", "", '{"name": "', '", "parameters": ', "}", "one")  # 3.1 and later
+FORMS = (HERMES, MISTRAL_ARGS, MISTRAL, LLAMA)
+GENERIC = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+"""What a system message says of tools where the template doesn't, in the words of Qwen's."""
+
+
+def takes_tools(tokenizer: Any) -> bool:
+    """Whether the chat template has a place for tools."""
+    return "tools" in keywords_of(tokenizer)
+
+
+def form_of(tokenizer: Any) -> CallForm:
+    """The form in which this model calls tools, by its chat template.
+
+    Raises `UnsupportedError` for a template that takes tools and has them called in a form that isn't known.
+    """
+    if not takes_tools(tokenizer):
+        return HERMES
+    template = tokenizer.chat_template
+    text = "".join(map(str, template.values())) if isinstance(template, dict) else str(template)
+    if "<tool_call>" in text and "<function=" not in text and "<arg_key>" not in text:
+        return HERMES
+    if "[TOOL_CALLS]" in text:
+        return MISTRAL_ARGS if "[ARGS]" in text else MISTRAL
+    if '"parameters": ' in text and "<|python_tag|>" in text:
+        return LLAMA
+    raise UnsupportedError(
+        "this model's chat template has tools called in a form that isn't known here; known are Hermes' <tool_call>"
+        " (Qwen, SmolLM3), Mistral's [TOOL_CALLS] and Llama 3.1's JSON. Leave tools out, or set a chat_template that"
+        " has one of these"
+    )
+
+
+# ---- prompts -------------------------------------------------------------------------------------------------
+
+
+def described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages for a template that knows no tools: described in the system message, called and answered in text."""
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        content = str(message.get("content") or "")
+        if message["role"] == "tool":
+            text = f"<tool_response>\n{content}\n</tool_response>"
+            if found and found[-1].get("responses"):  # several, to several calls
+                found[-1]["content"] += f"\n{text}"
+            else:
+                found.append({"role": "user", "content": text, "responses": True})
+            continue
+        calls = [_call(one["function"]) for one in message.get("tool_calls") or ()]
+        found.append({"role": message["role"], "content": "\n".join([*([content] if content else []), *calls])})
+    for one in found:
+        one.pop("responses", None)
+    if tools:
+        text = GENERIC.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        if found and found[0]["role"] == "system":
+            found[0] = {**found[0], "content": f"{found[0]['content']}\n\n{text}"}
+        else:
+            found.insert(0, {"role": "system", "content": text})
+    return found
+
+
+def _call(function: Mapping[str, Any]) -> str:
+    call = {"name": function["name"], "arguments": function["arguments"]}
+    return f"{HERMES.opens}\n{json.dumps(call, ensure_ascii=False)}\n{HERMES.closes}"
+
+
+# ---- grammars, in llguidance's Lark notation -----------------------------------------------------------------
+
+
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """The special tokens, by their texts: in a grammar they are tokens, not texts."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {str(token.content): int(id) for id, token in added.items() if token.special}
+
+
+def call_rules(
+    form: CallForm, tools: Sequence[Tool], special: Mapping[str, int], *, several: bool, free: bool
+) -> str | None:
+    """Lines of a grammar, with the rule `calls`.
+
+    Args:
+        form: How calls are written.
+        tools: What may be called.
+        special: As `special_tokens` has them.
+        several: Whether there may be more than one call.
+        free: Whether there may be any text instead, and before a call: then calls keep to their form from where they
+            open.
+
+    Returns:
+        `None` where that can't be: a form in which nothing opens a call is any text, if there may be any.
+    """
+    if free and form.alone:
+        return None
+    bodies = []
+    for tool in tools:
+        name = json.dumps(tool.name)[1:-1] if form.before else tool.name
+        head = " ".join(literal(part, special) for part in (form.before + name, form.between))
+        bodies.append(f"({head} %json {tool.schema} {literal(form.after, special)})")
+    tail = f"body {literal(form.closes, special)}"
+    if form.many == "list":
+        more = '(", " body)*' if several else ""
+        tail = f'" "? "[" body {more} "]"'
+    lines = [f"body: {' | '.join(bodies)}", f"call: {tail}"]
+    repeats = several and form.many == "each"
+    if not free:
+        blank = '"\\n"' if form.closes else ""
+        opens = literal(form.opens, special)
+        lines.append(f"calls: {opens} call " + (f"({blank} {opens} call)*" if repeats else ""))
+        return "\n".join(lines)
+    if form.opens in special:
+        lines.append(f"called: TEXT {literal(form.opens, special)} call")
+    else:
+        lines += [f"opened[lazy]: /(.|\\n)*{pattern(form.opens)}/", "called: opened call"]
+    lines += ["TEXT: /(.|\\n)*/", "calls: called* TEXT" if repeats else "calls: TEXT | called"]
+    return "\n".join(lines)
+
+
+def thinking_rules(opens: str, closes: str, special: Mapping[str, int], *, begun: bool, then: str) -> str:
+    """Lines of a grammar, with the rule `start`: thinking, if any or `begun` already, and `then` another rule."""
+    if closes in special:
+        first = "" if begun else literal(opens, special)
+        lines = [f"thought: {first} THOUGHT {literal(closes, special)}", "THOUGHT: /(.|\\n)*/"]
+    else:
+        first = "" if begun else pattern(opens)
+        lines = [f"thought[lazy]: /{first}(.|\\n)*{pattern(closes)}/"]
+    lines.append("blank: /[ \\n]{0,4}/")
+    lines.append(f"start: thought blank {then}" if begun else f"start: (thought blank)? {then}")
+    return "\n".join(lines)
+
+
+def literal(text: str, special: Mapping[str, int]) -> str:
+    """A text in a grammar; special tokens in it are tokens."""
+    names = sorted((name for name in special if name in text), key=len, reverse=True)
+    parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text) if names else [text]
+    return " ".join(f"<[{special[part]}]>" if part in names else json.dumps(part) for part in parts if part)
+
+
+def pattern(text: str) -> str:
+    """A text in a regular expression of a grammar."""
+    return re.sub(r"([^\w\s<>:])", r"\\\1", text)

@@ -1,0 +1,264 @@
+"""What an answer's text is made of, as it comes: thinking, words for the reader, and tool calls.
+
+Pieces of text go in, parts come out. What may still turn out to be a marker is held back until it is known, and so are
+the blanks around thinking, which aren't part of it. Arguments of a call are passed on as they come, to the letter: they
+are JSON that nobody has read and written anew.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from trimtab.text.calls import CallForm
+from trimtab.text.unfolding import overlap
+
+
+@dataclass(frozen=True)
+class Words:
+    """Text for the reader."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Text between the markers of thinking."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallBegun:
+    """A call of a tool; number `index` of this answer."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of a call's arguments, in JSON."""
+
+    index: int
+    text: str
+
+
+Part = Words | Thought | CallBegun | CallArguments
+STRING = r'"(?:[^"\\]|\\.)*"'
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands where in an answer's text.
+
+    `thinking` are the texts that open and close it, `begun` says that the prompt has opened it already. `calls` are
+    written in this form. `strict`: they keep to it, which a grammar sees to; otherwise what names none of `tools`, or
+    isn't JSON, is words.
+    """
+
+    thinking: tuple[str, str] | None = None
+    begun: bool = False
+    calls: CallForm | None = None
+    tools: Collection[str] = ()
+    strict: bool = False
+
+
+class Parts:
+    """One answer. `add` a piece of its text, `finish` at its end; all parts together are what it says."""
+
+    def __init__(self, marks: Marks) -> None:
+        self.marks = marks
+        self.calls = 0
+        self._held = ""
+        self._fresh = True  # blanks that come now aren't a part of anything
+        self._depth, self._quoted, self._escaped = 0, False, False  # in a call's arguments
+        self._state = self._opening
+        if marks.thinking is None:
+            self._to_words(fresh=False)
+        elif marks.begun:
+            self._state = self._thinking
+
+    @property
+    def thinks(self) -> bool:
+        """Whether what comes next is thinking, as far as is known."""
+        return self._state == self._thinking
+
+    def add(self, text: str) -> list[Part]:
+        """What this piece lets go."""
+        self._held += text
+        return list(self._run(last=False))
+
+    def finish(self) -> list[Part]:
+        """The rest."""
+        return list(self._run(last=True))
+
+    def _run(self, last: bool) -> Iterator[Part]:
+        while True:
+            before = self._state, len(self._held)
+            yield from self._state(last)
+            if (self._state, len(self._held)) == before:
+                return
+
+    def _until(self, marker: str, last: bool) -> tuple[str, bool]:
+        """The text up to a marker, and whether it has come. What may begin it waits, and so do the blanks before it."""
+        if self._fresh:
+            self._held = self._held.lstrip()
+            self._fresh = not self._held
+        text, found, rest = self._held.partition(marker)
+        if found:
+            self._held = rest
+            return text.rstrip(), True
+        if last:
+            self._held = ""
+            return text, False
+        shown = text[: len(text) - overlap(text, marker)].rstrip()
+        self._held = text[len(shown) :]
+        return shown, False
+
+    # ---- thinking and words ------------------------------------------------------------------------------
+
+    def _opening(self, last: bool) -> Iterator[Part]:
+        """Before anything but blanks: thinking may begin."""
+        assert self.marks.thinking is not None
+        opens, text = self.marks.thinking[0], self._held.lstrip()
+        if text.startswith(opens):
+            self._held = text[len(opens) :]
+            self._state = self._thinking
+        elif last or (text and not opens.startswith(text)):
+            self._to_words(fresh=False)
+        yield from ()
+
+    def _thinking(self, last: bool) -> Iterator[Part]:
+        assert self.marks.thinking is not None
+        text, over = self._until(self.marks.thinking[1], last)
+        if text := text.rstrip() if last else text:
+            yield Thought(text)
+        if over:
+            self._to_words(fresh=True)
+
+    def _to_words(self, fresh: bool) -> None:
+        form = self.marks.calls
+        self._fresh = fresh
+        self._state = self._words
+        if form is not None and form.alone:
+            self._state = self._begun if self.marks.strict else self._whole
+
+    def _words(self, last: bool) -> Iterator[Part]:
+        form = self.marks.calls
+        if form is None and not self._fresh:
+            text, opened = self._held, False
+            self._held = ""
+        else:
+            text, opened = self._until(form.opens if form is not None and form.opens else "\0", last)
+        if text:
+            yield Words(text)
+        if opened:
+            self._state = self._begun
+
+    def _whole(self, last: bool) -> Iterator[Part]:
+        """An answer that is a call as a whole, or words; which one its end tells."""
+        text = self._held.lstrip()
+        if text and not text.startswith("{"):
+            self._state = self._words
+            return
+        if not last:
+            return
+        found = _calls_in(text, self.marks.tools)
+        for name, arguments in found:
+            yield from self._call(name)
+            yield CallArguments(self.calls - 1, arguments)
+        if not found and self._held:
+            yield Words(self._held)
+        self._held = ""
+
+    # ---- calls -------------------------------------------------------------------------------------------
+
+    def _call(self, name: str) -> Iterator[Part]:
+        self.calls += 1
+        yield CallBegun(self.calls - 1, new_call_id(), name)
+
+    def _begun(self, last: bool) -> Iterator[Part]:
+        """Until the name is known, and its arguments begin."""
+        form = self.marks.calls
+        assert form is not None
+        found = (HEAD if form.before else HEAD_ARGS).match(self._held)
+        if found is not None:
+            yield from self._call(json.loads(found[1]) if form.before else found[1])
+            self._held = self._held[found.end() :]
+            self._state = self._arguments
+        elif last:
+            if text := form.opens + self._held:
+                yield Words(text)
+            self._held, self._state = "", self._words
+
+    def _arguments(self, last: bool) -> Iterator[Part]:
+        """One JSON object, passed on to the letter."""
+        for place, letter in enumerate(self._held):
+            if self._quoted:
+                self._quoted = self._escaped or letter != '"'
+                self._escaped = letter == "\\" and not self._escaped
+                continue
+            self._quoted = letter == '"'
+            self._depth += (letter in "{[") - (letter in "}]")
+            if self._depth == 0:
+                shown, self._held = self._held[: place + 1], self._held[place + 1 :]
+                self._state = self._ended
+                break
+        else:
+            shown, self._held = self._held, ""
+        if shown:
+            yield CallArguments(self.calls - 1, shown)
+
+    def _ended(self, last: bool) -> Iterator[Part]:
+        """Behind a call's arguments."""
+        form = self.marks.calls
+        assert form is not None
+        if form.many == "list":
+            if found := re.match(r"\s*\}\s*([],])", self._held):
+                self._held = self._held[found.end() :]
+                self._fresh, self._state = True, self._begun if found[1] == "," else self._words
+        elif form.closes:
+            _, closed = self._until(form.closes, last)
+            if closed:
+                self._fresh, self._state = True, self._words
+        elif form.before:
+            self._held = ""  # an answer that was the call alone
+        else:
+            self._fresh, self._state = True, self._words
+        yield from ()
+
+
+def new_call_id() -> str:
+    """A call's id."""
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+HEAD = re.compile(rf'[\s\[,]*\{{\s*"name"\s*:\s*({STRING})\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{{)')
+HEAD_ARGS = re.compile(r"\s*([\w.-]+)\[ARGS\]\s*(?=\{)")
+
+
+def _calls_in(text: str, tools: Collection[str]) -> list[tuple[str, str]]:
+    """The calls, with their arguments as they are written, that a text is as a whole; none where it is anything else.
+
+    Several stand one after the other, perhaps with a semicolon between.
+    """
+    found, at = [], 0
+    while at < len(text.rstrip()):
+        head = HEAD.match(text, at)
+        if head is None or json.loads(head[1]) not in tools:
+            return []
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, head.end())
+        except (ValueError, RecursionError):
+            return []
+        tail = re.compile(r"\s*\}\s*;?\s*").match(text, end)
+        if tail is None:
+            return []
+        found.append((json.loads(head[1]), text[head.end() : end]))
+        at = tail.end()
+    return found

@@ -1,0 +1,91 @@
+"""What an answer says, as transformers reads it by the tokenizer's response template.
+
+Such a template says in which regions a model answers: thinking, words, tool calls in whatever form it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words, new_call_id
+
+THINKING = ("thinking", "reasoning", "reasoning_content")
+"""What templates call the region of thinking."""
+
+
+def has_response_template(tokenizer: Any) -> bool:
+    """Whether transformers can read this model's answers."""
+    return bool(getattr(tokenizer, "response_template", None)) and hasattr(tokenizer, "get_response_parser")
+
+
+class TemplateParts:
+    """One answer, as `Parts` has it. `prompt` are the ids before it, `tools` what may be called."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], tools: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._parser: Any = tokenizer.get_response_parser(prefix=list(prompt), tools=[*tools] or None)
+        self._region = ""
+        self._calls = 0
+        self._blank: dict[str, str] = {}  # blanks that may be the last of their region, and then aren't part of it
+        self._begun: set[str] = set()
+        list(self._parts(self._parser.initial_events))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether what comes next is thinking, as far as is known."""
+        return self._region in THINKING
+
+    def add(self, text: str) -> list[Part]:
+        """What this piece lets go."""
+        return self._read(lambda: self._parser.feed(text), text)
+
+    def finish(self) -> list[Part]:
+        """The rest."""
+        return self._read(lambda: self._parser.finalize()[1], "")
+
+    def _read(self, more: Any, text: str) -> list[Part]:
+        if self._parser is None:
+            return [Words(text)] if text else []
+        try:
+            events = more()
+        except ValueError:  # a region that isn't what its template says: from here on it is text
+            self._parser = None
+            return [Words(text)] if text else []
+        return list(self._parts(events))
+
+    def _parts(self, events: Sequence[Mapping[str, Any]]) -> Iterator[Part]:
+        for event in events:
+            field = event["field"]
+            if event["type"] == "region_open":
+                self._region = field
+                self._blank[field] = ""
+                self._begun.discard(field)
+            elif event["type"] == "region_chunk":
+                kind = Thought if field in THINKING else Words if field == "content" else None
+                if kind is not None:
+                    yield from self._text(field, event["text"], kind)
+            else:
+                self._region = ""
+                if field == "tool_calls":
+                    yield from self._called(event["value"])
+
+    def _text(self, field: str, text: str, kind: type[Words] | type[Thought]) -> Iterator[Part]:
+        held = self._blank[field] + text
+        if field not in self._begun:
+            held = held.lstrip()
+        shown = held.rstrip()
+        self._blank[field] = held[len(shown) :]
+        if shown:
+            self._begun.add(field)
+            yield kind(shown)
+
+    def _called(self, value: Any) -> Iterator[Part]:
+        for one in value if isinstance(value, list) else [value]:
+            function = one.get("function", one) if isinstance(one, Mapping) else {}
+            if not isinstance(function.get("name"), str):
+                continue
+            arguments = function.get("arguments", {})
+            yield CallBegun(self._calls, new_call_id(), function["name"])
+            yield CallArguments(self._calls, arguments if isinstance(arguments, str) else json.dumps(arguments))
+            self._calls += 1

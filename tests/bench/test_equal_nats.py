@@ -1,0 +1,265 @@
+"""The benchmark on tiny models, with methods and tasks of which it is known what comes out."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny import direction, prompt, tiny
+
+from trimtab.bench import Settings, bench, plan, results_of
+from trimtab.bench.learning import given_to
+from trimtab.bench.measures import by_answers
+from trimtab.bench.page import write_page
+from trimtab.bench.plan import Plan, Speed, within
+from trimtab.bench.results import ranked
+from trimtab.bench.store import Store, canonical
+from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
+from trimtab.errors import TrimtabError
+from trimtab.evaluate.divergence import divergence, reference
+from trimtab.methods.recipe import Recipe, recipes
+from trimtab.steering import Add, Card, Edit, Site, Steering
+from trimtab.text.pairs import Pair
+
+WANTED = 7
+ITEMS = 12
+ASKED = [prompt(seed, 4 + seed % 3) for seed in range(ITEMS)]
+PAIRS = tuple(Pair(prompt(100 + n, 5), prompt(200 + n, 5), "", "texts") for n in range(10))
+NATS = (1.0, 4.0)
+
+
+def learn_planted(lm, pairs, layers=None, **_):
+    """Pushes towards one word, whatever the pairs are."""
+    assert len(pairs) == len(PAIRS)
+    row = lm.model.get_output_embeddings().weight[WANTED].detach().float()
+    return Steering((Edit(Site(3), Add(row)),), Card("planted", model=lm.identity))
+
+
+def learn_nothing(lm, pairs, layers=None, **_):
+    """Pushes somewhere."""
+    return Steering((Edit(Site(1), Add(direction(9).float())),), Card("nothing", model=lm.identity))
+
+
+def learn_broken(lm, pairs, layers=None, **_):
+    raise TrimtabError("it can't learn this")
+
+
+def learn_foreign(lm, pairs, layers=None, **_):
+    raise RuntimeError("a fault of theirs")
+
+
+def learn_interrupted(lm, pairs, layers=None, **_):
+    """As a descent that somebody stopped: the best so far, and its card says so."""
+    return Steering(
+        (Edit(Site(1), Add(direction(9).float())),), Card("x", model=lm.identity, measured={"interrupted": True})
+    )
+
+
+def own(name):
+    return Recipe(name, name, "none", "pairs", "texts", "adds", f"test_equal_nats:learn_{name}", shapes=("texts",))
+
+
+RECIPES = (
+    {name: own(name) for name in ("planted", "nothing", "broken", "interrupted")}
+    | {"foreign": replace(own("foreign"), distribution="theirs 1.0")}
+    | {name: recipes()[name] for name in ("random", "caa", "bipo", "actadd", "safety", "tda")}
+)
+
+
+def task_of(lm, _store, count):
+    arms = {PLAIN: ASKED[:count], PROMPT: [f"w{WANTED} {p}" for p in ASKED[:count]], TWICE: ASKED[:count]}
+    return Task(
+        name="says it",
+        about="answers with the word",
+        unit="share",
+        items=tuple(f"item {n}" for n in range(count)),
+        groups=tuple(f"item {n}" for n in range(count)),
+        told=(PROMPT, TWICE),
+        lessons=Lessons(pairs={"texts": PAIRS}),
+        asked=tuple(prompt(300 + n, 5) for n in range(4)),
+        measure=by_answers(arms, lambda _, text, __: float(f"w{WANTED}" in text.split()), 4),
+    )
+
+
+def planned(rows=tuple(name for name in RECIPES if name != "interrupted"), nats=NATS, **settings):
+    outline = Outline("says it", "mine", ITEMS, Cost(4, 10), Cost(), 10.0, task_of)
+    rows = tuple(sorted(rows, key=lambda name: name != "random"))
+    return Plan(Settings(nats=nats, items=ITEMS, **settings), (outline,), RECIPES, rows, ())
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def done(lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return folder, bench(lm, planned(), folder)
+
+
+def test_what_was_planted_is_found_and_what_does_nothing_is_not(done):
+    _, found = done
+    (task,) = found.tasks
+    rows = {row.method: row for row in task.rows}
+    assert rows["planted"].cell.verdict == "better"
+    assert rows["planted"].cell.decision.after > task.unsteered
+    assert rows["planted"].cell.orthogonal is not None
+    assert rows["planted"].cell.orthogonal <= 0.05
+    assert "text" in rows["planted"].cell.sides
+    assert rows["nothing"].cell.verdict != "better"
+    assert found.methods[0].method == "planted"
+    assert any("better on most tasks (1): planted" in line for line in found.words())
+
+
+def test_methods_that_cannot_act_are_listed_with_the_reason(done):
+    (task,) = done[1].tasks
+    assert "pairs of answers" in task.left_out["bipo"]
+    assert "two texts" in task.left_out["actadd"]
+    assert "all prompts are of one kind" in task.left_out["safety"]
+    assert "directed at nothing" in task.left_out["tda"]
+    assert task.left_out["broken"] == "it couldn't be learned: it can't learn this"
+    assert task.left_out["foreign"] == "it couldn't be learned: RuntimeError: a fault of theirs (theirs 1.0)"
+
+
+def test_every_strength_has_the_divergence_that_was_asked_for(lm, done):
+    _, found = done
+    base = reference(lm, [prompt(300 + n, 5) for n in range(4)], tokens=16)
+    for row in found.tasks[0].rows:
+        for cell in row.cells:
+            assert cell.reached == pytest.approx(cell.nats, rel=0.1)
+    planted = next(row for row in found.tasks[0].rows if row.method == "planted")
+    steering = learn_planted(lm, PAIRS)
+    for cell in planted.cells:
+        assert divergence(lm, cell.factor * steering, base).p95 == pytest.approx(cell.reached, rel=1e-3)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(lm, done, tmp_path):
+    def stop(number, _total):
+        if number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(lm, planned(), tmp_path, progress=stop)
+    assert not (tmp_path / "results.json").exists()
+    before = files(tmp_path)
+    bench(lm, planned(), tmp_path)
+    assert files(tmp_path) == files(done[0])
+    assert all(files(tmp_path)[name] == data for name, data in before.items())
+
+
+def test_what_was_learned_in_part_only_is_not_kept(lm, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        bench(lm, planned(("random", "interrupted")), tmp_path)
+    assert not list((tmp_path / "learned").glob("*interrupted*"))
+    assert not list((tmp_path / "cells").glob("*interrupted*"))
+
+
+def test_a_task_that_cannot_be_measured_is_left_out_with_the_reason(lm, tmp_path):
+    long = Outline("too long", "mine", 4, Cost(), Cost(), 1.0, too_long)
+    whole = planned(("random", "planted"))
+    found = bench(lm, replace(whole, outlines=(long, *whole.outlines)), tmp_path)
+    assert [task.name for task in found.tasks] == ["says it"]
+    assert "tokens" in found.left_out["too long"]
+
+
+def too_long(lm, store, count):
+    arms = {PLAIN: [prompt(1, 500)] * count}
+    return replace(task_of(lm, store, count), name="too long", told=(), measure=by_answers(arms, lambda *_: 0.0, 4))
+
+
+def test_another_runs_folder_is_refused(lm, done):
+    with pytest.raises(TrimtabError, match="settings differ"):
+        bench(lm, planned(seed=1), done[0])
+    with pytest.raises(TrimtabError, match="holds no benchmark"):
+        results_of(Path(done[0]) / "cells")
+
+
+def test_the_page_stands_alone_and_says_the_verdict(done, tmp_path):
+    write_page(tmp_path / "page.html", done[1])
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page
+    for line in done[1].words():
+        assert line.replace("'", "&#x27;") in page
+    assert "it can&#x27;t learn this" in page
+
+
+def test_results_are_plain_values_without_times(done):
+    document = json.loads((done[0] / "results.json").read_text())
+    assert canonical(document) == (done[0] / "results.json").read_bytes()
+    assert document["tasks"][0]["rows"][0]["method"] == "random"
+    assert not any("time" in key or "second" in key for key in document)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [[3, 1, 2], [1, 1, 0], [2, 2, 2], [0.5, 0.25, 0.5, 1]])
+def test_ranks_are_those_of_a_naive_count(values):
+    for value, rank in zip(values, ranked(values), strict=True):
+        lower, same = sum(v < value for v in values), values.count(value)
+        assert rank == lower + (same - 1) / 2
+
+
+def test_a_budget_is_met_by_fewer_items():
+    whole = planned()
+    seconds = Speed(10, 100).seconds(whole.cost())
+    assert within(whole, Speed(10, 100), seconds).items == ITEMS
+    assert within(whole, Speed(10, 100), seconds * 0.999).items == 8
+    with pytest.raises(TrimtabError, match="fewer --methods or --tasks"):
+        within(whole, Speed(10, 100), 1.0)
+
+
+def test_every_method_of_the_registry_says_what_it_learns_from_or_why_not():
+    prompts = tuple(Pair(f"{p} w3", p, "", "prompts") for p in ASKED)
+    answers = tuple(Pair("w1 w2", "w3 w4", p, "answers") for p in ASKED)
+    full = Lessons({"prompts": prompts, "answers": answers}, ("w5",), ("w6",), ("w7", "w8"), {"system": "w9"})
+    for recipe in recipes().values():
+        given = given_to(recipe, full, 0)
+        assert isinstance(given, str) == (recipe.name == "tda")
+    bare = Lessons({"letters": ()})
+    reasons = {name: given_to(recipe, bare, 0) for name, recipe in recipes().items()}
+    assert all(isinstance(reason, str) for name, reason in reasons.items() if name != "random")
+
+
+def test_unknown_methods_and_tasks_are_named():
+    with pytest.raises(TrimtabError, match="there is no method 'cab'"):
+        plan(Settings(methods=("cab",)))
+    with pytest.raises(TrimtabError, match="there is no task 'behaviours'; its data aren't there"):
+        plan(Settings(tasks=("behaviours",)))
+    with pytest.raises(TrimtabError, match="nats above 0"):
+        Settings(nats=(0.0,))
+
+
+def test_patterns_choose_and_the_control_is_always_there():
+    found = plan(Settings(methods=("re*",), tasks=("traits",)))
+    assert found.rows == ("random", "repe", "reps")
+    assert {one.kind for one in found.outlines} == {"traits"}
+    some = plan(Settings(methods=("re*", "!reps"), tasks=("traits", "!p*")))
+    assert some.rows == ("random", "repe")
+    assert {one.name for one in found.outlines} - {one.name for one in some.outlines} == {"pirate", "poetic"}
+    with pytest.raises(TrimtabError, match="no task is left"):
+        plan(Settings(tasks=("pirate", "!pirate")))
+
+
+def test_a_part_that_is_damaged_is_named(tmp_path):
+    store = Store(tmp_path, {"a": 1})
+    assert store.keep("cells", "x", make=lambda: [1.0, math.nan]) == [1.0, None]
+    (tmp_path / "cells" / "x.json").write_text("{")
+    with pytest.raises(TrimtabError, match=r"x\.json is damaged; delete it"):
+        store.keep("cells", "x", make=lambda: 0)
+
+
+def test_names_that_look_alike_as_files_are_kept_apart(tmp_path):
+    store = Store(tmp_path, {})
+    assert store.keep("cells", "a b", make=lambda: 1) == 1
+    assert store.keep("cells", "a-b", make=lambda: 2) == 2
+    assert store.keep("cells", "a/b", make=lambda: 3) == 3

@@ -1,0 +1,96 @@
+"""`trimtab bench` and `trimtab forecast` as somebody types them, on a tiny model; and the forecast of `learn`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from trimtab.commands.bench import seconds_of
+from trimtab.errors import TrimtabError
+
+
+@pytest.fixture
+def cpu(trimtab, model):
+    """The command with `model`."""
+
+    def run(line, *more):
+        named = () if line.startswith("forecast") else ("--model", model, "--device", "cpu", "--dtype", "float32")
+        return trimtab(*line.split(), *more, *named)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("2h", 7200), ("25min", 1500), ("90s", 90), ("10", 600), ("1.5 h", 5400)]
+)
+def test_budgets(text, seconds):
+    assert seconds_of(text) == seconds
+    with pytest.raises(TrimtabError, match="is no time"):
+        seconds_of(f"{text} or so")
+
+
+def test_a_dry_run_tells_the_plan_and_the_time(cpu, tmp_path):
+    ran = cpu("bench --tasks traits,english_* --methods re*,caa --dry-run --json", "--out", tmp_path / "b")
+    assert ran.code == 0
+    assert ran.json["methods"] == ["random", "caa", "repe", "reps"]
+    assert ran.json["cells"] == 4 * len(ran.json["tasks"])
+    assert ran.json["seconds"] > 0
+    assert "--data FOLDER" in ran.json["left_out"]["behaviours"]
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_run_a_page_and_the_same_again(cpu, tmp_path):
+    command = "bench --tasks no_comma --methods caa,instruct --nats 1 --items 4 --pairs 8 --tokens 4"
+    ran = cpu(command, "--out", tmp_path / "b")
+    assert ran.code == 0
+    assert "no_comma" in ran.out
+    assert "called better" in ran.out
+    page, results = (tmp_path / "b" / "page.html").read_bytes(), (tmp_path / "b" / "results.json").read_bytes()
+    again = cpu(f"{command} --json", "--out", tmp_path / "b")
+    assert again.code == 0
+    assert again.json == json.loads(results)
+    assert (tmp_path / "b" / "page.html").read_bytes() == page
+    assert (tmp_path / "b" / "results.json").read_bytes() == results
+    other = cpu("bench --tasks no_comma --methods caa --nats 1 --items 5", "--out", tmp_path / "b")
+    assert other.code == 2
+    assert "other settings" in other.err
+    foretold = cpu("forecast", tmp_path / "b")
+    assert foretold.code == 2
+    assert "needs both outcomes" in foretold.err
+
+
+def test_bad_input_is_named(cpu, tmp_path):
+    for options, said in (
+        ("--methods cab", "there is no method 'cab'"),
+        ("--nats one", "is no list of numbers"),
+        ("--budget soon", "is no time"),
+        ("--tasks refusal", "its data aren't there"),
+    ):
+        ran = cpu(f"bench {options}", "--out", tmp_path / "b")
+        assert ran.code == 2
+        assert said in ran.err
+    assert cpu("forecast", tmp_path).code == 2
+
+
+def test_learn_says_whether_it_is_likely_to_steer(cpu, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"Is {n} blue?", "positive": "yes", "negative": "no"} for n in range(9)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    said = cpu("learn caa", "--pairs", file, "--out", tmp_path / "a.safetensors")
+    assert "forecast: " in said.out
+    assert "of held-out pairs point along the direction" in said.out
+    told = cpu("learn caa --json --forecast", "--pairs", file, "--out", tmp_path / "b.safetensors")
+    assert told.json["forecast"]["verdict"] in ("works", "unlikely", "can't say")
+    assert told.json["forecast"]["predictors"]["agree"] >= 0
+    quiet = cpu("learn caa --json", "--pairs", file, "--out", tmp_path / "c.safetensors")
+    assert "forecast" not in quiet.json
+    assert "forecast" not in cpu("learn caa --no-forecast", "--pairs", file, "--out", tmp_path / "d.safetensors").out
+    few = cpu("learn caa", "--pairs", _first(file, 4, tmp_path), "--out", tmp_path / "e.safetensors")
+    assert "forecast: can't say (of 4 pairs nothing can be foretold" in few.out
+
+
+def _first(file, count, folder):
+    path = folder / "few.jsonl"
+    path.write_text("\n".join(file.read_text().splitlines()[:count]))
+    return path

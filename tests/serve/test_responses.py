@@ -1,0 +1,223 @@
+"""The Responses API, read by OpenAI's own types: items, events in order, and what is sent back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving needs trimtab[serve]")
+pytest.importorskip("llguidance", reason="grammars need trimtab[serve]")
+openai = pytest.importorskip("openai")
+
+from serve.toolbox import STRICT, WEATHER, model, service, steerings  # noqa: E402
+
+PATH = "/v1/responses"
+TOOL = {"type": "function", **WEATHER["function"]}
+NOTE = {"type": "function", **STRICT["function"]}
+ASK: dict[str, Any] = {"model": "trimtab", "input": "The sea?", "max_output_tokens": 20, "temperature": 0}
+CALL: dict[str, Any] = {**ASK, "tools": [NOTE], "tool_choice": "required", "parallel_tool_calls": False}
+CALL["max_output_tokens"] = 120
+
+
+@pytest.fixture(scope="module")
+def client_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    from starlette.testclient import TestClient
+
+    from trimtab.serve.app import make_app
+
+    made: dict[str, Any] = {}
+
+    def client(name: str) -> Any:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("responses")
+            lm = model(folder, name)
+            served = service(lm, steerings(lm, folder / "steerings"))
+            made[name] = TestClient(make_app(served), raise_server_exceptions=False).__enter__()
+            made[name].service = served
+        return made[name]
+
+    yield client
+    for one in made.values():
+        one.__exit__(None, None, None)
+
+
+def mine(client: Any) -> Any:
+    return openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=client, max_retries=0)
+
+
+def checked(response: Any) -> Any:
+    """Every field is what OpenAI's types have, and not only something like it."""
+    type(response).model_validate(json.loads(response.model_dump_json(by_alias=True)))
+    return response
+
+
+def test_it_answers_as_the_chat_does(client_for: Callable[[str], Any]) -> None:
+    client = client_for("hermes")
+    pushed = {"steering": [{"name": "push", "strength": 3}]}
+    found = checked(mine(client).responses.create(**ASK, instructions="Be brief.", extra_body=pushed))
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "The sea?"}]
+    asked = {"model": "trimtab", "messages": talk, "max_tokens": 20, "temperature": 0, **pushed}
+    chat = client.post("/v1/chat/completions", json=asked).json()
+    assert found.output_text == chat["choices"][0]["message"]["content"]
+    assert found.status == ("incomplete" if chat["choices"][0]["finish_reason"] == "length" else "completed")
+    assert found.usage.input_tokens == chat["usage"]["prompt_tokens"]
+    assert found.usage.output_tokens == chat["usage"]["completion_tokens"]
+    assert found.usage.output_tokens_details.reasoning_tokens == 0
+    told = found.model_extra["trimtab"]
+    assert told["steering"] == chat["trimtab"]["steering"]
+    assert found.instructions == "Be brief."
+
+
+def test_a_call_and_its_output(client_for: Callable[[str], Any]) -> None:
+    client = mine(client_for("hermes"))
+    found = checked(client.responses.create(**CALL))
+    (call,) = found.output
+    assert (call.type, call.name, found.status) == ("function_call", "note", "completed")
+    assert json.loads(call.arguments).keys() == {"text"}
+    again = [
+        {"role": "user", "content": "The sea?"},
+        *[item.model_dump() for item in found.output],
+        {"type": "function_call_output", "call_id": call.call_id, "output": "done"},
+    ]
+    after = checked(client.responses.create(**{**ASK, "input": again}, tools=[NOTE], tool_choice="none"))
+    assert after.output_text
+    named = client.responses.create(
+        **{**CALL, "tools": [NOTE, TOOL], "tool_choice": {"type": "function", "name": "get_weather"}}
+    )
+    assert named.output[0].name == "get_weather"
+
+
+def test_a_format(client_for: Callable[[str], Any]) -> None:
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+    format = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
+    asked = {**ASK, "max_output_tokens": 80, "text": {"format": format}}
+    found = checked(mine(client_for("hermes")).responses.create(**asked))
+    assert json.loads(found.output_text)["n"] in (1, 2)
+    assert found.text.format.schema_ == schema
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("hermes", ASK),
+        ("hermes", CALL),
+        ("mistral, with [ARGS]", CALL),
+        ("thinking", {**ASK, "extra_body": {"chat_template_kwargs": {"open": True}}}),
+        ("hermes", {**CALL, "max_output_tokens": 45}),
+    ],
+)
+def test_events_in_order(client_for: Callable[[str], Any], name: str, asked: dict[str, Any]) -> None:
+    """Each item and part is opened, told, and closed with all that was told; the last event is the whole response."""
+    client = mine(client_for(name))
+    whole = client.responses.create(**asked)
+    events = list(client.responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert kinds[-1] == f"response.{whole.status}"
+    last = checked(events[-1].response)
+    open_item: Any = None
+    texts: list[str] = []
+    for event in events[2:-1]:
+        checked(event)
+        if event.type == "response.output_item.added":
+            assert open_item is None
+            open_item = event.item.id
+            assert event.output_index == len(texts)
+            assert event.item.status == "in_progress"
+            texts.append("")
+        elif event.type == "response.output_item.done":
+            assert event.item.id == open_item
+            assert event.item == last.output[event.output_index]
+            open_item = None
+        else:
+            assert event.item_id == open_item
+            assert event.output_index == len(texts) - 1
+            if event.type.endswith(".delta"):
+                texts[-1] += event.delta
+            elif event.type.endswith("_text.done"):
+                assert event.text == texts[-1]
+            elif event.type.endswith("arguments.done"):
+                assert event.arguments == texts[-1]
+    assert open_item is None
+    for one, other in zip(last.output, whole.output, strict=True):
+        assert one.type == other.type
+        assert one.status == other.status
+        said = one.arguments if one.type == "function_call" else one.content[0].text
+        assert said == (other.arguments if one.type == "function_call" else other.content[0].text)
+    assert last.usage == whole.usage
+
+
+def test_thinking_is_an_item(client_for: Callable[[str], Any]) -> None:
+    client = mine(client_for("thinking"))
+    found = checked(client.responses.create(**ASK, extra_body={"chat_template_kwargs": {"open": True}}))
+    assert [item.type for item in found.output] == ["reasoning"]
+    assert found.usage.output_tokens_details.reasoning_tokens == 20
+    again = [
+        {"role": "user", "content": "Hi"},
+        *[item.model_dump() for item in found.output],
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Why?"},
+    ]
+    from trimtab.serve.responses import as_chat
+    from trimtab.serve.schema_responses import ResponsesRequest
+    from trimtab.serve.sieve import sieved
+
+    asked = json.loads(sieved(json.dumps({"model": "trimtab", "input": again}).encode()))
+    messages = as_chat(ResponsesRequest.model_validate(asked)).messages
+    assert [message.role for message in messages] == ["user", "assistant", "user"]
+    assert messages[1].reasoning_content == found.output[0].content[0].text
+    assert messages[1].content == "Blue."
+    assert client.responses.create(**{**ASK, "input": again}).output_text
+
+
+NOTHING: list[dict[str, Any]] = [
+    {"store": True, "metadata": {"a": "b"}, "user": "me", "previous_response_id": None, "include": []},
+    {"truncation": "disabled", "background": False, "service_tier": "auto", "reasoning": {"effort": None}},
+    {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "text": {"format": {"type": "text"}}},
+    {"include": ["reasoning.encrypted_content"], "prompt_cache_key": "x", "top_logprobs": 0},
+]
+
+
+@pytest.mark.parametrize("more", NOTHING, ids=lambda more: next(iter(more)))
+def test_fields_that_ask_for_nothing(client_for: Callable[[str], Any], more: dict[str, Any]) -> None:
+    client = client_for("hermes")
+    found = client.post(PATH, json={**ASK, **more})
+    assert found.status_code == 200, found.text
+    plain = client.post(PATH, json=ASK).json()
+    assert found.json()["output"][0]["content"] == plain["output"][0]["content"]
+
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"previous_response_id": "resp_1"}, "nothing is stored; send the whole conversation", "previous_response_id"),
+    ({"conversation": "c"}, "nothing is stored", "conversation"),
+    ({"background": True}, "nothing is stored; wait", "background"),
+    ({"truncation": "auto"}, "prompts aren't cut", "truncation"),
+    ({"input": []}, "at least 1", "input"),
+    ({"input": [{"type": "item_reference", "id": "x"}]}, "item", "input.0"),
+    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text can be read", "input.0.content"),
+    ({"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]}, "answers a call", "input"),
+    ({"tools": [{"type": "web_search"}]}, "'function'", "tools.0.type"),
+    ({"tool_choice": {"type": "function", "name": "f"}}, "there is no tool 'f'", "tool_choice.name"),
+    (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "strin"}}}},
+        "Invalid type: strin",
+        "text.format.schema",
+    ),
+    ({"max_output_tokens": 100_000}, "at most on this server", "max_output_tokens"),
+    ({"reasoning": {"effort": "high"}}, "chat_template_kwargs", "reasoning"),
+    ({"steering": [{"name": "nobody"}]}, "there is no such steering", "steering.0.name"),
+    ({"inputs": "x"}, "did you mean 'input'", "inputs"),
+]
+
+
+@pytest.mark.parametrize(("more", "words", "param"), WRONG, ids=[next(iter(more)) for more, _, _ in WRONG])
+def test_what_is_refused(client_for: Callable[[str], Any], more: dict[str, Any], words: str, param: str) -> None:
+    found = client_for("hermes").post(PATH, json={**ASK, **more})
+    assert found.status_code in (400, 404), found.text
+    error = found.json()["error"]
+    assert words in error["message"]
+    assert error["param"].startswith(param)

@@ -1,0 +1,382 @@
+"""Tools and formats over the API, on tiny models that call tools in the ways of several families."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="serving needs trimtab[serve]")
+pytest.importorskip("llguidance", reason="grammars need trimtab[serve]")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from serve.toolbox import BARE, STRICT, TEMPLATES, WEATHER, check_call, model, service, steerings
+
+from trimtab.serve.schema import ChatRequest
+
+ASK = [{"role": "user", "content": "The weather in Lyon?"}]
+CHATS = "/v1/chat/completions"
+TOOLS = [WEATHER, BARE, STRICT]
+KNOWN = [name for name in TEMPLATES if name != "unknown"]
+PUSHED: dict[str, Any] = {"steering": [{"name": "push", "strength": 20}]}
+
+
+@pytest.fixture(scope="module")
+def client_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """A client of a server whose model has this template."""
+    from starlette.testclient import TestClient
+
+    from trimtab.serve.app import make_app
+
+    made: dict[str, Any] = {}
+
+    def client(name: str) -> Any:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("tools")
+            lm = model(folder, name)
+            served = service(lm, steerings(lm, folder / "steerings"))
+            made[name] = TestClient(make_app(served), raise_server_exceptions=False).__enter__()
+            made[name].service = served
+        return made[name]
+
+    yield client
+    for one in made.values():
+        one.__exit__(None, None, None)
+
+
+def ask(client: Any, **more: Any) -> Any:
+    body = {"model": "trimtab", "messages": ASK, "max_tokens": 160, "temperature": 0, **more}
+    found = client.post(CHATS, json=body)
+    assert found.status_code == 200, found.text
+    return found.json()
+
+
+def streamed(client: Any, **more: Any) -> tuple[dict[str, Any], str]:
+    """The message that a stream adds up to, and why it ended."""
+    body = {"model": "trimtab", "messages": ASK, "max_tokens": 160, "temperature": 0, "stream": True, **more}
+    message: dict[str, Any] = {"content": "", "calls": []}
+    finish = ""
+    for line in client.post(CHATS, json=body).text.splitlines():
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        for choice in json.loads(line[6:])["choices"]:
+            delta = choice["delta"]
+            message["content"] += delta.get("content") or ""
+            for name in ("role", "reasoning_content"):
+                if name in delta:
+                    message[name] = message.get(name, "") + delta[name]
+            for call in delta.get("tool_calls", ()):
+                if call["index"] == len(message["calls"]):
+                    assert call["id"].startswith("call_")
+                    assert call["type"] == "function"
+                    message["calls"].append({"name": call["function"]["name"], "arguments": ""})
+                message["calls"][call["index"]]["arguments"] += call["function"]["arguments"]
+            finish = choice["finish_reason"] or finish
+    return message, finish
+
+
+class TestCalls:
+    @pytest.mark.parametrize("name", [name for name in KNOWN if name != "thinking"])
+    @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+    def test_calls_that_have_to_be(self, client_for: Callable[[str], Any], name: str, choice: Any) -> None:
+        client = client_for(name)
+        for more in ({}, {**PUSHED, "rejection": name == "hermes"}, {"temperature": 1.5, "seed": 3}):
+            asked = {"tools": [WEATHER, STRICT], "tool_choice": choice, "parallel_tool_calls": False, **more}
+            found = ask(client, **asked)
+            message, finish = found["choices"][0]["message"], found["choices"][0]["finish_reason"]
+            assert finish == "tool_calls"
+            assert message["content"] is None
+            (call,) = message["tool_calls"]
+            check_call(call)
+            if choice != "required":
+                assert call["function"]["name"] == "get_weather"
+            if "seed" in more or name in ("hermes", "mistral"):
+                told, why = streamed(client, **asked)
+                assert told["calls"] == [call["function"]]
+                assert (told["content"], why) == ("", "tool_calls")
+
+    @pytest.mark.parametrize("name", ["hermes", "mistral", "mistral, with [ARGS]"])
+    def test_several_calls_and_samples(self, client_for: Callable[[str], Any], name: str) -> None:
+        asked = {"tools": [WEATHER, STRICT], "tool_choice": "required", "temperature": 1, "seed": 1, "n": 5}
+        found = ask(client_for(name), **asked)
+        for choice in found["choices"]:
+            calls = choice["message"]["tool_calls"]
+            for call in calls if choice["finish_reason"] == "tool_calls" else calls[:-1]:
+                check_call(call)
+        every = [call["id"] for choice in found["choices"] for call in choice["message"]["tool_calls"]]
+        assert len(set(every)) == len(every)
+
+    @pytest.mark.parametrize("name", KNOWN)
+    def test_calls_that_may_be(self, client_for: Callable[[str], Any], name: str) -> None:
+        client = client_for(name)
+        for choice in ("auto", None, "none"):
+            found = ask(client, tools=TOOLS, tool_choice=choice, max_tokens=20)
+            message = found["choices"][0]["message"]
+            assert message.get("tool_calls") is None
+            assert message["content"]
+            told, why = streamed(client, tools=TOOLS, tool_choice=choice, max_tokens=20)
+            assert (told["content"], why) == (message["content"], found["choices"][0]["finish_reason"])
+        without = ask(client, max_tokens=20)
+        assert found["usage"] == without["usage"]  # with "none" they aren't shown
+
+    def test_a_cut_off_call(self, client_for: Callable[[str], Any]) -> None:
+        asked = {"tools": [STRICT], "tool_choice": "required"}
+        for name in ("hermes", "llama"):
+            for most in (3, 42, 50):
+                found = ask(client_for(name), **asked, max_tokens=most)["choices"][0]
+                assert found["finish_reason"] == "length"
+                told, why = streamed(client_for(name), **asked, max_tokens=most)
+                assert why == "length"
+                calls = found["message"].get("tool_calls") or []
+                assert told["calls"] == [call["function"] for call in calls]
+                assert told["content"] == (found["message"]["content"] or "")
+
+    @pytest.mark.parametrize("name", KNOWN)
+    def test_what_was_called_is_shown_to_the_model(self, client_for: Callable[[str], Any], name: str) -> None:
+        call = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Oslo"}'}}
+        talk = [
+            *ASK,
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "It snows."}]},
+        ]
+        served = client_for(name).service
+        asked = ChatRequest.model_validate({"model": "trimtab", "messages": talk, "tools": TOOLS})
+        prepared = served.prepare(served.policy.caller(None), asked)
+        prompt = served.lm.tokenizer.decode(prepared.tasks[0].ids)
+        for text in ("It snows.", "get_weather", "Oslo", "stop-it", "The weather in a city."):
+            assert text in prompt or name == "thinking"
+        talk[1] |= {"content": None, "refusal": None, "audio": None}  # as clients send it back
+        told = ask(client_for(name), messages=talk, tools=TOOLS, max_tokens=5)
+        assert told["usage"]["prompt_tokens"] == len(prepared.tasks[0].ids)
+        assert ask(client_for(name), messages=talk, max_tokens=5)
+
+
+class TestFormats:
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(
+        st.floats(-100, 100, allow_nan=False),
+        st.sampled_from([False, True]),
+        st.sampled_from([0, 1.0, 2.0]),
+        st.integers(0, 50),
+    )
+    def test_any_strength(
+        self, client_for: Callable[[str], Any], strength: float, rejection: bool, temperature: float, seed: int
+    ) -> None:
+        schema = {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 5},
+                "mood": {"enum": ["calm", None]},
+                "n": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 2},
+            },
+            "required": ["name", "mood", "n"],
+            "additionalProperties": False,
+        }
+        found = ask(
+            client_for("hermes"),
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
+            steering=[{"name": "push", "strength": strength}],
+            rejection=rejection,
+            temperature=temperature,
+            seed=seed,
+        )
+        (choice,) = found["choices"]
+        assert choice["finish_reason"] == "stop"
+        answer = json.loads(choice["message"]["content"])
+        assert answer.keys() == {"name", "mood", "n"}
+        assert len(answer["name"]) <= 5
+        assert answer["mood"] in ("calm", None)
+        assert all(one in range(10) for one in answer["n"])
+        assert len(answer["n"]) <= 2
+
+    def test_objects_and_streams(self, client_for: Callable[[str], Any]) -> None:
+        asked = {"response_format": {"type": "json_object"}, "temperature": 1, "seed": 4, "max_tokens": 60}
+        found = ask(client_for("no tools"), **asked)["choices"][0]
+        assert found["message"]["content"].startswith("{")
+        if found["finish_reason"] == "stop":
+            assert isinstance(json.loads(found["message"]["content"]), dict)
+        told, why = streamed(client_for("no tools"), **asked)
+        assert (told["content"], why) == (found["message"]["content"], found["finish_reason"])
+
+    def test_with_tools_it_is_a_call_or_the_format(self, client_for: Callable[[str], Any]) -> None:
+        format = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"const": 7}}}
+        for name in KNOWN:
+            asked = {"tools": [WEATHER], "response_format": format, "parallel_tool_calls": False}
+            found = ask(client_for(name), **asked)["choices"][0]
+            if name == "thinking" and found["finish_reason"] == "length":
+                continue  # it is still thinking
+            if found["finish_reason"] == "tool_calls":
+                check_call(found["message"]["tool_calls"][0])
+            else:
+                assert found["message"]["content"] == "7"
+
+    def test_what_isnt_held_to_is_told(self, client_for: Callable[[str], Any]) -> None:
+        schema = {"type": "array", "uniqueItems": True, "maxItems": 1, "items": {"const": 1}}
+        for strict, told in ((False, ["the schema 'x': Unimplemented keys: [\"uniqueItems\"]"]), (None, None)):
+            given = {"name": "x", "schema": schema, **({} if strict is None else {"strict": strict})}
+            format = {"type": "json_schema", "json_schema": given}
+            body = {"messages": ASK, "model": "trimtab", "response_format": format}
+            found = client_for("no tools").post(CHATS, json=body)
+            if told is None:
+                assert found.status_code == 400
+                assert "no grammar can hold to uniqueItems" in found.json()["error"]["message"]
+                assert found.json()["error"]["param"] == "response_format.json_schema.schema"
+            else:
+                assert found.json()["trimtab"]["unheld"] == told
+
+
+def test_thinking_is_kept_apart(client_for: Callable[[str], Any]) -> None:
+    client = client_for("thinking")
+    asked = {"chat_template_kwargs": {"open": True}, "max_tokens": 15}
+    message = ask(client, **asked)["choices"][0]["message"]
+    assert message["reasoning_content"]
+    assert message["content"] == ""
+    told, _ = streamed(client, **asked)
+    assert (told["reasoning_content"], told["content"]) == (message["reasoning_content"], "")
+    plain = ask(client, max_tokens=15)["choices"][0]["message"]
+    assert "reasoning_content" not in plain
+    served = client.service
+    replayed = [*ASK, {"role": "assistant", "content": "Sunny.", "reasoning_content": "Hm."}, *ASK]
+    prepared = served.prepare(
+        served.policy.caller(None), ChatRequest.model_validate({"model": "trimtab", "messages": replayed})
+    )
+    assert "<think>Hm.</think>Sunny." in served.lm.tokenizer.decode(prepared.tasks[0].ids)
+
+
+def test_neighbours_dont_matter(client_for: Callable[[str], Any]) -> None:
+    """Calls, formats and free text side by side are what they are alone."""
+    client = client_for("hermes")
+    ways: list[dict[str, Any]] = [
+        {"max_tokens": 40},
+        {"tools": [STRICT], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 90},
+        {"response_format": {"type": "json_object"}, **PUSHED, "max_tokens": 40},
+        {"max_tokens": 40, **PUSHED, "logprobs": True},
+    ]
+    alone = [ask(client, **way) for way in ways]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda i: ask(client, **ways[i % 4]), range(12)))
+    for i, found in enumerate(together):
+        one, other = (answer["choices"][0] for answer in (found, alone[i % 4]))
+        for choice in (one, other):
+            for call in choice["message"].get("tool_calls", ()):
+                call.pop("id", None)
+        assert one["message"] == other["message"]
+        assert one["finish_reason"] == other["finish_reason"]
+
+
+WRONG: list[tuple[dict[str, Any], str, str]] = [
+    ({"tools": [WEATHER, WEATHER]}, "two tools of the name 'get_weather'", "tools.1.function.name"),
+    ({"tool_choice": "required"}, "a call is required, and there are no tools", "tool_choice"),
+    (
+        {"tools": [BARE], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        "there is no tool 'f'",
+        "tool_choice.function.name",
+    ),
+    (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]},
+        "arguments are an object",
+        "tools.0.function.parameters.type",
+    ),
+    (
+        {
+            "tools": [
+                BARE,
+                {
+                    "type": "function",
+                    "function": {"name": "f", "parameters": {"properties": {"a": {"type": "strin"}}}},
+                },
+            ]
+        },
+        "the tool 'f', at /properties/a: Invalid type: strin",
+        "tools.1.function.parameters",
+    ),
+    (
+        {"messages": [*ASK, {"role": "tool", "tool_call_id": "x", "content": "1"}]},
+        "answers a call of the assistant's before it",
+        "messages.1.tool_call_id",
+    ),
+    (
+        {
+            "messages": [
+                *ASK,
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}],
+                },
+            ]
+        },
+        "arguments of a call are a JSON object",
+        "messages.1.tool_calls.0.function.arguments",
+    ),
+    ({"chat_template_kwargs": {"tools": []}}, "tools is a field of its own", "chat_template_kwargs"),
+]
+
+
+@pytest.mark.parametrize(("more", "words", "param"), WRONG, ids=[words[:30] for _, words, _ in WRONG])
+def test_what_is_refused(client_for: Callable[[str], Any], more: dict[str, Any], words: str, param: str) -> None:
+    found = client_for("hermes").post(CHATS, json={"model": "trimtab", "messages": ASK, **more})
+    assert found.status_code == 400
+    error = found.json()["error"]
+    assert words in error["message"]
+    assert error["param"] == param
+
+
+def test_an_unknown_form_is_refused(client_for: Callable[[str], Any]) -> None:
+    body = {"model": "trimtab", "messages": ASK, "max_tokens": 3}
+    found = client_for("unknown").post(CHATS, json={**body, "tools": [BARE]})
+    assert found.status_code == 400
+    assert "form that isn't known" in found.json()["error"]["message"]
+    assert client_for("unknown").post(CHATS, json={**body, "tools": [BARE], "tool_choice": "none"}).status_code == 200
+
+
+class TestPositions:
+    """Steerings of a request with tools act on words, and not in calls, unless they say where."""
+
+    def prepared(self, client: Any, **more: Any) -> Any:
+        served = client.service
+        asked = ChatRequest.model_validate({"model": "trimtab", "messages": ASK, **more})
+        return served.prepare(served.policy.caller(None), asked)
+
+    def positions(self, client: Any, **more: Any) -> list[str]:
+        (task,) = self.prepared(client, **more).tasks
+        return [str(edit.positions) for edit in task.steering.edits]
+
+    def test_where_they_act(self, client_for: Callable[[str], Any]) -> None:
+        push, own = {"name": "push", "strength": 20}, "from-last-prompt-token"
+        for name, mark in (("hermes", "<tool_call>"), ("mistral", "[TOOL_CALLS]"), ("no tools", "<tool_call>")):
+            client = client_for(name)
+            (found,) = self.positions(client, steering=[push], tools=TOOLS)
+            assert "outside-tools" in found
+            assert mark in found
+            assert self.positions(client, steering=[push]) == [own]
+            assert self.positions(client, steering=[push], tools=TOOLS, tool_choice="none") == [own]
+            for rule in ("all", "generated", "answer"):
+                asked = [{**push, "positions": rule}]
+                assert self.positions(client, steering=asked, tools=TOOLS) == [rule]
+        assert self.positions(client_for("llama"), steering=[push], tools=TOOLS) == [own]
+
+    def test_calls_are_those_of_the_prompt_alone(self, client_for: Callable[[str], Any]) -> None:
+        """What is generated in a call isn't pushed: from its beginning on it is as if only the prompt had been."""
+        client = client_for("hermes")
+        asked = {"tools": [STRICT], "tool_choice": "required", "parallel_tool_calls": False}
+        ways: list[dict[str, Any]] = [
+            {"steering": [{"name": "push", "strength": 8}]},
+            {"steering": [{"name": "push", "strength": 8, "positions": "last-prompt-token"}]},
+            {"steering": [{"name": "push", "strength": 8, "positions": "from-last-prompt-token"}]},
+        ]
+        # the marker's first tokens are pushed, which have no choice; the rest then differs by the cache alone
+        outside, prompt, everywhere = (ask(client, **asked, **way)["choices"][0]["message"] for way in ways)
+        for message in (outside, prompt, everywhere):
+            check_call(message["tool_calls"][0])
+        doses = [ask(client, **asked, **way)["trimtab"]["answers"][0]["doses"][0]["tokens"] for way in ways]
+        assert doses[1] < doses[0] < doses[2]
+
+    def test_a_rule_that_isnt_one(self, client_for: Callable[[str], Any]) -> None:
+        body = {"model": "trimtab", "messages": ASK, "steering": [{"name": "push", "positions": "nowhere-at-all"}]}
+        found = client_for("hermes").post(CHATS, json=body)
+        assert found.status_code == 400
+        assert found.json()["error"]["param"] == "steering.0.positions"
