@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from trimtab.engines.transformers import compat
+
+OUTPUT_CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in compat.CACHE_NAMES)
 
 
 @contextmanager
@@ -74,7 +78,7 @@ def renamed_cache(model: Any, *, wrapped: bool = False) -> Iterator[None]:
                 more.pop(unused, None)
             output = self.model(input_ids, kv=Memory(cache) if wrapped and cache is not None else cache, **more)
             logits = self.lm_head(output.last_hidden_state[:, -logits_to_keep:])
-            return compat.CausalLMOutputWithPast(logits=logits, **{compat._OUTPUT_CACHE: cache})
+            return CausalLMOutputWithPast(logits=logits, **{OUTPUT_CACHE: cache})
 
     decoder.__class__, model.__class__ = Inner, Outer
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,10 @@ OUTSIDE = re.compile(r"\]\((?:\.\./)+((?!\.\.)[^)#\s]+)(#[^)\s]*)?\)")
 MARKUP = re.compile(r"\[/?(?:bold|dim|italic)\]")
 
 
+sys.path.insert(0, str(Path(__file__).parent))
+from http_page import http_page  # noqa: E402 (mkdocs loads this file by its path, so that its neighbours aren't found)
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made from the code."""
     from mkdocs.structure.files import File
@@ -39,6 +44,7 @@ def on_files(files: Any, config: Any) -> Any:
     pages = {
         "reference/api.md": api_page(),
         "reference/cli.md": cli_page(),
+        "reference/http.md": http_page(),
         "results.md": (ROOT / "benchmarks" / "RESULTS.md").read_text(),
     }
     for notebook in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):

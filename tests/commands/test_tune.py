@@ -306,7 +306,7 @@ def test_on_the_default_model_json_is_made_to_hold(trimtab, tmp_path):
             out,
             "--json",
         ),
-        *("--layers", "12,18", "--strengths", "0.6", "--operation", "add", "--limit", 14, "--max-new-tokens", 32),
+        *("--layers", "12,18", "--strengths", "0.6", "--operation", "add", "--limit", 24, "--max-new-tokens", 32),
     )
     assert told.code == 0, told.err
     assert told.json["steer"] is True

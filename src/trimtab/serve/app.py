@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Path, Request
@@ -102,6 +103,16 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False)
         await asyncio.to_thread(service.scheduler.close)
         service.audit.close()
 
+    return Guard(_api(service, lifespan), service, local=local, page=page)
+
+
+def openapi() -> dict[str, Any]:
+    """The OpenAPI document of a server that also learns and takes uploads. No model is needed for it."""
+    return _api(SimpleNamespace(learn=True, upload=True), None).openapi()
+
+
+def _api(service: Any, lifespan: Any) -> FastAPI:
+    """All routes. Which there are depends on `service.learn` and `service.upload` alone."""
     app = FastAPI(
         title="trimtab",
         version=__version__,
@@ -114,7 +125,7 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False)
     _completions(app, service)
     _steerings(app, service)
     _document(app)
-    return Guard(app, service, local=local, page=page)
+    return app
 
 
 def _document(app: FastAPI) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DynamicCache, PreTrainedModel, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation.logits_process import (
+    LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -50,7 +51,13 @@ KEYS_AND_STATE: Any = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer
 _NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 """Layers of a cache that hold a recurrent state, or nothing; `None` in releases that have none."""
 
-__all__ = ["DynamicCache", "DynamicLayer", "DynamicSlidingWindowLayer", "sdpa_mask"]  # what others take from here as is
+__all__ = [
+    "DynamicCache",
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LogitsProcessor",
+    "sdpa_mask",
+]  # what others take from here as is
 
 OLDEST = "5.16"
 """The oldest transformers that is supported."""

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
 
 from trimtab.decoding.grammar import Grammar, limits, load_llguidance
+from trimtab.engines.transformers.compat import LogitsProcessor
 from trimtab.errors import TrimtabError, UnsupportedError
 
 REFUSED = {
