@@ -462,6 +462,25 @@ def sadi(
     finish(run(model, data, folder, tasks, pairs, held_out, limit), json_file, check, as_markdown)
 
 
+@app.command()
+def dialogues(
+    model: Annotated[str | None, typer.Option(help="A model; without it, the default one.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Dialogues.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, help="Turns of each.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 24,
+    nats: Annotated[float, typer.Option(help="The divergence of every arm, 95th percentile, in nats.")] = 1.0,
+    layer: Annotated[int | None, typer.Option(help="Where to steer; without it, in the middle.")] = None,
+    rounds: Rounds = 5,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """Dialogues of ten turns with and without a clean cache: drift of perplexity and trait, and what a token costs."""
+    from benchmarks.dialogues import run
+
+    finish(run(model, count, turns, tokens, nats, layer, rounds), json_file, check, as_markdown)
+
+
 @peaks.command("methods")
 def peak_methods(
     batch: Annotated[int, typer.Option()],

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from trimtab.files.load import load
     from trimtab.files.objects import from_repeng, from_steering_vectors, to_repeng, to_steering_vectors
     from trimtab.files.steering_file import save_steering as save
+    from trimtab.learn.probe import learn_probe
     from trimtab.lm import LM, DoseWarning, MismatchWarning
     from trimtab.making.make import make, make_from_pairs
     from trimtab.methods.actadd import learn_actadd
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
         Threshold,
         directional_ablation,
     )
+    from trimtab.steering.monitors import Monitor
     from trimtab.text.pairs import Pair, read_pairs
     from trimtab.text.spans import Part, Pattern, Phrase
 
@@ -93,6 +95,7 @@ __all__ = [
     "Gate",
     "MaskNeurons",
     "MismatchWarning",
+    "Monitor",
     "Operation",
     "Pair",
     "Part",
@@ -140,6 +143,7 @@ __all__ = [
     "learn_loreft",
     "learn_many",
     "learn_random",
+    "learn_probe",
     "learn_repe",
     "learn_reps",
     "learn_sadi",
@@ -174,6 +178,7 @@ _HOMES = {
     "trimtab.files.hub": ("from_pretrained", "push_to_hub"),
     "trimtab.files.load": ("load",),
     "trimtab.files.objects": ("from_repeng", "from_steering_vectors", "to_repeng", "to_steering_vectors"),
+    "trimtab.learn.probe": ("learn_probe",),
     "trimtab.lm": ("LM", "DoseWarning", "MismatchWarning"),
     "trimtab.making.make": ("make", "make_from_pairs"),
     "trimtab.methods.actadd": ("learn_actadd",),
@@ -231,6 +236,7 @@ _HOMES = {
         "Threshold",
         "directional_ablation",
     ),
+    "trimtab.steering.monitors": ("Monitor",),
     "trimtab.text.pairs": ("Pair", "read_pairs"),
 }
 _PUBLIC = {name: (home, name) for home, names in _HOMES.items() for name in names} | {

@@ -24,6 +24,8 @@ from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
 from trimtab.engines.transformers.anatomy import positions_of
 from trimtab.engines.transformers.attention import attending, check_attention, head_count, score_layers
+from trimtab.engines.transformers.by_steps import check_by_steps
+from trimtab.engines.transformers.clean import check_clean
 from trimtab.engines.transformers.continuous import Continuous, answer, check_verified
 from trimtab.engines.transformers.deciding import check_gates
 from trimtab.engines.transformers.exclusive import steered_here
@@ -224,7 +226,13 @@ class LM(LanguageModel):
             check_grammar_options(options)
             options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
             self._matchers(requests, options)
+        check_by_steps(self.model, self.layout, requests, replace(decoding, options=options))
         return replace(decoding, options=options)
+
+    def require(self, *features: str) -> None:
+        super().require(*features)
+        if "clean_cache" in features:
+            check_clean(self.layout)
 
     def matcher(self, grammar: Grammar) -> Matcher:
         """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
@@ -267,7 +275,8 @@ class LM(LanguageModel):
             keeping = [matchers[i] for i in chosen]
             arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, keeping, chosen
             rows = 1 if way.alone else size
-            return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **given)
+            more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **given}
+            return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **more)
 
         way = Continuous.of(self.model, self.layout, dict(decoding.options))
         verified = order if way is not None else [i for i in order if requests[i].rejection is not None]

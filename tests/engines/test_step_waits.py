@@ -10,10 +10,12 @@ import pytest
 import tiny
 from pretend_gpu import Counts, move, pretending
 from test_decode import STEERINGS, asked
-from tiny import prompt
+from tiny import direction, prompt
 
-from trimtab import Add, Edit, Positions, Site, Steering
-from trimtab.engines.transformers.decode import GenerationBatch, GenerationRequest
+from trimtab import Add, Edit, Monitor, Positions, Site, Steering, Threshold
+from trimtab.engines.transformers.batch_row import GenerationRequest
+from trimtab.engines.transformers.clean import CleanBatch
+from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.lm import LM
 
@@ -52,6 +54,26 @@ def test_one_wait_and_no_copies(device: tuple[LM, Counts], name: str, rows: int,
         else:
             batch.insert(GenerationRequest(tuple(lm.encode(prompt(row, 4 + row))), None, 20, **way))
     for _ in range(7):  # what stays the same is put on the device, and no row is steered in another way any more
+        batch.step()
+    for _ in range(3):
+        counts.clear()
+        assert len(batch.step()) == rows
+        _, waits, copies = counts.totals
+        assert (waits, copies) == (1, 0), (counts.waits, counts.copies)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_monitors_and_clean_caches_wait_no_more(device: tuple[LM, Counts], rows: int, clean: bool) -> None:
+    """Rows with a clean cache or without, monitored at two layers: one wait a step."""
+    lm, counts = device
+    batch = CleanBatch(lm.model, lm.tokenizer, lm.layout)
+    monitors = tuple(Monitor(f"m{i}", Threshold(Site(i), direction(i), 0.0), 1e9) for i in (1, 2))
+    add = Steering((Edit(Site(1), Add(direction(3)), Positions.all()),))
+    for row in range(rows):
+        ids = tuple(lm.encode(prompt(row, 4 + row)))
+        batch.insert(GenerationRequest(ids, add, 30, monitors=monitors[: row % 3 + 1], clean_cache=clean))
+    for _ in range(7):
         batch.step()
     for _ in range(3):
         counts.clear()

@@ -13,6 +13,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from trimtab.commands.answer_json import answers_document
 from trimtab.commands.model import PANEL, EngineOption, JsonOption, ModelOptions
 from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
@@ -24,7 +25,6 @@ from trimtab.files.target import check_target, write_atomically
 from trimtab.text.templates import parse_keywords
 
 if TYPE_CHECKING:
-    from trimtab.decoding.trace import Trace
     from trimtab.engines.transformers.generate import Generation
     from trimtab.engines.vllm.on_ray import RayEngines
     from trimtab.steering import Steering
@@ -136,6 +136,14 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    clean_cache: Annotated[
+        bool,
+        typer.Option(
+            "--clean-cache",
+            help="Steer over the unsteered model's cache; a token costs two readings, and leaves no colour behind.",
+            rich_help_panel=DECODING,
+        ),
+    ] = False,
     trace: Annotated[
         bool,
         typer.Option("--trace", rich_help_panel=ATTENTION, help="Colour each token by what rejection did there."),
@@ -247,6 +255,8 @@ def generate(
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
         raise TrimtabError("--system is a system message, and there are prompts that have one; leave one of them out")
+    if clean_cache and not files:
+        raise TrimtabError("--clean-cache says over what cache to steer; give --steer FILE as well")
     steering = _steering(files, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm: Any
@@ -285,7 +295,14 @@ def generate(
     with progress_bar("generating", quiet=json) as progress:
         towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(asked)}
         answers = lm.generate(
-            asked, steering, transfer=transfer, rejection=rejecting, progress=progress, **towards, **given
+            asked,
+            steering,
+            transfer=transfer,
+            rejection=rejecting,
+            clean_cache=clean_cache,
+            progress=progress,
+            **towards,
+            **given,
         )
     unsteered = None
     if compare:
@@ -300,7 +317,7 @@ def generate(
 
         plot_traces(answers, plot)
     if json:
-        document = _document(lm.name, files, asked, answers, unsteered)
+        document = answers_document(lm.name, files, asked, answers, unsteered)
         if dosed is not None:
             document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
         if taken is not None:
@@ -429,48 +446,6 @@ def _steering(files: Sequence[Pick], positions: str | None) -> Steering | None:
     loaded = [pick.load() for pick in files]
     total = sum(loaded[1:], loaded[0])
     return total if rule is None else total.at(rule)
-
-
-def _document(
-    model: str,
-    files: Sequence[Pick],
-    prompts: Sequence[Prompt],
-    answers: Sequence[Generation],
-    unsteered: Sequence[Generation] | None,
-) -> dict[str, Any]:
-    rows = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        rows.append(
-            {
-                "prompt" if isinstance(prompt, str) else "messages": prompt,
-                **_answer(answer),
-                "edits": list(answer.applied.edits),
-                "dose": answer.applied.dose,
-                "overall_dose": answer.applied.overall,
-                **({} if unsteered is None else {"unsteered": _answer(unsteered[i])}),
-            }
-        )
-    return {"model": model, "steerings": [pick.to_json() for pick in files], "answers": rows}
-
-
-def _answer(answer: Generation) -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "new_tokens": len(answer.token_ids),
-        **({} if answer.trace is None else {"trace": _trace(answer.trace)}),
-    }
-
-
-def _trace(trace: Trace) -> dict[str, Any]:
-    return {
-        "schedule": trace.schedule,
-        "rungs": list(trace.rungs),
-        "ranking": list(trace.order),
-        "passes": trace.passes,
-        "steps": [{"open": step.open, "rung": step.rung, "replaced": step.replaced} for step in trace.steps],
-    }
 
 
 def _print(

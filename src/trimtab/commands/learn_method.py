@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 OWN_COMMAND = ("caa", "instruct")
 """These two learn by `trimtab learn` itself, which has more sources to learn from."""
+PROBE = "probe"
+"""No method, as what it learns is there to be read; its command is beside theirs, as it learns from pairs."""
 DISTILL = "distill"
 """Its command is written by hand: it learns from a prompt, in several forms, and not from data."""
 
@@ -40,6 +42,10 @@ class Learn(TyperCommand):
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         """Where the first argument is such a method, the context of its command."""
+        if args and args[0] == PROBE:
+            from trimtab.commands import learn_probe
+
+            return learn_probe.command().make_context(f"{info_name} {PROBE}", args[1:], parent=parent, **extra)
         if args and args[0] not in OWN_COMMAND and not args[0].startswith("-"):
             recipe = recipe_named(args[0])
             if recipe is not None:

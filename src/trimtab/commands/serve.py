@@ -104,6 +104,37 @@ def serve(
             rich_help_panel=SAFETY,
         ),
     ] = False,
+    monitor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A direction or probe that requests can have read at each token (`trimtab learn probe`). Repeatable.",
+            metavar="NAME=FILE[@LAYER]",
+            show_default=False,
+        ),
+    ] = None,
+    clean_cache: Annotated[
+        bool,
+        typer.Option(
+            "--clean-cache", help="Steer over the unsteered model's cache, unless a request says clean_cache: false."
+        ),
+    ] = False,
+    prefix_cache: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Tokens of past texts to keep in memory, so that the next turn isn't read anew; 0 keeps none.",
+            metavar="TOKENS",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 0,
+    prefix_shared: Annotated[
+        bool,
+        typer.Option(
+            "--prefix-shared",
+            help="With --prefix-cache: unsteered texts of one key help all others; times then tell what was asked.",
+            rich_help_panel=SAFETY,
+        ),
+    ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.", rich_help_panel=LIMITS)] = 32,
     queue: Annotated[
         int, typer.Option(min=0, help="Answers that may wait; more get status 429.", rich_help_panel=LIMITS)
@@ -186,6 +217,7 @@ def serve(
     [bold]  {"keys": [{"name": "alice", "sha256": "…", "steerings": ["json"],
                  "strength": [0, 2], "max_dose": 0.5}],
        "always": [{"name": "safety", "strength": 1}],
+       "monitors": [{"name": "harm", "threshold": 0.9, "action": "stop"}],
        "strength": [-4, 4], "max_dose": 1.0}[/bold]
 
     sha256 is that of the API key: printf %s "$KEY" | sha256sum. A single key
@@ -194,6 +226,10 @@ def serve(
     always on, no request can name, weaken, reject or push against along its
     own directions. max_dose caps what the doses of all sites add up to. What
     a key brings (--upload, --learn) it alone may see, use and delete.
+
+    --monitor harm=probe.safetensors reads a probe at each token: requests name
+    it in "monitors", and the policy's read every answer. Beyond a threshold
+    they are logged, stop the answer, or switch a steering on.
 
     On SIGTERM nothing more is accepted, and what was accepted is finished.
 
@@ -218,6 +254,8 @@ def serve(
         if given and audit is None:
             raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
     _check_reach(host, rules, insecure)
+    if prefix_shared and not prefix_cache:
+        raise TrimtabError("--prefix-shared is about texts that are kept; give --prefix-cache TOKENS")
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
     from trimtab.serve.audit import Audit
@@ -237,16 +275,20 @@ def serve(
         quiet=False,
         template=template,
     )
+    from trimtab.engines.transformers.prefixes import Prefixes
     from trimtab.serve.app import make_app
     from trimtab.serve.library import Library, read_folder
     from trimtab.serve.metrics import Metrics
+    from trimtab.serve.monitored import read_monitors
     from trimtab.serve.scheduler import Scheduler
     from trimtab.serve.service import Limits, Service
 
     library = Library(lm) if steerings is None else read_folder(lm, steerings)
     check_names(rules, library.names)
+    watching = read_monitors(lm, monitor or [])
     metrics = Metrics()
-    scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished)
+    prefixes = Prefixes(prefix_cache, shared=prefix_shared) if prefix_cache else None
+    scheduler = Scheduler(lm, rows=rows, waiting=queue, finished=metrics.finished, prefixes=prefixes)
     service = Service(
         lm,
         library,
@@ -260,7 +302,12 @@ def serve(
         upload,
         learn,
         int(time.time()),
+        clean_cache,
+        watching,
     )
+    assert service.always_watching is not None  # the policy's are there, and fit
+    if clean_cache:
+        lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     made = make_app(service, local=is_loopback(host), playground=page)
     _greet(address, library, rules)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.decoding.trace import Trace
+from trimtab.steering.monitors import Monitored
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,12 @@ class Applied:
 class Generation:
     """One answer.
 
-    `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"` or
-    `"length"`; `logprobs`, where asked for, holds the natural log-probability of each generated token under the
-    (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered prompt; `trace` tells
-    what rejection did at each token, where there was rejection; `pieces` is the text that each token adds,
-    which join to `text`: on the transformers engine, where there are log-probabilities or a trace.
+    `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"`, `"length"`, or
+    `"content_filter"` where a monitor ended it; `logprobs`, where asked for, holds the natural log-probability of each
+    generated token under the (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered
+    prompt; `trace` tells what rejection did at each token, where there was rejection; `pieces` is the text that each
+    token adds, which join to `text`: on the transformers engine, where there are log-probabilities or a trace;
+    `monitors` is what each monitor read, by name, where there were any.
     """
 
     text: str
@@ -69,6 +72,7 @@ class Generation:
     logprobs: tuple[float, ...] | None = None
     trace: Trace | None = None
     pieces: tuple[str, ...] | None = None
+    monitors: Mapping[str, Monitored] | None = None
 
     def _repr_html_(self) -> str:
         from trimtab.report.notebook import generation_html

@@ -21,6 +21,8 @@ TOKENS_PER_BATCH = 4096
 FEATURES = {
     "emphasis": "emphasis, which steers attention scores",
     "rejection": "rejection of implausible tokens",
+    "clean_cache": "steering over a clean cache",
+    "monitors": "monitors that read while it generates",
     "streaming": "streams of an answer's pieces",
     "steered": "lm.steered(…)",
     "training": "learning by gradients, or from the weights",

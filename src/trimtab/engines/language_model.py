@@ -32,6 +32,7 @@ from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import method_keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
+from trimtab.steering.monitors import Monitor, check_monitors
 from trimtab.text.chat import Prompt, Template, encode
 from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords
@@ -192,6 +193,8 @@ class LanguageModel(ABC):
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis | Sequence[Emphasis] | None] | None = None,
         rejection: Rejection | Sequence[Rejection | None] | bool | None = None,
+        clean_cache: bool = False,
+        monitors: Monitor | Sequence[Monitor] = (),
         json_schema: Schema | Grammar | Sequence[Schema | Grammar | None] | None = None,
         progress: Any = None,
         **options: Any,
@@ -217,6 +220,11 @@ class LanguageModel(ABC):
                 phrases as a list, `None` for none); see `trimtab.text.spans`. It steers attention as DIRECTER does.
             rejection: Weakens or rejects steering, of whatever kind, where its token is implausible; the answers then
                 have a `trace`. With `emphasize` it is on unless it is `False`.
+            clean_cache: Steer over the cache of the unsteered model: what is stored of the text isn't coloured by what
+                steers it, and each token is chosen by a steered reading of the newest token alone. Costs a second row a
+                prompt. With rejection it is always so.
+            monitors: Directions that are read at each token; they may end the answer or switch a steering on, and the
+                answers' `monitors` tell what was read.
             json_schema: Let each answer be JSON that this schema describes, however it is steered: a token that would
                 break it is never chosen. One for all prompts, or a list with one for each (`None`: any text). An
                 answer that ends at `max_new_tokens` may be cut off; its `finish_reason` is then `"length"`.
@@ -235,7 +243,8 @@ class LanguageModel(ABC):
             UnsupportedError: Before anything runs, for what this engine can't do.
         """
         check_no_keywords(self.tokenizer, options)
-        self._check_asked(emphasize, rejection)
+        watching = check_monitors(monitors)
+        self._check_asked(emphasize, rejection, clean_cache, watching)
         many = as_list(prompts)
         steerings = self._named(steering, len(many))
         marked = marks_for(emphasize, len(many))
@@ -248,11 +257,11 @@ class LanguageModel(ABC):
         if json_schema is not None:
             self.require("grammar")
         grammars = grammars_for(json_schema, len(many))
-        for one in {one for one in steerings if one is not None}:
+        for one in {one for one in (*steerings, *(each.steering for each in watching)) if one is not None}:
             self.check(one, transfer=transfer)
         ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
         requests = [Request(*each) for each in zip(ids, steerings, rejections, grammars, strict=True)]
-        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress)
+        decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache, watching)
         decoding = self.admit(requests, decoding)
         check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
         for request in requests:
@@ -275,6 +284,8 @@ class LanguageModel(ABC):
         transfer: bool = False,
         emphasize: Emphasis | Sequence[Emphasis] | None = None,
         rejection: Rejection | bool | None = None,
+        clean_cache: bool = False,
+        monitors: Monitor | Sequence[Monitor] = (),
         json_schema: Schema | Grammar | None = None,
         **options: Any,
     ) -> Stream:
@@ -295,6 +306,8 @@ class LanguageModel(ABC):
             transfer: Allow a steering learned on another model of the same width.
             emphasize: One phrase of the prompt, or several.
             rejection: As `generate` has it.
+            clean_cache: As `generate` has it.
+            monitors: As `generate` has them; what they read is told by the result.
             json_schema: As `generate` has it.
             options: As `generate` takes them.
 
@@ -323,6 +336,8 @@ class LanguageModel(ABC):
                 transfer=transfer,
                 emphasize=None if emphasize is None else [emphasize],
                 rejection=rejection,
+                clean_cache=clean_cache,
+                monitors=monitors,
                 json_schema=json_schema,
                 **{**options, "streamer": TokenTeller(tell)},
             )
@@ -492,7 +507,13 @@ class LanguageModel(ABC):
 
     # ---- where engines differ ----------------------------------------------------------------------------
 
-    def _check_asked(self, emphasize: Any, rejection: Any) -> None:
+    def _check_asked(self, emphasize: Any, rejection: Any, clean_cache: Any, monitors: Sequence[Monitor]) -> None:
+        if monitors:
+            self.require("monitors")
+        if not isinstance(clean_cache, bool):
+            raise TrimtabError(f"clean_cache is True or False, got {clean_cache!r}")
+        if clean_cache:
+            self.require("clean_cache")
         if emphasize is not None:
             self.require("emphasis")
         if rejection not in (None, False):

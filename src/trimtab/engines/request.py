@@ -12,6 +12,7 @@ from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.answer import Applied
 from trimtab.steering import Site, Steering
+from trimtab.steering.monitors import Monitor
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Decoding:
         batch_size: Requests that run together, where the engine leaves that to its caller.
         options: Under transformers' names for them, those of `generate`.
         progress: Called with how many requests are done, and of how many.
+        clean_cache: Whether what is stored of the texts is what the unsteered model would store.
+        monitors: What is read of each token while it is generated.
     """
 
     max_new_tokens: int = 128
@@ -43,6 +46,8 @@ class Decoding:
     batch_size: int | None = 32
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Any = None
+    clean_cache: bool = False
+    monitors: tuple[Monitor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,8 @@ async def answer(
     except Draining as draining:
         record.drop("shutting_down")
         raise Refusal(503, str(draining), code="shutting_down", retry=5) from None
-    logprobs = prepared.tasks[0].alternatives is not None
-    told = wire or Wire(name, asked.model, chat, logprobs, service.lm.tokenizer)
+    task = prepared.tasks[0]
+    told = wire or Wire(name, asked.model, chat, task.alternatives is not None, service.lm.tokenizer, task.monitors)
     answers = [Collected(reading=prepared.shape.reading() if chat else None) for _ in prepared.tasks]
     run = _Run(service, request, asked, prepared, told, answers, queue, record)
     if asked.stream:

@@ -27,6 +27,8 @@ from trimtab.serve.described import described
 from trimtab.serve.fields import NAME
 from trimtab.serve.guard import Guard
 from trimtab.serve.made import respond
+from trimtab.serve.monitored import MonitorList
+from trimtab.serve.monitored import described as monitors_described
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import ErrorBody, Json, Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -218,6 +220,10 @@ def _completions(app: FastAPI, service: Service) -> None:
     )
     async def complete(request: Request, asked: CompletionRequest) -> Any:
         return await answer(service, request, asked)
+
+    @app.get("/v1/monitors", tags=["completions"], summary="The monitors", responses={401: ERRORS[401]})
+    async def monitors() -> MonitorList:
+        return monitors_described(service)
 
     @app.post(
         "/v1/responses",

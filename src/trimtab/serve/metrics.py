@@ -11,6 +11,9 @@ from trimtab.serve.tasks import Done, Event, Failed, Task
 
 SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
+SHARES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 1.0)
+LENGTHS = (-100, -50, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5, 10, 20, 50, 100)
+
 
 class Metrics:
     """Counters of one server, in a registry of their own."""
@@ -26,11 +29,21 @@ class Metrics:
             "trimtab_first_token_seconds", "From a request to its first token.", buckets=SECONDS, **mine
         )
         self.prompt = Counter("trimtab_prompt_tokens", "Tokens of prompts.", **mine)
+        self.cached = Counter("trimtab_cached_prompt_tokens", "Tokens of prompts that were taken over.", **mine)
         self.generated = Counter("trimtab_generated_tokens", "Tokens generated.", **mine)
         self.answers = Counter("trimtab_answers", "Answers by how they ended.", ["end"], **mine)
         self.steered = Counter("trimtab_steered_answers", "Answers that something steered.", **mine)
         self.judged = Counter(
             "trimtab_rejection_tokens", "Tokens decoded with rejection, by what came of it.", ["result"], **mine
+        )
+        self.probability = Histogram(
+            "trimtab_monitor_probability", "What monitors read that are probes.", ["monitor"], buckets=SHARES, **mine
+        )
+        self.projection = Histogram(
+            "trimtab_monitor_projection", "What other monitors read.", ["monitor"], buckets=LENGTHS, **mine
+        )
+        self.fired = Counter(
+            "trimtab_monitor_fired", "Answers in which a monitor fired.", ["monitor", "action"], **mine
         )
         self.queued = Gauge("trimtab_queued", "Answers that wait.", **mine)
         self.running = Gauge("trimtab_running", "Answers that are being decoded.", **mine)
@@ -39,6 +52,12 @@ class Metrics:
 
     def finished(self, event: Event, task: Task) -> None:
         """An answer has ended."""
+        for one in task.monitors:
+            read = (event.monitors or {}).get(one.name) if isinstance(event, (Done, Failed)) else None
+            for value in read.values if read is not None else ():
+                (self.probability if one.is_probability else self.projection).labels(one.name).observe(value)
+            if read is not None and read.fired is not None:
+                self.fired.labels(one.name, one.action).inc()
         if isinstance(event, Failed):
             self.answers.labels(event.kind).inc()
         if not isinstance(event, Done):
@@ -46,6 +65,7 @@ class Metrics:
         self.answers.labels(event.finish).inc()
         self.prompt.inc(len(task.ids))
         self.generated.inc(event.tokens)
+        self.cached.inc(event.cached)
         if event.applied.edits:
             self.steered.inc()
         for step in event.trace.steps if event.trace else ():

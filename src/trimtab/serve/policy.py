@@ -5,13 +5,15 @@ A policy is a JSON file, all of it optional:
     {"keys": [{"name": "alice", "sha256": "…of the key…", "steerings": ["json"], "strength": [0, 2],
                "max_dose": 0.5, "add": true}],
      "always": [{"name": "safety", "strength": 1}],
+     "monitors": [{"name": "harm", "threshold": 0.9, "action": "stop"}],
      "strength": [-4, 4],
      "max_dose": 1.0}
 
 A key without `steerings` may use all; the tighter of its own and the common limits holds. A range of strengths bounds
 what one steering's strengths in a request add up to, at whatever layers. `always` are put on every request, and no
-request can name, weaken or reject them, nor push along their directions (see `protected`). `add` lets a key bring
-steerings of its own, which are its own alone, where the server allows that at all.
+request can name, weaken or reject them, nor push along their directions (see `protected`). `monitors` read every
+answer, and do what is said there beyond their threshold; `steer` takes a `steering` and a `strength`. `add` lets a key
+bring steerings of its own, which are its own alone, where the server allows that at all.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ import hashlib
 import hmac
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -49,6 +52,17 @@ ANYBODY = Key("anybody", add=True)
 
 
 @dataclass(frozen=True)
+class Watching:
+    """A monitor that reads every answer, by its name, and what it does. `threshold=None`: its file's own."""
+
+    name: str
+    threshold: float | None = None
+    action: str = "log"
+    steering: str | None = None
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class Policy:
     """The callers, what is common to all of them, and the steerings that are always on: `(name, strength)`."""
 
@@ -56,6 +70,7 @@ class Policy:
     always: tuple[tuple[str, float], ...] = ()
     strength: tuple[float, float] = STRENGTHS
     max_dose: float | None = None
+    monitors: tuple[Watching, ...] = ()
 
     def caller(self, given: str | None) -> Key | None:
         """Whose key this is; `None` if nobody's, as where none is given. Takes as long for any key, right or wrong.
@@ -101,9 +116,18 @@ class _Always(_Strict):
     strength: float = 1.0
 
 
+class _Monitor(_Strict):
+    name: str
+    threshold: float | None = None
+    action: Literal["log", "stop", "steer"] = "log"
+    steering: str | None = None
+    strength: float = 1.0
+
+
 class _Policy(_Strict):
     keys: list[_Key] = []
     always: list[_Always] = []
+    monitors: list[_Monitor] = []
     strength: list[float] | None = Field(None, min_length=2, max_length=2)
     max_dose: float | None = Field(None, gt=0)
 
@@ -138,7 +162,8 @@ def read_policy(path: Path) -> Policy:
         for key in given.keys
     )
     always = tuple((one.name, _finite(one.strength, path)) for one in given.always)
-    return Policy(keys, always, _range(given.strength, path), given.max_dose)
+    monitors = tuple(Watching(**one.model_dump()) for one in given.monitors)
+    return Policy(keys, always, _range(given.strength, path), given.max_dose, monitors)
 
 
 def with_key(policy: Policy, secret: str) -> Policy:
@@ -146,7 +171,7 @@ def with_key(policy: Policy, secret: str) -> Policy:
     if not secret.strip():
         raise TrimtabError("the API key is empty; give a long random one")
     key = Key("default", hashlib.sha256(secret.encode()).digest(), add=True)
-    return Policy((*policy.keys, key), policy.always, policy.strength, policy.max_dose)
+    return replace(policy, keys=(*policy.keys, key))
 
 
 def check_names(policy: Policy, known: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from trimtab.serve.monitored import fired_in
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -111,6 +112,7 @@ class Record:
                 "tokens": [one.tokens for one in last],
                 "doses": [applied and applied.dose for applied in doses],
                 "total_doses": [applied and total_dose(applied) for applied in doses],
+                **({"fired": [fired_in(one) for one in last]} if self._prepared.tasks[0].monitors else {}),
                 "outcome": self._outcome,
             }
         )

@@ -15,11 +15,13 @@ import torch
 
 from trimtab.engines.answer import Applied
 from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
-from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.engines.transformers.few_rows import few_rows
+from trimtab.engines.transformers.monitoring import Log
+from trimtab.engines.transformers.prefixes import PrefixBatch, Prefixes
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.tasks import NOTHING, Done, Event, Failed, Piece, Task, TokenTold, total_dose
+from trimtab.steering.monitors import FILTERED
 from trimtab.text.unfolding import Unfolding
 
 DOSE_EVERY = 8
@@ -49,6 +51,8 @@ class _Answer:
     text: Unfolding
     tokens: int = 0
     unsaid: list[TokenTold] = field(default_factory=list)
+    log: Log = field(default_factory=Log)
+    cached: int = 0
 
     def take(self, told: TokenTold, last: bool) -> None:
         """One more token; says what it lets go. With the `last` there is nothing to wait for any more."""
@@ -61,12 +65,17 @@ class _Answer:
             self.task.deliver(Piece(piece, tuple(self.unsaid)))
             self.unsaid = []
 
+    def rest(self) -> None:
+        """No token comes any more: what was held back goes."""
+        self.task.deliver(Piece(self.text.finish(), tuple(self.unsaid)))
+        self.unsaid = []
+
 
 class Scheduler:
     """`submit` from any thread; answers come through each task's `deliver`.
 
     At most `rows` tasks are decoded at a time and at most `waiting` more are accepted. `finished(event, task)` hears of
-    each task's end, for metrics.
+    each task's end, for metrics. `prefixes` keep what was read, for tasks that have a scope.
     """
 
     def __init__(
@@ -76,13 +85,14 @@ class Scheduler:
         rows: int = 32,
         waiting: int = 64,
         finished: Callable[[Event, Task], None] = lambda _event, _task: None,
+        prefixes: Prefixes | None = None,
     ) -> None:
         self.lm = lm
         self.rows = rows
         self.waiting = waiting
         self.steps = 0
         self._finished = finished
-        self._batch = GenerationBatch(lm.model, lm.tokenizer, lm.layout)
+        self._batch = PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=prefixes)
         self._changed = threading.Condition()
         self._queue: deque[Task] = deque()
         self._cancelled: set[Task] = set()
@@ -130,6 +140,8 @@ class Scheduler:
         edits = task.steering.edits if task.rejection is not None and task.steering is not None else ()
         if task.max_dose is not None and any(edit.site.kind != "scores" for edit in edits):
             raise TrimtabError("doses aren't measured with rejection, and this server caps them; leave rejection out")
+        if edits and task.monitors:
+            raise TrimtabError("monitors don't read what is decoded with rejection; ask for rejection: false")
 
     def check_room(self, count: int) -> None:
         """Raises `Full` or `Draining` where so many tasks wouldn't be accepted now."""
@@ -269,6 +281,7 @@ class Scheduler:
             self._end(answer, Failed("input" if expected else "server", message))
             return
         applied = response.applied
+        answer.cached = response.cached
         if task.max_dose is not None and (response.finish or answer.tokens < 2 or answer.tokens % DOSE_EVERY == 0):
             now = applied or self._batch.applied(response.key) or NOTHING
             dose = total_dose(now)
@@ -281,20 +294,28 @@ class Scheduler:
                 )
                 self._end(answer, Failed("dose", message), now)
                 return
-        answer.take(TokenTold(response.token, response.logprob, response.likeliest), bool(response.finish))
+        if task.monitors:
+            answer.log.add(task.monitors, response.monitored)
+        if response.finish == FILTERED:
+            answer.rest()
+        else:
+            token = TokenTold(response.token, response.logprob, response.likeliest, response.monitored)
+            answer.take(token, bool(response.finish))
         finish = "stop" if answer.text.stopped else response.finish
         if finish:
             del self._answers[response.key]
             trace = response.trace or self._batch.trace(response.key)
-            applied = applied or self._batch.remove(response.key) or NOTHING
+            applied = applied or self._batch.remove(response.key, ended=True) or NOTHING
             if math.isfinite(total_dose(applied)):
-                self._end(answer, Done(finish, answer.tokens, applied, trace))
+                read = answer.log.told(task.monitors) if task.monitors else None
+                self._end(answer, Done(finish, answer.tokens, applied, trace, monitors=read, cached=answer.cached))
             else:
                 self._end(answer, Failed("dose", "the push is too long to be measured; lower the strength"), applied)
 
     def _end(self, answer: _Answer, event: Event, applied: Applied | None = None) -> None:
         if isinstance(event, Failed):
-            event = replace(event, tokens=answer.tokens, applied=applied or NOTHING)
+            read = answer.log.told(answer.task.monitors) if answer.task.monitors else None
+            event = replace(event, tokens=answer.tokens, applied=applied or NOTHING, monitors=read)
         else:
             took = time.monotonic() - (answer.task.deadline - answer.task.seconds)
             self._pace += 0.1 * (took - self._pace)
@@ -317,4 +338,7 @@ def _request(task: Task) -> GenerationRequest:
         task.alternatives,
         rejection=task.rejection if task.steering is not None and task.steering.edits else None,
         matcher=task.matcher,
+        clean_cache=task.clean_cache and task.rejection is None,  # with rejection it is clean in any case
+        monitors=task.monitors,
+        scope=task.scope,
     )

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from trimtab.serve.fields import Finite, In, Metadata, Nothing, Seed, Text, Unsupported, UnsupportedChat
+from trimtab.serve.monitored import Choices
 from trimtab.serve.schema_tools import Call, ResponseFormat, ToolChoice, Tools
 
 # ---- steering ------------------------------------------------------------------------------------------------
@@ -69,6 +70,12 @@ class Steered(Unsupported):
     )
     rejection: bool | RejectionChoice | None = Field(
         None, description="Weaken or reject steering where it is implausible. With `emphasize` on, unless false."
+    )
+    clean_cache: bool | None = Field(
+        None, description="Steer over the unsteered model's cache, so that a turn leaves no colour on the next."
+    )
+    monitors: Choices = Field(
+        [], max_length=8, description="Monitors of this server that read the answer.", examples=[["harm"]]
     )
 
 

@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from trimtab.serve.monitored import MonitorTold
+
 
 class Out(BaseModel):
     """A part of a response."""
@@ -55,6 +57,7 @@ class AppliedTold(Out):
     total_dose: float | None
     doses: list[DoseTold]
     rejection: RejectionTold | None = None
+    monitors: list[MonitorTold] = []
 
 
 class Told(Out):
@@ -66,12 +69,19 @@ class Told(Out):
     unheld: list[str] = Field(default=[], description="What answers aren't held to of schemas that aren't strict.")
 
 
+class PromptDetails(Out):
+    """How many of the prompts' tokens were taken over from texts that were read before."""
+
+    cached_tokens: int
+
+
 class Usage(Out):
     """Tokens; the prompt's counted once."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptDetails
 
 
 class TopLogprob(Out):
@@ -126,7 +136,7 @@ class ChatChoice(Out):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class ChatCompletion(Out):
@@ -156,7 +166,7 @@ class TextChoice(Out):
     index: int
     text: str
     logprobs: TextLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "content_filter"]
 
 
 class Completion(Out):

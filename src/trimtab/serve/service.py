@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from trimtab.lm import LM
 from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
+from trimtab.serve.monitored import always_of, monitors_for
 from trimtab.serve.policy import Key, Policy
 from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
@@ -34,6 +36,7 @@ from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
 from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, outside_calls, shaped
 from trimtab.steering import Positions, ScaleScores, Steering, emphasis
+from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
@@ -62,7 +65,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Service:
-    """One server."""
+    """One server. `clean_cache` is what holds for requests that don't say; `monitors` are those that they may name."""
 
     lm: LM
     library: Library
@@ -74,6 +77,8 @@ class Service:
     upload: bool = False
     learn: bool = False
     started: int = 0
+    clean_cache: bool = False
+    monitors: Mapping[str, Monitor] = field(default_factory=dict)
     making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
@@ -199,6 +204,26 @@ class Service:
             return Rejection(wish.beta, ladder="strength")
         return Rejection(wish.beta, wish.min_layers, wish.ladder)
 
+    @cached_property
+    def always_watching(self) -> tuple[Monitor, ...]:
+        """The monitors that read every answer. Raises `TrimtabError` where the policy names what isn't there."""
+        return always_of(self)
+
+    def placed_apart(self, loaded: Loaded, param: str) -> Steering:
+        """A steering where it was learned, without what it has along what is always on. Raises `Refusal`."""
+        return self._apart(loaded.steering, param)[0]
+
+    def clean(self, asked: Steered) -> bool:
+        """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
+        wanted = self.clean_cache if asked.clean_cache is None else asked.clean_cache
+        if wanted != self.clean_cache and self.policy.always:
+            raise Refusal(
+                403,
+                "steerings that are always on act as this server has it; leave clean_cache out",
+                param="clean_cache",
+            )
+        return wanted
+
     # ---- tasks ---------------------------------------------------------------------------------------------
 
     def prepare(self, key: Key, asked: ChatRequest | CompletionRequest) -> Prepared:
@@ -222,6 +247,7 @@ class Service:
         calls = markers_of_calls(self.lm.tokenizer, asked) if isinstance(asked, ChatRequest) else None
         told, steering = self.chosen(key, asked, calls)
         rejection = self.rejection(asked, steering)
+        clean, monitors = self.clean(asked), monitors_for(self, key, asked)
         stop = _stop(asked.stop)
         tasks, marked, lengths, shape = [], 0, [], ANY
         try:
@@ -253,6 +279,9 @@ class Service:
                         rejection,
                         self.policy.dose_of(key),
                         self.limits.seconds,
+                        clean,
+                        monitors,
+                        f"key {key.name}" if self.policy.keys else "anybody",
                         matcher=matcher,
                         shown=shape.shown,
                     )

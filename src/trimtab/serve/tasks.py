@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from trimtab.decoding.rejection import Rejection
@@ -12,6 +12,7 @@ from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
 from trimtab.steering import Steering
+from trimtab.steering.monitors import Monitor, Monitored
 
 NOTHING = Applied((), ())
 
@@ -26,11 +27,12 @@ def total_dose(applied: Applied) -> float:
 
 @dataclass(frozen=True)
 class TokenTold:
-    """A token's id, and where asked for its log-probability and the likeliest ones', best first."""
+    """A token's id; where asked for, its log-probability, the likeliest ones', best first, and what monitors read."""
 
     id: int
     logprob: float | None = None
     likeliest: tuple[tuple[int, float], ...] = ()
+    monitored: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Done:
-    """The end: why (`"stop"` or `"length"`), how many tokens there were, and what steered them."""
+    """The end: why (`"stop"`, `"length"`, `"content_filter"`), how many tokens, what steered them, what was read."""
 
     finish: str
     tokens: int
     applied: Applied
     trace: Trace | None = None
+    monitors: Mapping[str, Monitored] | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Failed:
     tokens: int = 0
     applied: Applied = NOTHING
     trace: Trace | None = None
+    monitors: Mapping[str, Monitored] | None = None
 
 
 Event = Piece | Done | Failed
@@ -74,7 +79,8 @@ class Task:
 
     `ids` is the rendered prompt. Its answer keeps to the grammar at whose beginning `matcher` is; `shown` are special
     tokens that its text has. `steering` holds edits of attention scores as well. `seconds` counts from when it is
-    submitted.
+    submitted. `clean_cache`: it is steered over the unsteered model's cache. `monitors` read its tokens. `scope`: for
+    whom what it has read may be kept; `None`: for nobody.
     """
 
     ids: tuple[int, ...]
@@ -87,6 +93,9 @@ class Task:
     rejection: Rejection | None = None
     max_dose: float | None = None
     seconds: float = 600.0
+    clean_cache: bool = False
+    monitors: tuple[Monitor, ...] = ()
+    scope: str | None = None
     matcher: Matcher | None = None
     shown: frozenset[int] = frozenset()
     deadline: float = field(default=float("inf"), init=False)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trimtab.serve.monitored import in_chunk
+from trimtab.serve.monitored import told_of as read_by_monitors
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema_told import (
     AppliedTold,
@@ -19,6 +21,7 @@ from trimtab.serve.schema_told import (
     ChatMessage,
     Completion,
     DoseTold,
+    PromptDetails,
     RejectionTold,
     TextChoice,
     TextLogprobs,
@@ -30,6 +33,7 @@ from trimtab.serve.schema_told import (
 )
 from trimtab.serve.service import Prepared
 from trimtab.serve.tasks import Done, Piece, TokenTold, total_dose
+from trimtab.steering.monitors import Monitor
 from trimtab.text.said import CallArguments, CallBegun, Part, Parts, Thought, Words
 from trimtab.text.said_by_template import TemplateParts
 from trimtab.text.token_bytes import token_bytes
@@ -110,6 +114,7 @@ class Wire:
     chat: bool
     logprobs: bool
     tokenizer: Any
+    monitors: tuple[Monitor, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
@@ -149,13 +154,15 @@ class Wire:
 
     def piece(self, index: int, piece: Piece, said: Sequence[Part], before: int) -> list[dict[str, Any]]:
         """Chunks with what a piece says, `before` characters into the answer; the first has its tokens."""
+        read = in_chunk(self.monitors, piece.tokens)
         if not self.chat:
             found = self._text_logprobs(piece.tokens, before)
-            return [self._chunk(index, {"text": piece.text}, found and found.model_dump(), None)]
+            return [self._chunk(index, {"text": piece.text}, found and found.model_dump(), None) | read]
         logprobs = self._chat_logprobs(piece.tokens)
         told = logprobs and logprobs.model_dump()
-        deltas = [_delta(part) for part in said] or ([{"content": ""}] if told else [])
-        return [self._chunk(index, delta, None if n else told, None) for n, delta in enumerate(deltas)]
+        deltas = [_delta(part) for part in said] or ([{"content": ""}] if told or read else [])
+        chunks = [self._chunk(index, delta, None if n else told, None) for n, delta in enumerate(deltas)]
+        return [chunk if n else chunk | read for n, chunk in enumerate(chunks)]
 
     def ending(self, index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
         """The chunks with the rest, of which the last says why an answer has ended."""
@@ -174,7 +181,12 @@ class Wire:
         """The tokens of the prompts and of all answers."""
         prompt = sum(prepared.lengths)
         made = sum(answer.done.tokens for answer in answers if answer.done)
-        return Usage(prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made)
+        each = max(1, len(answers) // max(1, len(prepared.lengths)))  # to a prompt, whose tokens are counted once
+        cached = sum(answer.done.cached for answer in answers[::each] if answer.done)
+        details = PromptDetails(cached_tokens=cached)
+        return Usage(
+            prompt_tokens=prompt, completion_tokens=made, total_tokens=prompt + made, prompt_tokens_details=details
+        )
 
     def failed(self, refusal: Refusal) -> list[dict[str, Any]]:
         """The last chunk of a stream that can't go on."""
@@ -238,7 +250,13 @@ END = b"data: [DONE]\n\n"
 
 def told_of(prepared: Prepared, answers: Sequence[Collected]) -> Told:
     """What steered these answers, and what they weren't held to."""
-    found = [_applied(i, answer.done) for i, answer in enumerate(answers) if answer.done]
+    found = [
+        _applied(i, answer.done).model_copy(
+            update={"monitors": read_by_monitors(prepared.tasks[i].monitors, answer.done)}
+        )
+        for i, answer in enumerate(answers)
+        if answer.done
+    ]
     grammar = prepared.shape.grammar
     unheld = list(grammar.ignored) if grammar is not None else []
     return Told(steering=prepared.told, emphasized_tokens=prepared.emphasized, answers=found, unheld=unheld)

@@ -49,6 +49,8 @@ class LlamaCpp(LanguageModel):
     cannot = {  # noqa: RUF012
         "emphasis": "llama.cpp doesn't give out attention scores",
         "rejection": "a step has one row of logits",
+        "clean_cache": "a control vector acts on all that is computed",
+        "monitors": "llama.cpp gives out no activations while it decodes",
         "steered": "the model is llama.cpp's own",
         "training": "llama.cpp has no gradients, and its weights are packed",
         "perplexity": "a pass gives the logits of its last token alone",

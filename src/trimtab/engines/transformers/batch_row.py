@@ -9,10 +9,12 @@ from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
 from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
 from trimtab.engines.transformers.grammar import Matcher
+from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import GREEDY, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.session import Tally, doses_of
 from trimtab.engines.transformers.verify import Ladder
 from trimtab.steering import Edit, Steering
+from trimtab.steering.monitors import Monitor
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class GenerationRequest:
     `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
     `settings` are those of `sampling` and the model's own, unless they are given. With `rejection` the steering acts on
     the token that is being decoded, where that is plausible. `matcher` stands at the beginning of the grammar that the
-    answer keeps to; the row takes a copy.
+    answer keeps to; the row takes a copy. `clean_cache`: what is stored of the text is what the unsteered model would
+    store; only `CleanBatch` has such rows. `monitors` read its tokens. `scope`: for whom what the row has read may be
+    kept, and from whose it may go on, where a batch keeps it.
     """
 
     ids: tuple[int, ...]
@@ -33,6 +37,9 @@ class GenerationRequest:
     settings: Settings | None = None
     rejection: Rejection | None = None
     matcher: Matcher | None = None
+    clean_cache: bool = False
+    monitors: tuple[Monitor, ...] = ()
+    scope: str | None = None
 
     @property
     def prefill(self) -> tuple[tuple[int, ...], Steering | None]:
@@ -47,6 +54,10 @@ class GenerationResponse:
     `logprob` and `likeliest` (ids and log-probabilities, best first) are under the model that gave the token, steered
     or not, before any temperature. `trace` comes with the last token where there is rejection. With `error` there is no
     token: the row couldn't go on and has left.
+
+    `monitored` is what the row's monitors read where the token was chosen, and `fired` are those beyond their threshold
+    for the first time. One of them may end the answer: `finish` is then `"content_filter"`, and there is no token.
+    `cached` tokens of the prompt were taken over from another row.
     """
 
     key: int
@@ -57,6 +68,9 @@ class GenerationResponse:
     applied: Applied | None = None
     trace: Trace | None = None
     error: Exception | None = None
+    cached: int = 0
+    monitored: tuple[float, ...] = ()
+    fired: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -75,6 +89,9 @@ class BatchRow:
     steps: list[Step] = field(default_factory=list)
     passes: int = 0
     first: float = 0.0  # seconds to the first token
+    log: Log = field(default_factory=Log)
+    cached: int = 0  # tokens of its prompt that were taken over
+    switched: bool = False  # whether a monitor has changed its edits, which the session hasn't been told
     text: Follower | None = None  # where the ladder's edits ask what is generated
     at: Followed | None = None  # where that is
 
@@ -108,6 +125,7 @@ class BatchRow:
     def forget(self) -> None:
         """Begin anew."""
         self.tokens, self.pushed, self.steps, self.passes, self.at = [], {}, [], 0, None
+        self.log = Log()
 
     def applied(self, more: Tally | None = None) -> Applied:
         """What has steered it so far; with what was measured since."""

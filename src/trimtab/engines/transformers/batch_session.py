@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trimtab.engines.folding import Prepared, States, sweep
 from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
-from trimtab.engines.transformers.bank import Bank
+from trimtab.engines.transformers.bank import Bank, compile_edits
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.plan import Plan
 from trimtab.engines.transformers.positions import Pass
@@ -41,6 +41,7 @@ class _SteeredRow:
     """A row's edits by position, the position of the token that it reads next, and what was measured of it so far."""
 
     segments: list[Segment]
+    prompt_length: int
     first: int
     position: int
     sites: frozenset[Site]  # where it is edited, sooner or later
@@ -73,12 +74,15 @@ class _SteeredRow:
         self.at = self.text.after(self.text.start if before is None else before, token)
         if before is not None and before.holding is self.at.holding:
             return False
-        now = _segments(self.edits, self.first, self.at.holding)
+        self.act(_segments(self.edits, self.prompt_length, self.at.holding))
+        return True
+
+    def act(self, segments: list[Segment]) -> None:
+        """From the token that it reads next on, these act."""
         here = self.position
         past = [(a, here if b is None else min(b, here), *more) for a, b, *more in self.segments if a < here]
-        to_come = [(max(a, here), b, *more) for a, b, *more in now if b is None or b > here]
+        to_come = [(max(a, here), b, *more) for a, b, *more in segments if b is None or b > here]
         self.segments = [*past, *to_come]  # type: ignore[list-item]
-        return True
 
     @property
     def steered(self) -> dict[Site, int]:
@@ -115,9 +119,14 @@ class BatchSession(Session):
         self._aside: list[tuple[list[_SteeredRow], list[Site], Tensor]] = []  # sums, of these rows at these sites
 
     def insert(
-        self, edits: Sequence[Edit], prompt_length: int, text: Follower | None = None, token: int | None = None
+        self,
+        edits: Sequence[Edit],
+        prompt_length: int,
+        text: Follower | None = None,
+        token: int | None = None,
+        position: int | None = None,
     ) -> None:
-        """One more row, the last, which has read a prompt of so many tokens.
+        """One more row, the last, whose prompt has so many tokens; it has read all of them, or those before `position`.
 
         Where its edits ask what is generated, `text` follows that, and `token` is the first one.
 
@@ -126,16 +135,36 @@ class BatchSession(Session):
         """
         every = tuple(edits)
         segments = _segments(every, prompt_length, NOTHING)
-        sites = frozenset(site for segment in segments for site in segment[3])
-        if text is not None:
-            sites = frozenset(edit.site for edit in every)
-        row = _SteeredRow(segments, prompt_length, prompt_length, sites, every, text)
+        first = prompt_length if position is None else position
+        row = _SteeredRow(segments, prompt_length, first, first, _sites(every, segments, text), every, text)
         if token is not None:
             row.turn(token)
         row.written = row.acting
         self.bank.insert(row.written)
         self._flush()
         self.rows.append(row)
+        self._steered.update(row.sites)
+        self._change()
+
+    def change(
+        self, number: int, edits: Sequence[Edit], text: Follower | None = None, tokens: Sequence[int] = ()
+    ) -> None:
+        """From the next pass on a row is under these edits; what was done to it before stays counted.
+
+        Where the edits ask what is generated, `text` follows that, and `tokens` is all of it, with the one read next.
+
+        Raises:
+            TrimtabError: The edits can't act together, or not in the model's dtype; the row is as it was.
+        """
+        row = self.rows[number]
+        compile_edits(edits, self._dtype)
+        self._flush()
+        self._steered.subtract(row.sites)
+        row.edits, row.text, row.at = tuple(edits), text, None
+        if text is not None and tokens:
+            row.at = text.of(tokens)[-1]
+        row.act(_segments(row.edits, row.prompt_length, NOTHING if row.at is None else row.at.holding))
+        row.sites |= _sites(row.edits, row.segments, text)
         self._steered.update(row.sites)
         self._change()
 
@@ -260,3 +289,10 @@ class BatchSession(Session):
     def _device_of(self, site: Site) -> torch.device:
         """Where a site's module computes."""
         return device_of(self._place(site).module)
+
+
+def _sites(edits: Sequence[Edit], segments: Sequence[Segment], text: Follower | None) -> frozenset[Site]:
+    """Where edits act, sooner or later."""
+    if text is not None:
+        return frozenset(edit.site for edit in edits)
+    return frozenset(site for segment in segments for site in segment[3])

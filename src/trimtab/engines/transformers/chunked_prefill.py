@@ -20,6 +20,7 @@ from trimtab.engines.resolve import Where, acting, resolve, tokens_of, waits_for
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.monitoring import Watch
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.scores import (
@@ -62,10 +63,12 @@ class ChunkedPrefill:
         self.ids = list(ids)
         self.steering = steering
         self.cache = DynamicCache()
+        self.watch: Watch | None = None  # reads the newest token for monitors
         self.edits: tuple[Edit, ...] = ()
         self.names: tuple[str, ...] = ()
         self._device = device
         self._done = 0
+        self.taken_over = 0  # tokens at its beginning that weren't read here
         self._kept: dict[Site, list[Tensor]] = {}
         self._session = Session(model, layout, lambda *_: [activation_edits(self.edits)])
         self._asked = sorted(wanted(steering), key=str)
@@ -82,7 +85,7 @@ class ChunkedPrefill:
         mask = torch.ones(1, stop, dtype=torch.long, device=self._device)
         positions = torch.arange(start, stop, device=self._device)[None]
         with self._looking_at(start) if self._looking else self._steering(stop):
-            logits = last_logits(self.model, ids, mask, positions, self.cache)
+            logits = last_logits(self.model, ids, mask, positions, self.cache, self.watch)
         self._done = stop
         if stop < len(self.ids):
             return None
@@ -97,6 +100,17 @@ class ChunkedPrefill:
             return logits
         self._go_back(first)
         return None
+
+    def take_over(self, cache: DynamicCache, tokens: int) -> None:
+        """Go on from a cache of the first tokens, which were read under the very edits that would act on them here.
+
+        Only before the first `advance`, and where nothing of the prompt is to be decided.
+        """
+        assert not self._done
+        assert not self._looking
+        assert tokens < len(self.ids)
+        self.cache, self._done, self.taken_over = cache, tokens, tokens
+        self._session.expect([len(self.ids)], resumed=True)
 
     def tally(self) -> Tally:
         """What the doses of the prompt are made of."""

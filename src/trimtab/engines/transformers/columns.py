@@ -90,23 +90,23 @@ class Columns(DynamicCache):
         if not self.lengths:  # an idle batch holds no memory
             self.layers, self._buffers, self.stop, self._capacity = [], [], 0, (0, 0)
 
-    def make_room(self) -> None:
-        """See to it that the next pass finds a column to write to."""
-        self._allocate(len(self.lengths), max(self.lengths), 1)
+    def make_room(self, columns: int = 1) -> None:
+        """See to it that the next pass finds so many columns to write to."""
+        self._allocate(len(self.lengths), max(self.lengths), columns)
 
     @property
     def given(self) -> Any:
         """What a pass of the model is given."""
         return self
 
-    def advance(self) -> None:
-        """The pass is done: every row has one token more.
+    def advance(self, written: int = 1) -> None:
+        """The pass is done, in which so many columns were written, and every row has one token more.
 
         Raises:
             TrimtabError: Some layer's keys and values didn't come.
         """
         held = {layer.written for layer in self._buffers if getattr(layer, "keys", None) is not None}
-        if held - {self.stop + 1}:
+        if held - {self.stop + written}:
             raise TrimtabError(
                 f"the cache of the batch holds {min(held) - self.start} tokens where {self.width + 1} have been read:"
                 " the model didn't put them into the cache that it was given, or a pass was missed"

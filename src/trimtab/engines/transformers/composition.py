@@ -59,7 +59,8 @@ class Composition:
         lengths = [len(row.request.ids) for row in rows]
         self.verifier = verifier_of(rows, layout, passes, range(len(rows)), lengths, pads, device)
         self.drafts = self.verifier is not None and takes_drafts(rows, self.verifier)
-        self.fuses = self.verifier is not None and self.verifier.fused and not any(row.edits for row in rows)
+        plain = not any(row.edits or row.request.monitors for row in rows)
+        self.fuses = self.verifier is not None and self.verifier.fused and plain
 
     def mask(self, width: int) -> Tensor | None:
         """`[rows, width]`: 1 where a row has a token; `None` where all have."""
@@ -123,5 +124,7 @@ def verifier_of(
 
 
 def takes_drafts(rows: Sequence[BatchRow], verifier: Verifier) -> bool:
-    """Whether passes of rungs take drafts along: no row is steered at every token, so that these may be its next."""
-    return verifier.passes.shares and not verifier.fused and not any(row.edits for row in rows)
+    """Whether passes of rungs take drafts along: no row is steered or monitored at every token, so that these may be
+    its next."""
+    plain = not any(row.edits or row.request.monitors for row in rows)
+    return verifier.passes.shares and not verifier.fused and plain

@@ -19,14 +19,17 @@ from trimtab.decoding.trace import Trace
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.batch_row import GenerationRequest
-from trimtab.engines.transformers.decode import GenerationBatch, check_steps
+from trimtab.engines.transformers.clean import CleanBatch
+from trimtab.engines.transformers.decode import check_steps
 from trimtab.engines.transformers.generate import _end_ids
 from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.monitoring import Log
 from trimtab.engines.transformers.sampling import Sampling, Settings, seed_of
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Steering
+from trimtab.steering.monitors import FILTERED, Monitor
 
 SETTINGS = (
     "do_sample",
@@ -162,6 +165,7 @@ class _Answer:
     logprobs: list[float] = field(default_factory=list)
     finish: str = ""
     applied: Applied | None = None
+    log: Log = field(default_factory=Log)
     trace: Trace | None = None
 
 
@@ -180,6 +184,8 @@ def answer(
     max_new_tokens: int,
     logprobs: bool,
     seed: int | None,
+    clean_cache: bool = False,
+    monitors: tuple[Monitor, ...] = (),
     progress: Callable[[int], None],
 ) -> list[Generation]:
     """Answers to rendered prompts, each under its own steering and grammar, in the prompts' order: `way.each` to each.
@@ -196,12 +202,14 @@ def answer(
         max_new_tokens: Tokens of an answer at most.
         logprobs: Whether answers have log-probabilities.
         seed: For repeatable samples; `None` takes one from torch's random numbers.
+        clean_cache: Whether answers are steered over the cache of the unsteered model.
+        monitors: What is read of each answer's tokens.
         progress: Told how many prompts are done, as they are.
 
     Raises:
         TrimtabError: A sampled row was steered to where the logits are no numbers any more.
     """
-    batch = GenerationBatch(model, tokenizer, layout, strict=False, ends=way.ends, alone=way.alone)
+    batch = CleanBatch(model, tokenizer, layout, strict=False, ends=way.ends, alone=way.alone)
     if way.settings.sampled and seed is None:
         seed = int(torch.randint(2**62, ()))
     waiting = deque(range(len(prompts)))
@@ -226,7 +234,9 @@ def answer(
                         0 if logprobs else None,
                         settings[len(prompts[prompt])],
                         rejections[prompt],
-                        matchers[prompt],
+                        matcher=matchers[prompt],
+                        clean_cache=clean_cache and rejections[prompt] is None,  # with rejection it is clean anyway
+                        monitors=monitors,
                     )
                     begun = _Answer(prompt)
                     answers[prompt].append(begun)
@@ -236,10 +246,13 @@ def answer(
             if response.error is not None:
                 raise response.error
             current = running[response.key]
-            current.tokens.append(response.token)
+            if monitors:
+                current.log.add(monitors, response.monitored)
+            if response.finish != FILTERED:  # else the token wasn't chosen
+                current.tokens.append(response.token)
             if response.logprob is not None:
                 current.logprobs.append(response.logprob)
-            if way.streamer is not None:
+            if way.streamer is not None and response.finish != FILTERED:
                 way.streamer.put(torch.tensor([response.token]))
             finish, applied, trace = response.finish, response.applied, response.trace
             if way.ends_at(prompts[current.prompt], current.tokens) and finish is None:
@@ -262,6 +275,7 @@ def answer(
             applied=each.applied or Applied((), ()),
             logprobs=tuple(each.logprobs) if logprobs else None,
             trace=each.trace,
+            monitors=each.log.told(monitors) if monitors else None,
         )
         for of_prompt in answers
         for each in of_prompt

@@ -13,7 +13,7 @@ rows, and once more for rungs that have a pass of their own.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -38,6 +38,7 @@ from trimtab.engines.transformers.generate import _end_ids, _pad_id, check_reque
 from trimtab.engines.transformers.joining import PromptsRead, Reader
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
+from trimtab.engines.transformers.monitoring import Watch, check_watched, switched_on
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.rows import Token
@@ -47,6 +48,8 @@ from trimtab.engines.transformers.sharing import rows_for
 from trimtab.engines.transformers.verify import Ladder, Past, Verifier, check_rejection, make_ladder
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Edit
+from trimtab.steering.monitors import FILTERED, Monitor
 
 PREFILL = 512
 """Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long; and a chunk of a
@@ -117,14 +120,19 @@ class GenerationBatch:
         new_cache = compat.new_cache if alone else compat.whole_cache
         pad = _pad_id(model, tokenizer)
         self._masks = masks
+        self._watch = Watch(layout)
         self._counts = alone and not positions_of(layout).given  # the model its positions, by itself
-        self._reader = Reader(model, layout, masks, pad, self.device, lambda: new_cache(model.config), self._counts)
+        self._reader = Reader(
+            model, layout, masks, pad, self.device, lambda: new_cache(model.config), self._counts, self._watch
+        )
         self._settings: dict[Sampling, Settings] = {}
         self._next = 0
         self._waiting: list[BatchRow] = []
         self._rows: list[BatchRow] = []  # in the order of the cache's
         self._long: tuple[list[BatchRow], ChunkedPrefill] | None = None  # rows whose prompt is being read in chunks
         self._passes: Any = None  # passes of rungs, where any row has been verified
+        self._heard_at = 0  # where in the facts of a token what monitors have read begins
+        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # told of a row's place before it leaves
         self._forget()
 
     def _forget(self) -> None:
@@ -147,6 +155,11 @@ class GenerationBatch:
         check_prompt(request.steering, len(request.ids))
         if request.rejection is not None and request.steering is not None:
             check_rejection(request.steering.edits, len(request.ids))
+            if request.monitors:
+                raise UnsupportedError("monitors don't read what is decoded with rejection; leave one of them out")
+        check_watched(request.monitors, request.steering, self.layout)
+        for one in request.monitors:
+            check_prompt(one.steering, len(request.ids))
 
     def insert(self, request: GenerationRequest) -> int:
         """A row, for the next step; its key. `lm.check(steering)` is the caller's. Raises as `check` does."""
@@ -155,8 +168,11 @@ class GenerationBatch:
         self._waiting.append(BatchRow(self._next, request, time.perf_counter()))
         return self._next
 
-    def remove(self, key: int) -> Applied | None:
-        """Take a row out, and say what steered it so far; `None` where there is no such row any more."""
+    def remove(self, key: int, *, ended: bool = False) -> Applied | None:
+        """Take a row out, and say what steered it so far; `None` where there is no such row any more.
+
+        `ended`: not given up, but at its end, as by a text that ends it.
+        """
         for row in self._waiting:
             if row.key == key:
                 self._waiting.remove(row)
@@ -168,6 +184,8 @@ class GenerationBatch:
                 return Applied((), ())
         for place, row in enumerate(self._rows):
             if row.key == key:
+                if ended and self.on_end is not None:
+                    self.on_end(self, place)
                 self._take_out(place)
                 return row.applied()
         return None
@@ -215,6 +233,7 @@ class GenerationBatch:
         run, cache = self._run, self._cache
         cache.make_room()
         width = cache.width + 1
+        self._watch.of(row.request.monitors for row in self._rows)
         copies = cache.put_aside() if run.verifier and not self._passes.shares else None
         token = Token(run.ids[:, None], None if self._counts else run.positions[:, None], run.mask(width))
         past = Past(token, copies or cache.given, width, [row.holding for row in self._rows])
@@ -227,7 +246,7 @@ class GenerationBatch:
                 self._count_pass(self._rows)
             else:
                 with run.open():
-                    logits = last_logits(self.model, token.ids, token.mask, token.positions, cache.given)
+                    logits = last_logits(self.model, token.ids, token.mask, token.positions, cache.given, self._watch)
                 self._session.check_reached(width)
                 self._count_pass(self._rows)
             self._session.advance()
@@ -235,7 +254,21 @@ class GenerationBatch:
             chosen, tokens = self._choose(self._rows, logits, run.sampler, run.verifier, past, run.drafts, fused)
         self._session.turn([row.newest for row in self._rows])
         run.advance(tokens)
-        return self._without_the_done(chosen)
+        return self._without_the_done(self._switch_on(chosen))
+
+    def _switch_on(self, responses: list[GenerationResponse]) -> list[GenerationResponse]:
+        """Let what monitors have switched on act from the next pass on; a row for which that can't be has an error."""
+        for place, row in enumerate(self._rows):
+            if not row.switched:
+                continue
+            row.switched, self._run = False, None
+            edits = activation_edits(row.edits)
+            try:
+                self._session.change(place, edits, follower(self.tokenizer, edits, row.request.ids), row.tokens)
+            except TrimtabError as error:
+                failed = GenerationResponse(row.key, error=error)
+                responses = [failed if one.key == row.key else one for one in responses]
+        return responses
 
     def _come_true(self) -> Tensor | None:
         """The logits `[rows, vocabulary]` of this step, if drafts of all rows have come true; they enter the cache."""
@@ -260,8 +293,15 @@ class GenerationBatch:
         past: Past | None,
         drafts: bool,
         fused: Tensor | None = None,
+        which: Sequence[int] | None = None,
     ) -> tuple[list[GenerationResponse], Tensor]:
-        """What is told of each row's next token, and the tokens. The host waits for the device here."""
+        """What is told of each row's next token, and the tokens. The host waits for the device here.
+
+        `which` of the last pass's rows these are, where they aren't all of them, in order.
+        """
+        watched = self._watch.values
+        if watched is not None and which is not None:
+            watched = watched[list(which)]
         asked = [row.request.alternatives for row in rows]
         most = min(max((n for n in asked if n is not None), default=0), logits.shape[-1])
 
@@ -274,6 +314,10 @@ class GenerationBatch:
                 if most:
                     values, ids = logprobs.topk(most)
                     columns += [ids.float(), values]
+            self._heard_at = sum(column.shape[-1] for column in columns)
+            if watched is not None:  # of rungs, whose rows aren't monitored, nothing was read
+                read = watched if len(watched) == len(logits) else watched.new_zeros(len(logits), watched.shape[-1])
+                columns.append(read.to(device=logits.device, dtype=torch.float32))
             # whole numbers below 2 ** 24, as ids are, are exact in float32
             return torch.cat(columns, -1)
 
@@ -305,6 +349,11 @@ class GenerationBatch:
             )
             return GenerationResponse(row.key, error=error)
         token = int(fact[0])
+        monitored, fired = self._hear(row, fact)
+        names = tuple(one.name for one in fired)
+        if any(one.action == "stop" for one in fired):
+            return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
+        heard: dict[str, Any] = {"cached": row.cached, "monitored": monitored, "fired": names}
         row.first = row.first or time.perf_counter() - row.began
         row.read(token)
         if row.ladder is not None:
@@ -317,17 +366,33 @@ class GenerationBatch:
                 return GenerationResponse(row.key, error=error)
             finish = "stop" if matcher.done else finish
         if row.request.alternatives is None:
-            return GenerationResponse(row.key, token, finish=finish)
+            return GenerationResponse(row.key, token, finish=finish, **heard)
         likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most : 3 + 2 * most], strict=True))
-        return GenerationResponse(row.key, token, fact[2], likeliest[: row.request.alternatives], finish)
+        return GenerationResponse(row.key, token, fact[2], likeliest[: row.request.alternatives], finish, **heard)
+
+    def _hear(self, row: BatchRow, fact: Sequence[float]) -> tuple[tuple[float, ...], tuple[Monitor, ...]]:
+        """What a row's monitors have read of its newest token, and which of them fire; what they switch on is noted."""
+        monitors = row.request.monitors
+        if not monitors:
+            return (), ()
+        values = tuple(fact[self._heard_at + i] for i in self._watch.columns(monitors))
+        fired = row.log.add(monitors, values)
+        for one in fired:
+            if one.steering is not None:
+                edits, names = switched_on(one, len(row.request.ids))
+                row.edits, row.names, row.switched = (*row.edits, *edits), (*row.names, *names), True
+        return values, fired
 
     def _without_the_done(self, responses: list[GenerationResponse]) -> list[GenerationResponse]:
         done = {one.key for one in responses if one.finish or one.error}
         if not done:
             return responses
         left: dict[int, BatchRow] = {}
+        failed = {one.key for one in responses if one.error}
         for place, row in reversed(list(enumerate(self._rows))):
             if row.key in done:
+                if self.on_end is not None and row.key not in failed:
+                    self.on_end(self, place)
                 self._take_out(place)
                 left[row.key] = row
         return [_ended(one, left.get(one.key)) for one in responses]
@@ -365,23 +430,37 @@ class GenerationBatch:
         if self.alone:
             return []
         if self._long is None:
-            text = next((row.request.prefill for row in self._waiting if _in_chunks(row)), None)
-            if text is None:
+            first = next((row.request for row in self._waiting if _in_chunks(row)), None)
+            if first is None:
                 return []
-            rows = [row for row in self._waiting if _in_chunks(row) and row.request.prefill == text]
+            same = first.prefill, first.clean_cache, first.scope
+            rows = [
+                row
+                for row in self._waiting
+                if _in_chunks(row) and (row.request.prefill, row.request.clean_cache, row.request.scope) == same
+            ]
             self._waiting = [row for row in self._waiting if row not in rows]
-            self._long = rows, ChunkedPrefill(self.model, self.layout, *text, self.device)
+            self._long = rows, self._prefill(first)
         rows, prefill = self._long
+        prefill.watch = self._watch
+        self._watch.of(row.request.monitors for row in rows)
         try:
             if (logits := prefill.advance()) is None:
                 return []
             self._long = None
-            length = len(prefill.ids)
-            read = PromptsRead([prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache, [length])
-            return self._seat(rows, [0] * len(rows), read)
+            return self._seat_read(rows, prefill, logits)
         except (TrimtabError, RuntimeError) as error:
             self._long = None
             return [GenerationResponse(row.key, error=error) for row in rows]
+
+    def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
+        return ChunkedPrefill(self.model, self.layout, *request.prefill, self.device)
+
+    def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+        """Rows whose one prompt was read in chunks join the batch."""
+        length = len(prefill.ids)
+        read = PromptsRead([prefill.edits], [prefill.names], [prefill.tally()], logits, prefill.cache, [length])
+        return self._seat(rows, [0] * len(rows), read)
 
     def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
@@ -396,6 +475,7 @@ class GenerationBatch:
                 return self._read_in(rejecting) + self._read_in([row for row in rows if row not in rejecting])
             texts = list(dict.fromkeys(row.request.prefill for row in rows))
             copied = bool(rejecting) and not self._passes.shares
+            self._watch.of(row.request.monitors for row in rows)
             read = self._reader.read(texts, verified=bool(rejecting), copied=copied)
             return self._seat(rows, [texts.index(row.request.prefill) for row in rows], read)
         except (TrimtabError, RuntimeError) as error:
@@ -418,23 +498,25 @@ class GenerationBatch:
         drafts = not self._rows and not self._waiting and verifier is not None and takes_drafts(rows, verifier)
         sampler = sampler_of(rows, self.device)
         with self._passes.open(verifier.sites) if verifier else nullcontext():
-            chosen, _ = self._choose(rows, read.logits[which], sampler, verifier, read.past, drafts)
+            chosen, _ = self._choose(rows, read.logits[which], sampler, verifier, read.past, drafts, which=which)
         done = {one.key for one in chosen if one.finish or one.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]
         if staying:
             self._run = None
-            self._steer(row for row, _ in staying)
+            self._steer([(row, read.edits[text] if row.switched else row.edits) for row, text in staying])
             self._cache.insert(read.cache, [(text, len(row.request.ids)) for row, text in staying])
             self._rows += [row for row, _ in staying]
+            chosen = self._without_the_done(self._switch_on(chosen))
         ended = {row.key: row for row in rows if row.key in done}
         return [_ended(one, ended.get(one.key)) for one in chosen]
 
-    def _steer(self, rows: Iterable[BatchRow]) -> None:
-        """All of these rows join the session, or none: raises `TrimtabError` for edits that can't act together."""
+    def _steer(self, rows: Iterable[tuple[BatchRow, tuple[Edit, ...]]]) -> None:
+        """All of these rows join the session under these edits, or none: raises `TrimtabError` for edits that can't act
+        together."""
         before = len(self._session.rows)
         try:
-            for row in rows:
-                edits, ids = activation_edits(row.edits), row.request.ids
+            for row, before_monitors in rows:
+                edits, ids = activation_edits(before_monitors), row.request.ids
                 self._session.insert(edits, len(ids), follower(self.tokenizer, edits, ids), row.newest)
         except TrimtabError:
             while len(self._session.rows) > before:

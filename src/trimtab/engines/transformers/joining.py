@@ -16,6 +16,7 @@ from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.columns import Copies
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
+from trimtab.engines.transformers.monitoring import Watch
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.prefill import Prefill, decides_at_prefill
 from trimtab.engines.transformers.read import reader
@@ -61,6 +62,7 @@ class Reader:
         device: Where inputs go.
         new_cache: Makes an empty cache.
         counts: Whether the model counts its tokens' positions by itself.
+        watch: Reads the last tokens for monitors.
     """
 
     model: Any
@@ -70,6 +72,16 @@ class Reader:
     device: torch.device
     new_cache: Callable[[], Any]
     counts: bool = False
+    watch: Watch | None = None
+
+    def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, mask and positions `[prompts, columns]` of prompts that are padded on the left."""
+        width = max(map(len, prompts))
+        pads = [width - len(one) for one in prompts]
+        rows = [[self.pad] * pad + list(one) for pad, one in zip(pads, prompts, strict=True)]
+        seen = [[0] * pad + [1] * (width - pad) for pad in pads]
+        ids, mask = torch.tensor(rows, device=self.device), torch.tensor(seen, device=self.device)
+        return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
     def read(
         self, texts: Sequence[tuple[Sequence[int], Steering | None]], *, verified: bool = False, copied: bool = False
@@ -83,9 +95,7 @@ class Reader:
         """
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad] * (width - len(one)) + one for one in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=self.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        ids, mask, positions = self.padded(prompts)
         told = None if self.counts else positions
         cache = self.new_cache()
         before: list[Copies] = []
@@ -98,7 +108,8 @@ class Reader:
             if copied:
                 aside = compat.put_aside(cache)
                 before.append(lambda picked: compat.fork(aside, picked))
-            return last_logits(self.model, ids[:, start:], mask, told[:, start:] if told is not None else None, cache)
+            newest = told[:, start:] if told is not None else None
+            return last_logits(self.model, ids[:, start:], mask, newest, cache, self.watch)
 
         steerings, lengths = [steering for _, steering in texts], [len(one) for one in prompts]
         if decides_at_prefill(self.layout, steerings, lengths, {}):

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.monitoring import Watch
 
 
-def last_logits(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor | None, cache: Any) -> Tensor:
+def last_logits(
+    model: Any,
+    ids: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    cache: Any,
+    watch: Watch | None = None,
+) -> Tensor:
     """The last column's logits `[rows, vocabulary]`, in float32, where the ids are.
 
     Args:
@@ -19,6 +28,7 @@ def last_logits(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor 
         mask: `[rows, columns of the cache and these tokens]`, 0 at pads; `None` where there are none.
         positions: `[rows, tokens]`, left out where the model doesn't take them; `None` lets it count by itself.
         cache: What has been read before, to which these tokens are added.
+        watch: Reads the last column for monitors.
     """
     takes = compat.parameters(model)
     inputs = compat.with_cache(model, {"input_ids": ids, "attention_mask": mask}, cache)
@@ -28,5 +38,6 @@ def last_logits(model: Any, ids: Tensor, mask: Tensor | None, positions: Tensor 
         inputs["position_ids"] = positions
     if "logits_to_keep" in takes:
         inputs["logits_to_keep"] = 1
-    output = model(**inputs, use_cache=True, return_dict=True)
+    with watch.open(len(ids)) if watch is not None else nullcontext():
+        output = model(**inputs, use_cache=True, return_dict=True)
     return output.logits[:, -1].to(dtype=torch.float32, device=ids.device)

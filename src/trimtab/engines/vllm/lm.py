@@ -53,6 +53,8 @@ class VllmLM(LanguageModel):
     cannot = {  # noqa: RUF012
         "emphasis": "its attention kernels don't give out scores",
         "rejection": "a step has one row of logits a request",
+        "clean_cache": "what its workers store is what they compute",
+        "monitors": "its workers hand out no activations while they decode",
         "streaming": "it gives whole answers here; lm.generate(…) has them, and vllm serve streams",
         "steered": "the model runs in processes of its own",
         "training": "the model's weights are in processes of their own",

@@ -1,0 +1,224 @@
+"""Dialogues of many turns, steered: trait and perplexity from turn to turn, with and without a clean cache.
+
+A persona's direction is learned from the model's own answers with and without it. Every arm has the strength at which
+the 95th percentile of its divergence from the unsteered model is the same, on other queries. Each then answers the same
+queries turn by turn, its own answers in its prompt. What comes of it is read by the unsteered model: how likely the
+answer is (perplexity), and how far its activations lie along the direction, less those of the unsteered dialogue.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import mean
+
+import torch
+from torch import Tensor
+
+from benchmarks.choosing import say
+from benchmarks.harness import Report, Result, interleave, ratios, summarized
+from benchmarks.machine import machine, versions
+from trimtab.data import queries
+from trimtab.evaluate.divergence import Divergence, Reference, _kl, divergence, reference
+from trimtab.lm import LM, DoseWarning
+from trimtab.methods.caa import PairsWarning, learn_caa
+from trimtab.steering import Positions, Steering
+from trimtab.text.pairs import Pair
+
+PERSONA = "You are a pirate of the high seas. Talk like a pirate in every sentence."
+LEARN, BASE = 24, 8
+"""Queries that the direction is learned from, and on which strengths are found."""
+MEASURED = (1, 4, 7, 10)
+"""The turns that are read."""
+UNSTEERED, ALL, GENERATED, CLEAN = "unsteered", "all tokens", "generated tokens", "clean cache"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How one dialogue is steered."""
+
+    steering: Steering | None
+    clean: bool = False
+
+
+def run(
+    model: str | None, dialogues: int, turns: int, tokens: int, nats: float, layer: int | None, rounds: int
+) -> Report:
+    """All arms over the same queries, and what a token costs."""
+    lm = LM.load(model, dtype="float32")
+    layer = lm.layout.layers // 2 if layer is None else layer
+    asked = queries()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DoseWarning)
+        warnings.simplefilter("ignore", PairsWarning)
+        learned = learn(lm, asked[:LEARN], layer, tokens)
+        talk = asked[LEARN + BASE :]
+        costing = costs(lm, learned, talk[:8], tokens, rounds)
+        base = reference(lm, asked[LEARN : LEARN + BASE], tokens=12)
+        arms = {UNSTEERED: Arm(None)} | arms_at(lm, learned, base, nats)
+        plan = [[talk[(d * turns + t) % len(talk)] for t in range(turns)] for d in range(dialogues)]
+        along = learned.edits[0].operation.direction.double()
+        along /= along.norm()
+        read = {name: held(lm, name, arm, plan, tokens, layer, along) for name, arm in arms.items()}
+        results = [one for name in arms if name != UNSTEERED for one in lines(name, read, arms, learned)]
+    return Report("dialogues", machine(), {**versions(), "model": lm.name}, (*results, *costing))
+
+
+def learn(lm: LM, asked: Sequence[str], layer: int, tokens: int) -> Steering:
+    """The persona's direction, from answers with it and without."""
+    with_it = lm.generate(asked, system=PERSONA, max_new_tokens=tokens, progress=say("persona"))
+    without = lm.generate(asked, max_new_tokens=tokens)
+    pairs = [
+        Pair(one.text or " ", other.text or " ", query)
+        for one, other, query in zip(with_it, without, asked, strict=True)
+    ]
+    return learn_caa(lm, pairs, layer, read_at="answer")
+
+
+def arms_at(lm: LM, learned: Steering, base: Reference, nats: float) -> dict[str, Arm]:
+    """Each way to steer, at the strength that has this divergence."""
+    found = {}
+    for name, rule in ((ALL, Positions.all()), (GENERATED, Positions.from_last_prompt_token())):
+        steering = learned.at(rule)
+
+        def far(factor: float, steering: Steering = steering) -> float:
+            return divergence(lm, factor * steering, base).p95
+
+        found[name] = Arm(strength_of(far, nats) * steering)
+    steering = learned.at(Positions.all())
+    factor = strength_of(lambda factor: clean_divergence(lm, factor * steering, base).p95, nats)
+    found[CLEAN] = Arm(factor * steering, clean=True)
+    return found
+
+
+def strength_of(far: Callable[[float], float], nats: float) -> float:
+    """The weakest factor of doubled ones that reaches a divergence, and then the interval halved."""
+    high = 1 / 8
+    while far(high) < nats:
+        high *= 2
+        if high > 1024:
+            raise ValueError(f"{nats} nats can't be had")
+    low = high / 2
+    for _ in range(6):
+        middle = (low + high) / 2
+        low, high = (middle, high) if far(middle) < nats else (low, middle)
+    return high
+
+
+def clean_divergence(lm: LM, steering: Steering, base: Reference) -> Divergence:
+    """As `divergence`, over a clean cache: each token is read steered over unsteered ones, all of them in one pass.
+
+    The text stands in it twice. A token of the second, steered, sees those of the first before it, and itself.
+    """
+    (edit,) = steering.edits
+    vector = edit.strength * edit.operation.direction
+    found = []
+    for text, unsteered in zip(base.texts, base.logits, strict=True):
+        ids = [*text.prompt, *text.answer[:-1]]
+        count = len(ids)
+        before = torch.ones(count, count).tril(-1)
+        own, none = torch.eye(count), torch.zeros(count, count)
+        seen = torch.cat([torch.cat([before + own, none], 1), torch.cat([before, own], 1)]).bool()
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+        def push(_module: object, _args: object, output: Tensor | tuple[Tensor, ...], count: int = count) -> None:
+            x = output if isinstance(output, Tensor) else output[0]
+            x[:, count:] += vector.to(x)
+
+        hook = lm.layout.blocks[edit.site.layer].register_forward_hook(push)
+        try:
+            with torch.no_grad():
+                logits = lm.model(
+                    input_ids=torch.tensor([[*ids, *ids]]),
+                    attention_mask=mask[None, None],
+                    position_ids=torch.tensor([[*range(count), *range(count)]]),
+                    use_cache=False,
+                ).logits[0, count + len(text.prompt) - 1 :]
+        finally:
+            hook.remove()
+        found.append(tuple(_kl(unsteered, logits)))
+    return Divergence(tuple(found))
+
+
+def held(
+    lm: LM, name: str, arm: Arm, plan: Sequence[Sequence[str]], tokens: int, layer: int, direction: Tensor
+) -> dict[int, list[tuple[float, float]]]:
+    """By turn, of each dialogue: the mean negative log-likelihood of the answer, and its mean projection, unsteered."""
+    talks: list[list[dict[str, str]]] = [[] for _ in plan]
+    found: dict[int, list[tuple[float, float]]] = {}
+    count = len(plan[0])
+    for turn in range(count):
+        for talk, asked in zip(talks, plan, strict=True):
+            talk.append({"role": "user", "content": asked[turn]})
+        answers = lm.generate(talks, arm.steering, clean_cache=arm.clean, max_new_tokens=tokens)
+        if turn + 1 in MEASURED:
+            found[turn + 1] = [
+                read_unsteered(lm, lm.encode(talk), answer.token_ids, layer, direction)
+                for talk, answer in zip(talks, answers, strict=True)
+                if answer.token_ids
+            ]
+        for talk, answer in zip(talks, answers, strict=True):
+            talk.append({"role": "assistant", "content": answer.text})
+        say(name)(turn + 1, count)
+    return found
+
+
+def read_unsteered(
+    lm: LM, prompt: Sequence[int], answer: Sequence[int], layer: int, direction: Tensor
+) -> tuple[float, float]:
+    """How likely an answer is, and how far it lies along a direction, in one pass of the unsteered model."""
+    kept: list[Tensor] = []
+
+    def keep(_module: object, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append((output if isinstance(output, Tensor) else output[0])[0, len(prompt) :])
+
+    hook = lm.layout.blocks[layer].register_forward_hook(keep)
+    try:
+        with torch.no_grad():
+            logits = lm.model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits[0]
+    finally:
+        hook.remove()
+    logprobs = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+    likely = logprobs.gather(-1, torch.tensor(answer)[:, None]).mean()
+    return -float(likely), float((kept[0].double() @ direction).mean())
+
+
+def lines(
+    name: str, read: Mapping[str, Mapping[int, list[tuple[float, float]]]], arms: Mapping[str, Arm], learned: Steering
+) -> list[Result]:
+    """What is said of one arm: at each turn the perplexity, and the projection beyond the unsteered dialogue's."""
+    steering = arms[name].steering
+    assert steering is not None
+    results = [Result(name, "strength", steering.edits[0].strength / learned.edits[0].strength, "x")]
+    for turn, of_dialogues in read[name].items():
+        plain = read[UNSTEERED][turn]
+        results.append(Result(name, f"perplexity at turn {turn}", math.exp(mean(n for n, _ in of_dialogues)), ""))
+        results.append(Result(name, f"unsteered perplexity at turn {turn}", math.exp(mean(n for n, _ in plain)), ""))
+        shift = mean(p for _, p in of_dialogues) - mean(p for _, p in plain)
+        results.append(Result(name, f"projection at turn {turn}, less the unsteered one", shift, ""))
+    return results
+
+
+def costs(lm: LM, learned: Steering, asked: Sequence[str], tokens: int, rounds: int) -> list[Result]:
+    """Tokens a second, as ratios to unsteered ones, for one prompt and for all."""
+    timed = {UNSTEERED: Arm(None), ALL: Arm(learned), CLEAN: Arm(learned, clean=True)}
+    results = []
+    for count in (1, len(asked)):
+
+        def rate(arm: Arm, count: int = count) -> float:
+            start = time.perf_counter()
+            lm.generate(
+                asked[:count], arm.steering, clean_cache=arm.clean, max_new_tokens=tokens, min_new_tokens=tokens
+            )
+            return count * tokens / (time.perf_counter() - start)
+
+        runs = {name: partial(rate, arm) for name, arm in timed.items()}
+        values = interleave(runs, rounds, case=f"{count} rows")
+        for name in (ALL, CLEAN):
+            ratio = ratios(values[name], values[UNSTEERED])
+            results.append(summarized(f"{name}, {count} rows", "throughput", "x unsteered", ratio))
+    return results

@@ -1,0 +1,96 @@
+"""`trimtab learn probe`: a monitor learned from pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from trimtab.commands.model import EngineModelOptions, JsonOption
+from trimtab.commands.options import grouped
+from trimtab.commands.pair_files import ColumnOptions
+from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.files.target import check_target
+
+
+@grouped
+def learn_probe(
+    *,
+    pairs: Annotated[
+        Path,
+        typer.Option(
+            help="A .jsonl, .json, .csv, .tsv or .parquet file of pairs of answers, or of texts.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
+    columns: ColumnOptions,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Blocks to look at, from 0: 14, or 12,14,16, or all. Without it: every fourth, from a quarter on.",
+            show_default=False,
+        ),
+    ] = None,
+    read_at: Annotated[
+        str, typer.Option(help="At which tokens of an answer: answer (all), first:K, after:MARKER or last.")
+    ] = "answer",
+    false_alarms: Annotated[
+        float,
+        typer.Option(help="The share of negative answers held out that may have a token beyond the threshold."),
+    ] = 0.05,
+    loader: EngineModelOptions,
+    json: JsonOption = False,
+) -> None:
+    """A probe: which tokens are those of positive answers, with a threshold.
+
+    [bold]  trimtab learn probe --pairs harm.jsonl --out harm.safetensors
+      trimtab serve --monitor harm=harm.safetensors[/bold]
+
+    A logistic regression on the tokens of half of the answers, at the best of
+    the layers. Of answers held out it says how well it tells the two kinds
+    apart (the area under the curve; 0.5 is chance), each by its most telling
+    token, and draws the threshold where no more than --false-alarms of the
+    negative ones have a token beyond it.
+
+    A server reads it at each token (--monitor); in Python lm.generate(…,
+    monitors=Monitor.of("harm", load("harm.safetensors"))). The file is a
+    steering whose gate is the probe, so that it also switches others on and
+    off by the prompt: steering.when(probe.edits[0].gate).
+    """
+    from trimtab.commands.learn import parse_layers
+
+    check_target(out, ".safetensors")
+    wanted = parse_layers(layers)
+    read = columns.read(pairs)
+    from trimtab.files.steering_file import save_steering
+    from trimtab.learn.probe import learn_probe as learn
+
+    lm = loader.load(quiet=json)
+    chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
+    with progress_bar("reading", quiet=json) as progress:
+        learned = learn(lm, read, chosen, read_at=read_at, false_alarms=false_alarms, progress=progress)
+    digest = save_steering(learned, out)
+    measured = learned.card.measured
+    if json:
+        from trimtab.commands.learn_method import document_of
+
+        write_json(document_of("probe", lm.name, learned, out, digest))
+        return
+    show(
+        f"probe on {lm.name}, from {len(read)} pairs: layer {measured['layer']}",
+        f"area under the curve {measured['area']:.3f}, on {measured['held_out']} pairs held out",
+        f"threshold {measured['threshold']:.3g}: beyond it are {measured['hits']:.0%} of the positive answers"
+        f" and {measured['false_alarms']:.0%} of the negative ones",
+        f"saved {out}",
+    )
+    note(f"try: trimtab serve {loader.named}--monitor {out.stem}={out}", quiet=False)
+
+
+def command() -> Any:
+    """The command."""
+    alone = typer.Typer(rich_markup_mode="rich", add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name="probe", context_settings={"help_option_names": ["-h", "--help"]})(learn_probe)
+    return typer.main.get_command(alone)

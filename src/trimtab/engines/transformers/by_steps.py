@@ -1,0 +1,41 @@
+"""What only batches of steps have: clean caches and monitors. Requests that ask for them are checked here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.engines.request import Decoding, Request
+from trimtab.engines.resolve import acting, check_prompt
+from trimtab.engines.transformers.clean import check_clean_edits
+from trimtab.engines.transformers.continuous import Continuous
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.monitoring import check_watched
+from trimtab.errors import UnsupportedError
+
+
+def check_by_steps(model: Any, layout: Layout, requests: Sequence[Request], decoding: Decoding) -> None:
+    """Raises `TrimtabError` for requests that can't be decoded over a clean cache, or monitored, as they ask."""
+    steered = [one for one in requests if one.rejection is None and acting(one.steering)]  # with rejection it is clean
+    if decoding.clean_cache and steered:
+        _check_continuous(model, layout, "clean_cache=True needs", decoding)
+        for one in steered:
+            check_clean_edits(acting(one.steering), len(one.ids))
+    if not decoding.monitors:
+        return
+    if any(one.rejection is not None for one in requests):
+        raise UnsupportedError("monitors don't read what is decoded with rejection; leave one of them out")
+    _check_continuous(model, layout, "monitors need", decoding)
+    for one in requests:
+        check_watched(decoding.monitors, one.steering, layout)
+        for each in decoding.monitors:
+            check_prompt(each.steering, len(one.ids))
+
+
+def _check_continuous(model: Any, layout: Layout, what: str, decoding: Decoding) -> None:
+    if Continuous.of(model, layout, decoding.options) is None:
+        known = ", ".join(sorted(name for name, value in decoding.options.items() if value is not None))
+        raise UnsupportedError(
+            f"{what} continuous batching, which this model or these options haven't ({known}): beams, processors and"
+            " criteria of your own, and other caches go through transformers' generate; leave them out"
+        )

@@ -1,0 +1,365 @@
+"""Steering over a clean cache: the keys and values that are kept of a text are those of the unsteered model.
+
+A row with a clean cache reads each of its tokens twice, side by side in one pass: once unsteered, whose keys and values
+stay, and once steered, as its twin. The twin attends to the unsteered tokens before it and to itself; it chooses the
+next token, and what it stored is written over by the next pass. So a steered turn of a dialogue doesn't colour the
+next, and an answer's cache is worth as much to whoever goes on from it as one that was never steered.
+
+The prompt is read once, unsteered; its last token is then read as every other, by twins, and gives the first token.
+A gate decides while the prompt is read. Where it stays shut the row is decoded as unsteered ones are, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.answer import Applied
+from trimtab.engines.meanings import follower
+from trimtab.engines.resolve import Where, acting, resolve, waits_for_prompt, wanted
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import positions_of
+from trimtab.engines.transformers.attention import (
+    PLAIN,
+    attention_modules,
+    check_attention,
+    configurations,
+    registered,
+)
+from trimtab.engines.transformers.batch_row import BatchRow, GenerationRequest, GenerationResponse
+from trimtab.engines.transformers.batch_session import BatchSession
+from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
+from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.composition import Composition
+from trimtab.engines.transformers.decode import GenerationBatch
+from trimtab.engines.transformers.joining import PromptsRead
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.passes import last_logits
+from trimtab.engines.transformers.positions import Pass
+from trimtab.engines.transformers.read import recording
+from trimtab.engines.transformers.scores import is_score_edit
+from trimtab.engines.transformers.session import STRIDE, _Step
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Edit, Site, Steering
+
+
+def check_clean(layout: Layout) -> None:
+    """Raises `UnsupportedError` for a model whose tokens can't be read twice in one pass, over one cache."""
+    decoder: Any = layout.decoder
+    name = type(decoder).__name__
+    if not compat.keeps_plain_cache(decoder):
+        raise UnsupportedError(
+            f"{name} can't steer over a clean cache: it keeps more than keys and values (a recurrent state, say), which"
+            " the steered reading of a token would change; leave clean_cache out"
+        )
+    if not positions_of(layout).given:
+        raise UnsupportedError(
+            f"{name} can't steer over a clean cache: it isn't told its tokens' positions, so that two readings of one"
+            " token would stand at different ones; leave clean_cache out"
+        )
+    usual = compat.attention_name(decoder.config)
+    if usual not in PLAIN:
+        raise UnsupportedError(f"a clean cache isn't there under {usual}; load the model with sdpa or eager attention")
+    check_attention(layout)
+    if sum(module is not None for module in attention_modules(layout)) < layout.layers:
+        raise UnsupportedError(f"{name} has blocks without attention, which can't tell a token's two readings apart")
+
+
+def check_clean_edits(edits: Sequence[Edit], prompt_length: int) -> None:
+    """Raises `UnsupportedError` for edits that can't act over a clean cache.
+
+    Args:
+        edits: Those of a steering, whose gates may not be decided yet.
+        prompt_length: In tokens.
+    """
+    for edit in edits:
+        if is_score_edit(edit):
+            raise UnsupportedError(
+                f"{edit} steers attention scores, which a clean cache doesn't have; rejection does, and keeps the cache"
+                " clean as well: ask for that instead (beta 0 rejects nothing)"
+            )
+        spans = edit.positions.reach(prompt_length)
+        if not any(stop is None or stop >= prompt_length for _, stop in spans):
+            raise UnsupportedError(
+                f"over a clean cache steering acts from the last prompt token on, and {edit} acts before it alone;"
+                " choose other positions, or leave clean_cache out"
+            )
+
+
+class CleanBatch(GenerationBatch):
+    """A batch whose rows may ask for a clean cache. Those that do are decoded in a pass of their own each step.
+
+    A step so costs one pass, or two where rows of both kinds are there; one of clean rows has two tokens a row.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout, **options: Any) -> None:
+        super().__init__(model, tokenizer, layout, **options)
+        self._twins = _Twins(model, tokenizer, layout, **options)
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self._twins)
+
+    @property
+    def running(self) -> int:
+        return super().running + self._twins.running
+
+    def check(self, request: GenerationRequest) -> None:
+        super().check(request)
+        if steers_clean(request):
+            check_clean(self.layout)
+            if self.alone:
+                raise UnsupportedError("a clean cache needs rows that share a batch; leave clean_cache out")
+            if request.rejection is not None:
+                raise UnsupportedError("with rejection the cache is clean in any case; leave clean_cache out")
+            check_clean_edits(acting(request.steering), len(request.ids))
+            for one in request.monitors:
+                check_clean_edits(acting(one.steering), len(request.ids))
+
+    def remove(self, key: int, *, ended: bool = False) -> Applied | None:
+        found = super().remove(key, ended=ended)
+        return self._twins.remove(key, ended=ended) if found is None else found
+
+    def applied(self, key: int) -> Applied | None:
+        found = super().applied(key)
+        return self._twins.applied(key) if found is None else found
+
+    def clear(self) -> list[int]:
+        return [*super().clear(), *self._twins.clear()]
+
+    def step(self) -> list[GenerationResponse]:
+        told = super().step()
+        return told + (self._twins.step() if len(self._twins) else [])
+
+    def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
+        clean = [row for row in rows if steers_clean(row.request)]
+        others = [row for row in rows if not steers_clean(row.request)]
+        told = super()._read_in(others)
+        try:
+            return told + (self._read_clean(clean) if clean else [])
+        except (TrimtabError, RuntimeError) as error:
+            if len(clean) == 1:
+                return [*told, GenerationResponse(clean[0].key, error=error)]
+            for row in clean:
+                row.forget()
+            return told + [response for row in clean for response in self._read_in([row])]
+
+    def _read_clean(self, rows: list[BatchRow]) -> list[GenerationResponse]:
+        """Read prompts unsteered, each once; on the way, decide what gates there are."""
+        prompts = list(dict.fromkeys(row.request.ids for row in rows))
+        steerings = [row.request.steering for row in rows]
+        lengths = [len(row.request.ids) for row in rows]
+        which = [prompts.index(row.request.ids) for row in rows]
+        sites = sorted({site for one in steerings for site in _sites_to_decide(one)})
+        cache = compat.whole_cache(self.model.config)
+        inputs = (*self._reader.padded(prompts), cache)
+        self._watch.of(row.request.monitors for row in rows)
+        found: dict[Site, Tensor] = {}
+        with ExitStack() as stack:
+            if sites:
+                found = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
+            logits = last_logits(self.model, *inputs, self._watch)
+
+        def read(where: Where, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
+            width = inputs[0].shape[1]
+            columns = {i: [width - lengths[i] + p for p in positions] for i, positions in where.items()}
+            return {i: {site: found[site][which[i], at] for site in wanted} for i, at in columns.items()}
+
+        resolved = resolve(steerings, lengths, read)
+        return self._seat_clean(rows, which, resolved.edits, resolved.names, logits, cache)
+
+    def _seat_clean(
+        self,
+        rows: list[BatchRow],
+        which: Sequence[int],
+        edits: Sequence[tuple[Edit, ...]],
+        names: Sequence[tuple[str, ...]],
+        logits: Tensor,
+        cache: DynamicCache,
+    ) -> list[GenerationResponse]:
+        """Rows whose prompts were read unsteered join the twins; those that nothing steers join the others."""
+        told: list[GenerationResponse] = []
+        for row, text, one, called in zip(rows, which, edits, names, strict=True):
+            if not one and not _may_be_steered(row.request):
+                count = len(logits)
+                read = PromptsRead([()] * count, [called] * count, [{}] * count, logits, cache, [0] * count)
+                told += self._seat([row], [text], read)
+                continue
+            row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)
+            try:
+                self._twins.seat(row, cache, text)
+            except TrimtabError as error:  # what the edits come to together is known only here
+                told.append(GenerationResponse(row.key, error=error))
+        return told
+
+    def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
+        return _CleanPrefill(self, request) if steers_clean(request) else super()._prefill(request)
+
+    def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
+        if not isinstance(prefill, _CleanPrefill):
+            return super()._seat_read(rows, prefill, logits)
+        count = len(rows)
+        return self._seat_clean(
+            rows, [0] * count, [prefill.edits] * count, [prefill.names] * count, logits, prefill.cache
+        )
+
+
+class _CleanPrefill(ChunkedPrefill):
+    """A long prompt that is read unsteered, once, whatever acts on the answer."""
+
+    def __init__(self, batch: GenerationBatch, request: GenerationRequest) -> None:
+        super().__init__(batch.model, batch.layout, request.ids, request.steering, batch.device)
+
+    def _first_touched(self) -> int:
+        return len(self.ids)
+
+    @contextmanager
+    def _steering(self, columns: int) -> Iterator[None]:
+        yield
+
+
+class _Twins(GenerationBatch):
+    """The rows with a clean cache: a step reads each one's newest token twice, unsteered and steered."""
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout, **options: Any) -> None:
+        super().__init__(model, tokenizer, layout, **options)
+        self._usual = compat.attention_name(layout.decoder.config)
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._session: BatchSession = _TwinSession(self.model, self.layout)
+
+    def seat(self, row: BatchRow, cache: DynamicCache, place: int) -> None:
+        """A row joins, whose prompt stands in this row of a cache, and whose last token is read again by twins."""
+        kept = len(row.request.ids) - 1
+        ids = row.request.ids
+        self._session.insert(row.edits, len(ids), follower(self.tokenizer, row.edits, ids), position=kept)
+        self._cache.insert(_without_last(cache), [(place, kept)])
+        self._rows.append(row)
+        self._run = None
+
+    def _decode(self) -> list[GenerationResponse]:
+        if self._run is None:
+            self._run = Composition(
+                self.layout, self._masks, self._session, self._rows, self._cache, None, False, self.device
+            )
+        run, cache = self._run, self._cache
+        cache.make_room(2)
+        width = cache.width + 1
+        self._watch.of(row.request.monitors for row in self._rows)
+        with run.open(), self._twin_masks():
+            ids, positions = run.ids[:, None].expand(-1, 2), run.positions[:, None].expand(-1, 2)
+            logits = last_logits(self.model, ids, run.mask(width + 1), positions, cache, self._watch)
+        self._session.check_reached(width)
+        self._session.advance()
+        cache.advance(2)
+        chosen, tokens = self._choose(self._rows, logits, run.sampler, None, None, drafts=False)
+        self._session.turn([row.newest for row in self._rows])
+        run.advance(tokens)
+        return self._without_the_done(self._switch_on(chosen))
+
+    @contextmanager
+    def _twin_masks(self) -> Iterator[None]:
+        """While open, both readings of a token see what the token sees, and each itself in place of the other."""
+        owner = get_ident()
+        usual = compat.mask_function(self._usual)
+        asked: set[nn.Module] = set()
+
+        def mask(*args: Any, **given: Any) -> Tensor | None:
+            if get_ident() != owner:
+                return usual(*args, **given)
+            columns = given["kv_length"] - 1  # with the token once
+            padding = given.get("attention_mask")
+            alone = {
+                **given,
+                "q_length": 1,
+                "kv_length": columns,
+                "attention_mask": None if padding is None else padding[:, :columns],
+                "allow_is_causal_skip": False,
+                "allow_is_bidirectional_skip": False,
+            }
+            seen = usual(*args, **alone)
+            if seen is None or seen.dim() != 4:
+                raise UnsupportedError("this model's attention masks can't be told apart for two readings of a token")
+            hidden = False if seen.dtype == torch.bool else torch.finfo(seen.dtype).min
+            own, other = seen[..., -1:], torch.full_like(seen[..., -1:], hidden)
+            before = seen[..., :-1]
+            return torch.cat([torch.cat([before, own, other], -1), torch.cat([before, other, own], -1)], -2)
+
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+            if get_ident() == owner:
+                if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (query.shape[2], key.shape[2]):
+                    raise UnsupportedError(
+                        f"{type(module).__name__} attends under a mask of its own, so that the two readings of a token"
+                        " would see each other; leave clean_cache out"
+                    )
+                asked.add(module)
+            if given.get("softcap") is None and self._usual == "sdpa":
+                given.pop("softcap", None)
+            return compat.attention_function(self._usual, module)(module, query, key, value, mask, **given)
+
+        with registered(attend, mask) as name, compat.attending_with(configurations(self.layout), name):
+            yield
+        modules = [module for module in attention_modules(self.layout) if module is not None]
+        if any(module not in asked for module in modules):
+            raise TrimtabError(
+                "a layer's attention didn't look up the attention that the model's configuration names, so that a token"
+                " and its twin weren't kept apart"
+            )
+
+
+class _TwinSession(BatchSession):
+    """Steers the second of the two readings of each row's token, and leaves the first alone."""
+
+    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        super().before(decoder, args, kwargs)
+        if not self._foreign() and self._step is not None:
+            self._measures = (self._step.passes - 1) % STRIDE == 0
+
+    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
+        if one.length != 2:
+            raise TrimtabError(f"a pass of {one.length} tokens a row, where each row's token is read twice")
+        return super()._enter(replace(one, length=1), given, begins)
+
+    def edit(self, site: Site, given: Tensor) -> Tensor | None:
+        whole = given if given.dim() == 3 else given.view(len(self.rows), -1, given.shape[-1])
+        if whole.shape[1] == 1:  # a last layer that runs for the last token alone
+            return super().edit(site, given)
+        if whole.shape[:2] != (len(self.rows), 2):
+            raise TrimtabError(
+                f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(self.rows)} rows"
+                " and 2 tokens; which is whose can't be told"
+            )
+        new = super().edit(site, whole[:, 1:])
+        return None if new is None else torch.cat([whole[:, :1], new], 1).view(given.shape)
+
+
+def steers_clean(request: GenerationRequest) -> bool:
+    """Whether a request's cache has to be kept clean of what steers it."""
+    return request.clean_cache and (bool(acting(request.steering)) or _may_be_steered(request))
+
+
+def _may_be_steered(request: GenerationRequest) -> bool:
+    """Whether a monitor may switch a steering on."""
+    return any(one.steering is not None for one in request.monitors)
+
+
+def _sites_to_decide(steering: Steering | None) -> set[Site]:
+    """Where the prompt is read for what it decides."""
+    return {reading.site for reading in wanted(steering)} | {
+        edit.site for edit in acting(steering) if waits_for_prompt(edit)
+    }
+
+
+def _without_last(cache: DynamicCache) -> DynamicCache:
+    """The same keys and values but those of the last column."""
+    aside = compat.put_aside(cache)
+    for layer in aside.layers:
+        if getattr(layer, "keys", None) is not None:
+            layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
+    return aside

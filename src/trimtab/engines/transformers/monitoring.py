@@ -1,0 +1,143 @@
+"""Monitors of a batch's rows: what they read is read for all rows at once, one product a site and pass.
+
+The reading comes behind the edits of its site, so that it is of the activation that goes on. Its values stay on the
+device until a step tells what it has chosen, for which the host waits in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.resolve import resolve
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.places import Place, place
+from trimtab.engines.transformers.plan import check_edits
+from trimtab.errors import TrimtabError
+from trimtab.steering import Edit, Site, Steering
+from trimtab.steering.gates import Threshold
+from trimtab.steering.monitors import Monitor, Monitored, measured
+
+KEPT = 64
+"""Of so many sets of conditions the directions are kept on the device."""
+
+
+def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout: Layout) -> None:
+    """Raises `TrimtabError` for monitors that don't fit the model, or what they switch on not beside a steering."""
+    for one in monitors:
+        where = place(layout, one.site)
+        if len(one.condition.direction) != where.size:
+            raise TrimtabError(
+                f"monitor {one.name} reads {len(one.condition.direction)} numbers at {one.site}, and this model has"
+                f" {where.size} there; it was learned on another model"
+            )
+        if one.steering is not None:
+            check_edits(one.steering if steering is None else steering + one.steering, layout)
+
+
+def switched_on(monitor: Monitor, prompt_length: int) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
+    """The edits that a monitor switches on, as a batch runs them, and what they are called in the answer."""
+    found = resolve([monitor.steering], [prompt_length], lambda *_: {})
+    return found.edits[0], found.names[0]
+
+
+@dataclass
+class Log:
+    """What monitors have read of one row so far."""
+
+    values: list[tuple[float, ...]] = field(default_factory=list)
+    fired: dict[str, int] = field(default_factory=dict)
+
+    def add(self, monitors: Sequence[Monitor], values: tuple[float, ...]) -> tuple[Monitor, ...]:
+        """One more token's; the monitors that fire at it, for the first time."""
+        new = tuple(
+            one for one, value in zip(monitors, values, strict=True) if one.name not in self.fired and one.fires(value)
+        )
+        self.fired |= dict.fromkeys((one.name for one in new), len(self.values))
+        self.values.append(values)
+        return new
+
+    def told(self, monitors: Sequence[Monitor]) -> dict[str, Monitored]:
+        """All of it, by name."""
+        columns = list(zip(*self.values, strict=True)) or [()] * len(monitors)
+        return {
+            one.name: Monitored(tuple(values), self.fired.get(one.name))
+            for one, values in zip(monitors, columns, strict=True)
+        }
+
+
+class Watch:
+    """Reads the newest token of each row in a pass, for the conditions that monitors of these rows have."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._kept: dict[tuple[Any, ...], Tensor] = {}
+        self.conditions: tuple[Threshold, ...] = ()
+        self.values: Tensor | None = None  # [rows, conditions], of the last pass
+
+    def of(self, each: Iterable[Sequence[Monitor]]) -> None:
+        """The next passes are of rows with these monitors."""
+        self.conditions = tuple(dict.fromkeys(one.condition for monitors in each for one in monitors))
+        self.values = None
+
+    def columns(self, monitors: Sequence[Monitor]) -> list[int]:
+        """Which of the values are those of these monitors."""
+        return [self.conditions.index(one.condition) for one in monitors]
+
+    @contextmanager
+    def open(self, rows: int) -> Iterator[None]:
+        """While open, a pass over so many rows is read."""
+        if not self.conditions:
+            yield
+            return
+        owner = get_ident()
+        by_site: dict[Site, list[int]] = {}
+        for i, one in enumerate(self.conditions):
+            by_site.setdefault(one.site, []).append(i)
+        found: dict[int, Tensor] = {}
+
+        def keep(site: Site, where: Place, given: Any) -> None:
+            if get_ident() != owner:
+                return
+            x = where.read(given if isinstance(given, Tensor) else given[0])
+            newest = x.reshape(rows, -1, x.shape[-1])[:, -1]
+            newest = newest.to(torch.promote_types(newest.dtype, torch.float32))
+            here = tuple(self.conditions[i] for i in by_site[site])
+            values = measured(here, newest, self._directions(here, newest))
+            found.update(zip(by_site[site], values.unbind(-1), strict=True))
+
+        with ExitStack() as stack:
+            for site in by_site:
+                stack.callback(_reading(place(self._layout, site), partial(keep, site)).remove)
+            yield
+        for i, one in enumerate(self.conditions):
+            if i not in found:
+                raise TrimtabError(
+                    f"the part of the model at {one.site} didn't run in a pass that a monitor reads; something runs the"
+                    " model past its hooks (a captured graph, a replaced forward)"
+                )
+        self.values = torch.stack([found[i].to(found[0].device) for i in range(len(found))], -1)
+
+    def _directions(self, conditions: tuple[Threshold, ...], x: Tensor) -> Tensor:
+        key = (conditions, x.device, x.dtype)
+        if key not in self._kept:
+            if len(self._kept) >= KEPT:
+                self._kept.clear()
+            self._kept[key] = torch.stack([one.direction for one in conditions]).to(x)
+        return self._kept[key]
+
+
+def _reading(where: Place, keep: Callable[[Place, Any], None]) -> Any:
+    """A hook that is shown what is at a place, and changes nothing."""
+    if where.side == "output":
+        return where.module.register_forward_hook(lambda _m, _args, output: keep(where, output))
+    return where.module.register_forward_pre_hook(
+        lambda _m, args, kwargs: keep(where, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )

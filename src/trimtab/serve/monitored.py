@@ -1,0 +1,201 @@
+"""Monitors on the wire: which of the server's a request asks for, which hold for all, and what they have read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, Field
+
+from trimtab.errors import TrimtabError
+from trimtab.files.pick import parse_pick
+from trimtab.serve.fields import NAME, Finite, In
+from trimtab.serve.refusals import Refusal
+from trimtab.serve.tasks import Done, TokenTold
+from trimtab.steering.monitors import Monitor
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.serve.policy import Key
+    from trimtab.serve.service import Service
+
+Action = Literal["log", "stop", "steer"]
+
+
+class Switched(In):
+    """The steering that a monitor switches on."""
+
+    name: str = Field(max_length=64)
+    strength: Finite = Field(1.0, ge=-100, le=100)
+
+
+class MonitorChoice(In):
+    """A monitor of the server's, with another line than its own, or something to do beyond it."""
+
+    name: str = Field(max_length=64, examples=["harm"])
+    threshold: Finite | None = Field(None, description="Without it: the file's own.")
+    action: Action = Field("log", description="Beyond the threshold: log it, stop the answer, or switch a steering on.")
+    steering: Switched | None = Field(None, description="With the action steer.")
+
+
+class MonitorTold(BaseModel):
+    """What a monitor read of one answer: a value a token, and at which token it fired, if at any."""
+
+    name: str
+    action: Action
+    threshold: float | None
+    fired: int | None = Field(
+        description="The first token, counted from 0, that was chosen where the value was beyond the threshold."
+    )
+    values: list[float | None] = Field(description="`null` where it was no number.")
+
+
+class MonitorDescribed(BaseModel):
+    """One of the server's monitors."""
+
+    name: str
+    site: str
+    measure: str
+    threshold: float | None
+    action: Action = Field(description="What it does in every answer; `log` where requests choose.")
+    always: bool = Field(description="Whether it reads every answer.")
+
+
+class MonitorList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[MonitorDescribed]
+
+
+Choices = Annotated[list[Annotated[str, Field(max_length=64)] | MonitorChoice], Field(fail_fast=True)]
+
+
+def read_monitors(lm: LM, given: Sequence[str]) -> dict[str, Monitor]:
+    """The monitors of `--monitor NAME=FILE[@LAYER]`. Raises `TrimtabError` for what can't be read, or doesn't fit."""
+    import re
+
+    from trimtab.engines.transformers.monitoring import check_watched
+
+    found: dict[str, Monitor] = {}
+    for text in given:
+        name, equals, where = text.partition("=")
+        if not equals or not re.fullmatch(NAME, name):
+            raise TrimtabError(f"--monitor {text!r}: write NAME=FILE or NAME=FILE@LAYER, such as harm=harm.safetensors")
+        if name in found:
+            raise TrimtabError(f"--monitor {name} is given twice; names differ")
+        steering = parse_pick(where, "--monitor").load()
+        lm.check(steering)
+        found[name] = Monitor.of(name, steering)
+        check_watched([found[name]], None, lm.layout)
+    return found
+
+
+def always_of(service: Service) -> tuple[Monitor, ...]:
+    """The monitors that the policy puts on every answer. Raises `TrimtabError` for what isn't there."""
+    found = []
+    for one in service.policy.monitors:
+        base = service.monitors.get(one.name)
+        if base is None:
+            known = ", ".join(sorted(service.monitors)) or "none"
+            raise TrimtabError(f"the policy names the monitor {one.name!r}, and there are {known}; --monitor gives one")
+        steering = None
+        if one.steering is not None:
+            loaded = service.library.get(one.steering)
+            if loaded is None:
+                raise TrimtabError(f"the policy's monitor {one.name!r} switches on {one.steering!r}, which isn't there")
+            steering = one.strength * loaded.steering
+        line = base.threshold if one.threshold is None else one.threshold
+        found.append(replace(base, threshold=line, action=one.action, steering=steering))
+    return tuple(found)
+
+
+def monitors_for(service: Service, key: Key, asked: Any) -> tuple[Monitor, ...]:
+    """What reads a request's answers. Raises `Refusal` for what isn't there, isn't allowed or can't be."""
+    always = {one.name: one for one in service.always_watching}
+    found = list(always.values())
+    choices = [MonitorChoice.model_validate({"name": one}) if isinstance(one, str) else one for one in asked.monitors]
+    extra = [one.steering for one in choices if one.steering is not None]
+    if extra:  # what may be switched on counts as if it were on
+        from trimtab.serve.schema import SteeringChoice
+
+        more = [SteeringChoice.model_validate(one.model_dump()) for one in extra]
+        service.chosen(key, asked.model_copy(update={"steering": [*asked.steering, *more]}))
+    for i, choice in enumerate(choices):
+        where = f"monitors.{i}"
+        if choice.name in always:
+            if choice.model_dump(exclude_defaults=True) != {"name": choice.name}:
+                raise Refusal(403, f"the monitor {choice.name!r} is always on; a request can't change it", param=where)
+            continue
+        base = service.monitors.get(choice.name)
+        if base is None:
+            known = ", ".join(sorted(service.monitors)) or "none: the server is started with --monitor"
+            raise Refusal(404, f"there is no monitor {choice.name!r}; there are {known}", param=where)
+        steering = None
+        if choice.steering is not None:
+            loaded = service.library.get(choice.steering.name, service.owner(key.name))
+            assert loaded is not None  # `chosen` has seen to it
+            steering = choice.steering.strength * service.placed_apart(loaded, where)
+        try:
+            line = base.threshold if choice.threshold is None else choice.threshold
+            found.append(replace(base, threshold=line, action=choice.action, steering=steering))
+        except TrimtabError as error:
+            raise Refusal(400, str(error), param=where) from None
+    if len({one.name for one in found}) < len(found):
+        raise Refusal(400, "a monitor is named twice; once is enough", param="monitors")
+    return tuple(found)
+
+
+def described(service: Service) -> MonitorList:
+    """The server's monitors, by name."""
+    always = {one.name: one for one in service.always_watching}
+    told = []
+    for name in sorted(service.monitors):
+        one = always.get(name, service.monitors[name])
+        told.append(
+            MonitorDescribed(
+                name=name,
+                site=str(one.site),
+                measure=one.condition.measure,
+                threshold=one.threshold,
+                action=one.action,  # type: ignore[arg-type]
+                always=name in always,
+            )
+        )
+    return MonitorList(data=told)
+
+
+def told_of(monitors: Sequence[Monitor], done: Done) -> list[MonitorTold]:
+    """What was read of an answer."""
+    found = done.monitors or {}
+    return [
+        MonitorTold(
+            name=one.name,
+            action=one.action,  # type: ignore[arg-type]
+            threshold=one.threshold,
+            fired=found[one.name].fired,
+            values=[_number(value) for value in found[one.name].values],
+        )
+        for one in monitors
+        if one.name in found
+    ]
+
+
+def in_chunk(monitors: Sequence[Monitor], tokens: Sequence[TokenTold]) -> dict[str, Any]:
+    """What a chunk of a stream says of the tokens in it: `{"trimtab": {"monitors": {name: values}}}`, or nothing."""
+    if not monitors:
+        return {}
+    values = {one.name: [_number(told.monitored[i]) for told in tokens] for i, one in enumerate(monitors)}
+    return {"trimtab": {"monitors": values}}
+
+
+def fired_in(last: Any) -> Mapping[str, int]:
+    """By name the tokens at which an answer's monitors fired, for the audit log."""
+    found = getattr(last, "monitors", None) or {}
+    return {name: one.fired for name, one in found.items() if one.fired is not None}
+
+
+def _number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
