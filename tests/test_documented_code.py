@@ -160,6 +160,11 @@ def _cast(lm: Any) -> dict[str, Any]:
     return {"lm": lm, "refusal": _shout(lm, "shout.safetensors"), **texts}
 
 
+def _monitors(lm: Any) -> dict[str, Any]:
+    steering = _shout(lm, "harm.safetensors")
+    return {"lm": lm, "pirate": steering}
+
+
 def _tda(lm: Any) -> dict[str, Any]:
     import trimtab
 
@@ -176,6 +181,7 @@ PREPARED: dict[str, Any] = {
     "directer.md": _directer,
     "cast.md": _cast,
     "instruct.md": lambda lm: {},
+    "monitors.md": _monitors,
     "steermoe.md": lambda lm: {},
     "tda.md": _tda,
 }

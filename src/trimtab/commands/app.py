@@ -27,6 +27,7 @@ from trimtab.commands.audit import audit
 from trimtab.commands.bake import bake
 from trimtab.commands.bench import bench, forecast
 from trimtab.commands.chat import chat
+from trimtab.commands.config_file import FromEnvironment
 from trimtab.commands.convert import convert
 from trimtab.commands.demo import demo
 from trimtab.commands.eval import evaluations
@@ -79,8 +80,8 @@ def trimtab(
     Without --model, a small default model is used. Every command takes --json
     and explains itself with --help.
 
-    Exit codes: 0 done, 1 failed while running, 2 bad input, 3 tune found
-    nothing better than not steering, 130 interrupted.
+    Exit codes: 0 done, 1 failed while running, 2 bad input, 3 tune or make
+    found nothing better than not steering, 130 interrupted.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -97,7 +98,7 @@ app.command()(audit)
 app.command()(generate)
 app.command()(chat)
 app.command()(inspect)
-app.command()(serve)
+app.command(cls=FromEnvironment, context_settings={"auto_envvar_prefix": "TRIMTAB_SERVE"})(serve)
 app.command()(convert)
 app.command()(bake)
 app.command("list")(list_)

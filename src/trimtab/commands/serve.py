@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from trimtab.commands.config_file import ConfigOption
 from trimtab.commands.model import (
     PANEL,
     AdapterOption,
@@ -190,6 +191,7 @@ def serve(
     layers_path: LayersPathOption = None,
     adapter: AdapterOption = None,
     template: TemplateOption = None,
+    config: ConfigOption = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with steering as extra fields.
 
@@ -232,6 +234,9 @@ def serve(
     they are logged, stop the answer, or switch a steering on.
 
     On SIGTERM nothing more is accepted, and what was accepted is finished.
+
+    Every option can stand in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or
+    in a TOML file (--config), as max-tokens = 256.
 
     With --engine vllm this becomes vLLM's server, which takes "steering" as
     well, has options of its own and no policy:

@@ -1,0 +1,82 @@
+"""Options from the environment and from a TOML file, for a command that has many of them."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from trimtab.errors import TrimtabError
+
+
+class FromEnvironment(TyperCommand):
+    """A command whose options may all stand in the environment; its help says so once, and not at each of them."""
+
+    def __init__(self, *arguments: Any, **given: Any) -> None:
+        super().__init__(*arguments, **given)
+        for one in self.params:
+            if hasattr(one, "show_envvar"):
+                one.show_envvar = False
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a TOML file.
+
+    Raises:
+        TrimtabError: There is no such file, it isn't TOML, or this Python can't read TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise TrimtabError(f"reading {path} needs tomli on this Python: pip install tomli") from error
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise TrimtabError(f"--config {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise TrimtabError(f"--config {path} isn't TOML: {error}") from error
+
+
+def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | None:
+    """Let a file's values be the defaults of this command."""
+    if path is None or context.resilient_parsing:
+        return path
+    values = {key.replace("-", "_"): value for key, value in read_config(path).items()}
+    known = {_key(one): one for one in context.command.params if one.param_type_name == "option"}
+    for key, value in values.items():
+        if key not in known or known[key].name in ("config", "help"):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; do you mean {near[0]}?" if near else f"; trimtab {context.info_name} --help has the options"
+            raise TrimtabError(f"--config {path}: there is no option {key!r}{hint}")
+        if isinstance(value, dict):
+            raise TrimtabError(f"--config {path}: {key} is a table; options are written as key = value")
+        if getattr(known[key], "multiple", False) != isinstance(value, list):
+            raise TrimtabError(f"--config {path}: {key} is {'a list' if known[key].multiple else 'one value'}")
+    context.default_map = {str(known[key].name): value for key, value in values.items()}
+    return path
+
+
+def _key(option: Any) -> str:
+    """How an option is written in a file: its long name, with underscores."""
+    return max(option.opts, key=len).lstrip("-").replace("-", "_")
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A TOML file of these options: max-tokens = 256. What is typed, or in the environment, goes before it.",
+        metavar="FILE",
+        is_eager=True,
+        callback=_take,
+        show_default=False,
+    ),
+]
