@@ -105,6 +105,14 @@ def serve(
             rich_help_panel=SAFETY,
         ),
     ] = False,
+    access_log: Annotated[
+        Path | None,
+        typer.Option(
+            help="Append a line of JSON for each request: when, who, what, status, seconds; - is standard error.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     monitor: Annotated[
         list[str] | None,
         typer.Option(
@@ -233,7 +241,8 @@ def serve(
     it in "monitors", and the policy's read every answer. Beyond a threshold
     they are logged, stop the answer, or switch a steering on.
 
-    On SIGTERM nothing more is accepted, and what was accepted is finished.
+    On SIGTERM nothing more is accepted, and what was accepted is finished. On
+    SIGHUP the folder of steerings is read again, and the access log reopened.
 
     Every option can stand in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or
     in a TOML file (--config), as max-tokens = 256.
@@ -263,11 +272,13 @@ def serve(
         raise TrimtabError("--prefix-shared is about texts that are kept; give --prefix-cache TOKENS")
     if steerings is not None and not steerings.is_dir():
         raise TrimtabError(f"there is no folder {steerings}; --steerings names a folder of steering files")
+    from trimtab.serve.access import AccessLog
     from trimtab.serve.audit import Audit
     from trimtab.serve.connections import room_for
     from trimtab.serve.run import bind, is_loopback
     from trimtab.serve.run import serve as run
 
+    accesses = None if access_log is None else AccessLog(access_log)
     written = Audit(audit, prompts=audit_prompts, sync=audit_sync)
     bound = bind(host, port)
     lm = load_model(
@@ -282,7 +293,7 @@ def serve(
     )
     from trimtab.engines.transformers.prefixes import Prefixes
     from trimtab.serve.app import make_app
-    from trimtab.serve.library import Library, read_folder
+    from trimtab.serve.library import Library, read_folder, reload
     from trimtab.serve.metrics import Metrics
     from trimtab.serve.monitored import read_monitors
     from trimtab.serve.scheduler import Scheduler
@@ -309,6 +320,7 @@ def serve(
         int(time.time()),
         clean_cache,
         watching,
+        accesses,
     )
     assert service.always_watching is not None  # the policy's are there, and fit
     if clean_cache:
@@ -323,7 +335,18 @@ def serve(
     room = room_for(connections)
     if room < connections:
         note(f"{room} connections at a time: the system allows no more open files (ulimit -n)", quiet=False)
-    run(made, scheduler, bound, grace=grace, connections=room)
+
+    def hangup() -> None:
+        try:
+            if accesses is not None:
+                accesses.reopen()
+            if steerings is not None:
+                new, changed, gone = reload(library, steerings, rules)
+                note(f"read {steerings} again: {len(new)} new, {len(changed)} changed, {len(gone)} gone", quiet=False)
+        except TrimtabError as error:
+            note(f"nothing was reloaded: {error}", quiet=False)
+
+    run(made, scheduler, bound, grace=grace, connections=room, hangup=hangup)
     note("stopped", quiet=False)
 
 

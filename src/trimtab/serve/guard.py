@@ -102,6 +102,8 @@ class Guard:
             route = "playground" if page else getattr(found, "path", "other")
             metrics.requests.labels(route, str(status)).inc()
             metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            if self.service.access is not None:
+                self.service.access.write(scope, state, status, time.perf_counter() - began)
 
     def _admit(self, scope: Scope, state: dict[str, Any], page: bool) -> None:
         headers = dict(scope["headers"])

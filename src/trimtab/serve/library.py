@@ -17,6 +17,7 @@ from trimtab.files.steering_file import load_steering, steering_digest
 from trimtab.lm import LM
 from trimtab.serve.bounds import check_bounds, size_of
 from trimtab.serve.fields import NAME
+from trimtab.serve.policy import Policy, check_names
 from trimtab.steering import Steering
 
 MOST_ADDED = 64
@@ -97,6 +98,22 @@ class Library:
             found = self._loaded.get((owner, name))
             return None if found is None or found.source == "file" else self._loaded.pop((owner, name))
 
+    def replace_files(self, other: Library) -> tuple[list[str], list[str], list[str]]:
+        """Take the files of another library for this one's, all at once. What runs keeps what it has.
+
+        Returns:
+            The names that are new, those whose steering is another one now, and those that are gone.
+        """
+        with self._lock:
+            before = {
+                name: one for (owner, name), one in self._loaded.items() if one.source == "file" and owner is None
+            }
+            after = {name: one for (owner, name), one in other._loaded.items() if owner is None}
+            kept = {at: one for at, one in self._loaded.items() if one.source != "file"}
+            self._loaded = {**{(None, name): one for name, one in after.items()}, **kept}
+        changed = [name for name in after.keys() & before.keys() if after[name].digest != before[name].digest]
+        return sorted(after.keys() - before.keys()), sorted(changed), sorted(before.keys() - after.keys())
+
     @staticmethod
     def _most_of(owner: str | None) -> int:
         return MOST_ADDED if owner is None else MOST_OWNED
@@ -119,3 +136,24 @@ def read_folder(lm: LM, folder: Path) -> Library:
     if not loaded:
         raise TrimtabError(f"{folder} has no .safetensors files; `trimtab learn` writes them")
     return Library(lm, loaded)
+
+
+def reload(library: Library, folder: Path, policy: Policy) -> tuple[list[str], list[str], list[str]]:
+    """Read the folder again, while the server runs: all of it is taken, or, where anything is wrong, nothing.
+
+    Requests that run keep the steerings that they began with.
+
+    Returns:
+        The names that are new, those whose steering is another one now, and those that are gone.
+
+    Raises:
+        TrimtabError: A file doesn't fit, the policy names one that is gone, or one that is always on has changed: what
+            protects it was made for the old one.
+    """
+    fresh = read_folder(library.lm, folder)
+    check_names(policy, fresh.names)
+    for name, _ in policy.always:
+        now, then = fresh.get(name), library.get(name)
+        if now is None or then is None or now.digest != then.digest:
+            raise TrimtabError(f"{name} is always on and has changed; start the server anew for that")
+    return library.replace_files(fresh)

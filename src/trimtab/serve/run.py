@@ -1,13 +1,16 @@
 """The server process: uvicorn around the application, and what a signal does.
 
-On SIGTERM or SIGINT nothing more is accepted, what was accepted has its time to end, and what hasn't ended by then is
-told so. A second signal ends the process at once.
+On SIGHUP the folder of steerings is read again. On SIGTERM or SIGINT nothing more is accepted, what was accepted has
+its time to end, and what hasn't ended by then is told so. A second signal ends the process at once.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -72,6 +75,19 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
     return _Server(config, scheduler, grace)
 
 
-def serve(app: ASGIApp, scheduler: Scheduler, bound: socket.socket, *, grace: float, connections: int) -> None:
-    """Serve until a signal comes; `grace` is how many seconds accepted requests have then."""
+def serve(
+    app: ASGIApp,
+    scheduler: Scheduler,
+    bound: socket.socket,
+    *,
+    grace: float,
+    connections: int,
+    hangup: Callable[[], None] | None = None,
+) -> None:
+    """Serve until a signal comes; `grace` is how many seconds accepted requests have then.
+
+    `hangup` is called in a thread of its own at each SIGHUP, where the system has it.
+    """
+    if hangup is not None and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=hangup, daemon=True).start())
     make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])

@@ -15,6 +15,7 @@ from trimtab.engines.transformers.generate import check_request
 from trimtab.engines.transformers.sampling import Sampling
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
+from trimtab.serve.access import AccessLog
 from trimtab.serve.audit import Audit
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
@@ -79,6 +80,7 @@ class Service:
     started: int = 0
     clean_cache: bool = False
     monitors: Mapping[str, Monitor] = field(default_factory=dict)
+    access: AccessLog | None = None
     making: threading.Lock = field(default_factory=threading.Lock)  # held while a steering is made
     _tokenizing: threading.Lock = field(default_factory=threading.Lock)  # tokenizers keep settings between calls
 
