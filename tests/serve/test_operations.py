@@ -102,6 +102,32 @@ class TestAccessLog:
             AccessLog(tmp_path / "none" / "log")
 
 
+def test_a_span_for_each_request_without_its_text(make_service: Any) -> None:
+    pytest.importorskip("opentelemetry.instrumentation.fastapi", reason="tracing needs trimtab[otel]")
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+    from starlette.testclient import TestClient
+
+    from trimtab.serve.app import make_app
+
+    sent, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(sent))
+    parent = f"00-{7:032x}-{9:016x}-01"
+    asked = {"model": "trimtab", "messages": [{"role": "user", "content": "w5 w6"}], "max_tokens": 3, "stream": True}
+    with TestClient(make_app(make_service(), provider=provider)) as client:
+        got = client.post("/v1/chat/completions", json=asked, headers={"traceparent": parent})
+        client.get("/healthz")
+        client.get("/v1/steerings/nothing")
+        first, second = sent.get_finished_spans()
+    assert first.name == "POST /v1/chat/completions"
+    assert first.context.trace_id == 7
+    assert first.attributes["trimtab.request"] == got.headers["x-request-id"]
+    assert "w5" not in first.to_json()
+    assert second.name == "GET /v1/steerings/{name}"
+    assert 404 in second.attributes.values()
+
+
 @pytest.mark.slow
 def test_sighup_reads_the_folder_again_and_reopens_the_log(
     start: Any, mine: Path, steerings: Path, tmp_path: Path

@@ -113,6 +113,12 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    otel: Annotated[
+        bool,
+        typer.Option(
+            "--otel", help="Send a span of each request to the OpenTelemetry collector that OTEL_… variables name."
+        ),
+    ] = False,
     monitor: Annotated[
         list[str] | None,
         typer.Option(
@@ -278,6 +284,11 @@ def serve(
     from trimtab.serve.run import bind, is_loopback
     from trimtab.serve.run import serve as run
 
+    tracers = None
+    if otel:
+        from trimtab.serve.tracing import provider
+
+        tracers = provider()
     accesses = None if access_log is None else AccessLog(access_log)
     written = Audit(audit, prompts=audit_prompts, sync=audit_sync)
     bound = bind(host, port)
@@ -326,7 +337,7 @@ def serve(
     if clean_cache:
         lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
-    made = make_app(service, local=is_loopback(host), playground=page)
+    made = make_app(service, local=is_loopback(host), playground=page, provider=tracers)
     _greet(address, library, rules)
     if page:
         note(f"a page to try them on: {address}/", quiet=False)

@@ -83,10 +83,10 @@ class Health(BaseModel):
     status: Literal["ok", "draining", "dead", "unaudited"]
 
 
-def make_app(service: Service, *, local: bool = False, playground: bool = False) -> ASGIApp:
+def make_app(service: Service, *, local: bool = False, playground: bool = False, provider: Any = None) -> ASGIApp:
     """The application. The scheduler starts and ends with it; `local` as `Guard` has it.
 
-    `playground`: with the page at `/`, which needs gradio.
+    `playground`: with the page at `/`, which needs gradio. `provider`: of OpenTelemetry's tracers (`tracing.py`).
     """
     page: Any = None
     if playground:
@@ -102,8 +102,15 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False)
             yield
         await asyncio.to_thread(service.scheduler.close)
         service.audit.close()
+        if provider is not None:
+            await asyncio.to_thread(provider.shutdown)  # sends what is left
 
-    return Guard(_api(service, lifespan), service, local=local, page=page)
+    app = _api(service, lifespan)
+    if provider is not None:
+        from trimtab.serve.tracing import trace
+
+        trace(app, provider)
+    return Guard(app, service, local=local, page=page)
 
 
 def openapi() -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""Traces for OpenTelemetry: a span for each request, with its route, status and request id, and no text of it.
+
+Where they are sent stands in OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME and others.
+It needs `pip install 'trimtab[otel]'`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fastapi import FastAPI
+
+from trimtab.errors import TrimtabError
+
+SILENT = "healthz,readyz,metrics"
+"""Routes that are asked every few seconds, by machines."""
+
+
+def provider() -> Any:
+    """What sends spans to the collector that the environment names, in batches.
+
+    Raises:
+        TrimtabError: OpenTelemetry isn't installed.
+    """
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise TrimtabError("--otel needs OpenTelemetry: pip install 'trimtab[otel]'") from error
+    named = Resource.create() if os.environ.get("OTEL_SERVICE_NAME") else Resource.create({SERVICE_NAME: "trimtab"})
+    made = TracerProvider(resource=named)
+    made.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return made
+
+
+def trace(app: FastAPI, provider: Any) -> None:
+    """Give each request of an application a span; a `traceparent` that a client sends is gone on from."""
+    from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+
+    def name(span: Any, scope: Any) -> None:
+        if span is not None and span.is_recording():
+            span.set_attribute("trimtab.request", scope.get("state", {}).get("request_id", ""))
+
+    FastAPIInstrumentor.instrument_app(
+        app,
+        tracer_provider=provider,
+        server_request_hook=name,
+        excluded_urls=SILENT,
+        exclude_spans=["receive", "send"],  # one for each token of a stream
+    )
