@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from tiny import prompt
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError, UnsupportedError, learn_caa
+from trimtab import LM, Add, Edit, Positions, Site, Steering, TrimtabError, learn_caa
 from trimtab.methods.inferaligner import learn_inferaligner
 from trimtab.methods.sadi import learn_sadi
 from trimtab.methods.tda import learn_tda
@@ -135,10 +134,3 @@ def test_two_threads_in_one_context(lm: LM) -> None:
         again = lm.model.generate(torch.tensor([lm.encode(TEXT)]), max_new_tokens=5, do_sample=False)
     assert tuple(found[0][0, -5:].tolist()) == alone.token_ids
     assert tuple(again[0, -5:].tolist()) == alone.token_ids
-
-
-def test_a_model_that_is_kept_elsewhere_is_refused(lm: LM, tmp_path: Path) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    offloaded = accelerate.disk_offload(lm.model, tmp_path, execution_device="cpu")
-    with pytest.raises(UnsupportedError, match=r"aren't in memory.*without offloading"):
-        LM(offloaded, lm.tokenizer)

@@ -195,6 +195,7 @@ class TestLearning:
             "reps": "by gradients",
             "loreft": "by gradients",
             "distill": "by gradients",
+            "steermoe": "router",
         }
         if name in lacks:
             with pytest.raises(UnsupportedError, match=f"vllm engine .*{lacks[name]}.* the transformers engine can"):
