@@ -11,7 +11,7 @@ from tiny import FAMILIES, by_transformers, direction, prompt
 
 import trimtab.lm
 from trimtab import LM, Add, Edit, MaskNeurons, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
-from trimtab.engines.transformers import decode
+from trimtab.engines.transformers import joining
 from trimtab.engines.transformers.generate import Generation
 from trimtab.engines.transformers.places import place
 from trimtab.engines.transformers.prefill import decides_at_prefill
@@ -76,7 +76,7 @@ def by_passes_of_their_own(
     monkeypatch: pytest.MonkeyPatch, lm: LM, steerings: Any = STEERINGS, count: int = 5, **more: Any
 ) -> list[Generation]:
     with monkeypatch.context() as context:
-        for module in (trimtab.lm, decode):
+        for module in (trimtab.lm, joining):
             context.setattr(module, "decides_at_prefill", lambda *_: False)
         return answers(lm, steerings, count, **more)
 

@@ -42,6 +42,7 @@ from trimtab.engines.transformers.decode import GenerationBatch, GenerationReque
 from trimtab.engines.transformers.next_token import Choice
 from trimtab.engines.transformers.plan import compile_plan
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.capacity import ADDITIONS
 from trimtab.evaluate.controls import random_like
 from trimtab.files import steering_file
 from trimtab.steering.low_rank import FEW
@@ -421,13 +422,11 @@ def test_what_cant_carry_it_says_so(tmp_path: Path) -> None:
     for name in ("v.gguf", "v.pt"):
         with pytest.raises(UnsupportedError, match=r"can only add directions, and this steering has 1 \* read_write @"):
             export(one, tmp_path / name)
-    check_supported(one, layers=4, width=WIDTH)
-    with pytest.raises(
-        UnsupportedError, match=r"captured graphs, which hold additions alone, and this is 1 \* read_write"
-    ):
-        check_supported(one, layers=4, width=WIDTH, static=True)
+    check_supported(one, layers=4, widths={"residual": WIDTH})
+    with pytest.raises(UnsupportedError, match=r"1 \* read_write .* captured graphs, .* more than additions"):
+        check_supported(one, layers=4, widths={"residual": WIDTH}, capacity=ADDITIONS)
     with pytest.raises(TrimtabError, match="width is 32, this model's is 64"):
-        check_supported(one, layers=4, width=64)
+        check_supported(one, layers=4, widths={"residual": 64})
     with pytest.raises(TrimtabError, match="width is 5, this model's is 32"):
         tiny.tiny("llama").generate(PROMPTS[0], at(1, ReadWrite(torch.ones(1, 5), torch.ones(1, 5))))
 

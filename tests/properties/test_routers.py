@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from trimtab import LM, Edit, Pair, Positions, Rejection, Site, Steering, TrimtabError, UnsupportedError, load
@@ -26,6 +28,8 @@ SOFTMAX = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2")
 LOGITS = ("gpt_oss", "granitemoe")
 SIGMOID = ("deepseek_v3", "glm4_moe")
 FAMILIES = (*SOFTMAX, *LOGITS, *SIGMOID, "llama4_text")
+if Version(transformers.__version__) < Version("5.23"):  # these were other modules, whose textbook form isn't below
+    FAMILIES = tuple(kind for kind in FAMILIES if kind not in ("granitemoe", "llama4_text"))
 PROMPTS = tiny_prompts()
 NEW = 3
 Change = Callable[[Tensor], Tensor]
@@ -243,11 +247,11 @@ def test_rejection_and_next_tokens_and_files(tmp_path: Path) -> None:
     steering.save(tmp_path / "s.safetensors")
     assert load(tmp_path / "s.safetensors") == steering
     with pytest.raises(UnsupportedError, match=r"router\[3\] is inside a block"):
-        check_supported(steering, layers=4, width=64)
+        check_supported(steering, layers=4, widths={"residual": 64})
 
 
 def test_what_has_no_router_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind, words in (("llama", "no router"), ("jetmoe", "2 routers"), ("zaya", "0 weights")):
+    for kind, words in (("llama", "no router"), ("jetmoe", "[23] routers"), ("zaya", "0 weights")):
         lm = model(kind)
         with pytest.raises(UnsupportedError, match=words):
             lm.capture(PROMPTS[0], Site.router(0), chat=False)

@@ -29,7 +29,6 @@ from trimtab.text.pairs import digest
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
 
-ANSWER = ReadAt("answer")
 SHOWN = 6
 """Digits of a risk difference in the card."""
 
@@ -43,7 +42,7 @@ def learn_steermoe(
     promote: int | None = None,
     demote: int | None = None,
     margin: float = 0.01,
-    read_at: str | ReadAt = ANSWER,
+    read_at: str | ReadAt = "answer",
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
