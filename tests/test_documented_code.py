@@ -192,7 +192,13 @@ UNREACHABLE = ("push_to_hub", 'engine="llamacpp"')
 
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(PREPARED))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.long] if name in ("families.md", "instruct.md") else [])
+        for name in PREPARED
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
 def test_it_runs(name: str, lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

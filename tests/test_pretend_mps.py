@@ -67,7 +67,7 @@ def test_the_next_token(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return nullcontext()
 
-    embeddings = SimpleNamespace(weight=torch.zeros(16, 4))
+    embeddings = torch.nn.Embedding(16, 4)
     model: Any = SimpleNamespace(get_input_embeddings=lambda: embeddings)
     choices = [next_token.Choice((1, 2, 3), 3, (4, 5)), next_token.Choice((1, 2, 6), 3, (7,))]
     one, other = next_token.next_tokens(model, SimpleNamespace(), choices, Session(), [(), ()])  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 GROUPS = {
     "Models": ("trimtab.lm",),
-    "Learning": ("trimtab.making", "trimtab.methods"),
+    "Learning": ("trimtab.making", "trimtab.methods", "trimtab.learn"),
     "Steerings": ("trimtab.steering", "trimtab.decoding"),
     "Text": ("trimtab.text",),
     "Evaluating": ("trimtab.evaluate",),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
+from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.given import check_lm, pairs_for
@@ -48,6 +49,7 @@ class _Fitted:
         return [float((x @ self.weight + self.bias).sigmoid().max()) for x in sides]
 
 
+@keywords
 def learn_probe(
     lm: LM,
     pairs: Pairs,
