@@ -35,6 +35,8 @@ with TemporaryDirectory() as folder:
                 break
             except OSError:
                 time.sleep(1)
+        else:
+            raise SystemExit(f"the server didn't start; run {' '.join(command)} to see why")
         client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
         for strength in (0, 2):
             answer = client.chat.completions.create(
