@@ -72,9 +72,9 @@ def run(
         items = [item for most in AT_MOST for item in asked(base, most)]
     else:
         items = read_ifeval(data / "ifeval" / f"{WORDS[task][3]}.jsonl", limit)
-    steerings = learned(lm, items, folder, learner, how)
-    named = f"{mode}-{task}-{learner}{f'-{how.fit}' if learner == 'distill' else ''}"
-    records = answers(lm, items, steerings, mode, folder / f"{named}-answers.jsonl", tokens)
+    by = learner if learner == "logit" else f"{learner}-{how.fit}"
+    steerings = learned(lm, items, folder, learner, by, how)
+    records = answers(lm, items, steerings, mode, folder / f"{mode}-{task}-{{}}.jsonl", by, tokens)
     found = rows(lm, f"{task}, {mode} the instruction", items, records, steerings)
     about = {"dtype": dtype, "learner": learner if learner == "logit" else f"distill, {how.fit}, {how.queries} queries"}
     return Report("words", machine(), {**versions(), "model": lm.name, **about}, found)
@@ -83,10 +83,11 @@ def run(
 # ---- learning ------------------------------------------------------------------------------------------------
 
 
-def learned(lm: LM, items: Sequence[IFEvalItem], folder: Path, learner: str, how: Fit) -> dict[str, Steering | None]:
+def learned(
+    lm: LM, items: Sequence[IFEvalItem], folder: Path, learner: str, by: str, how: Fit
+) -> dict[str, Steering | None]:
     """Each item's steering, which it shares with those of the same instruction; `None` where none can be learned."""
     learn = _by_logit(lm) if learner == "logit" else partial(_distilled, lm, how=how)
-    by = learner if learner == "logit" else f"{learner}-{how.fit}"
     kinds = {item.item: instruction_of(item) for item in items}
     steerings: dict[tuple[str, str | int], Steering | None] = {}
     for kind, value in dict.fromkeys(kinds.values()):
@@ -144,31 +145,48 @@ def _distilled(lm: LM, kind: str, value: str | int, *, how: Fit) -> Steering:
 
 
 def answers(
-    lm: LM, items: Sequence[IFEvalItem], steerings: Mapping[str, Steering | None], mode: str, out: Path, tokens: int
+    lm: LM,
+    items: Sequence[IFEvalItem],
+    steerings: Mapping[str, Steering | None],
+    mode: str,
+    out: Path,
+    by: str,
+    tokens: int,
 ) -> list[Record]:
-    """Every arm on every item; an item without a steering has its unsteered answer in the steered arms."""
+    """Every arm on every item; an item without a steering has its unsteered answer in the steered arms.
+
+    What is unsteered is kept in a file of its own, for all learners: `out` is a name with a place for which file it is.
+    """
     twice = {item.item: item.prompt for item in repeated(items)}
     bare = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
     means = means_for(lm, [one for one in steerings.values() if one is not None], list(bare.values()))
-    requests = []
+    plain, steered = [], []
     for item in items:
         name, steering = item.item, steerings[item.item]
-        requests.append(Request("unsteered", name, bare[name], None, item.key))
-        requests.append(Request(TWICE, name, twice[name], None, item.key))
+        plain.append(Request("unsteered", name, bare[name], None, item.key))
+        plain.append(Request(TWICE, name, twice[name], None, item.key))
         if mode == "without":
-            requests.append(Request(ONCE, name, item.prompt, None, item.key))
+            plain.append(Request(ONCE, name, item.prompt, None, item.key))
         if steering is not None:
             seed = int(hashlib.sha256(name.encode()).hexdigest()[:6], 16)
-            requests.append(Request("steered", name, bare[name], steering, item.key))
-            requests.append(Request("random", name, bare[name], random_like(steering, seed, means), item.key))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DoseWarning)
-        found = answer(
-            lm, requests, score=scorer(items), max_new_tokens=tokens, out=out, batch_size=BATCH, progress=say("answers")
-        )
-    plain = {record.item: record for record in found if record.arm == "unsteered"}
+            steered.append(Request("steered", name, bare[name], steering, item.key))
+            steered.append(Request("random", name, bare[name], random_like(steering, seed, means), item.key))
+    found: list[Record] = []
+    for which, requests in (("plain", plain), (by, steered)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DoseWarning)
+            found += answer(
+                lm,
+                requests,
+                score=scorer(items),
+                max_new_tokens=tokens,
+                out=out.with_name(out.name.format(which)),
+                batch_size=BATCH,
+                progress=say(f"answers, {which}"),
+            )
+    unsteered = {record.item: record for record in found if record.arm == "unsteered"}
     lacking = [item.item for item in items if steerings[item.item] is None]
-    return [*found, *(replace(plain[name], arm=arm) for name in lacking for arm in ("steered", "random"))]
+    return [*found, *(replace(unsteered[name], arm=arm) for name in lacking for arm in ("steered", "random"))]
 
 
 def rows(

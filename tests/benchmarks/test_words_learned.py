@@ -32,12 +32,12 @@ def test_items_with_the_same_word_or_number_share_a_steering() -> None:
 def test_all_arms_answer_and_what_cannot_be_learned_counts_as_unsteered(tmp_path: Path) -> None:
     lm = tiny.tiny("llama")
     items = [item(f"w{n}", "keywords:existence", keywords=[word]) for n, word in ((20, "w70"), (21, "w70"), (22, "é"))]
-    steerings = learned(lm, items, tmp_path, "logit", HOW)
+    steerings = learned(lm, items, tmp_path, "logit", "logit", HOW)
     assert steerings["w20"] is not None
     assert steerings["w20"] == steerings["w21"]
     assert steerings["w22"] is None  # no token of this model
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
-    records = answers(lm, items, steerings, "without", tmp_path / "answers.jsonl", 6)
+    records = answers(lm, items, steerings, "without", tmp_path / "{}.jsonl", "logit", 6)
     arms = {(one.arm, one.item): one.answer for one in records}
     assert {arm for arm, _ in arms} == {"unsteered", "steered", "random", ONCE, TWICE}
     assert len(arms) == 15

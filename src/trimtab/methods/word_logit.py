@@ -121,7 +121,7 @@ def _checked(word: str, first: float, last: float, tokens: int) -> str:
 
 def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
     """To include, how the word stands in the fewest tokens; to exclude, all ways that it may stand in a text."""
-    forms = dict.fromkeys([word, word[:1].upper() + word[1:]])
+    forms = dict.fromkeys([word, _capitalized(word)])
     if exclude:
         forms |= dict.fromkeys([word.lower(), word.upper()])
     found: dict[tuple[int, ...], Spelling] = {}
@@ -135,6 +135,10 @@ def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
     if refused and (not found or (exclude and word not in {one.text.strip() for one in found.values()})):
         raise refused[0]
     return list(found.values()) if exclude else [min(found.values(), key=lambda one: len(one.ids))]
+
+
+def _capitalized(word: str) -> str:
+    return word[:1].upper() + word[1:]
 
 
 def _spelled(lm: LM, text: str) -> Spelling:
@@ -170,7 +174,9 @@ def _steps(first: float, last: float, tokens: int) -> list[tuple[Positions, floa
 
 def _put_in(head: Unembedding, word: str, spelling: Spelling, steps: Sequence[tuple[Positions, float]]) -> list[Edit]:
     """The growing push of the first token, and that of each further one, until the word is there."""
-    forms = list(dict.fromkeys([spelling.text.strip(), word]))[: (MOST - len(spelling.begun)) // 2]
+    # what is near the word is raised a little, too, such as the word with a capital letter, and that will do
+    forms = list(dict.fromkeys([spelling.text.strip(), word, _capitalized(word)]))
+    forms = forms[: (MOST - len(spelling.begun)) // 2]
     lacking = ~_any([find(text) for text in forms for find in (Positions.after, Positions.at)])
     begins = lacking & ~_any([Positions.at(text) for text in spelling.begun]) if spelling.begun else lacking
     push = Add(head.write(spelling.ids[0]).float())
