@@ -45,7 +45,7 @@ class Settings:
         nats: The divergences.
         items: The most items of a task.
         pairs: The most pairs that are learned from.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         seed: Of everything that is drawn.
         data: A folder with other people's data: CAA's sets, IFEval, MMLU, XSTest, harmful requests.
         lora: Whether a LoRA is finetuned for each task, too.

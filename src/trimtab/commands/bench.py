@@ -62,7 +62,7 @@ def bench(
     ] = "0.25,1,4",
     items: Annotated[int, typer.Option(min=4, help="The most items of a task.")] = 24,
     pairs: Annotated[int, typer.Option(min=8, help="The most pairs to learn from.")] = 24,
-    tokens: Annotated[int, typer.Option(min=4, help="The most tokens of an answer.")] = 48,
+    tokens: Annotated[int, typer.Option(min=4, help="The maximum length of an answer, in tokens.")] = 48,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     budget: Annotated[
         str | None,

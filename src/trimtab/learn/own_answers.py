@@ -134,7 +134,7 @@ def own_answers(
         queries: What is asked, each different.
         check: Whether an answer does what it should; `None`: it does where it is more likely with what the teacher
             says than without (by `MARGIN` nats a token).
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         progress: Called with the answers made and those that may be made.
 
     Raises:

@@ -89,7 +89,7 @@ def contrasts(
         idea: What is wanted.
         questions: What is asked.
         prompts: Under how many system prompts of each side each question is asked.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         progress: Told of answers made and those to make.
     """
     heard = hears_system(lm)
@@ -115,7 +115,7 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
     Args:
         lm: The model.
         rows: What is asked, and how.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         progress: Told of answers made and those to make.
     """
     answers = lm.generate([row.own for row in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)

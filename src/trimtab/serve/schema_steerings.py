@@ -86,10 +86,13 @@ class MakeRequest(In):
         None,
         min_length=1,
         max_length=500,
-        description="A sentence. Its opposite may stand after 'not': be blunt, not flattering.",
+        description="A sentence. Its opposite may follow after 'not': be blunt, not flattering.",
     )
     like: str | None = Field(
-        None, min_length=1, max_length=200, description="Or a persona that the model is to be like."
+        None,
+        min_length=1,
+        max_length=200,
+        description="Instead of a sentence: a persona that the model should be like.",
     )
     unlike: str | None = Field(
         None,
