@@ -106,7 +106,7 @@ def bake(
         model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is
             saved first, beside the folder.
         steering: What to bake in: additions and ablations, on all requests, at all positions.
-        folder: The folder to write; there must be nothing in it.
+        folder: The folder to write; it must be empty or not exist.
         transfer: Allow a steering that was learned on another model of the same width.
         check: Load the new model, and compare its logits with the steered model's, before the folder appears.
         revision: A branch, tag or commit of a Hub model.

@@ -80,7 +80,7 @@ TemplateOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
 
 
 @dataclass(frozen=True)
