@@ -250,9 +250,9 @@ def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise TrimtabError(
-                f"{folder} holds an adapter; merge it into its model (merge_and_unload), save that, and bake it"
+                f"{folder} contains an adapter; merge it into its model (merge_and_unload), save that, and bake it"
             )
-        raise TrimtabError(f"{folder} has no config.json, so it is no model folder")
+        raise TrimtabError(f"{folder} has no config.json, so it isn't a model folder")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

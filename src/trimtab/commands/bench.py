@@ -226,7 +226,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise TrimtabError(f"--nats {text!r} is no list of numbers; write 0.25,1,4") from None
+        raise TrimtabError(f"--nats {text!r} isn't a list of numbers; write 0.25,1,4") from None
 
 
 def _items_before(out: Path) -> int | None:

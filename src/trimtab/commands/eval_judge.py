@@ -184,7 +184,7 @@ def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
         raise TrimtabError(f"--scale {scale!r} is no pair of numbers; write 0,10") from None
     words = [word.strip() for word in ends.split(",")]
     if len(words) != 2 or not all(words):
-        raise TrimtabError(f"--ends {ends!r} is no pair of words; write 'not at all,entirely'")
+        raise TrimtabError(f"--ends {ends!r} isn't a pair of words; write 'not at all,entirely'")
     return Rubric(criterion, low, high, *words)
 
 

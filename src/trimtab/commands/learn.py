@@ -224,7 +224,7 @@ def learn(
     if exclude and word is None:
         raise TrimtabError("--exclude keeps a word out; say which with --word")
     if limit is not None and pairs is not None:
-        raise TrimtabError("--queries is about the queries that come along, and --pairs brings its own")
+        raise TrimtabError("--queries is about the included queries, and --pairs brings its own")
     wanted = parse_layers(layers)
     if every and forecast:
         raise TrimtabError("--forecast is about one steering, and --all learns many; leave one out")

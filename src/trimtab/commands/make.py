@@ -165,8 +165,8 @@ def make(
     check_output(for_, out)
     if sum(one is not None for one in (idea, like, card, from_)) != 1:
         raise TrimtabError(
-            'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE,'
-            " or --from PAIRS"
+            'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
+            "or --card FILE, or --from PAIRS"
         )
     columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
     given = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
@@ -245,7 +245,7 @@ def _idea(
     from trimtab.making.writer import idea_from_writer
 
     if unlike is not None and like is None:
-        raise TrimtabError('--unlike goes with --like; in a sentence the opposite stands after "not"')
+        raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
     if card is not None:
         if writer is not None:
             raise TrimtabError("a card has all that a writer would write; leave out --card or --writer")

@@ -408,7 +408,7 @@ def _numbers(text: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise TrimtabError(f"--strengths {text!r} is no list of numbers; write 0.5,1,1.5") from None
+        raise TrimtabError(f"--strengths {text!r} isn't a list of numbers; write 0.5,1,1.5") from None
     if not all(math.isfinite(number) and number for number in found):
         raise TrimtabError(f"--strengths {text!r}: each is a finite number and not 0 (not steering is always tried)")
     return found
@@ -432,7 +432,7 @@ def _guard(given: Sequence[str]) -> Guard:
         try:
             limits[name] = None if value == "off" else float(value)
         except ValueError:
-            raise TrimtabError(f"--guard {one}: {value!r} is no number; write {name}={known[name]}") from None
+            raise TrimtabError(f"--guard {one}: {value!r} isn't a number; write {name}={known[name]}") from None
     try:
         return Guard(**limits)
     except ValueError as error:

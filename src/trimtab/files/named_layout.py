@@ -100,7 +100,7 @@ def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Fou
             value = file.get(key)
             number = float(value.reshape(-1)[0]) if value.numel() == 1 else math.nan
             if not number.is_integer():
-                raise TrimtabError(f"its {key} is no whole number")
+                raise TrimtabError(f"its {key} isn't a whole number")
             said = int(number)
         elif key in file.about:
             said = file.about[key]

@@ -165,7 +165,7 @@ def own_answers(
             tries += more
     if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
         raise TooFewAnswersError(
-            f"of {sum(one.asked for one in tries)} answers that the model wrote under this prompt, {len(good)} do what"
+            f"of {sum(one.asked for one in tries)} answers written under this prompt, {len(good)} do what"
             f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
             " more queries"
         )

@@ -132,7 +132,7 @@ def check_enough(found: Contrasts, name: str, least: int = LEAST) -> None:
     """Raises `TrimtabError` where too few answers show the difference."""
     if min(len(found.positive), len(found.negative), len(found.questions)) < least:
         raise TrimtabError(
-            f"the model's answers for and against {name!r} hardly differ: of {found.asked},"
+            f"the model's answers for and against {name!r} barely differ: of {found.asked},"
             f" {len(found.positive)} and {len(found.negative)} do, and {least} of each are needed. Say it in clearer"
             " words, name an opposite, or take a larger model"
         )

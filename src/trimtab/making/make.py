@@ -170,7 +170,7 @@ def _made(
 ) -> Made:
     if positions not in READ:
         raise TrimtabError(
-            f"what is made acts from the last prompt token on, or at all tokens, not {positions}; move it there"
+            f"a made steering acts from the last prompt token on, or at all tokens, not {positions}; move it there"
             " afterwards, with steering.at(…)"
         )
 

@@ -333,7 +333,7 @@ class _TwinSession(BatchSession):
         if whole.shape[:2] != (len(self.rows), 2):
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(self.rows)} rows"
-                " and 2 tokens; which is whose can't be told"
+                " and 2 tokens; which belongs to which can't be determined"
             )
         new = super().edit(site, whole[:, 1:])
         return None if new is None else torch.cat([whole[:, :1], new], 1).view(given.shape)

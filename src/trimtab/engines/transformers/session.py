@@ -215,7 +215,7 @@ class Session:
         if begins:
             self._begin(one, given)
         elif self._fresh or self.plan is None:
-            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")
+            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start again")
         elif self.prompt_lengths is None and one.length > 1:
             raise TrimtabError(
                 f"a second pass of {one.length} tokens over one cache: is it more of the prompt, or generated text?"
@@ -312,7 +312,7 @@ class Session:
         if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"
-                f" rows and {len(step.states[0])} tokens; which is whose can't be told"
+                f" rows and {len(step.states[0])} tokens; which belongs to which can't be determined"
             )
         if step.present.isdisjoint(plan.touches[site]):
             return None
@@ -424,7 +424,7 @@ class Session:
                 what = "didn't run" if not calls else f"ran {calls} times"
                 raise TrimtabError(
                     f"the part of the model at {site} {what} in a pass that steers there (or its hook was taken away):"
-                    " what comes of it isn't what was asked for, so it is thrown away"
+                    " the result isn't what was requested, so it is discarded"
                 )
 
     def doses(self, request: int, tokens: int | None = None) -> tuple[Dose, ...]:

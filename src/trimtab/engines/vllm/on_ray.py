@@ -40,7 +40,7 @@ class RayEngines:
         if find_spec("ray") is None:
             raise TrimtabError("spreading prompts over engines needs Ray: pip install 'ray[data]'")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
-            raise TrimtabError(f"the number of engines is a whole number from 1, got {self.workers!r}")
+            raise TrimtabError(f"the number of engines is a whole number from 1 up, got {self.workers!r}")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if self.options.get(name, 1) != 1:
                 raise UnsupportedError(

@@ -113,7 +113,7 @@ class Sessions:
     def join(self, session: str) -> None:
         """Something is asked for in its name. Raises `Refusal` where there is too much already."""
         if len(self.blocks._queue.pending_event_ids_session.get(session, ())) >= EVENTS:
-            raise Refusal(429, "this page has asked for more than it has answers to", code="busy", retry=5)
+            raise Refusal(429, "this page sends more requests than it reads answers", code="busy", retry=5)
         unread = self.unread
         if session not in unread and not self._readers[session] and len(unread) >= SESSIONS:
             raise Refusal(429, "too many pages ask and don't read the answers", code="busy", retry=5)
@@ -179,7 +179,7 @@ def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} isn't a number in JSON")
 
 
 class _Few:
