@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DATA = "TRIMTAB_DATA"
 PAGE = "page.html"
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)?")
-SECONDS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0, None: 60.0}
+SECONDS: dict[str | None, float] = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0, None: 60.0}
 
 
 @grouped

@@ -30,7 +30,7 @@ class Stream:
 
     def stop(self) -> None:
         """Let the token that is being made be the last one."""
-        self.stopped = True
+        self.stopped: bool = True
 
     def put(self, ids: Any) -> None:
         """The prompt first, as streamers of transformers are given it, then a token at a time."""

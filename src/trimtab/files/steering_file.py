@@ -36,7 +36,7 @@ BY_MEANING = 2
 KEY = "trimtab"
 MEASURED = ("divergence", "audit")
 """Fields of a card that later versions brought."""
-GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
+GATE_DEFAULTS: dict[str, Any] = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 

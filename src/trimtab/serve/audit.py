@@ -26,7 +26,7 @@ from trimtab.serve.refusals import Refusal
 AGAIN = 1.0
 """Seconds between attempts to write to a log that is in trouble."""
 LARGEST_FRAGMENT = 1 << 20
-log = logging.getLogger("trimtab")
+log: logging.Logger = logging.getLogger("trimtab")
 
 
 class Audit:

@@ -168,9 +168,9 @@ class Scheduler:
             self._cancelled.update(tasks)
             self._changed.notify()
 
-    def run(self, job: Callable[[], Any]) -> Future:
+    def run(self, job: Callable[[], Any]) -> Future[Any]:
         """Have something else done with the model, between two steps. Raises `Draining`."""
-        future: Future = Future()
+        future: Future[Any] = Future()
         with self._changed:
             if self.draining:
                 raise Draining

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -53,7 +53,7 @@ Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(
 class LearnRequest(In):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
@@ -79,7 +79,9 @@ class MakeRequest(In):
     Either `idea`, or `like` with or without `unlike`, or `pairs`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]}
+    )
 
     name: str = Field(pattern=NAME)
     idea: str | None = Field(

@@ -316,7 +316,7 @@ class _Twins(GenerationBatch):
 class _TwinSession(BatchSession):
     """Steers the second of the two readings of each row's token, and leaves the first alone."""
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().before(decoder, args, kwargs)
         if not self._foreign() and self._step is not None:
             self._measures = (self._step.passes - 1) % STRIDE == 0

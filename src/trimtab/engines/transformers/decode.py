@@ -114,8 +114,8 @@ class GenerationBatch:
         self.layout = layout
         self.strict = strict
         self.alone = alone
-        self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
-        self.device = input_device(model)
+        self.ends: set[int] | frozenset[int] = _end_ids(model, {}) if ends is None else frozenset(ends)
+        self.device: torch.device = input_device(model)
         masks = PaddedMasks(layout)
         new_cache = compat.new_cache if alone else compat.whole_cache
         pad = _pad_id(model, tokenizer)

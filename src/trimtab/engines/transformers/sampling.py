@@ -84,7 +84,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
-PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+PLAIN: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Options of `generate` by which the likeliest token is taken, whatever the model's settings say of sampling."""
 
 

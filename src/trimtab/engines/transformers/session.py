@@ -171,7 +171,7 @@ class Session:
         """Whether the pass at hand is another thread's, which only happens to run the same model."""
         return self._owner is not None and get_ident() != self._owner
 
-    def outside(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def outside(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
         if self._foreign():
             return
@@ -180,13 +180,13 @@ class Session:
         self._outer_ids = given.get("input_ids")
         self._outer_seen = True
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's pre-hook: the step's states, from the inputs of this pass."""
         if self._foreign():
             return
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
-        self.ran = True
+        self.ran: bool = True
         given = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         one = read_pass(decoder, given, self._outer_mask, self._reached)
@@ -259,7 +259,7 @@ class Session:
             finally:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
-            self.sites = sorted(self.plan.stages)
+            self.sites: list[Site] = sorted(self.plan.stages)
             if unknown := sorted(set(self.sites) - set(self._hooked)):
                 raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}

@@ -112,9 +112,9 @@ class Answers:
         self.given, self.refused = given, ""
         try:
             self.lm = VllmLM.load(model, **options)
-            self.steering = None if steering is None else steering_from_bytes(steering, "the steering")
+            self.steering: Steering | None = None if steering is None else steering_from_bytes(steering, "the steering")
         except TrimtabError as error:
-            self.refused = str(error)
+            self.refused: str = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         prompts = [json.loads(prompt) for prompt in batch["prompt"]]

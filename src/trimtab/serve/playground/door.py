@@ -38,7 +38,7 @@ STATES = 256
 TRACEBACKS = 6
 """Tracebacks a minute that the page's functions may leave in the server's log."""
 KEPT = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-log = logging.getLogger("trimtab")
+log: logging.Logger = logging.getLogger("trimtab")
 
 
 class Door:
@@ -50,7 +50,7 @@ class Door:
     def __init__(self, app: FastAPI, blocks: Blocks) -> None:
         self.app = app
         self.blocks = blocks
-        self.sessions = Sessions(blocks)
+        self.sessions: Sessions = Sessions(blocks)
         # it prints a traceback for whatever a client makes up
         gradio.queueing.traceback = _Few()  # type: ignore[assignment]
 
