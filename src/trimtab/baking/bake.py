@@ -100,7 +100,7 @@ def bake(
     The new model's logits are the steered model's but for the rounding of the weights to their own dtype.
 
     Safetensors files are read and written one at a time, and memory is needed for about twice the largest of them; the
-    check needs memory for the model. The folder appears whole or not at all.
+    check needs memory for the model. The folder appears atomically.
 
     Args:
         model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is

@@ -133,7 +133,8 @@ class Run:
 def nats_of(
     lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool
 ) -> dict[str, dict[str, float]]:
-    """The divergence of each steered arm from the unsteered model, in nats a token, on a few of these prompts.
+    """The divergence of each steered arm from the unsteered model, in nats per token, on a few of these
+    prompts.
 
     There is none where the engine doesn't give probabilities of all tokens, or nothing can be read on these prompts.
     """

@@ -49,7 +49,7 @@ def judge(
     prompts: Annotated[
         str,
         typer.Option(
-            help="A file of prompts: one a line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
+            help="A file of prompts: one per line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
             metavar="FILE",
             show_default=False,
         ),

@@ -45,7 +45,7 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """Over all tokens, in nats a token."""
+        """Over all tokens, in nats per token."""
         return float(np.mean(self._all))
 
     @property

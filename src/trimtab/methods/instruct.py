@@ -112,7 +112,7 @@ def steering_from(
     one_sided: bool = False,
     card: Card | None = None,
 ) -> Steering:
-    """The steering that one instruction's moments make at these layers (default: all that they have).
+    """The steering from one instruction's moments at these layers (default: all of theirs).
 
     The other arguments are those of `learn_instruct`; the card, `instruct_card`'s, is completed with what the steering
     does. Raises `TrimtabError` for a layer without moments, an unknown operation, and sides that don't differ.

@@ -126,7 +126,7 @@ class LlamaCpp(LanguageModel):
 
     @cached_property
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card."""
         family = self.weights.metadata("general.architecture") or "unknown"
         return ModelId(
             name=self.name,

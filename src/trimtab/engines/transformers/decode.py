@@ -396,7 +396,7 @@ class GenerationBatch:
         return [_ended(one, left.get(one.key)) for one in responses]
 
     def _take_out(self, place: int) -> None:
-        """The cache puts its last row in the place of one that leaves; so do the session and the list."""
+        """The cache puts its last row in place of one that leaves; so do the session and the list."""
         self._run = None
         self._rows[place].add(self._session.remove(place))
         self._cache.remove(place)
