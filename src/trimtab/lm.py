@@ -296,8 +296,8 @@ class LM(LanguageModel):
         """The divergence of the steered from the unsteered model, before each token of its unsteered answers.
 
         Args:
-            steering: Any: with gates, at some positions, of attention scores.
-            prompts: What is asked.
+            steering: Any steering: also with gates, at some positions, or of attention scores.
+            prompts: The prompts.
             options: `tokens` of each unsteered answer at most (32), `system`, `chat`, `transfer`.
 
         Returns: `mean` and `p95` (the 95th percentile), in nats per token, and each token's

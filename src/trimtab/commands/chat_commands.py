@@ -44,8 +44,8 @@ class Desk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did. `note` is a remark, `shown` what was asked for, `ask` a question that is to be asked, and
-    `make` what is to be made."""
+    """What a command did. `note` is a remark, `shown` the requested output, `ask` a question for the model, and
+    `make` a steering to make."""
 
     conversation: Conversation
     note: str = ""

@@ -148,12 +148,12 @@ class Conversation:
         return replace(self, steered=tuple(one for one in self.steered if one.name != name))
 
     def undone(self) -> Conversation:
-        """Without its last turn. Raises `TrimtabError` where there is none."""
+        """Without its last turn. Raises `TrimtabError` if it has none."""
         self.last()
         return replace(self, turns=self.turns[:-1])
 
     def last(self) -> Turn:
-        """Its last turn. Raises `TrimtabError` where there is none."""
+        """Its last turn. Raises `TrimtabError` if it has none."""
         if not self.turns:
             raise TrimtabError("there is no question yet; type one")
         return self.turns[-1]

@@ -166,7 +166,7 @@ def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, j
 
 
 def check_targets(out: Path | None, report: Path | None) -> None:
-    """Raises `TrimtabError` when what is asked for can't be written or drawn."""
+    """Raises `TrimtabError` if a requested file can't be written or drawn."""
     if out is not None:
         check_target(out, ".jsonl")
     if report is not None:

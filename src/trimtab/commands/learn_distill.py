@@ -65,7 +65,7 @@ def learn_distill(
         str | None,
         typer.Option(
             help="A file of queries to learn on: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads "
-            "standard input. Without it: 64 that come along, which say nothing of an answer's form.",
+            "standard input. Default: the 64 included ones, which don't mention the form of an answer.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=PROMPT,

@@ -86,7 +86,7 @@ def reference(
 
     Args:
         lm: A model on the transformers engine.
-        prompts: What is asked.
+        prompts: The prompts.
         tokens: Of each answer, at most.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.

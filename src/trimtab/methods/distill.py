@@ -90,7 +90,7 @@ def learn_distill(
         teacher: What the model is told. Or give `instruction` (a sentence, or several phrasings of one) or `system`.
         instruction: What stands behind each query.
         system: A system message.
-        queries: What is asked; default: the package's own, which say nothing of the form of an answer.
+        queries: The queries; default: the included ones, which don't mention the form of an answer.
         check: `check(query, answer, cut)`: whether an answer does what the teacher says, `cut` if the token limit
             stopped it. Without one, answers count that are clearly more likely with what the teacher says.
         fit: `"gradient"`, `"closed"`, or `"both"`: a descent that begins where the closed form ends.
