@@ -34,6 +34,13 @@ def exported(package: griffe.Module) -> dict[str, griffe.Object]:
     return found
 
 
+def alone(name: str, stands_for: griffe.Object) -> griffe.Module:
+    """A module that has this name only, since griffe compares the members of what it is given."""
+    module = griffe.Module("trimtab")
+    module.members[name] = stands_for
+    return module
+
+
 def changes(old: griffe.Module, new: griffe.Module) -> Iterator[tuple[str, str]]:
     """The last name and a description of each change of the public API, in order."""
     before, after = exported(old), exported(new)
@@ -43,7 +50,7 @@ def changes(old: griffe.Module, new: griffe.Module) -> Iterator[tuple[str, str]]
         elif name not in before:
             yield name, f"{name} is new"
         else:
-            for broken in griffe.find_breaking_changes(before[name], after[name]):
+            for broken in griffe.find_breaking_changes(alone(name, before[name]), alone(name, after[name])):
                 if not re.search(r"(^|\.)_", broken.obj.path.removeprefix("trimtab.")):
                     what = COLOURS.sub("", broken.explain(griffe.ExplanationStyle.ONE_LINE)).partition(": ")[2]
                     parameter = re.search(r"\((\w+)\)", what.partition(": ")[0])
