@@ -450,7 +450,7 @@ class TestPlantedFaults:
         own = block.forward
         generated(lm, ALL)
         block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs)[:, :-1]
-        with pytest.raises(TrimtabError, match="which is whose can't be told"):
+        with pytest.raises(TrimtabError, match="which belongs to which can't be determined"):
             lm.generate(PROMPTS[0], ALL, max_new_tokens=2)
 
     def test_nothing_at_all_ran(self, lm: LM) -> None:
