@@ -94,14 +94,14 @@ def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tup
     Raises `TrimtabError` when the letter is no single token.
     """
     opening = " (" if after_space else "("
-    whole = _ids(tokenizer, f"{opening}{letter})")
+    whole = ids_of(tokenizer, f"{opening}{letter})")
     where = [i for i, token in enumerate(whole) if tokenizer.decode([token]).strip() == letter]
     if len(where) == 1:
         return whole[: where[0]], whole[where[0]], whole[where[0] + 1 :]
-    alone = _ids(tokenizer, letter)
+    alone = ids_of(tokenizer, letter)
     if len(alone) != 1:
         raise TrimtabError(f"{letter!r} is {len(alone)} tokens in this tokenizer, so letter answers can't be read")
-    return _ids(tokenizer, opening), alone[0], _ids(tokenizer, ")")
+    return ids_of(tokenizer, opening), alone[0], ids_of(tokenizer, ")")
 
 
 def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
@@ -116,5 +116,6 @@ def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
     return {letter: net[letter] / len(pairs) for letter in sorted(net)}
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone, without those that begin or end one."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
