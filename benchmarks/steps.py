@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from functools import partial
 
 from benchmarks.harness import Result, Target, interleave, ratios, summarized
 from benchmarks.static import PROMPTS
@@ -29,7 +30,7 @@ def run(lm: LM, rounds: int, tokens: int, decodings: list[str]) -> Iterator[Resu
     lm.model.generation_config.eos_token_id = None
     case = f"a step of {ROWS} rows"
     names = ["greedy", *(name for name in decodings if name != "greedy")]
-    values = interleave({name: lambda name=name: _step(lm, name, tokens) for name in names}, rounds, case=case)
+    values = interleave({name: partial(_step, lm, name, tokens) for name in names}, rounds, case=case)
     for name in names:
         yield summarized(case, name, "ms", values[name])
         if name != "greedy":

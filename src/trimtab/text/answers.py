@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.chat import encode, render_messages
-from trimtab.text.letters import Asked, ask, ids_of
+from trimtab.text.letters import LetterQuestion, ask, ids_of
 from trimtab.text.pairs import Pair, Side, as_prompt, sides
 
 Kind = Literal["last", "answer", "first", "after"]
@@ -118,7 +118,7 @@ def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
     return ids
 
 
-def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> Asked:
+def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuestion:
     """A multiple-choice question under the side's system prompt.
 
     Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `ask` does.

@@ -28,7 +28,7 @@ def letter_of(answer: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LetterQuestion:
     """A multiple-choice question as token ids.
 
     `prompt` ends where the answer begins, so that its last token is the last prompt token; `opening` is the bracket
@@ -64,7 +64,7 @@ def question_prompt(tokenizer: Any, question: str, system: str | None = None) ->
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> Asked:
+def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> LetterQuestion:
     """A question and the letters that answer it, put together by id: learning and scoring read the same ids.
 
     Raises `TrimtabError` as `question_prompt` and `answer_ids` do.
@@ -72,11 +72,11 @@ def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | 
     return ask_prompt(tokenizer, question_prompt(tokenizer, question, system), letters)
 
 
-def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> Asked:
+def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> LetterQuestion:
     """`ask` for a prompt that `question_prompt` has made."""
     found = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
     opening, _, closing = next(iter(found.values()))
-    return Asked(
+    return LetterQuestion(
         prompt=tuple(encode(tokenizer, prompt)),
         opening=tuple(opening),
         letters={letter: token for letter, (_, token, _) in found.items()},
