@@ -60,8 +60,8 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def no_constant(name: str) -> Any:
-    """For `json.loads`: `NaN` and the infinities are no JSON."""
-    raise ValueError(f"{name} is no number in JSON")
+    """For `json.loads`: `NaN` and the infinities aren't JSON."""
+    raise ValueError(f"{name} isn't a number in JSON")
 
 
 def _short(where: str) -> str:
