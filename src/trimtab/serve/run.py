@@ -17,7 +17,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.connections import protocol
+from trimtab.serve.connections import KEEP_SECONDS, protocol
 from trimtab.serve.scheduler import Scheduler
 
 LAST_WORDS = 5
@@ -66,6 +66,7 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
     config = uvicorn.Config(
         app,
         http=protocol(connections),
+        timeout_keep_alive=KEEP_SECONDS,
         ws="none",
         log_level="warning",
         access_log=False,
