@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from trimtab.errors import TrimtabError
 from trimtab.serve.connections import KEEP_SECONDS, protocol
+from trimtab.serve.memory import keep_little
 from trimtab.serve.scheduler import Scheduler
 
 LAST_WORDS = 5
@@ -91,4 +92,5 @@ def serve(
     """
     if hangup is not None and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=hangup, daemon=True).start())
+    keep_little()
     make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])
