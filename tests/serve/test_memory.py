@@ -23,7 +23,8 @@ def work():
     meet.wait()
 threads = [threading.Thread(target=work) for _ in range(8)]
 [thread.start() for thread in threads], [thread.join() for thread in threads]
-libc.fopen.restype, libc.malloc_info.argtypes, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p], [ctypes.c_void_p]
+libc.fopen.restype, libc.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+libc.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
 with tempfile.NamedTemporaryFile() as told:
     file = libc.fopen(told.name.encode(), b"w")
     libc.malloc_info(0, file), libc.fclose(file)
