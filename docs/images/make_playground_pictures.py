@@ -29,6 +29,7 @@ def take(address: str, folder: Path) -> None:
         page.wait_for_selector(".tt-example")
         _chat(page)
         page.screenshot(path=folder / "playground-chat.png")
+        page.set_viewport_size({"width": 1240, "height": 1060})
         _sweep(page)
         page.screenshot(path=folder / "playground-sweep.png")
         browser.close()
