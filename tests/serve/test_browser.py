@@ -172,7 +172,7 @@ class TestChat:
         page.get_by_role("option", name=f"coloured by bullets, layer {layer}").click()
         page.wait_for_selector("#tt-talk .tt-steered .tt-text span[title]")
         assert words(page, "tt-steered") == expected[0.5]
-        assert "cosine" in page.locator(".tt-key").inner_text()
+        assert "Cosine" in page.locator(".tt-key").inner_text()
         # the request, to copy
         page.get_by_text("The request, to copy").click()
         page.wait_for_function("document.querySelector('#tt-curl')?.innerText.includes('\"strength\": 0.5')")

@@ -25,16 +25,13 @@ MOST_LAYERS = 3
 
 TRACE_KEY = (
     '<span class="steered">steered in full</span> <span class="weakened">steered more weakly</span>'
-    ' <span class="rejected">steering left out</span> <span class="changed">another word than unsteered</span>'
+    ' <span class="rejected">steering left out</span> <span class="changed">not the unsteered word</span>'
     " <span>plain: nothing steered here</span>"
 )
-COSINES = (
-    "How far each token points the way of the steering, as the unsteered model reads it (cosine of its activation with"
-    " the vector):"
-)
+COSINES = "Cosine of each token's activation, read unsteered, with the steering's vector:"
 NO_TRACE = (
-    "Steering wasn't held back in any answer here: that is on where something is emphasized, or always, if you choose"
-    " so beside the chat."
+    "No answer here was generated with rejection. It is on where something is emphasized, or always, if you choose so"
+    " under “Hold steering back”."
 )
 PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("coloured by where steering was held back", REJECTION)]
 """Ways to show answers that need no steering."""

@@ -94,8 +94,8 @@ def make_panel(service: Service) -> Panel:
             list(REJECTIONS),
             value=REJECTIONS[2] if service.policy.always else REJECTIONS[0],
             label="Hold it back",
-            info="Where the steered model's next word is one that the unsteered model finds implausible, steering is"
-            " weakened for that word, or left out.",
+            info="Where the steered next word is implausible to the unsteered model, steering is weakened for it, or left"
+            " out.",
             elem_id="tt-rejection",
         )
         beta = gr.Slider(
@@ -134,7 +134,7 @@ def _slot(service: Service, number: int) -> Slot:
             _begin(low, high),
             step=0.1,
             label="strength",
-            info="0 is off, 1 as it was learned, below 0 the opposite",
+            info="0 is off, 1 is as learned, below 0 is the opposite",
             elem_id=f"tt-strength-{number}",
             min_width=240,
         )

@@ -18,20 +18,17 @@ from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.service import Service
 
 WELCOME = """<div class="tt-welcome"><h2>The same model answers twice</h2>
-<p>Once as it is, and once steered: while it writes, its activations are pushed in a direction that was learned. Your
-message stays as you typed it.</p>
-<ol><li>A steering is chosen under <b>Steerings</b>. Take another, or several.</li>
+<p>Once unsteered, and once steered: a steering pushes the model's activations in a learned direction while it writes.
+Your message stays as you typed it.</p>
+<ol><li>A steering is selected under <b>Steerings</b>. Choose another one, or several.</li>
 <li>Send one of the messages below, or your own.</li>
-<li>Move <b>strength</b>, and the steered answer is given again: 0 is no push, 1 is as it was learned.</li></ol>
-</div>"""
-"""What is to be done on a first visit."""
+<li>Move the <b>strength</b> slider, and the steered answer is generated again.</li></ol></div>"""
+"""What to do on a first visit."""
 NO_STEERINGS = """<div class="tt-welcome"><h2>The same model answers twice</h2>
-<p>Once as it is, and once steered. There is no steering here yet: learn one on the <b>Learn</b> tab, or start the
-server with a folder of them, <code>trimtab serve --steerings DIR</code>. Until then, phrases of your message can be
-emphasized.</p></div>"""
-
-
-HELD_BACK = {"steered": "steered in full", "weakened": "more weakly", "rejected": "not steered"}
+<p>Once unsteered, and once steered. There is no steering here yet: learn one on the <b>Learn</b> tab, or start the
+server with a folder of them, <code>trimtab serve --steerings DIR</code>. Until then, you can emphasize phrases of your
+message.</p></div>"""
+HELD_BACK = {"steered": "steered in full", "weakened": "steered more weakly", "rejected": "not steered"}
 """What the kinds of steps with rejection are called."""
 
 
