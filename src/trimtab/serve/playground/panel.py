@@ -94,8 +94,8 @@ def make_panel(service: Service) -> Panel:
             list(REJECTIONS),
             value=REJECTIONS[2] if service.policy.always else REJECTIONS[0],
             label="Hold it back",
-            info="Where the steered next word is implausible to the unsteered model, steering is weakened for it, or left"
-            " out.",
+            info="Where the steered next word is implausible to the unsteered model, steering is weakened for it, or"
+            " left out.",
             elem_id="tt-rejection",
         )
         beta = gr.Slider(
