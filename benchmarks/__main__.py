@@ -580,6 +580,21 @@ def serve(
     finish(run(rounds, tokens, clients or CLIENTS, decodings, peer=peer), json_file, check, as_markdown)
 
 
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 15.0,
+    tokens: Annotated[int, typer.Option(min=48, help="Tokens of an answer, at most.")] = 64,
+    model: Annotated[str | None, typer.Option(help="A folder; without it, the default model's.")] = None,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """A server under mixed load: nothing breaks, nothing is lost, and its memory stays where it was."""
+    from benchmarks.soak import run
+
+    finish(run(minutes, tokens, model), json_file, check, as_markdown)
+
+
 def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:
     """Write, print and check a report. Exits with status 1 when `check` and a target is missed."""
     if json_file is not None:

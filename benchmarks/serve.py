@@ -74,7 +74,7 @@ def run(rounds: int, tokens: int, clients: Sequence[int], decodings: Sequence[st
     results: list[Result] = []
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        names = _steerings(lm, made)
+        names = random_steerings(lm, made)
         if set(decodings) != {"greedy"}:
             results += steps.run(lm, rounds, tokens, list(decodings))
         del lm
@@ -88,7 +88,7 @@ def run(rounds: int, tokens: int, clients: Sequence[int], decodings: Sequence[st
     return Report("serve", machine(), versions(), tuple(results))
 
 
-def _steerings(lm: LM, made: Path) -> list[str]:
+def random_steerings(lm: LM, made: Path) -> list[str]:
     """Eight files of one vector at every layer, short enough that the text stays sane."""
     from trimtab import Card, save
 
@@ -150,10 +150,17 @@ def _load(server: Server, steerings: Sequence[str | None], decoding: str, tokens
 
 @contextmanager
 def _trimtab(folder: Path, steerings: Path, rows: int) -> Iterator[Server]:
+    with process(folder, steerings, ["--rows", str(rows)]) as (url, _):
+        yield Server(url, "trimtab", {})
+
+
+@contextmanager
+def process(folder: Path, steerings: Path, options: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """`trimtab serve` of a model in float32: its address, and the number of its process."""
     port = _free_port()
     command = ["-m", "trimtab", "serve", "--model", str(folder), "--dtype", "float32", "--steerings", str(steerings)]
-    with _process([*command, "--port", str(port), "--rows", str(rows)], f"http://127.0.0.1:{port}", "/readyz") as url:
-        yield Server(url, "trimtab", {})
+    with _process([*command, "--port", str(port), *options], f"http://127.0.0.1:{port}", "/readyz") as found:
+        yield found
 
 
 @contextmanager
@@ -163,7 +170,7 @@ def _transformers(folder: Path, decoding: str) -> Iterator[Server]:
     start = "from transformers.cli.transformers import main; main()"
     command = ["-c", start, "serve", str(folder), "--dtype", "float32", "--continuous-batching"]
     command += ["--cb-num-blocks", str(BLOCKS), "--cb-max-batch-tokens", str(PASS)]
-    with _process([*command, "--port", str(port)], f"http://localhost:{port}", "/health") as url:
+    with _process([*command, "--port", str(port)], f"http://localhost:{port}", "/health") as (url, _):
         yield Server(url, str(folder), {"generation_config": _settings(folder)} if decoding == "sampled" else {})
 
 
@@ -177,23 +184,23 @@ def _settings(folder: Path) -> str:
 
 
 @contextmanager
-def _process(command: list[str], url: str, ready: str) -> Iterator[str]:
+def _process(command: list[str], url: str, ready: str) -> Iterator[tuple[str, int]]:
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=dict(os.environ))
+        started = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=dict(os.environ))
         try:
             for _ in range(READY_SECONDS * 2):
                 try:
                     if httpx.get(url + ready, timeout=10).status_code == 200:
                         break
                 except httpx.TransportError:
-                    if process.poll() is not None:
+                    if started.poll() is not None:
                         log.seek(0)
                         raise RuntimeError(f"the server ended: {log.read()[-2000:].decode(errors='replace')}") from None
                 time.sleep(0.5)
-            yield url
+            yield url, started.pid
         finally:
-            process.terminate()
-            process.wait(90)
+            started.terminate()
+            started.wait(90)
 
 
 def _free_port() -> int:
