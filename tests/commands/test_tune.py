@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from trimtab.commands.terminal import sigterm_interrupts
-from trimtab.commands.tune import check_of
+from trimtab.commands.tune_task import check_of
 from trimtab.files.steering_file import load_steering, steering_digest
 from trimtab.tune import Setting
 
@@ -259,13 +259,13 @@ def test_an_ifeval_type_is_a_check(cpu, pairs, tmp_path):
         ("--pairs PAIRS --check none.py:f", "can't import none.py: FileNotFoundError"),
         ("--pairs PAIRS --check CHECKS:missing", "has no function 'missing'"),
         ("--pairs PAIRS --check CHECKS:text", "the check gave 'yes'"),
-        ("--pairs PAIRS --check json --strengths 1,x", "no list of numbers"),
+        ("--pairs PAIRS --check json --strengths 1,x", "isn't a list of numbers"),
         ("--pairs PAIRS --check json --strengths 0", "not steering is always tried"),
         ("--pairs PAIRS --check json --layers 9", "there is no layer 9"),
         ("--pairs PAIRS --check json --operation turn", "--operation is add, project or both"),
         ("--pairs PAIRS --check json --positions nowhere", "positions 'nowhere' are not known"),
         ("--pairs PAIRS --check json --guard speed=3", "there is no limit 'speed'"),
-        ("--pairs PAIRS --check json --guard cut=x", "'x' is no number; write cut=0.5"),
+        ("--pairs PAIRS --check json --guard cut=x", "'x' isn't a number; write cut=0.5"),
         ("--pairs PAIRS --check json --guard perplexity=0.1", "'perplexity' is a number from 1"),
         ("--pairs PAIRS --check json --budget-minutes 0", "--budget-minutes is a number above 0"),
         ("--pairs none.jsonl --check json", "there is no file none.jsonl"),

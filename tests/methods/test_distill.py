@@ -73,7 +73,7 @@ def courses(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
 def divergence(
     lm: LM, steering: Steering | None, teacher: Teacher, *, with_prompt: bool = False, temperature: float = 1.0
 ) -> float:
-    """KL from the prompted model, in nats a token, over its own answers: in a loop, over the whole vocabulary."""
+    """KL from the prompted model, in nats per token, over its own answers: in a loop, over the whole vocabulary."""
     total = []
     for query in QUERIES:
         asked = lm.encode(teacher.ask(query, 0), system=teacher.system)
@@ -322,7 +322,7 @@ def test_the_card_says_what_was_measured(lm: LM) -> None:
         ({"instruction": ""}, "is empty"),
         ({"instruction": []}, "needs an instruction, a system message, a text or examples"),
         ({"teacher": Teacher((SAID,)), "system": "w5"}, "not both"),
-        ({"check": lambda *_: False}, "0 do what it says; 8 are needed"),
+        ({"check": lambda *_: False}, "0 follow it; 8 are needed"),
         ({"queries": QUERIES[:2]}, "8 are needed"),
     ],
 )

@@ -233,7 +233,7 @@ class TestPolicy:
         for name, strength, words in (("s1", 1.0, "no such steering"), ("s0", 2.5, "between 0 and 2")):
             with pytest.raises(Refusal, match=words):
                 ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
-        assert {value.partition("@")[0] for _, value in offered(guarded, alice)[2:]} == {"s0", "s7"}
+        assert {value.partition("@")[0] for _, value in offered(guarded, alice)[3:]} == {"s0", "s7"}
         with pytest.raises(Refusal, match="no such steering"):
             asyncio.run(read(guarded, alice, [side], "s1@1"))
 
@@ -266,6 +266,7 @@ class TestPolicy:
             "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
             "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
         }
+        asked["pick"] = ([], *panel[1 : 2 * SLOTS + 1])
         harmless = {"halt", "forget", "append", "<lambda>"}
         functions = {one.name: one.fn for one in make_blocks(guarded).fns.values() if one.fn is not None}
         assert set(functions) == set(asked) | harmless
@@ -385,11 +386,11 @@ class TestSweep:
         for name, strengths, layers, words in (
             (None, "1", "", "choose a steering"),
             ("s0", " ", "", "type the strengths"),
-            ("s0", "1, two", "", "'two' is no number"),
+            ("s0", "1, two", "", "'two' isn't a number"),
             ("s0", "1", "1.5", "whole number"),
             ("s0", "1", "-1", "whole number"),
-            ("s0", "1", "inf", "'inf' is no number"),
-            ("s0", "nan", "1", "'nan' is no number"),
+            ("s0", "1", "inf", "'inf' isn't a number"),
+            ("s0", "nan", "1", "'nan' isn't a number"),
         ):
             with pytest.raises(TrimtabError, match=words):
                 sweep_of(name, strengths, layers)
@@ -451,7 +452,7 @@ class TestLearning:
             ("x", '{"prompt": "a"', "", "pairs:1: not JSON"),
             ("x", f'{text}\n{{"positive": "a"}}', "", "pairs:4: no pair"),
             ("x", "positive,negative\na\n", "", "2 columns expected"),
-            ("x", text, "one", "'one' is no number"),
+            ("x", text, "one", "'one' isn't a number"),
         ):
             with pytest.raises(TrimtabError, match=words):
                 lesson_of(name, METHODS[0], pairs, layers)

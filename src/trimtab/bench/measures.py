@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TOGETHER = 8
 """So many answers are read at a time, whose logits are in memory together."""
 HIGHEST = 1e6
-"""A perplexity that is no number, or higher, counts as this much."""
+"""A perplexity that isn't a number, or higher, counts as this much."""
 
 
 def by_answers(
@@ -108,7 +108,8 @@ def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Meas
 
 
 def by_leads(answers: Sequence[tuple[Mapping[str, Given], Mapping[str, Given]]]) -> Measure:
-    """By how much the wanted answer is likelier than the other, in nats a token, teacher-forced.
+    """By how much the wanted answer is likelier than the other, in nats per token,
+    teacher-forced.
 
     `answers[i]` are item i's wanted answer and the other one, each with the arms' prompts before it.
     """

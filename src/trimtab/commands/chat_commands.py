@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.commands.chat_make import TAKES, Wish, wish_of
 from trimtab.commands.chat_state import Conversation, Steered, name_for
+from trimtab.commands.terminal import shortened
 from trimtab.errors import TrimtabError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Desk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did. `note` is a remark, `shown` what was asked for, `ask` a question that is to be asked, and
-    `make` what is to be made."""
+    """What a command did. `note` is a remark, `shown` the requested output, `ask` a question for the model, and
+    `make` a steering to make."""
 
     conversation: Conversation
     note: str = ""
@@ -177,7 +178,7 @@ def _compare(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 def _undo(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "undo")
-    return Outcome(conversation.undone(), f"taken back: {_shortened(conversation.last().question)}")
+    return Outcome(conversation.undone(), f"taken back: {shortened(conversation.last().question, 60)}")
 
 
 def _retry(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -201,7 +202,9 @@ def _save(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         saved = save_made(path, conversation, _made(conversation, which))
         return Outcome(saved, f"wrote {name}")
     if which:
-        raise TrimtabError(f"/save {name} {which[0]}: a conversation is saved whole; a steering goes to a .safetensors")
+        raise TrimtabError(
+            f"/save {name} {which[0]}: a conversation goes into a .json file, a steering into a .safetensors file"
+        )
     saved, files = save_conversation(path, conversation, desk.lm.name)
     return Outcome(saved, f"wrote {' and '.join([*map(str, files), name])}")
 
@@ -267,7 +270,7 @@ def _layers_to_colour(one: Steered, wanted: str | None) -> list[int]:
 
     if wanted is not None:
         if not wanted.isdecimal():
-            raise TrimtabError(f"/tokens {one.name}: {wanted!r} is no layer; it has {_numbers(one.steering.layers)}")
+            raise TrimtabError(f"/tokens {one.name}: {wanted!r} isn't a layer; it has {_numbers(one.steering.layers)}")
         return list(one.steering.only([int(wanted)]).layers)
     acting = one.steering.only(one.layers_on)
     return spread(sorted(directions(acting)), MOST_LAYERS)
@@ -289,7 +292,7 @@ def _dose(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         table.add_column(heading, justify="left" if heading == "site" else "right")
     for dose in answer.doses:
         table.add_row(str(dose.layer), dose.kind, f"{dose.ratio:.3f}", str(dose.tokens))
-    return Outcome(conversation, "near 1 and above, text tends to fall apart", (table,))
+    return Outcome(conversation, "near 1 and above, text tends to break", (table,))
 
 
 # ---- the session -------------------------------------------------------------------------------------------
@@ -455,8 +458,3 @@ def _numbers(layers: Sequence[int]) -> str:
 def _meant(word: str, known: Iterable[str], before: str = "") -> str:
     near = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {before}{near[0]}? " if near else ""
-
-
-def _shortened(text: str, most: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"

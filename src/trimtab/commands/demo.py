@@ -1,4 +1,4 @@
-"""`trimtab demo`: instructions made to hold, without and with them in the prompt, measured in front of the user."""
+"""`trimtab demo`: instructions followed with and without them in the prompt, measured while the user watches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ UNTUNED = "On another model, better settings may exist: trimtab learn distill --
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and what code can tell of it. It holds when it has the form and doesn't go in circles."""
+    """One answer, and what code can tell of it. It holds if it has the form and isn't repetitive."""
 
     text: str
     has_form: bool
@@ -103,19 +103,20 @@ def demo(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Learn from and test on at most this many queries. Below 24, don't believe the counts."
+            min=1, help="Learn from and test on at most this many queries. Below 24 the counts are unreliable."
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """See steering work, in a few minutes on two CPU cores.
 
-    A small model often ignores the form it is asked for. Here it is steered to keep it: a title, JSON, bullet points,
-    one sentence. It answers questions that nothing was learned from, unsteered and steered, first without a word of
-    the instruction in the prompt, then with it. Code checks the forms, and the counts come with an interval.
+    A small model often ignores the form that the prompt asks for. Here it is steered towards it: a title, JSON,
+    bullet points, one sentence. It answers questions that weren't used for learning, unsteered and steered, first
+    without the instruction in the prompt, then with it. Code checks the forms, and the counts have confidence
+    intervals.
 
-    One steering is learned in front of you, from the model's own answers; the others were learned before in the same
-    way, and --learn learns them now. For another model all are.
+    One steering is learned while you watch, from the model's own answers; the others were learned earlier in the
+    same way, and --learn learns them again. For another model all are learned.
 
     [bold]  trimtab demo
       trimtab demo --learn
@@ -309,7 +310,7 @@ def _shown(result: Result, phrasing: str) -> RenderableType:
 def _counts(where: str, regime: Regime) -> Text:
     count = len(regime.prompts)
     return Text.assemble(
-        f"{where}: holds in ",
+        f"{where}: followed in ",
         (f"{_held(regime.before)} of {count}", "bold red"),
         " unsteered, ",
         (f"{_held(regime.after)} of {count}", "bold green"),
@@ -336,8 +337,8 @@ def _side_by_side(regime: Regime, row: int) -> Table:
 
 def _verdict(answer: Answer) -> Text:
     if answer.holds:
-        return Text("✓ holds", style="green")
-    return Text("✗ goes in circles" if answer.has_form else "✗ does not hold", style="red")
+        return Text("✓ follows", style="green")
+    return Text("✗ repeats itself" if answer.has_form else "✗ doesn't follow", style="red")
 
 
 def _summary(results: Sequence[Result]) -> Table:

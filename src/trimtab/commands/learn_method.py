@@ -90,7 +90,7 @@ OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.",
 LayersOption = Annotated[
     str | None,
     typer.Option(
-        help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Without it: the method's own choice.",
+        help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Default: chosen by the method.",
         show_default=False,
     ),
 ]
@@ -110,7 +110,7 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         return []
     helps = {
         "pairs": "A .jsonl, .json, .csv, .tsv or .parquet file of pairs; `trimtab learn --help` shows their shapes.",
-        "texts": "A file of texts: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
+        "texts": "A file of texts: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
     named = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []

@@ -23,7 +23,7 @@ from trimtab.commands.model import (
 )
 from trimtab.commands.pair_files import ColumnOptions, IgnoreOption, KeysOption, pairs_in
 from trimtab.commands.prompts import gather_prompts
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.terminal import note, progress_bar, shortened, show, write_json
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 NOTHING_HOLDS = 3
 WRITER_KEY, WRITTEN = "TRIMTAB_WRITER_KEY", 4096
-SHOWN = 2
+SHOWN, EXAMPLE = 2, 240
+"""So many answers are shown, of at most so many letters."""
 WANTED, HOW = "What is wanted", "How it is made"
 
 
@@ -46,13 +47,13 @@ def make(
     idea: Annotated[
         str | None,
         typer.Argument(
-            help="A sentence. Its opposite may stand after 'not': \"be blunt, not flattering\".", show_default=False
+            help="A sentence. Its opposite may follow after 'not': \"be blunt, not flattering\".", show_default=False
         ),
     ] = None,
     like: Annotated[
         str | None,
         typer.Option(
-            help="Or a persona that the model is to be like.",
+            help="Instead of a sentence: a persona that the model should be like.",
             metavar='"a pirate"',
             show_default=False,
             rich_help_panel=WANTED,
@@ -61,7 +62,7 @@ def make(
     unlike: Annotated[
         str | None,
         typer.Option(
-            help="And one that it is to be unlike. Without it: an ordinary assistant.",
+            help="With --like: a persona that it should be unlike. Default: an ordinary assistant.",
             metavar='"an office clerk"',
             show_default=False,
             rich_help_panel=WANTED,
@@ -71,8 +72,9 @@ def make(
         Path | None,
         typer.Option(
             "--from",
-            help="Or pairs of your own, which show what is wanted: a .jsonl, .json, .csv, .tsv or .parquet file with"
-            " positive and negative, chosen and rejected, question and two letters, or another shape of docs/pairs.md.",
+            help="Instead of a sentence: your own pairs, in a .jsonl, .json, .csv, .tsv or .parquet file with "
+            "positive and negative, chosen and rejected, question and two letters, or another shape of "
+            "docs/pairs.md.",
             metavar="PAIRS",
             show_default=False,
             rich_help_panel=WANTED,
@@ -83,8 +85,8 @@ def make(
     questions: Annotated[
         str | None,
         typer.Option(
-            help="A file of questions to learn and to test on, one a line or JSON lines with prompt; every second one"
-            " is tested on. Without it: those of the trait card, or general ones.",
+            help="A file of questions, one per line or JSON lines with prompt; every second one is used for "
+            "testing. Default: those of the trait card, or general ones.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=WANTED,
@@ -107,8 +109,9 @@ def make(
     writer: Annotated[
         str | None,
         typer.Option(
-            help="The address of a server that speaks OpenAI's chat completions, whose model writes the system prompts"
-            " and the questions. Its key, if it needs one, stands in $TRIMTAB_WRITER_KEY. Needs trimtab\\[judge].",
+            help="The address of a server with OpenAI's chat completions API, whose model writes the system "
+            "prompts and the questions. Its key, if it needs one, is read from $TRIMTAB_WRITER_KEY. Needs "
+            "trimtab\\[judge].",
             metavar="URL",
             show_default=False,
             rich_help_panel=WANTED,
@@ -121,13 +124,15 @@ def make(
         bool,
         typer.Option(
             "--distill/--no-distill",
-            help="Whether to train a vector too (to distill it; from pairs without prompts of their own, by"
-            " preference): it holds more and takes longest.",
+            help="Whether to train a vector too (by distillation, or, for pairs without their own prompts, by "
+            "preference): it captures more and takes longest.",
             rich_help_panel=HOW,
         ),
     ] = True,
-    tokens: Annotated[int, typer.Option(min=8, help="The most tokens of an answer.", rich_help_panel=HOW)] = 64,
-    seed: Annotated[int, typer.Option(help="Of the order of answers.", rich_help_panel=HOW)] = 0,
+    tokens: Annotated[
+        int, typer.Option(min=8, help="The maximum length of an answer, in tokens.", rich_help_panel=HOW)
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="The random seed for the order of answers.", rich_help_panel=HOW)] = 0,
     for_: ForOption = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
@@ -140,7 +145,7 @@ def make(
     adapter: AdapterOption = None,
     json: JsonOption = False,
 ) -> None:
-    """From one sentence to a steering, and what it is worth.
+    """Make a steering from one sentence, with a verdict.
 
     [bold]  trimtab make "be blunt, not flattering" --out blunt.safetensors
       trimtab make "talk like a pirate" --out pirate.safetensors
@@ -148,21 +153,21 @@ def make(
       trimtab make --from pairs.jsonl --out mine.safetensors
       trimtab make "talk like a pirate" --for llama.cpp --out pirate.gguf[/bold]
 
-    The model answers questions under system prompts for and against the idea;
-    forty traits come along with theirs. Answers that show the difference are
-    learned from in several ways, and questions that were held out choose the
-    best. Others again give the verdict: how much of the system prompt's effect
-    the steering has without it, next to random directions, and what it costs.
-    Pairs that no system prompt stands behind are told in nats a token instead.
+    The model answers questions under system prompts for and against the idea; forty
+    traits with their prompts are included. Several ways of learning from the answers
+    are tried, and held-out questions choose the best. Further questions give the
+    verdict: the steering's effect as a share of the system prompt's, beside random
+    directions, and its cost. For pairs without system prompts, the effect is in nats
+    per token instead.
 
-    Where nothing holds, the verdict is none, no file is written, and the exit
-    code is 3. Some minutes for a small model on two cores.
+    If no steering works, the verdict is none, no file is written, and the exit code is
+    3. Takes a few minutes for a small model on two cores.
     """
     check_output(for_, out)
     if sum(one is not None for one in (idea, like, card, from_)) != 1:
         raise TrimtabError(
-            'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE,'
-            " or --from PAIRS"
+            'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
+            "or --card FILE, or --from PAIRS"
         )
     columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
     given = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
@@ -241,7 +246,7 @@ def _idea(
     from trimtab.making.writer import idea_from_writer
 
     if unlike is not None and like is None:
-        raise TrimtabError('--unlike goes with --like; in a sentence the opposite stands after "not"')
+        raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
     if card is not None:
         if writer is not None:
             raise TrimtabError("a card has all that a writer would write; leave out --card or --writer")
@@ -286,20 +291,15 @@ def told(made: Made) -> list[str]:
     """What was made and what it is worth, as lines, with answers."""
     lines = [*made.verdict.lines(), f"chosen: {made.name}"]
     for one in made.examples[:SHOWN]:
-        lines += ["", f"> {_short(one.question)}", f"unsteered: {_short(one.unsteered)}"]
-        lines += [f"prompted:  {_short(one.prompted)}"] if one.prompted is not None else []
-        lines += [f"steered:   {_short(one.steered)}"]
+        lines += ["", f"> {shortened(one.question, EXAMPLE)}", f"unsteered: {shortened(one.unsteered, EXAMPLE)}"]
+        lines += [f"prompted:  {shortened(one.prompted, EXAMPLE)}"] if one.prompted is not None else []
+        lines += [f"steered:   {shortened(one.steered, EXAMPLE)}"]
     return lines
 
 
 def _next(made: Made, model: str | None, out: Path) -> str:
     asked = f"--model {model} " if model else ""
     return f"try: trimtab chat {asked}--steer {quote(str(out))}"
-
-
-def _short(text: str, limit: int = 240) -> str:
-    said = " ".join(text.split())
-    return said if len(said) <= limit else said[: limit - 1] + "…"
 
 
 def _document(model: str, made: Made, out: Path | None, digest: str | None, following: list[str]) -> dict[str, Any]:

@@ -69,12 +69,12 @@ class LanguageModel(ABC):
     @property
     @abstractmethod
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card."""
 
     @property
     @abstractmethod
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
 
     @abstractmethod
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
@@ -297,7 +297,7 @@ class LanguageModel(ABC):
         Args:
             prompt: A string, or a list of chat messages.
             steering: What steers the answer.
-            max_new_tokens: Tokens at most.
+            max_new_tokens: Maximum tokens per answer.
             system: A system message before the prompt.
             chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
             template: Keywords of the chat template.

@@ -45,7 +45,7 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """Over all tokens, in nats a token."""
+        """Over all tokens, in nats per token."""
         return float(np.mean(self._all))
 
     @property
@@ -86,7 +86,7 @@ def reference(
 
     Args:
         lm: A model on the transformers engine.
-        prompts: What is asked.
+        prompts: The prompts.
         tokens: Of each answer, at most.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
@@ -153,7 +153,7 @@ def divergence(
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     """For each row of logits, in float64; the same logits give exactly 0, and NaN among the steered ones infinity."""
     if unsteered.isnan().any():
-        raise TrimtabError("the unsteered model's logits are no numbers; load it in float32 or bfloat16")
+        raise TrimtabError("the unsteered model's logits aren't finite; load it in float32 or bfloat16")
     p, q = (one.double().log_softmax(-1) for one in (unsteered, steered))
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))

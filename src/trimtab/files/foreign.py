@@ -20,7 +20,8 @@ LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 class FormatWarning(UserWarning):
-    """A file was read or written as well as its format can say it, which isn't all there is to say."""
+    """A file was read or written as faithfully as its format allows, but something is lost or
+    ambiguous."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def layer_number(text: object, name: str) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         text = str(text)
     if not isinstance(text, str) or not LAYER.fullmatch(text):
-        raise TrimtabError(f"{name} has a layer {str(text)[:40]!r}, which is no block's number")
+        raise TrimtabError(f"{name} has a layer {str(text)[:40]!r}, which isn't the number of a block")
     return int(text)
 
 

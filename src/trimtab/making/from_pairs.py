@@ -59,8 +59,8 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
     Args:
         lm: The model.
         pairs: The pairs, all of one shape.
-        name: What it is called.
-        tokens: The most tokens of an answer that the model writes.
+        name: Its name.
+        tokens: The maximum length of an answer that the model writes, in tokens.
         trains: Whether a vector is trained, too.
 
     Raises:
@@ -169,7 +169,7 @@ def _encoded(lm: LM, case: Case) -> tuple[Answer, Answer]:
         answers = [one.ids[start:] for one, start in zip(encoded, starts, strict=True)]
         bare = tuple(encode_prompt(lm.tokenizer, case.bare)) if pair.shape == "answers" else ()
     if not all(answers):
-        raise TrimtabError("a text of a single token has nothing to be told apart by; write more")
+        raise TrimtabError("a text of a single token can't be distinguished from others; write more")
     for prompt, ids in zip(prompts, answers, strict=True):
         check_length(lm.layout, max(len(prompt), len(bare)) + len(ids), "a prompt with its answer")
     others = (prompts[1], prompts[0])

@@ -6,7 +6,7 @@ thousand would take the server longer than the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,7 +29,7 @@ OFF = "Not supported."
 class In(BaseModel):
     """A part of a request. What isn't known is refused, and nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
 class Unsupported(In):
@@ -85,7 +85,6 @@ INSTEAD = {
     "background": "nothing is stored; wait for the answer, or stream it",
     "truncation": "prompts aren't cut; shorten the input",
     "reasoning": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
-    "top_logprobs": "ask /v1/chat/completions for log-probabilities",
     "include": "nothing of that can be had; leave it out",
     "max_tool_calls": "this server calls no tools itself; leave it out",
     "echo": "prompts aren't echoed; leave it out",

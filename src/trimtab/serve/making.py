@@ -59,11 +59,11 @@ def wish_of(asked: MakeRequest) -> Idea | list[Pair]:
     if sum(one is not None for one in (asked.idea, asked.like, asked.pairs)) != 1:
         raise Refusal(
             400,
-            'say what is wanted: idea, such as "be blunt, not flattering", or like, such as "a pirate", or pairs',
+            'describe what you want: idea, such as "be blunt, not flattering", or like, such as "a pirate", or pairs',
             param="idea",
         )
     if asked.unlike is not None and asked.like is None:
-        raise Refusal(400, 'unlike goes with like; in an idea the opposite stands after "not"', param="unlike")
+        raise Refusal(400, 'unlike goes with like; in an idea the opposite follows after "not"', param="unlike")
     if asked.pairs is not None:
         if "questions" in asked.model_fields_set:
             raise Refusal(400, "pairs bring their own questions; leave questions out", param="questions")
@@ -90,7 +90,7 @@ async def making(
 
     Raises:
         Refusal: Not for this key, the name is taken, another one is being made, or the server is shutting down.
-        TrimtabError: The model's answers for and against the idea hardly differ.
+        TrimtabError: The model's answers for and against the idea barely differ.
     """
     check_may_add(service, key, asked.name)
     wanted, tokens = wish_of(asked), _tokens(service, asked)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -53,7 +53,7 @@ Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(
 class LearnRequest(In):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
@@ -79,17 +79,22 @@ class MakeRequest(In):
     Either `idea`, or `like` with or without `unlike`, or `pairs`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]}
+    )
 
     name: str = Field(pattern=NAME)
     idea: str | None = Field(
         None,
         min_length=1,
         max_length=500,
-        description="A sentence. Its opposite may stand after 'not': be blunt, not flattering.",
+        description="A sentence. Its opposite may follow after 'not': be blunt, not flattering.",
     )
     like: str | None = Field(
-        None, min_length=1, max_length=200, description="Or a persona that the model is to be like."
+        None,
+        min_length=1,
+        max_length=200,
+        description="Instead of a sentence: a persona that the model should be like.",
     )
     unlike: str | None = Field(
         None,
@@ -109,7 +114,7 @@ class MakeRequest(In):
     tokens: int | None = Field(
         None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
     )
-    distill: bool = Field(True, description="Whether to distill too, which holds more and takes longest.")
+    distill: bool = Field(True, description="Whether to distill too, which captures more and takes longest.")
     keep: bool = Field(False, description="Whether to add it even if the verdict is none.")
     stream: bool = Field(False, description="Whether to tell in events how far it has come.")
 
@@ -119,11 +124,11 @@ class VerdictTold(Out):
 
     share_of_prompt: float | None = Field(
         None,
-        description="The part of the system prompt's effect that it has without it. `null` where none stands behind the"
-        " pairs; then `gain` says it in nats a token.",
+        description="The part of the system prompt's effect that it has without it. `null` where none stands behind "
+        "the pairs; then `gain` says it in nats per token.",
     )
-    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats a token.")
-    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats a token.")
+    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats per token.")
+    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats per token.")
     interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
     random: list[float] = Field(description="The same of random directions.")
     p: float = Field(

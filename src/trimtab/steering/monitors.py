@@ -27,7 +27,7 @@ FILTERED = "content_filter"
 
 @dataclass(frozen=True, eq=False)
 class Monitor:
-    """What is read, and what is done.
+    """A direction that is read at each token, and an action above a threshold.
 
     Args:
         name: What its values are called.
@@ -35,7 +35,7 @@ class Monitor:
         threshold: The line. A value above it makes the monitor fire, once an answer; `None`: it never does.
         action: `"log"`: the answer says where it fired, and nothing else happens. `"stop"`: the answer ends before the
             token that would have been chosen there. `"steer"`: from the next token that is read, `steering` acts too.
-        steering: What is switched on, without gates that read the prompt.
+        steering: The steering to turn on, without gates that read the prompt.
     """
 
     name: str
@@ -111,7 +111,7 @@ class Monitor:
         return replace(self, threshold=threshold)
 
     def fires(self, value: float) -> bool:
-        """Whether a value is beyond the line; one that is no number is."""
+        """Whether a value is beyond the line; one that isn't a number is."""
         return self.threshold is not None and not value <= self.threshold
 
     def values(self, x: Tensor) -> Tensor:
@@ -162,5 +162,5 @@ def check_monitors(monitors: Any) -> tuple[Monitor, ...]:
             )
     names = [one.name for one in listed]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise TrimtabError(f"two monitors are called {twice[0]!r}; their values couldn't be told apart")
+        raise TrimtabError(f"two monitors have the name {twice[0]!r}; their values couldn't be distinguished")
     return listed

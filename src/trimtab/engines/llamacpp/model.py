@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
-from trimtab.engines.llamacpp.telling import Told
+from trimtab.engines.llamacpp.telling import Listener
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
 from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
@@ -46,7 +46,7 @@ class LlamaCpp(LanguageModel):
     """
 
     engine = "llamacpp"
-    cannot = {  # noqa: RUF012
+    cannot: ClassVar[Mapping[str, str]] = {
         "emphasis": "llama.cpp doesn't give out attention scores",
         "rejection": "a step has one row of logits",
         "clean_cache": "a control vector acts on all that is computed",
@@ -70,17 +70,17 @@ class LlamaCpp(LanguageModel):
     ) -> None:
         if cache not in CACHES:
             raise TrimtabError(f"unknown cache {cache!r}; use {', '.join(CACHES)}")
-        self.path = Path(path)
-        self.weights = Weights(self.path, gpu_layers)
+        self.path: Path = Path(path)
+        self.weights: Weights = Weights(self.path, gpu_layers)
         if self.weights.library.llama_model_has_encoder(self.weights.pointer):
             raise UnsupportedError(f"{self.path.name} has an encoder, and only decoders can be steered")
-        self.layout = Sizes(self.weights.layers, self.weights.width, self.weights.context)
-        self.name = name or self.path.stem
-        self.threads = threads or torch.get_num_threads()
+        self.layout: Sizes = Sizes(self.weights.layers, self.weights.width, self.weights.context)
+        self.name: str = name or self.path.stem
+        self.threads: int = threads or torch.get_num_threads()
         self.cache = cache
         self.gpu_layers = gpu_layers
         own = self.weights.metadata("tokenizer.chat_template")
-        self.tokenizer = with_keywords(GgufTokenizer(self.weights.library, self.weights.vocabulary, own), template)
+        self.tokenizer: Any = with_keywords(GgufTokenizer(self.weights.library, self.weights.vocabulary, own), template)
         self._kept: Context | None = None
         self._lock = threading.RLock()
 
@@ -126,7 +126,7 @@ class LlamaCpp(LanguageModel):
 
     @cached_property
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card."""
         family = self.weights.metadata("general.architecture") or "unknown"
         return ModelId(
             name=self.name,
@@ -160,7 +160,7 @@ class LlamaCpp(LanguageModel):
         answers: list[list[Generation]] = []
         with self._lock:
             for one in requests:
-                schedule, told = Schedule.of(one.steering, one.ids, self.tokenizer), Told(*heard, tuple(one.ids))
+                schedule, told = Schedule.of(one.steering, one.ids, self.tokenizer), Listener(*heard, tuple(one.ids))
                 answers.append([self._answer(one.ids, schedule, decoding, sampling, generator, told)])
                 if decoding.progress is not None:
                     decoding.progress(len(answers), len(requests))
@@ -173,7 +173,7 @@ class LlamaCpp(LanguageModel):
         decoding: Decoding,
         sampling: Sampling,
         random: torch.Generator,
-        told: Told,
+        told: Listener,
     ) -> Generation:
         count, logprobs = decoding.max_new_tokens, decoding.logprobs
         context = self._context(len(ids) + count)

@@ -110,7 +110,7 @@ class BatchSession(Session):
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__(model, layout, lambda *_: [])
-        self.bank = Bank(self._dtype, self._device_of)
+        self.bank: Bank = Bank(self._dtype, self._device_of)
         self.rows: list[_SteeredRow] = []
         self.sites: list[Site] = []  # where any row is edited, sooner or later
         self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
@@ -196,7 +196,7 @@ class BatchSession(Session):
     def tally(self, request: int, tokens: int | None = None) -> Tally:
         """What was measured of a row so far, and where it was steered."""
         self._flush()
-        self._settle()
+        self._collect()
         row = self.rows[request]
         counts = row.steered
         return {site: (*found, counts[site]) for site, found in row.measured.items()}
@@ -229,7 +229,7 @@ class BatchSession(Session):
     def _begin_step(self, device: torch.device) -> _Step:
         """What passes do from here on, until a row's edits change or rows come and go."""
         here, count = self.bank.sites, len(self.rows)
-        self.plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
+        self.plan: Plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
         self._row = {site: i for i, site in enumerate(self.sites)}
         index = torch.zeros(count, 1, dtype=torch.long)
         state = STEERED if here else 0
@@ -270,9 +270,9 @@ class BatchSession(Session):
         self._aside.append((list(self.rows), self.sites, self._sums))
         self._sums = torch.zeros_like(self._sums)
         if len(self._aside) >= ASIDE:
-            self._settle()
+            self._collect()
 
-    def _settle(self) -> None:
+    def _collect(self) -> None:
         """Add what was put aside to the rows' own, for which the host waits once."""
         if not self._aside:
             return

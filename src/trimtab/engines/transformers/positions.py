@@ -71,13 +71,13 @@ def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reache
         if cache is not None and past is not None and past != by_mask:
             raise TrimtabError(
                 f"{name} was given a cache of {past} tokens and {length} new ones under a mask of {mask.shape[1]}"
-                " columns; which token is at which position can't be told"
+                " columns; which token is at which position can't be determined"
             )
         past = by_mask
     if past is None:
         raise TrimtabError(
             f"steering began in the middle of a text: {type(cache).__name__} holds a state of tokens that weren't"
-            " steered; start anew"
+            " steered; start again"
         )
     if cache is None and mask is None:
         _check_first(name, given, length, reached)
@@ -110,6 +110,25 @@ def flat(mask: Any) -> Tensor | None:
 def left_padded(mask: Tensor) -> bool:
     """Whether all padding stands before the text."""
     return bool((mask[:, 1:] >= mask[:, :-1]).all())
+
+
+def count_pads(one: Pass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
+    """How many columns of each row have been pads so far.
+
+    `unseen` is the mask that the model was given, where the pass has none of the known shape; `lengths` are the
+    requests' prompts, where they are known, and `columns` their width when they are padded to the same one.
+
+    Raises:
+        UnsupportedError: A mask that doesn't tell.
+    """
+    if one.mask is not None:
+        return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
+    if columns is not None and lengths is not None:
+        repeat = one.rows // len(lengths)
+        return [columns - n for n in lengths for _ in range(repeat)]
+    if unseen is not None:
+        raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
+    return [0] * one.rows
 
 
 def last_column(row: list[int]) -> int:

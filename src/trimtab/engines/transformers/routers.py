@@ -30,7 +30,7 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 """What configurations call the number of routed experts."""
 CALLED = re.compile(r"(Router|Gate|Gating)$")
 """How the classes of routers are called, where the model doesn't declare one."""
-PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+PRODUCTS: set[Any] = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class _Listener(TorchFunctionMode):
 def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
     """Which experts a block's router chooses by these logits `[tokens, experts]`: booleans of that shape, on the CPU.
 
-    The router itself chooses: its forward runs, with these logits in the place of its own.
+    The router itself chooses: its forward runs, with these logits in place of its own.
 
     Raises:
         UnsupportedError: The router doesn't put out its choice, or needs more than activations for it.

@@ -25,10 +25,10 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Prepared, States, apply_all, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.following import Texts
-from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
-from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
+from trimtab.engines.transformers.positions import Pass, count_pads, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -104,7 +104,7 @@ class Session:
         self.tokenizer = tokenizer
         self.plan: Plan | None = None
         self.ran = False  # whether any pass came by
-        self._dtype = _dtype(layout)
+        self._dtype = stream_dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
         self._places: dict[Site, Place] = {}
         self._hooked: list[Site] = []  # the sites that have a hook
@@ -171,7 +171,7 @@ class Session:
         """Whether the pass at hand is another thread's, which only happens to run the same model."""
         return self._owner is not None and get_ident() != self._owner
 
-    def outside(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def outside(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
         if self._foreign():
             return
@@ -180,13 +180,13 @@ class Session:
         self._outer_ids = given.get("input_ids")
         self._outer_seen = True
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's pre-hook: the step's states, from the inputs of this pass."""
         if self._foreign():
             return
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
-        self.ran = True
+        self.ran: bool = True
         given = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         one = read_pass(decoder, given, self._outer_mask, self._reached)
@@ -211,11 +211,12 @@ class Session:
                 " weren't steered; something runs the model past its hooks"
             )
         if one.length > 1 or begins:
-            self._pads = self._count_pads(given, one)
+            unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
+            self._pads = count_pads(one, unseen, self.prompt_lengths, self._columns)
         if begins:
             self._begin(one, given)
         elif self._fresh or self.plan is None:
-            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")
+            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start again")
         elif self.prompt_lengths is None and one.length > 1:
             raise TrimtabError(
                 f"a second pass of {one.length} tokens over one cache: is it more of the prompt, or generated text?"
@@ -234,18 +235,6 @@ class Session:
         live = ~torch.isin(ids[:, -1], self._ends)
         return live if self._live is None else live & self._live
 
-    def _count_pads(self, given: dict[str, Any], one: Pass) -> list[int]:
-        """How many columns of each row have been pads so far."""
-        if one.mask is not None:
-            return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
-        if self._columns is not None and self.prompt_lengths is not None:
-            repeat = one.rows // len(self.prompt_lengths)
-            return [self._columns - n for n in self.prompt_lengths for _ in range(repeat)]
-        unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
-        if unseen is not None:
-            raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
-        return [0] * one.rows
-
     def _begin(self, one: Pass, given: dict[str, Any]) -> None:
         if self._fresh or self.prompt_lengths is None:
             counts = [one.length - pads for pads in self._pads]
@@ -259,7 +248,7 @@ class Session:
             finally:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
-            self.sites = sorted(self.plan.stages)
+            self.sites: list[Site] = sorted(self.plan.stages)
             if unknown := sorted(set(self.sites) - set(self._hooked)):
                 raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}
@@ -312,7 +301,7 @@ class Session:
         if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"
-                f" rows and {len(step.states[0])} tokens; which is whose can't be told"
+                f" rows and {len(step.states[0])} tokens; which belongs to which can't be determined"
             )
         if step.present.isdisjoint(plan.touches[site]):
             return None
@@ -354,6 +343,8 @@ class Session:
         elif self._measures:
             new = apply_all(prepared, x)
             _norm_into(edits, new - x)
+            if not step.first:
+                return new.view(given.shape)
             x.copy_(new)
         else:
             for stage, rows, active in prepared:
@@ -424,7 +415,7 @@ class Session:
                 what = "didn't run" if not calls else f"ran {calls} times"
                 raise TrimtabError(
                     f"the part of the model at {site} {what} in a pass that steers there (or its hook was taken away):"
-                    " what comes of it isn't what was asked for, so it is thrown away"
+                    " the result isn't what was requested, so it is discarded"
                 )
 
     def doses(self, request: int, tokens: int | None = None) -> tuple[Dose, ...]:
@@ -502,14 +493,6 @@ def doses_of(tally: Tally) -> tuple[Dose, ...]:
     """The doses of one request."""
     each = (Dose(site.layer, total / measured, n, site.kind) for site, (total, measured, n) in tally.items())
     return tuple(sorted(each, key=lambda dose: (dose.layer, dose.kind)))
-
-
-def _dtype(layout: Layout) -> torch.dtype:
-    """The dtype of the residual stream: that of the norms and embeddings, which quantization leaves alone."""
-    for parameter in layout.decoder.parameters():
-        if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return parameter.dtype
-    raise UnsupportedError("the model has no floating-point weights")
 
 
 def _norm_into(out: Tensor, x: Tensor) -> None:
