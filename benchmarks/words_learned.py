@@ -23,6 +23,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from benchmarks.words import AT_MOST, SENTENCES, WORDS, asked
 from trimtab.data import instruction_type, queries
+from trimtab.data.types import Value
 from trimtab.errors import TrimtabError
 from trimtab.evaluate import on_topic
 from trimtab.evaluate.answers import answer
@@ -127,7 +128,7 @@ def _by_logit(lm: LM) -> Callable[[str, str | int], Steering]:
 
 def _distilled(lm: LM, kind: str, value: str | int, *, how: Fit) -> Steering:
     """The instruction, said twice, as a steering, from answers that do what it says."""
-    values = {"relation": "less than", "n": int(value) + 1} if kind == SENTENCES else {"word": value}
+    values: dict[str, Value] = {"relation": "less than", "n": int(value) + 1} if kind == SENTENCES else {"word": value}
     described = instruction_type(kind)
     arguments = described.arguments(values)
     return learn_distill(
