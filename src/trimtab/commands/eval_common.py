@@ -22,7 +22,7 @@ from trimtab.files.target import check_target
 if TYPE_CHECKING:
     from trimtab.evaluate.ab import ABItem
     from trimtab.evaluate.answers import Score
-    from trimtab.evaluate.records import Record, Request
+    from trimtab.evaluate.records import ArmPrompt, Record
     from trimtab.lm import LM
     from trimtab.steering import Steering
     from trimtab.text.chat import Prompt
@@ -100,7 +100,7 @@ class Run:
 
     def answered(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[ArmPrompt],
         score: Score,
         about: Mapping[str, Any],
         *,
@@ -123,7 +123,7 @@ class Run:
         """The same, with its records in another file."""
         return replace(self, options=replace(self.options, out=out))
 
-    def _kept(self, label: str, make: Callable[..., list[Record]], requests: Sequence[Request], **given: Any) -> Any:
+    def _kept(self, label: str, make: Callable[..., list[Record]], requests: Sequence[ArmPrompt], **given: Any) -> Any:
         with resumable(self.options.out, quiet=self.quiet), progress_bar(label, quiet=self.quiet) as progress:
             return make(
                 self.lm, requests, **given, **asdict(self.options), batch_size=self.batch_size, progress=progress

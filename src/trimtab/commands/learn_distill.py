@@ -267,7 +267,7 @@ def _check(
 
 def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | None, str | None]:
     """The check of a recognised instruction; by preference one that knows what an answer is that was cut short."""
-    from trimtab.commands.tune import check_of
+    from trimtab.commands.tune_task import check_of
     from trimtab.data.types import ALIASES
     from trimtab.evaluate.constraints import CONSTRAINTS
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.evaluate.audit.checks import UNSTEERED, Measure
-from trimtab.evaluate.audit.significance import LEVEL, detectable, holm, p_value
+from trimtab.evaluate.audit.significance import detectable, holm, p_value
+from trimtab.evaluate.decision import LEVEL
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 
 
