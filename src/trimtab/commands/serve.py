@@ -179,6 +179,14 @@ def serve(
     max_answers: Annotated[
         int, typer.Option(min=1, help="Answers to one request, at most.", rich_help_panel=LIMITS)
     ] = 16,
+    max_images: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Images of a prompt, at most, for image-text models; they count as bytes of the request too.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 8,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.", rich_help_panel=LIMITS)] = 1
     << 20,
     max_upload: Annotated[
@@ -324,7 +332,15 @@ def serve(
         written,
         metrics,
         Limits(
-            max_body, max_upload, max_prompt_tokens, max_tokens, max_answers, timeout, max_held, max_rejecting_tokens
+            max_body,
+            max_upload,
+            max_prompt_tokens,
+            max_tokens,
+            max_answers,
+            timeout,
+            max_held,
+            max_rejecting_tokens,
+            max_images,
         ),
         upload,
         learn,

@@ -26,7 +26,16 @@ class ContentPart(In):
     logprobs: Nothing | None = None
 
 
-Content = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
+class ContentImage(In):
+    """An image in a message of the user's, in a `data:` URL."""
+
+    type: Literal["input_image"]
+    image_url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+TextContent = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
+Content = Text | Annotated[list[ContentPart | ContentImage], Field(max_length=1000, fail_fast=True)]
 
 
 class MessageItem(In):
@@ -56,7 +65,7 @@ class OutputItem(In):
 
     type: Literal["function_call_output"]
     call_id: Id
-    output: Content
+    output: TextContent
     id: Id | None = None
     status: Status | None = None
 

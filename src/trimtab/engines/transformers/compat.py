@@ -353,6 +353,16 @@ IMAGE_TEXT: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """The name of the class of image-text models by model type."""
 
 
+def takes_images(model: Any) -> bool:
+    """Whether a model's forward pass takes pixels."""
+    return any("pixel" in name for name in parameters(model))
+
+
+def auto_processor(source: str, **options: Any) -> Any:
+    """The processor of the model that stands there: a Hub id or folder."""
+    return transformers.AutoProcessor.from_pretrained(source, **options)
+
+
 def is_causal_lm(config: Any) -> bool:
     """Whether transformers has a causal language model for this configuration."""
     return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
