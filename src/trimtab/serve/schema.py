@@ -133,11 +133,14 @@ class ImagePart(In):
     image_url: ImageAddress
 
 
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(In):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart | ImagePart], Field(max_length=1000, fail_fast=True)] = Field(
+    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)] = Field(
         "", description="Of the assistant's messages it may be missing."
     )
     name: str | None = Field(None, max_length=64, description="Taken, and not told to the model.")

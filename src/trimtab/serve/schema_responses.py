@@ -35,7 +35,8 @@ class ContentImage(In):
 
 
 TextContent = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
-Content = Text | Annotated[list[ContentPart | ContentImage], Field(max_length=1000, fail_fast=True)]
+Part = Annotated[ContentPart | ContentImage, Field(discriminator="type")]
+Content = Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
 
 
 class MessageItem(In):

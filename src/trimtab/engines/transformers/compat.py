@@ -345,6 +345,18 @@ def active_stream(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def query_heads(config: Any) -> int | None:
+    """How many query heads a layer has; `None` where layers differ in it, or have none."""
+    try:
+        found = {getattr(config, "num_attention_heads", None)}
+    except RuntimeError:  # each layer has a configuration of its own
+        own = config.per_layer_config
+        each = own.values() if isinstance(own, Mapping) else own
+        found = {getattr(one, "num_attention_heads", None) for one in each}
+    (count,) = found if len(found) == 1 else (None,)
+    return int(count) if count else None
+
+
 CONFIGURATIONS: Any = CONFIG_MAPPING
 """The class of configurations by model type."""
 CAUSAL: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -72,7 +72,7 @@ def encode_with_images(
 
 
 def with_template(tokenizer: Any, processor: Any) -> Any:
-    """The tokenizer with its processor's chat template, where it has none of its own. Raises `TrimtabError` for none."""
+    """The tokenizer, with its processor's chat template where it has none. Raises `TrimtabError` where neither has."""
     if has_template(tokenizer):
         return tokenizer
     if not getattr(processor, "chat_template", None):
