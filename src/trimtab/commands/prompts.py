@@ -64,7 +64,8 @@ def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: boo
         read_image(Path(name), what=f"--image {name}")
     found: list[Prompt] = []
     for prompt in prompts:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(one) for one in prompt]
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages: list[dict[str, Any]] = [dict(one) for one in given]
         asking = [one for one in messages if one["role"] == "user"]
         if not asking:
             raise TrimtabError("--image belongs to a message of the user's, and a prompt has none")

@@ -122,7 +122,9 @@ def found_in_text(
     Raises as `find_spans` does.
     """
     _check_fast(tokenizer)
-    messages = [{**one, "content": _without_pixels(one["content"])} for one in checked_messages(prompt, system)]
+    messages: list[Message] = [
+        {**one, "content": _without_pixels(one["content"])} for one in checked_messages(prompt, system)
+    ]
     text = render_messages(tokenizer, messages, template)
     read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
     ids, offsets = list(read["input_ids"]), tuple((int(a), int(b)) for a, b in read["offset_mapping"])

@@ -139,7 +139,7 @@ def query_heads(layout: Layout) -> int:
     found = compat.query_heads(layout.decoder.config)
     if found is None:
         raise UnsupportedError(
-            f"{type(layout.decoder).__name__} has no one number of heads: its configuration declares none for all layers"
+            f"{type(layout.decoder).__name__} has no one number of heads: its configuration has none for all layers"
         )
     return found
 

@@ -1,8 +1,8 @@
 """transformers without torchao, until a model is quantized by it.
 
-transformers imports torchao wherever it is installed, used or not, which takes half a second. What it has to do with it
-stands in a module of its own, which is imported here as if torchao weren't there, and once more, in the same place, when
-a quantizer of that kind is made.
+transformers imports torchao wherever it is installed, used or not, which takes half a second. Its quantizer for torchao
+stands in a module of its own. That is imported here as if torchao weren't there, and once more, in the same place, when
+such a quantizer is made.
 """
 
 from __future__ import annotations
