@@ -159,7 +159,7 @@ def _spans(
 
 def _check_fast(tokenizer: Any) -> None:
     if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError("this tokenizer doesn't tell which characters a token holds; load its fast version")
+        raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
 
 
 def _places(text: str, wanted: str | Phrase | Pattern) -> list[Span]:
