@@ -100,7 +100,8 @@ INTRODUCTION = """# Model families
 trimtab finds its way in a model from what the model declares and does, never by its name. This page says what that is
 worth: it is written by `python tools/families.py`, which makes a tiny random model of every type in transformers
 {release} that has a causal language model (`type@name` are variants of a type, `type:images` the language models inside
-of image-text models), runs everything on it and compares it with a plain computation. `make test-all` runs it again.
+of image-text models), runs everything on it and compares it with a plain computation. That takes about ten minutes of
+one core; a single type takes a few seconds (`python tools/families.py llama`). `make test-all` runs it again.
 
 To ask about a model of your own, or one that isn't here:
 
@@ -118,6 +119,9 @@ report["heads"].state, report["heads"].reason
 
 `yes`: it works. `some`: it works at the layers that have it. `no`: it is refused, with an error that says why.
 `theirs`: it is wrong in transformers itself, without any steering. Nothing is allowed to be wrong otherwise.
+
+The table is about text. What image-text models do with [images in the prompt](image-prompts.md) is tested on tiny models
+of LLaVA, Gemma 3, Qwen2-VL, Idefics 3 and Llama 3.2 Vision.
 
 Of the {count} types here, so many can do it: {summary}.
 
