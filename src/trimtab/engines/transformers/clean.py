@@ -200,8 +200,8 @@ class CleanBatch(GenerationBatch):
         for row, text, one, called in zip(rows, which, edits, names, strict=True):
             if not one and not _may_be_steered(row.request):
                 count = len(logits)
-                more = {"shift": row.shift}
-                read = PromptsRead([()] * count, [called] * count, [{}] * count, logits, cache, [0] * count, **more)
+                same = [called] * count
+                read = PromptsRead([()] * count, same, [{}] * count, logits, cache, [0] * count, shift=row.shift)
                 told += self._seat([row], [text], read)
                 continue
             row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)
