@@ -120,8 +120,8 @@ report["heads"].state, report["heads"].reason
 `yes`: it works. `some`: it works at the layers that have it. `no`: it is refused, with an error that says why.
 `theirs`: it is wrong in transformers itself, without any steering. Nothing is allowed to be wrong otherwise.
 
-The table is about text. What image-text models do with [images in the prompt](image-prompts.md) is tested on tiny models
-of LLaVA, Gemma 3, Qwen2-VL, Idefics 3 and Llama 3.2 Vision.
+The table is about text. What image-text models do with [images in the prompt](image-prompts.md) is tested on tiny
+models of LLaVA, Gemma 3, Qwen2-VL, Idefics 3 and Llama 3.2 Vision.
 
 Of the {count} types here, so many can do it: {summary}.
 

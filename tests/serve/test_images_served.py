@@ -91,20 +91,18 @@ def test_answers_are_those_of_generate(client: Any, sees: LM, tmp_path: Path) ->
     assert url()[30:60] not in log
 
 
-@pytest.mark.parametrize(
-    ("request_body", "said"),
-    [
+def test_what_cannot_be_read_is_refused(client: Any) -> None:
+    by_system = {**body(url())["messages"][0], "role": "system"}
+    for request_body, said in (
         (body("w10", "https://example.org/a.png"), "nothing is fetched"),
         (body("w10", "file:///etc/passwd"), "nothing is fetched"),
         (body("w10", "data:image/png;base64,AAAA"), "can't be read"),
         (body("w10", url(1), url(2), url(3)), "2 images at most"),
-        ({**body(url()), "messages": [{**body(url())["messages"][0], "role": "system"}]}, "messages of the user's"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(client: Any, request_body: dict[str, Any], said: str) -> None:
-    answered = client.post(CHATS, json=request_body)
-    assert answered.status_code == 400
-    assert said in answered.json()["error"]["message"]
+        ({**body(url()), "messages": [by_system]}, "messages of the user's"),
+    ):
+        answered = client.post(CHATS, json=request_body)
+        assert answered.status_code == 400
+        assert said in answered.json()["error"]["message"]
 
 
 def test_a_model_of_text_alone_says_so(make_service: Callable[..., Any], client_of: Callable[..., Any]) -> None:

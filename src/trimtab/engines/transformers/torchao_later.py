@@ -34,7 +34,7 @@ def defer_torchao() -> None:
     for module in (utils, import_utils):
         setattr(module, ASKED, never)
     try:
-        importlib.import_module(QUANTIZERS)
+        import transformers.quantizers  # noqa: F401
     finally:
         for name, module in list(sys.modules.items()):
             if name.partition(".")[0] == "transformers" and vars(module).get(ASKED) is never:
