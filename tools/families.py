@@ -97,13 +97,13 @@ def _reason(text: str) -> str:
 
 INTRODUCTION = """# Model families
 
-trimtab finds its way in a model from what the model declares and does, never by its name. This page says what that is
-worth: it is written by `python tools/families.py`, which makes a tiny random model of every type in transformers
+trimtab finds the parts of a model from what the model declares and does, never by its name. This page shows how well
+that works: `python tools/families.py` writes it. The script makes a tiny random model of every type in transformers
 {release} that has a causal language model (`type@name` are variants of a type, `type:images` the language models inside
 of image-text models), runs everything on it and compares it with a plain computation. That takes about ten minutes of
 one core; a single type takes a few seconds (`python tools/families.py llama`). `make test-all` runs it again.
 
-To ask about a model of your own, or one that isn't here:
+To check a model of your own, or one that isn't in the table:
 
 ```bash
 trimtab models --check Qwen/Qwen2.5-0.5B-Instruct   # its own weights
@@ -118,14 +118,14 @@ report["heads"].state, report["heads"].reason
 ```
 
 `yes`: it works. `some`: it works at the layers that have it. `no`: it is refused, with an error that says why.
-`theirs`: it is wrong in transformers itself, without any steering. Nothing is allowed to be wrong otherwise.
+`theirs`: it is wrong in transformers itself, without any steering. Any other error fails the test.
 
 The table is about text. What image-text models do with [images in the prompt](image-prompts.md) is tested on tiny
 models of LLaVA, Gemma 3, Qwen2-VL, Idefics 3 and Llama 3.2 Vision.
 
-Of the {count} types here, so many can do it: {summary}.
+Of the {count} types here, this many support each feature: {summary}.
 
-What to know of some:
+Notes on some types:
 
 - **Several residual streams** (hyper-connections: DeepSeek V4, Hunyuan V4, Qwen4-Exp; AltUp: Gemma 3n). The residual
   stream is the one that the configuration declares active; where it declares none, the mean of all, and an edit moves
