@@ -76,7 +76,7 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
 
 def room(desk: Desk, conversation: Conversation, question: str) -> int:
     """How many tokens the answer may have: what fits. Raises `TrimtabError` where the model's context is full."""
-    length = len(desk.lm.encode(conversation.messages(question), system=conversation.system))
+    length = len(desk.lm.encode_with_images(conversation.messages(question), system=conversation.system)[0])
     size = desk.lm.layout.context
     if size is not None and length >= size:
         raise TrimtabError(
@@ -119,6 +119,7 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         conversation.emphasized,
         conversation.next_seed,
         unsteered,
+        conversation.images,
     )
 
 

@@ -180,6 +180,10 @@ def serve(
     max_answers: Annotated[
         int, typer.Option(min=1, help="Maximum answers to one request.", rich_help_panel=LIMITS)
     ] = 16,
+    max_images: Annotated[
+        int,
+        typer.Option(min=0, help="Maximum images of a prompt, for image-text models.", rich_help_panel=LIMITS),
+    ] = 8,
     max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.", rich_help_panel=LIMITS)] = 1
     << 20,
     max_upload: Annotated[
@@ -330,7 +334,15 @@ def serve(
         written,
         metrics,
         Limits(
-            max_body, max_upload, max_prompt_tokens, max_tokens, max_answers, timeout, max_held, max_rejecting_tokens
+            max_body,
+            max_upload,
+            max_prompt_tokens,
+            max_tokens,
+            max_answers,
+            timeout,
+            max_held,
+            max_rejecting_tokens,
+            max_images,
         ),
         upload,
         learn,

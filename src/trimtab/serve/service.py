@@ -10,8 +10,10 @@ from functools import cached_property
 from typing import Any
 
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers.attention import score_layers
 from trimtab.engines.transformers.generate import check_request
+from trimtab.engines.transformers.images import check_takes_images
 from trimtab.engines.transformers.sampling import Sampling
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
@@ -39,6 +41,7 @@ from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, outs
 from trimtab.steering import Positions, ScaleScores, Steering, emphasis
 from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
+from trimtab.text.images import Bounds, has_images, with_images
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
 
@@ -51,7 +54,8 @@ class Limits:
     """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds.
 
     `held` is how many bytes all requests' bodies may hold in memory together, and `rejecting_tokens` those of a prompt
-    with rejection, which is read in one pass while everybody waits.
+    with rejection, which is read in one pass while everybody waits. `images` are those of a prompt, each of `pixels` at
+    most.
     """
 
     body: int = 1 << 20
@@ -62,6 +66,8 @@ class Limits:
     seconds: float = 300.0
     held: int = 256 << 20
     rejecting_tokens: int = 2048
+    images: int = 8
+    pixels: int = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,9 @@ class Service:
         tasks, marked, lengths, shape = [], 0, [], ANY
         try:
             for prompt in prompts:
-                ids = self._encode(prompt, chat, template)
+                if chat and has_images(prompt):
+                    prompt = self._seen(prompt)
+                ids, images = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
                 if isinstance(asked, ChatRequest):
                     shape = shaped(self.lm.tokenizer, asked, ids)
@@ -286,6 +294,7 @@ class Service:
                         f"key {key.name}" if self.policy.keys else "anybody",
                         matcher=matcher,
                         shown=shape.shown,
+                        images=images,
                     )
                     self.scheduler.check(task)
                     tasks.append(task)
@@ -302,7 +311,18 @@ class Service:
             spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **given)
         return sum(stop - start for start, stop in spans)
 
-    def _encode(self, prompt: Any, chat: bool, template: Template | None) -> list[int]:
+    def _seen(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages, their images decoded: before others wait for the tokenizer."""
+        self.lm.require("images")
+        check_takes_images(self.lm.model)
+        bounds = Bounds(self.limits.images, self.limits.body, self.limits.pixels, local=False)
+        try:
+            return with_images(messages, bounds)
+        except TrimtabError as error:
+            raise Refusal(400, str(error), param="messages") from None
+
+    def _encode(self, prompt: Any, chat: bool, template: Template | None) -> tuple[list[int], PromptImages | None]:
+        images = None
         if _is_ids(prompt):
             size = self.lm.model.get_input_embeddings().weight.shape[0]
             if max(prompt) >= size:
@@ -310,11 +330,12 @@ class Service:
             ids = list(prompt)
         else:
             with self._tokenizing:
-                ids = self.lm.encode(prompt, chat=None if chat else False, template=template)
+                given: dict[str, Any] = {"chat": None if chat else False, "template": template}
+                ids, images = self.lm.encode_with_images(prompt, **given)
         most = self.limits.prompt_tokens
         if most is not None and len(ids) > most:
             raise Refusal(400, f"the prompt has {len(ids)} tokens, {most} are allowed", code="context_length_exceeded")
-        return ids
+        return ids, images
 
     def _most(self, asked: ChatRequest | CompletionRequest, length: int) -> int:
         """How many tokens the answer may have. Without a number: what is allowed and fits."""
@@ -344,10 +365,10 @@ class Service:
         marks: list[Emphasis] = []
         with self._tokenizing:
             given: dict[str, Any] = {"chat": None if chat else False, "template": template}
-            text = render(self.lm.tokenizer, prompt, **given).text
+            text = None if has_images(prompt) else render(self.lm.tokenizer, prompt, **given).text
             for i, one in enumerate(asked.emphasize):
                 phrase = one if isinstance(one, str) else one.text if isinstance(one, PhraseChoice) else None
-                if phrase is not None and (not phrase.strip() or phrase not in text):
+                if phrase is not None and (not phrase.strip() or (text is not None and phrase not in text)):
                     raise Refusal(400, _missing(phrase), param=f"emphasize.{i}")
                 if isinstance(one, PhraseChoice):
                     marks.append(Phrase(one.text, one.occurrence))
@@ -355,7 +376,7 @@ class Service:
                     marks.append(Part(one.role, one.index))
                 else:
                     marks.append(Phrase(one))
-            spans = find_spans(self.lm.tokenizer, prompt, marks, **given)
+            spans = self.lm.spans(prompt, marks, **given)
         towards = emphasis(ScaleScores(), spans, score_layers(self.lm.layout), "directer")
         self.lm.check(towards)
         return (towards if steering is None else steering + towards), sum(stop - start for start, stop in spans)
