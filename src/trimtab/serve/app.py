@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimtab import __version__
 from trimtab.errors import TrimtabError
@@ -29,6 +29,7 @@ from trimtab.serve.guard import Guard
 from trimtab.serve.made import respond
 from trimtab.serve.monitored import MonitorList
 from trimtab.serve.monitored import described as monitors_described
+from trimtab.serve.playground.streams import until_drained
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import ErrorBody, Json, Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -110,7 +111,11 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False,
         from trimtab.serve.tracing import trace
 
         trace(app, provider)
-    return Guard(app, service, local=local, page=page)
+
+    async def through(page: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        await until_drained(page, service.scheduler, scope, receive, send)
+
+    return Guard(app, service, local=local, page=page, through=through)
 
 
 def openapi() -> dict[str, Any]:
