@@ -271,7 +271,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
     @app.get("/v1/steerings", tags=["steerings"], summary="The steerings you may use", responses={401: ERRORS[401]})
     async def steerings(request: Request) -> SteeringList:
         key: Key = request.state.key
-        return SteeringList(data=[described(service, key, one) for one in service.visible(key)])
+        return SteeringList(data=[described(service.policy, key, one) for one in service.visible(key)])
 
     @app.get(
         "/v1/steerings/{name}",
@@ -283,7 +283,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         key: Key = request.state.key
         for one in service.visible(key):
             if one.name == name:
-                return described(service, key, one)
+                return described(service.policy, key, one)
         raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
 
     if service.learn:
@@ -300,7 +300,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             key: Key = request.state.key
             check_may_add(service, key, asked.name)
             made = await learned(service, asked)
-            return described(service, key, added(service, _who(request), asked.name, made.steering, "learned"))
+            return described(service.policy, key, added(service, _who(request), asked.name, made.steering, "learned"))
 
         @app.post(
             "/v1/steerings/make",
@@ -341,7 +341,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             key: Key = request.state.key
             check_may_add(service, key, name)
             made = await asyncio.to_thread(_read, data)
-            return described(service, key, added(service, _who(request), name, made, "uploaded"))
+            return described(service.policy, key, added(service, _who(request), name, made, "uploaded"))
 
     if service.upload or service.learn:
 

@@ -94,7 +94,7 @@ class Guard:
         began, status = time.perf_counter(), 500
         page = self.page is not None and is_page(scope["path"])
         state = scope.setdefault("state", {})
-        state["request_id"] = f"req-{uuid.uuid4().hex}"
+        state["request_id"] = new_request_id()
 
         async def out(message: Message) -> None:
             nonlocal status
@@ -121,7 +121,7 @@ class Guard:
                 state["refused"] = refusal
                 await refusal.response(scope, receive, out)
                 return
-            inside = _given(body, receive)
+            inside = given(body, receive)
             if page and self.page is not None:
                 await self._to_page(self.page, scope, inside, out)
             else:
@@ -219,11 +219,16 @@ class _Trickle:
         return left_out
 
 
+def new_request_id() -> str:
+    """What a request is called in logs, and in its response."""
+    return f"req-{uuid.uuid4().hex}"
+
+
 async def _plainly(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
     await app(scope, receive, send)
 
 
-def _given(body: bytes, receive: Receive) -> Receive:
+def given(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body at once, and afterwards tells when the client goes."""
     left: list[bytes] = [body]
 

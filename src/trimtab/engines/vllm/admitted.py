@@ -85,7 +85,7 @@ def ticket_for(prompt: Any, params: Any) -> Ticket | None:
     ticket = TICKET.get()
     if ticket is None:
         if is_closed():
-            raise TrimtabError("this server has a policy, and this route isn't one that it knows; see GET /v1/steerings")
+            raise TrimtabError("this server has a policy, and this route isn't one that it knows")
         return None
     if extra.get(ASKED):
         raise TrimtabError("this server takes steering as a field of the request, and no other way")

@@ -21,7 +21,7 @@ from trimtab.steering import Edit, Site
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    """These rows of a pass, at one site, are tokens of a request that is steered there. `at`: the same on the device."""
+    """So many rows of a pass, `at` these numbers, are tokens of a request that is steered at one site."""
 
     request: str
     rows: int
@@ -106,7 +106,7 @@ class Doses:
     def faults(self) -> Callable[[], dict[str, str]]:
         """Of the requests of this pass those that are pushed too hard; whoever asks waits for the device."""
         present = {one.request for several in self.here.values() for one in several}
-        means = {r: [total / count for total, count in self._sums[r].values()] for r in present if self._sums[r]}
+        means = {r: [total / count for total, count in self._sums[r].values()] for r in present if self._sums.get(r)}
         totals = {request: (torch.stack(each).sum(), self.caps[request]) for request, each in means.items()}
 
         def late() -> dict[str, str]:
@@ -115,8 +115,8 @@ class Doses:
                 dose = float(total)
                 if not dose <= cap:
                     found[request] = (
-                        f"{DOSE}of all sites add up to {dose:.2g} and may come to {cap:g}; lower the strengths, or steer"
-                        " at fewer layers"
+                        f"{DOSE}of all sites add up to {dose:.2g} and may come to {cap:g}; lower the strengths, or"
+                        " steer at fewer layers"
                     )
             return found
 

@@ -25,9 +25,9 @@ from trimtab.engines.vllm.admitted import TICKET, Ticket, ticket_for
 from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.counting import MARK
+from trimtab.engines.vllm.doses import adds_only
 from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.doses import adds_only
 from trimtab.engines.vllm.program import Identified, check_range
 from trimtab.engines.vllm.rpc import Rpc, run, run_async
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
@@ -58,11 +58,14 @@ class Names:
         self._steerings: dict[str, Steering] = {}
         self.version = 0
         """Another one whenever a name comes, goes or changes."""
+        self.pinned: dict[str, str] = {}
+        """Names that stand for what they stand for as long as the server runs, and why."""
 
     def register(self, name: str, steering: Steering) -> None:
         """Make a steering known, or put it in the place of the one that had this name."""
         if not name or not isinstance(name, str):
             raise TrimtabError(f"a steering's name is a text, got {name!r}")
+        self._check_free(name)
         if not isinstance(steering, Steering) or not steering.edits:
             raise TrimtabError(f"{name!r} is no steering with edits")
         if any(edit.gate.readings for edit in steering.edits):
@@ -76,8 +79,13 @@ class Names:
     def unregister(self, name: str) -> None:
         """Raises `TrimtabError` where there is none of this name."""
         self[name]
+        self._check_free(name)
         del self._steerings[name]
         self.version += 1
+
+    def _check_free(self, name: str) -> None:
+        if name in self.pinned:
+            raise TrimtabError(f"{name!r} {self.pinned[name]}; start the server anew for that")
 
     def __getitem__(self, name: str) -> Steering:
         if not isinstance(name, str) or name not in self._steerings:
