@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 from serve.pretend_vllm import ANSWERING, UNKNOWN
+from starlette.responses import JSONResponse
 
+from trimtab.engines.vllm.admitted import TICKET
 from trimtab.errors import TrimtabError
 from trimtab.serve.audit import Audit
 from trimtab.serve.vllm import door as module
@@ -183,6 +185,33 @@ class TestAnswers:
         assert client.app.state.engine.given == []
         assert client.get("/readyz").status_code == 503
         assert client.get("/healthz").status_code == 200
+
+    def test_who_goes_is_written_down_as_gone(self, closed: Any) -> None:
+        """vLLM ends a request whose client has gone, and answers nothing: `null`, that is."""
+        client, log = closed
+        sent: list[Any] = []
+        coming = [{"type": "http.request", "body": json.dumps(ASK).encode()}, {"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return coming.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        async def left(scope: Any, receive: Any, send: Any) -> None:
+            await TICKET.get().start()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            await JSONResponse(None)(scope, receive, send)
+
+        door = client.app.middleware_stack.app
+        door.app = left
+        headers = [(b"host", b"x"), (b"authorization", b"Bearer ann")]
+        scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers, "query_string": b""}
+        asyncio.run(door(scope, receive, send))
+        assert [(one["event"], one.get("outcome")) for one in lines(log)] == [("begun", None), ("ended", "cancelled")]
+        assert sent == []
+        assert TICKET.get() is None
 
     def test_an_answer_of_which_the_engine_knows_nothing(self, closed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         client, _ = closed

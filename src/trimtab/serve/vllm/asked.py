@@ -40,7 +40,6 @@ class Asked:
 
     steering: list[SteeringChoice]
     body: bytes
-    stream: bool
     beams: bool
     model: str | None
     user: str | None
@@ -66,7 +65,6 @@ def read(body: bytes, *, closed: bool) -> Asked:
     return Asked(
         steering,
         json.dumps(given, ensure_ascii=True, separators=(",", ":")).encode(),
-        bool(given.get("stream")),
         bool(given.get("use_beam_search")),
         given["model"] if isinstance(given.get("model"), str) else None,
         user[:512] if isinstance(user, str) else None,

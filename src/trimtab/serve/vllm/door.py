@@ -80,6 +80,7 @@ class Door:
         self._guard = Guard(self._inside, self, local=self.settings.local, open=WITHOUT_KEY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        TICKET.set(None)  # a connection's next request may run in the context of the one before
         if scope["type"] == "lifespan":
             await self._live(scope, receive, send)
         elif scope["type"] != "http":
@@ -181,7 +182,7 @@ class Door:
         scope["headers"] = _headers(scope, state["request_id"], len(asked.body))
         token = TICKET.set(ticket)
         try:
-            await self.app(scope, given(asked.body, receive), out)
+            await self.app(scope, given(asked.body, out.watching(receive)), out)
         finally:
             TICKET.reset(token)
 

@@ -42,12 +42,22 @@ class Outgoing:
         self._start: Message = {}
         self._held: list[bytes] = []
         self._rest = b""  # of a stream, an event that isn't whole yet
-        self._sent = self._over = self._erred = False
+        self._sent = self._over = self._erred = self._gone = False
         self._head: dict[str, Any] = {}
+
+    def watching(self, receive: Receive) -> Receive:
+        """The same, noting when the client goes, for whom vLLM then ends the request and answers nothing."""
+
+        async def watched() -> Message:
+            message = await receive()
+            self._gone = self._gone or message["type"] == "http.disconnect"
+            return message
+
+        return watched
 
     async def __call__(self, message: Message) -> None:
         """As ASGI has it."""
-        if self._over:
+        if self._over or self._gone:  # the guard writes down that it was cancelled
             return
         if message["type"] == "http.response.start":
             self._start = message
