@@ -83,7 +83,7 @@ class Guard:
         self.local = local
         self.through = through or _plainly
         self.open = open
-        self.bodies = Bodies(service.limits.held)
+        self.bodies: Bodies = Bodies(service.limits.held)
         self._streams = 0
         self._strangers = _Trickle(STRANGERS)
 
