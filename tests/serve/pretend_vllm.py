@@ -41,6 +41,7 @@ class Engine:
     def __init__(self, lm: Any) -> None:
         self.lm = lm
         self.given: list[Any] = []  # what reached the core
+        self.late = False  # whether it is after the last token that a dose is found to be too high
         self.input_processor = SimpleNamespace()
         parallel = SimpleNamespace(world_size=1, data_parallel_size=1)
         self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config={})
@@ -69,15 +70,18 @@ class Engine:
         ids = self.lm.encode(prompt.given, chat=prompt.chat)
         said = [self.lm.tokenizer.decode(answer.token_ids[: i + 1]) for i in range(len(answer.token_ids))]
         dose = sum(one.ratio for one in answer.applied.doses)
-        if wire is not None and wire.cap is not None and dose > wire.cap:
-            reason = f"{DOSE}of all sites add up to {dose:.2g}"
+        reason = f"{DOSE}of all sites add up to {dose:.2g}"
+        high = wire is not None and wire.cap is not None and dose > wire.cap
+        if high and not self.late:
             yield _output(request_id, ids, (), "", "error", reason)
         elif params.output_kind.name == "DELTA":
             before = ""
             for i, (token, text) in enumerate(zip(answer.token_ids, said, strict=True)):
-                last = i + 1 == len(said)
+                last = i + 1 == len(said) and not high
                 yield _output(request_id, ids, (token,), text.removeprefix(before), "length" if last else None)
                 before = text
+            if high:
+                yield _output(request_id, ids, (), "", "error", reason)
         else:
             yield _output(request_id, ids, answer.token_ids, answer.text, "length")
 

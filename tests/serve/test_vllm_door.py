@@ -162,7 +162,8 @@ class TestAnswers:
         assert client.post(CHAT, json=asked, headers=KEY).status_code == 400
         client.app.state.engine.generate = _broken
         assert client.post(CHAT, json={**ASK, "stream": stream}, headers=KEY).status_code == 500
-        assert [one["event"] for one in lines(log)] == ["refused", "refused"]
+        assert [(one["event"], one["status"]) for one in lines(log)] == [("refused", 400), ("refused", 500)]
+        assert lines(log)[-1]["error"] == "it is broken"
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_a_dose_above_the_cap(self, door_of: Callable[..., Any], tmp_path: Path, stream: bool) -> None:
@@ -173,6 +174,16 @@ class TestAnswers:
         assert (found.status_code, found.json()["error"]["code"]) == (400, "dose_too_high")
         assert found.json()["error"]["message"].startswith("the doses of all sites add up to")
         assert [one.get("outcome") for one in lines(tmp_path / "a.jsonl")][1::2] == ["done", "dose_too_high"]
+
+    def test_a_dose_above_the_cap_after_some_tokens(self, door_of: Callable[..., Any], tmp_path: Path) -> None:
+        client = door_of({"max_dose": 0.2}, tmp_path, audit=str(tmp_path / "a.jsonl"))
+        client.app.state.engine.late = True
+        found = client.post(CHAT, json={**ASK, "steering": [{"name": "s0", "strength": 50}], "stream": True})
+        *said, error, done = events(found.text)
+        assert (found.status_code, len(said), done) == (200, 6, "[DONE]")
+        assert error["error"]["code"] == "dose_too_high"
+        _, ended = lines(tmp_path / "a.jsonl")
+        assert (ended["outcome"], ended["tokens"]) == ("dose_too_high", [5])
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_nothing_is_answered_unaudited(self, closed: Any, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:

@@ -84,6 +84,8 @@ class Outgoing:
                 raise instead
             if status < 400:
                 body = self._with_field(body)
+            elif (error := _error_in(b"data: " + body)) is not None:  # for the audit log
+                self._asgi[0]["state"]["refused"] = Refusal(status, str(error.get("message", "")))
             self._record.end("done" if status < 400 else str(status))
         except Refusal as refusal:
             await self._refuse(refusal)
@@ -138,8 +140,9 @@ class Outgoing:
         if not self._head and event.startswith(b"data: {"):
             given = json.loads(event[6:])
             self._head = {name: given[name] for name in HEAD if name in given}
-        self._erred = self._erred or self._ticket.failed is not None or _error_in(event) is not None
-        return [event]
+        wrong = _error_in(event) is not None
+        self._erred = self._erred or self._ticket.failed is not None or wrong
+        return [b"data: " + _dumped(self._too_high().body) if wrong and self._ticket.too_high else event]
 
     def _end_with(self, outcome: str) -> bytes | None:
         """Write the last line; what is sent instead of the end where it can't be written."""
@@ -159,7 +162,7 @@ class Outgoing:
         if self.refusal is not None:
             return self.refusal
         if self._ticket.too_high:
-            return Refusal(400, (self._ticket.failed or "").removeprefix(MARK), code="dose_too_high")
+            return self._too_high()
         if error is not None:
             code = error.get("code")
             status = code if isinstance(code, int) and 400 <= code < 600 else 500
@@ -167,6 +170,9 @@ class Outgoing:
         if status < 400 and not self._ticket.begun:
             return Refusal(500, "vLLM answers, and its engine was given nothing to steer", code="unsteered")
         return None
+
+    def _too_high(self) -> Refusal:
+        return Refusal(400, (self._ticket.failed or "").removeprefix(MARK), code="dose_too_high")
 
     async def _refuse(self, refusal: Refusal) -> None:
         self._over = True
@@ -197,7 +203,10 @@ def _error_in(event: bytes) -> dict[str, Any] | None:
     """The error that an event tells, if it does."""
     if not event.startswith(b'data: {"error"'):
         return None
-    found = json.loads(event[6:])["error"]
+    try:
+        found = json.loads(event[6:])["error"]
+    except ValueError:
+        return None
     return found if isinstance(found, dict) else {"message": str(found)}
 
 
