@@ -31,10 +31,10 @@ KEY = {"Authorization": "Bearer secret"}
 CALLERS = {"all": {}, "ann": {"steerings": ["s0", "s1"], "strength": [-1, 40], "max_dose": 0.5}}
 POLICY = {
     "keys": [{"name": n, "sha256": hashlib.sha256(n.encode()).hexdigest(), **more} for n, more in CALLERS.items()],
-    "always": [{"name": "s19", "strength": 0.5}],
+    "always": [{"name": "safe", "strength": 0.5}],
 }
 STEERINGS = 20
-NAMES = sorted(f"s{i}" for i in range(STEERINGS))
+NAMES = sorted(["safe", *(f"s{i}" for i in range(STEERINGS))])
 
 
 THEIRS = "--enforce-eager --max-model-len 256 --disable-uvicorn-access-log"
@@ -45,6 +45,7 @@ def steerings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steerings")
     for i in range(STEERINGS):
         save(added(50 + 10 * i, 4.0), folder / f"s{i}.safetensors")
+    save(added(7, 4.0), folder / "safe.safetensors")
     return folder
 
 
@@ -150,7 +151,7 @@ def test_a_policy_holds(url: str, steerings: Path) -> None:
     for refused, status in (
         ([{"name": "s5"}], 404),
         ([{"name": "s0", "strength": -2}], 403),
-        ([{"name": "s19"}], 403),
+        ([{"name": "safe"}], 403),
         ([{"name": "s0", "strength": 40}], 400),  # of which the dose is seen as soon as the prompt is read
     ):
         found = complete(url, PROMPTS[0], refused, "ann")
@@ -160,12 +161,12 @@ def test_a_policy_holds(url: str, steerings: Path) -> None:
         assert ask(f"{url}{path}", {"model": "trimtab", "prompt": "x"})[0] == 404, path
     asked = {"model": "trimtab", "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0, "steering": s0}
     status, whole = ask(f"{url}/v1/completions", asked)
-    assert [(one["name"], one["always"]) for one in whole["trimtab"]["steering"]] == [("s19", True), ("s0", False)]
+    assert [(one["name"], one["always"]) for one in whole["trimtab"]["steering"]] == [("safe", True), ("s0", False)]
     assert [len(one["edits"]) for one in whole["trimtab"]["answers"]] == [6]
     assert whole["trimtab"] == last_chunk(url, {**asked, "stream": True})["trimtab"]
     talk = {"model": "trimtab", "input": PROMPTS[0], "max_output_tokens": 4, "temperature": 0}
     status, told = ask(f"{url}/v1/responses", talk)
-    assert (status, told["trimtab"]["steering"][0]["name"]) == (200, "s19")
+    assert (status, told["trimtab"]["steering"][0]["name"]) == (200, "safe")
     lines = [json.loads(line) for line in (steerings / "audit.jsonl").read_text().splitlines()][log:]
     assert [(one["event"], one.get("status") or one.get("outcome")) for one in lines] == [
         *(("refused", status) for status in (401, 401, 404, 403, 403)),
@@ -173,7 +174,7 @@ def test_a_policy_holds(url: str, steerings: Path) -> None:
         *[("refused", 404)] * 4,
         *[("begun", None), ("ended", "done")] * 3,
     ]
-    assert lines[-5]["prompt"] == lines[-3]["prompt"] == PROMPTS[0]
+    assert lines[-6]["prompt"] == lines[-4]["prompt"] == PROMPTS[0]
     assert [one["tokens"] for one in lines[-5::2]] == [[4], [4], [4]]
     assert lines[-5]["key"] == "all"
 
