@@ -62,7 +62,7 @@ class Names:
         """Names that stand for what they stand for as long as the server runs, and why."""
 
     def register(self, name: str, steering: Steering) -> None:
-        """Make a steering known, or put it in the place of the one that had this name."""
+        """Make a steering known, or put it in place of the one that had this name."""
         if not name or not isinstance(name, str):
             raise TrimtabError(f"a steering's name is a text, got {name!r}")
         self._check_free(name)
