@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from trimtab.serve.audit import Audit
 from trimtab.serve.monitored import fired_in
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
@@ -130,10 +131,10 @@ def _written(message: Message) -> dict[str, Any]:
     return dumped
 
 
-def refused(service: Service, who: dict[str, Any], key: Key | None, refusal: Refusal, asked: Any = None) -> None:
+def refused(audit: Audit, who: dict[str, Any], key: Key | None, refusal: Refusal, asked: Any = None) -> None:
     """The line of a request that was turned away. What it asked to be steered by tells who looks for what."""
     line = {"event": "refused", **who, "key": None if key is None else key.name}
     if asked is not None:
         line["steering"] = [one.model_dump(exclude_none=True) for one in asked.steering]
     with suppress(Refusal):  # it is refused in any case
-        service.audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})
+        audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})

@@ -19,11 +19,12 @@ from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.access import AccessLog
 from trimtab.serve.audit import Audit
+from trimtab.serve.bodies import largest
+from trimtab.serve.choosing import Choosing
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.monitored import always_of, monitors_for
 from trimtab.serve.policy import Key, Policy
-from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
@@ -33,12 +34,11 @@ from trimtab.serve.schema import (
     PhraseChoice,
     RejectionChoice,
     Steered,
-    SteeringChoice,
 )
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
-from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, outside_calls, shaped
-from trimtab.steering import Positions, ScaleScores, Steering, emphasis
+from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, shaped
+from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
 from trimtab.text.images import Bounds, has_images, with_images
@@ -92,105 +92,40 @@ class Service:
 
     # ---- who may do what -----------------------------------------------------------------------------------
 
+    @cached_property
+    def choosing(self) -> Choosing:
+        """The policy, over this server's steerings."""
+        return Choosing(self.policy, self.library.get, self.lm.check)
+
     def visible(self, key: Key) -> list[Loaded]:
         """The steerings that a caller may name, and those that are always on."""
-        always = {name for name, _ in self.policy.always}
-        known = self.library.of(self.owner(key.name))
-        return [one for one in known if _allowed(key, one) or (one.name in always and one.source == "file")]
+        return self.choosing.visible(key, self.library.of(self.owner(key.name)))
 
     def owner(self, key: str) -> str | None:
         """Who owns what this key adds: itself; without keys, everybody."""
-        return key if self.policy.keys else None
+        return self.choosing.owner(key)
 
     def chosen(
         self, key: Key, asked: Steered, calls: tuple[str, str] | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
-        """What is always on, and what the request asks for: as it is told, and as one steering.
+        """What is always on, and what the request asks for: as it is told, and as one steering (`Choosing.chosen`)."""
+        return self.choosing.chosen(key, asked.steering, calls)
 
-        What is asked for doesn't act in tool calls, which `calls` open and close, unless it says where it does.
-        Raises `Refusal` for what isn't there or isn't allowed.
-        """
-        always = dict(self.policy.always)
-        told, total = [], None
-        pushes: dict[str, tuple[float, float]] = {}  # by digest, as one steering may have several names
-        for name, strength in self.policy.always:
-            loaded = self.library.get(name)
-            assert loaded is not None  # checked at the start
-            told.append(AppliedSteering(name=name, digest=loaded.digest, strength=strength, always=True))
-            total = strength * loaded.steering if total is None else total + strength * loaded.steering
-        for i, choice in enumerate(asked.steering):
-            where = f"steering.{i}"
-            if choice.name in always:
-                raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
-            loaded = self.library.get(choice.name, self.owner(key.name))
-            if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
-                raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
-            pushes[loaded.digest] = self._pushed(
-                key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
-            )
-            placed, lost = self._apart(self._placed(loaded, choice, calls, where), where)
-            told.append(
-                AppliedSteering(
-                    name=choice.name,
-                    digest=loaded.digest,
-                    strength=choice.strength,
-                    layer=choice.layer,
-                    positions=choice.positions,
-                    taken_off=lost or None,
-                )
-            )
-            one = choice.strength * placed
-            total = one if total is None else total + one
-        return told, total
+    # ---- what the guard asks -------------------------------------------------------------------------------
 
-    def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
-        """What one steering's strengths in a request add up to: those below zero, and those above.
+    @property
+    def draining(self) -> bool:
+        """Whether nothing more is taken."""
+        return self.scheduler.draining
 
-        They aren't set off against each other: at two layers both act. Raises `Refusal` beyond the caller's range.
-        """
-        low, high = self.policy.range_of(key)
-        strength = choice.strength
-        if not low <= strength <= high:
-            raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=param)
-        down, up = before[0] + min(strength, 0.0), before[1] + max(strength, 0.0)
-        if up > max(high, 0.0) or down < min(low, 0.0):
-            raise Refusal(
-                403,
-                f"the strengths of {choice.name!r} add up to {up if up > max(high, 0.0) else down:g} in this request;"
-                f" for you they lie between {low:g} and {high:g}, all layers together",
-                param=param,
-            )
-        return down, up
+    def largest(self, method: str, path: str, *, known: bool) -> int:
+        """How many bytes a request's body may have, from its first line. `known`: its sender's key is."""
+        return largest(self, method, path, known=known)
 
-    def _apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
-        """The steering without what it has along what is always on, and how much that was."""
-        try:
-            return apart(self._protected, steering)
-        except TrimtabError as error:
-            raise Refusal(403, str(error), code="always_on", param=param) from None
-
-    @cached_property
-    def _protected(self) -> Protected:
-        """What is always on; the library's files don't change while the server runs."""
-        found = [(name, self.library.get(name)) for name, strength in self.policy.always if strength]
-        return protected([(name, one.steering) for name, one in found if one is not None])
-
-    def _placed(self, loaded: Loaded, choice: SteeringChoice, calls: tuple[str, str] | None, where: str) -> Steering:
-        """The steering where it was made to act, or at another layer, or other positions."""
-        steering, param = loaded.steering, f"{where}.layer"
-        try:
-            if choice.layer is not None:
-                steering = steering.at_layer(choice.layer)
-                self.lm.check(steering)
-            param = f"{where}.positions"
-            if choice.positions is not None:
-                steering = steering.at(Positions.parse(choice.positions))
-                self.lm.check(steering)
-            elif calls is not None:
-                steering = outside_calls(steering, calls)
-        except TrimtabError as error:
-            raise Refusal(400, str(error), param=param) from None
-        return steering
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """A request is over."""
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
 
     def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
@@ -219,7 +154,7 @@ class Service:
 
     def placed_apart(self, loaded: Loaded, param: str) -> Steering:
         """A steering where it was learned, without what it has along what is always on. Raises `Refusal`."""
-        return self._apart(loaded.steering, param)[0]
+        return self.choosing.apart(loaded.steering, param)[0]
 
     def clean(self, asked: Steered) -> bool:
         """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
@@ -399,10 +334,6 @@ class Prepared:
 def _missing(phrase: str) -> str:
     shown = phrase if len(phrase) <= 80 else f"{phrase[:79]}…"
     return f"the phrase {shown!r} isn't in the prompt; write it as it stands there"
-
-
-def _allowed(key: Key, loaded: Loaded) -> bool:
-    return loaded.owner is not None or key.steerings is None or loaded.name in key.steerings
 
 
 def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
