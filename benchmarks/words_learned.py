@@ -30,7 +30,7 @@ from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.ifeval import IFEvalItem, follows, read_ifeval, repeated, scorer
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.learn.teachers import Teacher
 from trimtab.learn.unembedding import unembedding
 from trimtab.lm import LM, DoseWarning
@@ -164,14 +164,14 @@ def answers(
     plain, steered = [], []
     for item in items:
         name, steering = item.item, steerings[item.item]
-        plain.append(Request("unsteered", name, bare[name], None, item.key))
-        plain.append(Request(TWICE, name, twice[name], None, item.key))
+        plain.append(ArmPrompt("unsteered", name, bare[name], None, item.key))
+        plain.append(ArmPrompt(TWICE, name, twice[name], None, item.key))
         if mode == "without":
-            plain.append(Request(ONCE, name, item.prompt, None, item.key))
+            plain.append(ArmPrompt(ONCE, name, item.prompt, None, item.key))
         if steering is not None:
             seed = int(hashlib.sha256(name.encode()).hexdigest()[:6], 16)
-            steered.append(Request("steered", name, bare[name], steering, item.key))
-            steered.append(Request("random", name, bare[name], random_like(steering, seed, means), item.key))
+            steered.append(ArmPrompt("steered", name, bare[name], steering, item.key))
+            steered.append(ArmPrompt("random", name, bare[name], random_like(steering, seed, means), item.key))
     found: list[Record] = []
     for which, requests in (("plain", plain), (by, steered)):
         with warnings.catch_warnings():

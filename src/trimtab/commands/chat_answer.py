@@ -23,14 +23,14 @@ class Stream:
     """A streamer and a stopping criterion for `lm.generate`: tells pieces of text, and ends it after `stop()`."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
-        self.stopped = False
+        self.stopped: bool = False
         self._text = Unfolding(tokenizer)
         self._hear = hear
         self._began = False
 
     def stop(self) -> None:
         """Let the token that is being made be the last one."""
-        self.stopped: bool = True
+        self.stopped = True
 
     def put(self, ids: Any) -> None:
         """The prompt first, as streamers of transformers are given it, then a token at a time."""

@@ -280,7 +280,8 @@ class ResponseWire:
         return event
 
     def _events(self, said: Sequence[Part], tokens: Sequence[TokenTold]) -> list[dict[str, Any]]:
-        logprobs, events = self._logprobs(said, tokens), []
+        logprobs = self._logprobs(said, tokens)
+        events: list[dict[str, Any]] = []
         for part in said:
             events += self._told(part, logprobs)
             logprobs = self._put(part, logprobs)
