@@ -316,7 +316,7 @@ def test_lm_eval(tmp_path):
         "a head or a bias ": {"layers.3": hook(bias=vector)},
         "isn't the output of a block": {"layers.3.mlp": hook()},
         "not add or clamp": {"layers.3": hook(action="explode")},
-        "no number": {"layers.3": hook(steering_coefficient="x")},
+        "isn't a number": {"layers.3": hook(steering_coefficient="x")},
         "vector of zeros": {"layers.3": hook(action="clamp", steering_vector=torch.zeros(WIDTH))},
     }
     for words, content in cases.items():

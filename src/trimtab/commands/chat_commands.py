@@ -183,7 +183,25 @@ def _undo(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 def _retry(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "retry")
-    return Outcome(conversation.undone(), ask=conversation.last().question)
+    last = conversation.last()
+    return Outcome(replace(conversation.undone(), images=last.images), ask=last.question)
+
+
+def _image(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from trimtab.text.images import read_image
+
+    words = _words(rest, 0, 99, "image")
+    if words == ["off"]:
+        return Outcome(replace(conversation, images=()), "the next question is about no image")
+    if words:
+        desk.lm.require("images")
+        _ = getattr(desk.lm, "processor", None)  # it raises where the model takes none
+        for word in words:
+            read_image(Path(word).expanduser(), what=f"/image {word}")
+        files = tuple(str(Path(word).expanduser()) for word in words)
+        conversation = replace(conversation, images=(*conversation.images, *files))
+    about = ", ".join(conversation.images) or "no image; /image FILE gives it one"
+    return Outcome(conversation, f"the next question is about {about}")
 
 
 def _reset(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -344,6 +362,9 @@ COMMANDS: dict[str, Command] = {
         _emphasize,
         "[PHRASE|off]",
         "Steer attention towards a phrase of the conversation, with rejection; off: towards none. Alone: list them.",
+    ),
+    "image": Command(
+        _image, "[FILE …|off]", "Let the next question be about these images; alone: show which. For image-text models."
     ),
     "compare": Command(
         _compare, "", "Answer unsteered as well, side by side, or no longer. The steered answer goes into the history."

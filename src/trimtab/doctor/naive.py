@@ -165,7 +165,11 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
                 hidden, torch.finfo(query.dtype).min
             )
             attention_mask = attention_mask[None, None]
-        output, weights = eager(module, query, key, value, attention_mask, **more)
+        try:
+            output, weights = eager(module, query, key, value, attention_mask, **more)
+        except RuntimeError:  # that of some models doesn't repeat keys for groups of queries, as sdpa does
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            output, weights = eager(module, query, key, value, attention_mask, **more)
         layer = running[-1] if running else None
         if layer is None or modules[layer] is not module or layer not in factors:
             return output, weights

@@ -1081,7 +1081,7 @@ class TestOnRay:
     def test_what_is_refused_before_a_worker_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("trimtab.engines.vllm.versions.vllm_version", lambda: "0.32.0")
         monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: name)
-        with pytest.raises(TrimtabError, match="whole number from 1, got 0"):
+        with pytest.raises(TrimtabError, match="whole number from 1 up, got 0"):
             RayEngines(None, 0)
         with pytest.raises(UnsupportedError, match="tensor_parallel_size can't be given"):
             RayEngines(None, 2, {"tensor_parallel_size": 2})

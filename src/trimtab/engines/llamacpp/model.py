@@ -56,6 +56,7 @@ class LlamaCpp(LanguageModel):
         "perplexity": "a pass gives the logits of its last token alone",
         "logits": "they aren't read at every token",
         "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
+        "images": "its binding is given tokens alone",
     }
 
     def __init__(

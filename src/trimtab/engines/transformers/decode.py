@@ -41,7 +41,6 @@ from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.monitoring import Watch, check_watched
 from trimtab.engines.transformers.passes import last_logits
-from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.rows import Token
 from trimtab.engines.transformers.sampling import PLAIN, BatchSampler, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.scores import activation_edits
@@ -355,7 +354,7 @@ class GenerationBatch:
         taken = []
         widest, texts = 0, set()
         for row in (row for row in self._waiting if not _in_chunks(row)):
-            texts.add(row.request.prefill)
+            texts.add((row.request.prefill, row.request.images))
             widest = max(widest, len(row.request.ids))
             if taken and widest * len(texts) > PREFILL:
                 break
@@ -404,6 +403,9 @@ class GenerationBatch:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
         if not rows:
             return []
+        images = list(dict.fromkeys(row.request.images for row in rows))
+        if len(images) > 1:  # each prompt with images has a pass of its own
+            return [one for each in images for one in self._read_in([r for r in rows if r.request.images is each])]
         try:
             rejecting = [row for row in rows if row.request.rejection is not None]
             if rejecting and self._passes is None:
@@ -412,9 +414,12 @@ class GenerationBatch:
             if rejecting and len(rejecting) < len(rows) and not self._passes.shares:  # they are read in two passes
                 return self._read_in(rejecting) + self._read_in([row for row in rows if row not in rejecting])
             texts = list(dict.fromkeys(row.request.prefill for row in rows))
+            if images[0] is not None and len(texts) > 1:  # under several steerings
+                each = [[row for row in rows if row.request.prefill == text] for text in texts]
+                return [one for alike in each for one in self._read_in(alike)]
             copied = bool(rejecting) and not self._passes.shares
             self._watch.of(row.request.monitors for row in rows)
-            read = self._reader.read(texts, verified=bool(rejecting), copied=copied)
+            read = self._reader.read(texts, verified=bool(rejecting), copied=copied, images=images[0])
             return self._seat(rows, [texts.index(row.request.prefill) for row in rows], read)
         except (TrimtabError, RuntimeError) as error:
             if len(rows) == 1:
@@ -430,7 +435,7 @@ class GenerationBatch:
             if row.ladder is None:
                 row.edits, row.names = read.edits[text], read.names[text]
                 row.add(read.tallies[text])
-            row.sampler = self._row_sampler(row.request)
+            row.sampler, row.shift = self._row_sampler(row.request), read.shift
         pads = [read.past.columns - length for length in read.lengths] if read.past else []
         verifier = verifier_of(rows, self.layout, self._passes, which, read.lengths, pads, self.device)
         drafts = not self._rows and not self._waiting and verifier is not None and takes_drafts(rows, verifier)
@@ -470,7 +475,9 @@ class GenerationBatch:
                 continue
             key = text, row.request.steering, rejection
             if key not in made:
-                resolved = resolve([row.request.steering], [len(ids)], reader(self.layout, [list(ids)]))
+                resolved = resolve(
+                    [row.request.steering], [len(ids)], self._reader.reads([list(ids)], row.request.images)
+                )
                 made[key] = (
                     make_ladder(self._passes, self.layout, rejection, resolved.edits[0], read.past, text, read.lengths),
                     resolved.names[0],
@@ -493,8 +500,9 @@ class GenerationBatch:
 
 
 def _in_chunks(row: BatchRow) -> bool:
-    """Whether its prompt is read in chunks, as long ones are; where tokens are verified it is read whole."""
-    return len(row.request.ids) > CHUNK and row.request.rejection is None
+    """Whether its prompt is read in chunks, as long ones are; where tokens are verified, or with images, whole."""
+    request = row.request
+    return len(request.ids) > CHUNK and request.rejection is None and request.images is None
 
 
 def _ended(response: GenerationResponse, row: BatchRow | None) -> GenerationResponse:

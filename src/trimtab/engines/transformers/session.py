@@ -103,7 +103,7 @@ class Session:
         self.decide = decide
         self.tokenizer = tokenizer
         self.plan: Plan | None = None
-        self.ran = False  # whether any pass came by
+        self.ran: bool = False  # whether any pass came by
         self._dtype = stream_dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
         self._places: dict[Site, Place] = {}
@@ -186,7 +186,7 @@ class Session:
             return
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
-        self.ran: bool = True
+        self.ran = True
         given = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         one = read_pass(decoder, given, self._outer_mask, self._reached)

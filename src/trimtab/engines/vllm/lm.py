@@ -61,6 +61,7 @@ class VllmLM(LanguageModel):
         "logits": "it gives out those of few tokens",
         "doses": "it doesn't measure them",
         "grammar": "it has structured outputs of its own; vllm serve takes response_format and tools",
+        "images": "prompts go to it as tokens",
     }
 
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
