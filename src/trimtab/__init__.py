@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from trimtab.methods.reps import learn_reps
     from trimtab.methods.sadi import learn_sadi
     from trimtab.methods.safety import learn_safety
+    from trimtab.methods.seka import Highlight, learn_seka, seka
     from trimtab.methods.spotlight import spotlight
     from trimtab.methods.steermoe import learn_steermoe
     from trimtab.methods.sttp import learn_sttp
@@ -95,6 +96,7 @@ __all__ = [
     "Edit",
     "FormatWarning",
     "Gate",
+    "Highlight",
     "MaskNeurons",
     "MismatchWarning",
     "Monitor",
@@ -152,6 +154,7 @@ __all__ = [
     "learn_reps",
     "learn_sadi",
     "learn_safety",
+    "learn_seka",
     "learn_steermoe",
     "learn_sttp",
     "learn_tda",
@@ -164,6 +167,7 @@ __all__ = [
     "push_to_hub",
     "read_pairs",
     "save",
+    "seka",
     "spotlight",
     "steering_from",
     "steerings_from",
@@ -208,6 +212,7 @@ _HOMES = {
     "trimtab.methods.reps": ("learn_reps",),
     "trimtab.methods.sadi": ("learn_sadi",),
     "trimtab.methods.safety": ("learn_safety",),
+    "trimtab.methods.seka": ("Highlight", "learn_seka", "seka"),
     "trimtab.methods.spotlight": ("spotlight",),
     "trimtab.methods.steermoe": ("learn_steermoe",),
     "trimtab.methods.sttp": ("learn_sttp",),

@@ -65,16 +65,18 @@ def added(
     return Steering(tuple(Edit(Site(layer), Add(direction(seed + layer, norm)), where) for layer in layers))
 
 
-def small_model(folder: Path) -> str:
+def small_model(folder: Path, family: str = "Llama", **more: Any) -> str:
     """A random model with four blocks of four heads, whose width and tokens are the default model's."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import transformers
+    from transformers import AutoTokenizer
 
     from trimtab.engines.transformers.default_model import default_folder
 
     torch.manual_seed(0)
     shape = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, head_dim=64, initializer_range=0.1, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    settings = {"vocab_size": 49152, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1, **shape, **more}
+    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**settings)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(default_folder()).save_pretrained(folder)
     return str(folder)
 
