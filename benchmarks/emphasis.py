@@ -2,8 +2,9 @@
 emphasized: what a prompt has and its version without instructions has not.
 
 DIRECTER (2603.06745), PASTA (2311.02262), SpotLight (2505.12025) and InstABoost (2506.13734), with and without
-rejection, and where it is asked for SEKA (2603.01281), which is learned first, against the unsteered model, a random span of the same length, and words alone: the instruction said twice.
-What a run has done is kept in a folder, so that it can be stopped and started again.
+rejection, and where it is asked for SEKA (2603.01281), which is learned first, against the unsteered model, a random
+span of the same length, and words alone: the instruction said twice. What a run has done is kept in a folder, so that
+it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -107,9 +108,7 @@ def seka_arm(lm: LM, examples: Sequence[Highlight] | None = None) -> Arm:
     return Arm(lambda lm, prompt, phrases: seka(lm, prompt, phrases, learned))
 
 
-def run(
-    model: str | None, data: Path, folder: Path, limit: int | None, tokens: int, with_seka: bool = False
-) -> Report:
+def run(model: str | None, data: Path, folder: Path, limit: int | None, tokens: int, with_seka: bool = False) -> Report:
     """Answer `limit` of the prompts, evenly spread, in every arm."""
     lm = LM.load(model, dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,10 @@ from trimtab.engines.transformers.attention import attention_modules, configurat
 from trimtab.steering import emphasis
 from trimtab.steering.gates import Threshold
 
-FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "gpt2", "gpt_neox", "mixtral")
-"""Grouped heads, normed keys, soft caps, sliding windows, learned positions, parts that rotate, a mixture."""
+QUICK = ("llama", "gemma2", "gemma3")
+"""Grouped heads, soft caps, sliding windows and normed keys."""
+LONG = ("qwen3", "gpt2", "gpt_neox", "mixtral")
+FAMILIES = (*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in LONG))
 PROMPTS = [prompt(seed, length) for seed, length in enumerate((4, 9, 6, 12))]
 NEW = 3
 CLOSE = {torch.float64: 1e-6, torch.float32: 2e-4}
@@ -79,7 +81,7 @@ def mixed(lm: LM) -> list[Steering | None]:
 def naive_key(edit: Edit, key: Tensor) -> Tensor:
     """One token's key `[width]` after one edit."""
     if isinstance(edit.operation, ScaleKeys):
-        return torch.stack([k * edit.operation.alpha**edit.strength for k in key])
+        return key * edit.operation.alpha**edit.strength
     if isinstance(edit.operation, ScaleElements):
         return key + edit.strength * edit.operation.direction * key
     return naive_edit(edit, key)

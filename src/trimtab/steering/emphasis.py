@@ -14,7 +14,10 @@ from trimtab.steering.steering import Edit, Steering
 
 
 def emphasis(
-    operation: ScoreOperation | ScaleKeys, spans: Sequence[tuple[int, int]], layers: Iterable[int], method: str = "manual"
+    operation: ScoreOperation | ScaleKeys,
+    spans: Sequence[tuple[int, int]],
+    layers: Iterable[int],
+    method: str = "manual",
 ) -> Steering:
     """The operation at these layers, in the columns of all spans `(start, stop)` of a prompt's tokens.
 

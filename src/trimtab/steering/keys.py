@@ -1,4 +1,4 @@
-"""Emphasis by keys: what multiplies the keys of a span multiplies its scores, and no score has to be computed for it."""
+"""Emphasis by keys: what multiplies the keys of a span multiplies its scores, and no score has to be computed."""
 
 from __future__ import annotations
 

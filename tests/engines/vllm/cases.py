@@ -73,9 +73,14 @@ def small_model(folder: Path, family: str = "Llama", **more: Any) -> str:
     from trimtab.engines.transformers.default_model import default_folder
 
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    settings = {"vocab_size": 49152, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1, **shape, **more}
-    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**settings)
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    shape |= {"vocab_size": 49152, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1}
+    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**{**shape, **more})
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(default_folder()).save_pretrained(folder)
     return str(folder)

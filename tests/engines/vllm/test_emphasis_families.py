@@ -46,7 +46,7 @@ heeded = emphasis(ScaleScores(1.5), [(3, 12), (40, 50)], range(4))
 edits = (
     Edit(Site(1, "keys"), ScaleElements(4 * key), Positions.span(2, 70)),
     Edit(Site(2, "keys"), Add(3 * key), Positions.all()),
-    Edit(Site(3, "keys"), ReadWrite(torch.stack(rest[:2]), 2 * torch.stack(rest[2:]), 0.3, low=0.0), Positions.prompt()),
+    Edit(Site(3, "keys"), ReadWrite(torch.stack(rest[:2]), torch.stack(rest[2:]), 0.3, low=0.0), Positions.prompt()),
 )
 others = Steering(edits)
 prompts = [LONG, LONG, LONG + " The end.", PROMPTS[5] * 5, PROMPTS[12] * 12, LONG]

@@ -313,7 +313,7 @@ def test_heads_of_keys_that_several_workers_have() -> None:
 
 
 class TestEmphasis:
-    """Scores that are scaled are keys that are scaled, in the engine and at its start; other operations aren't there."""
+    """Scores that are scaled are keys that are scaled, in the engine and at its start; no other operation is there."""
 
     def test_it_is_admitted_and_sent_as_keys(self) -> None:
         link = Link(8, 4, WIDTH, True, capacity=Capacity(scales=True), maps=4, inside={"keys": KEYS})

@@ -41,8 +41,8 @@ def check_supported(
         operation = edit.operation
         if isinstance(operation, ScoreOperation):
             raise UnsupportedError(
-                f"the vllm engine can't run {SCORE_NAMES[type(operation)]}: its attention kernels don't give out scores."
-                f" What multiplies them (ScaleScores) it can run, by scaling keys; {INSTEAD}"
+                f"the vllm engine can't run {SCORE_NAMES[type(operation)]}: its attention kernels don't give out"
+                f" scores. What multiplies them (ScaleScores) it can run, by scaling keys; {INSTEAD}"
             )
         if isinstance(operation, MaskNeurons):
             raise UnsupportedError(f"the vllm engine can't run {edit}; {INSTEAD}")

@@ -49,8 +49,8 @@ class Condition:
 class Form:
     """`read` and `write` are `[rank, width]`, what belongs to their rows `[rank]`, `factor` and `vector` `[width]`.
 
-    All are float64 and on the CPU. A `factor` or `vector` that is `None` does nothing. One that only scales all elements
-    alike is of width 1.
+    All are float64 and on the CPU. A `factor` or `vector` that is `None` does nothing. What scales all elements alike,
+    and does nothing else, is of width 1.
     """
 
     read: Tensor
