@@ -62,7 +62,7 @@ def naive(lm: LM, layer: int, positive: float, negative: float, share: float) ->
 
 @pytest.mark.parametrize("negative", [0.0, 0.5])
 def test_it_learns_the_formula(lm: LM, negative: float) -> None:
-    learned = learn_seka(lm, EXAMPLES, [1, 3], positive=1.2, negative=negative, share=0.8, shift=0.0)
+    learned = learn_seka(lm, EXAMPLES, [1, 3], positive=1.2, negative=negative, share=0.8, heads=1.0)
     assert [edit.site for edit in learned.edits] == [Site(1, "keys"), Site(3, "keys")]
     for edit in learned.edits:
         maps, far = naive(lm, edit.site.layer, 1.2, negative, 0.8)
@@ -73,22 +73,20 @@ def test_it_learns_the_formula(lm: LM, negative: float) -> None:
         assert [measured[f"{edit.site.layer}.{head}"] for head in range(2)] == pytest.approx(far, abs=1e-4)
 
 
-def test_heads_that_hardly_move_stay(lm: LM) -> None:
+def test_heads_that_move_less_stay(lm: LM) -> None:
     far = {(layer, head): x for layer in (1, 3) for head, x in enumerate(naive(lm, layer, 1.0, 0.0, 0.9)[1])}
-    least = sorted(far.values())[-1] - 1e-6
-    learned = learn_seka(lm, EXAMPLES, [1, 3], shift=least)
+    learned = learn_seka(lm, EXAMPLES, [1, 3], heads=0.2)  # one of four
     (edit,) = learned.edits
-    ((layer, head),) = [place for place, x in far.items() if x >= least]
+    layer, head = max(far, key=lambda place: far[place])
     assert edit.site.layer == layer
+    assert edit.operation.read[:, head * 8 : (head + 1) * 8].any()
     other = slice((1 - head) * 8, (2 - head) * 8)
     assert not edit.operation.read[:, other].any()
-    with pytest.raises(TrimtabError, match="no head's keys move"):
-        learn_seka(lm, EXAMPLES, [1, 3], shift=1e6)
 
 
 def test_it_is_put_to_a_phrase(lm: LM) -> None:
     """The phrase's keys are `k + M k` with the strength's share of it, and others are as they were."""
-    learned = learn_seka(lm, EXAMPLES, [2], shift=0.0)
+    learned = learn_seka(lm, EXAMPLES, [2])
     prompt = " ".join(WORDS)
     placed = 1.5 * seka(lm, prompt, [WORDS[4], WORDS[9]], learned)
     rows = [t for start, stop in lm.spans(prompt, [WORDS[4], WORDS[9]]) for t in range(start, stop)]
@@ -105,7 +103,7 @@ def test_it_is_put_to_a_phrase(lm: LM) -> None:
 def test_what_makes_no_sense(lm: LM) -> None:
     with pytest.raises(TrimtabError, match="stand once"):
         Highlight("a b a", "a", "x", "y")
-    for wrong in ({"examples": EXAMPLES[:1]}, {"share": 0.0}, {"shift": -1.0}):
+    for wrong in ({"examples": EXAMPLES[:1]}, {"share": 0.0}, {"heads": 1.5}):
         with pytest.raises(TrimtabError):
             learn_seka(lm, **{"examples": EXAMPLES, **wrong})  # type: ignore[arg-type]
     assert len(set(highlights(200))) > 150

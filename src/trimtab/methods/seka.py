@@ -3,19 +3,21 @@
     h, h+, h-     keys of a phrase in a context: alone, after a question that it answers, after one that it doesn't
     U+ S+ V+ = svd(h' h+ / n)                    P+ = the first k+ columns of U+, times their transpose
     U- S- V- = svd(h' h- / n)                    P- = all but the first k- columns of U-, likewise
-    k <- k + (g+ P+ k + g- P- k) / 2             for the keys of a highlighted phrase, in heads with |h+ - h-| large
+    k <- k + (g+ P+ k + g- P- k) / 2             for the keys of a highlighted phrase, in heads where |h+ - h-| is large
 
 with k+ and k- the fewest directions that hold a share of the singular values. For one head of one layer that is a
 symmetric map, and for a layer one `ReadWrite` of its heads' maps side by side.
 
 Here keys are what attention stores, which is rotated by position; the released code edits them before that. So that
 they can be compared, the three texts are filled up in front with line breaks, until the phrase stands at the same
-positions in all. And how far a head's keys move is measured in lengths of its keys, as models differ in these.
+positions in all. The paper keeps heads above a threshold of |h+ - h-| that it tunes to the model; here it is the heads
+where it is largest, in lengths of their keys.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +42,8 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.text.chat import Prompt
 
-POSITIVE, NEGATIVE, SHARE, SHIFT = 0.8, 0.0, 0.9, 0.1
-"""g+, g-, the share of the singular values, and how far keys must move. The paper tunes all four to model and task."""
+POSITIVE, NEGATIVE, SHARE, HEADS = 0.8, 0.0, 0.9, 0.5
+"""g+, g-, and the shares of singular values and of heads. The paper tunes all of them to model and task."""
 
 
 @class_keywords
@@ -81,7 +83,7 @@ def learn_seka(
     positive: float = POSITIVE,
     negative: float = NEGATIVE,
     share: float = SHARE,
-    shift: float = SHIFT,
+    heads: float = HEADS,
     progress: Progress | None = None,
 ) -> Steering:
     """Learn which directions of keys say that a phrase matters; `seka` then puts them to a phrase of a prompt.
@@ -93,39 +95,39 @@ def learn_seka(
         positive: g+, how much relevant directions are amplified.
         negative: g-, how much the least of the irrelevant ones are. With 0 the maps are of low rank, else of full rank.
         share: Of the singular values, from 0 to 1; the larger, the more directions count as relevant.
-        shift: Heads whose keys move less between both questions, in lengths of keys, stay as they are.
+        heads: Of all heads at these layers the share that is edited, those whose keys move most between both questions.
         progress: Told how many examples have been read.
 
     Returns:
         A steering of the whole prompt (`Positions.prompt()`). Its strength multiplies g+ and g-.
 
     Raises:
-        TrimtabError: Fewer than two examples, a number that makes no sense, or no head whose keys move so far.
+        TrimtabError: Fewer than two examples, or a number that makes no sense.
         UnsupportedError: A model whose keys can't be steered.
     """
     given = highlights() if examples is None else list(examples)
     if len(given) < 2:
         raise TrimtabError(f"SEKA learns from two examples or more, got {len(given)}")
-    if not 0 < share <= 1 or shift < 0:
-        raise TrimtabError(f"share lies between 0 and 1 and shift is 0 or more, got {share!r} and {shift!r}")
+    for name, value in (("share", share), ("heads", heads)):
+        if not 0 < value <= 1:
+            raise TrimtabError(f"{name} is a share above 0, of 1 at most, got {value!r}")
     chosen = check_layers(lm, score_layers(lm.layout) if layers is None else layers, 0)
-    heads = {layer: keys_of(lm.layout, Site(layer, "keys")).heads for layer in chosen}
+    counts = {layer: keys_of(lm.layout, Site(layer, "keys")).heads for layer in chosen}
     read = _keys(lm, given, [Site(layer, "keys") for layer in chosen], progress)
-    edits, moved = [], {}
-    for site, keys in read.items():
+    members = {site: _by_head(keys, counts[site.layer]) for site, keys in read.items()}
+    moved = {(site, head): _moved(*one) for site, each in members.items() for head, one in enumerate(each)}
+    most = set(sorted(moved, key=lambda place: (-moved[place], place))[: math.ceil(heads * len(moved))])
+    edits = []
+    for site, each in members.items():
         maps = []
-        for number, (plain, with_one, with_other) in enumerate(_by_head(keys, heads[site.layer])):
-            far = float((with_one - with_other).norm(dim=-1).mean() / plain.norm(dim=-1).mean())
-            moved[f"{site.layer}.{number}"] = round(far, 4)
+        for head, (plain, with_one, with_other) in enumerate(each):
             found = positive * _first(plain, with_one, share) + negative * _rest(plain, with_other, share)
-            maps.append(found / 2 if far >= shift else torch.zeros_like(found))
+            maps.append(found / 2 if (site, head) in most else torch.zeros_like(found))
         operation = as_read_write(maps)
         if operation.rank:
             edits.append(Edit(site, operation, Positions.prompt()))
-    if not edits:
-        raise TrimtabError(f"no head's keys move by {shift:g} of their length, at most by {max(moved.values()):g}")
-    options = {"positive": positive, "negative": negative, "share": share, "shift": shift}
-    measured = {"examples": len(given), "moved": moved}
+    options = {"positive": positive, "negative": negative, "share": share, "heads": heads}
+    measured = {"examples": len(given), "moved": {f"{s.layer}.{head}": round(x, 4) for (s, head), x in moved.items()}}
     digest = hashlib.sha256(repr(given).encode()).hexdigest()
     return Steering(tuple(edits), Card("seka", lm.identity, digest, options, measured, versions()))
 
@@ -166,6 +168,11 @@ def as_read_write(maps: Sequence[Tensor]) -> ReadWrite:
     if not read:
         return ReadWrite(torch.zeros(0, total), torch.zeros(0, total))
     return ReadWrite(torch.stack(read).float(), torch.stack(write).float())
+
+
+def _moved(plain: Tensor, with_one: Tensor, with_other: Tensor) -> float:
+    """How far keys `[keys, size]` are apart after the one and the other question, in lengths of keys."""
+    return float((with_one - with_other).norm(dim=-1).mean() / plain.norm(dim=-1).mean())
 
 
 def _first(plain: Tensor, other: Tensor, share: float) -> Tensor:
