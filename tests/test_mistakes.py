@@ -48,7 +48,7 @@ MISTAKES: dict[str, tuple[Callable[[LM], Any], str]] = {
     "a path": (lambda lm: lm.check("x.safetensors"), "trimtab.load(…) reads one from a file"),
     "no rows": (
         lambda lm: lm.generate(TEXT, max_new_tokens=1, batch_size=0),
-        "batch_size is a whole number from 1, got 0",
+        "batch_size is a whole number from 1 up, got 0",
     ),
     "rejection": (lambda lm: lm.generate(TEXT, PUSHES, rejection="on"), "a Rejection, True or False, got 'on'"),
     "emphasis": (lambda lm: lm.generate(TEXT, emphasize=3), "is a phrase of the prompt, got int"),

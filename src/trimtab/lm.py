@@ -99,12 +99,12 @@ class LM(LanguageModel):
         if tokenizer is ...:
             raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
         self.model = model
-        self.tokenizer = with_keywords(tokenizer, template)
+        self.tokenizer: Any = with_keywords(tokenizer, template)
         compat.check_version()
         self.layout = find_layout(model, layers)
         check_adapters(model)
         self._identities: dict[tuple[Adapter, ...], ModelId] = {}
-        self.name = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+        self.name: str = name or str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
 
     @overload
     @classmethod

@@ -178,7 +178,7 @@ def too_long(lm, store, count):
 def test_another_runs_folder_is_refused(lm, done):
     with pytest.raises(TrimtabError, match="settings differ"):
         bench(lm, planned(seed=1), done[0])
-    with pytest.raises(TrimtabError, match="holds no benchmark"):
+    with pytest.raises(TrimtabError, match="doesn't contain a benchmark"):
         results_of(Path(done[0]) / "cells")
 
 

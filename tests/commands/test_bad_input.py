@@ -105,7 +105,7 @@ def test_what_generating_is_asked_for(refused, no_model, steering, tmp_path):
     refused(ask("--steer", "nowhere.safetensors:2"), "no file nowhere.safetensors")
     for strength in ("nan", "inf", "-inf"):
         refused(ask("--steer", f"{steering}:{strength}"), steering, "finite number", strength)
-    refused(ask("--steer", f"{steering}:strong"), "'strong' is no number")
+    refused(ask("--steer", f"{steering}:strong"), "'strong' isn't a number")
     refused(ask("--steer", steering, "--positions", "everywhere"), "'everywhere'", "from-last-prompt-token", "span:A:B")
     refused(ask("--steer", steering, "--positions", "span:5:2"), "'span:5:2'")
     refused(ask("--positions", "all"), "--positions", "--steer")

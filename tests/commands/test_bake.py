@@ -58,7 +58,7 @@ def test_what_is_refused(
     for words, arguments in {
         "--positions all": [adding],
         "no file": [tmp_path / "nowhere.safetensors"],
-        "'hard' is no number": [f"{ablation}:hard"],
+        "'hard' isn't a number": [f"{ablation}:hard"],
         "'sometimes' are not known": [ablation, "--positions", "sometimes"],
         "nothing to bake": [f"{ablation}:0"],
         "is there already": [ablation, "--out", model],

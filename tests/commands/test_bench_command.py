@@ -63,7 +63,7 @@ def test_a_run_a_page_and_the_same_again(cpu, tmp_path):
 def test_bad_input_is_named(cpu, tmp_path):
     for options, said in (
         ("--methods cab", "there is no method 'cab'"),
-        ("--nats one", "is no list of numbers"),
+        ("--nats one", "isn't a list of numbers"),
         ("--budget soon", "is no time"),
         ("--tasks refusal", "its data aren't there"),
     ):

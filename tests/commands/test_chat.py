@@ -127,7 +127,7 @@ class TestAnswers:
         turn = ask(desk, Conversation(max_tokens=1000), SEA, lambda *_: None)
         assert turn.answer.finish_reason == "length"
         assert len(turn.answer.token_ids) == desk.lm.layout.context - used
-        with pytest.raises(TrimtabError, match="context holds 128; /undo"):
+        with pytest.raises(TrimtabError, match="context is 128; /undo"):
             ask(desk, Conversation().answered(turn), SEA, lambda *_: None)
 
     def test_an_engine_that_doesnt_stream_tells_all_at_once(self, desk: Desk, on: Conversation) -> None:

@@ -254,7 +254,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("change", "named"),
         [
-            (lambda d: d.pop("kind"), "holds no conversation"),
+            (lambda d: d.pop("kind"), "doesn't contain a conversation"),
             (lambda d: d.update(version=2), "version 2"),
             (lambda d: d.pop("settings"), "settings is no object"),
             (lambda d: d["settings"].update(max_tokens=0), "settings.max_tokens isn't a whole number from 1"),
@@ -307,11 +307,11 @@ class TestFiles:
         ("/strength shout", "got 1 word after it; it is used so: /strength NAME X"),
         ("/strength shout 2", "/steer shout puts it on"),
         ("/layer", "got nothing after it"),
-        ("/undo", "nothing was asked yet"),
+        ("/undo", "there is no question yet"),
         ("/undo twice", "used so: /undo"),
-        ("/retry", "nothing was asked yet"),
-        ("/tokens", "nothing was asked yet"),
-        ("/dose", "nothing was asked yet"),
+        ("/retry", "there is no question yet"),
+        ("/tokens", "there is no question yet"),
+        ("/dose", "there is no question yet"),
         ("/save", "used so: /save FILE.json"),
         ("/help stear", "no command /stear; did you mean /steer?"),
     ],
@@ -330,7 +330,7 @@ def test_what_cant_be_run_names_what_is_meant(desk: Desk, line: str, named: str)
         ("/layer shout ,", "no layer is named"),
         ("/strength shuot 2", "did you mean shout? on: shout"),
         ("/tokens shout 3", "nothing at layer 3"),
-        ("/tokens shout x", "'x' is no layer; it has 1, 2"),
+        ("/tokens shout x", "'x' isn't a layer; it has 1, 2"),
     ],
 )
 def test_what_cant_be_done_with_what_is_on(desk: Desk, do: Callable[..., Conversation], line: str, named: str) -> None:

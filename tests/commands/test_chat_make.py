@@ -198,7 +198,7 @@ def test_a_sentence_and_a_persona_are_made_as_the_command_makes_them(
 
     def make(_lm: Any, idea: Any, **_more: Any) -> Any:
         asked.append(idea)
-        raise TrimtabError("hardly differ")
+        raise TrimtabError("barely differ")
 
     monkeypatch.setattr("trimtab.making.make", make)
     typed = lines("/make shout, not whisper", "/make --like a-parrot --unlike a-mouse", "/make talk like a pirate")
@@ -206,7 +206,7 @@ def test_a_sentence_and_a_persona_are_made_as_the_command_makes_them(
     assert [(one.name, one.source) for one in asked] == [
         ("shout, not whisper", "sentence"), ("a-parrot", "persona"), ("pirate", "trait pirate"),
     ]  # fmt: skip
-    assert capsys.readouterr().err.count("error: hardly differ") == 3
+    assert capsys.readouterr().err.count("error: barely differ") == 3
 
 
 def test_what_was_made_stays_after_off_and_load(desk: Desk, steering: Path, tmp_path: Path) -> None:

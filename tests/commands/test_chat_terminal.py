@@ -145,7 +145,7 @@ def test_a_conversation(terminal: Tmux) -> None:
     terminal.press("C-u")
     terminal.until(prompt("push:0.5 "))
     terminal.enter("/dose")
-    assert "residual" in terminal.until(lambda screen: "fall apart" in screen)
+    assert "residual" in terminal.until(lambda screen: "tends to break" in screen)
     terminal.until(prompt("push:0.5 "))
     terminal.enter("/quit")
     terminal.until(lambda screen: screen.rstrip().endswith("code 0"))

@@ -140,7 +140,7 @@ def test_other_programs_files_are_steerings(trimtab, model, tmp_path):
     answered = trimtab(*given, "--steer", f"{there}:0.5")
     assert answered.code == 0, answered.err
     assert answered.json["answers"][0]["edits"] == ["0.5 * add @ residual[2] all"]
-    assert "is no number" in trimtab(*given, "--steer", f"{there}:strong").err
+    assert "isn't a number" in trimtab(*given, "--steer", f"{there}:strong").err
 
 
 def test_generating_with_llama_cpp(trimtab, model, tmp_path):

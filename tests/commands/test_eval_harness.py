@@ -273,7 +273,7 @@ def test_the_command(trimtab, tasks, model, steering, tmp_path):
 def test_bad_input(steered, steering, stranger, tmp_path):
     with pytest.raises(TrimtabError, match=r"none\.safetensors"):
         steered(str(tmp_path / "none.safetensors"))
-    with pytest.raises(TrimtabError, match="'much' is no number"):
+    with pytest.raises(TrimtabError, match="'much' isn't a number"):
         steered(f"{steering}:much")
     with pytest.raises(TrimtabError, match="batch size that is a number"):
         steered(batch_size="auto")

@@ -24,7 +24,7 @@ def common(tmp_path: Path, model: Path) -> list[Any]:
 
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random model's answers for and against hardly differ: here they all count."""
+    """A tiny random model's answers for and against barely differ: here they all count."""
     from trimtab.making import contrasts
 
     monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, answers: list(answers))
@@ -113,13 +113,13 @@ def test_a_card_of_ones_own(trimtab: Any, tmp_path: Path, model: Path, apart: No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ((), 'say what is wanted: a sentence such as "be blunt'),
-        (("be loud", "--like", "a parrot"), "say what is wanted"),
+        ((), 'describe what you want: a sentence such as "be blunt'),
+        (("be loud", "--like", "a parrot"), "describe what you want"),
         (("be loud", "--unlike", "a mouse"), "--unlike goes with --like"),
         (("be loud", "--writer", "http://localhost:1/v1"), "--writer and --writer-model go together"),
         (("be loud", "--out", "loud.txt"), r"must be named \*.safetensors"),
         (("--card", "nowhere.json"), "nowhere.json"),
-        (("be loud", "--from", "x.jsonl"), "say what is wanted"),
+        (("be loud", "--from", "x.jsonl"), "describe what you want"),
         (("--from", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--from", "x.jsonl", "--unlike", "a mouse"), "--from has all .* leave out --unlike"),
         (("be loud", "--keys", "positive=a"), r"--keys is about the columns of pairs; give --from FILE"),

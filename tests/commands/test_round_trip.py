@@ -40,7 +40,7 @@ def test_json(trimtab, cpu, answer_pairs, tmp_path):
     out = tmp_path / "s.safetensors"
     learned = cpu("learn caa --layers all --json", "--pairs", answer_pairs, "--out", out)
     assert learned.code == 0
-    assert learned.err.startswith("warning: the 4 pairs hardly agree")  # random weights, and few pairs
+    assert learned.err.startswith("warning: the 4 pairs barely agree")  # random weights, and few pairs
     assert learned.err.count("\n") == 1
     assert [row["layer"] for row in learned.json["layers"]] == [0, 1, 2, 3]
     assert learned.json["digest"] == steering_digest(load_steering(out))

@@ -8,9 +8,7 @@ from every_family import LANGUAGE, page, reasons, row, written_for_this_release
 from trimtab import TrimtabError
 
 SHORT = {
-    "bart",
     "bert",
-    "bloom",
     "deepseek_v3",
     "gemma3n_text",
     "gemma4_text@shared",
@@ -18,7 +16,6 @@ SHORT = {
     "hy_v4",
     "llama4_text",
     "modernbert-decoder",
-    "openai-gpt",
     "qwen2_moe",
 }
 

@@ -95,6 +95,7 @@ def check(lm: LM) -> None:
     assert {name: found for name, found in states.items() if found[0] != "works"} == {}
 
 
+@pytest.mark.long_unless(lambda kind: kind in ("bitsandbytes, nf4", "torchao, 8 bits"))
 @pytest.mark.parametrize("kind", LOADED)
 def test_what_works_on_a_dense_model_works(kind: str, folder: Path) -> None:
     check(loaded(kind, folder))

@@ -120,7 +120,7 @@ class TestGenerate:
             lm.generate(TEXT, STEERING, max_new_tokens=2, **{option: value})
 
     def test_lengths(self, lm: LM) -> None:
-        with pytest.raises(TrimtabError, match="prompt 2 has 129 tokens, the model's context holds 128"):
+        with pytest.raises(TrimtabError, match="prompt 2 has 129 tokens, the model's context is 128"):
             lm.generate([TEXT, prompt(1, 129)], max_new_tokens=1)
         with pytest.raises(TrimtabError, match="ask for at most 8"):
             lm.generate(prompt(1, 120), max_new_tokens=9)
@@ -287,7 +287,7 @@ class TestLoad:
         (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(64))
         with pytest.raises(TrimtabError, match="can't read the GGUF file"):
             LM.load(tmp_path / "bad.gguf")
-        with pytest.raises(TrimtabError, match="no model folder"):
+        with pytest.raises(TrimtabError, match="isn't a model folder"):
             LM.load(tmp_path)
         with pytest.raises(TrimtabError, match="unknown dtype 'int3'"):
             LM.load(tmp_path, dtype="int3")

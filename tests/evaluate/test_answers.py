@@ -164,7 +164,7 @@ def test_other_files_are_left_alone(tmp_path):
     for content in (b"my diary", b"{}\n", b'{"prompt": "a"}\n', b"\xff\n"):
         out = tmp_path / "r.jsonl"
         out.write_bytes(content)
-        with pytest.raises(TrimtabError, match=r"r\.jsonl is no file of records"):
+        with pytest.raises(TrimtabError, match=r"r\.jsonl isn't a file of records"):
             run(out)
         assert out.read_bytes() == content
     with pytest.raises(TrimtabError, match="folder that is there"):

@@ -103,5 +103,5 @@ def test_the_words_say_what_was_seen_and_how_sure_it_is():
 
 
 def test_what_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="no number"):
+    with pytest.raises(ValueError, match="isn't a number"):
         decide([0.0, float("nan")], [1.0, 1.0])

@@ -124,7 +124,7 @@ def test_logits_that_are_no_numbers_are_infinitely_far(monkeypatch: pytest.Monke
     found = divergence(lm, edits(lm)["add"], base)
     assert (found.mean, found.p95) == (float("inf"), float("inf"))
     assert Divergence(((0.0,) * 99, (float("inf"),))).p95 == 0.0
-    with pytest.raises(TrimtabError, match="the unsteered model's logits are no numbers"):
+    with pytest.raises(TrimtabError, match="the unsteered model's logits aren't finite"):
         divergence(lm, None, Reference(base.texts, tuple(broken)))
 
 

@@ -300,7 +300,7 @@ def test_what_cannot_be_audited_is_refused_before_anything_runs(lm: LM) -> None:
         audit(lm, 0 * steering)
     with pytest.raises(TrimtabError, match="no behaviour 'kindness' to protect; there are agrees with the user"):
         audit(lm, steering, repair=True, protect=["kindness"])
-    with pytest.raises(TrimtabError, match="is about a repair"):
+    with pytest.raises(TrimtabError, match="needs a repair"):
         audit(lm, steering, protect=["agrees with the user"])
     scores = Steering((Edit(Site(0, "scores"), ScaleScores(), Positions.all()),), Card("x", lm.identity))
     with pytest.raises(UnsupportedError, match="attention scores"):

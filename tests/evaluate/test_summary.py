@@ -112,7 +112,7 @@ def test_what_makes_no_sense_is_refused():
         (both[:-1], {"baseline": "u"}, "'i7' is in only one of the arms"),
         (both + both[:1], {}, "'i0' is twice in arm 'u'"),
         (both + records("t", BEFORE, score="other"), {}, "no score 'pass'"),
-        (records("u", [math.nan]), {}, "no number"),
+        (records("u", [math.nan]), {}, "isn't a number"),
     ):
         with pytest.raises(TrimtabError, match=words):
             summarize(bad, ["pass"], **options)

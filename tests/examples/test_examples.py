@@ -28,6 +28,7 @@ def run(name: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_persona_shows_where_the_sweep_says() -> None:
     shown = run("persona")
     unsteered = int(re.findall(r"unsteered: (\d+)%", shown)[0])

@@ -176,7 +176,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"normalize_activations": "layer_norm"}, clamp, r"scales activations before it reads them \(layer_norm\)"),
         ({"architecture": "jumprelu"}, clamp, "no thresholds"),
         ({"metadata": {"hook_name": "blocks.2.hook_mlp_out"}}, {}, "no place in the residual stream"),
-        ({"metadata": {"hook_name": "transformer.wte"}}, {}, "no block's output"),
+        ({"metadata": {"hook_name": "transformer.wte"}}, {}, "isn't the output of a block"),
         ({}, {"layer": 1}, "reads the output of block 2; leave layer 1 out"),
         ({}, {"how": "set"}, "add or clamp, got 'set'"),
     ]
@@ -201,7 +201,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrimtabError, match=r"sae_weights.safetensors can't be read"):
         load_features(path, {3: 1.0})
     (path / "cfg.json").write_text("{")
-    with pytest.raises(TrimtabError, match="no valid JSON"):
+    with pytest.raises(TrimtabError, match="isn't valid JSON"):
         load_features(path, {3: 1.0})
     (path / "cfg.json").unlink()
     with pytest.raises(TrimtabError, match=r"no cfg\.json"):

@@ -212,7 +212,7 @@ def test_odd_json(tmp_path):
         "no list of numbers": {"post_block": {"1": {"vector": "abc"}}},
         "rows of different lengths": {"directions": {"1": [[1.0], [1.0, 2.0]]}},
         "mixes numbers and lists": {"directions": {"1": [[1.0], 1.0]}},
-        "'x', which is no number": {"directions": {"1": ["x"]}},
+        "'x', which isn't a number": {"directions": {"1": ["x"]}},
         "too large a number": {"directions": {"1": [10**400]}},
         "no block's number": {"directions": {"../1": [1.0]}},
         "float8": {"post_block": {**good, "dtype": "float8"}},

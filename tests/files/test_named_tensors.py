@@ -101,7 +101,7 @@ def test_a_layer_as_a_plain_number(tmp_path: Path) -> None:
         assert found(steering) == {Site(14): GIVEN[0].tolist()}
         assert steering.card.options["model"] == "m"
     torch.save({"vector": GIVEN[0], "layer": 1.5}, tmp_path / "v.pt")
-    with pytest.raises(TrimtabError, match="no block's number"):
+    with pytest.raises(TrimtabError, match="isn't the number of a block"):
         load(tmp_path / "v.pt")
     torch.save({"vector": GIVEN[0], "layer": [3]}, tmp_path / "v.pt")
     with pytest.raises(TrimtabError, match="a list under 'layer'"):

@@ -45,13 +45,13 @@ def test_what_is_written_is_what_acts(file, tail, layers, strength):
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        (":strong", "the strength 'strong' is no number"),
+        (":strong", "the strength 'strong' isn't a number"),
         (":nan", "a strength is a finite number, got nan"),
         (":0.8@5", "the layers come first: "),
-        ("@", "'' is no list of layers; write @14, @14,15 or @10-14"),
-        ("@five", "'five' is no list of layers"),
-        ("@5,:1", "'5,' is no list of layers"),
-        ("@-5", "'-5' is no list of layers"),
+        ("@", "'' isn't a list of layers; write @14, @14,15 or @10-14"),
+        ("@five", "'five' isn't a list of layers"),
+        ("@5,:1", "'5,' isn't a list of layers"),
+        ("@-5", "'-5' isn't a list of layers"),
         ("@7-5", "write 5-7"),
         ("@5,5-6", "name one twice"),
         ("@0-99999999999", "no model has so many"),

@@ -136,7 +136,7 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
     few = set(QUERIES[: LEAST // 2 - 1])
     with pytest.raises(TrimtabError, match=rf"of \d+ answers .* {LEAST} are needed.*give examples, or more queries"):
         kept_by(lambda query, _answer, _cut: query in few, lm=lm)
-    with pytest.raises(TrimtabError, match=r"of 184 answers that the model wrote under this prompt, 0 do what it says"):
+    with pytest.raises(TrimtabError, match=r"of 184 answers written under this prompt, 0 do what it says"):
         kept_by(lambda *_: False, lm=lm)
 
 

@@ -61,7 +61,7 @@ def test_questions_of_ones_own() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: idea_from_sentence(" . "), "say in a sentence what is wanted"),
+        (lambda: idea_from_sentence(" . "), "describe in a sentence what you want"),
         (lambda: idea_from_contrast("  "), "say whom the model is to be like"),
         (lambda: idea_from_contrast("a poet", " a poet."), "like and unlike are the same: 'a poet'"),
         (lambda: Idea("x", (), ("b",), QUESTIONS[:8], QUESTIONS[8:]), "'x' needs system prompts for it and against it"),

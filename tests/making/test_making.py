@@ -98,7 +98,7 @@ def test_a_template_without_system_prompts_has_them_in_front(lm: LM, monkeypatch
 def test_too_few_are_an_error_that_says_what_to_do(lm: LM, found: Contrasts) -> None:
     check_enough(found, IDEA.name)
     with pytest.raises(
-        TrimtabError, match=r"for and against 'odd' hardly differ: of 64, \d+ and \d+ do, and 8 of each"
+        TrimtabError, match=r"for and against 'odd' barely differ: of 64, \d+ and \d+ do, and 8 of each"
     ):
         check_enough(found.on(IDEA.learn[:5]), IDEA.name)
 
@@ -257,7 +257,7 @@ def test_make(lm: LM, tmp_path: Any) -> None:
 
 def test_no_answer_differs(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrasts_module, "_told_apart", lambda _lm, _answers: [])
-    with pytest.raises(TrimtabError, match="hardly differ"):
+    with pytest.raises(TrimtabError, match="barely differ"):
         make(lm, IDEA, tokens=TOKENS)
 
 

@@ -99,7 +99,7 @@ def test_bad_input(lm: LM) -> None:
         lm.capture(TEXTS[0], [LAYERS])
     with pytest.raises(TrimtabError, match="no tokens"):
         lm.capture("", [0])
-    with pytest.raises(TrimtabError, match="context holds 128"):
+    with pytest.raises(TrimtabError, match="context is 128"):
         lm.capture(prompt(1, 129), [0])
     with pytest.raises(TrimtabError, match="no prompts"):
         lm.capture([], [0])

@@ -73,6 +73,7 @@ def pairs(draw: st.DrawFn) -> list[tuple[Text, Text]]:
     return found
 
 
+@pytest.mark.long_unless(lambda family: family == "llama")
 @pytest.mark.parametrize("family", FAMILIES)
 @settings(deadline=None, max_examples=30)
 @given(pairs(), st.integers(0, 2), st.sampled_from([1, 40, 4096]))

@@ -198,6 +198,7 @@ COMPILED = ("a wrapper", "the model", "its forward", "the decoder", "the decoder
 
 class TestCompiledModels:
     @pytest.mark.slow
+    @pytest.mark.long_unless(lambda what: what in ("the model", "the blocks"))
     @pytest.mark.parametrize("what", COMPILED)
     def test_are_steered_like_others(self, what: str) -> None:
         wanted = {name: run(tiny.tiny("llama"), MIXED) for name, run in ALL_RUNS.items()}
@@ -449,7 +450,7 @@ class TestPlantedFaults:
         own = block.forward
         generated(lm, ALL)
         block.forward = lambda x, *args, **kwargs: own(x, *args, **kwargs)[:, :-1]
-        with pytest.raises(TrimtabError, match="which is whose can't be told"):
+        with pytest.raises(TrimtabError, match="which belongs to which can't be determined"):
             lm.generate(PROMPTS[0], ALL, max_new_tokens=2)
 
     def test_nothing_at_all_ran(self, lm: LM) -> None:

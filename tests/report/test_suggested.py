@@ -54,5 +54,5 @@ def test_a_learned_file_has_about_that_dose_where_it_was_learned():
     found = lm.generate([str(pair.positive) for pair in pairs], suggested_strength(learned) * learned, max_new_tokens=1)
     assert sum(one.applied.overall for one in found) / 6 == pytest.approx(MILD, rel=0.3)
     answers = [Pair(prompt(seed, 4), prompt(50 + seed, 4), prompt(90 + seed, 5), "answers") for seed in range(12)]
-    with pytest.warns(UserWarning, match="hardly agree"):
+    with pytest.warns(UserWarning, match="barely agree"):
         assert 0 < suggested_strength(learn_caa(lm, answers, [1, 2])) < 10

@@ -68,7 +68,7 @@ def serving(roomy_lm: LM, tmp_path: Path) -> Iterator[Callable[..., Service]]:
 
 @pytest.fixture(autouse=True)
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tiny random model's answers for and against hardly differ: here they all count."""
+    """A tiny random model's answers for and against barely differ: here they all count."""
     monkeypatch.setattr(contrasts, "_told_apart", lambda _lm, answers: list(answers))
 
 
@@ -172,9 +172,9 @@ class TestMaking:
         client = client_of(serving())
         found = client.post(PATH, json=ASKED)
         assert found.status_code == 400
-        assert "hardly differ" in found.json()["error"]["message"]
+        assert "barely differ" in found.json()["error"]["message"]
         *_, last = events(client.post(PATH, json={**ASKED, "stream": True}).text)
-        assert "hardly differ" in last["error"]["message"]
+        assert "barely differ" in last["error"]["message"]
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
@@ -182,10 +182,10 @@ class TestRequests:
     @pytest.mark.parametrize(
         ("given", "words"),
         [
-            ({"idea": None}, "say what is wanted"),
-            ({"like": "a parrot"}, "say what is wanted"),
+            ({"idea": None}, "describe what you want"),
+            ({"like": "a parrot"}, "describe what you want"),
             ({"unlike": "a mouse"}, "unlike goes with like"),
-            ({"idea": " . "}, "say in a sentence what is wanted"),
+            ({"idea": " . "}, "describe in a sentence what you want"),
             ({"idea": None, "like": "a mouse", "unlike": "a mouse"}, "the same"),
             ({"idea": "x" * 501}, "at most 500 characters"),
             ({"questions": 15}, "must be at least 16"),
@@ -405,7 +405,7 @@ class TestPage:
         service = serving()
         create = self.function(service)
         for sentence, name, persona, words in (
-            (" ", "x", {}, "Say in a sentence what is wanted"),
+            (" ", "x", {}, "Describe in a sentence what you want"),
             ("shout", " ", {}, "Give the steering a name"),
             ("shout", "../x", {}, "Name: a steering&#x27;s name has letters"),
             ("shout", "x", {"like": "a parrot"}, "Give a sentence, or a persona and its opposite, not both"),

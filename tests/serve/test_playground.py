@@ -385,11 +385,11 @@ class TestSweep:
         for name, strengths, layers, words in (
             (None, "1", "", "choose a steering"),
             ("s0", " ", "", "type the strengths"),
-            ("s0", "1, two", "", "'two' is no number"),
+            ("s0", "1, two", "", "'two' isn't a number"),
             ("s0", "1", "1.5", "whole number"),
             ("s0", "1", "-1", "whole number"),
-            ("s0", "1", "inf", "'inf' is no number"),
-            ("s0", "nan", "1", "'nan' is no number"),
+            ("s0", "1", "inf", "'inf' isn't a number"),
+            ("s0", "nan", "1", "'nan' isn't a number"),
         ):
             with pytest.raises(TrimtabError, match=words):
                 sweep_of(name, strengths, layers)
@@ -451,7 +451,7 @@ class TestLearning:
             ("x", '{"prompt": "a"', "", "pairs:1: not JSON"),
             ("x", f'{text}\n{{"positive": "a"}}', "", "pairs:4: no pair"),
             ("x", "positive,negative\na\n", "", "2 columns expected"),
-            ("x", text, "one", "'one' is no number"),
+            ("x", text, "one", "'one' isn't a number"),
         ):
             with pytest.raises(TrimtabError, match=words):
                 lesson_of(name, METHODS[0], pairs, layers)

@@ -87,7 +87,7 @@ def test_keywords_of_the_template(ask: Any, tiny_lm: Any) -> None:
             "doesn't use 'moods', so that it would change nothing; it uses mood",
         ),
         ([USER], {"chat_template_kwargs": {"tokenize": False}}, "doesn't use 'tokenize'"),
-        ([USER], {"chat_template_kwargs": {"continue_final_message": True}}, "is a field of its own"),
+        ([USER], {"chat_template_kwargs": {"continue_final_message": True}}, "is a separate field"),
     ],
 )
 def test_what_is_refused(ask: Any, messages: Any, more: dict[str, Any], reason: str) -> None:

@@ -312,7 +312,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
         "arguments of a call are a JSON object",
         "messages.1.tool_calls.0.function.arguments",
     ),
-    ({"chat_template_kwargs": {"tools": []}}, "tools is a field of its own", "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tools": []}}, "tools is a separate field", "chat_template_kwargs"),
 ]
 
 

@@ -106,7 +106,7 @@ def bake(
         model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is
             saved first, beside the folder.
         steering: What to bake in: additions and ablations, on all requests, at all positions.
-        folder: The folder to write; there must be nothing in it.
+        folder: The folder to write; it must be empty or not exist.
         transfer: Allow a steering that was learned on another model of the same width.
         check: Load the new model, and compare its logits with the steered model's, before the folder appears.
         revision: A branch, tag or commit of a Hub model.
@@ -250,9 +250,9 @@ def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise TrimtabError(
-                f"{folder} holds an adapter; merge it into its model (merge_and_unload), save that, and bake it"
+                f"{folder} contains an adapter; merge it into its model (merge_and_unload), save that, and bake it"
             )
-        raise TrimtabError(f"{folder} has no config.json, so it is no model folder")
+        raise TrimtabError(f"{folder} has no config.json, so it isn't a model folder")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

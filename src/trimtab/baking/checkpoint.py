@@ -166,7 +166,7 @@ def _changed(key: str, tensor: Tensor, affine: Affine, bias: bool, turned: bool 
         return _fits(key, affine.full(tensor).to(tensor.dtype) if tensor.dim() == 1 else affine.linear(tensor))
     if turned is None:
         if (tensor.shape[-1] == width) == (tensor.shape[-2] == width):
-            raise UnsupportedError(f"it can't be told which dimension of {key} {list(tensor.shape)} is the stream's")
+            raise UnsupportedError(f"it isn't known which dimension of {key} {list(tensor.shape)} is the stream's")
         turned = tensor.shape[-1] == width
     if tensor.shape[-1 if turned else -2] != width:
         raise _misshapen(key, tensor, width)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 TOGETHER = 8
 """So many answers are read at a time, whose logits are in memory together."""
 HIGHEST = 1e6
-"""A perplexity that is no number, or higher, counts as this much."""
+"""A perplexity that isn't a number, or higher, counts as this much."""
 
 
 def by_answers(

@@ -43,9 +43,9 @@ class Settings:
             begins with `!` is left out.
         tasks: The same of kinds (`instructions`, `behaviours`, `refusal`, `traits`) and names of tasks.
         nats: The divergences.
-        items: The most items of a task.
+        items: The maximum number of items of a task.
         pairs: The most pairs that are learned from.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         seed: Of everything that is drawn.
         data: A folder with other people's data: CAA's sets, IFEval, MMLU, XSTest, harmful requests.
         lora: Whether a LoRA is finetuned for each task, too.
@@ -90,7 +90,7 @@ class Plan:
 
     @property
     def items(self) -> int:
-        """The most items of a task."""
+        """The maximum number of items of a task."""
         return self.settings.items
 
     @property

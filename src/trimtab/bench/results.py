@@ -190,7 +190,7 @@ def results_of(folder: str | Path) -> Results:
     """
     folder = Path(folder)
     if not (folder / HEAD).is_file():
-        raise TrimtabError(f"{folder} holds no benchmark ({HEAD} isn't there)")
+        raise TrimtabError(f"{folder} doesn't contain a benchmark ({HEAD} isn't there)")
     head = json.loads((folder / HEAD).read_bytes())
     store = Store(folder, head)
     tasks, left_out = [], dict(head["left_out"])

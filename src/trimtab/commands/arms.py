@@ -60,7 +60,7 @@ class ArmOptions:
         typer.Option(
             min=0,
             metavar="N",
-            help="For each steered arm, N arms pushed as hard in random directions.",
+            help="For each steered arm, N arms that push equally hard in random directions.",
             rich_help_panel=PANEL,
         ),
     ] = 0

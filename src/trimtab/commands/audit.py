@@ -30,7 +30,7 @@ def audit(
         str,
         typer.Argument(
             metavar="FILE[@LAYERS][:STRENGTH]",
-            help="A steering file; @14 picks layers, :2 multiplies the strength.",
+            help="A steering file; @14 selects layers, :2 multiplies the strength.",
             show_default=False,
         ),
     ],
@@ -38,13 +38,13 @@ def audit(
         Path | None,
         typer.Option(
             envvar=DATA,
-            help="A folder with advbench/, xstest/, mmlu/ or caa/: benchmarks for what comes with trimtab.",
+            help="A folder with advbench/, xstest/, mmlu/ or caa/: benchmarks that replace the included items.",
             show_default=False,
         ),
     ] = None,
     behaviour: Annotated[
         list[Path] | None,
-        typer.Option(help="A further behaviour to look at: a file of A/B questions. Repeatable.", show_default=False),
+        typer.Option(help="A further behaviour to measure: a file of A/B questions. Repeatable.", show_default=False),
     ] = None,
     repair: Annotated[
         Path | None,
@@ -64,17 +64,17 @@ def audit(
     system: Annotated[
         str | None,
         typer.Option(
-            help="The system message under which harmful requests are asked once more, such as yours.",
+            help="The system message under which harmful requests are asked again, such as your own.",
             show_default="one that asks to refuse",
         ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Half as many requests, shorter answers.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of intervals and tests.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The random seed of intervals and tests.")] = 0,
     transfer: Annotated[bool, typer.Option("--transfer", help="Allow another model of the same width.")] = False,
     loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """What does a steering do besides what it is for?
+    """Measure the side effects of a steering.
 
     [bold]  trimtab audit shout.safetensors
       trimtab audit shout.safetensors:2 --quick --json
@@ -89,12 +89,14 @@ def audit(
     of ten turns. Two refusal directions are learned on the spot, one of requests and
     one of answers, and compared with what the steering writes, layer by layer.
 
-    A change that holds among all comparisons at 5 % (Holm) is said outright, one
-    that holds only by itself is a "perhaps", and where nothing was found it says
-    how much would have been. The same command gives the same audit.
+    A change that is significant at 5 % among all comparisons (Holm) is stated outright,
+    one that is significant only by itself is a "perhaps", and if nothing was found it
+    says how large a change would have been noticed. The same command gives the same
+    audit.
 
-    --repair takes the parts along both out of each edit, measures
-    again, and says what that costs. Nothing is written before all is measured.
+    --repair removes the components along both directions from each edit, measures
+    again, and reports what that costs. Nothing is written before everything is
+    measured.
     """
     pick = parse_pick(file, "audit")
     for target in (repair, out):

@@ -18,24 +18,25 @@ def bake(
         list[str],
         typer.Argument(
             metavar=FORM,
-            help="A steering, the layers of it that act, and a strength to multiply it by. Several are added up.",
+            help="A steering file, optionally with the layers that act and a strength to multiply it by. Several "
+            "are added up.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write; there must be nothing in it.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be empty or not exist.", show_default=False)],
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
             "-m",
-            help="A Hub id, or a folder with safetensors. Without it: SmolLM2-135M-Instruct.",
+            help="A Hub id, or a folder with safetensors. Default: SmolLM2-135M-Instruct.",
             show_default=False,
         ),
     ] = None,
     positions: Annotated[
         str | None,
         typer.Option(
-            help="all: act at every token, whatever the file says. Weights can do nothing else.",
+            help="all: act at every token, whatever the file says. Weights can't do anything else.",
             metavar="all",
             show_default=False,
         ),
@@ -61,19 +62,19 @@ def bake(
       trimtab bake happy.safetensors:0.8 --positions all --out happy/ \\
         --model meta-llama/Llama-3.2-1B-Instruct[/bold]
 
-    The folder is a model as any other: transformers, vLLM, llama.cpp's and
-    MLX's converters and finetuning take it, and no hook runs. Directions that
-    are ablated where attention, MLPs and embeddings write go out of those
-    weights ("abliteration"); directions that are added become biases, where
-    the model's configuration can say that there are any. A Qwen, Mistral or
-    Gemma can't, and the error says what can be done instead.
+    The folder is an ordinary model for transformers, vLLM, llama.cpp's and MLX's
+    converters and finetuning, and no hook runs. Directions that are ablated where
+    attention, MLPs and embeddings write are removed from those weights
+    ("abliteration"); directions that are added become biases, if the model's
+    configuration can declare them. A Qwen, Mistral or Gemma can't, and the error lists
+    alternatives.
 
-    Gates, other positions than all, and other operations than adding and
-    ablating are errors that name the edit: weights can't do that.
+    Gates, positions other than all, and operations other than adding and ablating are
+    errors that name the edit: weights can't express them.
 
-    Weights are read and written a file at a time. The folder appears when all
-    is written and checked; a README.md and a trimtab.json in it say what was
-    baked in. Quantized models are refused.
+    Weights are read and written one file at a time. The folder appears when everything
+    is written and checked; a README.md and a trimtab.json in it record what was baked
+    in. Quantized models are refused.
     """
     given = [parse_pick(text, "bake") for text in files]
     quiet = without_bars(json)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DATA = "TRIMTAB_DATA"
 PAGE = "page.html"
 BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(h|min|m|s)?")
-SECONDS = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0, None: 60.0}
+SECONDS: dict[str | None, float] = {"h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0, None: 60.0}
 
 
 @grouped
@@ -42,8 +42,8 @@ def bench(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names, or patterns such as re*; several with commas; !NAME leaves one out. Without it: all, installed"
-            " ones too.",
+            help="Names, or patterns such as re*; several with commas; !NAME excludes one. Default: all, including "
+            "installed ones.",
             metavar="NAMES",
             show_default=False,
         ),
@@ -51,8 +51,8 @@ def bench(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="instructions, behaviours, refusal, traits; names of tasks, or patterns. Without it: all that the data"
-            " allow.",
+            help="instructions, behaviours, refusal, traits; names of tasks, or patterns. Default: all that the "
+            "data allow.",
             metavar="NAMES",
             show_default=False,
         ),
@@ -60,21 +60,23 @@ def bench(
     nats: Annotated[
         str, typer.Option(help="The divergences at which methods are compared.", metavar="NUMBERS")
     ] = "0.25,1,4",
-    items: Annotated[int, typer.Option(min=4, help="The most items of a task.")] = 24,
-    pairs: Annotated[int, typer.Option(min=8, help="The most pairs to learn from.")] = 24,
-    tokens: Annotated[int, typer.Option(min=4, help="The most tokens of an answer.")] = 48,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    items: Annotated[int, typer.Option(min=4, help="The maximum number of items of a task.")] = 24,
+    pairs: Annotated[int, typer.Option(min=8, help="The maximum number of pairs to learn from.")] = 24,
+    tokens: Annotated[int, typer.Option(min=4, help="The maximum length of an answer, in tokens.")] = 48,
+    seed: Annotated[int, typer.Option(help="The random seed.")] = 0,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="How long it may take, about: 2h, 25min. It is met by fewer items.", metavar="TIME", show_default=False
+            help="Roughly how long it may take: 2h, 25min. The number of items is reduced to fit.",
+            metavar="TIME",
+            show_default=False,
         ),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
             envvar=DATA,
-            help="A folder with caa/, ifeval/, refusal/, mmlu/ and xstest/, as far as there.",
+            help="A folder with any of caa/, ifeval/, refusal/, mmlu/ and xstest/.",
             show_default=False,
         ),
     ] = None,
@@ -83,35 +85,35 @@ def bench(
         bool,
         typer.Option(
             "--thorough",
-            help="Orthogonal controls and side effects at every strength, not only where something is gained.",
+            help="Run orthogonal controls and side effects at every strength, not only where something is gained.",
         ),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the time it takes, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the expected time, and stop.")] = False,
     loader: BareModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Compare every method on one model, each pushed equally far, beside the prompt and random directions.
+    """Compare every method on one model at equal divergence, beside the prompt and random directions.
 
     [bold]  trimtab bench --out bench/ --budget 2h --data data/
       trimtab bench --out quick/ --tasks traits --methods caa,repe,reps --dry-run
       trimtab bench --out quick/ --tasks refusal --nats 1 --items 48 --lora[/bold]
 
-    A method is learned at its own defaults from the task's pairs (or texts, or
-    prompt), then scaled until the 95th percentile of its divergence from the
-    unsteered model is 0.25, 1 and 4 nats on prompts of the task: the same push
-    for all, whatever it looks like inside. A method of your own, installed as
-    `trimtab methods` lists it, gets its row without more.
+    A method is learned with its own defaults from the task's pairs (or texts, or
+    prompt), then scaled until the 95th percentile of its divergence from the unsteered
+    model is 0.25, 1 and 4 nats on prompts of the task: the same push for all, whatever
+    they do internally. A method of your own gets its row too, if `trimtab methods`
+    lists it.
 
-    Beside it run: the unsteered model; the prompt that asks for the same; the
-    prompt said twice; random directions at the same nats; and, where a method
-    gains something, directions orthogonal to its own, and its side effects
-    (MMLU, harmless requests refused, the other behaviours, plain text).
+    The other arms are: the unsteered model; the prompt that asks for the same; the
+    prompt stated twice; random directions at the same nats; and, where a method gains
+    something, directions orthogonal to its own, and its side effects (MMLU, harmless
+    requests refused, the other behaviours, plain text).
 
-    Verdicts are exact paired tests: of methods that do nothing, at most 5 %
-    are called better. Methods that can't act on a task are listed, with why.
+    Verdicts are exact paired tests: of methods that do nothing, at most 5 % are called
+    better. Methods that can't act on a task are listed with the reason.
 
-    The instructions and the traits come along; for the rest, --data names a
-    folder of other people's data (docs/bench.md says what goes where).
+    The instructions and the traits are included; for the rest, --data names a folder of
+    other people's data (docs/bench.md has the layout).
     """
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
@@ -160,17 +162,17 @@ def forecast(
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """How well it can be foretold whether a mean difference will steer, by the results of benchmarks.
+    """Fit and check the forecast whether a mean difference will steer, on results of `trimtab bench`.
 
     [bold]  trimtab forecast bench/ other-model/
       trimtab forecast bench/ --write forecast.json[/bold]
 
-    `trimtab learn --forecast` prints one, from four numbers that need no answers:
-    how far held-out pairs agree on the direction, how well it separates them,
-    how much more a push along it changes than a random one, and how that grows.
-    This command fits them to whether the steering was better in the benchmarks,
-    and says how well the fit does on tasks that it hasn't seen, each left out
-    in turn (AUC: 0.5 is no better than luck, 1 is always right).
+    `trimtab learn --forecast` prints a forecast from four numbers that need no
+    generated answers: how well held-out pairs agree on the direction, how well it
+    separates them, how much more a push along it changes than a random one, and how
+    that grows. This command fits them to whether the steering was better in the
+    benchmarks, and reports how well the fit predicts held-out tasks, each left out in
+    turn (AUC: 0.5 is no better than chance, 1 is always right).
     """
     from trimtab.files.target import check_target, write_atomically
     from trimtab.tune.forecast import NAMES, auc_of, fit
@@ -224,7 +226,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise TrimtabError(f"--nats {text!r} is no list of numbers; write 0.25,1,4") from None
+        raise TrimtabError(f"--nats {text!r} isn't a list of numbers; write 0.25,1,4") from None
 
 
 def _items_before(out: Path) -> int | None:

@@ -39,7 +39,7 @@ def chat(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A steering file that is on from the start, with its strength after a colon; repeatable.",
+            help="A steering file that is on from the start, with an optional strength after a colon; repeatable.",
             metavar="FILE[@LAYERS][:STRENGTH]",
             show_default=False,
         ),
@@ -47,7 +47,7 @@ def chat(
     steerings: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of steering files, which /steer knows by name and completes.",
+            help="A folder of steering files, which /steer offers by name.",
             metavar="FOLDER",
             show_default=False,
         ),
@@ -66,12 +66,14 @@ def chat(
         bool, typer.Option("--transfer", help="Allow steerings learned on another model of the same width.")
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option(min=1, rich_help_panel=DECODING, help="Tokens an answer, at most.")
+        int, typer.Option(min=1, rich_help_panel=DECODING, help="Maximum tokens per answer.")
     ] = MAX_TOKENS,
     temperature: Annotated[
         float | None,
         typer.Option(
-            rich_help_panel=DECODING, help="Sample, above 0; without it, decoding is greedy.", show_default=False
+            rich_help_panel=DECODING,
+            help="Sample at this temperature, above 0; the default is greedy decoding.",
+            show_default=False,
         ),
     ] = None,
     seed: Annotated[
@@ -85,22 +87,22 @@ def chat(
     revision: RevisionOption = None,
     layers_path: LayersPathOption = None,
     adapter: AdapterOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object an answer, and nothing else.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object per answer, and nothing else.")] = False,
 ) -> None:
-    """Talk with a model, and change what steers it as you go.
+    """Chat with a model, and change the steering as you go.
 
     [bold]  trimtab chat --steerings steerings/
       trimtab chat --steer shout.safetensors:1.5 --compare
       trimtab chat --model Qwen/Qwen2.5-1.5B-Instruct --system "Be brief."
       printf 'Hi\\n/steer shout.safetensors\\n/retry\\n' | trimtab chat --json[/bold]
 
-    What begins with a slash is a command: /steer shout 2 puts a steering on,
-    /strength shout -1 turns it round, /layer shout 9 keeps it to a layer,
-    /compare answers unsteered as well, /retry asks again, and /make talk like a
-    pirate makes a steering from a sentence; /help lists them all.
+    A line that begins with a slash is a command: /steer shout 2 turns a steering on,
+    /strength shout -1 reverses it, /layer shout 9 restricts it to a layer, /compare
+    answers unsteered as well, /retry asks again, and /make talk like a pirate makes a
+    steering from a sentence; /help lists them all.
 
-    Ctrl-C stops an answer, which is kept as far as it got; Ctrl-D leaves. Lines
-    of a pipe are questions and commands too: the exit code is 2 if one of them
+    Ctrl-C stops an answer, and the part generated so far is kept; Ctrl-D leaves. Lines
+    from a pipe are questions and commands too: the exit code is 2 if one of them
     couldn't be run.
     """
     files = [parse_pick(text) for text in steer or []]

@@ -30,7 +30,7 @@ class Stream:
 
     def stop(self) -> None:
         """Let the token that is being made be the last one."""
-        self.stopped = True
+        self.stopped: bool = True
 
     def put(self, ids: Any) -> None:
         """The prompt first, as streamers of transformers are given it, then a token at a time."""
@@ -80,7 +80,7 @@ def room(desk: Desk, conversation: Conversation, question: str) -> int:
     size = desk.lm.layout.context
     if size is not None and length >= size:
         raise TrimtabError(
-            f"the conversation has {length} tokens with this question, and the model's context holds {size}; /undo"
+            f"the conversation has {length} tokens with this question, and the model's context is {size}; /undo"
             " takes a turn back, /reset all of them"
         )
     return conversation.max_tokens if size is None else min(conversation.max_tokens, size - length)

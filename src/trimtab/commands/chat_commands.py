@@ -201,7 +201,9 @@ def _save(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         saved = save_made(path, conversation, _made(conversation, which))
         return Outcome(saved, f"wrote {name}")
     if which:
-        raise TrimtabError(f"/save {name} {which[0]}: a conversation is saved whole; a steering goes to a .safetensors")
+        raise TrimtabError(
+            f"/save {name} {which[0]}: a conversation goes into a .json file, a steering into a .safetensors file"
+        )
     saved, files = save_conversation(path, conversation, desk.lm.name)
     return Outcome(saved, f"wrote {' and '.join([*map(str, files), name])}")
 
@@ -267,7 +269,7 @@ def _layers_to_colour(one: Steered, wanted: str | None) -> list[int]:
 
     if wanted is not None:
         if not wanted.isdecimal():
-            raise TrimtabError(f"/tokens {one.name}: {wanted!r} is no layer; it has {_numbers(one.steering.layers)}")
+            raise TrimtabError(f"/tokens {one.name}: {wanted!r} isn't a layer; it has {_numbers(one.steering.layers)}")
         return list(one.steering.only([int(wanted)]).layers)
     acting = one.steering.only(one.layers_on)
     return spread(sorted(directions(acting)), MOST_LAYERS)
@@ -289,7 +291,7 @@ def _dose(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         table.add_column(heading, justify="left" if heading == "site" else "right")
     for dose in answer.doses:
         table.add_row(str(dose.layer), dose.kind, f"{dose.ratio:.3f}", str(dose.tokens))
-    return Outcome(conversation, "near 1 and above, text tends to fall apart", (table,))
+    return Outcome(conversation, "near 1 and above, text tends to break", (table,))
 
 
 # ---- the session -------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
             raise
         raise TrimtabError(f"{path}: not JSON: {error}; give a file that /save wrote") from None
     if not isinstance(document, dict) or document.get("kind") != KIND:
-        raise TrimtabError(f"{path} holds no conversation; give a file that /save wrote")
+        raise TrimtabError(f"{path} doesn't contain a conversation; give a file that /save wrote")
     if document.get("version") != VERSION:
         raise TrimtabError(
             f"{path} is of version {document.get('version')!r}, and this trimtab reads {VERSION}; use a newer one"

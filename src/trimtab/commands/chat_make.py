@@ -62,7 +62,7 @@ def wish_of(rest: str) -> Wish:
     if sum(one is not None for one in (wish.idea, wish.like, wish.pairs)) != 1:
         raise TrimtabError(f"/make takes one of these: {TAKES}")
     if wish.unlike is not None and wish.like is None:
-        raise TrimtabError('/make --unlike goes with --like; in a sentence the opposite stands after "not"')
+        raise TrimtabError('/make --unlike goes with --like; in a sentence the opposite follows after "not"')
     return wish
 
 

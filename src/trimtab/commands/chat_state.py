@@ -155,7 +155,7 @@ class Conversation:
     def last(self) -> Turn:
         """Its last turn. Raises `TrimtabError` where there is none."""
         if not self.turns:
-            raise TrimtabError("nothing was asked yet; type a question")
+            raise TrimtabError("there is no question yet; type one")
         return self.turns[-1]
 
     def answered(self, turn: Turn) -> Conversation:

@@ -73,7 +73,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="A TOML file of these options: max-tokens = 256. What is typed, or in the environment, goes before it.",
+        help="A TOML file with these options: max-tokens = 256. The command line and the environment take precedence.",
         metavar="FILE",
         is_eager=True,
         callback=_take,

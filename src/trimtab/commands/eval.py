@@ -6,7 +6,7 @@ import typer
 
 evaluations = typer.Typer(
     name="eval",
-    help="Measure what a steering does, arm against arm, with intervals.",
+    help="Measure what a steering does: arms compared on the same items, with intervals.",
     rich_markup_mode="rich",
     no_args_is_help=True,
 )

@@ -55,7 +55,7 @@ def ab(
         typer.Option("--both-orders", help="Ask each question twice, (A) and (B) exchanged: no letter is favoured."),
     ] = False,
     limit: LimitOption = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch, over all arms.")] = 64,
     options: RunOptions,
     report: ReportOption = None,
     finetune: FinetuneOption = None,
@@ -71,18 +71,19 @@ def ab(
         --steer all.safetensors --layers 10,12,14 --strength -1,1 --random 3 \\
         --system-prompt "Refuse." --out ab.jsonl --report ab.html[/bold]
 
-    Nothing is generated: each question and an opening bracket are read, and what
-    counts is p(matching) / (p(matching) + p(other)) of the letter to come. The mass of
-    both letters stands beside it: where that is small, the share says nothing. Intervals
-    are 95 % bootstrap intervals, differences are paired with the unsteered model.
+    Nothing is generated: each question and an opening bracket are read, and the score is
+    p(matching) / (p(matching) + p(other)) of the next letter. The table also has the
+    mass of both letters: if it is small, the share means nothing. Intervals are 95 %
+    bootstrap intervals, differences are paired with the unsteered model.
 
-    All arms of a question run together, and what they have in common runs once. With
+    All arms of a question run together, and their shared prefix runs once. With
     --finetune, a LoRA is trained on pairs (other questions than these), towards their
     positive and their negative sides; each is an arm alone and under each steering.
 
-    Small models like one letter better whatever it stands for, and almost any vector
-    shifts that liking. With --both-orders each question is asked with its options
-    exchanged as well, which cancels it; both count as one question in the intervals.
+    Small models prefer one letter whatever it stands for, and almost any vector shifts
+    that preference. With --both-orders each question is asked with its options
+    exchanged as well, which cancels it out; both count as one question in the
+    intervals.
 
     The file is a list of objects
 

@@ -43,19 +43,22 @@ def capability(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="Which of the folder's: mmlu, truthfulqa (both without generating), gsm8k. Without it: the first two.",
+            help="Which of the folder's tasks: mmlu, truthfulqa (both without generating), gsm8k. Default: the "
+            "first two.",
             show_default=False,
         ),
     ] = None,
     arms: ArmOptions,
     limit: LimitOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="For gsm8k: tokens at most, in every arm.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows at a time, of all arms together.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="For gsm8k: maximum tokens per answer, in every arm.")
+    ] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch, over all arms.")] = 32,
     options: RunOptions,
     loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Capability: what is lost of what the model knew?
+    """Capability: how much knowledge does the model lose?
 
     [bold]  trimtab eval capability --data data/ --steer s.safetensors --strength -1,1
       trimtab eval capability --data data/ --task gsm8k --limit 100 --out sums.jsonl[/bold]

@@ -31,7 +31,7 @@ ReportOption = Annotated[
     Path | None, typer.Option(help="A .html page to write: tables, figures and samples.", show_default=False)
 ]
 LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Only so many items, evenly from the whole file.", show_default=False)
+    int | None, typer.Option(min=1, help="Use only this many items, spread evenly over the file.", show_default=False)
 ]
 
 
@@ -49,7 +49,7 @@ class RunOptions:
     out: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl file to write each record to as it comes. If there, the run in it goes on.",
+            help="A .jsonl file to write each record to as soon as it is done. If the file exists, its run is resumed.",
             show_default=False,
         ),
     ] = None

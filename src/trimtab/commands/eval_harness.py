@@ -17,10 +17,9 @@ def lm_eval(context: typer.Context) -> None:
         --model_args pretrained=Qwen/Qwen2.5-0.5B,steer=caps.safetensors:2
       trimtab eval lm-eval ls tasks[/bold]
 
-    This is the harness's own program, which knows one more model class: trimtab, the
-    default here. All that follows goes to it as it stands, so its options have
-    underscores. In --model_args, next to all that the class hf takes (pretrained, dtype,
-    peft …):
+    This is the harness's own program with one additional model class: trimtab, the
+    default here. All options are passed to it unchanged, so they have underscores. In
+    --model_args, in addition to those of the class hf (pretrained, dtype, peft …):
 
     [dim]    steer=FILE[@LAYERS][:STRENGTH] a steering; without it, results are those of hf
         transfer=True                  allow one learned on another model of the same width

@@ -34,13 +34,13 @@ def ifeval(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A .jsonl file in IFEval's format, with or without pairs. Without it: google/IFEval from the Hub.",
+            help="A .jsonl file in IFEval's format, with or without pairs. Default: google/IFEval from the Hub.",
             show_default=False,
         ),
     ] = None,
     without_instruction: Annotated[
         bool,
-        typer.Option("--without-instruction", help="Take the instruction out of the prompt; needs a file of pairs."),
+        typer.Option("--without-instruction", help="Remove the instruction from the prompt; needs a file of pairs."),
     ] = False,
     repeat_instruction: Annotated[
         bool,
@@ -50,11 +50,11 @@ def ifeval(
     ] = False,
     official: Annotated[
         bool,
-        typer.Option("--official", help="As the official checker, pass answers whose language can't be detected."),
+        typer.Option("--official", help="Like the official checker, accept answers whose language can't be detected."),
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.", show_default=False)] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer, in every arm.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch, over all arms.")] = 64,
     options: RunOptions,
     loader: ModelOptions,
     json: JsonOption = False,
@@ -82,8 +82,8 @@ def ifeval(
 
     the last of which only --without-instruction needs. IFBench's rows are checked as well.
 
-    With --out, a run that was interrupted goes on where it was when the same command
-    is given again, and ends with the same file.
+    With --out, the same command resumes an interrupted run, and ends with the same
+    file.
     """
     plan = arms.plan()
     if repeat_instruction and without_instruction:

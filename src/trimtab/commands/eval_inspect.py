@@ -28,14 +28,14 @@ def inspect(
         ),
     ],
     arms: ArmOptions,
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples at most.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The maximum number of samples.", show_default=False)] = None,
     task_arg: Annotated[
         list[str] | None, typer.Option("-T", metavar="NAME=VALUE", help="An argument of the task. Repeatable.")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of an answer at most, whatever the task says.", show_default=False)
+        int | None, typer.Option(min=1, help="Maximum tokens per answer, whatever the task says.", show_default=False)
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples that are answered together.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 32,
     log_dir: Annotated[Path, typer.Option(help="Where Inspect's logs go; `inspect view` shows them.")] = Path("logs"),
     transfer: Annotated[bool, typer.Option("--transfer", help="Allow another model of the same width.")] = False,
     loader: EngineModelOptions,
@@ -52,7 +52,7 @@ def inspect(
     once. Each arm's log is an ordinary log of Inspect's. Tasks with tools are refused:
     these models call none here.
 
-    The last line does the same with Inspect's own program, which knows the provider
+    The last command does the same with Inspect's own program, which finds the provider
     trimtab/MODEL once trimtab is installed.
     """
     plan = arms.plan()

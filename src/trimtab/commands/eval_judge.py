@@ -57,7 +57,7 @@ def judge(
     criterion: Annotated[
         str,
         typer.Option(
-            help="What the judge is to look for, in a sentence.",
+            help="The criterion for the judge, in a sentence.",
             metavar="TEXT",
             show_default=False,
             rich_help_panel=PANEL,
@@ -73,36 +73,36 @@ def judge(
         bool,
         typer.Option(
             "--local",
-            help="The judge is the model itself, unsteered: a weak judge, labelled so.",
+            help="Use the model itself, unsteered, as the judge: a weak judge, labelled as such.",
             rich_help_panel=PANEL,
         ),
     ] = False,
     column: ColumnOption = None,
     arms: ArmOptions,
     limit: LimitOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time, of all arms together.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer, in every arm.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch, over all arms.")] = 64,
     options: RunOptions,
     report: ReportOption = None,
     loader: ModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Open-ended answers, scored by another language model with a rubric.
+    """Open-ended answers, scored by another language model by a rubric.
 
     [bold]  export TRIMTAB_JUDGE_URL=http://localhost:8000/v1 TRIMTAB_JUDGE_MODEL=big
       trimtab eval judge --prompts asked.txt --criterion "How polite is the answer?" \\
         --steer polite.safetensors --strength -1,1 --out polite.jsonl
       trimtab eval judge --prompts asked.txt --criterion "…" --scale 1,5 --local[/bold]
 
-    Each prompt is answered greedily in every arm. The judge is any server that speaks
-    OpenAI's chat completions, named by TRIMTAB_JUDGE_URL, TRIMTAB_JUDGE_MODEL and, where
-    it needs one, TRIMTAB_JUDGE_KEY. It sees the question and the answer, not the arm. Replies
-    without a score on the scale, and requests that failed, are counted beside the mean and
-    are in no mean; differences are over the prompts that have a score in both arms.
+    Each prompt is answered greedily in every arm. The judge is any server with OpenAI's chat
+    completions API, named by TRIMTAB_JUDGE_URL, TRIMTAB_JUDGE_MODEL and, where it needs one,
+    TRIMTAB_JUDGE_KEY. It sees the question and the answer, not the arm. Replies without a
+    score on the scale, and requests that failed, are reported beside the mean and excluded
+    from it; differences are over the prompts that have a score in both arms.
 
-    With --out r.jsonl, answers go there as they come, the judge's replies to the folder
-    r-replies, and both together to r-judged.jsonl in the end. The same command goes on
-    where a run stopped, and asks again for the replies that failed.
+    With --out r.jsonl, answers are written there as they are generated, the judge's
+    replies to the folder r-replies, and both together to r-judged.jsonl at the end. The
+    same command resumes a run that was stopped, and asks again for replies that failed.
     """
     plan, out = arms.plan(), options.out
     check_targets(out, report)
@@ -184,7 +184,7 @@ def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
         raise TrimtabError(f"--scale {scale!r} is no pair of numbers; write 0,10") from None
     words = [word.strip() for word in ends.split(",")]
     if len(words) != 2 or not all(words):
-        raise TrimtabError(f"--ends {ends!r} is no pair of words; write 'not at all,entirely'")
+        raise TrimtabError(f"--ends {ends!r} isn't a pair of words; write 'not at all,entirely'")
     return Rubric(criterion, low, high, *words)
 
 

@@ -43,10 +43,10 @@ def refusal(
     arms: ArmOptions,
     limit: LimitOption = None,
     robust: Annotated[
-        bool, typer.Option("--robust", help="Ask harmful requests in template jailbreaks as well, a set for each.")
+        bool, typer.Option("--robust", help="Also ask harmful requests in jailbreak templates, each as a separate set.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, in every arm.")] = 48,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests at a time, of all arms together.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer, in every arm.")] = 48,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch, over all arms.")] = 64,
     options: RunOptions,
     report: ReportOption = None,
     loader: ModelOptions,
@@ -60,14 +60,14 @@ def refusal(
 
     Each request is answered greedily in every arm. An answer is a refusal when its first
     160 characters hold one of a list of phrases ("I'm sorry", "I cannot", "as an AI" …;
-    trimtab.evaluate.refusal.PHRASES); no model judges. Each set has a table of its own:
-    in harmful sets a high share is wanted, in XSTest's safe prompts a low one, for these
-    only sound harmful. --limit takes so many of each set.
+    trimtab.evaluate.refusal.PHRASES); no model judges. Each set has its own table: in
+    harmful sets a high share is good, in XSTest's safe prompts a low one, since these
+    only sound harmful. --limit uses that many of each set.
 
-    What holds for plain requests may fall for dressed ones: --robust asks each harmful
-    request once more in each of four templates of published kinds (prefix injection,
-    refusal suppression, role play, fiction; trimtab.evaluate.jailbreaks), as sets of
-    their own.
+    A model that refuses plain requests may comply with disguised ones: --robust also
+    asks each harmful request in each of four templates of published kinds (prefix
+    injection, refusal suppression, role play, fiction; trimtab.evaluate.jailbreaks), as
+    sets of their own.
 
     Files: AdvBench's .csv (goal), XSTest's .csv (prompt, label), or a .json list of
     objects with an instruction.

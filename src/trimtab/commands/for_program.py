@@ -33,8 +33,8 @@ ForOption = Annotated[
     str | None,
     typer.Option(
         "--for",
-        help="Learn what this program can run: additions, at every token. With an --out that ends in .gguf its own file"
-        " is written.",
+        help="Learn a steering that this program can run: additions at every token. If --out ends in .gguf, "
+        "the program's own file format is written.",
         metavar=LLAMA,
         show_default=False,
     ),

@@ -42,8 +42,8 @@ def generate(
     steer: Annotated[
         list[str] | None,
         typer.Option(
-            help="A steering file, of trimtab's or another program's; after @, which of its layers act (14, 14,15,"
-            " 10-14), after a colon a strength to multiply it by. Several are added up.",
+            help="A steering file, trimtab's or another program's; after @, the layers that act (14, 14,15, "
+            "10-14); after a colon, a strength to multiply it by. Several are added up.",
             metavar=FORM,
             show_default=False,
         ),
@@ -52,8 +52,8 @@ def generate(
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="A file (- is standard input) with one prompt a line; or .jsonl, .json, .csv, .tsv or .parquet, with"
-            " the prompt in --column.",
+            help="A file (- is standard input) with one prompt per line; or .jsonl, .json, .csv, .tsv or .parquet, "
+            "with the prompt in --column.",
             metavar="FILE|-",
             show_default=False,
         ),
@@ -62,8 +62,8 @@ def generate(
     dose: Annotated[
         float | None,
         typer.Option(
-            help="Make the push so long on these prompts, in lengths of the activation over all layers: 0.2 is mild."
-            " Strengths then say how strong files are beside each other.",
+            help="Scale the push to this dose (relative norm over all layers) on these prompts: 0.2 is mild. "
+            "Strengths then only set the files' proportions.",
             metavar="NUMBER",
             show_default=False,
         ),
@@ -71,8 +71,8 @@ def generate(
     nats: Annotated[
         float | None,
         typer.Option(
-            help="Or take the model so many nats from itself on these prompts (95th percentile over tokens): 0.25 is"
-            " hardly seen, 1 a clear change, 4 a strong one.",
+            help="Scale the push to this divergence from the unsteered model on these prompts, in nats (95th "
+            "percentile over tokens): 0.25 is hardly noticeable, 1 a clear change, 4 a strong one.",
             metavar="NUMBER",
             show_default=False,
         ),
@@ -81,10 +81,10 @@ def generate(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="Steer at other tokens than the file says: all, all-but-first, prompt, generated,"
-            " from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO, span:FROM:TO,"
-            " tokens:2,10,-1 (of the prompt; -1 is its last); by meaning: thinking, answer, after:TEXT, at:TEXT,"
-            " outside-tools; or several with |, & and ~.",
+            help="Steer at these tokens instead of the file's: all, all-but-first, prompt, generated, "
+            "from-last-prompt-token, last-prompt-token, opening:K, first:K, window:FROM:TO, span:FROM:TO, "
+            "tokens:2,10,-1 (of the prompt; -1 is its last); by meaning: thinking, answer, after:TEXT, "
+            "at:TEXT, outside-tools; or several with |, & and ~.",
             metavar="RULE",
             show_default=False,
         ),
@@ -101,13 +101,14 @@ def generate(
     emphasize_system: Annotated[
         bool,
         typer.Option(
-            "--emphasize-system", rich_help_panel=ATTENTION, help="Steer attention towards the whole system message."
+            "--emphasize-system", rich_help_panel=ATTENTION, help="Steer attention towards the system message."
         ),
     ] = False,
     rejection: Annotated[
         bool | None,
         typer.Option(
-            help="Weaken or reject steering, of whatever kind, where its token is implausible. With --emphasize on.",
+            help="Weaken or reject any kind of steering where its token is implausible. On by default with "
+            "--emphasize.",
             rich_help_panel=ATTENTION,
             show_default=False,
         ),
@@ -115,7 +116,7 @@ def generate(
     beta: Annotated[
         float | None,
         typer.Option(
-            help="With rejection: the least share of the likeliest token's probability; 0.5 unless given.",
+            help="With rejection: the minimum share of the likeliest token's probability; 0.5 by default.",
             rich_help_panel=ATTENTION,
             show_default=False,
         ),
@@ -131,7 +132,8 @@ def generate(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="With rejection: auto (the default: by the device), optimistic or fused; the answers are the same.",
+            help="With rejection: auto (the default: depends on the device), optimistic or fused; the answers are "
+            "the same except for near-ties.",
             rich_help_panel=ATTENTION,
             show_default=False,
         ),
@@ -140,7 +142,8 @@ def generate(
         bool,
         typer.Option(
             "--clean-cache",
-            help="Steer over the unsteered model's cache; a token costs two readings, and leaves no colour behind.",
+            help="Steer over the unsteered model's cache, so that steering doesn't affect later turns through it; "
+            "each token is computed twice.",
             rich_help_panel=DECODING,
         ),
     ] = False,
@@ -164,8 +167,8 @@ def generate(
     json_schema: Annotated[
         Path | None,
         typer.Option(
-            help="A file with a JSON schema: each answer is JSON that it describes, however it is steered. An answer"
-            " that ends at --max-new-tokens may be cut off (needs trimtab\\[serve]).",
+            help="A file with a JSON schema: each answer is JSON that matches it, under any steering. An answer "
+            "that ends at --max-new-tokens may be cut off (needs trimtab\\[serve]).",
             metavar="FILE",
             rich_help_panel=DECODING,
             show_default=False,
@@ -176,10 +179,12 @@ def generate(
     transfer: Annotated[
         bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, rich_help_panel=DECODING, help="Tokens at most.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, rich_help_panel=DECODING, help="Maximum tokens per answer.")
+    ] = 128,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=DECODING, help="Prompts at a time.")] = 32,
     sample: Annotated[
-        bool, typer.Option("--sample", rich_help_panel=DECODING, help="Sample; without it, decoding is greedy.")
+        bool, typer.Option("--sample", rich_help_panel=DECODING, help="Sample; the default is greedy decoding.")
     ] = False,
     temperature: Annotated[
         float | None, typer.Option(rich_help_panel=DECODING, help="With --sample; above 0.", show_default=False)
@@ -193,7 +198,8 @@ def generate(
         int | None,
         typer.Option(
             min=1,
-            help="With --engine vllm: spread the prompts over so many engines, on a Ray cluster or here.",
+            help="With --engine vllm: distribute the prompts over this many engines, on a Ray cluster or on this "
+            "machine.",
             metavar="N",
             rich_help_panel=PANEL,
             show_default=False,
@@ -216,15 +222,15 @@ def generate(
         --prompt "Hello"
       trimtab generate --prompt "Describe Lyon." --json-schema city.json[/bold]
 
-    A file's rows may be objects with "messages"; a last message of the assistant's
-    is a begun answer, and is continued. A row's "system" is its system message.
+    A file's rows may be objects with "messages"; if the last message is the
+    assistant's, it is continued. A row's "system" is its system message.
 
-    A strength multiplies the steering: 2 pushes twice as hard, -1 the other
-    way, 0 not at all. @14,15 or @10-14 after the file picks layers of it. The
-    dose reported at the end is how long the push was, in lengths of the
-    activation: with learned differences, text tends to fall apart from about
-    0.3 over all layers on. --dose finds the strength that has a dose, and
-    --nats the one that changes next tokens so much.
+    A strength multiplies the steering: 2 pushes twice as hard, -1 in the opposite
+    direction, 0 not at all. @14,15 or @10-14 after the file selects layers. The dose
+    reported at the end is the relative norm of the push, ‖edit‖ / ‖activation‖: with
+    learned differences, text tends to break from about 0.3 over all layers on. --dose
+    finds the strength for a given dose, and --nats the one for a given divergence of
+    next tokens.
     """
     asked = gather_prompts(prompt or [], prompts, column)
     files = [parse_pick(text) for text in steer or []]

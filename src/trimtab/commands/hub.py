@@ -18,11 +18,11 @@ def list_(
         str,
         typer.Argument(
             metavar="USER[/NAME]|FOLDER",
-            help="Whose steerings on the Hub, or the beginning of their names; or a folder.",
+            help="A user on the Hub, or the beginning of repository names; or a folder.",
             show_default=False,
         ),
     ],
-    limit: Annotated[int, typer.Option(min=1, help="So many at most.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="The maximum number.")] = 100,
     json: JsonOption = False,
 ) -> None:
     """List the steerings that somebody has on the Hub, or that are in a folder.
@@ -54,21 +54,21 @@ def pull(
         typer.Option(help="The .safetensors file to write; NAME.safetensors unless given.", show_default=False),
     ] = None,
     revision: Annotated[
-        str | None, typer.Option(help="A branch, a tag or a commit.", show_default=False, metavar="REVISION")
+        str | None, typer.Option(help="A branch, tag or commit.", show_default=False, metavar="REVISION")
     ] = None,
     file: Annotated[
         str | None,
-        typer.Option(help="Another file of the repository, of any program that can be read.", show_default=False),
+        typer.Option(help="Another file of the repository, in any supported format.", show_default=False),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Fetch a steering from the Hub into a file.
+    """Download a steering from the Hub into a file.
 
     [bold]  trimtab pull user/refusal
       trimtab pull user/refusal --revision v2 --out refusal-2.safetensors
       trimtab pull user/vectors --file happy.gguf --out happy.safetensors[/bold]
 
-    Nothing is run from what is fetched; another program's file is converted.
+    No code in the download is run; another program's file is converted.
     """
     target = out or Path(f"{Path(name).name}.safetensors")
     check_target(target, ".safetensors")
@@ -88,20 +88,20 @@ def push(
     name: Annotated[str, typer.Argument(metavar="USER/NAME", help="Its name on the Hub.", show_default=False)],
     base_model: Annotated[
         str | None,
-        typer.Option(help="The model's id on the Hub, where the steering's card doesn't know it.", show_default=False),
+        typer.Option(help="The model's id on the Hub, if the steering's card doesn't record it.", show_default=False),
     ] = None,
     license: Annotated[
         str | None, typer.Option(help="The licence of the data: apache-2.0, cc-by-4.0 …", show_default=False)
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="A branch to push to.", show_default=False)] = None,
     json: JsonOption = False,
 ) -> None:
-    """Put a steering on the Hub, with a page made from its card.
+    """Upload a steering to the Hub, with a page made from its card.
 
     [bold]  trimtab push refusal.safetensors user/refusal --license cc-by-4.0[/bold]
 
-    The repository is made where it isn't there yet. Log in with `hf auth login`.
+    The repository is created if it doesn't exist. Log in with `hf auth login`.
     """
     from trimtab.files.hub import push_to_hub
     from trimtab.files.load import load

@@ -34,7 +34,8 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="FILE[@LAYERS][:STRENGTH] …",
-            help="A steering file, or two to compare; @14, @14,15 or @10-14 picks layers, :2 multiplies the strength.",
+            help="A steering file, or two to compare; @14, @14,15 or @10-14 selects layers, :2 multiplies the "
+            "strength.",
             show_default=False,
         ),
     ],
@@ -48,12 +49,12 @@ def inspect(
     ] = None,
     pairs: Annotated[
         Path | None,
-        typer.Option(help="Draw these pairs' activations, two principal components a layer.", show_default=False),
+        typer.Option(help="Draw these pairs' activations, as two principal components per layer.", show_default=False),
     ] = None,
     columns: ColumnOptions,
     layer: Annotated[
         int | None,
-        typer.Option(help="With --text or --pairs: at this layer, not at all of the file's.", show_default=False),
+        typer.Option(help="With --text or --pairs: use this layer instead of all of the file's.", show_default=False),
     ] = None,
     page: Annotated[
         Path | None,
@@ -62,11 +63,12 @@ def inspect(
     nats: Annotated[
         bool,
         typer.Option(
-            "--nats", help="Measure how far it takes the model from itself, in nats a token; --model does so as well."
+            "--nats",
+            help="Measure the divergence from the unsteered model, in nats per token; --model does so as well.",
         ),
     ] = False,
     transfer: Annotated[
-        bool, typer.Option("--transfer", help="Where the model is loaded: allow another of the same width.")
+        bool, typer.Option("--transfer", help="If the model is loaded: allow another one of the same width.")
     ] = False,
     loader: EngineModelOptions,
     json: JsonOption = False,
@@ -81,12 +83,11 @@ def inspect(
       trimtab inspect shout.safetensors rude.safetensors --plot alike.png
       trimtab inspect shout.safetensors --json[/bold]
 
-    The norm is that of the direction, times the strength where the edit adds
-    it. Its share of the activation's norm tells how hard that is: near 100 %
-    and above, text tends to fall apart. The agreement is the mean cosine of
-    the pairs' differences to their mean: low means a weak steering. The
-    strength to begin with is what to multiply the file by, so that the push
-    over all layers is mild; the file itself acts at strength 1.
+    The norm is that of the direction, times the strength if the edit adds it. Its ratio
+    to the activation's norm shows how hard it pushes: near 100 % and above, text tends
+    to break. The agreement is the mean cosine of the pairs' differences to their mean:
+    low agreement means a weak steering. The suggested strength gives a mild push over
+    all layers; the file itself acts at strength 1.
 
     Two files are compared layer by layer, whatever their methods and models,
     if the widths agree; name a file twice to compare its layers with each

@@ -37,7 +37,7 @@ def learn(
     method: Annotated[
         str,
         typer.Argument(
-            help="caa, instruct, or another of `trimtab methods`, which has a help of its own.", show_default=False
+            help="caa, instruct, or another of `trimtab methods`, which has its own --help.", show_default=False
         ),
     ],
     out: Annotated[
@@ -54,8 +54,8 @@ def learn(
     instruction: Annotated[
         str | None,
         typer.Option(
-            help="A sentence: pairs are made of it and of queries that come along. If its type is recognised, other"
-            " phrasings of it are learned from too.",
+            help="A sentence: pairs are made from it and the included queries. If its type is recognised, other "
+            "phrasings of it are used too.",
             metavar="SENTENCE",
             show_default=False,
             rich_help_panel=SOURCE,
@@ -71,10 +71,10 @@ def learn(
     ] = False,
     word: Annotated[
         str | None,
-        typer.Option(help="A word to get into answers.", show_default=False, rich_help_panel=SOURCE),
+        typer.Option(help="A word to include in answers.", show_default=False, rich_help_panel=SOURCE),
     ] = None,
     exclude: Annotated[
-        bool, typer.Option("--exclude", help="With --word: keep it out instead.", rich_help_panel=SOURCE)
+        bool, typer.Option("--exclude", help="With --word: avoid the word instead.", rich_help_panel=SOURCE)
     ] = False,
     length: Annotated[
         str | None,
@@ -90,7 +90,7 @@ def learn(
         typer.Option(
             "--queries",
             min=1,
-            help="Learn from at most so many of the queries that come along.",
+            help="Learn from at most this many of the included queries.",
             show_default=False,
             rich_help_panel=SOURCE,
         ),
@@ -99,9 +99,9 @@ def learn(
     operation: Annotated[
         str | None,
         typer.Option(
-            help="For instruct: project (move the projection to where the instruction puts it), add (the mean"
-            " difference) or unit (the unit direction: the strength is the weight). Without it: add for words and"
-            " lengths, else project.",
+            help="For instruct: project (set the projection to its mean under the instruction), add (the mean "
+            "difference) or unit (the unit direction: the strength is the weight). Default: add for words and "
+            "lengths, otherwise project.",
             metavar="project|add|unit",
             show_default=False,
         ),
@@ -109,8 +109,8 @@ def learn(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="For instruct, at which tokens to steer, as `trimtab generate --positions` has them. Without it:"
-            " all-but-first; for --pairs with add, from-last-prompt-token.",
+            help="For instruct: the tokens to steer, as for `trimtab generate --positions`. Default: "
+            "all-but-first; for --pairs with add, from-last-prompt-token.",
             metavar="RULE",
             show_default=False,
         ),
@@ -118,8 +118,9 @@ def learn(
     read_at: Annotated[
         str | None,
         typer.Option(
-            help="For caa, where an answer is read: last, or the mean over all of it (answer), over its first tokens"
-            " (first:8), or over those after a text (after:MARKER). Without it: the letter of letters, else last.",
+            help="For caa: where an answer is read: last, or the mean over all of it (answer), over its first "
+            "tokens (first:8), or over those after a text (after:MARKER). Default: the letter of "
+            "multiple-choice answers, otherwise last.",
             metavar="last|answer|first:K|after:MARKER",
             show_default=False,
         ),
@@ -127,8 +128,9 @@ def learn(
     estimator: Annotated[
         str | None,
         typer.Option(
-            help="For caa, how a direction comes of the activations: their mean difference, its median, the first"
-            " principal component of centred members, or a probe's weight. Without it: mean-difference.",
+            help="For caa: how the direction is computed from the activations: the mean difference, the median "
+            "difference, the first principal component of centred members, or a probe's weight. Default: "
+            "mean-difference.",
             metavar="mean-difference|median|pca|probe",
             show_default=False,
         ),
@@ -142,8 +144,8 @@ def learn(
         bool,
         typer.Option(
             "--forecast",
-            help="Say how far pairs agree on the direction and what a push along it changes, and by that whether it is"
-            " likely to steer. Takes up to a minute.",
+            help="Report how well pairs agree on the direction and what a push along it changes, and predict "
+            "whether it will steer. Takes up to a minute.",
         ),
     ] = False,
     loader: EngineModelOptions,
@@ -151,8 +153,8 @@ def learn(
 ) -> None:
     """Learn a steering from contrastive pairs, or from an instruction, and save it to a file.
 
-    What follows is for caa and instruct. `trimtab methods` lists all methods,
-    and `trimtab learn METHOD --help` shows what each of the others can be told.
+    The following is about caa and instruct. `trimtab methods` lists all methods, and
+    `trimtab learn METHOD --help` shows the options of the others.
 
     [bold]  trimtab learn instruct --instruction "Answer in all lowercase letters." \\
         --out lower.safetensors
@@ -167,11 +169,11 @@ def learn(
       trimtab learn caa --pairs rude.csv --layers all --out all.safetensors \\
         --model Qwen/Qwen2.5-1.5B-Instruct --strength -1[/bold]
 
-    --instruction says which type of instruction it took the sentence for. The
-    queries that it is put after come with trimtab, as do its other phrasings.
+    --instruction reports which type of instruction it recognised. The queries that it
+    is appended to are included, and so are its other phrasings.
 
-    Pairs come as JSONL (one object a line), JSON (a list of objects), CSV or TSV
-    (with a header line) or Parquet. Each pair has the keys of one of these shapes:
+    Pairs can be JSONL (one object per line), JSON (a list of objects), CSV or TSV (with
+    a header line) or Parquet. Each pair has the keys of one of these shapes:
 
     [bold]  prompt, prompt_without_instruction[/bold]
         for instruct: two prompts, with and without an instruction
@@ -194,13 +196,13 @@ def learn(
          "answer_not_matching_behavior": "(B)"}[/dim]
 
     [bold]  statement, label[/bold], and perhaps prompt
-        single texts, true or false, which are put into pairs as they come
+        single texts, true or false, which are paired in order
     [dim]    {"statement": "Rivers flow downhill.", "label": true}[/dim]
 
-    The prompt may also be called question, instruction, input or user, and the
-    sides chosen and rejected, or matching and not_matching. Other names are said
-    by --keys positive=good,negative=bad. A column that isn't read and may matter
-    is an error; --ignore leaves it out.
+    The prompt may also be called question, instruction, input or user, and the sides
+    chosen and rejected, or matching and not_matching. Map other names with --keys
+    positive=good,negative=bad. A column that isn't read but may matter is an error;
+    --ignore leaves it out.
 
     In JSONL and JSON, prompts and answers may be lists of messages, and every
     pair with a prompt may have a system prompt: system, the same on both sides,
@@ -209,7 +211,7 @@ def learn(
          "prompt": [{"role": "user", "content": "How are you?"}],
          "positive": "Leave me alone.", "negative": "Splendid, thanks!"}[/dim]
 
-    Nothing is written until all is learned; an existing file is replaced.
+    Nothing is written until everything is learned; an existing file is replaced.
     """
     sources = {"--pairs": pairs, "--instruction": instruction, "--all": every, "--word": word, "--length": length}
     source = _the_one(method, {name: value for name, value in sources.items() if value not in (None, False)})
@@ -222,7 +224,7 @@ def learn(
     if exclude and word is None:
         raise TrimtabError("--exclude keeps a word out; say which with --word")
     if limit is not None and pairs is not None:
-        raise TrimtabError("--queries is about the queries that come along, and --pairs brings its own")
+        raise TrimtabError("--queries is about the included queries, and --pairs brings its own")
     wanted = parse_layers(layers)
     if every and forecast:
         raise TrimtabError("--forecast is about one steering, and --all learns many; leave one out")

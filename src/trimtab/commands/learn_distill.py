@@ -91,7 +91,7 @@ def learn_distill(
         str | None,
         typer.Option(
             "--type",
-            help="Or an IFEval type: change_case:english_lowercase",
+            help="Instead of --check: an IFEval type such as change_case:english_lowercase",
             show_default=False,
             rich_help_panel=CHECK,
         ),
@@ -99,7 +99,9 @@ def learn_distill(
     kwargs: Annotated[
         str | None, typer.Option(help="The type's settings, as JSON.", show_default=False, rich_help_panel=CHECK)
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.", rich_help_panel=CHECK)] = 64,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="The maximum length of an answer, in tokens.", rich_help_panel=CHECK)
+    ] = 64,
     fit: Annotated[
         str,
         typer.Option(

@@ -90,7 +90,7 @@ OutOption = Annotated[Path, typer.Option(help="The .safetensors file to write.",
 LayersOption = Annotated[
     str | None,
     typer.Option(
-        help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Without it: the method's own choice.",
+        help="Blocks to learn at, from 0: 14, or 12,14,16, or all. Default: chosen by the method.",
         show_default=False,
     ),
 ]

@@ -46,13 +46,13 @@ def make(
     idea: Annotated[
         str | None,
         typer.Argument(
-            help="A sentence. Its opposite may stand after 'not': \"be blunt, not flattering\".", show_default=False
+            help="A sentence. Its opposite may follow after 'not': \"be blunt, not flattering\".", show_default=False
         ),
     ] = None,
     like: Annotated[
         str | None,
         typer.Option(
-            help="Or a persona that the model is to be like.",
+            help="Instead of a sentence: a persona that the model should be like.",
             metavar='"a pirate"',
             show_default=False,
             rich_help_panel=WANTED,
@@ -61,7 +61,7 @@ def make(
     unlike: Annotated[
         str | None,
         typer.Option(
-            help="And one that it is to be unlike. Without it: an ordinary assistant.",
+            help="With --like: a persona that it should be unlike. Default: an ordinary assistant.",
             metavar='"an office clerk"',
             show_default=False,
             rich_help_panel=WANTED,
@@ -71,8 +71,9 @@ def make(
         Path | None,
         typer.Option(
             "--from",
-            help="Or pairs of your own, which show what is wanted: a .jsonl, .json, .csv, .tsv or .parquet file with"
-            " positive and negative, chosen and rejected, question and two letters, or another shape of docs/pairs.md.",
+            help="Instead of a sentence: your own pairs, in a .jsonl, .json, .csv, .tsv or .parquet file with "
+            "positive and negative, chosen and rejected, question and two letters, or another shape of "
+            "docs/pairs.md.",
             metavar="PAIRS",
             show_default=False,
             rich_help_panel=WANTED,
@@ -83,8 +84,8 @@ def make(
     questions: Annotated[
         str | None,
         typer.Option(
-            help="A file of questions to learn and to test on, one a line or JSON lines with prompt; every second one"
-            " is tested on. Without it: those of the trait card, or general ones.",
+            help="A file of questions, one per line or JSON lines with prompt; every second one is used for "
+            "testing. Default: those of the trait card, or general ones.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=WANTED,
@@ -107,8 +108,9 @@ def make(
     writer: Annotated[
         str | None,
         typer.Option(
-            help="The address of a server that speaks OpenAI's chat completions, whose model writes the system prompts"
-            " and the questions. Its key, if it needs one, stands in $TRIMTAB_WRITER_KEY. Needs trimtab\\[judge].",
+            help="The address of a server with OpenAI's chat completions API, whose model writes the system "
+            "prompts and the questions. Its key, if it needs one, is read from $TRIMTAB_WRITER_KEY. Needs "
+            "trimtab\\[judge].",
             metavar="URL",
             show_default=False,
             rich_help_panel=WANTED,
@@ -121,13 +123,15 @@ def make(
         bool,
         typer.Option(
             "--distill/--no-distill",
-            help="Whether to train a vector too (to distill it; from pairs without prompts of their own, by"
-            " preference): it holds more and takes longest.",
+            help="Whether to train a vector too (by distillation, or, for pairs without their own prompts, by "
+            "preference): it captures more and takes longest.",
             rich_help_panel=HOW,
         ),
     ] = True,
-    tokens: Annotated[int, typer.Option(min=8, help="The most tokens of an answer.", rich_help_panel=HOW)] = 64,
-    seed: Annotated[int, typer.Option(help="Of the order of answers.", rich_help_panel=HOW)] = 0,
+    tokens: Annotated[
+        int, typer.Option(min=8, help="The maximum length of an answer, in tokens.", rich_help_panel=HOW)
+    ] = 64,
+    seed: Annotated[int, typer.Option(help="The random seed for the order of answers.", rich_help_panel=HOW)] = 0,
     for_: ForOption = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Write the file even if the verdict is none.", rich_help_panel=HOW)
@@ -140,7 +144,7 @@ def make(
     adapter: AdapterOption = None,
     json: JsonOption = False,
 ) -> None:
-    """From one sentence to a steering, and what it is worth.
+    """Make a steering from one sentence, with a verdict.
 
     [bold]  trimtab make "be blunt, not flattering" --out blunt.safetensors
       trimtab make "talk like a pirate" --out pirate.safetensors
@@ -148,21 +152,21 @@ def make(
       trimtab make --from pairs.jsonl --out mine.safetensors
       trimtab make "talk like a pirate" --for llama.cpp --out pirate.gguf[/bold]
 
-    The model answers questions under system prompts for and against the idea;
-    forty traits come along with theirs. Answers that show the difference are
-    learned from in several ways, and questions that were held out choose the
-    best. Others again give the verdict: how much of the system prompt's effect
-    the steering has without it, next to random directions, and what it costs.
-    Pairs that no system prompt stands behind are told in nats a token instead.
+    The model answers questions under system prompts for and against the idea; forty
+    traits with their prompts are included. Several ways of learning from the answers
+    are tried, and held-out questions choose the best. Further questions give the
+    verdict: the steering's effect as a share of the system prompt's, beside random
+    directions, and its cost. For pairs without system prompts, the effect is in nats
+    per token instead.
 
-    Where nothing holds, the verdict is none, no file is written, and the exit
-    code is 3. Some minutes for a small model on two cores.
+    If no steering works, the verdict is none, no file is written, and the exit code is
+    3. Takes a few minutes for a small model on two cores.
     """
     check_output(for_, out)
     if sum(one is not None for one in (idea, like, card, from_)) != 1:
         raise TrimtabError(
-            'say what is wanted: a sentence such as "be blunt, not flattering", or --like "a pirate", or --card FILE,'
-            " or --from PAIRS"
+            'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
+            "or --card FILE, or --from PAIRS"
         )
     columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
     given = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
@@ -241,7 +245,7 @@ def _idea(
     from trimtab.making.writer import idea_from_writer
 
     if unlike is not None and like is None:
-        raise TrimtabError('--unlike goes with --like; in a sentence the opposite stands after "not"')
+        raise TrimtabError('--unlike goes with --like; in a sentence the opposite follows after "not"')
     if card is not None:
         if writer is not None:
             raise TrimtabError("a card has all that a writer would write; leave out --card or --writer")

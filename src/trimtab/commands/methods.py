@@ -18,8 +18,8 @@ def methods(json: JsonOption = False) -> None:
     [bold]  trimtab methods
       trimtab methods --json[/bold]
 
-    `trimtab learn METHOD --help` shows what each can be told. What other installed
-    packages bring stands at the end, with the package's name.
+    `trimtab learn METHOD --help` shows the options of each. Methods from other
+    installed packages are at the end, with the package's name.
     """
     found = recipes()
     if json:

@@ -23,7 +23,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A Hub id, a folder, or a .gguf file. Without it: SmolLM2-135M-Instruct.",
+        help="A Hub id, a folder, or a .gguf file. Default: SmolLM2-135M-Instruct.",
         show_default=False,
         rich_help_panel=PANEL,
     ),
@@ -31,7 +31,7 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(
-        help="cpu, cuda, cuda:1, mps … Without it: CUDA, then MPS, then the CPU.",
+        help="cpu, cuda, cuda:1, mps … Default: CUDA, then MPS, then the CPU.",
         show_default=False,
         rich_help_panel=PANEL,
     ),
@@ -47,8 +47,8 @@ RevisionOption = Annotated[
 AdapterOption = Annotated[
     str | None,
     typer.Option(
-        help="A LoRA (or another adapter of peft) to put on the model: a folder or a Hub id. What is learned with it"
-        " belongs to the model with it.",
+        help="A LoRA (or another peft adapter) to load: a folder or a Hub id. Steerings learned with it belong "
+        "to the model with that adapter.",
         show_default=False,
         rich_help_panel=PANEL,
     ),
@@ -65,8 +65,8 @@ LayersPathOption = Annotated[
 EngineOption = Annotated[
     str,
     typer.Option(
-        help="transformers; vllm, which must be installed; llamacpp for a .gguf file as it is stored (needs"
-        " trimtab\\[llamacpp]; steerings that add directions only); or another installed package's.",
+        help="transformers; vllm, which must be installed; llamacpp, for a .gguf file in its stored form "
+        "(needs trimtab\\[llamacpp]; steerings that add directions only); or another installed package's.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -80,7 +80,7 @@ TemplateOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, and nothing else.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
 
 
 @dataclass(frozen=True)

@@ -32,15 +32,15 @@ def models(
     check: Annotated[
         str | None,
         typer.Option(
-            help="Run trimtab on this model, and say what works there: a Hub id or a folder (its own weights), a"
-            " config.json or a model type such as qwen3_next (tiny random weights).",
+            help="Run trimtab on this model, and report what works: a Hub id or a folder (its own weights), a "
+            "config.json or a model type such as qwen3_next (tiny random weights).",
             metavar="MODEL|CONFIG",
             show_default=False,
         ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Show how to name a model; with --model what trimtab finds in it; with --check what of trimtab works on it.
+    """Show how to name a model; with --model, what trimtab finds in it; with --check, which features work on it.
 
     [bold]  trimtab models
       trimtab models --model Qwen/Qwen2.5-0.5B-Instruct
@@ -48,9 +48,9 @@ def models(
       trimtab models --check ./my-model
       trimtab models --check qwen3_next[/bold]
 
-    The fingerprint is by what a steering file knows its model's weights. A check generates a few tokens in every way
-    that trimtab has, and compares them with a plain computation; what doesn't work is listed with its reason. It exits
-    with 1 where something is wrong. With random weights nothing is downloaded.
+    A steering file recognises its model's weights by the fingerprint. A check generates a few tokens in every way
+    that trimtab supports, and compares them with a plain computation; features that don't work are listed with the
+    reason. It exits with 1 if something is wrong. With random weights nothing is downloaded.
     """
     if check is not None:
         check_model(replace(loader, model=check), json=json)

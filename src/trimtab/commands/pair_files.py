@@ -17,7 +17,7 @@ PANEL = "Columns of pairs"
 KeysOption = Annotated[
     str | None,
     typer.Option(
-        help="Which column of the pairs is which part, if called otherwise: prompt=q,positive=good,negative=bad.",
+        help="The columns of the pairs, if they have other names: prompt=q,positive=good,negative=bad.",
         metavar="PART=COLUMN,…",
         show_default=False,
         rich_help_panel=PANEL,
@@ -26,7 +26,7 @@ KeysOption = Annotated[
 IgnoreOption = Annotated[
     str | None,
     typer.Option(
-        help="Columns of the pairs to leave out. Without it, one that isn't read and may matter is an error.",
+        help="Columns of the pairs to leave out. By default, a column that isn't read but may matter is an error.",
         metavar="COLUMN,…",
         show_default=False,
         rich_help_panel=PANEL,

@@ -24,8 +24,8 @@ CONTEXT = "context"
 ColumnOption = Annotated[
     str | None,
     typer.Option(
-        help="The column of the prompts' file, or the key of its objects, that holds the prompt. Without it: prompt,"
-        " messages, question, instruction, input, user or text.",
+        help="The column of the prompts' file, or the key of its objects, that holds the prompt. Default: "
+        "prompt, messages, question, instruction, input, user or text.",
         metavar="NAME",
         show_default=False,
     ),

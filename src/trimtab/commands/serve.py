@@ -39,7 +39,7 @@ def serve(
     context: typer.Context,
     vllm: Annotated[
         list[str] | None,
-        typer.Argument(help="With --engine vllm: options of vLLM's, behind --.", metavar="[-- …]", show_default=False),
+        typer.Argument(help="With --engine vllm: vLLM's own options, after --.", metavar="[-- …]", show_default=False),
     ] = None,
     steerings: Annotated[
         Path | None,
@@ -50,23 +50,21 @@ def serve(
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 chooses a free one.")] = 8000,
     upload: Annotated[
-        bool, typer.Option("--upload", help="Let clients bring steering files. They are kept in memory only.")
+        bool, typer.Option("--upload", help="Let clients upload steering files. They are kept in memory only.")
     ] = False,
     learn: Annotated[
         bool,
         typer.Option(
-            "--learn", help="Let clients learn steerings from pairs, or from a sentence. Others wait meanwhile."
+            "--learn", help="Let clients learn steerings from pairs, or from a sentence. Other requests wait meanwhile."
         ),
     ] = False,
-    playground: Annotated[
-        bool, typer.Option("--playground/--no-playground", help="The page at /, to see and feel what a steering does.")
-    ] = True,
+    playground: Annotated[bool, typer.Option("--playground/--no-playground", help="The playground page at /.")] = True,
     policy: Annotated[
         Path | None,
         typer.Option(
-            help="A JSON file: API keys, what each may use and how hard, what is always on.",
+            help="A JSON file: API keys, which steerings and strengths each may use, and what is always on.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=SAFETY,
@@ -80,7 +78,7 @@ def serve(
         float | None,
         typer.Option(
             min=0.0,
-            help="Refuse answers whose push is longer than this, in lengths of the activation.",
+            help="Refuse answers whose dose (relative norm, summed over all sites) exceeds this.",
             show_default=False,
             rich_help_panel=SAFETY,
         ),
@@ -88,7 +86,7 @@ def serve(
     audit: Annotated[
         Path | None,
         typer.Option(
-            help="Append lines of JSON: who asked, what was applied, what came of it, who was turned away.",
+            help="Append lines of JSON: the requester, what was applied, the outcome, and refused requests.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=SAFETY,
@@ -101,7 +99,7 @@ def serve(
         bool,
         typer.Option(
             "--audit-sync",
-            help="Wait until each line is on the disk itself: slower, and survives a loss of power.",
+            help="Wait until each line is on the disk itself: slower, but survives a power failure.",
             rich_help_panel=SAFETY,
         ),
     ] = False,
@@ -122,7 +120,7 @@ def serve(
     monitor: Annotated[
         list[str] | None,
         typer.Option(
-            help="A direction or probe that requests can have read at each token (`trimtab learn probe`). Repeatable.",
+            help="A direction or probe to read at each token, on request (`trimtab learn probe`). Repeatable.",
             metavar="NAME=FILE[@LAYER]",
             show_default=False,
         ),
@@ -137,7 +135,7 @@ def serve(
         int,
         typer.Option(
             min=0,
-            help="Tokens of past texts to keep in memory, so that the next turn isn't read anew; 0 keeps none.",
+            help="Tokens of past texts to keep in memory, so that the next turn isn't read again; 0 keeps none.",
             metavar="TOKENS",
             rich_help_panel=LIMITS,
         ),
@@ -146,24 +144,26 @@ def serve(
         bool,
         typer.Option(
             "--prefix-shared",
-            help="With --prefix-cache: unsteered texts of one key help all others; times then tell what was asked.",
+            help="With --prefix-cache: share unsteered texts between keys; response times then reveal what others "
+            "asked.",
             rich_help_panel=SAFETY,
         ),
     ] = False,
     rows: Annotated[int, typer.Option(min=1, help="Answers decoded at a time.", rich_help_panel=LIMITS)] = 32,
     queue: Annotated[
-        int, typer.Option(min=0, help="Answers that may wait; more get status 429.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(min=0, help="Answers that may wait in the queue; more get status 429.", rich_help_panel=LIMITS),
     ] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.", rich_help_panel=LIMITS)] = 300.0,
     grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds to end what runs, after SIGTERM.", rich_help_panel=LIMITS)
+        float, typer.Option(min=0.0, help="Seconds to finish running requests, after SIGTERM.", rich_help_panel=LIMITS)
     ] = 60.0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.", rich_help_panel=LIMITS)] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.", rich_help_panel=LIMITS)] = 512,
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens of a prompt, at most. Without it: the model's context.",
+            help="Maximum tokens of a prompt. Default: the model's context.",
             show_default=False,
             rich_help_panel=LIMITS,
         ),
@@ -172,23 +172,23 @@ def serve(
         int,
         typer.Option(
             min=1,
-            help="Tokens of a prompt with rejection, at most: it is read in one pass, while others wait.",
+            help="Maximum tokens of a prompt with rejection, which is read in one pass while others wait.",
             rich_help_panel=LIMITS,
         ),
     ] = 2048,
     max_answers: Annotated[
-        int, typer.Option(min=1, help="Answers to one request, at most.", rich_help_panel=LIMITS)
+        int, typer.Option(min=1, help="Maximum answers to one request.", rich_help_panel=LIMITS)
     ] = 16,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request, at most.", rich_help_panel=LIMITS)] = 1
+    max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.", rich_help_panel=LIMITS)] = 1
     << 20,
     max_upload: Annotated[
         int,
-        typer.Option(min=1024, help="Bytes of a steering file that a client brings, at most.", rich_help_panel=LIMITS),
+        typer.Option(min=1024, help="Maximum bytes of an uploaded steering file.", rich_help_panel=LIMITS),
     ] = 16 << 20,
     max_held: Annotated[
         int,
         typer.Option(
-            min=1 << 20, help="Bytes of all requests together, at most; more get status 429.", rich_help_panel=LIMITS
+            min=1 << 20, help="Maximum bytes of all requests together; more get status 429.", rich_help_panel=LIMITS
         ),
     ] = 256 << 20,
     connections: Annotated[
@@ -207,7 +207,7 @@ def serve(
     template: TemplateOption = None,
     config: ConfigOption = None,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API does, with steering as extra fields.
+    """Serve a model over an OpenAI-compatible HTTP API, with steering in extra fields.
 
     [bold]  trimtab serve --steerings steerings/
       curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -221,12 +221,12 @@ def serve(
       client.chat.completions.create(model="trimtab", messages=[…],
         extra_body={"steering": [{"name": "json", "strength": 1.2}]})[/bold]
 
-    Each request has its own steering, and all run in one batch. "emphasize"
-    takes phrases of the prompt, "rejection" {"beta": 0.5} weakens steering
-    where it is implausible. The response's "trimtab" says what was applied.
-    /v1/steerings lists the steerings, /docs explains all fields, /metrics is
-    for Prometheus, /healthz and /readyz for whoever starts it. The page at /
-    is for people: a chat with and without steering, side by side.
+    Each request has its own steering, and all run in one batch. "emphasize" takes
+    phrases of the prompt, "rejection" {"beta": 0.5} weakens steering where it is
+    implausible. The response's "trimtab" reports what was applied. /v1/steerings lists
+    the steerings, /docs explains all fields, /metrics is for Prometheus, /healthz and
+    /readyz are for orchestrators. The page at / is a playground: a chat with and
+    without steering, side by side.
 
     A policy is a JSON file; all of it is optional:
 
@@ -236,25 +236,25 @@ def serve(
        "monitors": [{"name": "harm", "threshold": 0.9, "action": "stop"}],
        "strength": [-4, 4], "max_dose": 1.0}[/bold]
 
-    sha256 is that of the API key: printf %s "$KEY" | sha256sum. A single key
-    can be given in the environment instead, as TRIMTAB_API_KEY. Without keys
-    the server listens on this machine only, unless --insecure. What is
-    always on, no request can name, weaken, reject or push against along its
-    own directions. max_dose caps what the doses of all sites add up to. What
-    a key brings (--upload, --learn) it alone may see, use and delete.
+    sha256 is the hash of the API key: printf %s "$KEY" | sha256sum. A single key can be
+    given in the environment instead, as TRIMTAB_API_KEY. Without keys the server
+    listens on this machine only, unless --insecure is given. No request can name,
+    weaken, reject or push against a steering that is always on. max_dose limits the sum
+    of the doses of all sites. A steering that a key uploads or learns (--upload,
+    --learn) can be seen, used and deleted by that key only.
 
-    --monitor harm=probe.safetensors reads a probe at each token: requests name
-    it in "monitors", and the policy's read every answer. Beyond a threshold
-    they are logged, stop the answer, or switch a steering on.
+    --monitor harm=probe.safetensors reads a probe at each token: requests name it in
+    "monitors", and the policy's monitors read every answer. Above its threshold a
+    monitor is logged, stops the answer, or turns a steering on.
 
-    On SIGTERM nothing more is accepted, and what was accepted is finished. On
-    SIGHUP the folder of steerings is read again, and the access log reopened.
+    On SIGTERM the server stops accepting requests, and finishes those it accepted. On
+    SIGHUP it reads the folder of steerings again, and reopens the access log.
 
-    Every option can stand in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or
-    in a TOML file (--config), as max-tokens = 256.
+    Every option can also be set in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or in
+    a TOML file (--config), as max-tokens = 256.
 
-    With --engine vllm this becomes vLLM's server, which takes "steering" as
-    well, has options of its own and no policy:
+    With --engine vllm this starts vLLM's server, which accepts "steering" as well, but
+    has its own options and no policy:
 
     [bold]  trimtab serve --engine vllm --steerings steerings/ -- --tensor-parallel-size 2[/bold]
     """

@@ -58,12 +58,12 @@ def tune(
     *,
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.", show_default=False)],
     instruction: Annotated[
-        str | None, typer.Option(help="A sentence to put after queries that come with trimtab.", show_default=False)
+        str | None, typer.Option(help="A sentence to append to the included queries.", show_default=False)
     ] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
-            help="Your own pairs, of prompts, answers or letters: a half is learned from, the rest searched on.",
+            help="Your own pairs, of prompts, answers or letters: half of them are learned from, the rest searched on.",
             show_default=False,
         ),
     ] = None,
@@ -71,15 +71,20 @@ def tune(
     check: Annotated[
         str | None,
         typer.Option(
-            help="When an answer complies: json, title, german, bullets, sentence, capitals, or a function of"
-            " yours that takes the answer (and, by name, prompt and cut). A known --instruction needs none.",
+            help="Decides whether an answer complies: json, title, german, bullets, sentence, capitals, or a "
+            "function of yours that takes the answer (and, by name, prompt and cut). A known --instruction "
+            "needs none.",
             metavar="NAME|MODULE:FUNCTION",
             show_default=False,
         ),
     ] = None,
     type_: Annotated[
         str | None,
-        typer.Option("--type", help="Or an IFEval type: change_case:english_lowercase", show_default=False),
+        typer.Option(
+            "--type",
+            help="Instead of --check: an IFEval type such as change_case:english_lowercase",
+            show_default=False,
+        ),
     ] = None,
     kwargs: Annotated[str | None, typer.Option(help="The type's settings, as JSON.", show_default=False)] = None,
     with_instruction: Annotated[
@@ -92,7 +97,7 @@ def tune(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Blocks to try, from 0: 12,16,20, or all. Without it: about eight, from a fifth of the depth.",
+            help="Blocks to try, from 0: 12,16,20, or all. Default: about eight, from a fifth of the depth on.",
             rich_help_panel=SEARCH,
             show_default=False,
         ),
@@ -107,8 +112,8 @@ def tune(
     positions: Annotated[
         str | None,
         typer.Option(
-            help="Rules to try, as in `trimtab generate`: all-but-first,from-last-prompt-token. Without it: each"
-            " operation's own.",
+            help="Rules to try, as in `trimtab generate`: all-but-first,from-last-prompt-token. Default: each "
+            "operation's own.",
             rich_help_panel=SEARCH,
             show_default=False,
         ),
@@ -126,14 +131,14 @@ def tune(
     margin: Annotated[
         float, typer.Option(help="Steer only if it is better by more than this.", rich_help_panel=SEARCH)
     ] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of the split of the queries.", rich_help_panel=SEARCH)] = 0,
+    seed: Annotated[int, typer.Option(help="The random seed for splitting the queries.", rich_help_panel=SEARCH)] = 0,
     limit: Annotated[
         int | None,
         typer.Option(
             min=4, help="Search and confirm on this many prompts at most.", rich_help_panel=COST, show_default=False
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer.", rich_help_panel=COST)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.", rich_help_panel=COST)] = 64,
     budget_tokens: Annotated[
         int | None,
         typer.Option(min=1, help="Generate at most this many tokens.", rich_help_panel=COST, show_default=False),
@@ -143,12 +148,13 @@ def tune(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at a time.", rich_help_panel=COST)] = 64,
     figure: Annotated[
-        Path | None, typer.Option(help="A .png of the search. Needs matplotlib.", show_default=False)
+        Path | None, typer.Option(help="Draw the search into this .png. Needs matplotlib.", show_default=False)
     ] = None,
     loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
-    """Find the layer, strength and positions at which a steering works, or that none does.
+    """Find the layer, strength and positions at which a steering works, or find that none
+    does.
 
     [bold]  trimtab tune --instruction "Answer in JSON format." --check json \\
         --out json.safetensors --figure json.png
@@ -161,27 +167,27 @@ def tune(
         --out polite.safetensors
       trimtab tune --pairs letters.jsonl --out caa.safetensors[/bold]
 
-    All candidates run together on a few prompts, the better half of them on
-    twice as many, and so on. The best then meets prompts it has not been
-    searched on. It is saved if it beats not steering there by more than
-    --margin; otherwise the answer is "don't steer" and nothing is written.
+    All candidates run together on a few prompts, the better half of them on twice as
+    many, and so on (successive halving). The best one is then tested on held-out
+    prompts. It is saved if it beats not steering there by more than --margin; otherwise
+    the answer is "don't steer" and nothing is written.
 
-    A setting whose answers read worse than unsteered ones is never chosen,
-    however many comply: too unlikely or too predictable (perplexity under the
-    unsteered model), repetitive, empty or endless. --guard sets the limits.
+    A setting whose answers are of lower quality than unsteered ones is never chosen,
+    however many comply: too unlikely or too predictable (perplexity under the unsteered
+    model), repetitive, empty or endless. --guard sets the limits.
 
-    Pairs of multiple-choice answers are scored by the probability of the
-    matching letter; they need no --check and know no guard.
+    Pairs of multiple-choice answers are scored by the probability of the matching
+    letter; they need no --check and have no guard.
 
-    Pairs of answers with a --check are learned from as by trimtab learn caa;
-    what is checked are the model's own answers to the prompts of the others.
+    With a --check, half of the pairs of answers are learned from as by trimtab learn
+    caa; the check judges the model's own answers to the prompts of the other half.
 
-    Ctrl-C and SIGTERM end the search and keep the best so far. Without a
-    terminal, each round is a line on stderr. The file's card holds the whole
-    search: trimtab inspect --json shows it.
+    Ctrl-C and SIGTERM end the search and keep the best so far. Without a terminal, each
+    round prints a line to stderr. The file's card records the complete search: trimtab
+    inspect --json shows it.
 
-    Exit code 3: nothing was better than not steering; what to try next is said,
-    and nothing is written.
+    Exit code 3: nothing was better than not steering. Suggestions for what to try next
+    are printed, and no file is written.
     """
     check_target(out, ".safetensors")
     if figure is not None:
@@ -402,7 +408,7 @@ def _numbers(text: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise TrimtabError(f"--strengths {text!r} is no list of numbers; write 0.5,1,1.5") from None
+        raise TrimtabError(f"--strengths {text!r} isn't a list of numbers; write 0.5,1,1.5") from None
     if not all(math.isfinite(number) and number for number in found):
         raise TrimtabError(f"--strengths {text!r}: each is a finite number and not 0 (not steering is always tried)")
     return found
@@ -426,7 +432,7 @@ def _guard(given: Sequence[str]) -> Guard:
         try:
             limits[name] = None if value == "off" else float(value)
         except ValueError:
-            raise TrimtabError(f"--guard {one}: {value!r} is no number; write {name}={known[name]}") from None
+            raise TrimtabError(f"--guard {one}: {value!r} isn't a number; write {name}={known[name]}") from None
     try:
         return Guard(**limits)
     except ValueError as error:

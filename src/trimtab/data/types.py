@@ -94,7 +94,7 @@ class Parameter:
         """The value as IFEval's checkers take it. Raises `TrimtabError` for a language that isn't known."""
         if self.kind == "language":
             if value not in LANGUAGES:
-                raise TrimtabError(f"{value!r} is no language that is known here; known: {', '.join(LANGUAGES)}")
+                raise TrimtabError(f"{value!r} isn't a known language; known: {', '.join(LANGUAGES)}")
             return LANGUAGES[str(value)]
         return [value] if self.is_list else value
 

@@ -47,7 +47,7 @@ class Rejection:
         if isinstance(self.beta, bool) or not isinstance(self.beta, (int, float)) or not 0 <= self.beta <= 1:
             raise TrimtabError(f"beta lies between 0 and 1, got {self.beta!r}")
         if isinstance(self.min_layers, bool) or not isinstance(self.min_layers, int) or self.min_layers < 1:
-            raise TrimtabError(f"min_layers is a whole number from 1, got {self.min_layers!r}")
+            raise TrimtabError(f"min_layers is a whole number from 1 up, got {self.min_layers!r}")
         for name, value, known in (("ladder", self.ladder, LADDERS), ("schedule", self.schedule, SCHEDULES)):
             if value not in known:
                 raise TrimtabError(f"unknown {name} {value!r}; known: {', '.join(known)}")

@@ -58,23 +58,23 @@ class Checks:
 
     def __init__(self, lm: LM, prompts: Sequence[str]) -> None:
         self.lm = lm
-        self.prompts = list(prompts)
-        self.ids = [lm.encode(prompt, chat=False) for prompt in prompts]
-        self.running = self._running()
+        self.prompts: list[str] = list(prompts)
+        self.ids: list[list[int]] = [lm.encode(prompt, chat=False) for prompt in prompts]
+        self.running: list[int] = self._running()
         count = len(self.running)
         self.low, self.middle = self.running[min(1, count - 1)], self.running[min(2, count - 1)]
-        self.last = self.running[-1]
+        self.last: int = self.running[-1]
         self.tolerance = TOLERANCE.get(lm.model.dtype, COARSE)
         self.exact = EXACT.get(lm.model.dtype, COARSE_EXACT)
         self.near_ties = lm.model.dtype not in TOLERANCE
         self.allow_for(rounding_of(lm, self.ids))
-        self.ends = _end_ids(lm.model, {})
+        self.ends: set[int] = _end_ids(lm.model, {})
 
     def allow_for(self, rounding: Rounding) -> None:
         """No more can be asked of steering than passes of other shapes have in common, unsteered."""
         self.near_ties |= NOISE * rounding.logprobs > self.tolerance
         self.tolerance = max(self.tolerance, min(COARSE, NOISE * rounding.logprobs))
-        self.exact = max(self.exact, ROUNDINGS * rounding.activations)
+        self.exact: float = max(self.exact, ROUNDINGS * rounding.activations)
 
     def of_one_length(self) -> Checks:
         """The same checks over prompts that need no pads."""
@@ -217,7 +217,7 @@ class Checks:
 
         By how much that differs is what parts in float32 cost a model in float64: no more can be asked of steering.
         """
-        self.tolerance = max(self.tolerance, NOISE * self.theirs([0, 0]))
+        self.tolerance: float = max(self.tolerance, NOISE * self.theirs([0, 0]))
 
     def padding(self) -> None:
         """Prompts of different lengths answer as they do alone, unsteered."""

@@ -10,7 +10,7 @@ from typing import Any
 DROP = object()
 """In place of a value: leave this field at its default."""
 
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
 DECODER = {"is_decoder": True}
 HYBRID = ["linear_attention", "full_attention"] * 2
 WINDOWS = ["sliding_attention", "full_attention"] * 2

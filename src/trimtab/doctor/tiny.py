@@ -191,7 +191,7 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def _try(model: Any) -> None:
-    """Raises whatever a pass over text alone does, and where what comes is no number."""
+    """Raises whatever a pass over text alone does, and where what comes isn't a number."""
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]])
     mask = (ids > 0).long()
     options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}

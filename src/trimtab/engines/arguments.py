@@ -21,7 +21,7 @@ def marks_for(emphasize: Any, count: int) -> list[Any]:
     if emphasize is None or isinstance(emphasize, Emphasis):
         return [emphasize] * count
     if not isinstance(emphasize, (list, tuple)):
-        raise TrimtabError(f"what is emphasized is a phrase of the prompt, got {type(emphasize).__name__}")
+        raise TrimtabError(f"emphasize takes a phrase of the prompt, got {type(emphasize).__name__}")
     if len(emphasize) != count:
         raise TrimtabError(
             f"{len(emphasize)} things to emphasize for {count} prompts; give one, or one for each (a list of phrases,"
@@ -63,7 +63,7 @@ def _grammar(given: Any, where: str = "the JSON schema") -> Grammar | None:
 def check_batch_size(size: Any) -> None:
     """Raises `TrimtabError` for what isn't a number of prompts."""
     if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise TrimtabError(f"batch_size is a whole number from 1, got {size!r}")
+        raise TrimtabError(f"batch_size is a whole number from 1 up, got {size!r}")
 
 
 def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -87,13 +87,13 @@ def check_length(layout: Shape, length: int, what: str) -> None:
     if length == 0:
         raise TrimtabError(f"{what} is empty: it has no tokens")
     if layout.context is not None and length > layout.context:
-        raise TrimtabError(f"{what} has {length} tokens, the model's context holds {layout.context}; shorten it")
+        raise TrimtabError(f"{what} has {length} tokens, the model's context is {layout.context}; shorten it")
 
 
 def check_answers(layout: Shape, lengths: Sequence[int], max_new_tokens: int) -> None:
     """Raises `TrimtabError` for prompts of these lengths whose answers of so many tokens don't fit the context."""
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise TrimtabError(f"max_new_tokens is a whole number from 1, got {max_new_tokens!r}")
+        raise TrimtabError(f"max_new_tokens is a whole number from 1 up, got {max_new_tokens!r}")
     for i, length in enumerate(lengths):
         check_length(layout, length, f"prompt {i + 1}")
         if layout.context is not None and length + max_new_tokens > layout.context:

@@ -44,7 +44,7 @@ def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | 
     if len(doses) > 1:
         told += f", and over {len(doses)} layers {worst.applied.overall:.2g} times"
     warnings.warn(
-        f"{told}; above {limit:g} text tends to fall apart. Lower the strength"
+        f"{told}; above {limit:g} text tends to break. Lower the strength"
         f"{' or steer at fewer layers' if len(doses) > 1 else ''}",
         DoseWarning,
         stacklevel=outside(),

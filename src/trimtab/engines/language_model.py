@@ -297,7 +297,7 @@ class LanguageModel(ABC):
         Args:
             prompt: A string, or a list of chat messages.
             steering: What steers the answer.
-            max_new_tokens: Tokens at most.
+            max_new_tokens: Maximum tokens per answer.
             system: A system message before the prompt.
             chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.
             template: Keywords of the chat template.

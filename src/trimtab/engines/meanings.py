@@ -110,7 +110,7 @@ class Follower:
         self._meanings = sorted(meanings)
         self._machines = [machine_of(tokenizer, meaning) for meaning in self._meanings]
         self._text = _text_of(tokenizer)
-        self.start = Followed(NOTHING, self._begin(tokenizer, prompt), prompt[-1])
+        self.start: Followed = Followed(NOTHING, self._begin(tokenizer, prompt), prompt[-1])
         """Before the first generated token."""
 
     def after(self, before: Followed, token: int) -> Followed:

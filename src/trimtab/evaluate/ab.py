@@ -108,7 +108,7 @@ def _item(row: Any, where: str, number: int) -> ABItem:
             raise TrimtabError(f"{where}: {key!r} is empty or no text")
     if systems := [key for key in SYSTEMS if row.get(key)]:
         raise TrimtabError(
-            f"{where}: {systems[0]!r} isn't asked under here; a system message is an arm of its own (--system-prompt)"
+            f"{where}: {systems[0]!r} isn't asked under here; a system message is a separate arm (--system-prompt)"
         )
     try:
         letters = letter_of(matching), letter_of(other)

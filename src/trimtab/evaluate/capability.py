@@ -64,7 +64,7 @@ def read_gsm8k(path: str | Path, limit: int | None = None) -> list[MathItem]:
 def final_number(text: str) -> tuple[Decimal | None, bool]:
     """The number that an answer comes to, and whether it was marked: the first after the last `####`, else the last.
 
-    Thousands' commas and dollar signs are dropped. `None` where there is no number.
+    Thousands' commas and dollar signs are dropped. `None` where there isn't a number.
     """
     marked = text.rpartition("####")[2] if "####" in text else ""
     if found := NUMBER.findall(marked):

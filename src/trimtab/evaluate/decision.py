@@ -95,10 +95,10 @@ def decide(
         seed: Of draws, where there are too many ways to try all, and of the interval.
 
     Raises:
-        ValueError: No items, lists of different length, or a score that is no number.
+        ValueError: No items, lists of different length, or a score that isn't a number.
     """
     if not all(math.isfinite(value) for value in (*before, *after)):
-        raise ValueError("a score that is no number can't be compared")
+        raise ValueError("a score that isn't a number can't be compared")
     interval = paired_bootstrap(before, after, groups=groups, seed=seed)
     sums: dict[Hashable, float] = {}
     for name, b, a in zip(range(len(before)) if groups is None else groups, before, after, strict=True):

@@ -153,7 +153,7 @@ def divergence(
 def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     """For each row of logits, in float64; the same logits give exactly 0, and NaN among the steered ones infinity."""
     if unsteered.isnan().any():
-        raise TrimtabError("the unsteered model's logits are no numbers; load it in float32 or bfloat16")
+        raise TrimtabError("the unsteered model's logits aren't finite; load it in float32 or bfloat16")
     p, q = (one.double().log_softmax(-1) for one in (unsteered, steered))
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))

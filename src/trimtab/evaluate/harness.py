@@ -74,10 +74,10 @@ class SteeredHFLM(HFLM):
             batch_size=batch_size,
             **options,
         )
-        self.lm = LM(self.model, self.tokenizer, layers=layers_path)
+        self.lm: LM = LM(self.model, self.tokenizer, layers=layers_path)
         self.steering = steering
         self.steer = steer
-        self.transfer = bool(transfer)
+        self.transfer: bool = bool(transfer)
         if steering is not None:
             self.lm.check(steering, transfer=self.transfer)
             if any(is_score_edit(edit) for edit in steering.edits):

@@ -95,10 +95,10 @@ class SteeredModel(ModelAPI):
         if unknown := sorted(set(options) - set(LOADED)):
             known = ("steer", "strength", "positions", "transfer", "batch_size", *LOADED)
             raise TrimtabError(f"trimtab's models have no argument {unknown[0]!r}; they have {', '.join(known)}")
-        self.lm = loaded(model_name, **{name: str(value) for name, value in options.items()})
+        self.lm: LM = loaded(model_name, **{name: str(value) for name, value in options.items()})
         self.batch_size, self.transfer = int(batch_size), bool(transfer)
         self._strength, self._positions = float(strength), positions
-        self.steering = self.steering_of(steer)
+        self.steering: Steering | None = self.steering_of(steer)
         self._waiting = _worker(self.lm)
 
     def steering_of(self, steer: Any) -> Steering | None:

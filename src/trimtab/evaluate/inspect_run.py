@@ -28,7 +28,7 @@ def run_task(
         task: What `inspect_ai.eval` takes: a file, a registered name, or a `Task`.
         model: A Hub id, a folder or a file; `default` for the default model.
         steer: `FILE[@LAYERS][:STRENGTH]`; `None` for the unsteered model.
-        limit: Samples at most.
+        limit: The maximum number of samples.
         task_args: Arguments of the task.
         max_tokens: Tokens of an answer at most, whatever the task says; `None` leaves it to the task.
         batch_size: Samples that are answered together, at most.

@@ -187,7 +187,7 @@ class Endpoint:
             found = False
         if not found:
             raise TrimtabError(
-                f"{URL}={self.url!r} is no address of a server; write one such as http://localhost:8000/v1"
+                f"{URL}={self.url!r} isn't the address of a server; write one such as http://localhost:8000/v1"
             )
 
     def ask(self, prompts: Sequence[Sequence[Message]], given: Given) -> None:

@@ -132,7 +132,7 @@ def load_adapter(lm: LM, folder: str | Path, name: str | None = None) -> Iterato
 
     `name` is what the model is then called in records.
 
-    Raises `TrimtabError` when there is none, it is no safetensors file, or it doesn't fit the model.
+    Raises `TrimtabError` when there is none, it isn't a safetensors file, or it doesn't fit the model.
     """
     peft = _peft()
     folder = Path(folder)
@@ -169,7 +169,7 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise TrimtabError(f"can't read {path}: {error}") from None
     if not isinstance(found, dict):
-        raise TrimtabError(f"{path} is no description of a LoRA")
+        raise TrimtabError(f"{path} isn't the description of a LoRA")
     return found
 
 

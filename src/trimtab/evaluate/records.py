@@ -106,7 +106,7 @@ def split_records(data: bytes, path: Path) -> tuple[dict[str, Any], list[Record]
     except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get(KEY) != FORMAT:
-        raise TrimtabError(f"{path} is no file of records (format {FORMAT}); name another file")
+        raise TrimtabError(f"{path} isn't a file of records (format {FORMAT}); name another file")
     records = []
     for number, line in enumerate(rest, 2):
         try:

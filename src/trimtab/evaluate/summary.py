@@ -109,5 +109,5 @@ def _value(record: Record, score: str) -> float:
         raise TrimtabError(f"arm {record.arm!r}, item {record.item!r} has no score {score!r}")
     value = record.scores[score]
     if math.isnan(value):
-        raise TrimtabError(f"arm {record.arm!r}, item {record.item!r}: the score {score!r} is no number")
+        raise TrimtabError(f"arm {record.arm!r}, item {record.item!r}: the score {score!r} isn't a number")
     return float(value)

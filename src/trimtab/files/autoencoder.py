@@ -164,9 +164,9 @@ def _folder(path: Path) -> Autoencoder:
     except OSError as error:
         raise TrimtabError(f"it has no {CONFIG}, as SAELens' folders have ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise TrimtabError(f"its {CONFIG} is no valid JSON") from None
+        raise TrimtabError(f"its {CONFIG} isn't valid JSON") from None
     if not isinstance(config, dict):
-        raise TrimtabError(f"its {CONFIG} is no dictionary")
+        raise TrimtabError(f"its {CONFIG} isn't a dictionary")
     said = {**config, **(config["metadata"] if isinstance(config.get("metadata"), dict) else {})}
     weights = path / WEIGHTS
     try:
@@ -202,7 +202,7 @@ def _layer(hook: Any) -> int | None:
     except TrimtabError as error:
         raise UnsupportedError(str(error)) from None
     if layer is None:
-        raise UnsupportedError(f"it was trained at {hook[:80]!r}, which is no block's output")
+        raise UnsupportedError(f"it was trained at {hook[:80]!r}, which isn't the output of a block")
     return layer
 
 

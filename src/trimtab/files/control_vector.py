@@ -89,7 +89,7 @@ def _directions(data: Any, container: Container) -> dict[int, Tensor]:
         found[layer] = _tensor(data[place.start : place.start + size], place)
     total = container.metadata.get("n_total_layers")  # steerkit's: the final norm comes after the last block
     if isinstance(total, int) and total in found:
-        raise TrimtabError(f"its direction.{total} is for the final norm, which is no block's output")
+        raise TrimtabError(f"its direction.{total} is for the final norm, which isn't the output of a block")
     return found
 
 

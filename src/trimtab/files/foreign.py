@@ -95,7 +95,7 @@ def layer_number(text: object, name: str) -> int:
     if isinstance(text, int) and not isinstance(text, bool):
         text = str(text)
     if not isinstance(text, str) or not LAYER.fullmatch(text):
-        raise TrimtabError(f"{name} has a layer {str(text)[:40]!r}, which is no block's number")
+        raise TrimtabError(f"{name} has a layer {str(text)[:40]!r}, which isn't the number of a block")
     return int(text)
 
 

@@ -67,7 +67,7 @@ class _Cursor:
         try:
             return bytes(self.data[start : self.at]).decode()
         except UnicodeDecodeError:
-            raise TrimtabError(f"it is damaged: {what} is no UTF-8") from None
+            raise TrimtabError(f"it is damaged: {what} isn't UTF-8") from None
 
 
 def read_container(data: Any, check: Callable[[str, Any], None] = lambda _key, _value: None) -> Container:
@@ -78,7 +78,7 @@ def read_container(data: Any, check: Callable[[str, Any], None] = lambda _key, _
     """
     cursor = _Cursor(data)
     if bytes(data[:4]) != MAGIC:
-        raise TrimtabError("it is no GGUF file")
+        raise TrimtabError("it isn't a GGUF file")
     cursor.take(4, "the header")
     version = cursor.number("I", "the header")
     if version not in VERSIONS:

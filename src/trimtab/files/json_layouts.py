@@ -41,7 +41,7 @@ def read_json_layout(path: Path, wanted: Wanted) -> Found:
     except TrimtabError:
         raise
     except (ValueError, RecursionError) as error:
-        raise TrimtabError(f"it is no valid JSON: {str(error)[:120]}") from None
+        raise TrimtabError(f"it isn't valid JSON: {str(error)[:120]}") from None
     if isinstance(value, list):
         return tensor_layout(_numbers(value, "its list"), path, wanted, "list")
     if isinstance(value, dict) and isinstance(value.get("vector"), list) and "modelId" in value:
@@ -70,7 +70,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise TrimtabError(f"its JSON holds {name}, which is no number")
+    raise TrimtabError(f"its JSON holds {name}, which isn't a number")
 
 
 def _svec(value: Mapping[str, Any]) -> Found:
@@ -162,7 +162,7 @@ def _packed(hook: Mapping[str, Any]) -> dict[int, Tensor]:
 
 def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TrimtabError(f"{name} is {str(value)[:40]!r}, which is no number")
+        raise TrimtabError(f"{name} is {str(value)[:40]!r}, which isn't a number")
     try:
         return float(value)
     except OverflowError:

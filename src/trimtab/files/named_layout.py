@@ -22,7 +22,7 @@ from trimtab.files.tensor_layout import FEATURES, NEW, Wanted, convert_with, ten
 
 HOOK = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(\d+)(?:\.(hook_\w+))?")
 PLAIN = re.compile(r"(?:layer[_.-]?|direction\.|L)?(\d+)")
-BEFORE = {None: 0, "hook_resid_post": 0, "hook_resid_pre": -1}
+BEFORE: dict[str | None, int] = {None: 0, "hook_resid_post": 0, "hook_resid_pre": -1}
 """TransformerLens' hook points at the residual stream, and how far from it the block is at whose output that is."""
 VECTOR = ("vector", "direction", "steering_vector")
 LAYER = ("layer", "layer_idx", "layer_index")
@@ -100,7 +100,7 @@ def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Fou
             value = file.get(key)
             number = float(value.reshape(-1)[0]) if value.numel() == 1 else math.nan
             if not number.is_integer():
-                raise TrimtabError(f"its {key} is no whole number")
+                raise TrimtabError(f"its {key} isn't a whole number")
             said = int(number)
         elif key in file.about:
             said = file.about[key]

@@ -94,7 +94,7 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
             if _is_file(head.rpartition("@")[0]) or _is_file(head):
                 hint = f"; the layers come first: {head}@{tail.partition('@')[2]}:{tail.partition('@')[0]}"
                 raise TrimtabError(
-                    f"{option} {text}: the strength {tail!r} is no number{hint if '@' in tail else ''}"
+                    f"{option} {text}: the strength {tail!r} isn't a number{hint if '@' in tail else ''}"
                 ) from None
     if not math.isfinite(strength):
         raise TrimtabError(f"{option} {text}: a strength is a finite number, got {strength}")
@@ -129,7 +129,7 @@ def _layers(text: str, where: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = _SPAN.fullmatch(part.strip())
         if match is None:
-            raise TrimtabError(f"{where}: {text!r} is no list of layers; write @14, @14,15 or @10-14")
+            raise TrimtabError(f"{where}: {text!r} isn't a list of layers; write @14, @14,15 or @10-14")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise TrimtabError(f"{where}: the layers {part!r} end before they begin; write {last}-{first}")

@@ -51,7 +51,7 @@ def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Found:
         raise TrimtabError(f"it has no direction for its method {method!r}")
     layer = -1 if about.get("layer") == "-1" else layer_number(about.get("layer"), "its header")
     if str(layer) == about.get("n_total_layers"):
-        raise TrimtabError("its direction is for the final norm, which is no block's output")
+        raise TrimtabError("its direction is for the final norm, which isn't the output of a block")
     vector = check_vector(tensors[method], f"the direction {method}")
     kept: dict[str, Any] = {name: about[name] for name in ("model_id", "hook_name", "auto_alpha") if about.get(name)}
     try:

@@ -36,7 +36,7 @@ BY_MEANING = 2
 KEY = "trimtab"
 MEASURED = ("divergence", "audit")
 """Fields of a card that later versions brought."""
-GATE_DEFAULTS = {"pool": "mean", "bias": 0.0, "each_token": False}
+GATE_DEFAULTS: dict[str, Any] = {"pool": "mean", "bias": 0.0, "each_token": False}
 LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 
@@ -112,7 +112,9 @@ def _decoded(path: Path, stream: BinaryIO) -> Steering:
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
-        raise TrimtabError(f"{path} is no valid steering: {type(error).__name__}: {error}; get a fresh copy") from None
+        raise TrimtabError(
+            f"{path} isn't a valid steering: {type(error).__name__}: {error}; get a fresh copy"
+        ) from None
 
 
 def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str]:
@@ -152,11 +154,11 @@ def _metadata(path: Path | str, start: bytes) -> dict[str, Any]:
     if start[8:9] != b"{" and (start[:1] == b"\x80" or start[:2] == b"PK"):
         raise TrimtabError(f"{path} looks like a pickle, which trimtab never opens; it reads .safetensors files only")
     if len(start) < 8 or len(start) < 8 + int.from_bytes(start[:8], "little"):
-        raise TrimtabError(f"{path} is no safetensors file, or it is cut short; get a fresh copy")
+        raise TrimtabError(f"{path} isn't a safetensors file, or it is cut short; get a fresh copy")
     try:
         header = json.loads(start[8:])
     except (ValueError, RecursionError):
-        raise TrimtabError(f"{path} is no safetensors file, or its header is damaged; get a fresh copy") from None
+        raise TrimtabError(f"{path} isn't a safetensors file, or its header is damaged; get a fresh copy") from None
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     if not isinstance(metadata, dict) or KEY not in metadata:
         raise TrimtabError(f"{path} is a safetensors file, but no steering of trimtab's; `trimtab learn` writes them")

@@ -81,7 +81,7 @@ def _lm_eval(value: Mapping[Any, Any]) -> Found:
     for name, item in value.items():
         match = HOOKPOINT.fullmatch(str(name))
         if match is None:
-            raise TrimtabError(f"its hook point {str(name)[:80]!r} is no block's output (layers.N)")
+            raise TrimtabError(f"its hook point {str(name)[:80]!r} isn't the output of a block (layers.N)")
         if item.get("head_index") is not None or item.get("bias") is not None:
             raise TrimtabError(f"its hook point {name} has a head or a bias, which no operation here has")
         vector = check_vector(item["steering_vector"], f"the hook point {name}")
@@ -89,7 +89,7 @@ def _lm_eval(value: Mapping[Any, Any]) -> Found:
         if isinstance(factor, Tensor) and factor.numel() == 1:
             factor = factor.item()
         if isinstance(factor, bool) or not isinstance(factor, (int, float)):
-            raise TrimtabError(f"its hook point {name} has the coefficient {factor!r}, which is no number")
+            raise TrimtabError(f"its hook point {name} has the coefficient {factor!r}, which isn't a number")
         if item["action"] == "add":
             operations.append((int(match[1]), Add(vector * factor)))
         elif item["action"] == "clamp":
@@ -114,7 +114,7 @@ def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Found:
         )
     number = float(target.reshape(-1)[0]) if isinstance(target, Tensor) and target.numel() == 1 else target
     if isinstance(number, bool) or not isinstance(number, (int, float)):
-        raise TrimtabError("its avg_proj is no number")
+        raise TrimtabError("its avg_proj isn't a number")
     return Found("vLLM-Hook", ((layer, SetProjection(direction, float(number))),))
 
 

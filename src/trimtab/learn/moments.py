@@ -26,8 +26,8 @@ class PairMoments:
     def __post_init__(self) -> None:
         self.positive = torch.zeros(self.width, dtype=torch.float64)
         self.negative = torch.zeros(self.width, dtype=torch.float64)
-        self.units = torch.zeros(self.width, dtype=torch.float64)
-        self.norms = torch.zeros((), dtype=torch.float64)
+        self.units: torch.Tensor = torch.zeros(self.width, dtype=torch.float64)
+        self.norms: torch.Tensor = torch.zeros((), dtype=torch.float64)
 
     def add(self, positive: Tensor, negative: Tensor) -> None:
         positive, negative = to_float64(positive), to_float64(negative)

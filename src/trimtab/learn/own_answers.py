@@ -134,7 +134,7 @@ def own_answers(
         queries: What is asked, each different.
         check: Whether an answer does what it should; `None`: it does where it is more likely with what the teacher
             says than without (by `MARGIN` nats a token).
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         progress: Called with the answers made and those that may be made.
 
     Raises:
@@ -165,7 +165,7 @@ def own_answers(
             tries += more
     if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
         raise TooFewAnswersError(
-            f"of {sum(one.asked for one in tries)} answers that the model wrote under this prompt, {len(good)} do what"
+            f"of {sum(one.asked for one in tries)} answers written under this prompt, {len(good)} do what"
             f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
             " more queries"
         )

@@ -89,7 +89,7 @@ def contrasts(
         idea: What is wanted.
         questions: What is asked.
         prompts: Under how many system prompts of each side each question is asked.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         progress: Told of answers made and those to make.
     """
     heard = hears_system(lm)
@@ -115,7 +115,7 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
     Args:
         lm: The model.
         rows: What is asked, and how.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         progress: Told of answers made and those to make.
     """
     answers = lm.generate([row.own for row in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
@@ -132,7 +132,7 @@ def check_enough(found: Contrasts, name: str, least: int = LEAST) -> None:
     """Raises `TrimtabError` where too few answers show the difference."""
     if min(len(found.positive), len(found.negative), len(found.questions)) < least:
         raise TrimtabError(
-            f"the model's answers for and against {name!r} hardly differ: of {found.asked},"
+            f"the model's answers for and against {name!r} barely differ: of {found.asked},"
             f" {len(found.positive)} and {len(found.negative)} do, and {least} of each are needed. Say it in clearer"
             " words, name an opposite, or take a larger model"
         )

@@ -169,7 +169,7 @@ def _encoded(lm: LM, case: Case) -> tuple[Answer, Answer]:
         answers = [one.ids[start:] for one, start in zip(encoded, starts, strict=True)]
         bare = tuple(encode_prompt(lm.tokenizer, case.bare)) if pair.shape == "answers" else ()
     if not all(answers):
-        raise TrimtabError("a text of a single token has nothing to be told apart by; write more")
+        raise TrimtabError("a text of a single token can't be distinguished from others; write more")
     for prompt, ids in zip(prompts, answers, strict=True):
         check_length(lm.layout, max(len(prompt), len(bare)) + len(ids), "a prompt with its answer")
     others = (prompts[1], prompts[0])

@@ -101,7 +101,7 @@ def idea_from_sentence(sentence: str, *, cards: bool = True) -> Idea:
     """
     said = " ".join(sentence.split()).strip(" .!")
     if not said:
-        raise TrimtabError("say in a sentence what is wanted, such as 'be blunt, not flattering'")
+        raise TrimtabError("describe in a sentence what you want, such as 'be blunt, not flattering'")
     if cards and (trait := find_trait(said)) is not None:
         return idea_from_trait(trait)
     match = _OPPOSITE.match(said)

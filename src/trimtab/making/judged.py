@@ -53,7 +53,7 @@ def judged(
         made_from: What it was made from, which says whether there is a prompt to measure it by, and what is answered.
         steering: The steering.
         asked: Answers for and against, to questions of the test.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         seed: Of the random directions, and of the bootstrap.
         progress: Told how far it is.
 

@@ -82,7 +82,7 @@ def make(
     Args:
         lm: The model; on the transformers engine.
         idea: A sentence, such as "be blunt, not flattering", or an `Idea`.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         distill: Whether to distill too, which holds more and takes longest.
         positions: Where it acts: from the last prompt token on, or at all tokens, as a control vector of llama.cpp does
             (then block 0 is left out, which llama.cpp can't steer).
@@ -170,7 +170,7 @@ def _made(
 ) -> Made:
     if positions not in READ:
         raise TrimtabError(
-            f"what is made acts from the last prompt token on, or at all tokens, not {positions}; move it there"
+            f"a made steering acts from the last prompt token on, or at all tokens, not {positions}; move it there"
             " afterwards, with steering.at(…)"
         )
 

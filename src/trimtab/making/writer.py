@@ -59,9 +59,9 @@ def _read(text: str, sentence: str) -> Idea:
     try:
         said: Any = json.loads(match[0] if match else text)
     except (ValueError, RecursionError):
-        raise TrimtabError("it is no JSON object") from None
+        raise TrimtabError("it isn't a JSON object") from None
     if not isinstance(said, dict):
-        raise TrimtabError("it is no JSON object")
+        raise TrimtabError("it isn't a JSON object")
     lists = {name: _texts(said.get(name), name) for name in ("positive", "negative", "questions")}
     questions = lists["questions"]
     half = len(questions) // 2
@@ -79,5 +79,5 @@ def _texts(value: Any, name: str) -> tuple[str, ...]:
     texts: Sequence[Any] = value if isinstance(value, list) else ()
     found = tuple(dict.fromkeys(" ".join(one.split()) for one in texts if isinstance(one, str) and one.strip()))
     if not found:
-        raise TrimtabError(f"its {name!r} is no list of texts")
+        raise TrimtabError(f"its {name!r} isn't a list of texts")
     return found

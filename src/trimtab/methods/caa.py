@@ -227,8 +227,8 @@ def _warn_of_agreement(moments: Mapping[int, PairMoments], of: str) -> None:
     if low:
         at = ", ".join(map(str, low))
         warnings.warn(
-            f"the {count} pairs{of} hardly agree on a direction at layer {at} (less than {limit:.2g} beyond chance);"
-            " such a steering tends to do little. Use more pairs, more alike ones, or another layer",
+            f"the {count} pairs{of} barely agree on a direction at layer {at} (less than {limit:.2g} beyond chance);"
+            " such a steering tends to have little effect. Use more pairs, more similar ones, or another layer",
             PairsWarning,
             stacklevel=outside(),
         )
@@ -239,7 +239,7 @@ def _warn_of_balance(balance: Mapping[str, float], of: str) -> None:
     if abs(balance[worst]) > BALANCE_LIMIT:
         listed = ", ".join(f"{letter} {net:+.2f}" for letter, net in balance.items())
         warnings.warn(
-            f"the letters of the pairs{of} are out of balance ({listed} a pair): the steering pushes towards a letter"
+            f"the letters of the pairs{of} are unbalanced ({listed} a pair): the steering pushes towards a letter"
             " too. Swap the options of some questions",
             PairsWarning,
             stacklevel=outside(),

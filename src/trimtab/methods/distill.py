@@ -98,7 +98,7 @@ def learn_distill(
             done already, but is an addition, as every engine runs it. Default: 8, and 64 for a closed fit.
         steps: Steps of gradient descent, at most; it stops earlier when answers to held-out queries get no better.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        tokens: The most tokens of an answer.
+        tokens: The maximum length of an answer, in tokens.
         with_prompt: The share of answers that are learned *with* the prompt still there, 0 … 1, so that the steering
             helps where the instruction is said, too.
         max_dose: No vector gets longer than so many times the typical activation at its block.

@@ -7,7 +7,7 @@ u' = |u| norm( norm(u) + lambda (1 + max(0, cos(u, -v_l))) norm(v_l) )        u:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trimtab.learn.contrast import Progress
 
 
-KNOWN = {"mean": mean_difference, **ESTIMATORS}
+KNOWN: dict[str, Any] = {"mean": mean_difference, **ESTIMATORS}
 
 
 @keywords

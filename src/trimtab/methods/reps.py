@@ -128,7 +128,7 @@ def nulled(steering: Steering) -> Steering:
     edits = []
     for edit in steering.edits:
         if not isinstance(edit.operation, Add) or edit.operation.keep_norm:
-            raise TrimtabError(f"what is nulled is the vector of an addition, and this edit is {edit}")
+            raise TrimtabError(f"only the vector of an addition can be nulled, and this edit is {edit}")
         vector = edit.operation.direction
         if not vector.norm() > 0:
             raise TrimtabError(f"the vector at {edit.site} is zero, so it has no direction to null")

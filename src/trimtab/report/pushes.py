@@ -26,7 +26,7 @@ class Push:
 
     @property
     def share(self) -> float | None:
-        """The norm of the push in norms of the activation: near 1 and above, text tends to fall apart."""
+        """The norm of the push in norms of the activation: near 1 and above, text tends to break."""
         return self.norm / self.activation_norm if self.activation_norm else None
 
 

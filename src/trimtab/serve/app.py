@@ -73,8 +73,10 @@ BUSY: dict[int | str, dict[str, Any]] = {
     504: {"model": ErrorBody, "description": "The answer took too long."},
 }
 # `itemSchema` is each event; before OpenAPI 3.2 a `schema` here is read as that of the stream or of an event.
-EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
-STREAM = {"text/event-stream": {"itemSchema": EVENT, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}}
+EVENT: dict[str, Any] = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+STREAM: dict[str, Any] = {
+    "text/event-stream": {"itemSchema": EVENT, "example": 'data: {"choices": […]}\n\ndata: [DONE]\n\n'}
+}
 
 
 class Health(BaseModel):

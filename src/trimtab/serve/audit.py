@@ -26,7 +26,7 @@ from trimtab.serve.refusals import Refusal
 AGAIN = 1.0
 """Seconds between attempts to write to a log that is in trouble."""
 LARGEST_FRAGMENT = 1 << 20
-log = logging.getLogger("trimtab")
+log: logging.Logger = logging.getLogger("trimtab")
 
 
 class Audit:
@@ -67,7 +67,7 @@ class Audit:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise TrimtabError(
-                    f"can't write the audit log {path}: another server writes to it; give each a file of its own"
+                    f"can't write the audit log {path}: another server writes to it; give each its own file"
                 ) from None
             self._mend(path)
 

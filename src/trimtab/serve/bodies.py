@@ -63,7 +63,7 @@ class Bodies:
                     raise Refusal(400, "the client went away")
                 part = message.get("body", b"")
                 if part and self.held + len(part) > self.most:
-                    raise Refusal(429, "the server holds as many requests as it has memory for", code="busy", retry=1)
+                    raise Refusal(429, "the server has no memory for more requests", code="busy", retry=1)
                 self.held += len(part)
                 size += len(part)
                 if size > limit:

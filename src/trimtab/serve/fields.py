@@ -6,7 +6,7 @@ thousand would take the server longer than the answer.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,7 +29,7 @@ OFF = "Not supported."
 class In(BaseModel):
     """A part of a request. What isn't known is refused, and nothing is converted."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
 class Unsupported(In):

@@ -47,7 +47,7 @@ class Guard:
         self.page = page
         self.service = service
         self.local = local
-        self.bodies = Bodies(service.limits.held)
+        self.bodies: Bodies = Bodies(service.limits.held)
         self._streams = 0
         self._strangers = _Trickle(STRANGERS)
 

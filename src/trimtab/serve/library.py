@@ -124,7 +124,7 @@ def read_folder(lm: LM, folder: Path) -> Library:
     loaded = []
     for path in sorted(folder.glob("*.safetensors")):
         if not path.is_file():  # reading a pipe would wait for whoever writes to it
-            raise TrimtabError(f"{path} is no file; take it out of the folder, or rename it")
+            raise TrimtabError(f"{path} is no file; remove it from the folder, or rename it")
         if not re.fullmatch(NAME, path.stem):
             raise TrimtabError(f"{path}: a steering is named as its file, in letters, digits, '.', '_' and '-'")
         steering = load_steering(path)
@@ -155,5 +155,5 @@ def reload(library: Library, folder: Path, policy: Policy) -> tuple[list[str], l
     for name, _ in policy.always:
         now, then = fresh.get(name), library.get(name)
         if now is None or then is None or now.digest != then.digest:
-            raise TrimtabError(f"{name} is always on and has changed; start the server anew for that")
+            raise TrimtabError(f"{name} is always on and has changed; restart the server to change it")
     return library.replace_files(fresh)

@@ -20,7 +20,7 @@ from trimtab.serve.schema_steerings import ExampleTold, MadeTold, MakeRequest, V
 from trimtab.serve.service import Service
 from trimtab.serve.wire import END, event
 
-log = logging.getLogger("trimtab")
+log: logging.Logger = logging.getLogger("trimtab")
 
 Steps = AsyncGenerator[Step | Finished, None]
 

@@ -59,11 +59,11 @@ def wish_of(asked: MakeRequest) -> Idea | list[Pair]:
     if sum(one is not None for one in (asked.idea, asked.like, asked.pairs)) != 1:
         raise Refusal(
             400,
-            'say what is wanted: idea, such as "be blunt, not flattering", or like, such as "a pirate", or pairs',
+            'describe what you want: idea, such as "be blunt, not flattering", or like, such as "a pirate", or pairs',
             param="idea",
         )
     if asked.unlike is not None and asked.like is None:
-        raise Refusal(400, 'unlike goes with like; in an idea the opposite stands after "not"', param="unlike")
+        raise Refusal(400, 'unlike goes with like; in an idea the opposite follows after "not"', param="unlike")
     if asked.pairs is not None:
         if "questions" in asked.model_fields_set:
             raise Refusal(400, "pairs bring their own questions; leave questions out", param="questions")

@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -99,7 +99,7 @@ class Policy:
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
 
 class _Key(_Strict):
@@ -147,7 +147,7 @@ def read_policy(path: Path) -> Policy:
         raise TrimtabError(f"the policy {path} has two keys of one name, or the same key twice")
     if nothing := [key.name for key in given.keys if bytes.fromhex(key.sha256) in NO_KEYS]:
         raise TrimtabError(
-            f"the policy {path} has the digest of no key at all for {nothing[0]!r}, so that anybody would be let in;"
+            f"the policy {path} has the digest of no key at all for {nothing[0]!r}, which would admit anybody;"
             ' was the variable empty in printf %s "$KEY" | sha256sum?'
         )
     keys = tuple(

@@ -141,7 +141,7 @@ class Scheduler:
         if task.max_dose is not None and any(edit.site.kind != "scores" for edit in edits):
             raise TrimtabError("doses aren't measured with rejection, and this server caps them; leave rejection out")
         if edits and task.monitors:
-            raise TrimtabError("monitors don't read what is decoded with rejection; ask for rejection: false")
+            raise TrimtabError("monitors can't be combined with rejection; ask for rejection: false")
 
     def check_room(self, count: int) -> None:
         """Raises `Full` or `Draining` where so many tasks wouldn't be accepted now."""
@@ -168,9 +168,9 @@ class Scheduler:
             self._cancelled.update(tasks)
             self._changed.notify()
 
-    def run(self, job: Callable[[], Any]) -> Future:
+    def run(self, job: Callable[[], Any]) -> Future[Any]:
         """Have something else done with the model, between two steps. Raises `Draining`."""
-        future: Future = Future()
+        future: Future[Any] = Future()
         with self._changed:
             if self.draining:
                 raise Draining

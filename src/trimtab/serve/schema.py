@@ -5,7 +5,7 @@ A field that isn't known is refused: a misspelt one would go unnoticed, and the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -145,7 +145,7 @@ class Message(In):
 class ChatRequest(Common, UnsupportedChat):
     """`POST /v1/chat/completions`."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
@@ -198,7 +198,7 @@ Prompts = (
 class CompletionRequest(Common):
     """`POST /v1/completions`: plain text, no chat template."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [{"model": "trimtab", "prompt": "The sea is", "max_tokens": 16, "temperature": 0}]
         }

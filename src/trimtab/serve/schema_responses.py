@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
@@ -132,7 +132,7 @@ class NoReasoning(In):
 class ResponsesRequest(Steered):
     """`POST /v1/responses`. Nothing is stored: each request brings the conversation so far."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {"model": "trimtab", "input": "Name a fruit.", "steering": [{"name": "json", "strength": 1.2}]}

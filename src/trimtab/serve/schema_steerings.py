@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -53,7 +53,7 @@ Pairs = Annotated[list[Annotated[dict[str, Side], Field(max_length=16)]], Field(
 class LearnRequest(In):
     """`POST /v1/steerings`: learn one from pairs, as `trimtab learn` does from a file of them."""
 
-    model_config = ConfigDict(
+    model_config: ClassVar[ConfigDict] = ConfigDict(
         json_schema_extra={
             "examples": [
                 {
@@ -79,17 +79,22 @@ class MakeRequest(In):
     Either `idea`, or `like` with or without `unlike`, or `pairs`.
     """
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]})
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        json_schema_extra={"examples": [{"name": "pirate", "idea": "talk like a pirate"}]}
+    )
 
     name: str = Field(pattern=NAME)
     idea: str | None = Field(
         None,
         min_length=1,
         max_length=500,
-        description="A sentence. Its opposite may stand after 'not': be blunt, not flattering.",
+        description="A sentence. Its opposite may follow after 'not': be blunt, not flattering.",
     )
     like: str | None = Field(
-        None, min_length=1, max_length=200, description="Or a persona that the model is to be like."
+        None,
+        min_length=1,
+        max_length=200,
+        description="Instead of a sentence: a persona that the model should be like.",
     )
     unlike: str | None = Field(
         None,

@@ -395,7 +395,7 @@ def _template(asked: ChatRequest | CompletionRequest) -> Template | None:
             400, f"add_generation_prompt {meant} with continue_final_message: true", param="add_generation_prompt"
         )
     if CONTINUE in (asked.chat_template_kwargs or {}):
-        raise Refusal(400, f"{CONTINUE} is a field of its own", param="chat_template_kwargs")
+        raise Refusal(400, f"{CONTINUE} is a separate field", param="chat_template_kwargs")
     return {CONTINUE: continues}
 
 

@@ -60,7 +60,7 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} isn't a number in JSON")
 
 
 def _short(where: str) -> str:

@@ -64,7 +64,7 @@ def conversation(tokenizer: Any, asked: ChatRequest) -> tuple[list[dict[str, Any
     speaks = bool(tools) or any(one.role == "tool" or one.tool_calls for one in asked.messages)
     keywords = dict(asked.chat_template_kwargs or {})
     if "tools" in keywords:
-        raise Refusal(400, "tools is a field of its own", param="chat_template_kwargs")
+        raise Refusal(400, "tools is a separate field", param="chat_template_kwargs")
     messages = _messages(asked.messages, thinks=thinking_of(tokenizer) is not None)
     if not speaks:
         return messages, keywords

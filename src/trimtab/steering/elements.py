@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class ScaleElements(Directed, name="scale_elements"):
     element under the mask is doubled, at -1 it is 0.
     """
 
-    kernel = staticmethod(scale)
+    kernel: ClassVar[Any] = staticmethod(scale)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +71,7 @@ class MaskNeurons(Directed, name="mask_neurons"):
     statistic: str = field(default="any", kw_only=True)
     skip_first: bool = field(default=True, kw_only=True)
 
-    kernel = staticmethod(scale)
+    kernel: ClassVar[Any] = staticmethod(scale)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,7 +127,7 @@ class Held(Directed):
 
     value: Tensor
 
-    kernel = staticmethod(put)
+    kernel: ClassVar[Any] = staticmethod(put)
 
     def row(self, strength: float) -> dict[str, Tensor]:
         return {"value": self.value * (1 + strength * self.direction.double())}

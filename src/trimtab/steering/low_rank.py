@@ -73,9 +73,9 @@ class LowRanks:
     """A bank: the map of each state, of `count` states. States without one, or with one of rank 0, do nothing."""
 
     def __init__(self, by_state: Mapping[int, LowRank], count: int) -> None:
-        self.maps = list({id(one): one for one in by_state.values() if one.rank}.values())
+        self.maps: list[LowRank] = list({id(one): one for one in by_state.values() if one.rank}.values())
         numbers = {id(one): number for number, one in enumerate(self.maps)}
-        self.which = torch.full((count,), -1)
+        self.which: Tensor = torch.full((count,), -1)
         for state, one in by_state.items():
             self.which[state] = numbers.get(id(one), -1)
         self._stack: tuple[list[int], _Stack] | None = None

@@ -111,7 +111,7 @@ class Monitor:
         return replace(self, threshold=threshold)
 
     def fires(self, value: float) -> bool:
-        """Whether a value is beyond the line; one that is no number is."""
+        """Whether a value is beyond the line; one that isn't a number is."""
         return self.threshold is not None and not value <= self.threshold
 
     def values(self, x: Tensor) -> Tensor:
@@ -162,5 +162,5 @@ def check_monitors(monitors: Any) -> tuple[Monitor, ...]:
             )
     names = [one.name for one in listed]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise TrimtabError(f"two monitors are called {twice[0]!r}; their values couldn't be told apart")
+        raise TrimtabError(f"two monitors have the name {twice[0]!r}; their values couldn't be distinguished")
     return listed

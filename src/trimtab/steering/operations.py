@@ -176,7 +176,7 @@ class Add(Directed, name="add"):
     The direction is `[width]` and of any norm; at strength 1 the shift has exactly that norm.
     """
 
-    kernel = staticmethod(add)
+    kernel: ClassVar[Any] = staticmethod(add)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -202,7 +202,7 @@ class SetProjection(Directed, name="set_projection"):
     target: float
     one_sided: bool = field(default=False, kw_only=True)
 
-    kernel = staticmethod(set_projections)
+    kernel: ClassVar[Any] = staticmethod(set_projections)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -224,7 +224,7 @@ class Ablate(Directed, name="ablate"):
     It is `SetProjection` with target 0, and acts together with its neighbours as that does.
     """
 
-    kernel = staticmethod(set_projections)
+    kernel: ClassVar[Any] = staticmethod(set_projections)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf, isnan
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class ReadWrite(Operation, name="read_write"):
     low: Tensor | float | None = None
     high: Tensor | float | None = None
 
-    kernel = staticmethod(read_write)
+    kernel: ClassVar[Any] = staticmethod(read_write)
 
     def __post_init__(self) -> None:
         super().__post_init__()

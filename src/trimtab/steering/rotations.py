@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class Rotate(Directed, name="rotate"):
     angle: float | None = None
     one_sided: bool = field(default=True, kw_only=True)
 
-    kernel = staticmethod(rotate)
+    kernel: ClassVar[Any] = staticmethod(rotate)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,7 +170,7 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
     second: Tensor
     angle: float | None = None
 
-    kernel = staticmethod(rotate_in_plane)
+    kernel: ClassVar[Any] = staticmethod(rotate_in_plane)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class RouteExperts(Directed, name="route_experts"):
 
     margin: float = field(default=0.01, kw_only=True)
 
-    kernel = staticmethod(route)
+    kernel: ClassVar[Any] = staticmethod(route)
 
     def __post_init__(self) -> None:
         super().__post_init__()

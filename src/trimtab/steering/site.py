@@ -31,7 +31,7 @@ class Site:
         if self.kind not in KINDS:
             raise ValueError(f"unknown site kind {self.kind!r}; known: {', '.join(KINDS)}")
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"a layer is a whole number from 0, got {self.layer!r}")
+            raise ValueError(f"a layer is a whole number from 0 up, got {self.layer!r}")
 
     @classmethod
     def router(cls, layer: int) -> Site:

@@ -27,7 +27,7 @@ def as_direction(value: Tensor, name: str = "direction") -> Tensor:
     copy = value.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
     if not torch.isfinite(copy).all():
         bad = int((~torch.isfinite(copy)).sum())
-        raise TrimtabError(f"the {name} holds {bad} values that are NaN or infinite; learn it again")
+        raise TrimtabError(f"the {name} contains {bad} values that are NaN or infinite; learn it again")
     return copy
 
 

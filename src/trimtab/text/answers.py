@@ -193,7 +193,7 @@ def _after(tokenizer: Any, answer: str, marker: str) -> list[int]:
     if place < 0:
         raise TrimtabError(f"the answer has no {marker!r} in it: {_shorten(answer)!r}")
     if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError("this tokenizer doesn't tell which characters a token holds; load its fast version")
+        raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
     end = place + len(marker)
     offsets = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     found = [i for i, (a, b) in enumerate(offsets) if b > end and not answer[a:end].strip()]

@@ -9,7 +9,7 @@ from typing import Any
 
 from trimtab.errors import TrimtabError
 
-ALIASES = {
+ALIASES: dict[str, tuple[str, ...]] = {
     "prompt": ("question", "instruction", "input", "user", "messages"),
     "positive": ("chosen", "matching"),
     "negative": ("rejected", "not_matching"),

@@ -139,7 +139,7 @@ def _check(pair: Pair) -> None:
     systems = [system for system in (pair.positive_system, pair.negative_system) if system is not None]
     talks = [words for words in (pair.prompt, pair.positive, pair.negative) if not isinstance(words, str)]
     if systems and pair.shape == "texts":
-        raise TrimtabError("a system prompt stands before a prompt, and bare texts have none; give one")
+        raise TrimtabError("a system prompt needs a prompt after it, and bare texts have none; give one")
     if talks and pair.shape in ("texts", "letters"):
         raise TrimtabError(f"the prompt and both sides of pairs of {pair.shape} are texts, not messages")
     if pair.shape != "answers":
@@ -262,7 +262,8 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
     """
     if not isinstance(path, (str, PathLike)):
         raise TrimtabError(
-            f"read_pairs reads a file, got {type(path).__name__}; pairs in a list are given to learn from as they are"
+            f"read_pairs reads a file, got {type(path).__name__}; "
+            "pairs in a list are passed directly to the learning function"
         )
     return read_pairs_by(Path(path), Columns.of(KEYS, keys, ignore))
 

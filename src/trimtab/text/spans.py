@@ -74,7 +74,7 @@ def render(
     """
     ids = encode(tokenizer, prompt, system=system, chat=chat, template=template)
     if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError("this tokenizer doesn't tell which characters a token holds; load its fast version")
+        raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
     messages = _messages(tokenizer, prompt, system, chat)
     if messages is None:
         assert isinstance(prompt, str)

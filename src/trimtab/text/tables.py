@@ -76,7 +76,7 @@ def _table(path: Path, text: str, separator: str) -> Rows:
     try:
         names = list(reader.fieldnames or [])
         if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
-            raise TrimtabError(f"{path}: the header line has {twice[0]!r} twice; give each column a name of its own")
+            raise TrimtabError(f"{path}: the header line has {twice[0]!r} twice; give each column a different name")
         for row in reader:
             if None in row or None in row.values():
                 raise TrimtabError(f"{path}:{reader.line_num}: {len(names)} columns expected, as in the header line")

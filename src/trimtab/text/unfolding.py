@@ -17,8 +17,8 @@ class Unfolding:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), shown: Collection[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self.stop = tuple(stop)
-        self.shown = frozenset(shown)
+        self.stop: tuple[str, ...] = tuple(stop)
+        self.shown: frozenset[int] = frozenset(shown)
         self.stopped = False
         self._tokens: list[int] = []
         self._context = 0  # decoding starts here, as a tokenizer may treat the first token specially

@@ -26,7 +26,7 @@ class Guard:
     - `empty`: the share of empty answers may exceed the unsteered one by this much.
     - `cut`: the share of answers that the token limit ended may exceed the unsteered one by this much.
 
-    `None` switches a limit off. Raises `ValueError` for a limit that is no number or makes no sense.
+    `None` switches a limit off. Raises `ValueError` for a limit that isn't a number or makes no sense.
     """
 
     perplexity: float | None = 2.0
@@ -44,7 +44,7 @@ class Guard:
     def broken(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> tuple[str, ...]:
         """The limits that these answers break, in words; empty when all hold. Item i of both is the same prompt.
 
-        A perplexity that is no number counts as infinite: what can't be measured is not taken for good.
+        A perplexity that isn't a number counts as infinite: what can't be measured is not taken for good.
         """
         if len(steered) != len(unsteered) or not steered:
             raise ValueError(f"{len(steered)} steered answers and {len(unsteered)} unsteered ones can't be compared")

@@ -79,7 +79,8 @@ class Sweep:
         """
         if self.unsteered.passed is None:
             raise TrimtabError(
-                "what is best, a check says: give the sweep check=, a function of an answer's text such as str.isupper"
+                "the best row is decided by a check: pass check= to the sweep, "
+                "a function of an answer's text such as str.isupper"
             )
         whole = [row for row in self.rows if not row.broken]
         better = [row for row in whole if _score(row) > self.unsteered.passed]
@@ -225,7 +226,7 @@ def _checked(check: Check, text: str) -> float:
     except (TypeError, ValueError):
         score = math.nan
     if not math.isfinite(score):
-        raise TrimtabError(f"a check says yes or no, or a number, and this one said {said!r} of {text!r}")
+        raise TrimtabError(f"a check returns a boolean or a number, and this one returned {said!r} of {text!r}")
     return score
 
 

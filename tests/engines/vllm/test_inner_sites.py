@@ -36,7 +36,7 @@ from trimtab.engines.vllm.attach import INSIDE, attach, find_places
 from trimtab.engines.vllm.bank import Bank
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.core import block_keys
-from trimtab.engines.vllm.forms import forms_of
+from trimtab.engines.vllm.forms import capacity_for, forms_of
 from trimtab.engines.vllm.frontend import Link, Names, send
 from trimtab.engines.vllm.lm import VllmLM
 from trimtab.engines.vllm.maps import Maps
@@ -361,3 +361,20 @@ class TestEmphasis:
             found = x * form.factor if form.factor is not None else x
             found = found if z is None else found + z @ form.write
             torch.testing.assert_close(found if form.vector is None else found + form.vector, wanted)
+
+    def test_room_for_scaling_alone_is_enough(self) -> None:
+        """In banks that hold no rows of a map, as an engine has them that starts with emphasis."""
+        site, device = Site(1, "keys"), torch.device("cpu")
+        asked = emphasis(ScaleKeys(4.0), [(1, 3)], [1])
+        capacity = capacity_for(asked)
+        assert capacity == Capacity(scales=True, layers=(1,))
+        maps = Maps(capacity, {site: KEYS}, 3, 64, torch.float64, device)
+        bank = Bank((1,), WIDTH, 3, 64, torch.float64, device)
+        one = Rig({site: KEYS, Site(1): WIDTH}, torch.float64, device, bank, True, capacity, maps)
+        start(one, "a", 0.5 * asked, 5)
+        one.begin(Chunks(["a"], [0], [5]))
+        x = torch.randn(5, KEYS, dtype=torch.float64)
+        found = x.clone()
+        one.apply(site, found, None)
+        torch.testing.assert_close(found[1:3], 2 * x[1:3])
+        assert torch.equal(found[[0, 3, 4]], x[[0, 3, 4]])

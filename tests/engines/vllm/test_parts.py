@@ -824,7 +824,7 @@ class TestFrontEnd:
     @pytest.mark.parametrize(
         ("asked", "why"),
         [
-            ("[{", "no JSON"),
+            ("[{", "isn't JSON"),
             ("loud", "no steering 'loud'; registered: shout"),
             ([{"name": "shout", "layer": 1}], "name, strength and positions"),
             ([{"name": "shout", "strength": float("nan")}], "finite"),
@@ -983,7 +983,7 @@ class TestEndpoint:
     def test_what_doesnt_fit_isnt_taken(self, client: Any, names: Names) -> None:
         key = {"Authorization": "Bearer secret"}
         for content, why in (
-            (b"nonsense", "no safetensors file"),
+            (b"nonsense", "isn't a safetensors file"),
             (steering_to_bytes(steering((LAYERS, Add(direction(1)), RULES[0]))), "this model has layers"),
         ):
             answer = client.put("/trimtab/steerings/bad", content=content, headers=key)
@@ -1176,7 +1176,7 @@ class TestAround:
     def test_a_steering_as_bytes(self) -> None:
         given = steering((1, Add(direction(1)), RULES[0]), (2, Ablate(direction(2)), RULES[1]))
         assert steering_from_bytes(steering_to_bytes(given), "it") == given
-        with pytest.raises(TrimtabError, match="it is no safetensors file"):
+        with pytest.raises(TrimtabError, match="it isn't a safetensors file"):
             steering_from_bytes(b"{}", "it")
 
     @pytest.mark.skipif(has_vllm(), reason="vLLM is installed here")

@@ -43,9 +43,9 @@ class Weights:
         self.pointer = self.library.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise TrimtabError(f"llama.cpp can't load {path}: {last_errors()}")
-        self.width = int(self.library.llama_model_n_embd(self.pointer))
-        self.layers = int(self.library.llama_model_n_layer(self.pointer))
-        self.context = int(self.library.llama_model_n_ctx_train(self.pointer))
+        self.width: int = int(self.library.llama_model_n_embd(self.pointer))
+        self.layers: int = int(self.library.llama_model_n_layer(self.pointer))
+        self.context: int = int(self.library.llama_model_n_ctx_train(self.pointer))
         self.vocabulary = self.library.llama_model_get_vocab(self.pointer)
         if not self.vocabulary:
             raise TrimtabError(f"llama.cpp finds no vocabulary in {path}: {last_errors()}")
@@ -76,7 +76,7 @@ class Context:
 
     def __init__(self, weights: Weights, size: int, *, threads: int, cache: str = "float16") -> None:
         self.weights, self.library = weights, weights.library
-        self.size = -(-size // STEP) * STEP
+        self.size: int = -(-size // STEP) * STEP
         self.steered: Counter[int] = Counter()
         self._vectors: Vectors = {}  # what is set
         self._before: Vectors = {}  # what was set until the last change, where that hasn't been checked
@@ -95,7 +95,7 @@ class Context:
         params.no_perf = 1
         self._callback = EvalCallback(self._asked)  # kept for as long as llama.cpp may call it
         params.cb_eval = c.cast(self._callback, c.c_void_p)
-        self.batch = min(int(params.n_batch), self.size)
+        self.batch: int = min(int(params.n_batch), self.size)
         self.pointer = self.library.llama_init_from_model(weights.pointer, params)
         if not self.pointer:
             raise TrimtabError(f"llama.cpp can't make a context of {self.size} tokens: {last_errors()}")

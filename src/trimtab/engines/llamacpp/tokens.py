@@ -15,10 +15,10 @@ class GgufTokenizer:
     def __init__(self, library: Any, vocabulary: int, template: str | None) -> None:
         self._library, self._vocabulary = library, vocabulary
         self.chat_template = template
-        self.vocab_size = int(library.llama_vocab_n_tokens(vocabulary))
-        self.bos_token_id = int(library.llama_vocab_bos(vocabulary))
-        self.bos_token = self._text(self.bos_token_id)
-        self.eos_token = self._text(int(library.llama_vocab_eos(vocabulary)))
+        self.vocab_size: int = int(library.llama_vocab_n_tokens(vocabulary))
+        self.bos_token_id: int = int(library.llama_vocab_bos(vocabulary))
+        self.bos_token: str = self._text(self.bos_token_id)
+        self.eos_token: str = self._text(int(library.llama_vocab_eos(vocabulary)))
 
     def __call__(self, text: str, *, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """The ids of plain text, with what the model begins texts with, unless that isn't to be added."""

@@ -46,8 +46,8 @@ def check_adapters(model: nn.Module) -> None:
     if config is not None and getattr(config, "is_prompt_learning", False):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise UnsupportedError(
-            f"the adapter of this {type(model).__name__} ({kind}) puts tokens of its own before every text, so that"
-            " positions can't be told; pass the model without it (model.get_base_model())"
+            f"the adapter of this {type(model).__name__} ({kind}) inserts its own tokens before every text, so"
+            " positions can't be determined; pass the model without it (model.get_base_model())"
         )
 
 

@@ -141,7 +141,7 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
     columns: int | None = None
     owner = get_ident()
 
-    def count(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def count(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal columns
         if get_ident() == owner:
             columns = read_pass(decoder, compat.bound(decoder, args, kwargs), None, columns).stop

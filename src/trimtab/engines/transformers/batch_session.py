@@ -110,7 +110,7 @@ class BatchSession(Session):
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         super().__init__(model, layout, lambda *_: [])
-        self.bank = Bank(self._dtype, self._device_of)
+        self.bank: Bank = Bank(self._dtype, self._device_of)
         self.rows: list[_SteeredRow] = []
         self.sites: list[Site] = []  # where any row is edited, sooner or later
         self._steered: Counter[Site] = Counter()  # the same, with how many rows are edited there
@@ -229,7 +229,7 @@ class BatchSession(Session):
     def _begin_step(self, device: torch.device) -> _Step:
         """What passes do from here on, until a row's edits change or rows come and go."""
         here, count = self.bank.sites, len(self.rows)
-        self.plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
+        self.plan: Plan = Plan((), dict.fromkeys(here, ()), dict.fromkeys(here, frozenset([STEERED])))
         self._row = {site: i for i, site in enumerate(self.sites)}
         index = torch.zeros(count, 1, dtype=torch.long)
         state = STEERED if here else 0

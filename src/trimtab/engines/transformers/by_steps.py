@@ -24,7 +24,7 @@ def check_by_steps(model: Any, layout: Layout, requests: Sequence[Request], deco
     if not decoding.monitors:
         return
     if any(one.rejection is not None for one in requests):
-        raise UnsupportedError("monitors don't read what is decoded with rejection; leave one of them out")
+        raise UnsupportedError("monitors can't be combined with rejection; leave one of them out")
     _check_continuous(model, layout, "monitors need", decoding)
     for one in requests:
         check_watched(decoding.monitors, one.steering, layout)

@@ -60,7 +60,7 @@ class ChunkedPrefill:
     ) -> None:
         self.model = model
         self.layout = layout
-        self.ids = list(ids)
+        self.ids: list[int] = list(ids)
         self.steering = steering
         self.cache = DynamicCache()
         self.watch: Watch | None = None  # reads the newest token for monitors
@@ -171,7 +171,7 @@ class ChunkedPrefill:
                 if layer.keys is not None and layer.values is not None:
                     layer.keys, layer.values = layer.keys[..., :first, :], layer.values[..., :first, :]
         else:
-            self.cache = DynamicCache()
+            self.cache: DynamicCache = DynamicCache()
         self._done = first
         self._session.expect([len(self.ids)], resumed=first > 0)
 

@@ -316,7 +316,7 @@ class _Twins(GenerationBatch):
 class _TwinSession(BatchSession):
     """Steers the second of the two readings of each row's token, and leaves the first alone."""
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().before(decoder, args, kwargs)
         if not self._foreign() and self._step is not None:
             self._measures = (self._step.passes - 1) % STRIDE == 0
@@ -333,7 +333,7 @@ class _TwinSession(BatchSession):
         if whole.shape[:2] != (len(self.rows), 2):
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(self.rows)} rows"
-                " and 2 tokens; which is whose can't be told"
+                " and 2 tokens; which belongs to which can't be determined"
             )
         new = super().edit(site, whole[:, 1:])
         return None if new is None else torch.cat([whole[:, :1], new], 1).view(given.shape)

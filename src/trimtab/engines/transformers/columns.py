@@ -128,7 +128,7 @@ class Columns(DynamicCache):
                 layer.allocate(*old, rows, columns)
                 layer.keys[:count, :, longest - kept : longest] = old[0]
                 layer.values[:count, :, longest - kept : longest] = old[1]
-        self.stop = longest
+        self.stop: int = longest
         self._capacity = (rows, columns)
 
     def put_aside(self) -> Copies:

@@ -163,7 +163,7 @@ def cache_of(given: Mapping[str, Any], owner: str) -> Any:
             continue
         raise UnsupportedError(
             f"{owner} was given {name}, a {type(value).__name__}, which trimtab doesn't know: it may keep the text's"
-            " past, and then no token's position can be told. Pass a transformers Cache, or none"
+            " past, and then no token's position can be determined. Pass a transformers Cache, or none"
         )
     return None
 
@@ -178,7 +178,7 @@ def past_length(cache: Any) -> int | None:
         return None if cache.has_previous_state() else 0
     except (ValueError, AttributeError, TypeError) as error:
         raise UnsupportedError(
-            f"{type(cache).__name__} doesn't say how many tokens it holds, so no token's position can be told"
+            f"{type(cache).__name__} doesn't say how many tokens it holds, so no token's position can be determined"
         ) from error
 
 

@@ -52,13 +52,13 @@ class Composition:
             ScoredRow(score_edits(row.edits), len(row.request.ids), pad) for row, pad in zip(rows, pads, strict=True)
         ]
         self._scores = compiled(layout, scored, cache.width)
-        self.sampler = sampler_of(rows, device)
+        self.sampler: BatchSampler = sampler_of(rows, device)
         self.ids = torch.tensor([row.newest for row in rows], device=device)
         self.positions = torch.tensor([row.length - 1 for row in rows], device=device)
         self._pads = torch.tensor(pads, device=device)[:, None] if any(pads) or masked else None
         lengths = [len(row.request.ids) for row in rows]
-        self.verifier = verifier_of(rows, layout, passes, range(len(rows)), lengths, pads, device)
-        self.drafts = self.verifier is not None and takes_drafts(rows, self.verifier)
+        self.verifier: Verifier | None = verifier_of(rows, layout, passes, range(len(rows)), lengths, pads, device)
+        self.drafts: bool = self.verifier is not None and takes_drafts(rows, self.verifier)
         plain = not any(row.edits or row.request.monitors for row in rows)
         self.fuses = self.verifier is not None and self.verifier.fused and plain
 

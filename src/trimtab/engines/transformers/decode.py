@@ -114,8 +114,8 @@ class GenerationBatch:
         self.layout = layout
         self.strict = strict
         self.alone = alone
-        self.ends = _end_ids(model, {}) if ends is None else frozenset(ends)
-        self.device = input_device(model)
+        self.ends: set[int] | frozenset[int] = _end_ids(model, {}) if ends is None else frozenset(ends)
+        self.device: torch.device = input_device(model)
         masks = PaddedMasks(layout)
         new_cache = compat.new_cache if alone else compat.whole_cache
         pad = _pad_id(model, tokenizer)
@@ -156,7 +156,7 @@ class GenerationBatch:
         if request.rejection is not None and request.steering is not None:
             check_rejection(request.steering.edits, len(request.ids))
             if request.monitors:
-                raise UnsupportedError("monitors don't read what is decoded with rejection; leave one of them out")
+                raise UnsupportedError("monitors can't be combined with rejection; leave one of them out")
         check_watched(request.monitors, request.steering, self.layout)
         for one in request.monitors:
             check_prompt(one.steering, len(request.ids))
@@ -344,9 +344,7 @@ class GenerationBatch:
         """What came of a row: its token, the greatest logit, the token's log-probability, the likeliest and theirs."""
         assert row.sampler is not None
         if not abs(fact[1]) < float("inf") and (self.strict or row.sampler.settings.sampled):
-            error = TrimtabError(
-                "the model's logits are no numbers any more: it was steered too hard, lower the strength"
-            )
+            error = TrimtabError("the model's logits are no longer finite: it is steered too hard; lower the strength")
             return GenerationResponse(row.key, error=error)
         token = int(fact[0])
         monitored, fired = self._hear(row, fact)

@@ -41,7 +41,7 @@ class Matcher:
     def __init__(self, state: Any, vocabulary: int) -> None:
         self._state = state
         self._over = False
-        self.words = (vocabulary + 31) // 32  # of 32 bits each, in a mask
+        self.words: int = (vocabulary + 31) // 32  # of 32 bits each, in a mask
 
     def copy(self) -> Matcher:
         """Another one, as far as this."""
@@ -88,7 +88,7 @@ class Grammars:
         stops = sorted(ends) or [tokenizer.eos_token_id]
         if stops[0] is None:
             raise UnsupportedError("a grammar needs a token that ends an answer, and this model has none")
-        self.ends = frozenset(stops)
+        self.ends: frozenset[int] = frozenset(stops)
         try:
             self._size = max(size, len(tokenizer), max(stops) + 1)
             self._tokenizer = hf.from_tokenizer(tokenizer, n_vocab=self._size, eos_token=stops)

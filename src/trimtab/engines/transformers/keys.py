@@ -110,8 +110,10 @@ class _Storing:
 class _Nothing(DynamicCache):
     """What stands in for a cache in a pass without one: it keeps nothing."""
 
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        return keys, values
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
 
 
 def _changed(keys: Tensor, change: Change) -> Tensor:
@@ -169,9 +171,11 @@ class _Listening(_Nothing):
         super().__init__()
         self.listen = listen
 
-    def update(self, keys: Tensor, values: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.listen(keys)
-        return keys, values
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.listen(key_states)
+        return key_states, value_states
 
 
 def _listen(attention: nn.Module, cache: Any) -> Any:

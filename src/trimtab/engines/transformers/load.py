@@ -58,7 +58,7 @@ def load(
         if path is not None and path.is_dir():
             label = path.resolve().name
             if not (path / "config.json").is_file():
-                raise TrimtabError(f"{path} has no config.json, so it is no model folder")
+                raise TrimtabError(f"{path} has no config.json, so it isn't a model folder")
         model, tokenizer = _read(source, dtype, revision, options, device)
     if "device_map" not in options and not getattr(model, "is_quantized", False):
         model.to(_device(device))

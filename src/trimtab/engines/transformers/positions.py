@@ -71,13 +71,13 @@ def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reache
         if cache is not None and past is not None and past != by_mask:
             raise TrimtabError(
                 f"{name} was given a cache of {past} tokens and {length} new ones under a mask of {mask.shape[1]}"
-                " columns; which token is at which position can't be told"
+                " columns; which token is at which position can't be determined"
             )
         past = by_mask
     if past is None:
         raise TrimtabError(
             f"steering began in the middle of a text: {type(cache).__name__} holds a state of tokens that weren't"
-            " steered; start anew"
+            " steered; start again"
         )
     if cache is None and mask is None:
         _check_first(name, given, length, reached)

@@ -88,8 +88,8 @@ class Prefill:
     ) -> None:
         self.model = model
         self.layout = layout
-        self.steerings = list(steerings)
-        self.lengths = list(lengths)
+        self.steerings: list[Steering | None] = list(steerings)
+        self.lengths: list[int] = list(lengths)
         self.edits: list[tuple[Edit, ...]] = [() for _ in lengths]
         self.names: list[tuple[str, ...]] = [() for _ in lengths]
         possible = [edit for one in steerings for edit in acting(one)]

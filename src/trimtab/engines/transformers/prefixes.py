@@ -122,7 +122,9 @@ class PrefixBatch(CleanBatch):
         self, model: Any, tokenizer: Any, layout: Layout, *, prefixes: Prefixes | None = None, **options: Any
     ) -> None:
         super().__init__(model, tokenizer, layout, **options)
-        self.prefixes = prefixes if prefixes is not None and compat.keeps_plain_cache(layout.decoder) else None
+        self.prefixes: Prefixes | None = (
+            prefixes if prefixes is not None and compat.keeps_plain_cache(layout.decoder) else None
+        )
         if self.prefixes is not None:
             self.on_end = self._twins.on_end = self._keep
 

@@ -91,7 +91,7 @@ def _observe(
     before: list[Tensor] = []
     handles: list[Any] = []
 
-    def enter(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         before.append(given.reshape(-1, given.shape[-1]))
 

@@ -271,7 +271,7 @@ def recording(
     rows = tokens = 0
     handles: list[Any] = []
 
-    def begin(_module: Any, args: tuple, kwargs: dict) -> None:
+    def begin(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal rows, tokens
         if get_ident() != owner:
             return

@@ -30,7 +30,7 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 """What configurations call the number of routed experts."""
 CALLED = re.compile(r"(Router|Gate|Gating)$")
 """How the classes of routers are called, where the model doesn't declare one."""
-PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+PRODUCTS: set[Any] = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,9 @@ class Rows:
     def _joined(self, joining: Sequence[int]) -> Iterator[None]:
         """Hooks by which a row joins before each of these blocks, as a copy of row 0."""
 
-        def join(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def join(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if "hidden_states" in kwargs:
                 return args, {**kwargs, "hidden_states": _with_another(kwargs["hidden_states"])}
             return (_with_another(args[0]), *args[1:]), kwargs

@@ -58,7 +58,7 @@ class Sampling:
             if not low <= value <= high:
                 raise TrimtabError(f"{name} lies between {low} and {high}, got {value!r}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise TrimtabError(f"top_k is a whole number from 0, got {self.top_k!r}")
+            raise TrimtabError(f"top_k is a whole number from 0 up, got {self.top_k!r}")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise TrimtabError(f"a seed is a whole number, got {self.seed!r}")
 
@@ -84,7 +84,7 @@ class Sampling:
 
 
 GREEDY = Sampling()
-PLAIN = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+PLAIN: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 """Options of `generate` by which the likeliest token is taken, whatever the model's settings say of sampling."""
 
 

@@ -171,7 +171,7 @@ class Session:
         """Whether the pass at hand is another thread's, which only happens to run the same model."""
         return self._owner is not None and get_ident() != self._owner
 
-    def outside(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def outside(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
         if self._foreign():
             return
@@ -180,13 +180,13 @@ class Session:
         self._outer_ids = given.get("input_ids")
         self._outer_seen = True
 
-    def before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The decoder's pre-hook: the step's states, from the inputs of this pass."""
         if self._foreign():
             return
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
-        self.ran = True
+        self.ran: bool = True
         given = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         one = read_pass(decoder, given, self._outer_mask, self._reached)
@@ -215,7 +215,7 @@ class Session:
         if begins:
             self._begin(one, given)
         elif self._fresh or self.plan is None:
-            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start anew")
+            raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start again")
         elif self.prompt_lengths is None and one.length > 1:
             raise TrimtabError(
                 f"a second pass of {one.length} tokens over one cache: is it more of the prompt, or generated text?"
@@ -259,7 +259,7 @@ class Session:
             finally:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
-            self.sites = sorted(self.plan.stages)
+            self.sites: list[Site] = sorted(self.plan.stages)
             if unknown := sorted(set(self.sites) - set(self._hooked)):
                 raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}
@@ -312,7 +312,7 @@ class Session:
         if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
             raise TrimtabError(
                 f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"
-                f" rows and {len(step.states[0])} tokens; which is whose can't be told"
+                f" rows and {len(step.states[0])} tokens; which belongs to which can't be determined"
             )
         if step.present.isdisjoint(plan.touches[site]):
             return None
@@ -424,7 +424,7 @@ class Session:
                 what = "didn't run" if not calls else f"ran {calls} times"
                 raise TrimtabError(
                     f"the part of the model at {site} {what} in a pass that steers there (or its hook was taken away):"
-                    " what comes of it isn't what was asked for, so it is thrown away"
+                    " the result isn't what was requested, so it is discarded"
                 )
 
     def doses(self, request: int, tokens: int | None = None) -> tuple[Dose, ...]:

@@ -179,9 +179,9 @@ class Verifier:
         device: torch.device,
     ) -> None:
         self.passes, self.requests, self.device = passes, tuple(requests), device
-        self.count = len(ladders)
+        self.count: int = len(ladders)
         found = {row: one for row, one in enumerate(ladders) if one is not None and one.rungs}
-        self.rows = tuple(found)
+        self.rows: tuple[int, ...] = tuple(found)
         versions: list[tuple[int, tuple[Edit, ...]]] = []
         begun: dict[tuple, int] = {}  # where a ladder's versions begin; several answers to a prompt share one
         self._first: dict[int, int] = {}

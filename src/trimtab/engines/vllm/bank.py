@@ -81,10 +81,10 @@ class Bank:
     def __init__(
         self, layers: Sequence[int], width: int, capacity: int, tokens: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.slots = Slots(capacity)
+        self.slots: Slots = Slots(capacity)
         self._all = torch.full((len(layers), capacity, width), -0.0, dtype=dtype, device=device)
-        self.rows = dict(zip(map(Site, layers), self._all.unbind(), strict=True))  # views
-        self.index = torch.zeros(tokens, dtype=torch.long, device=device)
+        self.rows: dict[Site, Tensor] = dict(zip(map(Site, layers), self._all.unbind(), strict=True))  # views
+        self.index: Tensor = torch.zeros(tokens, dtype=torch.long, device=device)
 
     def take(self, state: State) -> None:
         """One more user of a state, whose rows are written, in one copy, if they aren't there yet."""

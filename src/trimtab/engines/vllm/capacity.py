@@ -96,7 +96,7 @@ def capacity_from(given: Mapping[str, str]) -> Capacity | None:
         if value is None:
             continue
         if not value.isdecimal() or int(value) < 1:
-            raise TrimtabError(f"TRIMTAB_{name.upper()} is a whole number from 1, got {value!r}")
+            raise TrimtabError(f"TRIMTAB_{name.upper()} is a whole number from 1 up, got {value!r}")
         found = replace(found, rank=int(value)) if name == "rank" else replace(found, steps=int(value))
     return found if layers is None else replace(found, layers=_layers(layers))
 

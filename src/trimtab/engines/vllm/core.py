@@ -56,7 +56,7 @@ class Room:
     """
 
     def __init__(self, slots: int, maps: int = 1) -> None:
-        self.most = (slots - 1, maps - 1)
+        self.most: tuple[int, int] = (slots - 1, maps - 1)
         self.users: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self.waiting: deque[Any] = deque()
         self.held: dict[str, tuple[frozenset[str], frozenset[str]]] = {}

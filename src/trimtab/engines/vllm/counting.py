@@ -64,7 +64,7 @@ class GraphCounts:
     """Numbers on the device, one a site, to which a graph adds at each replay: a call, and its tokens."""
 
     def __init__(self, sites: Collection[Site], device: torch.device) -> None:
-        self.sites = tuple(sites)
+        self.sites: tuple[Site, ...] = tuple(sites)
         self._all = torch.zeros(len(sites), dtype=torch.int64, device=device)
         self._one = dict(zip(sites, self._all.unbind(), strict=True))  # views, which stay where they are
 

@@ -119,7 +119,7 @@ def parse(asked: Any, names: Names) -> Steering:
         try:
             asked = json.loads(asked) if asked.lstrip()[:1] in ("[", "{") else [{"name": asked}]
         except ValueError:
-            raise TrimtabError(f"a request's steering is no JSON: {asked[:80]!r}") from None
+            raise TrimtabError(f"a request's steering isn't JSON: {asked[:80]!r}") from None
     items = [asked] if isinstance(asked, Mapping) else asked
     if not isinstance(items, Sequence) or not items:
         raise TrimtabError('a request\'s steering is a list such as [{"name": "shout", "strength": 1.5}]')

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.arguments import one_each
@@ -50,7 +50,7 @@ class VllmLM(LanguageModel):
     """
 
     engine = "vllm"
-    cannot = {  # noqa: RUF012
+    cannot: ClassVar[Mapping[str, str]] = {
         "rejection": "a step has one row of logits a request",
         "clean_cache": "what its workers store is what they compute",
         "monitors": "its workers hand out no activations while they decode",
@@ -65,11 +65,11 @@ class VllmLM(LanguageModel):
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
         self.llm = llm
         self.name = name
-        self.tokenizer = with_keywords(llm.get_tokenizer(), template)
+        self.tokenizer: Any = with_keywords(llm.get_tokenizer(), template)
         self._engine = llm.llm_engine
         config = self._engine.vllm_config.model_config
         text = config.hf_text_config
-        self.layout = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len)
+        self.layout: Sizes = Sizes(text.num_hidden_layers, text.hidden_size, config.max_model_len)
         self._link: Link = run(connect(self._engine), self._engine)
 
     @classmethod

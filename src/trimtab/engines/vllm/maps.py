@@ -51,10 +51,10 @@ class Maps:
         device: torch.device,
     ) -> None:
         self.capacity = capacity
-        self.sites = {site: i for i, site in enumerate(sites)}
-        self.slots = Slots(slots, "TRIMTAB_MAPS")
-        self.index = torch.zeros(tokens, dtype=torch.long, device=device)
-        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.sites: dict[Site, int] = {site: i for i, site in enumerate(sites)}
+        self.slots: Slots = Slots(slots, "TRIMTAB_MAPS")
+        self.index: Tensor = torch.zeros(tokens, dtype=torch.long, device=device)
+        self.dtype: torch.dtype = torch.promote_types(dtype, torch.float32)
         self._rows = capacity.rank + 1  # one for a vector, which reads nothing
         self._reads = self._rows + capacity.gates
         shape = (len(sites), capacity.steps, slots)

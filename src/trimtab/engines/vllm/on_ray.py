@@ -40,7 +40,7 @@ class RayEngines:
         if find_spec("ray") is None:
             raise TrimtabError("spreading prompts over engines needs Ray: pip install 'ray[data]'")
         if isinstance(self.workers, bool) or not isinstance(self.workers, int) or self.workers < 1:
-            raise TrimtabError(f"the number of engines is a whole number from 1, got {self.workers!r}")
+            raise TrimtabError(f"the number of engines is a whole number from 1 up, got {self.workers!r}")
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
             if self.options.get(name, 1) != 1:
                 raise UnsupportedError(
@@ -112,9 +112,9 @@ class Answers:
         self.given, self.refused = given, ""
         try:
             self.lm = VllmLM.load(model, **options)
-            self.steering = None if steering is None else steering_from_bytes(steering, "the steering")
+            self.steering: Steering | None = None if steering is None else steering_from_bytes(steering, "the steering")
         except TrimtabError as error:
-            self.refused = str(error)
+            self.refused: str = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         prompts = [json.loads(prompt) for prompt in batch["prompt"]]

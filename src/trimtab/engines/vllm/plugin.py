@@ -10,7 +10,7 @@ import logging
 
 from trimtab.engines.vllm.versions import check_version
 
-log = logging.getLogger("vllm.trimtab")
+log: logging.Logger = logging.getLogger("vllm.trimtab")
 
 _registered = False
 

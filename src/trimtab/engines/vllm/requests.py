@@ -64,5 +64,5 @@ def _asked(request: Any) -> Any:
             raise UnsupportedError(f"{name} needs {why}; the transformers engine can (trimtab serve)")
     beside = (request.vllm_xargs or {}).get(ASKED)
     if beside and fields.get(ASKED):
-        raise TrimtabError("steering stands in the request and in its vllm_xargs; give it once")
+        raise TrimtabError("steering is in the request and in its vllm_xargs; give it once")
     return fields.get(ASKED) or beside

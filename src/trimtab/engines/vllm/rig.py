@@ -114,7 +114,7 @@ class Rig:
     _faults: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.numbered = tuple(self.sites)  # as the operator in the graph numbers them
+        self.numbered: tuple[Site, ...] = tuple(self.sites)  # as the operator in the graph numbers them
         if not self.static:
             return
         self.counts = GraphCounts(self.sites, self.device)

@@ -33,7 +33,7 @@ from trimtab.steering import Site
 
 RIG = "_trimtab_rig"
 
-log = logging.getLogger("vllm.trimtab")
+log: logging.Logger = logging.getLogger("vllm.trimtab")
 
 
 def patch_worker(wrapper: type) -> None:

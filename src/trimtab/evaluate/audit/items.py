@@ -111,7 +111,7 @@ def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path
 
 def _from_folder(folder: Path, found: Items, n: int) -> tuple[Items, dict[str, str]]:
     if not folder.is_dir():
-        raise TrimtabError(f"there is no folder {folder}; leave --data out to take the items that come with trimtab")
+        raise TrimtabError(f"there is no folder {folder}; leave out --data to use the included items")
     new: dict[str, Any] = {}
     whose = {}
     if (file := folder / "advbench" / "harmful_behaviors.csv").is_file():
@@ -132,7 +132,7 @@ def _from_folder(folder: Path, found: Items, n: int) -> tuple[Items, dict[str, s
     if not new:
         raise TrimtabError(
             f"{folder} has none of advbench/harmful_behaviors.csv, xstest/xstest_prompts.csv, mmlu/mmlu.json,"
-            " caa/*/test_dataset_ab.json; leave --data out to take the items that come with trimtab"
+            " caa/*/test_dataset_ab.json; leave out --data to use the included items"
         )
     return replace(found, **new), whose
 

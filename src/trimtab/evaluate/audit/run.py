@@ -169,7 +169,7 @@ def audit(
     if unknown := [name for name in protect if name not in items.behaviours]:
         raise TrimtabError(f"there is no behaviour {unknown[0]!r} to protect; there are {', '.join(items.behaviours)}")
     if protect and not repair:
-        raise TrimtabError("what is to be protected is about a repair; ask for one")
+        raise TrimtabError("--protect needs a repair; request one")
     tell = _Progress(progress, 2 + repair, items, size)
 
     before = stream(lm, items.harmful)

@@ -61,8 +61,8 @@ class Asking:
     def __init__(self, service: Service, key: Key, asked: Sequence[Request]) -> None:
         self.service = service
         self.key = key
-        self.asked = list(asked)
-        self.sides = [Side() for _ in asked]
+        self.asked: list[Request] = list(asked)
+        self.sides: list[Side] = [Side() for _ in asked]
         self._queue: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
 
     def stop(self) -> None:

@@ -17,7 +17,7 @@ from trimtab.serve.service import Service
 ROUTE = "/"
 """What stands for the page in the audit log, where a request's route does."""
 
-log = logging.getLogger("trimtab")
+log: logging.Logger = logging.getLogger("trimtab")
 
 
 def caller(service: Service, secret: str | None) -> Key:

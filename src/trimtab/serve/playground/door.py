@@ -38,7 +38,7 @@ STATES = 256
 TRACEBACKS = 6
 """Tracebacks a minute that the page's functions may leave in the server's log."""
 KEPT = ("data", "event_data", "fn_index", "trigger_id", "session_hash")
-log = logging.getLogger("trimtab")
+log: logging.Logger = logging.getLogger("trimtab")
 
 
 class Door:
@@ -50,7 +50,7 @@ class Door:
     def __init__(self, app: FastAPI, blocks: Blocks) -> None:
         self.app = app
         self.blocks = blocks
-        self.sessions = Sessions(blocks)
+        self.sessions: Sessions = Sessions(blocks)
         # it prints a traceback for whatever a client makes up
         gradio.queueing.traceback = _Few()  # type: ignore[assignment]
 
@@ -113,7 +113,7 @@ class Sessions:
     def join(self, session: str) -> None:
         """Something is asked for in its name. Raises `Refusal` where there is too much already."""
         if len(self.blocks._queue.pending_event_ids_session.get(session, ())) >= EVENTS:
-            raise Refusal(429, "this page has asked for more than it has answers to", code="busy", retry=5)
+            raise Refusal(429, "this page sends more requests than it reads answers", code="busy", retry=5)
         unread = self.unread
         if session not in unread and not self._readers[session] and len(unread) >= SESSIONS:
             raise Refusal(429, "too many pages ask and don't read the answers", code="busy", retry=5)
@@ -179,7 +179,7 @@ def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} isn't a number in JSON")
 
 
 class _Few:

@@ -29,7 +29,7 @@ def making_of(name: str, sentence: str, like: str, unlike: str, *, keep: bool) -
     if said["unlike"] and not said["like"]:
         raise TrimtabError("say as well whom the model is to be like, such as: a pirate")
     if not said["idea"] and not said["like"]:
-        raise TrimtabError("say in a sentence what is wanted, such as: be blunt, not flattering")
+        raise TrimtabError("describe in a sentence what you want, such as: be blunt, not flattering")
     if not name.strip():
         raise TrimtabError("give the steering a name, such as blunt")
     given = {key: value for key, value in said.items() if value}

@@ -51,7 +51,7 @@ def numbers(text: str, what: str) -> tuple[float, ...]:
         except ValueError:
             value = math.nan
         if not math.isfinite(value):
-            raise TrimtabError(f"{word!r} is no number; {what} are numbers with commas between them")
+            raise TrimtabError(f"{word!r} isn't a number; {what} are numbers with commas between them")
         found.append(value)
     return tuple(dict.fromkeys(found))
 
