@@ -239,7 +239,7 @@ def _texts(lm: LM, one: Highlight) -> list[Text]:
     return texts
 
 
-NAMES = ("Maria", "Jonas", "Priya", "Tom", "Aiko", "Samuel", "Lena", "Omar", "Ruth", "Pavel", "Ines", "Kofi")
+NAMES = ("Maria", "Jonas", "Priya", "Tom", "Aiko", "Samuel", "Lena", "Omar", "Ruth", "Pavel", "Irina", "Kofi")
 FACTS = (
     ("Where does {} live?", "{} lives in {}.", ("Lisbon", "Oslo", "Nairobi", "Kyoto", "Lima", "Dublin", "Vienna")),
     ("What does {} eat?", "{} eats {}.", ("rice", "bread", "soup", "apples", "cheese", "noodles", "beans")),

@@ -81,7 +81,10 @@ def small_model(folder: Path, family: str = "Llama", **more: Any) -> str:
     }
     shape |= {"vocab_size": 49152, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1}
     config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**{**shape, **more})
-    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    if config.tie_word_embeddings:  # else it repeats the last token, whatever else it reads
+        model.get_input_embeddings().weight.data *= 0.3
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(default_folder()).save_pretrained(folder)
     return str(folder)
 
