@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.keywords import class_keywords
+from trimtab.keywords import class_keywords, keywords
 from trimtab.steering.attention import ScaleScores
 from trimtab.steering.elements import multiply_up
 from trimtab.steering.operations import NEUTRAL, TOGETHER, Operation
@@ -76,6 +76,7 @@ class ScaleKeys(Operation, name="scale_keys"):
         return f"ScaleKeys(alpha={self.alpha!r})"
 
 
+@keywords
 def by_keys(steering: Steering) -> Steering:
     """The same steering with keys scaled in the place of scores: `ScaleKeys` for each `ScaleScores`.
 
