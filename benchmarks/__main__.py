@@ -564,15 +564,36 @@ def serve(
     clients: Annotated[
         list[int] | None, typer.Option(help="Clients at once; repeatable.", show_default="1, 8, 32")
     ] = None,
-    peer: Annotated[bool, typer.Option(help="Measure `transformers serve` beside it.")] = True,
+    decoding: Annotated[
+        str, typer.Option(help="Which of greedy, sampled and logprobs, with commas between.")
+    ] = "greedy,sampled,logprobs",
+    peer: Annotated[bool, typer.Option(help="Measure `transformers serve` beside it, where it decodes so.")] = True,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
     """The server: throughput and latency, steered against unsteered, and against `transformers serve`."""
-    from benchmarks.serve import CLIENTS, run
+    from benchmarks.serve import CLIENTS, DECODINGS, run
 
-    finish(run(rounds, tokens, clients or CLIENTS, peer=peer), json_file, check, as_markdown)
+    decodings = decoding.split(",")
+    if unknown := [name for name in decodings if name not in DECODINGS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(DECODINGS)}", param_hint="--decoding")
+    finish(run(rounds, tokens, clients or CLIENTS, decodings, peer=peer), json_file, check, as_markdown)
+
+
+@app.command()
+def soak(
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long.")] = 15.0,
+    tokens: Annotated[int, typer.Option(min=48, help="Tokens of an answer, at most.")] = 64,
+    model: Annotated[str | None, typer.Option(help="A folder; without it, the default model's.")] = None,
+    json_file: Json = None,
+    check: Check = False,
+    as_markdown: Markdown = False,
+) -> None:
+    """A server under mixed load: nothing breaks, nothing is lost, and its memory stays where it was."""
+    from benchmarks.soak import run
+
+    finish(run(minutes, tokens, model), json_file, check, as_markdown)
 
 
 def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:

@@ -83,12 +83,12 @@ def _reason(text: str) -> str:
 
 INTRODUCTION = """# Model families
 
-trimtab finds its way in a model from what the model declares and does, never by its name. This page says what that is
-worth: it is written by `python tools/families.py`, which makes a tiny random model of every type in transformers
+trimtab finds the parts of a model from what the model declares and does, never by its name. This page shows how well
+that works: `python tools/families.py` writes it. The script makes a tiny random model of every type in transformers
 {release} that has a causal language model (`type@name` are variants of a type, `type:images` the language models inside
 of image-text models), runs everything on it and compares it with a plain computation. `make test-all` runs it again.
 
-To ask about a model of your own, or one that isn't here:
+To check a model of your own, or one that isn't in the table:
 
 ```bash
 trimtab models --check Qwen/Qwen2.5-0.5B-Instruct   # its own weights
@@ -103,11 +103,11 @@ report["heads"].state, report["heads"].reason
 ```
 
 `yes`: it works. `some`: it works at the layers that have it. `no`: it is refused, with an error that says why.
-`theirs`: it is wrong in transformers itself, without any steering. Nothing is allowed to be wrong otherwise.
+`theirs`: it is wrong in transformers itself, without any steering. Any other error fails the test.
 
-Of the {count} types here, so many can do it: {summary}.
+Of the {count} types here, this many support each feature: {summary}.
 
-What to know of some:
+Notes on some types:
 
 - **Several residual streams** (hyper-connections: DeepSeek V4, Hunyuan V4, Qwen4-Exp; AltUp: Gemma 3n). The residual
   stream is the one that the configuration declares active; where it declares none, the mean of all, and an edit moves

@@ -1,7 +1,6 @@
-"""Take docs/images/playground-*.png from the page of a running server that has a steering called bullets.
+"""Take docs/images/playground-*.png from the page of a running server, with the steerings that come with trimtab.
 
-trimtab learn instruct --instruction "Answer as a list of bullet points." --out steerings/bullets.safetensors
-trimtab serve --steerings steerings --max-tokens 44
+trimtab serve --max-tokens 90
 python docs/images/make_playground_pictures.py http://localhost:8000/ docs/images
 
 It drives the Chromium that is there; on Debian: apt-get install chromium.
@@ -16,44 +15,37 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-ASK = "What makes a good friend?"
-PATIENCE = 300_000  # milliseconds
+ASK = "Give me tips for sleeping well."
+PATIENCE = 600_000  # milliseconds
 
 
 def take(address: str, folder: Path) -> None:
-    """A chat whose tokens are coloured by their projection, and a sweep."""
+    """A chat, and a sweep."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1240, "height": 700})
+        page = browser.new_page(viewport={"width": 1240, "height": 760})
         page.set_default_timeout(PATIENCE)
         page.goto(address)
-        page.wait_for_selector(".tt-head p")
+        page.wait_for_selector(".tt-example")
         _chat(page)
         page.screenshot(path=folder / "playground-chat.png")
-        page.set_viewport_size({"width": 1240, "height": 790})
+        page.set_viewport_size({"width": 1240, "height": 1060})
         _sweep(page)
         page.screenshot(path=folder / "playground-sweep.png")
         browser.close()
 
 
 def _chat(page: Any) -> None:
-    page.click("#tt-names input")
-    page.get_by_role("option", name="bullets").click()
-    page.keyboard.press("Escape")
-    page.wait_for_selector("#tt-strength-0 input")
     page.fill("#tt-message textarea", ASK)
     page.press("#tt-message textarea", "Enter")
     page.wait_for_function("document.querySelectorAll('#tt-talk .tt-end').length == 2")
-    page.click("#tt-colour input")
-    page.get_by_role("option", name="bullets").first.click()
-    page.wait_for_selector("#tt-talk .tt-text span[title]")
     page.mouse.move(0, 0)
     page.wait_for_timeout(500)
 
 
 def _sweep(page: Any) -> None:
     page.get_by_role("tab", name="Sweep").click()
-    page.locator("#tt-strengths").locator("textarea, input").fill("-1, 0, 0.5, 1")
+    page.locator("#tt-strengths").locator("textarea, input").fill("0, 0.5, 1, 1.5")
     page.fill("#tt-sweep-prompt textarea", ASK)
     page.click("#tt-sweep-go")
     page.wait_for_function("document.querySelectorAll('#tt-grid .tt-end').length == 4")

@@ -71,12 +71,12 @@ if TYPE_CHECKING:
 
 
 class LM(LanguageModel):
-    """A model of transformers' that can be steered and read.
+    """A transformers model that can be steered and read.
 
-    `LM.load(…)` loads one; `LM(model, tokenizer)` wraps what you have. Nothing about the model changes: hooks
-    are there only while something is steered or read. `layers` names the list of blocks (`"model.layers"`)
-    where it can't be found. `template` holds keywords of the chat template, such as `{"enable_thinking": False}`, with
-    which all prompts are rendered, those that are learned from too.
+    `LM.load(…)` loads one; `LM(model, tokenizer)` wraps an existing model. The model isn't changed: hooks exist only
+    while something is steered or read. `layers` names the list of blocks (`"model.layers"`) if it can't be found.
+    `template` has keywords of the chat template, such as `{"enable_thinking": False}`, which apply to all prompts,
+    including those that are learned from.
     """
 
     engine = "transformers"
@@ -170,13 +170,13 @@ class LM(LanguageModel):
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
         parameter = next(self.model.parameters())
         return {"dtype": str(parameter.dtype), "device": device_of(self.model).type}
 
     @property
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card.
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card.
 
         The adapters are those that act now; what else there is, is looked at once for each choice of them.
         """
@@ -293,15 +293,15 @@ class LM(LanguageModel):
         return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
 
     def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
-        """How far a steering takes the model from itself: the divergence before each token of its unsteered answers.
+        """The divergence of the steered from the unsteered model, before each token of its unsteered answers.
 
         Args:
-            steering: Any: with gates, at some positions, of attention scores.
-            prompts: What is asked.
+            steering: Any steering: also with gates, at some positions, or of attention scores.
+            prompts: The prompts.
             options: `tokens` of each unsteered answer at most (32), `system`, `chat`, `transfer`.
 
-        Returns:
-            `mean` and `p95` (the 95th percentile), in nats a token, and each token's `nats`.
+        Returns: `mean` and `p95` (the 95th percentile), in nats per token, and each token's
+            `nats`.
 
         Raises:
             TrimtabError: A steering that doesn't fit, or no prompts.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ pytest.importorskip("fastapi", reason="serving needs trimtab[serve]")
 pytest.importorskip("httpx", reason="these tests need httpx")
 
 NAMES = [f"s{i}" for i in range(8)]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PATIENCE = 180_000  # milliseconds: machines that test are often slow
 
 
 @pytest.fixture(scope="session")
@@ -155,3 +158,44 @@ def _until_ready(server: Server) -> None:
             assert server.process.poll() is None, server.log.read_text()
         time.sleep(0.1)
     raise AssertionError("the server didn't get ready")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A browser without a window."""
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """A page in a context of its own. It must load nothing from elsewhere, and never show a traceback."""
+    contexts = []
+
+    def begin(url: str, width: int = 1280, height: int = 900, ready: str = ".tt-head p", script: str = "") -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
+        page = context.new_page()
+        page.add_init_script(script)
+        page.set_default_timeout(PATIENCE)
+        elsewhere: list[str] = []
+        failed: list[str] = []
+        page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
+        page.on("response", lambda r: failed.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        contexts.append((context, page, elsewhere, failed))
+        page.goto(url)
+        page.wait_for_selector(ready)
+        return page
+
+    yield begin
+    for context, page, elsewhere, failed in contexts:
+        shown = "" if page.is_closed() else page.inner_text("body")
+        context.close()
+        assert elsewhere == []
+        assert failed == []
+        assert "Traceback" not in shown

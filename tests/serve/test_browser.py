@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from serve.conftest import PATIENCE
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="these tests need playwright: pip install playwright")
+pytest.importorskip("playwright.sync_api", reason="these tests need playwright: pip install playwright")
 
 # The server needs gradio, in its own process: whether it's there is seen without the seconds of importing it.
 NO_PAGE = find_spec("gradio") is None
@@ -24,8 +25,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NO_PAGE, reason="the page needs gradio: pip install 'trimtab[serve]'"),
 ]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 180_000  # milliseconds: machines that test are often slow
 LATE_ENDS = """{
     const ask = window.fetch.bind(window);
     window.fetch = async (...given) => {
@@ -100,53 +99,25 @@ def server(start: Callable[..., Any], bullets: Path) -> Any:
     return start(*arguments, model=None, known=bullets)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here; on Debian: apt-get install chromium")
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture
-def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
-    """A page in a context of its own. It must load nothing from elsewhere, and never show a traceback."""
-    contexts = []
-
-    def begin(url: str, width: int = 1280, height: int = 900, ready: str = ".tt-head p", script: str = "") -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, accept_downloads=True)
-        page = context.new_page()
-        page.add_init_script(script)
-        page.set_default_timeout(PATIENCE)
-        elsewhere: list[str] = []
-        failed: list[str] = []
-        page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((url, "data:", "blob:")) else None)
-        page.on("response", lambda r: failed.append(f"{r.status} {r.url}") if r.status >= 400 else None)
-        contexts.append((context, page, elsewhere, failed))
-        page.goto(url)
-        page.wait_for_selector(ready)
-        return page
-
-    yield begin
-    for context, page, elsewhere, failed in contexts:
-        shown = "" if page.is_closed() else page.inner_text("body")
-        context.close()
-        assert elsewhere == []
-        assert failed == []
-        assert "Traceback" not in shown
-
-
 @pytest.fixture
 def page(open_page: Callable[..., Any], server: Any) -> Any:
     return open_page(server.url)
 
 
+def shown(text: str) -> str:
+    """What an answer says where it is formatted."""
+    from trimtab.serve.playground.formatted import formatted
+
+    return html.unescape(re.sub("<[^>]+>", "", formatted(text)))
+
+
 def choose(page: Any, name: str) -> None:
-    page.click("#tt-names input")
-    page.get_by_role("option", name=name).click()
-    page.keyboard.press("Escape")
+    """Take this one, unless it is the one that a first visit has."""
+    page.wait_for_selector("#tt-names .token")
+    if page.locator("#tt-names .token", has_text=name).count() == 0:
+        page.click("#tt-names input")
+        page.get_by_role("option", name=name).click()
+        page.keyboard.press("Escape")
     page.wait_for_function("name => document.body.innerText.includes(name + ': strength')", arg=name)
 
 
@@ -183,8 +154,8 @@ class TestChat:
             strength: lm.generate(prompt, strength * steering, max_new_tokens=TOKENS)[0].text
             for strength in (0, 0.5, 1)
         }
-        assert words(page, "tt-plain") == expected[0]
-        assert words(page, "tt-steered") == expected[1] != expected[0]
+        assert words(page, "tt-plain") == shown(expected[0])
+        assert words(page, "tt-steered") == shown(expected[1]) != shown(expected[0])
         assert page.input_value("#tt-message textarea") == ""
         assert page.evaluate("document.activeElement.closest('#tt-message') != null")
         # with the keyboard: five steps to the left are half the strength
@@ -192,13 +163,13 @@ class TestChat:
         page.focus("#tt-strength-0 input[type=range]")
         for _ in range(5):
             page.keyboard.press("ArrowLeft")
-        until(page, "tt-steered", expected[0.5])
-        assert words(page, "tt-plain") == expected[0]
+        until(page, "tt-steered", shown(expected[0.5]))
+        assert words(page, "tt-plain") == shown(expected[0])
         assert "bullets × 0.5" in page.locator(".tt-steered h3").last.inner_text()
         # colours
         page.click("#tt-colour input")
         layer = steering.layers[0]
-        page.get_by_role("option", name=f"bullets, layer {layer}").click()
+        page.get_by_role("option", name=f"coloured by bullets, layer {layer}").click()
         page.wait_for_selector("#tt-talk .tt-steered .tt-text span[title]")
         assert words(page, "tt-steered") == expected[0.5]
         assert "Cosine" in page.locator(".tt-key").inner_text()
@@ -211,7 +182,7 @@ class TestChat:
     @pytest.mark.long
     def test_emphasis_and_what_rejection_did(self, page: Any, lm: Any) -> None:
         text = "Name a fruit. Answer in capital letters."
-        page.get_by_role("button", name="Emphasis").click()
+        page.get_by_role("button", name="Emphasize a part of your message").click()
         page.fill("#tt-message textarea", text)
         page.fill("#tt-emphasis textarea", "in purple letters")
         page.wait_for_selector(".tt-missing")
@@ -233,12 +204,12 @@ class TestChat:
         (answer,) = lm.generate(
             [[{"role": "user", "content": text}]], emphasize=["in capital letters"], max_new_tokens=TOKENS
         )
-        assert words(page, "tt-steered") == answer.text
+        assert words(page, "tt-steered") == shown(answer.text)
         changed = sum(step.replaced is not None for step in answer.trace.steps)
         assert f"{changed} changed" in page.locator(".tt-steered .tt-end").inner_text()
         assert page.inner_text(".tt-you mark") == "in capital letters"
         page.click("#tt-colour input")
-        page.get_by_role("option", name="what rejection did").click()
+        page.get_by_role("option", name="coloured by where steering was held back").click()
         page.wait_for_selector("#tt-talk .tt-steered .tt-text span")
         opened = sum(step.open for step in answer.trace.steps)
         assert page.locator("#tt-talk .tt-steered .tt-text span").count() == opened > 0
@@ -315,8 +286,8 @@ class TestSweep:
         steering = load(bullets / "bullets.safetensors")
         prompt = [{"role": "user", "content": ASK}]
         expected = [lm.generate(prompt, s * steering, max_new_tokens=TOKENS)[0].text for s in (0, 1)]
-        assert page.locator("#tt-grid .tt-text").all_text_contents() == expected
-        assert page.locator("#tt-grid h3").all_inner_texts() == ["0", "1"]
+        assert page.locator("#tt-grid .tt-text").all_text_contents() == list(map(shown, expected))
+        assert page.locator("#tt-grid h3").all_inner_texts() == ["strength 0", "strength 1"]
 
 
 @pytest.mark.long
@@ -353,7 +324,7 @@ class TestLearning:
         page.get_by_role("tab", name="Chat").click()
         say(page, ASK)
         (answer,) = lm.generate([{"role": "user", "content": ASK}], steering, max_new_tokens=TOKENS)
-        assert words(page, "tt-steered") == answer.text
+        assert words(page, "tt-steered") == shown(answer.text)
 
 
 @pytest.mark.long
@@ -395,7 +366,7 @@ class TestNarrow:
         assert steered["y"] >= plain["y"] + plain["height"]  # one below the other
         assert plain["width"] > 300
         message, names = (page.locator(part).bounding_box() for part in ("#tt-message", "#tt-names"))
-        assert names["y"] >= message["y"] + message["height"]  # the panel below the chat
+        assert names["y"] + names["height"] <= message["y"]  # what is chosen first comes first
         page.set_viewport_size({"width": 1280, "height": 900})
         page.wait_for_function("innerWidth == 1280")
         plain, steered = (page.locator(f"#tt-talk .{side}").last.bounding_box() for side in ("tt-plain", "tt-steered"))

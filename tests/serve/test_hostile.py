@@ -172,9 +172,40 @@ class TestSlow:
             assert status(again) == 200
             again.sendall(b"GET /healthz HTTP/1.1\r\nHost: ")
             for raw in (silent, half, again):
-                while raw.recv(4096):  # the rest of an answer, and then the end
-                    pass
+                rest = b""
+                while piece := raw.recv(4096):  # the rest of an answer, what is wrong, and then the end
+                    rest += piece
+                assert b"HTTP/1.1 408 " in rest
+                assert b"took longer" in rest
         assert one.ask().status_code == 200
+
+    def test_a_connection_is_kept_until_another_needs_its_place(
+        self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Clients that keep theirs for a few seconds, as they do, are never faster than the server in closing it."""
+        monkeypatch.setattr(connections, "HEAD_SECONDS", 0.2)
+        one = live(most=2)
+        asks = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        refused = head("POST", PATH, one.port, 100) + b" " * 60  # without a key: answered before its body has come
+        with one.connect() as first, one.connect() as second:
+            second.sendall(refused)
+            assert status(second) == 401
+            second.sendall(b" " * 40)
+            first.sendall(asks)
+            assert status(first) == 200
+            time.sleep(0.5)  # longer than a head that has begun may take
+            for raw in (first, second):
+                raw.sendall(asks)
+                assert status(raw) == 200
+            with one.connect() as more:
+                assert status(more) == 503
+            monkeypatch.setattr(connections, "IDLE_SECONDS", 0.0)
+            with one.connect() as more:
+                more.sendall(asks)
+                assert status(more) == 200
+            assert first.recv(4096) == b""  # which was asked nothing for longest
+            second.sendall(asks)
+            assert status(second) == 200
 
     def test_a_body_has_its_time(self, live: Callable[..., Live], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bodies, "SECONDS", 0.3)

@@ -46,6 +46,7 @@ def test_numbers() -> None:
         ("64, 1000, 32", (sieve.FIELDS, sieve.ITEMS, sieve.DEPTH)),
         ("| 10, 30 |", (int(connections.HEAD_SECONDS), int(bodies.SECONDS))),
         ("read some of its response | | 60", int(connections.READ_SECONDS)),
+        ("when others want its place | | 75; 5", (int(connections.KEEP_SECONDS), int(connections.IDLE_SECONDS))),
         ("| 256; 64; 8 |", (bounds.EDITS, bounds.TESTS, bounds.DEPTH)),
         ("| 1,000,000 |", f"{int(bounds.NORM):,}"),
         ("| 16; 64; 256 MiB |", (library.MOST_OWNED, library.MOST_ADDED, library.MOST_BYTES >> 20)),

@@ -233,7 +233,7 @@ class TestPolicy:
         for name, strength, words in (("s1", 1.0, "no such steering"), ("s0", 2.5, "between 0 and 2")):
             with pytest.raises(Refusal, match=words):
                 ask(guarded, (Chosen(((name, strength, AS_LEARNED),)), True), key=alice)
-        assert {value.partition("@")[0] for _, value in offered(guarded, alice)[2:]} == {"s0", "s7"}
+        assert {value.partition("@")[0] for _, value in offered(guarded, alice)[3:]} == {"s0", "s7"}
         with pytest.raises(Refusal, match="no such steering"):
             asyncio.run(read(guarded, alice, [side], "s1@1"))
 
@@ -266,6 +266,7 @@ class TestPolicy:
             "arrive": (["s0"], [], *panel[1 : 2 * SLOTS + 1]),
             "admit": ("mine", ["s0"], [], *panel[1 : 2 * SLOTS + 1]),
         }
+        asked["pick"] = ([], *panel[1 : 2 * SLOTS + 1])
         harmless = {"halt", "forget", "append", "<lambda>"}
         functions = {one.name: one.fn for one in make_blocks(guarded).fns.values() if one.fn is not None}
         assert set(functions) == set(asked) | harmless

@@ -174,6 +174,68 @@ def test_thinking_is_an_item(client_for: Callable[[str], Any]) -> None:
     assert client.responses.create(**{**ASK, "input": again}).output_text
 
 
+def text_of(logprobs: Any) -> str:
+    """What tokens say together; some are parts of a character."""
+    return b"".join(bytes(one.bytes) for one in logprobs).decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "parts"),
+    [
+        ("hermes", {}, ["message"]),
+        ("hermes", {"tools": [NOTE], "tool_choice": "required", "max_output_tokens": 60}, ["function_call"]),
+        ("thinking", {"extra_body": {"chat_template_kwargs": {"open": True}}}, ["reasoning"]),
+    ],
+    ids=["words", "a call", "thinking"],
+)
+def test_logprobs_are_those_of_the_text(
+    client_for: Callable[[str], Any], name: str, more: dict[str, Any], parts: list[str]
+) -> None:
+    """They are the chat's, token for token, make up the text, and stand in the deltas that they belong to."""
+    client = client_for(name)
+    asked = {**ASK, "include": ["message.output_text.logprobs"], "top_logprobs": 3, **more}
+    found = checked(mine(client).responses.create(**asked))
+    assert [item.type for item in found.output] == parts
+    events = list(mine(client).responses.create(**asked, stream=True))
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    if parts != ["message"]:
+        assert not deltas
+        assert "logprobs" not in found.output[0].model_dump_json()
+        return
+    told = found.output[0].content[0].logprobs
+    assert text_of(told) == found.output_text
+    body = {"model": "trimtab", "messages": [{"role": "user", "content": ASK["input"]}], "temperature": 0}
+    body |= {"max_tokens": ASK["max_output_tokens"], "logprobs": True, "top_logprobs": 3}
+    chat = client.post("/v1/chat/completions", json=body).json()["choices"][0]["logprobs"]["content"]
+    assert [one.model_dump() for one in told] == chat[: len(told)]
+    assert all(len(one.top_logprobs) == 3 for one in told)
+    assert [one.token for event in deltas for one in event.logprobs] == [one.token for one in told]
+    assert all(text_of(event.logprobs) == event.delta for event in deltas)
+    (done,) = (event for event in events if event.type == "response.output_text.done")
+    assert [one.token for one in done.logprobs] == [one.token for one in told]
+    again = [{"role": "user", "content": "Hi"}, *[item.model_dump() for item in found.output]]
+    assert mine(client).responses.create(**{**ASK, "input": [*again, {"role": "user", "content": "Why?"}]}).output_text
+
+
+def test_logprobs_of_words_after_thinking(client_for: Callable[[str], Any]) -> None:
+    """Markers, blanks around them and what ends an answer are no part of the text."""
+    from trimtab.serve.responses_logprobs import TextTokens
+    from trimtab.serve.tasks import TokenTold
+    from trimtab.text.said import Marks, Parts, Words
+
+    tokenizer = client_for("thinking").service.lm.tokenizer
+    reading, tokens = Parts(Marks(thinking=("<think>", "</think>"), begun=True)), TextTokens(tokenizer)
+    ids = [*tokenizer.encode("Hmm.</think>\n\nThe sea is <b", add_special_tokens=False), tokenizer.eos_token_id]
+    said, told = "", []
+    for i, id in enumerate(ids):
+        last = i == len(ids) - 1
+        parts = reading.finish() if last else reading.add(tokenizer.decode([id]))
+        said += "".join(part.text for part in parts if isinstance(part, Words))
+        told += tokens.take(parts, [TokenTold(id, -1.0)])
+    assert said == "The sea is <b"
+    assert "".join(one.token for one in told) == said
+
+
 NOTHING: list[dict[str, Any]] = [
     {"store": True, "metadata": {"a": "b"}, "user": "me", "previous_response_id": None, "include": []},
     {"truncation": "disabled", "background": False, "service_tier": "auto", "reasoning": {"effort": None}},
@@ -211,6 +273,8 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"reasoning": {"effort": "high"}}, "chat_template_kwargs", "reasoning"),
     ({"steering": [{"name": "nobody"}]}, "there is no such steering", "steering.0.name"),
     ({"inputs": "x"}, "did you mean 'input'", "inputs"),
+    ({"top_logprobs": 2}, "needs include: ['message.output_text.logprobs']", "top_logprobs"),
+    ({"top_logprobs": 21, "include": ["message.output_text.logprobs"]}, "20", "top_logprobs"),
 ]
 
 

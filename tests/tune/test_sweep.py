@@ -82,7 +82,7 @@ def test_defaults_are_all_layers_and_the_packages_queries(lm: LM) -> None:
     assert {row.strength for row in swept.rows} == {0.5, 1.0, 1.5}
     assert len(swept.prompts) == 8
     assert swept.unsteered.passed is None
-    with pytest.raises(TrimtabError, match="give the sweep check="):
+    with pytest.raises(TrimtabError, match="pass check= to the sweep"):
         swept.best()
 
 

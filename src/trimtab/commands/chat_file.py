@@ -1,4 +1,4 @@
-"""A conversation of `trimtab chat` in a file: JSON, written whole or not at all, and read with suspicion."""
+"""A conversation of `trimtab chat` in a file: JSON, written atomically, and read with suspicion."""
 
 from __future__ import annotations
 

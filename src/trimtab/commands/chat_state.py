@@ -122,7 +122,7 @@ class Conversation:
         return next((one for one in self.steered if one.name == name), None)
 
     def put(self, steered: Steered) -> Conversation:
-        """With this steering on, in the place of the one that has its name."""
+        """With this steering on, in place of the one that has its name."""
         if self.find(steered.name) is None:
             return replace(self, steered=(*self.steered, steered))
         return replace(self, steered=tuple(steered if one.name == steered.name else one for one in self.steered))
@@ -132,7 +132,7 @@ class Conversation:
         return next((one for one in self.made if one.name == name), None)
 
     def with_made(self, steered: Steered) -> Conversation:
-        """With this steering among those that were made, in the place of the one that has its name, and on."""
+        """With this steering among those that were made, in place of the one that has its name, and on."""
         return replace(self.put(steered), made=(*(one for one in self.made if one.name != steered.name), steered))
 
     def in_file(self, name: str, file: Path) -> Conversation:
@@ -148,12 +148,12 @@ class Conversation:
         return replace(self, steered=tuple(one for one in self.steered if one.name != name))
 
     def undone(self) -> Conversation:
-        """Without its last turn. Raises `TrimtabError` where there is none."""
+        """Without its last turn. Raises `TrimtabError` if it has none."""
         self.last()
         return replace(self, turns=self.turns[:-1])
 
     def last(self) -> Turn:
-        """Its last turn. Raises `TrimtabError` where there is none."""
+        """Its last turn. Raises `TrimtabError` if it has none."""
         if not self.turns:
             raise TrimtabError("there is no question yet; type one")
         return self.turns[-1]

@@ -68,7 +68,7 @@ def _read(source: str, column: str | None) -> list[Prompt]:
             rows = READERS[kind](Path(name), text)
     rows = list(rows)
     if not rows:
-        raise TrimtabError(f"{name} has no prompts in it; write one a line")
+        raise TrimtabError(f"{name} has no prompts in it; write one per line")
     if kind == ".json" and all(map(_is_message, (row for _, row in rows))):
         return [[row for _, row in rows]]
     return [_prompt(row, where, column) for where, row in rows]

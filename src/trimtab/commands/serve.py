@@ -44,7 +44,8 @@ def serve(
     steerings: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of steering files. Requests name them as the files are named.",
+            help="A folder of steering files. Requests name them as the files are named. Without it, and without a"
+            " policy, the default model has three to try.",
             metavar="DIR",
             show_default=False,
         ),
@@ -307,10 +308,15 @@ def serve(
     from trimtab.serve.library import Library, read_folder, reload
     from trimtab.serve.metrics import Metrics
     from trimtab.serve.monitored import read_monitors
+    from trimtab.serve.packaged import packaged
     from trimtab.serve.scheduler import Scheduler
     from trimtab.serve.service import Limits, Service
 
-    library = Library(lm) if steerings is None else read_folder(lm, steerings)
+    library = Library(lm)
+    if steerings is not None:
+        library = read_folder(lm, steerings)
+    elif policy is None:  # somebody looks around: who writes rules says what there is to be
+        library = packaged(lm)
     check_names(rules, library.names)
     watching = read_monitors(lm, monitor or [])
     metrics = Metrics()
@@ -338,7 +344,7 @@ def serve(
         lm.require("clean_cache")
     address = f"http://{f'[{host}]' if ':' in host else host}:{bound.getsockname()[1]}"
     made = make_app(service, local=is_loopback(host), playground=page, provider=tracers)
-    _greet(address, library, rules)
+    _greet(address, library, rules, own=steerings is not None)
     if page:
         note(f"a page to try them on: {address}/", quiet=False)
     elif playground:
@@ -416,13 +422,14 @@ def _check_reach(host: str, rules: Policy, insecure: bool) -> None:
         )
 
 
-def _greet(address: str, library: Library, rules: Policy) -> None:
+def _greet(address: str, library: Library, rules: Policy, *, own: bool) -> None:
     from trimtab.serve.protected import protected
 
     show(f"serving {library.lm.name} at {address}")
     names = library.names
     listed = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-    note(f"steerings: {listed or 'none; --steerings names a folder of them'}", quiet=False)
+    come = "" if own or not names else " (they come with trimtab; --steerings names a folder of your own)"
+    note(f"steerings: {listed or 'none; --steerings names a folder of them'}{come}", quiet=False)
     if rules.always:
         note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)
         loaded = [(name, library.get(name)) for name, _ in rules.always]

@@ -69,12 +69,12 @@ class LanguageModel(ABC):
     @property
     @abstractmethod
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card."""
 
     @property
     @abstractmethod
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
 
     @abstractmethod
     def check(self, steering: Steering, *, transfer: bool = False) -> None:

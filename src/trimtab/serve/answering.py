@@ -14,9 +14,10 @@ from trimtab.serve.policy import Key
 from trimtab.serve.records import Record
 from trimtab.serve.refusals import Json, Refusal
 from trimtab.serve.responses import ResponseWire, as_chat, as_responses, new_response_id
+from trimtab.serve.responses_logprobs import TextTokens
 from trimtab.serve.scheduler import Draining, Full
 from trimtab.serve.schema import ChatRequest, CompletionRequest
-from trimtab.serve.schema_responses import ResponsesRequest
+from trimtab.serve.schema_responses import LOGPROBS, ResponsesRequest
 from trimtab.serve.service import Prepared, Service
 from trimtab.serve.tasks import Event, Failed, Piece
 from trimtab.serve.wire import Collected, Wire, new_id
@@ -30,7 +31,8 @@ Queue = asyncio.Queue[tuple[int, Event]]
 
 async def respond(service: Service, request: Request, asked: ResponsesRequest) -> Any:
     """The response to a request of the Responses API, which is a chat. Raises as `answer` does."""
-    wire = ResponseWire(new_response_id(), asked)
+    tokens = TextTokens(service.lm.tokenizer) if LOGPROBS in (asked.include or ()) else None
+    wire = ResponseWire(new_response_id(), asked, tokens)
     try:
         return await answer(service, request, as_chat(asked), wire)
     except Refusal as refusal:

@@ -30,7 +30,7 @@ from trimtab.serve.made import respond
 from trimtab.serve.monitored import MonitorList
 from trimtab.serve.monitored import described as monitors_described
 from trimtab.serve.policy import Key
-from trimtab.serve.refusals import ErrorBody, Json, Refusal
+from trimtab.serve.refusals import PASSING, ErrorBody, Json, Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
 from trimtab.serve.schema_responses import ResponsesRequest, ResponseTold
 from trimtab.serve.schema_steerings import Deleted, LearnRequest, MadeTold, MakeRequest, SteeringList, SteeringTold
@@ -62,7 +62,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         "description": "The server is busy.",
         "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
     },
-    503: {"model": ErrorBody, "description": "The server is shutting down, or its audit log can't be written."},
+    503: {
+        "model": ErrorBody,
+        "description": "The server is shutting down, or its audit log can't be written.",
+        "headers": {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}},
+    },
 }
 BUSY: dict[int | str, dict[str, Any]] = {
     429: {
@@ -204,7 +208,7 @@ def _health(app: FastAPI, service: Service) -> None:
 
 
 def _unwell(status: str) -> Any:
-    return Json({"status": status}, 503)
+    return Json({"status": status}, 503, {"Retry-After": str(PASSING[503])})
 
 
 def _completions(app: FastAPI, service: Service) -> None:

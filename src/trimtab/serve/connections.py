@@ -1,23 +1,35 @@
 """Connections, before there is a request: how many there are, how long a head may take, and who doesn't read.
 
 uvicorn waits for the head of a request, and for a client to read its response, as long as they like. Here a head has
-`HEAD_SECONDS`, from the connection's or its own first byte on, and a client that takes nothing of its response for
-`READ_SECONDS` is gone. Beyond so many connections one more is told that the server is busy, and closed. Of uvicorn's
-two parsers it is always h11, which bounds a head's size as well, to 16 KiB.
+`HEAD_SECONDS`, from the connection's or its own first byte on, and is told so when they are over; a client that takes
+nothing of its response for `READ_SECONDS` is gone. Of uvicorn's two parsers it is always h11, which bounds a head's
+size as well, to 16 KiB.
+
+A connection on which a request was answered is kept for the next one, longer than clients and proxies keep theirs: the
+side that closes first should be the one that asks. Closed from here, a connection may be gone when the next request is
+on its way already, and its client hears nothing. Where there are as many connections as there may be, the one that
+nothing was asked on for longest makes room; where none has been idle for a while, one more is told that the server is
+busy.
 """
 
 from __future__ import annotations
 
 import asyncio
 import resource
+from collections.abc import Iterable
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.serve.refusals import Refusal
 
 HEAD_SECONDS = 10.0
 READ_SECONDS = 60.0
+KEEP_SECONDS = 75
+"""More than the 60 that nginx and cloud balancers keep an idle connection for, and than any usual client."""
+IDLE_SECONDS = 5.0
+"""And no less than this, however many connections there are."""
 SPARE = 64
 """Files that the process needs besides its connections."""
 
@@ -27,14 +39,16 @@ def protocol(most: int) -> type[asyncio.Protocol]:
 
     class Bounded(H11Protocol):
         _head: asyncio.TimerHandle | None = None
+        _begun = False  # whether a head is awaited that has begun, or that is the connection's first
         _reading: asyncio.TimerHandle | None = None
         _excess = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > most:
+            held = [one for one in self.connections if not one.transport.is_closing()]
+            if len(held) > most and not _made_room(held, self.loop.time()):
                 self._excess = True
-                transport.write(_busy())
+                transport.write(_raw(BUSY, "Service Unavailable"))
                 transport.close()
                 return
             self._wait_for_head()
@@ -58,13 +72,24 @@ def protocol(most: int) -> type[asyncio.Protocol]:
             self._stop_reading()
             super().connection_lost(exc)
 
+        @property
+        def idle_since(self) -> float | None:
+            """Since when nothing is asked, or being asked, on it; `None` where something is."""
+            waiting = self.timeout_keep_alive_task or (None if self._begun else self._head)
+            return None if waiting is None else waiting.when() - KEEP_SECONDS
+
         def _wait_for_head(self) -> None:
             """Begin to count where a head is awaited, and stop where one has come."""
             cycle = self.cycle
             if cycle is not None and not cycle.response_complete:
                 self._stop_head()
-            elif self._head is None:
-                self._head = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+                return
+            # the rest of a body that nobody wanted may end while its answer is long told: then nothing has begun
+            begun = cycle is None or self.conn.their_state is not h11.IDLE or bool(self.conn.trailing_data[0])
+            if self._head is None or begun > self._begun:
+                self._stop_head()
+                self._begun = begun
+                self._head = self.loop.call_later(HEAD_SECONDS if begun else KEEP_SECONDS, self._too_slow)
 
         def _stop_head(self) -> None:
             if self._head is not None:
@@ -79,9 +104,21 @@ def protocol(most: int) -> type[asyncio.Protocol]:
         def _too_slow(self) -> None:
             self._head = None
             if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
+                if self._begun and self.conn.their_state is h11.IDLE:
+                    self.transport.write(_raw(LATE, "Request Timeout"))
                 self.transport.close()
 
     return Bounded
+
+
+def _made_room(held: Iterable[Any], now: float) -> bool:
+    """Close the connection that has been idle for longest, if any has for a while."""
+    idle = [(one.idle_since, one) for one in held if one.idle_since is not None]
+    since, longest = min(idle, key=lambda one: one[0], default=(now, None))
+    if longest is None or now - since < IDLE_SECONDS:
+        return False
+    longest.transport.close()
+    return True
 
 
 def room_for(wanted: int) -> int:
@@ -98,7 +135,13 @@ def room_for(wanted: int) -> int:
     return wanted
 
 
-def _busy() -> bytes:
-    body = Refusal(503, "the server has as many connections as it takes; try again", code="busy").response.body
-    head = f"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    return f"{head}retry-after: 5\r\nconnection: close\r\n\r\n".encode() + bytes(body)
+BUSY = Refusal(503, "the server has as many connections as it takes; try again", code="busy")
+LATE = Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} s", code="too_slow")
+
+
+def _raw(refusal: Refusal, reason: str) -> bytes:
+    """A refusal on a connection on which nothing was asked yet; it is closed then."""
+    body = bytes(refusal.response.body)
+    head = [f"HTTP/1.1 {refusal.status} {reason}", "content-type: application/json", f"content-length: {len(body)}"]
+    head += ["connection: close"] + ([] if refusal.retry is None else [f"retry-after: {refusal.retry}"])
+    return ("\r\n".join(head) + "\r\n\r\n").encode() + body

@@ -85,7 +85,6 @@ INSTEAD = {
     "background": "nothing is stored; wait for the answer, or stream it",
     "truncation": "prompts aren't cut; shorten the input",
     "reasoning": "it isn't supported; chat_template_kwargs tell the model's own template how to think",
-    "top_logprobs": "ask /v1/chat/completions for log-probabilities",
     "include": "nothing of that can be had; leave it out",
     "max_tool_calls": "this server calls no tools itself; leave it out",
     "echo": "prompts aren't echoed; leave it out",

@@ -8,6 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 from starlette.responses import Response
 
+PASSING = {429: 5, 503: 5}
+"""Statuses that may be others when one tries again, and after how many seconds, where nothing better is known."""
+
 
 class ErrorTold(BaseModel):
     """What is wrong, in words."""
@@ -34,7 +37,10 @@ class Json(Response):
 
 
 class Refusal(Exception):
-    """A request that is answered by an error, with its HTTP status."""
+    """A request that is answered by an error, with its HTTP status.
+
+    `retry` is in how many seconds to try again; without it, a status that may pass says so all the same.
+    """
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
@@ -44,7 +50,7 @@ class Refusal(Exception):
         self.message = message
         self.param = param
         self.code = code
-        self.retry = retry
+        self.retry = PASSING.get(status) if retry is None else retry
 
     @property
     def body(self) -> dict[str, Any]:

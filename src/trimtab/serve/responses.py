@@ -12,8 +12,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from trimtab.serve.refusals import Refusal
+from trimtab.serve.responses_logprobs import TextTokens
 from trimtab.serve.schema import ChatRequest
 from trimtab.serve.schema_responses import (
+    LOGPROBS,
     CallItem,
     Content,
     FlatSchema,
@@ -33,9 +35,10 @@ from trimtab.serve.schema_responses import (
     ResponsesRequest,
     ResponseTold,
     ResponseUsage,
+    TextToken,
 )
 from trimtab.serve.service import Prepared
-from trimtab.serve.tasks import Piece
+from trimtab.serve.tasks import Piece, TokenTold
 from trimtab.serve.wire import Collected, told_of
 from trimtab.text.said import CallArguments, CallBegun, Part, Thought, Words
 
@@ -52,6 +55,10 @@ def as_chat(asked: ResponsesRequest) -> ChatRequest:
     found |= {name: getattr(asked, name) for name in STEERED if name in asked.model_fields_set}
     found["messages"] = _messages(asked)
     found["max_completion_tokens"] = asked.max_output_tokens
+    if LOGPROBS in (asked.include or ()):
+        found |= {"logprobs": True, "top_logprobs": asked.top_logprobs}
+    elif asked.top_logprobs:
+        raise Refusal(400, f"top_logprobs needs include: [{LOGPROBS!r}]", param="top_logprobs")
     if asked.tools:
         found["tools"] = [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in asked.tools]
     choice = asked.tool_choice
@@ -143,10 +150,14 @@ def new_response_id() -> str:
 
 @dataclass
 class ResponseWire:
-    """How one request's answer is written, whole or in events. `asked` is the request as it came."""
+    """How one request's answer is written, whole or in events.
+
+    `asked` is the request as it came; `tokens` are told where it asks for log-probabilities.
+    """
 
     id: str
     asked: ResponsesRequest
+    tokens: TextTokens | None = None
     created: float = field(default_factory=time.time)
     items: list[Output] = field(default_factory=list)
     _number: int = 0
@@ -154,8 +165,11 @@ class ResponseWire:
     def whole(self, prepared: Prepared, answers: Sequence[Collected]) -> dict[str, Any]:
         """The response of a request that doesn't stream."""
         (answer,) = answers
-        for part in answer.said:
-            self._take(part)
+        for parts, tokens in answer.heard:
+            logprobs = self._logprobs(parts, tokens)
+            for part in parts:
+                self._take(part)
+                logprobs = self._put(part, logprobs)
         self._settle("incomplete" if self._cut(answer) else "completed")
         return self._response(prepared, answer)
 
@@ -164,14 +178,13 @@ class ResponseWire:
         response = self._response()
         return [self._event(f"response.{name}", response=response) for name in ("created", "in_progress")]
 
-    def piece(self, _index: int, _piece: Piece, said: Sequence[Part], _before: int) -> list[dict[str, Any]]:
+    def piece(self, _index: int, piece: Piece, said: Sequence[Part], _before: int) -> list[dict[str, Any]]:
         """Events of what a piece says."""
-        return [event for part in said for event in self._told(part)]
+        return self._events(said, piece.tokens)
 
     def ending(self, _index: int, answer: Collected, said: Sequence[Part]) -> list[dict[str, Any]]:
         """Events of the rest, and of the last item's end."""
-        rest = [event for part in said for event in self._told(part)]
-        return [*rest, *self._close("incomplete" if self._cut(answer) else "completed")]
+        return [*self._events(said, ()), *self._close("incomplete" if self._cut(answer) else "completed")]
 
     def last(self, prepared: Prepared, answers: Sequence[Collected], _usage: bool) -> dict[str, Any]:
         """The last event, with the whole response."""
@@ -221,6 +234,17 @@ class ResponseWire:
         self.items.append(OutputReasoning(id=f"rs_{uuid.uuid4().hex}", status="in_progress", content=thought))
         return True
 
+    def _logprobs(self, parts: Sequence[Part], tokens: Sequence[TokenTold]) -> list[TextToken]:
+        return [] if self.tokens is None else self.tokens.take(parts, tokens)
+
+    def _put(self, part: Part, logprobs: list[TextToken]) -> list[TextToken]:
+        """Put them into the text that the part was just added to; what is left, if it is no text."""
+        last = self.items[-1]
+        if not isinstance(part, Words) or not isinstance(last, OutputMessage):
+            return logprobs
+        last.content[0].logprobs += logprobs
+        return []
+
     def _settle(self, last: str) -> None:
         for item in self.items:
             item.status = "completed"
@@ -238,7 +262,14 @@ class ResponseWire:
         self._number += 1
         return event
 
-    def _told(self, part: Part) -> Iterator[dict[str, Any]]:
+    def _events(self, said: Sequence[Part], tokens: Sequence[TokenTold]) -> list[dict[str, Any]]:
+        logprobs, events = self._logprobs(said, tokens), []
+        for part in said:
+            events += self._told(part, logprobs)
+            logprobs = self._put(part, logprobs)
+        return events
+
+    def _told(self, part: Part, logprobs: list[TextToken]) -> Iterator[dict[str, Any]]:
         if isinstance(part, CallBegun) or not self.items or not isinstance(self.items[-1], _KINDS[type(part)]):
             yield from self._close("completed")
         new = self._take(part)
@@ -249,12 +280,14 @@ class ResponseWire:
                 empty["content"] = []
             yield self._event("response.output_item.added", output_index=at["output_index"], item=empty)
             if not isinstance(item, OutputCall):
-                piece = {**item.content[0].model_dump(), "text": ""}
+                piece = {**item.content[0].model_dump(), "text": ""}  # nothing is put into it yet but its text
                 yield self._event("response.content_part.added", **at, content_index=0, part=piece)
         if isinstance(part, CallArguments):
             yield self._event("response.function_call_arguments.delta", **at, delta=part.text)
         elif isinstance(part, Words):
-            yield self._event("response.output_text.delta", **at, content_index=0, delta=part.text, logprobs=[])
+            yield self._event(
+                "response.output_text.delta", **at, content_index=0, delta=part.text, logprobs=_plain(logprobs)
+            )
         elif isinstance(part, Thought):
             yield self._event("response.reasoning_text.delta", **at, content_index=0, delta=part.text)
 
@@ -270,7 +303,8 @@ class ResponseWire:
         else:
             text = {"content_index": 0, "text": item.content[0].text}
             if isinstance(item, OutputMessage):
-                yield self._event("response.output_text.done", **at, **text, logprobs=[])
+                logprobs = _plain(item.content[0].logprobs)
+                yield self._event("response.output_text.done", **at, **text, logprobs=logprobs)
             else:
                 yield self._event("response.reasoning_text.done", **at, **text)
             part = item.content[0].model_dump()

@@ -17,7 +17,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from trimtab.errors import TrimtabError
-from trimtab.serve.connections import protocol
+from trimtab.serve.connections import KEEP_SECONDS, protocol
+from trimtab.serve.memory import keep_little
 from trimtab.serve.scheduler import Scheduler
 
 LAST_WORDS = 5
@@ -66,6 +67,7 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
     config = uvicorn.Config(
         app,
         http=protocol(connections),
+        timeout_keep_alive=KEEP_SECONDS,
         ws="none",
         log_level="warning",
         access_log=False,
@@ -90,4 +92,5 @@ def serve(
     """
     if hangup is not None and hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=hangup, daemon=True).start())
+    keep_little()
     make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])

@@ -23,7 +23,9 @@ class ContentPart(In):
     type: Literal["input_text", "output_text", "text"]
     text: Text
     annotations: Nothing | None = None
-    logprobs: Nothing | None = None
+    logprobs: Annotated[list[Any], Field(max_length=100_000)] | None = Field(
+        None, description="Taken, of an answer that is sent back; nothing is read in it."
+    )
 
 
 Content = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
@@ -129,6 +131,10 @@ class NoReasoning(In):
     generate_summary: None = None
 
 
+LOGPROBS = "message.output_text.logprobs"
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+
+
 class ResponsesRequest(Steered):
     """`POST /v1/responses`. Nothing is stored: each request brings the conversation so far."""
 
@@ -160,8 +166,8 @@ class ResponsesRequest(Steered):
     user: str | None = Field(None, max_length=512)
     metadata: Metadata | None = Field(None, description="Sent back, and kept nowhere.")
     store: bool | None = Field(None, description="Taken; nothing is stored.")
-    include: Annotated[list[Literal["reasoning.encrypted_content"]], Field(max_length=8, fail_fast=True)] | None = (
-        Field(None, description="Taken: nothing is encrypted.")
+    include: Annotated[list[Included], Field(max_length=8, fail_fast=True)] | None = Field(
+        None, description="Log-probabilities of the text's tokens; what is encrypted is taken, and nothing is."
     )
     reasoning: NoReasoning | None = Field(None, description=OFF)
     truncation: Literal["disabled"] | None = None
@@ -170,10 +176,26 @@ class ResponsesRequest(Steered):
     safety_identifier: str | None = Field(None, max_length=512)
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = Field(None, description=OFF)
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="So many of the likeliest tokens in each one's place, where `include` has them."
+    )
 
 
 # ---- what comes out ------------------------------------------------------------------------------------------
+
+
+class LikelyToken(Out):
+    """A token and its natural log-probability under the steered model, before any temperature."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TextToken(LikelyToken):
+    """The same, with the likeliest tokens in its place."""
+
+    top_logprobs: list[LikelyToken]
 
 
 class OutputText(Out):
@@ -182,7 +204,7 @@ class OutputText(Out):
     type: Literal["output_text"] = "output_text"
     text: str
     annotations: list[Any] = Field(default_factory=list)
-    logprobs: list[Any] = Field(default_factory=list)
+    logprobs: list[TextToken] = Field(default_factory=list)
 
 
 class OutputMessage(Out):

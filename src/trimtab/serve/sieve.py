@@ -30,7 +30,7 @@ def sieved(body: bytes) -> bytes:
     if not body:
         return body
     try:
-        given = json.loads(body, parse_constant=_no_constant)
+        given = json.loads(body, parse_constant=no_constant)
     except RecursionError:
         raise _wrong(f"the body is nested deeper than {DEPTH} levels") from None
     except (ValueError, UnicodeDecodeError) as error:
@@ -59,7 +59,8 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
     return value
 
 
-def _no_constant(name: str) -> Any:
+def no_constant(name: str) -> Any:
+    """For `json.loads`: `NaN` and the infinities aren't JSON."""
     raise ValueError(f"{name} isn't a number in JSON")
 
 

@@ -48,13 +48,17 @@ def new_id(chat: bool) -> str:
 
 @dataclass
 class Collected:
-    """One answer as far as it has come. `reading` says what its text is made of: `said`."""
+    """One answer as far as it has come. `reading` says what its text is made of: `said`.
+
+    `heard` is the same event by event: the parts that each let go, and the tokens that came with it.
+    """
 
     text: str = ""
     tokens: list[TokenTold] = field(default_factory=list)
     done: Done | None = None
     reading: Parts | TemplateParts | None = None
     said: list[Part] = field(default_factory=list)
+    heard: list[tuple[list[Part], tuple[TokenTold, ...]]] = field(default_factory=list)
     thought_tokens: int = 0
 
     def take(self, event: Piece | Done) -> list[Part]:
@@ -69,6 +73,7 @@ class Collected:
                 self.thought_tokens += len(event.tokens)
             more = self.reading.add(event.text) if self.reading is not None else [Words(event.text)]
         self.said += more
+        self.heard.append((more, () if isinstance(event, Done) else event.tokens))
         return more
 
     @property
@@ -215,8 +220,8 @@ class Wire:
             return None
         content = []
         for told in tokens:
-            top = [TopLogprob(**self._named(id, value)) for id, value in told.likeliest]
-            content.append(TokenLogprob(**self._named(told.id, told.logprob), top_logprobs=top))
+            top = [TopLogprob(**named(self.tokenizer, id, value)) for id, value in told.likeliest]
+            content.append(TokenLogprob(**named(self.tokenizer, told.id, told.logprob), top_logprobs=top))
         return ChatLogprobs(content=content)
 
     def _text_logprobs(self, tokens: Sequence[TokenTold], before: int) -> TextLogprobs | None:
@@ -231,13 +236,15 @@ class Wire:
         values = [_finite(told.logprob) for told in tokens]
         return TextLogprobs(tokens=texts, token_logprobs=values, top_logprobs=top, text_offset=offsets)
 
-    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._text(token)
-        data = text.encode() if "\ufffd" not in text else token_bytes(self.tokenizer, token)  # a part of a character
-        return {"token": text, "logprob": _finite(logprob), "bytes": None if data is None else list(data)}
-
     def _text(self, token: int) -> str:
         return str(self.tokenizer.decode([token]))
+
+
+def named(tokenizer: Any, token: int, logprob: float | None) -> dict[str, Any]:
+    """A token as log-probabilities name it: its text, its bytes, `None` where it has none, and its logarithm."""
+    text = str(tokenizer.decode([token]))
+    data = text.encode() if "\ufffd" not in text else token_bytes(tokenizer, token)  # a part of a character
+    return {"token": text, "logprob": _finite(logprob), "bytes": None if data is None else list(data)}
 
 
 def event(chunk: dict[str, Any]) -> bytes:

@@ -42,7 +42,7 @@ class ScaleKeys(Operation, name="scale_keys"):
     """`x' = alpha^strength * x`, for the keys `x` of a span, in every head, as attention stores them.
 
     Every query's scores with these keys are multiplied as `ScaleScores` multiplies them, but by the model's own
-    attention, of whatever kind; a decoded token costs nothing more. It fits keys of any width, at the site `"keys"`.
+    attention, of any kind; a decoded token costs nothing more. It fits keys of any width, at the site `"keys"`.
     """
 
     alpha: float = 100.0
@@ -78,9 +78,9 @@ class ScaleKeys(Operation, name="scale_keys"):
 
 @keywords
 def by_keys(steering: Steering) -> Steering:
-    """The same steering with keys scaled in the place of scores: `ScaleKeys` for each `ScaleScores`.
+    """The same steering with keys scaled instead of scores: `ScaleKeys` for each `ScaleScores`.
 
-    Both come to the same but for rounding; other edits stay as they are.
+    Both give the same up to rounding; other edits stay as they are.
     """
     return replace(steering, edits=tuple(_by_keys(edit) for edit in steering.edits))
 

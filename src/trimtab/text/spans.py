@@ -24,7 +24,7 @@ MARK = "trimtab\u2060marks\u2060this"
 @class_keywords
 @dataclass(frozen=True)
 class Phrase:
-    """A text as it stands in the prompt: its occurrence number `occurrence` (from 0), or all of them."""
+    """A text that occurs in the prompt: its occurrence number `occurrence` (from 0), or all of them."""
 
     text: str
     occurrence: int | None = None

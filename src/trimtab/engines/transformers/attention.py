@@ -2,7 +2,7 @@
 
 While a run is open, the decoder's configuration names an attention of our own, registered for this run only; the
 model's own implementation is put back however the run ends. Layers and requests that aren't steered are computed by
-the model's own implementation, so that they stay as they were to the bit.
+the model's own implementation, so that they stay as they were bit for bit.
 """
 
 from __future__ import annotations

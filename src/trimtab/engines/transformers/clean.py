@@ -6,7 +6,7 @@ next token, and what it stored is written over by the next pass. So a steered tu
 next, and an answer's cache is worth as much to whoever goes on from it as one that was never steered.
 
 The prompt is read once, unsteered; its last token is then read as every other, by twins, and gives the first token.
-A gate decides while the prompt is read. Where it stays shut the row is decoded as unsteered ones are, to the bit.
+A gate decides while the prompt is read. Where it stays shut the row is decoded as unsteered ones are, bit for bit.
 """
 
 from __future__ import annotations

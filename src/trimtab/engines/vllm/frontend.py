@@ -58,7 +58,7 @@ class Names:
         """Another one whenever a name comes, goes or changes."""
 
     def register(self, name: str, steering: Steering) -> None:
-        """Make a steering known, or put it in the place of the one that had this name."""
+        """Make a steering known, or put it in place of the one that had this name."""
         if not name or not isinstance(name, str):
             raise TrimtabError(f"a steering's name is a text, got {name!r}")
         if not isinstance(steering, Steering) or not steering.edits:

@@ -118,7 +118,7 @@ class VllmLM(LanguageModel):
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
         return {"dtype": str(self._link.dtype), "device": str(self._engine.vllm_config.device_config.device_type)}
 
     @cached_property

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 
 from trimtab.report.tokens import TokenCosines
 from trimtab.serve.playground.callers import new_request
@@ -29,7 +30,8 @@ from trimtab.serve.wire import Collected, new_id
 class Side:
     """One answer as far as it has come. `prompt` is its prompt's token ids, `told` what was asked to steer it.
 
-    `cosines` are those of its tokens with vectors that it was coloured by.
+    `cosines` are those of its tokens with vectors that it was coloured by. `number` is its own: it tells answers apart
+    that are drawn again and again.
     """
 
     prompt: tuple[int, ...] = ()
@@ -38,6 +40,7 @@ class Side:
     error: str = ""
     over: bool = False
     cosines: dict[str, TokenCosines] = field(default_factory=dict)
+    number: int = field(default_factory=count(1).__next__)
 
     @property
     def text(self) -> str:

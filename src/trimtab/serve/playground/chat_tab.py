@@ -15,9 +15,10 @@ from trimtab.serve.playground import show
 from trimtab.serve.playground.asking import Asking
 from trimtab.serve.playground.callers import caller, in_words
 from trimtab.serve.playground.choices import Chosen, chosen, prompt_of, request, talks
-from trimtab.serve.playground.colours import NOTHING, REJECTION, read
+from trimtab.serve.playground.colours import FORMATTED, NOTHING, PLAIN, read
+from trimtab.serve.playground.examples import SHOWN, examples
 from trimtab.serve.playground.marks import found_marks
-from trimtab.serve.playground.panel import Panel
+from trimtab.serve.playground.panel import Panel, arrange, nameable
 from trimtab.serve.playground.snippets import as_curl, as_python
 from trimtab.serve.playground.talk import Talk, Turn
 from trimtab.serve.service import Service
@@ -35,39 +36,43 @@ class Chat:
     """The components that others set."""
 
     colour: Any
+    said: Any
+    proposed: list[Any]
 
 
 def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     """The components, and what happens when somebody uses them."""
     told = gr.State(Talk())
     move = gr.Number(0, precision=0, visible=False)
-    said = gr.HTML(show.WELCOME, elem_id="tt-talk")
+    said = gr.HTML(show.welcome(steerings=True), elem_id="tt-talk")
+    with gr.Row(elem_id="tt-examples"):
+        proposed = [gr.Button(visible=False, min_width=160, elem_classes="tt-example") for _ in range(SHOWN)]
     trouble = gr.HTML(elem_classes="tt-say")
     with gr.Row(equal_height=True):
         message = gr.Textbox(
             show_label=False,
             container=False,
             label="Message",
-            placeholder="Say something",
+            placeholder="Your message",
             lines=1,
             max_lines=8,
             scale=6,
-            min_width=240,
-            autofocus=not service.policy.keys,
+            min_width=200,
             elem_id="tt-message",
         )
         send = gr.Button("Send", variant="primary", scale=0, min_width=90, elem_id="tt-send")
-        stop = gr.Button("Stop", scale=0, min_width=70, elem_id="tt-stop")
+        stop = gr.Button("Stop", variant="stop", scale=0, min_width=70, elem_id="tt-stop")
     with gr.Row(equal_height=True, elem_classes="tt-tools"):
         colour = gr.Dropdown(
-            [("nothing", NOTHING), ("what rejection did", REJECTION)],
-            value=NOTHING,
-            label="Colour tokens by",
+            PLAIN,
+            value=FORMATTED,
+            label="Show answers",
+            filterable=False,
             scale=2,
             min_width=180,
             elem_id="tt-colour",
         )
-        live = gr.Checkbox(True, label="Answer again when a slider moves", scale=2, min_width=180, elem_id="tt-live")
+        live = gr.Checkbox(True, label="Answer again when a slider moves", scale=2, min_width=240, elem_id="tt-live")
         clear = gr.Button("New chat", scale=0, min_width=110, size="sm", elem_id="tt-clear")
     with gr.Accordion("The request, to copy", open=False):
         plain: dict[str, Any] = {"wrap_lines": True, "show_line_numbers": False}
@@ -83,7 +88,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
                 async for _ in coming:
                     if talk.number != number:
                         return
-                    yield [show.talk(service, talk, NOTHING), *first]
+                    yield [show.talk(service, talk, _coming(tint)), *first]
         finally:
             if talk.running is asking:
                 talk.running = None
@@ -108,7 +113,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
                     if not started:  # accepted: now it is a part of the conversation
                         started = True
                         talk.turns.append(turn)
-                        update[0] = show.talk(service, talk, NOTHING)
+                        update[0] = show.talk(service, talk, _coming(tint))
                     yield update
         except Exception as error:
             yield [show.talk(service, talk, tint), gr.update(), show.error(in_words(error))]
@@ -135,7 +140,7 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
                 async for update in coming:
                     if turn.steered is not asking.sides[0]:
                         turn.steered, turn.phrases = asking.sides[0], given.phrases
-                        update[0] = show.talk(service, talk, NOTHING)
+                        update[0] = show.talk(service, talk, _coming(tint))
                     yield update
         except Exception as error:
             yield [show.talk(service, talk, tint), gr.skip(), show.error(in_words(error))]
@@ -156,6 +161,20 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         talk.number += 1
         talk.turns.clear()
         return [show.talk(service, talk), ""]
+
+    def propose(number: int) -> Any:
+        """What the example of this number does: its steering is chosen, with the message to send."""
+
+        def pick(secret: str, was: list[str], *values: Any) -> list[Any]:
+            try:
+                mine = caller(service, secret)
+                example = examples(nameable(service, mine))[number]
+                slots = arrange(service, mine, [example.steering], was, values)
+                return [[example.steering], example.message, "", *slots]
+            except Exception as error:
+                return [gr.skip(), gr.skip(), show.error(in_words(error)), *[gr.skip()] * len(panel.arranged)]
+
+        return pick
 
     def look(secret: str, text: str, talk: Talk, *values: Any) -> str:
         """Whether the phrases are in what would be asked now: in what is typed, or in the conversation so far."""
@@ -185,6 +204,11 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
     shown = [said, message, trouble]
     for event in (message.submit, send.click):
         event(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
+    for number, button in enumerate(proposed):
+        picked = button.click(
+            propose(number), [key, panel.was, *panel.values], [panel.names, message, trouble, *panel.arranged], **quick
+        )
+        picked.then(speak, [key, message, told, colour, *panel.inputs], shown, **streams)
     for event in (part for slot in panel.slots for part in (slot.strength.input, slot.layer.input)):
         event(again, [key, move, told, colour, live, *panel.inputs], shown, js=COUNTED, **streams)
     colour.change(tinted, [key, told, colour], [said, trouble], **quick)
@@ -195,7 +219,12 @@ def make_chat(service: Service, key: Any, panel: Panel) -> Chat:
         event(look, looking, panel.marks, **quick)
     changed = [*(part.change for part in panel.inputs), said.change, message.blur]
     gr.on(changed, copied, looking, [curl, python], trigger_mode="always_last", **quick)
-    return Chat(colour)
+    return Chat(colour, said, proposed)
+
+
+def _coming(tint: str) -> str:
+    """How an answer is shown while it comes: its tokens are coloured once all are there."""
+    return FORMATTED if tint == FORMATTED else NOTHING
 
 
 async def _tinted(service: Service, asking: Asking, talk: Talk, tint: str) -> None:

@@ -1,4 +1,4 @@
-"""What an answer's tokens are coloured by: what rejection did with each, or its cosine with a steering's vector."""
+"""How answers are shown: formatted, as they are, or token by token, coloured by what steered each or by its cosine."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ from trimtab.report.sweep import directions
 from trimtab.report.tokens import answer_cosines, cosine_key, cosine_spans, reach
 from trimtab.report.traces import trace_spans
 from trimtab.serve.playground.asking import Side
+from trimtab.serve.playground.formatted import formatted
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Service
 
-NOTHING, REJECTION = "nothing", "rejection"
+FORMATTED, NOTHING, REJECTION = "formatted", "nothing", "rejection"
 LONGEST = 2048
 MOST_LAYERS = 3
 """Of a steering at many layers, so many are offered."""
 
 TRACE_KEY = (
-    '<span class="steered">steered</span> <span class="weakened">by a weaker rung</span>'
-    ' <span class="rejected">steering rejected</span> <span class="changed">another token than the raw model\'s</span>'
-    " <span>plain: gate shut</span>"
+    '<span class="steered">steered in full</span> <span class="weakened">steered more weakly</span>'
+    ' <span class="rejected">steering left out</span> <span class="changed">not the unsteered word</span>'
+    " <span>plain: nothing steered here</span>"
 )
-NO_TRACE = "No answer here was given with rejection. It is on where something is emphasized; the panel has it."
+COSINES = "Cosine of each token's activation, read unsteered, with the steering's vector:"
+NO_TRACE = (
+    "No answer here was generated with rejection. It is on where something is emphasized, or always, if you choose so"
+    " under “Hold steering back”."
+)
+PLAIN = [("formatted", FORMATTED), ("as plain text", NOTHING), ("coloured by where steering was held back", REJECTION)]
+"""Ways to show answers that need no steering."""
 
 
 def offered(service: Service, key: Key) -> list[tuple[str, str]]:
-    """What tokens may be coloured by, as (words, value): a vector's value is `name@layer`."""
-    found = [("nothing", NOTHING), ("what rejection did", REJECTION)]
+    """The ways to show answers, as (words, value): the value of colours by a vector is `name@layer`."""
+    found = list(PLAIN)
     for one in service.visible(key):
         try:
             layers = sorted(directions(one.steering))
@@ -40,7 +47,7 @@ def offered(service: Service, key: Key) -> list[tuple[str, str]]:
             continue
         sites = {edit.site.layer for edit in one.steering.edits if edit.site.kind == "residual"}
         shown = spread([layer for layer in layers if layer in sites], MOST_LAYERS)
-        found += [(f"{one.name}, layer {layer}", f"{one.name}@{layer}") for layer in shown]
+        found += [(f"coloured by {one.name}, layer {layer}", f"{one.name}@{layer}") for layer in shown]
     return found
 
 
@@ -49,7 +56,7 @@ async def read(service: Service, key: Key, sides: Sequence[Side], colour: str) -
 
     Raises `Refusal` for a vector that isn't there, or isn't this key's.
     """
-    if colour in (NOTHING, REJECTION):
+    if colour in (FORMATTED, NOTHING, REJECTION):
         return
     name, _, layer = colour.partition("@")
     loaded = next((one for one in service.visible(key) if one.name == name), None)
@@ -71,6 +78,8 @@ def full_of(sides: Sequence[Side], colour: str) -> float:
 
 def coloured(service: Service, side: Side, colour: str, full: float) -> str:
     """The answer as HTML."""
+    if colour == FORMATTED:
+        return formatted(side.text)
     if colour == REJECTION and side.done is not None and side.done.trace is not None:
         return "".join(trace_spans(service.lm.tokenizer, side.ids, side.done.trace))
     if colour in side.cosines:
@@ -83,5 +92,5 @@ def key_of(sides: Sequence[Side], colour: str, full: float) -> str:
     if colour == REJECTION:
         return TRACE_KEY if any(side.done and side.done.trace for side in sides) else NO_TRACE
     if any(colour in side.cosines for side in sides):
-        return f"<span>Cosine of each token's activation, read unsteered:</span> {cosine_key(full)}"
+        return f"<span>{COSINES}</span> {cosine_key(full)}"
     return ""

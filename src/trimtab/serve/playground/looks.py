@@ -10,13 +10,46 @@ import gradio as gr
 HERE = Path(__file__).parent
 
 
+STATES = """
+html[data-tt-said] #tt-examples { display: none; }
+html:not([data-tt-busy]) #tt-stop { visibility: hidden; }
+@media (max-width: 700px) { html:not([data-tt-busy]) #tt-stop { display: none; } }
+#tt-teller {
+  position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap;
+}
+"""
+"""What goes by what the page is doing, which stands at its root: Gradio keeps other style to its own elements."""
+
+
 def theme() -> gr.themes.Base:
-    """Gradio's plainest theme in the system's own fonts: nothing is fetched from elsewhere."""
-    return gr.themes.Base(
+    """Gradio's plainest theme in the system's own fonts: nothing is fetched from elsewhere.
+
+    Of its colours those are set anew that have less than 4.5:1 against what they stand on.
+    """
+    base = gr.themes.Base(
         primary_hue=gr.themes.colors.blue,
         neutral_hue=gr.themes.colors.gray,
         font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "monospace"],
+    )
+    soft, soft_dark = "*neutral_600", "*neutral_300"
+    return base.set(
+        body_text_color_subdued=soft,
+        body_text_color_subdued_dark=soft_dark,
+        block_info_text_color=soft,
+        block_info_text_color_dark=soft_dark,
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        block_label_text_color="*neutral_700",
+        block_label_text_color_dark="*neutral_200",
+        input_placeholder_color=soft,
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_600",
+        color_accent="*primary_700",
+        slider_color="*primary_600",
     )
 
 
@@ -25,7 +58,7 @@ def options() -> dict[str, Any]:
     stream = (HERE / "stream.js").read_text(encoding="utf-8")
     return {
         "theme": theme(),
-        "head": f"<script>{stream}</script>",  # at the head it runs before Gradio asks for anything
+        "head": f"<style>{STATES}</style><script>{stream}</script>",  # it runs before Gradio asks for anything
         "css": (HERE / "page.css").read_text(encoding="utf-8"),
         "js": (HERE / "page.js").read_text(encoding="utf-8"),
     }

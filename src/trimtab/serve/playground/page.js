@@ -28,4 +28,49 @@
   document.addEventListener("change", (event) => {
     if (event.target.id === "tt-file" && event.target.files.length) read(event.target.files[0]);
   });
+
+  // An answer is said to those who don't see it once it is whole: what streams would be said again at every token. What
+  // the page is doing stands at its root, for the style: whether something was asked yet, and whether it is answering.
+  const teller = document.createElement("div");
+  teller.id = "tt-teller";
+  teller.setAttribute("role", "log");
+  teller.setAttribute("aria-live", "polite");
+  teller.setAttribute("aria-label", "Answers");
+  (document.querySelector("main") ?? document.body).append(teller);
+  const told = new Set();
+  const look = () => {
+    waiting = false;
+    for (const answer of document.querySelectorAll(".tt-answer[aria-busy=false]")) {
+      if (!answer.dataset.number || told.has(answer.dataset.number)) continue;
+      told.add(answer.dataset.number);
+      const line = document.createElement("p");
+      const parts = [answer.querySelector("h3"), answer.querySelector(".tt-text, .tt-error")];
+      line.textContent = parts.map((part) => part?.innerText.trim() ?? "").join(": ");
+      teller.append(line);
+      while (teller.childElementCount > 20) teller.firstElementChild.remove();
+    }
+    const root = document.documentElement;
+    const focused = document.activeElement;
+    const said = root.toggleAttribute("data-tt-said", document.querySelector("#tt-talk .tt-turn") !== null);
+    const busy = root.toggleAttribute("data-tt-busy", document.querySelector("#tt-talk [aria-busy=true]") !== null);
+    // who used what is hidden now goes on at the message
+    if ((said && focused?.closest("#tt-examples")) || (!busy && focused?.id === "tt-stop")) {
+      document.querySelector("#tt-message textarea")?.focus();
+    }
+  };
+  let waiting = false;
+  new MutationObserver(() => {
+    if (waiting) return;
+    waiting = true;
+    setTimeout(look, 100);
+  }).observe(document.body, { childList: true, subtree: true });
+
+  // Gradio's lists stay open when the keyboard, or a click, goes on to something else: Escape closes them.
+  document.addEventListener("focusout", ({ target }) => {
+    if (!target.matches?.("input[role=combobox]")) return;
+    setTimeout(() => {
+      if (document.activeElement === target || target.getAttribute("aria-expanded") !== "true") return;
+      target.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+    }, 150);
+  });
 }

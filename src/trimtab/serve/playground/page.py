@@ -15,9 +15,11 @@ from trimtab.serve.playground.chat_tab import make_chat
 from trimtab.serve.playground.choices import SLOTS
 from trimtab.serve.playground.colours import offered
 from trimtab.serve.playground.door import STATES, Door
+from trimtab.serve.playground.examples import SHOWN, Example, examples, first
 from trimtab.serve.playground.learn_tab import make_learn
 from trimtab.serve.playground.looks import options
 from trimtab.serve.playground.panel import arrange, make_panel, nameable
+from trimtab.serve.playground.reference import reference
 from trimtab.serve.playground.sweep_tab import make_sweep
 from trimtab.serve.service import Service
 
@@ -41,7 +43,7 @@ def make_blocks(service: Service) -> gr.Blocks:
     keys = bool(service.policy.keys)
     with gr.Blocks(title="trimtab", analytics_enabled=False, fill_width=True) as blocks:
         head = gr.HTML(_head(""))
-        with gr.Row(visible=keys):
+        with gr.Row(visible=keys, equal_height=True):
             key = gr.Textbox(
                 label="API key",
                 type="password",
@@ -50,7 +52,7 @@ def make_blocks(service: Service) -> gr.Blocks:
                 scale=4,
                 autofocus=keys,
             )
-            use = gr.Button("Use it", scale=1, min_width=100)
+            use = gr.Button("Use this key", scale=1, min_width=100, elem_id="tt-use")
         trouble = gr.HTML(elem_classes="tt-say")
         with gr.Row():
             with gr.Column(scale=2, min_width=280, elem_classes="tt-panel"):
@@ -62,6 +64,8 @@ def make_blocks(service: Service) -> gr.Blocks:
                     sweep = make_sweep(service, key, panel)
                 with gr.Tab("Learn"):
                     lesson = make_learn(service, key)
+                with gr.Tab("API"):
+                    routes = gr.HTML(elem_id="tt-routes")
 
         def arrive(secret: str, names: list[str], was: list[str], *values: Any) -> list[Any]:
             """What this key may choose from. `names` are what was chosen before."""
@@ -69,23 +73,32 @@ def make_blocks(service: Service) -> gr.Blocks:
                 mine = caller(service, secret)
             except Exception as error:
                 quiet = keys and not (secret or "").strip()
-                nothing = [gr.update(choices=[], value=[]), "", gr.update(), gr.update()]
+                hidden = [_button(None)] * SHOWN
+                nothing = [gr.update(choices=[], value=[]), "", gr.update(), gr.update(), "", *hidden]
                 return [_head(""), "" if quiet else show.error(in_words(error)), *nothing, *(gr.update(),) * len(slots)]
             known = nameable(service, mine)
-            kept = [name for name in names or [] if name in known]
+            chosen = [name for name in names or [] if name in known]
+            kept = chosen or [name for name in [first(known)] if name is not None]
             empty = "" if known else show.note("There are no steerings yet: learn one, or start with --steerings DIR.")
+            proposed = examples(known)
+            buttons = [_button(proposed[number] if number < len(proposed) else None) for number in range(SHOWN)]
             return [
-                _head(service.lm.name),
+                _head(service.lm.name, mine.name if keys else ""),
                 "",
                 gr.update(choices=known, value=kept),
                 empty,
                 gr.update(choices=offered(service, mine)),
                 gr.update(choices=known, value=kept[0] if kept else known[0] if known else None),
+                reference(),
+                *buttons,
                 *arrange(service, mine, kept, was, values),
             ]
 
         slots = panel.arranged
-        known_parts = [head, trouble, panel.names, panel.none, chat.colour, sweep.name, *slots]
+        known_parts = [
+            *(head, trouble, panel.names, panel.none, chat.colour, sweep.name, routes, *chat.proposed),
+            *slots,
+        ]
         given = [key, panel.names, panel.was, *panel.values]
         quick: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
         # one after the other, the last always: what an earlier key may see never replaces what this one may
@@ -109,6 +122,11 @@ def make_blocks(service: Service) -> gr.Blocks:
     return blocks
 
 
-def _head(model: str) -> str:
-    served = f"<p>{html.escape(model)} · <a href='docs'>API</a></p>" if model else ""
+def _button(example: Example | None) -> Any:
+    return gr.update(visible=example is not None, value="" if example is None else example.words)
+
+
+def _head(model: str, key: str = "") -> str:
+    whose = f" · key of {html.escape(key)}" if key else ""
+    served = f"<p>{html.escape(model)}{whose}</p>" if model else ""
     return f'<div class="tt-head"><h1>trimtab</h1>{served}</div>'

@@ -1,4 +1,4 @@
-"""The panel: which steerings, how strong and at which layer, what to emphasize, and how answers are drawn."""
+"""The panel: which steerings, how strong and at which layer, what to emphasize, and how long answers are."""
 
 from __future__ import annotations
 
@@ -67,13 +67,20 @@ class Panel:
 
 def make_panel(service: Service) -> Panel:
     """The components, within whatever holds them."""
-    names = gr.Dropdown([], multiselect=True, max_choices=SLOTS, label="Steerings", info="added up", elem_id="tt-names")
+    names = gr.Dropdown(
+        [],
+        multiselect=True,
+        max_choices=SLOTS,
+        label="Steerings",
+        info="What the model is pushed towards. Several are added up.",
+        elem_id="tt-names",
+    )
     none = gr.HTML(elem_classes="tt-say")
     slots = tuple(_slot(service, number) for number in range(SLOTS))
-    with gr.Accordion("Emphasis", open=False):
+    with gr.Accordion("Emphasize a part of your message", open=False):
         emphasis = gr.Textbox(
-            label="Phrases of your message to emphasize",
-            info="One a line, as they stand there.",
+            label="Phrases to emphasize",
+            info="One a line, as they stand in your message: the model's attention is steered towards them.",
             placeholder="in one sentence",
             lines=2,
             max_lines=6,
@@ -82,20 +89,37 @@ def make_panel(service: Service) -> Panel:
         marking = gr.Button("Add what is selected in the message", size="sm", elem_id="tt-marking")
         marking.click(None, emphasis, emphasis, js=SELECTED)
         marks = gr.HTML(elem_classes="tt-say")
+    with gr.Accordion("Hold steering back where it goes wrong", open=False):
         rejection = gr.Radio(
             list(REJECTIONS),
             value=REJECTIONS[2] if service.policy.always else REJECTIONS[0],
-            label="Weaken or reject steering where it is implausible",
+            label="Hold it back",
+            info="Where the steered next word is implausible to the unsteered model, steering is weakened for it, or"
+            " left out.",
             elem_id="tt-rejection",
         )
-        beta = gr.Slider(0, 1, 0.5, step=0.05, label="How plausible a token must be (β)")
-    with gr.Accordion("Answers", open=False):
+        beta = gr.Slider(
+            0,
+            1,
+            0.5,
+            step=0.05,
+            label="How plausible a word must be (β)",
+            info="0: any will do. 1: only the unsteered model's own first choice.",
+        )
+    with gr.Accordion("Length, temperature, system message", open=False):
         context = service.lm.layout.context
         most = service.limits.max_tokens if context is None else min(service.limits.max_tokens, max(2, context // 2))
         max_tokens = gr.Slider(1, most, min(128, most), step=1, label="Tokens at most", elem_id="tt-tokens")
-        temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest token")
-        seed = gr.Number(0, precision=0, label="Seed", info="for temperatures above 0")
-        system = gr.Textbox(label="System message", lines=1, max_lines=6)
+        temperature = gr.Slider(
+            0, 2, 0, step=0.1, label="Temperature", info="0: always the likeliest word; above 0 they are drawn"
+        )
+        seed = gr.Number(0, precision=0, label="Seed", info="Above temperature 0: the same seed, the same answer")
+        system = gr.Textbox(
+            label="System message",
+            info="Said to the model before the conversation, on both sides",
+            lines=1,
+            max_lines=6,
+        )
     return Panel(
         names, gr.State([]), slots, none, emphasis, marks, rejection, beta, system, max_tokens, temperature, seed
     )
@@ -105,10 +129,22 @@ def _slot(service: Service, number: int) -> Slot:
     low, high = span_of(*service.policy.strength)
     with gr.Row(visible=False, elem_classes="tt-slot") as row:
         strength = gr.Slider(
-            low, high, _begin(low, high), step=0.1, label="strength", elem_id=f"tt-strength-{number}", min_width=170
+            low,
+            high,
+            _begin(low, high),
+            step=0.1,
+            label="strength",
+            info="0 is off, 1 is as learned, below 0 is the opposite",
+            elem_id=f"tt-strength-{number}",
+            min_width=240,
         )
         layer = gr.Dropdown(
-            [("own", AS_LEARNED)], value=AS_LEARNED, label="layer", elem_id=f"tt-layer-{number}", min_width=150
+            [("as learned", AS_LEARNED)],
+            value=AS_LEARNED,
+            label="at layer",
+            filterable=False,
+            elem_id=f"tt-layer-{number}",
+            min_width=150,
         )
     return Slot(row, strength, layer)
 
@@ -141,10 +177,10 @@ def _layers(service: Service, loaded: Loaded, value: int) -> dict[str, Any]:
     """What a steering's layer can be: one that acts at several stays where it is."""
     own = loaded.steering.layers
     if len(own) != 1:
-        choices = [(f"{own[0]} to {own[-1]}", AS_LEARNED)]
-        return {"choices": choices, "value": AS_LEARNED, "interactive": False, "label": "layers"}
+        choices = [(f"{own[0]} to {own[-1]}, as learned", AS_LEARNED)]
+        return {"choices": choices, "value": AS_LEARNED, "interactive": False, "label": "at layers"}
     others = [(str(layer), layer) for layer in range(service.lm.layout.layers)]
-    return {"choices": [(f"own: {own[0]}", AS_LEARNED), *others], "value": value, "interactive": True}
+    return {"choices": [(f"{own[0]}, as learned", AS_LEARNED), *others], "value": value, "interactive": True}
 
 
 def nameable(service: Service, key: Key) -> list[str]:

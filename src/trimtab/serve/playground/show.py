@@ -10,14 +10,26 @@ from collections.abc import Sequence
 
 from trimtab.report.traces import kind_of
 from trimtab.serve.playground.asking import Side
-from trimtab.serve.playground.colours import NOTHING, coloured, full_of, key_of
+from trimtab.serve.playground.colours import FORMATTED, coloured, full_of, key_of
+from trimtab.serve.playground.formatted import formatted
 from trimtab.serve.playground.marks import Mark
 from trimtab.serve.playground.talk import Talk, Turn
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.service import Service
 
-WELCOME = """<div class="tt-welcome"><p>Choose a steering, say something, and compare: the same model answers twice,
-side by side, without the steering and with it. Then move the slider.</p></div>"""
+WELCOME = """<div class="tt-welcome"><h2>The same model answers twice</h2>
+<p>Once unsteered, and once steered: a steering pushes the model's activations in a learned direction while it writes.
+Your message stays as you typed it.</p>
+<ol><li>A steering is selected under <b>Steerings</b>. Choose another one, or several.</li>
+<li>Send one of the messages below, or your own.</li>
+<li>Move the <b>strength</b> slider, and the steered answer is generated again.</li></ol></div>"""
+"""What to do on a first visit."""
+NO_STEERINGS = """<div class="tt-welcome"><h2>The same model answers twice</h2>
+<p>Once unsteered, and once steered. There is no steering here yet: learn one on the <b>Learn</b> tab, or start the
+server with a folder of them, <code>trimtab serve --steerings DIR</code>. Until then, you can emphasize phrases of your
+message.</p></div>"""
+HELD_BACK = {"steered": "steered in full", "weakened": "steered more weakly", "rejected": "not steered"}
+"""What the kinds of steps with rejection are called."""
 
 
 def error(words: str) -> str:
@@ -30,10 +42,15 @@ def note(words: str) -> str:
     return f'<p class="tt-note">{html.escape(words)}</p>' if words else ""
 
 
-def talk(service: Service, told: Talk, colour: str = NOTHING) -> str:
+def welcome(*, steerings: bool) -> str:
+    """What an empty chat says, to somebody who has steerings to choose from, or none."""
+    return WELCOME if steerings else NO_STEERINGS
+
+
+def talk(service: Service, told: Talk, colour: str = FORMATTED) -> str:
     """The conversation."""
     if not told.turns:
-        return WELCOME
+        return welcome(steerings=bool(service.policy.keys or service.library.names))
     sides = [side for turn in told.turns for side in (turn.plain, turn.steered)]
     full = full_of(sides, colour)
     turns = "".join(_turn(service, turn, colour, full) for turn in told.turns)
@@ -48,7 +65,7 @@ def _turn(service: Service, turn: Turn, colour: str, full: float) -> str:
     emphasized = [f"emphasis on “{phrase}”" for phrase in turn.phrases]
     steered = " + ".join(asked + emphasized) or "nothing chosen"
     return (
-        f'<section class="tt-turn"><p class="tt-you">{_marked(turn.text, turn.phrases)}</p><div class="tt-two">'
+        f'<section class="tt-turn"><h2 class="tt-you">{_marked(turn.text, turn.phrases)}</h2><div class="tt-two">'
         f"{_answer(service, turn.plain, plain, '', colour, full)}"
         f"{_answer(service, turn.steered, 'Steered', steered, colour, full, 'tt-steered')}</div></section>"
     )
@@ -62,10 +79,17 @@ def _named(one: AppliedSteering) -> str:
 def _answer(
     service: Service, side: Side, title: str, how: str, colour: str, full: float, kind: str = "tt-plain"
 ) -> str:
+    return _article(side, kind, title, how, coloured(service, side, colour, full), colour)
+
+
+def _article(side: Side, kind: str, title: str, how: str, inner: str, colour: str = FORMATTED) -> str:
+    """One answer. The page's script says what is no longer busy to those who don't see it."""
     more = f" <small>{html.escape(how)}</small>" if how else ""
+    shape = "tt-text tt-formatted" if colour == FORMATTED else "tt-text"
+    busy = "false" if side.over else "true"
     return (
-        f'<article class="tt-answer {kind}"><h3>{html.escape(title)}{more}</h3>'
-        f'<p class="tt-text">{coloured(service, side, colour, full)}{_caret(side)}</p>{_ending(side)}</article>'
+        f'<article class="tt-answer {kind}" data-number="{side.number}" aria-busy="{busy}">'
+        f'<h3>{html.escape(title)}{more}</h3><div class="{shape}">{inner}{_caret(side)}</div>{_ending(side)}</article>'
     )
 
 
@@ -87,11 +111,11 @@ def _ending(side: Side) -> str:
         said.append("cut at the limit")
     if done.trace is not None:
         kinds = [kind_of(step) for step in done.trace.steps]
-        said += [f"{kinds.count(kind)} {kind}" for kind in ("steered", "weakened", "rejected") if kinds.count(kind)]
+        said += [f"{kinds.count(kind)} {words}" for kind, words in HELD_BACK.items() if kinds.count(kind)]
         said.append(f"{sum(step.replaced is not None for step in done.trace.steps)} changed")
     elif done.applied.doses:
         hardest = max(done.applied.doses, key=lambda dose: dose.ratio)
-        said.append(f"dose {hardest.ratio:.2g} at layer {hardest.layer}")
+        said.append(f"pushed by {hardest.ratio:.0%} of the activation's length at layer {hardest.layer}")
     return f'<p class="tt-end">{" · ".join(said)}</p>'
 
 
@@ -109,11 +133,12 @@ def two(question: str, plain: str, steered: str) -> str:
     """A question, and two answers to it that have ended, side by side."""
     sides = (("tt-plain", "Unsteered", plain), ("tt-steered", "Steered", steered))
     answers = "".join(
-        f'<article class="tt-answer {kind}"><h3>{title}</h3><p class="tt-text">{html.escape(text)}</p></article>'
+        f'<article class="tt-answer {kind}"><h3>{title}</h3>'
+        f'<div class="tt-text tt-formatted">{formatted(text)}</div></article>'
         for kind, title, text in sides
     )
     return (
-        f'<section class="tt-turn"><p class="tt-you">{html.escape(question)}</p>'
+        f'<section class="tt-turn"><h2 class="tt-you">{html.escape(question)}</h2>'
         f'<div class="tt-two">{answers}</div></section>'
     )
 
@@ -136,8 +161,7 @@ def grid(rows: Sequence[tuple[str, Sequence[tuple[str, Side]]]]) -> str:
     parts = []
     for title, cells in rows:
         shown = "".join(
-            f'<article class="tt-answer {"tt-plain" if head == "0" else "tt-steered"}"><h3>{html.escape(head)}</h3>'
-            f'<p class="tt-text">{html.escape(side.text)}{_caret(side)}</p>{_ending(side)}</article>'
+            _article(side, "tt-plain" if head == "0" else "tt-steered", f"strength {head}", "", formatted(side.text))
             for head, side in cells
         )
         heading = f"<h2>{html.escape(title)}</h2>" if title else ""

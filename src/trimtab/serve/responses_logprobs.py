@@ -1,0 +1,63 @@
+"""Log-probabilities in the Responses API: those of the tokens that the text is made of.
+
+There they belong to a text, not to an answer: tokens of thinking, of calls, of the markers around them and of the end
+have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trimtab.serve.schema_responses import LikelyToken, TextToken
+from trimtab.serve.tasks import TokenTold
+from trimtab.serve.wire import named
+from trimtab.text.said import Part, Words
+
+
+class TextTokens:
+    """Which of an answer's tokens its texts are made of, as they come."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._unsaid: list[TokenTold] = []
+        self._begun = False  # whether what came last is a text, which goes on
+
+    def take(self, parts: Sequence[Part], tokens: Sequence[TokenTold]) -> list[TextToken]:
+        """Those of the words among these parts, which came with these tokens; what says nothing yet waits."""
+        self._unsaid += tokens
+        if not parts:
+            return []
+        words = "".join(part.text for part in parts if isinstance(part, Words))
+        came, self._unsaid = self._unsaid, []
+        found = [self._told(one) for one in self._of(words, came)] if words else []
+        self._begun = isinstance(parts[-1], Words)
+        return found
+
+    def _of(self, words: str, came: list[TokenTold]) -> list[TokenTold]:
+        """Those that say the words: without a marker or blanks before a text, and without what ends an answer."""
+        texts = [self._text(one) for one in came]
+        while texts and texts[-1] and texts[-1] not in words and came[len(texts) - 1].id in self._special:
+            texts.pop()
+        came, start = came[: len(texts)], 0
+        while not self._begun and start < len(came) and "\ufffd" not in texts[start]:  # a part of a character
+            said = "".join(texts[start:])
+            if said.startswith(words) or words.startswith(said):
+                return came[start:]
+            start += 1
+        return came
+
+    def _told(self, one: TokenTold) -> TextToken:
+        top = [LikelyToken(**self._named(id, value)) for id, value in one.likeliest]
+        return TextToken(**self._named(one.id, one.logprob), top_logprobs=top)
+
+    def _named(self, token: int, logprob: float | None) -> dict[str, Any]:
+        found = named(self.tokenizer, token, logprob)
+        return {**found, "bytes": found["bytes"] or []}  # here they are always a list
+
+    def _text(self, one: TokenTold) -> str:
+        return str(self.tokenizer.decode([one.id]))
+
+    @property
+    def _special(self) -> set[int]:
+        return set(self.tokenizer.all_special_ids)
