@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
 WORKERS ?= 2
 MODEL ?=
+SINCE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
 PYTEST := $(BIN)/python -m pytest
 ENVIRONMENT := $(BIN)/python tools/environment.py
 VLLM := build/vllm
@@ -11,7 +12,7 @@ VLLM_TESTS ?= parts fused engine static learning adapters processes serve
 VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
-  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site wheel clean
+  test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site api wheel clean
 
 # Environments are made from the locks in requirements/, and kept until a lock changes.
 setup:
@@ -24,6 +25,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell src docs examples benchmarks tools *.md
+	$(BIN)/python tools/prose.py
 
 types: setup
 	$(BIN)/mypy
@@ -93,6 +95,10 @@ browser:
 # The documentation site, with warnings as errors, into build/site.
 site: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
+# What changed in the public API since a commit, and whether the changelog says so: make api SINCE=v0.1.0
+api: setup
+	$(BIN)/python tools/api.py $(SINCE)
 
 # The wheel, built twice: the same bytes, or it fails.
 wheel: setup

@@ -229,6 +229,13 @@ def words(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens a test answer.")] = 128,
     tune_tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer of the search.")] = 48,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many test prompts.")] = None,
+    learner: Annotated[
+        str, typer.Option(help="tune (a mean difference), or without a search: distill, or logit, a word's own.")
+    ] = "tune",
+    fit: Annotated[str, typer.Option(help="With --learner distill: gradient, closed or both.")] = "gradient",
+    from_queries: Annotated[int, typer.Option(min=8, help="With --learner distill: of so many queries.")] = 104,
+    learn_tokens: Annotated[int, typer.Option(min=1, help="Likewise: new tokens an answer learned from.")] = 64,
+    dtype: Annotated[str, typer.Option(help="With a learner: the model's dtype.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
     check: Check = False,
@@ -237,15 +244,24 @@ def words(
     """Words to include or exclude, lengths, and two instructions at once, with tuned steerings against none."""
     from benchmarks.words import WORDS, both, lengths
     from benchmarks.words import words as one_word
+    from benchmarks.words_learned import LEARNERS, Fit
+    from benchmarks.words_learned import run as with_learned
 
     if mode not in ("with", "without"):
         raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
+    if learner not in ("tune", *LEARNERS):
+        raise typer.BadParameter(f"{learner!r} is none of tune, {', '.join(LEARNERS)}", param_hint="--learner")
+    if (learner != "tune" and task == "both") or (learner, task) == ("logit", "length"):
+        raise typer.BadParameter(f"{learner} has no task {task}", param_hint="--task")
     if task not in (*WORDS, "length", "both"):
         raise typer.BadParameter(f"{task!r} is none of include, exclude, length and both", param_hint="--task")
     if task != "length" and not (data / "ifeval").is_dir():
         Console(stderr=True).print(f"skipped: there is no {data / 'ifeval'}; name the folder of data sets with --data")
         return
-    if task == "length":
+    if learner != "tune":
+        how = Fit(fit, from_queries, learn_tokens)
+        report = with_learned(model, data, task, mode, folder, tokens, limit, learner, how, dtype)
+    elif task == "length":
         report = lengths(model, mode, folder, tokens, tune_tokens)
     elif task == "both":
         report = both(model, data, mode, folder, tokens, limit)
@@ -563,15 +579,21 @@ def serve(
     clients: Annotated[
         list[int] | None, typer.Option(help="Clients at once; repeatable.", show_default="1, 8, 32")
     ] = None,
-    peer: Annotated[bool, typer.Option(help="Measure `transformers serve` beside it.")] = True,
+    decoding: Annotated[
+        str, typer.Option(help="Which of greedy, sampled and logprobs, with commas between.")
+    ] = "greedy,sampled,logprobs",
+    peer: Annotated[bool, typer.Option(help="Measure `transformers serve` beside it, where it decodes so.")] = True,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
 ) -> None:
     """The server: throughput and latency, steered against unsteered, and against `transformers serve`."""
-    from benchmarks.serve import CLIENTS, run
+    from benchmarks.serve import CLIENTS, DECODINGS, run
 
-    finish(run(rounds, tokens, clients or CLIENTS, peer=peer), json_file, check, as_markdown)
+    decodings = decoding.split(",")
+    if unknown := [name for name in decodings if name not in DECODINGS]:
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(DECODINGS)}", param_hint="--decoding")
+    finish(run(rounds, tokens, clients or CLIENTS, decodings, peer=peer), json_file, check, as_markdown)
 
 
 @app.command()

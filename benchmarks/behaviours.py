@@ -28,7 +28,7 @@ from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import distinct_n
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.files.steering_file import load_steering, save_steering
 from trimtab.lm import LM
 from trimtab.methods.bipo import learn_bipo
@@ -314,7 +314,9 @@ def capability(
 def fluency(lm: LM, arms: Mapping[str, Steering | None], folder: Path) -> dict[str, tuple[float, float]]:
     """Of each arm's answers to a few open prompts: the median perplexity unsteered, and the mean share of different
     word pairs."""
-    requests = [Request(arm, str(n), prompt, one) for n, prompt in enumerate(OPEN_PROMPTS) for arm, one in arms.items()]
+    requests = [
+        ArmPrompt(arm, str(n), prompt, one) for n, prompt in enumerate(OPEN_PROMPTS) for arm, one in arms.items()
+    ]
     records = answer(
         lm,
         requests,

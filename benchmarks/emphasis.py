@@ -27,7 +27,7 @@ from trimtab.decoding.rejection import Rejection
 from trimtab.evaluate.answers import run as run_batches
 from trimtab.evaluate.ifeval import IFEvalItem, by_instruction, read_ifeval, scorer
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.lm import LM
 from trimtab.methods.directer import ALPHA, REJECTION, directer
 from trimtab.methods.instaboost import instaboost
@@ -132,11 +132,11 @@ def _answers(
         mine = pieces[item.item]
         prompt = f"{item.prompt}\n\n{' '.join(mine)}" if arm.twice else item.prompt
         steering = None if arm.steer is None else arm.steer(lm, prompt, [Phrase(piece) for piece in mine])
-        requests.append(Request(name, item.item, prompt, steering, item.key))
+        requests.append(ArmPrompt(name, item.item, prompt, steering, item.key))
     requests.sort(key=lambda request: -len(lm.encode(request.prompt)))
     judge = scorer(items)
 
-    def make(_: int, batch: Sequence[Request], digests: Mapping[int, str]) -> list[Record]:
+    def make(_: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
         answers = lm.generate(
             [request.prompt for request in batch],
             [request.steering for request in batch],

@@ -80,7 +80,7 @@ def run(
     items = read_ifeval(file)
     if one:
         path = folder / f"follow-{fit}.safetensors"
-        steering = _kept(path, lambda: follow(lm, fit, how, rank, learn_tokens))
+        steering = kept_or_learned(path, lambda: follow(lm, fit, how, rank, learn_tokens))
         steerings: dict[str, Steering | None] = {item.item: steering for item in items}
     else:
         steerings = _distilled(lm, items, folder, fit, how, rank, learn_tokens)
@@ -102,7 +102,7 @@ def run(
     return replace(found, results=(*found.results, row))
 
 
-def _kept(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
+def kept_or_learned(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
     """What is in the file, or what was learned and is there from now on; `None` where nothing can be learned."""
     nothing = path.with_suffix(".none")
     if nothing.is_file():
@@ -131,7 +131,9 @@ def _distilled(
         if count < LEAST:
             steerings[one] = None
             continue
-        steerings[one] = _kept(folder / f"{fit}-{one.file}", partial(distilled, lm, one, fit, how, rank, tokens))
+        steerings[one] = kept_or_learned(
+            folder / f"{fit}-{one.file}", partial(distilled, lm, one, fit, how, rank, tokens)
+        )
     return {item: steerings[one] for item, one in instances.items()}
 
 

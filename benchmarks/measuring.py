@@ -19,7 +19,7 @@ from trimtab.evaluate.controls import means_for, random_like
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.ifeval import IFEvalItem, repeated, scorer
 from trimtab.evaluate.intervals import mcnemar, paired_bootstrap
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.lm import LM, DoseWarning
 from trimtab.steering import Steering
 from trimtab.text.repetition import REPEATED_LIMIT, repeated_share
@@ -40,13 +40,13 @@ def evaluate(
     for item in items:
         prompt = asked[item.item]
         steering = steerings[item.item]
-        requests.append(Request("unsteered", item.item, prompt, None, item.key))
+        requests.append(ArmPrompt("unsteered", item.item, prompt, None, item.key))
         if steering is not None:
             seed = int(hashlib.sha256(item.item.encode()).hexdigest()[:6], 16)
-            requests.append(Request("steered", item.item, prompt, steering, item.key))
-            requests.append(Request("random", item.item, prompt, random_like(steering, seed, means), item.key))
+            requests.append(ArmPrompt("steered", item.item, prompt, steering, item.key))
+            requests.append(ArmPrompt("random", item.item, prompt, random_like(steering, seed, means), item.key))
         if mode == "with":
-            requests.append(Request("said twice", item.item, twice[item.item], None, item.key))
+            requests.append(ArmPrompt("said twice", item.item, twice[item.item], None, item.key))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
         found = answer(

@@ -35,7 +35,7 @@ from trimtab.evaluate.answers import run as run_batches
 from trimtab.evaluate.controls import random_like
 from trimtab.evaluate.fluency import Fluency, distinct_n
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
-from trimtab.evaluate.records import Record, Request, with_system
+from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.evaluate.refusal import RefusalItem, read_refusal, refuses
 from trimtab.files.steering_file import load_steering, save_steering, steering_digest
 from trimtab.learn.activations import digest_of, read_pooled
@@ -336,7 +336,7 @@ def answers(
     """The record of every item in every arm. The same edits of the same prompt are answered once."""
     stem = _stem(name)
     acts = decided(lm, {item.item: item.prompt for item in items}, arms, gates_file(folder, name))
-    once: dict[Any, Request] = {}
+    once: dict[Any, ArmPrompt] = {}
     wanted: dict[tuple[str, str], Any] = {}
     for item in items:
         for arm, one in arms.items():
@@ -344,7 +344,7 @@ def answers(
             rejection = one.rejection if steering is not None else None
             key = (item.item, one.system, steering, rejection)
             wanted[arm, item.item] = key
-            once.setdefault(key, Request(arm, item.item, with_system(item.prompt, one.system), steering))
+            once.setdefault(key, ArmPrompt(arm, item.item, with_system(item.prompt, one.system), steering))
     plain = [request for key, request in once.items() if key[3] is None]
     records = answer(
         lm, plain, score=score, max_new_tokens=tokens, out=folder / f"{stem}.jsonl", batch_size=BATCH,
@@ -371,7 +371,7 @@ def _stem(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-")
 
 
-def score(_request: Request, one: Generation) -> dict[str, float]:
+def score(_request: ArmPrompt, one: Generation) -> dict[str, float]:
     """Whether it refuses, and how it reads."""
     return _scores(one.text)
 
@@ -386,11 +386,11 @@ def _scores(text: str) -> dict[str, float]:
 
 
 def _rejecting(
-    lm: LM, requests: Sequence[Request], rejection: Rejection, out: Path, tokens: int, name: str
+    lm: LM, requests: Sequence[ArmPrompt], rejection: Rejection, out: Path, tokens: int, name: str
 ) -> list[Record]:
     requests = sorted(requests, key=lambda request: -len(lm.encode(request.prompt)))
 
-    def make(_: int, batch: Sequence[Request], digests: Mapping[int, str]) -> list[Record]:
+    def make(_: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
         given = [request.prompt for request in batch], [request.steering for request in batch]
         found = lm.generate(*given, max_new_tokens=tokens, batch_size=BATCH, rejection=rejection)
         return [
@@ -418,13 +418,13 @@ def knowledge(lm: LM, items: Sequence[ABItem], arms: Mapping[str, Arm], folder: 
     arms = {name: arm for name, arm in arms.items() if arm.rejection is None}
     prompts = {item.item: question_prompt(lm.tokenizer, item.question) for item in items}
     acts = decided(lm, prompts, arms, gates_file(folder, "MMLU"))
-    once: dict[Any, Request] = {}
+    once: dict[Any, ArmPrompt] = {}
     wanted: dict[tuple[str, str], Any] = {}
     for item in items:
         for name, arm in arms.items():
             key = (item.item, arm.system, acts[name][item.item])
             prompt = question_prompt(lm.tokenizer, item.question, arm.system)
-            once.setdefault(key, Request(name, item.item, prompt, acts[name][item.item]))
+            once.setdefault(key, ArmPrompt(name, item.item, prompt, acts[name][item.item]))
             wanted[name, item.item] = key
     requests = list(once.values())
     records = score_ab(lm, requests, items, out=folder / "MMLU.jsonl", batch_size=BATCH, progress=say("MMLU"))

@@ -3,7 +3,9 @@
 Both servers are processes of their own on the same machine and the same model, in float32. Rounds alternate between
 steered and unsteered requests (each client has one of eight steerings) of one trimtab server, and unsteered ones of
 `transformers serve`; each client sends one request and waits for its answer. No prompt comes twice, as transformers
-would read it once. Target: steered at least 0.95 of unsteered, and at least as fast as transformers.
+would read it once. Requests are greedy, sampled (temperature 1, top_p 0.9), or greedy with the log-probabilities of
+five tokens a place, which `transformers serve` doesn't have. Target: steered at least 0.97 of unsteered, and at least
+as fast as transformers. How much longer a sampled step takes than a greedy one is measured without a server (`steps`).
 """
 
 from __future__ import annotations
@@ -15,56 +17,81 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from benchmarks import steps
 from benchmarks.harness import Report, Result, Target, interleave, ratios, summarized
 from benchmarks.machine import machine, versions
 from benchmarks.static import PROMPTS, Case, residual_norms, steerings_of
 
+if TYPE_CHECKING:
+    from trimtab import LM
+
 CLIENTS = (1, 8, 32)
-STEERED = Target(0.95)
+STEERED = Target(0.97)
 AGAINST_PEER = Target(1.0)
 READY_SECONDS = 300
+BLOCKS, PASS = 64, 4096
+"""Of how many blocks of 256 tokens the peer's cache is, and how many tokens it reads at once: more than come together
+here. Unless told, it takes most of the machine's memory."""
 SERIAL = count(1)
+
+
+SAMPLED = {"temperature": 1.0, "top_p": 0.9}
+DECODINGS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": SAMPLED,
+    "logprobs": {"temperature": 0, "logprobs": True, "top_logprobs": steps.ALTERNATIVES},
+}
+"""What each way of decoding adds to a request."""
+PEER_DECODES = ("greedy", "sampled")
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, and what it calls its model."""
+    """Where it listens, what it calls its model, and what it wants to be told besides."""
 
     url: str
     model: str
+    more: Mapping[str, Any]
 
 
-def run(rounds: int, tokens: int, clients: Sequence[int], *, peer: bool) -> Report:
-    """All numbers of clients, with `transformers serve` beside where `peer` is true."""
+def run(rounds: int, tokens: int, clients: Sequence[int], decodings: Sequence[str], *, peer: bool) -> Report:
+    """All ways of decoding at all numbers of clients, with `transformers serve` beside where `peer` is true."""
+    from trimtab import LM
     from trimtab.engines.transformers.default_model import default_folder
 
     folder = default_folder()
+    lm = LM.load(folder, dtype="float32")
+    results: list[Result] = []
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        names = random_steerings(folder, made)
+        names = random_steerings(lm, made)
+        if set(decodings) != {"greedy"}:
+            results += steps.run(lm, rounds, tokens, list(decodings))
+        del lm
         ours = stack.enter_context(_trimtab(folder, made, max(clients)))
-        theirs = stack.enter_context(_transformers(folder)) if peer else None
-        results = [r for count in clients for r in _case(ours, theirs, names, count, rounds, tokens)]
+        for decoding in decodings:
+            # it decodes all requests as the first one wants it
+            theirs = _transformers(folder, decoding) if peer and decoding in PEER_DECODES else nullcontext()
+            with theirs as other:
+                for count in clients:
+                    results += _case(ours, other, names, decoding, count, rounds, tokens)
     return Report("serve", machine(), versions(), tuple(results))
 
 
-def random_steerings(folder: Path, made: Path) -> list[str]:
+def random_steerings(lm: LM, made: Path) -> list[str]:
     """Eight files of one vector at every layer, short enough that the text stays sane."""
-    from dataclasses import replace
+    from trimtab import Card, save
 
-    from trimtab import LM, Card, save
-
-    lm = LM.load(folder, dtype="float32")
     case = Case("eight", 8, different=True)
     for i, steering in enumerate(steerings_of(lm, case, residual_norms(lm))):
         save(replace(steering, card=Card("random", model=lm.identity)), made / f"s{i}.safetensors")
@@ -72,17 +99,20 @@ def random_steerings(folder: Path, made: Path) -> list[str]:
 
 
 def _case(
-    ours: Server, theirs: Server | None, names: list[str], clients: int, rounds: int, tokens: int
+    ours: Server, theirs: Server | None, names: list[str], decoding: str, clients: int, rounds: int, tokens: int
 ) -> Iterator[Result]:
     waits: dict[str, list[float]] = {}
-    runs: dict[str, Callable[[], float]] = {
-        "unsteered": lambda: _load(ours, [None] * clients, tokens, waits.setdefault("unsteered", [])),
-        "steered": lambda: _load(ours, [names[i % 8] for i in range(clients)], tokens, waits.setdefault("steered", [])),
+
+    def load(name: str, server: Server, steerings: Sequence[str | None]) -> Callable[[], float]:
+        return lambda: _load(server, steerings, decoding, tokens, waits.setdefault(name, []))
+
+    runs = {
+        "unsteered": load("unsteered", ours, [None] * clients),
+        "steered": load("steered", ours, [names[i % 8] for i in range(clients)]),
     }
     if theirs is not None:
-        peer = theirs
-        runs["transformers"] = lambda: _load(peer, [None] * clients, tokens, waits.setdefault("transformers", []))
-    case = f"{clients} client{'s' * (clients > 1)}"
+        runs["transformers"] = load("transformers", theirs, [None] * clients)
+    case = f"{decoding}, {clients} client{'s' * (clients > 1)}"
     values = interleave(runs, rounds, case=case)
     for name in runs:
         yield summarized(case, name, "tokens/s", values[name])
@@ -93,7 +123,7 @@ def _case(
         yield summarized(case, "unsteered / transformers", "ratio", against, AGAINST_PEER)
 
 
-def _load(server: Server, steerings: Sequence[str | None], tokens: int, waits: list[float]) -> float:
+def _load(server: Server, steerings: Sequence[str | None], decoding: str, tokens: int, waits: list[float]) -> float:
     """Tokens per second of one request a client, all at once."""
 
     def ask(number: int) -> int:
@@ -101,15 +131,16 @@ def _load(server: Server, steerings: Sequence[str | None], tokens: int, waits: l
             "model": server.model,
             "messages": [{"role": "user", "content": f"{next(SERIAL)}. {PROMPTS[number % len(PROMPTS)]}"}],
             "max_tokens": tokens,
-            "temperature": 0,
+            **DECODINGS[decoding],
+            **server.more,
         }
         if (name := steerings[number]) is not None:
             body["steering"] = [{"name": name}]
         began = time.perf_counter()
-        found = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=600)
-        found.raise_for_status()
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=600)
+        answer.raise_for_status()
         waits.append(time.perf_counter() - began)
-        return int(found.json()["usage"]["completion_tokens"])
+        return int(answer.json()["usage"]["completion_tokens"])
 
     began = time.perf_counter()
     with ThreadPoolExecutor(len(steerings)) as pool:
@@ -120,7 +151,7 @@ def _load(server: Server, steerings: Sequence[str | None], tokens: int, waits: l
 @contextmanager
 def _trimtab(folder: Path, steerings: Path, rows: int) -> Iterator[Server]:
     with process(folder, steerings, ["--rows", str(rows)]) as (url, _):
-        yield Server(url, "trimtab")
+        yield Server(url, "trimtab", {})
 
 
 @contextmanager
@@ -133,13 +164,23 @@ def process(folder: Path, steerings: Path, options: Sequence[str]) -> Iterator[t
 
 
 @contextmanager
-def _transformers(folder: Path) -> Iterator[Server]:
+def _transformers(folder: Path, decoding: str) -> Iterator[Server]:
     """With continuous batching, which is how it serves many clients."""
     port = _free_port()
     start = "from transformers.cli.transformers import main; main()"
     command = ["-c", start, "serve", str(folder), "--dtype", "float32", "--continuous-batching"]
+    command += ["--cb-num-blocks", str(BLOCKS), "--cb-max-batch-tokens", str(PASS)]
     with _process([*command, "--port", str(port)], f"http://localhost:{port}", "/health") as (url, _):
-        yield Server(url, str(folder))
+        yield Server(url, str(folder), {"generation_config": _settings(folder)} if decoding == "sampled" else {})
+
+
+def _settings(folder: Path) -> str:
+    """The model's generation settings, with sampling: `transformers serve` samples if these say so alone."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig.from_pretrained(folder)
+    config.update(do_sample=True, top_k=0, **SAMPLED)
+    return str(config.to_json_string())
 
 
 @contextmanager

@@ -92,11 +92,12 @@ Ask = Callable[[httpx.Client, Seen, random.Random], None]
 def run(minutes: float, tokens: int, model: str | None) -> Report:
     """The load, for so many minutes, of answers of so many tokens at most."""
     from trimtab.engines.transformers.default_model import default_folder
+    from trimtab.lm import LM
 
     folder = default_folder() if model is None else Path(model)
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        seen = Seen(random_steerings(folder, made))
+        seen = Seen(random_steerings(LM.load(folder, dtype="float32"), made))
         log = made / "audit.jsonl"
         options = ["--audit", str(log), "--rows", "8", "--max-tokens", str(tokens), "--no-playground"]
         url, pid = stack.enter_context(process(folder, made, options))

@@ -32,6 +32,7 @@ NOT_RUN = {
     "bench.md": "compares methods for many minutes: tests/bench does on tiny models",
     "caa.md": "reads CAA's data sets, on a model from the Hub",
     "engines-vllm.md": "needs vLLM and two GPUs, or a server",
+    "image-prompts.md": "needs an image-text model: tests/engines/test_images.py has tiny ones",
     "inferaligner.md": "needs two models of one family",
     "serving.md": "asks a running server: examples/server.py does, and is run",
     "tuning.md": "searches for minutes: the command `tune` is run in tests/tune",

@@ -51,7 +51,7 @@ MISTAKES: dict[str, tuple[Callable[[LM], Any], str]] = {
         "batch_size is a whole number from 1 up, got 0",
     ),
     "rejection": (lambda lm: lm.generate(TEXT, PUSHES, rejection="on"), "a Rejection, True or False, got 'on'"),
-    "emphasis": (lambda lm: lm.generate(TEXT, emphasize=3), "is a phrase of the prompt, got int"),
+    "emphasis": (lambda lm: lm.generate(TEXT, emphasize=3), "takes a phrase of the prompt, got int"),
     "where it reads": (lambda lm: lm.capture(TEXT, [1], "all"), "write Positions.parse('all')"),  # type: ignore[arg-type]
     "what is steered": (lambda lm: lm.steered(V).__enter__(), "a steering was expected, got a Tensor"),
     "a name": (lambda lm: LM("gpt2"), "LM.load('gpt2') loads one"),

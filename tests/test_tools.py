@@ -139,3 +139,40 @@ def test_the_makefile_runs_parts_that_there_are() -> None:
     for line in makefile.splitlines():
         if "tools/parts.py" in line:
             assert set(line.split("tools/parts.py")[1].split()) <= targets
+
+
+def _tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_prose_is_found_and_code_is_not() -> None:
+    prose = _tool("prose")
+    page = "Nothing\nfalls\napart.\n\n```sh\nfalls apart\n```\n`falls apart`\nIt falls apart-time, and falls apart."
+    found = list(prose.phrases(ROOT / "page.md", 1, prose.without_code(page)))
+    assert [(one.line, one.phrase) for one in found] == [(2, "falls apart"), (9, "falls apart"), (9, "falls apart")]
+
+
+def test_changes_of_the_public_api_are_found() -> None:
+    griffe = pytest.importorskip("griffe")
+    api = _tool("api")
+
+    def package(code: str) -> Any:
+        modules = {"__init__.py": "from trimtab.a import *\nfrom trimtab.a import f, gone, new, _own", "a.py": code}
+        with griffe.temporary_visited_package("trimtab", modules, resolve_aliases=True) as visited:
+            return visited
+
+    old = package("def f(x, y): ...\ndef gone(): ...\ndef _own(x): ...\n")
+    new = package("def f(x): ...\ndef new(): ...\ndef _own(): ...\n")
+    assert list(api.changes(old, new)) == [
+        ("y", "f: f(y): Parameter was removed"),
+        ("gone", "gone was removed"),
+        ("new", "new is new"),
+    ]
+    assert api.mentioned("learn_x", "- `learn_x(…)` is new")
+    assert not api.mentioned("learn_x", "- learn_x and `learn_xy` are new")

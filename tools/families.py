@@ -1,6 +1,6 @@
 """Write docs/families.md: what of trimtab works on which type of model, as the doctor finds it.
 
-    python tools/families.py                  all types, one process each: some minutes of one core
+    python tools/families.py                  all types, one process each: ten minutes of one core
     python tools/families.py llama jamba      these rows anew; the others stay
 
 A type is `llama`, a variant `gemma4_text@shared`, the language model of an image-text type `llava:images`.
@@ -8,11 +8,12 @@ A type is `llama`, a variant `gemma4_text@shared`, the language model of an imag
 
 from __future__ import annotations
 
-import json
-import subprocess
+import multiprocessing
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
 import transformers
 
 ROOT = Path(__file__).parents[1]
@@ -23,26 +24,17 @@ from every_family import COLUMNS, HYBRIDS, IMAGES, LANGUAGE, MARKS, PAGE, page, 
 from trimtab.doctor import CHECKS  # noqa: E402
 from trimtab.errors import TrimtabError  # noqa: E402
 
-ONE = "--one"
 COUNTED = ("adding", "heads", "neurons", "attention", "mlp", "emphasis", "rejection", "rejecting", "stepping")
 
 
 def main(arguments: list[str]) -> int:
     """Run the types that are named, or all, and write the page."""
-    if arguments[:1] == [ONE]:
-        try:
-            print(json.dumps(row(arguments[1])))
-        except TrimtabError as error:
-            print(json.dumps(str(error)))
-        return 0
+    torch.set_num_threads(1)  # processes are forked from this one, which other threads wouldn't outlive
     rows, missing = ({}, {}) if not arguments else page()[1:]
     for kind in arguments or (*LANGUAGE, *HYBRIDS, *IMAGES):
         rows.pop(kind, None)
         missing.pop(kind, None)
-        done = subprocess.run(
-            [sys.executable, __file__, ONE, kind], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True
-        )
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = _asked(kind)
         print(kind, found, flush=True)
         if isinstance(found, str):
             missing[kind] = found
@@ -50,6 +42,28 @@ def main(arguments: list[str]) -> int:
             rows[kind] = found
     PAGE.write_text(written(rows, missing), encoding="utf-8")
     return 0
+
+
+def _asked(kind: str) -> dict[str, str] | str:
+    """A type's row, or why it has none, by a process of its own that needn't import anything."""
+    forks = multiprocessing.get_context("fork")
+    reader, writer = forks.Pipe(duplex=False)
+    process = forks.Process(target=_answer, args=(kind, writer))
+    process.start()
+    writer.close()
+    try:
+        found: dict[str, str] | str = reader.recv()
+    except EOFError:
+        raise SystemExit(f"{kind}: its process died; its traceback is above") from None
+    process.join()
+    return found
+
+
+def _answer(kind: str, writer: Connection) -> None:
+    try:
+        writer.send(row(kind))
+    except TrimtabError as error:
+        writer.send(str(error))
 
 
 def written(rows: dict[str, dict[str, str]], missing: dict[str, str]) -> str:
@@ -83,12 +97,13 @@ def _reason(text: str) -> str:
 
 INTRODUCTION = """# Model families
 
-trimtab finds its way in a model from what the model declares and does, never by its name. This page says what that is
-worth: it is written by `python tools/families.py`, which makes a tiny random model of every type in transformers
+trimtab finds the parts of a model from what the model declares and does, never by its name. This page shows how well
+that works: `python tools/families.py` writes it. The script makes a tiny random model of every type in transformers
 {release} that has a causal language model (`type@name` are variants of a type, `type:images` the language models inside
-of image-text models), runs everything on it and compares it with a plain computation. `make test-all` runs it again.
+of image-text models), runs everything on it and compares it with a plain computation. That takes about ten minutes of
+one core; a single type takes a few seconds (`python tools/families.py llama`). `make test-all` runs it again.
 
-To ask about a model of your own, or one that isn't here:
+To check a model of your own, or one that isn't in the table:
 
 ```bash
 trimtab models --check Qwen/Qwen2.5-0.5B-Instruct   # its own weights
@@ -103,11 +118,14 @@ report["heads"].state, report["heads"].reason
 ```
 
 `yes`: it works. `some`: it works at the layers that have it. `no`: it is refused, with an error that says why.
-`theirs`: it is wrong in transformers itself, without any steering. Nothing is allowed to be wrong otherwise.
+`theirs`: it is wrong in transformers itself, without any steering. Any other error fails the test.
 
-Of the {count} types here, so many can do it: {summary}.
+The table is about text. What image-text models do with [images in the prompt](image-prompts.md) is tested on tiny
+models of LLaVA, Gemma 3, Qwen2-VL, Idefics 3 and Llama 3.2 Vision.
 
-What to know of some:
+Of the {count} types here, this many support each feature: {summary}.
+
+Notes on some types:
 
 - **Several residual streams** (hyper-connections: DeepSeek V4, Hunyuan V4, Qwen4-Exp; AltUp: Gemma 3n). The residual
   stream is the one that the configuration declares active; where it declares none, the mean of all, and an edit moves

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from trimtab.methods.steermoe import learn_steermoe
     from trimtab.methods.sttp import learn_sttp
     from trimtab.methods.tda import learn_tda
+    from trimtab.methods.word_logit import learn_word_logit
     from trimtab.methods.words import learn_length, learn_word
     from trimtab.steering import (
         Ablate,
@@ -152,6 +153,7 @@ __all__ = [
     "learn_sttp",
     "learn_tda",
     "learn_word",
+    "learn_word_logit",
     "load",
     "load_features",
     "make",
@@ -208,6 +210,7 @@ _HOMES = {
     "trimtab.methods.steermoe": ("learn_steermoe",),
     "trimtab.methods.sttp": ("learn_sttp",),
     "trimtab.methods.tda": ("learn_tda",),
+    "trimtab.methods.word_logit": ("learn_word_logit",),
     "trimtab.methods.words": ("learn_length", "learn_word"),
     "trimtab.text.spans": ("Part", "Pattern", "Phrase"),
     "trimtab.steering": (

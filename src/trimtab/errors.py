@@ -6,7 +6,7 @@ class TrimtabError(ValueError):
 
 
 class UnsupportedError(TrimtabError):
-    """An engine or a model can't honour what was asked. Raised before anything runs."""
+    """An engine or a model can't honour the request. Raised before anything runs."""
 
 
 class UntestedVersionWarning(UserWarning):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -15,6 +15,7 @@ from trimtab.decoding.grammar import Grammar
 from trimtab.engines.arguments import check_batch_size, of_equal_length, one_each
 from trimtab.engines.doses import DOSE_WARNING as DOSE_WARNING
 from trimtab.engines.doses import DoseWarning as DoseWarning
+from trimtab.engines.images import PromptImages
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
@@ -35,6 +36,18 @@ from trimtab.engines.transformers.following import check_rows_stay
 from trimtab.engines.transformers.generate import Generation, _end_ids, check_options, check_request, generate_batch
 from trimtab.engines.transformers.grammar import Grammars, Matcher, check_grammar_options, with_grammars
 from trimtab.engines.transformers.identity import identify
+from trimtab.engines.transformers.images import (
+    check_goes_on,
+    check_takes_images,
+    counting,
+    encode_with_images,
+    goes_on,
+    images_reader,
+    load_processor,
+    read_with_images,
+    spans_beside_images,
+    with_template,
+)
 from trimtab.engines.transformers.known_prompts import known_prompts
 from trimtab.engines.transformers.layout import Layout, find_layout
 from trimtab.engines.transformers.likelihood import mean_nlls
@@ -60,7 +73,8 @@ from trimtab.steering import Adapter, Edit, ModelId, Site, Steering
 from trimtab.steering.identity import MismatchWarning as MismatchWarning
 from trimtab.steering.identity import check_learned_on
 from trimtab.steering.steering import check_steering
-from trimtab.text.chat import Prompt, Template
+from trimtab.text.chat import Message, Prompt, Template
+from trimtab.text.images import BOUNDS, Bounds
 from trimtab.text.pieces import pieces
 from trimtab.text.templates import with_keywords
 
@@ -71,12 +85,13 @@ if TYPE_CHECKING:
 
 
 class LM(LanguageModel):
-    """A model of transformers' that can be steered and read.
+    """A transformers model that can be steered and read.
 
-    `LM.load(…)` loads one; `LM(model, tokenizer)` wraps what you have. Nothing about the model changes: hooks
-    are there only while something is steered or read. `layers` names the list of blocks (`"model.layers"`)
-    where it can't be found. `template` holds keywords of the chat template, such as `{"enable_thinking": False}`, with
-    which all prompts are rendered, those that are learned from too.
+    `LM.load(…)` loads one; `LM(model, tokenizer)` wraps an existing model. The model isn't changed: hooks exist only
+    while something is steered or read. `layers` names the list of blocks (`"model.layers"`) if it can't be found.
+    `template` has keywords of the chat template, such as `{"enable_thinking": False}`, which apply to all prompts,
+    including those that are learned from. `processor` renders an image-text model's messages with images
+    (transformers' `AutoProcessor`); `LM.load` finds it.
     """
 
     engine = "transformers"
@@ -91,6 +106,7 @@ class LM(LanguageModel):
         layers: str | None = None,
         name: str | None = None,
         template: Template | None = None,
+        processor: Any = None,
     ) -> None:
         if isinstance(model, (str, Path)):
             raise TrimtabError(f"LM(model, tokenizer) wraps a loaded model; LM.load({str(model)!r}) loads one")
@@ -100,6 +116,8 @@ class LM(LanguageModel):
             raise TrimtabError("LM(model, tokenizer) needs the model's tokenizer as well")
         self.model = model
         self.tokenizer: Any = with_keywords(tokenizer, template)
+        self._processor: Any = processor
+        self._processor_of: tuple[str, dict[str, Any]] | None = None  # from where to load it
         compat.check_version()
         self.layout = find_layout(model, layers)
         check_adapters(model)
@@ -161,7 +179,9 @@ class LM(LanguageModel):
             options |= {} if template is None else {"template": template}
             return engines.load(engine, name, {"layers": layers, **options})
         model, tokenizer, label = load(name, **options)
-        return cls(model, tokenizer, layers=layers, name=label, template=template)
+        lm = cls(model, tokenizer, layers=layers, name=label, template=template)
+        lm._processor_of = None if name is None else (str(name), options)
+        return lm
 
     def __repr__(self) -> str:
         return f"LM({self.name}, {self.layout.layers} layers, width {self.layout.width})"
@@ -170,13 +190,13 @@ class LM(LanguageModel):
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
         parameter = next(self.model.parameters())
         return {"dtype": str(parameter.dtype), "device": device_of(self.model).type}
 
     @property
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card.
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card.
 
         The adapters are those that act now; what else there is, is looked at once for each choice of them.
         """
@@ -205,6 +225,29 @@ class LM(LanguageModel):
         """The token with which texts begin, by the tokenizer or by the model; `None` where neither has one."""
         by_model = self.model.config.get_text_config(decoder=True).bos_token_id
         return super().bos_token_id if super().bos_token_id is not None else by_model
+
+    # ---- images ------------------------------------------------------------------------------------------
+
+    @property
+    def processor(self) -> Any:
+        """What makes prompts of messages with images. Raises `TrimtabError` where the model takes none, or has none."""
+        check_takes_images(self.model)
+        if self._processor is None:
+            self._processor = load_processor(self._processor_of)
+        return self._processor
+
+    def _encode_images(
+        self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: Bounds
+    ) -> tuple[list[int], PromptImages]:
+        how: dict[str, Any] = {"system": system, "template": template, "bounds": bounds}
+        return encode_with_images(self.processor, self.tokenizer, self.model, prompt, **how)
+
+    def _spans_beside_images(
+        self, prompt: Any, emphasize: Any, system: str | None, template: Template | None
+    ) -> tuple[tuple[int, int], ...]:
+        ids, _ = self._encode_images(prompt, system, template, BOUNDS)
+        tokenizer = with_template(self.tokenizer, self.processor)
+        return spans_beside_images(tokenizer, prompt, emphasize, ids, system=system, template=template)
 
     # ---- what is asked -----------------------------------------------------------------------------------
 
@@ -272,36 +315,53 @@ class LM(LanguageModel):
         def by_steps(way: Continuous, chosen: Sequence[int]) -> list[Generation]:
             ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
             rejections = [requests[i].rejection for i in chosen]
-            keeping = [matchers[i] for i in chosen]
-            arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, keeping, chosen
+            keeping, images = [matchers[i] for i in chosen], [requests[i].images for i in chosen]
+            arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, keeping, images, chosen
             rows = 1 if way.alone else size
             more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **given}
             return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **more)
 
         way = Continuous.of(self.model, self.layout, dict(decoding.options))
-        verified = order if way is not None else [i for i in order if requests[i].rejection is not None]
-        rest = [i for i in order if i not in set(verified)]
         with self._exclusive(), few_rows(self.model), seeded(decoding.seed, input_device(self.model)):
+            apart = {i for i in order if not self._joins(requests[i], decoding)}
+            verified = [i for i in order if i not in apart and (way is not None or requests[i].rejection is not None)]
+            rest = [i for i in order if i not in set(verified)]
             if verified:
                 way = way or Continuous.verified(self.model, self.tokenizer, self.layout, decoding.options)
                 keep(verified, by_steps(way, verified))
-            for chosen in self._whole_batches(rest, [len(one.ids) for one in requests], size):
+            alone = [i for i in rest if requests[i].images is not None]
+            whole = [i for i in rest if requests[i].images is None]
+            batches = self._whole_batches(whole, [len(one.ids) for one in requests], size)
+            for chosen in (*batches, *([i] for i in alone)):
                 ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
                 options = with_grammars(decoding.options, [matchers[i] for i in chosen])
-                keep(chosen, self._answer(ids, edited, {**given, "options": options}))
+                images = requests[chosen[0]].images
+                keep(chosen, self._answer(ids, edited, {**given, "options": options}, images))
                 tell(0)
         return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
 
+    def _joins(self, request: Asked, decoding: Decoding) -> bool:
+        """Whether a request can be decoded in batches of steps, as far as its images go.
+
+        Raises `UnsupportedError` where it can't, and asks for what only these have.
+        """
+        images = request.images
+        if images is None or goes_on(self.model, self.layout, request.ids, images):
+            return True
+        if request.rejection is not None or decoding.clean_cache or decoding.monitors:
+            check_goes_on(self.model, self.layout, request.ids, images)
+        return False
+
     def divergence(self, steering: Steering | None, prompts: Prompt | Sequence[Prompt], **options: Any) -> Divergence:
-        """How far a steering takes the model from itself: the divergence before each token of its unsteered answers.
+        """The divergence of the steered from the unsteered model, before each token of its unsteered answers.
 
         Args:
-            steering: Any: with gates, at some positions, of attention scores.
-            prompts: What is asked.
+            steering: Any steering: also with gates, at some positions, or of attention scores.
+            prompts: The prompts.
             options: `tokens` of each unsteered answer at most (32), `system`, `chat`, `transfer`.
 
-        Returns:
-            `mean` and `p95` (the 95th percentile), in nats a token, and each token's `nats`.
+        Returns: `mean` and `p95` (the 95th percentile), in nats per token, and each token's
+            `nats`.
 
         Raises:
             TrimtabError: A steering that doesn't fit, or no prompts.
@@ -370,10 +430,21 @@ class LM(LanguageModel):
         return [alike for chosen in batches for alike in of_equal_length(chosen, lengths)]
 
     def _answer(
-        self, ids: list[list[int]], steerings: list[Steering | None], given: dict[str, Any]
+        self,
+        ids: list[list[int]],
+        steerings: list[Steering | None],
+        given: dict[str, Any],
+        images: PromptImages | None = None,
     ) -> list[Generation]:
-        """The answers to one batch by transformers' own `generate`, in the way that suits it."""
+        """The answers to one batch by transformers' own `generate`, in the way that suits it.
+
+        `images` are those of the one prompt, where it has any.
+        """
         options = given["options"]
+        if images is not None:
+            resolved = resolve(steerings, [len(ids[0])], images_reader(self.model, self.layout, ids[0], images))
+            with counting(self.layout, None):
+                return self._steer(ids, resolved.edits, resolved.names, {**given, "images": images})
         held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
         if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
             return self._steer_from_prefill(ids, steerings, given)
@@ -486,17 +557,23 @@ class LM(LanguageModel):
     def _read(
         self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
     ) -> Iterator[Batch]:
-        if steering is None:
-            yield from read_groups(self.layout, groups, sites, tokens_per_batch=tokens)
-            return
-        for g, group in enumerate(groups):  # each text alone, and whole: its end is where position rules count from
+        plain = [g for g, group in enumerate(groups) if steering is None and all(one.images is None for one in group)]
+        for batch in read_groups(self.layout, [groups[g] for g in plain], sites, tokens_per_batch=tokens):
+            yield replace(batch, groups=[plain[g] for g in batch.groups])
+        for g in sorted(set(range(len(groups))) - set(plain)):
             members = []
-            for text in group:
-                whole = Text(text.ids, range(len(text.ids)))
-                with self.steered(steering, transfer=True):
-                    (batch,) = read_groups(self.layout, [[whole]], sites)
-                members.append({site: batch.values[site][0][0][list(text.positions)] for site in sites})
+            for text in groups[g]:  # each text alone, and whole: its end is where position rules count from
+                with nullcontext() if steering is None else self.steered(steering, transfer=True):
+                    found = self._read_whole(text, sites)
+                members.append({site: found[site][list(text.positions)] for site in sites})
             yield Batch([g], {site: [[member[site] for member in members]] for site in sites})
+
+    def _read_whole(self, text: Text, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """The activations `[tokens, width]` of a whole text at each site."""
+        if text.images is not None:
+            return read_with_images(self.model, self.layout, text.ids, text.images, sites)
+        (batch,) = read_groups(self.layout, [[Text(text.ids, range(len(text.ids)))]], sites)
+        return {site: batch.values[site][0][0] for site in sites}
 
 
 def _always(edits: list[tuple[Edit, ...]]) -> Decide:

@@ -15,7 +15,7 @@ from trimtab.methods.instruct import learn_many
 from trimtab.steering import Positions
 from trimtab.text.pairs import Pair
 from trimtab.tune.candidates import Setting
-from trimtab.tune.tune import HeldOut, Row, Tuned
+from trimtab.tune.tune import HeldOut, Tried, Tuned
 
 GRID = (("add", 1.0, None), ("add", 2.0, Positions.opening(3)))
 COUNT = SEARCH_QUERIES + HELD_OUT_QUERIES
@@ -71,10 +71,10 @@ def test_the_next_best_gets_its_turn(lm: Any, task: Task, finalists: int, monkey
     def search(candidates: Any, names: Any, trial: Any, *, rungs: Any, **rest: Any) -> Tuned:
         calls.append(([one.setting for one in candidates], tuple(rungs)))
         first = len(calls) == 1
-        rows = [Row(None, SEARCH_QUERIES, 0.2, 0.2, 0.0, 2.0, ())]
+        rows = [Tried(None, SEARCH_QUERIES, 0.2, 0.2, 0.0, 2.0, ())]
         scores = (0.9, 0.6, 0.2)[:finalists]
         rows += [
-            Row(one.setting, SEARCH_QUERIES, score, 0.2, 0.1, 2.0, ())
+            Tried(one.setting, SEARCH_QUERIES, score, 0.2, 0.1, 2.0, ())
             for one, score in zip(candidates, scores, strict=False)
         ]
         held = HeldOut(8, 0.7, 0.1, None, ("perplexity too high",) if first else ())

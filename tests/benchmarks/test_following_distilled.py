@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.following_distilled import PROMPTS, Instance, _kept, instance_of, prompts_of_all_types
+from benchmarks.following_distilled import PROMPTS, Instance, instance_of, kept_or_learned, prompts_of_all_types
 from trimtab import Add, Edit, Site, Steering, TrimtabError
 from trimtab.data.types import instruction_types
 from trimtab.evaluate.ifeval import IFEvalItem, follows
@@ -59,7 +59,7 @@ def test_what_was_learned_is_not_learned_again(tmp_path: Path) -> None:
         return STEERING
 
     path = tmp_path / "title.safetensors"
-    first, second = _kept(path, learn), _kept(path, learn)
+    first, second = kept_or_learned(path, learn), kept_or_learned(path, learn)
     assert first is not None
     assert second is not None
     assert (len(calls), first.edits[0].site) == (1, Site(1))
@@ -77,7 +77,7 @@ def test_what_could_not_be_learned_is_not_tried_again(tmp_path: Path) -> None:
 
     path = tmp_path / "capital.safetensors"
     with pytest.raises(TrimtabError):
-        _kept(path, stopped)
-    assert _kept(path, nothing) is None
-    assert _kept(path, nothing) is None
+        kept_or_learned(path, stopped)
+    assert kept_or_learned(path, nothing) is None
+    assert kept_or_learned(path, nothing) is None
     assert len(calls) == 1

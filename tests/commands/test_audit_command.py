@@ -64,7 +64,7 @@ def test_an_audit_is_written_and_shown_again(trimtab, roomy, steering, small, tm
 def test_for_people(trimtab, roomy, steering, small):
     ran = trimtab("audit", steering, "--model", roomy, "--device", "cpu", "--quick")
     assert ran.code == 0, ran.err
-    for words in ("harmful requests in jailbreak templates", "with the refusal direction", "nats a token", "p"):
+    for words in ("harmful requests in jailbreak templates", "with the refusal direction", "nats per token", "p"):
         assert words in ran.out
     assert "this takes about" in ran.err
 

@@ -222,7 +222,7 @@ def test_what_was_made_stays_after_off_and_load(desk: Desk, steering: Path, tmp_
     assert saved.made[0].file == str(tmp_path / "x.safetensors")
     for line, said in (
         (f"/save {tmp_path / 'y.safetensors'} other", "'other' wasn't made here; made: mine"),
-        (f"/save {tmp_path / 'y.json'} mine", "a conversation is saved whole"),
+        (f"/save {tmp_path / 'y.json'} mine", "a conversation goes into a .json file"),
     ):
         with pytest.raises(TrimtabError, match=said):
             run_command(desk, loaded, line)

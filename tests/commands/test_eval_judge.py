@@ -154,7 +154,7 @@ def test_bad_input(trimtab, given, served, tmp_path, monkeypatch):
     rows.write_text(json.dumps({"messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}))
     refused(trimtab(*given, "--prompts", rows, "--system-prompt", "z"), "system message already")
     monkeypatch.setenv(URL, "localhost:8000")
-    refused(trimtab(*given), "'localhost:8000' is no address")
+    refused(trimtab(*given), "'localhost:8000' isn't the address")
     monkeypatch.delenv(URL)
     refused(trimtab(*given), f"set {URL}", "--local")
     assert not served.requests

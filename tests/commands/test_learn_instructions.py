@@ -112,6 +112,22 @@ def test_words_and_lengths(learn, tmp_path):
     assert load_steering(short).card.options["length"] == "concise"
 
 
+def test_a_words_own_logit(trimtab, long_model, tmp_path):
+    out = tmp_path / "w70.safetensors"
+    given = ("learn", "instruct", "--model", long_model, "--device", "cpu", "--logit", "--out", out)
+    ran = trimtab(*given, "--word", "w70", "--exclude")
+    assert ran.code == 0, ran.err
+    card = load_steering(out).card
+    assert (card.method, card.options["word"], card.options["exclude"]) == ("word-logit", "w70", True)
+    for more, told in (
+        (("--length", "concise"), "say which word with --word"),
+        (("--word", "w70", "--layers", 2), "--layers isn't for --logit"),
+    ):
+        ran = trimtab(*given, *more)
+        assert ran.code == 2
+        assert told in ran.err
+
+
 def test_all_at_once(learn, tmp_path):
     folder = tmp_path / "all"
     ran = learn("--all", "--out", folder, "--json", count=3)

@@ -44,6 +44,7 @@ def test_vllms_server_is_started(trimtab: Callable[..., Any], started: list[Any]
         *(sys.executable, "-m", "trimtab.engines.vllm.command_line", "serve", "org/name"),
         *("--host", "127.0.0.1", "--port", "0", "--dtype", "float16", "--max-num-seqs", "7"),
         *("--served-model-name", "trimtab", "org/name", "--tensor-parallel-size", "2"),
+        *("--middleware", "trimtab.serve.vllm.door.Door"),
     ]
     assert environment["TRIMTAB_STEERINGS"] == str(tmp_path)
     assert "trimtab" in environment["VLLM_PLUGINS"].split(",")
@@ -54,7 +55,7 @@ def test_a_name_and_plugins_of_the_users_own_stay() -> None:
     made = vllm_command(
         model="m", host="h", port=1, rows=None, dtype="auto", revision=None, more=["--served-model-name=x"]
     )
-    assert made[4:] == ["m", "--host", "h", "--port", "1", "--served-model-name=x"]
+    assert made[4:-2] == ["m", "--host", "h", "--port", "1", "--served-model-name=x"]
     assert vllm_environment({"VLLM_PLUGINS": "mine"}, None)["VLLM_PLUGINS"] == "mine,trimtab"
     keyed = vllm_environment({"TRIMTAB_API_KEY": "k"}, None)
     assert keyed["VLLM_API_KEY"] == "k"
@@ -64,7 +65,10 @@ def test_a_name_and_plugins_of_the_users_own_stay() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--policy", "p.json"), "--policy is of trimtab's own server"),
+        (("--policy", "p.json"), "can't read the policy p.json"),
+        (("--audit-prompts",), "--audit-prompts is about the audit log"),
+        (("--max-dose", "1", "--", "--grpc"), "--grpc doesn't go with a policy"),
+        (("--max-dose", "1", "--", "--api_key=x"), "--api-key doesn't go with a policy"),
         (("--max-tokens", "512"), "--max-tokens is of trimtab's own server"),
         (("--upload",), "--upload is of trimtab's own server"),
         (("--device", "cpu"), "--device is of trimtab's own server"),

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from trimtab.commands.terminal import sigterm_interrupts
-from trimtab.commands.tune import check_of
+from trimtab.commands.tune_task import check_of
 from trimtab.files.steering_file import load_steering, steering_digest
 from trimtab.tune import Setting
 

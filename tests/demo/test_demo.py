@@ -79,7 +79,7 @@ def test_another_model_learns_all_now_and_says_when_it_cannot(tiny_model):
     for setting in SETTINGS:
         assert setting.shown in ran.output
     for where in ("without", "with"):
-        found = re.findall(rf"{where} it in the prompt: holds in \d of 2 unsteered, \d of 2 steered", ran.output)
+        found = re.findall(rf"{where} it in the prompt: followed in \d of 2 unsteered, \d of 2 steered", ran.output)
         assert len(found) == len(SETTINGS)
     assert ran.output.count(FALLBACK) == len(SETTINGS)  # a random model writes no answer to learn from
 

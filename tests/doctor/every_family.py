@@ -67,9 +67,11 @@ def page() -> tuple[str, dict[str, dict[str, str]], dict[str, str]]:
     """Of the page: the release of transformers, the table's rows, and the types that aren't in it, with reasons."""
     text = PAGE.read_text(encoding="utf-8")
     release = text.partition("transformers ")[2].split()[0].rstrip(",.;:")
+    heads = {"type", "---"}
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    rows = {one[0]: dict(zip(COLUMNS, one[1:], strict=True)) for one in cells if len(one) == len(COLUMNS) + 1}
-    missing = {one[0]: one[1] for one in cells if len(one) == 2}
+    known = [one for one in cells if one[0] not in heads]
+    rows = {one[0]: dict(zip(COLUMNS, one[1:], strict=True)) for one in known if len(one) == len(COLUMNS) + 1}
+    missing = {one[0]: one[1] for one in known if len(one) == 2}
     return release, rows, missing
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
-from trimtab.doctor import check_config, check_model, tiny_lm
+from trimtab.doctor import check_config, check_model, naive, tiny_lm
 from trimtab.doctor.report import REFUSED, WORKS, WRONG
 from trimtab.engines.transformers import places
 from trimtab.engines.transformers.session import Session
+from trimtab.steering import Site
 
 
 def states(report) -> dict[str, str]:
@@ -60,3 +64,30 @@ def test_nothing_of_the_model_is_left_changed() -> None:
         after = lm.model(input_ids=ids).logits
     assert torch.equal(before, after)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
+
+
+def test_a_change_of_a_routers_logits_is_seen_in_its_own_thread_alone() -> None:
+    lm = tiny.tiny("mixtral")
+    site, ids = Site.router(1), [5, 6, 7]
+    (before,) = naive.activations(lm, ids, [site]).values()
+    weight = torch.ones(before.shape[-1], lm.layout.width)
+    x = torch.ones(1, lm.layout.width)
+    elsewhere: list[Tensor] = []
+
+    def change(logits: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: elsewhere.append(torch.nn.functional.linear(x, weight)))
+        thread.start()
+        thread.join()
+        return logits + 1000
+
+    def fail(_logits: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with naive.changed(lm, {site: change}):
+        (changed,) = naive.activations(lm, ids, [site]).values()
+    assert torch.equal(changed, before + 1000)
+    with naive.changed(lm, {site: fail}), pytest.raises(ZeroDivisionError):
+        naive.logits(lm, ids)
+    elsewhere.append(torch.nn.functional.linear(x, weight))  # here, after the failure
+    assert [float(found.max()) for found in elsewhere] == [lm.layout.width] * len(elsewhere)
+    assert len(elsewhere) > 1

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import steering
 from tiny import FAMILIES, LAYERS, WIDTH, direction, prompt
 
 from trimtab import (
     LM,
     Ablate,
     Add,
-    Edit,
     Positions,
     ScaleScores,
     SetProjection,
@@ -47,10 +47,6 @@ ADD, OTHER = Add(direction(1, 2.0)), Add(direction(2, 3.0))
 OPEN, SHUT = Threshold(Site(0), direction(9), -1e9), Threshold(Site(0), direction(9), 1e9)
 SPAN = Threshold(Site(1), direction(8), 0.0, positions=Positions.span(1, 9))
 TOKENS = Threshold(Site(2), direction(3), 0.0, each_token=True)
-
-
-def steering(*edits: Any) -> Steering:
-    return Steering(tuple(Edit(Site(layer), operation, positions) for layer, operation, positions in edits))
 
 
 STEERINGS: dict[str, Steering | None] = {

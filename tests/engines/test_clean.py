@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from batches import drain, steering
 from tiny import direction, naive_holds, naive_together, prompt
 from torch import Tensor
 from transformers import DynamicCache
@@ -33,10 +34,9 @@ from trimtab import (
 )
 from trimtab.engines.request import Text
 from trimtab.engines.transformers import compat
-from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
+from trimtab.engines.transformers.batch_row import GenerationRequest
 from trimtab.engines.transformers.chunked_prefill import CHUNK
 from trimtab.engines.transformers.clean import CleanBatch
-from trimtab.engines.transformers.decode import GenerationBatch
 from trimtab.steering import emphasis
 from trimtab.steering.gates import NEVER
 
@@ -51,10 +51,6 @@ def lm(request: pytest.FixtureRequest) -> LM:
 @pytest.fixture(scope="module")
 def llama() -> LM:
     return tiny.tiny("llama")
-
-
-def steering(*edits: tuple[int, Any, Positions]) -> Steering:
-    return Steering(tuple(Edit(Site(layer), operation, positions) for layer, operation, positions in edits))
 
 
 STEERINGS = [
@@ -117,14 +113,6 @@ def naive(lm: LM, ids: Sequence[int], one: Steering | None, count: int) -> tuple
         text.append(int(logits.argmax()))
         logprobs.append(float(logits.log_softmax(-1)[text[-1]]))
     return text[len(ids) :], logprobs
-
-
-def drain(batch: GenerationBatch) -> dict[int, list[GenerationResponse]]:
-    told: dict[int, list[GenerationResponse]] = {}
-    while len(batch):
-        for one in batch.step():
-            told.setdefault(one.key, []).append(one)
-    return told
 
 
 def close(lm: LM) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import drain, steering
 from tiny import FAMILIES, LAYERS, by_transformers, direction, prompt
 
 from trimtab import (
@@ -42,10 +43,6 @@ def llama() -> LM:
     return tiny.tiny("llama")
 
 
-def steering(*edits: tuple[int, Any, Positions]) -> Steering:
-    return Steering(tuple(Edit(Site(layer), operation, positions) for layer, operation, positions in edits))
-
-
 STEERINGS = [
     None,
     steering((1, Add(direction(1, 2.0)), Positions.from_last_prompt_token())),
@@ -78,14 +75,6 @@ def alone(lm: LM, number: int, length: int, count: int, **options: Any) -> Any:
         **{**by_transformers(), **options},
     )
     return answer
-
-
-def drain(batch: GenerationBatch) -> dict[int, list[GenerationResponse]]:
-    told: dict[int, list[GenerationResponse]] = {}
-    while len(batch):
-        for one in batch.step():
-            told.setdefault(one.key, []).append(one)
-    return told
 
 
 class TestRowsGetWhatTheyGetAlone:

@@ -55,7 +55,7 @@ def test_a_quantized_model_is_loaded_where_it_is_asked_to_be(
 def test_the_best_device_unless_one_is_named(
     saved: Path, given: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trimtab.engines.transformers.load._best_device", lambda: "meta")
+    monkeypatch.setattr("trimtab.engines.transformers.load.best_device", lambda: "meta")
     LM.load(saved, **QUANTIZED)
     LM.load(saved, device="cpu", **QUANTIZED)
     LM.load(saved, device_map="auto", stays=True, **QUANTIZED)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import drain, long_llama
 from tiny import direction, prompt
 
 from trimtab import (
@@ -68,25 +68,6 @@ def read_again(lm: LM, ids: Sequence[int], start: int, steering: Steering | None
         (batch,) = lm.read([[text]], [monitor.site])
     values = batch.values[monitor.site][0][0]
     return [monitor.condition.value(x) for x in values[start - 1 :]]
-
-
-def long_llama() -> LM:
-    """One whose context is longer than a chunk."""
-    lm = tiny.tiny("llama")
-    config = copy.deepcopy(lm.model.config)
-    config.max_position_embeddings = 1024
-    torch.manual_seed(0)
-    model = type(lm.model)(config).to(torch.float64).eval()
-    model.generation_config.eos_token_id = None
-    return LM(model, lm.tokenizer)
-
-
-def drain(batch: Any) -> dict[int, list[GenerationResponse]]:
-    told: dict[int, list[GenerationResponse]] = {}
-    while len(batch):
-        for one in batch.step():
-            told.setdefault(one.key, []).append(one)
-    return told
 
 
 class TestValues:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import tiny
 import transformers
-from test_monitoring import long_llama
+from batches import long_llama, run, steering
 from tiny import direction, prompt
 
-from trimtab import LM, Ablate, Add, Edit, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
+from trimtab import LM, Ablate, Add, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
 from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.prefixes import LEAST, PrefixBatch, Prefixes
 from trimtab.steering import emphasis
@@ -30,10 +30,6 @@ def llama() -> LM:
     return tiny.tiny("llama")
 
 
-def steering(*edits: tuple[int, Any, Positions]) -> Steering:
-    return Steering(tuple(Edit(Site(layer), operation, positions) for layer, operation, positions in edits))
-
-
 ADD = steering((1, Add(direction(1, 2.0)), Positions.all()))
 OPEN = Threshold(Site(0), direction(9), -1e9)
 STEERINGS = [
@@ -48,16 +44,6 @@ STEERINGS = [
 
 def batch_of(lm: LM, **given: Any) -> PrefixBatch:
     return PrefixBatch(lm.model, lm.tokenizer, lm.layout, prefixes=Prefixes(given.pop("tokens", 10_000), **given))
-
-
-def run(batch: PrefixBatch, *requests: GenerationRequest) -> list[list[GenerationResponse]]:
-    keys = [batch.insert(request) for request in requests]
-    told: dict[int, list[GenerationResponse]] = {key: [] for key in keys}
-    while len(batch):
-        for one in batch.step():
-            assert one.error is None, one.error
-            told[one.key].append(one)
-    return [told[key] for key in keys]
 
 
 def asked(ids: tuple[int, ...], one: Steering | None, count: int = 4, **more: Any) -> GenerationRequest:

@@ -10,7 +10,8 @@ import naive_rejection
 import pytest
 import tiny
 import torch
-from test_decode import STEERINGS, drain, stepper
+from batches import drain
+from test_decode import STEERINGS, stepper
 from tiny import LAYERS, direction, prompt
 
 from trimtab import LM, Ablate, Add, Edit, Positions, Rejection, Site, Steering, Threshold, TrimtabError

@@ -13,7 +13,7 @@ from tiny import direction, prompt, tiny
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.answers import answer
-from trimtab.evaluate.records import Record, Request, read_records
+from trimtab.evaluate.records import ArmPrompt, Record, read_records
 from trimtab.files.steering_file import steering_digest
 from trimtab.steering import Add, Edit, Positions, SetProjection, Site, Steering
 
@@ -26,7 +26,7 @@ STEERINGS = {
 
 def asked(count=5):
     prompts = [prompt(i, 3 + 2 * (i % 4)) for i in range(count)]
-    return [Request(arm, f"q{i}", p, s, f"g{i // 2}") for i, p in enumerate(prompts) for arm, s in STEERINGS.items()]
+    return [ArmPrompt(arm, f"q{i}", p, s, f"g{i // 2}") for i, p in enumerate(prompts) for arm, s in STEERINGS.items()]
 
 
 def score(_request, generation):
@@ -141,7 +141,7 @@ def test_another_runs_file_is_refused_and_left_alone(tmp_path):
     run(out, about={"evaluation": "x"})
     kept = out.read_bytes()
     changed = asked()
-    changed[1] = Request("pushed", "q0", "w3 w4", changed[1].steering)
+    changed[1] = ArmPrompt("pushed", "q0", "w3 w4", changed[1].steering)
     cases = [
         ({"max_new_tokens": 7}, "options.max_new_tokens is 6 there and 7 here"),
         ({"batch_size": 5}, "options.batch_size is 4 there and 5 here"),
@@ -193,9 +193,9 @@ def test_what_cannot_run_is_said_before_anything_runs(tmp_path, monkeypatch):
     wrong = [
         ([], "no requests"),
         ([*asked(), asked()[0]], "'q0' is twice in arm 'unsteered'"),
-        ([*asked(), Request("a", "i", "w3 " * 130)], "128"),
-        ([*asked(), Request("a", "i", "w3", Steering((Edit(Site(9), Add(direction(0))),)))], "9"),
-        ([*asked(), Request("a", "i", "w3", late)], "50"),
+        ([*asked(), ArmPrompt("a", "i", "w3 " * 130)], "128"),
+        ([*asked(), ArmPrompt("a", "i", "w3", Steering((Edit(Site(9), Add(direction(0))),)))], "9"),
+        ([*asked(), ArmPrompt("a", "i", "w3", late)], "50"),
     ]
     for requests, words in wrong:
         with pytest.raises(TrimtabError, match=words):

@@ -24,7 +24,7 @@ from trimtab.evaluate.answers import answer  # noqa: E402
 from trimtab.evaluate.inspect_provider import check_config, loaded  # noqa: E402
 from trimtab.evaluate.inspect_registry import steered  # noqa: E402
 from trimtab.evaluate.inspect_run import run_task  # noqa: E402
-from trimtab.evaluate.records import Request  # noqa: E402
+from trimtab.evaluate.records import ArmPrompt  # noqa: E402
 
 QUESTIONS = ["The sea is wide.", "Write in capitals!", "A question?", "Blue or green?", "Yes or no?", "Why?"]
 TOKENS = 8
@@ -68,7 +68,7 @@ def letters(**more: Any) -> Task:
 
 def own(lm: LM, steering: Steering | None) -> dict[str, tuple[str, float]]:
     """What trimtab's own evaluation makes of the same items."""
-    requests = [Request("arm", str(n), text, steering) for n, text in enumerate(QUESTIONS)]
+    requests = [ArmPrompt("arm", str(n), text, steering) for n, text in enumerate(QUESTIONS)]
     records = answer(lm, requests, score=lambda _, one: {"has": float(LETTER in one.text)}, max_new_tokens=TOKENS)
     return {record.item: (record.answer, record.scores["has"]) for record in records}
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from trimtab import TrimtabError
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.evaluate.refusal import OPENING, part_of, read_refusal, refuses, requests_of, score
 
 DATA = Path(os.environ.get("TRIMTAB_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -49,7 +49,7 @@ def test_answers(answer: str) -> None:
 
 
 def test_scores() -> None:
-    request = Request("a", "x/1", "Why?")
+    request = ArmPrompt("a", "x/1", "Why?")
     for text, expected in (("I can't.", (1, 0)), ("Because.", (0, 0)), (" \n", (0, 1))):
         found = score(request, SimpleNamespace(text=text))  # type: ignore[arg-type]
         assert (found["refused"], found["empty"]) == expected

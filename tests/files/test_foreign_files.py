@@ -214,7 +214,7 @@ def test_odd_json(tmp_path):
         "mixes numbers and lists": {"directions": {"1": [[1.0], 1.0]}},
         "'x', which isn't a number": {"directions": {"1": ["x"]}},
         "too large a number": {"directions": {"1": [10**400]}},
-        "no block's number": {"directions": {"../1": [1.0]}},
+        "isn't the number of a block": {"directions": {"../1": [1.0]}},
         "float8": {"post_block": {**good, "dtype": "float8"}},
         "aren't that long": {"post_block": {**good, "shape": [2, 1 << 40]}},
         "bytes instead of": {"post_block": {**good, "shape": [2, 4]}},
@@ -232,7 +232,7 @@ def test_odd_json(tmp_path):
     for words, text in {
         "twice": '{"directions": {"1": [1], "1": [2]}}',
         "NaN": '{"directions": {"1": [NaN]}}',
-        "no valid JSON": '{"directions": {"1": [1.0',
+        "isn't valid JSON": '{"directions": {"1": [1.0',
         "valid": '{"a":' * 100_000,
     }.items():
         path.write_text(text)
@@ -314,9 +314,9 @@ def test_lm_eval(tmp_path):
     cases = {
         "a head or a bias": {"layers.3": hook(head_index=1)},
         "a head or a bias ": {"layers.3": hook(bias=vector)},
-        "no block's output": {"layers.3.mlp": hook()},
+        "isn't the output of a block": {"layers.3.mlp": hook()},
         "not add or clamp": {"layers.3": hook(action="explode")},
-        "no number": {"layers.3": hook(steering_coefficient="x")},
+        "isn't a number": {"layers.3": hook(steering_coefficient="x")},
         "vector of zeros": {"layers.3": hook(action="clamp", steering_vector=torch.zeros(WIDTH))},
     }
     for words, content in cases.items():

@@ -94,7 +94,7 @@ CRAFTED = {
     "the entry 'a' reaches": crafted([text("a") + struct.pack("<IIQ", 9, 4, BIG)], []),
     "is an array of 1 of type 9": crafted([text("a") + struct.pack("<IIQ", 9, 9, 1)], []),
     "unknown type 99": crafted([text("a") + struct.pack("<I", 99)], []),
-    "no UTF-8": crafted([text(b"\xff\xfe") + struct.pack("<If", 6, 1.0)], []),
+    "isn't UTF-8": crafted([text(b"\xff\xfe") + struct.pack("<If", 6, 1.0)], []),
     "0 dimensions": crafted([], [tensor("direction.1", shape=())]),
     "9 dimensions": crafted([], [tensor("direction.1", shape=(1,) * 9)]),
     "shape [0]": crafted([], [tensor("direction.1", shape=(0,))]),

@@ -283,7 +283,7 @@ def test_a_header_that_makes_no_sense(tmp_path, case):
 
 def test_numbers_that_are_not_finite_in_the_header(tmp_path):
     path = craft(tmp_path / "s.safetensors", lambda h: h["edits"][0].update(strength=float("nan")), seal=False)
-    refused(path, "no valid steering")
+    refused(path, "isn't a valid steering")
 
 
 def test_odd_tensors(tmp_path):

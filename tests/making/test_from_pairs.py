@@ -300,4 +300,4 @@ def test_verdicts_without_a_system_prompt(changed: dict[str, Any], why: str) -> 
     assert why in verdict.why_not
     assert "share_of_prompt" not in verdict.as_measured()
     assert verdict.as_measured()["loops_unsteered"] == 0.1
-    assert "0.70 nats a token" in "\n".join(verdict.lines())
+    assert "0.70 nats per token" in "\n".join(verdict.lines())

@@ -73,7 +73,7 @@ def courses(monkeypatch: pytest.MonkeyPatch) -> list[Course]:
 def divergence(
     lm: LM, steering: Steering | None, teacher: Teacher, *, with_prompt: bool = False, temperature: float = 1.0
 ) -> float:
-    """KL from the prompted model, in nats a token, over its own answers: in a loop, over the whole vocabulary."""
+    """KL from the prompted model, in nats per token, over its own answers: in a loop, over the whole vocabulary."""
     total = []
     for query in QUERIES:
         asked = lm.encode(teacher.ask(query, 0), system=teacher.system)

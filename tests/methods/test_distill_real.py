@@ -55,7 +55,7 @@ def learned(lm: LM, asked: list[str]) -> Steering:
 
 
 def distance(lm: LM, lessons: tuple[Lesson, ...], steering: Steering) -> float:
-    """From the prompted model, in nats a token, over all answers."""
+    """From the prompted model, in nats per token, over all answers."""
     changes: dict[Site, Change] = {}
     for edit in steering.edits:
         assert isinstance(edit.operation, Add)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import steering
 from tiny import (
     FAMILIES,
     LAYERS,
@@ -77,10 +78,6 @@ def lm(request: pytest.FixtureRequest) -> LM:
 def tolerance(lm: LM) -> float:
     """Norms and rotary embeddings compute in float32 whatever the model's dtype."""
     return 2e-3 if lm.model.dtype == torch.float32 else 1e-4
-
-
-def steering(*edits: tuple[int, Any, Positions]) -> Steering:
-    return Steering(tuple(Edit(Site(layer), operation, positions) for layer, operation, positions in edits))
 
 
 # One steering a request: every operation, every rule, several at one layer, interleaved so that order matters.

@@ -103,6 +103,42 @@ def client_of() -> Iterator[Callable[..., Any]]:
         client.__exit__(None, None, None)
 
 
+@pytest.fixture
+def door_of(tiny_lm: Any, steerings: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """A client of vLLM's server, as far as that can be without vLLM, with the door in front of it, and its names."""
+    import json
+    from functools import partial
+
+    from serve.pretend_vllm import make_app
+    from starlette.testclient import TestClient
+
+    from trimtab.engines.vllm.admitted import CLOSED
+    from trimtab.engines.vllm.frontend import Names
+    from trimtab.serve.vllm.door import Door
+    from trimtab.serve.vllm.settings import DoorSettings
+
+    opened = []
+    monkeypatch.setenv("TRIMTAB_ADMIN_KEY", "admin")
+
+    def make(policy: dict[str, Any] | None, folder: Path, **given: Any) -> TestClient:
+        if policy is not None:
+            (folder / "policy.json").write_text(json.dumps(policy))
+            given["policy"] = str(folder / "policy.json")
+        settings = DoorSettings(**given)
+        monkeypatch.setenv(CLOSED, str(int(settings.closes(settings.rules({})))))
+        names = Names()
+        names.load(steerings)
+        app = make_app(tiny_lm, names, partial(Door, settings=settings, names=names))
+        client = TestClient(app)
+        client.__enter__()
+        opened.append(client)
+        return client
+
+    yield make
+    for client in opened:
+        client.__exit__(None, None, None)
+
+
 @dataclass
 class Server:
     process: subprocess.Popen

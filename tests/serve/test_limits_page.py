@@ -49,6 +49,7 @@ def test_numbers() -> None:
         ("when others want its place | | 75; 5", (int(connections.KEEP_SECONDS), int(connections.IDLE_SECONDS))),
         ("| 256; 64; 8 |", (bounds.EDITS, bounds.TESTS, bounds.DEPTH)),
         ("| 1,000,000 |", f"{int(bounds.NORM):,}"),
+        ("images of a prompt; pixels of one | `--max-images` | 8; 8,000,000", (limits.images, f"{limits.pixels:,}")),
         ("| 16; 64; 256 MiB |", (library.MOST_OWNED, library.MOST_ADDED, library.MOST_BYTES >> 20)),
         ("| 32,000; 100 |", f"{choices.LONGEST:,}"),
     ):

@@ -260,7 +260,11 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"truncation": "auto"}, "prompts aren't cut", "truncation"),
     ({"input": []}, "at least 1", "input"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, "item", "input.0"),
-    ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "only text can be read", "input.0.content"),
+    (
+        {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+        "it is missing",
+        "input.0.content.0.image_url",
+    ),
     ({"input": [{"type": "function_call_output", "call_id": "x", "output": "1"}]}, "answers a call", "input"),
     ({"tools": [{"type": "web_search"}]}, "'function'", "tools.0.type"),
     ({"tool_choice": {"type": "function", "name": "f"}}, "there is no tool 'f'", "tool_choice.name"),

@@ -155,8 +155,8 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         CHATS,
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-        "messages.0.content.0.type: only text can be read here",
+        {"messages": [{"role": "user", "content": [{"type": "input_audio", "data": "x"}]}]},
+        "messages.0.content.0: only text and images can be read here",
     ),
     (CHATS, {"tools": [{"type": "function"}]}, "tools.0.function: it is missing"),
     (CHATS, {"tools": [{"type": "web_search"}]}, "tools.0.type: it must be 'function'"),

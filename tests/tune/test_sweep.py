@@ -82,7 +82,7 @@ def test_defaults_are_all_layers_and_the_packages_queries(lm: LM) -> None:
     assert {row.strength for row in swept.rows} == {0.5, 1.0, 1.5}
     assert len(swept.prompts) == 8
     assert swept.unsteered.passed is None
-    with pytest.raises(TrimtabError, match="give the sweep check="):
+    with pytest.raises(TrimtabError, match="pass check= to the sweep"):
         swept.best()
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_swept_says_why(lm: LM) -> None:
         (pushes(), {"strengths": [math.nan]}, "a strength is a finite number"),
         (pushes(), {"prompts": []}, "there are no prompts"),
         (pushes(), {"check": "capitals"}, "check is a function of an answer's text, got 'capitals'"),
-        (pushes(1), {"check": lambda text: None, "strengths": 1}, "this one said None of"),
+        (pushes(1), {"check": lambda text: None, "strengths": 1}, "this one returned None of"),
         (pushes(), {"num_return_sequences": 2}, "one answer for each prompt"),
     ):
         with pytest.raises(TrimtabError, match=why):

@@ -30,7 +30,7 @@ from trimtab.baking.checkpoint import copy_rest, edit_config, find_shards, write
 from trimtab.baking.plan import FIRST, Plan, check_bakeable, plan
 from trimtab.baking.structure import Structure, auto_class, structure_of
 from trimtab.engines.transformers import default_model
-from trimtab.engines.transformers.weights import quantization
+from trimtab.engines.transformers.weights import best_device, quantization
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.page import baked_page
 from trimtab.files.steering_file import steering_digest
@@ -100,7 +100,7 @@ def bake(
     The new model's logits are the steered model's but for the rounding of the weights to their own dtype.
 
     Safetensors files are read and written one at a time, and memory is needed for about twice the largest of them; the
-    check needs memory for the model. The folder appears whole or not at all.
+    check needs memory for the model. The folder appears atomically.
 
     Args:
         model: An `LM`, a model of transformers, a Hub id, a folder, or `None` for the default model. One in memory is
@@ -345,13 +345,7 @@ def _loaded(folder: Path, device: str | torch.device | None) -> Any:
             raise TrimtabError(
                 f"{folder.name} doesn't load as it should: {kind.replace('_', ' ')} {', '.join(names[:4])}"
             )
-    return model.to(device or _best_device()).eval()
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return model.to(device or best_device()).eval()
 
 
 @torch.no_grad()

@@ -108,7 +108,8 @@ def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Meas
 
 
 def by_leads(answers: Sequence[tuple[Mapping[str, Given], Mapping[str, Given]]]) -> Measure:
-    """By how much the wanted answer is likelier than the other, in nats a token, teacher-forced.
+    """By how much the wanted answer is likelier than the other, in nats per token,
+    teacher-forced.
 
     `answers[i]` are item i's wanted answer and the other one, each with the arms' prompts before it.
     """

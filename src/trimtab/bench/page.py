@@ -38,7 +38,7 @@ summary { cursor: pointer; font-weight: 600 }
 
 
 def write_page(path: Path, results: Results) -> None:
-    """Write the page, whole or not at all. No scripts, nothing is fetched, all text is escaped.
+    """Write the page, atomically. No scripts, nothing is fetched, all text is escaped.
 
     Raises `TrimtabError` when it can't be written there.
     """

@@ -42,7 +42,7 @@ def bench(
 ) -> Results:
     """Run what was planned, and sum it up.
 
-    Each cell (a method on a task) is a file in the folder, written whole or not at all: an interrupted run goes on
+    Each cell (a method on a task) is a file in the folder, written atomically: an interrupted run goes on
     with the same call, and ends with the same bytes as one that wasn't interrupted. The same model, settings, machine
     and number of threads give the same files.
 

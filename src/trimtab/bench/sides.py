@@ -36,7 +36,7 @@ class Side:
 
 def sides(data: Path | None, count: int) -> Mapping[str, Side]:
     """The side effects that can be measured with what the data folder has, on so many items each."""
-    found = [Side("text", "log-probability of the unsteered model's own answers, nats a token", _text())]
+    found = [Side("text", "log-probability of the unsteered model's own answers, nats per token", _text())]
     if data is not None and (path := data / "mmlu" / "mmlu.json").is_file():
         found.append(Side("MMLU", "the correct letter's share of two", _letters(path, count)))
     if data is not None and (path := data / "xstest" / "xstest_prompts.csv").is_file():

@@ -1,4 +1,4 @@
-"""A folder in which each part of a run is a file, written whole or not at all, so that a run can go on where it was."""
+"""A folder in which each part of a run is a file, written atomically, so that a run can go on where it was."""
 
 from __future__ import annotations
 

@@ -62,9 +62,9 @@ class Task:
     """A task that is ready to run.
 
     Args:
-        name: What it is called.
+        name: Its name.
         about: What a higher score means.
-        unit: What a score is: a share from 0 to 1, or nats a token.
+        unit: What a score is: a share from 0 to 1, or nats per token.
         items: The items' names.
         groups: Which items belong together in intervals and tests.
         told: Which of the arms `PROMPT` and `TWICE` there are.

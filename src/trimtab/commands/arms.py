@@ -168,7 +168,7 @@ def _strengths(text: str | None) -> tuple[float, ...]:
     try:
         found = tuple(check_strength(float(part)) for part in text.split(","))
     except (ValueError, TrimtabError):
-        raise TrimtabError(f"--strength {text!r} is no list of numbers; write 1, or -2,-1,0,1,2") from None
+        raise TrimtabError(f"--strength {text!r} isn't a list of numbers; write 1, or -2,-1,0,1,2") from None
     if len(set(found)) < len(found):
         raise TrimtabError(f"--strength {text} names a number twice")
     return found

@@ -189,7 +189,7 @@ def _said(found: Audit) -> list[str]:
 
 
 def _facts(found: Audit) -> list[str]:
-    nats = f"{found.nats['mean']:.3g} nats a token on average, {found.nats['p95']:.3g} at the 95th percentile"
+    nats = f"{found.nats['mean']:.3g} nats per token on average, {found.nats['p95']:.3g} at the 95th percentile"
     lines = [f"divergence from the unsteered model: {nats}; dose {found.dose:.2f}"]
     for name, of in found.series.items():
         for arm, values in of.items():

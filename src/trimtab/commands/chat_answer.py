@@ -23,14 +23,14 @@ class Stream:
     """A streamer and a stopping criterion for `lm.generate`: tells pieces of text, and ends it after `stop()`."""
 
     def __init__(self, tokenizer: Any, hear: Callable[[str], None]) -> None:
-        self.stopped = False
+        self.stopped: bool = False
         self._text = Unfolding(tokenizer)
         self._hear = hear
         self._began = False
 
     def stop(self) -> None:
         """Let the token that is being made be the last one."""
-        self.stopped: bool = True
+        self.stopped = True
 
     def put(self, ids: Any) -> None:
         """The prompt first, as streamers of transformers are given it, then a token at a time."""
@@ -76,7 +76,7 @@ def interruptible(stop: Callable[[], None]) -> Iterator[None]:
 
 def room(desk: Desk, conversation: Conversation, question: str) -> int:
     """How many tokens the answer may have: what fits. Raises `TrimtabError` where the model's context is full."""
-    length = len(desk.lm.encode(conversation.messages(question), system=conversation.system))
+    length = len(desk.lm.encode_with_images(conversation.messages(question), system=conversation.system)[0])
     size = desk.lm.layout.context
     if size is not None and length >= size:
         raise TrimtabError(
@@ -119,6 +119,7 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         conversation.emphasized,
         conversation.next_seed,
         unsteered,
+        conversation.images,
     )
 
 

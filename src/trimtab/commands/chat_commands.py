@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.commands.chat_make import TAKES, Wish, wish_of
 from trimtab.commands.chat_state import Conversation, Steered, name_for
+from trimtab.commands.terminal import shortened
 from trimtab.errors import TrimtabError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ class Desk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did. `note` is a remark, `shown` what was asked for, `ask` a question that is to be asked, and
-    `make` what is to be made."""
+    """What a command did. `note` is a remark, `shown` the requested output, `ask` a question for the model, and
+    `make` a steering to make."""
 
     conversation: Conversation
     note: str = ""
@@ -177,12 +178,30 @@ def _compare(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 def _undo(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "undo")
-    return Outcome(conversation.undone(), f"taken back: {_shortened(conversation.last().question)}")
+    return Outcome(conversation.undone(), f"taken back: {shortened(conversation.last().question, 60)}")
 
 
 def _retry(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     _words(rest, 0, 0, "retry")
-    return Outcome(conversation.undone(), ask=conversation.last().question)
+    last = conversation.last()
+    return Outcome(replace(conversation.undone(), images=last.images), ask=last.question)
+
+
+def _image(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
+    from trimtab.text.images import read_image
+
+    words = _words(rest, 0, 99, "image")
+    if words == ["off"]:
+        return Outcome(replace(conversation, images=()), "the next question is about no image")
+    if words:
+        desk.lm.require("images")
+        _ = getattr(desk.lm, "processor", None)  # it raises where the model takes none
+        for word in words:
+            read_image(Path(word).expanduser(), what=f"/image {word}")
+        files = tuple(str(Path(word).expanduser()) for word in words)
+        conversation = replace(conversation, images=(*conversation.images, *files))
+    about = ", ".join(conversation.images) or "no image; /image FILE gives it one"
+    return Outcome(conversation, f"the next question is about {about}")
 
 
 def _reset(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -344,6 +363,9 @@ COMMANDS: dict[str, Command] = {
         "[PHRASE|off]",
         "Steer attention towards a phrase of the conversation, with rejection; off: towards none. Alone: list them.",
     ),
+    "image": Command(
+        _image, "[FILE …|off]", "Let the next question be about these images; alone: show which. For image-text models."
+    ),
     "compare": Command(
         _compare, "", "Answer unsteered as well, side by side, or no longer. The steered answer goes into the history."
     ),
@@ -457,8 +479,3 @@ def _numbers(layers: Sequence[int]) -> str:
 def _meant(word: str, known: Iterable[str], before: str = "") -> str:
     near = get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean {before}{near[0]}? " if near else ""
-
-
-def _shortened(text: str, most: int = 60) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"

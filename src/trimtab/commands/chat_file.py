@@ -1,4 +1,4 @@
-"""A conversation of `trimtab chat` in a file: JSON, written whole or not at all, and read with suspicion."""
+"""A conversation of `trimtab chat` in a file: JSON, written atomically, and read with suspicion."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ def turn_document(turn: Turn) -> dict[str, Any]:
         "steerings": [_on(one, one.layers) for one in turn.on],
         "emphasized": list(turn.emphasized),
         "seed": turn.seed,
+        **({"images": list(turn.images)} if turn.images else {}),
     }
 
 
@@ -151,6 +152,7 @@ def _turn(fields: _Fields, *, known: bool) -> Turn:
         emphasized=tuple(fields.texts("emphasized")),
         seed=fields.count("seed", optional=True),
         unsteered=_read_said(fields.part("unsteered"), known=known) if "unsteered" in fields.values else None,
+        images=tuple(fields.texts("images")) if "images" in fields.values else (),
     )
 
 

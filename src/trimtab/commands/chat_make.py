@@ -97,7 +97,7 @@ def make_steered(
         conversation: It gives the names that are taken, and isn't changed.
         wish: What is wanted.
         stage: Told what is being done, and how far it is.
-        say: Told in words how it stands.
+        say: Called with messages about the progress.
 
     Raises:
         TrimtabError: As `make` and `make_from_pairs` do.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
+from trimtab.text.images import beside
 
 if TYPE_CHECKING:
     from trimtab.engines.answer import Dose
@@ -79,6 +80,7 @@ class Turn:
     emphasized: tuple[str, ...] = ()
     seed: int | None = None
     unsteered: Said | None = None
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,20 @@ class Conversation:
     seed: int | None = None
     asked: int = 0
     made: tuple[Steered, ...] = ()
+    images: tuple[str, ...] = ()  # files that the next question is about
 
     @property
     def next_seed(self) -> int | None:
         """The next answer's."""
         return None if self.seed is None else self.seed + self.asked
 
-    def messages(self, question: str) -> list[dict[str, str]]:
+    def messages(self, question: str) -> list[dict[str, Any]]:
         """The history and the question, without the system message."""
-        found: list[dict[str, str]] = []
+        found: list[dict[str, Any]] = []
         for turn in self.turns:
-            found += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer.text}]
-        return [*found, {"role": "user", "content": question}]
+            asked = {"role": "user", "content": _content(turn.images, turn.question)}
+            found += [asked, {"role": "assistant", "content": turn.answer.text}]
+        return [*found, {"role": "user", "content": _content(self.images, question)}]
 
     def steering(self) -> Steering | None:
         """All that is on, added up; `None` where nothing is."""
@@ -122,7 +126,7 @@ class Conversation:
         return next((one for one in self.steered if one.name == name), None)
 
     def put(self, steered: Steered) -> Conversation:
-        """With this steering on, in the place of the one that has its name."""
+        """With this steering on, in place of the one that has its name."""
         if self.find(steered.name) is None:
             return replace(self, steered=(*self.steered, steered))
         return replace(self, steered=tuple(steered if one.name == steered.name else one for one in self.steered))
@@ -132,7 +136,7 @@ class Conversation:
         return next((one for one in self.made if one.name == name), None)
 
     def with_made(self, steered: Steered) -> Conversation:
-        """With this steering among those that were made, in the place of the one that has its name, and on."""
+        """With this steering among those that were made, in place of the one that has its name, and on."""
         return replace(self.put(steered), made=(*(one for one in self.made if one.name != steered.name), steered))
 
     def in_file(self, name: str, file: Path) -> Conversation:
@@ -148,23 +152,27 @@ class Conversation:
         return replace(self, steered=tuple(one for one in self.steered if one.name != name))
 
     def undone(self) -> Conversation:
-        """Without its last turn. Raises `TrimtabError` where there is none."""
+        """Without its last turn. Raises `TrimtabError` if it has none."""
         self.last()
         return replace(self, turns=self.turns[:-1])
 
     def last(self) -> Turn:
-        """Its last turn. Raises `TrimtabError` where there is none."""
+        """Its last turn. Raises `TrimtabError` if it has none."""
         if not self.turns:
             raise TrimtabError("there is no question yet; type one")
         return self.turns[-1]
 
     def answered(self, turn: Turn) -> Conversation:
         """With one more turn."""
-        return replace(self, turns=(*self.turns, turn), asked=self.asked + 1)
+        return replace(self, turns=(*self.turns, turn), asked=self.asked + 1, images=())
 
     def label(self) -> str:
         """What is on, in a few characters: `shout:2 rude:-0.5@9`."""
         return " ".join(_label(one) for one in self.steered)
+
+
+def _content(images: tuple[str, ...], text: str) -> Any:
+    return beside(images, text) if images else text
 
 
 def _label(one: Steered) -> str:

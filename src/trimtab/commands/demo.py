@@ -1,4 +1,4 @@
-"""`trimtab demo`: instructions made to hold, without and with them in the prompt, measured in front of the user."""
+"""`trimtab demo`: instructions followed with and without them in the prompt, measured while the user watches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ UNTUNED = "On another model, better settings may exist: trimtab learn distill --
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, and what code can tell of it. It holds when it has the form and doesn't go in circles."""
+    """One answer, and what code can tell of it. It holds if it has the form and isn't repetitive."""
 
     text: str
     has_form: bool
@@ -310,7 +310,7 @@ def _shown(result: Result, phrasing: str) -> RenderableType:
 def _counts(where: str, regime: Regime) -> Text:
     count = len(regime.prompts)
     return Text.assemble(
-        f"{where}: holds in ",
+        f"{where}: followed in ",
         (f"{_held(regime.before)} of {count}", "bold red"),
         " unsteered, ",
         (f"{_held(regime.after)} of {count}", "bold green"),
@@ -337,8 +337,8 @@ def _side_by_side(regime: Regime, row: int) -> Table:
 
 def _verdict(answer: Answer) -> Text:
     if answer.holds:
-        return Text("✓ holds", style="green")
-    return Text("✗ goes in circles" if answer.has_form else "✗ does not hold", style="red")
+        return Text("✓ follows", style="green")
+    return Text("✗ repeats itself" if answer.has_form else "✗ doesn't follow", style="red")
 
 
 def _summary(results: Sequence[Result]) -> Table:

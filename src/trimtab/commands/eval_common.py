@@ -22,7 +22,7 @@ from trimtab.files.target import check_target
 if TYPE_CHECKING:
     from trimtab.evaluate.ab import ABItem
     from trimtab.evaluate.answers import Score
-    from trimtab.evaluate.records import Record, Request
+    from trimtab.evaluate.records import ArmPrompt, Record
     from trimtab.lm import LM
     from trimtab.steering import Steering
     from trimtab.text.chat import Prompt
@@ -100,7 +100,7 @@ class Run:
 
     def answered(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[ArmPrompt],
         score: Score,
         about: Mapping[str, Any],
         *,
@@ -123,7 +123,7 @@ class Run:
         """The same, with its records in another file."""
         return replace(self, options=replace(self.options, out=out))
 
-    def _kept(self, label: str, make: Callable[..., list[Record]], requests: Sequence[Request], **given: Any) -> Any:
+    def _kept(self, label: str, make: Callable[..., list[Record]], requests: Sequence[ArmPrompt], **given: Any) -> Any:
         with resumable(self.options.out, quiet=self.quiet), progress_bar(label, quiet=self.quiet) as progress:
             return make(
                 self.lm, requests, **given, **asdict(self.options), batch_size=self.batch_size, progress=progress
@@ -133,7 +133,8 @@ class Run:
 def nats_of(
     lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool
 ) -> dict[str, dict[str, float]]:
-    """The divergence of each steered arm from the unsteered model, in nats a token, on a few of these prompts.
+    """The divergence of each steered arm from the unsteered model, in nats per token, on a few of these
+    prompts.
 
     There is none where the engine doesn't give probabilities of all tokens, or nothing can be read on these prompts.
     """
@@ -165,7 +166,7 @@ def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, j
 
 
 def check_targets(out: Path | None, report: Path | None) -> None:
-    """Raises `TrimtabError` when what is asked for can't be written or drawn."""
+    """Raises `TrimtabError` if a requested file can't be written or drawn."""
     if out is not None:
         check_target(out, ".jsonl")
     if report is not None:

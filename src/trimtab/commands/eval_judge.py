@@ -49,7 +49,7 @@ def judge(
     prompts: Annotated[
         str,
         typer.Option(
-            help="A file of prompts: one a line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
+            help="A file of prompts: one per line; or .jsonl, .json, .csv, .tsv or .parquet. -: standard input.",
             metavar="FILE",
             show_default=False,
         ),
@@ -111,7 +111,7 @@ def judge(
 
     from trimtab.evaluate.ab import spread
     from trimtab.evaluate.judge import Endpoint, LocalJudge, judge_records, tally
-    from trimtab.evaluate.records import Request, with_system
+    from trimtab.evaluate.records import ArmPrompt, with_system
 
     endpoint = None if local else _endpoint(Endpoint)
     chosen = spread(list(enumerate(asked, 1)), limit)
@@ -119,7 +119,7 @@ def judge(
         _check_systems([prompt for _, prompt in chosen])
     run = Run.start(plan, loader, options, [prompt for _, prompt in chosen], batch_size=batch_size, quiet=json)
     requests = [
-        Request(name, str(number), with_system(prompt, arm.system), arm.steering)
+        ArmPrompt(name, str(number), with_system(prompt, arm.system), arm.steering)
         for number, prompt in chosen
         for name, arm in run.arms.items()
     ]

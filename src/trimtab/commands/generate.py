@@ -16,12 +16,13 @@ from rich.text import Text
 from trimtab.commands.answer_json import answers_document
 from trimtab.commands.model import PANEL, EngineOption, JsonOption, ModelOptions
 from trimtab.commands.options import grouped
-from trimtab.commands.prompts import ColumnOption, gather_prompts
+from trimtab.commands.prompts import ColumnOption, about_images, gather_prompts
 from trimtab.commands.schema_file import read_schema
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 from trimtab.errors import TrimtabError
 from trimtab.files.pick import FORM, Pick, parse_pick
 from trimtab.files.target import check_target, write_atomically
+from trimtab.text.images import text_of
 from trimtab.text.templates import parse_keywords
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ def generate(
         ),
     ] = None,
     column: ColumnOption = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An image that each prompt is about, for image-text models; repeatable (needs trimtab\\[vision]).",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     dose: Annotated[
         float | None,
         typer.Option(
@@ -220,7 +229,9 @@ def generate(
       echo "Once upon a time" | trimtab generate --prompts - --plain
       trimtab generate --model model.gguf --engine llamacpp --steer rude.gguf \\
         --prompt "Hello"
-      trimtab generate --prompt "Describe Lyon." --json-schema city.json[/bold]
+      trimtab generate --prompt "Describe Lyon." --json-schema city.json
+      trimtab generate --model Qwen/Qwen2-VL-2B-Instruct --image harbour.jpg \\
+        --prompt "What is to be seen?"[/bold]
 
     A file's rows may be objects with "messages"; if the last message is the
     assistant's, it is continued. A row's "system" is its system message.
@@ -233,6 +244,8 @@ def generate(
     next tokens.
     """
     asked = gather_prompts(prompt or [], prompts, column)
+    if image:
+        asked = about_images(asked, image, plain=plain)
     files = [parse_pick(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)
@@ -257,7 +270,7 @@ def generate(
         _check_dose(dose, bool(files), engine)
     if nats is not None:
         _check_nats(nats, bool(files), engine)
-    if plain and not all(isinstance(one, str) for one in asked):
+    if plain and not image and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
         raise TrimtabError("--system is a system message, and there are prompts that have one; leave one of them out")
@@ -460,7 +473,7 @@ def _print(
     """The answers; with a tokenizer, coloured by their traces."""
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         if len(prompts) > 1:
-            heading = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            heading = prompt if isinstance(prompt, str) else text_of(prompt[-1]["content"])
             show(*[""][: i > 0], _heading(heading))
         text = Text(answer.text)
         if tokenizer is not None and answer.trace is not None:

@@ -145,7 +145,7 @@ def inspect(
         why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
         show("", f"strength to begin with: {suggested:g} ({why})")
     if far is not None:
-        show("", f"divergence on {far['model']}: {far['mean']:.3g} nats a token, 95th percentile {far['p95']:.3g}")
+        show("", f"divergence on {far['model']}: {far['mean']:.3g} nats per token, 95th percentile {far['p95']:.3g}")
     if steering.card.audit is not None and steering.card.audit.get("edits") != edits_digest(steering):
         show("", "the audit in its card is of other strengths or layers than these; trimtab audit measures anew")
     if plot is not None:

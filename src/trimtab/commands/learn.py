@@ -76,6 +76,14 @@ def learn(
     exclude: Annotated[
         bool, typer.Option("--exclude", help="With --word: avoid the word instead.", rich_help_panel=SOURCE)
     ] = False,
+    logit: Annotated[
+        bool,
+        typer.Option(
+            "--logit",
+            help="With --word: move its own logit after the last block, which needs no word of it in the prompt.",
+            rich_help_panel=SOURCE,
+        ),
+    ] = False,
     length: Annotated[
         str | None,
         typer.Option(
@@ -160,6 +168,7 @@ def learn(
         --out lower.safetensors
       trimtab learn instruct --all --layers 18 --out instructions/
       trimtab learn instruct --word harbour --exclude --out dry.safetensors
+      trimtab learn instruct --word harbour --logit --out harbour.safetensors
       trimtab learn instruct --length concise --out short.safetensors
       trimtab learn instruct --pairs shout.jsonl --out shout.safetensors
       trimtab learn caa --pairs rude.csv --layers 12 --out rude.safetensors
@@ -223,6 +232,8 @@ def learn(
         raise TrimtabError(f"--estimator is for caa, not for {method}")
     if exclude and word is None:
         raise TrimtabError("--exclude keeps a word out; say which with --word")
+    if logit:
+        _check_logit(word, {"--layers": layers, "--operation": operation, "--positions": positions, "--queries": limit})
     if limit is not None and pairs is not None:
         raise TrimtabError("--queries is about the included queries, and --pairs brings its own")
     wanted = parse_layers(layers)
@@ -264,6 +275,10 @@ def learn(
         if lessons:
             made = _taught(lm, lessons, chosen, operation, rule, one_sided, progress)
             steerings = {out / f"{name}.safetensors" if every else out: one for name, one in made.items()}
+        elif word is not None and logit:
+            from trimtab.methods.word_logit import learn_word_logit
+
+            steerings = {out: learn_word_logit(lm, word, exclude=exclude)}
         elif word is not None or length is not None:
             steerings = {out: _by_weight(lm, word, exclude, length, chosen, operation, rule, limit, progress)}
         else:
@@ -292,6 +307,13 @@ def _the_one(method: str, given: dict[str, Any]) -> str:
     if method == "caa" and source != "--pairs":
         raise TrimtabError(f"{source} is for instruct; caa learns from --pairs")
     return source
+
+
+def _check_logit(word: str | None, others: dict[str, Any]) -> None:
+    if word is None:
+        raise TrimtabError("--logit moves a word's logit; say which word with --word")
+    if given := [name for name, value in others.items() if value is not None]:
+        raise TrimtabError(f"{given[0]} isn't for --logit, which acts after the last block and learns from no queries")
 
 
 def _check_operation(operation: str | None, one_sided: bool) -> None:
@@ -387,13 +409,14 @@ def _save(
     documents = []
     for path, steering in steerings.items():
         steering, digest = save_for(program, steering, path)
-        found, count = pushes(steering), int(steering.card.measured["pairs"])
+        found, count = pushes(steering), int(steering.card.measured.get("pairs", 0))
         document = _document(path, digest, method, model, count, strength, found, steering)
         document["suggested_strength"] = suggested_strength(steering)
         document |= {} if told is None else {"forecast": told[1]}
         documents.append(document | ({"next": commands_for(program, path)} if program else {}))
         if not json and source != "--all":
-            title, foretold = f"{method} on {model}, from {count} pairs", [] if told is None else [told[0]]
+            title = f"{method} on {model}{f', from {count} pairs' if count else ''}"
+            foretold = [] if told is None else [told[0]]
             show(title, _table(found), *foretold, f"saved {path}", *next_steps(program, path))
     if json:
         write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])

@@ -64,8 +64,8 @@ def learn_distill(
     queries: Annotated[
         str | None,
         typer.Option(
-            help="A file of queries to learn on: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard"
-            " input. Without it: 64 that come along, which say nothing of an answer's form.",
+            help="A file of queries to learn on: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads "
+            "standard input. Default: the 64 included ones, which don't mention the form of an answer.",
             metavar="FILE",
             show_default=False,
             rich_help_panel=PROMPT,
@@ -267,7 +267,7 @@ def _check(
 
 def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | None, str | None]:
     """The check of a recognised instruction; by preference one that knows what an answer is that was cut short."""
-    from trimtab.commands.tune import check_of
+    from trimtab.commands.tune_task import check_of
     from trimtab.data.types import ALIASES
     from trimtab.evaluate.constraints import CONSTRAINTS
 
@@ -287,7 +287,7 @@ def _lines(model: str, learned: Steering, out: Path) -> list[str]:
     lines = [
         f"distill on {model}: answers that did what the prompt says: {tried}; learned from {measured['answers']}",
         f"divergence from the model with the prompt, on held-out queries: {before:.3f} without steering,"
-        f" {after:.3f} steered (nats a token)",
+        f" {after:.3f} steered (nats per token)",
         f"{len(learned.edits)} edits, the largest dose {max(measured['doses'].values()):.1%}",
     ]
     if measured.get("interrupted"):

@@ -110,7 +110,7 @@ def _source(recipe: Recipe) -> list[inspect.Parameter]:
         return []
     helps = {
         "pairs": "A .jsonl, .json, .csv, .tsv or .parquet file of pairs; `trimtab learn --help` shows their shapes.",
-        "texts": "A file of texts: one a line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
+        "texts": "A file of texts: one per line; or .jsonl, .json, .csv, .tsv or .parquet; - reads standard input.",
     }
     source = typer.Option(help=helps[recipe.takes], metavar="FILE", show_default=False)
     named = parameters_of(ColumnOptions) if recipe.takes == "pairs" else []

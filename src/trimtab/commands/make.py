@@ -23,7 +23,7 @@ from trimtab.commands.model import (
 )
 from trimtab.commands.pair_files import ColumnOptions, IgnoreOption, KeysOption, pairs_in
 from trimtab.commands.prompts import gather_prompts
-from trimtab.commands.terminal import note, progress_bar, show, write_json
+from trimtab.commands.terminal import note, progress_bar, shortened, show, write_json
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 NOTHING_HOLDS = 3
 WRITER_KEY, WRITTEN = "TRIMTAB_WRITER_KEY", 4096
-SHOWN = 2
+SHOWN, EXAMPLE = 2, 240
+"""So many answers are shown, of at most so many letters."""
 WANTED, HOW = "What is wanted", "How it is made"
 
 
@@ -290,20 +291,15 @@ def told(made: Made) -> list[str]:
     """What was made and what it is worth, as lines, with answers."""
     lines = [*made.verdict.lines(), f"chosen: {made.name}"]
     for one in made.examples[:SHOWN]:
-        lines += ["", f"> {_short(one.question)}", f"unsteered: {_short(one.unsteered)}"]
-        lines += [f"prompted:  {_short(one.prompted)}"] if one.prompted is not None else []
-        lines += [f"steered:   {_short(one.steered)}"]
+        lines += ["", f"> {shortened(one.question, EXAMPLE)}", f"unsteered: {shortened(one.unsteered, EXAMPLE)}"]
+        lines += [f"prompted:  {shortened(one.prompted, EXAMPLE)}"] if one.prompted is not None else []
+        lines += [f"steered:   {shortened(one.steered, EXAMPLE)}"]
     return lines
 
 
 def _next(made: Made, model: str | None, out: Path) -> str:
     asked = f"--model {model} " if model else ""
     return f"try: trimtab chat {asked}--steer {quote(str(out))}"
-
-
-def _short(text: str, limit: int = 240) -> str:
-    said = " ".join(text.split())
-    return said if len(said) <= limit else said[: limit - 1] + "…"
 
 
 def _document(model: str, made: Made, out: Path | None, digest: str | None, following: list[str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import typer
 from trimtab.errors import TrimtabError
 from trimtab.text.chat import Prompt
 from trimtab.text.columns import is_blank
+from trimtab.text.images import beside, read_image
 from trimtab.text.read import read_text
 from trimtab.text.tables import PARQUET, READERS, read_rows
 
@@ -52,6 +53,27 @@ def gather_prompts(texts: Sequence[str], source: str | None, column: str | None 
     return found
 
 
+def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: bool = False) -> list[Prompt]:
+    """The prompts, each about these images: they stand at the beginning of its last message of the user's.
+
+    Raises `TrimtabError` for a file that is no image, plain text, and messages without one of the user's.
+    """
+    if plain:
+        raise TrimtabError("--image needs the chat template, and --plain goes without it; leave one of them out")
+    for name in images:
+        read_image(Path(name), what=f"--image {name}")
+    found: list[Prompt] = []
+    for prompt in prompts:
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages: list[dict[str, Any]] = [dict(one) for one in given]
+        asking = [one for one in messages if one["role"] == "user"]
+        if not asking:
+            raise TrimtabError("--image belongs to a message of the user's, and a prompt has none")
+        asking[-1]["content"] = beside(images, asking[-1]["content"])
+        found.append(messages)
+    return found
+
+
 def _read(source: str, column: str | None) -> list[Prompt]:
     name = "standard input" if source == "-" else source
     kind = Path(source).suffix.lower()
@@ -68,7 +90,7 @@ def _read(source: str, column: str | None) -> list[Prompt]:
             rows = READERS[kind](Path(name), text)
     rows = list(rows)
     if not rows:
-        raise TrimtabError(f"{name} has no prompts in it; write one a line")
+        raise TrimtabError(f"{name} has no prompts in it; write one per line")
     if kind == ".json" and all(map(_is_message, (row for _, row in rows))):
         return [[row for _, row in rows]]
     return [_prompt(row, where, column) for where, row in rows]

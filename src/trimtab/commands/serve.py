@@ -22,13 +22,14 @@ from trimtab.commands.model import (
     TemplateOption,
     load_model,
 )
-from trimtab.commands.serve_vllm import check_options, hand_over, vllm_command, vllm_environment
+from trimtab.commands.serve_vllm import check_options, hand_over, rules_of, vllm_command, vllm_environment
 from trimtab.commands.terminal import note, show
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
     from trimtab.serve.library import Library
     from trimtab.serve.policy import Policy
+    from trimtab.serve.vllm.settings import DoorSettings
 
 LIMITS = "Limits"
 SAFETY = "Policy"
@@ -180,6 +181,10 @@ def serve(
     max_answers: Annotated[
         int, typer.Option(min=1, help="Maximum answers to one request.", rich_help_panel=LIMITS)
     ] = 16,
+    max_images: Annotated[
+        int,
+        typer.Option(min=0, help="Maximum images of a prompt, for image-text models.", rich_help_panel=LIMITS),
+    ] = 8,
     max_body: Annotated[int, typer.Option(min=1024, help="Maximum bytes of a request.", rich_help_panel=LIMITS)] = 1
     << 20,
     max_upload: Annotated[
@@ -254,26 +259,33 @@ def serve(
     Every option can also be set in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or in
     a TOML file (--config), as max-tokens = 256.
 
-    With --engine vllm this starts vLLM's server, which accepts "steering" as well, but
-    has its own options and no policy:
+    With --engine vllm this starts vLLM's server, which accepts "steering" as well and
+    follows the same policy and audit log, but has its own options:
 
     [bold]  trimtab serve --engine vllm --steerings steerings/ -- --tensor-parallel-size 2[/bold]
     """
     if engine == "vllm":
         check_options(context)
-        _serve_vllm(context, steerings, host, port, insecure, rows, model, dtype, revision, vllm or [])
+        check_installed()
+        _check_audit(audit, audit_prompts, audit_sync)
+        from trimtab.serve.run import is_loopback
+        from trimtab.serve.vllm.settings import DoorSettings
+
+        files = [None if one is None else str(one) for one in (policy, audit, access_log)]
+        door = DoorSettings(
+            files[0], max_dose, files[1], audit_prompts, audit_sync, files[2], max_body, max_held, is_loopback(host)
+        )
+        _serve_vllm(context, door, steerings, host, port, insecure, rows, model, dtype, revision, vllm or [])
     if engine != "transformers":
         raise TrimtabError(f"--engine {engine} can't serve; transformers and vllm can")
     if vllm:
         raise TrimtabError(f"{vllm[0]!r} is not understood; only --engine vllm takes more options")
     check_installed()
     page = playground and find_spec("gradio") is not None
-    from trimtab.serve.policy import check_names
+    from trimtab.serve.policy import check_names, policy_from
 
-    rules = _policy(policy, max_dose)
-    for given, name in ((audit_prompts, "--audit-prompts"), (audit_sync, "--audit-sync")):
-        if given and audit is None:
-            raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
+    rules = policy_from(policy, max_dose, os.environ.get(KEY))
+    _check_audit(audit, audit_prompts, audit_sync)
     _check_reach(host, rules, insecure)
     if prefix_shared and not prefix_cache:
         raise TrimtabError("--prefix-shared is about texts that are kept; give --prefix-cache TOKENS")
@@ -330,7 +342,15 @@ def serve(
         written,
         metrics,
         Limits(
-            max_body, max_upload, max_prompt_tokens, max_tokens, max_answers, timeout, max_held, max_rejecting_tokens
+            max_body,
+            max_upload,
+            max_prompt_tokens,
+            max_tokens,
+            max_answers,
+            timeout,
+            max_held,
+            max_rejecting_tokens,
+            max_images,
         ),
         upload,
         learn,
@@ -369,6 +389,7 @@ def serve(
 
 def _serve_vllm(
     context: typer.Context,
+    door: DoorSettings,
     steerings: Path | None,
     host: str,
     port: int,
@@ -382,14 +403,18 @@ def _serve_vllm(
     from trimtab.engines.vllm.versions import check_version
 
     check_version()
-    from trimtab.serve.policy import Policy, with_key
-
-    key = os.environ.get(KEY)
-    _check_reach(host, Policy() if key is None else with_key(Policy(), key), insecure)
+    rules = rules_of(door, steerings, more)
+    _check_reach(host, rules, insecure)
     given = context.get_parameter_source("rows")
     wanted = rows if given is not None and given.name == "COMMANDLINE" else None
     command = vllm_command(model=model, host=host, port=port, rows=wanted, dtype=dtype, revision=revision, more=more)
-    hand_over(command, vllm_environment(os.environ, steerings, more), steerings)
+    hand_over(command, vllm_environment(os.environ, steerings, more, door, rules))
+
+
+def _check_audit(audit: Path | None, prompts: bool, sync: bool) -> None:
+    for given, name in ((prompts, "--audit-prompts"), (sync, "--audit-sync")):
+        if given and audit is None:
+            raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
 
 
 def check_installed() -> None:
@@ -397,19 +422,6 @@ def check_installed() -> None:
     for name in ("fastapi", "uvicorn", "prometheus_client"):
         if find_spec(name) is None:
             raise TrimtabError(f"serving needs {name}: pip install 'trimtab[serve]'")
-
-
-def _policy(path: Path | None, max_dose: float | None) -> Policy:
-    from dataclasses import replace
-
-    from trimtab.serve.policy import Policy, read_policy, with_key
-
-    rules = Policy() if path is None else read_policy(path)
-    if (secret := os.environ.get(KEY)) is not None:
-        rules = with_key(rules, secret)
-    if max_dose is not None:
-        rules = replace(rules, max_dose=max_dose if rules.max_dose is None else min(max_dose, rules.max_dose))
-    return rules
 
 
 def _check_reach(host: str, rules: Policy, insecure: bool) -> None:

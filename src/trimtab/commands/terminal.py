@@ -117,3 +117,9 @@ def warnings_as_lines() -> Iterator[None]:
         warnings.simplefilter("always")
         warnings.showwarning = line
         yield
+
+
+def shortened(text: str, most: int) -> str:
+    """A text on one line, cut to so many letters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"

@@ -2,55 +2,43 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from json import dumps
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from trimtab.commands.checkers import Check, checker_for
-from trimtab.commands.instructions import lesson_of
 from trimtab.commands.learn import parse_layers
 from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.pair_files import ColumnOptions
-from trimtab.commands.terminal import note, progress_bar, say, show, sigterm_interrupts, write_json
+from trimtab.commands.terminal import progress_bar, say, show, sigterm_interrupts, write_json
 from trimtab.commands.tune_advice import advice
+from trimtab.commands.tune_report import document, print_search, verdict
+from trimtab.commands.tune_task import (
+    check_behaviour,
+    check_of,
+    doubts_of,
+    held_pairs,
+    of_answers,
+    of_instruction,
+    of_letters,
+    of_prompts,
+)
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target
-from trimtab.text.pairs import Pair, as_prompt, as_texts, sides
 
 if TYPE_CHECKING:
-    from trimtab.lm import LM
     from trimtab.steering import Positions
-    from trimtab.text.chat import Prompt
-    from trimtab.tune import Guard, Tuned
-    from trimtab.tune.tune import Row
+    from trimtab.tune import Guard
 
 SEARCH, COST = "Search", "Cost"
-LEARN_SHARE = 0.5
 NOTHING = 3
 """The exit code where nothing is better than not steering."""
-REPEAT = "combination:repeat_prompt"  # each query has a check of its own
-SHOWN = 12
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learned from, and what is searched on: base queries, the prompts asked, and those with instruction."""
-
-    what: str
-    pairs: list[Pair]
-    queries: list[str]
-    asked: Sequence[Prompt]
-    instructed: Sequence[Prompt]
 
 
 @grouped
@@ -216,22 +204,22 @@ def tune(
     letters = bool(read) and read[0].shape == "letters"
     behaviour = letters or (bool(read) and read[0].shape == "answers")
     if behaviour:
-        _check_behaviour(read[0].shape, operation, with_instruction)
+        check_behaviour(read[0].shape, operation, with_instruction)
     if letters:
         if check or type_ or kwargs or budget_tokens:
             raise TrimtabError(
                 "pairs of letters are scored by the letters' probabilities, and nothing is generated;"
                 " leave out --check, --type, --kwargs and --budget-tokens"
             )
-        task = _letters_task(read, limit, seed, str(pairs))
+        task = of_letters(read, limit, seed, str(pairs))
         checker: Check | None = None
     else:
         task = (
-            _shipped(instruction, with_instruction, limit)
+            of_instruction(instruction, with_instruction, limit)
             if instruction is not None
-            else _answers(read, limit, seed, str(pairs))
+            else of_answers(read, limit, seed, str(pairs))
             if behaviour
-            else _own(read, with_instruction, limit, seed, str(pairs))
+            else of_prompts(read, with_instruction, limit, seed, str(pairs))
         )
         if instruction is not None and check is None and type_ is None and kwargs is None:
             check, type_, kwargs = check_of(instruction)
@@ -258,12 +246,12 @@ def tune(
         if lines:
             say(f"learned from {len(task.pairs)} pairs at {len(tried)} blocks")
         candidates = grid(learned, chosen_strengths, rules)
-        doubts = _doubts(task, len(candidates), seed, 1 if letters else max_new_tokens, budget_tokens)
+        doubts = doubts_of(task, len(candidates), seed, 1 if letters else max_new_tokens, budget_tokens)
         for doubt in [] if json else doubts:
             say(f"warning: {doubt}")
         with progress_bar(f"{len(candidates)} candidates", quiet=json) as progress:
             if letters:
-                held = _held_pairs(read, task)
+                held = held_pairs(read, task)
                 found = tune_letters(lm, candidates, held, progress=progress, **common)
             else:
                 assert checker is not None
@@ -287,118 +275,18 @@ def tune(
             from trimtab.report.search import plot_search
 
             what = f"{task.what} on {lm.name}"
-            plot_search(found.table, figure, what, chosen=found.setting, verdict=_verdict(found))
+            plot_search(found.table, figure, what, chosen=found.setting, verdict=verdict(found))
     advised: tuple[str, ...] = ()
     if digest is None:
         instructed = with_instruction and not behaviour
         advised = advice(found, blocks=lm.layout.layers, instruction=instruction, instructed=instructed)
     if json:
-        write_json({**_document(lm, task, found, out, digest, figure), "warnings": doubts, "advice": list(advised)})
+        write_json({**document(lm, task, found, out, digest, figure), "warnings": doubts, "advice": list(advised)})
     else:
-        _print(lm, task, found, loader.named, out, figure)
+        print_search(lm, task, found, loader.named, out, figure)
         show(*(f"try next: {line}" for line in advised))
     if digest is None:
         raise typer.Exit(130 if found.interrupted else NOTHING)
-
-
-# ---- what is searched on ---------------------------------------------------------------------------------------
-
-
-def _shipped(instruction: str, with_it: bool, limit: int | None) -> Task:
-    """The package's queries: `learn` to learn from, `tune` to search and confirm on."""
-    from trimtab.data import prompts, queries
-
-    sentence = instruction.strip()
-    lesson = lesson_of(sentence, queries("learn"))
-    base = list(queries("tune")[:limit])
-    instructed = prompts(base, [sentence])
-    return Task(f'"{sentence}"', list(lesson.pairs), base, instructed if with_it else base, instructed)
-
-
-def _own(read: list[Pair], with_it: bool, limit: int | None, seed: int, source: str) -> Task:
-    """A file's pairs, split by the prompt without the instruction: some to learn from, the others to search on."""
-    from trimtab.tune.split import split_by_query
-
-    if read[0].shape not in ("prompts", "texts"):
-        raise TrimtabError(
-            f"{source} holds pairs of {read[0].shape}; tune takes pairs of prompts with and without an instruction,"
-            " pairs of answers, or multiple-choice pairs"
-        )
-    texts = [as_texts(pair, "tune") for pair in read]
-    split = split_by_query([base for _, _, base in texts], held_out=1 - LEARN_SHARE, seed=seed)
-    rest = [texts[i] for i in split.held_out][:limit]
-    instructed, base = [with_ for _, with_, _ in rest], [without for _, _, without in rest]
-    return Task(source, [read[i] for i in split.search], base, instructed if with_it else base, instructed)
-
-
-def _answers(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
-    """Pairs of answers: some to learn from; to the prompts of the others, the model's own answers are checked."""
-    from trimtab.tune.split import split_by_query
-
-    prompts = [sides(pair)[0].prompt for pair in read]
-    if not all(prompts):
-        raise TrimtabError(f"{source} has answers without a prompt, and tune asks the prompts; give each pair one")
-    queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
-    split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
-    rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
-    asked = [as_prompt(prompts[i]) for i in rest]
-    return Task(source, [read[i] for i in split.search], [queries[i] for i in rest], asked, asked)
-
-
-def _check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
-    """Raises `TrimtabError` for options that mean nothing where two answers are learned from."""
-    if operation == "project":
-        raise TrimtabError(f"--operation project is for pairs of prompts; what pairs of {shape} give is added")
-    if not with_instruction:
-        raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
-
-
-def _doubts(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
-    """Why the search can't end in a verdict, whatever it finds."""
-    from trimtab.tune.enough import too_few, too_poor
-    from trimtab.tune.halving import ladder
-    from trimtab.tune.split import split_by_query
-    from trimtab.tune.tune import HELD_OUT
-
-    split = split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
-    held, rungs = len(split.held_out), ladder(candidates, len(split.search))
-    return [why for why in (too_few(held), too_poor(candidates, rungs, held, tokens_each, budget)) if why is not None]
-
-
-def _letters_task(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
-    from trimtab.tune.letters import check_one_question
-    from trimtab.tune.split import split_by_query
-
-    check_one_question(read)
-    asked = [str(pair.prompt) for pair in read]
-    split = split_by_query(asked, held_out=1 - LEARN_SHARE, seed=seed)
-    asked = [asked[i] for i in split.held_out][:limit]
-    return Task(source, [read[i] for i in split.search], asked, asked, asked)
-
-
-def _held_pairs(read: list[Pair], task: Task) -> list[Pair]:
-    asked = set(task.queries)
-    return [pair for pair in read if pair.prompt in asked]
-
-
-def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
-    """The check of an instruction that the package knows, to save naming it: a name, or a type and kwargs."""
-    from trimtab.data import instructions, recognise
-    from trimtab.evaluate.constraints import CONSTRAINTS
-
-    phrasings = {
-        text.lower(): name
-        for name, one in instructions().items()
-        if name in CONSTRAINTS
-        for text in (*one.learn, *one.test)
-    }
-    close = difflib.get_close_matches(instruction.strip().lower(), phrasings, n=1, cutoff=0.9)
-    if close:
-        return phrasings[close[0]], None, None
-    found = recognise(instruction)
-    if found is None or found.type.name == REPEAT:
-        return None, None, None
-    return None, found.type.name, dumps(found.type.arguments(found.values))
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -437,105 +325,3 @@ def _guard(given: Sequence[str]) -> Guard:
         return Guard(**limits)
     except ValueError as error:
         raise TrimtabError(f"--guard: {error}") from None
-
-
-# ---- what is told ----------------------------------------------------------------------------------------------
-
-
-def _print(lm: LM, task: Task, found: Tuned, named: str, out: Path, figure: Path | None) -> None:
-    head = (
-        f"{task.what} on {lm.name}: learned from {len(task.pairs)} pairs, searched on {len(found.split.search)}"
-        f" prompts, confirmed on {len(found.split.held_out)} others"
-    )
-    show(head, _table(found), *_beyond(found))
-    if found.interrupted:
-        show("interrupted: this is the best so far")
-    elif found.exhausted:
-        show("the budget is spent: this is the best so far")
-    if found.held_out is not None:
-        difference = found.held_out.difference
-        show(
-            f"held out: {found.held_out.steered:.2f} steered, {found.held_out.unsteered:.2f} unsteered, difference"
-            f" {difference.estimate:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
-        )
-    show(_verdict(found))
-    if found.setting is None:
-        show("nothing is written")
-    else:
-        show(f"saved {out}")
-        note(f'try: trimtab generate {named}--steer {out} --prompt "…" --compare', quiet=False)
-    if figure is not None:
-        show(f"figure {figure}")
-
-
-def _verdict(found: Tuned) -> str:
-    return f"don't steer: {found.reason}" if found.setting is None else f"steer: {found.setting}: {found.reason}"
-
-
-def _table(found: Tuned) -> Table:
-    """The candidates that came furthest, the best first, below not steering."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))  # as narrow as it gets: 80 columns hold it
-    for name in ("", "block", "strength", "n", "score", "gain", "dose", "ppl", ""):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    table.header_style = "dim"
-    base, rest = found.table[:1], list(found.table[1:])
-    rest.sort(key=lambda row: (-row.items, bool(row.broken), -row.score, row.dose))
-    for row in [*base, *rest[:SHOWN]]:
-        table.add_row(*_cells(row, found), style="bold" if _is_chosen(row, found) else None)
-    return table
-
-
-def _cells(row: Row, found: Tuned) -> list[str]:
-    one = row.setting
-    perplexity = "" if row.perplexity is None else f"{row.perplexity:.3g}"
-    if one is None:
-        return ["don't steer", "", "", str(row.items), f"{row.score:.2f}", "", "", perplexity, ""]
-    return [
-        f"{one.operation} {one.positions}",
-        str(one.layer),
-        f"{one.strength:g}",
-        str(row.items),
-        f"{row.score:.2f}",
-        f"{row.score - row.unsteered:+.2f}",
-        f"{row.dose:.2f}",
-        perplexity,
-        "chosen" if _is_chosen(row, found) else "✗ guard" if row.broken else "",
-    ]
-
-
-def _beyond(found: Tuned) -> list[str]:
-    """What the table leaves out: how many rows, and which of the guard's limits were broken."""
-    hidden = len(found.table) - 1 - SHOWN
-    limits = Counter(reason.split(":")[0] for row in found.table for reason in row.broken)
-    broken = sum(bool(row.broken) for row in found.table)
-    lines = [f"… and {hidden} more, eliminated on fewer prompts or worse"] if hidden > 0 else []
-    if broken:
-        named = ", ".join(f"{limit} ({count})" for limit, count in limits.most_common())
-        lines.append(f"the guard forbade {broken} of {len(found.table) - 1}: {named}")
-    return lines
-
-
-def _is_chosen(row: Row, found: Tuned) -> bool:
-    return row.setting is not None and row.setting == found.setting
-
-
-def _document(lm: LM, task: Task, found: Tuned, out: Path, digest: str | None, figure: Path | None) -> dict[str, Any]:
-    return {
-        "model": lm.name,
-        "task": task.what,
-        "pairs": len(task.pairs),
-        "steer": found.setting is not None,
-        "setting": None if found.setting is None else asdict(found.setting),
-        "reason": found.reason,
-        "file": None if digest is None else str(out),
-        "digest": digest,
-        "figure": None if figure is None else str(figure),
-        "held_out": None if found.held_out is None else asdict(found.held_out),
-        "interrupted": found.interrupted,
-        "exhausted": found.exhausted,
-        "searched_on": len(found.split.search),
-        "confirmed_on": len(found.split.held_out),
-        "answers": found.answers,
-        "tokens": found.tokens,
-        "table": [asdict(row) for row in found.table],
-    }

@@ -28,13 +28,14 @@ STRENGTH_RUNGS = 5
 @class_keywords
 @dataclass(frozen=True)
 class Rejection:
-    """How a steering is weakened or rejected where its token is implausible.
+    """Settings for weakening or rejecting a steering where its token is implausible.
 
-    `beta` is the least share of the best raw token's probability that an accepted token has: 0 accepts everything,
-    1 nothing but ties. `ladder="halve"` keeps the first half of the layers at each rung, in the order of `ranking`
-    (`"paper"`, `"repo"`: as the released code computes it, or a tuple of layers, best first), down to `min_layers`
-    (2: the released code; 1: the paper's text); `"strength"` keeps all layers and halves the strength, in five rungs.
-    `schedule` says how rungs are computed, for the same tokens: `"auto"` is `"optimistic"` on CPUs, else `"fused"`.
+    `beta` is the minimum probability of an accepted token, as a share of that of the unsteered model's best token: 0
+    accepts everything, 1 nothing but ties. `ladder="halve"` keeps the first half of the layers for each weaker
+    candidate, in the order of `ranking` (`"paper"`, `"repo"`: as the released code computes it, or a tuple of layers,
+    best first), down to `min_layers` (2: the released code; 1: the paper's text); `"strength"` keeps all layers and
+    halves the strength, for five candidates. `schedule` sets how candidates are computed; the tokens are the same
+    except for near-ties: `"auto"` is `"optimistic"` on CPUs, otherwise `"fused"`.
     """
 
     beta: float = 0.5

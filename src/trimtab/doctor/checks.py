@@ -64,8 +64,8 @@ class Checks:
         count = len(self.running)
         self.low, self.middle = self.running[min(1, count - 1)], self.running[min(2, count - 1)]
         self.last: int = self.running[-1]
-        self.tolerance = TOLERANCE.get(lm.model.dtype, COARSE)
-        self.exact = EXACT.get(lm.model.dtype, COARSE_EXACT)
+        self.tolerance: float = TOLERANCE.get(lm.model.dtype, COARSE)
+        self.exact: float = EXACT.get(lm.model.dtype, COARSE_EXACT)
         self.near_ties = lm.model.dtype not in TOLERANCE
         self.allow_for(rounding_of(lm, self.ids))
         self.ends: set[int] = _end_ids(lm.model, {})
@@ -74,7 +74,7 @@ class Checks:
         """No more can be asked of steering than passes of other shapes have in common, unsteered."""
         self.near_ties |= NOISE * rounding.logprobs > self.tolerance
         self.tolerance = max(self.tolerance, min(COARSE, NOISE * rounding.logprobs))
-        self.exact: float = max(self.exact, ROUNDINGS * rounding.activations)
+        self.exact = max(self.exact, ROUNDINGS * rounding.activations)
 
     def of_one_length(self) -> Checks:
         """The same checks over prompts that need no pads."""
@@ -217,7 +217,7 @@ class Checks:
 
         By how much that differs is what parts in float32 cost a model in float64: no more can be asked of steering.
         """
-        self.tolerance: float = max(self.tolerance, NOISE * self.theirs([0, 0]))
+        self.tolerance = max(self.tolerance, NOISE * self.theirs([0, 0]))
 
     def padding(self) -> None:
         """Prompts of different lengths answer as they do alone, unsteered."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import attention_modules, configurations
@@ -66,29 +67,35 @@ def hook(lm: LM, site: Site, change: Change) -> Any:
     return where.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-class _Logits:
-    """A change of a router's logits, until it is removed: of what is multiplied by its weight while it runs."""
+class _Logits(TorchFunctionMode):
+    """A change of a router's logits, until it is removed: of what is multiplied by its weight while it runs.
+
+    It is seen in the router's own thread alone, so that no other's products are touched.
+    """
 
     def __init__(self, where: Place, apply: Change) -> None:
+        super().__init__()
         self.weight: Any = where.module.weight
-        self.apply, self.linear = apply, torch.nn.functional.linear
-        enter = where.module.register_forward_pre_hook(self.enter)
-        self.handles = [enter, where.module.register_forward_hook(self.leave)]
+        self.apply = apply
+        self.handles = [
+            where.module.register_forward_pre_hook(self.enter),
+            where.module.register_forward_hook(self.leave, always_call=True),
+        ]
 
     def enter(self, *_: Any) -> None:
-        torch.nn.functional.linear = self.product  # type: ignore[assignment]
+        self.__enter__()
 
     def leave(self, *_: Any) -> None:
-        torch.nn.functional.linear = self.linear
+        self.__exit__(None, None, None)
 
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found = self.linear(x, weight, bias)
-        return self.apply(found) if weight.shape == self.weight.shape else found
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        product = func is torch.nn.functional.linear
+        return self.apply(found) if product and args[1].shape == self.weight.shape else found
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.leave()
 
 
 def change_rows(change: Change) -> Change:
@@ -158,7 +165,11 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
                 hidden, torch.finfo(query.dtype).min
             )
             attention_mask = attention_mask[None, None]
-        output, weights = eager(module, query, key, value, attention_mask, **more)
+        try:
+            output, weights = eager(module, query, key, value, attention_mask, **more)
+        except RuntimeError:  # that of some models doesn't repeat keys for groups of queries, as sdpa does
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+            output, weights = eager(module, query, key, value, attention_mask, **more)
         layer = running[-1] if running else None
         if layer is None or modules[layer] is not module or layer not in factors:
             return output, weights

@@ -80,9 +80,20 @@ STRUCTURE: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"text_config": _sections(2, 3, 3, partial_rotary_factor=1.0)},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0, "qk_head_dim": 8}},
     "hunyuan_vl": {"text_config": _sections(2, 2, 2, 2)},
+    "hy_v4_vl": {"text_config": _sections(1, 1, 2)},
     "inkling2": {"vision_config": {"text_hidden_size": 64}},
+    "inkling2_loop": {
+        "text_config": {"n_layers_per_attn_res_block": 1, "loop_layer_index_start": 1, "loop_layer_index_end": 3},
+        "vision_config": {"text_hidden_size": 64},
+    },
+    "molmo2": {"vision_config": {"image_size": [16, 16]}, "adapter_config": {"vision_feature_layer": [1, 0]}},
     "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
     "paddleocr_vl": {"text_config": _sections(2, 3, 3)},
+    "qwen2_5_omni_thinker": {
+        "text_config": _sections(2, 3, 3),
+        "vision_start_token_id": 140,
+        "vision_end_token_id": 141,
+    },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 140, "vision_end_token_id": 141},
     "qwen4_exp": {"text_config": INDEXER},
 }
@@ -108,7 +119,7 @@ STRUCTURE |= dict.fromkeys(
 )
 STRUCTURE |= {
     name: {"text_config": _sections(2, 3, 3)}
-    for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker")
+    for name in ("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_vl", "qwen2_5_vl")
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -200,3 +200,4 @@ def _try(model: Any) -> None:
     )
     if not all(math.isfinite(float(one.abs().max())) for one in found.logits):
         raise ValueError("its logits aren't finite")
+    model(input_ids=ids[1:], attention_mask=mask[1:])

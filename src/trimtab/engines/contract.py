@@ -30,6 +30,7 @@ FEATURES = {
     "logits": "probabilities of all tokens",
     "doses": "doses",
     "grammar": "answers by a JSON schema",
+    "images": "images in prompts",
 }
 """What not every engine can do, and what it is called in errors."""
 

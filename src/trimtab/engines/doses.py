@@ -1,4 +1,4 @@
-"""A warning where a steering pushed so hard that the text is likely to fall apart."""
+"""A warning where a steering pushed so hard that the text is likely to break."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trimtab.keywords import outside
 from trimtab.steering import Steering
 
 DOSE_WARNING = 0.3
-"""Above this overall dose (`Applied.overall`), text steered along a learned difference is likely to fall apart."""
+"""Above this overall dose (`Applied.overall`), text steered along a learned difference is likely to break."""
 
 TRAINED_DOSE_WARNING = 2.0
 """The same for steerings that were trained on the model's own text, which stays whole under much harder pushes."""

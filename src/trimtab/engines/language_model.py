@@ -26,6 +26,7 @@ from trimtab.engines.contract import (
     check_texts,
 )
 from trimtab.engines.doses import warn_of_doses
+from trimtab.engines.images import PromptImages
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import check_prompt
 from trimtab.engines.streaming import Stream, Tell, TokenTeller, one_request
@@ -33,7 +34,8 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import method_keywords
 from trimtab.steering import ModelId, Positions, ScaleScores, ScoreOperation, Site, Steering, emphasis
 from trimtab.steering.monitors import Monitor, check_monitors
-from trimtab.text.chat import Prompt, Template, encode
+from trimtab.text.chat import Message, Prompt, Template, encode
+from trimtab.text.images import BOUNDS, Bounds, has_images
 from trimtab.text.spans import Emphasis, find_spans
 from trimtab.text.templates import check_no_keywords
 
@@ -45,7 +47,7 @@ LAST = Positions.last_prompt_token()
 LEARNED = ", and what it has learned runs on this one wherever it can be honoured"
 
 
-@method_keywords("encode", "spans", "next_logprobs", "project", "capture", "read")
+@method_keywords("encode", "encode_with_images", "spans", "next_logprobs", "project", "capture", "read")
 class LanguageModel(ABC):
     """A model that can be steered and read: `LM`, `VllmLM` and `LlamaCpp` are its engines.
 
@@ -69,12 +71,12 @@ class LanguageModel(ABC):
     @property
     @abstractmethod
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card."""
 
     @property
     @abstractmethod
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
 
     @abstractmethod
     def check(self, steering: Steering, *, transfer: bool = False) -> None:
@@ -166,6 +168,36 @@ class LanguageModel(ABC):
         """The token ids of a prompt (a string or messages), rendered and ending where the answer begins or goes on."""
         return encode(self.tokenizer, prompt, system=system, chat=chat, template=template)
 
+    def encode_with_images(
+        self,
+        prompt: Prompt,
+        *,
+        system: str | None = None,
+        chat: bool | None = None,
+        template: Template | None = None,
+        bounds: Bounds = BOUNDS,
+    ) -> tuple[list[int], PromptImages | None]:
+        """The token ids of a prompt, as `encode` has them, and its images, whose places these ids hold.
+
+        An image is a part of a message's content: `{"type": "image", "image": …}` with one of Pillow's, a path, the
+        bytes of a file or a `data:` URL, or OpenAI's `{"type": "image_url", "image_url": {"url": "data:…"}}`. `bounds`
+        are how many are taken, and how large.
+
+        Raises `TrimtabError` for an image that can't be read, `UnsupportedError` where the engine or model takes none.
+        """
+        if not has_images(prompt):
+            return self.encode(prompt, system=system, chat=chat, template=template), None
+        self.require("images")
+        if isinstance(prompt, str) or chat is False:
+            raise TrimtabError("chat=False with a list of messages: give plain text")
+        return self._encode_images(prompt, system, template, bounds)
+
+    def _encode_images(
+        self, prompt: Sequence[Message], system: str | None, template: Template | None, bounds: Bounds
+    ) -> tuple[list[int], PromptImages]:
+        """`encode_with_images`, of messages that have some."""
+        raise UnsupportedError(f"the {self.engine} engine takes no images")
+
     def spans(
         self,
         prompt: Prompt,
@@ -176,7 +208,15 @@ class LanguageModel(ABC):
         template: Template | None = None,
     ) -> tuple[tuple[int, int], ...]:
         """The token positions `(start, stop)` of phrases in the rendered prompt; raises as `find_spans` does."""
-        return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
+        if not has_images(prompt):
+            return find_spans(self.tokenizer, prompt, emphasize, system=system, chat=chat, template=template)
+        return self._spans_beside_images(prompt, emphasize, system, template)
+
+    def _spans_beside_images(
+        self, prompt: Any, emphasize: Any, system: str | None, template: Template | None
+    ) -> tuple[tuple[int, int], ...]:
+        """`spans`, of messages that have images."""
+        raise UnsupportedError(f"the {self.engine} engine takes no images")
 
     def generate(
         self,
@@ -203,7 +243,7 @@ class LanguageModel(ABC):
 
         Args:
             prompts: A string, a list of chat messages, or a list of either. A last message of the assistant's is
-                continued.
+                continued. To image-text models messages may have images; see `encode_with_images`.
             steering: One for all prompts, or a list with one for each (`None`: none). On the vLLM engine also the name
                 of a registered one.
             max_new_tokens: Tokens of an answer at most.
@@ -250,7 +290,7 @@ class LanguageModel(ABC):
         marked = marks_for(emphasize, len(many))
         for i, marks in enumerate(marked):
             if marks is not None:
-                spans = find_spans(self.tokenizer, many[i], marks, system=system, chat=chat, template=template)
+                spans = self.spans(many[i], marks, system=system, chat=chat, template=template)
                 towards = emphasis(ScaleScores(), spans, self._emphasised(), "directer")
                 steerings[i] = towards if steerings[i] is None else steerings[i] + towards
         rejections = rejections_for(rejection, marked)
@@ -259,8 +299,9 @@ class LanguageModel(ABC):
         grammars = grammars_for(json_schema, len(many))
         for one in {one for one in (*steerings, *(each.steering for each in watching)) if one is not None}:
             self.check(one, transfer=transfer)
-        ids = [self.encode(prompt, system=system, chat=chat, template=template) for prompt in many]
-        requests = [Request(*each) for each in zip(ids, steerings, rejections, grammars, strict=True)]
+        seen = [self.encode_with_images(prompt, system=system, chat=chat, template=template) for prompt in many]
+        ids, images = [one for one, _ in seen], [one for _, one in seen]
+        requests = [Request(*each) for each in zip(ids, steerings, rejections, grammars, images, strict=True)]
         decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache, watching)
         decoding = self.admit(requests, decoding)
         check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
@@ -468,13 +509,13 @@ class LanguageModel(ABC):
             self.check(steering, transfer=transfer)
         texts = []
         for i, prompt in enumerate(as_list(prompts)):
-            ids = self.encode(prompt, system=system, chat=chat, template=template)
+            ids, images = self.encode_with_images(prompt, system=system, chat=chat, template=template)
             check_length(self.layout, len(ids), f"prompt {i + 1}")
             where = positions.in_prompt(len(ids))
             if not where:
                 raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
             check_prompt(steering, len(ids))
-            texts.append(Text(ids, where))
+            texts.append(Text(ids, where, images))
         found: dict[int, dict[Site, Tensor]] = {}
         for batch in self.read([[text] for text in texts], wanted, steering=steering):
             for n, i in enumerate(batch.groups):

@@ -11,18 +11,20 @@ from torch import Tensor
 from trimtab.decoding.grammar import Grammar
 from trimtab.decoding.rejection import Rejection
 from trimtab.engines.answer import Applied
+from trimtab.engines.images import PromptImages
 from trimtab.steering import Site, Steering
 from trimtab.steering.monitors import Monitor
 
 
 @dataclass(frozen=True)
 class Request:
-    """A rendered prompt that is to be answered, under its own steering, rejection and grammar."""
+    """A rendered prompt that is to be answered, under its own steering, rejection and grammar; `images` are its own."""
 
     ids: list[int]
     steering: Steering | None = None
     rejection: Rejection | None = None
     grammar: Grammar | None = None
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,14 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Text:
-    """Token ids, and the positions at which to read (each at least 0 and below the number of ids)."""
+    """Token ids, and the positions at which to read (each at least 0 and below the number of ids).
+
+    `images` are those whose places the ids hold.
+    """
 
     ids: Sequence[int]
     positions: Sequence[int]
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True)

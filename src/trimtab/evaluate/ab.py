@@ -19,7 +19,7 @@ from trimtab.engines.contract import check_choices
 from trimtab.engines.request import Choice, NextToken
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.answers import check_names, run
-from trimtab.evaluate.records import Record, Request
+from trimtab.evaluate.records import ArmPrompt, Record
 from trimtab.steering import Steering
 from trimtab.text.letters import ask_prompt, letter_of, question_prompt
 from trimtab.text.pairs import SYSTEMS
@@ -184,14 +184,14 @@ def _swapped(item: ABItem) -> ABItem:
 
 def requests_of(
     lm: LM, items: Sequence[ABItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
-) -> list[Request]:
+) -> list[ArmPrompt]:
     """Every item in every arm. `systems[arm]` is the system message that an arm has.
 
     Raises `TrimtabError` for a system message that the model has no template for.
     """
     systems = systems or {}
     return [
-        Request(
+        ArmPrompt(
             arm, item.item, question_prompt(lm.tokenizer, item.question, systems.get(arm)), steering, group=item.group
         )
         for item in items
@@ -201,7 +201,7 @@ def requests_of(
 
 def score_ab(
     lm: LM,
-    requests: Sequence[Request],
+    requests: Sequence[ArmPrompt],
     items: Sequence[ABItem],
     *,
     out: str | Path | None = None,
@@ -236,7 +236,7 @@ def score_ab(
     check_choices(lm.layout, list(known.values()))
     batches = _batches(requests, choices, batch_size)
 
-    def make(_number: int, batch: Sequence[Request], digests: Mapping[int, str]) -> list[Record]:
+    def make(_number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
         found = lm.next_logprobs(
             [choices[r.arm, r.item] for r in batch],
             [r.steering for r in batch],
@@ -258,17 +258,19 @@ def share(matching: float, other: float) -> float:
     return 1.0 / (1.0 + math.exp(other - matching))
 
 
-def _choice(lm: LM, request: Request, item: ABItem) -> Choice:
+def _choice(lm: LM, request: ArmPrompt, item: ABItem) -> Choice:
     asked = ask_prompt(lm.tokenizer, request.prompt, (item.matching, item.other))
     return Choice(asked.ids, len(asked.prompt), (asked.letters[item.matching], asked.letters[item.other]))
 
 
-def _batches(requests: Sequence[Request], choices: Mapping[tuple[str, str], Choice], size: int) -> list[list[Request]]:
+def _batches(
+    requests: Sequence[ArmPrompt], choices: Mapping[tuple[str, str], Choice], size: int
+) -> list[list[ArmPrompt]]:
     """Longest text first, a text's rows next to each other and in one batch where they fit."""
-    texts: dict[tuple[int, ...], list[Request]] = {}
+    texts: dict[tuple[int, ...], list[ArmPrompt]] = {}
     for request in requests:
         texts.setdefault(tuple(choices[request.arm, request.item].ids), []).append(request)
-    batches: list[list[Request]] = []
+    batches: list[list[ArmPrompt]] = []
     for text in sorted(texts, key=lambda ids: (-len(ids), ids)):
         rows = texts[text]
         for start in range(0, len(rows), size):
@@ -279,7 +281,7 @@ def _batches(requests: Sequence[Request], choices: Mapping[tuple[str, str], Choi
     return batches
 
 
-def _record(request: Request, item: ABItem, found: NextToken, digests: Mapping[int, str]) -> Record:
+def _record(request: ArmPrompt, item: ABItem, found: NextToken, digests: Mapping[int, str]) -> Record:
     matching, other = found.logprobs
     q = share(matching, other)
     return Record(

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import TrimtabError
-from trimtab.evaluate.records import FORMAT, KEY, Record, Request, split_records
+from trimtab.evaluate.records import FORMAT, KEY, ArmPrompt, Record, split_records
 from trimtab.files.steering_file import steering_digest
 
 if TYPE_CHECKING:
     from trimtab.engines.language_model import LanguageModel as LM
     from trimtab.engines.transformers.generate import Generation
 
-Score = Callable[[Request, "Generation"], dict[str, float]]
-Make = Callable[[int, Sequence[Request], Mapping[int, str]], list[Record]]
+Score = Callable[[ArmPrompt, "Generation"], dict[str, float]]
+Make = Callable[[int, Sequence[ArmPrompt], Mapping[int, str]], list[Record]]
 
 
 def answer(
     lm: LM,
-    requests: Sequence[Request],
+    requests: Sequence[ArmPrompt],
     *,
     score: Score,
     max_new_tokens: int = 256,
@@ -60,7 +60,7 @@ def answer(
     batches = [[requests[i] for i in order[at : at + batch_size]] for at in range(0, len(order), batch_size)]
     settings = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed, **options}
 
-    def make(number: int, batch: Sequence[Request], digests: Mapping[int, str]) -> list[Record]:
+    def make(number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
         drawn = _batch_seed(seed, number) if options.get("do_sample") else None
         found = lm.generate(
             [request.prompt for request in batch],
@@ -94,8 +94,8 @@ def answer(
 
 def run(
     lm: LM,
-    requests: Sequence[Request],
-    batches: Sequence[Sequence[Request]],
+    requests: Sequence[ArmPrompt],
+    batches: Sequence[Sequence[ArmPrompt]],
     make: Make,
     *,
     settings: Mapping[str, Any],
@@ -130,7 +130,7 @@ def run(
     return records
 
 
-def check_names(requests: Sequence[Request]) -> None:
+def check_names(requests: Sequence[ArmPrompt]) -> None:
     """Raises `TrimtabError` for no requests, or two of the same arm and item."""
     if not requests:
         raise TrimtabError("there are no requests; give at least one")
@@ -142,7 +142,7 @@ def check_names(requests: Sequence[Request]) -> None:
 
 
 def _check(
-    lm: LM, requests: Sequence[Request], max_new_tokens: int, transfer: bool, options: Mapping[str, Any]
+    lm: LM, requests: Sequence[ArmPrompt], max_new_tokens: int, transfer: bool, options: Mapping[str, Any]
 ) -> list[int]:
     """The lengths of the prompts in tokens. Raises `TrimtabError` for what would fail in a later batch."""
     from trimtab.engines.transformers.generate import check_request
@@ -171,7 +171,7 @@ def _batch_seed(seed: int, number: int) -> int:
 
 def _header(
     lm: LM,
-    requests: Sequence[Request],
+    requests: Sequence[ArmPrompt],
     digests: Mapping[int, str],
     settings: Mapping[str, Any],
     about: Mapping[str, Any] | None,
@@ -202,7 +202,7 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _resume(path: Path, header: bytes, batches: Sequence[Sequence[Request]]) -> list[Record]:
+def _resume(path: Path, header: bytes, batches: Sequence[Sequence[ArmPrompt]]) -> list[Record]:
     """The records of the whole batches in the file, which is left with just these; a new one has its header."""
     try:
         data = path.read_bytes() if path.exists() else b""

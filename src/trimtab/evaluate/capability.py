@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import category_of, spread
-from trimtab.evaluate.records import Record, Request, with_system
+from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
 from trimtab.text.read import read_text
 
@@ -75,21 +75,21 @@ def final_number(text: str) -> tuple[Decimal | None, bool]:
 
 def math_requests(
     items: Sequence[MathItem], arms: Mapping[str, Steering | None], systems: Mapping[str, str] | None = None
-) -> list[Request]:
+) -> list[ArmPrompt]:
     """Every problem in every arm, with what it is to end with. `systems[arm]` is an arm's system message."""
     systems = systems or {}
     return [
-        Request(arm, item.item, with_system(item.question + ASK, systems.get(arm)), steering)
+        ArmPrompt(arm, item.item, with_system(item.question + ASK, systems.get(arm)), steering)
         for item in items
         for arm, steering in arms.items()
     ]
 
 
-def math_scorer(items: Sequence[MathItem]) -> Callable[[Request, Generation], dict[str, float]]:
+def math_scorer(items: Sequence[MathItem]) -> Callable[[ArmPrompt, Generation], dict[str, float]]:
     """Scores `correct` (the number is the item's) and `marked` (it was put after `####`, as asked)."""
     answers = {item.item: item.answer for item in items}
 
-    def score(request: Request, generation: Generation) -> dict[str, float]:
+    def score(request: ArmPrompt, generation: Generation) -> dict[str, float]:
         found, marked = final_number(generation.text)
         return {"correct": float(found == answers[request.item]), "marked": float(marked)}
 

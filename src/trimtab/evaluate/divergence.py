@@ -45,7 +45,7 @@ class Divergence:
 
     @property
     def mean(self) -> float:
-        """Over all tokens, in nats a token."""
+        """Over all tokens, in nats per token."""
         return float(np.mean(self._all))
 
     @property
@@ -86,7 +86,7 @@ def reference(
 
     Args:
         lm: A model on the transformers engine.
-        prompts: What is asked.
+        prompts: The prompts.
         tokens: Of each answer, at most.
         system: A system message before each prompt.
         chat: Whether a string is the user's message or plain text; `None` asks the tokenizer.

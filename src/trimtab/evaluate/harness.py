@@ -26,6 +26,7 @@ from trimtab.engines.transformers import default_model
 from trimtab.engines.transformers.read import padded
 from trimtab.engines.transformers.scores import is_score_edit
 from trimtab.engines.transformers.session import Session
+from trimtab.engines.transformers.weights import best_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.pick import parse_pick
 from trimtab.files.steering_file import steering_digest
@@ -70,7 +71,7 @@ class SteeredHFLM(HFLM):
             raise TrimtabError("a steered run needs a batch size that is a number; give --batch_size 16")
         super().__init__(
             pretrained=str(default_model.default_folder()) if pretrained is None else pretrained,
-            device=device or _best_device(),
+            device=device or best_device(),
             batch_size=batch_size,
             **options,
         )
@@ -150,9 +151,3 @@ def _scored(logprobs: Tensor, continuation: Sequence[int]) -> tuple[float, bool]
     tokens = torch.tensor(list(continuation), device=logprobs.device)
     greedy = bool((logprobs.argmax(-1) == tokens).all())
     return float(logprobs.gather(-1, tokens[:, None]).sum()), greedy
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.punkt import ensure_punkt, has
-from trimtab.evaluate.records import Record, Request, with_system
+from trimtab.evaluate.records import ArmPrompt, Record, with_system
 from trimtab.steering import Steering
 from trimtab.text.read import read_text
 
@@ -322,7 +322,7 @@ def requests_of(
     systems: Mapping[str, str] | None = None,
     *,
     without_instruction: bool = False,
-) -> list[Request]:
+) -> list[ArmPrompt]:
     """Every item in every arm. `systems[arm]` is the system message that an arm has.
 
     Raises `TrimtabError` for an item without the bare prompt asked for.
@@ -336,7 +336,7 @@ def requests_of(
                 f"item {item.item} has no prompt_without_instruction; use a file of pairs, or leave the instruction in"
             )
         requests += [
-            Request(arm, item.item, with_system(prompt, systems.get(arm)), steering, item.key)
+            ArmPrompt(arm, item.item, with_system(prompt, systems.get(arm)), steering, item.key)
             for arm, steering in arms.items()
         ]
     return requests
@@ -349,7 +349,7 @@ def repeated(items: Sequence[IFEvalItem]) -> list[IFEvalItem]:
 
 def scorer(
     items: Sequence[IFEvalItem], *, detection: Detection = "required"
-) -> Callable[[Request, Generation], dict[str, float]]:
+) -> Callable[[ArmPrompt, Generation], dict[str, float]]:
     """The function that `answer` scores with: `Verdict.scores` of the request's item."""
     by_name = {item.item: item for item in items}
     return lambda request, answer: judge(by_name[request.item], answer.text, detection=detection).scores

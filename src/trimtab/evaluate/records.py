@@ -18,7 +18,7 @@ KEY = "trimtab_records"
 
 
 @dataclass(frozen=True)
-class Request:
+class ArmPrompt:
     """One prompt to be answered in one arm of an evaluation.
 
     `arm` names what is compared ("unsteered", "steered"), `item` the question, the same in every arm. Items that

@@ -63,7 +63,8 @@ def load_features(
     layer: int | None = None,
     positions: Positions | None = None,
 ) -> Steering:
-    """A steering by features of a sparse autoencoder that was trained on the residual stream.
+    """A steering from features of a sparse autoencoder that was trained on the residual
+    stream.
 
     Args:
         path: A folder as SAELens saves it (`cfg.json`, `sae_weights.safetensors`), or Gemma Scope's `params.npz`.

@@ -20,7 +20,8 @@ LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
 
 
 class FormatWarning(UserWarning):
-    """A file was read or written as well as its format can say it, which isn't all there is to say."""
+    """A file was read or written as faithfully as its format allows, but something is lost or
+    ambiguous."""
 
 
 @dataclass(frozen=True)

@@ -65,12 +65,13 @@ def push_to_hub(
     message: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Put a steering on the Hub as `user/name`, which is made where it isn't there yet; returns the commit's address.
+    """Upload a steering to the Hub as `user/name`, which is created if it doesn't exist; returns the commit's
+    address.
 
     Its page is made from the card: `base_model` is a Hub id (without it, the model's name where that is one), and
     `license` that of the data. `revision` names a branch; `token` is the Hub's, from its usual places unless given.
 
-    Raises `TrimtabError` for a bad name, for a steering that can't be saved, and for what the Hub refuses.
+    Raises `TrimtabError` for a bad name, for a steering that can't be saved, and if the Hub refuses it.
     """
     _check_name(repo)
     with tempfile.TemporaryDirectory() as folder:

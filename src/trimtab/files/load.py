@@ -59,25 +59,26 @@ def load(
 ) -> Steering:
     """Load a steering from a file (or a folder of `layer_<N>.pt` files), of trimtab's or another program's.
 
-    What kind of file it is is told by its content. What other programs' files hold acts at the output of the block that
-    they name, at every token unless `positions` says otherwise, with strength 1. What a file doesn't say is asked for,
-    never guessed.
+    The kind of file is recognised by its content. Vectors from other programs' files act at the output of the block
+    that they name, at every token unless `positions` is given, with strength 1. Anything that a file leaves open must
+    be given as an argument, and is never guessed.
 
     Args:
         path: The file or folder.
         source: Insists on one of `trimtab`, `gguf`, `json`, `torch`, `numpy`, `folder` and `safetensors`.
-        layer_offset: Is added to the file's layers. Some programs count differently: a warning says so, unless an
-            offset is given. Of a matrix `[rows, width]` it says that its rows are blocks: 0 where row 0 is the output
-            of block 0, -1 where it is the embeddings.
-        row: The row of a matrix that is meant, from 0, or the name of one of several tensors.
-        layer: At the output of which block a single vector acts, from 0; of a tensor with an axis of layers, which.
-        position: Of a tensor `[positions, layers, width]`, with `layer`, which position (refusal_direction's
+        layer_offset: Added to the file's layers. Some programs count differently, which causes a warning unless an
+            offset is given. For a matrix `[rows, width]` it means that its rows are blocks: 0 if row 0 is the output
+            of block 0, -1 if it is the embeddings.
+        row: The row of a matrix to use, from 0, or the name of one of several tensors.
+        layer: The block at whose output a single vector acts, from 0; for a tensor with an axis of layers, the layer
+            to use.
+        position: For a tensor `[positions, layers, width]`, with `layer`: the position to use (refusal_direction's
             `mean_diffs.pt`, whose layer N is the input of block N).
-        positions: At which tokens it acts.
+        positions: The tokens at which it acts.
 
     Raises:
-        TrimtabError: The file is damaged or of an unknown kind, or it can't be told what is in it or where that acts.
-            Nothing is ever run from a file.
+        TrimtabError: The file is damaged or of an unknown kind, or its contents or the place where they act can't be
+            determined. No code is ever run from a file.
     """
     if not isinstance(path, (str, PathLike)):
         raise TrimtabError(f"a steering is loaded from a path, got {type(path).__name__}")

@@ -79,7 +79,7 @@ def _measured_effects(steering: Steering) -> list[str]:
     sections = []
     if isinstance(card.divergence, Mapping):
         far = [(f"divergence, {name}", _number(card.divergence.get(name))) for name in ("mean", "p95")]
-        sections += ["## How far it goes\n", _table(("nats a token", ""), far)]
+        sections += ["## How far it goes\n", _table(("nats per token", ""), far)]
     audit = card.audit
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
         stale = (

@@ -42,7 +42,7 @@ LARGEST_HEADER = 100_000_000  # bytes, as in safetensors itself
 
 @keywords
 def save_steering(steering: Steering, path: str | Path) -> str:
-    """Write the file, whole or not at all, and return the digest of its content.
+    """Write the file, atomically, and return the digest of its content.
 
     Raises `TrimtabError` for a steering without edits, a folder that isn't there, or a card, gate or number that
     JSON can't hold.

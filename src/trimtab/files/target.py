@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and finding out beforehand whether it can be written."""
+"""Writing a file atomically, and finding out beforehand whether it can be written."""
 
 from __future__ import annotations
 

@@ -56,8 +56,8 @@ WHILE_IT_BEGINS, THROUGHOUT = Positions.opening(OPENING), Positions.from_last_pr
 LEAST = 8
 """Fewer answers than this are too few to learn from."""
 MARGIN = 0.05
-"""Where nothing checks the answers: how much likelier an answer is with the teacher's prompt than without, at least, in
-nats a token."""
+"""Where nothing checks the answers: how much likelier an answer is with the teacher's prompt than without, at least,
+in nats per token."""
 BATCH = 64
 
 
@@ -133,7 +133,7 @@ def own_answers(
         teacher: What is said.
         queries: What is asked, each different.
         check: Whether an answer does what it should; `None`: it does where it is more likely with what the teacher
-            says than without (by `MARGIN` nats a token).
+            says than without (by `MARGIN` nats per token).
         tokens: The maximum length of an answer, in tokens.
         progress: Called with the answers made and those that may be made.
 

@@ -172,9 +172,9 @@ def fit(
         held_out: Pairs that aren't learned from, and decide when to stop; default: one prompt in `HELD_OUT` of `pairs`.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns:
-        What was trained, and what a card says of it: the loss before and after, and the log-probability a token of
-        either side's answers before and after at strength 1, on the held-out pairs, or on all where there are none.
+    Returns: What was trained, and what a card says of it: the loss before and after, and the log-probability per
+        token of either side's answers before and after at strength 1, on the held-out pairs, or on all where there
+        are none.
 
     Warns:
         NoGainWarning: Nothing was better on the held-out pairs than what it began with.
@@ -287,7 +287,8 @@ def _mean(
 
 @torch.no_grad()
 def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[str, dict[str, float]]:
-    """The mean over pairs of the log-probability a token of either side's answers, before and after."""
+    """The mean over pairs of the log-probability per token of either side's answers, before and
+    after."""
     before, after = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
         some = [pairs[i] for i in numbers]

@@ -41,12 +41,12 @@ class Candidate:
 
     @property
     def likelihood(self) -> float:
-        """How likely it makes the wanted answers, in nats a token."""
+        """How likely it makes the wanted answers, in nats per token."""
         return _mean(self.effect.wanted)
 
     @property
     def lead(self) -> float:
-        """By how much more likely it makes them than the unwanted ones, in nats a token."""
+        """By how much more likely it makes them than the unwanted ones, in nats per token."""
         return _mean(self.effect.leads)
 
 

@@ -27,7 +27,8 @@ READ = (Positions.from_last_prompt_token(), Positions.all())
 
 @dataclass(frozen=True)
 class Effect:
-    """For each question, in nats a token: how likely the wanted answers are, and by how much more than the others."""
+    """For each question, in nats per token: how likely the wanted answers are, and by how much more than the
+    others."""
 
     wanted: Mapping[str, float]
     leads: Mapping[str, float]

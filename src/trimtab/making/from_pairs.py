@@ -59,8 +59,8 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
     Args:
         lm: The model.
         pairs: The pairs, all of one shape.
-        name: What it is called.
-        tokens: The most tokens of an answer that the model writes.
+        name: Its name.
+        tokens: The maximum length of an answer that the model writes, in tokens.
         trains: Whether a vector is trained, too.
 
     Raises:

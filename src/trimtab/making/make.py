@@ -77,24 +77,25 @@ def make(
     stage: Stage | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Made:
-    """Make a steering from an idea, and say what it is worth.
+    """Make a steering from an idea, with a verdict.
 
     Args:
         lm: The model; on the transformers engine.
         idea: A sentence, such as "be blunt, not flattering", or an `Idea`.
         tokens: The maximum length of an answer, in tokens.
-        distill: Whether to distill too, which holds more and takes longest.
+        distill: Whether to distill too, which captures more and takes longest.
         positions: Where it acts: from the last prompt token on, or at all tokens, as a control vector of llama.cpp does
             (then block 0 is left out, which llama.cpp can't steer).
         seed: Of the order of answers and of the random directions.
-        stage: Told what is being done, one of `STAGES`, at its beginning and as it goes on. What it raises ends it all.
-        say: Told in words how it stands.
+        stage: Called with the current stage, one of `STAGES`, at its beginning and as it progresses. An exception
+            from it aborts everything.
+        say: Called with messages about the progress.
 
     Returns:
         The steering at strength 1, its card with the verdict. Look at `verdict.holds` before you use it.
 
     Raises:
-        TrimtabError: The model's answers for and against the idea hardly differ, or it runs on another engine.
+        TrimtabError: The model's answers for and against the idea barely differ, or it runs on another engine.
     """
     check_lm(lm, "training")
     wanted = idea_from_sentence(idea) if isinstance(idea, str) else idea
@@ -115,23 +116,23 @@ def make_from_pairs(
     stage: Stage | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Made:
-    """Make a steering from pairs of one's own, and say what it is worth.
+    """Make a steering from your own pairs, with a verdict.
 
     About half of the prompts are learned from, the others test it. Pairs of prompts (with and without an instruction)
     are answered by the model. Where no prompt of a pair brings the wanted answer about (none has a system prompt of its
-    own, say), the effect can't be a share of one; it is told in nats a token, beside that of random directions.
+    own, say), the effect can't be a share of one; it is told in nats per token, beside that of random directions.
 
     Args:
         lm: The model; on the transformers engine.
         pairs: `Pair`s, or what `as_pairs` makes pairs of; `read_pairs` reads a file.
-        name: What it is called.
-        tokens: The most tokens of an answer that the model writes.
-        distill: Whether to train a vector too, which takes longest: distilled where a prompt brings the wanted answers
-            about, by preference (BiPO) where the answers are given alone. Bare texts have neither.
+        name: Its name.
+        tokens: The maximum length of an answer that the model writes, in tokens.
+        distill: Whether to train a vector too, which takes longest: distilled if a prompt produces the wanted
+            answers, by preference (BiPO) if only the answers are given. Bare texts have neither.
         positions: As `make` has it, and so are all the others.
         seed: Of the order of answers and of the random directions.
         stage: Told what is being done, of `STAGES` those that there are.
-        say: Told in words how it stands.
+        say: Called with messages about the progress.
 
     Raises:
         TrimtabError: Too few pairs with different prompts, pairs of different kinds, or whose sides have the same

@@ -42,7 +42,7 @@ class Material:
     """All that a steering is made from.
 
     Args:
-        name: What it is called.
+        name: Its name.
         source: Where it comes from, for the card.
         learn: Gives the answers to learn from. Told how far it is, where the model has to write them.
         test: Gives those for the verdict, to other questions.

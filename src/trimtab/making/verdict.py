@@ -19,13 +19,13 @@ MORE_LOOPS = 0.15
 class Verdict:
     """What was measured on questions that nothing was learned from or chosen by.
 
-    The effect is that on the lead, in nats a token, of the wanted answers over the unwanted ones. Where a system prompt
-    brings the wanted ones about, it is given as a share of that prompt's own effect, and costs are compared with the
-    prompt's answers. Data of one's own may have no such prompt; then it is given in nats a token, and costs are
-    compared with the unsteered answers.
+    The effect is that on the lead, in nats per token, of the wanted answers over the unwanted ones. Where a system
+    prompt brings the wanted ones about, it is given as a share of that prompt's own effect, and costs are compared
+    with the prompt's answers. Data of one's own may have no such prompt; then it is given in nats per token, and
+    costs are compared with the unsteered answers.
 
     Args:
-        effect: How much it does, as a share of the system prompt's effect, or in nats a token.
+        effect: How much it does, as a share of the system prompt's effect, or in nats per token.
         low, high: The 95 % interval of that (bootstrap over questions).
         random: The same for random directions of the same length.
         p: How often luck alone does as well: the largest of the exact paired tests, by question, against the unsteered
@@ -35,8 +35,8 @@ class Verdict:
         perplexity: The median of its answers under the unsteered model, over that of the answers it is compared with.
         signs: The share of answers with one of the idea's words: unsteered, under the system prompt, steered. Empty
             where the idea has no such words.
-        likelier: Without a system prompt: by how much likelier it makes the wanted answers themselves, in nats a token.
-            `None` with one.
+        likelier: Without a system prompt: by how much likelier it makes the wanted answers themselves, in nats per
+            token. `None` with one.
     """
 
     effect: float
@@ -121,7 +121,7 @@ class Verdict:
         if self.likelier is None:
             return f"{self.effect:.0%} of the system prompt's [{self.low:.0%}, {self.high:.0%}]"
         return (
-            f"the wanted answers gain {self.effect:.2f} nats a token on the others [{self.low:.2f}, {self.high:.2f}],"
+            f"the wanted answers gain {self.effect:.2f} nats per token on the others [{self.low:.2f}, {self.high:.2f}],"
             f" and are {abs(self.likelier):.2f} {'likelier' if self.likelier > 0 else 'unlikelier'} themselves"
         )
 

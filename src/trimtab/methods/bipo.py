@@ -59,18 +59,17 @@ def learn_bipo(
     Args:
         lm: The model; its weights don't change.
         pairs: Answers to prompts. Each side is read under its own system prompt and messages.
-        layers: Blocks to steer after, each with a vector of its own (default: one, at 0.47 of the depth).
+        layers: Blocks to steer after, each with its own vector (default: one, at 0.47 of the depth).
         beta: The scale of the log-ratios. A smaller one pushes on for longer where the preference is already strong.
-        steps: Steps of gradient descent, at most; it stops earlier when held-out pairs get no better.
+        steps: The maximum number of steps of gradient descent; it stops early when held-out pairs no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        max_dose: No vector gets longer than so many times the typical activation at its block.
-        held_out: Pairs that aren't learned from and decide when to stop; default: one prompt in eight of `pairs`.
+        max_dose: The maximum length of a vector, relative to the typical activation at its block.
+        held_out: Held-out pairs, which decide when to stop; default: one prompt in eight of `pairs`.
         seed: Of the order of the pairs, and of the signs under which they are learned.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns:
-        A steering of strength 1. Its card has the loss and both sides' log-probabilities a token, before and after. A
-        `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+    Returns: A steering of strength 1. Its card has the loss and both sides' log-probabilities per token, before and
+        after. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
 
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.

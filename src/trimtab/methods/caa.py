@@ -93,7 +93,7 @@ def learn_caa(
     The steering adds at `positions`, from the last prompt token on unless told otherwise. With `norm` raw, strength 1
     is the paper's multiplier 1.
 
-    Warns (`PairsWarning`) of letters out of balance and of pairs that don't agree. Raises `TrimtabError` for no
+    Warns (`PairsWarning`) about unbalanced letters and pairs that don't agree. Raises `TrimtabError` for no
     pairs, an unknown layer or norm, an answer that is no bracketed letter, an answer without the marker or with nothing
     after it, or pairs of prompts (they are for `learn_instruct`).
     """

@@ -52,8 +52,8 @@ def learn_cap(
 ) -> Steering:
     """Keep activations from falling below what they have of a direction where a model behaves as wanted.
 
-    Where a projection is at the cap or above, nothing is changed, to the bit. The first token is left out by default,
-    since in many models it is an attention sink with an outsized activation; the paper acts at every token.
+    Where a projection is at the cap or above, nothing is changed, bit for bit. The first token is left out by
+    default, since in many models it is an attention sink with an outsized activation; the paper acts at every token.
 
     Args:
         lm: The model.

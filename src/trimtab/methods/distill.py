@@ -90,7 +90,7 @@ def learn_distill(
         teacher: What the model is told. Or give `instruction` (a sentence, or several phrasings of one) or `system`.
         instruction: What stands behind each query.
         system: A system message.
-        queries: What is asked; default: the package's own, which say nothing of the form of an answer.
+        queries: The queries; default: the included ones, which don't mention the form of an answer.
         check: `check(query, answer, cut)`: whether an answer does what the teacher says, `cut` if the token limit
             stopped it. Without one, answers count that are clearly more likely with what the teacher says.
         fit: `"gradient"`, `"closed"`, or `"both"`: a descent that begins where the closed form ends.
@@ -101,15 +101,14 @@ def learn_distill(
         tokens: The maximum length of an answer, in tokens.
         with_prompt: The share of answers that are learned *with* the prompt still there, 0 … 1, so that the steering
             helps where the instruction is said, too.
-        max_dose: No vector gets longer than so many times the typical activation at its block.
+        max_dose: The maximum length of a vector, relative to the typical activation at its block.
         seed: Of the order in which answers are learned from.
         options: Further entries for the card.
         progress: `progress(done, total)`, in steps of work.
         say: Told in words how it stands: how many answers were kept, the divergence on held-out queries.
 
-    Returns:
-        A steering of strength 1; its card has the divergence (nats a token) before and after, on held-out queries.
-        A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+    Returns: A steering of strength 1; its card has the divergence (nats per token) before and after, on held-out
+        queries. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
 
     Raises:
         TrimtabError: Too few answers do what the teacher says, or an argument that can't be.
@@ -454,7 +453,8 @@ def _said(teacher: Teacher) -> dict[str, Any]:
 
 
 def _measured(answers: Answers, found: _Found) -> dict[str, Any]:
-    """What the card says was measured; divergences are in nats a token, on held-out queries."""
+    """What the card says was measured; divergences are in nats per token, on held-out
+    queries."""
     explained = {str(site.layer): round(value, 6) for site, value in found.explained.items()}
     course = found.course
     return {

@@ -60,9 +60,9 @@ def learn_instruct(
 ) -> Steering:
     """Learn from prompts with and without an instruction, read at the last prompt token (section 3.1).
 
-    Each side is rendered by the chat template where there is one, under its system prompt, up to where the answer
-    begins: an instruction may as well be in the system prompt of the positive sides. Default layer:
-    the one at 0.6 of the depth. What strength 1 does is the operation's:
+    Each side is rendered by the chat template, if there is one, under its system prompt, up to where the answer
+    begins: an instruction may as well be in the system prompt of the positive sides. Default layer: the one at
+    0.6 of the depth. What strength 1 does is the operation's:
 
     - `"project"` (section 3.2, for formats) moves each activation's projection on the unit mean difference to the
       mean that it has with the instruction, by default everywhere but at the first token; with `one_sided` it is
@@ -112,7 +112,7 @@ def steering_from(
     one_sided: bool = False,
     card: Card | None = None,
 ) -> Steering:
-    """The steering that one instruction's moments make at these layers (default: all that they have).
+    """The steering from one instruction's moments at these layers (default: all of theirs).
 
     The other arguments are those of `learn_instruct`; the card, `instruct_card`'s, is completed with what the steering
     does. Raises `TrimtabError` for a layer without moments, an unknown operation, and sides that don't differ.

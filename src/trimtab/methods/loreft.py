@@ -163,16 +163,15 @@ def learn_loreft(
             its own system prompt and messages.
         layers: Blocks to edit after (default: four, at 0.2, 0.4, 0.6 and 0.8 of the depth).
         rank: The dimension of the subspace at each block.
-        steps: Steps of gradient descent, at most; it stops earlier when held-out pairs get no better.
+        steps: The maximum number of steps of gradient descent; it stops early when held-out pairs no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        held_out: Pairs that aren't learned from and decide when to stop; default: one prompt in eight of `pairs`.
+        held_out: Held-out pairs, which decide when to stop; default: one prompt in eight of `pairs`.
         seed: Of the first subspaces, and of the order of the pairs.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns:
-        One `ReadWrite` a layer, of strength 1, with R in `write` and W - R in `read`. Its card has the loss and both
-        sides' log-probabilities a token, before and after. A `KeyboardInterrupt` while it descends ends it with the
-        best so far, and the card says so.
+    Returns: One `ReadWrite` a layer, of strength 1, with R in `write` and W - R in `read`. Its card has the loss and
+        both sides' log-probabilities per token, before and after. A `KeyboardInterrupt` while it descends ends it
+        with the best so far, and the card says so.
 
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.

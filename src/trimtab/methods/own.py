@@ -85,7 +85,7 @@ OWN = (
         reads="all tokens of the answers",
         acts="raises projections that are below the cap, at blocks from 0.7 to 0.85 of the depth, at all tokens but the"
         " first",
-        cost="one projection a layer and token",
+        cost="one projection per layer and token",
         function="trimtab.methods.cap:learn_cap",
         options=(
             Option("quantile", "float", 0.25, "Which quantile of the answers' projections the cap is, 0 to 1."),
@@ -109,8 +109,8 @@ OWN = (
         data="prompt + positive + negative for the behaviour; prompts that should trigger it, and others",
         reads="the answers' tokens, and the prompts'",
         acts="adds at blocks from 0.3 to 0.5 of the depth, at every token, where the prompt meets the condition",
-        cost="one addition a layer and token; a reading of the prompt where the condition isn't below all steered"
-        " layers",
+        cost="one addition per layer and token; a reading of the prompt where the condition isn't below all "
+        "steered layers",
         function="trimtab.methods.cast:learn_cast",
         options=(
             Option("when", "texts", None, "Prompts on which the behaviour should act."),
@@ -147,7 +147,7 @@ OWN = (
         data="an instruction, a system message, a text or examples, and the model's own answers under it",
         reads="the answers' tokens, with and without the prompt",
         acts="a low-rank map at every block (default), or a vector, from the last prompt token on",
-        cost="two products of 8 rows a layer and token; of rank 0 one addition",
+        cost="two products of 8 rows per layer and token; of rank 0 one addition",
         function="trimtab.methods.distill:learn_distill",
     ),
     Recipe(
@@ -158,7 +158,7 @@ OWN = (
         data="prompt + positive + negative, a few hundred or more",
         reads="all tokens of the answers from where the two part, at every block",
         acts="turns activations on the wrong side of a probe, at the best 5 blocks, from the last prompt token on",
-        cost="a small network a layer and token (none with --turn fixed or reflect)",
+        cost="a small network per layer and token (none with --turn fixed or reflect)",
         function="trimtab.methods.hpr:learn_hpr",
         options=(
             Option("keep", "int", 5, "So many layers, those whose probes are best on held-out pairs."),
@@ -184,7 +184,7 @@ OWN = (
         reads="the last token of a text, at every block",
         acts="turns the output of every MLP towards the vector, norm kept, at every token",
         sites="mlp",
-        cost="a projection, a norm and an addition a layer and token",
+        cost="a projection, a norm and an addition per layer and token",
         function="trimtab.methods.icv:learn_icv",
         options=(
             Option("scale", "float", 0.1, "Lambda: the push, in shares of the activation (paper: 0.10 to 0.12)."),
@@ -214,7 +214,7 @@ OWN = (
         data="harmful prompts, and harmless ones",
         reads="the last token of each prompt",
         acts="adds at the middle third of the blocks, at every token, where the prompt reads as harmful",
-        cost="one addition a layer and token, and where there is a gate a reading of the prompt",
+        cost="one addition per layer and token, and where there is a gate a reading of the prompt",
         function="trimtab.methods.inferaligner:learn_inferaligner",
         options=(
             Option("harmless", "texts", None, "Prompts that are not harmful."),
@@ -273,7 +273,7 @@ OWN = (
         acts="puts activations in a low-rank subspace where a linear map of them says, at four blocks, from the last"
         " prompt"
         " token on",
-        cost="two products of `rank` rows a layer and token",
+        cost="two products of `rank` rows per layer and token",
         function="trimtab.methods.loreft:learn_loreft",
         options=(
             Option("rank", "int", 4, "The dimension of the subspace at each block."),
@@ -307,7 +307,7 @@ OWN = (
         data="positive + negative (+ prompt)",
         reads="the last token of a text, or several tokens of it",
         acts="adds a unit direction at the middle third of the blocks, at every token",
-        cost="one addition a layer and token",
+        cost="one addition per layer and token",
         function="trimtab.methods.repe:learn_repe",
         options=(
             Option(
@@ -359,7 +359,7 @@ OWN = (
         reads="the answer's letter, or the last token of a text, at heads, neurons or the MLP's output",
         acts="scales the most telling heads or elements, at the last prompt token",
         sites="heads, neurons, act_fn or mlp",
-        cost="nothing after the prompt; one multiplication a layer and token where it acts on generated tokens",
+        cost="nothing after the prompt; one multiplication per layer and token where it acts on generated tokens",
         function="trimtab.methods.sadi:learn_sadi",
         options=(
             Option(
@@ -392,7 +392,7 @@ OWN = (
         reads="answers that refuse or comply, and the last token of each prompt",
         acts="adds at blocks from 0.3 to 0.5 of the depth, from the last prompt token on, where the prompt reads"
         " harmful",
-        cost="one addition a layer and token",
+        cost="one addition per layer and token",
         function="trimtab.methods.safety:learn_safety",
         options=(
             Option("harmless", "texts", None, "Requests that are to be answered, in form like the harmful ones."),
@@ -432,7 +432,7 @@ OWN = (
         reads="to which experts the answers' tokens are routed",
         acts="promotes and demotes experts before the router chooses, at all tokens",
         sites="router",
-        cost="a largest and a smallest number a layer and token; the experts that run are as many as before",
+        cost="a largest and a smallest number per layer and token; the experts that run are as many as before",
         function="trimtab.methods.steermoe:learn_steermoe",
         options=(
             Option("promote", "int", None, "Experts that are promoted, over all layers (default: one a layer)."),
@@ -452,7 +452,7 @@ OWN = (
         acts="moves projections on the wrong side of a probe, at one block (default: 0.5 of the depth), at all tokens"
         " but"
         " the first",
-        cost="a projection and a test a layer and token",
+        cost="a projection and a test per layer and token",
         function="trimtab.methods.sttp:learn_sttp",
         options=(
             Option(
@@ -477,7 +477,7 @@ OWN = (
         reads="the MLPs' neurons at all tokens but the first",
         acts="switches off neurons that were small in the prompt, at generated tokens",
         sites="neurons",
-        cost="a second reading of the prompt, and one multiplication a layer and token; saves nothing by itself",
+        cost="a second reading of the prompt, and one multiplication per layer and token; saves nothing by itself",
         function="trimtab.methods.tda:learn_tda",
         options=(
             Option("cett", "float", 0.2, "What share of the MLP's output may be lost, on average."),

@@ -49,7 +49,7 @@ def pasta(
     Args:
         lm: The model.
         prompt: The prompt.
-        emphasize: What of it is emphasized: a phrase, `Pattern("…")`, `Part("system")`, or a list of these.
+        emphasize: The part of it to emphasize: a phrase, `Pattern("…")`, `Part("system")`, or a list of these.
         heads: `{layer: [heads]}`, or layers for all their heads. The paper finds them by profiling on a task; `None`
             takes all heads of all layers.
         alpha: The factor of attention outside of the span before it is normalised; with `include`, what the span's is

@@ -57,7 +57,7 @@ class Recipe:
     acts: str
     function: str
     sites: str = "residual"
-    cost: str = "one addition a layer and token"
+    cost: str = "one addition per layer and token"
     takes: str = "pairs"
     shapes: tuple[str, ...] = ()
     options: tuple[Option, ...] = ()

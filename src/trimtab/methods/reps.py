@@ -65,24 +65,23 @@ def learn_reps(
 ) -> Steering:
     """Learn a vector that brings the positive answers about when it is added, and the negative ones when it is nulled.
 
-    It is learned over a range of strengths, so that the strength is a dial. For the other way, `nulled` the steering.
+    It is learned over a range of strengths, so the strength is adjustable. For the opposite effect, use `nulled`.
 
     Args:
         lm: The model; its weights don't change.
-        pairs: Answers to prompts: the positive as steered, the negative as the model answers by itself. Each side is
+        pairs: Answers to prompts: the positive as steered, the negative as the unsteered model answers. Each side is
             read under its own system prompt and messages.
-        layers: Blocks to steer after, each with a vector of its own (default: one, at 0.4 of the depth).
+        layers: Blocks to steer after, each with its own vector (default: one, at 0.4 of the depth).
         factors: The strengths at which it is learned, above 0.
-        steps: Steps of gradient descent, at most; it stops earlier when held-out pairs get no better.
+        steps: The maximum number of steps of gradient descent; it stops early when held-out pairs no longer improve.
         rate: Adam's learning rate, in units of the activations' root mean square.
-        max_dose: No vector gets longer than so many times the typical activation at its block.
-        held_out: Pairs that aren't learned from and decide when to stop; default: one prompt in eight of `pairs`.
+        max_dose: The maximum length of a vector, relative to the typical activation at its block.
+        held_out: Held-out pairs, which decide when to stop; default: one prompt in eight of `pairs`.
         seed: Of the first vector, the order of the pairs, and the factors.
         progress: `progress(done, total)`: pairs read, then steps.
 
-    Returns:
-        A steering of strength 1. Its card has the loss and both sides' log-probabilities a token, before and after. A
-        `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
+    Returns: A steering of strength 1. Its card has the loss and both sides' log-probabilities per token, before and
+        after. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
 
     Raises:
         TrimtabError: No pairs, pairs of another shape, unknown layers, or an option that can't be.

@@ -58,7 +58,7 @@ def learn_sadi(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Learn which heads or elements tell the sides of the pairs apart, and scale them (default: of all layers).
+    """Learn which heads or elements separate the sides of the pairs, and scale them (default: of all layers).
 
     The strength of the edits is `delta`: at 1 a chosen element is doubled. With `operation="add"` the mean difference
     is added under the mask, which is the paper's fixed vector to compare with; `delta` is then its multiple.

@@ -69,7 +69,7 @@ def learn_safety(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """A steering towards refusal that acts on prompts like `harmful` and not on those like `harmless`.
+    """Learn a refusal that acts on prompts like `harmful`, and not on those like `harmless`.
 
     The edits' strength is `coefficient` times the median norm of the activations at their layer, whatever the
     `direction` is read from. The gate is that of `learn_inferaligner` (its best layer's), or of `learn_condition`,

@@ -46,7 +46,8 @@ def learn_steermoe(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Promote the experts that the positive side is routed to more often, and demote those of the negative side.
+    """Learn to promote the experts that the positive side is routed to more often, and to demote those of the
+    negative side.
 
     Args:
         lm: A mixture of experts, on the transformers engine.
@@ -55,7 +56,7 @@ def learn_steermoe(
         promote: How many experts are promoted, over all layers (default: as many as there are layers with a router). In
             a layer at most as many as a token is routed to. The paper tunes it for each model and behaviour.
         demote: How many are demoted (default: the same).
-        margin: By how much a promoted expert's logit exceeds the largest one, and a demoted one's falls short of the
+        margin: By how much a promoted expert's logit exceeds the largest one, and a demoted one's lies below the
             smallest.
         read_at: At which tokens of an answer routing is counted, as `learn_caa` has it (default: at all).
         positions: At which tokens experts are moved (default: at all).

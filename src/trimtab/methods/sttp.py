@@ -64,13 +64,13 @@ def learn_sttp(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """Move the projections of those tokens that a probe finds on the wrong side; others stay, to the bit.
+    """Move the projections of those tokens that a probe finds on the wrong side; others stay bit for bit.
 
     Args:
         lm: The model.
         pairs: Answers or texts: the positive is as wanted, the negative not.
-        layers: Where to read and to act (default: the layer at 0.5 of the depth). Each has a probe of its own; the
-            card has their accuracies, to choose by.
+        layers: Where to read and to act (default: the layer at 0.5 of the depth). Each has its own probe; the card
+            has their accuracies, to choose from.
         move: `"target"` (StTP) sets the projection to `mu + alpha * sigma`; `"mirror"` (StMP) reflects it on the
             probe's line, with `alpha=1` exactly: a token far on the wrong side ends far on the right one.
         alpha: See `move`; 0 or more for a target, above 0 for a mirror.

@@ -39,10 +39,11 @@ def learn_word(
     positions: Positions | None = None,
     progress: Progress | None = None,
 ) -> Steering:
-    """A steering that puts a word (or phrase) into answers, or with `exclude` keeps it out.
+    """Learn a steering that makes answers include a word (or phrase), or with `exclude`
+    avoid it.
 
     `weight` is the paper's c, in units of the residual stream; without it, the push is as long as the mean difference
-    that the instruction makes. `base` are the queries to learn from (default: 20 that come with the package). Default
+    that the instruction makes. `base` are the queries to learn from (default: 20 included ones). Default
     layer: the one at 0.6 of the depth; positions: all but the first.
 
     Raises `TrimtabError` for an empty word or an unknown layer.

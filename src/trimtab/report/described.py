@@ -49,7 +49,7 @@ def measured_rows(card: Card) -> list[tuple[str, str]]:
     rows = []
     far, audit = card.divergence, card.audit
     if isinstance(far, Mapping) and isinstance(far.get("mean"), float) and isinstance(far.get("p95"), float):
-        rows.append(("divergence", f"{far['mean']:.3g} nats a token, 95th percentile {far['p95']:.3g}"))
+        rows.append(("divergence", f"{far['mean']:.3g} nats per token, 95th percentile {far['p95']:.3g}"))
     if isinstance(audit, Mapping) and isinstance(audit.get("verdict"), (list, tuple)):
         size = audit.get("size")
         rows += [(f"audit ({size})" if n == 0 else "", str(line)) for n, line in enumerate(audit["verdict"])]

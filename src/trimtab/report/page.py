@@ -57,7 +57,7 @@ def write_page(
     pictures: Sequence[Picture],
     samples: Sequence[Sample],
 ) -> None:
-    """Write the page, whole or not at all. Everything is in it: no scripts, nothing is fetched; all text is escaped.
+    """Write the page, atomically. Everything is in it: no scripts, nothing is fetched; all text is escaped.
 
     Raises `TrimtabError` when it can't be written there.
     """

@@ -14,11 +14,11 @@ from trimtab.report.plots import check_matplotlib
 
 if TYPE_CHECKING:
     from trimtab.tune.candidates import Setting
-    from trimtab.tune.tune import Row
+    from trimtab.tune.tune import Tried
 
 
 def plot_search(
-    table: Sequence[Row], path: Path, title: str, *, chosen: Setting | None = None, verdict: str | None = None
+    table: Sequence[Tried], path: Path, title: str, *, chosen: Setting | None = None, verdict: str | None = None
 ) -> None:
     """Draw a search's table: above, a map of layer × strength for each operation and positions; below, lines.
 
@@ -34,7 +34,7 @@ def plot_search(
     rows = [row for row in table if row.setting is not None]
     if not rows:
         raise TrimtabError("nothing was tried, so there is nothing to draw")
-    groups: dict[tuple[str, str], list[Row]] = {}
+    groups: dict[tuple[str, str], list[Tried]] = {}
     for row in rows:
         assert row.setting is not None
         groups.setdefault((row.setting.operation, row.setting.positions), []).append(row)
@@ -62,7 +62,7 @@ def plot_search(
     write_atomically(path, data.getvalue())
 
 
-def _map(axes: Any, rows: Sequence[Row], layers: Sequence[int], reach: float, chosen: Setting | None) -> Any:
+def _map(axes: Any, rows: Sequence[Tried], layers: Sequence[int], reach: float, chosen: Setting | None) -> Any:
     """Cells of layer × strength, in order and not to scale."""
     import numpy as np
     from matplotlib.patches import Rectangle
@@ -97,7 +97,7 @@ def _map(axes: Any, rows: Sequence[Row], layers: Sequence[int], reach: float, ch
     return image
 
 
-def _lines(axes: Any, rows: Sequence[Row]) -> None:
+def _lines(axes: Any, rows: Sequence[Tried]) -> None:
     """Score by layer, a line for each strength; open circles broke the guard."""
     strengths = sorted({row.setting.strength for row in rows if row.setting})
     shades = ["#8fb8de", "#33658a", "#14304a", "#b5651d", "#7a3e10", "#555555"]

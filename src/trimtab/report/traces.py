@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from trimtab.engines.transformers.generate import Generation
     from trimtab.text.chat import Prompt
+from trimtab.text.images import text_of
 
 STYLES = {"shut": "", "steered": "green", "weakened": "yellow", "rejected": "red"}
 PAGE = """<!doctype html>
@@ -57,7 +58,9 @@ def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Gene
     """An HTML page, with nothing loaded from elsewhere. Answers without a trace are shown plain."""
     parts = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        asked = prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+        asked = (
+            prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {text_of(m['content'])}" for m in prompt)
+        )
         parts.append(f'<div class="prompt">{html.escape(asked)}</div>')
         shown = html.escape(answer.text)
         if answer.trace is not None:

@@ -14,7 +14,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimtab import __version__
 from trimtab.errors import TrimtabError
@@ -29,6 +29,7 @@ from trimtab.serve.guard import Guard
 from trimtab.serve.made import respond
 from trimtab.serve.monitored import MonitorList
 from trimtab.serve.monitored import described as monitors_described
+from trimtab.serve.playground.streams import until_drained
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import PASSING, ErrorBody, Json, Refusal
 from trimtab.serve.schema import ChatRequest, CompletionRequest
@@ -116,7 +117,11 @@ def make_app(service: Service, *, local: bool = False, playground: bool = False,
         from trimtab.serve.tracing import trace
 
         trace(app, provider)
-    return Guard(app, service, local=local, page=page)
+
+    async def through(page: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        await until_drained(page, service.scheduler, scope, receive, send)
+
+    return Guard(app, service, local=local, page=page, through=through)
 
 
 def openapi() -> dict[str, Any]:
@@ -272,7 +277,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
     @app.get("/v1/steerings", tags=["steerings"], summary="The steerings you may use", responses={401: ERRORS[401]})
     async def steerings(request: Request) -> SteeringList:
         key: Key = request.state.key
-        return SteeringList(data=[described(service, key, one) for one in service.visible(key)])
+        return SteeringList(data=[described(service.policy, key, one) for one in service.visible(key)])
 
     @app.get(
         "/v1/steerings/{name}",
@@ -284,7 +289,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
         key: Key = request.state.key
         for one in service.visible(key):
             if one.name == name:
-                return described(service, key, one)
+                return described(service.policy, key, one)
         raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
 
     if service.learn:
@@ -301,7 +306,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             key: Key = request.state.key
             check_may_add(service, key, asked.name)
             made = await learned(service, asked)
-            return described(service, key, added(service, _who(request), asked.name, made.steering, "learned"))
+            return described(service.policy, key, added(service, _who(request), asked.name, made.steering, "learned"))
 
         @app.post(
             "/v1/steerings/make",
@@ -342,7 +347,7 @@ def _steerings(app: FastAPI, service: Service) -> None:
             key: Key = request.state.key
             check_may_add(service, key, name)
             made = await asyncio.to_thread(_read, data)
-            return described(service, key, added(service, _who(request), name, made, "uploaded"))
+            return described(service.policy, key, added(service, _who(request), name, made, "uploaded"))
 
     if service.upload or service.learn:
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import anyio
 from starlette.types import Message, Receive, Scope
 
 from trimtab.serve.playground.paths import JOIN, is_page
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.service import Service
+
+if TYPE_CHECKING:
+    from trimtab.serve.service import Service
 
 SECONDS = 30.0
 """How long a body may take to come."""

@@ -100,7 +100,7 @@ INSTEAD = {
 }
 """What to do instead, by field."""
 EXPECTED = {
-    "content": "a text, or a list of text parts",
+    "content": "a text, or a list of text and image parts",
     "prompt": "a text, several, or token ids",
     "stop": "a text, or up to 4 of them",
     "tool_choice": '"none", "auto", "required", or {"type": "function", "function": {"name": …}}',

@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trimtab.serve.audit import unaudited
-from trimtab.serve.bodies import Bodies, largest
+from trimtab.serve.access import AccessLog
+from trimtab.serve.audit import Audit, unaudited
+from trimtab.serve.bodies import Bodies
 from trimtab.serve.playground.paths import HEADERS, JOIN, STREAMS, is_page
-from trimtab.serve.playground.streams import until_drained
-from trimtab.serve.policy import Key
+from trimtab.serve.policy import Key, Policy
 from trimtab.serve.records import refused
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.service import Service
+from trimtab.serve.service import Limits
 from trimtab.serve.sieve import sieved
 
 OPEN = ("/healthz", "/readyz")
@@ -36,17 +37,52 @@ STRANGERS = 10.0
 """Lines a second that requests without a key may leave in the audit log; the next one counts those left out."""
 
 
+class Guarded(Protocol):
+    """What a guard asks of the server behind it, whatever its engine."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+    @property
+    def audit(self) -> Audit: ...
+
+    @property
+    def access(self) -> AccessLog | None: ...
+
+    @property
+    def limits(self) -> Limits: ...
+
+    @property
+    def draining(self) -> bool: ...
+
+    def largest(self, method: str, path: str, *, known: bool) -> int: ...
+
+    def count(self, route: str, status: int, seconds: float) -> None: ...
+
+
 class Guard:
     """The outermost layer. `local`: the server is bound to a loopback address, and answers to its names only.
 
-    That keeps a page in a browser on this machine from reaching it under a name of its own (DNS rebinding).
+    That keeps a page in a browser on this machine from reaching it under a name of its own (DNS rebinding). `through`
+    runs the `page` on what ASGI gives; `open` are the paths that need no key.
     """
 
-    def __init__(self, app: ASGIApp, service: Service, *, local: bool = False, page: ASGIApp | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Guarded,
+        *,
+        local: bool = False,
+        page: ASGIApp | None = None,
+        through: Callable[..., Awaitable[None]] | None = None,
+        open: Collection[str] = OPEN,
+    ) -> None:
         self.app = app
         self.page = page
         self.service = service
         self.local = local
+        self.through = through or _plainly
+        self.open = open
         self.bodies: Bodies = Bodies(service.limits.held)
         self._streams = 0
         self._strangers = _Trickle(STRANGERS)
@@ -58,7 +94,7 @@ class Guard:
         began, status = time.perf_counter(), 500
         page = self.page is not None and is_page(scope["path"])
         state = scope.setdefault("state", {})
-        state["request_id"] = f"req-{uuid.uuid4().hex}"
+        state["request_id"] = new_request_id()
 
         async def out(message: Message) -> None:
             nonlocal status
@@ -76,8 +112,8 @@ class Guard:
         try:
             try:
                 self._admit(scope, state, page)
-                limit = largest(self.service, scope["method"], scope["path"], known="key" in state)
-                body = await self.bodies.read(scope, receive, limit, lambda: self.service.scheduler.draining)
+                limit = self.service.largest(scope["method"], scope["path"], known="key" in state)
+                body = await self.bodies.read(scope, receive, limit, lambda: self.service.draining)
                 held = len(body)
                 if scope["method"] == "POST" and not page:
                     body = await anyio.to_thread.run_sync(sieved, body)
@@ -85,7 +121,7 @@ class Guard:
                 state["refused"] = refusal
                 await refusal.response(scope, receive, out)
                 return
-            inside = _given(body, receive)
+            inside = given(body, receive)
             if page and self.page is not None:
                 await self._to_page(self.page, scope, inside, out)
             else:
@@ -97,11 +133,9 @@ class Guard:
                     record.end("cancelled")  # if nothing else has: the client may go before a stream begins
             elif status >= 400:
                 self._write_down(scope, state, status)
-            metrics = self.service.metrics
             found = None if page else scope.get("route")
             route = "playground" if page else getattr(found, "path", "other")
-            metrics.requests.labels(route, str(status)).inc()
-            metrics.seconds.labels(route).observe(time.perf_counter() - began)
+            self.service.count(route, status, time.perf_counter() - began)
             if self.service.access is not None:
                 self.service.access.write(scope, state, status, time.perf_counter() - began)
 
@@ -111,7 +145,7 @@ class Guard:
         host = headers.get(b"host", b"").decode("latin-1")
         if self.local and _name(host) not in LOCAL:
             raise Refusal(403, "this server is bound to this machine alone; ask for it as localhost", code="host")
-        if path in OPEN:
+        if path in self.open:
             return
         key = self._caller(headers)
         if key is not None:
@@ -137,13 +171,13 @@ class Guard:
             return
         self._streams += held
         try:
-            await until_drained(page, self.service.scheduler, scope, receive, send)
+            await self.through(page, scope, receive, send)
         finally:
             self._streams -= held
 
     def _write_down(self, scope: Scope, state: dict[str, Any], status: int) -> None:
         """A refusal leaves a line, with where it came from; those of strangers so many a second."""
-        if not self.service.audit.on or scope["path"] in OPEN:
+        if not self.service.audit.on or scope["path"] in self.open:
             return
         key: Key | None = state.get("key")
         client = scope.get("client")
@@ -160,7 +194,7 @@ class Guard:
             who |= {"left_out": left_out} if left_out else {}
         given = state.get("refused")
         refusal = given if isinstance(given, Refusal) else Refusal(status, "")
-        refused(self.service, who, key, refusal, state.get("asked"))
+        refused(self.service.audit, who, key, refusal, state.get("asked"))
 
 
 class _Trickle:
@@ -185,7 +219,16 @@ class _Trickle:
         return left_out
 
 
-def _given(body: bytes, receive: Receive) -> Receive:
+def new_request_id() -> str:
+    """What a request is called in logs, and in its response."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+async def _plainly(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
+
+
+def given(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body at once, and afterwards tells when the client goes."""
     left: list[bytes] = [body]
 

@@ -90,7 +90,7 @@ def _told(service: Service, key: Key, name: str, finished: Finished) -> MadeTold
         chosen=made.name,
         verdict=VerdictTold(**made.verdict.as_measured(), why_not=made.verdict.why_not, lines=made.verdict.lines()),
         examples=[ExampleTold(**vars(one)) for one in finished.examples],
-        steering=None if loaded is None else described(service, key, loaded),
+        steering=None if loaded is None else described(service.policy, key, loaded),
     )
 
 

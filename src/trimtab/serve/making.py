@@ -90,7 +90,7 @@ async def making(
 
     Raises:
         Refusal: Not for this key, the name is taken, another one is being made, or the server is shutting down.
-        TrimtabError: The model's answers for and against the idea hardly differ.
+        TrimtabError: The model's answers for and against the idea barely differ.
     """
     check_may_add(service, key, asked.name)
     wanted, tokens = wish_of(asked), _tokens(service, asked)

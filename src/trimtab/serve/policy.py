@@ -174,6 +174,16 @@ def with_key(policy: Policy, secret: str) -> Policy:
     return replace(policy, keys=(*policy.keys, key))
 
 
+def policy_from(path: Path | None, max_dose: float | None, secret: str | None) -> Policy:
+    """The policy in a file, if there is one, with one more key and a cap of doses, where these are given."""
+    rules = Policy() if path is None else read_policy(path)
+    if secret is not None:
+        rules = with_key(rules, secret)
+    if max_dose is not None:
+        rules = replace(rules, max_dose=max_dose if rules.max_dose is None else min(max_dose, rules.max_dose))
+    return rules
+
+
 def check_names(policy: Policy, known: Iterable[str]) -> None:
     """Raises `TrimtabError` where the policy names a steering that isn't there: none may go missing unseen."""
     names = set(known)

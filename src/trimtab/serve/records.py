@@ -6,15 +6,17 @@ come and what had steered it. So the line of the end is written when the last of
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from trimtab.serve.audit import Audit
 from trimtab.serve.monitored import fired_in
 from trimtab.serve.policy import Key
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import ChatRequest, CompletionRequest
+from trimtab.serve.schema import ChatRequest, CompletionRequest, ImagePart, Message
 from trimtab.serve.service import Prepared, Service
 from trimtab.serve.tasks import Done, Event, Failed, total_dose
 
@@ -40,7 +42,7 @@ class Record:
     ) -> None:
         self.service = service
         self._prepared = prepared
-        self._prompt = [m.model_dump() for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt
+        self._prompt = [_written(m) for m in asked.messages] if isinstance(asked, ChatRequest) else asked.prompt
         self._line: dict[str, Any] = {
             "request": who["request"],
             "id": id,
@@ -118,10 +120,21 @@ class Record:
         )
 
 
-def refused(service: Service, who: dict[str, Any], key: Key | None, refusal: Refusal, asked: Any = None) -> None:
+def _written(message: Message) -> dict[str, Any]:
+    """A message as it is written down: of images their digests."""
+    dumped = message.model_dump()
+    if isinstance(message.content, list):
+        for part, told in zip(message.content, dumped["content"], strict=True):
+            if isinstance(part, ImagePart):
+                digest = hashlib.sha256(part.image_url.url.encode("utf-8", "backslashreplace")).hexdigest()
+                told["image_url"] = {"url": f"sha256:{digest}"}
+    return dumped
+
+
+def refused(audit: Audit, who: dict[str, Any], key: Key | None, refusal: Refusal, asked: Any = None) -> None:
     """The line of a request that was turned away. What it asked to be steered by tells who looks for what."""
     line = {"event": "refused", **who, "key": None if key is None else key.name}
     if asked is not None:
         line["steering"] = [one.model_dump(exclude_none=True) for one in asked.steering]
     with suppress(Refusal):  # it is refused in any case
-        service.audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})
+        audit.write({**line, "status": refusal.status, "code": refusal.code, "error": refusal.message[:300]})

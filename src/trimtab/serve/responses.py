@@ -18,6 +18,8 @@ from trimtab.serve.schema_responses import (
     LOGPROBS,
     CallItem,
     Content,
+    ContentImage,
+    ContentPart,
     FlatSchema,
     Incomplete,
     Item,
@@ -35,6 +37,7 @@ from trimtab.serve.schema_responses import (
     ResponsesRequest,
     ResponseTold,
     ResponseUsage,
+    TextContent,
     TextToken,
 )
 from trimtab.serve.service import Prepared
@@ -119,7 +122,7 @@ def _add(found: list[dict[str, Any]], item: Item) -> None:
         return
     last = found[-1] if found and found[-1]["role"] == "assistant" else None
     if isinstance(item, MessageItem):
-        text = _text(item.content)
+        text = _said(item.content)
         if item.role == "assistant" and last is not None and not last["content"] and "tool_calls" not in last:
             last["content"] = text  # which the thinking before it belongs to
         else:
@@ -136,8 +139,22 @@ def _add(found: list[dict[str, Any]], item: Item) -> None:
         last.setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": function})
 
 
-def _text(content: Content) -> str:
+def _text(content: TextContent) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _said(content: Content) -> str | list[dict[str, Any]]:
+    """A message's text, or, with images, its parts, as chats have them."""
+    if isinstance(content, str):
+        return content
+    if not any(isinstance(part, ContentImage) for part in content):
+        return "\n".join(part.text for part in content if isinstance(part, ContentPart))
+    return [
+        {"type": "text", "text": part.text}
+        if isinstance(part, ContentPart)
+        else {"type": "image_url", "image_url": {"url": part.image_url}}
+        for part in content
+    ]
 
 
 # ---- answers -------------------------------------------------------------------------------------------------
@@ -263,7 +280,8 @@ class ResponseWire:
         return event
 
     def _events(self, said: Sequence[Part], tokens: Sequence[TokenTold]) -> list[dict[str, Any]]:
-        logprobs, events = self._logprobs(said, tokens), []
+        logprobs = self._logprobs(said, tokens)
+        events: list[dict[str, Any]] = []
         for part in said:
             events += self._told(part, logprobs)
             logprobs = self._put(part, logprobs)

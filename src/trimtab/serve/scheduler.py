@@ -341,4 +341,5 @@ def _request(task: Task) -> GenerationRequest:
         clean_cache=task.clean_cache and task.rejection is None,  # with rejection it is clean in any case
         monitors=task.monitors,
         scope=task.scope,
+        images=task.images,
     )

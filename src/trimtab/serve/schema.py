@@ -117,11 +117,30 @@ class TextPart(In):
     text: Text
 
 
+class ImageAddress(In):
+    """An image, in a `data:` URL: nothing is fetched."""
+
+    url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
+    detail: Literal["auto", "low", "high", "original"] | None = Field(
+        None, description="Taken; the model's own processor says how fine an image is read."
+    )
+
+
+class ImagePart(In):
+    """An image in a message of the user's, for image-text models."""
+
+    type: Literal["image_url"]
+    image_url: ImageAddress
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(In):
     """A message of the conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=1000, fail_fast=True)] = Field(
+    content: Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)] = Field(
         "", description="Of the assistant's messages it may be missing."
     )
     name: str | None = Field(None, max_length=64, description="Taken, and not told to the model.")

@@ -28,7 +28,17 @@ class ContentPart(In):
     )
 
 
-Content = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
+class ContentImage(In):
+    """An image in a message of the user's, in a `data:` URL."""
+
+    type: Literal["input_image"]
+    image_url: str = Field(max_length=64 << 20, examples=["data:image/png;base64,…"])
+    detail: Literal["auto", "low", "high", "original"] | None = None
+
+
+TextContent = Text | Annotated[list[ContentPart], Field(max_length=1000, fail_fast=True)]
+Part = Annotated[ContentPart | ContentImage, Field(discriminator="type")]
+Content = Text | Annotated[list[Part], Field(max_length=1000, fail_fast=True)]
 
 
 class MessageItem(In):
@@ -58,7 +68,7 @@ class OutputItem(In):
 
     type: Literal["function_call_output"]
     call_id: Id
-    output: Content
+    output: TextContent
     id: Id | None = None
     status: Status | None = None
 

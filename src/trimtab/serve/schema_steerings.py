@@ -114,7 +114,7 @@ class MakeRequest(In):
     tokens: int | None = Field(
         None, ge=8, le=256, description="The most of an answer. Without it: 64, or as many as the server allows."
     )
-    distill: bool = Field(True, description="Whether to distill too, which holds more and takes longest.")
+    distill: bool = Field(True, description="Whether to distill too, which captures more and takes longest.")
     keep: bool = Field(False, description="Whether to add it even if the verdict is none.")
     stream: bool = Field(False, description="Whether to tell in events how far it has come.")
 
@@ -124,11 +124,11 @@ class VerdictTold(Out):
 
     share_of_prompt: float | None = Field(
         None,
-        description="The part of the system prompt's effect that it has without it. `null` where none stands behind the"
-        " pairs; then `gain` says it in nats a token.",
+        description="The part of the system prompt's effect that it has without it. `null` where none stands behind "
+        "the pairs; then `gain` says it in nats per token.",
     )
-    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats a token.")
-    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats a token.")
+    gain: float | None = Field(None, description="How much the wanted answers gain on the others, in nats per token.")
+    likelier: float | None = Field(None, description="How much likelier they are themselves, in nats per token.")
     interval: list[float] = Field(description="The 95 % interval of the share or the gain.", examples=[[0.4, 0.7]])
     random: list[float] = Field(description="The same of random directions.")
     p: float = Field(

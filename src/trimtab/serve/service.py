@@ -10,18 +10,21 @@ from functools import cached_property
 from typing import Any
 
 from trimtab.decoding.rejection import Rejection
+from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers.attention import score_layers
 from trimtab.engines.transformers.generate import check_request
+from trimtab.engines.transformers.images import check_takes_images
 from trimtab.engines.transformers.sampling import Sampling
 from trimtab.errors import TrimtabError
 from trimtab.lm import LM
 from trimtab.serve.access import AccessLog
 from trimtab.serve.audit import Audit
+from trimtab.serve.bodies import largest
+from trimtab.serve.choosing import Choosing
 from trimtab.serve.library import Library, Loaded
 from trimtab.serve.metrics import Metrics
 from trimtab.serve.monitored import always_of, monitors_for
 from trimtab.serve.policy import Key, Policy
-from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.scheduler import Scheduler
 from trimtab.serve.schema import (
@@ -31,14 +34,14 @@ from trimtab.serve.schema import (
     PhraseChoice,
     RejectionChoice,
     Steered,
-    SteeringChoice,
 )
 from trimtab.serve.schema_told import AppliedSteering
 from trimtab.serve.tasks import Task
-from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, outside_calls, shaped
-from trimtab.steering import Positions, ScaleScores, Steering, emphasis
+from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, shaped
+from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
+from trimtab.text.images import Bounds, has_images, with_images
 from trimtab.text.spans import Emphasis, Part, Phrase, find_spans, render
 from trimtab.text.templates import CONTINUE
 
@@ -51,7 +54,8 @@ class Limits:
     """What one request may ask for: bytes of body, tokens of prompt and answer, answers at once, seconds.
 
     `held` is how many bytes all requests' bodies may hold in memory together, and `rejecting_tokens` those of a prompt
-    with rejection, which is read in one pass while everybody waits.
+    with rejection, which is read in one pass while everybody waits. `images` are those of a prompt, each of `pixels` at
+    most.
     """
 
     body: int = 1 << 20
@@ -62,6 +66,8 @@ class Limits:
     seconds: float = 300.0
     held: int = 256 << 20
     rejecting_tokens: int = 2048
+    images: int = 8
+    pixels: int = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -86,105 +92,40 @@ class Service:
 
     # ---- who may do what -----------------------------------------------------------------------------------
 
+    @cached_property
+    def choosing(self) -> Choosing:
+        """The policy, over this server's steerings."""
+        return Choosing(self.policy, self.library.get, self.lm.check)
+
     def visible(self, key: Key) -> list[Loaded]:
         """The steerings that a caller may name, and those that are always on."""
-        always = {name for name, _ in self.policy.always}
-        known = self.library.of(self.owner(key.name))
-        return [one for one in known if _allowed(key, one) or (one.name in always and one.source == "file")]
+        return self.choosing.visible(key, self.library.of(self.owner(key.name)))
 
     def owner(self, key: str) -> str | None:
         """Who owns what this key adds: itself; without keys, everybody."""
-        return key if self.policy.keys else None
+        return self.choosing.owner(key)
 
     def chosen(
         self, key: Key, asked: Steered, calls: tuple[str, str] | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
-        """What is always on, and what the request asks for: as it is told, and as one steering.
+        """What is always on, and what the request asks for: as it is told, and as one steering (`Choosing.chosen`)."""
+        return self.choosing.chosen(key, asked.steering, calls)
 
-        What is asked for doesn't act in tool calls, which `calls` open and close, unless it says where it does.
-        Raises `Refusal` for what isn't there or isn't allowed.
-        """
-        always = dict(self.policy.always)
-        told, total = [], None
-        pushes: dict[str, tuple[float, float]] = {}  # by digest, as one steering may have several names
-        for name, strength in self.policy.always:
-            loaded = self.library.get(name)
-            assert loaded is not None  # checked at the start
-            told.append(AppliedSteering(name=name, digest=loaded.digest, strength=strength, always=True))
-            total = strength * loaded.steering if total is None else total + strength * loaded.steering
-        for i, choice in enumerate(asked.steering):
-            where = f"steering.{i}"
-            if choice.name in always:
-                raise Refusal(403, f"the steering {choice.name!r} is always on; a request can't change it", param=where)
-            loaded = self.library.get(choice.name, self.owner(key.name))
-            if loaded is None or not _allowed(key, loaded):  # the same words: what others have is nobody's business
-                raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours", param=f"{where}.name")
-            pushes[loaded.digest] = self._pushed(
-                key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
-            )
-            placed, lost = self._apart(self._placed(loaded, choice, calls, where), where)
-            told.append(
-                AppliedSteering(
-                    name=choice.name,
-                    digest=loaded.digest,
-                    strength=choice.strength,
-                    layer=choice.layer,
-                    positions=choice.positions,
-                    taken_off=lost or None,
-                )
-            )
-            one = choice.strength * placed
-            total = one if total is None else total + one
-        return told, total
+    # ---- what the guard asks -------------------------------------------------------------------------------
 
-    def _pushed(self, key: Key, before: tuple[float, float], choice: SteeringChoice, param: str) -> tuple[float, float]:
-        """What one steering's strengths in a request add up to: those below zero, and those above.
+    @property
+    def draining(self) -> bool:
+        """Whether nothing more is taken."""
+        return self.scheduler.draining
 
-        They aren't set off against each other: at two layers both act. Raises `Refusal` beyond the caller's range.
-        """
-        low, high = self.policy.range_of(key)
-        strength = choice.strength
-        if not low <= strength <= high:
-            raise Refusal(403, f"a strength lies between {low:g} and {high:g} for you", param=param)
-        down, up = before[0] + min(strength, 0.0), before[1] + max(strength, 0.0)
-        if up > max(high, 0.0) or down < min(low, 0.0):
-            raise Refusal(
-                403,
-                f"the strengths of {choice.name!r} add up to {up if up > max(high, 0.0) else down:g} in this request;"
-                f" for you they lie between {low:g} and {high:g}, all layers together",
-                param=param,
-            )
-        return down, up
+    def largest(self, method: str, path: str, *, known: bool) -> int:
+        """How many bytes a request's body may have, from its first line. `known`: its sender's key is."""
+        return largest(self, method, path, known=known)
 
-    def _apart(self, steering: Steering, param: str) -> tuple[Steering, float]:
-        """The steering without what it has along what is always on, and how much that was."""
-        try:
-            return apart(self._protected, steering)
-        except TrimtabError as error:
-            raise Refusal(403, str(error), code="always_on", param=param) from None
-
-    @cached_property
-    def _protected(self) -> Protected:
-        """What is always on; the library's files don't change while the server runs."""
-        found = [(name, self.library.get(name)) for name, strength in self.policy.always if strength]
-        return protected([(name, one.steering) for name, one in found if one is not None])
-
-    def _placed(self, loaded: Loaded, choice: SteeringChoice, calls: tuple[str, str] | None, where: str) -> Steering:
-        """The steering where it was made to act, or at another layer, or other positions."""
-        steering, param = loaded.steering, f"{where}.layer"
-        try:
-            if choice.layer is not None:
-                steering = steering.at_layer(choice.layer)
-                self.lm.check(steering)
-            param = f"{where}.positions"
-            if choice.positions is not None:
-                steering = steering.at(Positions.parse(choice.positions))
-                self.lm.check(steering)
-            elif calls is not None:
-                steering = outside_calls(steering, calls)
-        except TrimtabError as error:
-            raise Refusal(400, str(error), param=param) from None
-        return steering
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """A request is over."""
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
 
     def rejection(self, asked: Steered, steering: Steering | None = None) -> Rejection | None:
         """The request's rejection. Raises `Refusal` where it would undo what is always on.
@@ -213,7 +154,7 @@ class Service:
 
     def placed_apart(self, loaded: Loaded, param: str) -> Steering:
         """A steering where it was learned, without what it has along what is always on. Raises `Refusal`."""
-        return self._apart(loaded.steering, param)[0]
+        return self.choosing.apart(loaded.steering, param)[0]
 
     def clean(self, asked: Steered) -> bool:
         """Whether the request is steered over a clean cache. Raises `Refusal` where that changes what is always on."""
@@ -254,7 +195,9 @@ class Service:
         tasks, marked, lengths, shape = [], 0, [], ANY
         try:
             for prompt in prompts:
-                ids = self._encode(prompt, chat, template)
+                if chat and has_images(prompt):
+                    prompt = self._seen(prompt)
+                ids, images = self._encode(prompt, chat, template)
                 lengths.append(len(ids))
                 if isinstance(asked, ChatRequest):
                     shape = shaped(self.lm.tokenizer, asked, ids)
@@ -286,6 +229,7 @@ class Service:
                         f"key {key.name}" if self.policy.keys else "anybody",
                         matcher=matcher,
                         shown=shape.shown,
+                        images=images,
                     )
                     self.scheduler.check(task)
                     tasks.append(task)
@@ -302,7 +246,18 @@ class Service:
             spans = find_spans(self.lm.tokenizer, prompt, Phrase(phrase), **given)
         return sum(stop - start for start, stop in spans)
 
-    def _encode(self, prompt: Any, chat: bool, template: Template | None) -> list[int]:
+    def _seen(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages, their images decoded: before others wait for the tokenizer."""
+        self.lm.require("images")
+        check_takes_images(self.lm.model)
+        bounds = Bounds(self.limits.images, self.limits.body, self.limits.pixels, local=False)
+        try:
+            return with_images(messages, bounds)
+        except TrimtabError as error:
+            raise Refusal(400, str(error), param="messages") from None
+
+    def _encode(self, prompt: Any, chat: bool, template: Template | None) -> tuple[list[int], PromptImages | None]:
+        images = None
         if _is_ids(prompt):
             size = self.lm.model.get_input_embeddings().weight.shape[0]
             if max(prompt) >= size:
@@ -310,11 +265,12 @@ class Service:
             ids = list(prompt)
         else:
             with self._tokenizing:
-                ids = self.lm.encode(prompt, chat=None if chat else False, template=template)
+                given: dict[str, Any] = {"chat": None if chat else False, "template": template}
+                ids, images = self.lm.encode_with_images(prompt, **given)
         most = self.limits.prompt_tokens
         if most is not None and len(ids) > most:
             raise Refusal(400, f"the prompt has {len(ids)} tokens, {most} are allowed", code="context_length_exceeded")
-        return ids
+        return ids, images
 
     def _most(self, asked: ChatRequest | CompletionRequest, length: int) -> int:
         """How many tokens the answer may have. Without a number: what is allowed and fits."""
@@ -344,10 +300,10 @@ class Service:
         marks: list[Emphasis] = []
         with self._tokenizing:
             given: dict[str, Any] = {"chat": None if chat else False, "template": template}
-            text = render(self.lm.tokenizer, prompt, **given).text
+            text = None if has_images(prompt) else render(self.lm.tokenizer, prompt, **given).text
             for i, one in enumerate(asked.emphasize):
                 phrase = one if isinstance(one, str) else one.text if isinstance(one, PhraseChoice) else None
-                if phrase is not None and (not phrase.strip() or phrase not in text):
+                if phrase is not None and (not phrase.strip() or (text is not None and phrase not in text)):
                     raise Refusal(400, _missing(phrase), param=f"emphasize.{i}")
                 if isinstance(one, PhraseChoice):
                     marks.append(Phrase(one.text, one.occurrence))
@@ -355,7 +311,7 @@ class Service:
                     marks.append(Part(one.role, one.index))
                 else:
                     marks.append(Phrase(one))
-            spans = find_spans(self.lm.tokenizer, prompt, marks, **given)
+            spans = self.lm.spans(prompt, marks, **given)
         towards = emphasis(ScaleScores(), spans, score_layers(self.lm.layout), "directer")
         self.lm.check(towards)
         return (towards if steering is None else steering + towards), sum(stop - start for start, stop in spans)
@@ -378,10 +334,6 @@ class Prepared:
 def _missing(phrase: str) -> str:
     shown = phrase if len(phrase) <= 80 else f"{phrase[:79]}…"
     return f"the phrase {shown!r} isn't in the prompt; write it as it stands there"
-
-
-def _allowed(key: Key, loaded: Loaded) -> bool:
-    return loaded.owner is not None or key.steerings is None or loaded.name in key.steerings
 
 
 def _template(asked: ChatRequest | CompletionRequest) -> Template | None:

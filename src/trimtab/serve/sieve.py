@@ -18,6 +18,8 @@ FIELDS = 64
 ITEMS = 1000
 """Items of a list at most, unless it holds whole numbers alone: those are token ids."""
 DEPTH = 32
+TOKENS = "logit_bias"
+"""An object with a field for each of many tokens, which vLLM takes."""
 KEPT = ("chat_template_kwargs", "tools", "response_format", "text")
 """Parts of a request in which `null` is said on purpose."""
 
@@ -30,7 +32,7 @@ def sieved(body: bytes) -> bytes:
     if not body:
         return body
     try:
-        given = json.loads(body, parse_constant=_no_constant)
+        given = json.loads(body, parse_constant=no_constant)
     except RecursionError:
         raise _wrong(f"the body is nested deeper than {DEPTH} levels") from None
     except (ValueError, UnicodeDecodeError) as error:
@@ -42,8 +44,9 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
     if depth > DEPTH:
         raise _wrong(f"{_short(where)} is nested deeper than {DEPTH} levels", where)
     if isinstance(value, dict):
-        if len(value) > FIELDS:
-            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; {FIELDS} are the most", where)
+        most = ITEMS if where == TOKENS else FIELDS
+        if len(value) > most:
+            raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; {most} are the most", where)
         keep = where.partition(".")[0] in KEPT
         return {
             name: _clean(inner, f"{where}.{name}" if where else name, depth + 1)
@@ -59,7 +62,8 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
     return value
 
 
-def _no_constant(name: str) -> Any:
+def no_constant(name: str) -> Any:
+    """For `json.loads`: `NaN` and the infinities aren't JSON."""
     raise ValueError(f"{name} isn't a number in JSON")
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Trace
+from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers.generate import Applied
 from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.sampling import GREEDY, Sampling
@@ -80,7 +81,7 @@ class Task:
     `ids` is the rendered prompt. Its answer keeps to the grammar at whose beginning `matcher` is; `shown` are special
     tokens that its text has. `steering` holds edits of attention scores as well. `seconds` counts from when it is
     submitted. `clean_cache`: it is steered over the unsteered model's cache. `monitors` read its tokens. `scope`: for
-    whom what it has read may be kept; `None`: for nobody.
+    whom what it has read may be kept; `None`: for nobody. `images` are those whose places the ids hold.
     """
 
     ids: tuple[int, ...]
@@ -98,4 +99,5 @@ class Task:
     scope: str | None = None
     matcher: Matcher | None = None
     shown: frozenset[int] = frozenset()
+    images: PromptImages | None = None
     deadline: float = field(default=float("inf"), init=False)

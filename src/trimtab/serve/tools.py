@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.decoding.grammar import Grammar, check_schema, lark_grammar
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import ChatRequest, Message
+from trimtab.serve.schema import ChatRequest, ImagePart, Message, TextPart
 from trimtab.serve.schema_tools import FunctionSpec, ObjectFormat, SchemaFormat, ToolChoice
 from trimtab.steering import Positions, Steering
 from trimtab.text.calls import (
@@ -223,9 +223,10 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
     found: list[dict[str, Any]] = []
     called: dict[str, str] = {}  # by a call's id
     for i, message in enumerate(messages):
-        content = message.content
-        text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-        one: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": text}
+        one: dict[str, Any] = {
+            "role": "system" if message.role == "developer" else message.role,
+            "content": _content(message, f"messages.{i}.content"),
+        }
         if message.tool_calls:
             if message.role != "assistant":
                 raise Refusal(400, "tools are called by the assistant alone", param=f"messages.{i}.tool_calls")
@@ -244,6 +245,18 @@ def _messages(messages: Sequence[Message], *, thinks: bool) -> list[dict[str, An
             one["reasoning_content"] = message.reasoning_content
         found.append(one)
     return found
+
+
+def _content(message: Message, where: str) -> str | list[dict[str, Any]]:
+    """A message's text, or, with images, its parts."""
+    content = message.content
+    if isinstance(content, str):
+        return content
+    if not any(isinstance(part, ImagePart) for part in content):
+        return "\n".join(part.text for part in content if isinstance(part, TextPart))
+    if message.role != "user":
+        raise Refusal(400, "images stand in messages of the user's", param=where)
+    return [part.model_dump(exclude_none=True) for part in content]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

@@ -100,8 +100,13 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
         known = FIELDS if len(where) == 1 else INNER
         near = difflib.get_close_matches(name, known, 1)
         return f"this field isn't known; did you mean {near[0]!r}?" if near else "this field isn't known; see /docs"
-    if kind == "literal_error" and name == "type" and "content" in where:
-        return "only text can be read here: {'type': 'text', 'text': …}; leave other parts out"
+    if (kind == "literal_error" and name == "type" and "content" in where) or (
+        kind.startswith("union_tag_") and name == "content" and isinstance(where[-1], int)
+    ):
+        return (
+            "only text and images can be read here: {'type': 'text', 'text': …} and {'type': 'image_url', 'image_url':"
+            " {'url': 'data:image/png;base64,…'}}; leave other parts out"
+        )
     if kind == "string_pattern_mismatch" and name == "name":
         return f"a steering's name has {NAMES}"
     if kind.startswith("union_tag_") and name in EXPECTED:

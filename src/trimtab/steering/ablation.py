@@ -23,9 +23,9 @@ from trimtab.steering.tensors import as_direction
 def directional_ablation(direction: Tensor, layers: int) -> Steering:
     """Ablates a direction everywhere that writes to the residual stream, at every token.
 
-    The stream is the sum of the embeddings and of what each attention and MLP puts out, so that nothing of the
-    direction is left in it anywhere, between attention and MLP neither. Ablating the output of each block alone is
-    another model: there the MLP still reads what its attention wrote. It is what `trimtab.bake` turns into
+    The stream is the sum of the embeddings and of the outputs of all attentions and MLPs, so nothing of the
+    direction is left in it anywhere, not even between attention and MLP. Ablating the output of each block alone
+    is another model: there the MLP still reads what its attention wrote. It is what `trimtab.bake` turns into
     orthogonalized weights ("abliteration").
 
     In families that have a norm behind attention and MLP (Gemma 2 and 3, OLMo 2), what is ablated is what goes into

@@ -57,10 +57,10 @@ class ModelId:
 class Card:
     """The provenance of a steering; nothing in it changes what the steering does.
 
-    `options` are the method's settings, `data` a digest of what was learned from, `measured` whatever was
-    measured while learning or evaluating (JSON values), `parts` the cards of a sum. `divergence` is how far it takes
-    the model from itself (`mean` and `p95`, in nats a token, over `tokens`), and `audit` what `trimtab audit` found,
-    with its `version`; both name the digest of the `edits` that they are about, which others than these may be.
+    `options` are the method's settings, `data` a digest of what was learned from, `measured` whatever was measured
+    while learning or evaluating (JSON values), `parts` the cards of a sum. `divergence` is that from the unsteered
+    model (`mean` and `p95`, in nats per token, over `tokens`), and `audit` what `trimtab audit` found, with its
+    `version`; both name the digest of the `edits` that they describe, which may differ from the current ones.
     """
 
     method: str = "manual"

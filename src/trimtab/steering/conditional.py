@@ -21,7 +21,7 @@ Shape = tuple  # a gate without its numbers: ("dot",), ("not", shape), ("all", s
 
 
 class Conditional(Operation):
-    """`x' = operation(x)` where `gate` holds of x, and x elsewhere, to the bit."""
+    """`x' = operation(x)` where `gate` holds of x, and x elsewhere, bit for bit."""
 
     def __init__(self, operation: Operation, gate: Gate) -> None:
         object.__setattr__(self, "operation", operation)

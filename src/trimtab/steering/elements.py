@@ -34,7 +34,7 @@ NEUTRAL[scale] = 1.0
 
 
 def put(x: Tensor, rows: Rows) -> Tensor:
-    """`value` in the place of `x`, both of shape `[..., width]`."""
+    """`value` in place of `x`, both of shape `[..., width]`."""
     return rows["value"].expand_as(x)
 
 

@@ -27,7 +27,7 @@ FILTERED = "content_filter"
 
 @dataclass(frozen=True, eq=False)
 class Monitor:
-    """What is read, and what is done.
+    """A direction that is read at each token, and an action above a threshold.
 
     Args:
         name: What its values are called.
@@ -35,7 +35,7 @@ class Monitor:
         threshold: The line. A value above it makes the monitor fire, once an answer; `None`: it never does.
         action: `"log"`: the answer says where it fired, and nothing else happens. `"stop"`: the answer ends before the
             token that would have been chosen there. `"steer"`: from the next token that is read, `steering` acts too.
-        steering: What is switched on, without gates that read the prompt.
+        steering: The steering to turn on, without gates that read the prompt.
     """
 
     name: str

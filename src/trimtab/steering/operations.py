@@ -77,7 +77,7 @@ NAMES: dict[type[Operation], str] = {}
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """What all operations share.
+    """The base class of all operations.
 
     `keep_norm` is a share from 0 (`False`) to 1 (`True`): each edited activation is rescaled to the norm
     `(1 - keep_norm) * |new| + keep_norm * |old|`. At 1 it has the norm it had before.
@@ -248,4 +248,5 @@ WRITING: WeakSet[Kernel] = WeakSet([set_projections])
 """Kernels that take `out`, where they then put what comes of them; it may be the activations themselves."""
 
 NEUTRAL: dict[Kernel, float] = {add: -0.0}
-"""Kernels that act in place, and the parameter at which they leave every activation as it is, to the bit."""
+"""Kernels that act in place, and the parameter at which they leave every activation as it is, bit for
+bit."""

@@ -128,7 +128,8 @@ class Positions:
 
     @classmethod
     def thinking(cls, opens: str | None = None, closes: str | None = None) -> Positions:
-        """Generated tokens inside of thinking: after the marker that opens it, and before the one that closes it.
+        """Generated tokens inside the model's thinking: after the marker that opens it, and before the one that
+        closes it.
 
         Args:
             opens: The marker's text; by default the model's own, such as `<think>`.
@@ -138,7 +139,7 @@ class Positions:
 
     @classmethod
     def answer(cls, opens: str | None = None, closes: str | None = None) -> Positions:
-        """Generated tokens outside of thinking and its markers; all of them where the model doesn't think.
+        """Generated tokens outside the thinking and its markers; all of them if the model doesn't think.
 
         Args:
             opens: The marker that opens thinking; by default the model's own.
@@ -158,7 +159,7 @@ class Positions:
 
     @classmethod
     def outside_tools(cls, *markers: tuple[str, str]) -> Positions:
-        """Generated tokens outside of tool calls, or other structured parts, and their markers.
+        """Generated tokens outside tool calls, or other structured parts, and their markers.
 
         Args:
             markers: Pairs of texts that open and close such a part, where an empty second one means "to the end of the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -244,18 +244,17 @@ def predicted_angle(x: Tensor, weights: Tensor) -> Tensor:
 
     It sees activations scaled to a mean square of 1, so that, as an angle should, its own doesn't depend on their size.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return math.pi * _share_of_pi(x, norm.clamp_min(SHORTEST), weights)
+    *layers, (weight, bias) = _layers(weights, x.shape[-1])
+    last = torch.nn.functional.linear(_hidden(x, layers), weight, bias)
+    return math.pi * torch.sigmoid(last).view(*x.shape[:-1], 1)
 
 
-def _share_of_pi(x: Tensor, norm: Tensor, weights: Tensor) -> Tensor:
-    """The network's angle for activations of this norm, in units of pi; NaN where that is 0."""
-    width = x.shape[-1]
-    (weight, bias), *parts = _layers(weights, width)
-    z = torch.addmm(bias, (x / norm).reshape(-1, width), weight.T, alpha=math.sqrt(width))
-    for weight, bias in parts:
-        z = torch.nn.functional.linear(torch.nn.functional.gelu(z), weight, bias)
-    return torch.sigmoid(z).view(*x.shape[:-1], 1)
+def _hidden(x: Tensor, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """What the network's last layer is given for activations `[..., width]`: `[tokens, width / 8]`."""
+    z = torch.nn.functional.rms_norm(x, x.shape[-1:], eps=float(torch.finfo(x.dtype).tiny)).reshape(-1, x.shape[-1])
+    for weight, bias in layers:
+        z = torch.nn.functional.gelu(torch.nn.functional.linear(z, weight, bias))
+    return z
 
 
 def _layers(weights: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -288,20 +287,26 @@ class RotatePredicted(Directed, name="rotate_predicted"):
 
     @cached_property
     def kernel(self) -> Kernel:
-        """Bound to the network, which is too large for a row: each such operation runs in a call of its own."""
-        copies: dict[Any, Tensor] = {}
+        """Bound to the network, which is too large for a row: each such operation runs in a call of its own.
+
+        Its last layer gives the strength as well, so that both come to the angle in one step, as a gated linear unit.
+        """
+        copies: dict[Any, list[tuple[Tensor, Tensor]]] = {}
 
         def rotate_predicted(x: Tensor, rows: Rows, out: Tensor | None = None) -> Tensor:
             key = (x.device, x.dtype)
             if key not in copies:
-                copies[key] = self.weights.to(device=x.device, dtype=x.dtype)
-            norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-            _, q, c, slope = sloped(x, rows)
-            parts = torch.polar(rows["one"], rows["angle"] * _share_of_pi(x, norm, copies[key]))
-            # cos a + sin a / s, and sin a |x|^2 / q: as `turn`, of x and the direction
-            along_x = torch.addcdiv(parts.real, parts.imag, slope)
-            along_u = parts.imag * torch.addcdiv(q, c, slope)
-            new = torch.addcmul(x * along_x, along_u, rows["direction"])
+                copies[key] = list(_layers(self.weights.to(device=x.device, dtype=x.dtype), self.width))
+                weight, bias = copies[key].pop()
+                copies[key].append((torch.cat([torch.zeros_like(weight), weight]), bias))
+            *layers, (weight, _) = copies[key]
+            both = torch.addmm(rows["last"].reshape(-1, 2), _hidden(x, layers), weight.T)
+            angle = torch.nn.functional.glu(both).view(*x.shape[:-1], 1)
+            rest, q, _, slope = sloped(x, rows)
+            # x' = Re z r + Im z q u with z = exp(i a) (1 - i / s)
+            z = torch.polar(rows["one"], angle)
+            z = torch.addcdiv(z, z, slope, value=-1j)
+            new = torch.addcmul(rest * z.real, z.imag * q, rows["direction"])
             return torch.where(slope > CLOSE * torch.finfo(x.dtype).eps, new, x, out=out)
 
         WRITING.add(rotate_predicted)
@@ -313,5 +318,5 @@ class RotatePredicted(Directed, name="rotate_predicted"):
             "direction": self.direction,
             "shift": -SHORTEST * one,
             "one": one,
-            "angle": math.pi * strength * one,
+            "last": torch.cat([math.pi * strength * one, self.weights[-1:].to(one.dtype)]),
         }

@@ -11,16 +11,15 @@ KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act
 class Site:
     """A place in the network.
 
-    `kind="residual"` is the residual stream at the *output* of block `layer`, counted from 0
-    (Hugging Face's `hidden_states[layer + 1]`, except that their last entry is already normalised), and
-    `"block_input"` the stream that enters the block; of several streams the active one, or their mean. `"attention"`
-    and `"mlp"` are what these two parts of the block put out, before any norm that a family has behind them. `"heads"`
-    are the outputs of the attention heads side by side, `[query heads * head size]`, before the projection that mixes
-    them; `"neurons"` are the MLP's inner activations before its last projection (where it is gated: after the gate; of
-    a mixture of experts those of the expert that every token passes), and `"act_fn"` what its activation function puts
-    out (where it is gated: before the product with the other half; else the same). `"router"` are the logits by
-    which a mixture of experts chooses among them, `[experts]`. `"scores"` are the scores of the block's attention,
-    before the softmax.
+    `kind="residual"` is the residual stream at the *output* of block `layer`, counted from 0 (Hugging Face's
+    `hidden_states[layer + 1]`, except that their last entry is already normalised), and `"block_input"` the stream
+    that enters the block; of several streams the active one, or their mean. `"attention"` and `"mlp"` are the outputs
+    of these two parts of the block, before any norm that a family has after them. `"heads"` are the outputs of the
+    attention heads side by side, `[query heads * head size]`, before the projection that mixes them; `"neurons"` are
+    the MLP's inner activations before its last projection (where it is gated: after the gate; of a mixture of experts
+    those of the expert that every token passes), and `"act_fn"` the output of its activation function (where it is
+    gated: before the product with the other half; else the same). `"router"` are the logits by which a mixture of
+    experts chooses among them, `[experts]`. `"scores"` are the scores of the block's attention, before the softmax.
     """
 
     layer: int

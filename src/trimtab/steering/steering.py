@@ -25,7 +25,8 @@ from trimtab.steering.site import Site
 @class_keywords
 @dataclass(frozen=True)
 class Edit:
-    """One operation at one site, at some positions, with a strength, on the requests that its gate lets in.
+    """One operation at one site, at some positions, with a strength, for the requests for which its gate is
+    open.
 
     Strength 0 is no edit at all. What a strength means is the operation's: a multiple of the direction for
     `Add`, a share of the way for `SetProjection` and `Ablate`.

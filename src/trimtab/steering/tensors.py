@@ -59,5 +59,5 @@ def as_share(value: bool | float) -> bool | float:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Equal to the bit, and of the same dtype."""
+    """Equal bit for bit, and of the same dtype."""
     return a.dtype == b.dtype and torch.equal(a, b)

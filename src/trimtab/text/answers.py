@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.chat import encode, render_messages
-from trimtab.text.letters import Asked, ask
+from trimtab.text.letters import LetterQuestion, ask, ids_of
 from trimtab.text.pairs import Pair, Side, as_prompt, sides
 
 Kind = Literal["last", "answer", "first", "after"]
@@ -118,7 +118,7 @@ def encode_prompt(tokenizer: Any, side: Side) -> list[int]:
     return ids
 
 
-def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> Asked:
+def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuestion:
     """A multiple-choice question under the side's system prompt.
 
     Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `ask` does.
@@ -165,7 +165,7 @@ def _encoded(tokenizer: Any, pair: Pair, side: Side) -> Answered:
     if pair.shape == "texts":
         opening, ids = [], encode(tokenizer, side.answer, chat=False)
     else:
-        opening, ids = encode_prompt(tokenizer, side), _ids(tokenizer, side.answer)
+        opening, ids = encode_prompt(tokenizer, side), ids_of(tokenizer, side.answer)
     if not ids:
         raise TrimtabError(f"an answer is empty: {side.answer!r} has no tokens")
     return Answered((*opening, *ids), len(opening), side.answer)
@@ -175,7 +175,7 @@ def _own(tokenizer: Any, text: Answered) -> tuple[int, int]:
     """From where to where the tokens are the answer's own: without those that a tokenizer puts around a text."""
     if text.start:
         return text.start, len(text.ids)
-    own = _ids(tokenizer, text.answer)
+    own = ids_of(tokenizer, text.answer)
     for start in range(len(text.ids) - len(own) + 1):
         if own and list(text.ids[start : start + len(own)]) == own:
             return start, start + len(own)
@@ -209,10 +209,6 @@ def _unquoted(marker: str) -> str:
         return str(json.loads(marker))
     except ValueError:
         raise TrimtabError(f"the marker {marker} begins with a quote and is no JSON string") from None
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _shorten(text: str, *, end: bool = False) -> str:

@@ -104,6 +104,9 @@ def described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str
     """Messages for a template that knows no tools: described in the system message, called and answered in text."""
     found: list[dict[str, Any]] = []
     for message in messages:
+        if isinstance(message.get("content"), list):  # with images
+            found.append(dict(message))
+            continue
         content = str(message.get("content") or "")
         if message["role"] == "tool":
             text = f"<tool_response>\n{content}\n</tool_response>"

@@ -11,9 +11,10 @@ from weakref import WeakKeyDictionary
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import outside
+from trimtab.text.images import has_images
 from trimtab.text.templates import CONTINUE, check_keywords, set_keywords
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Prompt = str | Sequence[Message]
 Template = Mapping[str, Any]
 """Keywords of the chat template, such as `{"enable_thinking": False}`, and perhaps `continue_final_message`."""
@@ -57,12 +58,13 @@ def encode(
             return list(plain_tokens(tokenizer, prompt)["input_ids"])
         messages: list[Message] = [{"role": "user", "content": prompt}]
     else:
-        messages = list(prompt)
         if chat is False:
             raise TrimtabError("chat=False with a list of messages: give plain text")
-        for message in messages:
-            if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-                raise TrimtabError(f"a message is {{'role': …, 'content': …}}, got {message!r}")
+        messages = checked_messages(prompt)
+        if has_images(messages):
+            raise TrimtabError(
+                "these messages have images, and text alone is read here; lm.generate, stream and capture take them"
+            )
     if not has_template(tokenizer):
         raise TrimtabError(
             "this tokenizer has no chat template; give plain text (chat=False), or set its chat_template"
@@ -72,6 +74,14 @@ def encode(
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
     return list(_apply(tokenizer, messages, template, tokenize=True, return_dict=True)["input_ids"])
+
+
+def checked_messages(messages: Sequence[Message], system: str | None = None) -> list[Message]:
+    """The messages as a list, with a system message before them. Raises `TrimtabError` for malformed ones."""
+    for message in messages:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise TrimtabError(f"a message is {{'role': …, 'content': …}}, got {message!r}")
+    return [*([] if system is None else [{"role": "system", "content": system}]), *messages]
 
 
 def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
@@ -87,9 +97,9 @@ def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
     if not answered:
         return encode(tokenizer, messages)
     encode(tokenizer, messages, template={CONTINUE: False})  # its checks, too
-    return list(
-        _rendered(tokenizer, messages, {"add_generation_prompt": False}, tokenize=True, return_dict=True)["input_ids"]
-    )
+    given: dict[str, Any] = {"tokenize": True, "return_dict": True}
+    found = _rendered(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **given)
+    return list(found["input_ids"])
 
 
 def render_messages(tokenizer: Any, messages: Sequence[Message], template: Template | None = None) -> str:
@@ -119,15 +129,67 @@ def template_digest(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | None, **how: Any) -> Any:
+def rendering(tokenizer: Any, messages: Sequence[Message], template: Template | None) -> dict[str, Any]:
+    """The keywords with which messages are rendered, where an answer is to begin or to go on. Raises as `encode`."""
     keywords = dict(template or {})
     continues = _continues(messages, keywords.pop(CONTINUE, None))
     check_keywords(tokenizer, keywords)
-    if not continues:
-        return _rendered(tokenizer, messages, {"add_generation_prompt": True, **keywords}, **how)
+    ends = {CONTINUE: True, "add_generation_prompt": False} if continues else {"add_generation_prompt": True}
+    return {**ends, **keywords}
+
+
+def takes_parts(tokenizer: Any) -> bool:
+    """Whether the chat template takes a message's content as a list of parts alone: of a text it would render nothing.
+
+    Templates of image-text models are such.
+    """
+    template = str(tokenizer.chat_template)
     try:
-        ends = {CONTINUE: True, "add_generation_prompt": False}
-        return tokenizer.apply_chat_template(list(messages), **ends, **keywords, **how)
+        known, found = _PARTS.get(tokenizer, (None, False))
+    except TypeError:  # it can't be hashed
+        return _loses_text(tokenizer)
+    if known != template:
+        found = _loses_text(tokenizer)
+        _PARTS[tokenizer] = template, found
+    return found
+
+
+def _loses_text(tokenizer: Any) -> bool:
+    given = {"add_generation_prompt": True, "tokenize": False}
+    seen = []
+    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+        try:
+            seen.append(_PROBE in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], **given)))
+        except Exception:  # it wants more than that, or can't take it
+            seen.append(False)
+    return seen == [False, True]
+
+
+def _contents(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
+    """The messages with their contents as the chat template takes them: texts, or parts where it takes these alone."""
+    plain = all(isinstance(one["content"], str) for one in messages)
+    if takes_parts(tokenizer):
+        return [
+            {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one["content"], str) else one
+            for one in messages
+        ]
+    return list(messages) if plain else [{**one, "content": _joined(one["content"])} for one in messages]
+
+
+def _joined(content: Any) -> Any:
+    """Text parts as one text."""
+    parts = content if isinstance(content, (list, tuple)) else ()
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type", "text") == "text"]
+    return "\n".join(map(str, texts)) if parts and len(texts) == len(parts) and None not in texts else content
+
+
+def _apply(tokenizer: Any, messages: Sequence[Message], template: Template | None, **how: Any) -> Any:
+    keywords = rendering(tokenizer, messages, template)
+    messages = _contents(tokenizer, messages)
+    if CONTINUE not in keywords:
+        return _rendered(tokenizer, messages, keywords, **how)
+    try:
+        return tokenizer.apply_chat_template(messages, **keywords, **how)
     except Exception as error:  # templates raise whatever their authors chose
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise TrimtabError(
@@ -191,5 +253,7 @@ def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:
     return tuple(token for token in every if token and token in text)
 
 
+_PROBE = "trimtab\u2060reads\u2060this"
+_PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 _WRITTEN: WeakKeyDictionary[Any, tuple[str, tuple[str, ...]]] = WeakKeyDictionary()
 """Kept, since some tokenizers have thousands of special tokens: the template, and those that it writes."""

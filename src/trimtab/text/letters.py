@@ -28,7 +28,7 @@ def letter_of(answer: str) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LetterQuestion:
     """A multiple-choice question as token ids.
 
     `prompt` ends where the answer begins, so that its last token is the last prompt token; `opening` is the bracket
@@ -64,7 +64,7 @@ def question_prompt(tokenizer: Any, question: str, system: str | None = None) ->
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> Asked:
+def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | None = None) -> LetterQuestion:
     """A question and the letters that answer it, put together by id: learning and scoring read the same ids.
 
     Raises `TrimtabError` as `question_prompt` and `answer_ids` do.
@@ -72,11 +72,11 @@ def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | 
     return ask_prompt(tokenizer, question_prompt(tokenizer, question, system), letters)
 
 
-def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> Asked:
+def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> LetterQuestion:
     """`ask` for a prompt that `question_prompt` has made."""
     found = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
     opening, _, closing = next(iter(found.values()))
-    return Asked(
+    return LetterQuestion(
         prompt=tuple(encode(tokenizer, prompt)),
         opening=tuple(opening),
         letters={letter: token for letter, (_, token, _) in found.items()},
@@ -94,14 +94,14 @@ def answer_ids(tokenizer: Any, letter: str, *, after_space: bool = False) -> tup
     Raises `TrimtabError` when the letter is no single token.
     """
     opening = " (" if after_space else "("
-    whole = _ids(tokenizer, f"{opening}{letter})")
+    whole = ids_of(tokenizer, f"{opening}{letter})")
     where = [i for i, token in enumerate(whole) if tokenizer.decode([token]).strip() == letter]
     if len(where) == 1:
         return whole[: where[0]], whole[where[0]], whole[where[0] + 1 :]
-    alone = _ids(tokenizer, letter)
+    alone = ids_of(tokenizer, letter)
     if len(alone) != 1:
         raise TrimtabError(f"{letter!r} is {len(alone)} tokens in this tokenizer, so letter answers can't be read")
-    return _ids(tokenizer, opening), alone[0], _ids(tokenizer, ")")
+    return ids_of(tokenizer, opening), alone[0], ids_of(tokenizer, ")")
 
 
 def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
@@ -116,5 +116,6 @@ def letter_balance(pairs: Sequence[Pair]) -> dict[str, float]:
     return {letter: net[letter] / len(pairs) for letter in sorted(net)}
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text alone, without those that begin or end one."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

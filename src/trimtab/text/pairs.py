@@ -43,7 +43,8 @@ Words = str | Conversation
 @class_keywords
 @dataclass(frozen=True)
 class Pair:
-    """Two sides that differ in what is to be learned: `prompt + positive` and `prompt + negative`.
+    """Two sides that differ in the thing to be learned: `prompt + positive` and `prompt +
+    negative`.
 
     `shape` says what they are: `"answers"` to the prompt, bare `"texts"` (no prompt), multiple-choice
     `"letters"` (the prompt is the question), or `"prompts"` (no prompt; each is one).
@@ -51,7 +52,7 @@ class Pair:
     A prompt, and a side that is an answer or a prompt, is a text or a conversation: chat messages as tuples of role
     and content. A list of `{"role": …, "content": …}` is made into one. An answer that is a conversation ends with the
     assistant's message, and what comes before that continues the prompt. A system prompt of `None` leaves it to the
-    chat template, which may have one of its own. `sides` has the two sides put together.
+    chat template, which may have its own default. `sides` returns both sides with the prompt.
 
     Raises `TrimtabError` for a conversation or a system prompt where there can't be one, messages that are malformed,
     and a side with two system prompts.
@@ -253,12 +254,12 @@ def read_pairs(path: str | Path, *, keys: Mapping[str, str] | None = None, ignor
 
     Args:
         path: The file.
-        keys: The columns of parts that are called otherwise there: `{"positive": "answer_a", "negative": "answer_b"}`.
+        keys: The columns of parts that have other names there: `{"positive": "answer_a", "negative": "answer_b"}`.
         ignore: Columns to leave out.
 
     Raises:
         TrimtabError: Naming the file and the line (or item): a missing file, a malformed row, a row in none of the
-            shapes, a one-sided pair, rows of different shapes, a column that isn't read and may matter, or no rows.
+            shapes, a one-sided pair, rows of different shapes, a column that isn't read but may matter, or no rows.
     """
     if not isinstance(path, (str, PathLike)):
         raise TrimtabError(

@@ -14,7 +14,16 @@ from typing import Any
 
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import class_keywords
-from trimtab.text.chat import Message, Prompt, Template, encode, has_template, plain_tokens, render_messages
+from trimtab.text.chat import (
+    Message,
+    Prompt,
+    Template,
+    checked_messages,
+    encode,
+    has_template,
+    plain_tokens,
+    render_messages,
+)
 
 Span = tuple[int, int]
 CONTEXT = 40
@@ -24,7 +33,7 @@ MARK = "trimtab\u2060marks\u2060this"
 @class_keywords
 @dataclass(frozen=True)
 class Phrase:
-    """A text as it stands in the prompt: its occurrence number `occurrence` (from 0), or all of them."""
+    """A text that occurs in the prompt: its occurrence number `occurrence` (from 0), or all of them."""
 
     text: str
     occurrence: int | None = None
@@ -73,8 +82,7 @@ def render(
     Raises `UnsupportedError` for a tokenizer that has no offsets, and whatever `encode` raises.
     """
     ids = encode(tokenizer, prompt, system=system, chat=chat, template=template)
-    if not getattr(tokenizer, "is_fast", False):
-        raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
+    _check_fast(tokenizer)
     messages = _messages(tokenizer, prompt, system, chat)
     if messages is None:
         assert isinstance(prompt, str)
@@ -103,17 +111,55 @@ def find_spans(
     what comes closest), an occurrence that isn't, a malformed pattern, or a message that isn't there.
     """
     rendered = render(tokenizer, prompt, system=system, chat=chat, template=template)
+    return _spans(tokenizer, rendered, emphasis, _messages(tokenizer, prompt, system, chat), template)
+
+
+def found_in_text(
+    tokenizer: Any, prompt: Sequence[Message], emphasis: Any, *, system: str | None, template: Template | None
+) -> tuple[list[int], tuple[Span, ...]]:
+    """For messages with images: the token ids of the chat template's text, and where phrases are in these.
+
+    Raises as `find_spans` does.
+    """
+    _check_fast(tokenizer)
+    messages: list[Message] = [
+        {**one, "content": _without_pixels(one["content"])} for one in checked_messages(prompt, system)
+    ]
+    text = render_messages(tokenizer, messages, template)
+    read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
+    ids, offsets = list(read["input_ids"]), tuple((int(a), int(b)) for a, b in read["offset_mapping"])
+    return ids, _spans(tokenizer, Rendered(text, tuple(ids), offsets), emphasis, messages, template)
+
+
+def _without_pixels(content: Any) -> Any:
+    """A message's content as the chat template needs it, whatever its images are."""
+    if isinstance(content, str):
+        return content
+    return [part if part.get("type") == "text" else {"type": "image"} for part in content]
+
+
+def _spans(
+    tokenizer: Any,
+    rendered: Rendered,
+    emphasis: Emphasis | Sequence[Emphasis],
+    messages: list[Message] | None,
+    template: Template | None,
+) -> tuple[Span, ...]:
     wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
     if not wanted:
         raise TrimtabError("there is no phrase to emphasize; give at least one")
     characters: list[Span] = []
     for one in wanted:
         if isinstance(one, Part):
-            messages = _messages(tokenizer, prompt, system, chat)
             characters.append(_part(tokenizer, rendered, messages, one, template))
         else:
             characters += _places(rendered.text, one)
     return _join([_tokens(rendered, start, stop) for start, stop in characters])
+
+
+def _check_fast(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
 
 
 def _places(text: str, wanted: str | Phrase | Pattern) -> list[Span]:
@@ -171,6 +217,8 @@ def _part(
     except IndexError:
         roles = ", ".join(message["role"] for message in messages)
         raise TrimtabError(f"there is no {part.role} message number {part.index}; the messages are {roles}") from None
+    if not isinstance(messages[number]["content"], str):
+        raise TrimtabError(f"the {part.role} message has parts; name a phrase of it")
     marked = [{**m, "content": MARK} if i == number else m for i, m in enumerate(messages)]
     start = render_messages(tokenizer, marked, template).find(MARK)
     for content in (messages[number]["content"], messages[number]["content"].strip()):

@@ -19,7 +19,7 @@ from trimtab.evaluate.fluency import Fluency
 class Guard:
     """Limits on what steering may do to answers, each relative to the unsteered ones on the same items.
 
-    - `perplexity`: the median perplexity may be this many times the unsteered median. Above, text falls apart.
+    - `perplexity`: the median perplexity may be this many times the unsteered median. Above, text breaks.
     - `certainty`: the median of log-perplexity may not fall below this share of the unsteered one. Below, text
       runs in circles, and each word follows from the last.
     - `repeated`: the mean share of repeated four-grams may exceed the unsteered one by this much.

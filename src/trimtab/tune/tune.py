@@ -57,7 +57,7 @@ Trial = Callable[[Sequence["Steering | None"], Sequence[int], Progress], list[Ou
 
 
 @dataclass(frozen=True)
-class Row:
+class Tried:
     """One candidate in the search. `setting` is `None` for "don't steer".
 
     `score` and `unsteered` are means over the same `items`, `dose` the mean of `‖edit‖ / ‖activation‖`, `perplexity`
@@ -124,7 +124,7 @@ class Tuned:
     steering: Steering | None
     setting: Setting | None
     reason: str
-    table: tuple[Row, ...]
+    table: tuple[Tried, ...]
     held_out: HeldOut | None
     split: Split
     interrupted: bool
@@ -440,7 +440,7 @@ def _searched(halved: Halved[Outcome], groups: Sequence[Hashable]) -> Decision:
     return decide(before, [one.score for one in mine], groups=groups[: len(mine)], candidates=max(1, tried))
 
 
-def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Row, ...]:
+def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Tried, ...]:
     base = halved.results[BASELINE]
     found = []
     for c, (results, standing) in enumerate(zip(halved.results, halved.standings, strict=True)):
@@ -448,7 +448,7 @@ def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Ro
             continue
         read = [one.fluency for one in results if one.fluency is not None]
         found.append(
-            Row(
+            Tried(
                 setting=None if c == BASELINE else candidates[c - 1].setting,
                 items=len(results),
                 score=standing.score,
@@ -461,7 +461,7 @@ def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Ro
     return tuple(found)
 
 
-def _compact(row: Row) -> list[Any]:
+def _compact(row: Tried) -> list[Any]:
     """A row in the order of `COLUMNS`, in numbers that JSON has."""
     one = row.setting
     where = [None, None, None, None] if one is None else [one.operation, one.positions, one.layer, one.strength]

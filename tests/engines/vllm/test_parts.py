@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from batches import steering
 from other_programs import has_vllm
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together, read_write
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +25,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from trimtab import (
     Ablate,
     Add,
-    Edit,
     Positions,
     Site,
     Steering,
@@ -67,10 +67,6 @@ RULES = [
     Positions.opening(3),
     Positions.tokens([1, -1]),
 ]
-
-
-def steering(*edits: tuple[int, Any, Positions]) -> Steering:
-    return Steering(tuple(Edit(Site(layer), operation, where) for layer, operation, where in edits))
 
 
 def placed(given: Steering, prompt_length: int, static: bool = False) -> tuple[Wire, Steering]:
@@ -1085,7 +1081,7 @@ class TestOnRay:
     def test_what_is_refused_before_a_worker_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("trimtab.engines.vllm.versions.vllm_version", lambda: "0.32.0")
         monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: name)
-        with pytest.raises(TrimtabError, match="whole number from 1, got 0"):
+        with pytest.raises(TrimtabError, match="whole number from 1 up, got 0"):
             RayEngines(None, 0)
         with pytest.raises(UnsupportedError, match="tensor_parallel_size can't be given"):
             RayEngines(None, 2, {"tensor_parallel_size": 2})

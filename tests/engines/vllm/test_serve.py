@@ -4,6 +4,7 @@ name, over its own API, and names that come and go.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -27,8 +28,13 @@ from trimtab.engines.transformers.default_model import default_folder
 from trimtab.files.steering_file import steering_to_bytes
 
 KEY = {"Authorization": "Bearer secret"}
+CALLERS = {"all": {}, "ann": {"steerings": ["s0", "s1"], "strength": [-1, 40], "max_dose": 0.5}}
+POLICY = {
+    "keys": [{"name": n, "sha256": hashlib.sha256(n.encode()).hexdigest(), **more} for n, more in CALLERS.items()],
+    "always": [{"name": "safe", "strength": 0.5}],
+}
 STEERINGS = 20
-NAMES = sorted(f"s{i}" for i in range(STEERINGS))
+NAMES = sorted(["safe", *(f"s{i}" for i in range(STEERINGS))])
 
 
 THEIRS = "--enforce-eager --max-model-len 256 --disable-uvicorn-access-log"
@@ -39,13 +45,16 @@ def steerings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steerings")
     for i in range(STEERINGS):
         save(added(50 + 10 * i, 4.0), folder / f"s{i}.safetensors")
+    save(added(7, 4.0), folder / "safe.safetensors")
     return folder
 
 
 @pytest.fixture(scope="module")
 def url(steerings: Path) -> Iterator[str]:
-    """A server with eight slots for twenty steerings."""
-    ours = f"serve --engine vllm --steerings {steerings} --rows 16 --dtype float32 --port"
+    """A server with eight slots for twenty steerings, with a policy."""
+    (steerings / "policy.json").write_text(json.dumps(POLICY))
+    ours = f"serve --engine vllm --steerings {steerings} --rows 16 --dtype float32 --policy {steerings}/policy.json"
+    ours += f" --audit {steerings}/audit.jsonl --audit-prompts --port"
     given = {"TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret"}
     with serving([sys.executable, "-m", "trimtab", *ours.split()], ["--", *THEIRS.split()], given, steerings) as base:
         yield base
@@ -80,7 +89,8 @@ def ask(
 ) -> tuple[int, Any]:
     """Status and answer."""
     data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **(headers or {})}, method=method)
+    given = {"Content-Type": "application/json", "Authorization": "Bearer all", **(headers or {})}
+    request = urllib.request.Request(url, data, given, method=method)
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.loads(answer.read() or b"null")
@@ -88,11 +98,11 @@ def ask(
         return error.code, json.loads(error.read() or b"null")
 
 
-def complete(url: str, prompt: str, steering: Any = None, **more: Any) -> tuple[int, Any]:
+def complete(url: str, prompt: str, steering: Any = None, who: str = "all", **more: Any) -> tuple[int, Any]:
     """Status, and the first choice of the answer or what else came."""
     asked = {"model": "trimtab", "messages": [{"role": "user", "content": prompt}], "max_tokens": 12, "temperature": 0}
     more = {"return_token_ids": True} | more | ({} if steering is None else {"steering": steering})
-    status, answer = ask(f"{url}/v1/chat/completions", {**asked, **more})
+    status, answer = ask(f"{url}/v1/chat/completions", {**asked, **more}, None, {"Authorization": f"Bearer {who}"})
     return status, answer["choices"][0] if status == 200 else answer
 
 
@@ -116,9 +126,9 @@ def test_requests_are_steered_by_name(url: str) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        ({"steering": [{"name": "nobody"}]}, "no steering 'nobody'; registered: s0, s1, s10"),
+        ({"steering": [{"name": "nobody"}]}, "there is no such steering"),
         ({"steering": [{"name": "s0", "positions": "span:2:9999"}]}, "is not in the prompt"),
-        ({"steering": [{"name": "s0", "layer": 2}]}, "name, strength and positions"),
+        ({"steering": [{"name": "s0", "layer": 2}]}, "can act at another"),
         ({"steering": [{"name": "s0"}], "use_beam_search": True, "n": 2}, "beam search"),
         ({"emphasize": ["ship"]}, "attention scores"),
         ({"rejection": True}, "logits"),
@@ -128,8 +138,55 @@ def test_requests_are_steered_by_name(url: str) -> None:
 )
 def test_what_cant_be_honoured_is_answered_with_an_error(url: str, more: dict[str, Any], why: str) -> None:
     status, answer = complete(url, PROMPTS[0], **more)
-    assert status == 400
+    assert status in (400, 404)
     assert why in json.dumps(answer)
+
+
+def test_a_policy_holds(url: str, steerings: Path) -> None:
+    """Keys, their steerings and ranges, what is always on, caps of doses, closed routes, and the log of it all."""
+    s0 = [{"name": "s0", "strength": 12}]
+    log = (steerings / "audit.jsonl").read_text().count("\n")
+    assert ask(f"{url}/v1/models", headers={"Authorization": "Bearer eve"})[0] == 401
+    assert complete(url, PROMPTS[0], who="eve")[0] == 401
+    for refused, status in (
+        ([{"name": "s5"}], 404),
+        ([{"name": "s0", "strength": -2}], 403),
+        ([{"name": "safe"}], 403),
+        ([{"name": "s0", "strength": 40}], 400),  # of which the dose is seen as soon as the prompt is read
+    ):
+        found = complete(url, PROMPTS[0], refused, "ann")
+        assert found[0] == status, found
+    assert "dose_too_high" in json.dumps(found[1])
+    for path in ("/inference/v1/generate", "/invocations", "/v1/messages", "/v1/completions/render"):
+        assert ask(f"{url}{path}", {"model": "trimtab", "prompt": "x"})[0] == 404, path
+    asked = {"model": "trimtab", "prompt": PROMPTS[0], "max_tokens": 4, "temperature": 0, "steering": s0}
+    status, whole = ask(f"{url}/v1/completions", asked)
+    assert [(one["name"], one["always"]) for one in whole["trimtab"]["steering"]] == [("safe", True), ("s0", False)]
+    assert [len(one["edits"]) for one in whole["trimtab"]["answers"]] == [6]
+    assert whole["trimtab"] == last_chunk(url, {**asked, "stream": True})["trimtab"]
+    talk = {"model": "trimtab", "input": PROMPTS[0], "max_output_tokens": 4, "temperature": 0}
+    status, told = ask(f"{url}/v1/responses", talk)
+    assert (status, told["trimtab"]["steering"][0]["name"]) == (200, "safe")
+    lines = [json.loads(line) for line in (steerings / "audit.jsonl").read_text().splitlines()][log:]
+    assert [(one["event"], one.get("status") or one.get("outcome")) for one in lines] == [
+        *(("refused", status) for status in (401, 401, 404, 403, 403)),
+        *(("begun", None), ("ended", "dose_too_high")),
+        *[("refused", 404)] * 4,
+        *[("begun", None), ("ended", "done")] * 3,
+    ]
+    assert lines[-6]["prompt"] == lines[-4]["prompt"] == PROMPTS[0]
+    assert [one["tokens"] for one in lines[-5::2]] == [[4], [4], [4]]
+    assert lines[-5]["key"] == "all"
+
+
+def last_chunk(url: str, asked: Any) -> Any:
+    """Of a stream, before the end."""
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer all"}
+    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        *_, last, done, _ = answer.read().decode().split("\n\n")
+    assert done == "data: [DONE]"
+    return json.loads(last.removeprefix("data: "))
 
 
 def asked_for(i: int) -> tuple[str, Any]:
@@ -153,7 +210,7 @@ def test_many_clients_while_steerings_come_and_go(url: str, requests: int, clien
             assert (status, told["steerings"]) == (200, sorted([*NAMES, "new"]))
             assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 200
             assert ask(f"{url}/trimtab/steerings/new", None, "DELETE", KEY)[0] == 200
-            assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 400
+            assert complete(url, PROMPTS[changes % 20], [{"name": "new"}])[0] == 404
             changes += 1
         done = [answer.result() for answer in answers]
     assert [status for status, _ in done] == [200] * requests

@@ -18,7 +18,7 @@ from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.llamacpp.context import CACHES, Context, Weights
 from trimtab.engines.llamacpp.sampling import Sampling, sampling_of
 from trimtab.engines.llamacpp.steer import NOTHING, Schedule, check_additions, check_counts, doses
-from trimtab.engines.llamacpp.telling import Told
+from trimtab.engines.llamacpp.telling import Listener
 from trimtab.engines.llamacpp.tokens import GgufTokenizer
 from trimtab.engines.meanings import check_meanings
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
@@ -56,6 +56,7 @@ class LlamaCpp(LanguageModel):
         "perplexity": "a pass gives the logits of its last token alone",
         "logits": "they aren't read at every token",
         "grammar": "its tokens are chosen outside of llama.cpp's own samplers",
+        "images": "its binding is given tokens alone",
     }
 
     def __init__(
@@ -126,7 +127,7 @@ class LlamaCpp(LanguageModel):
 
     @cached_property
     def identity(self) -> ModelId:
-        """Name, shape and a fingerprint of the weights, as they stand in a steering's card."""
+        """Name, shape and a fingerprint of the weights, as recorded in a steering's card."""
         family = self.weights.metadata("general.architecture") or "unknown"
         return ModelId(
             name=self.name,
@@ -160,7 +161,7 @@ class LlamaCpp(LanguageModel):
         answers: list[list[Generation]] = []
         with self._lock:
             for one in requests:
-                schedule, told = Schedule.of(one.steering, one.ids, self.tokenizer), Told(*heard, tuple(one.ids))
+                schedule, told = Schedule.of(one.steering, one.ids, self.tokenizer), Listener(*heard, tuple(one.ids))
                 answers.append([self._answer(one.ids, schedule, decoding, sampling, generator, told)])
                 if decoding.progress is not None:
                     decoding.progress(len(answers), len(requests))
@@ -173,7 +174,7 @@ class LlamaCpp(LanguageModel):
         decoding: Decoding,
         sampling: Sampling,
         random: torch.Generator,
-        told: Told,
+        told: Listener,
     ) -> Generation:
         count, logprobs = decoding.max_new_tokens, decoding.logprobs
         context = self._context(len(ids) + count)

@@ -9,7 +9,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Told:
+class Listener:
     """One answer's streamer and stopping criteria, called as transformers calls them, and its prompt's ids."""
 
     streamer: Any

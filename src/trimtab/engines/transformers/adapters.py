@@ -52,7 +52,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def is_adapter_layer(module: nn.Module) -> bool:
-    """Whether `peft` put this module in the place of one of the model's own."""
+    """Whether `peft` put this module in place of one of the model's own."""
     return hasattr(module, "adapter_layer_names") and hasattr(module, "active_adapters")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.exclusive import reading, steers
-from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.weights import input_device, quantization
 from trimtab.errors import UnsupportedError
 
@@ -149,11 +149,7 @@ def _continued(layout: Layout) -> Tensor:
 
 def _near(layout: Layout, one: Tensor, other: Tensor) -> bool:
     exact = quantization(layout.decoder) is None  # else passes of other shapes may round in other ways
-    return bool((one - other).norm() <= (OFF.get(_dtype(layout), COARSE) if exact else COARSE) * one.norm())
-
-
-def _dtype(layout: Layout) -> torch.dtype:
-    return next(layout.decoder.parameters()).dtype
+    return bool((one - other).norm() <= (OFF.get(stream_dtype(layout), COARSE) if exact else COARSE) * one.norm())
 
 
 def block_of(layout: Layout, layer: int) -> Block:

@@ -2,7 +2,7 @@
 
 While a run is open, the decoder's configuration names an attention of our own, registered for this run only; the
 model's own implementation is put back however the run ends. Layers and requests that aren't steered are computed by
-the model's own implementation, so that they stay as they were to the bit.
+the model's own implementation, so that they stay as they were bit for bit.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
 
 def head_count(layout: Layout) -> int:
     """How many query heads a layer has; 1 where there is no one number of them, and no head can be chosen."""
-    return int(getattr(layout.decoder.config, "num_attention_heads", 1) or 1)
+    return compat.query_heads(layout.decoder.config) or 1
 
 
 @contextmanager

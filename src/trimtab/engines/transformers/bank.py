@@ -69,7 +69,7 @@ class Lane:
         self.step, kernel, keep_norm = address
         self.stage: Stage = Stage(kernel, keep_norm, {}, torch.zeros(0, dtype=torch.bool))
         self.banks: dict[str, Any] = {}
-        self.active = torch.zeros(slots, 1, dtype=torch.bool, device=device)
+        self.active: Tensor = torch.zeros(slots, 1, dtype=torch.bool, device=device)
         self.names: list[frozenset[str]] = [frozenset()] * slots  # what each slot's row has; nothing: it isn't here
         self.added = [0.0] * slots  # how long what a slot's row adds is, in a lane that adds
         self._blank = [True] * slots  # whether a slot's parameters are those of no row
@@ -138,7 +138,7 @@ class Lane:
 
     def to(self, device: torch.device) -> None:
         """Where the site's activations are."""
-        self.active: Tensor = self.active.to(device)
+        self.active = self.active.to(device)
         for name, bank in self.banks.items():
             self.banks[name] = [one and one.to(device) for one in bank] if isinstance(bank, list) else bank.to(device)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Step, Trace
 from trimtab.engines.answer import Applied
+from trimtab.engines.images import PromptImages
 from trimtab.engines.meanings import NOTHING, Followed, Follower, Holding
 from trimtab.engines.transformers.grammar import Matcher
 from trimtab.engines.transformers.monitoring import Log
@@ -26,7 +27,7 @@ class GenerationRequest:
     the token that is being decoded, where that is plausible. `matcher` stands at the beginning of the grammar that the
     answer keeps to; the row takes a copy. `clean_cache`: what is stored of the text is what the unsteered model would
     store; only `CleanBatch` has such rows. `monitors` read its tokens. `scope`: for whom what the row has read may be
-    kept, and from whose it may go on, where a batch keeps it.
+    kept, and from whose it may go on, where a batch keeps it. `images` are those whose places the ids hold.
     """
 
     ids: tuple[int, ...]
@@ -40,6 +41,7 @@ class GenerationRequest:
     clean_cache: bool = False
     monitors: tuple[Monitor, ...] = ()
     scope: str | None = None
+    images: PromptImages | None = None
 
     @property
     def prefill(self) -> tuple[tuple[int, ...], Steering | None]:
@@ -91,6 +93,7 @@ class BatchRow:
     first: float = 0.0  # seconds to the first token
     log: Log = field(default_factory=Log)
     cached: int = 0  # tokens of its prompt that were taken over
+    shift: int = 0  # how many positions more than tokens there are before what it reads next (below 0: fewer)
     switched: bool = False  # whether a monitor has changed its edits, which the session hasn't been told
     text: Follower | None = None  # where the ladder's edits ask what is generated
     at: Followed | None = None  # where that is

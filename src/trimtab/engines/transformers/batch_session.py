@@ -196,7 +196,7 @@ class BatchSession(Session):
     def tally(self, request: int, tokens: int | None = None) -> Tally:
         """What was measured of a row so far, and where it was steered."""
         self._flush()
-        self._settle()
+        self._collect()
         row = self.rows[request]
         counts = row.steered
         return {site: (*found, counts[site]) for site, found in row.measured.items()}
@@ -270,9 +270,9 @@ class BatchSession(Session):
         self._aside.append((list(self.rows), self.sites, self._sums))
         self._sums = torch.zeros_like(self._sums)
         if len(self._aside) >= ASIDE:
-            self._settle()
+            self._collect()
 
-    def _settle(self) -> None:
+    def _collect(self) -> None:
         """Add what was put aside to the rows' own, for which the host waits once."""
         if not self._aside:
             return

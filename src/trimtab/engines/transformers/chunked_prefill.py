@@ -62,7 +62,7 @@ class ChunkedPrefill:
         self.layout = layout
         self.ids: list[int] = list(ids)
         self.steering = steering
-        self.cache = DynamicCache()
+        self.cache: DynamicCache = DynamicCache()
         self.watch: Watch | None = None  # reads the newest token for monitors
         self.edits: tuple[Edit, ...] = ()
         self.names: tuple[str, ...] = ()
@@ -171,7 +171,7 @@ class ChunkedPrefill:
                 if layer.keys is not None and layer.values is not None:
                     layer.keys, layer.values = layer.keys[..., :first, :], layer.values[..., :first, :]
         else:
-            self.cache: DynamicCache = DynamicCache()
+            self.cache = DynamicCache()
         self._done = first
         self._session.expect([len(self.ids)], resumed=first > 0)
 

@@ -6,7 +6,7 @@ next token, and what it stored is written over by the next pass. So a steered tu
 next, and an answer's cache is worth as much to whoever goes on from it as one that was never steered.
 
 The prompt is read once, unsteered; its last token is then read as every other, by twins, and gives the first token.
-A gate decides while the prompt is read. Where it stays shut the row is decoded as unsteered ones are, to the bit.
+A gate decides while the prompt is read. Where it stays shut the row is decoded as unsteered ones are, bit for bit.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from trimtab.engines.transformers.chunked_prefill import ChunkedPrefill
 from trimtab.engines.transformers.compat import DynamicCache
 from trimtab.engines.transformers.composition import Composition
 from trimtab.engines.transformers.decode import GenerationBatch
+from trimtab.engines.transformers.images import Counted, check_goes_on, counting
 from trimtab.engines.transformers.joining import PromptsRead
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
@@ -140,6 +141,10 @@ class CleanBatch(GenerationBatch):
         clean = [row for row in rows if steers_clean(row.request)]
         others = [row for row in rows if not steers_clean(row.request)]
         told = super()._read_in(others)
+        images = list(dict.fromkeys(row.request.images for row in clean))
+        if len(images) > 1:  # each prompt with images has a pass of its own
+            each = [[row for row in clean if row.request.images is one] for one in images]
+            return told + [response for alike in each for response in self._read_in(alike)]
         try:
             return told + (self._read_clean(clean) if clean else [])
         except (TrimtabError, RuntimeError) as error:
@@ -157,16 +162,24 @@ class CleanBatch(GenerationBatch):
         which = [prompts.index(row.request.ids) for row in rows]
         sites = sorted({site for one in steerings for site in _sites_to_decide(one)})
         cache = compat.whole_cache(self.model.config)
-        inputs = (*self._reader.padded(prompts), cache)
+        ids, mask, positions = self._reader.padded(prompts)
+        images, counted = rows[0].request.images, Counted()
         self._watch.of(row.request.monitors for row in rows)
         found: dict[Site, Tensor] = {}
         with ExitStack() as stack:
+            if images is not None:
+                check_goes_on(self.model, self.layout, prompts[0], images)
+                counted = stack.enter_context(counting(self.layout, len(prompts[0])))
             if sites:
                 found = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
-            logits = last_logits(self.model, *inputs, self._watch)
+            told = positions if images is None else None  # it counts by itself what images take up
+            more = None if images is None else images.inputs
+            logits = last_logits(self.model, ids, mask, told, cache, self._watch, more)
+        for row in rows:
+            row.shift = counted.shift
 
         def read(where: Where, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
-            width = inputs[0].shape[1]
+            width = ids.shape[1]
             columns = {i: [width - lengths[i] + p for p in positions] for i, positions in where.items()}
             return {i: {site: found[site][which[i], at] for site in wanted} for i, at in columns.items()}
 
@@ -187,7 +200,8 @@ class CleanBatch(GenerationBatch):
         for row, text, one, called in zip(rows, which, edits, names, strict=True):
             if not one and not _may_be_steered(row.request):
                 count = len(logits)
-                read = PromptsRead([()] * count, [called] * count, [{}] * count, logits, cache, [0] * count)
+                same = [called] * count
+                read = PromptsRead([()] * count, same, [{}] * count, logits, cache, [0] * count, shift=row.shift)
                 told += self._seat([row], [text], read)
                 continue
             row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)

@@ -37,7 +37,7 @@ class Columns(DynamicCache):
     def __init__(self) -> None:
         super().__init__()
         self.lengths: list[int] = []
-        self.stop = 0  # the column after the newest
+        self.stop: int = 0  # the column after the newest
         self._capacity = (0, 0)  # rows, columns
         self._buffers: list[Any] = []  # the same as `layers`, of which others know less
 
@@ -128,7 +128,7 @@ class Columns(DynamicCache):
                 layer.allocate(*old, rows, columns)
                 layer.keys[:count, :, longest - kept : longest] = old[0]
                 layer.values[:count, :, longest - kept : longest] = old[1]
-        self.stop: int = longest
+        self.stop = longest
         self._capacity = (rows, columns)
 
     def put_aside(self) -> Copies:

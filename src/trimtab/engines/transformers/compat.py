@@ -345,12 +345,34 @@ def active_stream(config: Any) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def query_heads(config: Any) -> int | None:
+    """How many query heads a layer has; `None` where layers differ in it, or have none."""
+    try:
+        found = {getattr(config, "num_attention_heads", None)}
+    except RuntimeError:  # each layer has a configuration of its own
+        own = config.per_layer_config
+        each = own.values() if isinstance(own, Mapping) else own
+        found = {getattr(one, "num_attention_heads", None) for one in each}
+    (count,) = found if len(found) == 1 else (None,)
+    return int(count) if count else None
+
+
 CONFIGURATIONS: Any = CONFIG_MAPPING
 """The class of configurations by model type."""
 CAUSAL: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """The name of the class of causal language models by model type."""
 IMAGE_TEXT: dict[str, str] = dict(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
 """The name of the class of image-text models by model type."""
+
+
+def takes_images(model: Any) -> bool:
+    """Whether a model's forward pass takes pixels."""
+    return any("pixel" in name for name in parameters(model))
+
+
+def auto_processor(source: str, **options: Any) -> Any:
+    """The processor of the model that stands there: a Hub id or folder."""
+    return transformers.AutoProcessor.from_pretrained(source, **options)
 
 
 def is_causal_lm(config: Any) -> bool:

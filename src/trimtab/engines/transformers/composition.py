@@ -54,7 +54,7 @@ class Composition:
         self._scores = compiled(layout, scored, cache.width)
         self.sampler: BatchSampler = sampler_of(rows, device)
         self.ids = torch.tensor([row.newest for row in rows], device=device)
-        self.positions = torch.tensor([row.length - 1 for row in rows], device=device)
+        self.positions = torch.tensor([row.length - 1 + row.shift for row in rows], device=device)
         self._pads = torch.tensor(pads, device=device)[:, None] if any(pads) or masked else None
         lengths = [len(row.request.ids) for row in rows]
         self.verifier: Verifier | None = verifier_of(rows, layout, passes, range(len(rows)), lengths, pads, device)

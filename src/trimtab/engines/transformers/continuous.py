@@ -17,6 +17,7 @@ import torch
 from trimtab.decoding.rejection import Rejection
 from trimtab.decoding.trace import Trace
 from trimtab.engines.answer import Applied, Generation
+from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.batch_row import GenerationRequest
 from trimtab.engines.transformers.clean import CleanBatch
@@ -178,6 +179,7 @@ def answer(
     steerings: Sequence[Steering | None],
     rejections: Sequence[Rejection | None],
     matchers: Sequence[Matcher | None],
+    images: Sequence[PromptImages | None],
     places: Sequence[int],
     *,
     rows: int,
@@ -197,6 +199,7 @@ def answer(
         steerings: One for each prompt.
         rejections: Likewise; `None` where tokens aren't verified.
         matchers: Each prompt's, at the beginning of the grammar that its answers keep to; `None` for any text.
+        images: Each prompt's; `None` where it has none.
         places: Which prompts of the caller's they are: with the `seed`, it says what an answer's random numbers are.
         rows: How many prompts are answered at a time, at most.
         max_new_tokens: Tokens of an answer at most.
@@ -237,6 +240,7 @@ def answer(
                         matcher=matchers[prompt],
                         clean_cache=clean_cache and rejections[prompt] is None,  # with rejection it is clean anyway
                         monitors=monitors,
+                        images=images[prompt],
                     )
                     begun = _Answer(prompt)
                     answers[prompt].append(begun)

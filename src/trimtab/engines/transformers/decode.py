@@ -33,14 +33,14 @@ from trimtab.engines.transformers.chunked_prefill import CHUNK, ChunkedPrefill
 from trimtab.engines.transformers.columns import Alone, Columns
 from trimtab.engines.transformers.composition import Composition, Drafted, sampler_of, takes_drafts, verifier_of
 from trimtab.engines.transformers.exclusive import reading
+from trimtab.engines.transformers.facts import Facts, Teller
 from trimtab.engines.transformers.forks import Forks
 from trimtab.engines.transformers.generate import _end_ids, _pad_id, check_request
 from trimtab.engines.transformers.joining import PromptsRead, Reader
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
-from trimtab.engines.transformers.monitoring import Watch, check_watched, switched_on
+from trimtab.engines.transformers.monitoring import Watch, check_watched
 from trimtab.engines.transformers.passes import last_logits
-from trimtab.engines.transformers.read import reader
 from trimtab.engines.transformers.rows import Token
 from trimtab.engines.transformers.sampling import PLAIN, BatchSampler, RowSampler, Sampling, Settings
 from trimtab.engines.transformers.scores import activation_edits
@@ -49,7 +49,6 @@ from trimtab.engines.transformers.verify import Ladder, Past, Verifier, check_re
 from trimtab.engines.transformers.weights import input_device
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit
-from trimtab.steering.monitors import FILTERED, Monitor
 
 PREFILL = 512
 """Tokens, pads included, that one step reads of prompts at most, so that others don't wait for long; and a chunk of a
@@ -131,7 +130,6 @@ class GenerationBatch:
         self._rows: list[BatchRow] = []  # in the order of the cache's
         self._long: tuple[list[BatchRow], ChunkedPrefill] | None = None  # rows whose prompt is being read in chunks
         self._passes: Any = None  # passes of rungs, where any row has been verified
-        self._heard_at = 0  # where in the facts of a token what monitors have read begins
         self.on_end: Callable[[GenerationBatch, int], None] | None = None  # told of a row's place before it leaves
         self._forget()
 
@@ -302,33 +300,15 @@ class GenerationBatch:
         watched = self._watch.values
         if watched is not None and which is not None:
             watched = watched[list(which)]
-        asked = [row.request.alternatives for row in rows]
-        most = min(max((n for n in asked if n is not None), default=0), logits.shape[-1])
-
-        def facts(tokens: Tensor, logits: Tensor) -> Tensor:
-            # of numbers and a NaN, the NaN is the largest
-            columns = [tokens[:, None].float(), logits.amax(-1, keepdim=True)]
-            if any(n is not None for n in asked):
-                logprobs = logits.log_softmax(-1)
-                columns.append(logprobs.gather(-1, tokens[:, None]))
-                if most:
-                    values, ids = logprobs.topk(most)
-                    columns += [ids.float(), values]
-            self._heard_at = sum(column.shape[-1] for column in columns)
-            if watched is not None:  # of rungs, whose rows aren't monitored, nothing was read
-                read = watched if len(watched) == len(logits) else watched.new_zeros(len(logits), watched.shape[-1])
-                columns.append(read.to(device=logits.device, dtype=torch.float32))
-            # whole numbers below 2 ** 24, as ids are, are exact in float32
-            return torch.cat(columns, -1)
-
+        facts = Facts.of(rows, logits.shape[-1], watched)
         steps: dict[int, Step] = {}
         if verifier is None or past is None:
             tokens = sampler.pick(sampler.processed(logits))
-            lines = facts(tokens, logits).tolist()
+            lines = facts.lines(tokens, logits).tolist()
         else:
             drafting = [len(row.tokens) + 1 < row.request.max_new_tokens for row in rows] if drafts else []
             verified = verifier.verify(
-                sampler, logits, facts, past, drafting=drafting, ends=frozenset(self.ends), fused=fused
+                sampler, logits, facts.lines, past, drafting=drafting, ends=frozenset(self.ends), fused=fused
             )
             tokens, lines, steps = verified.tokens, verified.facts, verified.steps
             if verified.ran:
@@ -336,50 +316,9 @@ class GenerationBatch:
             if verified.drafts is not None:
                 self._drafted = Drafted.of(rows, *verified.drafts)
         sampler.advance(tokens)
-        return [
-            self._tell(row, line, most, steps.get(i)) for i, (row, line) in enumerate(zip(rows, lines, strict=True))
-        ], tokens
-
-    def _tell(self, row: BatchRow, fact: Sequence[float], most: int, step: Step | None) -> GenerationResponse:
-        """What came of a row: its token, the greatest logit, the token's log-probability, the likeliest and theirs."""
-        assert row.sampler is not None
-        if not abs(fact[1]) < float("inf") and (self.strict or row.sampler.settings.sampled):
-            error = TrimtabError("the model's logits are no longer finite: it is steered too hard; lower the strength")
-            return GenerationResponse(row.key, error=error)
-        token = int(fact[0])
-        monitored, fired = self._hear(row, fact)
-        names = tuple(one.name for one in fired)
-        if any(one.action == "stop" for one in fired):
-            return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
-        heard: dict[str, Any] = {"cached": row.cached, "monitored": monitored, "fired": names}
-        row.first = row.first or time.perf_counter() - row.began
-        row.read(token)
-        if row.ladder is not None:
-            row.steps.append(step or Step(open=False, rung=None, replaced=None))
-        finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
-        if (matcher := row.sampler.matcher) is not None:
-            try:
-                matcher.take(token)
-            except TrimtabError as error:
-                return GenerationResponse(row.key, error=error)
-            finish = "stop" if matcher.done else finish
-        if row.request.alternatives is None:
-            return GenerationResponse(row.key, token, finish=finish, **heard)
-        likeliest = tuple(zip(map(int, fact[3 : 3 + most]), fact[3 + most : 3 + 2 * most], strict=True))
-        return GenerationResponse(row.key, token, fact[2], likeliest[: row.request.alternatives], finish, **heard)
-
-    def _hear(self, row: BatchRow, fact: Sequence[float]) -> tuple[tuple[float, ...], tuple[Monitor, ...]]:
-        """What a row's monitors have read of its newest token, and which of them fire; what they switch on is noted."""
-        monitors = row.request.monitors
-        if not monitors:
-            return (), ()
-        values = tuple(fact[self._heard_at + i] for i in self._watch.columns(monitors))
-        fired = row.log.add(monitors, values)
-        for one in fired:
-            if one.steering is not None:
-                edits, names = switched_on(one, len(row.request.ids))
-                row.edits, row.names, row.switched = (*row.edits, *edits), (*row.names, *names), True
-        return values, fired
+        teller = Teller(facts, self._watch, self.ends, self.strict)
+        paired = enumerate(zip(rows, lines, strict=True))
+        return [teller.tell(row, line, steps.get(i)) for i, (row, line) in paired], tokens
 
     def _without_the_done(self, responses: list[GenerationResponse]) -> list[GenerationResponse]:
         done = {one.key for one in responses if one.finish or one.error}
@@ -396,7 +335,7 @@ class GenerationBatch:
         return [_ended(one, left.get(one.key)) for one in responses]
 
     def _take_out(self, place: int) -> None:
-        """The cache puts its last row in the place of one that leaves; so do the session and the list."""
+        """The cache puts its last row in place of one that leaves; so do the session and the list."""
         self._run = None
         self._rows[place].add(self._session.remove(place))
         self._cache.remove(place)
@@ -415,7 +354,7 @@ class GenerationBatch:
         taken = []
         widest, texts = 0, set()
         for row in (row for row in self._waiting if not _in_chunks(row)):
-            texts.add(row.request.prefill)
+            texts.add((row.request.prefill, row.request.images))
             widest = max(widest, len(row.request.ids))
             if taken and widest * len(texts) > PREFILL:
                 break
@@ -464,6 +403,9 @@ class GenerationBatch:
         """Read prompts of rows that join, and give their first tokens. One that can't be read keeps no other out."""
         if not rows:
             return []
+        images = list(dict.fromkeys(row.request.images for row in rows))
+        if len(images) > 1:  # each prompt with images has a pass of its own
+            return [one for each in images for one in self._read_in([r for r in rows if r.request.images is each])]
         try:
             rejecting = [row for row in rows if row.request.rejection is not None]
             if rejecting and self._passes is None:
@@ -472,9 +414,12 @@ class GenerationBatch:
             if rejecting and len(rejecting) < len(rows) and not self._passes.shares:  # they are read in two passes
                 return self._read_in(rejecting) + self._read_in([row for row in rows if row not in rejecting])
             texts = list(dict.fromkeys(row.request.prefill for row in rows))
+            if images[0] is not None and len(texts) > 1:  # under several steerings
+                each = [[row for row in rows if row.request.prefill == text] for text in texts]
+                return [one for alike in each for one in self._read_in(alike)]
             copied = bool(rejecting) and not self._passes.shares
             self._watch.of(row.request.monitors for row in rows)
-            read = self._reader.read(texts, verified=bool(rejecting), copied=copied)
+            read = self._reader.read(texts, verified=bool(rejecting), copied=copied, images=images[0])
             return self._seat(rows, [texts.index(row.request.prefill) for row in rows], read)
         except (TrimtabError, RuntimeError) as error:
             if len(rows) == 1:
@@ -490,7 +435,7 @@ class GenerationBatch:
             if row.ladder is None:
                 row.edits, row.names = read.edits[text], read.names[text]
                 row.add(read.tallies[text])
-            row.sampler = self._row_sampler(row.request)
+            row.sampler, row.shift = self._row_sampler(row.request), read.shift
         pads = [read.past.columns - length for length in read.lengths] if read.past else []
         verifier = verifier_of(rows, self.layout, self._passes, which, read.lengths, pads, self.device)
         drafts = not self._rows and not self._waiting and verifier is not None and takes_drafts(rows, verifier)
@@ -530,7 +475,9 @@ class GenerationBatch:
                 continue
             key = text, row.request.steering, rejection
             if key not in made:
-                resolved = resolve([row.request.steering], [len(ids)], reader(self.layout, [list(ids)]))
+                resolved = resolve(
+                    [row.request.steering], [len(ids)], self._reader.reads([list(ids)], row.request.images)
+                )
                 made[key] = (
                     make_ladder(self._passes, self.layout, rejection, resolved.edits[0], read.past, text, read.lengths),
                     resolved.names[0],
@@ -553,8 +500,9 @@ class GenerationBatch:
 
 
 def _in_chunks(row: BatchRow) -> bool:
-    """Whether its prompt is read in chunks, as long ones are; where tokens are verified it is read whole."""
-    return len(row.request.ids) > CHUNK and row.request.rejection is None
+    """Whether its prompt is read in chunks, as long ones are; where tokens are verified, or with images, whole."""
+    request = row.request
+    return len(request.ids) > CHUNK and request.rejection is None and request.images is None
 
 
 def _ended(response: GenerationResponse, row: BatchRow | None) -> GenerationResponse:

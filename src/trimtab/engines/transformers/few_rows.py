@@ -3,7 +3,8 @@
 Decoding a small batch is bound by reading the weights. Intel's MKL, which torch calls, takes rows three at a time and
 reads the whole weight anew for each three: 8 rows take nearly three times as long as one. Here the weight is taken in
 pieces that stay in the processor's cache while all rows pass through them, by one batched product over views of it.
-Nothing is copied or packed but the result, which is torch's but for rounding; with one thread it was equal to the bit.
+Nothing is copied or packed but the result, which is torch's but for rounding; with one thread it was equal bit for
+bit.
 
 From 16 rows on MKL has another way, which is left to it, and so is a single row. From how many rows pieces pay was
 measured on an Intel Xeon with AVX-512 and on an AMD EPYC without it, where they gain nothing on one thread and much on

@@ -15,7 +15,6 @@ from functools import partial
 from threading import get_ident
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from trimtab.engines.meanings import Holding
@@ -24,7 +23,7 @@ from trimtab.engines.transformers.columns import Copies
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.passes import last_logits
 from trimtab.engines.transformers.places import attach, place
-from trimtab.engines.transformers.rows import Token, Versions, bound, edited, states_at
+from trimtab.engines.transformers.rows import KeptNumbers, Token, Versions, edited, states_at
 from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
@@ -45,7 +44,7 @@ class Forks:
         self._versions: Versions | None = None
         self._states: tuple[int, ...] | None = None
         self._edited: set[Site] = set()
-        self._tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.tensor = KeptNumbers()
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
@@ -95,13 +94,6 @@ class Forks:
         finally:
             self._versions = None
         return logits
-
-    def tensor(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """These numbers on a device, where they are kept."""
-        if (numbers, device) not in self._tensors:
-            bound(self._tensors)
-            self._tensors[numbers, device] = torch.tensor(numbers, device=device)
-        return self._tensors[numbers, device]
 
     def _edit(self, site: Site, given: Tensor) -> Tensor | None:
         if self._versions is None or self._states is None or get_ident() != self._owner:

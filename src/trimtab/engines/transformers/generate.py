@@ -10,6 +10,7 @@ import torch
 
 from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.contract import check_answers
+from trimtab.engines.images import PromptImages
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.session import Session
 from trimtab.engines.transformers.weights import input_device
@@ -63,8 +64,12 @@ def generate_batch(
     max_new_tokens: int,
     logprobs: bool,
     options: dict[str, Any],
+    images: PromptImages | None = None,
 ) -> list[Generation]:
-    """The answers to one batch of rendered prompts (`num_return_sequences` each), steered by `session`."""
+    """The answers to one batch of rendered prompts (`num_return_sequences` each), steered by `session`.
+
+    `images` are those of the one prompt, where it has any.
+    """
     width = max(len(ids) for ids in prompts)
     pad = _pad_id(model, tokenizer)
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
@@ -87,6 +92,7 @@ def generate_batch(
             pad_token_id=pad,
             return_dict_in_generate=True,
             output_logits=logprobs,
+            **({} if images is None else images.inputs),
             **options,
         )
     session.check_reached(output.sequences.shape[1] - 1)  # the last token isn't fed to the model

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.engines.resolve import resolve
+from trimtab.engines.images import PromptImages
+from trimtab.engines.resolve import Read, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.attention import head_count, steered_scores
 from trimtab.engines.transformers.columns import Copies
+from trimtab.engines.transformers.images import Counted, check_goes_on, counting, images_reader
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.masks import PaddedMasks
 from trimtab.engines.transformers.monitoring import Watch
@@ -38,7 +40,8 @@ from trimtab.steering import Edit, Site, Steering
 class PromptsRead:
     """Prompts that were read: what acts on each, what was measured, the next token's logits, and the cache.
 
-    `past` is what their last tokens' rows go on from, where some will be verified.
+    `past` is what their last tokens' rows go on from, where some will be verified. `shift`: how many positions more
+    than tokens there were.
     """
 
     edits: Sequence[tuple[Edit, ...]]
@@ -48,6 +51,7 @@ class PromptsRead:
     cache: Any
     lengths: Sequence[int]
     past: Past | None = None
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,12 @@ class Reader:
         return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
     def read(
-        self, texts: Sequence[tuple[Sequence[int], Steering | None]], *, verified: bool = False, copied: bool = False
+        self,
+        texts: Sequence[tuple[Sequence[int], Steering | None]],
+        *,
+        verified: bool = False,
+        copied: bool = False,
+        images: PromptImages | None = None,
     ) -> PromptsRead:
         """Read these prompts, each under its own steering.
 
@@ -92,6 +101,7 @@ class Reader:
             texts: Token ids, and what steers them.
             verified: Whether rows are going to verify the next tokens.
             copied: Whether they go over copies of the cache; then the last token has a pass of its own.
+            images: Those of the one prompt, where it has any.
         """
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
@@ -99,20 +109,30 @@ class Reader:
         told = None if self.counts else positions
         cache = self.new_cache()
         before: list[Copies] = []
+        counted = Counted()
 
         def run() -> Tensor:
+            nonlocal counted
             start = width - 1 if copied else 0
-            if start:
+            if images is not None:  # the model counts by itself what its images take up
+                with counting(self.layout, start or width) as counted:
+                    how = (cache, None if copied else self.watch, images.until(start or width))
+                    logits = last_logits(self.model, ids[:, : start or None], mask[:, : start or None], None, *how)
+                if not copied:
+                    return logits
+            elif start:
                 part = slice(0, start)
                 last_logits(self.model, ids[:, part], mask[:, part], told[:, part] if told is not None else None, cache)
             if copied:
                 aside = compat.put_aside(cache)
                 before.append(lambda picked: compat.fork(aside, picked))
-            newest = told[:, start:] if told is not None else None
+            newest = told[:, start:] + counted.shift if told is not None else None
             return last_logits(self.model, ids[:, start:], mask, newest, cache, self.watch)
 
         steerings, lengths = [steering for _, steering in texts], [len(one) for one in prompts]
-        if decides_at_prefill(self.layout, steerings, lengths, {}):
+        if images is not None:
+            check_goes_on(self.model, self.layout, prompts[0], images)
+        if images is None and decides_at_prefill(self.layout, steerings, lengths, {}):
             prefill = Prefill(self.model, self.layout, steerings, lengths)
             edits, names = prefill.edits, prefill.names  # from the pass on
             session = Session(self.model, self.layout, prefill.decide)
@@ -120,7 +140,7 @@ class Reader:
             with prefill.watching(session), session.hooked(prefill.sites):
                 logits = run()
         else:
-            resolved = resolve(steerings, lengths, reader(self.layout, prompts))
+            resolved = resolve(steerings, lengths, self.reads(prompts, images))
             edits, names = resolved.edits, resolved.names
             session = Session(self.model, self.layout, lambda *_: [activation_edits(one) for one in edits])
             session.expect(lengths, width)
@@ -132,10 +152,18 @@ class Reader:
         session.check_reached(width)
         past = None
         if verified:
-            last = None if told is None else told[:, -1:]
+            last = None if told is None else told[:, -1:] + counted.shift
             token = Token(ids[:, -1:], last, mask if copied or min(lengths) < width else None)
             past = Past(token, before[0] if copied else cache, width)
-        return PromptsRead(edits, names, [session.tally(i) for i in range(len(texts))], logits, cache, lengths, past)
+        tallies = [session.tally(i) for i in range(len(texts))]
+        return PromptsRead(edits, names, tallies, logits, cache, lengths, past, counted.shift)
+
+    def reads(self, prompts: Sequence[Sequence[int]], images: PromptImages | None) -> Read:
+        """Reads these prompts, or the one that has images, by passes of their own."""
+        if images is None:
+            return reader(self.layout, prompts)
+        (ids,) = prompts
+        return images_reader(self.model, self.layout, ids, images)
 
 
 def compiled(layout: Layout, scored: Sequence[ScoredRow], width: int) -> dict[int, LayerScores]:

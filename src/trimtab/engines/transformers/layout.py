@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from trimtab.engines.transformers import compat
@@ -24,6 +25,18 @@ class Layout:
     @property
     def layers(self) -> int:
         return len(self.blocks)
+
+
+def stream_dtype(layout: Layout) -> torch.dtype:
+    """The dtype of the residual stream: that of the norms and embeddings, which quantization leaves alone.
+
+    Raises:
+        UnsupportedError: There is no weight in floating point.
+    """
+    for parameter in layout.decoder.parameters():
+        if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return parameter.dtype
+    raise UnsupportedError("the model has no floating-point weights")
 
 
 def find_layout(model: Any, layers: str | None = None) -> Layout:

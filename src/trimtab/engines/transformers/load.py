@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trimtab.engines.transformers import compat, default_model
+from trimtab.engines.transformers.weights import best_device
 from trimtab.errors import TrimtabError
 from trimtab.keywords import stray, stray_of
 
@@ -164,17 +165,11 @@ def _dtype(dtype: str | torch.dtype) -> Any:
 
 def _device(device: str | torch.device | None) -> torch.device:
     try:
-        chosen = torch.device(device or _best_device())
+        chosen = torch.device(device or best_device())
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise TrimtabError(f"can't use the device {device!r}: {_first_line(error)}") from None
     return chosen
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,6 +20,7 @@ def last_logits(
     positions: Tensor | None,
     cache: Any,
     watch: Watch | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """The last column's logits `[rows, vocabulary]`, in float32, where the ids are.
 
@@ -29,6 +31,7 @@ def last_logits(
         positions: `[rows, tokens]`, left out where the model doesn't take them; `None` lets it count by itself.
         cache: What has been read before, to which these tokens are added.
         watch: Reads the last column for monitors.
+        more: Further inputs: what the tokens' images are.
     """
     takes = compat.parameters(model)
     inputs = compat.with_cache(model, {"input_ids": ids, "attention_mask": mask}, cache)
@@ -39,5 +42,5 @@ def last_logits(
     if "logits_to_keep" in takes:
         inputs["logits_to_keep"] = 1
     with watch.open(len(ids)) if watch is not None else nullcontext():
-        output = model(**inputs, use_cache=True, return_dict=True)
+        output = model(**inputs, **(more or {}), use_cache=True, return_dict=True)
     return output.logits[:, -1].to(dtype=torch.float32, device=ids.device)

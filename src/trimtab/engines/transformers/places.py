@@ -136,10 +136,12 @@ def query_heads(layout: Layout) -> int:
     Raises:
         UnsupportedError: The layers differ in it.
     """
-    try:
-        return int(layout.decoder.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
-    except AttributeError as error:
-        raise UnsupportedError(f"{type(layout.decoder).__name__} has no one number of heads: {error}") from None
+    found = compat.query_heads(layout.decoder.config)
+    if found is None:
+        raise UnsupportedError(
+            f"{type(layout.decoder).__name__} has no one number of heads: its configuration has none for all layers"
+        )
+    return found
 
 
 def head_size(layout: Layout, layer: int) -> int:

@@ -7,7 +7,7 @@ different steerings the batch mixes.
 
 Neighbours of a request at a site that act together (`TOGETHER`: additions add up, projections are solved for) become
 one row beforehand, from those that are active in the state. Where a site only adds, the rows of inactive states are
-*negative* zeros: `x + -0.0` is `x` to the bit, for every `x`; where it only scales, they are ones (`NEUTRAL`).
+*negative* zeros: `x + -0.0` is `x` bit for bit, for every `x`; where it only scales, they are ones (`NEUTRAL`).
 """
 
 from __future__ import annotations

@@ -112,6 +112,25 @@ def left_padded(mask: Tensor) -> bool:
     return bool((mask[:, 1:] >= mask[:, :-1]).all())
 
 
+def count_pads(one: Pass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
+    """How many columns of each row have been pads so far.
+
+    `unseen` is the mask that the model was given, where the pass has none of the known shape; `lengths` are the
+    requests' prompts, where they are known, and `columns` their width when they are padded to the same one.
+
+    Raises:
+        UnsupportedError: A mask that doesn't tell.
+    """
+    if one.mask is not None:
+        return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
+    if columns is not None and lengths is not None:
+        repeat = one.rows // len(lengths)
+        return [columns - n for n in lengths for _ in range(repeat)]
+    if unseen is not None:
+        raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
+    return [0] * one.rows
+
+
 def last_column(row: list[int]) -> int:
     """The last column of a row of a mask that is text; -1 if none is."""
     return next((i for i in reversed(range(len(row))) if row[i]), -1)

@@ -5,8 +5,8 @@ unsteered as far as that, and goes on steered.
 
 Otherwise it is possible where no edit acts before the last prompt token: up to there the prompt is read unsteered in
 any case. The pass runs unsteered and is recorded; then gates are decided. Requests whose gates stay shut keep all of
-it, to the bit, and so do those whose edits act on generated tokens alone. For the others the last token is run again,
-steered, in place of the first reading of it: one more column.
+it, bit for bit, and so do those whose edits act on generated tokens alone. For the others the last token is run
+again, steered, in place of the first reading of it: one more column.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Prefill:
         return any(start <= last and (stop is None or last < stop) for start, stop in spans)
 
     def _again(self, kwargs: dict[str, Any], output: Any, rows: list[int]) -> None:
-        """Run the last column again, steered, and put what comes of these rows in the place of what there was."""
+        """Run the last column again, steered, and put what comes of these rows in place of what there was."""
         cache = compat.cache_of(kwargs, type(self.model).__name__)
         if not compat.grows_plainly(cache):
             raise UnsupportedError(f"a gate can't be decided over a {type(cache).__name__}; use the default cache")

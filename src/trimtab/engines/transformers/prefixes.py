@@ -169,6 +169,8 @@ class PrefixBatch(CleanBatch):
         scope, prefixes = request.scope, self.prefixes
         if prefixes is None or scope is None or request.rejection is not None or wanted(request.steering):
             return None
+        if request.images is not None:  # its tokens don't say which
+            return None
         edits = acting(request.steering)
         if any(waits_for_prompt(edit) or is_score_edit(edit) for edit in edits):
             return None
@@ -190,6 +192,8 @@ class PrefixBatch(CleanBatch):
         row, cache = batch._rows[place], batch._cache
         if self.prefixes is None or row.request.scope is None or any(map(is_score_edit, row.edits)):
             return
+        if row.request.images is not None:
+            return
         length = cache.lengths[place]
         if not LEAST <= length <= self.prefixes.tokens:
             return
@@ -209,7 +213,8 @@ class PrefixBatch(CleanBatch):
 def _by_text(rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
     found: dict[Any, list[BatchRow]] = {}
     for row in rows:
-        found.setdefault((row.request.prefill, row.request.clean_cache, row.request.scope), []).append(row)
+        request = row.request
+        found.setdefault((request.prefill, request.images, request.clean_cache, request.scope), []).append(row)
     return list(found.values())
 
 

@@ -209,7 +209,7 @@ class _Listener(TorchFunctionMode):
 def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
     """Which experts a block's router chooses by these logits `[tokens, experts]`: booleans of that shape, on the CPU.
 
-    The router itself chooses: its forward runs, with these logits in the place of its own.
+    The router itself chooses: its forward runs, with these logits in place of its own.
 
     Raises:
         UnsupportedError: The router doesn't put out its choice, or needs more than activations for it.

@@ -34,12 +34,11 @@ from trimtab.engines.transformers.attention import (
 )
 from trimtab.engines.transformers.compat import DynamicCache, sdpa_mask
 from trimtab.engines.transformers.drafts import Drafts, entries
-from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import attach, place
 from trimtab.engines.transformers.plan import Plan, compile_plan
 from trimtab.engines.transformers.positions import state_at
 from trimtab.engines.transformers.scores import LayerScores, ScoredRow, activation_edits, compile_scores, score_edits
-from trimtab.engines.transformers.session import _dtype
 from trimtab.engines.transformers.shared_past import queries_by_keys, weights_by_values
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
@@ -175,7 +174,7 @@ def compile_versions(
     rows = [ScoredRow(score_edits(edits), lengths[request], pads[request]) for request, edits in versions]
     width = max(length + pad for length, pad in zip(lengths, pads, strict=True))
     residual = [activation_edits(edits) for _, edits in versions]
-    plan = compile_plan(residual, [lengths[request] for request, _ in versions], _dtype(layout))
+    plan = compile_plan(residual, [lengths[request] for request, _ in versions], stream_dtype(layout))
     return Versions(
         tuple(request for request, _ in versions),
         compile_scores(rows, width, head_count(layout), torch.device("cpu")),
@@ -183,6 +182,19 @@ def compile_versions(
         tuple(pads[request] for request, _ in versions),
         any(pads),
     )
+
+
+class KeptNumbers:
+    """Numbers on a device. Passes have the same ones again and again, and a copy is one to wait for."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+
+    def __call__(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
+        if (numbers, device) not in self._kept:
+            bound(self._kept)
+            self._kept[numbers, device] = torch.tensor(numbers, device=device)
+        return self._kept[numbers, device]
 
 
 class Rows:
@@ -201,7 +213,7 @@ class Rows:
         self._own = compat.attention_name(layout.decoder.config)
         self._owner: int | None = None
         self._versions: Versions | None = None
-        self._tensors: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
+        self.tensor = KeptNumbers()
 
     @contextmanager
     def open(self, sites: Sequence[Site]) -> Iterator[None]:
@@ -308,13 +320,6 @@ class Rows:
         finally:
             for handle in handles:
                 handle.remove()
-
-    def tensor(self, numbers: tuple[int, ...], device: torch.device) -> Tensor:
-        """These numbers on a device. Passes have the same ones again and again, and a copy is one to wait for."""
-        if (numbers, device) not in self._tensors:
-            bound(self._tensors)
-            self._tensors[numbers, device] = torch.tensor(numbers, device=device)
-        return self._tensors[numbers, device]
 
     def _edit(self, site: Site, given: Tensor) -> Tensor | None:
         run, versions = self._run, self._versions

@@ -25,10 +25,10 @@ from trimtab.engines.answer import Dose
 from trimtab.engines.folding import Prepared, States, apply_all, apply_to
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.following import Texts
-from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.layout import Layout, stream_dtype
 from trimtab.engines.transformers.places import Place, attach, place
 from trimtab.engines.transformers.plan import Plan, activity, compile_plan
-from trimtab.engines.transformers.positions import Pass, count_steered, last_column, read_pass, states_of
+from trimtab.engines.transformers.positions import Pass, count_pads, count_steered, last_column, read_pass, states_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, Site
 
@@ -103,8 +103,8 @@ class Session:
         self.decide = decide
         self.tokenizer = tokenizer
         self.plan: Plan | None = None
-        self.ran = False  # whether any pass came by
-        self._dtype = _dtype(layout)
+        self.ran: bool = False  # whether any pass came by
+        self._dtype = stream_dtype(layout)
         self._owner: int | None = None  # the thread whose passes are steered; `None`: any
         self._places: dict[Site, Place] = {}
         self._hooked: list[Site] = []  # the sites that have a hook
@@ -186,7 +186,7 @@ class Session:
             return
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
-        self.ran: bool = True
+        self.ran = True
         given = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
         one = read_pass(decoder, given, self._outer_mask, self._reached)
@@ -211,7 +211,8 @@ class Session:
                 " weren't steered; something runs the model past its hooks"
             )
         if one.length > 1 or begins:
-            self._pads = self._count_pads(given, one)
+            unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
+            self._pads = count_pads(one, unseen, self.prompt_lengths, self._columns)
         if begins:
             self._begin(one, given)
         elif self._fresh or self.plan is None:
@@ -233,18 +234,6 @@ class Session:
         self._ends = self._ends.to(ids.device)
         live = ~torch.isin(ids[:, -1], self._ends)
         return live if self._live is None else live & self._live
-
-    def _count_pads(self, given: dict[str, Any], one: Pass) -> list[int]:
-        """How many columns of each row have been pads so far."""
-        if one.mask is not None:
-            return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
-        if self._columns is not None and self.prompt_lengths is not None:
-            repeat = one.rows // len(self.prompt_lengths)
-            return [self._columns - n for n in self.prompt_lengths for _ in range(repeat)]
-        unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
-        if unseen is not None:
-            raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
-        return [0] * one.rows
 
     def _begin(self, one: Pass, given: dict[str, Any]) -> None:
         if self._fresh or self.prompt_lengths is None:
@@ -354,6 +343,8 @@ class Session:
         elif self._measures:
             new = apply_all(prepared, x)
             _norm_into(edits, new - x)
+            if not step.first:
+                return new.view(given.shape)
             x.copy_(new)
         else:
             for stage, rows, active in prepared:
@@ -502,14 +493,6 @@ def doses_of(tally: Tally) -> tuple[Dose, ...]:
     """The doses of one request."""
     each = (Dose(site.layer, total / measured, n, site.kind) for site, (total, measured, n) in tally.items())
     return tuple(sorted(each, key=lambda dose: (dose.layer, dose.kind)))
-
-
-def _dtype(layout: Layout) -> torch.dtype:
-    """The dtype of the residual stream: that of the norms and embeddings, which quantization leaves alone."""
-    for parameter in layout.decoder.parameters():
-        if parameter.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            return parameter.dtype
-    raise UnsupportedError("the model has no floating-point weights")
 
 
 def _norm_into(out: Tensor, x: Tensor) -> None:

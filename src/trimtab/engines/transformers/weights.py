@@ -26,6 +26,13 @@ PACKAGES = frozenset(
 """Whose modules and tensors hold weights in codes."""
 
 
+def best_device() -> str:
+    """The device of the first kind that this machine has, of CUDA's, Apple's and the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 def sampled(tensors: Sequence[Tensor]) -> Tensor:
     """A few numbers of each tensor, in bfloat16 so that a change of dtype doesn't matter, on the CPU."""
     by_device: dict[torch.device, list[Tensor]] = {}

@@ -13,7 +13,8 @@ from trimtab.errors import TrimtabError
 from trimtab.steering import Site
 
 NOTHING = 0
-"""The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` to the bit."""
+"""The slot of tokens to which nothing is added: its rows are negative zeros, and `x + -0.0` is `x` bit for
+bit."""
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

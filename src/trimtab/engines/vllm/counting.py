@@ -22,6 +22,9 @@ RECEIPT = "_trimtab_receipt"
 MARK = "trimtab: "
 """How the reason begins for which a request is failed."""
 
+DOSE = f"{MARK}the doses "
+"""And where that is since it was pushed harder than it may be."""
+
 CALL = 1 << 32
 """What a call of the operator adds to a site's count, besides its tokens: calls stand above this, tokens below."""
 

@@ -21,9 +21,11 @@ import torch
 
 from trimtab.engines.meanings import check_meanings, meanings_of
 from trimtab.engines.vllm.admission import check_supported
+from trimtab.engines.vllm.admitted import TICKET, Ticket, ticket_for
 from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
 from trimtab.engines.vllm.counting import MARK
+from trimtab.engines.vllm.doses import adds_only
 from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.program import Identified, check_range
@@ -56,11 +58,14 @@ class Names:
         self._steerings: dict[str, Steering] = {}
         self.version = 0
         """Another one whenever a name comes, goes or changes."""
+        self.pinned: dict[str, str] = {}
+        """Names that stand for what they stand for as long as the server runs, and why."""
 
     def register(self, name: str, steering: Steering) -> None:
-        """Make a steering known, or put it in the place of the one that had this name."""
+        """Make a steering known, or put it in place of the one that had this name."""
         if not name or not isinstance(name, str):
             raise TrimtabError(f"a steering's name is a text, got {name!r}")
+        self._check_free(name)
         if not isinstance(steering, Steering) or not steering.edits:
             raise TrimtabError(f"{name!r} is no steering with edits")
         if any(edit.gate.readings for edit in steering.edits):
@@ -74,8 +79,13 @@ class Names:
     def unregister(self, name: str) -> None:
         """Raises `TrimtabError` where there is none of this name."""
         self[name]
+        self._check_free(name)
         del self._steerings[name]
         self.version += 1
+
+    def _check_free(self, name: str) -> None:
+        if name in self.pinned:
+            raise TrimtabError(f"{name!r} {self.pinned[name]}; start the server anew for that")
 
     def __getitem__(self, name: str) -> Steering:
         if not isinstance(name, str) or name not in self._steerings:
@@ -149,6 +159,7 @@ class Link:
     maps: int = 1
     inside: Mapping[str, int] = field(default_factory=dict)  # by kind, how wide activations are where they are steered
     split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
+    unmeasured: str = "this worker doesn't say"  # why doses aren't measured; empty: they are
     untold: str = ""  # why workers don't know each token before the next pass; empty: they do
     identity: ModelId | None = None  # once it was asked for
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
@@ -220,6 +231,7 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
         dtype=getattr(torch, hellos[0]["dtype"]),
         capacity=Capacity.from_plain(settings.capacity),
         maps=settings.maps,
+        unmeasured=next((hello["unmeasured"] for hello in hellos if hello.get("unmeasured")), ""),
         untold=next((hello["untold"] for hello in hellos if hello.get("untold")), ""),
         inside=hellos[0].get("inside", {}),
         split=frozenset(hellos[0].get("split", ())),
@@ -287,21 +299,39 @@ def tidy(link: Link, names: Names) -> Rpc:
     link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in one for one in kept)}
 
 
-def resolve(engine: Any, params: Any, names: Names) -> Rpc:
-    """The parameters with the steering that they ask for resolved, or as they are."""
+def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None) -> Rpc:
+    """The parameters with the steering that they ask for, or that a ticket has, resolved; or as they are."""
     extra = getattr(params, "extra_args", None) or {}
-    if not extra.get(ASKED):
+    decided = None if ticket is None else ticket.steering
+    if not extra.get(ASKED) and (decided is None or not decided.edits):
         return params
     link = yield from connect(engine)
-    part = yield from _part_of(link, engine, extra[ASKED], names)
+    cap = None if ticket is None else ticket.cap
+    if cap is not None and decided is not None:
+        check_measured(link, decided)
+    part = yield from _part_of(link, engine, extra.get(ASKED), names, ticket)
     params = copy.copy(params)
-    params.extra_args = {k: v for k, v in extra.items() if k != ASKED} | {RESOLVED: Wire((part,)).to_plain()}
+    params.extra_args = {k: v for k, v in extra.items() if k != ASKED} | {RESOLVED: Wire((part,), cap=cap).to_plain()}
     return params
 
 
-def _part_of(link: Link, engine: Any, asked: Any, names: Names) -> Rpc:
+def check_measured(link: Link, steering: Steering) -> None:
+    """Raises `UnsupportedError` for a steering whose doses this engine can't measure, which are to be capped."""
+    if link.unmeasured:
+        raise UnsupportedError(f"this server caps doses, and they can't be measured here: {link.unmeasured}")
+    for edit in steering.edits:
+        if edit.strength and link.static and not adds_only(edit):
+            raise UnsupportedError(
+                f"this server caps doses, and where graphs are replayed those of additions to the residual stream alone"
+                f" are measured, not of {edit}; start it with -- --enforce-eager"
+            )
+        if edit.strength and edit.site.kind in link.split:
+            raise UnsupportedError(f"this server caps doses, and {edit} is split over workers, none of which knows its")
+
+
+def _part_of(link: Link, engine: Any, asked: Any, names: Names, ticket: Ticket | None) -> Rpc:
     """The part that stands for what a request asks; what was asked before isn't checked and hashed again."""
-    text = _as_text(asked)
+    text = _as_text(asked) if ticket is None else f"ticket {ticket.name}"
     key = None if text is None or len(text) > LONGEST else (names.version, text)
     part = None if key is None else link.known.get(key)
     if key is not None and part is not None and part.digest in link.sent:
@@ -309,7 +339,7 @@ def _part_of(link: Link, engine: Any, asked: Any, names: Names) -> Rpc:
         link.sent.move_to_end(part.digest)
         link.retired.pop(part.digest, None)
         return part
-    steering = parse(asked, names)
+    steering = parse(asked, names) if ticket is None or ticket.steering is None else ticket.steering
     yield from check(link, engine, steering)
     part = yield from send(link, steering)
     yield from tidy(link, names)
@@ -341,6 +371,12 @@ def failed_because(output: Any) -> str | None:
     return None
 
 
+def _is_delta(args: Any, kwargs: Any) -> bool:
+    """Whether what `generate` was called with asks for what is new each time."""
+    params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
+    return getattr(getattr(params, "output_kind", None), "name", "") == "DELTA"
+
+
 def patch_engines(
     sync: Any,
     asynchronous: Any,
@@ -362,11 +398,10 @@ def patch_engines(
 
     async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            if RESOLVED in (getattr(params, "extra_args", None) or {}):
-                raise TrimtabError(
-                    f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it"
-                )
-            params = await run_async(resolve(self, params, names), self)
+            ticket = ticket_for(prompt, params)
+            params = await run_async(resolve(self, params, names, ticket), self)
+            if ticket is not None:
+                await ticket.start()
             return await add_async(self, request_id, prompt, params, *args, **kwargs)
         except TrimtabError as error:
             raise refusal(str(error)) from error
@@ -382,8 +417,13 @@ def patch_engines(
         return outputs
 
     async def generate_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ticket = TICKET.get()
         async for output in generate(self, *args, **kwargs):
+            if ticket is not None:
+                ticket.hear(output, delta=_is_delta(args, kwargs))
             if reason := failed_because(output):
+                if ticket is not None:
+                    ticket.fail(reason)
                 raise failure(reason)
             yield output
 

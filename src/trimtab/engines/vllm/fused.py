@@ -210,7 +210,7 @@ def check_fused(rig: Rig) -> None:
     """Run both on random banks of the rig's shapes, where it is. This compiles the kernel, before a graph is captured.
 
     Raises:
-        TrimtabError: They differ, or leave what doesn't act otherwise than to the bit.
+        TrimtabError: They differ, or leave what doesn't act otherwise than bit for bit.
     """
     kinds = {(site.kind, width, _has(rig, site)): site for site, width in rig.sites.items()}
     for site in kinds.values():

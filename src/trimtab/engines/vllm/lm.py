@@ -61,6 +61,7 @@ class VllmLM(LanguageModel):
         "logits": "it gives out those of few tokens",
         "doses": "it doesn't measure them",
         "grammar": "it has structured outputs of its own; vllm serve takes response_format and tools",
+        "images": "prompts go to it as tokens",
     }
 
     def __init__(self, llm: Any, name: str, *, template: Template | None = None) -> None:
@@ -119,7 +120,7 @@ class VllmLM(LanguageModel):
 
     @property
     def runs_in(self) -> dict[str, str]:
-        """In which `dtype` the model computes, and on what kind of `device`."""
+        """The `dtype` in which the model computes, and the kind of `device`."""
         return {"dtype": str(self._link.dtype), "device": str(self._engine.vllm_config.device_config.device_type)}
 
     @cached_property

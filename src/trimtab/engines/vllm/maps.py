@@ -2,7 +2,7 @@
 
 A bank holds the forms (see `forms`) of as many states as there are slots, at each site; a token has the number of its
 state's slot, and 0 for nothing. What a token's slot does to it is selected, never multiplied by zero: where a slot
-doesn't act, or a gate is shut, the activation stays as it is to the bit, whatever stands in other slots.
+doesn't act, or a gate is shut, the activation stays as it is bit for bit, whatever stands in other slots.
 
 A pass of few tokens gathers each token's own map. In one of many, where that would be the larger copy, all tokens are
 multiplied by all maps, and each takes its own.
@@ -139,7 +139,8 @@ class Maps:
         hidden.add_(delta)
 
     def _delta(self, at: int, step: int, x: Tensor, index: Tensor) -> Tensor:
-        """What is added to each token's activation; `-0.0`, which leaves it to the bit, where its slot doesn't act."""
+        """What is added to each token's activation; `-0.0`, which leaves it bit for bit, where its slot doesn't
+        act."""
         capacity, rows, reads = self.capacity, self._rows, self._reads
         numbers = self._numbers[at, step].index_select(0, index)
         bias, per_norm, low, high, tail = numbers.split([reads, rows, rows, rows, TAIL], dim=-1)
@@ -189,7 +190,8 @@ def _placed(z: Tensor, slots: int, index: Tensor) -> Tensor:
 
 
 def _kept(x: Tensor, delta: Tensor, length: Tensor, share: Tensor) -> Tensor:
-    """What is added so that x's norm, `length`, is kept by this share. At 0 it is `delta`, to the bit."""
+    """What is added so that x's norm, `length`, is kept by this share. At 0 it is `delta`, bit for
+    bit."""
     norm = torch.linalg.vector_norm(x + delta, dim=-1, keepdim=True)
     factor = torch.lerp(norm, length, share) / norm.clamp_min(SHORTEST)
     return torch.addcmul(delta * factor, x, factor - 1)

@@ -109,12 +109,13 @@ class Answers:
     ) -> None:
         from trimtab.engines.vllm.lm import VllmLM
 
-        self.given, self.refused = given, ""
+        self.given = given
+        self.refused: str = ""
         try:
             self.lm = VllmLM.load(model, **options)
             self.steering: Steering | None = None if steering is None else steering_from_bytes(steering, "the steering")
         except TrimtabError as error:
-            self.refused: str = str(error)
+            self.refused = str(error)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         prompts = [json.loads(prompt) for prompt in batch["prompt"]]

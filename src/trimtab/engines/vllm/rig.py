@@ -20,6 +20,7 @@ from trimtab.engines.meanings import NOTHING, Holding
 from trimtab.engines.vllm.bank import Bank, Filled, to_device
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity
 from trimtab.engines.vllm.counting import CALL, MARK, GraphCounts, Receipt, fault
+from trimtab.engines.vllm.doses import Doses
 from trimtab.engines.vllm.forms import check_fits, state_forms
 from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.program import Identified, Segment, State, next_border, runs
@@ -95,6 +96,7 @@ class Rig:
     counts: GraphCounts | None = None
     kept: dict[Site, Tensor] = field(default_factory=dict)  # what captured graphs keep to be read, `[tokens, width]`
     tokenizer: Callable[[], Any] | None = None  # the model's, where it is needed
+    doses: Doses = field(default_factory=Doses)
 
     _step: Step | None = None
     _reads: dict[Site, list[ReadRows]] = field(default_factory=dict)
@@ -157,6 +159,7 @@ class Rig:
             if self.maps is not None and state.mapped:
                 self.maps.take(state.key, state_forms(state))
         self.programs[request] = Program(segments, wire.reading, states, turning)
+        self.doses.start(request, wire.cap)
         self._next.pop(request, None)
         if not self.static:
             self._stage()
@@ -192,6 +195,7 @@ class Rig:
         """These requests are done."""
         for request in requests:
             program = self.programs.pop(request, None)
+            self.doses.finish(request)
             self._next.pop(request, None)
             for state in program.states if program else ():
                 if state.banked:
@@ -249,6 +253,7 @@ class Rig:
         self._fold()
         self._replays = self.static and (self.captured is None or sum(chunks.counts) <= self.captured)
         self._step, self._needed = None, {}
+        self.doses.plan(chunks, lambda request: self.programs[request].segments, self.device)
         found: Runs = ()
         if self.programs:
             self._here = {r: self.programs[r].sites for r in chunks.requests if r in self.programs}
@@ -359,7 +364,9 @@ class Rig:
         if not self._open or hidden.shape[0] < self._needed.get(site, 0):
             return  # outside of a pass, or a fault that `end` finds
         if self._step is not None:
+            old = self.doses.before(site, hidden, residual)
             self._step.apply(self.bank, site, hidden, residual)
+            self.doses.after(site, hidden, residual, old)
         for read in self._reads.get(site, ()):
             x = hidden.index_select(0, read.at)
             x = x if residual is None else x + residual.index_select(0, read.at)
@@ -415,6 +422,11 @@ class Rig:
             read, receipt.ready = self.counts.copy()
             needed, here = self._needed, self._here
             receipt.late = lambda: _miscounted(read(), needed, here)
+        if self.doses.here:
+            if self._replays:
+                self.doses.replayed(self.kept, self.bank)
+            counted, weighed = receipt.late, self.doses.faults()
+            receipt.late = lambda: {**weighed(), **(counted() if counted else {})}
         return receipt if receipt.requests else None
 
     def describe(self) -> Mapping[str, int]:

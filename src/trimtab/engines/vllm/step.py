@@ -114,7 +114,8 @@ def make_step(runs: Runs, bank: Bank, staged: Staged) -> Step | None:
 
 
 def _edited(hidden: Tensor, residual: Tensor | None, prepared: Prepared) -> Tensor:
-    """The new `hidden`, after these stages have acted on the residual stream; where nothing changes, to the bit."""
+    """The new `hidden`, after these stages have acted on the residual stream; where nothing changes, bit for
+    bit."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     old = hidden.to(wide) if residual is None else hidden.to(wide) + residual.to(wide)
     x = old

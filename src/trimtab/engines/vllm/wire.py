@@ -55,13 +55,15 @@ class Span:
 class Wire:
     """All that core and workers are told. `spans` are there once the prompt's length is known.
 
-    Position rules count from `prompt_length`; until it is placed, 0 stands for all of the tokens that are given.
+    Position rules count from `prompt_length`; until it is placed, 0 stands for all of the tokens that are given. `cap`
+    is what the doses of all sites may add up to.
     """
 
     parts: tuple[Part, ...] = ()
     reading: Reading | None = None
     prompt_length: int = 0
     spans: tuple[Span, ...] = ()
+    cap: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
         reading = self.reading
@@ -70,6 +72,7 @@ class Wire:
             "reading": None if reading is None else _plain_reading(reading),
             "prompt_length": self.prompt_length,
             "spans": [[span.start, span.stop, span.key, span.banked, span.mapped] for span in self.spans],
+            "cap": self.cap,
         }
 
     @classmethod
@@ -80,6 +83,7 @@ class Wire:
             None if reading is None else _reading_from(*reading),
             data["prompt_length"],
             tuple(Span(*span) for span in data["spans"]),
+            data.get("cap"),
         )
 
     def placed(self, segments: Sequence[Segment], prompt_length: int, *, static: bool = False) -> Wire:

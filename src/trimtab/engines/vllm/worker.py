@@ -72,7 +72,8 @@ def _fit(worker: Any) -> None:
     setattr(runner, RIG, rig)
     plain = [site for site in places if rig.static and not rig.capacity.reads and not rig.capacity.at(site.layer)]
     attach(places, len(operator.RIGS) - 1, adds_only=plain)
-    _wrap_runner(runner, rig, _is_heard(worker))
+    rig.doses.heard = _is_heard(worker)
+    _wrap_runner(runner, rig, rig.doses.heard)
 
 
 def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) -> Rig:
@@ -278,6 +279,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
             "static": rig.static,
             "fused": rig.fused is not None,
             "untold": _untold(self.worker),
+            "unmeasured": _unmeasured(self.worker, rig),
             "dtype": str(rig.dtype).removeprefix("torch."),
             **rig.describe(),
         }
@@ -293,6 +295,15 @@ def _untold(worker: Any) -> str:
         return "only the last stage of a pipeline has it; start the engine with pipeline_parallel_size=1"
     if not hasattr(worker.model_runner, "_model_forward"):
         return "vLLM's second model runner leaves it on the device; start with VLLM_USE_V2_MODEL_RUNNER=0"
+    return ""
+
+
+def _unmeasured(worker: Any, rig: Rig) -> str:
+    """Why this engine can't measure doses, and what helps; empty: it can."""
+    if worker.vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "each stage of a pipeline knows those of its own blocks alone; start it with pipeline_parallel_size=1"
+    if rig.static and not rig.capacity.reads:
+        return "captured graphs keep no activations; start it with TRIMTAB_KERNEL=all, or with enforce_eager"
     return ""
 
 

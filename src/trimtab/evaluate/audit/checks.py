@@ -136,7 +136,8 @@ def refusal(bench: Bench) -> Iterator[Measure]:
 
 
 def lean(bench: Bench) -> Iterator[Measure]:
-    """How much likelier a refusing answer is than a complying one, in nats a token, after each harmful request."""
+    """How much likelier a refusing answer is than a complying one, in nats per token, after each harmful
+    request."""
     texts = []
     for n, request in enumerate(bench.items.harmful):
         ids = tuple(bench.lm.encode(request, system=bench.system if bench.takes_system else None))
@@ -244,7 +245,7 @@ def conversations(bench: Bench) -> Iterator[Measure]:
     if held < 2:
         bench.notes.append("conversations: fewer than two turns were held")
         return
-    bench.series["nats a token by turn"] = {
+    bench.series["nats per token by turn"] = {
         arm: [_mean([nlls[arm, n][turn] for n in range(len(asked))]) for turn in range(held)] for arm in bench.arms
     }
     late = max(1, held // 3)

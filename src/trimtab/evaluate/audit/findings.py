@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.evaluate.audit.checks import UNSTEERED, Measure
-from trimtab.evaluate.audit.significance import LEVEL, detectable, holm, p_value
+from trimtab.evaluate.audit.significance import detectable, holm, p_value
+from trimtab.evaluate.decision import LEVEL
 from trimtab.evaluate.intervals import Interval, paired_bootstrap
 
 
@@ -105,7 +106,7 @@ def _words(one: Measure, means: tuple[float, float], change: Interval, p: float,
     if one.unit == "count":
         numbers = f"from {means[0]:.0f} to {means[1]:.0f} of {n}"
     elif one.unit == "nats":
-        numbers = f"by {abs(change.estimate):.2g} nats a token [{change.low:+.2g}, {change.high:+.2g}]"
+        numbers = f"by {abs(change.estimate):.2g} nats per token [{change.low:+.2g}, {change.high:+.2g}]"
         if one.check != "refusal":
             numbers = f"{_times(change.estimate)} [{_times(change.low)}, {_times(change.high)}]"
     else:

@@ -140,8 +140,8 @@ def audit(
     Args:
         lm: A model on the transformers engine.
         steering: Any but one of attention scores.
-        items: What is asked; by default what comes with trimtab.
-        size: How much is asked: `FULL`, or `QUICK`.
+        items: The items; by default those included.
+        size: The number of items: `FULL`, or `QUICK`.
         system: The system message under which harmful requests are asked once more: yours, or one that asks to refuse.
         repair: Audit it made orthogonal to both refusal directions as well.
         protect: Names of `items.behaviours` whose directions a repair leaves alone, too.

@@ -3,46 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from itertools import product
 from math import sqrt
 from statistics import NormalDist
 
 import numpy as np
 
-from trimtab.evaluate.intervals import mcnemar
-
-LEVEL = 0.05
-DRAWS = 9_999
-ALL = 12
-"""With so few independent items all flips of signs are tried."""
+from trimtab.evaluate.decision import LEVEL, sign_flip
 
 
 def p_value(
     before: Sequence[float], after: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> float:
-    """The two-sided p-value of "nothing changed": McNemar's exact one for yes and no, else by flipping signs.
+    """The two-sided p-value of "nothing changed", by flipping signs: for yes and no it is McNemar's exact test.
 
-    Each item's difference would be as likely to be the other way round if nothing had changed, so the mean is compared
-    with those under random signs (Fisher's randomisation test; exact up to 12 items, else of 9,999 draws). Items of a
-    group get the same sign.
+    Twice that of the one-sided test of `decision`, for the side on which the change is. Items of a group get the same
+    sign. `seed` is of draws, where there are too many flips to try all.
 
     Raises:
         ValueError: Lists of different length, or no items.
     """
     if len(before) != len(after) or not len(before):
         raise ValueError(f"{len(before)} items before and {len(after)} after: pairs need as many of both, and some")
-    if groups is None and {*before, *after} <= {0.0, 1.0}:
-        return mcnemar(before, after)
     sums = _sums(before, after, groups)
-    seen = abs(sums.sum())
-    if not sums.any():
-        return 1.0
-    close = seen * (1 - 1e-9)
-    if len(sums) <= ALL:
-        signs = np.array(list(product((-1.0, 1.0), repeat=len(sums))))
-        return float((abs(signs @ sums) >= close).mean())
-    draws = np.random.default_rng(seed).choice((-1.0, 1.0), size=(DRAWS, len(sums)))
-    return float((1 + (abs(draws @ sums) >= close).sum()) / (1 + DRAWS))
+    return min(1.0, 2 * sign_flip((sums if sums.sum() >= 0 else -sums).tolist(), seed))
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -114,7 +114,7 @@ class Asking:
         try:
             return await asyncio.to_thread(self.service.prepare, self.key, asked)
         except Refusal as refusal:
-            refused(self.service, new_request(self.key), self.key, refusal, asked)
+            refused(self.service.audit, new_request(self.key), self.key, refusal, asked)
             raise
 
     def _deliver(self, number: int) -> Callable[[Event], None]:

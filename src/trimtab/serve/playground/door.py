@@ -24,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from trimtab.serve.playground.paths import DATA, JOIN
 from trimtab.serve.refusals import Refusal
+from trimtab.serve.sieve import no_constant
 
 SESSIONS = 64
 """Sessions at a time that something is done or kept for and that nobody reads."""
@@ -162,7 +163,7 @@ class Sessions:
 def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
     """What a page asks for. Raises `Refusal` for what no page does."""
     try:
-        given = json.loads(body, parse_constant=_no_constant)
+        given = json.loads(body, parse_constant=no_constant)
     except (ValueError, RecursionError):
         given = None
     if not isinstance(given, dict):
@@ -176,10 +177,6 @@ def _checked(body: bytes, blocks: Blocks) -> dict[str, Any]:
     if not isinstance(data, list) or len(data) != len(function.inputs):
         raise Refusal(400, f"this function takes {len(function.inputs)} values", param="data")
     return {name: given[name] for name in KEPT if name in given}
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} isn't a number in JSON")
 
 
 class _Few:

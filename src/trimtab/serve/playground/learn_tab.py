@@ -42,7 +42,7 @@ def make_learn(service: Service, key: Any) -> LearnTab:
         make_from_sentence(service, key, learned)
         gr.HTML(f'<h2 class="tt-or">Or from pairs</h2>{show.note(ABOUT)}')
         pairs = gr.Textbox(
-            label="Pairs, one a line",
+            label="Pairs, one per line",
             info="JSONL, JSON or CSV: prompt, positive, negative; or prompt, prompt_without_instruction",
             placeholder=SHAPES,
             lines=7,

@@ -1,0 +1,129 @@
+"""What `trimtab tune` learns from and searches on: a shipped instruction, or pairs of one's own."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from json import dumps
+from typing import TYPE_CHECKING
+
+from trimtab.commands.instructions import lesson_of
+from trimtab.errors import TrimtabError
+from trimtab.text.pairs import Pair, as_prompt, as_texts, sides
+
+if TYPE_CHECKING:
+    from trimtab.text.chat import Prompt
+
+LEARN_SHARE = 0.5
+REPEAT = "combination:repeat_prompt"  # each query has a check of its own
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned from, and what is searched on: base queries, the prompts asked, and those with instruction."""
+
+    what: str
+    pairs: list[Pair]
+    queries: list[str]
+    asked: Sequence[Prompt]
+    instructed: Sequence[Prompt]
+
+
+def of_instruction(instruction: str, with_it: bool, limit: int | None) -> Task:
+    """The package's queries: `learn` to learn from, `tune` to search and confirm on."""
+    from trimtab.data import prompts, queries
+
+    sentence = instruction.strip()
+    lesson = lesson_of(sentence, queries("learn"))
+    base = list(queries("tune")[:limit])
+    instructed = prompts(base, [sentence])
+    return Task(f'"{sentence}"', list(lesson.pairs), base, instructed if with_it else base, instructed)
+
+
+def of_prompts(read: list[Pair], with_it: bool, limit: int | None, seed: int, source: str) -> Task:
+    """A file's pairs, split by the prompt without the instruction: some to learn from, the others to search on."""
+    from trimtab.tune.split import split_by_query
+
+    if read[0].shape not in ("prompts", "texts"):
+        raise TrimtabError(
+            f"{source} holds pairs of {read[0].shape}; tune takes pairs of prompts with and without an instruction,"
+            " pairs of answers, or multiple-choice pairs"
+        )
+    texts = [as_texts(pair, "tune") for pair in read]
+    split = split_by_query([base for _, _, base in texts], held_out=1 - LEARN_SHARE, seed=seed)
+    rest = [texts[i] for i in split.held_out][:limit]
+    instructed, base = [with_ for _, with_, _ in rest], [without for _, _, without in rest]
+    return Task(source, [read[i] for i in split.search], base, instructed if with_it else base, instructed)
+
+
+def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
+    """Pairs of answers: some to learn from; to the prompts of the others, the model's own answers are checked."""
+    from trimtab.tune.split import split_by_query
+
+    prompts = [sides(pair)[0].prompt for pair in read]
+    if not all(prompts):
+        raise TrimtabError(f"{source} has answers without a prompt, and tune asks the prompts; give each pair one")
+    queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
+    split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
+    rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
+    asked = [as_prompt(prompts[i]) for i in rest]
+    return Task(source, [read[i] for i in split.search], [queries[i] for i in rest], asked, asked)
+
+
+def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
+    """Raises `TrimtabError` for options that mean nothing where two answers are learned from."""
+    if operation == "project":
+        raise TrimtabError(f"--operation project is for pairs of prompts; what pairs of {shape} give is added")
+    if not with_instruction:
+        raise TrimtabError(f"pairs of {shape} have no instruction in their prompts; leave --without-instruction out")
+
+
+def doubts_of(task: Task, candidates: int, seed: int, tokens_each: int, budget: int | None) -> list[str]:
+    """Why the search can't end in a verdict, whatever it finds."""
+    from trimtab.tune.enough import too_few, too_poor
+    from trimtab.tune.halving import ladder
+    from trimtab.tune.split import split_by_query
+    from trimtab.tune.tune import HELD_OUT
+
+    split = split_by_query(task.queries, held_out=HELD_OUT, seed=seed)
+    held, rungs = len(split.held_out), ladder(candidates, len(split.search))
+    return [why for why in (too_few(held), too_poor(candidates, rungs, held, tokens_each, budget)) if why is not None]
+
+
+def of_letters(read: list[Pair], limit: int | None, seed: int, source: str) -> Task:
+    """Multiple-choice pairs: some to learn from, and the questions of the others."""
+    from trimtab.tune.letters import check_one_question
+    from trimtab.tune.split import split_by_query
+
+    check_one_question(read)
+    asked = [str(pair.prompt) for pair in read]
+    split = split_by_query(asked, held_out=1 - LEARN_SHARE, seed=seed)
+    asked = [asked[i] for i in split.held_out][:limit]
+    return Task(source, [read[i] for i in split.search], asked, asked, asked)
+
+
+def held_pairs(read: list[Pair], task: Task) -> list[Pair]:
+    """The pairs whose questions are searched on."""
+    asked = set(task.queries)
+    return [pair for pair in read if pair.prompt in asked]
+
+
+def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
+    """The check of an instruction that the package knows, to save naming it: a name, or a type and kwargs."""
+    from trimtab.data import instructions, recognise
+    from trimtab.evaluate.constraints import CONSTRAINTS
+
+    phrasings = {
+        text.lower(): name
+        for name, one in instructions().items()
+        if name in CONSTRAINTS
+        for text in (*one.learn, *one.test)
+    }
+    close = difflib.get_close_matches(instruction.strip().lower(), phrasings, n=1, cutoff=0.9)
+    if close:
+        return phrasings[close[0]], None, None
+    found = recognise(instruction)
+    if found is None or found.type.name == REPEAT:
+        return None, None, None
+    return None, found.type.name, dumps(found.type.arguments(found.values))

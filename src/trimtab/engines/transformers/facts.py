@@ -1,0 +1,122 @@
+"""What a step tells of each row's next token: decided on the device, and told to the host as one line of numbers a row.
+
+A line has the token and the greatest logit; where any row of the batch is told log-probabilities, that of its token,
+the likeliest tokens and theirs; and what monitors have read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.decoding.trace import Step
+from trimtab.engines.transformers.batch_row import BatchRow, GenerationResponse
+from trimtab.engines.transformers.monitoring import Watch, switched_on
+from trimtab.errors import TrimtabError
+from trimtab.steering.monitors import FILTERED, Monitor
+
+Line = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Which numbers a line has: log-probabilities or not, how many of the likeliest, readings `[rows, monitors]`."""
+
+    logprobs: bool
+    likeliest: int
+    readings: Tensor | None
+
+    @classmethod
+    def of(cls, rows: Sequence[BatchRow], vocabulary: int, readings: Tensor | None) -> Facts:
+        """Those that these rows want."""
+        asked = [row.request.alternatives for row in rows if row.request.alternatives is not None]
+        return cls(bool(asked), min(max(asked, default=0), vocabulary), readings)
+
+    def lines(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The lines `[rows, numbers]` of these tokens `[rows]`, which were chosen by logits `[rows, vocabulary]`."""
+        # of numbers and a NaN, the NaN is the largest
+        columns = [tokens[:, None].float(), logits.amax(-1, keepdim=True)]
+        if self.logprobs:
+            logprobs = logits.log_softmax(-1)
+            columns.append(logprobs.gather(-1, tokens[:, None]))
+            if self.likeliest:
+                values, ids = logprobs.topk(self.likeliest)
+                columns += [ids.float(), values]
+        if (read := self.readings) is not None:  # of rungs, whose rows aren't monitored, nothing was read
+            read = read if len(read) == len(logits) else read.new_zeros(len(logits), read.shape[-1])
+            columns.append(read.to(device=logits.device, dtype=torch.float32))
+        # whole numbers below 2 ** 24, as ids are, are exact in float32
+        return torch.cat(columns, -1)
+
+    def likeliest_of(self, line: Line) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens of a line with their log-probabilities, best first."""
+        middle = 3 + self.likeliest
+        return tuple(zip(map(int, line[3:middle]), line[middle : middle + self.likeliest], strict=True))
+
+    def readings_of(self, line: Line) -> Line:
+        """What monitors have read, in a line."""
+        return line[2 + self.logprobs * (1 + 2 * self.likeliest) :]
+
+
+@dataclass(frozen=True)
+class Teller:
+    """What comes of a line: the row goes on with its token or ends, and its response.
+
+    Args:
+        facts: What lines hold.
+        watch: The monitors of the batch.
+        ends: The tokens that end an answer.
+        strict: A greedy row, too, has an error where its logits are no numbers any more.
+    """
+
+    facts: Facts
+    watch: Watch
+    ends: Collection[int]
+    strict: bool
+
+    def tell(self, row: BatchRow, line: Line, step: Step | None) -> GenerationResponse:
+        """What came of a row; `step` is how its token was verified."""
+        assert row.sampler is not None
+        if not abs(line[1]) < float("inf") and (self.strict or row.sampler.settings.sampled):
+            error = TrimtabError("the model's logits are no longer finite: it is steered too hard; lower the strength")
+            return GenerationResponse(row.key, error=error)
+        token = int(line[0])
+        monitored, fired = self._hear(row, line)
+        names = tuple(monitor.name for monitor in fired)
+        if any(monitor.action == "stop" for monitor in fired):
+            return GenerationResponse(row.key, finish=FILTERED, cached=row.cached, monitored=monitored, fired=names)
+        heard: dict[str, Any] = {"cached": row.cached, "monitored": monitored, "fired": names}
+        row.first = row.first or time.perf_counter() - row.began
+        row.read(token)
+        if row.ladder is not None:
+            row.steps.append(step or Step(open=False, rung=None, replaced=None))
+        finish = "stop" if token in self.ends else "length" if len(row.tokens) >= row.request.max_new_tokens else None
+        if (matcher := row.sampler.matcher) is not None:
+            try:
+                matcher.take(token)
+            except TrimtabError as error:
+                return GenerationResponse(row.key, error=error)
+            finish = "stop" if matcher.done else finish
+        if row.request.alternatives is None:
+            return GenerationResponse(row.key, token, finish=finish, **heard)
+        likeliest = self.facts.likeliest_of(line)[: row.request.alternatives]
+        return GenerationResponse(row.key, token, line[2], likeliest, finish, **heard)
+
+    def _hear(self, row: BatchRow, line: Line) -> tuple[tuple[float, ...], tuple[Monitor, ...]]:
+        """What a row's monitors have read of its newest token, and which of them fire; what they switch on is noted."""
+        monitors = row.request.monitors
+        if not monitors:
+            return (), ()
+        readings = self.facts.readings_of(line)
+        values = tuple(readings[i] for i in self.watch.columns(monitors))
+        fired = row.log.add(monitors, values)
+        for monitor in fired:
+            if monitor.steering is not None:
+                edits, names = switched_on(monitor, len(row.request.ids))
+                row.edits, row.names, row.switched = (*row.edits, *edits), (*row.names, *names), True
+        return values, fired

@@ -1,0 +1,133 @@
+"""How hard requests are pushed, for those whose doses are capped: measured in each pass, before its tokens leave.
+
+A dose is ‖x' - x‖ / ‖x‖ at a site, as a mean over the tokens that were steered there; those of all sites are added up.
+Where Python runs in a pass, an activation is looked at before and after its edit. Of captured graphs, what they have
+kept is looked at after the pass, from which what was added is taken off again; so there it is additions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.vllm.bank import Bank, to_device
+from trimtab.engines.vllm.counting import DOSE
+from trimtab.engines.vllm.program import Segment, State, runs
+from trimtab.steering import Edit, Site
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """So many rows of a pass, `at` these numbers, are tokens of a request that is steered at one site."""
+
+    request: str
+    rows: int
+    at: Tensor
+
+
+@dataclass
+class Doses:
+    """Of the requests that have a cap, and of nothing else.
+
+    Args:
+        heard: Whether the scheduler hears of what this worker finds; otherwise another one measures the same.
+        caps: By request, what its doses may add up to.
+        here: What this pass steers of them.
+    """
+
+    heard: bool = True
+    caps: dict[str, float] = field(default_factory=dict)
+    here: Mapping[Site, Sequence[Weighed]] = field(default_factory=dict)
+    _sums: dict[str, dict[Site, tuple[Tensor, int]]] = field(default_factory=dict)  # of ratios, and of how many tokens
+
+    def start(self, request: str, cap: float | None) -> None:
+        """A request arrives."""
+        if cap is not None and self.heard:
+            self.caps[request] = cap
+            self._sums[request] = {}
+
+    def finish(self, request: str) -> None:
+        """It is done."""
+        self.caps.pop(request, None)
+        self._sums.pop(request, None)
+
+    def plan(
+        self,
+        chunks: tuple[Sequence[str], Sequence[int], Sequence[int]],
+        segments: Callable[[str], Sequence[Segment]],
+        device: torch.device,
+    ) -> None:
+        """What a pass steers: of these requests so many tokens from these positions on."""
+        self.here = {}
+        if not self.caps:
+            return
+        found: dict[Site, list[Weighed]] = {}
+        offset = 0
+        for request, first, count in zip(*chunks, strict=True):
+            if request in self.caps:
+                rows: dict[Site, list[int]] = {}
+                at = offset
+                for length, state in runs(segments(request), first, count):
+                    for site in state.slots if state is not None else ():
+                        rows.setdefault(site, []).extend(range(at, at + length))
+                    at += length
+                for site, these in rows.items():
+                    one = Weighed(request, len(these), to_device(torch.tensor(these), device))
+                    found.setdefault(site, []).append(one)
+            offset += count
+        self.here = found
+
+    def before(self, site: Site, hidden: Tensor, residual: Tensor | None) -> list[Tensor]:
+        """What stands at a site before it is edited."""
+        return [_stream(hidden, residual, one.at) for one in self.here.get(site, ())]
+
+    def after(self, site: Site, hidden: Tensor, residual: Tensor | None, old: Sequence[Tensor]) -> None:
+        """And after."""
+        for one, x in zip(self.here.get(site, ()), old, strict=True):
+            self._add(site, one, _stream(hidden, residual, one.at) - x, x)
+
+    def replayed(self, kept: Mapping[Site, Tensor], bank: Bank) -> None:
+        """A pass of captured graphs is over, which have kept the edited activations."""
+        for site, several in self.here.items():
+            if site not in kept or site not in bank.rows:
+                continue
+            for one in several:
+                pushed = bank.rows[site].index_select(0, bank.index.index_select(0, one.at)).float()
+                self._add(site, one, pushed, kept[site].index_select(0, one.at).float() - pushed)
+
+    def _add(self, site: Site, one: Weighed, pushed: Tensor, x: Tensor) -> None:
+        ratios = torch.linalg.vector_norm(pushed, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
+        total, count = self._sums[one.request].get(site, (torch.zeros((), device=ratios.device), 0))
+        self._sums[one.request][site] = (total + ratios.sum(), count + one.rows)
+
+    def faults(self) -> Callable[[], dict[str, str]]:
+        """Of the requests of this pass those that are pushed too hard; whoever asks waits for the device."""
+        present = {one.request for several in self.here.values() for one in several}
+        means = {r: [total / count for total, count in self._sums[r].values()] for r in present if self._sums.get(r)}
+        totals = {request: (torch.stack(each).sum(), self.caps[request]) for request, each in means.items()}
+
+        def late() -> dict[str, str]:
+            found = {}
+            for request, (total, cap) in totals.items():
+                dose = float(total)
+                if not dose <= cap:
+                    found[request] = (
+                        f"{DOSE}of all sites add up to {dose:.2g} and may come to {cap:g}; lower the strengths, or"
+                        " steer at fewer layers"
+                    )
+            return found
+
+        return late
+
+
+def adds_only(edit: Edit) -> bool:
+    """Whether an edit does nothing but add to the residual stream, whatever the token."""
+    return not State("", (edit,)).mapped
+
+
+def _stream(hidden: Tensor, residual: Tensor | None, at: Tensor) -> Tensor:
+    x = hidden.index_select(0, at).float()
+    return x if residual is None else x + residual.index_select(0, at).float()

@@ -1,0 +1,292 @@
+"""The outermost layer of vLLM's own server: what `trimtab serve` asks before its routes, asked before vLLM's.
+
+vLLM makes it from `--middleware`, with the application alone; the rest stands in the environment. A request to a route
+that generates gets a ticket (`engines.vllm.admitted`), by which the engine knows what is to steer it. With a policy, or
+an audit log, the server is closed: other routes that generate aren't there, and the engine takes nothing past the door.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from trimtab.engines.vllm.admitted import TICKET, Ticket, is_closed
+from trimtab.engines.vllm.frontend import LINK, NAMES, Names
+from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import steering_digest
+from trimtab.serve.access import AccessLog
+from trimtab.serve.audit import Audit, unaudited
+from trimtab.serve.bodies import SMALL
+from trimtab.serve.choosing import Choosing
+from trimtab.serve.described import described
+from trimtab.serve.guard import Guard, given, new_request_id
+from trimtab.serve.library import Loaded
+from trimtab.serve.policy import Key, Policy, check_names
+from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.schema_steerings import SteeringList
+from trimtab.serve.service import Limits
+from trimtab.serve.vllm.asked import read
+from trimtab.serve.vllm.outgoing import Outgoing
+from trimtab.serve.vllm.record import Record
+from trimtab.serve.vllm.settings import DoorSettings
+from trimtab.steering import Steering
+
+GENERATE = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
+"""Routes of vLLM's that generate, and through which steering is known to pass."""
+PASSED = {
+    "GET": ("/health", "/ping", "/v1/models", "/version", "/load", "/metrics", "/docs", "/openapi.json"),
+    "POST": ("/tokenize", "/detokenize"),
+}
+"""And those that don't."""
+WITHOUT_KEY = ("/health", "/ping", "/healthz", "/readyz")
+OURS = ("/healthz", "/readyz", "/trimtab", "/v1/steerings")
+CHANGED = "/trimtab/steerings/"
+"""Where who has the key in TRIMTAB_ADMIN_KEY changes steerings; the endpoint sees to that."""
+NOWHERE = (
+    "there is no such route here: POST /v1/chat/completions, /v1/completions and /v1/responses answer, GET /v1/models"
+    " and /v1/steerings list what there is"
+)
+
+
+class Door:
+    """The layer, around an application whose state has `trimtab_engine`, as trimtab's endpoint plugin puts it there.
+
+    Args:
+        app: vLLM's application.
+        settings: From the environment, unless they are given.
+        names: The steerings.
+    """
+
+    def __init__(self, app: ASGIApp, settings: DoorSettings | None = None, names: Names = NAMES) -> None:
+        self.app = app
+        self.names = names
+        self.settings = DoorSettings.from_environment(os.environ) if settings is None else settings
+        self.policy = self.settings.rules(os.environ)
+        self.closed = self.settings.closes(self.policy)
+        self.limits = Limits(body=self.settings.body, held=self.settings.held)
+        self.draining = False
+        self.audit = Audit()
+        self.access: AccessLog | None = None
+        self._engine: Any = None
+        self._loaded: dict[str, Loaded] = {}
+        self._choosing = Choosing(self.policy, self._find, self._check)
+        self._guard = Guard(self._inside, self, local=self.settings.local, open=WITHOUT_KEY)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        TICKET.set(None)  # a connection's next request may run in the context of the one before
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] != "http":
+            if self.closed:  # vLLM's realtime route, which generates
+                await send({"type": "websocket.close", "code": 1008})
+                return
+            await self.app(scope, receive, send)
+        elif self._engine is None:
+            await Refusal(503, "the server isn't ready", code="not_ready", retry=5).response(scope, receive, send)
+        elif scope["path"].startswith(CHANGED):
+            await self._change(scope, receive, send)
+        elif _is_preflight(scope) or not (self.closed or scope["path"] in GENERATE + OURS):
+            await self.app(scope, receive, send)
+        else:
+            await self._guard(scope, receive, send)
+
+    # ---- its life ------------------------------------------------------------------------------------------
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            self._open(scope["app"].state)
+        except (TrimtabError, Refusal) as error:
+            await receive()
+            await send({"type": "lifespan.startup.failed", "message": f"trimtab: {error}"})
+            return
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self._engine = None
+            self.audit.close()
+
+    def _open(self, state: Any) -> None:
+        """Before the first request. Raises `TrimtabError` where what was asked for can't hold."""
+        engine = getattr(state, "trimtab_engine", None)
+        if engine is None:
+            raise TrimtabError("vLLM hasn't loaded trimtab's routes; name trimtab in VLLM_PLUGINS")
+        if self.closed and not is_closed():
+            raise TrimtabError("the server has a policy or an audit log, and its engine would take requests past them")
+        check_names(self.policy, self.names)
+        link = getattr(engine, LINK)
+        capped = self.policy.max_dose is not None or any(key.max_dose is not None for key in self.policy.keys)
+        if capped and link.unmeasured:
+            raise TrimtabError(f"doses are to be capped, and they can't be measured here: {link.unmeasured}")
+        self.names.pinned |= {name: "is always on" for name, _ in self.policy.always}
+        settings = self.settings
+        self.audit = _audit(settings.audit, settings)
+        self.access = None if settings.access_log is None else _access_log(settings.access_log)
+        self._engine = engine
+
+    # ---- what the guard asks -------------------------------------------------------------------------------
+
+    def largest(self, method: str, path: str, *, known: bool) -> int:
+        """How many bytes a request's body may have."""
+        answers = method == "POST" and path in GENERATE + PASSED["POST"]
+        return self.limits.body if answers else min(SMALL, self.limits.body)
+
+    def count(self, route: str, status: int, seconds: float) -> None:
+        """vLLM counts its requests itself."""
+
+    # ---- behind the guard ----------------------------------------------------------------------------------
+
+    async def _inside(self, scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        try:
+            if path in OURS or path.startswith("/v1/steerings/"):
+                await self._ours(scope, receive, send)
+            elif method == "POST" and path in GENERATE:
+                await self._answer(scope, receive, send)
+            elif path in PASSED.get(method, ()):
+                await self.app(scope, receive, send)
+            else:
+                raise Refusal(404, NOWHERE)
+        except Refusal as refusal:
+            scope["state"]["refused"] = refusal
+            await refusal.response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["state"]
+        key: Key = state["key"]
+        asked = await asyncio.to_thread(read, (await receive())["body"], closed=self.closed)
+        state["asked"] = asked
+        told, steering = await asyncio.to_thread(self._choosing.chosen, key, asked.steering)
+        if asked.beams and steering is not None:
+            raise Refusal(400, "vLLM's beam search makes requests of its own, which aren't steered; leave it out")
+        who = {"request": state["request_id"], "key": key.name, "route": scope["path"]}
+        record = Record(self.audit, who, asked, told)
+
+        async def begin() -> None:
+            try:
+                await record.begin()
+            except Refusal as refusal:
+                out.refusal = refusal
+                raise TrimtabError(refusal.message) from None
+            state["record"] = record  # which the guard sees to the end of
+
+        name = json.dumps([one.model_dump(exclude={"name"}) for one in told])
+        ticket = record.ticket = Ticket(steering, name, begin, None if steering is None else self.policy.dose_of(key))
+        out = Outgoing((scope, receive, send), ticket, record, told)
+        scope["headers"] = _headers(scope, state["request_id"], len(asked.body))
+        token = TICKET.set(ticket)
+        try:
+            await self.app(scope, given(asked.body, out.watching(receive)), out)
+        finally:
+            TICKET.reset(token)
+
+    async def _ours(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if scope["method"] != "GET":
+            raise Refusal(405, "it can only be read")
+        if path in ("/healthz", "/readyz"):
+            if path == "/readyz" and not self.audit.check():
+                await Json({"status": "unaudited"}, 503)(scope, receive, send)
+                return
+            scope["path"], scope["raw_path"] = "/health", b"/health"
+            await self.app(scope, receive, send)
+            return
+        key: Key = scope["state"]["key"]
+        found = [self._find(name, None) for name in self.names]
+        seen = self._choosing.visible(key, [one for one in found if one is not None])
+        if path == "/trimtab":
+            link = getattr(self._engine, LINK)
+            told: Any = {"steerings": [one.name for one in seen], "layers": link.layers, "width": link.width}
+        elif path == "/v1/steerings":
+            told = SteeringList(data=[described(self.policy, key, one) for one in seen]).model_dump()
+        else:
+            one = next((one for one in seen if path == f"/v1/steerings/{one.name}"), None)
+            if one is None:
+                raise Refusal(404, "there is no such steering; GET /v1/steerings lists yours")
+            told = described(self.policy, key, one).model_dump()
+        await Json(told)(scope, receive, send)
+
+    async def _change(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A steering that comes, changes or goes, with a line in the audit log."""
+        if not self.audit.check():
+            await unaudited().response(scope, receive, send)
+            return
+        name, request = scope["path"].removeprefix(CHANGED), new_request_id()
+
+        async def out(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                event = "removed" if scope["method"] == "DELETE" else "added"
+                found = self._find(name, None)
+                digest = None if found is None else found.digest
+                line = {"event": event, "request": request, "key": "admin", "route": scope["path"], event: name}
+                with suppress(Refusal):  # it has happened; nobody is answered until the log can be written again
+                    self.audit.write({**line, "digest": digest, "source": "admin"})
+            await send(message)
+
+        await self.app(scope, receive, out)
+
+    # ---- the steerings -------------------------------------------------------------------------------------
+
+    def _find(self, name: str, _owner: str | None) -> Loaded | None:
+        try:
+            steering = self.names[name]
+        except TrimtabError:
+            return None
+        found = self._loaded.get(name)
+        if found is None or found.steering is not steering:
+            found = self._loaded[name] = Loaded(name, steering, steering_digest(steering), "file")
+        return found
+
+    def _check(self, steering: Steering) -> None:
+        getattr(self._engine, LINK).check(steering)
+
+
+def check(settings: DoorSettings, names: Names) -> Policy:
+    """Whether a door can be made so, before vLLM is started.
+
+    Raises:
+        TrimtabError: The policy isn't valid, names what isn't there, or asks for what vLLM can't; or a log can't be
+            written.
+    """
+    rules = settings.rules(os.environ)
+    check_names(rules, names)
+    _audit(settings.audit, settings).close()
+    if settings.access_log is not None:
+        _access_log(settings.access_log)
+    return rules
+
+
+def _audit(path: str | None, settings: DoorSettings) -> Audit:
+    return Audit(None if path is None else Path(path), prompts=settings.audit_prompts, sync=settings.audit_sync)
+
+
+def _access_log(path: str) -> AccessLog:
+    """The log, which is opened anew on SIGHUP where there is a loop to hear of it."""
+    log = AccessLog(Path(path))
+    with suppress(RuntimeError, ValueError, AttributeError):  # outside of a loop, of the main thread, or of POSIX
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reopened, log)
+    return log
+
+
+def _reopened(log: AccessLog) -> None:
+    with suppress(TrimtabError):
+        log.reopen()
+
+
+def _is_preflight(scope: Scope) -> bool:
+    """What a browser asks before a request of another origin, which vLLM's CORS layer answers; it has no key."""
+    names = {name for name, _ in scope["headers"]}
+    return scope["method"] == "OPTIONS" and b"access-control-request-method" in names
+
+
+def _headers(scope: Scope, request: str, length: int) -> list[tuple[bytes, bytes]]:
+    """The headers for vLLM: its ids are made of this request's, and the body is as long as it now is."""
+    replaced = (b"x-request-id", b"content-length", b"transfer-encoding")
+    others = [(name, value) for name, value in scope["headers"] if name not in replaced]
+    return [*others, (b"x-request-id", request.encode()), (b"content-length", str(length).encode())]

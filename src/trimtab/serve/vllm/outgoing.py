@@ -1,0 +1,214 @@
+"""A response of vLLM's on its way out: held back until the engine has taken the request, and told what steered it.
+
+A whole answer gets the field `trimtab`; a stream a last chunk with it before `[DONE]`, and the events that end a
+response of the Responses API have it inside. The audit log's last line is written before that leaves.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from starlette.types import Message, Receive, Scope, Send
+
+from trimtab.engines.vllm.admitted import Ticket
+from trimtab.engines.vllm.counting import MARK
+from trimtab.serve.refusals import Json, Refusal
+from trimtab.serve.schema_told import AppliedSteering, AppliedTold, Told
+from trimtab.serve.vllm.record import Record
+
+DONE = b"data: [DONE]"
+ENDS = (b"event: response.completed", b"event: response.incomplete", b"event: response.failed")
+HEAD = ("id", "object", "created", "model")
+
+
+class Outgoing:
+    """`send` of one response.
+
+    Args:
+        asgi: What the response is sent by.
+        ticket: The request's.
+        record: The same in the audit log.
+        told: What steers it.
+    """
+
+    def __init__(
+        self, asgi: tuple[Scope, Receive, Send], ticket: Ticket, record: Record, told: list[AppliedSteering]
+    ) -> None:
+        self.refusal: Refusal | None = None
+        """What is answered instead, where the engine wasn't to take the request."""
+        self._asgi, self._send = asgi, asgi[2]
+        self._ticket, self._record, self._told = ticket, record, told
+        self._start: Message = {}
+        self._held: list[bytes] = []
+        self._rest = b""  # of a stream, an event that isn't whole yet
+        self._sent = self._over = self._erred = self._gone = False
+        self._head: dict[str, Any] = {}
+
+    def watching(self, receive: Receive) -> Receive:
+        """The same, noting when the client goes, for whom vLLM then ends the request and answers nothing."""
+
+        async def watched() -> Message:
+            message = await receive()
+            self._gone = self._gone or message["type"] == "http.disconnect"
+            return message
+
+        return watched
+
+    async def __call__(self, message: Message) -> None:
+        """As ASGI has it."""
+        if self._over or self._gone:  # the guard writes down that it was cancelled
+            return
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        kind = dict(self._start["headers"]).get(b"content-type", b"")
+        if kind.startswith(b"text/event-stream"):
+            await self._stream(body, more)
+        else:
+            self._held.append(body)
+            if not more:
+                await self._whole(b"".join(self._held))
+
+    # ---- a whole answer ------------------------------------------------------------------------------------
+
+    async def _whole(self, body: bytes) -> None:
+        status = self._start["status"]
+        instead = self._instead(status)
+        try:
+            if instead is not None:
+                raise instead
+            if status < 400:
+                body = self._with_field(body)
+            elif (error := _error_in(b"data: " + body)) is not None:  # for the audit log
+                self._asgi[0]["state"]["refused"] = Refusal(status, str(error.get("message", "")))
+            self._record.end("done" if status < 400 else str(status))
+        except Refusal as refusal:
+            await self._refuse(refusal)
+            return
+        headers = [(name, value) for name, value in self._start["headers"] if name != b"content-length"]
+        self._start["headers"] = [*headers, (b"content-length", str(len(body)).encode())]
+        await self._out(body, more=False)
+
+    def _with_field(self, body: bytes) -> bytes:
+        if not (body.startswith(b"{") and body.endswith(b"}") and len(body) > 2):
+            raise Refusal(500, "vLLM's answer is no JSON object, so what steered it can't be told; see --middleware")
+        return body[:-1] + b',"trimtab":' + _dumped(self._field()) + b"}"
+
+    # ---- a stream ------------------------------------------------------------------------------------------
+
+    async def _stream(self, body: bytes, more: bool) -> None:
+        self._rest += body
+        *events, self._rest = self._rest.split(b"\n\n")
+        if not more and self._rest.strip():
+            events, self._rest = [*events, self._rest], b""
+        if not self._sent:
+            self._held += events
+            if more and not self._ticket.begun:
+                return  # nothing has left, so an error can still have its own status
+            events, self._held = self._held, []
+            error = next((found for event in events if (found := _error_in(event)) is not None), None)
+            if (instead := self._instead(200, error)) is not None:
+                await self._refuse(instead)
+                return
+        out = []
+        for event in events:
+            out += self._told_in(event)
+        if out or not more:
+            await self._out(b"".join(one + b"\n\n" for one in out), more=more)
+        if not more:
+            self._end_with("cut")  # where no end has come by
+
+    def _told_in(self, event: bytes) -> list[bytes]:
+        """An event, with what is told of it."""
+        if event.startswith(DONE):
+            if self._erred:
+                self._end_with("dose_too_high" if self._ticket.too_high else "server")
+                return [event]
+            last = {**self._head, "choices": [], "trimtab": self._field()}
+            return [(self._end_with("done") or b"data: " + _dumped(last)), event]
+        if event.startswith(ENDS):
+            name, _, data = event.partition(b"\ndata: ")
+            given = json.loads(data)
+            given["response"]["trimtab"] = self._field()
+            outcome = "done" if not name.endswith(b"failed") else "server"
+            return [self._end_with(outcome) or name + b"\ndata: " + _dumped(given)]
+        if not self._head and event.startswith(b"data: {"):
+            given = json.loads(event[6:])
+            self._head = {name: given[name] for name in HEAD if name in given}
+        wrong = _error_in(event) is not None
+        self._erred = self._erred or self._ticket.failed is not None or wrong
+        return [b"data: " + _dumped(self._too_high().body) if wrong and self._ticket.too_high else event]
+
+    def _end_with(self, outcome: str) -> bytes | None:
+        """Write the last line; what is sent instead of the end where it can't be written."""
+        try:
+            self._record.end(outcome)
+        except Refusal as refusal:
+            return b"data: " + _dumped(refusal.body)
+        return None
+
+    # ---- both ----------------------------------------------------------------------------------------------
+
+    def _instead(self, status: int, error: dict[str, Any] | None = None) -> Refusal | None:
+        """What is answered in the place of vLLM's response of this status, of which nothing has left.
+
+        `error` is what its first events say is wrong.
+        """
+        if self.refusal is not None:
+            return self.refusal
+        if self._ticket.too_high:
+            return self._too_high()
+        if error is not None:
+            code = error.get("code")
+            status = code if isinstance(code, int) and 400 <= code < 600 else 500
+            return Refusal(status, str(error.get("message", "")), param=error.get("param"))
+        if status < 400 and not self._ticket.begun:
+            return Refusal(500, "vLLM answers, and its engine was given nothing to steer", code="unsteered")
+        return None
+
+    def _too_high(self) -> Refusal:
+        return Refusal(400, (self._ticket.failed or "").removeprefix(MARK), code="dose_too_high")
+
+    async def _refuse(self, refusal: Refusal) -> None:
+        self._over = True
+        self._asgi[0].setdefault("state", {})["refused"] = refusal
+        try:
+            self._record.end(refusal.code or str(refusal.status))
+        except Refusal as unwritten:
+            refusal = unwritten
+        await refusal.response(*self._asgi)
+
+    async def _out(self, body: bytes, *, more: bool) -> None:
+        if not self._sent:
+            self._sent = True
+            await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def _field(self) -> dict[str, Any]:
+        steering = self._ticket.steering
+        edits = [str(edit) for edit in steering.edits if edit.strength != 0] if steering is not None else []
+        answers = [
+            AppliedTold(index=i, edits=edits, dose=None, total_dose=None, doses=[])
+            for i in range(len(self._ticket.tokens))
+        ]
+        return Told(steering=self._told, emphasized_tokens=0, answers=answers).model_dump()
+
+
+def _error_in(event: bytes) -> dict[str, Any] | None:
+    """The error that an event tells, if it does."""
+    if not event.startswith(b'data: {"error"'):
+        return None
+    try:
+        found = json.loads(event[6:])["error"]
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else {"message": str(found)}
+
+
+def _dumped(given: Any) -> bytes:
+    return bytes(Json({}).render(given))

@@ -1,0 +1,62 @@
+"""A request to vLLM's server in the audit log: begun before the engine takes any of it, ended before its end leaves."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from trimtab.engines.vllm.admitted import Ticket
+from trimtab.serve.audit import Audit
+from trimtab.serve.schema_told import AppliedSteering
+from trimtab.serve.vllm.asked import Asked
+
+
+class Record:
+    """What is written down of a request, whose `ticket` counts what is generated.
+
+    Args:
+        audit: The log.
+        who: The request's id, its key's name, the route.
+        asked: The request.
+        told: What steers it.
+    """
+
+    def __init__(self, audit: Audit, who: dict[str, str], asked: Asked, told: list[AppliedSteering]) -> None:
+        self.ticket: Ticket | None = None
+        self._audit = audit
+        self._prompt = asked.prompt
+        self._line: dict[str, Any] = {
+            **who,
+            "model": asked.model,
+            "user": asked.user,
+            "steering": [one.model_dump() for one in told],
+            "emphasized_tokens": 0,
+            "rejection": False,
+        }
+        self._lock = threading.Lock()
+        self._begun = self._over = False
+
+    async def begin(self) -> None:
+        """The first line. Raises `Refusal` where it can't be written: then nothing may run."""
+        await self._audit.soon({"event": "begun", **self._line}, self._prompt)
+        self._begun = True
+
+    def end(self, outcome: str) -> None:
+        """The last line. Raises `Refusal` where it can't be written. Only the first call counts."""
+        with self._lock:
+            if self._over or not self._begun:
+                return
+            self._over = True
+        ticket = self.ticket
+        tokens = [] if ticket is None else list(ticket.tokens.values())
+        self._audit.write(
+            {
+                "event": "ended",
+                **self._line,
+                "prompt_tokens": [] if ticket is None else list(ticket.prompts.values()),
+                "tokens": tokens,
+                "doses": [None] * len(tokens),
+                "total_doses": [None] * len(tokens),
+                "outcome": outcome,
+            }
+        )

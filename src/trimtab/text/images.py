@@ -1,0 +1,189 @@
+"""Images in a prompt's messages: which content parts hold one, and reading it, within bounds.
+
+What comes from elsewhere is read with suspicion: a few formats, so many bytes, so many pixels, and nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import TrimtabError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""The formats that are read."""
+KINDS = ("image", "image_url", "input_image")
+"""What the `type` of a content part is that holds an image: transformers', OpenAI's, and that of its newer API."""
+HELD = ("image", "image_url", "url", "path", "base64")
+"""Where such a part may have it."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How much is read: images a prompt, bytes of a file, pixels of an image. `local`: paths are read as well."""
+
+    images: int = 32
+    bytes: int = 20 << 20
+    pixels: int = 40_000_000
+    local: bool = True
+
+
+BOUNDS = Bounds()
+
+
+def has_images(prompt: Any) -> bool:
+    """Whether a prompt is messages of which one has an image."""
+    if isinstance(prompt, str):
+        return False
+    contents = [message.get("content") for message in prompt if isinstance(message, Mapping)]
+    return any(map(_is_image, (part for content in contents if isinstance(content, (list, tuple)) for part in content)))
+
+
+def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) -> list[dict[str, Any]]:
+    """The messages, each image read: its part is `{"type": "image", "image": …}`, the image of Pillow's, in RGB.
+
+    Raises `TrimtabError`, naming the image by its number, for one that can't be read or is beyond the bounds.
+    """
+    count = 0
+    found = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            if not isinstance(content, (list, tuple)) or not all(isinstance(part, Mapping) for part in content):
+                raise TrimtabError(f"a message's content is a text or a list of parts, got {type(content).__name__}")
+            parts: list[dict[str, Any]] = []
+            for part in content:
+                if not _is_image(part):
+                    parts.append(_text(part))
+                    continue
+                count += 1
+                if count > bounds.images:
+                    raise TrimtabError(f"a prompt has {bounds.images} images at most; leave some out")
+                parts.append({"type": "image", "image": read_image(_held(part, count), bounds, f"image {count}")})
+            content = parts
+        found.append({**message, "content": content})
+    return found
+
+
+def beside(images: Sequence[str | Path], text: str) -> list[dict[str, Any]]:
+    """A message's content: these images, and then the text."""
+    return [*({"type": "image", "path": str(one)} for one in images), {"type": "text", "text": text}]
+
+
+def text_of(content: Any) -> str:
+    """A message's content in words, for people to read: of an image where it is from."""
+    if isinstance(content, str):
+        return content
+    return " ".join(
+        f"[image {part.get('path', '')}]".replace(" ]", "]") if _is_image(part) else part["text"] for part in content
+    )
+
+
+def read_image(given: Any, bounds: Bounds = BOUNDS, what: str = "the image") -> Any:
+    """An image of Pillow's, in RGB and the right way up.
+
+    Args:
+        given: One of Pillow's, the bytes of a file, a path, or a `data:` URL.
+        bounds: How much is read.
+        what: Which image it is, for errors.
+
+    Raises:
+        TrimtabError: It isn't one, can't be decoded, is too large, or stands at an address.
+    """
+    pillow = _pillow()
+    if isinstance(given, pillow.Image):
+        _check_size(given, bounds, what)
+        return given.convert("RGB")
+    data = given if isinstance(given, (bytes, bytearray)) else _data(given, bounds, what)
+    if len(data) > bounds.bytes:
+        raise TrimtabError(f"{what} has {len(data)} bytes, {bounds.bytes} at most; make it smaller")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # its size is looked at below
+            image = pillow.open(BytesIO(data), formats=FORMATS)
+        _check_size(image, bounds, what)
+        if getattr(image, "n_frames", 1) > 1:
+            raise TrimtabError(f"{what} is an animation of {image.n_frames} frames; give one frame of it")
+        image.load()
+        from PIL import ImageOps
+
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except pillow.DecompressionBombError:
+        raise TrimtabError(_too_many_pixels(what, bounds)) from None
+    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+        reason = str(error).partition("<")[0].strip() or type(error).__name__
+        raise TrimtabError(f"{what} can't be read ({reason}); give a {', '.join(FORMATS)} file") from None
+
+
+def _check_size(image: Any, bounds: Bounds, what: str) -> None:
+    if image.width * image.height > bounds.pixels:
+        raise TrimtabError(_too_many_pixels(f"{what}, {image.width} by {image.height},", bounds))
+    if not image.width or not image.height:
+        raise TrimtabError(f"{what} is empty: {image.width} by {image.height} pixels")
+
+
+def _too_many_pixels(what: str, bounds: Bounds) -> str:
+    return f"{what} has more than {bounds.pixels} pixels; make it smaller"
+
+
+def _data(given: Any, bounds: Bounds, what: str) -> bytes:
+    """The bytes of a file, or of a `data:` URL."""
+    if isinstance(given, str) and given[:5].lower() == "data:":
+        head, comma, body = given.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise TrimtabError(f"{what}: a data: URL of an image is data:image/png;base64,…")
+        if len(body) > bounds.bytes * 4 // 3 + 4:
+            raise TrimtabError(f"{what} has more than {bounds.bytes} bytes; make it smaller")
+        try:
+            return base64.b64decode(body, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise TrimtabError(f"{what}: its data: URL isn't base64: {error}") from None
+    if isinstance(given, str) and "://" in given[:32]:
+        instead = "give its file, its bytes or a data: URL" if bounds.local else "give a data: URL"
+        raise TrimtabError(f"{what} stands at an address, and nothing is fetched from there; {instead}")
+    if not isinstance(given, (str, Path)):
+        raise TrimtabError(f"{what} is an image of Pillow's, bytes, a path or a data: URL, got {type(given).__name__}")
+    if not bounds.local:
+        raise TrimtabError(f"{what} is no data: URL; give data:image/png;base64,…")
+    path = Path(given)
+    try:
+        if not path.is_file():
+            raise TrimtabError(f"{what}: there is no file {str(path)[:200]}")
+        if path.stat().st_size > bounds.bytes:
+            raise TrimtabError(f"{what}: {path} has more than {bounds.bytes} bytes; make it smaller")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a name with a null in it
+        raise TrimtabError(f"{what}: {str(path)[:200]} can't be read: {error}") from None
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") in KINDS
+
+
+def _held(part: Mapping[str, Any], number: int) -> Any:
+    """What a part has for an image."""
+    found = [part[name] for name in HELD if part.get(name) is not None]
+    if len(found) != 1:
+        raise TrimtabError(f"image {number}: its part needs one of {', '.join(HELD)}, and has {len(found)} of them")
+    given = found[0]["url"] if isinstance(found[0], Mapping) and "url" in found[0] else found[0]
+    return f"data:;base64,{given}" if "base64" in part and isinstance(given, str) else given
+
+
+def _text(part: Mapping[str, Any]) -> dict[str, Any]:
+    if not isinstance(part.get("text"), str):
+        raise TrimtabError(f"a part of a message is a text or an image, got {part.get('type') or sorted(part)}")
+    return {"type": "text", "text": part["text"]}
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise TrimtabError("images need Pillow: pip install 'trimtab[vision]'") from None
+    return Image
