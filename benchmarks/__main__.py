@@ -393,6 +393,7 @@ def emphasis(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many prompts, evenly spread.")] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 96,
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
+    seka: Annotated[bool, typer.Option("--seka", help="SEKA as well, which is learned first.")] = False,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,
@@ -406,7 +407,7 @@ def emphasis(
             f"skipped: there is no {data / missing[0]}; name the folder of data sets with --data"
         )
         return
-    finish(run(model, data, folder, limit, tokens), json_file, check, as_markdown)
+    finish(run(model, data, folder, limit, tokens, seka), json_file, check, as_markdown)
 
 
 @app.command()

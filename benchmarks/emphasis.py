@@ -2,8 +2,9 @@
 emphasized: what a prompt has and its version without instructions has not.
 
 DIRECTER (2603.06745), PASTA (2311.02262), SpotLight (2505.12025) and InstABoost (2506.13734), with and without
-rejection, against the unsteered model, a random span of the same length, and words alone: the instruction said twice.
-What a run has done is kept in a folder, so that it can be stopped and started again.
+rejection, and where it is asked for SEKA (2603.01281), which is learned first, against the unsteered model, a random
+span of the same length, and words alone: the instruction said twice. What a run has done is kept in a folder, so that
+it can be stopped and started again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from trimtab.lm import LM
 from trimtab.methods.directer import ALPHA, REJECTION, directer
 from trimtab.methods.instaboost import instaboost
 from trimtab.methods.pasta import pasta
+from trimtab.methods.seka import Highlight, learn_seka, seka
 from trimtab.methods.spotlight import spotlight
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.text.spans import Part, Phrase
@@ -100,7 +102,13 @@ ARMS: Mapping[str, Arm] = {
 }
 
 
-def run(model: str | None, data: Path, folder: Path, limit: int | None, tokens: int) -> Report:
+def seka_arm(lm: LM, examples: Sequence[Highlight] | None = None) -> Arm:
+    """SEKA, learned here from made-up examples: what the prompts are isn't looked at."""
+    learned = learn_seka(lm, examples)
+    return Arm(lambda lm, prompt, phrases: seka(lm, prompt, phrases, learned))
+
+
+def run(model: str | None, data: Path, folder: Path, limit: int | None, tokens: int, with_seka: bool = False) -> Report:
     """Answer `limit` of the prompts, evenly spread, in every arm."""
     lm = LM.load(model, dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +120,8 @@ def run(model: str | None, data: Path, folder: Path, limit: int | None, tokens: 
     count = min(limit or len(found), len(found))
     items = [found[i * len(found) // count] for i in range(count)]
     records: dict[str, list[Record]] = {}
-    for name, arm in ARMS.items():
+    arms = {**ARMS, "SEKA": seka_arm(lm)} if with_seka else ARMS
+    for name, arm in arms.items():
         file = folder / f"{name.replace(' ', '-').replace(',', '')}.jsonl"
         records[name] = _answers(lm, name, arm, items, pieces, file, tokens)
     return _report(lm, items, records, len(found), len(every), tokens)

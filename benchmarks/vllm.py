@@ -22,11 +22,15 @@ from benchmarks.harness import Report, Result, Target, interleave, ratios, summa
 from benchmarks.machine import machine, versions
 from benchmarks.static import DOSE, PROMPTS
 from trimtab.engines.vllm.versions import vllm_version
-from trimtab.steering import Add, Edit, Site, Steering
+from trimtab.steering import Add, Edit, ScaleScores, Site, Steering, emphasis
 
 SPEED = Target(0.97)
 BATCHES = (1, 32, 128)
+SPAN = (1, 4)
+"""Tokens that every prompt has."""
 CASES = ("idle", "one vector, one layer", "one vector, every layer", "three vectors, every layer", "32 steerings")
+BY_KEYS = ("idle, with room for emphasis by keys", "emphasis by keys")
+"""In an engine of their own, whose operators stand at keys too; others don't pay for these."""
 
 
 def run(
@@ -34,26 +38,40 @@ def run(
 ) -> Report:
     """Each case's throughput over that of the engine without the plugin, at each batch size."""
     job = {"model": model, "dummy": dummy, "options": options, "tokens": tokens}
-    plain, ours = Contender(job, plugin=False), Contender(job, plugin=True)
+    plain = Contender(job, plugin=False)
     results: list[Result] = []
     try:
-        clock = "cpu" if plain.about["device"] == "cpu" else "wall"
-        for batch in batches:
-            runs = {"without plugin": plain.timed("none", batch, clock)}
-            runs |= {case: ours.timed(case, batch, clock) for case in CASES}
-            values = interleave(runs, rounds)
-            per = "tokens/CPU-s" if clock == "cpu" else "tokens/s"
-            for name in runs:
-                results.append(summarized(f"{name}, batch {batch}", "throughput", per, values[name]))
-            for case in CASES:
-                shares = ratios(values[case], values["without plugin"])
-                results.append(summarized(f"{case}, batch {batch}", "of without plugin", "ratio", shares, SPEED))
-        if ours.about["graphs"] is not None:
-            results.append(Result("captured graphs", "sizes", ours.about["graphs"], "", target=Target(1)))
+        for cases in (CASES, BY_KEYS):
+            ours = Contender({**job, "keys": cases is BY_KEYS}, plugin=True)
+            try:
+                results += _compared(plain, ours, cases, rounds, batches)
+            finally:
+                ours.close()
+            if ours.about["graphs"] is not None:
+                what = "captured graphs, with keys" if cases is BY_KEYS else "captured graphs"
+                results.append(Result(what, "sizes", ours.about["graphs"], "", target=Target(1)))
     finally:
         plain.close()
-        ours.close()
     return Report("vllm", machine(), {**versions(), "vllm": vllm_version()}, tuple(results))
+
+
+def _compared(
+    plain: Contender, ours: Contender, cases: Sequence[str], rounds: int, batches: Sequence[int]
+) -> list[Result]:
+    results = []
+    clock = "cpu" if plain.about["device"] == "cpu" else "wall"
+    for batch in batches:
+        runs = {"without plugin": plain.timed("none", batch, clock)}
+        runs |= {case: ours.timed(case, batch, clock) for case in cases}
+        values = interleave(runs, rounds)
+        per = "tokens/CPU-s" if clock == "cpu" else "tokens/s"
+        for name in runs:
+            what = f"{name}, beside {cases[-1]}" if name not in cases and cases is BY_KEYS else name
+            results.append(summarized(f"{what}, batch {batch}", "throughput", per, values[name]))
+        for case in cases:
+            shares = ratios(values[case], values["without plugin"])
+            results.append(summarized(f"{case}, batch {batch}", "of without plugin", "ratio", shares, SPEED))
+    return results
 
 
 class Contender:
@@ -108,7 +126,15 @@ def serve(job: dict[str, Any]) -> None:
     from trimtab.engines.transformers.default_model import default_folder
 
     dummy = {"load_format": "dummy"} if job["dummy"] else {}
-    llm = LLM(model=job["model"] or str(default_folder()), enable_prefix_caching=False, **dummy, **job["options"])
+    name = job["model"] or str(default_folder())
+    if job.get("keys"):  # known before the engine starts, which then has the operators for it
+        from transformers import AutoConfig
+
+        from trimtab.engines.vllm.frontend import NAMES
+
+        layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
+        NAMES.register(BY_KEYS[-1], emphasis(ScaleScores(1.2), [SPAN], range(layers)))
+    llm = LLM(model=name, enable_prefix_caching=False, **dummy, **job["options"])
     config = llm.llm_engine.vllm_config
     text = config.model_config.hf_text_config
     ids = [llm.get_tokenizer()(prompt)["input_ids"] for prompt in PROMPTS]
@@ -141,7 +167,7 @@ def serve(job: dict[str, Any]) -> None:
 
 
 def _asks(case: str, request: int) -> dict[str, Any] | None:
-    if case in ("none", "idle"):
+    if case in ("none", "idle", BY_KEYS[0]):
         return None
     return {"steering": [{"name": f"different {request % 32}" if case == "32 steerings" else case}]}
 

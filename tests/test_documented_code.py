@@ -24,7 +24,7 @@ RUN_ELSEWHERE = {
     *("README.md", "add-a-method.md", "bake.md", "estimators.md", "notebooks.md", "operations.md", "pairs.md"),
     "agents.md",
     *("prompts.md", "traits.md", "your-vector.md", "bipo.md", "cap.md", "distill.md", "instaboost.md", "loreft.md"),
-    *("pasta.md", "positions.md", "reps.md", "sttp.md"),
+    *("pasta.md", "positions.md", "reps.md", "seka.md", "sttp.md"),
 }
 """Pages with a test of their own."""
 NOT_RUN = {

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "pasta", "reps", "steermoe", "sttp")
+PAGES_WITH_EXAMPLES = ("bipo", "cap", "distill", "instaboost", "loreft", "pasta", "reps", "seka", "steermoe", "sttp")
 PAGES = Path(__file__).parents[1] / "docs" / "methods"
 
 
-LONG = ("bipo", "distill", "loreft", "reps")
+LONG = ("bipo", "distill", "loreft", "reps", "seka")
 
 
 @pytest.mark.real

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from trimtab.methods.reps import learn_reps
     from trimtab.methods.sadi import learn_sadi
     from trimtab.methods.safety import learn_safety
+    from trimtab.methods.seka import Highlight, learn_seka, seka
     from trimtab.methods.spotlight import spotlight
     from trimtab.methods.steermoe import learn_steermoe
     from trimtab.methods.sttp import learn_sttp
@@ -68,12 +69,14 @@ if TYPE_CHECKING:
         RotatePredicted,
         RouteExperts,
         ScaleElements,
+        ScaleKeys,
         ScaleScores,
         SetProjection,
         Site,
         Steering,
         TargetMass,
         Threshold,
+        by_keys,
         directional_ablation,
     )
     from trimtab.steering.monitors import Monitor
@@ -94,6 +97,7 @@ __all__ = [
     "Edit",
     "FormatWarning",
     "Gate",
+    "Highlight",
     "MaskNeurons",
     "MismatchWarning",
     "Monitor",
@@ -110,6 +114,7 @@ __all__ = [
     "RotatePredicted",
     "RouteExperts",
     "ScaleElements",
+    "ScaleKeys",
     "ScaleScores",
     "SetProjection",
     "Site",
@@ -121,6 +126,7 @@ __all__ = [
     "UntestedVersionWarning",
     "audit",
     "bake",
+    "by_keys",
     "directer",
     "directional_ablation",
     "export",
@@ -149,6 +155,7 @@ __all__ = [
     "learn_reps",
     "learn_sadi",
     "learn_safety",
+    "learn_seka",
     "learn_steermoe",
     "learn_sttp",
     "learn_tda",
@@ -162,6 +169,7 @@ __all__ = [
     "push_to_hub",
     "read_pairs",
     "save",
+    "seka",
     "spotlight",
     "steering_from",
     "steerings_from",
@@ -206,6 +214,7 @@ _HOMES = {
     "trimtab.methods.reps": ("learn_reps",),
     "trimtab.methods.sadi": ("learn_sadi",),
     "trimtab.methods.safety": ("learn_safety",),
+    "trimtab.methods.seka": ("Highlight", "learn_seka", "seka"),
     "trimtab.methods.spotlight": ("spotlight",),
     "trimtab.methods.steermoe": ("learn_steermoe",),
     "trimtab.methods.sttp": ("learn_sttp",),
@@ -231,12 +240,14 @@ _HOMES = {
         "RotatePredicted",
         "RouteExperts",
         "ScaleElements",
+        "ScaleKeys",
         "ScaleScores",
         "SetProjection",
         "Site",
         "Steering",
         "TargetMass",
         "Threshold",
+        "by_keys",
         "directional_ablation",
     ),
     "trimtab.steering.monitors": ("Monitor",),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 
-from benchmarks.emphasis import instructions_of
+from benchmarks.emphasis import instructions_of, seka_arm
+from trimtab.methods.seka import Highlight
+from trimtab.text.spans import Phrase
 
 
 @pytest.mark.parametrize(
@@ -24,3 +27,12 @@ from benchmarks.emphasis import instructions_of
 )
 def test_the_pieces(prompt: str, without: str, expected: list[str]) -> None:
     assert instructions_of(prompt, without) == expected
+
+
+def test_seka_is_an_arm_that_is_learned_once() -> None:
+    lm = tiny.tiny("llama")
+    examples = [Highlight(f"w{i} w{i + 1}", f"w{i}", "w9 w8", "w7 w6") for i in (0, 2, 4)]
+    arm = seka_arm(lm, examples)
+    steering = arm.steer(lm, "w1 w2 w3 w4", [Phrase("w2 w3")])  # type: ignore[misc]
+    ((start, stop),) = lm.spans("w1 w2 w3 w4", "w2 w3")
+    assert {(edit.site.kind, str(edit.positions)) for edit in steering.edits} == {("keys", f"span:{start}:{stop}")}

@@ -11,7 +11,7 @@ import transformers
 from batches import long_llama, run, steering
 from tiny import direction, prompt
 
-from trimtab import LM, Ablate, Add, Positions, ScaleScores, SetProjection, Site, Steering, Threshold
+from trimtab import LM, Ablate, Add, Positions, ScaleKeys, ScaleScores, SetProjection, Site, Steering, Threshold
 from trimtab.engines.transformers.batch_row import GenerationRequest, GenerationResponse
 from trimtab.engines.transformers.prefixes import LEAST, PrefixBatch, Prefixes
 from trimtab.steering import emphasis
@@ -39,6 +39,7 @@ STEERINGS = [
     steering((0, Ablate(direction(4)), Positions.all_but_first()), (2, Add(direction(5, 3.0)), Positions.prompt())),
     ADD.when(Threshold(Site(0), direction(9), 0.0)),
     emphasis(ScaleScores(), [(0, 2)], range(4), "x"),
+    emphasis(ScaleKeys(3.0), [(0, 2)], range(4), "x"),
 ]
 
 
@@ -60,7 +61,7 @@ class TestTexts:
         """Dialogues of three turns, several at once, each under a steering that may change, clean caches among them."""
         chance = random.Random(1)
         batch, plain = batch_of(lm), batch_of(lm, tokens=0)
-        talks = [tuple(lm.encode(prompt(n, 18 + n))) for n in range(6)]
+        talks = [tuple(lm.encode(prompt(n, 18 + n))) for n in range(len(STEERINGS))]
         of = list(STEERINGS)
         reused = 0
         for turn in range(3):

@@ -47,9 +47,9 @@ class Applied:
 
         Edits at several sites add up in the residual stream, and each is about as long as its dose says. This is how
         long they come to if their directions have nothing to do with each other, in lengths of the activation. The
-        logits of routers aren't part of it.
+        logits of routers and the keys of attention, which aren't added to the stream, aren't part of it.
         """
-        return math.sqrt(sum(dose.ratio * dose.ratio for dose in self.doses if dose.kind != "router"))
+        return math.sqrt(sum(dose.ratio * dose.ratio for dose in self.doses if dose.kind not in ("router", "keys")))
 
 
 @dataclass(frozen=True)

@@ -557,6 +557,11 @@ class LanguageModel(ABC):
             self.require("clean_cache")
         if emphasize is not None:
             self.require("emphasis")
+        if emphasize is not None and rejection is None and "rejection" in self.cannot:
+            raise UnsupportedError(
+                f"emphasis comes with rejection of implausible tokens, which the {self.engine} engine hasn't:"
+                f" {self.cannot['rejection']}; ask for rejection=False"
+            )
         if rejection not in (None, False):
             self.require("rejection")
 

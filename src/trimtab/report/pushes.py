@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trimtab.errors import UnsupportedError
-from trimtab.steering import Add, ScoreOperation, SetProjection, Steering
+from trimtab.steering import Add, ScaleKeys, ScoreOperation, SetProjection, Steering
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Push:
 def pushes(steering: Steering) -> list[Push]:
     """One `Push` an edit, in the edits' order. A sum's edits have no measurements: several cards could be theirs.
 
-    Raises `UnsupportedError` for edits of attention scores, which push in no direction.
+    Raises `UnsupportedError` for edits of attention scores, or of keys by a factor, which push in no direction.
     """
     found = []
     for edit in steering.edits:
-        if isinstance(edit.operation, ScoreOperation):
+        if isinstance(edit.operation, (ScoreOperation, ScaleKeys)):
             raise UnsupportedError(f"{edit} steers attention: it has no direction, and so no push to show")
         layer = edit.site.layer
         measured = steering.card.measured

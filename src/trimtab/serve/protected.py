@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.steering import Ablate, Add, Edit, SetProjection, Steering
+from trimtab.steering import Ablate, Add, Edit, ScaleKeys, SetProjection, Steering
 
 STREAM = ("residual", "block_input")
 """The kinds of sites that are the stream itself."""
@@ -54,7 +54,7 @@ def protected(always: Sequence[tuple[str, Steering]]) -> Protected:
     unknown = []
     for name, steering in always:
         for edit in steering.edits:
-            if edit.site.kind == "scores":
+            if _emphasizes(edit):
                 continue
             if edit.site.kind in STREAM + PARTS and type(edit.operation) in (Add, SetProjection, Ablate):
                 found.append(edit.operation.direction.double())
@@ -79,7 +79,7 @@ def apart(held: Protected, steering: Steering) -> tuple[Steering, float]:
 
 
 def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
-    if edit.site.kind == "scores":
+    if _emphasizes(edit):
         return edit, 0.0
     if held.unknown:
         raise TrimtabError(
@@ -109,6 +109,11 @@ def _apart(held: Protected, edit: Edit) -> tuple[Edit, float]:
     return replace(edit, operation=replace(operation, direction=rest.to(operation.direction.dtype))), float(
         along.norm()
     ) / norm
+
+
+def _emphasizes(edit: Edit) -> bool:
+    """Whether it only says how much is attended to a span, and so writes nothing that could undo anything."""
+    return edit.site.kind == "scores" or isinstance(edit.operation, ScaleKeys)
 
 
 def _basis(directions: Sequence[Tensor]) -> Tensor | None:

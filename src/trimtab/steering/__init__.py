@@ -6,6 +6,7 @@ from trimtab.steering.card import Adapter, Card, ModelId
 from trimtab.steering.elements import HoldElements, MaskNeurons, ScaleElements
 from trimtab.steering.emphasis import emphasis
 from trimtab.steering.gates import Always, Gate, Threshold
+from trimtab.steering.keys import ScaleKeys, by_keys
 from trimtab.steering.operations import Ablate, Add, Directed, Operation, SetProjection
 from trimtab.steering.positions import Positions
 from trimtab.steering.read_write import ReadWrite
@@ -37,6 +38,7 @@ __all__ = [
     "RotatePredicted",
     "RouteExperts",
     "ScaleElements",
+    "ScaleKeys",
     "ScaleScores",
     "ScoreOperation",
     "SetProjection",
@@ -44,6 +46,7 @@ __all__ = [
     "Steering",
     "TargetMass",
     "Threshold",
+    "by_keys",
     "directional_ablation",
     "emphasis",
 ]

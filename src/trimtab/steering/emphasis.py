@@ -7,15 +7,21 @@ from collections.abc import Iterable, Sequence
 from trimtab.errors import TrimtabError
 from trimtab.steering.attention import ScoreOperation
 from trimtab.steering.card import Card
+from trimtab.steering.keys import ScaleKeys
 from trimtab.steering.positions import Positions
 from trimtab.steering.site import Site
 from trimtab.steering.steering import Edit, Steering
 
 
 def emphasis(
-    operation: ScoreOperation, spans: Sequence[tuple[int, int]], layers: Iterable[int], method: str = "manual"
+    operation: ScoreOperation | ScaleKeys,
+    spans: Sequence[tuple[int, int]],
+    layers: Iterable[int],
+    method: str = "manual",
 ) -> Steering:
-    """The operation on the scores of these layers, in the columns of all spans `(start, stop)` of a prompt's tokens.
+    """The operation at these layers, in the columns of all spans `(start, stop)` of a prompt's tokens.
+
+    It acts on scores, or `ScaleKeys` on keys.
 
     Raises `TrimtabError` for no spans or layers.
     """
@@ -25,5 +31,6 @@ def emphasis(
     positions = Positions.span(*spans[0])
     for span in spans[1:]:
         positions = positions | Positions.span(*span)
-    edits = tuple(Edit(Site(layer, "scores"), operation, positions) for layer in chosen)
+    kind = getattr(operation, "only_at", "scores")
+    edits = tuple(Edit(Site(layer, kind), operation, positions) for layer in chosen)
     return Steering(edits, Card(method, options={"operation": repr(operation), "spans": [list(s) for s in spans]}))

@@ -115,7 +115,7 @@ class Operation:
 
     @property
     def width(self) -> int:
-        """The width of the activations that it acts on."""
+        """The width of the activations that it acts on; 0: any."""
         raise NotImplementedError
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "router", "scores")
+KINDS = ("residual", "block_input", "attention", "mlp", "heads", "neurons", "act_fn", "router", "keys", "scores")
 
 
 @dataclass(frozen=True, order=True)
@@ -19,7 +19,9 @@ class Site:
     the MLP's inner activations before its last projection (where it is gated: after the gate; of a mixture of experts
     those of the expert that every token passes), and `"act_fn"` the output of its activation function (where it is
     gated: before the product with the other half; else the same). `"router"` are the logits by which a mixture of
-    experts chooses among them, `[experts]`. `"scores"` are the scores of the block's attention, before the softmax.
+    experts chooses among them, `[experts]`. `"keys"` are the keys that the block's attention stores, heads side by
+    side, `[key heads * head size]`: after the norm and the rotary embedding, if the model has these. `"scores"` are
+    the scores of the block's attention, before the softmax.
     """
 
     layer: int

@@ -52,6 +52,12 @@ class Edit:
             raise TrimtabError(f"an edit's gate is a Gate such as Threshold(…), got {self.gate!r}")
         if isinstance(self.operation, ScoreOperation) != (self.site.kind == "scores"):
             raise TrimtabError(f"{type(self.operation).__name__} can't act at {self.site}")
+        only = getattr(self.operation, "only_at", self.site.kind)
+        if only != self.site.kind:
+            raise TrimtabError(
+                f"{type(self.operation).__name__} acts at {only}, not at {self.site}; write"
+                f" Site({self.site.layer}, {only!r})"
+            )
 
     def __str__(self) -> str:
         gate = "" if self.gate == ALWAYS else f" when {self.gate}"

@@ -102,8 +102,9 @@ def check_growing(steering: Steering) -> None:
             raise UnsupportedError(
                 f"{SCORE_NAMES[type(operation)]} steers attention scores, which have no dose; give a strength"
             )
-        if edit.site.kind == "router":
-            raise UnsupportedError(f"{edit} moves a router's logits, which have no dose; give a strength")
+        if edit.site.kind in ("router", "keys"):
+            what = "a router's logits" if edit.site.kind == "router" else "the keys of attention"
+            raise UnsupportedError(f"{edit} moves {what}, which have no dose; give a strength")
         if not isinstance(operation, GROWING):
             name = NAMES.get(type(operation), type(operation).__name__)
             raise UnsupportedError(f"the dose of {name} doesn't follow from its strength; give a strength, not a dose")

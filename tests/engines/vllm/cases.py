@@ -65,16 +65,26 @@ def added(
     return Steering(tuple(Edit(Site(layer), Add(direction(seed + layer, norm)), where) for layer in layers))
 
 
-def small_model(folder: Path) -> str:
+def small_model(folder: Path, family: str = "Llama", **more: Any) -> str:
     """A random model with four blocks of four heads, whose width and tokens are the default model's."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    import transformers
+    from transformers import AutoTokenizer
 
     from trimtab.engines.transformers.default_model import default_folder
 
     torch.manual_seed(0)
-    shape = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=49152, num_key_value_heads=2, head_dim=64, initializer_range=0.1, **shape)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    shape: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    shape |= {"vocab_size": 49152, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1}
+    config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**{**shape, **more})
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    if config.tie_word_embeddings:  # else it repeats the last token, whatever else it reads
+        model.get_input_embeddings().weight.data *= 0.3
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(default_folder()).save_pretrained(folder)
     return str(folder)
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 from other_programs import has_vllm
 
-WITH_ENGINE = ("engine", "static", "learning", "adapters", "compiled", "processes", "parallel", "serve", "ray")
+WITH_ENGINE = (
+    "engine",
+    "static",
+    "learning",
+    "adapters",
+    "compiled",
+    "processes",
+    "parallel",
+    "serve",
+    "ray",
+    "emphasis_families",
+)
 ENGINES = {f"test_{name}.py" for name in WITH_ENGINE}
 
 os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")

@@ -19,6 +19,7 @@ from trimtab import (
     LM,
     Ablate,
     Add,
+    BiasScores,
     Edit,
     MaskNeurons,
     Positions,
@@ -385,14 +386,15 @@ class TestAdmission:
     @pytest.mark.parametrize(
         ("edit", "why"),
         [
-            (Edit(Site(3, "scores"), ScaleScores(), Positions.span(1, 3)), "scores"),
+            (Edit(Site(3, "scores"), BiasScores(1.0), Positions.span(1, 3)), "bias_scores"),
+            (Edit(Site(3, "scores"), ScaleScores(), Positions.span(1, 3)), "TRIMTAB_SITES=keys"),
             (Edit(Site(3, "neurons"), MaskNeurons(torch.rand(1536))), "can't run"),
             (Edit(Site(3, "heads"), Add(direction(1))), "inside a block"),
             (Edit(Site(3, "block_input"), Add(direction(1))), "output of the block before"),
             (Edit(Site(30), Add(direction(1))), "layers 0 to 29"),
             (Edit(Site(3), Add(torch.ones(64))), "width is 64, this model's is 576"),
         ],
-        ids=["scores", "neurons", "heads", "block input", "layer", "width"],
+        ids=["scores", "keys", "neurons", "heads", "block input", "layer", "width"],
     )
     def test_what_cant_be_honoured_is_refused_with_the_reason(self, vllm: Any, edit: Edit, why: str) -> None:
         with pytest.raises(TrimtabError, match=why):

@@ -15,27 +15,40 @@ from torch import nn
 from trimtab import (
     Ablate,
     Add,
+    BiasScores,
     Edit,
     Positions,
     ScaleElements,
+    ScaleKeys,
+    ScaleScores,
     Site,
     Steering,
+    TargetMass,
     Threshold,
     TrimtabError,
     UnsupportedError,
+    by_keys,
 )
+from trimtab.engines.folding import slots_at
 from trimtab.engines.vllm import operator
 from trimtab.engines.vllm.admission import check_supported
 from trimtab.engines.vllm.attach import INSIDE, attach, find_places
 from trimtab.engines.vllm.bank import Bank
+from trimtab.engines.vllm.capacity import Capacity
+from trimtab.engines.vllm.core import block_keys
+from trimtab.engines.vllm.forms import capacity_for, forms_of
+from trimtab.engines.vllm.frontend import Link, Names, send
+from trimtab.engines.vllm.lm import VllmLM
 from trimtab.engines.vllm.maps import Maps
+from trimtab.engines.vllm.program import Identified
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.settings import settings_from_environment
 from trimtab.engines.vllm.shards import Shard
 from trimtab.engines.vllm.wire import Reading, Wire
+from trimtab.steering import emphasis
 
-HEADS, NEURONS = 48, 80
-WIDTHS = {"residual": WIDTH, "heads": HEADS, "neurons": NEURONS, "attention": WIDTH, "mlp": WIDTH}
+HEADS, NEURONS, KEYS = 48, 80, 24
+WIDTHS = {"residual": WIDTH, "heads": HEADS, "neurons": NEURONS, "attention": WIDTH, "mlp": WIDTH, "keys": KEYS}
 
 
 class RowParallelLinear(nn.Linear):
@@ -46,18 +59,28 @@ class RowParallelLinear(nn.Linear):
         self.input_size, self.input_size_per_partition = given, given // workers
 
 
-class Attention(nn.Identity):
-    """What vLLM's attention is called."""
+class Attention(nn.Module):
+    """What vLLM's attention is called. Its output here is some function of each token's query, key and value."""
+
+    head_size, kv_sharing_target_layer_name = 8, None
+
+    def __init__(self, workers: int) -> None:
+        super().__init__()
+        self.num_kv_heads = max(1, KEYS // self.head_size // workers)
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return query + value * torch.tanh(key).sum(-1, keepdim=True)
 
 
 class SelfAttention(nn.Module):
     def __init__(self, workers: int) -> None:
         super().__init__()
-        self.attn, self.o_proj = Attention(), RowParallelLinear(HEADS, workers)
-        self.inner = nn.Linear(WIDTH, HEADS // workers, dtype=torch.float64)
+        self.attn, self.o_proj = Attention(workers), RowParallelLinear(HEADS, workers)
+        self.widths = (HEADS // workers, self.attn.num_kv_heads * self.attn.head_size, HEADS // workers)
+        self.inner = nn.Linear(WIDTH, sum(self.widths), dtype=torch.float64)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.o_proj(self.attn(self.inner(x)))
+        return self.o_proj(self.attn(*self.inner(x).split(self.widths, -1)))
 
 
 class Mlp(nn.Module):
@@ -166,7 +189,9 @@ class TestActing:
             seen.append(new)
             return new
 
-        if linear is not None:
+        if edit.site.kind == "keys":
+            handle = block.self_attn.attn.register_forward_pre_hook(lambda _m, a: (a[0], changed(a[1]), a[2]))
+        elif linear is not None:
             handle = linear.register_forward_pre_hook(lambda _m, args: (changed(args[0]),))
         else:
             assert part is not None
@@ -206,6 +231,22 @@ class TestFinding:
         del block.more, block.mlp
         with pytest.raises(UnsupportedError, match="which has heads, attention"):
             find_places({3: block}, WIDTH, ("heads",))
+
+    def test_keys_of_its_own_and_alike(self) -> None:
+        block: Any = Block()
+        found = find_places({3: block}, WIDTH, ("keys",), key_heads=6)
+        assert list(found) == [Site(3, "keys"), Site(3)]
+        assert (found[Site(3, "keys")].width, found[Site(3, "keys")].whole) == (KEYS, 2 * KEYS)
+        other: Any = Block()
+        other.self_attn.attn.num_kv_heads = 1
+        with pytest.raises(UnsupportedError, match="of several widths \\(8, 24\\)"):
+            find_places({2: other, 3: block}, WIDTH, ("keys",))
+        block.self_attn.attn.kv_sharing_target_layer_name = "model.layers.1"
+        with pytest.raises(UnsupportedError, match="block 3 of this model, which shares its keys with another block"):
+            find_places({3: block}, WIDTH, ("keys",))
+        block.self_attn.attn = nn.Identity()
+        with pytest.raises(UnsupportedError, match="which has 0 attentions over keys"):
+            find_places({3: block}, WIDTH, ("keys",))
 
     def test_the_environment_names_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert settings_from_environment(sites={"mlp"}).sites == ("mlp",)
@@ -258,3 +299,82 @@ def test_each_worker_does_its_part() -> None:
         torch.testing.assert_close(torch.cat(parts, -1), wanted)
     wire = Wire((), Reading("r", (Site(1, "heads"), Site(2)), (0, 3)), 4)
     assert Wire.from_plain(wire.to_plain()) == wire
+
+
+def test_heads_of_keys_that_several_workers_have() -> None:
+    """Three heads of eight over six workers: two workers have each; a factor is every worker's."""
+    vector = torch.arange(float(KEYS))
+    for rank in range(6):
+        shard = Shard({"keys": KEYS}, 6, rank, {"keys": 8})
+        part = shard.of(Identified("v", Edit(Site(1, "keys"), Add(vector)))).edit.operation
+        assert torch.equal(part.direction, vector[rank // 2 * 8 :][:8])
+        whole = Identified("s", Edit(Site(1, "keys"), ScaleKeys(2.0)))
+        assert shard.of(whole) == whole
+
+
+class TestEmphasis:
+    """Scores that are scaled are keys that are scaled, in the engine and at its start; no other operation is there."""
+
+    def test_it_is_admitted_and_sent_as_keys(self) -> None:
+        link = Link(8, 4, WIDTH, True, capacity=Capacity(scales=True), maps=4, inside={"keys": KEYS})
+        asked = emphasis(ScaleScores(4.0), [(1, 3), (5, 6)], range(4))
+        sent = send(link, 0.5 * asked)
+        assert next(sent)[0] == "trimtab_put"
+        with pytest.raises(StopIteration) as done:
+            next(sent)
+        part = done.value.value
+        assert link.sent[part.digest] == by_keys(asked)
+        placed = link.place(Wire((part,)), 9)
+        assert [(span.start, span.stop, span.banked, span.mapped) for span in placed.spans] == [
+            (1, 3, False, True),
+            (5, 6, False, True),
+        ]
+        assert [block_keys(placed, start, start + 4) != [] for start in (0, 4, 8)] == [True, True, False]
+        with pytest.raises(UnsupportedError, match="scaled elements"):
+            Link(8, 4, WIDTH, True, capacity=Capacity(rank=4), inside={"keys": KEYS}).check(asked)
+        with pytest.raises(UnsupportedError, match="TRIMTAB_SITES=keys"):
+            Link(8, 4, WIDTH, False).check(asked)
+
+    def test_what_it_cant_be_is_refused_by_name(self) -> None:
+        for operation, name in ((BiasScores(1.0), "bias_scores"), (TargetMass(0.2), "target_mass")):
+            with pytest.raises(UnsupportedError, match=f"can't run {name}: .* scaling keys"):
+                Link(8, 4, WIDTH, False, inside={"keys": KEYS}).check(emphasis(operation, [(0, 2)], [1]))
+        assert "rejection" in VllmLM.cannot
+
+    def test_an_engine_is_started_for_what_is_registered(self) -> None:
+        names = Names()
+        names.register("heed", emphasis(ScaleScores(4.0), [(1, 3)], (0, 2)))
+        assert names.sites() == {"keys"}
+        assert names.capacity() == Capacity(scales=True, layers=(0, 2))
+
+    def test_factors_fold_with_what_is_as_wide_as_the_keys(self) -> None:
+        """In one form, whichever comes first, as the kernels give it one after the other."""
+        x, site = torch.randn(5, KEYS, dtype=torch.float64), Site(1, "keys")
+        several = [Edit(site, ScaleKeys(3.0), Positions.all(), 0.5), *edits("keys")[:2], edits("keys")[3]]
+        for chosen in (several[:1], several[:2], several[::-1], several):
+            (form,) = forms_of(slots_at(tuple(chosen), site))
+            wanted = x
+            for edit in chosen:
+                factor = edit.operation.alpha**edit.strength if isinstance(edit.operation, ScaleKeys) else None
+                wanted = wanted * factor if factor else torch.stack([TestActing().formula(edit, t) for t in wanted])
+            z = torch.clamp(x @ form.read.T + form.bias, form.low, form.high) if len(form.read) else None
+            found = x * form.factor if form.factor is not None else x
+            found = found if z is None else found + z @ form.write
+            torch.testing.assert_close(found if form.vector is None else found + form.vector, wanted)
+
+    def test_room_for_scaling_alone_is_enough(self) -> None:
+        """In banks that hold no rows of a map, as an engine has them that starts with emphasis."""
+        site, device = Site(1, "keys"), torch.device("cpu")
+        asked = emphasis(ScaleKeys(4.0), [(1, 3)], [1])
+        capacity = capacity_for(asked)
+        assert capacity == Capacity(scales=True, layers=(1,))
+        maps = Maps(capacity, {site: KEYS}, 3, 64, torch.float64, device)
+        bank = Bank((1,), WIDTH, 3, 64, torch.float64, device)
+        one = Rig({site: KEYS, Site(1): WIDTH}, torch.float64, device, bank, True, capacity, maps)
+        start(one, "a", 0.5 * asked, 5)
+        one.begin(Chunks(["a"], [0], [5]))
+        x = torch.randn(5, KEYS, dtype=torch.float64)
+        found = x.clone()
+        one.apply(site, found, None)
+        torch.testing.assert_close(found[1:3], 2 * x[1:3])
+        assert torch.equal(found[[0, 3, 4]], x[[0, 3, 4]])

@@ -13,9 +13,22 @@ import pytest
 import torch
 from cases import LONG, PROMPTS, TINY, added, direction
 
-from trimtab import LM, Ablate, Add, Edit, Positions, ScaleElements, SetProjection, Site, Steering, Threshold
+from trimtab import (
+    LM,
+    Ablate,
+    Add,
+    Edit,
+    Positions,
+    ScaleElements,
+    ScaleScores,
+    SetProjection,
+    Site,
+    Steering,
+    Threshold,
+    by_keys,
+)
 from trimtab.errors import UnsupportedError
-from trimtab.steering import AddScaled, ReadWrite, RotateInPlane
+from trimtab.steering import AddScaled, ReadWrite, RotateInPlane, emphasis
 from trimtab.steering.rotations import Rotate
 
 SETTINGS = {
@@ -25,7 +38,7 @@ SETTINGS = {
     "TRIMTAB_STEPS": "2",
     "TRIMTAB_SLOTS": "9",
     "TRIMTAB_MAPS": "7",
-    "TRIMTAB_SITES": "heads,neurons,attention,mlp",
+    "TRIMTAB_SITES": "heads,neurons,attention,mlp,keys",
 }
 NEW = 8
 
@@ -95,7 +108,7 @@ def test_activations_are_those_of_transformers(vllm: Any, lm: LM, name: str, whe
         torch.testing.assert_close(ours[site], theirs[site], rtol=2e-4, atol=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["heads", "neurons", "attention", "mlp"])
+@pytest.mark.parametrize("kind", ["heads", "neurons", "attention", "mlp", "keys"])
 def test_sites_inside_of_blocks_are_those_of_transformers(vllm: Any, lm: LM, kind: str) -> None:
     """What is added, scaled and projected there; and what is read there."""
     site, width = Site(10, kind), vllm._link.inside[kind]
@@ -114,6 +127,21 @@ def test_sites_inside_of_blocks_are_those_of_transformers(vllm: Any, lm: LM, kin
     for one in sites:
         torch.testing.assert_close(ours[one], theirs[one], rtol=5e-4, atol=2e-3)
     assert not torch.allclose(ours[Site(10)], plain, rtol=5e-4, atol=2e-3)
+
+
+def test_scores_are_scaled_by_keys(vllm: Any, lm: LM) -> None:
+    """Beside unsteered requests of the same prompts, which come from the prefix cache in the end."""
+    heeded = emphasis(ScaleScores(1.4), [(24, 30), (40, 44)], range(8, 20))
+    prompts, rows = [LONG, LONG, f"{LONG} The end.", f"{LONG} The end."], [None, heeded, heeded, None]
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "logprobs": True}
+    theirs = lm.generate(prompts, [one and by_keys(one) for one in rows], **options)
+    forget(vllm)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        ours = vllm.generate([prompts[i] for i in order], [rows[i] for i in order], **options)
+        for i, answer in zip(order, ours, strict=True):
+            assert answer.token_ids == theirs[i].token_ids
+            assert answer.logprobs == pytest.approx(theirs[i].logprobs, abs=2e-3)
+    assert theirs[0].logprobs != pytest.approx(theirs[1].logprobs, abs=2e-2)
 
 
 def test_a_batch_of_many_mixes_says_what_transformers_says(vllm: Any, lm: LM) -> None:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from trimtab.engines.transformers import compat
+from trimtab.engines.transformers import compat, keys
 from trimtab.engines.transformers.anatomy import ROWS, TOKENS, Streams, block_of
 from trimtab.engines.transformers.layout import Layout
 from trimtab.engines.transformers.routers import Listening, Router, router_of
@@ -39,7 +39,8 @@ ACTS = ("act_fn", "act", "activation_fn")
 class Place:
     """A module, which of its sides (`"input"`, `"output"`), and the width of the activations there.
 
-    On the side `"logits"` of a router they are what its own linear map puts out, inside of it.
+    On the side `"logits"` of a router they are what its own linear map puts out, inside of it; on the side `"cache"` of
+    an attention the keys that it stores.
     `streams`: the tensor there holds several residual streams, of which one, or the mean, is meant.
     """
 
@@ -48,6 +49,7 @@ class Place:
     size: int
     streams: Streams | None = None
     router: Router | None = None
+    keys: keys.Keys | None = None
 
     def read(self, x: Tensor) -> Tensor:
         """The site's activations in the tensor that is there."""
@@ -84,6 +86,8 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
         edit = partial(_edited_streams, streams, edit)
     if where.router is not None:
         return Listening(where.router, edit)
+    if where.keys is not None:
+        return keys.attach(where.keys, edit)
     if where.side == "output":
 
         def after(_module: Any, _args: Any, output: Any) -> Any:
@@ -230,7 +234,13 @@ def _router_place(layout: Layout, block: nn.Module, site: Site) -> Place:
     return Place(router.module, "logits", router.experts, router=router)
 
 
+def _keys_place(layout: Layout, block: nn.Module, site: Site) -> Place:
+    found = keys.keys_of(layout, site)
+    return Place(found.attention, "cache", found.heads * found.size, keys=found)
+
+
 _PARTS = {
+    "keys": _keys_place,
     "router": _router_place,
     "attention": _attention_place,
     "heads": _heads_place,

@@ -72,7 +72,7 @@ def check_edits(steering: Steering, layout: Layout) -> None:
                     f"the steering acts at layer {site.layer}; this model has layers 0 to {layout.layers - 1}"
                 )
             size = place(layout, site).size
-            if site == edit.site and not scores and edit.operation.width != size:
+            if site == edit.site and not scores and edit.operation.width not in (0, size):
                 where = "" if site.kind == "residual" else f" at {site}"
                 raise TrimtabError(f"the steering's width{where} is {edit.operation.width}, this model's is {size}")
     check_together(steering)

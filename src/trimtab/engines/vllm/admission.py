@@ -11,6 +11,7 @@ from trimtab.engines.vllm.forms import check_edit
 from trimtab.engines.vllm.shards import splits
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import Edit, MaskNeurons, Operation, ScoreOperation, Site, Steering
+from trimtab.steering.attention import SCORE_NAMES
 from trimtab.steering.gates import thresholds
 
 INSTEAD = "the transformers engine can (leave out engine=)"
@@ -40,7 +41,8 @@ def check_supported(
         operation = edit.operation
         if isinstance(operation, ScoreOperation):
             raise UnsupportedError(
-                f"the vllm engine's attention kernels don't give out scores, to steer them; {INSTEAD}"
+                f"the vllm engine can't run {SCORE_NAMES[type(operation)]}: its attention kernels don't give out"
+                f" scores. What multiplies them (ScaleScores) it can run, by scaling keys; {INSTEAD}"
             )
         if isinstance(operation, MaskNeurons):
             raise UnsupportedError(f"the vllm engine can't run {edit}; {INSTEAD}")
@@ -55,7 +57,7 @@ def check_supported(
         if edit.site.layer >= layers:
             raise TrimtabError(f"the steering acts at layer {edit.site.layer}; this model has layers 0 to {layers - 1}")
         width = widths[edit.site.kind]
-        if operation.width != width:
+        if operation.width not in (0, width):
             where = "" if edit.site.kind == "residual" else f" at {edit.site}"
             raise TrimtabError(f"the steering's width is {operation.width}, this model's is {width}{where}")
         _check_gate(edit, layers, widths)

@@ -13,7 +13,9 @@ from trimtab.engines.vllm.operator import define, place_of
 from trimtab.errors import UnsupportedError
 from trimtab.steering import Site
 
-INSIDE = ("heads", "neurons", "attention", "mlp")
+PARTS = ("heads", "neurons", "attention", "mlp")
+"""Those at the linear layers with which attention and the MLP end."""
+INSIDE = (*PARTS, "keys")
 """The kinds of sites inside of a block."""
 PLACE = "trimtab_place"
 
@@ -48,6 +50,8 @@ def _is_block(module: nn.Module) -> bool:
 class Place:
     """A module at whose input (`before`) or output a site is, and how wide the activations there are.
 
+    Before attention it is the second input, the keys.
+
     Where each tensor-parallel worker has a part of them, this one has `width` of `whole`.
     """
 
@@ -57,23 +61,33 @@ class Place:
     whole: int = 0
 
 
-def find_places(blocks: Mapping[int, nn.Module], width: int, kinds: Collection[str]) -> dict[Site, Place]:
+def find_places(
+    blocks: Mapping[int, nn.Module], width: int, kinds: Collection[str], key_heads: int = 0
+) -> dict[Site, Place]:
     """Where the sites of these kinds, and the residual stream behind each block, are.
 
     Args:
         blocks: By layer.
         width: The residual stream's.
         kinds: Of `INSIDE`.
+        key_heads: How many heads all workers' keys have together; 0: as many as this one's.
 
     Raises:
         UnsupportedError: A block isn't one attention and one MLP, each of which ends with a linear layer whose input
-            is split over workers.
+            is split over workers; or where keys are wanted, it stores none of its own, or other ones than the rest.
     """
     found: dict[Site, Place] = {}
     for layer, block in blocks.items():
-        inside = _inside(layer, block, width) if kinds else {}
+        inside = _inside(layer, block, width) if set(kinds) & set(PARTS) else {}
+        if "keys" in kinds:
+            inside["keys"] = _keys(layer, block, key_heads)
         found |= {Site(layer, kind): inside[kind] for kind in INSIDE if kind in kinds}
         found[Site(layer)] = Place(block, width)
+    if len(sizes := {place.width for site, place in found.items() if site.kind == "keys"}) > 1:
+        raise UnsupportedError(
+            f"the keys of this model's blocks are of several widths ({', '.join(map(str, sorted(sizes)))}), and one of"
+            " them is expected; leave keys out of TRIMTAB_SITES"
+        )
     return found
 
 
@@ -90,10 +104,21 @@ def _inside(layer: int, block: nn.Module, width: int) -> dict[str, Place]:
         linear: Any = last[0]
         found[kinds[0]] = Place(linear, linear.input_size_per_partition, True, linear.input_size)
         found[kinds[1]] = Place(part, width)
-    if len(found) < len(INSIDE):
+    if len(found) < len(PARTS):
         here = ", ".join(found) or "none of them"
         raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model, which has {here}")
     return found
+
+
+def _keys(layer: int, block: nn.Module, key_heads: int) -> Place:
+    """Where vLLM's attention is given a block's keys: projected, normed and rotated, as it stores them."""
+    found: list[Any] = [m for m in block.modules() if "Attention" in {one.__name__ for one in type(m).__mro__}]
+    found = [m for m in found if all(hasattr(m, name) for name in ("num_kv_heads", "head_size"))]
+    if len(found) != 1 or getattr(found[0], "kv_sharing_target_layer_name", None):
+        what = "shares its keys with another block" if len(found) == 1 else f"has {len(found)} attentions over keys"
+        raise UnsupportedError(f"can't steer keys in block {layer} of this model, which {what}")
+    heads, size = found[0].num_kv_heads, found[0].head_size
+    return Place(found[0], heads * size, True, max(heads, key_heads) * size)
 
 
 def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site] = ()) -> None:
@@ -105,7 +130,9 @@ def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site
     define()
     for number, (site, place) in enumerate(places.items()):
         place.module.register_buffer(PLACE, place_of(rig, number), persistent=False)
-        if place.before:
+        if site.kind == "keys":
+            place.module.register_forward_pre_hook(_storing)
+        elif place.before:
             place.module.register_forward_pre_hook(_before)
         elif site.kind != "residual":
             place.module.register_forward_hook(_behind)
@@ -132,6 +159,14 @@ def _before(linear: nn.Module, args: Any) -> None:
             "this model's projections aren't given activations as they are; trimtab can't steer there"
         )
     torch.ops.trimtab.steer(args[0], None, getattr(linear, PLACE))
+
+
+def _storing(attention: nn.Module, args: Any) -> None:
+    """Attention is given queries, keys and values `[tokens, heads * size]`, or `[tokens, heads, size]`."""
+    if len(args) < 3 or not isinstance(args[1], Tensor) or not args[1].is_floating_point():
+        raise UnsupportedError("this model's attention isn't given its keys as they are; trimtab can't steer them")
+    keys = args[1]
+    torch.ops.trimtab.steer(keys if keys.dim() == 2 else keys.flatten(1), None, getattr(attention, PLACE))
 
 
 def _behind(part: nn.Module, _args: Any, output: Any) -> None:

@@ -24,6 +24,7 @@ from trimtab.steering import Edit, Operation, Site, Steering
 from trimtab.steering.conditional import Conditional
 from trimtab.steering.elements import scale
 from trimtab.steering.gates import ALWAYS, AllOf, AnyOf, Gate, Not, Threshold
+from trimtab.steering.keys import scale_all
 from trimtab.steering.operations import Kernel, add
 from trimtab.steering.projections import Rows, set_projections
 from trimtab.steering.read_write import read_write
@@ -48,7 +49,8 @@ class Condition:
 class Form:
     """`read` and `write` are `[rank, width]`, what belongs to their rows `[rank]`, `factor` and `vector` `[width]`.
 
-    All are float64 and on the CPU. A `factor` or `vector` that is `None` does nothing.
+    All are float64 and on the CPU. A `factor` or `vector` that is `None` does nothing. What scales all elements alike,
+    and does nothing else, is of width 1.
     """
 
     read: Tensor
@@ -246,6 +248,7 @@ def _against(rows: Rows) -> Form:
 MAKERS: dict[Kernel, Callable[[Rows], Form]] = {
     add: _added,
     scale: _scaled,
+    scale_all: _scaled,
     set_projections: _projected,
     read_write: _mapped,
     by_norm: _in_norms,
@@ -292,6 +295,8 @@ def _folded(one: Form, other: Form) -> Form | None:
     """
     if one.keep_norm or one.gate or other.keep_norm or other.gate or bool(other.per_norm.any()):
         return None
+    width = max(one.read.shape[1], other.read.shape[1])
+    one, other = _as_wide(one, width), _as_wide(other, width)
     coupling = other.read @ one.write.T
     sizes = other.read.norm(dim=-1)[:, None] * one.write.norm(dim=-1)
     linear = one.linear
@@ -321,3 +326,10 @@ def _folded(one: Form, other: Form) -> Form | None:
         factor,
         vector,
     )
+
+
+def _as_wide(form: Form, width: int) -> Form:
+    """The form for activations of this width, where it is one for any."""
+    if form.read.shape[1] == width or form.factor is None:
+        return form
+    return replace(form, read=_none(width), write=_none(width), factor=form.factor.expand(width))

@@ -35,7 +35,7 @@ from trimtab.engines.vllm.turning import reserved
 from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.steering_file import load_steering, steering_to_bytes
-from trimtab.steering import ModelId, Positions, Steering
+from trimtab.steering import ModelId, Positions, Steering, by_keys
 from trimtab.steering.identity import check_learned_on
 
 UNNAMED = 256
@@ -107,11 +107,11 @@ class Names:
 
     def capacity(self) -> Capacity:
         """What captured graphs must be able to do for any one of them; one that they can't do asks for nothing."""
-        return union(map(capacity_for, self._steerings.values()))
+        return union(capacity_for(by_keys(one)) for one in self._steerings.values())
 
     def sites(self) -> frozenset[str]:
         """The kinds of sites inside of blocks at which any one of them acts."""
-        return frozenset(e.site.kind for s in self._steerings.values() for e in s.edits) & frozenset(INSIDE)
+        return frozenset(e.site.kind for s in self._steerings.values() for e in by_keys(s).edits) & frozenset(INSIDE)
 
     def load_environment(self) -> None:
         """The folder that `$TRIMTAB_STEERINGS` names, if it names one."""
@@ -167,7 +167,7 @@ class Link:
     def check(self, steering: Steering) -> None:
         """Raises `TrimtabError` for a steering that the engine can't run."""
         widths = {"residual": self.width, **self.inside}
-        check_supported(steering, layers=self.layers, widths=widths, split=self.split, capacity=self._capacity)
+        check_supported(by_keys(steering), layers=self.layers, widths=widths, split=self.split, capacity=self._capacity)
         if self.untold and meanings_of(steering.edits):
             raise UnsupportedError(
                 "positions by meaning depend on each token, which has to be known before the next one is computed:"
@@ -270,8 +270,8 @@ def check(link: Link, engine: Any, steering: Steering) -> Rpc:
 
 
 def send(link: Link, steering: Steering) -> Rpc:
-    """The part that stands for a steering, whose content every worker has from now on."""
-    digest, content, strengths = content_of(steering)
+    """The part that stands for a steering, whose content every worker has from now on. Scores are scaled by keys."""
+    digest, content, strengths = content_of(by_keys(steering))
     link.retired.pop(digest, None)
     if digest not in link.sent:
         link.check(content)
@@ -285,7 +285,7 @@ def tidy(link: Link, names: Names) -> Rpc:
     """Let the workers forget contents that no name stands for, but for the `UNNAMED` that were used last."""
     if len(link.sent) <= UNNAMED and not link.retired:
         return
-    named = {content_of(names[name])[0] for name in names}
+    named = {content_of(by_keys(names[name]))[0] for name in names}
     unnamed = [digest for digest in link.sent if digest not in named]
     now = time.monotonic()
     for digest in unnamed[: max(0, len(unnamed) - UNNAMED)]:

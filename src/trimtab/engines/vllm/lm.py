@@ -51,7 +51,6 @@ class VllmLM(LanguageModel):
 
     engine = "vllm"
     cannot: ClassVar[Mapping[str, str]] = {
-        "emphasis": "its attention kernels don't give out scores",
         "rejection": "a step has one row of logits a request",
         "clean_cache": "what its workers store is what they compute",
         "monitors": "its workers hand out no activations while they decode",

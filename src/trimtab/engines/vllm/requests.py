@@ -18,7 +18,8 @@ PROTOCOLS = {
     "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
 }
 REFUSED = {
-    "emphasize": "attention scores, which the vllm engine doesn't give out",
+    "emphasize": "attention scores, which the vllm engine doesn't give out; a steering of ScaleScores scales keys"
+    " instead, at the positions that a request gives it",
     "rejection": "more than one row of logits a token, which the vllm engine hasn't",
 }
 

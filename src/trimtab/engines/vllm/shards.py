@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trimtab.engines.vllm.program import Identified
-from trimtab.steering import Add, Edit, ScaleElements, Site
+from trimtab.steering import Add, Edit, ScaleElements, ScaleKeys, Site
 
-BY_ELEMENT = (Add, ScaleElements)
+BY_ELEMENT = (Add, ScaleElements, ScaleKeys)
 
 
 def splits(edit: Edit) -> bool:
@@ -28,11 +28,14 @@ class Shard:
 
     Args:
         split: The kinds of sites that are split, and the width of the whole activation.
+        own: How wide a worker's part is, where it isn't one of as many as there are workers: of fewer heads of keys
+            than workers several have the same one.
     """
 
     split: Mapping[str, int] = field(default_factory=dict)
     workers: int = 1
     rank: int = 0
+    own: Mapping[str, int] = field(default_factory=dict)
 
     def whole(self, site: Site, width: int) -> int:
         """How wide the whole activation is where a worker has this much."""
@@ -45,8 +48,11 @@ class Shard:
             return one
         if not splits(one.edit):
             raise ValueError(f"{one.edit} can't be split over workers")
-        size = whole // self.workers
-        own = one.edit.operation.direction[self.rank * size : (self.rank + 1) * size]
+        if isinstance(one.edit.operation, ScaleKeys):
+            return one
+        size = self.own.get(one.edit.site.kind, whole // self.workers)
+        first = self.rank * (whole // size) // self.workers * size
+        own = one.edit.operation.direction[first : first + size]
         part = replace(one.edit, operation=replace(one.edit.operation, direction=own))
         return Identified(f"{one.name}/{self.rank}", part)
 

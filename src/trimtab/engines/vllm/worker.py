@@ -60,7 +60,8 @@ def _fit(worker: Any) -> None:
     settings = settings_of(config)
     try:
         blocks = find_blocks(runner.get_model(), text.num_hidden_layers)
-        places = find_places(dict(sorted(blocks.items())), text.hidden_size, settings.sites)
+        heads = config.model_config.get_total_num_kv_heads() if "keys" in settings.sites else 0
+        places = find_places(dict(sorted(blocks.items())), text.hidden_size, settings.sites, heads)
     except TrimtabError as error:
         reasons.append(str(error))
         return
@@ -88,7 +89,8 @@ def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) ->
     bank = Bank(layers, width, settings.slots, tokens, dtype, device)
     sites = {site: place.width for site, place in places.items()}
     split = {site.kind: place.whole for site, place in places.items() if place.whole > place.width}
-    shard = Shard(split, config.parallel_config.tensor_parallel_size, _tensor_parallel_rank() if split else 0)
+    own = {site.kind: place.width for site, place in places.items() if site.kind in split}
+    shard = Shard(split, config.parallel_config.tensor_parallel_size, _tensor_parallel_rank() if split else 0, own)
     if not captured:
         return Rig(sites, dtype, device, bank, shard=shard)
     capacity = Capacity.from_plain(settings.capacity)

@@ -1,0 +1,200 @@
+"""The keys that attention stores: edited, and read, where a block's attention hands them to its cache.
+
+There a key is all that it will be: projected, normed and rotated. What is written is what every query finds from then
+on, so that a cache with edited keys is exact, whatever its layers keep, and the model's own attention reads it.
+
+How many heads of which size a block's keys have isn't declared in one way. So a few made-up tokens are run, once a
+model, and what is written is compared with what attention is given: latents that keys are made of are no keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.engines.transformers import compat
+from trimtab.engines.transformers.anatomy import ROWS, TOKENS
+from trimtab.engines.transformers.attention import attention_modules, configurations, registered
+from trimtab.engines.transformers.compat import DynamicCache
+from trimtab.engines.transformers.exclusive import reading, steered_here
+from trimtab.engines.transformers.layout import Layout
+from trimtab.engines.transformers.weights import input_device
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Site
+
+Change = Callable[[Tensor], Tensor | None]
+"""What is made of activations `[rows, tokens, width]`; `None`: they stay, or were changed in place."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A block's keys: its attention, and how many heads of which size it stores."""
+
+    attention: nn.Module
+    heads: int
+    size: int
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[Keys | str, ...]] = WeakKeyDictionary()
+
+
+def keys_of(layout: Layout, site: Site) -> Keys:
+    """What a block's attention stores.
+
+    Raises:
+        UnsupportedError: It stores no keys of its own, or it isn't known what it stores.
+    """
+    if layout.decoder not in _known:
+        if steered_here(layout.decoder):  # this run's hooks would take the pass for one of theirs
+            raise UnsupportedError(
+                f"which keys {type(layout.decoder).__name__} stores is found out by a pass of its own, which this run's"
+                " hooks would take for theirs; lm.check(steering) finds it out before"
+            )
+        _known[layout.decoder] = _examine(layout)
+    found = _known[layout.decoder][site.layer]
+    if isinstance(found, str):
+        raise UnsupportedError(f"{type(layout.decoder).__name__} has no {site}: {found}; steer the residual stream")
+    return found
+
+
+# ---- a pass in which they are edited ---------------------------------------------------------------------------
+
+
+def attach(keys: Keys, change: Change) -> Any:
+    """A hook that lets `change` act on the keys, heads side by side, before they are stored."""
+
+    def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = compat.bound(attention, args, kwargs)
+        name = compat.cache_name(attention)
+        cache = given.get(name)
+        if isinstance(cache, _Storing):  # another hook's, which came first
+            cache.changes.append((keys, change))
+            return args, kwargs
+        cache = _Storing(cache, [(keys, change)])
+        at = list(compat.parameters(attention)).index(name)
+        if at < len(args):
+            return (*args[:at], cache, *args[at + 1 :]), kwargs
+        return args, {**kwargs, name: cache}
+
+    return keys.attention.register_forward_pre_hook(before, with_kwargs=True)
+
+
+class _Storing:
+    """A cache as a block's attention is given it; what is stored there passes some changes first."""
+
+    def __init__(self, cache: Any, changes: list[tuple[Keys, Change]]) -> None:
+        self.cache = _Nothing() if cache is None else cache
+        self.changes = changes
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        for known, change in self.changes:
+            if keys.dim() != 4 or (keys.shape[1], keys.shape[3]) != (known.heads, known.size):
+                raise TrimtabError(
+                    f"{type(known.attention).__name__} stores keys {tuple(keys.shape)}, where it has stored"
+                    f" {known.heads} heads of {known.size}; which is whose can't be told"
+                )
+            keys = _changed(keys, change)
+        found: tuple[Tensor, Tensor] = self.cache.update(keys, values, *args, **kwargs)
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+class _Nothing(DynamicCache):
+    """What stands in for a cache in a pass without one: it keeps nothing."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+def _changed(keys: Tensor, change: Change) -> Tensor:
+    """Keys `[rows, heads, tokens, size]` after a change of them, heads side by side; they lie in memory as before."""
+    x = keys.transpose(1, 2).flatten(2)
+    new = change(x)
+    if new is None and x.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr():
+        return keys  # a view, in which it was done
+    made = (x if new is None else new).unflatten(-1, keys.shape[1::2]).transpose(1, 2)
+    return made if made.requires_grad else torch.empty_like(keys).copy_(made)
+
+
+# ---- what a model stores ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _examine(layout: Layout) -> tuple[Keys | str, ...]:
+    modules = attention_modules(layout)
+    stored: list[list[Tensor]] = [[] for _ in modules]
+    given: list[list[Tensor]] = [[] for _ in modules]
+    running: list[int] = []
+
+    def enter(number: int, *_: Any) -> None:
+        running[:] = [number]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if running and modules[running[0]] is module:
+            given[running[0]].append(key)
+        return compat.attention_function(usual, module)(module, query, key, *args, **kwargs)
+
+    usual = compat.attention_name(layout.decoder.config)
+    cache = _Listening(lambda keys: stored[running[0]].append(keys) if running else None)
+    ids = torch.arange(1, 1 + ROWS * TOKENS, device=input_device(layout.decoder)).view(ROWS, TOKENS)
+    weight = getattr(layout.decoder.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    ids = ids if weight is None else ids % weight.shape[0]
+    failed = ""
+    with reading(layout.decoder), registered(attention, compat.mask_function(usual)) as name:
+        hooks = [block.register_forward_pre_hook(partial(enter, i)) for i, block in enumerate(layout.blocks)]
+        hooks += [_listen(module, cache) for module in {m for m in modules if m is not None}]
+        try:
+            with compat.attending_with(configurations(layout), name):
+                layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except Exception as error:  # what it can't run is told, with its reason, when it is to run
+            failed = f"a pass over a few tokens failed ({type(error).__name__}: {error})"
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if failed:
+        return (failed,) * len(modules)
+    return tuple(_found(*one) for one in zip(modules, stored, given, strict=True))
+
+
+class _Listening(_Nothing):
+    def __init__(self, listen: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.listen = listen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.listen(key_states)
+        return key_states, value_states
+
+
+def _listen(attention: nn.Module, cache: Any) -> Any:
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        at = list(compat.parameters(attention)).index(compat.cache_name(attention))
+        if at < len(args):
+            return (*args[:at], cache, *args[at + 1 :]), kwargs
+        return args, {**kwargs, compat.cache_name(attention): cache}
+
+    return attention.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _found(module: nn.Module | None, stored: list[Tensor], given: list[Tensor]) -> Keys | str:
+    """What one block stores, or why that is nothing to steer."""
+    if module is None:
+        return "the block has no attention that goes through transformers' attention interface"
+    if len(stored) != 1 or len(given) != 1:
+        return f"its attention stores keys {len(stored)} times and attends {len(given)} times in a pass"
+    (keys,), (attended,) = stored, given
+    if keys.dim() != 4 or keys.shape[0] != ROWS or keys.shape[2] != TOKENS or not torch.equal(keys, attended):
+        return "what its attention stores isn't the keys that it attends to (latents of them, say)"
+    return Keys(module, keys.shape[1], keys.shape[3])

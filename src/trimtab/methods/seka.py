@@ -1,0 +1,251 @@
+"""SEKA: Li et al., "Spectral Attention Steering for Prompt Highlighting", arXiv 2603.01281, section 3.
+
+    h, h+, h-     keys of a phrase in a context: alone, after a question that it answers, after one that it doesn't
+    U+ S+ V+ = svd(h' h+ / n)                    P+ = the first k+ columns of U+, times their transpose
+    U- S- V- = svd(h' h- / n)                    P- = all but the first k- columns of U-, likewise
+    k <- k + (g+ P+ k + g- P- k) / 2             for the keys of a highlighted phrase, in heads where |h+ - h-| is large
+
+with k+ and k- the fewest directions that hold a share of the singular values. For one head of one layer that is a
+symmetric map, and for a layer one `ReadWrite` of its heads' maps side by side.
+
+Here keys are what attention stores, which is rotated by position; the released code edits them before that. So that
+they can be compared, the three texts are filled up in front with line breaks, until the phrase stands at the same
+positions in all. The paper keeps heads above a threshold of |h+ - h-| that it tunes to the model; here it is the heads
+where it is largest, in lengths of their keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimtab.engines.contract import TOKENS_PER_BATCH
+from trimtab.engines.request import Text
+from trimtab.engines.transformers.attention import score_layers
+from trimtab.engines.transformers.keys import keys_of
+from trimtab.errors import TrimtabError
+from trimtab.keywords import class_keywords, keywords
+from trimtab.learn.contrast import Progress, check_layers, versions
+from trimtab.steering import Card, Edit, Positions, ReadWrite, Site, Steering
+from trimtab.text.spans import Emphasis
+
+if TYPE_CHECKING:
+    from trimtab.lm import LM
+    from trimtab.text.chat import Prompt
+
+POSITIVE, NEGATIVE, SHARE, HEADS = 0.8, 0.0, 0.9, 0.5
+"""g+, g-, and the shares of singular values and of heads. The paper tunes all of them to model and task."""
+
+
+@class_keywords
+@dataclass(frozen=True)
+class Highlight:
+    """A context, a phrase that stands in it once, a question that the phrase answers, and one that it doesn't."""
+
+    context: str
+    phrase: str
+    relevant: str
+    irrelevant: str
+
+    def __post_init__(self) -> None:
+        if not self.phrase or self.context.count(self.phrase) != 1:
+            raise TrimtabError(f"the phrase {self.phrase!r} must stand once in the context {self.context!r}")
+
+
+def highlights(count: int = 64, seed: int = 0) -> list[Highlight]:
+    """Made-up ones: people, where they live, what they like and what they do; each asked of, and of another thing."""
+    generator = random.Random(seed)
+    found = []
+    for _ in range(count):
+        name = generator.choice(NAMES)
+        told = generator.sample([(q, s, generator.choice(values)) for q, s, values in FACTS], 3)
+        context = " ".join(sentence.format(name, value) for _, sentence, value in told)
+        (question, _, phrase), (other, _, _) = generator.sample(told, 2)
+        found.append(Highlight(context, phrase, question.format(name), other.format(name)))
+    return found
+
+
+@keywords
+def learn_seka(
+    lm: LM,
+    examples: Sequence[Highlight] | None = None,
+    layers: int | Sequence[int] | None = None,
+    *,
+    positive: float = POSITIVE,
+    negative: float = NEGATIVE,
+    share: float = SHARE,
+    heads: float = HEADS,
+    progress: Progress | None = None,
+) -> Steering:
+    """Learn which directions of keys say that a phrase matters; `seka` then puts them to a phrase of a prompt.
+
+    Args:
+        lm: The model.
+        examples: What is learned from, by default 64 made-up `highlights()`.
+        layers: Where keys are edited; by default at all layers that have attention.
+        positive: g+, how much relevant directions are amplified.
+        negative: g-, how much the least of the irrelevant ones are. With 0 the maps are of low rank, else of full rank.
+        share: Of the singular values, from 0 to 1; the larger, the more directions count as relevant.
+        heads: Of all heads at these layers the share that is edited, those whose keys move most between both questions.
+        progress: Told how many examples have been read.
+
+    Returns:
+        A steering of the whole prompt (`Positions.prompt()`). Its strength multiplies g+ and g-.
+
+    Raises:
+        TrimtabError: Fewer than two examples, or a number that makes no sense.
+        UnsupportedError: A model whose keys can't be steered.
+    """
+    given = highlights() if examples is None else list(examples)
+    if len(given) < 2:
+        raise TrimtabError(f"SEKA learns from two examples or more, got {len(given)}")
+    for name, value in (("share", share), ("heads", heads)):
+        if not 0 < value <= 1:
+            raise TrimtabError(f"{name} is a share above 0, of 1 at most, got {value!r}")
+    chosen = check_layers(lm, score_layers(lm.layout) if layers is None else layers, 0)
+    counts = {layer: keys_of(lm.layout, Site(layer, "keys")).heads for layer in chosen}
+    read = _keys(lm, given, [Site(layer, "keys") for layer in chosen], progress)
+    members = {site: _by_head(keys, counts[site.layer]) for site, keys in read.items()}
+    moved = {(site, head): _moved(*one) for site, each in members.items() for head, one in enumerate(each)}
+    most = set(sorted(moved, key=lambda place: (-moved[place], place))[: math.ceil(heads * len(moved))])
+    edits = []
+    for site, each in members.items():
+        maps = []
+        for head, (plain, with_one, with_other) in enumerate(each):
+            found = positive * _first(plain, with_one, share) + negative * _rest(plain, with_other, share)
+            maps.append(found / 2 if (site, head) in most else torch.zeros_like(found))
+        operation = as_read_write(maps)
+        if operation.rank:
+            edits.append(Edit(site, operation, Positions.prompt()))
+    options = {"positive": positive, "negative": negative, "share": share, "heads": heads}
+    measured = {"examples": len(given), "moved": {f"{s.layer}.{head}": round(x, 4) for (s, head), x in moved.items()}}
+    digest = hashlib.sha256(repr(given).encode()).hexdigest()
+    return Steering(tuple(edits), Card("seka", lm.identity, digest, options, measured, versions()))
+
+
+@keywords
+def seka(
+    lm: LM,
+    prompt: Prompt,
+    emphasize: Emphasis | Sequence[Emphasis],
+    learned: Steering,
+    *,
+    system: str | None = None,
+    chat: bool | None = None,
+) -> Steering:
+    """What `learn_seka` has learned, at phrases of this prompt alone.
+
+    Raises `TrimtabError` for phrases that aren't in the prompt.
+    """
+    spans = lm.spans(prompt, emphasize, system=system, chat=chat)
+    return learned.at(reduce(or_, (Positions.span(*span) for span in spans)))
+
+
+def as_read_write(maps: Sequence[Tensor]) -> ReadWrite:
+    """Symmetric maps `[size, size]`, one a head, as one operation on the heads' activations side by side.
+
+    Its rows are the maps' eigenvectors, of those that do anything.
+    """
+    size, total = len(maps[0]), sum(map(len, maps))
+    read, write = [], []
+    for head, one in enumerate(maps):
+        values, vectors = torch.linalg.eigh(one)
+        for value, vector in zip(values, vectors.T, strict=True):
+            if abs(float(value)) > 1e-9:
+                row = torch.zeros(total, dtype=torch.float64)
+                row[head * size : (head + 1) * size] = vector
+                read.append(row)
+                write.append(value * row)
+    if not read:
+        return ReadWrite(torch.zeros(0, total), torch.zeros(0, total))
+    return ReadWrite(torch.stack(read).float(), torch.stack(write).float())
+
+
+def _moved(plain: Tensor, with_one: Tensor, with_other: Tensor) -> float:
+    """How far keys `[keys, size]` are apart after the one and the other question, in lengths of keys."""
+    return float((with_one - with_other).norm(dim=-1).mean() / plain.norm(dim=-1).mean())
+
+
+def _first(plain: Tensor, other: Tensor, share: float) -> Tensor:
+    """Onto the directions of keys `plain` that vary most along with `other`, both `[keys, size]`: `[size, size]`."""
+    vectors, count = _directions(plain, other, share)
+    return vectors[:, :count] @ vectors[:, :count].T
+
+
+def _rest(plain: Tensor, other: Tensor, share: float) -> Tensor:
+    """Onto all other directions."""
+    vectors, count = _directions(plain, other, share)
+    return vectors[:, count:] @ vectors[:, count:].T
+
+
+def _directions(plain: Tensor, other: Tensor, share: float) -> tuple[Tensor, int]:
+    vectors, sizes, _ = torch.linalg.svd(plain.T @ other / len(plain))
+    held = (sizes / sizes.sum()).cumsum(0)
+    return vectors, min(int((held < share - 1e-12).sum()) + 1, len(sizes))
+
+
+def _by_head(keys: tuple[Tensor, Tensor, Tensor], heads: int) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(one.unflatten(1, (heads, -1)).unbind(1) for one in keys), strict=True))
+
+
+def _keys(
+    lm: LM, examples: Sequence[Highlight], sites: Sequence[Site], progress: Progress | None
+) -> dict[Site, tuple[Tensor, Tensor, Tensor]]:
+    """At each site the phrases' keys `[tokens of all, width]` in the three texts, float64."""
+    found: dict[Site, list[list[Tensor]]] = {site: [[], [], []] for site in sites}
+    groups, done = [_texts(lm, one) for one in examples], 0
+    for batch in lm.read(groups, sites, tokens_per_batch=TOKENS_PER_BATCH):
+        for site, values in batch.values.items():
+            for members in values:
+                for kind, x in enumerate(members):
+                    found[site][kind].append(x.double().cpu())
+        done += len(batch.groups)
+        if progress is not None:
+            progress(done, len(groups))
+    return {site: (torch.cat(a), torch.cat(b), torch.cat(c)) for site, (a, b, c) in found.items()}
+
+
+def _texts(lm: LM, one: Highlight) -> list[Text]:
+    """The context alone, after the relevant question and after the other, the phrase at the same positions in all.
+
+    Raises:
+        TrimtabError: The tokenizer cuts the phrase in different ways.
+    """
+    asked = [f"\nContext: {one.context}"]
+    asked += [f"\nQuestion: {question}\nContext: {one.context}" for question in (one.relevant, one.irrelevant)]
+    fill = lm.encode("\n", chat=False)[-1:] or lm.encode(".", chat=False)[-1:]  # not every tokenizer has line breaks
+    ids, spans = [], []
+    for text in asked:
+        ids.append(list(lm.encode(text, chat=False)))
+        (span,) = lm.spans(text, one.phrase, chat=False)
+        spans.append(span)
+    if len({stop - start for start, stop in spans}) > 1:
+        raise TrimtabError(f"the phrase {one.phrase!r} has other tokens in other texts; take one between spaces")
+    first = max(start for start, _ in spans)
+    texts = []
+    for own, (start, stop) in zip(ids, spans, strict=True):
+        lead = 1 if lm.bos_token_id is not None and own[0] == lm.bos_token_id else 0
+        filled = [*own[:lead], *(fill * (first - start)), *own[lead:]]
+        texts.append(Text(filled, list(range(first, first + stop - start))))
+    return texts
+
+
+NAMES = ("Maria", "Jonas", "Priya", "Tom", "Aiko", "Samuel", "Lena", "Omar", "Ruth", "Pavel", "Irina", "Kofi")
+FACTS = (
+    ("Where does {} live?", "{} lives in {}.", ("Lisbon", "Oslo", "Nairobi", "Kyoto", "Lima", "Dublin", "Vienna")),
+    ("What does {} eat?", "{} eats {}.", ("rice", "bread", "soup", "apples", "cheese", "noodles", "beans")),
+    ("What is the work of {}?", "{} works as a {}.", ("nurse", "pilot", "baker", "lawyer", "farmer", "plumber")),
+    ("What does {} play?", "{} plays the {}.", ("violin", "piano", "drums", "flute", "guitar", "harp", "trumpet")),
+    ("Which animal does {} have?", "{} has a {}.", ("dog", "cat", "horse", "parrot", "rabbit", "goat", "turtle")),
+    ("Which colour does {} like?", "{} likes {} best.", ("red", "green", "blue", "yellow", "purple", "orange")),
+)
+"""What may be asked of somebody, how it is told, and what it may be."""
