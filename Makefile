@@ -43,7 +43,7 @@ test-all: setup browser
 	@$(BIN)/python tools/parts.py test-newest-all test-vllm-all lint types test-oldest-all test-vllm-oldest
 
 test-newest: setup peers
-	$(PYTEST) -n $(WORKERS) -m "not long"
+	$(PYTEST) -n $(WORKERS) -m "not long" --durations=80 --durations-min=2
 
 test-newest-all: setup peers
 	$(PYTEST) -n $(WORKERS)
@@ -52,7 +52,7 @@ test-newest-all: setup peers
 test-oldest test-oldest-all: export PYTHONPATH = build/oldest-transformers
 test-oldest: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
-	$(PYTEST) -n 1 tests/properties tests/engines -m "not slow and not long" --families llama,gemma3,gpt2,falcon
+	$(PYTEST) -n 1 tests/properties tests/engines -m "not slow and not long" --families llama,gemma3
 
 test-oldest-all: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers

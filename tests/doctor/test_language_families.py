@@ -8,14 +8,11 @@ from every_family import LANGUAGE, page, reasons, row, written_for_this_release
 from trimtab import TrimtabError
 
 SHORT = {
-    "bert",
     "deepseek_v3",
     "gemma3n_text",
     "gemma4_text@shared",
     "gpt_oss",
-    "hy_v4",
     "llama4_text",
-    "modernbert-decoder",
     "qwen2_moe",
 }
 

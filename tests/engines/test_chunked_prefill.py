@@ -104,6 +104,7 @@ def same(lm: LM, one: Any, other: Any, *, doses: bool = True) -> None:
         assert total / measured == pytest.approx(theirs[site][0] / theirs[site][1], rel=1e-4)
 
 
+@pytest.mark.long_unless(lambda lm: lm in ("llama", "gemma2", "gemma3", "falcon", "qwen2_vl"))
 @pytest.mark.parametrize("name", STEERINGS)
 def test_chunks_are_one_pass(lm: LM, name: str) -> None:
     whole = read(lm, STEERINGS[name], LENGTH)

@@ -50,6 +50,7 @@ PUBLIC = {  # what transformers documents for everybody to import
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoTokenizer",
+    "GenerationConfig",
     "GgufConfig",
     "PreTrainedTokenizerFast",
     "logging",

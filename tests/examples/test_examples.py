@@ -47,6 +47,7 @@ def test_a_format_is_strengthened() -> None:
     assert all(steered > plain for plain, steered in counts)
 
 
+@pytest.mark.long
 def test_a_gate_opens_for_cooking_alone() -> None:
     shown = run("gate")
     assert shown.count("(dose 0.") == 2

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LONG = ("format", "persona", "layers_and_doses")
 NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 
 
@@ -26,9 +25,10 @@ def shown(notebook: dict) -> list[str]:
 
 @pytest.mark.real
 @pytest.mark.slow
+@pytest.mark.long  # the examples do the same
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=path.stem, marks=[pytest.mark.long] if path.stem in LONG else []) for path in NOTEBOOKS],
+    [pytest.param(path, id=path.stem) for path in NOTEBOOKS],
 )
 def test_it_prints_what_it_shows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("nbclient", reason="notebooks are run by nbclient")

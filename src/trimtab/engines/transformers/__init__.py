@@ -2,8 +2,6 @@
 
 from logging import LogRecord, getLogger
 
-from trimtab.engines.transformers.torchao_later import defer_torchao
-
 CHATTER = {"torchao": "Failed to load", "torch.utils._pytree": "is an Enum subclass and is now natively supported"}
 """What importing torchao logs, by logger."""
 
@@ -14,5 +12,3 @@ def _unless_chatter(record: LogRecord) -> bool:
 
 for _name in CHATTER:
     getLogger(_name).addFilter(_unless_chatter)
-
-defer_torchao()
