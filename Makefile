@@ -8,7 +8,7 @@ SINCE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
 PYTEST := $(BIN)/python -m pytest
 ENVIRONMENT := $(BIN)/python tools/environment.py
 VLLM := build/vllm
-VLLM_TESTS ?= parts fused engine static learning adapters processes serve
+VLLM_TESTS ?= parts fused engine static learning serve
 VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
