@@ -92,6 +92,7 @@ def test_verdicts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_leaves_tables_and_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = letters_lm()
     monkeypatch.setattr(LM, "load", lambda *_, **__: lm)

@@ -32,6 +32,7 @@ def short(monkeypatch: pytest.MonkeyPatch, lm: LM) -> None:
     monkeypatch.setattr(methods, "ENDS", (prompt(300, 5), prompt(301, 4)))
 
 
+@pytest.mark.long
 def test_every_method_is_measured_and_its_gates_are_open(lm: LM) -> None:
     cases = cases_of(lm)
     assert {case.method for case in cases} == {*recipes(), GATES, SCORES} - {*OF_MIXTURES}

@@ -79,6 +79,7 @@ def test_no_request_is_in_two_parts(data: Path, lm: LM) -> None:
     assert read(data, 12, 10, 5, 4) == parts
 
 
+@pytest.mark.long
 def test_a_run_answers_as_the_gated_steerings_themselves_do(
     data: Path, lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_the_other_arms_are_what_they_are_without_it(trimtab, given):
     assert mine == without["scores"]
 
 
+@pytest.mark.long
 def test_the_page_draws_the_steering_alone(trimtab, given, tmp_path):
     pytest.importorskip("matplotlib")
     pages = []

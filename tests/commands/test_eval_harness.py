@@ -102,6 +102,7 @@ def close(one, other):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_unsteered_it_is_the_harness_s_own_class(tasks, model, steering):
     arguments = f"pretrained={model},dtype=float64"
     results, answers = run(tasks, "hf", arguments, 3)

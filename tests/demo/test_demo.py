@@ -149,6 +149,7 @@ def test_what_was_learned_before_holds_without_a_word_of_it_in_the_prompt(lm, na
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.smoke
+@pytest.mark.long
 def test_the_whole_demo_on_the_default_model(trimtab):
     ran = trimtab("demo", "--limit", 1, "--json")
     assert ran.code == 0, ran.err

@@ -99,6 +99,7 @@ def test_an_offloaded_model_answers_as_one_in_memory(kind: str, wanted: dict[str
     assert any(parameter.is_meta for parameter in lm.model.parameters())  # and they are where they were
 
 
+@pytest.mark.long
 def test_the_doctor_says_what_is_fetched(tmp_path: Path) -> None:
     lm = LM(partly(tiny("llama").model, tmp_path), tokenizer(), name="tiny offloaded")
     report = check_model(lm)
@@ -108,6 +109,7 @@ def test_the_doctor_says_what_is_fetched(tmp_path: Path) -> None:
     assert check_model(tiny("llama"))["devices"].reason == "on cpu"
 
 
+@pytest.mark.long
 def test_the_doctor_says_which_devices() -> None:
     lm = tiny("llama")
     rest: list[Any] = [*lm.layout.blocks[2:], lm.layout.decoder.norm, lm.model.lm_head]
