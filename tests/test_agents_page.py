@@ -14,6 +14,7 @@ CODE = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 @pytest.mark.real
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::trimtab.lm.DoseWarning")
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     (shown,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)

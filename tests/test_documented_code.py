@@ -191,15 +191,13 @@ UNREACHABLE = ("push_to_hub", 'engine="llamacpp"')
 """What these pages' other code needs: the Hub, which tests/files/test_hub.py stands in for, or a model in GGUF."""
 
 
+LONG = ("directer.md", "doses.md", "families.md", "instruct.md", "monitors.md")
+
+
 @pytest.mark.real
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.long] if name in ("families.md", "instruct.md") else [])
-        for name in PREPARED
-    ],
-)
+@pytest.mark.long_unless(lambda name: name not in LONG)
+@pytest.mark.parametrize("name", PREPARED)
 @pytest.mark.filterwarnings("ignore")
 def test_it_runs(name: str, lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

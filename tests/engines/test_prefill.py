@@ -57,10 +57,6 @@ DEEPER: list[Steering | None] = [
 """Every edit is deeper than what the batch's gates read, wherever it acts."""
 
 
-FEW = ("llama", "gemma3", "gpt2", "mixtral", "qwen2_vl")
-pytestmark = pytest.mark.long_unless(lambda lm: lm in FEW)
-
-
 @pytest.fixture(params=FAMILIES)
 def lm(request: pytest.FixtureRequest) -> LM:
     return tiny.tiny(request.param)

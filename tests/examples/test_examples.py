@@ -38,6 +38,7 @@ def test_a_persona_shows_where_the_sweep_says() -> None:
     assert all(plain != steered for plain, steered in answers)
 
 
+@pytest.mark.long
 def test_a_format_is_strengthened() -> None:
     counts = [
         (int(plain), int(steered))

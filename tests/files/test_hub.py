@@ -110,8 +110,13 @@ def test_what_the_hub_refuses(hub):
     refused("has the form user/name", from_pretrained, "capitals")
     refused("no edits", push_to_hub, Steering(), "me/empty", token=TOKEN)
     assert set(hub.repos) == {"me/capitals"}
+
+
+@pytest.mark.long  # the client asks again and again for a while
+def test_a_hub_that_is_down(hub):
     hub.broken = True
-    refused("list the steerings of me on the Hub: .*50", list_steerings, "me")
+    with pytest.raises(TrimtabError, match=r"list the steerings of me on the Hub: .*50"):
+        list_steerings("me")
 
 
 def test_without_a_network(monkeypatch):
