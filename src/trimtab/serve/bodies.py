@@ -19,8 +19,6 @@ SECONDS = 30.0
 """How long a body may take to come."""
 SMALL = 16 << 10
 """Bytes, on routes whose requests say nothing in their body, and of a page's request that brings no key."""
-LARGE = 64 << 10
-"""Bytes of a body that is read while no other large one is."""
 LOOK = 0.25
 """Seconds between looks at whether the server is shutting down."""
 ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
@@ -47,19 +45,10 @@ class Bodies:
     def __init__(self, most: int) -> None:
         self.most = most
         self.held = 0
-        self._one = anyio.CapacityLimiter(1)
 
     def let_go(self, size: int) -> None:
         """A request is over."""
         self.held -= size
-
-    async def in_thread(self, read: Callable[[bytes], bytes], body: bytes) -> bytes:
-        """What `read` makes of a body, in a thread.
-
-        Large ones take turns. Python runs one thread at a time, so none is later for it; but parsed they are many times
-        as large as their bytes, and of memory that many of them take at once the process keeps a part for good.
-        """
-        return await anyio.to_thread.run_sync(read, body, limiter=self._one if len(body) > LARGE else None)
 
     async def read(self, scope: Scope, receive: Receive, limit: int, draining: Callable[[], bool]) -> bytes:
         """The whole body; `let_go(len(…))` is the caller's. Raises `Refusal` for one that is too large or too slow."""

@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trimtab.serve.access import AccessLog
@@ -115,7 +116,7 @@ class Guard:
                 body = await self.bodies.read(scope, receive, limit, lambda: self.service.draining)
                 held = len(body)
                 if scope["method"] == "POST" and not page:
-                    body = await self.bodies.in_thread(sieved, body)
+                    body = await anyio.to_thread.run_sync(sieved, body)
             except Refusal as refusal:
                 state["refused"] = refusal
                 await refusal.response(scope, receive, out)
