@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import random
@@ -343,3 +344,18 @@ class TestDocument:
                 assert operation["summary"], path
                 if path.startswith("/v1"):
                     assert "401" in operation["responses"], (path, method)
+
+
+def test_nothing_of_a_refused_body_is_kept(make_service: Callable[..., Any], client_of: Callable[..., Any]) -> None:
+    """Parsed it is many times its bytes, and a server that waits for the garbage collector grows by it."""
+    client = client_of(make_service())
+    wrong = {"role": "user", "content": [{} for _ in range(4321)]}
+    sent = json.dumps(BODY | {"messages": [wrong]}).encode()
+    del wrong
+    gc.collect()
+    gc.disable()
+    try:
+        assert client.post("/v1/chat/completions", content=sent).status_code == 400
+        assert not [one for one in gc.get_objects() if type(one) is list and len(one) == 4321]
+    finally:
+        gc.enable()

@@ -159,7 +159,7 @@ def _document(app: FastAPI) -> None:
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
-        request.state.refused = refusal  # for the audit log
+        request.state.refused = refusal.without_frames()  # for the audit log
         return refusal.response
 
     @app.exception_handler(RequestValidationError)

@@ -118,7 +118,7 @@ class Guard:
                 if scope["method"] == "POST" and not page:
                     body = await anyio.to_thread.run_sync(sieved, body)
             except Refusal as refusal:
-                state["refused"] = refusal
+                state["refused"] = refusal.without_frames()
                 await refusal.response(scope, receive, out)
                 return
             inside = given(body, receive)

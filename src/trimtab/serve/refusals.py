@@ -52,6 +52,15 @@ class Refusal(Exception):
         self.code = code
         self.retry = PASSING.get(status) if retry is None else retry
 
+    def without_frames(self) -> Refusal:
+        """The same one, which no longer holds what its raisers held: the body as it was parsed, many times its bytes.
+
+        A request keeps its refusal, and the raisers' frames keep the request: a circle that would wait for Python's
+        garbage collector, while the server grows.
+        """
+        self.__traceback__ = self.__context__ = self.__cause__ = None
+        return self
+
     @property
     def body(self) -> dict[str, Any]:
         """The response's JSON."""
