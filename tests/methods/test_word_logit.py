@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trimtab import LM, Edit, Positions, ReadWrite, Site, TrimtabError, UnsupportedError, load, save
 from trimtab.learn.unembedding import Unembedding, unembedding
-from trimtab.methods.word_logit import Spelling, _cap, _put_in, _steps, learn_word_logit
+from trimtab.methods.word_logit import Spelling, _cap, _followed, _put_in, _steps, learn_word_logit
 
 BASE = [prompt(seed, 9) for seed in range(6)]
 ASKED = prompt(40, 7)
@@ -156,3 +156,10 @@ def test_logits_that_are_made_otherwise_are_refused() -> None:
     lm.model.lm_head.register_forward_hook(lambda _m, _a, o: o.flip(-1))
     with pytest.raises(UnsupportedError, match="aren't told by its output embeddings"):
         learn_word_logit(lm, "w70", base=BASE)
+
+
+def test_no_spelling_is_named_that_isnt_kept_out() -> None:
+    """More than can be followed in one answer: the last are left out of the edits and of the card alike."""
+    one = Spelling(" a", (1,), ())
+    longer = [Spelling(f" b{i}", (2 + i, 9), (f"b{i}",)) for i in range(8)]
+    assert _followed([longer[0], one, *longer[1:]]) == [longer[0], one, *longer[1:6]]

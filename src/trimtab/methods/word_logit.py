@@ -65,7 +65,8 @@ def learn_word_logit(
     Args:
         lm: The model.
         word: One word, of at most four tokens.
-        exclude: Keep it out: as it is given, in lower case, capitalized and in capitals.
+        exclude: Keep it out: as it is given, in lower case, capitalized and in capitals, as far as these are few enough
+            tokens to be followed. The card's `spellings` are those that are kept out.
         first: By how many nats the word's first token is pushed as the answer begins.
         last: And from its token number `tokens` on; between the two the push grows evenly.
         tokens: See `last`.
@@ -83,7 +84,7 @@ def learn_word_logit(
     """
     check_lm(lm, "training")
     word = _checked(word, first, last, tokens)
-    spellings = _spellings(lm, word, exclude)
+    spellings = _followed(_spellings(lm, word, exclude))
     head = unembedding(lm, queries("learn")[:READ] if base is None else base) if head is None else head
     if exclude:
         edits = _kept_out(head, spellings)
@@ -135,6 +136,12 @@ def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
     if refused and (not found or (exclude and word not in {one.text.strip() for one in found.values()})):
         raise refused[0]
     return list(found.values()) if exclude else [min(found.values(), key=lambda one: len(one.ids))]
+
+
+def _followed(spellings: Sequence[Spelling]) -> list[Spelling]:
+    """Those that can be followed in one answer, in their order; the word as it is given is the first."""
+    texts = list(dict.fromkeys(one.begun[-1].strip() for one in spellings if one.begun))[:MOST]
+    return [one for one in spellings if not one.begun or one.begun[-1].strip() in texts]
 
 
 def _capitalized(word: str) -> str:
@@ -205,7 +212,7 @@ def _kept_out(head: Unembedding, spellings: Sequence[Spelling]) -> list[Edit]:
     for one in spellings:
         if len(one.ids) > 1:
             longer.setdefault(one.begun[-1].strip(), []).append(one.ids[-1])
-    for text, last in list(longer.items())[:MOST]:
+    for text, last in longer.items():
         edits.append(Edit(head.site, _cap(head, list(dict.fromkeys(last))), Positions.at(text)))
     return edits
 
