@@ -1076,7 +1076,6 @@ class TestWorkers:
             assert len(found) == len(why)
             assert all(word in reason for word, reason in zip(why, found, strict=True))
 
-
     def test_a_model_runner_that_nobody_knows_isnt_steered(self) -> None:
         listened = {"execute_model": 0, "sample_tokens": 0, "get_model": 0}
         for own in ("_model_forward", "prepare_inputs"):

@@ -7,12 +7,12 @@ one, which the interpreter makes needless.
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from cases import TINY, small_model
 from test_processes import run
+
+pytestmark = pytest.mark.long
 
 INTERPRETED = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 BODY = """
@@ -72,10 +72,10 @@ ours.close()
 """
 
 
-@pytest.mark.parametrize("static", [False, pytest.param(True, marks=pytest.mark.long)], ids=["in Python", "replayed"])
+@pytest.mark.parametrize("static", [False, True], ids=["in Python", "replayed"])
 def test_it_says_what_transformers_says(tmp_path: Path, static: bool) -> None:
     """Steered and unsteered in one batch, in chunks, preempted, with the prefix cache; and unsteered to the bit."""
-    options = {**TINY, "num_gpu_blocks_override": 14, "model": small_model(tmp_path / "model")}
+    options = {**TINY, "max_model_len": 256, "num_gpu_blocks_override": 14, "model": small_model(tmp_path / "model")}
     graphs = {"TRIMTAB_STATIC": "48", "TRIMTAB_KERNEL": "all", "TRIMTAB_MAPS": "12"} if static else {}
     said = run(tmp_path, BODY.format(options=options), TRIMTAB_SITES="keys", **INTERPRETED, **graphs)
     assert "runner vllm.v1.worker.gpu.model_runner" in said

@@ -87,9 +87,7 @@ def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
     if not isinstance(text, str) or ids is None or given.get("type", "token") != "token":
         raise UnsupportedError(f"{EMPHASIZED}: phrases are placed in prompts of text alone, not in token ids or images")
     with _tokenizing:
-        return spans_in(
-            _tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template
-        )
+        return spans_in(_tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template)
 
 
 def _tokenizer(engine: Any) -> Any:

@@ -300,9 +300,7 @@ def tidy(link: Link, names: Names) -> Rpc:
     link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in one for one in kept)}
 
 
-def resolve(
-    engine: Any, params: Any, names: Names, ticket: Ticket | None = None, spans: Sequence[Span] = ()
-) -> Rpc:
+def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None, spans: Sequence[Span] = ()) -> Rpc:
     """The parameters with the steering that they ask for, or that a ticket has, resolved; or as they are.
 
     `spans` of the prompt are emphasized.

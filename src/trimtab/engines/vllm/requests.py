@@ -21,8 +21,8 @@ PROTOCOLS = {
 }
 REFUSED = {"rejection": "more than one row of logits a token, which the vllm engine hasn't"}
 WITH_REJECTION = (
-    "emphasize comes with rejection of implausible tokens, which needs more than one row of logits a token; the vllm engine"
-    " hasn't these: ask for rejection: false, or use the transformers engine (trimtab serve)"
+    "emphasize comes with rejection of implausible tokens, which the vllm engine can't do: ask for rejection: false, or"
+    " serve with the transformers engine (trimtab serve)"
 )
 
 

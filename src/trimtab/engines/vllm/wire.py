@@ -163,4 +163,3 @@ def _identified(known: _Known) -> tuple[Identified, ...]:
         for i, (edit, strength) in enumerate(zip(content.edits, part.strengths, strict=True))
         if strength != 0
     )
-
