@@ -136,7 +136,7 @@ def spans_in(
     else:
         raise TrimtabError("the prompt's tokens aren't those of its text, so phrases can't be placed in it")
     wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
-    if messages is not None and any(isinstance(one, Part) for one in wanted):
+    if messages is not None and any(isinstance(mark, Part) for mark in wanted):
         messages = checked_messages(messages)
         if render_messages(tokenizer, messages, template) != text:
             raise TrimtabError("these messages aren't rendered here as they are there; name a phrase of the message")

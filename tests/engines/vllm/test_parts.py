@@ -1157,6 +1157,9 @@ class TestPlaces:
             ("v1/core/sched/scheduler.py", "Scheduler", {"update_from_output", "finish_requests", "_free_request"}),
             ("v1/engine/llm_engine.py", "LLMEngine", {"step", "has_unfinished_requests", "add_request"}),
             ("v1/engine/async_llm.py", "AsyncLLM", {"generate", "add_request"}),
+            ("v1/engine/output_processor.py", "OutputProcessor", {"add_request", "process_outputs"}),
+            ("v1/engine/input_processor.py", "InputProcessor", {"process_inputs"}),
+            ("v1/engine/core.py", "EngineCore", {"collective_rpc", "preprocess_add_request"}),
         ],
     )
     def test_methods(self, file: str, name: str, methods: set[str]) -> None:
@@ -1184,6 +1187,15 @@ class TestPlaces:
         sent.outputs.append(EngineCoreOutput("a", [], finish_reason=FinishReason.ERROR, stop_reason="trimtab: why"))
         assert EngineCoreOutputs().outputs == []
         assert str(GenerationError("trimtab: why")) == "trimtab: why"
+
+    def test_doses_reach_a_front_end(self) -> None:
+        from vllm.v1.engine import EngineCoreOutput
+
+        assert EngineCoreOutput("a", [1]).kv_transfer_params is None
+        read = ast.unparse(self.tree("v1/engine/output_processor.py"))
+        for name in ("self.external_req_id = ", "self.request_index = ", "self.parent_req = ", "self.request_states: "):
+            assert name in read
+        assert "kv_transfer_params = engine_core_output.kv_transfer_params" in read  # and from nowhere else
 
     def tree(self, file: str) -> ast.Module:
         spec = find_spec("vllm")

@@ -34,7 +34,7 @@ print("runner", type(runner).__mro__[1].__module__)
 print("static", hello["static"], "heard", hello["reasons"], hello["unfired"], hello["untold"])
 
 def says(lm, prompts, rows):
-    return lm.generate(prompts, rows, max_new_tokens=5, min_new_tokens=5, logprobs=True, chat=False)
+    return lm.generate(prompts, rows, max_new_tokens=16, min_new_tokens=16, logprobs=True, chat=False)
 
 everything = Steering((
     Edit(Site(0), Add(direction(6, 2.0)), Positions.all()),
@@ -64,7 +64,7 @@ print("hits", metrics["vllm:prefix_cache_hits"] > 0, "preempted", metrics["vllm:
 
 del runner.prepare_inputs  # the plugin's, so that the runner's own is back
 try:
-    print("served", says(ours, [PROMPTS[0]], [everything]))
+    print("served", says(ours, [PROMPTS[0]], [added(1, 1.0, (1, 2))]))
 except TrimtabError as error:
     print("refused:", error)
 print("others", len(says(ours, [PROMPTS[0]], [None])))
@@ -75,7 +75,7 @@ ours.close()
 @pytest.mark.parametrize("static", [False, True], ids=["in Python", "replayed"])
 def test_it_says_what_transformers_says(tmp_path: Path, static: bool) -> None:
     """Steered and unsteered in one batch, in chunks, preempted, with the prefix cache; and unsteered to the bit."""
-    options = {**TINY, "max_model_len": 256, "num_gpu_blocks_override": 14, "model": small_model(tmp_path / "model")}
+    options = {**TINY, "max_model_len": 256, "num_gpu_blocks_override": 20, "model": small_model(tmp_path / "model")}
     graphs = {"TRIMTAB_STATIC": "48", "TRIMTAB_KERNEL": "all", "TRIMTAB_MAPS": "12"} if static else {}
     said = run(tmp_path, BODY.format(options=options), TRIMTAB_SITES="keys", **INTERPRETED, **graphs)
     assert "runner vllm.v1.worker.gpu.model_runner" in said

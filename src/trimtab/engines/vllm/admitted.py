@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.engines.answer import Applied, Dose
-from trimtab.engines.vllm.counting import DOSE, Told
+from trimtab.engines.vllm.counting import DOSE, Measured
 from trimtab.engines.vllm.emphasized import EMPHASIZED, Marked, towards
 from trimtab.engines.vllm.wire import ASKED, RESOLVED
 from trimtab.errors import TrimtabError
@@ -61,7 +61,7 @@ class Ticket:
         self.towards[prompt] = towards(spans, layers)
         self.emphasized += sum(stop - start for start, stop in spans)
 
-    def weigh(self, answer: tuple[str, int], doses: Told) -> None:
+    def weigh(self, answer: tuple[str, int], doses: Measured) -> None:
         """How hard an answer has been pushed so far."""
         self.doses[answer] = tuple(Dose(layer, ratio, count, kind) for layer, kind, ratio, count in doses)
 
@@ -74,8 +74,8 @@ class Ticket:
 
     def edits(self, prompt: str) -> list[str]:
         """What acts on a prompt and its answers, in words."""
-        each = (self.steering, self.towards.get(prompt))
-        return [str(edit) for one in each if one is not None for edit in one.edits if edit.strength != 0]
+        both = (self.steering, self.towards.get(prompt))
+        return [str(edit) for each in both if each is not None for edit in each.edits if edit.strength != 0]
 
     def applied(self, answer: tuple[str, int]) -> Applied | None:
         """What acted on an answer, and how hard; `None` where that isn't measured."""

@@ -11,14 +11,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from trimtab.engines.vllm.counting import DOSES, MARK, RECEIPT, Told
+from trimtab.engines.vllm.counting import DOSES, MARK, RECEIPT, Measured
 from trimtab.engines.vllm.emphasized import EMPHASIZED
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.wire import ASKED, Wire, wire_of
 from trimtab.errors import TrimtabError
 
 Key = tuple[str, str]
-NO_RECEIPT: tuple[int, dict[str, str], dict[str, Told]] = (0, {}, {})
+NO_RECEIPT: tuple[int, dict[str, str], dict[str, Measured]] = (0, {}, {})
 
 
 def block_keys(wire: Wire | None, start: int, stop: int) -> list[Key]:
@@ -62,7 +62,7 @@ class Room:
         self.users: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self.waiting: deque[Any] = deque()
         self.held: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
-        self.doses: dict[str, Told] = {}
+        self.doses: dict[str, Measured] = {}
         """Of capped requests, as long as no output of theirs has taken them along."""
         self.steered: set[str] = set()
         """The requests that are with the scheduler and have a wire."""
@@ -143,8 +143,8 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
     def update_from_output(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
         room = _room(self)
         wrong = unsteered(room, scheduled, output)
-        told = getattr(output, RECEIPT, NO_RECEIPT)[2]
-        room.doses |= {request: each for request, each in told.items() if request in self.requests}
+        measured = getattr(output, RECEIPT, NO_RECEIPT)[2]
+        room.doses |= {request: doses for request, doses in measured.items() if request in self.requests}
         doses = dict(room.doses)  # of those that end here too
         failed = [self.requests[request] for request in wrong if request in self.requests]
         if failed:
@@ -156,10 +156,10 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
                 request_id=name, new_token_ids=[], finish_reason=failure.reason, stop_reason=wrong[name]
             )
             sent.setdefault(request.client_index, failure.outputs()).outputs.append(last)
-        for one in (one for several in sent.values() for one in several.outputs if doses):
-            if one.request_id in doses:
-                one.kv_transfer_params = {DOSES: doses[one.request_id]}  # there is no connector that uses it
-                room.doses.pop(one.request_id, None)
+        for item in (item for several in sent.values() for item in several.outputs if doses):
+            if item.request_id in doses:
+                item.kv_transfer_params = {DOSES: doses[item.request_id]}  # there is no connector that uses it
+                room.doses.pop(item.request_id, None)
         return sent
 
     def add_request(self: Any, request: Any) -> None:

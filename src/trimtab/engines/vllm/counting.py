@@ -28,7 +28,7 @@ DOSE = f"{MARK}the doses "
 DOSES = "trimtab_doses"
 """Under which name the doses of a capped request travel with vLLM's outputs."""
 
-Told = list[tuple[int, str, float, int]]
+Measured = list[tuple[int, str, float, int]]
 """A request's doses as plain data: layer and kind of each site, the mean dose there, of so many tokens."""
 
 CALL = 1 << 32
@@ -55,8 +55,8 @@ class Receipt:
 
     requests: int
     faults: dict[str, str] = field(default_factory=dict)
-    doses: dict[str, Told] = field(default_factory=dict)
-    weighed: Callable[[], tuple[Mapping[str, Told], Mapping[str, str]]] | None = None
+    doses: dict[str, Measured] = field(default_factory=dict)
+    weighed: Callable[[], tuple[Mapping[str, Measured], Mapping[str, str]]] | None = None
     late: Callable[[], Mapping[str, str]] | None = None
     ready: Callable[[], bool] = lambda: True  # whether `late` has nothing to wait for
 
@@ -72,7 +72,7 @@ class Receipt:
             self.faults.update(late())
         return self.faults
 
-    def plain(self) -> tuple[int, dict[str, str], dict[str, Told]]:
+    def plain(self) -> tuple[int, dict[str, str], dict[str, Measured]]:
         """What the scheduler is told."""
         faults = self.settle()
         return self.requests, faults, self.doses

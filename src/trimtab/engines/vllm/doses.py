@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.vllm.bank import Bank, to_device
-from trimtab.engines.vllm.counting import DOSE, Told
+from trimtab.engines.vllm.counting import DOSE, Measured
 from trimtab.engines.vllm.program import Segment, State, runs
 from trimtab.steering import Edit, Site
 
@@ -105,7 +105,7 @@ class Doses:
         total, count = self._sums[one.request].get(site, (torch.zeros((), device=ratios.device), 0))
         self._sums[one.request][site] = (total + ratios.sum(), count + one.rows)
 
-    def weighed(self) -> Callable[[], tuple[dict[str, Told], dict[str, str]]]:
+    def weighed(self) -> Callable[[], tuple[dict[str, Measured], dict[str, str]]]:
         """The doses of this pass's requests so far, and which are pushed too hard; whoever asks waits for the device,
         once."""
         present = {one.request for several in self.here.values() for one in several}
@@ -114,7 +114,7 @@ class Doses:
         every = [total / count for each in sums.values() for _, (total, count) in each]
         on_device = torch.stack(every) if every else None
 
-        def late() -> tuple[dict[str, Told], dict[str, str]]:
+        def late() -> tuple[dict[str, Measured], dict[str, str]]:
             ratios = iter(on_device.tolist() if on_device is not None else ())
             doses = {
                 request: [(site.layer, site.kind, next(ratios), count) for site, (_, count) in each]

@@ -36,13 +36,13 @@ class Marked:
     template: Template | None = None
 
 
-def marked(asked: Any, messages: Any = None, template: Template | None = None) -> Marked:
+def marked(wanted: Any, messages: Any = None, template: Template | None = None) -> Marked:
     """What a request asks to emphasize. Raises `TrimtabError` for what isn't understood."""
-    if isinstance(asked, Marked):
-        return asked
-    items = [asked] if isinstance(asked, (str, Mapping)) else asked
+    if isinstance(wanted, Marked):
+        return wanted
+    items = [wanted] if isinstance(wanted, (str, Mapping)) else wanted
     if not isinstance(items, Sequence) or not 0 < len(items) <= MOST:
-        raise TrimtabError(f"{EMPHASIZED} takes a list of 1 to {MOST} phrases, got {str(asked)[:80]!r}")
+        raise TrimtabError(f"{EMPHASIZED} takes a list of 1 to {MOST} phrases, got {str(wanted)[:80]!r}")
     known = list(messages) if isinstance(messages, (list, tuple)) else None
     return Marked(tuple(_mark(item) for item in items), known, template)
 
@@ -82,9 +82,9 @@ def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
 
     Takes as long as tokenizing the prompt. Raises `TrimtabError` where they can't be placed.
     """
-    given = prompt if isinstance(prompt, Mapping) else {}
-    text, ids = given.get("prompt"), given.get("prompt_token_ids")
-    if not isinstance(text, str) or ids is None or given.get("type", "token") != "token":
+    fields = prompt if isinstance(prompt, Mapping) else {}
+    text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
+    if not isinstance(text, str) or ids is None or fields.get("type", "token") != "token":
         raise UnsupportedError(f"{EMPHASIZED}: phrases are placed in prompts of text alone, not in token ids or images")
     with _tokenizing:
         return spans_in(_tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template)

@@ -102,8 +102,8 @@ def _marked(params: Any, ticket: Ticket | None) -> emphasized.Marked | None:
     """What is to be emphasized. Raises `TrimtabError` for what isn't understood."""
     if ticket is not None and ticket.marked is not None:
         return ticket.marked
-    asked = (getattr(params, "extra_args", None) or {}).get(emphasized.EMPHASIZED)
-    return emphasized.marked(asked) if asked else None
+    wanted = (getattr(params, "extra_args", None) or {}).get(emphasized.EMPHASIZED)
+    return emphasized.marked(wanted) if wanted else None
 
 
 def _spans(engine: Any, prompt: Any, params: Any, ticket: Ticket | None = None) -> tuple[Span, ...]:
@@ -124,10 +124,10 @@ def patch_outputs(processor: Any) -> None:
         return done
 
     def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        for one in outputs:
-            if isinstance(one.kv_transfer_params, dict) and DOSES in one.kv_transfer_params:
-                doses, one.kv_transfer_params = one.kv_transfer_params[DOSES], None
-                state = self.request_states.get(one.request_id)
+        for output in outputs:
+            if isinstance(output.kv_transfer_params, dict) and DOSES in output.kv_transfer_params:
+                doses, output.kv_transfer_params = output.kv_transfer_params[DOSES], None
+                state = self.request_states.get(output.request_id)
                 ticket: Ticket | None = getattr(state, "_trimtab_ticket", None)
                 if state is not None and ticket is not None:
                     parent = state if state.parent_req is None else state.parent_req

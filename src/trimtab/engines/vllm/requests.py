@@ -72,14 +72,14 @@ def _asked(request: Any) -> Any:
 
 def _heeded(request: Any) -> Marked | None:
     """What a request emphasizes, in either place. Raises `TrimtabError` for what isn't understood or can't be had."""
-    asked = _in_either(request, EMPHASIZED)
-    if not asked:
+    wanted = _in_either(request, EMPHASIZED)
+    if not wanted:
         return None
     if (request.model_extra or {}).get("rejection") is not False:
         raise UnsupportedError(WITH_REJECTION)
     keywords = {CONTINUE: bool(getattr(request, "continue_final_message", False))}
     keywords |= getattr(request, "chat_template_kwargs", None) or {}
-    return marked(asked, getattr(request, "messages", None), keywords)
+    return marked(wanted, getattr(request, "messages", None), keywords)
 
 
 def _in_either(request: Any, name: str) -> Any:

@@ -105,20 +105,20 @@ def _choices(asked: Any) -> Any:
 
 
 def _fields(steering: Any, phrases: Any) -> _Fields:
-    given = {ASKED: steering, EMPHASIZED: phrases or []}
+    fields = {ASKED: steering, EMPHASIZED: phrases or []}
     try:
-        return _Fields.model_validate_json(json.dumps(given))
+        return _Fields.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise in_words(error.errors(include_url=False), given) from None
+        raise in_words(error.errors(include_url=False), fields) from None
 
 
-def _marked(fields: _Fields, given: dict[str, Any], *, unheld: bool) -> Marked | None:
+def _marked(fields: _Fields, body: dict[str, Any], *, unheld: bool) -> Marked | None:
     """What is emphasized; `unheld`: the request has said that nothing need be rejected."""
     if not fields.emphasize:
         return None
     if not unheld:
         raise Refusal(400, WITH_REJECTION, param=EMPHASIZED)
-    plain = [one if isinstance(one, str) else one.model_dump() for one in fields.emphasize]
-    keywords = given.get("chat_template_kwargs")
-    template = {CONTINUE: bool(given.get("continue_final_message")), **(keywords if isinstance(keywords, dict) else {})}
-    return marked(plain, given.get("messages"), template)
+    plain = [choice if isinstance(choice, str) else choice.model_dump() for choice in fields.emphasize]
+    keywords = body.get("chat_template_kwargs")
+    template = {CONTINUE: bool(body.get("continue_final_message")), **(keywords if isinstance(keywords, dict) else {})}
+    return marked(plain, body.get("messages"), template)

@@ -59,8 +59,8 @@ class Record:
                 **self._line,
                 "prompt_tokens": [] if ticket is None else list(ticket.prompts.values()),
                 "tokens": list(tokens.values()),
-                "doses": [one and one.dose for one in doses],
-                "total_doses": [one and total_dose(one) for one in doses],
+                "doses": [applied and applied.dose for applied in doses],
+                "total_doses": [applied and total_dose(applied) for applied in doses],
                 "outcome": outcome,
             }
         )
