@@ -153,7 +153,7 @@ edits = (
     Edit(Site(1, "keys"), ScaleElements(2 + key), Positions.span(2, 14)),
     Edit(Site(2, "keys"), Add(key), Positions.all()),
 )
-prompts = [LONG, LONG, *PROMPTS[:4]]
+prompts = [LONG, LONG, PROMPTS[5], PROMPTS[0], PROMPTS[10], PROMPTS[1]]
 rows = [heeded, None, Steering(edits), None, heeded + Steering(edits), None]
 asked = dict(max_new_tokens=6, min_new_tokens=6, logprobs=True, chat=False)
 plain = ours.generate(prompts, **asked)

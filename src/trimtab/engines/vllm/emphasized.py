@@ -11,6 +11,7 @@ import copy
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from trimtab.errors import TrimtabError, UnsupportedError
@@ -67,6 +68,7 @@ def _is_whole(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
 
 
+@lru_cache
 def content(layers: int) -> Steering:
     """What emphasis does at the tokens of whatever spans, in a model of so many layers."""
     return emphasis(ScaleScores(), [(0, 1)], range(layers), METHOD).at(Positions.all())
