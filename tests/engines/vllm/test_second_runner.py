@@ -74,7 +74,8 @@ ours.close()
 
 @pytest.mark.parametrize("static", [False, True], ids=["in Python", "replayed"])
 def test_it_says_what_transformers_says(tmp_path: Path, static: bool) -> None:
-    """Steered and unsteered in one batch, in chunks, preempted, with the prefix cache; and unsteered to the bit."""
+    """Steered and unsteered in one batch, in chunks, with the prefix cache; in Python also preempted; and unsteered to
+    the bit."""
     options = {**TINY, "max_model_len": 256, "num_gpu_blocks_override": 20, "model": small_model(tmp_path / "model")}
     graphs = {"TRIMTAB_STATIC": "48", "TRIMTAB_KERNEL": "all", "TRIMTAB_MAPS": "12"} if static else {}
     said = run(tmp_path, BODY.format(options=options), TRIMTAB_SITES="keys", **INTERPRETED, **graphs)
@@ -82,7 +83,8 @@ def test_it_says_what_transformers_says(tmp_path: Path, static: bool) -> None:
     assert f"static {static} heard [] []" in said
     assert "VLLM_USE_V2_MODEL_RUNNER=0" in said
     assert f"unsteered {[False, True, False, True, False, False]}" in said
-    assert "hits True preempted True" in said, said
+    assert "hits True" in said, said
+    assert static or "preempted True" in said, said  # replayed, requests may wait for slots of maps instead
     off, apart = map(float, said.split("off ")[1].split()[:2])
     assert off < 2e-4, said
     assert apart < 2e-4, said

@@ -190,7 +190,7 @@ def test_what_is_emphasized_keeps_its_own_blocks_of_the_cache(url: str) -> None:
     asked = [{}, *({"emphasize": [wanted], "rejection": False} for wanted in (phrase, other, {"role": "user"}))]
 
     def say(which: int, salt: str) -> tuple[list[int], int, int]:
-        body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 6, "temperature": 0}
+        body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 3, "temperature": 0}
         body |= {"model": "trimtab", "return_token_ids": True, "cache_salt": salt, **asked[which]}
         status, answer = ask(f"{url}/v1/chat/completions", body)
         assert status == 200, answer
@@ -202,12 +202,12 @@ def test_what_is_emphasized_keeps_its_own_blocks_of_the_cache(url: str) -> None:
     assert [cached for *_, cached in alone] == [0] * 4
     assert alone[0][1] == 0 < alone[2][1] < alone[1][1] < alone[3][1]
     hits = 0
-    for salt, order in (("a", (0, 1, 2, 3, 0, 1, 2, 3)), ("b", (3, 2, 1, 0, 3)), ("c", (1, 0, 2, 1))):
+    for salt, order in (("a", (0, 1, 3, 0, 1)), ("b", (3, 2, 0, 2))):
         for which in order:
             tokens, marked, cached = say(which, salt)
             assert (tokens, marked) == alone[which][:2], (salt, which)
             hits += cached > 0
-    assert hits >= 8  # the same again finds its blocks, and all find those before their phrases
+    assert hits >= 5  # the same again finds its blocks, and others those before their phrases
     text = {"model": "trimtab", "prompt": LONG, "max_tokens": 1, "temperature": 0, **asked[1]}
     status, answer = ask(f"{url}/v1/completions", text)
     assert (status, answer["trimtab"]["emphasized_tokens"]) == (200, alone[1][1])
