@@ -78,9 +78,9 @@ class Ticket:
         return [str(edit) for each in both if each is not None for edit in each.edits if edit.strength != 0]
 
     def applied(self, answer: tuple[str, int]) -> Applied | None:
-        """What acted on an answer, and how hard; `None` where that isn't measured."""
+        """What acted on an answer, and how hard; `None` where something did and nothing of it was measured."""
         pushes = self.steering is not None and any(edit.strength for edit in self.steering.edits)
-        if self.cap is None and pushes:
+        if pushes and not self.doses.get(answer):
             return None
         return Applied(tuple(self.edits(answer[0])), self.doses.get(answer, ()))
 
