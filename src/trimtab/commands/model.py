@@ -106,9 +106,9 @@ class BareModelOptions:
     layers_path: LayersPathOption = None
     adapter: AdapterOption = None
 
-    def load(self, *, quiet: bool, engine: str = "transformers") -> LM:
+    def load(self, *, quiet: bool, engine: str = "transformers", replicas: int | None = None) -> LM:
         """The model. Raises `TrimtabError` when it can't be had on that device."""
-        given = {"engine": engine, **asdict(self)}
+        given = {"engine": engine, "replicas": replicas, **asdict(self)}
         return load_model(given.pop("model"), quiet=quiet, **given)
 
     @property

@@ -25,6 +25,8 @@ from trimtab.steering import ModelId, Site, Steering
 PASSED_ON = ("TRIMTAB_", "VLLM_")
 """Variables of this process that begin so are those of every engine, on other machines too."""
 SPREAD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+STARTS = 3
+"""So often a cluster is started on this machine: Ray gives it 30 seconds, which aren't enough for a busy one."""
 PATIENCE = 60.0
 """Seconds after which the cluster is asked again whether there is room, while no engine runs."""
 
@@ -126,15 +128,18 @@ class RayCluster:
 
         Without GPUs an engine takes a core, and so many on one machine share its memory.
         """
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports on the use
         import ray
 
-        if not ray.is_initialized():
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for left in reversed(range(STARTS if not ray.is_initialized() else 0)):
             try:
                 ray.init(log_to_driver=False, logging_level="ERROR")
                 silence()
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                raise TrimtabError(f"Ray can't be had: {_line(error)}") from error
+                break
+            except Exception as error:  # a bare one where a cluster didn't start in time
+                ray.shutdown()
+                if not left or isinstance(error, ConnectionError):
+                    raise TrimtabError(f"Ray can't be had: {_line(error)}") from error
         self.gpus = check_room(ray.cluster_resources(), self.count)
 
     def start(self) -> Any:
