@@ -268,13 +268,6 @@ class TestReplicatedLM:
         texts = [(one.ids, [5, 6, 7]) for one in requests]
         assert lm.answer_nlls(texts) == pytest.approx(alone.answer_nlls(texts))
 
-    def test_samples_without_a_seed_differ_from_engine_to_engine(self, spread: Any, places: list[Any]) -> None:
-        lm = spread(2)
-        lm.run([Request([5, 6])] * 4, Decoding(1, options={"do_sample": True}))
-        seeds = {seed for _, seed in places}
-        assert len(seeds) == 1
-        assert None not in seeds
-
     @pytest.mark.filterwarnings("ignore::trimtab.methods.caa.PairsWarning")
     def test_what_is_learned_is_the_same_to_the_bit_over_any_number(self, spread: Any, alone: LM) -> None:
         texts = [[Text(alone.encode(tiny.prompt(i, 3 + i % 5)), (0, 2))] for i in range(12)]
@@ -313,6 +306,9 @@ class TestOnRay:
         for count in (0, -1, True, 2.0, "2"):
             with pytest.raises(TrimtabError, match="whole number from 1 up, got"):
                 RayCluster(None, count, {})  # type: ignore[arg-type]
+        seeds = [RayCluster(None, 4, {"seed": 5}).options_of(number)["seed"] for number in range(4)]
+        assert seeds[0] == 5
+        assert len(set(seeds)) == 4  # of samples that are drawn without a seed of their own
         with pytest.raises(UnsupportedError, match="tensor_parallel_size can't be given with replicas"):
             RayCluster(None, 2, {"tensor_parallel_size": 2})
         monkeypatch.setattr(on_ray, "find_spec", lambda name: None)

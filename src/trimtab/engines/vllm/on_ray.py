@@ -18,6 +18,7 @@ from trimtab.engines.contract import TOKENS_PER_BATCH, Sizes
 from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.vllm.memory import cpu_options
 from trimtab.engines.vllm.replicas import LostEngine
+from trimtab.engines.vllm.sampling import seed_at
 from trimtab.engines.vllm.versions import check_version
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.steering import ModelId, Site, Steering
@@ -121,6 +122,7 @@ class RayCluster:
         self.model = str(Path(model).resolve()) if model is not None and Path(model).exists() else model
         self.count = count
         self.options = dict(options)
+        self.started = 0
         self.gpus: int | None = None  # how many an engine takes, once the cluster is known
 
     def connect(self) -> None:
@@ -142,15 +144,19 @@ class RayCluster:
                     raise TrimtabError(f"Ray can't be had: {_line(error)}") from error
         self.gpus = check_room(ray.cluster_resources(), self.count)
 
+    def options_of(self, number: int) -> dict[str, Any]:
+        """What an engine is loaded with; its own seed, or all would draw the same samples for unseeded requests."""
+        options = self.options | {"seed": seed_at(self.options.get("seed") or 0, number) % 2**31}
+        return options if self.gpus else options | cpu_options(options, os.environ, self.count)
+
     def start(self) -> Any:
         """An actor without its engine yet."""
         import ray
 
         if self.gpus is None:
             self.connect()
-        options = dict(self.options)
-        if not self.gpus:
-            options |= cpu_options(options, os.environ, self.count)
+        options = self.options_of(self.started)
+        self.started += 1
         environment = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
         actor = ray.remote(Replica).options(num_cpus=1, num_gpus=self.gpus, scheduling_strategy="SPREAD")
         return actor.remote(self.model, options, environment)

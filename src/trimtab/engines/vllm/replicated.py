@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +74,7 @@ class ReplicatedLM(VllmLM):
         return self._hello.runs_in
 
     @property
-    def identity(self) -> ModelId:  # type: ignore[override]
+    def identity(self) -> ModelId:
         """As `LM.identity`; each engine has looked at its weights, which are the same."""
         return self._hello.identity
 
@@ -95,8 +94,6 @@ class ReplicatedLM(VllmLM):
     ) -> list[list[Generation]]:
         """As `VllmLM.run`. `decoding.progress` is called as portions of the requests come back."""
         quiet = replace(decoding, progress=None)
-        if decoding.seed is None and decoding.options.get("do_sample"):
-            quiet = replace(quiet, seed=secrets.randbits(32))  # engines by themselves all draw the same numbers
         numbers = range(len(requests)) if places is None else places
         return self._spread(
             "run",
