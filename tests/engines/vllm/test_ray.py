@@ -12,6 +12,7 @@ pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(find_spec("ray") is None, reason="Ray isn't installed in this environment"),
 ]
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "RAY_worker_niceness": "0"}
 BEGINNING = """
 import signal, sys, time, warnings
 from pathlib import Path
@@ -73,7 +74,7 @@ print("sampled", sampled == one.generate([PROMPTS[0]] * 8, max_new_tokens=6, do_
 print("samples", len({a.token_ids for a in sampled}))
 """
     )
-    out = run(tmp_path, body, VLLM_ENABLE_V1_MULTIPROCESSING="0", RAY_worker_niceness="0")
+    out = run(tmp_path, body, **SETTINGS, TRIMTAB_SLOTS="9")
     assert "heard ['an engine was lost (its process ended); what it was asked is asked again']" in out
     assert "lost 1" in out
     assert "progress True True" in out
@@ -133,7 +134,7 @@ files = {(here / f"{name}.jsonl").read_bytes() for name in ("resumed", "1", "2")
 print("files", len(files))
 """
     )
-    out = run(tmp_path, body, VLLM_ENABLE_V1_MULTIPROCESSING="0", RAY_worker_niceness="0")
+    out = run(tmp_path, body, **SETTINGS)
     assert "directions [True, True]" in out
     assert "batches True True" in out
     assert "letters True" in out
