@@ -141,13 +141,17 @@ class _Running:
             return {"left_out": given}
         try:
             steering = self.store.keep_steering(self.task.name, name, make=lambda: learned(self.lm, recipe, given))
-            self._check_fits([steering])
+            self.lm.check(steering)
         except (TrimtabError, ValueError, ArithmeticError) as error:
             return {"left_out": f"it couldn't be learned: {error}"}
         except Exception as error:
             if recipe.distribution == "trimtab":
                 raise
             return {"left_out": f"it couldn't be learned: {type(error).__name__}: {error} ({recipe.distribution})"}
+        try:
+            self._check_fits([steering])
+        except TrimtabError as error:
+            return {"left_out": str(error)}
         found = self._dosed(steering, None, {})
         found["edits"] = len(steering.edits)
         found["digest"] = steering_digest(steering)
@@ -194,11 +198,11 @@ class _Running:
     # ---- parts -------------------------------------------------------------------------------------------
 
     def _check_fits(self, steerings: Sequence[Steering], *features: str) -> None:
-        """Raises `TrimtabError` where the model, or what answers, can't be steered so."""
-        for lm in {id(lm): lm for lm in (self.lm, self.answering)}.values():
-            lm.require(*features)
+        """Raises `TrimtabError` where another engine answers, and can't be steered so."""
+        if self.answering is not self.lm:
+            self.answering.require(*features)
             for steering in steerings:
-                lm.check(steering)
+                self.answering.check(steering)
 
     def _measure(self, arm: str, runs: Sequence[Any], options: Mapping[str, Any] | None = None) -> list[Measured]:
         count = len(self.task.items)

@@ -70,8 +70,8 @@ def inspect(
     os.environ.setdefault("INSPECT_LOG_LEVEL", "warning")
     from trimtab.evaluate.inspect_run import run_task
 
-    options = {"engine": loader.engine, "dtype": loader.dtype, "device": loader.device, "revision": loader.revision}
-    options |= {"layers": loader.layers_path, "replicas": loader.replicas}
+    options: dict[str, Any] = {"engine": loader.engine, "dtype": loader.dtype, "device": loader.device}
+    options |= {"revision": loader.revision, "layers": loader.layers_path, "replicas": loader.replicas}
     if loader.template:
         raise TrimtabError("--template isn't passed on to Inspect's models; leave it out")
     document: dict[str, Any] = {"evaluation": "inspect", "task": task, "model": loader.model or "default", "arms": {}}

@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from logging import ERROR, getLogger
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -161,7 +161,7 @@ def load_model(
     else:
         check_device(device)
     silence(quiet)
-    where: dict[str, str | int | None] = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
     where |= {} if adapter is None else {"adapter": adapter}
     where |= {} if replicas is None else {"replicas": replicas}
     return LM.load(name, engine=engine, template=keywords or None, **where)
