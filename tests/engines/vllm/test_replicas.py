@@ -153,6 +153,11 @@ class TestReplicas:
         assert cluster.started == 2
 
     def test_an_interrupt_ends_the_engines(self, numbers: list[tuple[int]]) -> None:
+        """While it waits, and while somebody hears of what came."""
+
+        def interrupt(_number: int) -> None:
+            raise KeyboardInterrupt
+
         cluster = Shaky(squares)
         engines = Replicas(cluster, 2)
         dealt = engines.deal("square", numbers)
@@ -160,6 +165,9 @@ class TestReplicas:
         cluster.interrupt = True
         with pytest.raises(KeyboardInterrupt):
             list(dealt)
+        assert not cluster.running
+        with pytest.raises(KeyboardInterrupt):
+            list(engines.deal("square", numbers, interrupt))
         assert not cluster.running
         assert list(engines.deal("square", numbers)) == [n**2 for n in range(30)]  # on new ones
 

@@ -167,40 +167,50 @@ class Replicas:
             engine = self.cluster.start()
             self._starting[self.cluster.ask(engine, "hello", ())] = engine
 
+    # An interrupt may come between any two lines below, so an engine is on its new list before it leaves the old one.
+
     def _hand_out(self, deal: Deal) -> None:
         while self._idle and deal.waiting and deal.waiting[0] < deal.following + AHEAD * self.count:
-            engine, number = self._idle.pop(0), deal.waiting.popleft()
+            engine, number = self._idle[0], deal.waiting.popleft()
             self._busy[self.cluster.ask(engine, deal.method, deal.portions[number])] = engine, deal, number
+            del self._idle[0]
 
     def _hear(self) -> None:
         """Wait for an answer, and take it to whom it is for. Its engine is idle then; or it is gone."""
         answer = self.cluster.wait([*self._busy, *self._starting])
         if answer in self._starting:
-            engine = self._starting.pop(answer)
-            try:
-                self.check(self.cluster.take(answer))
-            except LostEngine as error:
-                self._failed += 1
-                self._gone(engine, error)
-            except TrimtabError:
-                self.cluster.stop(engine)
-                raise
-            else:
-                self._failed = 0
-                self._idle.append(engine)
+            self._hear_hello(answer)
             return
-        engine, deal, number = self._busy.pop(answer)
+        engine, deal, number = self._busy[answer]
         try:
             value = self.cluster.take(answer)
         except LostEngine as error:
             self._gone(engine, error)
+            del self._busy[answer]
             deal.lose(number, str(error))
             return
         except TrimtabError as error:
             deal.refused = error
-        else:
-            deal.answer(number, value)
         self._idle.append(engine)
+        del self._busy[answer]
+        if deal.refused is None:
+            deal.answer(number, value)
+
+    def _hear_hello(self, answer: Answer) -> None:
+        engine = self._starting[answer]
+        try:
+            self.check(self.cluster.take(answer))
+        except LostEngine as error:
+            self._failed += 1
+            self._gone(engine, error)
+        except TrimtabError:
+            self.cluster.stop(engine)
+            del self._starting[answer]
+            raise
+        else:
+            self._failed = 0
+            self._idle.append(engine)
+        del self._starting[answer]
 
     def _gone(self, engine: Any, error: LostEngine) -> None:
         self.lost += 1
