@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,7 +33,6 @@ from trimtab import (
     UntestedVersionWarning,
     save,
 )
-from trimtab.engines.answer import Applied, Generation
 from trimtab.engines.vllm import emphasized, operator
 from trimtab.engines.vllm.attach import Place, attach
 from trimtab.engines.vllm.bank import Bank, Slots
@@ -44,7 +42,6 @@ from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.endpoint import Endpoint
 from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, send, tidy
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.on_ray import Answers, RayEngines, answer_from
 from trimtab.engines.vllm.patched import patch_engines
 from trimtab.engines.vllm.program import compile_program, next_border, runs
 from trimtab.engines.vllm.requests import patch_request
@@ -1083,66 +1080,6 @@ class TestWorkers:
             (reason,) = unlike(SimpleNamespace(execute_model=0, get_model=0, **{own: 0}))
             assert "its model runner types.SimpleNamespace is neither vLLM's first nor its second" in reason
         assert unlike(SimpleNamespace(**listened))
-
-
-class TestOnRay:
-    """What goes to Ray's workers and comes back, without Ray."""
-
-    @pytest.fixture
-    def loads(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        """What an engine is loaded with, and asked for; it answers each prompt with itself."""
-        seen: dict[str, Any] = {}
-
-        def generate(prompts: list[Any], given: Steering | None, **options: Any) -> list[Generation]:
-            seen["asked"] = (given, options)
-            if options.get("max_new_tokens") == 0:
-                raise TrimtabError("max_new_tokens is a whole number from 1")
-            applied = Applied(("1 * add @ residual[1] all",), ())
-            return [Generation(str(p), (1, 2), "stop", 3, applied, (-0.1, -0.25)) for p in prompts]
-
-        def load(name: str | None, **options: Any) -> Any:
-            seen["loaded"] = (name, options)
-            if name == "none":
-                raise TrimtabError("vLLM can't load the model 'none'")
-            return SimpleNamespace(generate=generate)
-
-        monkeypatch.setattr("trimtab.engines.vllm.lm.VllmLM.load", load)
-        return seen
-
-    def test_answers_come_back_as_they_were(self, loads: dict[str, Any]) -> None:
-        shout = steering((1, Add(direction(1)), RULES[0]))
-        worker = Answers("m", {"dtype": "float32"}, steering_to_bytes(shout), {"max_new_tokens": 7})
-        batch = {"number": [4, 9], "prompt": [json.dumps(p) for p in ("hi", [{"role": "user", "content": "ho"}])]}
-        made = worker(batch)
-        assert made["number"] == [4, 9]
-        assert loads == {"loaded": ("m", {"dtype": "float32"}), "asked": (shout, {"max_new_tokens": 7})}
-        answers = [answer_from(text) for text in made["answer"]]
-        assert answers[0] == Generation(
-            "hi", (1, 2), "stop", 3, Applied(("1 * add @ residual[1] all",), ()), (-0.1, -0.25)
-        )
-        assert answers[1].text == "[{'role': 'user', 'content': 'ho'}]"
-
-    @pytest.mark.parametrize(("name", "tokens", "why"), [("none", 7, "can't load"), ("m", 0, "a whole number from 1")])
-    def test_what_a_worker_refuses_is_raised_here(
-        self, loads: dict[str, Any], name: str, tokens: int, why: str
-    ) -> None:
-        made = Answers(name, {}, None, {"max_new_tokens": tokens})({"number": [0], "prompt": ['"hi"']})
-        with pytest.raises(TrimtabError, match=why):
-            answer_from(made["answer"][0])
-
-    def test_what_is_refused_before_a_worker_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trimtab.engines.vllm.versions.vllm_version", lambda: "0.32.0")
-        monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: name)
-        with pytest.raises(TrimtabError, match="whole number from 1 up, got 0"):
-            RayEngines(None, 0)
-        with pytest.raises(UnsupportedError, match="tensor_parallel_size can't be given"):
-            RayEngines(None, 2, {"tensor_parallel_size": 2})
-        with pytest.raises(TrimtabError, match="has 2 CPUs, one for each engine, and 3 engines are asked for"):
-            RayEngines(None, 3).check_room({"CPU": 2.0})
-        assert RayEngines(None, 3).check_room({"CPU": 1.0, "GPU": 8.0}) == 1
-        monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: None)
-        with pytest.raises(TrimtabError, match="needs Ray"):
-            RayEngines(None, 2)
 
 
 @pytest.mark.skipif(not has_vllm(), reason="vLLM isn't installed here")
