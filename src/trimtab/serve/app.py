@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
@@ -161,9 +162,13 @@ def _document(app: FastAPI) -> None:
 
 
 def _docs(app: FastAPI) -> None:
+    @lru_cache(maxsize=1)
+    def shown() -> str:
+        return reference.page(app.openapi())
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(reference.page(app.openapi()), headers=reference.HEADERS)
+        return HTMLResponse(shown(), headers=reference.HEADERS)
 
 
 def _errors(app: FastAPI) -> None:

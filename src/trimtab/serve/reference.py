@@ -27,11 +27,12 @@ BOUNDS = {
     "maxItems": "at most {} items",
 }  # fmt: skip
 STYLE = (
-    ":root{color-scheme:light dark}body{font:1rem/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;"
-    "padding:0 1rem}code,pre{font-family:ui-monospace,monospace;font-size:.9em}h2{margin-top:2.5rem}"
-    "h3{margin:2rem 0 .3rem}table{border-collapse:collapse;width:100%}td,th{text-align:left;vertical-align:top;"
-    "padding:.3rem .8rem .3rem 0;border-bottom:1px solid #8885}th{font-weight:600}.tt-wide{overflow-x:auto}"
-    "nav li{margin:.15rem 0}"
+    ":root{color-scheme:light dark;background:Canvas;color:CanvasText}"
+    "body{font:1rem/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "code{font-family:ui-monospace,monospace;font-size:.9em;overflow-wrap:anywhere}a{color:inherit}"
+    "h2{margin-top:2.5rem}h3{margin:2rem 0 .3rem}nav li{margin:.15rem 0}table{border-collapse:collapse;width:100%}"
+    "td,th{text-align:left;vertical-align:top;padding:.3rem .8rem .3rem 0;border-bottom:1px solid #8885}"
+    "td{overflow-wrap:anywhere}th{font-weight:600}"
 )
 HEADERS = {
     "content-security-policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
