@@ -30,8 +30,8 @@ class SteeringChoice(In):
         min_length=1,
         max_length=500,
         examples=["answer"],
-        description="Act at these tokens instead, as --positions has them. Without it, where there are tools: at those"
-        " that the steering was made for, but for what is generated in calls.",
+        description="Act at these tokens instead, as --positions has them. Without it: at those that the"
+        " steering was made for, but not in tool calls, nor in an answer by `response_format`.",
     )
 
 
