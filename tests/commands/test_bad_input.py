@@ -113,6 +113,8 @@ def test_what_generating_is_asked_for(refused, no_model, steering, tmp_path):
     refused(ask("--temperature", "1"), "--temperature", "--sample")
     refused(ask("--sample", "--temperature", "0"), "--temperature", "above 0")
     refused(ask("--max-new-tokens", "0"), "--max-new-tokens", "trimtab generate --help")
+    refused(ask("--max-tokens", "0"), "--max-tokens", "trimtab generate --help")  # as chat and serve call it
+    refused(["chat", "--max-new-tokens", "0"], "--max-new-tokens", "trimtab chat --help")
     refused(["generat"], "generat")
 
 

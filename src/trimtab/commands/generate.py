@@ -189,7 +189,10 @@ def generate(
         bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, rich_help_panel=DECODING, help="Maximum tokens per answer.")
+        int,
+        typer.Option(
+            "--max-new-tokens", "--max-tokens", min=1, rich_help_panel=DECODING, help="Maximum tokens per answer."
+        ),
     ] = 128,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=DECODING, help="Prompts at a time.")] = 32,
     sample: Annotated[
