@@ -340,3 +340,10 @@ def test_the_public_names():
     assert set(trimtab.__all__) == set(trimtab._PUBLIC) <= set(dir(trimtab))
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = trimtab.nothing_of_the_kind
+
+
+def test_a_harness_that_isnt_installed(refused, monkeypatch):
+    for name in ("lm_eval", "lm_eval.api.registry", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "trimtab.evaluate.harness", raising=False)
+    refused(["eval", "lm-eval", "--tasks", "hellaswag"], "pip install 'trimtab[lm-eval]'")

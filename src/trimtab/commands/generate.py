@@ -355,14 +355,16 @@ def generate(
     if traced:
         steps = [step for one in traced for step in one.steps]
         opened, changed = sum(s.open for s in steps), sum(s.replaced is not None for s in steps)
-        note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} were changed", quiet=False)
+        were = "was" if changed == 1 else "were"
+        note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} {were} changed", quiet=False)
         if trace:
             note(
-                "green: steered; yellow: a weaker rung; red: every rung was rejected; underlined: changed", quiet=False
+                "green: steered; yellow: more weakly; red: implausible, so not steered; underlined: changed",
+                quiet=False,
             )
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
-        named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
+        named = "; ".join(edits) if len(edits) <= 2 else f"{len(edits)} edits, such as {edits[0]}"
         measured = engine != "vllm"
         note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
     if dosed is not None:
