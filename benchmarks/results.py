@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 PAGE = HERE / "RESULTS.md"
 REPORTS = HERE / "results"
 SUMMARY = "summary"
+PROGRAM = "python -m benchmarks"
 SECTIONS = "## Results\n"
 BLOCK = re.compile(
     r"<!-- (?P<name>[\w.-]+): begin(?:, text of (?P<date>[\d-]+))? -->\n(?P<body>.*?)<!-- (?P=name): end -->", re.DOTALL
@@ -153,11 +154,11 @@ def sections(page: str) -> dict[str, str]:
 
 def summary(reports: Mapping[str, Report], anchors: Mapping[str, str]) -> str:
     """One row for each report: when, where and how it was measured, and which targets it misses."""
-    lines = [row(("table", "date", "machine", "command", "targets")), row(("---",) * 5)]
+    lines = [row(("table", "date", "machine", "targets", f"`{PROGRAM}` …")), row(("---",) * 5)]
     for name, report in reports.items():
         more = f" and {len(report.commands) - 1} more" * (len(report.commands) > 1)
-        command = f"`{report.commands[0]}`{more}"
-        lines.append(row((f"[{name}](#{anchors[name]})", report.date, shortly(report), command, _targets(report))))
+        command = f"`{report.commands[0].removeprefix(PROGRAM).strip()}`{more}"
+        lines.append(row((f"[{name}](#{anchors[name]})", report.date, shortly(report), _targets(report), command)))
     return "\n".join(lines) + "\n"
 
 
