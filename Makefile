@@ -27,6 +27,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell src docs examples benchmarks tools *.md
 	$(BIN)/python tools/prose.py
+	$(BIN)/python -m benchmarks results --check
 
 types: setup
 	$(BIN)/mypy

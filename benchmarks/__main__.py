@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +16,7 @@ from rich.console import Console
 
 from benchmarks.harness import Report
 from benchmarks.report import markdown, show
+from benchmarks.results import results
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("TRIMTAB_DATA") or ROOT.parent / "shared" / "data")
@@ -27,6 +31,7 @@ app = typer.Typer(
 )
 peaks = typer.Typer(help="The peak memory of one case, for the benchmarks' own use.")
 app.add_typer(peaks, name="peak", hidden=True)
+app.command()(results)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the results to this file as JSON.")]
 Check = Annotated[bool, typer.Option("--check", help="Exit with status 1 when a target is missed.")]
@@ -613,12 +618,17 @@ def soak(
 
 
 def finish(report: Report, json_file: Path | None, check: bool, as_markdown: bool) -> None:
-    """Write, print and check a report. Exits with status 1 when `check` and a target is missed."""
+    """Date, write, print and check a report. Exits with status 1 when `check` and a target is missed."""
+    from benchmarks.machine import commit
+
+    command = f"python -m benchmarks {shlex.join(_that_matter(sys.argv[1:]))}"
+    today = datetime.date.today().isoformat()
+    report = replace(report, date=today, commands=(command,), commit=commit())
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report.to_json(), indent=2) + "\n")
     if as_markdown:
-        print(markdown(report, _that_matter(sys.argv[1:])))
+        print(markdown(report))
     else:
         show(report, Console())
     if check and report.short:

@@ -18,7 +18,7 @@ from statistics import mean, median
 
 from benchmarks.choosing import say
 from benchmarks.distill import orthogonal_like
-from benchmarks.harness import Report, Result, Target
+from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from benchmarks.static import PROMPTS
@@ -151,9 +151,8 @@ def run(
     fluent = fluency(lm, steered, folder)
     about = {name: polarity(data / "caa" / name / "test_dataset_ab.json") for name in names}
     (folder / "tables.md").write_text(tables(parts, about, curves, known, fluent))
-    return Report(
-        "behaviours", machine(), {**versions(), "model": lm.name}, tuple(results(parts, curves, known, fluent))
-    )
+    lines = tuple(results(parts, curves, known, fluent))
+    return Report("behaviours", machine(), {**versions(), "model": lm.name}, lines, spread=BOOTSTRAP)
 
 
 # ---- data --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 
 from benchmarks.choosing import say
-from benchmarks.harness import Report, Result
+from benchmarks.harness import BOOTSTRAP, Report, Result
 from benchmarks.machine import machine, versions
 from trimtab.commands.demo import MAX_NEW_TOKENS, SETTINGS
 from trimtab.data import instruction_pairs, instructions, prompts, queries
@@ -55,4 +55,4 @@ def run(limit: int | None) -> Report:
             gain = tuned.held_out.difference
             results.append(Result(case, "held out, gain", gain.estimate, "", gain.low, gain.high))
         results.append(Result(case, "search", time.perf_counter() - started, "s"))
-    return Report("demo-settings", machine(), versions(), tuple(results))
+    return Report("demo-settings", machine(), versions(), tuple(results), spread=BOOTSTRAP)

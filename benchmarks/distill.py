@@ -16,7 +16,7 @@ from statistics import mean, median
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Report, Result, Target
+from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from trimtab.data import instruction_pairs, instructions, prompts, queries
@@ -73,7 +73,7 @@ def run(
     results: list[Result] = []
     for name in names:
         results += _instruction(lm, name, seeds, fits, folder, lora=lora, limit=limit, rank=rank)
-    return Report("distill", machine(), {**versions(), "model": lm.name}, tuple(results))
+    return Report("distill", machine(), {**versions(), "model": lm.name}, tuple(results), spread=BOOTSTRAP)
 
 
 def _instruction(

@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks.choosing import say
 from benchmarks.directer import PROMPTS, WITHOUT
-from benchmarks.harness import Report, Result
+from benchmarks.harness import BOOTSTRAP, Report, Result
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from trimtab.decoding.rejection import Rejection
@@ -211,7 +211,7 @@ def _report(
                 total = sum(r.tokens for r in mine)
                 share = sum(r.scores[score] * r.tokens for r in mine) / max(1, total)
                 results.append(Result(name, title, share, "share"))
-    return Report("emphasis", machine(), {**versions(), "model": lm.name}, tuple(results))
+    return Report("emphasis", machine(), {**versions(), "model": lm.name}, tuple(results), spread=BOOTSTRAP)
 
 
 def _interval(case: str, metric: str, found: Any) -> Result:

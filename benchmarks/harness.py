@@ -10,6 +10,11 @@ from typing import Any
 
 Run = Callable[[], float]
 
+ROUNDS = "10 % … 90 %"
+"""What the spread of a result is: percentiles over rounds."""
+BOOTSTRAP = "95 % interval"
+"""The other kind of spread: a bootstrap interval over prompts or questions."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -24,10 +29,18 @@ class Target:
     def __str__(self) -> str:
         return f"{'>=' if self.at_least else '<='} {self.bound:g}"
 
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """The target that `str` wrote, such as `>= 0.98`."""
+        sign, _, bound = text.partition(" ")
+        if sign not in (">=", "<="):
+            raise ValueError(f"a target begins with >= or <=, not {text!r}")
+        return cls(float(bound), sign == ">=")
+
 
 @dataclass(frozen=True)
 class Result:
-    """One number. `low` and `high` are the 10th and 90th percentile over rounds, where there were any."""
+    """One number. `low` and `high` are the spread that `Report.spread` names."""
 
     case: str
     metric: str
@@ -54,15 +67,37 @@ class Result:
             "holds": self.holds,
         }
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        """A result as `to_json` wrote it. It is refused if `holds` isn't what its value and target say."""
+        target = None if data["target"] is None else Target.parse(data["target"])
+        result = cls(data["case"], data["metric"], data["value"], data["unit"], data["low"], data["high"], target)
+        if result.holds is not data["holds"]:
+            raise ValueError(
+                f"{result.case}, {result.metric}: 'holds' is {data['holds']}, and the value says otherwise"
+            )
+        return result
+
 
 @dataclass(frozen=True)
 class Report:
-    """All results of one benchmark, and on what they were measured."""
+    """All results of one benchmark, and how they were measured.
+
+    `date` (ISO 8601), `commands` (as typed in a shell) and `commit` are known once a run has ended; a report that was
+    typed in from a table that was printed earlier, rounded as it was there, is `transcribed`. In a `grid`, cases are
+    the rows of the table and metrics its columns; otherwise each result has a row of its own.
+    """
 
     benchmark: str
     machine: Mapping[str, Any]
     versions: Mapping[str, str]
     results: tuple[Result, ...]
+    spread: str = ROUNDS
+    date: str = ""
+    commands: tuple[str, ...] = ()
+    commit: str = ""
+    transcribed: bool = False
+    grid: bool = False
 
     @property
     def short(self) -> tuple[Result, ...]:
@@ -72,10 +107,37 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         return {
             "benchmark": self.benchmark,
+            "date": self.date,
+            "commands": list(self.commands),
+            "commit": self.commit,
+            "transcribed": self.transcribed,
             "machine": dict(self.machine),
             "versions": dict(self.versions),
+            "spread": self.spread,
+            "grid": self.grid,
             "results": [result.to_json() for result in self.results],
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """A report as `to_json` wrote it; how it was measured may be missing.
+
+        Raises:
+            KeyError: The benchmark, the machine, the versions, or a field of a result is missing.
+            ValueError: A target can't be read, or `holds` contradicts it.
+        """
+        return cls(
+            benchmark=data["benchmark"],
+            machine=data["machine"],
+            versions=data["versions"],
+            results=tuple(Result.from_json(result) for result in data["results"]),
+            spread=data.get("spread", ROUNDS),
+            date=data.get("date", ""),
+            commands=tuple(data.get("commands", ())),
+            commit=data.get("commit", ""),
+            transcribed=data.get("transcribed", False),
+            grid=data.get("grid", False),
+        )
 
 
 def interleave(runs: Mapping[str, Run], rounds: int, *, warm_ups: int = 1, case: str = "") -> dict[str, list[float]]:

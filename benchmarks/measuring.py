@@ -12,7 +12,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks.choosing import BATCH, say
-from benchmarks.harness import Report, Result, Target
+from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from trimtab.evaluate.answers import answer
 from trimtab.evaluate.controls import means_for, random_like
@@ -116,7 +116,7 @@ def report(
         case = f"{mode} instruction: {kind} (n={count}; {how})"
         for arm in ("unsteered", "steered", "random", *(["said twice"] if mode == "with" else [])):
             results.append(Result(case, arm, mean(arms[arm][item].scores["loose"] for item in mine), ""))
-    return Report(benchmark, machine(), {**versions(), "model": lm.name}, tuple(results))
+    return Report(benchmark, machine(), {**versions(), "model": lm.name}, tuple(results), spread=BOOTSTRAP)
 
 
 def perplexities_of(lm: LM, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:

@@ -2,54 +2,130 @@
 
 from __future__ import annotations
 
-import datetime
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Report, Result
 
-COLUMNS = ("case", "metric", "median", "10 % … 90 %", "target", "holds")
-
 
 def show(report: Report, console: Console) -> None:
     """Print the report as a table."""
     table = Table(title=f"{report.benchmark} on {_machine(report)}")
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column in COLUMNS[2:4] else "left", overflow="fold")
+    for number, column in enumerate(_columns(report)):
+        table.add_column(column, justify="right" if number in (2, 3) else "left", overflow="fold")
     for result in report.results:
         style = "bold red" if result.holds is False else None
         table.add_row(*_cells(result), style=style)
     console.print(table)
 
 
-def markdown(report: Report, arguments: Sequence[str], date: datetime.date | None = None) -> str:
-    """The report as it goes into `RESULTS.md`: date, machine, versions, command, table."""
-    date = date or datetime.date.today()
-    rows = [COLUMNS, ("---", "---", "---:", "---:", "---", "---"), *(_cells(result) for result in report.results)]
+def markdown(report: Report) -> str:
+    """The report as it goes into `RESULTS.md`: date, machine, versions, commands, table."""
+    commit = f", commit {report.commit}" if report.commit else ""
+    transcribed = ", transcribed from the table that was printed then" if report.transcribed else ""
     lines = [
-        f"### `{report.benchmark}`, {date.isoformat()}",
-        "",
+        f"- Date: {report.date}{commit}{transcribed}",
         f"- Machine: {_machine(report)}",
         f"- Versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
-        f"- Command: `python -m benchmarks {shlex.join(arguments)}`",
+        *(f"- Command: `{command}`" for command in report.commands),
+        *(
+            [f"- In brackets: {report.spread}"]
+            if report.grid and any(one.low is not None for one in report.results)
+            else []
+        ),
         "",
-        *(f"| {' | '.join(row)} |" for row in rows),
+        *(_grid(report) if report.grid else _list(report)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def row(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def shortly(report: Report) -> str:
+    """The processor and the threads, without what doesn't tell machines apart."""
+    name = report.machine["cpu"].replace("(R)", "").replace(" Processor", "").partition(" @")[0]
+    threads = report.machine["threads"]
+    return f"{name}, {threads} thread{'s' * (threads != 1)}"
+
+
+def _list(report: Report) -> Iterator[str]:
+    """A row for each result, without the columns that none of them has."""
+    rows = [_columns(report), *(_cells(result) for result in report.results)]
+    kept = [column for column in range(len(rows[0])) if column < 3 or any(cells[column] for cells in rows[1:])]
+    yield row([rows[0][column] for column in kept])
+    yield row(["---:" if column in (2, 3) else "---" for column in kept])
+    for cells in rows[1:]:
+        yield row([cells[column] for column in kept])
+
+
+def _grid(report: Report) -> Iterator[str]:
+    """Cases below each other and metrics side by side; a metric `title: column` goes into the table of that title."""
+    titles = list(dict.fromkeys(result.metric.rpartition(": ")[0] for result in report.results))
+    for number, title in enumerate(titles):
+        yield from ([""] if number else [])
+        yield from ([f"{title}:", ""] if title else [])
+        yield from _part([one for one in report.results if one.metric.rpartition(": ")[0] == title])
+
+
+def _part(results: Sequence[Result]) -> Iterator[str]:
+    """One table of a grid."""
+    metrics = list(dict.fromkeys(result.metric for result in results))
+    places = {metric: _places([one for one in results if one.metric == metric]) for metric in metrics}
+    signed = {one.metric for one in results if one.value < 0 or (one.low is not None and one.low < 0)}
+    values = {(one.case, one.metric): one for one in results}
+    targets = {one.case: str(one.target) for one in results if one.target is not None}
+    yield row(["", *(metric.rpartition(": ")[2] for metric in metrics), *(["target"] if targets else [])])
+    yield row(["---", *("---:" for _ in metrics), *(["---"] if targets else [])])
+    for case in dict.fromkeys(result.case for result in results):
+        cells = [_cell(values.get((case, metric)), places[metric], metric in signed) for metric in metrics]
+        yield row([case, *cells, *([targets.get(case, "")] if targets else [])])
+
+
+def _cell(result: Result | None, places: int, signed: bool) -> str:
+    if result is None:
+        return ""
+    if 0 < abs(result.value) < 1e-3:
+        return f"{result.value:.1g}"
+    if abs(result.value) >= 10:
+        places = _places([result])
+    sign = "+" if signed else ""
+    missed = " NO" if result.holds is False else ""
+    spread = ""
+    if result.low is not None and result.high is not None:
+        spread = f" [{result.low:{sign}.{places}f}, {result.high:{sign}.{places}f}]"
+    return f"{result.value:{sign}.{places}f}{missed}{spread}"
+
+
+def _places(results: Sequence[Result]) -> int:
+    """The decimal places that the values of a column need, three at most."""
+    values = [
+        value
+        for one in results
+        for value in (one.value, one.low, one.high)
+        if value is not None and (value == 0 or abs(value) >= 1e-3)
+    ]
+    return next((places for places in range(3) if all(round(value, places) == value for value in values)), 3)
 
 
 def _machine(report: Report) -> str:
     m = report.machine
     threads = f"{m['threads']} thread{'s' * (m['threads'] != 1)}"
-    return f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {threads}, {m['system']}"
+    note = f"; {m['note']}" if m.get("note") else ""
+    return f"{m['cpu']}, {m['cores']} cores, {m['ram_gib']} GiB, {threads}, {m['system']}{note}"
+
+
+def _columns(report: Report) -> tuple[str, ...]:
+    return ("case", "metric", "value", report.spread, "target", "holds")
 
 
 def _cells(result: Result) -> tuple[str, ...]:
     spread = "" if result.low is None or result.high is None else f"{_number(result.low)} … {_number(result.high)}"
-    unit = "" if result.unit == "ratio" else f" {result.unit}"
+    unit = f" {result.unit}" if result.unit not in ("", "ratio") else ""
     return (
         result.case,
         result.metric,

@@ -17,7 +17,7 @@ from statistics import mean
 
 from benchmarks.behaviours import by_arm
 from benchmarks.choosing import say
-from benchmarks.harness import Report, Result
+from benchmarks.harness import BOOTSTRAP, Report, Result
 from benchmarks.machine import machine, versions
 from trimtab.bench.behaviours import stem
 from trimtab.evaluate.ab import ABItem, read_ab, requests_of, score_ab, spread
@@ -76,7 +76,7 @@ def run(
             arms: dict[str, Steering | None] = {UNSTEERED: None} | {f: settings[f][name] for f, name in chosen.items()}
             found = scored(lm, f"{task}-test", questions.test, arms, folder)
             results += lines(task, chosen, found)
-    return Report("sadi", machine(), {**versions(), "model": lm.name}, tuple(results))
+    return Report("sadi", machine(), {**versions(), "model": lm.name}, tuple(results), spread=BOOTSTRAP)
 
 
 def read(files: Sequence[Path], pairs: int, held_out: int, limit: int) -> Questions:

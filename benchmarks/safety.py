@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.behaviours import shown, table
 from benchmarks.choosing import say
-from benchmarks.harness import Report, Result, Target
+from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from trimtab.decoding.rejection import Rejection
@@ -141,7 +141,7 @@ def run(
         fluent = {arm: fluency(lm, parts.tests["XSTest, safe"], of) for arm, of in found["XSTest, safe"].items()}
     (folder / "tables.md").write_text(tables(found, known, gates, fluent))
     lines = results(parts, chosen, found, known, gates, fluent)
-    return Report("safety", machine(), {**versions(), "model": lm.name}, tuple(lines))
+    return Report("safety", machine(), {**versions(), "model": lm.name}, tuple(lines), spread=BOOTSTRAP)
 
 
 # ---- data --------------------------------------------------------------------------------------------------

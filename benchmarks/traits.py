@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import Report, Result, Target
+from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from trimtab.data import traits
 from trimtab.errors import TrimtabError
@@ -63,7 +63,9 @@ def run(model: str | None, names: Sequence[str] | None, folder: Path, dtype: str
     results.append(
         Result("all", f"traits at {REACHED:.0%} of the prompt or more", sum(reached) / len(rows), "", target=GOAL)
     )
-    return Report("traits", machine(), {**versions(), "model": lm.name, "dtype": dtype}, tuple(results))
+    return Report(
+        "traits", machine(), {**versions(), "model": lm.name, "dtype": dtype}, tuple(results), spread=BOOTSTRAP
+    )
 
 
 def _row(lm: LM, name: str, folder: Path, seed: int) -> Row:

@@ -18,7 +18,7 @@ from statistics import mean, median
 
 from benchmarks.choosing import BATCH, say
 from benchmarks.following_distilled import kept_or_learned
-from benchmarks.harness import Report, Result, Target
+from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
 from benchmarks.words import AT_MOST, SENTENCES, WORDS, asked
@@ -78,7 +78,7 @@ def run(
     records = answers(lm, items, steerings, mode, folder / f"{mode}-{task}-{{}}.jsonl", by, tokens)
     found = rows(lm, f"{task}, {mode} the instruction", items, records, steerings)
     about = {"dtype": dtype, "learner": learner if learner == "logit" else f"distill, {how.fit}, {how.queries} queries"}
-    return Report("words", machine(), {**versions(), "model": lm.name, **about}, found)
+    return Report("words", machine(), {**versions(), "model": lm.name, **about}, found, spread=BOOTSTRAP)
 
 
 # ---- learning ------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def test_a_target_includes_its_bound(target: Target, holds: bool) -> None:
 
 def test_json_has_the_documented_fields() -> None:
     data = json.loads(json.dumps(report().to_json()))
-    assert set(data) == {"benchmark", "machine", "versions", "results"}
+    assert set(data) == {field.name for field in fields(Report)}
+    assert Report.from_json(data) == report()
     assert {"cpu", "cores", "ram_gib", "threads"} <= set(data["machine"])
     assert {"python", "torch", "transformers", "trimtab"} <= set(data["versions"])
     assert all(set(result) == FIELDS for result in data["results"])
@@ -76,9 +78,10 @@ def test_json_has_the_documented_fields() -> None:
 
 
 def test_markdown_says_how_it_was_made() -> None:
-    text = markdown(report(0.5), ["static", "--rounds", "3"], datetime.date(2026, 1, 2))
-    assert "`static`, 2026-01-02" in text
-    assert "`python -m benchmarks static --rounds 3`" in text
+    command = "python -m benchmarks static --rounds 3"
+    text = markdown(replace(report(0.5), date="2026-01-02", commands=(command,), commit="abc1234"))
+    assert "- Date: 2026-01-02, commit abc1234" in text
+    assert f"`{command}`" in text
     assert "| a | speed | 0.5 | 0.5 … 0.5 | >= 0.98 | NO |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
@@ -94,7 +97,10 @@ def test_check_fails_on_a_missed_target(
     except typer.Exit as leaving:
         left = leaving.exit_code
     assert left == code
-    assert len(json.loads(file.read_text())["results"]) == 2
+    written = Report.from_json(json.loads(file.read_text()))
+    assert len(written.results) == 2
+    assert datetime.date.fromisoformat(written.date) <= datetime.date.today()
+    assert written.commands[0].startswith("python -m benchmarks")
     err = capsys.readouterr().err
     assert ("short: a: speed is 0.5, not >= 0.98" in err) is bool(code)
 

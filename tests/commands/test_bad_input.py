@@ -113,6 +113,8 @@ def test_what_generating_is_asked_for(refused, no_model, steering, tmp_path):
     refused(ask("--temperature", "1"), "--temperature", "--sample")
     refused(ask("--sample", "--temperature", "0"), "--temperature", "above 0")
     refused(ask("--max-new-tokens", "0"), "--max-new-tokens", "trimtab generate --help")
+    refused(ask("--max-tokens", "0"), "--max-tokens", "trimtab generate --help")  # as chat and serve call it
+    refused(["chat", "--max-new-tokens", "0"], "--max-new-tokens", "trimtab chat --help")
     refused(["generat"], "generat")
 
 
@@ -338,3 +340,10 @@ def test_the_public_names():
     assert set(trimtab.__all__) == set(trimtab._PUBLIC) <= set(dir(trimtab))
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = trimtab.nothing_of_the_kind
+
+
+def test_a_harness_that_isnt_installed(refused, monkeypatch):
+    for name in ("lm_eval", "lm_eval.api.registry", "lm_eval.models.huggingface"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "trimtab.evaluate.harness", raising=False)
+    refused(["eval", "lm-eval", "--tasks", "hellaswag"], "pip install 'trimtab[lm-eval]'")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def test_from_files_to_a_steering(tmp_path: Path, trimtab: Any, model: Path) -> 
     harmful, harmless = files(tmp_path)
     out = tmp_path / "safety.safetensors"
     common = ["learn", "safety", "--texts", harmful, "--harmless", harmless, "--out", out, "--model", model]
+    told = trimtab(*common, "--layers", "1,2", "--requests", "2").out
     document = trimtab(*common, "--layers", "1,2", "--requests", "2", "--json").json
     assert (document["method"], document["options"]["direction"]) == ("safety", "answers")
     steering = load(out)
@@ -30,6 +32,8 @@ def test_from_files_to_a_steering(tmp_path: Path, trimtab: Any, model: Path) -> 
     assert steering.card.options["gate"] == "inferaligner"
     chosen = steering.card.measured["condition"]["chosen"]
     assert {"threshold", "hits", "false_alarms"} == set(chosen)
+    counts = rf"{chosen['hits']:.0%} of {len(HARMFUL)} .* {chosen['false_alarms']:.0%} of {len(HARMLESS)} others"
+    assert re.search(counts, " ".join(told.split()))
     asked = ["generate", "--model", model, "--steer", out, "--prompt", HARMFUL[0], "--max-new-tokens", "3", "--json"]
     assert trimtab(*asked).code == 0
 

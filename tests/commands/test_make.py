@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trimtab import load
-from trimtab.commands.make import NOTHING_HOLDS
+from trimtab.commands.make import NOTHING_HOLDS, stages
 
 QUESTIONS = [f"What is the number {i}?" for i in range(24)]
 
@@ -147,3 +147,16 @@ def test_a_pirate_on_the_default_model(trimtab: Any, tmp_path: Path) -> None:
     assert verdict["interval"][0] > max(verdict["random"])
     assert verdict["signs"][2] > verdict["signs"][0]
     assert load(out).card.measured["holds"] is True
+
+
+def test_without_a_terminal_a_stage_is_said_when_it_begins_and_at_each_quarter(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stage = stages(None, quiet=False)
+    stage("answering", 0, 1)
+    for done in range(9):
+        stage("answering", done, 8)
+    stage("learning", 0, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        *("answering …", "answering: 2 of 8", "answering: 4 of 8", "answering: 6 of 8", "learning …")
+    ]

@@ -33,9 +33,14 @@ def test_it_is_the_strength_of_a_mild_dose_over_all_layers():
 
 
 def test_what_was_found_with_its_strength_keeps_it():
-    for one in (planted(9.0, method="distill"), planted(9.0, tuning={"chosen": {}})):
+    for one in (planted(9.0, method="distill"), planted(9.0, tuning={"chosen": {}}), planted(9.0, method="word-logit")):
         assert suggested_strength(one) == 1
         assert named_with_strength(FILE, one) == "s.safetensors"
+
+
+@pytest.mark.parametrize(("length", "strength"), [(2.1, 1), (1.9, 1), (1.5, 1.3), (2.5, 0.8)])
+def test_what_is_nearly_1_is_called_1(length, strength):
+    assert suggested_strength(planted(length)) == strength
 
 
 def test_what_isnt_known_isnt_said():

@@ -103,7 +103,8 @@ def bake(
         write_json({**asdict(baked), "folder": str(baked.folder), "edits": [str(edit) for edit in steering.edits]})
         return
     what = f"{baked.changed} tensors changed" + (f", {baked.biases} biases added" if baked.biases else "")
-    show(f"wrote {out}: {baked.model} with {len(steering.edits)} edits in its weights ({what})", *baked.notes)
+    edits = f"{len(steering.edits)} edit{'s' * (len(steering.edits) != 1)}"
+    show(f"wrote {out}: {baked.model} with {edits} in its weights ({what})", *baked.notes)
     if baked.checked is not None:
         show(
             f"checked: its logits differ from the steered model's by {baked.checked.difference:.2g} of their length;"

@@ -66,7 +66,10 @@ def chat(
         bool, typer.Option("--transfer", help="Allow steerings learned on another model of the same width.")
     ] = False,
     max_tokens: Annotated[
-        int, typer.Option(min=1, rich_help_panel=DECODING, help="Maximum tokens per answer.")
+        int,
+        typer.Option(
+            "--max-tokens", "--max-new-tokens", min=1, rich_help_panel=DECODING, help="Maximum tokens per answer."
+        ),
     ] = MAX_TOKENS,
     temperature: Annotated[
         float | None,

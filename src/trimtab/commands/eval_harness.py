@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import typer
 
@@ -30,9 +31,8 @@ def lm_eval(context: typer.Context) -> None:
     steering from the last prompt token on acts on the answer. Don't share --use_cache
     between steerings; the harness keys it by requests only.
     """
+    import_module("trimtab.evaluate.harness")  # it registers the model class, or says that the harness isn't installed
     from lm_eval.__main__ import cli_evaluate
-
-    import trimtab.evaluate.harness  # noqa: F401 (it registers the model class)
 
     given = list(context.args)
     commands = ("run", "ls", "validate")

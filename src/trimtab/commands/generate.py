@@ -187,7 +187,10 @@ def generate(
         bool, typer.Option("--transfer", help="Allow a steering learned on another model of the same width.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, rich_help_panel=DECODING, help="Maximum tokens per answer.")
+        int,
+        typer.Option(
+            "--max-new-tokens", "--max-tokens", min=1, rich_help_panel=DECODING, help="Maximum tokens per answer."
+        ),
     ] = 128,
     batch_size: Annotated[int, typer.Option(min=1, rich_help_panel=DECODING, help="Prompts at a time.")] = 32,
     sample: Annotated[
@@ -332,14 +335,16 @@ def generate(
     if traced:
         steps = [step for one in traced for step in one.steps]
         opened, changed = sum(s.open for s in steps), sum(s.replaced is not None for s in steps)
-        note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} were changed", quiet=False)
+        were = "was" if changed == 1 else "were"
+        note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} {were} changed", quiet=False)
         if trace:
             note(
-                "green: steered; yellow: a weaker rung; red: every rung was rejected; underlined: changed", quiet=False
+                "green: steered; yellow: more weakly; red: implausible, so not steered; underlined: changed",
+                quiet=False,
             )
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
-        named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
+        named = "; ".join(edits) if len(edits) <= 2 else f"{len(edits)} edits, such as {edits[0]}"
         measured = loader.engine != "vllm"
         note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
     if dosed is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -170,9 +170,19 @@ def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
         return
     count = len(data[0]) if data else 0
     title = f"{recipe.name} on {lm.name}" + (f", from {count} {recipe.takes}" if count else "")
-    show(title, _table(learned), f"saved {out}", *next_steps(program, out))
+    show(title, _table(learned), *_opening(learned), f"saved {out}", *next_steps(program, out))
     shown = named_with_strength(out, learned)
     note(f'try: trimtab generate {loader.named}--steer {shown} --prompt "…" --compare', quiet=False)
+
+
+def _opening(learned: Steering) -> list[str]:
+    """How often a learned gate is open, on the prompts that its threshold was chosen by."""
+    condition = learned.card.measured.get("condition")
+    if not isinstance(condition, Mapping) or "chosen" not in condition:
+        return []
+    chosen, meant, others = condition["chosen"], condition["meant"], condition["others"]
+    right, wrong = f"{chosen['hits']:.0%} of {meant}", f"{chosen['false_alarms']:.0%} of {others}"
+    return [f"its gate is open on {right} prompts that it is for, and on {wrong} others"]
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:

@@ -274,15 +274,19 @@ def source_of(idea: Idea) -> str:
 
 
 def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[str, int, int], None]:
-    """The bar; or, without a terminal, a line when something else begins."""
-    begun: list[str] = []
+    """The bar; or, without a terminal, a line when something begins and at each quarter of it."""
+    reached: dict[str, int] = {}
 
     def stage(what: str, done: int, total: int) -> None:
+        quarter = 4 * done // max(total, 1)
         if progress is not None:
             progress(done, total, label=what)
-        elif what not in begun:
-            begun.append(what)
+        elif what not in reached:
+            reached[what] = quarter
             note(f"{what} …", quiet=quiet)
+        elif reached[what] < quarter < 4:
+            reached[what] = quarter
+            note(f"{what}: {done} of {total}", quiet=quiet)
 
     return stage
 

@@ -441,7 +441,7 @@ def _greet(address: str, library: Library, rules: Policy, *, own: bool) -> None:
     show(f"serving {library.lm.name} at {address}")
     names = library.names
     listed = f"{', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
-    come = "" if own or not names else " (they come with trimtab; --steerings names a folder of your own)"
+    come = "" if own or not names else " (included with trimtab; --steerings names a folder of your own)"
     note(f"steerings: {listed or 'none; --steerings names a folder of them'}{come}", quiet=False)
     if rules.always:
         note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)

@@ -12,6 +12,12 @@ MILD = 0.2
 """An overall dose at which text steered along a learned difference stays whole (benchmarks/RESULTS.md, `doses`)."""
 
 
+NEAR = 0.1
+"""A strength this near to 1 is called 1: the dose is a rule of thumb, and `FILE:0.98` only looks precise."""
+IN_NATS = "word-logit"
+"""The method whose strength 1 is a push in nats, chosen by measuring; its edits act one at a time."""
+
+
 def suggested_strength(steering: Steering) -> float | None:
     """What to multiply a steering by, to begin with.
 
@@ -33,12 +39,14 @@ def suggested_strength(steering: Steering) -> float | None:
     shares = [push.share for push in pushes(steering)]
     if not all(share is not None and 0 < share < math.inf for share in shares):
         return None
-    return float(f"{MILD / math.sqrt(sum(share * share for share in shares if share is not None)):.2g}")
+    strength = MILD / math.sqrt(sum(share * share for share in shares if share is not None))
+    return 1.0 if abs(strength - 1) <= NEAR else float(f"{strength:.2g}")
 
 
 def has_its_strength(steering: Steering) -> bool:
-    """Whether its strength was found with it, by training or by `tune`."""
-    return steering.card.trained or "tuning" in steering.card.measured
+    """Whether its strength was found with it: by training, by `tune`, or by choosing a push in nats."""
+    card = steering.card
+    return card.trained or card.method == IN_NATS or "tuning" in card.measured
 
 
 def named_with_strength(path: Path, steering: Steering) -> str:

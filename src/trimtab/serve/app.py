@@ -280,7 +280,7 @@ def _completions(app: FastAPI, service: Service) -> None:
     )
     async def model(model: str) -> ModelTold:
         if model not in (service.lm.name, "trimtab"):
-            raise Refusal(404, f"this server has the model {service.lm.name}", code="model_not_found")
+            raise Refusal(404, service.its_model(), code="model_not_found")
         return _model(service)
 
 

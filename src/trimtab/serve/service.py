@@ -170,13 +170,17 @@ class Service:
 
     # ---- tasks ---------------------------------------------------------------------------------------------
 
+    def its_model(self) -> str:
+        """What to say to a request for another model."""
+        return f"this server has the model {self.lm.name}, which requests may also call {ALIAS}"
+
     def prepare(self, key: Key, asked: ChatRequest | CompletionRequest) -> Prepared:
         """The tasks of a request, to be given where to deliver. Raises `Refusal` for all that can't run.
 
         May take a while: call it in a thread.
         """
         if asked.model not in (self.lm.name, ALIAS):
-            raise Refusal(404, f"this server has the model {self.lm.name}", param="model", code="model_not_found")
+            raise Refusal(404, self.its_model(), param="model", code="model_not_found")
         chat = isinstance(asked, ChatRequest)
         count = asked.n or 1
         template = _template(asked)

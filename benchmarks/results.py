@@ -1,0 +1,173 @@
+"""`RESULTS.md` from the JSON reports in `benchmarks/results/`: their tables, and the summary at the top.
+
+A table stands between `<!-- NAME: begin, text of DATE -->` and `<!-- NAME: end -->`, where NAME is the file's. DATE is
+that of the run which the text around the table was written for. Once the table is of a later run, it says so itself,
+until somebody has read the text again and has changed the date.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.harness import Report
+from benchmarks.report import markdown, row, shortly
+
+HERE = Path(__file__).parent
+PAGE = HERE / "RESULTS.md"
+REPORTS = HERE / "results"
+SUMMARY = "summary"
+PROGRAM = "python -m benchmarks"
+SECTIONS = "## Results\n"
+BLOCK = re.compile(
+    r"<!-- (?P<name>[\w.-]+): begin(?:, text of (?P<date>[\d-]+))? -->\n(?P<body>.*?)<!-- (?P=name): end -->", re.DOTALL
+)
+MISSES = 2
+"""How many missed targets of a report the summary names."""
+
+
+def results(
+    add: Annotated[
+        list[Path] | None, typer.Option("--add", help="Take this report, as --json wrote it; repeatable.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="With --add: what to call it, if not as its benchmark.")] = None,
+    date: Annotated[str | None, typer.Option(help="With --add: when it ran, if the report doesn't say.")] = None,
+    command: Annotated[
+        list[str] | None, typer.Option(help="With --add: how it ran, if the report doesn't say; repeatable.")
+    ] = None,
+    note: Annotated[str | None, typer.Option(help="With --add: what else ran on the machine.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit with 1 if RESULTS.md isn't that.")
+    ] = False,
+) -> None:
+    """Write the tables of RESULTS.md from the reports in benchmarks/results, and take new ones."""
+    if add and (check or (name is not None and len(add) > 1)):
+        raise typer.BadParameter("--check takes no reports, and --name one", param_hint="--add")
+    before = PAGE.read_text(encoding="utf-8")
+    page = before
+    try:
+        for file in add or ():
+            report = dated(read(file), file, date, command or [], note)
+            called = name or report.benchmark
+            (REPORTS / f"{called}.json").write_text(written(report), encoding="utf-8")
+            page = with_section(page, called, report)
+        page = rendered(page, {file.stem: read(file) for file in sorted(REPORTS.glob("*.json"))})
+    except ValueError as wrong:
+        print(f"error: {wrong}", file=sys.stderr)
+        raise typer.Exit(1) from wrong
+    if check:
+        changes = list(difflib.unified_diff(before.splitlines(), page.splitlines(), "RESULTS.md", "the reports", n=0))
+        if changes:
+            print("\n".join(changes[:40]), file=sys.stderr)
+            print("RESULTS.md isn't what the reports give: run python -m benchmarks results", file=sys.stderr)
+            raise typer.Exit(1)
+        return
+    PAGE.write_text(page, encoding="utf-8")
+    for stale in (match["name"] for match in BLOCK.finditer(page) if "*The text of this section" in match["body"]):
+        print(f"{stale}: read the section's text again, then change the date in its begin marker")
+
+
+def read(file: Path) -> Report:
+    """A report from a file; whatever is wrong with it is a `ValueError` that names the file."""
+    try:
+        return Report.from_json(json.loads(file.read_text(encoding="utf-8")))
+    except OSError as wrong:
+        raise ValueError(f"{file} can't be read: {wrong.strerror}") from wrong
+    except KeyError as wrong:
+        raise ValueError(f"{file} has no {wrong}; write it with --json of a benchmark") from wrong
+    except (TypeError, AttributeError, ValueError) as wrong:
+        raise ValueError(f"{file} isn't the report of a benchmark: {wrong}") from wrong
+
+
+def written(report: Report) -> str:
+    """The report as its file: one result per line, so that a changed figure is a changed line."""
+    data = report.to_json()
+    lines = ",\n".join(f"    {json.dumps(result, ensure_ascii=False)}" for result in data.pop("results"))
+    head = json.dumps(data, ensure_ascii=False, indent=2).removesuffix("\n}")
+    return f'{head},\n  "results": [\n{lines}\n  ]\n}}\n'
+
+
+def dated(report: Report, file: Path, date: str | None, commands: list[str], note: str | None) -> Report:
+    """The report with its date, commands and note; it is an error if it has none and none is given."""
+    machine = {**report.machine, "note": note} if note else report.machine
+    report = replace(
+        report, date=report.date or date or "", commands=report.commands or tuple(commands), machine=machine
+    )
+    if not report.date or not report.commands:
+        raise ValueError(f"{file} doesn't say when or how it was measured: give --date 2026-12-31 and --command '…'")
+    return report
+
+
+def with_section(page: str, name: str, report: Report) -> str:
+    """The page with a place for this report: a section at the top of the results, unless there is one."""
+    if any(match["name"] == name for match in BLOCK.finditer(page)):
+        return page
+    section = f"\n### `{name}`\n\n<!-- {name}: begin, text of {report.date} -->\n<!-- {name}: end -->\n"
+    if SECTIONS not in page:
+        raise ValueError(f"RESULTS.md has no line {SECTIONS.strip()!r} to put the section of {name} after")
+    return page.replace(SECTIONS, SECTIONS + section, 1)
+
+
+def rendered(page: str, reports: Mapping[str, Report]) -> str:
+    """The page with every table written from its report.
+
+    Raises:
+        ValueError: A report has no place on the page, or a place no report.
+    """
+    places = [match["name"] for match in BLOCK.finditer(page)]
+    if twice := sorted({name for name in places if places.count(name) > 1}):
+        raise ValueError(f"RESULTS.md has two places for {', '.join(twice)}: remove one")
+    if homeless := sorted({*reports, SUMMARY} - set(places)):
+        raise ValueError(f"RESULTS.md has no place for {homeless[0]}: add <!-- {homeless[0]}: begin --> and its end")
+    if empty := sorted(set(places) - {*reports, SUMMARY}):
+        raise ValueError(f"there is no benchmarks/results/{empty[0]}.json for the table {empty[0]} of RESULTS.md")
+
+    def block(match: re.Match[str]) -> str:
+        name, date = match["name"], match["date"]
+        begin = match[0].partition("\n")[0]
+        if name == SUMMARY:
+            body = summary({place: reports[place] for place in places if place != SUMMARY}, sections(page))
+        else:
+            stale = f"*The text of this section was written for the run of {date}.*\n\n"
+            body = (stale if date and reports[name].date > date else "") + markdown(reports[name])
+        return f"{begin}\n\n{body}\n<!-- {name}: end -->"  # a blank line, so that Markdown sees a list or a table
+
+    return BLOCK.sub(block, page)
+
+
+def sections(page: str) -> dict[str, str]:
+    """The anchor of the section in which each table stands."""
+    anchors = {}
+    for match in BLOCK.finditer(page):
+        heading = page[: match.start()].rpartition("\n### ")[2].partition("\n")[0]
+        anchors[match["name"]] = re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-")
+    return anchors
+
+
+def summary(reports: Mapping[str, Report], anchors: Mapping[str, str]) -> str:
+    """One row for each report: when, where and how it was measured, and which targets it misses."""
+    lines = [row(("table", "date", "machine", "targets", f"`{PROGRAM}` …")), row(("---",) * 5)]
+    for name, report in reports.items():
+        more = f" and {len(report.commands) - 1} more" * (len(report.commands) > 1)
+        command = f"`{report.commands[0].removeprefix(PROGRAM).strip()}`{more}"
+        lines.append(row((f"[{name}](#{anchors[name]})", report.date, shortly(report), _targets(report), command)))
+    return "\n".join(lines) + "\n"
+
+
+def _targets(report: Report) -> str:
+    aimed = sum(result.target is not None for result in report.results)
+    if not aimed:
+        return "none set"
+    if not report.short:
+        return f"{aimed} of {aimed} hold"
+    named = "; ".join(f"{one.case}: {one.metric} {one.value:.4g}, not {one.target}" for one in report.short[:MISSES])
+    more = f"; and {len(report.short) - MISSES} more" * (len(report.short) > MISSES)
+    return f"{aimed - len(report.short)} of {aimed} hold; misses {named}{more}"
