@@ -148,8 +148,8 @@ def on_topic(query: str, answer: str) -> bool:
     The first five letters count, so that `planting` finds `plants`. It tells an answer that has the form and
     speaks of something else; it can't tell whether what is said is right.
     """
-    asked = {word.lower()[:5] for word in WORD.findall(query) if len(word) > 3 and word.lower() not in PLAIN_WORDS}
-    return any(word.lower()[:5] in asked for word in WORD.findall(answer))
+    stems = {word.lower()[:5] for word in WORD.findall(query) if len(word) > 3 and word.lower() not in PLAIN_WORDS}
+    return any(word.lower()[:5] in stems for word in WORD.findall(answer))
 
 
 def _refuse(name: str) -> Any:
@@ -192,12 +192,12 @@ def _endings(text: str, quoted: bool, escaped: bool) -> list[str]:
             text += "n"
         return [text + '"', text + '":0']
     bare = text.rstrip()
-    found = [bare, bare + ":0", bare + "0", bare + '"":0']
+    endings = [bare, bare + ":0", bare + "0", bare + '"":0']
     if bare.endswith(","):
-        found += [bare[:-1]]
+        endings += [bare[:-1]]
     if word := re.search(r"[a-z]+$", bare):
-        found += [bare[: word.start()] + literal for literal in LITERALS if literal.startswith(word[0])]
-    return found
+        endings += [bare[: word.start()] + literal for literal in LITERALS if literal.startswith(word[0])]
+    return endings
 
 
 def _loads(text: str) -> bool:

@@ -61,7 +61,7 @@ class Divergence:
 
     @property
     def _all(self) -> list[float]:
-        return [one for row in self.nats for one in row]
+        return [value for row in self.nats for value in row]
 
 
 @dataclass(frozen=True)
@@ -139,10 +139,10 @@ def divergence(
     Raises:
         TrimtabError: A steering that doesn't fit, no prompts, not as many steerings as prompts, or another engine.
     """
-    given = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
-    for one in given:
-        if one is not None:
-            lm.check(one, transfer=transfer)
+    steerings = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
+    for each_steering in steerings:
+        if each_steering is not None:
+            lm.check(each_steering, transfer=transfer)
     base = (
         prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     )
@@ -154,7 +154,7 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     """For each row of logits, in float64; the same logits give exactly 0, and NaN among the steered ones infinity."""
     if unsteered.isnan().any():
         raise TrimtabError("the unsteered model's logits aren't finite; load it in float32 or bfloat16")
-    p, q = (one.double().log_softmax(-1) for one in (unsteered, steered))
+    p, q = (logits.double().log_softmax(-1) for logits in (unsteered, steered))
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
@@ -170,19 +170,21 @@ def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Ste
         raise TrimtabError(f"{len(each)} steerings for {len(texts)} texts; give one for each, or one for all")
     vocabulary = vocabulary_size(lm.model)
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
-    same_length = any(is_score_edit(edit) for one in each if one is not None for edit in one.edits)
-    found: dict[int, Tensor] = {}
+    same_length = any(
+        is_score_edit(edit) for each_steering in each if each_steering is not None for edit in each_steering.edits
+    )
+    by_text: dict[int, Tensor] = {}
     with lm._exclusive(), few_rows(lm.model):
         while order:
             chosen = _batch(texts, order, LOGITS // vocabulary, same_length)
             order = order[len(chosen) :]
             some = [texts[i] for i in chosen]
             edits = lm._ready([each[i] for i in chosen], [list(text.prompt) for text in some])
-            residual = [activation_edits(one) for one in edits]
+            residual = [activation_edits(row_edits) for row_edits in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
             for i, logits in zip(chosen, teacher_forced(lm.model, lm.layout, some, session, edits), strict=True):
-                found[i] = logits.cpu()
-    return [found[i] for i in range(len(texts))]
+                by_text[i] = logits.cpu()
+    return [by_text[i] for i in range(len(texts))]
 
 
 def _batch(texts: Sequence[Given], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, folded
+from trimtab.files.foreign import Imported, folded
 from trimtab.files.named_layout import named_layout, of_dict
 from trimtab.files.target import write_atomically
 from trimtab.files.tensor_layout import Wanted, tensor_layout
@@ -27,7 +27,7 @@ DAMAGE = (
 )
 
 
-def read_numpy_layout(path: Path, wanted: Wanted) -> Found:
+def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in an `.npy` file, or in an `.npz` archive of named arrays.
 
     Raises:

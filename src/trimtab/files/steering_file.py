@@ -267,7 +267,7 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
 
 
 def _model(data: dict[str, Any]) -> ModelId:
-    return ModelId(**{**data, "adapters": tuple(Adapter(**one) for one in data.get("adapters", ()))})
+    return ModelId(**{**data, "adapters": tuple(Adapter(**adapter) for adapter in data.get("adapters", ()))})
 
 
 def _card(data: dict[str, Any]) -> Card:

@@ -180,10 +180,10 @@ def learned_card(
 
 def versions() -> dict[str, str]:
     """The versions of what a learned direction depends on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("trimtab", "torch", "transformers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed

@@ -34,7 +34,7 @@ class Heard:
 
     question: str
     bare: Prompt
-    told: Prompt | None = None
+    prompted: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Material:
         test: Gives those for the verdict, to other questions.
         aside: Questions among those to learn from that choose between candidates instead.
         writes: Whether the model writes the answers.
-        told: Whether a prompt brings the wanted answers about, by whose effect a steering is measured.
+        prompted: Whether a prompt brings the wanted answers about, by whose effect a steering is measured.
         trained: What is tried beside mean differences.
         heard: What is answered at the end.
         signs: Words that tell what is wanted in an answer, if any honestly do.
@@ -62,7 +62,7 @@ class Material:
     test: Callable[[Progress | None], Contrasts]
     aside: frozenset[str]
     writes: bool
-    told: bool
+    prompted: bool
     trained: Trained | None
     heard: tuple[Heard, ...]
     signs: tuple[str, ...] = ()

@@ -98,17 +98,17 @@ def at_nats(
         return seen[factor].p95
 
     factor = factor_at(far, nats)
-    tried = tuple(sorted((one, value.p95) for one, value in seen.items()))
-    found = AtNats(factor * steering, factor, seen[factor], tried)
-    if not found.monotone:
+    tried = tuple(sorted((at_factor, value.p95) for at_factor, value in seen.items()))
+    result = AtNats(factor * steering, factor, seen[factor], tried)
+    if not result.monotone:
         warnings.warn(
             "the divergence doesn't grow with the strength everywhere: "
-            + ", ".join(f"{value:.2g} nats at {one:.3g}" for one, value in tried)
+            + ", ".join(f"{value:.2g} nats at {at_factor:.3g}" for at_factor, value in tried)
             + f"; the weakest strength that was seen to reach {nats:g} is taken",
             NotMonotoneWarning,
             stacklevel=outside(),
         )
-    return found
+    return result
 
 
 def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
@@ -124,17 +124,17 @@ def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) 
     """
     high = _reaching(far, nats)
     low, factor = high / 2, high
-    found = {}
+    distances = {}
     for _ in range(HALVINGS):
-        found[factor] = far(factor)
-        if abs(found[factor] - nats) <= close * nats:
+        distances[factor] = far(factor)
+        if abs(distances[factor] - nats) <= close * nats:
             break
-        if found[factor] < nats:
+        if distances[factor] < nats:
             low = factor
         else:
             high = factor
         factor = _between((low, far(low)), (high, far(high)), nats)
-    return min(found, key=lambda one: abs(found[one] - nats))
+    return min(distances, key=lambda candidate: abs(distances[candidate] - nats))
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -> float:

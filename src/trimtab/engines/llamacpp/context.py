@@ -171,9 +171,9 @@ class Context:
         """Raises `TrimtabError` unless this run, the first under these vectors, added them at all of its tokens."""
         last = self.weights.layers - 1  # of the last block only tokens whose logits are wanted are computed
         for block in self._vectors:
-            found, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
-            if found < wanted:
-                self._faults.append(f"block {block} was to be steered at {wanted} tokens, and was at {found}")
+            steered, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
+            if steered < wanted:
+                self._faults.append(f"block {block} was to be steered at {wanted} tokens, and was at {steered}")
         if self._faults:
             raise TrimtabError(f"llama.cpp doesn't run the control vector that it was given: {self._faults[0]}")
         self._before, self._unchecked = {}, False

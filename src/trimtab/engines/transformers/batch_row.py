@@ -139,7 +139,7 @@ class BatchRow:
     @property
     def trace(self) -> Trace | None:
         """What rejection did so far; `None` where there is none."""
-        one = self.ladder
-        if one is None:
+        ladder = self.ladder
+        if ladder is None:
             return None
-        return Trace(tuple(self.steps), one.descriptions(), one.order, one.schedule, self.passes, self.first)
+        return Trace(tuple(self.steps), ladder.descriptions(), ladder.order, ladder.schedule, self.passes, self.first)

@@ -53,12 +53,12 @@ def teacher_forced(
     Raises:
         TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
     """
-    residual = [activation_edits(one) for one in edits]
-    scores = [score_edits(one) for one in edits]
+    residual = [activation_edits(row_edits) for row_edits in edits]
+    scores = [score_edits(row_edits) for row_edits in edits]
     lengths = [len(text.prompt) for text in texts]
     if any(scores) and len({(len(text.prompt), len(text.answer)) for text in texts}) > 1:
         raise TrimtabError("texts whose attention scores are steered are read in batches of one length")
-    sites = sorted({edit.site for one in residual for edit in one})
+    sites = sorted({edit.site for row_edits in residual for edit in row_edits})
     device = input_device(model)
     ids, mask = padded([[*text.prompt, *text.answer] for text in texts], left=True, device=device)
     longest = max(len(text.answer) for text in texts)

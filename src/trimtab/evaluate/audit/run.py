@@ -94,14 +94,17 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the same in every run with the same seed: what stands in the card."""
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "version": AUDIT_VERSION,
             "edits": edits_digest(self.steering),
             **self.about,
             "verdict": list(self.verdict),
-            "comparisons": [one.to_json() for one in self.comparisons],
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
             "refusal_direction": {
-                "cosines": [{"of": one.of, "site": one.site, "cosine": round(one.cosine, 4)} for one in self.overlaps],
+                "cosines": [
+                    {"of": overlap.of, "site": overlap.site, "cosine": round(overlap.cosine, 4)}
+                    for overlap in self.overlaps
+                ],
                 "shift": [round(value, 4) for value in self.shift],
                 "told": [round(value, 4) for value in self.told],
             },
@@ -111,9 +114,9 @@ class Audit:
             "notes": list(self.notes),
         }
         if self.left is not None:
-            found["left"] = [round(share, 4) for share in self.left]
-            found["kept"] = None if self.kept is None else round(self.kept, 4)
-        return found
+            report["left"] = [round(share, 4) for share in self.left]
+            report["kept"] = None if self.kept is None else round(self.kept, 4)
+        return report
 
 
 @keywords
@@ -180,7 +183,7 @@ def audit(
     )
     if estimate is not None:
         # the learned requests are read alone, and again before either answer
-        read = sum(len(lm.encode(one)) for one in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless))
+        read = sum(len(lm.encode(text)) for text in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless))
         estimate(Estimate(tell.total * DECODED * (time.monotonic() - started) / max(1, read)))
     arms: dict[str, Steering | None] = {UNSTEERED: None, STEERED: steering}
     left = None
@@ -189,17 +192,23 @@ def audit(
         mended = repaired(steering, _protected(refusal, directions), ["the refusal directions", *protect])
         arms[REPAIRED], left = mended.steering, mended.left
     bench = Bench(lm, arms, items, size, system, transfer, tell.tick)
-    after = {arm: stream(lm, items.harmful, one, transfer) for arm, one in arms.items() if one is not None}
+    after = {
+        arm: stream(lm, items.harmful, arm_steering, transfer)
+        for arm, arm_steering in arms.items()
+        if arm_steering is not None
+    }
     moved = shifts(refusal, before, after)
     base = reference(lm, list(items.harmless[:PROMPTS]), tokens=TOKENS)
-    nats = {arm: _nats(lm, one, base, transfer) for arm, one in arms.items() if one is not None}
+    nats = {
+        arm: _nats(lm, arm_steering, base, transfer) for arm, arm_steering in arms.items() if arm_steering is not None
+    }
     measures: list[Measure] = []
     for check in CHECKS:
         tell.label(check.__name__)
-        for one in check(bench):
-            measures.append(one)
+        for measure in check(bench):
+            measures.append(measure)
             if found is not None:
-                found(one)
+                found(measure)
     about = _about(lm, items, size, system, seed)
     kept = _kept(lm, steering, arms.get(REPAIRED), base)
     results: dict[str, Audit] = {}
@@ -252,8 +261,8 @@ def _nats_json(result: Audit) -> dict[str, Any]:
 
 
 def _nats(lm: LM, steering: Steering, base: Reference, transfer: bool) -> dict[str, float]:
-    found = divergence(lm, steering, base, transfer=transfer)
-    return {"mean": found.mean, "p95": found.p95, "tokens": found.tokens}
+    result = divergence(lm, steering, base, transfer=transfer)
+    return {"mean": result.mean, "p95": result.p95, "tokens": result.tokens}
 
 
 def _kept(lm: LM, steering: Steering, mended: Steering | None, base: Reference) -> float | None:
@@ -261,7 +270,7 @@ def _kept(lm: LM, steering: Steering, mended: Steering | None, base: Reference) 
     if mended is None:
         return None
     steered = Reference(base.texts, tuple(read_given(lm, base.texts, steering)))
-    apart, whole = (divergence(lm, one, steered, transfer=True).mean for one in (mended, None))
+    apart, whole = (divergence(lm, each_steering, steered, transfer=True).mean for each_steering in (mended, None))
     return 1 - apart / whole if whole > 0 and math.isfinite(apart) else None
 
 
@@ -270,14 +279,14 @@ def _along(lying: Sequence[Overlap], moved: Sequence[float], refusal: Refusal) -
     width = refusal.directions.shape[-1]
     lines = []
     for of in (REQUESTS, ANSWERS):
-        if mine := [one for one in lying if one.of == of]:
-            most = max(mine, key=lambda one: abs(one.cosine))
+        if mine := [overlap for overlap in lying if overlap.of == of]:
+            most = max(mine, key=lambda overlap: abs(overlap.cosine))
             what = "cosine" if most.signed else "overlap"
             lines.append(
                 f"{what} with the refusal direction of {of}: {most.cosine:+.2f} at {most.site}, the most of"
                 f" {len(mine)} edits (three quarters of random directions stay within {1.15 / math.sqrt(width):.2f})"
             )
-    layer = max(range(len(moved)), key=lambda one: abs(moved[one]))
+    layer = max(range(len(moved)), key=lambda i: abs(moved[i]))
     to = "harmless" if moved[layer] < 0 else "even more harmful"
     said = "moves" if abs(moved[layer]) >= PUSHED else "hardly moves"
     lines.append(
@@ -303,8 +312,8 @@ def _finite(value: float) -> float | None:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else round(float(value), 4)
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else round(float(value), 4)
 
 
 class _Progress:
@@ -314,7 +323,7 @@ class _Progress:
         kinds = len(items.harmful) * 3 + len(items.borderline) * 2
         letters = len(items.facts) + sum(map(len, items.behaviours.values()))
         turns = len(items.conversations) * size.turns * (size.turn_tokens + 20 * size.turns // DECODED)
-        texts = sum(len(one.split()) for one in items.texts) // 4 + len(items.harmful) * 2 * 60 // DECODED
+        texts = sum(len(text.split()) for text in items.texts) // 4 + len(items.harmful) * 2 * 60 // DECODED
         self.total = arms * (kinds * size.tokens + letters * 8 + size.prompts * size.long * 5 // 4 + turns + texts)
         self.progress, self.done, self.now = progress, 0, ""
 
