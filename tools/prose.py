@@ -121,10 +121,10 @@ def everything() -> Iterator[Found]:
 
 def main() -> int:
     """Print what was found; the exit status."""
-    found = list(everything())
-    for one in found:
-        print(f"{one.path.relative_to(ROOT)}:{one.line}: {one.phrase!r}; write: {one.advice}")
-    return 1 if found else 0
+    findings = list(everything())
+    for finding in findings:
+        print(f"{finding.path.relative_to(ROOT)}:{finding.line}: {finding.phrase!r}; write: {finding.advice}")
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from trimtab.commands.chat_commands import Desk
-from trimtab.commands.chat_state import Conversation, Said, Turn, told
+from trimtab.commands.chat_state import Conversation, Said, Turn, on_record
 from trimtab.errors import TrimtabError
 from trimtab.text.unfolding import Unfolding
 
@@ -115,7 +115,7 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         question,
         answer,
         conversation.system,
-        tuple(told(one) for one in conversation.steered),
+        tuple(on_record(steered) for steered in conversation.steered),
         conversation.emphasized,
         conversation.next_seed,
         unsteered,
@@ -141,17 +141,24 @@ def _answer(
         options |= {"streamer": stream, "stopping_criteria": [stream]}
     messages = conversation.messages(question)
     with interruptible(stream.stop) if interrupt else nullcontext():
-        (found,) = desk.lm.generate([messages], max_new_tokens=most, system=conversation.system, **options, **steering)
+        (generation,) = desk.lm.generate(
+            [messages], max_new_tokens=most, system=conversation.system, **options, **steering
+        )
     if desk.engine not in STREAMING:
-        hear(side, found.text)
-    cut = stream.stopped and desk.engine in STREAMING and found.finish_reason != "stop" and len(found.token_ids) < most
+        hear(side, generation.text)
+    cut = (
+        stream.stopped
+        and desk.engine in STREAMING
+        and generation.finish_reason != "stop"
+        and len(generation.token_ids) < most
+    )
     return Said(
-        found.text,
-        "interrupted" if cut else found.finish_reason,
-        found.prompt_tokens,
-        found.token_ids,
-        found.applied.edits,
-        found.applied.doses if found.applied.doses or not found.applied.edits else None,
+        generation.text,
+        "interrupted" if cut else generation.finish_reason,
+        generation.prompt_tokens,
+        generation.token_ids,
+        generation.applied.edits,
+        generation.applied.doses if generation.applied.doses or not generation.applied.edits else None,
     )
 
 

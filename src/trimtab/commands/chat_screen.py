@@ -16,7 +16,7 @@ from trimtab.commands.chat_commands import Outcome
 from trimtab.commands.chat_file import turn_document
 from trimtab.commands.chat_make import Making, Stage
 from trimtab.commands.chat_state import Conversation, Turn
-from trimtab.commands.make import stages, told
+from trimtab.commands.make import stages, summary
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
@@ -154,13 +154,13 @@ class Terminal:
 
     @contextmanager
     def making(self) -> Iterator[tuple[Stage, Callable[[str], None]]]:
-        with _unechoed(), _making() as told:
-            yield told
+        with _unechoed(), _making() as making:
+            yield making
 
 
 def told_of(making: Making) -> Outcome:
     """What there is to tell of a steering that was made."""
-    lines = told(making.made)
+    lines = summary(making.made)
     if making.on:
         said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"
     else:

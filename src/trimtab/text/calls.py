@@ -117,8 +117,8 @@ def described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str
             continue
         calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
         result.append({"role": message["role"], "content": "\n".join([*([content] if content else []), *calls])})
-    for message in result:
-        message.pop("responses", None)
+    for entry in result:
+        entry.pop("responses", None)
     if tools:
         text = GENERIC.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
         if result and result[0]["role"] == "system":

@@ -26,7 +26,7 @@ def check_by_steps(model: Any, layout: Layout, requests: Sequence[Request], deco
     if not decoding.monitors:
         return
     if any(request.rejection is not None for request in requests):
-        raise UnsupportedError("monitors can't be combined with rejection; leave request of them out")
+        raise UnsupportedError("monitors can't be combined with rejection; leave one of them out")
     _check_continuous(model, layout, "monitors need", decoding)
     for request in requests:
         check_watched(decoding.monitors, request.steering, layout)
