@@ -50,7 +50,8 @@ class Choice:
 class Task:
     """Prompts to search on, `SEARCH_QUERIES + HELD_OUT_QUERIES` of them, each with the moments of its own instruction.
 
-    `told` are the prompts with the instruction, after which perplexities are taken; `complies(i, answer, cut)` judges.
+    `instructed` are the prompts with the instruction, after which perplexities are taken; `complies(i, answer, cut)`
+    judges.
     """
 
     name: str

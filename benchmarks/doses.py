@@ -1,8 +1,8 @@
 """At which dose does text fall apart? Learned and trained vectors, over few and many layers, harder and harder.
 
-Broken is told without a judge, as `tune`'s guard does: under the unsteered model the answers are far less likely than
-unsteered ones, or far more, or they repeat themselves. Three ways to add up the doses of several layers are compared by
-how well they tell what breaks from what doesn't.
+Broken is decided without a judge, as `tune`'s guard does: under the unsteered model the answers are far less likely
+than unsteered ones, or far more, or they repeat themselves. Three ways to add up the doses of several layers are
+compared by how well they tell what breaks from what doesn't.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ LEAST = 4
 """An instruction that fewer of the prompts have isn't learned."""
 TWICE = Teacher(text="{query}\n\n{query}")
 HIGHLIGHTS = (3, 5)
-"""Prompts that ask for at most three highlights share an instruction, and so do those that ask for more."""
+"""Prompts for at most three highlights share an instruction, and so do those for more."""
 PROMPTS = 128
 """The steering for prompts with an instruction is learned from so many."""
 GAINS = {"without": Target(0.15), "with": Target(0.08)}

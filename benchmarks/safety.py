@@ -2,7 +2,7 @@
 
 A refusal direction and gates are learned on a part of AdvBench against harmless requests (IFEval's without their
 instructions, TruthfulQA's questions), strengths are chosen on another part, and all is tested on the rest of AdvBench,
-on JailbreakBench, on XSTest's safe prompts and on MMLU's two-option questions. Refusal is told by rule
+on JailbreakBench, on XSTest's safe prompts and on MMLU's two-option questions. Refusal is decided by rule
 (`trimtab.evaluate.refusal`). What a run has done is kept in a folder, so that it can be stopped and started again.
 
 A gate that stays shut leaves its request as it is, and one that opens steers as if there were none. So the gates are

@@ -3,7 +3,7 @@
     [project.entry-points."trimtab.methods"]
     median = "trimtab_median:RECIPE"
 
-Nothing of a distribution is imported until it is asked for by name, or all are listed.
+Nothing of a distribution is imported until it is requested by name, or all are listed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 CLOSE = 0.1
-"""So near to the divergence asked for, as a share of it, is near enough to compare methods by."""
+"""So near to the requested divergence, as a share of it, is near enough to compare methods by."""
 TOKENS = 16
 
 Steered = Steering | Sequence[Steering]

@@ -1,4 +1,4 @@
-"""What a run consists of, and how long it will take, told before it starts."""
+"""What a run consists of, and how long it will take, known before it starts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WON = 0.25
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
+    """What is requested.
 
     Args:
         methods: Names, or patterns such as `re*`; empty: all that there are, the emphasizing ones among them. What

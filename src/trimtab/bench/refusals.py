@@ -1,4 +1,4 @@
-"""The task of refusing harmful requests, told by the phrases that open a refusal."""
+"""The task of refusing harmful requests; refusals are recognised by the phrases that open them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Cell:
     """A method at one strength on one task.
 
     Args:
-        nats: The divergence that was asked for; `None` where the strength isn't set by nats.
+        nats: The divergence that was requested; `None` where the strength isn't set by nats.
         factor: What the steering was multiplied by.
         reached: The divergence that it had.
         decision: Against the unsteered arm, corrected for the number of strengths.

@@ -1,4 +1,4 @@
-"""One turn of `trimtab chat`: the model is asked, its words are told as they come, and an answer can be cut short."""
+"""One turn of `trimtab chat`: an answer is shown as the model writes it, and can be cut short."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         interrupt: Whether Ctrl-C cuts the answer that is being given short. It is kept as far as it got.
 
     Raises:
-        TrimtabError: For what can't be run; nothing has been told then, or not all.
+        TrimtabError: For what can't be run; nothing has been shown then, or not all.
     """
     most = room(desk, conversation, question)
     steering = conversation.steering()

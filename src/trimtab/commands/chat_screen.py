@@ -42,7 +42,7 @@ class Screen(Protocol):
         """What a command has to tell."""
 
     def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
-        """Around the making of a steering: gives who is told how far it is, and who is told in words."""
+        """Around the making of a steering: gives the callback for how far it is, and the one for words."""
 
 
 class Plain:

@@ -43,7 +43,7 @@ class Steered:
 
 @dataclass(frozen=True)
 class On:
-    """What an answer was steered by, as it is told and saved: a `Steered` without its tensors."""
+    """What an answer was steered by, as it is shown and saved: a `Steered` without its tensors."""
 
     name: str
     file: str

@@ -44,13 +44,13 @@ ForOption = Annotated[
 def check_program(
     program: str | None, method: str, options: Mapping[str, Any], layers: Any, out: Path
 ) -> dict[str, Any]:
-    """What the method is told in addition, to learn for this program.
+    """The options that the method gets in addition, to learn for this program.
 
     Args:
         program: What stands behind `--for`; without it, nothing is added.
         method: The method's name.
         options: The options that are set, by name; `None` is one that isn't.
-        layers: The layers asked for, if they are numbers.
+        layers: The requested layers, if they are numbers.
         out: The file to write.
 
     Raises:

@@ -352,7 +352,7 @@ class LanguageModel(ABC):
             emphasize: One phrase of the prompt, or several.
             rejection: As `generate` has it.
             clean_cache: As `generate` has it.
-            monitors: As `generate` has them; what they read is told by the result.
+            monitors: As `generate` has them; what they read is in the result.
             json_schema: As `generate` has it.
             options: As `generate` takes them.
 

@@ -1,6 +1,6 @@
 """An answer while it comes: pieces of text, out of a generation that runs in a thread of its own.
 
-The thread never waits for who reads: it goes on to the end, or to the token at which it is told to stop. So a stream
+The thread never waits for who reads: it goes on to the end, or to the token at which it is stopped. So a stream
 that lies around unread holds nobody up for longer than its answer takes.
 """
 

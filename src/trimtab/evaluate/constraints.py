@@ -1,4 +1,4 @@
-"""Whether an answer has the form it was asked for, decided by code.
+"""Whether an answer has the requested form, decided by code.
 
 Each check is a function `check(answer, *, cut=False)` that says yes or no. `cut` says that the answer was stopped
 by a token limit: then what is there is judged, and what is missing is not held against it. An empty answer
@@ -89,7 +89,7 @@ def has_title(answer: str, *, cut: bool = False) -> bool:
 
 
 def is_german(answer: str, *, cut: bool = False) -> bool:
-    """German, told by its function words.
+    """German, recognised by its function words.
 
     At least three words of `GERMAN_WORDS` (or half of a shorter answer), a fifth of all words, and three times as
     many as of `OTHER_WORDS`. It tells the language, not whether the sentences make sense.

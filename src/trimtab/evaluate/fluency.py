@@ -1,4 +1,4 @@
-"""How well an answer reads, told without a judge: perplexity under the unsteered model, repetition, length.
+"""How well an answer reads, measured without a judge: perplexity under the unsteered model, repetition, length.
 
 A steering that is too strong breaks text in one of two ways. It becomes unlikely (the perplexity rises far above
 that of unsteered answers), or it runs in circles (the perplexity falls towards 1, and n-grams come again).
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Fluency:
-    """What can be told of one answer.
+    """What can be measured of one answer.
 
     `perplexity` is `perplexities`' (infinite for an empty answer); `distinct` the share of different word pairs,
     `repeated` the share of four-grams that occurred before, both 0 … 1; `tokens` the generated ids, the end-of-text

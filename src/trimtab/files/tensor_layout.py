@@ -1,7 +1,7 @@
 """What one bare tensor means: a vector `[width]`, rows `[rows, width]`, or three axes with the width last.
 
 Such a tensor says nothing of itself. Rows may be blocks, blocks behind the embeddings, or concepts, and to take the one
-for the other steers elsewhere without a word: what they are has to be said. Where a single vector acts is told by the
+for the other steers elsewhere without a word: what they are has to be said. Where a single vector acts is given by the
 caller, the file's name (`layer_<N>`), or a `.json` beside it.
 """
 
@@ -75,7 +75,7 @@ def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor
         kind: What the formats' names begin with.
 
     Raises:
-        TrimtabError: It can't be told what the tensor is, or where it acts.
+        TrimtabError: It isn't clear what the tensor is, or where it acts.
     """
     if value.dim() == 3 and wanted.position is not None:
         return _of_positions(value, path, wanted, kind)

@@ -1,6 +1,7 @@
 """What people keep in `.pt` files: EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, and others.
 
-The files hold tensors and say little. Which program made one is told by its shape; bare tensors are `tensor_layout`'s.
+The files hold tensors and say little. Which program made one is recognised by its shape; bare tensors are
+`tensor_layout`'s.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ UNIT = 1e-3
 def read_torch_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in a `.pt` file. `wanted` says where a file with a single vector acts, or which one is meant.
 
-    Raises `TrimtabError` when it can't be told what the tensors are, or where they act.
+    Raises `TrimtabError` when it isn't clear what the tensors are, or where they act.
     """
     value = read_torch_file(path)
     if isinstance(value, Mapping) and value and all(_is_hook(item) for item in value.values()):

@@ -148,7 +148,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:
-    """The layers asked for, in order; `None` is the one at `default` of the depth (0 … 1).
+    """The requested layers, in order; `None` is the one at `default` of the depth (0 … 1).
 
     Raises `TrimtabError` for what isn't a whole number, or no layer of this model.
     """

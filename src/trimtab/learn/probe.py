@@ -1,6 +1,6 @@
 """A probe for a monitor: whether a token is one of an answer of the first kind, as a logistic regression says.
 
-The probe is fitted on single tokens of half of the pairs' answers. Of each layer asked for there is one; a quarter of
+The probe is fitted on single tokens of half of the pairs' answers. Of each requested layer there is one; a quarter of
 the pairs chooses the layer, and the last quarter says how good the probe is and where its line goes. As a monitor looks
 at every token and fires at the first one beyond its line, an answer's score there is its largest: the line is drawn so
 that no more than a chosen share of the answers of the second kind has a token beyond it.

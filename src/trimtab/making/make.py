@@ -120,7 +120,7 @@ def make_from_pairs(
 
     About half of the prompts are learned from, the others test it. Pairs of prompts (with and without an instruction)
     are answered by the model. Where no prompt of a pair brings the wanted answer about (none has a system prompt of its
-    own, say), the effect can't be a share of one; it is told in nats per token, beside that of random directions.
+    own, say), the effect can't be a share of one; it is given in nats per token, beside that of random directions.
 
     Args:
         lm: The model; on the transformers engine.

@@ -19,8 +19,8 @@ Say = Callable[[str], None]
 class Trained:
     """A candidate that is trained, which takes longest: its name, how it is learned, and at which strengths tried.
 
-    `learn` is given the answers, where it is to act, the seed of their order, who is told how it stands, and who is
-    told of each step. What the last one raises ends it.
+    `learn` is given the answers, where it is to act, the seed of their order, the callback for how it stands, and the
+    one for each step. What the last one raises ends it.
     """
 
     name: str

@@ -42,7 +42,7 @@ POSITIONS = {
     "add": Positions.from_last_prompt_token(),
     "unit": Positions.all_but_first(),
 }
-"""Where each acts unless something else is asked for. The paper steers at every position; the first is left out, since
+"""Where each acts unless something else is requested. The paper steers at every position; the first is left out, since
 in many models it is an attention sink whose norm is a hundred times the others'."""
 
 

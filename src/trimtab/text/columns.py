@@ -73,7 +73,7 @@ class Columns:
 
 @dataclass
 class Row:
-    """One row while its parts are being found: what was found, under which name, and what is left."""
+    """One row while its parts are being read: the parts, their columns' names, and the columns that are left."""
 
     parts: dict[str, Any]
     names: dict[str, str]
@@ -81,7 +81,7 @@ class Row:
 
     @classmethod
     def of(cls, row: Mapping[str, Any], columns: Columns) -> Row:
-        """The row with what was named found, and what is to be ignored left out."""
+        """The row with the named columns read, and those to be ignored left out."""
         named = {part: column for part, column in columns.keys.items() if column in row}
         taken = {*named.values(), *columns.ignore}
         left = {key: value for key, value in row.items() if key not in taken}

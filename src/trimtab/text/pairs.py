@@ -369,7 +369,7 @@ def _pair_of(row: dict[str, Any], where: str) -> Pair:
 
 
 def pairs_from_text(text: str, name: str = "pairs") -> list[Pair]:
-    """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, told apart by how it begins.
+    """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, distinguished by how it begins.
 
     Raises `TrimtabError` for text that is none of these, naming the line.
     """

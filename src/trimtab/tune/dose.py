@@ -26,7 +26,7 @@ GROWING = (*ADDING, Rotate, RotateInPlane, RotatePredicted)
 """Operations whose edit is nothing at strength 0 and grows with it: rotations up to half a turn, the others always."""
 
 CLOSE = 0.02
-"""A dose so near to the one asked for, as a share of it, is near enough."""
+"""A dose so near to the requested one, as a share of it, is near enough."""
 
 TRIES = 12
 TOKENS = 8

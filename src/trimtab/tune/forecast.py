@@ -154,7 +154,7 @@ def predictors(
     base: Reference | None = None,
     seed: int = 0,
 ) -> Predictors:
-    """What can be told of a steering before anything is generated with it.
+    """What is known of a steering before anything is generated with it.
 
     Args:
         lm: The model, on the transformers engine.

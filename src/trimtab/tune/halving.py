@@ -76,7 +76,7 @@ def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) ->
 
 
 def rows_of(candidates: int, rungs: Sequence[Rung]) -> int:
-    """How many answers a schedule asks for in all, those of "don't steer" among them."""
+    """How many answers a schedule needs in all, those of "don't steer" among them."""
     total, seen, alive = 0, 0, candidates
     for rung in rungs:
         total += (rung.items - seen) * (alive + 1)

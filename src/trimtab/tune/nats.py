@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 CLOSE = 0.02
-"""A divergence so near to the one asked for, as a share of it, is near enough."""
+"""A divergence so near to the requested one, as a share of it, is near enough."""
 HALVINGS = 24
 LEAST, MOST = 2.0**-16, 2.0**16
 """Factors that are tried, at least and at most."""
@@ -34,7 +34,7 @@ class NotMonotoneWarning(UserWarning):
 
 @dataclass(frozen=True)
 class AtNats:
-    """`steering` is `factor` times the one given; `divergence.p95` is the divergence that was asked for.
+    """`steering` is `factor` times the steering passed in; `divergence.p95` is the divergence that was requested.
 
     `tried` are the factors that were measured with their 95th percentiles, weakest first. `monotone` says whether these
     grow with the factor; where they don't, another strength may have the same divergence.

@@ -270,7 +270,7 @@ def search(
         outcomes = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
         return [outcomes[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
 
-    all_outcomes: list[list[Outcome]] = [[] for _ in steerings]  # for what is told of a round
+    all_outcomes: list[list[Outcome]] = [[] for _ in steerings]  # for the report of a round
 
     def kept(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
         evaluated = evaluate(chosen, items)

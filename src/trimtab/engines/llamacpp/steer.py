@@ -114,7 +114,7 @@ def _within(intervals: Sequence[Intervals], position: int) -> tuple[int, ...]:
 
 
 def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) -> None:
-    """Raises `TrimtabError` unless each block was steered at as many of a text's `length` tokens as are asked for."""
+    """Raises `TrimtabError` unless each block was steered at as many of a text's `length` tokens as were requested."""
     expected: Counter[int] = Counter()
     for start, stop, numbers in schedule.stretches(length):
         expected.update(dict.fromkeys({schedule.edits[i].site.layer for i in numbers}, stop - start))

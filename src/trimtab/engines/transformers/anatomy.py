@@ -109,7 +109,7 @@ def _count(layout: Layout) -> Positions:
             takes_positions = takes and _near(layout, alone, _last(layout, 0, with_positions=True))
             takes_positions = takes_positions and (not _plain(layout) or _near(layout, alone, _continued(layout)))
             return Positions(takes_positions, _near(layout, alone, _last(layout, PADS, with_positions=takes_positions)))
-    except Exception:  # what it can't run is told, with its reason, when it is to run
+    except Exception:  # what it can't run is reported, with its reason, when it is to run
         return Positions(takes, True)
 
 
@@ -182,7 +182,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
         handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(layout.blocks)]
         try:
             layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception:  # what it can't run is told, with its reason, when it is to run
+        except Exception:  # what it can't run is reported, with its reason, when it is to run
             pass
         finally:
             for handle in handles:

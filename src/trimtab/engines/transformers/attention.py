@@ -181,7 +181,7 @@ def steered_scores(
     modules = attention_modules(layout)
     owner = get_ident()
     layer: int | None = None  # the block that is running: some blocks share one attention
-    called: set[int] = set()  # the layers that have asked for this attention in the pass that is running
+    called: set[int] = set()  # the layers that have called this attention in the pass that is running
     passes = 0
     running = False
     # for a layer's scores, a batch of so many rows, and where the layer is

@@ -468,7 +468,7 @@ def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
-    """An option of `generate` as it will hold: what was asked for, else the model's generation configuration's."""
+    """An option of `generate` as it will hold: the requested value, else the model's generation configuration's."""
     value = options.get(name)
     return value if value is not None else getattr(model.generation_config, name, None)
 

@@ -83,8 +83,8 @@ class Continuous:
     """What is decoded by continuous batching, as options of `generate` have it.
 
     `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`. `criteria` are asked
-    after each token whether the answer ends there, with its prompt and its tokens; it is told as `ended`. `alone`: one
-    row at a time.
+    after each token whether the answer ends there, with its prompt and its tokens; it is reported as `ended`. `alone`:
+    one row at a time.
     """
 
     settings: Settings

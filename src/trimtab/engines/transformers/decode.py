@@ -6,7 +6,7 @@ token, and take their place in the batch; a row that is done has left it before 
 what it gets alone: its pads are masked, its positions are its own, its random numbers are, and its steering is its row
 of the banks.
 
-All that a step decides is decided on the device, and told to the host at once: it waits once a step, for however many
+All that a step decides is decided on the device, and copied to the host at once: it waits once a step, for however many
 rows, and once more for rungs that have a pass of their own.
 """
 
@@ -132,7 +132,7 @@ class GenerationBatch:
         self._rows: list[BatchRow] = []  # in the order of the cache's
         self._long: tuple[list[BatchRow], ChunkedPrefill] | None = None  # rows whose prompt is being read in chunks
         self._passes: Any = None  # passes of rungs, where any row has been verified
-        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # told of a row's place before it leaves
+        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # called with a row's place before it leaves
         self._forget()
 
     def _forget(self) -> None:
@@ -297,7 +297,7 @@ class GenerationBatch:
         fused: Tensor | None = None,
         which: Sequence[int] | None = None,
     ) -> tuple[list[GenerationResponse], Tensor]:
-        """What is told of each row's next token, and the tokens. The host waits for the device here.
+        """The facts of each row's next token, and the tokens. The host waits for the device here.
 
         `which` of the last pass's rows these are, where they aren't all of them, in order.
         """
@@ -512,5 +512,5 @@ def _in_chunks(row: BatchRow) -> bool:
 
 
 def _ended(response: GenerationResponse, row: BatchRow | None) -> GenerationResponse:
-    """The response, with what is told of a row that has left."""
+    """The response, with the report of a row that has left."""
     return response if row is None else replace(response, applied=row.applied(), trace=row.trace)

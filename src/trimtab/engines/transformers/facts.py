@@ -1,4 +1,4 @@
-"""What a step tells of each row's next token: decided on the device, and told to the host as one line of numbers a row.
+"""What a step tells of each row's next token: decided on the device, copied to the host as a line of numbers a row.
 
 A line has the token and the greatest logit; where any row of the batch is told log-probabilities, that of its token,
 the likeliest tokens and theirs; and what monitors have read.

@@ -125,7 +125,7 @@ class Counted:
 def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
     """While open, a pass of the whole model over a prompt of so many tokens from its beginning on.
 
-    `None`: several passes, of which nothing is to be told. Raises `UnsupportedError` where the decoder computes another
+    `None`: several passes, of which nothing is counted. Raises `UnsupportedError` where the decoder computes another
     number of tokens than the prompt has, and `TrimtabError` where the model can't place the images.
     """
     counted, owner = Counted(), get_ident()

@@ -156,7 +156,7 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
         try:
             with compat.attending_with(configurations(layout), name):
                 layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception as error:  # what it can't run is told, with its reason, when it is to run
+        except Exception as error:  # what it can't run is reported, with its reason, when it is to run
             failed = f"a pass over a few tokens failed ({type(error).__name__}: {error})"
         finally:
             for hook in hooks:

@@ -1,9 +1,9 @@
 """Reading activations: nothing is computed that isn't read.
 
-A pass stops at the deepest site asked for and never reaches the language-model head; texts are cut after the
-last position asked for, sorted by length into batches of a bounded number of tokens, and what texts begin with
+A pass stops at the deepest requested site and never reaches the language-model head; texts are cut after the
+last requested position, sorted by length into batches of a bounded number of tokens, and what texts begin with
 runs once: what all of them have in common (a chat template's system prompt, say), then what the texts of a group
-have (the two members of a contrastive pair). Of the activations only the positions asked for are kept.
+have (the two members of a contrastive pair). Of the activations only the requested positions are kept.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ class _Run:
     drafts: Drafts | None
     layer: int | None = None
     past: tuple[Tensor, Tensor] | None = None  # the keys and values that this layer's rows attend to
-    attended: set[int] = field(default_factory=set)  # the layers that have asked for our attention
+    attended: set[int] = field(default_factory=set)  # the layers that have called our attention
     edited: set[Site] = field(default_factory=set)  # the sites that came by
 
     @property
@@ -290,7 +290,7 @@ class Rows:
         return output.logits[0]
 
     def _check(self, run: _Run) -> None:
-        """Raises `TrimtabError` unless every layer asked for our attention, and every edited site ran."""
+        """Raises `TrimtabError` unless every layer called our attention, and every edited site ran."""
         if missing := sorted(set(range(len(run.cache.layers))) - run.attended):
             raise TrimtabError(
                 f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"

@@ -109,7 +109,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def seed_of(seed: int, answer: int) -> int:
-    """The seed of one of several answers that are asked for with one seed; the first one's is the seed itself."""
+    """The seed of one of several answers that are requested with one seed; the first one's is the seed itself."""
     if answer == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{answer}".encode()).digest()[:8], "big")
@@ -146,7 +146,7 @@ class Settings:
 class RowSampler:
     """One row's settings, and its random numbers: one for each token, the same on every device.
 
-    `matcher` is how far its answer has come in its grammar, where it has one; the tokens are told to it as they come.
+    `matcher` is how far its answer has come in its grammar, where it has one; it is advanced by each token as it comes.
     """
 
     def __init__(self, settings: Settings, seed: int | None, tokens: int, matcher: Matcher | None = None) -> None:

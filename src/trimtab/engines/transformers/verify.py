@@ -40,7 +40,7 @@ DRAFTS = 2
 """How many draft tokens an open row takes along in the pass of its rungs."""
 
 Facts = Callable[[Tensor, Tensor], Tensor]
-"""What is told of tokens `[rows]` and the logits `[rows, vocabulary]` that they came from: `[rows, facts]`."""
+"""The facts `[rows, facts]` of tokens `[rows]` and of the logits `[rows, vocabulary]` that they came from."""
 Places = Sequence[tuple[int, int]]
 """Rungs, as `(row of the batch, rung)`; those of a row are neighbours, the strongest first."""
 
@@ -249,7 +249,7 @@ class Verifier:
         Args:
             sampler: How rows choose.
             logits: Of the step's pass, in which verified rows weren't steered.
-            facts: What is told of a token.
+            facts: Gives the facts of a token.
             past: The batch, with the tokens that gave the logits.
             drafting: For each row whether a draft of its token after is wanted; empty where there are to be none.
             ends: Tokens after which there is no other.

@@ -64,7 +64,7 @@ class Measure:
 
 @dataclass
 class Bench:
-    """What the checks work with. `notes` says what couldn't be measured, and `tick` is told of tokens that are done."""
+    """What the checks work with. `notes` says what couldn't be measured, and `tick` counts the tokens that are done."""
 
     lm: LM
     arms: Mapping[str, Steering | None]

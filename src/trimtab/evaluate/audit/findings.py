@@ -25,7 +25,7 @@ class Comparison:
         p: The chance of such a change by itself; `adjusted` by Holm for all comparisons of the arm.
         kind: "harm" and "change" hold among all comparisons at 5 %, the first being for the worse; "hint" has `p` below
             5 % by itself alone; else "nothing".
-        could: The least change that would have been found, as a mean; `None` where that can't be told.
+        could: The least change that would have been detected, as a mean; `None` where that isn't known.
         room: Of counts, how many of the items could get worse.
         words: All this in a sentence.
     """

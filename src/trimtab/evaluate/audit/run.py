@@ -1,4 +1,4 @@
-"""The audit: all checks on the unsteered, the steered and, where it is asked for, the repaired model."""
+"""The audit: all checks on the unsteered, the steered and, where requested, the repaired model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DECODED = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long what is left takes, in seconds, told once the speed of the model is known."""
+    """The estimated time that remains, in seconds, once the speed of the model is known."""
 
     seconds: float
 
@@ -72,7 +72,7 @@ class Audit:
         notes: What couldn't be measured.
         verdict: In words, worst first.
         about: The run: model, size, seed, data.
-        repaired: The same of the repaired steering, if one was asked for.
+        repaired: The same of the repaired steering, if one was requested.
         left: For a repaired one, the share of each edit's length that is left; `kept` is the share of the steering's
             divergence that it still has.
     """
