@@ -44,7 +44,7 @@ MEMORY = Target(1.1, at_least=False)
 
 
 @dataclass(frozen=True)
-class Asked:
+class EmphasizedPrompt:
     """A prompt, and the instruction at its end."""
 
     prompt: str
@@ -63,7 +63,7 @@ class Seen:
     rungs: list[int | None] = field(default_factory=list)  # at open gates
 
 
-def clean_suffixes(folder: Path) -> list[Asked]:
+def clean_suffixes(folder: Path) -> list[EmphasizedPrompt]:
     """The IFEval prompts that are a query followed by their instructions, in the file's order."""
     without = {row["key"]: row["prompt_without_instruction"] for row in _rows(folder / WITHOUT)}
     suffixes = []
@@ -71,7 +71,7 @@ def clean_suffixes(folder: Path) -> list[Asked]:
         query = str(without.get(row["key"], "")).strip()
         rest = _after(row["prompt"], query)
         if query and len(rest) >= 10 and row["prompt"].count(rest) == 1:
-            suffixes.append(Asked(row["prompt"], rest))
+            suffixes.append(EmphasizedPrompt(row["prompt"], rest))
     return suffixes
 
 
@@ -132,7 +132,7 @@ def peak(folder: Path, batch: int, tokens: int, steered: bool) -> float:
 def _speed(
     case: str,
     lm: LM,
-    prompts: Sequence[Asked],
+    prompts: Sequence[EmphasizedPrompt],
     batch: int,
     rounds: int,
     tokens: int,
@@ -200,7 +200,9 @@ def _memory(case: str, folder: Path, batch: int, tokens: int) -> Result:
     return Result(case, "peak memory, auto / unsteered", ours / plain, "ratio", target=MEMORY)
 
 
-def _each(chunks: Sequence[list[Asked]], work: Callable[[list[Asked]], float]) -> Callable[[], float]:
+def _each(
+    chunks: Sequence[list[EmphasizedPrompt]], work: Callable[[list[EmphasizedPrompt]], float]
+) -> Callable[[], float]:
     """A run that takes the chunks in turn; all contenders start at the same one."""
     turn = cycle(chunks)
     return lambda: work(next(turn))
@@ -212,7 +214,7 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _generate(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str | None) -> Any:
+def _generate(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: str | None) -> Any:
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     if schedule is not None:
         options["emphasize"] = [request.instruction for request in chunk]
@@ -220,7 +222,7 @@ def _generate(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str | None)
     return lm.generate([request.prompt for request in chunk], **options)
 
 
-def _traced(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str, seen: Seen) -> float:
+def _traced(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: str, seen: Seen) -> float:
     start = time.perf_counter()
     answers = _generate(lm, chunk, tokens, schedule)
     seconds = time.perf_counter() - start
@@ -239,7 +241,7 @@ def _traced(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str, seen: Se
 
 
 @torch.no_grad()
-def naive(lm: LM, request: Asked, tokens: int) -> tuple[list[int], float]:
+def naive(lm: LM, request: EmphasizedPrompt, tokens: int) -> tuple[list[int], float]:
     """The token ids, and the seconds they took, with copied caches and one pass a rung and a ranked layer."""
     start = time.perf_counter()
     ids = lm.encode(request.prompt)

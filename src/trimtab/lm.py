@@ -18,8 +18,7 @@ from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.images import PromptImages
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings, meanings_of
-from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
-from trimtab.engines.request import Request as Asked
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
@@ -251,7 +250,7 @@ class LM(LanguageModel):
 
     # ---- what is asked -----------------------------------------------------------------------------------
 
-    def admit(self, requests: Sequence[Asked], decoding: Decoding) -> Decoding:
+    def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """The options that transformers' `generate` is given. Raises `TrimtabError` for what it can't take."""
         options = {"do_sample": False, **decoding.options}
         check_options(self.model, options)
@@ -281,7 +280,7 @@ class LM(LanguageModel):
         """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
         return self._grammars({}).matcher(grammar)
 
-    def _matchers(self, requests: Sequence[Asked], options: Mapping[str, Any]) -> list[Matcher | None]:
+    def _matchers(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Matcher | None]:
         """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""
         grammars = [request.grammar for request in requests]
         return [None if grammar is None else self._grammars(options).matcher(grammar) for grammar in grammars]
@@ -295,7 +294,7 @@ class LM(LanguageModel):
             known[ends] = Grammars(self.tokenizer, size, ends)
         return known[ends]
 
-    def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
+    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
         """The answers to requests that were checked, in their order, sorted by length into batches."""
         kwargs: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "logprobs": decoding.logprobs}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
@@ -340,7 +339,7 @@ class LM(LanguageModel):
                 tell(0)
         return [[self._with_pieces(generation) for generation in answers[i]] for i in range(len(requests))]
 
-    def _joins(self, request: Asked, decoding: Decoding) -> bool:
+    def _joins(self, request: Request, decoding: Decoding) -> bool:
         """Whether a request can be decoded in batches of steps, as far as its images go.
 
         Raises `UnsupportedError` where it can't, and asks for what only these have.

@@ -12,10 +12,10 @@ import torch
 from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, Measure, Measured, Run
 from trimtab.engines.doses import DoseWarning
 from trimtab.engines.request import Choice
-from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.transformers.teacher_forced import Answered
 from trimtab.evaluate.ab import ABItem, share
 from trimtab.evaluate.constraints import on_topic
-from trimtab.evaluate.divergence import read_given
+from trimtab.evaluate.divergence import read_answered
 from trimtab.evaluate.fluency import fluencies
 from trimtab.text.letters import ask_prompt, question_prompt
 
@@ -109,7 +109,7 @@ def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Meas
     return measured
 
 
-def by_leads(answers: Sequence[tuple[Mapping[str, Given], Mapping[str, Given]]]) -> Measure:
+def by_leads(answers: Sequence[tuple[Mapping[str, Answered], Mapping[str, Answered]]]) -> Measure:
     """By how much the wanted answer is likelier than the other, in nats per token,
     teacher-forced.
 
@@ -128,12 +128,12 @@ def by_leads(answers: Sequence[tuple[Mapping[str, Given], Mapping[str, Given]]])
     return measure
 
 
-def likelihoods(lm: LM, texts: Sequence[Given], run: Run) -> list[float]:
+def likelihoods(lm: LM, texts: Sequence[Answered], run: Run) -> list[float]:
     """The mean log-probability of each answer's tokens."""
     values = []
     for start in range(0, len(texts), TOGETHER):
         part = slice(start, start + TOGETHER)
-        for text, logits in zip(texts[part], read_given(lm, texts[part], list(run[part])), strict=True):
+        for text, logits in zip(texts[part], read_answered(lm, texts[part], list(run[part])), strict=True):
             ids = torch.tensor(text.answer)[:, None]
             value = float(logits.float().log_softmax(-1).gather(-1, ids).mean())
             values.append(value if math.isfinite(value) else -math.log(HIGHEST))

@@ -252,7 +252,7 @@ class Speed:
 
 def speed_of(lm: LM) -> Speed:
     """Measured on a few queries, in some seconds."""
-    from trimtab.evaluate.divergence import read_given, reference
+    from trimtab.evaluate.divergence import read_answered, reference
 
     questions = list(queries("tune")[:16])
     lm.generate(questions[:2], max_new_tokens=2)
@@ -261,7 +261,7 @@ def speed_of(lm: LM) -> Speed:
     made = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
     base = reference(lm, questions[:6], tokens=8)
     started = time.perf_counter()
-    read_given(lm, base.texts, None)
+    read_answered(lm, base.texts, None)
     read = sum(len(text.prompt) + len(text.answer) for text in base.texts) / (time.perf_counter() - started)
     return Speed(made, read)
 

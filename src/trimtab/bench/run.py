@@ -50,8 +50,8 @@ def bench(
         lm: The model, on the transformers engine.
         plan: What `plan` made.
         folder: Where the run is kept; it may hold the beginning of the same run.
-        progress: Told of cells that are done, and of all.
-        say: Told in words what is being done.
+        progress: Called with how many cells are done, and how many there are.
+        say: Called with what is being done, in words.
 
     Raises:
         TrimtabError: A folder with another run, or a model that is being steered or on another engine.

@@ -11,7 +11,7 @@ from trimtab.bench.measures import by_leads
 from trimtab.bench.store import Store
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
 from trimtab.data import Trait, queries, traits
-from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.transformers.teacher_forced import Answered
 from trimtab.errors import TrimtabError
 from trimtab.making.contrasts import Answer, Contrasts, contrasts, hears_system, under
 from trimtab.making.idea import idea_from_trait
@@ -65,7 +65,7 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
         TWICE: [tuple(lm.encode(under(f"{system} {system}", q, heard))) for q, system in instructed],
     }
     answers = [
-        tuple({arm: Given(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
+        tuple({arm: Answered(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
         for i, both in enumerate(sides)
     ]
     return Task(

@@ -16,7 +16,7 @@ STREAMING = {"transformers", "llamacpp"}
 """Engines that tell tokens as they come. Others tell an answer when it is done, and it can't be cut short."""
 
 Hear = Callable[[str, str], None]
-"""Told `"unsteered"` or `"steered"`, and a piece of that answer."""
+"""Called with `"unsteered"` or `"steered"`, and a piece of that answer."""
 
 
 class Stream:
@@ -93,7 +93,7 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         desk: The model and its engine.
         conversation: What was said, and what steers.
         question: The user's message.
-        hear: Told the pieces of the answers.
+        hear: Called with the pieces of the answers.
         interrupt: Whether Ctrl-C cuts the answer that is being given short. It is kept as far as it got.
 
     Raises:

@@ -96,7 +96,7 @@ def make_steered(
         desk: The model.
         conversation: It gives the names that are taken, and isn't changed.
         wish: What is wanted.
-        stage: Told what is being done, and how far it is.
+        stage: Called with what is being done, and how far it is.
         say: Called with messages about the progress.
 
     Raises:

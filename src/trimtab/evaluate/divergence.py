@@ -22,7 +22,7 @@ from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.likelihood import LOGITS
 from trimtab.engines.transformers.scores import activation_edits, is_score_edit
 from trimtab.engines.transformers.session import Session
-from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
+from trimtab.engines.transformers.teacher_forced import Answered, check_answered, teacher_forced
 from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
@@ -68,7 +68,7 @@ class Divergence:
 class Reference:
     """The unsteered model's answers to some prompts, and its logits before each of their tokens."""
 
-    texts: tuple[Given, ...]
+    texts: tuple[Answered, ...]
     logits: tuple[Tensor, ...]
 
 
@@ -100,14 +100,14 @@ def reference(
     if not listed:
         raise TrimtabError("there is no prompt to measure a divergence on; give some")
     texts = tuple(
-        Given(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
+        Answered(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
         for prompt, answer in zip(listed, answers, strict=True)
     )
     texts = tuple(text for text in texts if text.answer)
     if not texts:
         raise TrimtabError("the unsteered model answers none of these prompts with a token; give others")
-    check_given(lm.layout, texts)
-    return Reference(texts, tuple(read_given(lm, texts, None)))
+    check_answered(lm.layout, texts)
+    return Reference(texts, tuple(read_answered(lm, texts, None)))
 
 
 @keywords
@@ -146,7 +146,7 @@ def divergence(
     base = (
         prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     )
-    steered = read_given(lm, base.texts, steering)
+    steered = read_answered(lm, base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
 
 
@@ -160,7 +160,9 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
 
 
-def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Steering | None] | None) -> list[Tensor]:
+def read_answered(
+    lm: LM, texts: Sequence[Answered], steering: Steering | Sequence[Steering | None] | None
+) -> list[Tensor]:
     """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order.
 
     Raises `TrimtabError` where there are several steerings, and not one for each text.
@@ -187,7 +189,7 @@ def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Ste
     return [by_text[i] for i in range(len(texts))]
 
 
-def _batch(texts: Sequence[Given], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
+def _batch(texts: Sequence[Answered], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
     """The first of `order` that together have at most so many tokens of answer, padded; at least one."""
     chosen = [order[0]]
     for i in order[1:]:

@@ -138,7 +138,9 @@ class SteeredModel(ModelAPI):
         most = config.max_tokens or MOST_TOKENS
         if self.lm.layout.context is not None:
             most = min(most, max(1, self.lm.layout.context - len(ids)))
-        request = _Asked(self.lm, prompt, steering, most, sampling(config), config.seed, self.transfer, self.batch_size)
+        request = _Request(
+            self.lm, prompt, steering, most, sampling(config), config.seed, self.transfer, self.batch_size
+        )
         self._waiting.put(request)
         while not request.answers.done():
             await anyio.sleep(GATHERED / 5)
@@ -216,7 +218,7 @@ def _file(named: str) -> Steering:
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class _Request:
     """A request that waits for others to be answered with."""
 
     lm: LM
@@ -244,14 +246,14 @@ class _Asked:
 
 
 @cache
-def _worker(lm: LM) -> queue.Queue[_Asked]:
+def _worker(lm: LM) -> queue.Queue[_Request]:
     """Where requests to a model wait, and a thread that answers them."""
-    waiting: queue.Queue[_Asked] = queue.Queue()
+    waiting: queue.Queue[_Request] = queue.Queue()
     threading.Thread(target=_serve, args=(waiting,), name="trimtab-inspect", daemon=True).start()
     return waiting
 
 
-def _serve(waiting: queue.Queue[_Asked]) -> None:
+def _serve(waiting: queue.Queue[_Request]) -> None:
     while True:
         batch = [waiting.get()]
         while len(batch) < batch[0].size:
@@ -259,14 +261,14 @@ def _serve(waiting: queue.Queue[_Asked]) -> None:
                 batch.append(waiting.get(timeout=GATHERED))
             except queue.Empty:
                 break
-        groups: dict[Hashable, list[_Asked]] = {}
+        groups: dict[Hashable, list[_Request]] = {}
         for request in batch:
             groups.setdefault(request.key, []).append(request)
         for group in groups.values():
             _answer(group)
 
 
-def _answer(group: list[_Asked]) -> None:
+def _answer(group: list[_Request]) -> None:
     """Answer a group. Where it fails as a whole, each is asked alone, so that one prompt doesn't fail the others."""
     first = group[0]
     try:

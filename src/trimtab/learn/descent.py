@@ -109,7 +109,7 @@ def descend(
         loss: The sum of the losses of some examples.
         how: Steps, rate and the rest.
         groups: Parts examples, by their numbers, into groups that fit a pass.
-        report: Told of each step.
+        report: Called after each step.
 
     Raises:
         TrimtabError: No examples, or a loss that isn't finite.

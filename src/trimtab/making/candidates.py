@@ -76,8 +76,8 @@ def candidates(
         positions: Where they act: from the last prompt token on, or at all tokens (and not at block 0, which such
             programs can't steer).
         seed: Of the order of answers in the descent.
-        progress: Told of candidates that were tried.
-        say: Told in words how the descent stands.
+        progress: Called with how many candidates were tried.
+        say: Called with the state of the descent, in words.
     """
     trials = mean_differences(lm, name, learned, positions)
     total = len(trials) + (len(trained.strengths) if trained is not None else 0)

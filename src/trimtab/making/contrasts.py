@@ -92,7 +92,7 @@ def contrasts(
         questions: What is asked.
         prompts: Under how many system prompts of each side each question is asked.
         tokens: The maximum length of an answer, in tokens.
-        progress: Told of answers made and those to make.
+        progress: Called with how many answers are made, and how many there will be.
     """
     heard = hears_system(lm)
     rows: list[Ask] = []
@@ -118,7 +118,7 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
         lm: The model.
         rows: What is asked, and how.
         tokens: The maximum length of an answer, in tokens.
-        progress: Told of answers made and those to make.
+        progress: Called with how many answers are made, and how many there will be.
     """
     answers = lm.generate([row.own for row in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
     sides: dict[bool, list[Answer]] = {True: [], False: []}

@@ -55,7 +55,7 @@ def judged(
         test_answers: Answers for and against, to questions of the test.
         tokens: The maximum length of an answer, in tokens.
         seed: Of the random directions, and of the bootstrap.
-        progress: Told how far it is.
+        progress: Called with how far it is.
 
     Raises:
         TrimtabError: As `share_of` does.

@@ -39,7 +39,7 @@ TOKENS = 64
 STAGES = ("answering for and against", "learning", "answering the test questions", "measuring")
 
 Stage = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and how much there is."""
+"""Called with what is being done, how much of it is, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def make_from_pairs(
             answers, by preference (BiPO) if only the answers are given. Bare texts have neither.
         positions: As `make` has it, and so are all the others.
         seed: Of the order of answers and of the random directions.
-        stage: Told what is being done, of `STAGES` those that there are.
+        stage: Called with what is being done, of `STAGES` those that there are.
         say: Called with messages about the progress.
 
     Raises:

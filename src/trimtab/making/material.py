@@ -44,7 +44,7 @@ class Material:
     Args:
         name: Its name.
         source: Where it comes from, for the card.
-        learn: Gives the answers to learn from. Told how far it is, where the model has to write them.
+        learn: Gives the answers to learn from. Called with how far it is, where the model has to write them.
         test: Gives those for the verdict, to other questions.
         aside: Questions among those to learn from that choose between candidates instead.
         writes: Whether the model writes the answers.

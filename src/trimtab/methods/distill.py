@@ -105,7 +105,7 @@ def learn_distill(
         seed: Of the order in which answers are learned from.
         options: Further entries for the card.
         progress: `progress(done, total)`, in steps of work.
-        say: Told in words how it stands: how many answers were kept, the divergence on held-out queries.
+        say: Called with the state in words: how many answers were kept, the divergence on held-out queries.
 
     Returns: A steering of strength 1; its card has the divergence (nats per token) before and after, on held-out
         queries. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.

@@ -96,7 +96,7 @@ def learn_seka(
         negative: g-, how much the least of the irrelevant ones are. With 0 the maps are of low rank, else of full rank.
         share: Of the singular values, from 0 to 1; the larger, the more directions count as relevant.
         heads: Of all heads at these layers the share that is edited, those whose keys move most between both questions.
-        progress: Told how many examples have been read.
+        progress: Called with how many examples have been read.
 
     Returns:
         A steering of the whole prompt (`Positions.prompt()`). Its strength multiplies g+ and g-.

@@ -1,4 +1,5 @@
-"""Will a direction steer? Told from its pairs and from what a push along it does to the next token, before any answer.
+"""Will a direction steer? Estimated from its pairs and from what a push along it does to the next token, before any
+answer.
 
 Two numbers of the pairs foretell whether a mean difference steers: how far the pairs' differences agree, and how well
 it separates the sides (Braun et al., arXiv 2505.22637 and 2602.17881). Both are taken on pairs that the direction

@@ -211,7 +211,7 @@ def answer(
         seed: For repeatable samples; `None` takes one from torch's random numbers.
         clean_cache: Whether answers are steered over the cache of the unsteered model.
         monitors: What is read of each answer's tokens.
-        progress: Told how many prompts are done, as they are.
+        progress: Called with how many prompts are done, as they are.
 
     Raises:
         TrimtabError: A sampled row was steered to where the logits are no numbers any more.

@@ -22,14 +22,14 @@ from trimtab.steering import Edit
 
 
 @dataclass(frozen=True)
-class Given:
+class Answered:
     """A prompt and the answer that is read after it, as token ids."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
-def check_given(layout: Layout, texts: Sequence[Given]) -> None:
+def check_answered(layout: Layout, texts: Sequence[Answered]) -> None:
     """Raises `TrimtabError` for a text without a prompt or an answer, or one that is too long; it says which."""
     for i, text in enumerate(texts):
         if not text.prompt or not text.answer:
@@ -39,7 +39,7 @@ def check_given(layout: Layout, texts: Sequence[Given]) -> None:
 
 @torch.no_grad()
 def teacher_forced(
-    model: Any, layout: Layout, texts: Sequence[Given], session: Session, edits: Sequence[tuple[Edit, ...]]
+    model: Any, layout: Layout, texts: Sequence[Answered], session: Session, edits: Sequence[tuple[Edit, ...]]
 ) -> list[Tensor]:
     """The logits `[answer tokens, vocabulary]` before each token of each answer, in one pass.
 

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.transformers.teacher_forced import Answered
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import ABItem, requests_of, score_ab
 from trimtab.evaluate.audit.items import Items, Size
-from trimtab.evaluate.divergence import read_given
+from trimtab.evaluate.divergence import read_answered
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.jailbreaks import TEMPLATES, under
 from trimtab.evaluate.refusal import refuses
@@ -142,10 +142,10 @@ def lean(bench: Bench) -> Iterator[Measure]:
     for n, request in enumerate(bench.items.harmful):
         ids = tuple(bench.lm.encode(request, system=bench.system if bench.takes_system else None))
         for side in (REFUSING, COMPLYING):
-            texts.append(Given(ids, _ids(bench.lm, side[n % len(side)])))
+            texts.append(Answered(ids, _ids(bench.lm, side[n % len(side)])))
     values = {}
     for arm, steering in bench.arms.items():
-        nlls = [sum(token_nlls) / len(token_nlls) for token_nlls in given_nlls(bench, texts, steering)]
+        nlls = [sum(token_nlls) / len(token_nlls) for token_nlls in answered_nlls(bench, texts, steering)]
         values[arm] = tuple(nlls[i + 1] - nlls[i] for i in range(0, len(nlls), 2))
     does = (
         "makes refusing answers to harmful requests likelier",
@@ -169,12 +169,12 @@ def text(bench: Bench) -> Iterator[Measure]:
     for passage in bench.items.texts:
         sentences = [part if part.endswith(".") else f"{part}." for part in passage.split(". ")]
         ids = [_ids(bench.lm, sentence if n == 0 else f" {sentence}") for n, sentence in enumerate(sentences)]
-        texts.append(Given(prompt, tuple(token for some in ids for token in some)))
+        texts.append(Answered(prompt, tuple(token for some in ids for token in some)))
         cuts.append([len(some) for some in ids])
     values: dict[str, tuple[float, ...]] = {}
     for arm, steering in bench.arms.items():
         means: list[float] = []
-        for nlls, lengths in zip(given_nlls(bench, texts, steering), cuts, strict=True):
+        for nlls, lengths in zip(answered_nlls(bench, texts, steering), cuts, strict=True):
             start = 0
             for length in lengths:
                 means.append(sum(nlls[start : start + length]) / length)
@@ -298,10 +298,10 @@ def repeats(ids: Sequence[int], start: int, end: int) -> float:
     return again / total if total else 0.0
 
 
-def given_nlls(bench: Bench, texts: Sequence[Given], steering: Steering | None) -> list[list[float]]:
+def answered_nlls(bench: Bench, texts: Sequence[Answered], steering: Steering | None) -> list[list[float]]:
     """The negative log-probability of each token of each answer under a steering, in nats."""
     nlls = []
-    for example, logits in zip(texts, read_given(bench.lm, texts, steering), strict=True):
+    for example, logits in zip(texts, read_answered(bench.lm, texts, steering), strict=True):
         chosen = logits.double().log_softmax(-1)[range(len(example.answer)), list(example.answer)]
         nlls.append([-value for value in chosen.tolist()])
     bench.tick(sum(len(each.prompt) + len(each.answer) for each in texts) // 8)

@@ -27,7 +27,7 @@ from trimtab.evaluate.audit.direction import (
 from trimtab.evaluate.audit.findings import Comparison, compare, verdict
 from trimtab.evaluate.audit.items import FULL, Items, Size, read_items
 from trimtab.evaluate.audit.repair import repaired
-from trimtab.evaluate.divergence import Reference, divergence, read_given, reference
+from trimtab.evaluate.divergence import Reference, divergence, read_answered, reference
 from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
 from trimtab.steering import ScoreOperation, Site, Steering
@@ -151,8 +151,8 @@ def audit(
         seed: Of the intervals and tests.
         transfer: Allow a steering learned on another model of the same width.
         progress: `progress(done, total, label=…)` as tokens are done.
-        estimate: Told once how long it will take.
-        found: Told of each measure as soon as it is there.
+        estimate: Called once with how long it will take.
+        found: Called with each measure as soon as it is there.
 
     Raises:
         TrimtabError: A steering that doesn't fit, one without edits, a name that is no behaviour, or nothing left after
@@ -269,7 +269,7 @@ def _kept(lm: LM, steering: Steering, mended: Steering | None, base: Reference) 
     """The share of a steering's divergence that the repaired one has: 1 - that between both / that from nothing."""
     if mended is None:
         return None
-    steered = Reference(base.texts, tuple(read_given(lm, base.texts, steering)))
+    steered = Reference(base.texts, tuple(read_answered(lm, base.texts, steering)))
     apart, whole = (divergence(lm, each_steering, steered, transfer=True).mean for each_steering in (mended, None))
     return 1 - apart / whole if whole > 0 and math.isfinite(apart) else None
 
