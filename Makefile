@@ -10,6 +10,7 @@ ENVIRONMENT := $(BIN)/python tools/environment.py
 VLLM := build/vllm
 VLLM_TESTS ?= parts fused engine static learning serve
 VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families
+OLDEST_TESTS := tests/properties $(patsubst %,tests/engines/test_%.py,arguments compat decode images load prefixes transformers)
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \
   test-vllm test-vllm-all test-vllm-oldest peers browser lock bench site api wheel clean
@@ -36,23 +37,23 @@ check: lint types
 
 # Before you push. The parts run side by side, and what they print is in build/logs.
 test: setup browser
-	@$(BIN)/python tools/parts.py test-newest test-vllm lint types test-oldest test-vllm-oldest
+	@$(BIN)/python tools/parts.py test-newest test-vllm types lint test-oldest
 
 # At night: the long forms as well.
 test-all: setup browser
 	@$(BIN)/python tools/parts.py test-newest-all test-vllm-all lint types test-oldest-all test-vllm-oldest
 
 test-newest: setup peers
-	$(PYTEST) -n $(WORKERS) -m "not long" --durations=80 --durations-min=2
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m "not long" --durations=80 --durations-min=2
 
 test-newest-all: setup peers
-	$(PYTEST) -n $(WORKERS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile
 
 # The other end of the range of transformers that is supported, laid over the same environment.
 test-oldest test-oldest-all: export PYTHONPATH = build/oldest-transformers
 test-oldest: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers
-	$(PYTEST) -n 1 tests/properties tests/engines -m "not slow and not long" --families llama,gemma3
+	$(PYTEST) -n 1 $(OLDEST_TESTS) -m "not slow and not long" --families llama,gemma3
 
 test-oldest-all: setup
 	@PYTHONPATH= $(ENVIRONMENT) oldest-transformers build/oldest-transformers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             raise pytest.UsageError(f"unknown families: {', '.join(map(str, unknown))}; known: {', '.join(FAMILIES)}")
         config.hook.pytest_deselected(items=[item for item in items if family(item) not in wanted])
         items[:] = [item for item in items if family(item) in wanted]
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported and collected stays to the end: the garbage collector needn't walk over it (a tenth)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

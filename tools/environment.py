@@ -67,7 +67,8 @@ def pip(python: Path, *arguments: str | Path, quiet: bool = False) -> int:
 
 
 def install(python: Path, *arguments: str | Path) -> None:
-    if pip(python, "install", "-qq", *arguments):
+    """Install without compiling: Python compiles what is imported, which is a small part of what is installed."""
+    if pip(python, "install", "-qq", "--no-compile", *arguments):
         sys.exit(f"pip could not install into {python.parents[1]}")
 
 
@@ -75,7 +76,8 @@ def install_torch(python: Path, gpu: bool) -> None:
     """Install torch, which is in no lock. On a CPU its small build will do: from PyTorch's own index, or from wherever
     pip is set up to look."""
     wanted = ("-r", ROOT / TORCH)
-    if gpu or pip(python, "install", "-qq", "--retries", "0", "--index-url", CPU_TORCH, *wanted, quiet=True):
+    flags = ("-qq", "--no-compile", "--retries", "0", "--index-url", CPU_TORCH)
+    if gpu or pip(python, "install", *flags, *wanted, quiet=True):
         install(python, *wanted)
 
 

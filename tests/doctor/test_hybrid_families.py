@@ -7,7 +7,7 @@ from every_family import HYBRIDS, page, reasons, row, written_for_this_release
 
 from trimtab import TrimtabError
 
-SHORT = {"jamba", "lfm2", "mamba2", "nemotron_h", "qwen3_5_text"}
+SHORT = {"lfm2", "mamba2", "qwen3_5_text"}
 
 
 @pytest.mark.long_unless(lambda kind: kind in SHORT)

@@ -7,7 +7,7 @@ from every_family import IMAGES, page, reasons, row, written_for_this_release
 
 from trimtab import TrimtabError
 
-SHORT = {"gemma4:images", "llava:images", "qwen3_vl:images"}
+SHORT = {"gemma4:images", "qwen3_vl:images"}
 
 
 @pytest.mark.long_unless(lambda kind: kind in SHORT)

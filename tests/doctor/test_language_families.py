@@ -7,14 +7,7 @@ from every_family import LANGUAGE, page, reasons, row, written_for_this_release
 
 from trimtab import TrimtabError
 
-SHORT = {
-    "deepseek_v3",
-    "gemma3n_text",
-    "gemma4_text@shared",
-    "gpt_oss",
-    "llama4_text",
-    "qwen2_moe",
-}
+SHORT = {"deepseek_v3", "gemma4_text@shared", "gpt_oss"}
 
 
 @pytest.mark.long_unless(lambda kind: kind in SHORT)

@@ -57,6 +57,7 @@ def test_a_gate_opens_for_cooking_alone() -> None:
         assert (plain == steered) == ("swim" in question or "black hole" in question)
 
 
+@pytest.mark.long
 def test_a_server_answers_steered() -> None:
     pytest.importorskip("openai", reason="the example asks with OpenAI's client")
     pytest.importorskip("fastapi", reason="the server needs trimtab[serve]")

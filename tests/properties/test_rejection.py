@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import cycle
 from typing import Any
 
 import naive_rejection
@@ -40,6 +41,9 @@ pytestmark = [
     pytest.mark.long_unless(lambda lm: lm[0] == "llama" or lm[1] == 0),
     pytest.mark.long_unless(lambda lm, schedule: lm[0] in FULL or schedule == "optimistic"),
 ]
+PLAIN = ("pasta", "boost", "spotlight", "spotlight exact layer")
+TURNS = dict(zip(STEERABLE, cycle(PLAIN), strict=False))
+"""Each family has one of these in turn, Llama all."""
 FEW_OPERATIONS = pytest.mark.long_unless(lambda lm, name: lm[0] in FULL or name in ("scaling", "spotlight"))
 # The final soft cap of 30 leaves the logits of this family so far apart that few gates open.
 BETAS = {"gemma3_multimodal": 0.02, "gemma2": 0.1, "gemma3": 0.1}
@@ -111,8 +115,9 @@ class TestAgainstTheNaiveReference:
             open_steps = [k for k, step in enumerate(answers[i].trace.steps) if step.open]
             assert rungs(answers[i]) == [accepted[k] for k in open_steps]
 
+    @pytest.mark.long_unless(lambda lm, name: lm[0] == "llama" or name == TURNS[lm[0]])
     @pytest.mark.parametrize("schedule", ["optimistic", "fused"])
-    @pytest.mark.parametrize("name", ["pasta", "boost", "spotlight", "spotlight exact layer"])
+    @pytest.mark.parametrize("name", PLAIN)
     def test_every_operation_on_scores(self, lm: LM, name: str, schedule: str) -> None:
         beta = beta_of(lm)
         for i in (0, 1):

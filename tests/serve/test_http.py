@@ -361,7 +361,7 @@ class TestDocument:
             if not valid and not operation.body and operation.method.upper() == "GET":
                 continue  # there is nothing about it that could be wrong
 
-            @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+            @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: Any) -> None:
                 if valid and isinstance(case.body, dict) and "model" in case.body:

@@ -259,6 +259,7 @@ class TestChunksAndPreemption:
         for site in sites:
             torch.testing.assert_close(ours[site], theirs[site], rtol=5e-4, atol=5e-3)
 
+    @pytest.mark.long
     def test_preempted_requests_end_as_they_would_have(self, vllm: Any, lm: LM) -> None:
         """Twelve requests of some 90 tokens in a pool of 768: some are thrown out, and computed again."""
         window = Positions.window(5, 40) | Positions.prompt()
@@ -312,9 +313,11 @@ class TestNothingIsSilentlyUnsteered:
         ("plant", "why"),
         [
             (unhook, r"behind block 12 the steering was to run once, on \d+ tokens, and wasn't run"),
-            (hook_twice, r"behind block 12 .* ran 2 times"),
-            (past_begin, "a step in which the plugin wasn't asked to steer this request"),
-            (past_the_plugin, "steered requests and accounts for 0 of them"),
+            pytest.param(hook_twice, r"behind block 12 .* ran 2 times", marks=pytest.mark.long),
+            pytest.param(
+                past_begin, "a step in which the plugin wasn't asked to steer this request", marks=pytest.mark.long
+            ),
+            pytest.param(past_the_plugin, "steered requests and accounts for 0 of them", marks=pytest.mark.long),
             (one_step_past_the_plugin, "steered requests and accounts for 0 of them"),
         ],
         ids=["unhooked", "hooked twice", "begin isn't called", "steps past the plugin", "one step past the plugin"],

@@ -196,7 +196,7 @@ def asked_for(i: int) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("requests", "clients", "looked_at"), [(60, 8, 20), pytest.param(500, 16, 100, marks=pytest.mark.slow)]
+    ("requests", "clients", "looked_at"), [(24, 8, 12), pytest.param(500, 16, 100, marks=pytest.mark.slow)]
 )
 def test_many_clients_while_steerings_come_and_go(url: str, requests: int, clients: int, looked_at: int) -> None:
     """Eight slots for twenty steerings at two strengths: none is lost, and each answer is what it is alone."""
