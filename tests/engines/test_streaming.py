@@ -202,7 +202,7 @@ def test_an_interrupt_while_it_waits_stops_it(lm: LM, monkeypatch: pytest.Monkey
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stream, "_told", type("Told", (), {"get": staticmethod(interrupt)}))
+    monkeypatch.setattr(stream, "_queue", type("Queue", (), {"get": staticmethod(interrupt)}))
     stream._ready.clear()
     with pytest.raises(KeyboardInterrupt):
         next(stream)
