@@ -178,7 +178,9 @@ def following_distilled(
     steps: Annotated[int, typer.Option(min=1, help="Steps of gradient descent.")] = 16,
     rank: Annotated[int | None, typer.Option(min=0, help="Rows that read activations; 0: a vector.")] = None,
     rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 0.005,
-    one: Annotated[bool, typer.Option("--one", help="With the instruction: one steering for all types.")] = False,
+    one_for_all: Annotated[
+        bool, typer.Option("--one", help="With the instruction: one steering for all types.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="The model's dtype.")] = "float32",
     data: Annotated[Path, typer.Option(help="The folder of data sets.", show_default="$TRIMTAB_DATA")] = DATA,
     json_file: Json = None,
@@ -193,14 +195,24 @@ def following_distilled(
     file = data / DATASET
     if mode not in ("with", "without"):
         raise typer.BadParameter(f"{mode!r} is neither with nor without", param_hint="--mode")
-    if one and mode != "with":
+    if one_for_all and mode != "with":
         raise typer.BadParameter("one steering for all types heeds the prompt: give --mode with", param_hint="--one")
     if not file.is_file():
         Console(stderr=True).print(f"skipped: there is no {file}; name the folder of data sets with --data")
         return
     finish(
         run(
-            model, file, mode, folder, tokens, learn_tokens, fit, Descent(steps=steps, rate=rate), dtype, rank, one=one
+            model,
+            file,
+            mode,
+            folder,
+            tokens,
+            learn_tokens,
+            fit,
+            Descent(steps=steps, rate=rate),
+            dtype,
+            rank,
+            one_for_all=one_for_all,
         ),
         json_file,
         check,
@@ -315,8 +327,8 @@ def directer(
     other = bench_model(data.parent / "tools" / "fetch_bench_model.sh") if bench else ""
     if bench and not other:
         Console(stderr=True).print("the bench model can't be built here; running on the default model alone")
-    found = run(data, rounds, tokens, batch or [1, 8], naive_rounds, other, default, schedule or SCHEDULES)
-    finish(found, json_file, check, as_markdown)
+    results = run(data, rounds, tokens, batch or [1, 8], naive_rounds, other, default, schedule or SCHEDULES)
+    finish(results, json_file, check, as_markdown)
 
 
 @app.command("eval")
@@ -476,7 +488,7 @@ def sadi(
     from benchmarks.sadi import TASKS, missing, run
 
     tasks = task or list(TASKS)
-    if unknown := [one for one in tasks if one not in TASKS]:
+    if unknown := [each for each in tasks if each not in TASKS]:
         raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(TASKS)}", param_hint="--task")
     if files := missing(data, tasks):
         Console(stderr=True).print(f"skipped: there is no {data / files[0]}; name the folder of data sets with --data")

@@ -99,7 +99,7 @@ class Curve:
 
     def band(self, strength: float) -> tuple[float, float]:
         """From the lowest to the highest end of the intervals of the change by random and orthogonal directions."""
-        return min(one.low for one in self.random[strength]), max(one.high for one in self.random[strength])
+        return min(each.low for each in self.random[strength]), max(each.high for each in self.random[strength])
 
     @property
     def beyond(self) -> bool:
@@ -162,8 +162,8 @@ def read(folder: Path, limit: int | None, pairs: int, held_out: int) -> Data:
     """A behaviour's data: pairs drawn with a seed from the generate set, as many with (A) matching as with (B)."""
     test, excluded = read_ab(folder / "test_dataset_ab.json", exclude=True)
     generate, _ = read_ab(folder / "generate_dataset.json", exclude=True)
-    asked = {stem(item.question) for item in test}
-    free = [item for item in generate if stem(item.question) not in asked]
+    stems = {stem(item.question) for item in test}
+    free = [item for item in generate if stem(item.question) not in stems]
     random.Random(0).shuffle(free)
     sides = [[item for item in free if item.matching == letter] for letter in "AB"]
     drawn = [item for both in zip(*sides, strict=False) for item in both]
@@ -180,22 +180,22 @@ def learn(
     pairs = {
         name: [Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in of] for name, of in items.items()
     }
-    found = {}
+    learned = {}
     for name in pairs:
         path = folder / f"{name}.safetensors"
         kept = load_steering(path) if path.is_file() else None
         wanted = (digest(pairs[name]), list(layers), norm)
         if kept is not None and (kept.card.data, list(kept.layers), kept.card.options["norm"]) == wanted:
             lm.check(kept)
-            found[name] = kept
-    if missing := {name: of for name, of in pairs.items() if name not in found}:
+            learned[name] = kept
+    if missing := {name: of for name, of in pairs.items() if name not in learned}:
         new = learn_behaviours(lm, missing, layers, norm=norm, progress=say("learning"))
         for name, vector in new.items():
             save_steering(vector, folder / f"{name}.safetensors")
-        found |= new
+        learned |= new
     if dose is not None:
-        return {name: dose * found[name] for name in pairs}
-    return equalised({name: found[name] for name in pairs})
+        return {name: dose * learned[name] for name in pairs}
+    return equalised({name: learned[name] for name in pairs})
 
 
 def trained(lm: LM, name: str, items: Sequence[ABItem], folder: Path) -> Steering:
@@ -218,13 +218,13 @@ def trained(lm: LM, name: str, items: Sequence[ABItem], folder: Path) -> Steerin
 def choose(lm: LM, name: str, items: Sequence[ABItem], vector: Steering, folder: Path) -> int:
     """The layer at which p(matching) rises most with the strength, on pairs that were not learned from."""
     at = {(layer, s): s * vector.only([layer]) for layer in vector.layers for s in STRENGTHS}
-    arms = {BASELINE: None} | {f"layer {layer} {s:+g}": one for (layer, s), one in at.items()}
+    arms = {BASELINE: None} | {f"layer {layer} {s:+g}": steering for (layer, s), steering in at.items()}
     records = scored(lm, f"{name}-layers", items, arms, {}, folder)
     score = {key: interval(records[f"layer {key[0]} {key[1]:+g}"]) for key in at}
     base = interval(records[BASELINE])
     slopes = {layer: slope({s: score[layer, s].estimate for s in STRENGTHS}) for layer in vector.layers}
     best = max(slopes, key=lambda layer: slopes[layer])
-    cells = [Cell(layer, strength, found) for (layer, strength), found in score.items()]
+    cells = [Cell(layer, strength, estimate) for (layer, strength), estimate in score.items()]
     title = f"{name}: {len(items)} held-out pairs of the generate set, {lm.name}"
     (folder / f"{name}-layers.png").write_bytes(draw_sweep(cells, base, title, "p(matching)"))
     return best
@@ -284,10 +284,10 @@ def scored(
 
 
 def by_arm(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
-    found: dict[str, dict[str, Record]] = {}
+    records_by_arm: dict[str, dict[str, Record]] = {}
     for record in records:
-        found.setdefault(record.arm, {})[record.item] = record
-    return found
+        records_by_arm.setdefault(record.arm, {})[record.item] = record
+    return records_by_arm
 
 
 def interval(records: Mapping[str, Record], before: Mapping[str, Record] | None = None) -> Interval:
@@ -314,23 +314,28 @@ def fluency(lm: LM, arms: Mapping[str, Steering | None], folder: Path) -> dict[s
     """Of each arm's answers to a few open prompts: the median perplexity unsteered, and the mean share of different
     word pairs."""
     requests = [
-        ArmPrompt(arm, str(n), prompt, one) for n, prompt in enumerate(OPEN_PROMPTS) for arm, one in arms.items()
+        ArmPrompt(arm, str(n), prompt, steering)
+        for n, prompt in enumerate(OPEN_PROMPTS)
+        for arm, steering in arms.items()
     ]
     records = answer(
         lm,
         requests,
-        score=lambda _, one: {"distinct": distinct_n(one.text), "repeated": repeated_share(one.text)},
+        score=lambda _, generation: {
+            "distinct": distinct_n(generation.text),
+            "repeated": repeated_share(generation.text),
+        },
         max_new_tokens=TOKENS,
         out=folder / "fluency.jsonl",
         progress=say("fluency"),
     )
     kept = [record for record in records if record.answer.strip()]
     values = perplexities_of(lm, [str(record.prompt) for record in kept], [record.answer for record in kept])
-    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    collected: dict[str, list[float]] = {arm: [] for arm in arms}
     for record, value in zip(kept, values, strict=True):
-        found[record.arm].append(value)
+        collected[record.arm].append(value)
     distinct = {arm: mean(r.scores["distinct"] for r in records if r.arm == arm) for arm in arms}
-    return {arm: (median(of) if of else float("inf"), distinct[arm]) for arm, of in found.items()}
+    return {arm: (median(of) if of else float("inf"), distinct[arm]) for arm, of in collected.items()}
 
 
 # ---- what came of it ---------------------------------------------------------------------------------------
@@ -347,15 +352,19 @@ def results(
     for name, curve in curves.items():
         case = f"{name}, {curve.where}, {parts[name].questions} questions"
         for strength in sorted(curve.scores):
-            found = curve.scores[strength]
-            lines.append(Result(case, f"p(matching) at {strength:+g}", found.estimate, "", found.low, found.high))
+            estimate = curve.scores[strength]
+            lines.append(
+                Result(case, f"p(matching) at {strength:+g}", estimate.estimate, "", estimate.low, estimate.high)
+            )
             lines.append(Result(case, f"mass at {strength:+g}", curve.mass[strength], ""))
-        for system, found in curve.systems.items():
-            lines.append(Result(case, f"p(matching), system {system}", found.estimate, "", found.low, found.high))
+        for system, estimate in curve.systems.items():
+            lines.append(
+                Result(case, f"p(matching), system {system}", estimate.estimate, "", estimate.low, estimate.high)
+            )
         for strength, change in curve.change.items():
             lines.append(Result(case, f"change at {strength:+g}", change.estimate, "", change.low, change.high))
             low, high = curve.band(strength)
-            middle = mean(one.estimate for one in curve.random[strength])
+            middle = mean(each.estimate for each in curve.random[strength])
             lines.append(Result(case, f"change at {strength:+g}, random", middle, "", low, high))
         lines.append(Result(case, "mean dose at +1", curve.dose, ""))
         lines.append(Result(case, "monotone", float(curve.monotone), ""))
@@ -428,8 +437,8 @@ def tables(
     )
 
 
-def shown(found: Interval, form: str = ".2f") -> str:
-    return f"{found.estimate:{form}} {between((found.low, found.high), form)}"
+def shown(estimate: Interval, form: str = ".2f") -> str:
+    return f"{estimate.estimate:{form}} {between((estimate.low, estimate.high), form)}"
 
 
 def between(ends: tuple[float, float], form: str = "+.3f") -> str:

@@ -50,12 +50,13 @@ class Choice:
 class Task:
     """Prompts to search on, `SEARCH_QUERIES + HELD_OUT_QUERIES` of them, each with the moments of its own instruction.
 
-    `told` are the prompts with the instruction, after which perplexities are taken; `complies(i, answer, cut)` judges.
+    `instructed` are the prompts with the instruction, after which perplexities are taken; `complies(i, answer, cut)`
+    judges.
     """
 
     name: str
     prompts: Sequence[str]
-    told: Sequence[str]
+    instructed: Sequence[str]
     moments: Sequence[Moments]
     complies: Callable[[int, str, bool], bool]
 
@@ -85,8 +86,8 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
 
     def trial(steerings: Sequence[Steering | None], rows: Sequence[int], progress: Progress) -> list[Outcome]:
         own = [
-            None if one is None else steering_of(task.moments[i], settings[one])
-            for one, i in zip(steerings, rows, strict=True)
+            None if choice is None else steering_of(task.moments[i], settings[choice])
+            for choice, i in zip(steerings, rows, strict=True)
         ]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoseWarning)
@@ -97,15 +98,15 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
                 batch_size=BATCH,
                 progress=progress,
             )
-        read = _read(lm, [task.told[i] for i in rows], answers, confirm=set(rows) <= held_out)
+        read = _read(lm, [task.instructed[i] for i in rows], answers, confirm=set(rows) <= held_out)
         return [
             Outcome(
-                float(task.complies(i, found.text, found.finish_reason == "length")),
-                found.applied.dose,
-                len(found.token_ids),
+                float(task.complies(i, answer.text, answer.finish_reason == "length")),
+                answer.applied.dose,
+                len(answer.token_ids),
                 fluency,
             )
-            for i, found, fluency in zip(rows, answers, read, strict=True)
+            for i, answer, fluency in zip(rows, answers, read, strict=True)
         ]
 
     names = [f"{i} {prompt}" for i, prompt in enumerate(task.prompts)]
@@ -133,7 +134,7 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
         beaten = [row.setting for row in last[1:] if row.score > row.unsteered]
         if beaten:
             print(f"{task.name}: {tuned.reason}", flush=True)
-            tuned = attempt([one for one in candidates if one.setting in beaten], RUNGS[-1:])
+            tuned = attempt([choice for choice in candidates if choice.setting in beaten], RUNGS[-1:])
     print(f"{task.name}: {tuned.setting}: {tuned.reason}", flush=True)
     score = 0.0 if tuned.held_out is None else tuned.held_out.steered
     return Choice(tuned.setting, tuned.reason, tuned.answers, tuned.tokens, score)
@@ -141,7 +142,7 @@ def choose(lm: LM, task: Task, grid: Sequence[Form], tokens: int) -> Choice:
 
 def better(choices: Sequence[Choice]) -> Choice:
     """The choice that steers with the best score on held-out queries, the first of equals; else the first."""
-    return max(choices, key=lambda one: (one.setting is not None, one.score if one.setting else 0.0))
+    return max(choices, key=lambda choice: (choice.setting is not None, choice.score if choice.setting else 0.0))
 
 
 def _read(lm: LM, prompts: Sequence[str], answers: Sequence[Generation], *, confirm: bool) -> list[Fluency]:
@@ -151,13 +152,13 @@ def _read(lm: LM, prompts: Sequence[str], answers: Sequence[Generation], *, conf
     return [
         Fluency(
             perplexity=math.e,
-            distinct=distinct_n(one.text),
-            repeated=repeated_share(one.text),
-            tokens=len(one.token_ids),
-            empty=not one.text.strip(),
-            cut=one.finish_reason == "length",
+            distinct=distinct_n(answer.text),
+            repeated=repeated_share(answer.text),
+            tokens=len(answer.token_ids),
+            empty=not answer.text.strip(),
+            cut=answer.finish_reason == "length",
         )
-        for one in answers
+        for answer in answers
     ]
 
 

@@ -30,20 +30,20 @@ def run(limit: int | None) -> Report:
     lm = LM.load(dtype="float32")
     results = []
     for setting in SETTINGS:
-        asked = queries("tune", more=True)[:limit]
+        questions = queries("tune", more=True)[:limit]
         instruction = instructions()[setting.name]
         pairs = instruction_pairs(queries("learn"), instruction.learn)
         check = CONSTRAINTS[setting.name]
 
-        def score(i: int, answer: str, cut: bool, check=check, asked=asked) -> float:  # type: ignore[no-untyped-def]
+        def score(i: int, answer: str, cut: bool, check=check, questions=questions) -> float:  # type: ignore[no-untyped-def]
             fluent = repeated_share(answer) <= REPEATED_LIMIT
-            return float(check(answer, cut=cut) and fluent and on_topic(asked[i], answer))
+            return float(check(answer, cut=cut) and fluent and on_topic(questions[i], answer))
 
         started = time.perf_counter()
         tuned = tune(
             lm,
             grid({"add": learn_instruct(lm, pairs, layers=list(LAYERS), operation="add")}, STRENGTHS),
-            prompts(asked, instruction.test),
+            prompts(questions, instruction.test),
             score,
             max_new_tokens=MAX_NEW_TOKENS,
             progress=say(setting.name),

@@ -44,7 +44,7 @@ MEMORY = Target(1.1, at_least=False)
 
 
 @dataclass(frozen=True)
-class Asked:
+class EmphasizedPrompt:
     """A prompt, and the instruction at its end."""
 
     prompt: str
@@ -63,16 +63,16 @@ class Seen:
     rungs: list[int | None] = field(default_factory=list)  # at open gates
 
 
-def clean_suffixes(folder: Path) -> list[Asked]:
+def clean_suffixes(folder: Path) -> list[EmphasizedPrompt]:
     """The IFEval prompts that are a query followed by their instructions, in the file's order."""
     without = {row["key"]: row["prompt_without_instruction"] for row in _rows(folder / WITHOUT)}
-    found = []
+    suffixes = []
     for row in _rows(folder / PROMPTS):
         query = str(without.get(row["key"], "")).strip()
         rest = _after(row["prompt"], query)
         if query and len(rest) >= 10 and row["prompt"].count(rest) == 1:
-            found.append(Asked(row["prompt"], rest))
-    return found
+            suffixes.append(EmphasizedPrompt(row["prompt"], rest))
+    return suffixes
 
 
 def _after(prompt: str, query: str) -> str:
@@ -97,14 +97,14 @@ def run(
 ) -> Report:
     """Speed and memory on the default model (unless told not to) and, where there is one, on the bench model (a
     `.gguf` file), there without memory."""
-    asked = clean_suffixes(folder)[:COUNT]
+    prompts = clean_suffixes(folder)[:COUNT]
     results: list[Result] = []
     for name, path in (("default model", None), ("bench model", bench_model or None)):
         if not (default if name == "default model" else path):
             continue
         lm = LM.load(path, dtype="float32")
         for batch in batches:
-            results += _speed(f"{name}, batch {batch}", lm, asked, batch, rounds, tokens, naive_rounds, schedules)
+            results += _speed(f"{name}, batch {batch}", lm, prompts, batch, rounds, tokens, naive_rounds, schedules)
         del lm
     for batch in batches if default else ():
         results.append(_memory(f"default model, batch {batch}", folder, batch, tokens))
@@ -132,14 +132,14 @@ def peak(folder: Path, batch: int, tokens: int, steered: bool) -> float:
 def _speed(
     case: str,
     lm: LM,
-    asked: Sequence[Asked],
+    prompts: Sequence[EmphasizedPrompt],
     batch: int,
     rounds: int,
     tokens: int,
     naive_rounds: int,
     schedules: Sequence[str],
 ) -> list[Result]:
-    chunks = [list(asked[i : i + batch]) for i in range(0, len(asked) - batch + 1, batch)]
+    chunks = [list(prompts[i : i + batch]) for i in range(0, len(prompts) - batch + 1, batch)]
     rounds = min(rounds, len(chunks))
     seen = {name: Seen() for name in schedules}
     unsteered = _each(chunks, lambda chunk: _seconds(lambda: _generate(lm, chunk, tokens, None)) / tokens)
@@ -186,10 +186,10 @@ def _speed(
             "naive": _each(chunks, lambda chunk: naive(lm, chunk[0], tokens)[1] / tokens),
             "auto": _each(chunks, lambda chunk: _traced(lm, chunk, tokens, "auto", Seen())),
         }
-        found = interleave(pair, naive_rounds, case=case)
-        results.append(summarized(case, "naive, time a token", "ms", [1000 * v for v in found["naive"]]))
+        times = interleave(pair, naive_rounds, case=case)
+        results.append(summarized(case, "naive, time a token", "ms", [1000 * v for v in times["naive"]]))
         results.append(
-            summarized(case, "naive / auto, time a token", "ratio", ratios(found["naive"], found["auto"]), NAIVE)
+            summarized(case, "naive / auto, time a token", "ratio", ratios(times["naive"], times["auto"]), NAIVE)
         )
     return results
 
@@ -200,7 +200,9 @@ def _memory(case: str, folder: Path, batch: int, tokens: int) -> Result:
     return Result(case, "peak memory, auto / unsteered", ours / plain, "ratio", target=MEMORY)
 
 
-def _each(chunks: Sequence[list[Asked]], work: Callable[[list[Asked]], float]) -> Callable[[], float]:
+def _each(
+    chunks: Sequence[list[EmphasizedPrompt]], work: Callable[[list[EmphasizedPrompt]], float]
+) -> Callable[[], float]:
     """A run that takes the chunks in turn; all contenders start at the same one."""
     turn = cycle(chunks)
     return lambda: work(next(turn))
@@ -212,15 +214,15 @@ def _seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _generate(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str | None) -> Any:
-    given: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+def _generate(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: str | None) -> Any:
+    options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens}
     if schedule is not None:
-        given["emphasize"] = [one.instruction for one in chunk]
-        given["rejection"] = Rejection(BETA, schedule=schedule)
-    return lm.generate([one.prompt for one in chunk], **given)
+        options["emphasize"] = [request.instruction for request in chunk]
+        options["rejection"] = Rejection(BETA, schedule=schedule)
+    return lm.generate([request.prompt for request in chunk], **options)
 
 
-def _traced(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str, seen: Seen) -> float:
+def _traced(lm: LM, chunk: Sequence[EmphasizedPrompt], tokens: int, schedule: str, seen: Seen) -> float:
     start = time.perf_counter()
     answers = _generate(lm, chunk, tokens, schedule)
     seconds = time.perf_counter() - start
@@ -239,16 +241,16 @@ def _traced(lm: LM, chunk: Sequence[Asked], tokens: int, schedule: str, seen: Se
 
 
 @torch.no_grad()
-def naive(lm: LM, one: Asked, tokens: int) -> tuple[list[int], float]:
+def naive(lm: LM, request: EmphasizedPrompt, tokens: int) -> tuple[list[int], float]:
     """The token ids, and the seconds they took, with copied caches and one pass a rung and a ranked layer."""
     start = time.perf_counter()
-    ids = lm.encode(one.prompt)
-    spans = lm.spans(one.prompt, one.instruction)
+    ids = lm.encode(request.prompt)
+    spans = lm.spans(request.prompt, request.instruction)
     cache: Any = compat.DynamicCache(config=lm.layout.decoder.config)  # type: ignore[arg-type]
     _pass(lm, ids[:-1], cache)
     token = ids[-1]
     order: tuple[int, ...] = ()
-    found: list[int] = []
+    token_ids: list[int] = []
     for _ in range(tokens):
         before = copy.deepcopy(cache)
         raw = _step(lm, token, cache)
@@ -267,9 +269,9 @@ def naive(lm: LM, one: Asked, tokens: int) -> tuple[list[int], float]:
                 if raw[int(steered.argmax())] >= bar:
                     chosen = int(steered.argmax())
                     break
-        found.append(chosen)
+        token_ids.append(chosen)
         token = chosen
-    return found, time.perf_counter() - start
+    return token_ids, time.perf_counter() - start
 
 
 def _end_ids(lm: LM) -> list[int]:
@@ -300,8 +302,8 @@ def _rank(lm: LM, token: int, before: Any, spans: Sequence[tuple[int, int]]) -> 
     seen: list[list[tuple[Tensor, Tensor]]] = []
     modules = [module for module in attention_modules(lm.layout) if module is not None]
 
-    def note(_module: Any, args: tuple, given: dict, output: Any) -> None:
-        entered = given["hidden_states"] if "hidden_states" in given else args[0]
+    def note(_module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        entered = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         seen[-1].append((entered[0, -1].clone(), output[0][0, -1].clone()))
 
     handles = [module.register_forward_hook(note, with_kwargs=True) for module in modules]
@@ -314,7 +316,7 @@ def _rank(lm: LM, token: int, before: Any, spans: Sequence[tuple[int, int]]) -> 
             handle.remove()
     columns = []
     for j in layers:
-        pre, post = (torch.stack([one[j][side] for one in seen]) for side in (0, 1))
+        pre, post = (torch.stack([pair[j][side] for pair in seen]) for side in (0, 1))
         columns.append(disturbance(pre, post))
     crossed = torch.stack([column for column, _ in columns], 1)
     return order_of(sensitivity(crossed, torch.stack([raw for _, raw in columns]), "paper"), layers)

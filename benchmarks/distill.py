@@ -88,7 +88,7 @@ def _instruction(
     rank: int | None,
 ) -> list[Result]:
     instruction = instructions()[name]
-    asked = list(queries("test"))[:limit]
+    questions = list(queries("test"))[:limit]
 
     def check(query: str, answer: str, cut: bool) -> bool:
         return CONSTRAINTS[name](answer, cut=cut)
@@ -127,25 +127,27 @@ def _instruction(
     }
     if all(isinstance(edit.operation, Add) for edit in first.edits):
         arms["orthogonal"] = orthogonal_like(first, 0)
-    found: dict[tuple[str, str], list[Judged]] = {}
-    for regime, told in REGIMES.items():
-        wanted = prompts(asked, instruction.test) if told else asked
+    answers: dict[tuple[str, str], list[Judged]] = {}
+    for regime, with_it in REGIMES.items():
+        wanted = prompts(questions, instruction.test) if with_it else questions
         for arm, steering in arms.items():
-            found[regime, arm] = _answers(lm, name, asked, wanted, steering)
-    twice = [f"{prompt} {instruction.test[0]}" for prompt in prompts(asked, instruction.test)]
-    found["with", "said twice"] = _answers(lm, name, asked, twice, None)
+            answers[regime, arm] = _answers(lm, name, questions, wanted, steering)
+    twice = [f"{prompt} {instruction.test[0]}" for prompt in prompts(questions, instruction.test)]
+    answers["with", "said twice"] = _answers(lm, name, questions, twice, None)
     if lora:
-        results += _lora(lm, name, check, asked, found)
-    told_prompts = dict(zip(asked, prompts(asked, instruction.test), strict=True))
+        results += _lora(lm, name, check, questions, answers)
+    instructed = dict(zip(questions, prompts(questions, instruction.test), strict=True))
     for regime in REGIMES:
-        for arm in dict.fromkeys(arm for at, arm in found if at == regime):
-            results += _rows(lm, name, regime, arm, found, told_prompts, asked)
+        for arm in dict.fromkeys(arm for at, arm in answers if at == regime):
+            results += _rows(lm, name, regime, arm, answers, instructed, questions)
     return results
 
 
-def _answers(lm: LM, name: str, asked: Sequence[str], wanted: Sequence[str], steering: Steering | None) -> list[Judged]:
+def _answers(
+    lm: LM, name: str, questions: Sequence[str], wanted: Sequence[str], steering: Steering | None
+) -> list[Judged]:
     answers = lm.generate(list(wanted), steering, max_new_tokens=TOKENS, batch_size=32)
-    return [_judged(name, query, one) for query, one in zip(asked, answers, strict=True)]
+    return [_judged(name, query, answer) for query, answer in zip(questions, answers, strict=True)]
 
 
 def _judged(name: str, query: str, answer: Generation) -> Judged:
@@ -159,29 +161,29 @@ def _rows(
     name: str,
     regime: str,
     arm: str,
-    found: Mapping[tuple[str, str], Sequence[Judged]],
-    told: Mapping[str, str],
-    asked: Sequence[str],
+    answers: Mapping[tuple[str, str], Sequence[Judged]],
+    prompted: Mapping[str, str],
+    questions: Sequence[str],
 ) -> list[Result]:
     """Shares with intervals, the paired difference to the instruction said once, topic, perplexity and length."""
     case = f"{name}, {regime} the instruction: {arm}"
-    mine, once = found[regime, arm], found["with", "unsteered"]
-    share = paired_bootstrap([one.holds for one in mine])
+    mine, once = answers[regime, arm], answers["with", "unsteered"]
+    share = paired_bootstrap([answer.holds for answer in mine])
     ours = arm.startswith("distill")
     goal = (HOLDS_WITH if regime == "with" else HOLDS) if ours else None
     results = [Result(case, "holds", share.estimate, "", share.low, share.high, goal)]
     if (regime, arm) != ("with", "unsteered"):
-        gain = paired_bootstrap([one.holds for one in once], [one.holds for one in mine])
+        gain = paired_bootstrap([answer.holds for answer in once], [answer.holds for answer in mine])
         results.append(Result(case, "holds, less said once", gain.estimate, "", gain.low, gain.high))
-    topic = mean(one.on_topic for one in mine)
+    topic = mean(answer.on_topic for answer in mine)
     wanted = ON_TOPIC if ours and regime == "without" else None
     if ours and regime == "with":
-        wanted = Target(mean(one.on_topic for one in once) - 3 / len(asked))
+        wanted = Target(mean(answer.on_topic for answer in once) - 3 / len(questions))
     results.append(Result(case, "on topic", topic, "", target=wanted))
-    perplexity = perplexities_of(lm, [told[query] for query in asked], [one.text for one in mine])
+    perplexity = perplexities_of(lm, [prompted[query] for query in questions], [answer.text for answer in mine])
     if perplexity:
         results.append(Result(case, "median perplexity, told and unsteered", median(perplexity), ""))
-    results.append(Result(case, "tokens an answer", mean(one.tokens for one in mine), "tokens"))
+    results.append(Result(case, "tokens an answer", mean(answer.tokens for answer in mine), "tokens"))
     return results
 
 
@@ -189,8 +191,8 @@ def _lora(
     lm: LM,
     name: str,
     check: Callable[[str, str, bool], bool],
-    asked: Sequence[str],
-    found: dict[tuple[str, str], list[Judged]],
+    questions: Sequence[str],
+    answers_by_arm: dict[tuple[str, str], list[Judged]],
 ) -> list[Result]:
     """A LoRA on the same answers, as many steps of as many answers, told nothing: the instruction goes into weights."""
     instruction = instructions()[name]
@@ -203,14 +205,14 @@ def _lora(
         tokens=LEARN_TOKENS,
     )
     making = time.perf_counter() - started
-    pairs = [Pair(one.text, f"{one.text}.", one.query, "answers") for one in answers.lessons]
+    pairs = [Pair(lesson.text, f"{lesson.text}.", lesson.query, "answers") for lesson in answers.lessons]
     settings = Lora(epochs=max(1, round(40 * 8 / len(pairs))), learning_rate=1e-3)
     started = time.perf_counter()
     with finetuned(lm, pairs, "positive", settings) as tuned:
         training = time.perf_counter() - started
-        for regime, told in REGIMES.items():
-            wanted = prompts(asked, instruction.test) if told else list(asked)
-            found[regime, "LoRA"] = _answers(tuned, name, asked, wanted, None)
+        for regime, with_it in REGIMES.items():
+            wanted = prompts(questions, instruction.test) if with_it else list(questions)
+            answers_by_arm[regime, "LoRA"] = _answers(tuned, name, questions, wanted, None)
     return [
         Result(f"{name}: LoRA", "learning", (making + training) / 60, "min"),
         Result(f"{name}: LoRA", "training alone", training / 60, "min"),

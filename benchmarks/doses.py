@@ -1,8 +1,8 @@
 """At which dose does text fall apart? Learned and trained vectors, over few and many layers, harder and harder.
 
-Broken is told without a judge, as `tune`'s guard does: under the unsteered model the answers are far less likely than
-unsteered ones, or far more, or they repeat themselves. Three ways to add up the doses of several layers are compared by
-how well they tell what breaks from what doesn't.
+Broken is decided without a judge, as `tune`'s guard does: under the unsteered model the answers are far less likely
+than unsteered ones, or far more, or they repeat themselves. Three ways to add up the doses of several layers are
+compared by how well they tell what breaks from what doesn't.
 """
 
 from __future__ import annotations
@@ -75,35 +75,35 @@ class Cell:
 def run(data: Path, count: int, tokens: int, spreads: Sequence[int] = SPREADS, only: str = "") -> Report:
     """Every arm whose name contains `only` on `count` queries, `tokens` an answer."""
     lm = LM.load(dtype="float32")
-    asked = list(queries("test")[:count])
-    arms = [arm for arm in arms_of(lm, data, asked, spreads) if only.lower() in arm.name.lower()]
-    cells = measure(lm, arms, asked, tokens)
+    questions = list(queries("test")[:count])
+    arms = [arm for arm in arms_of(lm, data, questions, spreads) if only.lower() in arm.name.lower()]
+    cells = measure(lm, arms, questions, tokens)
     return Report("doses", machine(), {**versions(), "model": lm.name}, tuple(results_of(cells)))
 
 
-def arms_of(lm: LM, data: Path, asked: Sequence[str], spreads: Sequence[int]) -> list[Arm]:
+def arms_of(lm: LM, data: Path, questions: Sequence[str], spreads: Sequence[int]) -> list[Arm]:
     """Learned differences over a few layers, and the steerings that come with the package."""
     kinds = instructions()
-    told = {name: prompts(asked, kinds[name].learn[:1]) for name in ("json", "bullets")}
+    prompted = {name: prompts(questions, kinds[name].learn[:1]) for name in ("json", "bullets")}
     every = range(lm.layout.layers)
     json = learn_instruct(lm, instruction_pairs(queries("learn")[:PAIRS], kinds["json"].learn), every, operation="add")
-    learned: list[tuple[str, Steering, Sequence[str]]] = [("instruct, JSON", json, told["json"])]
+    learned: list[tuple[str, Steering, Sequence[str]]] = [("instruct, JSON", json, prompted["json"])]
     if (data / CAA).is_file():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PairsWarning)
-            learned.append(("caa, refusal", learn_caa(lm, read_pairs(data / CAA)[:PAIRS], every), asked))
+            learned.append(("caa, refusal", learn_caa(lm, read_pairs(data / CAA)[:PAIRS], every), questions))
     else:
         print(f"there is no {data / CAA}: without CAA's vectors")
-    found = []
+    arms = []
     for name, steering, contexts in learned:
         for layers in spreads:
             some = steering.only(middle(layers, lm.layout.layers))
             expected = math.sqrt(sum((push.share or 0.0) ** 2 for push in pushes(some)))
-            found += [Arm(name, False, layers, (root / expected) * some, contexts) for root in ROOTS]
-    for name in told:
-        one = Steering.load(path_of(name))
-        found += [Arm(f"distill, {name}", True, len(one.layers), k * one, told[name]) for k in FACTORS]
-    return found
+            arms += [Arm(name, False, layers, (root / expected) * some, contexts) for root in ROOTS]
+    for name in prompted:
+        distilled = Steering.load(path_of(name))
+        arms += [Arm(f"distill, {name}", True, len(distilled.layers), k * distilled, prompted[name]) for k in FACTORS]
+    return arms
 
 
 def middle(count: int, of: int) -> list[int]:
@@ -112,34 +112,34 @@ def middle(count: int, of: int) -> list[int]:
     return list(range(first, first + min(count, of)))
 
 
-def measure(lm: LM, arms: Sequence[Arm], asked: Sequence[str], tokens: int) -> list[Cell]:
+def measure(lm: LM, arms: Sequence[Arm], questions: Sequence[str], tokens: int) -> list[Cell]:
     """All arms and the unsteered one, in shared batches."""
     steerings = [None, *(arm.steering for arm in arms)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
         answers = lm.generate(
-            [prompt for _ in steerings for prompt in asked],
-            [steering for steering in steerings for _ in asked],
+            [prompt for _ in steerings for prompt in questions],
+            [steering for steering in steerings for _ in questions],
             max_new_tokens=tokens,
             batch_size=64,
             progress=say("answers"),
         )
-    plain, *steered = [answers[i * len(asked) : (i + 1) * len(asked)] for i in range(len(steerings))]
+    plain, *steered = [answers[i * len(questions) : (i + 1) * len(questions)] for i in range(len(steerings))]
     contexts = [*dict.fromkeys(tuple(arm.contexts) for arm in arms)]
     texts = [(after, plain) for after in contexts] + [
-        (arm.contexts, found) for arm, found in zip(arms, steered, strict=True)
+        (arm.contexts, steered_answers) for arm, steered_answers in zip(arms, steered, strict=True)
     ]
     read = fluencies(
         lm,
         [context for after, _ in texts for context in after],
-        [answer for _, found in texts for answer in found],
+        [answer for _, steered_answers in texts for answer in steered_answers],
         progress=say("texts read"),
     )
-    rows = [read[i * len(asked) : (i + 1) * len(asked)] for i in range(len(texts))]
+    rows = [read[i * len(questions) : (i + 1) * len(questions)] for i in range(len(texts))]
     unsteered = dict(zip(contexts, rows, strict=False))
     return [
-        _cell(arm, found, mine, unsteered[tuple(arm.contexts)])
-        for arm, found, mine in zip(arms, steered, rows[len(contexts) :], strict=True)
+        _cell(arm, steered_answers, mine, unsteered[tuple(arm.contexts)])
+        for arm, steered_answers, mine in zip(arms, steered, rows[len(contexts) :], strict=True)
     ]
 
 
@@ -151,18 +151,18 @@ def _cell(arm: Arm, answers: Sequence[Generation], read: Sequence[Fluency], plai
         tuple(mean(column) for column in zip(*layers, strict=True)),
         GUARD.broken(read, plain),
         here / there,
-        mean(one.repeated for one in read),
+        mean(fluency.repeated for fluency in read),
     )
 
 
 def results_of(cells: Sequence[Cell]) -> list[Result]:
     """A line of numbers for each cell, and how well each way of adding up tells which break."""
-    found = []
+    results = []
     for cell in cells:
         layers = f"{cell.arm.layers} layer{'s' * (cell.arm.layers != 1)}"
         case = f"{cell.arm.name}, {layers}, root of squares {ADDED['root of squares'](cell.doses):.2f}"
         verdict = "; ".join(reason.split(":")[0] for reason in cell.broken) or "whole"
-        found += [
+        results += [
             Result(case, "sum of doses", sum(cell.doses), ""),
             Result(case, f"perplexity over unsteered ({verdict})", cell.perplexity, ""),
             Result(case, "repeated four-grams", cell.repeated, ""),
@@ -170,27 +170,27 @@ def results_of(cells: Sequence[Cell]) -> list[Result]:
     for kind, trained in (("learned as differences", False), ("trained", True)):
         mine = [cell for cell in cells if cell.arm.trained == trained]
         for name, added in ADDED.items():
-            told = [(added(cell.doses), bool(cell.broken)) for cell in mine]
-            found.append(Result(f"{kind}, {len(mine)} cells", f"{name}: area under the curve", area(told), ""))
-            threshold, errors = best(told)
-            found.append(
+            points = [(added(cell.doses), bool(cell.broken)) for cell in mine]
+            results.append(Result(f"{kind}, {len(mine)} cells", f"{name}: area under the curve", area(points), ""))
+            threshold, errors = best(points)
+            results.append(
                 Result(f"{kind}, {len(mine)} cells", f"{name}: best threshold ({errors} wrong)", threshold, "")
             )
-    return found
+    return results
 
 
-def area(told: Sequence[tuple[float, bool]]) -> float:
+def area(points: Sequence[tuple[float, bool]]) -> float:
     """How often a broken cell has the larger dose than a whole one; ties count half. NaN where one kind is missing."""
-    broken, whole = ([dose for dose, is_broken in told if is_broken == kind] for kind in (True, False))
+    broken, whole = ([dose for dose, is_broken in points if is_broken == kind] for kind in (True, False))
     if not broken or not whole:
         return math.nan
     return mean((b > w) + 0.5 * (b == w) for b in broken for w in whole)
 
 
-def best(told: Sequence[tuple[float, bool]]) -> tuple[float, int]:
+def best(points: Sequence[tuple[float, bool]]) -> tuple[float, int]:
     """The threshold that sorts the most cells rightly into broken (above) and whole, and how many it gets wrong."""
-    doses = sorted({dose for dose, _ in told})
+    doses = sorted({dose for dose, _ in points})
     edges = [0.0, *((a + b) / 2 for a, b in pairwise(doses)), math.inf]
-    wrong = {edge: sum((dose > edge) != is_broken for dose, is_broken in told) for edge in edges}
+    wrong = {edge: sum((dose > edge) != is_broken for dose, is_broken in points) for edge in edges}
     chosen = min(edges, key=lambda edge: wrong[edge])
     return chosen, wrong[chosen]

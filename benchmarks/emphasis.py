@@ -61,14 +61,14 @@ def instructions_of(prompt: str, without: str) -> list[str]:
     """The pieces of three words or more that the prompt has and the bare query has not; none if they can't be told."""
     here = list(WORD.finditer(prompt))
     there = [_bare(word) for word in WORD.findall(without)]
-    found, lost = [], 0
+    pieces, lost = [], 0
     match = difflib.SequenceMatcher(None, [_bare(word.group()) for word in here], there, autojunk=False)
     for change, start, stop, low, high in match.get_opcodes():
         lost += high - low if change in ("replace", "insert") else 0
         if change in ("delete", "replace") and stop - start >= LEAST_WORDS:
-            found.append(prompt[here[start].start() : here[stop - 1].end()])
-    clear = lost <= LOST * len(there) and all(prompt.count(piece) == 1 for piece in found)
-    return found if clear else []
+            pieces.append(prompt[here[start].start() : here[stop - 1].end()])
+    clear = lost <= LOST * len(there) and all(prompt.count(piece) == 1 for piece in pieces)
+    return pieces if clear else []
 
 
 def _bare(word: str) -> str:
@@ -116,15 +116,15 @@ def run(model: str | None, data: Path, folder: Path, limit: int | None, tokens: 
     lines = (data / WITHOUT).read_text().splitlines()
     bare = {str(row["key"]): str(row["prompt_without_instruction"] or "") for row in map(json.loads, lines)}
     pieces = {item.item: instructions_of(item.prompt, bare.get(str(item.key), "")) for item in every}
-    found = [item for item in every if pieces[item.item]]
-    count = min(limit or len(found), len(found))
-    items = [found[i * len(found) // count] for i in range(count)]
+    clear = [item for item in every if pieces[item.item]]
+    count = min(limit or len(clear), len(clear))
+    items = [clear[i * len(clear) // count] for i in range(count)]
     records: dict[str, list[Record]] = {}
     arms = {**ARMS, "SEKA": seka_arm(lm)} if with_seka else ARMS
     for name, arm in arms.items():
         file = folder / f"{name.replace(' ', '-').replace(',', '')}.jsonl"
         records[name] = _answers(lm, name, arm, items, pieces, file, tokens)
-    return _report(lm, items, records, len(found), len(every), tokens)
+    return _report(lm, items, records, len(clear), len(every), tokens)
 
 
 def _answers(
@@ -154,21 +154,21 @@ def _answers(
             rejection=arm.rejection,
         )
         done = []
-        for request, one in zip(batch, answers, strict=True):
-            seen = {"open": one.trace.open_share, "changed": one.trace.changed_share} if one.trace else {}
+        for request, answer in zip(batch, answers, strict=True):
+            seen = {"open": answer.trace.open_share, "changed": answer.trace.changed_share} if answer.trace else {}
             done.append(
                 Record(
                     arm=name,
                     item=request.item,
                     prompt=request.prompt,
-                    answer=one.text,
-                    tokens=len(one.token_ids),
-                    finish=one.finish_reason,
+                    answer=answer.text,
+                    tokens=len(answer.token_ids),
+                    finish=answer.finish_reason,
                     steering=digests.get(id(request.steering)),
                     edits=(),
-                    dose=one.applied.dose,
+                    dose=answer.applied.dose,
                     seed=None,
-                    scores={**judge(request, one), **seen},
+                    scores={**judge(request, answer), **seen},
                     group=request.group,
                 )
             )
@@ -180,11 +180,11 @@ def _answers(
 
 
 def _report(
-    lm: LM, items: Sequence[IFEvalItem], records: Mapping[str, Sequence[Record]], found: int, of: int, tokens: int
+    lm: LM, items: Sequence[IFEvalItem], records: Mapping[str, Sequence[Record]], count: int, of: int, tokens: int
 ) -> Report:
     prompts = {item.item: item.prompt for item in items}
     plain = sorted(records[UNSTEERED], key=lambda record: record.item)
-    results = [Result("IFEval", f"prompts whose instruction is found, of {of}", found, "prompts")]
+    results = [Result("IFEval", f"prompts whose instruction is found, of {of}", count, "prompts")]
     results.append(Result("IFEval", f"of these, answered here with up to {tokens} tokens", len(items), "prompts"))
     for name, listed in records.items():
         mine = sorted(listed, key=lambda record: record.item)
@@ -214,5 +214,5 @@ def _report(
     return Report("emphasis", machine(), {**versions(), "model": lm.name}, tuple(results), spread=BOOTSTRAP)
 
 
-def _interval(case: str, metric: str, found: Any) -> Result:
-    return Result(case, metric, found.estimate, "", found.low, found.high)
+def _interval(case: str, metric: str, interval: Any) -> Result:
+    return Result(case, metric, interval.estimate, "", interval.low, interval.high)

@@ -44,18 +44,18 @@ def run(data: Path, items: int, rounds: int, model: str | None = None) -> Report
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PairsWarning)  # so few pairs do for a question of speed
         vector = learn_caa(lm, pairs, sorted({round(depth * lm.layout.layers) for depth in DEPTHS}))
-    found: dict[str, Scores] = {}
+    scores: dict[str, Scores] = {}
 
     def timed(name: str, work: Callable[[LM, Steering, Sequence[ABItem]], Scores]) -> Callable[[], float]:
         def once() -> float:
             start = time.perf_counter()
-            found[name] = work(lm, vector, chosen)
-            return len(found[name]) / (time.perf_counter() - start)
+            scores[name] = work(lm, vector, chosen)
+            return len(scores[name]) / (time.perf_counter() - start)
 
         return once
 
     values = interleave({"one at a time": timed("slow", one_at_a_time), "sweep": timed("fast", sweep)}, rounds)
-    apart = max(abs(found["slow"][key] - found["fast"][key]) for key in found["slow"])
+    apart = max(abs(scores["slow"][key] - scores["fast"][key]) for key in scores["slow"])
     case = f"{len(STRENGTHS)} strengths x {len(vector.layers)} layers, {len(chosen)} items"
     results = (
         summarized(case, "one at a time", "items/s", values["one at a time"]),
@@ -77,20 +77,20 @@ def sweep(lm: LM, vector: Steering, items: Sequence[ABItem]) -> Scores:
 @torch.no_grad()
 def one_at_a_time(lm: LM, vector: Steering, items: Sequence[ABItem]) -> Scores:
     """A pass over the whole text of each item, for each setting."""
-    found = {}
+    scores = {}
     for edit in vector.edits:
         for strength, item in product(STRENGTHS, items):
-            asked = ask(lm.tokenizer, item.question, (item.matching, item.other))
-            push, start = strength * edit.operation.direction, len(asked.prompt) - 1
+            question = ask(lm.tokenizer, item.question, (item.matching, item.other))
+            push, start = strength * edit.operation.direction, len(question.prompt) - 1
             handle = lm.layout.blocks[edit.site.layer].register_forward_hook(_adding(push, start))
             try:
-                logits = lm.model(input_ids=torch.tensor([asked.ids], device=lm.model.device)).logits[0, -1]
+                logits = lm.model(input_ids=torch.tensor([question.ids], device=lm.model.device)).logits[0, -1]
             finally:
                 handle.remove()
             probabilities = logits.float().softmax(-1)
-            matching, other = (float(probabilities[asked.letters[letter]]) for letter in (item.matching, item.other))
-            found[edit.site.layer, strength, item.item] = matching / (matching + other)
-    return found
+            matching, other = (float(probabilities[question.letters[letter]]) for letter in (item.matching, item.other))
+            scores[edit.site.layer, strength, item.item] = matching / (matching + other)
+    return scores
 
 
 def _adding(push: Tensor, start: int) -> Callable[..., Any]:

@@ -78,11 +78,11 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     items = read_ifeval(file, limit)
     instances = {item.item: instance_of(item) for item in items}
-    sets = {one.name: pairs_of(one) for one in sorted(set(instances.values()), key=lambda one: one.name)}
+    sets = {each.name: pairs_of(each) for each in sorted(set(instances.values()), key=lambda each: each.name)}
     moments = learn_many(lm, sets, layers_of(lm), progress=say("learning"))
     by_kind: dict[str, list[Instance]] = defaultdict(list)
-    for one in sorted(set(instances.values()), key=lambda one: one.name):
-        by_kind[one.kind].append(one)
+    for each in sorted(set(instances.values()), key=lambda each: each.name):
+        by_kind[each.kind].append(each)
     chosen = {}
     for kind in sorted(by_kind):
         if kind in skip:
@@ -131,17 +131,17 @@ def task_of(instances: Sequence[Instance], moments: Mapping[str, Moments], mode:
     base = [*queries("tune", more=True)][: SEARCH_QUERIES + HELD_OUT_QUERIES]
     kind = instruction_type(instances[0].kind)
     mine = [instances[i % len(instances)] for i in range(len(base))]
-    told, arguments = [], []
+    instructed, arguments = [], []
     for i, (query, instance) in enumerate(zip(base, mine, strict=True)):
         values = {p.name: p.values[i % len(p.values)] for p in kind.parameters} | dict(instance.values)
         said = kind.phrasings("test", values)
-        told.append(f"{query} {said[i % len(said)]}")
+        instructed.append(f"{query} {said[i % len(said)]}")
         arguments.append(kind.arguments(values, query))
     return Task(
         f"{mode} {kind.name}",
-        told if mode == "with" else base,
-        told,
-        [moments[one.name] for one in mine],
+        instructed if mode == "with" else base,
+        instructed,
+        [moments[each.name] for each in mine],
         lambda i, answer, cut: complies(kind.name, arguments[i], answer, cut),
     )
 

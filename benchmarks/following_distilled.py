@@ -37,7 +37,7 @@ LEAST = 4
 """An instruction that fewer of the prompts have isn't learned."""
 TWICE = Teacher(text="{query}\n\n{query}")
 HIGHLIGHTS = (3, 5)
-"""Prompts that ask for at most three highlights share an instruction, and so do those that ask for more."""
+"""Prompts for at most three highlights share an instruction, and so do those for more."""
 PROMPTS = 128
 """The steering for prompts with an instruction is learned from so many."""
 GAINS = {"without": Target(0.15), "with": Target(0.08)}
@@ -72,34 +72,32 @@ def run(
     dtype: str,
     rank: int | None = None,
     *,
-    one: bool,
+    one_for_all: bool,
 ) -> Report:
     """Learn what isn't in the folder yet, and answer in all arms."""
     lm = LM.load(model, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)
     items = read_ifeval(file)
-    if one:
+    if one_for_all:
         path = folder / f"follow-{fit}.safetensors"
         steering = kept_or_learned(path, lambda: follow(lm, fit, how, rank, learn_tokens))
         steerings: dict[str, Steering | None] = {item.item: steering for item in items}
     else:
         steerings = _distilled(lm, items, folder, fit, how, rank, learn_tokens)
     records = evaluate(
-        lm, items, steerings, mode, folder / f"{mode}-{fit}-{'one' if one else 'each'}-answers.jsonl", tokens
+        lm, items, steerings, mode, folder / f"{mode}-{fit}-{'one' if one_for_all else 'each'}-answers.jsonl", tokens
     )
-    found = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
-    found = replace(
-        found, versions={**found.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}"}
-    )
+    made = report(lm, "following-distilled", items, records, steerings, mode, {}, GAINS[mode])
+    made = replace(made, versions={**made.versions, "dtype": dtype, "fit": f"{fit}, {how.steps} steps of {how.rate:g}"})
     if mode == "without":
-        return found
+        return made
     scores = {arm: {r.item: r.scores["loose"] for r in records if r.arm == arm} for arm in ("said twice", "steered")}
     twice, mine = ([scores[arm][item.item] for item in items] for arm in ("said twice", "steered"))
     more = paired_bootstrap(twice, mine, groups=[item.key for item in items])
     row = Result(
         "with instruction: steered", "gain over said twice", more.estimate, "", more.low, more.high, MORE_THAN_TWICE
     )
-    return replace(found, results=(*found.results, row))
+    return replace(made, results=(*made.results, row))
 
 
 def kept_or_learned(path: Path, learn: Callable[[], Steering | None]) -> Steering | None:
@@ -127,14 +125,14 @@ def _distilled(
     instances = {item.item: instance_of(item) for item in items}
     counts = Counter(instances.values())
     steerings: dict[Instance, Steering | None] = {}
-    for one, count in counts.most_common():
+    for each, count in counts.most_common():
         if count < LEAST:
-            steerings[one] = None
+            steerings[each] = None
             continue
-        steerings[one] = kept_or_learned(
-            folder / f"{fit}-{one.file}", partial(distilled, lm, one, fit, how, rank, tokens)
+        steerings[each] = kept_or_learned(
+            folder / f"{fit}-{each.file}", partial(distilled, lm, each, fit, how, rank, tokens)
         )
-    return {item: steerings[one] for item, one in instances.items()}
+    return {item: steerings[instance] for item, instance in instances.items()}
 
 
 def instance_of(item: IFEvalItem) -> Instance:
@@ -180,12 +178,12 @@ def distilled(lm: LM, instance: Instance, fit: str, how: Descent, rank: int | No
 
 def follow(lm: LM, fit: str, how: Descent, rank: int | None, tokens: int) -> Steering:
     """What saying a prompt twice does, over all types of instructions, as one steering for prompts said once."""
-    asked = prompts_of_all_types(PROMPTS)
+    prompts = prompts_of_all_types(PROMPTS)
     return learn_distill(
         lm,
         teacher=TWICE,
-        queries=list(asked),
-        check=lambda query, answer, cut: complies(*asked[query], answer, cut),
+        queries=list(prompts),
+        check=lambda query, answer, cut: complies(*prompts[query], answer, cut),
         fit=fit,
         rank=rank,
         steps=how.steps,
@@ -200,10 +198,10 @@ def prompts_of_all_types(count: int) -> dict[str, tuple[str, Mapping[str, Any]]]
     """Prompts with an instruction of each type in turn, and what IFEval checks of their answers."""
     kinds = [kind for kind in instruction_types().values() if kind.name != "combination:repeat_prompt"]
     base = list(queries("learn", more=True))
-    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
+    by_prompt: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for i in range(count):
         kind, turn = kinds[i % len(kinds)], i // len(kinds)
         values = {p.name: p.values[turn % len(p.values)] for p in kind.parameters}
         said = kind.learn[turn % len(kind.learn)].format(**values)
-        found[f"{base[(7 * i) % len(base)]} {said}"] = (kind.name, kind.arguments(values))
-    return found
+        by_prompt[f"{base[(7 * i) % len(base)]} {said}"] = (kind.name, kind.arguments(values))
+    return by_prompt

@@ -41,27 +41,27 @@ def run(prompts: int, tokens: int, searched: int | None) -> Report:
     kind = instruction_type(KIND)
     pairs = instruction_pairs(queries("learn"), kind.phrasings("learn"))
     moments = learn_many(lm, {KIND: pairs}, layers)[KIND]
-    asked = [f"{query} {kind.phrasings('test')[0]}" for query in queries("tune")[:prompts]]
+    prompt_list = [f"{query} {kind.phrasings('test')[0]}" for query in queries("tune")[:prompts]]
     candidates = []
     for layer in layers:
         steering = steering_from(moments, layer)
         candidates.append(Candidate(Setting(layer, 1.0, str(steering.edits[0].positions), "project"), steering))
-    lm.generate(asked[0], max_new_tokens=2)  # a warm-up
+    lm.generate(prompt_list[0], max_new_tokens=2)  # a warm-up
 
     started = time.perf_counter()
     some = [None, *candidates] if searched is None else spread(candidates, searched)
-    expected, generated = reference_search(lm, asked, some, tokens)
+    expected, generated = reference_search(lm, prompt_list, some, tokens)
     reference = generated / (time.perf_counter() - started)
 
     options: dict[str, Any] = {"max_new_tokens": tokens, "held_out": 0.0, "batch_size": BATCH}
     started = time.perf_counter()
-    whole = tune(lm, candidates, asked, complies, rungs=[Rung(prompts, len(candidates))], guard=None, **options)
+    whole = tune(lm, candidates, prompt_list, complies, rungs=[Rung(prompts, len(candidates))], guard=None, **options)
     seconds = time.perf_counter() - started
-    found = {UNSTEERED if row.setting is None else row.setting.layer: row.score for row in whole.table}
-    equal = sum(abs(found[layer] - expected[layer]) < 1e-9 for layer in expected) / len(expected)
+    scores = {UNSTEERED if row.setting is None else row.setting.layer: row.score for row in whole.table}
+    equal = sum(abs(scores[layer] - expected[layer]) < 1e-9 for layer in expected) / len(expected)
 
     started = time.perf_counter()
-    tune(lm, candidates, asked, complies, **options)
+    tune(lm, candidates, prompt_list, complies, **options)
     shipped = time.perf_counter() - started
     speed = whole.tokens / seconds
     case = f"{len(layers)} layers and none, {prompts} prompts, {tokens} tokens"

@@ -58,15 +58,15 @@ def _measured(case: str, layout: Layout, steerings: list[tuple[Edit, ...]], roun
     for edits in steerings[:ROWS]:
         session.insert(edits, PROMPT)
     _step(session, x)
-    found: dict[str, list[float]] = {"a request leaves": [], "a request joins": []}
+    times: dict[str, list[float]] = {"a request leaves": [], "a request joins": []}
     for number in range(rounds + 1):
         steady = _timed(partial(_step, session, x))
         left = _timed(partial(_step, session, x), partial(session.remove, number % ROWS))
         joined = _timed(partial(_step, session, x), partial(session.insert, steerings[ROWS + number], PROMPT))
         if number:  # the first warms up
-            found["a request leaves"].append(left - steady)
-            found["a request joins"].append(joined - steady)
-    return [summarized(case, metric, "ms", values, TARGET) for metric, values in found.items()]
+            times["a request leaves"].append(left - steady)
+            times["a request joins"].append(joined - steady)
+    return [summarized(case, metric, "ms", values, TARGET) for metric, values in times.items()]
 
 
 def _step(session: BatchSession, x: Tensor) -> None:

@@ -41,11 +41,11 @@ def run(rounds: int, tokens: int) -> Report:
 def _steering(lm: LM, layers: Any, dose: float = 1 / 3) -> Steering:
     """Random directions, `dose` of the activation's norm each, from the last prompt token on."""
     sites = [Site(layer) for layer in layers]
-    (found,) = lm.capture(PROMPTS[0], sites)
+    (captured,) = lm.capture(PROMPTS[0], sites)
     edits = []
     for site in sites:
         vector = torch.randn(lm.layout.width, generator=torch.Generator().manual_seed(site.layer))
-        edits.append(Edit(site, Add(vector * float(dose * found[site].norm() / vector.norm()))))
+        edits.append(Edit(site, Add(vector * float(dose * captured[site].norm() / vector.norm()))))
     return Steering(tuple(edits))
 
 
@@ -55,20 +55,20 @@ def _agreement(lm: LM, steering: Steering) -> list[Result]:
     with tempfile.TemporaryDirectory() as folder:
         file = dequantized(default_model.default_gguf(), Path(folder) / "f32.gguf")
         llama: Any = LM.load(file, engine="llamacpp", cache="float32")
-        for name, one in (("unsteered", None), ("steered", steering)):
-            ours = llama.generate(PROMPTS, one, max_new_tokens=COMPARED)
-            theirs = lm.generate(PROMPTS, one, max_new_tokens=COMPARED)
+        for name, steered in (("unsteered", None), ("steered", steering)):
+            ours = llama.generate(PROMPTS, steered, max_new_tokens=COMPARED)
+            theirs = lm.generate(PROMPTS, steered, max_new_tokens=COMPARED)
             same = sum(a.token_ids == b.token_ids for a, b in zip(ours, theirs, strict=True))
             results.append(Result(case, f"equal greedy texts, {name}", same / len(PROMPTS), "share", target=AGREEMENT))
         everywhere = steering.at(Positions.all())
         layers = [*everywhere.layers, lm.layout.layers - 1]
         with lm.steered(everywhere):
             expected = lm.capture(PROMPTS[:5], layers, Positions.all())
-        found = llama.capture(PROMPTS[:5], layers, Positions.all(), steering=everywhere)
+        captured = llama.capture(PROMPTS[:5], layers, Positions.all(), steering=everywhere)
         llama.close()
     off = [
         float(((a[site] - b[site]).norm(dim=-1) / b[site].norm(dim=-1)).max())
-        for a, b in zip(found, expected, strict=True)
+        for a, b in zip(captured, expected, strict=True)
         for site in map(Site, layers)
     ]
     metric = "largest relative difference of an activation, steered"
@@ -91,10 +91,10 @@ def _speed(lm: LM, rounds: int, tokens: int) -> list[Result]:
     case = "as it is stored (Q4_1), one prompt at a time"
     results = [summarized(case, name, "tokens/s", values[name]) for name in runs]
     for name in ("one block", "every block"):
-        found = ratios(values[name], values["unsteered"])
-        results.append(summarized(case, f"{name} / unsteered", "ratio", found, THROUGHPUT))
-    found = ratios(values["unsteered"], values["transformers, unsteered"])
-    return [*results, summarized(case, "unsteered / transformers in float32", "ratio", found)]
+        relative = ratios(values[name], values["unsteered"])
+        results.append(summarized(case, f"{name} / unsteered", "ratio", relative, THROUGHPUT))
+    relative = ratios(values["unsteered"], values["transformers, unsteered"])
+    return [*results, summarized(case, "unsteered / transformers in float32", "ratio", relative)]
 
 
 def _timed(work: Callable[[], Any]) -> Callable[[], float]:

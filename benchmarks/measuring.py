@@ -34,11 +34,11 @@ def evaluate(
 ) -> list[Record]:
     """Every arm on every item; where a type isn't steered, its unsteered answer stands for the steered arms."""
     twice = {item.item: item.prompt for item in repeated(items)}
-    asked = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
-    means = means_for(lm, [one for one in steerings.values() if one is not None], list(asked.values()))
+    prompts = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
+    means = means_for(lm, [each for each in steerings.values() if each is not None], list(prompts.values()))
     requests = []
     for item in items:
-        prompt = asked[item.item]
+        prompt = prompts[item.item]
         steering = steerings[item.item]
         requests.append(ArmPrompt("unsteered", item.item, prompt, None, item.key))
         if steering is not None:
@@ -49,7 +49,7 @@ def evaluate(
             requests.append(ArmPrompt("said twice", item.item, twice[item.item], None, item.key))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
-        found = answer(
+        records = answer(
             lm,
             requests,
             score=scorer(items),
@@ -58,9 +58,9 @@ def evaluate(
             batch_size=BATCH,
             progress=say(f"{mode} answers"),
         )
-    plain = {record.item: record for record in found if record.arm == "unsteered"}
+    plain = {record.item: record for record in records if record.arm == "unsteered"}
     return [
-        *found,
+        *records,
         *(
             replace(plain[item.item], arm=arm)
             for item in items
@@ -90,9 +90,9 @@ def report(
     before = [arms["unsteered"][item.item].scores["loose"] for item in items]
     changed = [item.item for item in items if steerings[item.item] is not None]
     read = [changed[i * len(changed) // READ] for i in range(READ)] if len(changed) > READ else changed
-    for arm, found in arms.items():
+    for arm, by_item in arms.items():
         case = f"{mode} instruction: {arm}"
-        listed = [found[item.item] for item in items]
+        listed = [by_item[item.item] for item in items]
         after = [record.scores["loose"] for record in listed]
         results.append(_interval(case, "loose accuracy", paired_bootstrap(after, groups=groups)))
         whole = paired_bootstrap([_whole(record) for record in listed], groups=groups)
@@ -102,7 +102,7 @@ def report(
             results.append(_interval(case, "gain", gain, target if arm == "steered" else None))
             results.append(Result(case, "McNemar p", mcnemar(before, after), ""))
         results.append(Result(case, "tokens an answer", mean(r.tokens for r in listed), "tokens"))
-        some = [found[item] for item in read]
+        some = [by_item[item] for item in read]
         perplexity = perplexities_of(lm, [prompts[r.item] for r in some], [r.answer for r in some])
         if perplexity:
             what = f"median perplexity, {len(read)} of the prompts that are steered"
@@ -134,5 +134,5 @@ def _whole(record: Record) -> float:
     return record.scores["loose"] if repeated_share(record.answer) <= REPEATED_LIMIT else 0.0
 
 
-def _interval(case: str, metric: str, found: Any, target: Target | None = None) -> Result:
-    return Result(case, metric, found.estimate, "", found.low, found.high, target)
+def _interval(case: str, metric: str, interval: Any, target: Target | None = None) -> Result:
+    return Result(case, metric, interval.estimate, "", interval.low, interval.high, target)

@@ -134,20 +134,20 @@ OF_MIXTURES = ("steermoe",)
 
 def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:
     """Each method in its default form and its variants; gates on the prompt and at each token; attention to a span."""
-    found = []
+    cases = []
     for name, recipe in recipes().items():
         if name not in only if only else name in OF_MIXTURES:
             continue
         for variant, options in {"": {}, **VARIANTS.get(name, {})}.items():
             steering = opened(_learned(lm, recipe, options))
-            found.append(Case(name, f"{name}, {variant}" if variant else name, steering))
+            cases.append(Case(name, f"{name}, {variant}" if variant else name, steering))
     if not only or GATES in only:
         caa = _learned(lm, recipes()["caa"], {})
         (edit,) = caa.edits
         direction = edit.operation.direction
         prompt = Threshold(edit.site, direction, 0.0)
         token = Threshold(edit.site, direction, float(direction.norm()), each_token=True)
-        found += [
+        cases += [
             Case(GATES, "one addition, gate open", opened(caa.when(prompt))),
             Case(GATES, "one addition, gate shut", opened(caa.when(prompt), to=False)),
             Case(GATES, "one addition, a gate at each token", caa.when(token)),
@@ -160,8 +160,8 @@ def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:
             "SpotLight": TargetMass(),
             "InstABoost": BiasScores(BOOST),
         }
-        found += [Case(SCORES, name, emphasis(one, [SPAN], layers)) for name, one in operations.items()]
-    return found
+        cases += [Case(SCORES, name, emphasis(operation, [SPAN], layers)) for name, operation in operations.items()]
+    return cases
 
 
 def opened(steering: Steering, to: bool = True) -> Steering:
@@ -184,7 +184,7 @@ def _thresholds(gate: Gate) -> list[Threshold]:
     if isinstance(gate, Threshold):
         return [gate]
     inner = getattr(gate, "gates", None) or (gate.gate,)  # type: ignore[attr-defined]
-    return [one for part in inner for one in _thresholds(part)]
+    return [threshold for part in inner for threshold in _thresholds(part)]
 
 
 def _learned(lm: LM, recipe: Recipe, options: Mapping[str, Any]) -> Steering:

@@ -74,8 +74,8 @@ def run(
             settings = families(lm, task, questions, folder)
             chosen = best(lm, task, settings, questions, folder)
             arms: dict[str, Steering | None] = {UNSTEERED: None} | {f: settings[f][name] for f, name in chosen.items()}
-            found = scored(lm, f"{task}-test", questions.test, arms, folder)
-            results += lines(task, chosen, found)
+            records_by_arm = scored(lm, f"{task}-test", questions.test, arms, folder)
+            results += lines(task, chosen, records_by_arm)
     return Report("sadi", machine(), {**versions(), "model": lm.name}, tuple(results), spread=BOOTSTRAP)
 
 
@@ -89,8 +89,8 @@ def read(files: Sequence[Path], pairs: int, held_out: int, limit: int) -> Questi
     else:
         test, free = spread(test_file, limit), read_ab(files[0], exclude=True)[0]
         random.Random(0).shuffle(free)
-    asked = {stem(item.question) for item in (test_file if len(files) > 1 else test)}
-    free = [item for item in free if stem(item.question) not in asked]
+    stems = {stem(item.question) for item in (test_file if len(files) > 1 else test)}
+    free = [item for item in free if stem(item.question) not in stems]
     sides = [[item for item in free if item.matching == letter] for letter in "AB"]
     balanced = [item for both in zip(*sides, strict=False) for item in both]
     return Questions(balanced[held_out : held_out + pairs], balanced[:held_out], test)
@@ -110,10 +110,10 @@ def families(lm: LM, task: str, questions: Questions, folder: Path) -> dict[str,
         save_steering(kept, file)
     lm.check(kept)
     differences = {edit.site: edit.operation.direction.double() for edit in kept.edits}
-    found: dict[str, dict[str, Steering]] = {CAA: {}}
+    by_family: dict[str, dict[str, Steering]] = {CAA: {}}
     for layer in sorted({round(depth * lm.layout.layers) for depth in DEPTHS}):
         vector = Steering((Edit(Site(layer), Add(differences[Site(layer)].float()), WHERE),))
-        found[CAA] |= {f"layer {layer} x {strength:g}": strength * vector for strength in STRENGTHS}
+        by_family[CAA] |= {f"layer {layer} x {strength:g}": strength * vector for strength in STRENGTHS}
     for site, (ks, deltas) in GRID.items():
         mine = {where: x for where, x in differences.items() if where.kind == KINDS[site]}
         made = {}
@@ -121,18 +121,21 @@ def families(lm: LM, task: str, questions: Questions, folder: Path) -> dict[str,
             masks = choose(lm, mine, k=k)
             for delta in deltas:
                 made[f"K {k}, delta {delta:g}"] = Steering(edits_of(mine, masks, delta=delta, positions=WHERE))
-        found[f"SADI, {site}"] = made
-    return found
+        by_family[f"SADI, {site}"] = made
+    return by_family
 
 
 def best(
     lm: LM, task: str, settings: Mapping[str, Mapping[str, Steering]], questions: Questions, folder: Path
 ) -> dict[str, str]:
     """Each family's setting with the highest mean share of the right letter on the questions put aside."""
-    arms = {f"{family}: {name}": one for family, of in settings.items() for name, one in of.items()}
-    found = scored(lm, f"{task}-held-out", questions.held_out, arms, folder)
+    arms = {f"{family}: {name}": steering for family, of in settings.items() for name, steering in of.items()}
+    records_by_arm = scored(lm, f"{task}-held-out", questions.held_out, arms, folder)
     shares = {
-        family: {name: mean(record.scores["matching"] for record in found[f"{family}: {name}"].values()) for name in of}
+        family: {
+            name: mean(record.scores["matching"] for record in records_by_arm[f"{family}: {name}"].values())
+            for name in of
+        }
         for family, of in settings.items()
     }
     (folder / f"{task}-held-out.json").write_text(json.dumps(shares, indent=2) + "\n")
@@ -148,17 +151,19 @@ def scored(
     return by_arm(score_ab(lm, requests, items, out=out, batch_size=BATCH, progress=say(name)))
 
 
-def lines(task: str, chosen: Mapping[str, str], found: Mapping[str, Mapping[str, Record]]) -> list[Result]:
+def lines(task: str, chosen: Mapping[str, str], records_by_arm: Mapping[str, Mapping[str, Record]]) -> list[Result]:
     """Each arm's shares and choices, their change from unsteered, and SADI's forms against CAA."""
     results = []
-    for arm, records in found.items():
+    for arm, records in records_by_arm.items():
         case = f"{task} (n={len(records)}): {arm}" + (f" ({chosen[arm]})" if arm in chosen else "")
         for score, title in (("matching", "right letter's share"), ("chosen", "right letter chosen")):
             results.append(_line(case, title, compared(records, None, score)))
             if arm != UNSTEERED:
-                results.append(_line(case, f"{title}, minus unsteered", compared(records, found[UNSTEERED], score)))
+                results.append(
+                    _line(case, f"{title}, minus unsteered", compared(records, records_by_arm[UNSTEERED], score))
+                )
             if arm not in (UNSTEERED, CAA):
-                results.append(_line(case, f"{title}, minus CAA", compared(records, found[CAA], score)))
+                results.append(_line(case, f"{title}, minus CAA", compared(records, records_by_arm[CAA], score)))
         mass = mean(record.scores["mass"] for record in records.values())
         results.append(Result(case, "mass of both letters", mass, ""))
     return results
@@ -172,8 +177,8 @@ def compared(records: Mapping[str, Record], before: Mapping[str, Record] | None,
     return paired_bootstrap([before[item].scores[score] for item in sorted(records)], after)
 
 
-def _line(case: str, metric: str, found: Interval) -> Result:
-    return Result(case, metric, found.estimate, "", found.low, found.high)
+def _line(case: str, metric: str, interval: Interval) -> Result:
+    return Result(case, metric, interval.estimate, "", interval.low, interval.high)
 
 
 def missing(data: Path, tasks: Sequence[str]) -> list[Path]:

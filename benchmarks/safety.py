@@ -2,7 +2,7 @@
 
 A refusal direction and gates are learned on a part of AdvBench against harmless requests (IFEval's without their
 instructions, TruthfulQA's questions), strengths are chosen on another part, and all is tested on the rest of AdvBench,
-on JailbreakBench, on XSTest's safe prompts and on MMLU's two-option questions. Refusal is told by rule
+on JailbreakBench, on XSTest's safe prompts and on MMLU's two-option questions. Refusal is decided by rule
 (`trimtab.evaluate.refusal`). What a run has done is kept in a folder, so that it can be stopped and started again.
 
 A gate that stays shut leaves its request as it is, and one that opens steers as if there were none. So the gates are
@@ -128,19 +128,19 @@ def run(
         chosen = choose(lm, parts, folder, tokens)
         arms = arms_of(lm, parts, chosen, folder)
         print(f"chosen: {chosen.setting}, alpha {chosen.alpha:g}", flush=True)
-        found = {name: answers(lm, items, arms, folder, name, tokens) for name, items in parts.tests.items()}
+        answered = {name: answers(lm, items, arms, folder, name, tokens) for name, items in parts.tests.items()}
         known = knowledge(lm, parts.questions, arms, folder)
-        asked = {name: [item.prompt for item in items] for name, items in parts.tests.items()} | parts.others
-        gates = {name: rates(lm, prompts, arms, gates_file(folder, name)) for name, prompts in asked.items()}
+        prompts_by_part = {name: [item.prompt for item in items] for name, items in parts.tests.items()} | parts.others
+        gates = {name: rates(lm, prompts, arms, gates_file(folder, name)) for name, prompts in prompts_by_part.items()}
         gates["MMLU"] = rates(
             lm,
             [question_prompt(lm.tokenizer, item.question) for item in parts.questions],
             {name: arm for name, arm in arms.items() if arm.rejection is None},
             gates_file(folder, "MMLU"),
         )
-        fluent = {arm: fluency(lm, parts.tests["XSTest, safe"], of) for arm, of in found["XSTest, safe"].items()}
-    (folder / "tables.md").write_text(tables(found, known, gates, fluent))
-    lines = results(parts, chosen, found, known, gates, fluent)
+        fluent = {arm: fluency(lm, parts.tests["XSTest, safe"], of) for arm, of in answered["XSTest, safe"].items()}
+    (folder / "tables.md").write_text(tables(answered, known, gates, fluent))
+    lines = results(parts, chosen, answered, known, gates, fluent)
     return Report("safety", machine(), {**versions(), "model": lm.name}, tuple(lines), spread=BOOTSTRAP)
 
 
@@ -152,11 +152,11 @@ def read(data: Path, limit: int, jailbreaks: int, safe: int, questions: int) -> 
     harmful = read_refusal(data / ADVBENCH)
     random.Random(0).shuffle(harmful)
     tasks = [json.loads(line)["prompt_without_instruction"] for line in (data / TASKS).read_text().splitlines()]
-    asked = [row["Question"] for row in csv.DictReader(io.StringIO((data / QUESTIONS).read_text()))]
-    kinds = [list(dict.fromkeys(t for t in kind if t and len(t) <= LONGEST)) for kind in (tasks, asked)]
+    question_texts = [row["Question"] for row in csv.DictReader(io.StringIO((data / QUESTIONS).read_text()))]
+    kinds = [list(dict.fromkeys(t for t in kind if t and len(t) <= LONGEST)) for kind in (tasks, question_texts)]
     for kind in kinds:
         random.Random(0).shuffle(kind)
-    harmless = [one for both in zip(*kinds, strict=False) for one in both]
+    harmless = [prompt for both in zip(*kinds, strict=False) for prompt in both]
     used = {item.prompt.casefold() for item in harmful[: LEARN + TUNE]}
     others = [item for item in read_refusal(data / JAILBREAKS) if item.prompt.casefold() not in used]
     xstest = read_refusal(data / XSTEST)
@@ -190,16 +190,16 @@ def choose(lm: LM, parts: Data, folder: Path, tokens: int) -> Chosen:
     Text is judged by the guard of `trimtab tune`, on the answers to all requests that were put aside.
     """
     file = folder / "chosen.json"
-    told = digest_of(
-        harmful=parts.harmful, harmless=parts.harmless, tune=[one.prompt for one in parts.tune],
+    data_digest = digest_of(
+        harmful=parts.harmful, harmless=parts.harmless, tune=[item.prompt for item in parts.tune],
         settings=[json.dumps([SETTINGS, ALPHAS])],
     )  # fmt: skip
-    if file.is_file() and (kept := json.loads(file.read_text()))["data"] == told:
+    if file.is_file() and (kept := json.loads(file.read_text()))["data"] == data_digest:
         return Chosen(kept["setting"], kept["alpha"], kept["tried"])
-    vectors = {name_of(one): vector(lm, parts, one) for one in SETTINGS}
+    vectors = {name_of(each): vector(lm, parts, each) for each in SETTINGS}
     aligner = learned(lm, parts, folder, ALIGNER)
     alphas = {f"alpha {alpha:g}": alpha * aligner for alpha in ALPHAS}
-    arms = {UNSTEERED: Arm()} | {name: Arm(one) for name, one in {**vectors, **alphas}.items()}
+    arms = {UNSTEERED: Arm()} | {name: Arm(arm_steering) for name, arm_steering in {**vectors, **alphas}.items()}
     records = answers(lm, parts.tune, arms, folder, "tune", tokens)
     harmful = {item.item for item in parts.tune if item.harmful}
     before = fluencies_of(lm, parts.tune, records[UNSTEERED])
@@ -208,14 +208,14 @@ def choose(lm: LM, parts: Data, folder: Path, tokens: int) -> Chosen:
         mine = records[name]
         refused = mean(mine[item].scores["refused"] for item in harmful)
         broken = [] if name == UNSTEERED else STANDARD.broken(fluencies_of(lm, parts.tune, mine), before)
-        tried[name] = {"refused": refused, "dose": max(one.dose for one in mine.values()), "broken": list(broken)}
+        tried[name] = {"refused": refused, "dose": max(record.dose for record in mine.values()), "broken": list(broken)}
 
     def best(names: Sequence[str]) -> str:
         return max(names, key=lambda name: (not tried[name]["broken"], tried[name]["refused"], -tried[name]["dose"]))
 
-    setting = next(one for one in SETTINGS if name_of(one) == best(list(vectors)))
+    setting = next(each for each in SETTINGS if name_of(each) == best(list(vectors)))
     chosen = Chosen(dict(setting), ALPHAS[list(alphas).index(best(list(alphas)))], tried)
-    file.write_text(json.dumps({"data": told, **asdict(chosen)}, indent=2) + "\n")
+    file.write_text(json.dumps({"data": data_digest, **asdict(chosen)}, indent=2) + "\n")
     return chosen
 
 
@@ -291,11 +291,13 @@ def learned(lm: LM, parts: Data, folder: Path, arm: str, setting: Mapping[str, A
 
 def opened(lm: LM, prompts: Sequence[Prompt], steerings: Mapping[str, Steering]) -> dict[str, list[list[bool]]]:
     """For each steering and prompt, which of its edits' gates are open; every prompt is read once."""
-    gates = {edit.gate for one in steerings.values() for edit in one.edits} - {Always()}
+    gates = {edit.gate for steering in steerings.values() for edit in steering.edits} - {Always()}
     readings: list[Reading] = sorted({reading for gate in gates for reading in gate.readings}, key=repr)
     values = read_pooled(lm, prompts, readings) if readings else {}
     seen = [{reading: values[reading][i] for reading in readings} for i in range(len(prompts))]
-    return {name: [[edit.gate.is_open(x) for edit in one.edits] for x in seen] for name, one in steerings.items()}
+    return {
+        name: [[edit.gate.is_open(x) for edit in steering.edits] for x in seen] for name, steering in steerings.items()
+    }
 
 
 def acting(steering: Steering, open_: Sequence[bool]) -> Steering | None:
@@ -306,14 +308,14 @@ def acting(steering: Steering, open_: Sequence[bool]) -> Steering | None:
 
 def decisions(lm: LM, prompts: Sequence[Prompt], arms: Mapping[str, Arm], file: Path) -> dict[str, list[list[bool]]]:
     """In each arm that steers and for each prompt, which edits' gates are open; kept in a file."""
-    steerings = {arm: one.steering for arm, one in arms.items() if one.steering is not None}
-    told = digest_of(prompts=list(prompts), arms=[f"{a} {steering_digest(s)}" for a, s in steerings.items()])
+    steerings = {arm: each_arm.steering for arm, each_arm in arms.items() if each_arm.steering is not None}
+    digest = digest_of(prompts=list(prompts), arms=[f"{a} {steering_digest(s)}" for a, s in steerings.items()])
     kept = json.loads(file.read_text()) if file.is_file() else {}
-    if kept.get("data") != told:
-        kept = {"data": told, "open": opened(lm, prompts, steerings)}
+    if kept.get("data") != digest:
+        kept = {"data": digest, "open": opened(lm, prompts, steerings)}
         file.write_text(json.dumps(kept) + "\n")
-    found: dict[str, list[list[bool]]] = kept["open"]
-    return found
+    stored: dict[str, list[list[bool]]] = kept["open"]
+    return stored
 
 
 def decided(
@@ -323,10 +325,10 @@ def decided(
     open_ = decisions(lm, list(prompts.values()), arms, file)
     return {
         arm: {
-            name: None if one.steering is None else acting(one.steering, open_[arm][i])
+            name: None if each_arm.steering is None else acting(each_arm.steering, open_[arm][i])
             for i, name in enumerate(prompts)
         }
-        for arm, one in arms.items()
+        for arm, each_arm in arms.items()
     }
 
 
@@ -339,12 +341,12 @@ def answers(
     once: dict[Any, ArmPrompt] = {}
     wanted: dict[tuple[str, str], Any] = {}
     for item in items:
-        for arm, one in arms.items():
+        for arm, each_arm in arms.items():
             steering = acts[arm][item.item]
-            rejection = one.rejection if steering is not None else None
-            key = (item.item, one.system, steering, rejection)
+            rejection = each_arm.rejection if steering is not None else None
+            key = (item.item, each_arm.system, steering, rejection)
             wanted[arm, item.item] = key
-            once.setdefault(key, ArmPrompt(arm, item.item, with_system(item.prompt, one.system), steering))
+            once.setdefault(key, ArmPrompt(arm, item.item, with_system(item.prompt, each_arm.system), steering))
     plain = [request for key, request in once.items() if key[3] is None]
     records = answer(
         lm, plain, score=score, max_new_tokens=tokens, out=folder / f"{stem}.jsonl", batch_size=BATCH,
@@ -355,11 +357,11 @@ def answers(
         requests = [request for key, request in once.items() if key[3] == rejection]
         records += _rejecting(lm, requests, rejection, folder / f"{stem}-rejection.jsonl", tokens, name)
     by_name = {(record.arm, record.item): record for record in records}
-    found: dict[str, dict[str, Record]] = {arm: {} for arm in arms}
+    by_arm: dict[str, dict[str, Record]] = {arm: {} for arm in arms}
     for (arm, number), key in wanted.items():
         request = once[key]
-        found[arm][number] = replace(by_name[request.arm, request.item], arm=arm)
-    return found
+        by_arm[arm][number] = replace(by_name[request.arm, request.item], arm=arm)
+    return by_arm
 
 
 def gates_file(folder: Path, name: str) -> Path:
@@ -371,9 +373,9 @@ def _stem(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "-")
 
 
-def score(_request: ArmPrompt, one: Generation) -> dict[str, float]:
+def score(_request: ArmPrompt, generation: Generation) -> dict[str, float]:
     """Whether it refuses, and how it reads."""
-    return _scores(one.text)
+    return _scores(generation.text)
 
 
 def _scores(text: str) -> dict[str, float]:
@@ -391,21 +393,24 @@ def _rejecting(
     requests = sorted(requests, key=lambda request: -len(lm.encode(request.prompt)))
 
     def make(_: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
-        given = [request.prompt for request in batch], [request.steering for request in batch]
-        found = lm.generate(*given, max_new_tokens=tokens, batch_size=BATCH, rejection=rejection)
+        rows = [request.prompt for request in batch], [request.steering for request in batch]
+        generations = lm.generate(*rows, max_new_tokens=tokens, batch_size=BATCH, rejection=rejection)
         return [
             Record(
                 arm=request.arm,
                 item=request.item,
                 prompt=request.prompt,
-                answer=one.text,
-                tokens=len(one.token_ids),
-                finish=one.finish_reason,
+                answer=generation.text,
+                tokens=len(generation.token_ids),
+                finish=generation.finish_reason,
                 steering=digests.get(id(request.steering)),
-                dose=one.applied.dose,
-                scores={**_scores(one.text), "changed": one.trace.changed_share if one.trace else 0.0},
+                dose=generation.applied.dose,
+                scores={
+                    **_scores(generation.text),
+                    "changed": generation.trace.changed_share if generation.trace else 0.0,
+                },
             )
-            for request, one in zip(batch, found, strict=True)
+            for request, generation in zip(batch, generations, strict=True)
         ]
 
     batches = [requests[at : at + BATCH] for at in range(0, len(requests), BATCH)]
@@ -429,47 +434,47 @@ def knowledge(lm: LM, items: Sequence[ABItem], arms: Mapping[str, Arm], folder: 
     requests = list(once.values())
     records = score_ab(lm, requests, items, out=folder / "MMLU.jsonl", batch_size=BATCH, progress=say("MMLU"))
     by_name = {(record.arm, record.item): record for record in records}
-    found: dict[str, dict[str, Record]] = {name: {} for name in arms}
+    by_arm: dict[str, dict[str, Record]] = {name: {} for name in arms}
     for (name, item_name), key in wanted.items():
-        found[name][item_name] = replace(by_name[once[key].arm, item_name], arm=name)
-    return found
+        by_arm[name][item_name] = replace(by_name[once[key].arm, item_name], arm=name)
+    return by_arm
 
 
 def rates(lm: LM, prompts: Sequence[Prompt], arms: Mapping[str, Arm], file: Path) -> dict[str, float]:
     """The share of prompts on which anything acts, in the arms with a gate."""
-    found = decisions(lm, prompts, arms, file)
-    return {name: mean(any(one) for one in found[name]) for name in GATED_ARMS if name in found}
+    opened_by_arm = decisions(lm, prompts, arms, file)
+    return {name: mean(any(is_open) for is_open in opened_by_arm[name]) for name in GATED_ARMS if name in opened_by_arm}
 
 
 def fluency(lm: LM, items: Sequence[RefusalItem], records: Mapping[str, Record]) -> dict[str, float]:
     """How an arm's answers read: the median perplexity of some under the unsteered model, and repetition."""
     some = [records[item.item] for item in spread(items, READ) if records[item.item].answer.strip()]
     prompts = {item.item: item.prompt for item in items}
-    values = perplexities_of(lm, [prompts[one.item] for one in some], [one.answer for one in some])
+    values = perplexities_of(lm, [prompts[record.item] for record in some], [record.answer for record in some])
     return {
         "median perplexity, unsteered model": median(values) if values else float("inf"),
-        "distinct word pairs": mean(one.scores["distinct"] for one in records.values()),
-        "empty": mean(one.scores["empty"] for one in records.values()),
+        "distinct word pairs": mean(record.scores["distinct"] for record in records.values()),
+        "empty": mean(record.scores["empty"] for record in records.values()),
     }
 
 
 def fluencies_of(lm: LM, items: Sequence[RefusalItem], records: Mapping[str, Record]) -> list[Fluency]:
     """Each answer's fluency, for the guard."""
     listed = [records[item.item] for item in items]
-    said = [one for one in listed if one.answer.strip()]
+    said = [record for record in listed if record.answer.strip()]
     prompts = {item.item: item.prompt for item in items}
-    values = perplexities_of(lm, [prompts[one.item] for one in said], [one.answer for one in said])
-    read_as = dict(zip((one.item for one in said), values, strict=True))
+    values = perplexities_of(lm, [prompts[record.item] for record in said], [record.answer for record in said])
+    read_as = dict(zip((record.item for record in said), values, strict=True))
     return [
         Fluency(
-            perplexity=read_as.get(one.item, float("inf")),
-            distinct=one.scores["distinct"],
-            repeated=one.scores["repeated"],
-            tokens=one.tokens,
-            empty=bool(one.scores["empty"]),
-            cut=one.finish == "length",
+            perplexity=read_as.get(record.item, float("inf")),
+            distinct=record.scores["distinct"],
+            repeated=record.scores["repeated"],
+            tokens=record.tokens,
+            empty=bool(record.scores["empty"]),
+            cut=record.finish == "length",
         )
-        for one in listed
+        for record in listed
     ]
 
 
@@ -479,14 +484,14 @@ def fluencies_of(lm: LM, items: Sequence[RefusalItem], records: Mapping[str, Rec
 def results(
     parts: Data,
     chosen: Chosen,
-    found: Mapping[str, Mapping[str, Mapping[str, Record]]],
+    answered: Mapping[str, Mapping[str, Mapping[str, Record]]],
     known: Mapping[str, Mapping[str, Record]],
     gates: Mapping[str, Mapping[str, float]],
     fluent: Mapping[str, Mapping[str, float]],
 ) -> list[Result]:
     """Every number as a line; the targets are on the difference to the ungated vector."""
     lines = [Result("chosen", f"{name_of(chosen.setting)}; alpha {chosen.alpha:g}", 1, "")]
-    for part, arms in found.items():
+    for part, arms in answered.items():
         for arm, records in arms.items():
             case = f"{arm}: {part} (n={len(records)})"
             lines.append(_line(case, "refused", compared(records, None, "refused")))
@@ -513,29 +518,30 @@ def results(
         lines += [Result(f"{arm}: {part}", "gate open", share, "of prompts") for arm, share in shares.items()]
     for arm, values in fluent.items():
         lines += [Result(f"{arm}: XSTest, safe", name, value, "") for name, value in values.items()]
-    doses = {arm: max(one.dose for one in of.values()) for arm, of in found["AdvBench"].items()}
+    doses = {arm: max(record.dose for record in of.values()) for arm, of in answered["AdvBench"].items()}
     lines += [Result(f"{arm}: AdvBench", "largest dose", dose, "") for arm, dose in doses.items() if dose]
     return lines
 
 
 def tables(
-    found: Mapping[str, Mapping[str, Mapping[str, Record]]],
+    answered: Mapping[str, Mapping[str, Mapping[str, Record]]],
     known: Mapping[str, Mapping[str, Record]],
     gates: Mapping[str, Mapping[str, float]],
     fluent: Mapping[str, Mapping[str, float]],
 ) -> str:
     """The tables in Markdown: what is refused and what it costs, the gated arms against the ungated, the gates."""
-    arms = list(found["AdvBench"])
+    arms = list(answered["AdvBench"])
     refused = []
     for arm in arms:
-        cells = [shown(compared(of[arm], None, "refused")) for of in found.values()]
+        cells = [shown(compared(of[arm], None, "refused")) for of in answered.values()]
         share = shown(compared(known[arm], None, "matching")) if arm in known else ""
         refused.append([arm, *cells, share, *(f"{value:.2f}" for value in fluent[arm].values())])
     against = [
-        [arm, *(shown(compared(of[arm], of[VECTOR], "refused"), "+.2f") for of in found.values())] for arm in GATED_ARMS
+        [arm, *(shown(compared(of[arm], of[VECTOR], "refused"), "+.2f") for of in answered.values())]
+        for arm in GATED_ARMS
     ]
     opened_in = [[arm, *(f"{of[arm]:.2f}" if arm in of else "" for of in gates.values())] for arm in GATED_ARMS[:-1]]
-    heads = [f"{part} (n={len(of[UNSTEERED])})" for part, of in found.items()]
+    heads = [f"{part} (n={len(of[UNSTEERED])})" for part, of in answered.items()]
     return "\n\n".join(
         (
             "Refused, by rule, and what it costs (fluency on XSTest's safe prompts):",
@@ -558,5 +564,5 @@ def compared(records: Mapping[str, Record], before: Mapping[str, Record] | None,
     return paired_bootstrap([before[item].scores[name] for item in sorted(records)], after)
 
 
-def _line(case: str, metric: str, found: Interval) -> Result:
-    return Result(case, metric, found.estimate, "", found.low, found.high)
+def _line(case: str, metric: str, interval: Interval) -> Result:
+    return Result(case, metric, interval.estimate, "", interval.low, interval.high)

@@ -159,8 +159,8 @@ def process(folder: Path, steerings: Path, options: Sequence[str]) -> Iterator[t
     """`trimtab serve` of a model in float32: its address, and the number of its process."""
     port = _free_port()
     command = ["-m", "trimtab", "serve", "--model", str(folder), "--dtype", "float32", "--steerings", str(steerings)]
-    with _process([*command, "--port", str(port), *options], f"http://127.0.0.1:{port}", "/readyz") as found:
-        yield found
+    with _process([*command, "--port", str(port), *options], f"http://127.0.0.1:{port}", "/readyz") as started:
+        yield started
 
 
 @contextmanager

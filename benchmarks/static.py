@@ -103,7 +103,7 @@ def steerings_of(lm: LM, case: Case, norms: Sequence[float]) -> list[Steering]:
     middle = round(0.4 * lm.layout.layers)
     layers = range(0, lm.layout.layers, case.step) if case.layers is None else range(middle, middle + case.layers)
 
-    def one(seed: int) -> Steering:
+    def vector(seed: int) -> Steering:
         generator = torch.Generator().manual_seed(seed)
         edits = [
             Edit(Site(layer), _operation(lm.layout.width, DOSE * norms[layer], norms[layer], case.rank, generator))
@@ -113,15 +113,15 @@ def steerings_of(lm: LM, case: Case, norms: Sequence[float]) -> list[Steering]:
         return Steering(tuple(edits))
 
     if case.different:
-        return [one(seed) for seed in range(case.batch)]
-    return [one(0)] * case.batch
+        return [vector(seed) for seed in range(case.batch)]
+    return [vector(0)] * case.batch
 
 
 def residual_norms(lm: LM) -> list[float]:
     """The mean norm of the residual stream after each block, at the prompts' last tokens."""
     sites = [Site(layer) for layer in range(lm.layout.layers)]
-    found = lm.capture(PROMPTS, sites)
-    return [float(torch.stack([one[site].norm() for one in found]).mean()) for site in sites]
+    captured = lm.capture(PROMPTS, sites)
+    return [float(torch.stack([activations[site].norm() for activations in captured]).mean()) for site in sites]
 
 
 def _operation(width: int, push: float, norm: float, rank: int | None, generator: torch.Generator) -> Operation:
@@ -192,8 +192,8 @@ def _plain(lm: LM, batch: int, tokens: int) -> Any:
     ids = sorted((lm.encode(prompt) for prompt in PROMPTS[:batch]), key=len, reverse=True)
     width = len(ids[0])
     pad = lm.tokenizer.pad_token_id
-    padded = torch.tensor([[pad] * (width - len(one)) + one for one in ids], device=lm.model.device)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in ids], device=lm.model.device)
+    padded = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in ids], device=lm.model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids], device=lm.model.device)
     output = lm.model.generate(
         input_ids=padded,
         attention_mask=mask,

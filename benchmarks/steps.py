@@ -52,10 +52,10 @@ def _step(lm: LM, name: str, tokens: int) -> float:
         )
     for _ in range(WARM_UP):
         batch.step()
-    found = []
+    times = []
     for _ in range(tokens):
         began = time.perf_counter()
         rows = len(batch.step())
-        found.append((time.perf_counter() - began) * 1000)
+        times.append((time.perf_counter() - began) * 1000)
         assert rows == ROWS, "a row ended early"
-    return statistics.median(found)
+    return statistics.median(times)

@@ -81,7 +81,9 @@ def _row(lm: LM, name: str, folder: Path, seed: int) -> Row:
         minutes = (time.perf_counter() - started) / 60
         save_steering(made.steering, folder / f"{name}-{seed}.safetensors")
         row = Row(name, made.verdict.as_measured(), made.name, minutes)
-        examples = [[one.question, one.unsteered, one.prompted, one.steered] for one in made.examples]
+        examples = [
+            [example.question, example.unsteered, example.prompted, example.steered] for example in made.examples
+        ]
         (folder / f"{name}-{seed}-answers.json").write_text(json.dumps(examples, indent=1))
     print(f"{name}: {row.verdict} ({row.chosen}, {row.minutes:.1f} min)", flush=True)
     path.write_text(json.dumps(row.__dict__))

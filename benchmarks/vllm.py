@@ -78,11 +78,15 @@ class Contender:
     """An engine in a process of its own, that runs a case whenever it is asked."""
 
     def __init__(self, job: dict[str, Any], *, plugin: bool) -> None:
-        given = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_AOT_COMPILE": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-        given |= {"VLLM_CPU_KVCACHE_SPACE": "2"} | ({} if plugin else {"VLLM_PLUGINS": "none"})
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_USE_AOT_COMPILE": "0",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        }
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "2"} | ({} if plugin else {"VLLM_PLUGINS": "none"})
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.vllm", json.dumps({**job, "plugin": plugin})],
-            env={**given, **os.environ, **({} if plugin else {"VLLM_PLUGINS": "none"})},
+            env={**environment, **os.environ, **({} if plugin else {"VLLM_PLUGINS": "none"})},
             cwd=Path(__file__).parents[1],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -149,17 +153,17 @@ def serve(job: dict[str, Any]) -> None:
         graphs = len(config.compilation_config.cudagraph_capture_sizes or ())
     print(json.dumps({"device": config.device_config.device_type, "graphs": graphs}), file=answers, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         params = [
             SamplingParams(
                 temperature=0,
                 max_tokens=job["tokens"],
                 ignore_eos=True,
-                extra_args=_asks(asked["case"], i),
+                extra_args=_asks(request["case"], i),
             )
-            for i in range(asked["batch"])
+            for i in range(request["batch"])
         ]
-        prompts = [{"prompt_token_ids": ids[i % len(ids)]} for i in range(asked["batch"])]
+        prompts = [{"prompt_token_ids": ids[i % len(ids)]} for i in range(request["batch"])]
         wall, cpu = time.perf_counter(), time.process_time()
         llm.generate(prompts, params, use_tqdm=False)
         spent = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
@@ -175,19 +179,19 @@ def _asks(case: str, request: int) -> dict[str, Any] | None:
 def _steerings(layers: int, width: int) -> dict[str, Steering]:
     """Random directions, short enough that the text stays sane in a model whose residual norms are near 100."""
 
-    def one(seed: int, count: int, where: Sequence[int]) -> Steering:
+    def vector(seed: int, count: int, where: Sequence[int]) -> Steering:
         generator = torch.Generator().manual_seed(seed)
         vectors = [torch.randn(width, generator=generator) for _ in range(count * len(where))]
         edits = [Edit(Site(where[i % len(where)]), Add(v * (100 * DOSE / v.norm()))) for i, v in enumerate(vectors)]
         return Steering(tuple(edits))
 
     every = range(layers)
-    found = {
-        "one vector, one layer": one(0, 1, [layers * 2 // 5]),
-        "one vector, every layer": one(1, 1, every),
-        "three vectors, every layer": one(2, 3, every),
+    steerings = {
+        "one vector, one layer": vector(0, 1, [layers * 2 // 5]),
+        "one vector, every layer": vector(1, 1, every),
+        "three vectors, every layer": vector(2, 3, every),
     }
-    return found | {f"different {i}": one(10 + i, 1, every) for i in range(32)}
+    return steerings | {f"different {i}": vector(10 + i, 1, every) for i in range(32)}
 
 
 if __name__ == "__main__":

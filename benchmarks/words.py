@@ -84,8 +84,8 @@ def lengths(model: str | None, mode: str, folder: Path, tokens: int, tune_tokens
     folder.mkdir(parents=True, exist_ok=True)
     pairs = instruction_pairs(queries("learn"), length_phrasings("concise"))
     moments = learn_many(lm, {"concise": pairs}, layers_of(lm), progress=say("learning"))["concise"]
-    tried = asked(queries("tune", more=True)[: SEARCH_QUERIES + HELD_OUT_QUERIES])
-    items = [item for most in AT_MOST for item in asked(queries("test"), most)]
+    tried = length_items(queries("tune", more=True)[: SEARCH_QUERIES + HELD_OUT_QUERIES])
+    items = [item for most in AT_MOST for item in length_items(queries("test"), most)]
     chosen = keep(
         folder / f"{mode}-length.json",
         partial(
@@ -107,7 +107,7 @@ def lengths(model: str | None, mode: str, folder: Path, tokens: int, tune_tokens
     return report(lm, "length", items, records, steerings, mode, {SENTENCES: chosen.setting})
 
 
-def asked(base: Sequence[str], most: int | None = None) -> list[IFEvalItem]:
+def length_items(base: Sequence[str], most: int | None = None) -> list[IFEvalItem]:
     """Queries with "at most so many sentences"; without a number, each of `AT_MOST` in turn."""
     items = []
     for i, query in enumerate(base):
@@ -118,11 +118,11 @@ def asked(base: Sequence[str], most: int | None = None) -> list[IFEvalItem]:
     return items
 
 
-def word_moments(lm: LM, found: Sequence[str]) -> Mapping[str, Moments]:
+def word_moments(lm: LM, word_list: Sequence[str]) -> Mapping[str, Moments]:
     """The moments of "include the word W", for each word, at all layers that are tried."""
     kind = instruction_type("keywords:existence")
     base = queries("learn")[:WORD_QUERIES]
-    sets = {word: instruction_pairs(base, kind.phrasings("learn", {"word": word})) for word in dict.fromkeys(found)}
+    sets = {word: instruction_pairs(base, kind.phrasings("learn", {"word": word})) for word in dict.fromkeys(word_list)}
     return learn_many(lm, sets, layers_of(lm), progress=say("learning"))
 
 

@@ -21,7 +21,7 @@ from benchmarks.following_distilled import kept_or_learned
 from benchmarks.harness import BOOTSTRAP, Report, Result, Target
 from benchmarks.machine import machine, versions
 from benchmarks.measuring import perplexities_of
-from benchmarks.words import AT_MOST, SENTENCES, WORDS, asked
+from benchmarks.words import AT_MOST, SENTENCES, WORDS, length_items
 from trimtab.data import instruction_type, queries
 from trimtab.data.types import Value
 from trimtab.errors import TrimtabError
@@ -70,15 +70,15 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     if task == "length":
         base = queries("test")[:limit]
-        items = [item for most in AT_MOST for item in asked(base, most)]
+        items = [item for most in AT_MOST for item in length_items(base, most)]
     else:
         items = read_ifeval(data / "ifeval" / f"{WORDS[task][3]}.jsonl", limit)
     by = learner if learner == "logit" else f"{learner}-{how.fit}"
     steerings = learned(lm, items, folder, learner, by, how)
     records = answers(lm, items, steerings, mode, folder / f"{mode}-{task}-{{}}.jsonl", by, tokens)
-    found = rows(lm, f"{task}, {mode} the instruction", items, records, steerings)
+    result_rows = rows(lm, f"{task}, {mode} the instruction", items, records, steerings)
     about = {"dtype": dtype, "learner": learner if learner == "logit" else f"distill, {how.fit}, {how.queries} queries"}
-    return Report("words", machine(), {**versions(), "model": lm.name, **about}, found, spread=BOOTSTRAP)
+    return Report("words", machine(), {**versions(), "model": lm.name, **about}, result_rows, spread=BOOTSTRAP)
 
 
 # ---- learning ------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ def learned(
         stem = "".join(c if c.isalnum() else "-" for c in f"{by}-{kind}-{value}")
         path = folder / f"{stem}.safetensors"
         steerings[kind, value] = kept_or_learned(path, partial(_or_none, learn, kind, value))
-    return {item: steerings[one] for item, one in kinds.items()}
+    return {item: steerings[each] for item, each in kinds.items()}
 
 
 def instruction_of(item: IFEvalItem) -> tuple[str, str | int]:
@@ -160,7 +160,7 @@ def answers(
     """
     twice = {item.item: item.prompt for item in repeated(items)}
     bare = {item.item: item.prompt if mode == "with" else str(item.prompt_without_instruction) for item in items}
-    means = means_for(lm, [one for one in steerings.values() if one is not None], list(bare.values()))
+    means = means_for(lm, [each for each in steerings.values() if each is not None], list(bare.values()))
     plain, steered = [], []
     for item in items:
         name, steering = item.item, steerings[item.item]
@@ -172,11 +172,11 @@ def answers(
             seed = int(hashlib.sha256(name.encode()).hexdigest()[:6], 16)
             steered.append(ArmPrompt("steered", name, bare[name], steering, item.key))
             steered.append(ArmPrompt("random", name, bare[name], random_like(steering, seed, means), item.key))
-    found: list[Record] = []
+    records: list[Record] = []
     for which, requests in (("plain", plain), (by, steered)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoseWarning)
-            found += answer(
+            records += answer(
                 lm,
                 requests,
                 score=scorer(items),
@@ -185,9 +185,9 @@ def answers(
                 batch_size=BATCH,
                 progress=say(f"answers, {which}"),
             )
-    unsteered = {record.item: record for record in found if record.arm == "unsteered"}
+    unsteered = {record.item: record for record in records if record.arm == "unsteered"}
     lacking = [item.item for item in items if steerings[item.item] is None]
-    return [*found, *(replace(unsteered[name], arm=arm) for name in lacking for arm in ("steered", "random"))]
+    return [*records, *(replace(unsteered[name], arm=arm) for name in lacking for arm in ("steered", "random"))]
 
 
 def rows(
@@ -202,11 +202,11 @@ def rows(
     for record in records:
         arms[record.arm][record.item] = record
     groups = [item.key for item in items]
-    held = {arm: [found[item.item].scores["loose"] for item in items] for arm, found in arms.items()}
+    held = {arm: [records_of[item.item].scores["loose"] for item in items] for arm, records_of in arms.items()}
     results = []
-    for arm, found in arms.items():
+    for arm, by_item in arms.items():
         mine = f"{case}: {arm}"
-        listed = [found[item.item] for item in items]
+        listed = [by_item[item.item] for item in items]
         share = paired_bootstrap(held[arm], groups=groups)
         results.append(Result(mine, "holds", share.estimate, "", share.low, share.high))
         for other in ("unsteered", ONCE, TWICE) if arm == "steered" else ("unsteered",):
@@ -216,7 +216,7 @@ def rows(
             goal = GAIN if (arm, other) == ("steered", "unsteered") else None
             results.append(Result(mine, f"gain over {other}", gain.estimate, "", gain.low, gain.high, goal))
             results.append(Result(mine, f"gain over {other}, McNemar p", mcnemar(held[other], held[arm]), ""))
-        topic = mean(on_topic(str(item.prompt_without_instruction), found[item.item].answer) for item in items)
+        topic = mean(on_topic(str(item.prompt_without_instruction), by_item[item.item].answer) for item in items)
         circles = mean(repeated_share(record.answer) > REPEATED_LIMIT for record in listed)
         results.append(Result(mine, "on topic", topic, ""))
         results.append(Result(mine, "go in circles", circles, ""))

@@ -19,19 +19,19 @@ def steering(*edits: tuple[int, Any, Positions]) -> Steering:
 
 def drain(batch: Any) -> dict[int, list[GenerationResponse]]:
     """All that a batch answers until it is empty, by row."""
-    told: dict[int, list[GenerationResponse]] = {}
+    responses: dict[int, list[GenerationResponse]] = {}
     while len(batch):
-        for one in batch.step():
-            told.setdefault(one.key, []).append(one)
-    return told
+        for response in batch.step():
+            responses.setdefault(response.key, []).append(response)
+    return responses
 
 
 def run(batch: Any, *requests: GenerationRequest) -> list[list[GenerationResponse]]:
     """What these requests are answered, all in the batch together."""
     keys = [batch.insert(request) for request in requests]
-    told = drain(batch)
-    assert [one.error for answer in told.values() for one in answer if one.error] == []
-    return [told[key] for key in keys]
+    responses = drain(batch)
+    assert [response.error for answer in responses.values() for response in answer if response.error] == []
+    return [responses[key] for key in keys]
 
 
 def long_llama() -> LM:

@@ -65,9 +65,9 @@ def renamed_cache(model: Any, *, wrapped: bool = False) -> Iterator[None]:
             inputs_embeds: Tensor | None = None,
             use_cache: bool | None = None,
         ) -> Any:
-            given: Any = kv.hidden[0] if isinstance(kv, Memory) else kv
+            memory: Any = kv.hidden[0] if isinstance(kv, Memory) else kv
             return inner.forward(
-                self, input_ids, attention_mask, position_ids, given, inputs_embeds=inputs_embeds, use_cache=use_cache
+                self, input_ids, attention_mask, position_ids, memory, inputs_embeds=inputs_embeds, use_cache=use_cache
             )
 
     class Outer(outer):  # type: ignore[misc, valid-type]
@@ -118,8 +118,8 @@ def forgetful(model: Any) -> Iterator[None]:
     own = decoder.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if not compat.is_cache(value)}
-        return own(*args, **given)
+        kwargs_left = {name: value for name, value in kwargs.items() if not compat.is_cache(value)}
+        return own(*args, **kwargs_left)
 
     decoder.forward = forward
     try:

@@ -34,14 +34,14 @@ class Repo:
 class Hub:
     address: str
     repos: dict[str, Repo] = field(default_factory=dict)
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     broken: bool = False
 
     def header(self, name: str) -> dict[str, Any]:
         """The YAML at the beginning of a repository's page, as the Hub reads it."""
-        found = self.repos[name].files("main")
-        assert found is not None
-        (text,) = re.findall(r"\A---\n(.*?)\n---\n", found[1]["README.md"].decode(), re.DOTALL)
+        files = self.repos[name].files("main")
+        assert files is not None
+        (text,) = re.findall(r"\A---\n(.*?)\n---\n", files[1]["README.md"].decode(), re.DOTALL)
         return yaml.safe_load(text)
 
 
@@ -69,7 +69,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self.do_GET()
 
         def do_GET(self) -> None:
-            hub.asked.append(f"{self.command} {self.path}")
+            hub.requests.append(f"{self.command} {self.path}")
             if hub.broken:
                 return self.answer(500, {"error": "the Hub is on fire"})
             parts = urlsplit(self.path)
@@ -81,10 +81,10 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             repo = hub.repos.get(match[1])
             if repo is None or (repo.private and self.headers["Authorization"] != f"Bearer {TOKEN}"):
                 return self.missing("RepoNotFound")
-            found = repo.files(match[2])
-            if found is None:
+            commit_files = repo.files(match[2])
+            if commit_files is None:
                 return self.missing("RevisionNotFound")
-            commit, files = found
+            commit, files = commit_files
             if match[3] not in files:
                 return self.missing("EntryNotFound")
             data = files[match[3]]
@@ -92,7 +92,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             return self.answer(200, data, X_Repo_Commit=commit, ETag=etag, Content_Type="application/octet-stream")
 
         def listed(self, query: dict[str, list[str]]) -> list[dict[str, Any]]:
-            found = []
+            listing = []
             for name in hub.repos:
                 header = hub.header(name)
                 bases = header.get("base_model", [])
@@ -101,11 +101,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 tags += [f"license:{header['license']}"] if "license" in header else []
                 wanted = query.get("filter", [])
                 if name.startswith(f"{query['author'][0]}/") and set(wanted) <= set(tags):
-                    found.append({"id": name, "tags": tags, "lastModified": "2026-01-02T03:04:05.000Z"})
-            return found
+                    listing.append({"id": name, "tags": tags, "lastModified": "2026-01-02T03:04:05.000Z"})
+            return listing
 
         def do_POST(self) -> None:
-            hub.asked.append(f"{self.command} {self.path}")
+            hub.requests.append(f"{self.command} {self.path}")
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             path = unquote(urlsplit(self.path).path)
             if path == "/api/validate-yaml":
@@ -113,11 +113,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             if self.headers["Authorization"] != f"Bearer {TOKEN}":
                 return self.answer(401, {"error": "Invalid username or password."})
             if path == "/api/repos/create":
-                given = json.loads(body)
-                name = f"{given.get('organization', 'me')}/{given['name']}"
+                fields = json.loads(body)
+                name = f"{fields.get('organization', 'me')}/{fields['name']}"
                 if name in hub.repos:
                     return self.answer(409, {"error": "You already created this model repo", "url": name})
-                hub.repos[name] = Repo(private=bool(given.get("private")) or given.get("visibility") == "private")
+                hub.repos[name] = Repo(private=bool(fields.get("private")) or fields.get("visibility") == "private")
                 return self.answer(200, {"url": f"{hub.address}/{name}", "name": name, "id": name})
             match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/(.+)", path)
             if match is None or match[1] not in hub.repos:

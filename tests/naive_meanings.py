@@ -32,8 +32,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def modes(text: str, opens: str, closes: str) -> tuple[str, int]:
     """Where the text ends, `in` or `out` of what the markers enclose, and how many markers it has."""
     at, inside, count = 0, False, 0
-    while (closes or not inside) and (found := text.find(closes if inside else opens, at)) >= 0:
-        at = found + len(closes if inside else opens)
+    while (closes or not inside) and (place := text.find(closes if inside else opens, at)) >= 0:
+        at = place + len(closes if inside else opens)
         inside, count = not inside, count + 1
     return ("in" if inside else "out"), count
 

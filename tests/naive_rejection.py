@@ -87,16 +87,16 @@ def spelled_out(lm: LM, edits: Sequence[Edit], prompt_length: int) -> Iterator[N
         yield
         return
 
-    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> tuple:
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple:
         assert query.shape[2] == 1
         layer = next(i for i, block in enumerate(lm.layout.blocks) if attention_of(block) is module)
         here = [edit for edit in edits if edit.site.layer == layer]
         heads, length = query.shape[1], key.shape[2]
         repeat = heads // key.shape[1]
-        scale = given.get("scaling") or query.shape[-1] ** -0.5
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         scores = torch.stack([key[0, h // repeat] @ query[0, h, 0] * scale for h in range(heads)])
-        if given.get("softcap"):
-            scores = torch.tanh(scores / given["softcap"]) * given["softcap"]
+        if kwargs.get("softcap"):
+            scores = torch.tanh(scores / kwargs["softcap"]) * kwargs["softcap"]
         if mask is not None:
             scores = scores.masked_fill(~mask[0, 0, 0, :length].expand(heads, -1), -math.inf)
         for edit in here:
@@ -156,11 +156,11 @@ def ranking(lm: LM, ids: Sequence[int], edits: Sequence[Edit], kind: str = "pape
 
 
 def sets(order: Sequence[int], min_layers: int) -> list[set[int]]:
-    found, t = [], 0
+    chosen, t = [], 0
     while len(order) // 2**t >= min_layers:
-        found.append(set(order[: len(order) // 2**t]))
+        chosen.append(set(order[: len(order) // 2**t]))
         t += 1
-    return found
+    return chosen
 
 
 def generate(

@@ -147,9 +147,9 @@ def logits(lm: LM, ids: Sequence[int], n: int, edits: Sequence[Edit]) -> Tensor:
 def generate(lm: LM, text: str, steering: Steering | None, count: int) -> tuple[list[int], list[float]]:
     """Greedy decoding; the new ids and their log-probabilities."""
     ids = lm.encode(text)
-    n, found = len(ids), []
+    n, values = len(ids), []
     for _ in range(count):
         last = logits(lm, ids, n, steering.edits if steering else ())[-1]
         ids.append(int(last.argmax()))
-        found.append(float(last.log_softmax(-1)[ids[-1]]))
-    return ids[n:], found
+        values.append(float(last.log_softmax(-1)[ids[-1]]))
+    return ids[n:], values

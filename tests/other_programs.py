@@ -17,8 +17,8 @@ FOLDER = Path(os.environ.get("TRIMTAB_PEERS") or Path(__file__).parents[1] / "bu
 
 def has_vllm() -> bool:
     """Whether vLLM is installed. Where it isn't, the folder of its engine's tests looks like a package of this name."""
-    found = importlib.util.find_spec("vllm")
-    return found is not None and found.origin is not None
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None
 
 
 def library(monkeypatch: pytest.MonkeyPatch, name: str) -> Any:

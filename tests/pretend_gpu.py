@@ -173,11 +173,11 @@ def _aligned(forward: Callable[..., Any], gpu: int, *, outputs: bool = False) ->
 
     @wraps(forward)
     def aligned(*args: Any, **kwargs: Any) -> Any:
-        found = forward(*tree_map(there, args), **tree_map(there, kwargs))
+        output = forward(*tree_map(there, args), **tree_map(there, kwargs))
         if outputs:
-            for name in list(found):
-                found[name] = there(found[name])
-        return found
+            for name in list(output):
+                output[name] = there(output[name])
+        return output
 
     return aligned
 
@@ -190,8 +190,8 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return _move(func, args, kwargs)
     tensors = [*_tensors(args), *_tensors(kwargs)]
     here = [x for x in tensors if isinstance(x, OnGpu)]
-    asked = _gpu_of(kwargs.get("device")) if kwargs else None
-    if asked is None and not here:
+    device = _gpu_of(kwargs.get("device")) if kwargs else None
+    if device is None and not here:
         return func(*args, **kwargs)
     if func is Tensor.numpy or func is Tensor.__array__:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor first")
@@ -208,27 +208,27 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     else:
         _check_same(func, args, tensors)
-    if asked is not None:
+    if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     elif func is Tensor.new_tensor:
         _count("copies")
-    gpu = here[0].gpu if asked is None else asked
+    gpu = here[0].gpu if device is None else device
     with nullcontext() if func in ONE_KERNEL else _operators:
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
     if func in ONE_KERNEL:
         _count("launches")
-    if asked is None and str(kwargs.get("device")) == "cpu":
-        return found
-    if type(found) is Tensor:
-        return found if any(found is x for x in tensors) else on_gpu(found, gpu)
-    if isinstance(found, (tuple, list)):
-        return tree_map(lambda x: on_gpu(x, gpu) if type(x) is Tensor else x, found)
-    return found
+    if device is None and str(kwargs.get("device")) == "cpu":
+        return result
+    if type(result) is Tensor:
+        return result if any(result is x for x in tensors) else on_gpu(result, gpu)
+    if isinstance(result, (tuple, list)):
+        return tree_map(lambda x: on_gpu(x, gpu) if type(x) is Tensor else x, result)
+    return result
 
 
-def _tensors(given: Any) -> Iterator[Tensor]:
+def _tensors(arguments: Any) -> Iterator[Tensor]:
     """The tensors among arguments."""
-    for x in given.values() if isinstance(given, dict) else given:
+    for x in arguments.values() if isinstance(arguments, dict) else arguments:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (tuple, list, dict)):
@@ -279,8 +279,8 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **(kwargs | ({"copy": True} if copy else {})))
     if start == end:
         with _operators:
-            found = x.to(dtype or x.dtype, copy=copy)
-        return x if found is x else on_gpu(found, start or 0)
+            result = x.to(dtype or x.dtype, copy=copy)
+        return x if result is x else on_gpu(result, start or 0)
     _count("copies" if start is None else "waits" if end is None else "launches")
     if dtype not in (None, x.dtype) and start is not None:
         _count("launches")

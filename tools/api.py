@@ -24,14 +24,14 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 def exported(package: griffe.Module) -> dict[str, griffe.Object]:
     """The public names of a package, each with what it stands for."""
-    found: dict[str, griffe.Object] = {}
+    names: dict[str, griffe.Object] = {}
     for name, member in package.members.items():
         if member.is_alias and not name.startswith("_") and member.target_path.startswith("trimtab."):  # type: ignore[union-attr]
             try:
-                found[name] = member.final_target  # type: ignore[union-attr]
+                names[name] = member.final_target  # type: ignore[union-attr]
             except griffe.AliasResolutionError:
                 continue
-    return found
+    return names
 
 
 def alone(name: str, stands_for: griffe.Object) -> griffe.Module:

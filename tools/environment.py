@@ -55,10 +55,10 @@ def base(gpu: bool) -> str:
 
 def ingredients(recipe: Recipe) -> str:
     """The hash of the files that decide what is in an environment."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in [recipe.lock] if recipe.overlay else [PYPROJECT, TORCH, BUILD, recipe.lock]:
-        found.update((ROOT / name).read_bytes() if name else b"")
-    return found.hexdigest()
+        digest.update((ROOT / name).read_bytes() if name else b"")
+    return digest.hexdigest()
 
 
 def pip(python: Path, *arguments: str | Path, quiet: bool = False) -> int:
@@ -136,13 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make an environment from its lock, unless it is there.")
     parser.add_argument("name", choices=RECIPES)
     parser.add_argument("path", type=Path)
-    given = parser.parse_args()
-    path = given.path.resolve()
-    turn = ROOT / "build" / f"{given.name}.lock"
+    arguments = parser.parse_args()
+    path = arguments.path.resolve()
+    turn = ROOT / "build" / f"{arguments.name}.lock"
     turn.parent.mkdir(exist_ok=True)
     with turn.open("w") as file:  # two that make it at once: the second waits, and finds it made
         fcntl.flock(file, fcntl.LOCK_EX)
-        make(given.name, path)
+        make(arguments.name, path)
 
 
 if __name__ == "__main__":

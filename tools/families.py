@@ -34,17 +34,17 @@ def main(arguments: list[str]) -> int:
     for kind in arguments or (*LANGUAGE, *HYBRIDS, *IMAGES):
         rows.pop(kind, None)
         missing.pop(kind, None)
-        found = _asked(kind)
-        print(kind, found, flush=True)
-        if isinstance(found, str):
-            missing[kind] = found
+        result = _checked(kind)
+        print(kind, result, flush=True)
+        if isinstance(result, str):
+            missing[kind] = result
         else:
-            rows[kind] = found
+            rows[kind] = result
     PAGE.write_text(written(rows, missing), encoding="utf-8")
     return 0
 
 
-def _asked(kind: str) -> dict[str, str] | str:
+def _checked(kind: str) -> dict[str, str] | str:
     """A type's row, or why it has none, by a process of its own that needn't import anything."""
     forks = multiprocessing.get_context("fork")
     reader, writer = forks.Pipe(duplex=False)
@@ -52,11 +52,11 @@ def _asked(kind: str) -> dict[str, str] | str:
     process.start()
     writer.close()
     try:
-        found: dict[str, str] | str = reader.recv()
+        result: dict[str, str] | str = reader.recv()
     except EOFError:
         raise SystemExit(f"{kind}: its process died; its traceback is above") from None
     process.join()
-    return found
+    return result
 
 
 def _answer(kind: str, writer: Connection) -> None:
@@ -68,7 +68,7 @@ def _answer(kind: str, writer: Connection) -> None:
 
 def written(rows: dict[str, dict[str, str]], missing: dict[str, str]) -> str:
     """The page."""
-    counts = {name: sum(one[name] in (MARKS["works"], MARKS["partly"]) for one in rows.values()) for name in COUNTED}
+    counts = {name: sum(each[name] in (MARKS["works"], MARKS["partly"]) for each in rows.values()) for name in COUNTED}
     legend = "\n".join(f"- **{name}**: {what}" for name, (what, _) in CHECKS.items() if name in COLUMNS)
     summary = ", ".join(f"{name} {count}" for name, count in counts.items())
     head = f"| type | {' | '.join(COLUMNS)} |\n|{' --- |' * (len(COLUMNS) + 1)}"

@@ -76,12 +76,12 @@ def _type(schema: Any, schemas: Any) -> str:
         return f"[{name}](#{name.lower()})"
     for joined in ("anyOf", "oneOf"):
         if joined in schema:
-            kinds = list(dict.fromkeys(_type(one, schemas) for one in schema[joined]))
+            kinds = list(dict.fromkeys(_type(part, schemas) for part in schema[joined]))
             return " or ".join(kinds)
     if "const" in schema:
         return f"`{schema['const']!r}`"
     if "enum" in schema:
-        return " or ".join(f"`{one!r}`" for one in schema["enum"])
+        return " or ".join(f"`{value!r}`" for value in schema["enum"])
     if schema.get("type") == "array":
         return "list of " + (_type(schema["items"], schemas) if schema.get("items") else "anything")
     bounds = [

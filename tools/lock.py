@@ -64,9 +64,9 @@ def resolve(
 
 def pin(block: Block) -> tuple[str, str]:
     """The name and the version of a pin."""
-    found = PIN.match(block[0])
-    assert found is not None
-    return found[1], found[2]
+    match = PIN.match(block[0])
+    assert match is not None
+    return match[1], match[2]
 
 
 def write(name: str, blocks: list[Block], what: str) -> None:
@@ -87,10 +87,10 @@ def write(name: str, blocks: list[Block], what: str) -> None:
 
 def versions(text: str) -> dict[str, str]:
     """Package → its version, or its versions for different Pythons."""
-    found: dict[str, list[str]] = {}
+    pins_of: dict[str, list[str]] = {}
     for match in filter(None, map(PIN.match, text.splitlines())):
-        found.setdefault(match[1], []).append(match[2])
-    return {name: ", ".join(pins) for name, pins in found.items()}
+        pins_of.setdefault(match[1], []).append(match[2])
+    return {name: ", ".join(pins) for name, pins in pins_of.items()}
 
 
 def oldest(name: str) -> str:

@@ -64,7 +64,7 @@ PHRASES = {
 
 
 @dataclass(frozen=True)
-class Found:
+class Finding:
     """A phrase, where it is, and what to write instead."""
 
     path: Path
@@ -79,12 +79,12 @@ def without_code(text: str) -> str:
     return re.sub(r"`[^`]*`", lambda code: "`" + "\n" * code[0].count("\n") + "`", text)
 
 
-def phrases(path: Path, line: int, text: str) -> Iterator[Found]:
+def phrases(path: Path, line: int, text: str) -> Iterator[Finding]:
     """The phrases in a text that begins at this line."""
     for phrase, advice in PHRASES.items():
         spaced = rf"(?<![\w-])(?:{phrase})(?!\w)".replace(" ", r"\s+")
         for match in re.finditer(spaced, text, 0 if phrase[0].isupper() else re.IGNORECASE):
-            yield Found(path, line + text[: match.start()].count("\n"), " ".join(match[0].split()), advice)
+            yield Finding(path, line + text[: match.start()].count("\n"), " ".join(match[0].split()), advice)
 
 
 def public_names() -> set[str]:
@@ -108,7 +108,7 @@ def texts(path: Path, names: set[str]) -> Iterator[tuple[int, str]]:
                     yield part.value.lineno, str(part.value.value)
 
 
-def everything() -> Iterator[Found]:
+def everything() -> Iterator[Finding]:
     """The phrases on all pages, and in all that is shown of the package."""
     for page in sorted({page for pattern in PAGES for page in ROOT.glob(pattern)}):
         if page.name not in LEFT_OUT:
@@ -121,10 +121,10 @@ def everything() -> Iterator[Found]:
 
 def main() -> int:
     """Print what was found; the exit status."""
-    found = list(everything())
-    for one in found:
-        print(f"{one.path.relative_to(ROOT)}:{one.line}: {one.phrase!r}; write: {one.advice}")
-    return 1 if found else 0
+    findings = list(everything())
+    for finding in findings:
+        print(f"{finding.path.relative_to(ROOT)}:{finding.line}: {finding.phrase!r}; write: {finding.advice}")
+    return 1 if findings else 0
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Let links to files that aren't pages of the site go to the repository."""
     folder = Path("benchmarks/x.md" if page.file.src_uri == "results.md" else f"docs/{page.file.src_uri}").parent
 
-    def link(found: re.Match[str]) -> str:
-        target, anchor = found[0][2:].rstrip(")").partition("#")[0], found[2] or ""
+    def link(match: re.Match[str]) -> str:
+        target, anchor = match[0][2:].rstrip(")").partition("#")[0], match[2] or ""
         path = (ROOT / folder / target).resolve().relative_to(ROOT)
         if not (ROOT / path).exists():
             raise FileNotFoundError(f"{page.file.src_uri} links to {target}, and there is no {path}")
@@ -132,7 +132,7 @@ def cli_page() -> str:
     parts = ["# Command line\n\nWhat `--help` says of each command.\n"]
     for names, command in _commands(typer.main.get_command(app), ("trimtab",)):
         parts.append(f"## {' '.join(names)}\n\n{_help(command.help or '')}\n")
-        rows = [_row(one) for one in command.params if getattr(one, "help", None)]
+        rows = [_row(parameter) for parameter in command.params if getattr(parameter, "help", None)]
         if rows:
             parts.append("| option | what it says |\n| --- | --- |\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
@@ -143,25 +143,25 @@ def _commands(command: Any, names: tuple[str, ...]) -> Iterator[tuple[tuple[str,
     if hasattr(command, "list_commands"):
         context = command.context_class(command)
         for name in command.list_commands(context):
-            found = command.get_command(context, name)
-            if found is not None and not found.hidden:
-                yield from _commands(found, (*names, name))
+            subcommand = command.get_command(context, name)
+            if subcommand is not None and not subcommand.hidden:
+                yield from _commands(subcommand, (*names, name))
 
 
 def _help(text: str) -> str:
     """A docstring of a command as Markdown: what is in bold or dim is typed, or shown as it is."""
     text = textwrap.dedent(text).replace("\f", "")
 
-    def block(found: re.Match[str]) -> str:
-        lines = found[2].strip("\n").splitlines()
+    def block(match: re.Match[str]) -> str:
+        lines = match[2].strip("\n").splitlines()
         code = "\n".join([lines[0].strip(), *textwrap.dedent("\n".join(lines[1:])).splitlines()]) if lines else ""
-        return f"\n```\n{code}\n```\n" if "\n" in found[2] or found[1] == "bold" else f"`{found[2].strip()}`"
+        return f"\n```\n{code}\n```\n" if "\n" in match[2] or match[1] == "bold" else f"`{match[2].strip()}`"
 
     text = re.sub(r"\[(bold|dim)\](.*?)\[/\1\]", block, text, flags=re.DOTALL)
     return MARKUP.sub("", text)
 
 
 def _row(option: Any) -> str:
-    names = ", ".join(f"`{one}`" for one in [*option.opts, *option.secondary_opts])
+    names = ", ".join(f"`{option_name}`" for option_name in [*option.opts, *option.secondary_opts])
     words = MARKUP.sub("", option.help).replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
     return f"| {names} | {words} |"

@@ -48,9 +48,11 @@ def differences() -> None:
         for pin in map(Requirement, pins)
         if not pin.marker or pin.marker.evaluate()
     }
-    installed = {canonicalize_name(one.metadata["Name"]): one.version for one in distributions()}
-    found = {name: (locked.get(name), installed.get(name)) for name in sorted(locked.keys() | installed.keys())}
-    for name, (before, after) in found.items():
+    installed = {
+        canonicalize_name(distribution.metadata["Name"]): distribution.version for distribution in distributions()
+    }
+    versions = {name: (locked.get(name), installed.get(name)) for name in sorted(locked.keys() | installed.keys())}
+    for name, (before, after) in versions.items():
         if before != after and name not in {"pip", "torch", "trimtab"}:
             print(f"{name} {before or '(not in the lock)'} -> {after or '(not installed)'}")
 

@@ -75,9 +75,9 @@ class KeywordError(TrimtabError, TypeError):
 def keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises `KeywordError` for keywords that it doesn't have."""
     takes = inspect.signature(function).parameters.values()
-    if any(one.kind is one.VAR_KEYWORD for one in takes):
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes):
         raise TypeError(f"{function.__qualname__} takes any keyword")
-    known = tuple(one.name for one in takes if one.kind is not one.POSITIONAL_ONLY)
+    known = tuple(parameter.name for parameter in takes if parameter.kind is not parameter.POSITIONAL_ONLY)
     names = frozenset(known)
 
     @wraps(function)
@@ -107,23 +107,23 @@ def method_keywords(*names: str) -> Callable[[Class], Class]:
     return checked
 
 
-def check_fields(kind: Any, given: Mapping[str, Any]) -> None:
+def check_fields(kind: Any, kwargs: Mapping[str, Any]) -> None:
     """Raises `KeywordError` for what isn't a field of a dataclass."""
-    known = [name for name, one in kind.__dataclass_fields__.items() if one.init]
-    for name in given:
+    known = [name for name, field in kind.__dataclass_fields__.items() if field.init]
+    for name in kwargs:
         if name not in known:
             raise stray(kind.__name__, name, known, ())
 
 
 def stray(what: str, name: str, known: Iterable[str], args: tuple[Any, ...] = ()) -> KeywordError:
     """The error for a keyword that `what` doesn't have, having the `known` ones; `args` are what else it was given."""
-    listed = [one for one in known if one not in ("self", "cls")]
+    listed = [known_name for known_name in known if known_name not in ("self", "cls")]
     near = get_close_matches(name, listed, 1, 0.75)
     if near:
         instead = f"did you mean {near[0]}?"
     elif name in MEANT:
         instead = MEANT[name].format(name=name)
-    elif any(_in_template(one, name) for one in args):
+    elif any(_in_template(arg, name) for arg in args):
         instead = TEMPLATE.format(name=name)
     else:
         more = ", …" if len(listed) > SHOWN else ""
@@ -131,9 +131,9 @@ def stray(what: str, name: str, known: Iterable[str], args: tuple[Any, ...] = ()
     return KeywordError(f"{what} has no option {name!r}: {instead}")
 
 
-def stray_of(error: TypeError, what: str, given: Iterable[str], known: Iterable[str]) -> KeywordError | None:
+def stray_of(error: TypeError, what: str, names: Iterable[str], known: Iterable[str]) -> KeywordError | None:
     """What a `TypeError` of another package's says about a keyword that was handed on to it; `None`: something else."""
-    name = next((one for one in given if f"unexpected keyword argument '{one}'" in str(error)), None)
+    name = next((keyword for keyword in names if f"unexpected keyword argument '{keyword}'" in str(error)), None)
     return None if name is None else stray(what, name, known)
 
 

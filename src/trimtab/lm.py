@@ -18,8 +18,7 @@ from trimtab.engines.doses import DoseWarning as DoseWarning
 from trimtab.engines.images import PromptImages
 from trimtab.engines.language_model import LanguageModel
 from trimtab.engines.meanings import check_meanings, meanings_of
-from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Text
-from trimtab.engines.request import Request as Asked
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
 from trimtab.engines.resolve import Read, Resolved, Where, acting, resolve
 from trimtab.engines.transformers import compat
 from trimtab.engines.transformers.adapters import active_adapters, check_adapters
@@ -251,21 +250,21 @@ class LM(LanguageModel):
 
     # ---- what is asked -----------------------------------------------------------------------------------
 
-    def admit(self, requests: Sequence[Asked], decoding: Decoding) -> Decoding:
+    def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """The options that transformers' `generate` is given. Raises `TrimtabError` for what it can't take."""
         options = {"do_sample": False, **decoding.options}
         check_options(self.model, options)
-        check_request(self.layout, [len(one.ids) for one in requests], decoding.max_new_tokens, options)
+        check_request(self.layout, [len(request.ids) for request in requests], decoding.max_new_tokens, options)
         if not options["do_sample"]:
             options = {"temperature": None, "top_p": None, "top_k": None, **options}
-        if any(one.steering is not None and meanings_of(one.steering.edits) for one in requests):
+        if any(request.steering is not None and meanings_of(request.steering.edits) for request in requests):
             check_rows_stay(self.model, options)
-        verified = [one for one in requests if one.rejection is not None]
+        verified = [request for request in requests if request.rejection is not None]
         if verified:
             check_verified(self.model, options)
-        for one in verified:
-            check_rejection(one.steering.edits if one.steering else (), len(one.ids))
-        if any(one.grammar is not None for one in requests):
+        for request in verified:
+            check_rejection(request.steering.edits if request.steering else (), len(request.ids))
+        if any(request.grammar is not None for request in requests):
             check_grammar_options(options)
             options = {**options, "eos_token_id": sorted(self._grammars(options).ends)}
             self._matchers(requests, options)
@@ -281,10 +280,10 @@ class LM(LanguageModel):
         """The beginning of a grammar, for a row of a batch of steps. Raises `TrimtabError` for one that is too much."""
         return self._grammars({}).matcher(grammar)
 
-    def _matchers(self, requests: Sequence[Asked], options: Mapping[str, Any]) -> list[Matcher | None]:
+    def _matchers(self, requests: Sequence[Request], options: Mapping[str, Any]) -> list[Matcher | None]:
         """At the beginning of each request's grammar, `None` where it has none. Raises `TrimtabError` for a bad one."""
-        given = [one.grammar for one in requests]
-        return [None if one is None else self._grammars(options).matcher(one) for one in given]
+        grammars = [request.grammar for request in requests]
+        return [None if grammar is None else self._grammars(options).matcher(grammar) for grammar in grammars]
 
     def _grammars(self, options: Mapping[str, Any]) -> Grammars:
         """What compiles grammars for answers that end as these options say."""
@@ -295,9 +294,9 @@ class LM(LanguageModel):
             known[ends] = Grammars(self.tokenizer, size, ends)
         return known[ends]
 
-    def run(self, requests: Sequence[Asked], decoding: Decoding) -> list[list[Generation]]:
+    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
         """The answers to requests that were checked, in their order, sorted by length into batches."""
-        given: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "logprobs": decoding.logprobs}
+        kwargs: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "logprobs": decoding.logprobs}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].ids))
         size: Any = 32 if decoding.batch_size is None else decoding.batch_size
         check_batch_size(size)
@@ -308,9 +307,9 @@ class LM(LanguageModel):
             if decoding.progress is not None:
                 decoding.progress(len(answers) + done, len(order))
 
-        def keep(chosen: Sequence[int], found: list[Generation]) -> None:
-            each = len(found) // len(chosen)
-            answers.update({i: found[n * each : (n + 1) * each] for n, i in enumerate(chosen)})
+        def keep(chosen: Sequence[int], generations: list[Generation]) -> None:
+            each = len(generations) // len(chosen)
+            answers.update({i: generations[n * each : (n + 1) * each] for n, i in enumerate(chosen)})
 
         def by_steps(way: Continuous, chosen: Sequence[int]) -> list[Generation]:
             ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
@@ -318,7 +317,7 @@ class LM(LanguageModel):
             keeping, images = [matchers[i] for i in chosen], [requests[i].images for i in chosen]
             arguments = self.model, self.tokenizer, self.layout, way, ids, edited, rejections, keeping, images, chosen
             rows = 1 if way.alone else size
-            more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **given}
+            more: dict[str, Any] = {"clean_cache": decoding.clean_cache, "monitors": decoding.monitors, **kwargs}
             return answer(*arguments, rows=rows, seed=decoding.seed, progress=tell, **more)
 
         way = Continuous.of(self.model, self.layout, dict(decoding.options))
@@ -331,16 +330,16 @@ class LM(LanguageModel):
                 keep(verified, by_steps(way, verified))
             alone = [i for i in rest if requests[i].images is not None]
             whole = [i for i in rest if requests[i].images is None]
-            batches = self._whole_batches(whole, [len(one.ids) for one in requests], size)
+            batches = self._whole_batches(whole, [len(request.ids) for request in requests], size)
             for chosen in (*batches, *([i] for i in alone)):
                 ids, edited = [requests[i].ids for i in chosen], [requests[i].steering for i in chosen]
                 options = with_grammars(decoding.options, [matchers[i] for i in chosen])
                 images = requests[chosen[0]].images
-                keep(chosen, self._answer(ids, edited, {**given, "options": options}, images))
+                keep(chosen, self._answer(ids, edited, {**kwargs, "options": options}, images))
                 tell(0)
-        return [[self._with_pieces(one) for one in answers[i]] for i in range(len(requests))]
+        return [[self._with_pieces(generation) for generation in answers[i]] for i in range(len(requests))]
 
-    def _joins(self, request: Asked, decoding: Decoding) -> bool:
+    def _joins(self, request: Request, decoding: Decoding) -> bool:
         """Whether a request can be decoded in batches of steps, as far as its images go.
 
         Raises `UnsupportedError` where it can't, and asks for what only these have.
@@ -382,10 +381,10 @@ class LM(LanguageModel):
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
     ) -> list[NextToken]:
         reach = []
-        for choice, one in zip(choices, steerings, strict=True):
-            reach.append(len(choice.ids) - first_steered(one.edits if one else (), choice))
+        for choice, steering in zip(choices, steerings, strict=True):
+            reach.append(len(choice.ids) - first_steered(steering.edits if steering else (), choice))
         order = sorted(range(len(choices)), key=lambda i: (-len(choices[i].ids), tuple(choices[i].ids), reach[i], i))
-        found: dict[int, NextToken] = {}
+        results: dict[int, NextToken] = {}
         with self._exclusive(), few_rows(self.model):
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
@@ -393,10 +392,10 @@ class LM(LanguageModel):
                 edits = self._ready([steerings[i] for i in chosen], prompts)
                 session = Session(self.model, self.layout, _always(edits), tokenizer=self.tokenizer)
                 batch = next_tokens(self.model, self.layout, [choices[i] for i in chosen], session, edits)
-                found |= dict(zip(chosen, batch, strict=True))
+                results |= dict(zip(chosen, batch, strict=True))
                 if progress is not None:
                     progress(min(start + batch_size, len(order)), len(order))
-        return [found[i] for i in range(len(choices))]
+        return [results[i] for i in range(len(choices))]
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """As `LanguageModel` has it. Raises `TrimtabError` while the model is being steered."""
@@ -412,15 +411,15 @@ class LM(LanguageModel):
         return replace(answer, pieces=tuple(pieces(self.tokenizer, answer.token_ids)))
 
     def _steer(
-        self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], given: dict[str, Any]
+        self, ids: list[list[int]], edits: list[tuple[Edit, ...]], names: list[tuple[str, ...]], kwargs: dict[str, Any]
     ) -> list[Generation]:
         """The answers to one batch, steered at every token."""
-        residual = [activation_edits(one) for one in edits]
+        residual = [activation_edits(row_edits) for row_edits in edits]
         session = Session(self.model, self.layout, _always(residual), tokenizer=self.tokenizer)
-        sites = edited_sites([edit for one in edits for edit in one])
-        scores = [score_edits(one) for one in edits]
+        sites = edited_sites([edit for row_edits in edits for edit in row_edits])
+        scores = [score_edits(row_edits) for row_edits in edits]
         with attending(self.layout, scores, [len(prompt) for prompt in ids]):
-            return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **given)
+            return generate_batch(self.model, self.tokenizer, ids, session, sites, names, **kwargs)
 
     def _whole_batches(self, order: Sequence[int], lengths: Sequence[int], size: int) -> list[list[int]]:
         """Requests in batches that stay whole, without pads where these would count as positions."""
@@ -433,32 +432,32 @@ class LM(LanguageModel):
         self,
         ids: list[list[int]],
         steerings: list[Steering | None],
-        given: dict[str, Any],
+        kwargs: dict[str, Any],
         images: PromptImages | None = None,
     ) -> list[Generation]:
         """The answers to one batch by transformers' own `generate`, in the way that suits it.
 
         `images` are those of the one prompt, where it has any.
         """
-        options = given["options"]
+        options = kwargs["options"]
         if images is not None:
             resolved = resolve(steerings, [len(ids[0])], images_reader(self.model, self.layout, ids[0], images))
             with counting(self.layout, None):
-                return self._steer(ids, resolved.edits, resolved.names, {**given, "images": images})
+                return self._steer(ids, resolved.edits, resolved.names, {**kwargs, "images": images})
         held = {name: compat.generation_option(self.model, options, name) for name in ("use_cache", *OTHERS)}
         if decides_at_prefill(self.layout, steerings, [len(prompt) for prompt in ids], held):
-            return self._steer_from_prefill(ids, steerings, given)
+            return self._steer_from_prefill(ids, steerings, kwargs)
         resolved = self._resolved(steerings, ids)
-        return self._steer(ids, resolved.edits, resolved.names, given)
+        return self._steer(ids, resolved.edits, resolved.names, kwargs)
 
     def _steer_from_prefill(
-        self, ids: list[list[int]], steerings: list[Steering | None], given: dict[str, Any]
+        self, ids: list[list[int]], steerings: list[Steering | None], kwargs: dict[str, Any]
     ) -> list[Generation]:
         """The answers to one batch, whose gates the pass over its prompts decides."""
         prefill = Prefill(self.model, self.layout, steerings, [len(prompt) for prompt in ids])
         session = Session(self.model, self.layout, prefill.decide, tokenizer=self.tokenizer)
         with prefill.watching(session):
-            return generate_batch(self.model, self.tokenizer, ids, session, prefill.sites, prefill.names, **given)
+            return generate_batch(self.model, self.tokenizer, ids, session, prefill.sites, prefill.names, **kwargs)
 
     @keywords
     @contextmanager
@@ -482,23 +481,23 @@ class LM(LanguageModel):
         if not isinstance(steering, (list, tuple)):
             check_steering(steering)
         listed = [steering] if isinstance(steering, Steering) else steering
-        everything = tuple(one for one in listed if one is not None)
-        for one in set(everything):
-            self.check(one, transfer=transfer)
-            if any(is_score_edit(edit) for edit in one.edits):
+        everything = tuple(each_steering for each_steering in listed if each_steering is not None)
+        for each_steering in set(everything):
+            self.check(each_steering, transfer=transfer)
+            if any(is_score_edit(edit) for edit in each_steering.edits):
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not inside lm.steered(…)")
 
         def decide(count: int, first: FirstPass) -> list[tuple[Edit, ...]]:
-            for one in set(everything):  # adapters are switched while a model is held
-                check_learned_on(one, self.identity, transfer=transfer)
+            for each_steering in set(everything):  # adapters are switched while a model is held
+                check_learned_on(each_steering, self.identity, transfer=transfer)
             chosen = one_each(steering, count)
             read = self._prompts_of_pass(count, session.prompt_lengths, first)
             repeat = len(first.lengths) // count
             return resolve(chosen, first.lengths[::repeat], read).edits
 
         session = Session(self.model, self.layout, decide, prompt_lengths, self.tokenizer)
-        sites = sorted({edit.site for one in everything for edit in acting(one)})
-        stays = any(meanings_of(acting(one)) for one in everything)
+        sites = sorted({edit.site for each_steering in everything for edit in acting(each_steering)})
+        stays = any(meanings_of(acting(each_steering)) for each_steering in everything)
         with self._exclusive():
             with session.hooked(sites, any_thread=True), known_prompts(self.model, session, bool(sites), stays):
                 yield session
@@ -529,7 +528,7 @@ class LM(LanguageModel):
             inputs = {**compat.without_cache(first.inputs), "use_cache": False}
             activations = run_decoder(self.layout, inputs, sites)
             repeat = len(first.lengths) // count
-            found = {}
+            by_request = {}
             for request, positions in where.items():
                 row = request * repeat
                 if lengths is not None and first.lengths[row] != lengths[request]:
@@ -538,8 +537,8 @@ class LM(LanguageModel):
                     )
                 stop = first.last[row] + 1
                 columns = [stop - first.lengths[row] + position for position in positions]
-                found[request] = {site: x[row, columns] for site, x in activations.items()}
-            return found
+                by_request[request] = {site: x[row, columns] for site, x in activations.items()}
+            return by_request
 
         return read
 
@@ -557,15 +556,15 @@ class LM(LanguageModel):
     def _read(
         self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
     ) -> Iterator[Batch]:
-        plain = [g for g, group in enumerate(groups) if steering is None and all(one.images is None for one in group)]
+        plain = [g for g, group in enumerate(groups) if steering is None and all(text.images is None for text in group)]
         for batch in read_groups(self.layout, [groups[g] for g in plain], sites, tokens_per_batch=tokens):
             yield replace(batch, groups=[plain[g] for g in batch.groups])
         for g in sorted(set(range(len(groups))) - set(plain)):
             members = []
             for text in groups[g]:  # each text alone, and whole: its end is where position rules count from
                 with nullcontext() if steering is None else self.steered(steering, transfer=True):
-                    found = self._read_whole(text, sites)
-                members.append({site: found[site][list(text.positions)] for site in sites})
+                    whole = self._read_whole(text, sites)
+                members.append({site: whole[site][list(text.positions)] for site in sites})
             yield Batch([g], {site: [[member[site] for member in members]] for site in sites})
 
     def _read_whole(self, text: Text, sites: Sequence[Site]) -> dict[Site, Tensor]:

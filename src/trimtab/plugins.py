@@ -3,7 +3,7 @@
     [project.entry-points."trimtab.methods"]
     median = "trimtab_median:RECIPE"
 
-Nothing of a distribution is imported until it is asked for by name, or all are listed.
+Nothing of a distribution is imported until it is requested by name, or all are listed.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def plugins(group: str, own: Collection[str]) -> dict[str, Plugin]:
     return dict(sorted(_one_each(group, entry_points(group=group), own).items()))
 
 
-def loaded(found: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dict[str, Made]:
+def loaded(by_name: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dict[str, Made]:
     """What `make` gives for each plugin; one that can't be loaded is left out, with a `PluginWarning`."""
     made: dict[str, Made] = {}
-    for name, one in found.items():
+    for name, candidate in by_name.items():
         try:
-            made[name] = make(one)
+            made[name] = make(candidate)
         except TrimtabError as error:
             warnings.warn(str(error), PluginWarning, stacklevel=3)
     return made
@@ -81,18 +81,18 @@ def loaded(found: Mapping[str, Plugin], make: Callable[[Plugin], Made]) -> dict[
 
 def _one_each(group: str, entries: Collection[EntryPoint], own: Collection[str]) -> dict[str, Plugin]:
     kind = group.rpartition(".")[2].removesuffix("s")
-    found: dict[str, Plugin] = {}
+    by_name: dict[str, Plugin] = {}
     for entry in entries:
-        one = Plugin(kind, entry.name, _distribution(entry), entry)
-        other = found.get(one.name)
-        if other is None and one.name not in own:
-            found[one.name] = one
+        candidate = Plugin(kind, entry.name, _distribution(entry), entry)
+        other = by_name.get(candidate.name)
+        if other is None and candidate.name not in own:
+            by_name[candidate.name] = candidate
             continue
-        first = f"trimtab's own {kind} {one.name!r}" if other is None else str(other)
+        first = f"trimtab's own {kind} {candidate.name!r}" if other is None else str(other)
         raise TrimtabError(
-            f"{first} and {one} have one name; uninstall {one.distribution.split()[0]}, or rename it there"
+            f"{first} and {candidate} have one name; uninstall {candidate.distribution.split()[0]}, or rename it there"
         )
-    return found
+    return by_name
 
 
 def _distribution(entry: EntryPoint) -> str:

@@ -11,7 +11,7 @@ import pytest
 from tiny import direction, prompt, tiny
 
 from trimtab.bench import Settings, bench, plan, results_of
-from trimtab.bench.learning import given_to
+from trimtab.bench.learning import inputs_for
 from trimtab.bench.measures import by_answers
 from trimtab.bench.page import write_page
 from trimtab.bench.plan import Plan, Speed, within
@@ -78,9 +78,9 @@ def task_of(lm, _store, count):
         unit="share",
         items=tuple(f"item {n}" for n in range(count)),
         groups=tuple(f"item {n}" for n in range(count)),
-        told=(PROMPT, TWICE),
+        prompted=(PROMPT, TWICE),
         lessons=Lessons(pairs={"texts": PAIRS}),
-        asked=tuple(prompt(300 + n, 5) for n in range(4)),
+        reference_prompts=tuple(prompt(300 + n, 5) for n in range(4)),
         measure=by_answers(arms, lambda _, text, __: float(f"w{WANTED}" in text.split()), 4),
     )
 
@@ -207,7 +207,7 @@ def test_a_task_that_cannot_be_measured_is_left_out_with_the_reason(lm, tmp_path
 
 def too_long(lm, store, count):
     arms = {PLAIN: [prompt(1, 500)] * count}
-    return replace(task_of(lm, store, count), name="too long", told=(), measure=by_answers(arms, lambda *_: 0.0, 4))
+    return replace(task_of(lm, store, count), name="too long", prompted=(), measure=by_answers(arms, lambda *_: 0.0, 4))
 
 
 def test_another_runs_folder_is_refused(lm, done):
@@ -258,10 +258,10 @@ def test_every_method_of_the_registry_says_what_it_learns_from_or_why_not():
     answers = tuple(Pair("w1 w2", "w3 w4", p, "answers") for p in ASKED)
     full = Lessons({"prompts": prompts, "answers": answers}, ("w5",), ("w6",), ("w7", "w8"), {"system": "w9"})
     for recipe in recipes().values():
-        given = given_to(recipe, full, 0)
+        given = inputs_for(recipe, full, 0)
         assert isinstance(given, str) == (recipe.name == "tda")
     bare = Lessons({"letters": ()})
-    reasons = {name: given_to(recipe, bare, 0) for name, recipe in recipes().items()}
+    reasons = {name: inputs_for(recipe, bare, 0) for name, recipe in recipes().items()}
     assert all(isinstance(reason, str) for name, reason in reasons.items() if name != "random")
 
 

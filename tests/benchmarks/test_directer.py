@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from benchmarks.directer import PROMPTS, WITHOUT, Asked, clean_suffixes, naive
+from benchmarks.directer import PROMPTS, WITHOUT, EmphasizedPrompt, clean_suffixes, naive
 from trimtab.decoding.rejection import Rejection
 
 ROWS = [
@@ -29,7 +29,7 @@ def test_clean_suffixes(tmp_path: Path) -> None:
     for path, name, column in ((PROMPTS, "prompt", 0), (WITHOUT, "prompt_without_instruction", 1)):
         rows = [json.dumps({"key": i, name: row[column]}) for i, row in enumerate(ROWS)]
         (tmp_path / path).write_text("\n".join(rows) + "\n")
-    expected = [Asked(prompt, instruction) for prompt, _, instruction in ROWS if instruction]
+    expected = [EmphasizedPrompt(prompt, instruction) for prompt, _, instruction in ROWS if instruction]
     assert clean_suffixes(tmp_path) == expected
 
 
@@ -38,6 +38,6 @@ def test_the_naive_form_gives_the_same_tokens() -> None:
     lm = tiny.tiny("llama", seed=2)
     for seed in range(4):
         text = tiny.prompt(seed, 11)
-        one = Asked(text, " ".join(text.split()[6:9]))
+        one = EmphasizedPrompt(text, " ".join(text.split()[6:9]))
         (answer,) = lm.generate(text, emphasize=one.instruction, rejection=Rejection(), max_new_tokens=10)
         assert naive(lm, one, 10)[0] == list(answer.token_ids)

@@ -11,7 +11,7 @@ pytest.importorskip("torch")
 
 import tiny
 
-from benchmarks.words import asked
+from benchmarks.words import length_items
 from benchmarks.words_learned import ONCE, TWICE, Fit, answers, instruction_of, learned, rows
 from trimtab.evaluate.ifeval import IFEvalItem
 
@@ -23,7 +23,7 @@ def item(name: str, kind: str, **arguments: Any) -> IFEvalItem:
 
 
 def test_items_with_the_same_word_or_number_share_a_steering() -> None:
-    (short,) = asked(["w10"], 2)
+    (short,) = length_items(["w10"], 2)
     assert instruction_of(short) == ("length_constraints:number_sentences", 2)
     assert instruction_of(item("a", "keywords:existence", keywords=["sea"])) == ("keywords:existence", "sea")
     assert instruction_of(item("a", "keywords:forbidden_words", forbidden_words=["sea"]))[1] == "sea"

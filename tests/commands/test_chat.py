@@ -92,7 +92,7 @@ class TestAnswers:
     def test_samples_are_generates_own(self, desk: Desk, on: Conversation, steering: Path) -> None:
         sampled = replace(on, temperature=0.9, seed=5)
         first = ask(desk, sampled, SEA, lambda *_: None)
-        again = ask(desk, replace(sampled, asked=1), SEA, lambda *_: None)
+        again = ask(desk, replace(sampled, answer_count=1), SEA, lambda *_: None)
         options = {"max_new_tokens": 8, "do_sample": True, "temperature": 0.9}
         for turn, seed in ((first, 5), (again, 6)):
             (wanted,) = desk.lm.generate([SEA], 2.0 * load(steering), seed=seed, **options)

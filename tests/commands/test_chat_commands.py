@@ -55,7 +55,7 @@ def do(desk: Desk) -> Callable[..., Conversation]:
 def said(*questions: str) -> Conversation:
     """A conversation without a model's answers."""
     turns = [Turn(question, Said(f"<{question}>", "stop", 3, (4, 5))) for question in questions]
-    return replace(EMPTY, turns=tuple(turns), asked=len(turns))
+    return replace(EMPTY, turns=tuple(turns), answer_count=len(turns))
 
 
 def shown(outcome: Outcome) -> str:

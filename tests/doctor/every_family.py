@@ -52,14 +52,14 @@ def row(kind: str) -> dict[str, str]:
     """What the doctor finds of a type, one mark a column. Raises `TrimtabError` where no tiny model can be made."""
     name, _, images = kind.partition(":")
     report = check_model(tiny_lm(name, vision=bool(images)))
-    return {one.name: MARKS[one.state] for one in report.findings if one.name in COLUMNS}
+    return {finding.name: MARKS[finding.state] for finding in report.findings if finding.name in COLUMNS}
 
 
 def reasons(kind: str) -> str:
     """What the doctor found wrong, for a test's message."""
     name, _, images = kind.partition(":")
     report = check_model(tiny_lm(name, vision=bool(images)))
-    return "; ".join(f"{one.name}: {one.reason}" for one in report.wrong)
+    return "; ".join(f"{finding.name}: {finding.reason}" for finding in report.wrong)
 
 
 @lru_cache
@@ -69,9 +69,9 @@ def page() -> tuple[str, dict[str, dict[str, str]], dict[str, str]]:
     release = text.partition("transformers ")[2].split()[0].rstrip(",.;:")
     heads = {"type", "---"}
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    known = [one for one in cells if one[0] not in heads]
-    rows = {one[0]: dict(zip(COLUMNS, one[1:], strict=True)) for one in known if len(one) == len(COLUMNS) + 1}
-    missing = {one[0]: one[1] for one in known if len(one) == 2}
+    known = [row for row in cells if row[0] not in heads]
+    rows = {row[0]: dict(zip(COLUMNS, row[1:], strict=True)) for row in known if len(row) == len(COLUMNS) + 1}
+    missing = {row[0]: row[1] for row in known if len(row) == 2}
     return release, rows, missing
 
 

@@ -147,8 +147,8 @@ def test_leaving_early_stops_it(lm: LM, way: str, monkeypatch: pytest.MonkeyPatc
     if stream is not None:
         assert repr(stream) == "Stream(stopped)"
         assert list(stream) == []
-        while not stream._told.empty():
-            assert isinstance(stream._told.get(), list)  # tokens, and no error whose frames hold the cache
+        while not stream._queue.empty():
+            assert isinstance(stream._queue.get(), list)  # tokens, and no error whose frames hold the cache
         with pytest.raises(TrimtabError, match="was stopped before its end"):
             _ = stream.result
     monkeypatch.undo()
@@ -202,7 +202,7 @@ def test_an_interrupt_while_it_waits_stops_it(lm: LM, monkeypatch: pytest.Monkey
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stream, "_told", type("Told", (), {"get": staticmethod(interrupt)}))
+    monkeypatch.setattr(stream, "_queue", type("Queue", (), {"get": staticmethod(interrupt)}))
     stream._ready.clear()
     with pytest.raises(KeyboardInterrupt):
         next(stream)

@@ -146,7 +146,7 @@ def test_listing(hub, tmp_path):
     assert (lower.name, lower.models) == ("me/lower", ())
     assert [one.name for one in list_steerings("me/low")] == ["me/lower"]
     assert [one.name for one in list_steerings("me", limit=1)] == ["me/capitals"]
-    assert any("filter=trimtab" in asked for asked in hub.asked)
+    assert any("filter=trimtab" in asked for asked in hub.requests)
     with pytest.raises(TrimtabError, match="neither a folder nor a name"):
         list_steerings("me/a/b")
 

@@ -76,7 +76,7 @@ def odd(_query: str, answer: str, _cut: bool) -> bool:
 def test_lessons_are_what_the_model_answers(lm: LM) -> None:
     found = kept_by(anything, lm=lm)
     for one in found.lessons:
-        assert one.asked == tuple(lm.encode(TEACHER.ask(one.query, one.turn)))
+        assert one.instructed == tuple(lm.encode(TEACHER.ask(one.query, one.turn)))
         assert one.plain == tuple(lm.encode(one.query))
         (answer,) = lm.generate(TEACHER.ask(one.query, one.turn), max_new_tokens=TOKENS)
         assert (one.answer, one.text) == (tuple(answer.token_ids), answer.text)
@@ -142,7 +142,7 @@ def test_too_few_are_an_error_that_says_what_to_do(lm: LM) -> None:
 
 def test_without_a_check_answers_are_kept_that_the_prompt_makes_likelier(lm: LM) -> None:
     found = kept_by(None, lm=lm)
-    told = logprobs(lm, [Forced(one.asked, one.answer) for one in found.lessons])
+    told = logprobs(lm, [Forced(one.instructed, one.answer) for one in found.lessons])
     bare = logprobs(lm, [Forced(one.plain, one.answer) for one in found.lessons])
     gains = [float((a - b).mean()) for a, b in zip(told, bare, strict=True)]
     assert min(gains) >= MARGIN
@@ -204,7 +204,7 @@ def test_it_is_said_beside_the_system_message(lm: LM, monkeypatch: pytest.Monkey
     )
     found = kept_by(anything, Teacher(system="w5 w6"), lm=lm)
     for one in found.lessons:
-        assert lm.tokenizer.decode(one.asked) == f"w70 w5 w6 w71 {one.query} w72"
+        assert lm.tokenizer.decode(one.instructed) == f"w70 w5 w6 w71 {one.query} w72"
         assert lm.tokenizer.decode(one.plain) == f"w71 {one.query} w72"
 
 
@@ -279,7 +279,7 @@ def test_where_words_are_not_enough_help_is_tried_with_the_best_of_them(
     calls.clear()
     check = lambda _query, answer, _cut: answer in answers and len(answer) % 3 == 0  # noqa: E731
     ways, tries, found = Making(lm, TEACHER, check, TOKENS).best_ways(QUERIES, [])
-    assert {one.asked for one in found if one.help is None} <= ids
+    assert {one.instructed for one in found if one.help is None} <= ids
     assert [one.help for one in tries] == ["said in other ways", "tried at several blocks"]
     assert tries[0].asked == 5 * FEW
     assert 0 < tries[0].kept < FEW / 2

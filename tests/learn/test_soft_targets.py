@@ -109,9 +109,9 @@ def test_they_are_the_likeliest_tokens_under_the_teachers_prompt(lm: LM, tempera
         found = soft_targets(run, lessons, lambda done, total: calls.append((done, total)))
     assert calls[-1] == (5, 5)
     for one, told in zip(lessons, found, strict=True):
-        ids = torch.tensor([[*one.asked, *one.answer[:-1]]])
+        ids = torch.tensor([[*one.instructed, *one.answer[:-1]]])
         with torch.no_grad():
-            logits = lm.model(input_ids=ids).logits[0, len(one.asked) - 1 :]
+            logits = lm.model(input_ids=ids).logits[0, len(one.instructed) - 1 :]
         logprobs = (logits / temperature).log_softmax(-1)
         assert told.ids.shape == told.logprobs.shape == (len(one.answer), module.TOP)
         assert torch.allclose(told.logprobs, logprobs.gather(-1, told.ids), atol=1e-5)
@@ -126,7 +126,7 @@ def test_a_helped_opening_is_what_the_helped_model_says(lm: LM, temperature: flo
     with forcing(lm.model, lm.layout, [Site(2)]) as run:
         found = soft_targets(run, lessons)
     for one, told in zip(lessons, found, strict=True):
-        prompt_ids, ids = one.asked, torch.tensor([[*one.asked, *one.answer[:-1]]])
+        prompt_ids, ids = one.instructed, torch.tensor([[*one.instructed, *one.answer[:-1]]])
         with torch.no_grad():
             bare = (lm.model(input_ids=ids).logits[0, len(prompt_ids) - 1 :] / temperature).log_softmax(-1)
         steered = bare
@@ -145,11 +145,11 @@ def test_a_helped_opening_is_what_the_helped_model_says(lm: LM, temperature: flo
 def test_an_answer_that_is_all_opening(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TEMPERATURE", 1.0)
     short = lesson(lm, 1, HELP)
-    short = Lesson(short.query, 0, short.asked, short.plain, short.answer[:3], short.text, HELP)
+    short = Lesson(short.query, 0, short.instructed, short.plain, short.answer[:3], short.text, HELP)
     with forcing(lm.model, lm.layout, [Site(2)]) as run:
         (told,) = soft_targets(run, [short])
         (logits,) = run.logits(
-            [Forced(short.asked, short.answer)], {Site(2): lambda x: 0.6 * direction(5, 8.0).expand(len(x), WIDTH)}
+            [Forced(short.instructed, short.answer)], {Site(2): lambda x: 0.6 * direction(5, 8.0).expand(len(x), WIDTH)}
         )
     assert torch.allclose(told.logprobs, logits.log_softmax(-1).gather(-1, told.ids), atol=1e-6)
     assert divergence(logits, told).abs().max() < 1e-5

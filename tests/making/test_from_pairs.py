@@ -88,9 +88,9 @@ def test_answers_stand_after_what_both_sides_have_in_common(lm: LM, kind: str) -
         assert mine.bare == other.bare == tuple(lm.encode(words(i), system=common))
         assert lm.tokenizer.decode(mine.ids).startswith("w7 w8")
         assert tuple(lm.tokenizer(other.text, add_special_tokens=False)["input_ids"]) == other.ids
-    assert made_from.told == (kind == "a system prompt each")
+    assert made_from.prompted == (kind == "a system prompt each")
     assert made_from.trained is not None
-    assert made_from.trained.name == ("distilled" if made_from.told else "by preference")
+    assert made_from.trained.name == ("distilled" if made_from.prompted else "by preference")
 
 
 def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
@@ -106,7 +106,7 @@ def test_a_bare_text_is_told_apart_after_its_first_token(lm: LM) -> None:
 def test_prompts_are_answered_by_the_model(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrasts_module, "_told_apart", lambda _lm, answers: list(answers))
     made_from = material_from_pairs(lm, pairs("prompts"), "mine", TOKENS, trains=False)
-    assert made_from.told
+    assert made_from.prompted
     found = made_from.learn(None)
     for one in found.positive[:4]:
         assert one.own == tuple(lm.encode(f"{one.question} w7 w8"))

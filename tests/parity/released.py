@@ -60,12 +60,12 @@ def hooks(handles: Sequence[Any]) -> Iterator[None]:
 @torch.no_grad()
 def greedy(model: Any, ids: Sequence[int]) -> dict[str, Any]:
     """The next tokens with a cache, and their log-probabilities."""
-    given, cache, tokens, logprobs = torch.tensor([list(ids)]), None, [], []
+    newest, cache, tokens, logprobs = torch.tensor([list(ids)]), None, [], []
     for _ in range(NEW):
-        out = model(given, past_key_values=cache, use_cache=True)
+        out = model(newest, past_key_values=cache, use_cache=True)
         law = out.logits[0, -1].log_softmax(-1)
-        cache, given = out.past_key_values, law.argmax().view(1, 1)
-        tokens.append(int(given))
+        cache, newest = out.past_key_values, law.argmax().view(1, 1)
+        tokens.append(int(newest))
         logprobs.append(round(float(law[tokens[-1]]), 6))
     return {"tokens": tokens, "logprobs": logprobs}
 
@@ -116,11 +116,11 @@ def at_place(model: Any, site: str, layer: int, change: Callable[[Tensor], Tenso
 @torch.no_grad()
 def last_tokens(model: Any, site: str, ids: Sequence[int]) -> Tensor:
     """`[layers, size]` of the last token, unsteered."""
-    found: list[Tensor] = []
+    last_states: list[Tensor] = []
     layers = range(model.config.num_hidden_layers)
-    with hooks([at_place(model, site, n, lambda x: found.append(x[0, -1].clone()) or x) for n in layers]):
+    with hooks([at_place(model, site, n, lambda x: last_states.append(x[0, -1].clone()) or x) for n in layers]):
         model(torch.tensor([list(ids)]), use_cache=False)
-    return torch.stack(found)
+    return torch.stack(last_states)
 
 
 def sadi(model: Any, encode: Callable[..., list[int]], site: str) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def directer(model: Any, ids: Sequence[int], span: tuple[int, int]) -> dict[str,
     tokens: list[int] = []
     rungs: list[int | None] = []
     with hooks([block.self_attn.register_forward_hook(note, with_kwargs=True) for block in model.model.layers]):
-        given = torch.tensor([list(ids)])
-        cache = model(given[:, :-1], use_cache=True).past_key_values
-        token = given[:, -1:]
+        inputs = torch.tensor([list(ids)])
+        cache = model(inputs[:, :-1], use_cache=True).past_key_values
+        token = inputs[:, -1:]
         for _ in range(NEW):
             before = copy.deepcopy(cache)
             raw, clean = run(token, cache)

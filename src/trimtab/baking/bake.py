@@ -297,7 +297,11 @@ def _notes(structure: Structure, made: Plan, untied: bool, left: list[str]) -> t
         notes.append("Only text was ablated where it comes in: what images become there is as it was.")
     if made.flags:
         notes.append(f"The additions are biases, for which config.json has {', '.join(made.flags)}.")
-    if structure.plain is not None and "norm" in structure.plain and any(one.ablates for one in made.maps.values()):
+    if (
+        structure.plain is not None
+        and "norm" in structure.plain
+        and any(site_map.ablates for site_map in made.maps.values())
+    ):
         notes.append(
             f"{structure.name} {structure.plain}: what was ablated is what goes into it, and its weights bring some of"
             " the direction back."
@@ -316,23 +320,23 @@ def _checked(
     """
     size = structure.config.vocab_size
     ids = torch.randint(0, size, TOKENS, generator=torch.Generator().manual_seed(0))
-    given = _loaded(source, device) if isinstance(source, Path) else source
-    dtype = given.dtype
+    bare_model = _loaded(source, device) if isinstance(source, Path) else source
+    dtype = bare_model.dtype
     bare = Steering(steering.edits)
-    with LM(given, None).steered(bare):
-        steered = _logits(given, ids)
-    unsteered = _logits(given, ids)
-    del given
+    with LM(bare_model, None).steered(bare):
+        steered = _logits(bare_model, ids)
+    unsteered = _logits(bare_model, ids)
+    del bare_model
     new = _loaded(baked, device)
     got = _logits(new, ids)
-    found = Checked(_apart(got, steered), _apart(unsteered, steered))
-    if not found.difference <= ROUNDING[dtype]:
+    checked = Checked(_apart(got, steered), _apart(unsteered, steered))
+    if not checked.difference <= ROUNDING[dtype]:
         raise TrimtabError(
-            f"the baked model isn't the steered one: its logits differ by {found.difference:.2g} of their length, and"
-            f" rounding explains {ROUNDING[dtype]:.2g} (the steering itself changes them by {found.effect:.2g});"
+            f"the baked model isn't the steered one: its logits differ by {checked.difference:.2g} of their length, and"
+            f" rounding explains {ROUNDING[dtype]:.2g} (the steering itself changes them by {checked.effect:.2g});"
             f" nothing was written. {structure.name} has something that trimtab doesn't know; steer it while it runs"
         )
-    return found
+    return checked
 
 
 def _loaded(folder: Path, device: str | torch.device | None) -> Any:
@@ -350,11 +354,11 @@ def _loaded(folder: Path, device: str | torch.device | None) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any, ids: Tensor) -> Tensor:
-    found: Tensor = model(input_ids=ids.to(model.device)).logits
-    return found.cpu().double()  # MPS has no float64
+    logits: Tensor = model(input_ids=ids.to(model.device)).logits
+    return logits.cpu().double()  # MPS has no float64
 
 
-def _apart(one: Tensor, other: Tensor) -> float:
+def _apart(logits: Tensor, other: Tensor) -> float:
     """How far logits are apart, in lengths of the other's, which has no mean: the median over tokens."""
-    one, other = (x - x.mean(-1, keepdim=True) for x in (one, other))
-    return float(((one - other).norm(dim=-1) / other.norm(dim=-1)).median())
+    logits, other = (x - x.mean(-1, keepdim=True) for x in (logits, other))
+    return float(((logits - other).norm(dim=-1) / other.norm(dim=-1)).median())

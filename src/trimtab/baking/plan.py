@@ -102,8 +102,8 @@ def plan(steering: Steering, structure: Structure) -> Plan:
             site = Site(layer, MLP)
             maps[site] = maps.get(site, Affine(structure.width)).then_add(offset)
             added.append(offset)
-    maps = {site: one for site, one in maps.items() if one.steps}
-    flags, biases = structure.with_biases([site for site, one in maps.items() if one.adds])
+    maps = {site: site_map for site, site_map in maps.items() if site_map.steps}
+    flags, biases = structure.with_biases([site for site, site_map in maps.items() if site_map.adds])
     return Plan(maps, flags, biases)
 
 

@@ -110,10 +110,10 @@ class Structure:
         name = self.named(key)
         if name in self.embeddings:
             return Writer(Site(0, EMBEDDINGS), False, True)
-        found = re.fullmatch(rf"{re.escape(self.layout.path)}\.(\d+)\.(.+)", name)
-        if not found:
+        match = re.fullmatch(rf"{re.escape(self.layout.path)}\.(\d+)\.(.+)", name)
+        if not match:
             return None
-        layer, rest = int(found[1]), found[2]
+        layer, rest = int(match[1]), match[2]
         if layer >= self.layers:  # layers that only predict further tokens
             return None
         block = self.layout.blocks[layer]
@@ -152,9 +152,9 @@ class Structure:
         """The names of all last projections in the block's MLP: each expert's, and that of the one all tokens pass."""
         parts = (name.split(".") for name, _ in self.layout.blocks[layer].named_parameters())
         return {
-            ".".join(one[:-1] if one[-1] in ("weight", "bias") else one)
-            for one in parts
-            if one[0] in MLPS and {*one[-2:]} & {*DOWNS}
+            ".".join(part[:-1] if part[-1] in ("weight", "bias") else part)
+            for part in parts
+            if part[0] in MLPS and {*part[-2:]} & {*DOWNS}
         }
 
     def _experts_turned(self, layer: int) -> bool | None:

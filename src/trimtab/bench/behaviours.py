@@ -46,15 +46,15 @@ QUESTION = 130.0
 
 def outlines(data: Path | None, pairs: int, seed: int) -> list[Outline]:
     """A task for each behaviour that the data folder has."""
-    found = []
+    built = []
     for name in SYSTEM:
         folder = None if data is None else data / "caa" / name
         if folder is None or not folder.is_dir():
             continue
         test = read_ab(folder / "test_dataset_ab.json", exclude=True)[0]
         make = partial(_task, name, folder, pairs, seed)
-        found.append(Outline(name, "behaviours", len(test), Cost(0, 2 * QUESTION), Cost(), 2 * QUESTION, make))
-    return found
+        built.append(Outline(name, "behaviours", len(test), Cost(0, 2 * QUESTION), Cost(), 2 * QUESTION, make))
+    return built
 
 
 def test_items(folder: Path, count: int) -> list[ABItem]:
@@ -101,7 +101,7 @@ def _task(name: str, folder: Path, pairs: int, seed: int, lm: LM, _store: Store,
         unit="share",
         items=tuple(item.item for item in items),
         groups=tuple(str(item.group) for item in items),
-        told=(PROMPT, TWICE),
+        prompted=(PROMPT, TWICE),
         lessons=Lessons(
             pairs={
                 "letters": tuple(Pair(f"({i.matching})", f"({i.other})", i.question, "letters") for i in learn),
@@ -113,6 +113,6 @@ def _task(name: str, folder: Path, pairs: int, seed: int, lm: LM, _store: Store,
             contrast=(for_, against),
             teacher={"system": for_, "queries": questions, "tokens": 24},
         ),
-        asked=tuple(item.question for item in spread(aside, ASKED)),
+        reference_prompts=tuple(item.question for item in spread(aside, ASKED)),
         measure=by_letters(items, {PLAIN: None, PROMPT: for_, TWICE: f"{for_} {for_}"}),
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 CLOSE = 0.1
-"""So near to the divergence asked for, as a share of it, is near enough to compare methods by."""
+"""So near to the requested divergence, as a share of it, is near enough to compare methods by."""
 TOKENS = 16
 
 Steered = Steering | Sequence[Steering]
@@ -35,7 +35,7 @@ class Dose:
 
 def base_of(lm: LM, task: Task) -> Reference:
     """What a task's divergences are measured from: unsteered answers to prompts like its items."""
-    return reference(lm, list(task.asked), tokens=TOKENS)
+    return reference(lm, list(task.reference_prompts), tokens=TOKENS)
 
 
 class Doses:
@@ -54,19 +54,21 @@ class Doses:
     def at(self, nats: float) -> Dose:
         """The strength for a divergence. Raises `TrimtabError` where none comes near it."""
         factor = factor_at(self.far, nats, CLOSE)
-        found = self._seen[factor]
-        if abs(found.p95 - nats) > 0.25 * nats:
+        reached = self._seen[factor]
+        if abs(reached.p95 - nats) > 0.25 * nats:
             raise TrimtabError(
-                f"its divergence jumps over {nats:g} nats: the nearest is {found.p95:.2g}, at {factor:.3g} times it"
+                f"its divergence jumps over {nats:g} nats: the nearest is {reached.p95:.2g}, at {factor:.3g} times it"
             )
-        return Dose(nats, factor, found.p95, found.mean)
+        return Dose(nats, factor, reached.p95, reached.mean)
 
     @property
     def monotone(self) -> bool:
         """Whether no stronger steering that was tried changed the model clearly less than a weaker one."""
-        return monotone(sorted((factor, one.p95) for factor, one in self._seen.items()))
+        return monotone(sorted((factor, seen.p95) for factor, seen in self._seen.items()))
 
 
 def scaled(steering: Steered, factor: float) -> Steered:
     """So many times the steering, or each of them."""
-    return factor * steering if isinstance(steering, Steering) else [factor * one for one in steering]
+    return (
+        factor * steering if isinstance(steering, Steering) else [factor * each_steering for each_steering in steering]
+    )

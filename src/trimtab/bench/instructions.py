@@ -46,7 +46,7 @@ class Item:
     name: str
     query: str
     phrase: str
-    told: str
+    instructed: str
 
 
 def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] = TYPES) -> list[Outline]:
@@ -55,7 +55,7 @@ def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] 
     Raises `TrimtabError` when IFEval's checkers aren't installed.
     """
     checkers()
-    found = []
+    built = []
     for kind in types:
         items = _items(kind, data)
         for said in (False, True):
@@ -63,8 +63,8 @@ def outlines(data: Path | None, pairs: int, tokens: int, types: tuple[str, ...] 
             make = partial(_task, kind, name, said, items, pairs, tokens)
             arm = Cost(tokens, 2 * (tokens + 60))
             written = Cost(2 * tokens, 120)
-            found.append(Outline(name, "instructions", len(items), arm, written, 2 * (tokens + 30.0), make, said))
-    return found
+            built.append(Outline(name, "instructions", len(items), arm, written, 2 * (tokens + 30.0), make, said))
+    return built
 
 
 def holds(kind: str, text: str, cut: bool) -> bool:
@@ -80,18 +80,18 @@ def holds(kind: str, text: str, cut: bool) -> bool:
 
 def _items(kind: str, data: Path | None) -> list[Item]:
     """IFEval's, then the package's."""
-    found = []
+    items = []
     if data is not None and (data / FILE).is_file():
         for item in read_ifeval(data / FILE):
             if item.types == (kind,) and (phrase := _phrase(item)):
                 assert item.prompt_without_instruction is not None
-                found.append(Item(f"IFEval {item.item}", item.prompt_without_instruction, phrase, item.prompt))
-    asked = queries("test", more=True)
+                items.append(Item(f"IFEval {item.item}", item.prompt_without_instruction, phrase, item.prompt))
+    questions = queries("test", more=True)
     phrasings = instruction_type(kind).phrasings("test")
-    for n, query in enumerate(asked):
+    for n, query in enumerate(questions):
         phrase = phrasings[n % len(phrasings)]
-        found.append(Item(f"query {n + 1}", query, phrase, f"{query} {phrase}"))
-    return found
+        items.append(Item(f"query {n + 1}", query, phrase, f"{query} {phrase}"))
+    return items
 
 
 def _phrase(item: IFEvalItem) -> str | None:
@@ -118,34 +118,36 @@ def _task(
     learn = queries("learn", more=True)[:pairs]
     phrasings = instruction_type(kind).phrasings("learn")
     lessons = _lessons(lm, store, kind, list(learn), phrasings, tokens)
-    bare, told = [one.query for one in chosen], [one.told for one in chosen]
-    twice = [f"{one.told} {one.phrase}" for one in chosen]
+    bare, instructed = [item.query for item in chosen], [item.instructed for item in chosen]
+    twice = [f"{item.instructed} {item.phrase}" for item in chosen]
     tune = list(queries("tune")[:ASKED])
-    asked = [f"{query} {phrasings[n % len(phrasings)]}" for n, query in enumerate(tune)] if said else tune
-    arms: Mapping[str, list[Any]] = {PLAIN: told, TWICE: twice} if said else {PLAIN: bare, PROMPT: told, TWICE: twice}
+    reference_prompts = [f"{query} {phrasings[n % len(phrasings)]}" for n, query in enumerate(tune)] if said else tune
+    arms: Mapping[str, list[Any]] = (
+        {PLAIN: instructed, TWICE: twice} if said else {PLAIN: bare, PROMPT: instructed, TWICE: twice}
+    )
     return Task(
         name=name,
         about=f"answers that follow {kind}" + (", which the prompt asks for" if said else ", which isn't asked for"),
         unit="share",
-        items=tuple(one.name for one in chosen),
-        groups=tuple(one.name for one in chosen),
-        told=(TWICE,) if said else (PROMPT, TWICE),
+        items=tuple(item.name for item in chosen),
+        groups=tuple(item.name for item in chosen),
+        prompted=(TWICE,) if said else (PROMPT, TWICE),
         lessons=lessons,
-        asked=tuple(asked),
+        reference_prompts=tuple(reference_prompts),
         measure=by_answers(arms, lambda _, text, cut: float(holds(kind, text, cut)), tokens, bare),
         prompts=tuple(arms[PLAIN]),
-        phrases=tuple(one.phrase for one in chosen) if said else (),
-        asked_phrases=tuple(phrasings[n % len(phrasings)] for n in range(len(tune))) if said else (),
+        phrases=tuple(item.phrase for item in chosen) if said else (),
+        reference_phrases=tuple(phrasings[n % len(phrasings)] for n in range(len(tune))) if said else (),
     )
 
 
 def _lessons(lm: LM, store: Store, kind: str, learn: list[str], phrasings: list[str], tokens: int) -> Lessons:
     """Prompts with and without the instruction, and the model's own answers to both."""
-    told = prompts(learn, phrasings)
+    instructed = prompts(learn, phrasings)
 
     def write() -> list[list[Any]]:
-        answers = lm.generate([*told, *learn], max_new_tokens=tokens, batch_size=BATCH)
-        return [[one.text, one.finish_reason == "length"] for one in answers]
+        answers = lm.generate([*instructed, *learn], max_new_tokens=tokens, batch_size=BATCH)
+        return [[answer.text, answer.finish_reason == "length"] for answer in answers]
 
     made = store.keep("texts", kind, make=write)
     positive, negative = made[: len(learn)], made[len(learn) :]

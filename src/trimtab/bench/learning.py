@@ -25,14 +25,14 @@ HEADS = 48
 
 
 @dataclass(frozen=True)
-class Given:
+class Inputs:
     """What a method is given: its data, and keywords."""
 
     data: tuple[Any, ...]
     options: dict[str, Any]
 
 
-def given_to(recipe: Recipe, lessons: Lessons, seed: int) -> Given | str:
+def inputs_for(recipe: Recipe, lessons: Lessons, seed: int) -> Inputs | str:
     """What the method learns this task from; or, in words, why it can't."""
     if recipe.name in UNDIRECTED:
         return UNDIRECTED[recipe.name]
@@ -48,38 +48,38 @@ def given_to(recipe: Recipe, lessons: Lessons, seed: int) -> Given | str:
     if recipe.name == "distill":
         if not lessons.teacher:
             return "it learns from a prompt, and this task has none"
-        return Given((), {**options, **lessons.teacher, "seed": seed})
+        return Inputs((), {**options, **lessons.teacher, "seed": seed})
     if recipe.takes == "nothing":
         texts = [name for name in ("positive", "negative") if name in named]
         if texts and lessons.contrast is None:
             return "it learns from two texts, and this task has none"
         if texts and lessons.contrast is not None:
             options |= dict(zip(("positive", "negative"), lessons.contrast, strict=True))
-        return Given((), options)
+        return Inputs((), options)
     if recipe.takes == "texts":
         if not lessons.texts:
             return "it learns from prompts of two kinds, and here all prompts are of one kind"
-        return Given((list(lessons.texts),), options)
+        return Inputs((list(lessons.texts),), options)
     shape = next((shape for shape in recipe.shapes if lessons.pairs.get(shape)), None)
     if shape is None:
         has = ", ".join(shape for shape, pairs in lessons.pairs.items() if pairs)
         return f"it learns from pairs of {' or '.join(recipe.shapes)}, and this task has pairs of {has}"
-    return Given((list(lessons.pairs[shape]),), options)
+    return Inputs((list(lessons.pairs[shape]),), options)
 
 
-def learned(lm: LM, recipe: Recipe, given: Given) -> Steering:
+def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
     """The method's steering, at its own defaults but for what was given.
 
     Raises what the method raises, and `KeyboardInterrupt` where it was interrupted and ended before it was done.
     """
-    options = dict(given.options)
+    options = dict(inputs.options)
     if recipe.name == "iti":
         from trimtab.engines.transformers.places import query_heads
 
         options["heads"] = min(HEADS, lm.layout.layers * query_heads(lm.layout))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few pairs a method may well warn
-        steering: Steering = recipe.load()(lm, *given.data, None, **options)
+        steering: Steering = recipe.load()(lm, *inputs.data, None, **options)
     if steering.card.measured.get("interrupted"):
         raise KeyboardInterrupt  # a descent ends with the best so far, and a run keeps whole cells only
     if not steering.edits:
@@ -91,4 +91,4 @@ def orthogonal(lm: LM, steering: Steering, task: Task, seed: int) -> Steering:
     """A steering's control: as long, in directions orthogonal to its own. Raises `TrimtabError` where there is none."""
     from trimtab.evaluate.controls import orthogonal_like
 
-    return orthogonal_like(steering, seed, means_for(lm, [steering], task.asked))
+    return orthogonal_like(steering, seed, means_for(lm, [steering], task.reference_prompts))

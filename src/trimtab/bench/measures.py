@@ -12,10 +12,10 @@ import torch
 from trimtab.bench.tasks import BATCH, PLAIN, PROMPT, Measure, Measured, Run
 from trimtab.engines.doses import DoseWarning
 from trimtab.engines.request import Choice
-from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.transformers.teacher_forced import Answered
 from trimtab.evaluate.ab import ABItem, share
 from trimtab.evaluate.constraints import on_topic
-from trimtab.evaluate.divergence import read_given
+from trimtab.evaluate.divergence import read_answered
 from trimtab.evaluate.fluency import fluencies
 from trimtab.text.letters import ask_prompt, question_prompt
 
@@ -46,32 +46,32 @@ def by_answers(
     context = prompts.get(PROMPT, prompts[PLAIN])
 
     def measure(lm: LM, arm: str, runs: Sequence[Run], options: Mapping[str, Any]) -> list[Measured]:
-        asked = list(prompts[arm])
+        arm_prompts = list(prompts[arm])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoseWarning)
             answers = lm.generate(
-                asked * len(runs),
-                [one for run in runs for one in run],
+                arm_prompts * len(runs),
+                [each_steering for run in runs for each_steering in run],
                 max_new_tokens=tokens,
                 batch_size=BATCH,
                 **options,
             )
         read = fluencies(lm, list(context) * len(runs), answers)
-        found = []
+        results = []
         for n in range(len(runs)):
-            part = slice(n * len(asked), (n + 1) * len(asked))
+            part = slice(n * len(arm_prompts), (n + 1) * len(arm_prompts))
             texts = [answer.text for answer in answers[part]]
             beside = {
-                "perplexity": tuple(_capped(one.perplexity) for one in read[part]),
-                "repeated": tuple(one.repeated for one in read[part]),
-                "empty": tuple(float(one.empty) for one in read[part]),
+                "perplexity": tuple(_capped(fluency.perplexity) for fluency in read[part]),
+                "repeated": tuple(fluency.repeated for fluency in read[part]),
+                "empty": tuple(float(fluency.empty) for fluency in read[part]),
             }
             if queries:
                 beside["on topic"] = tuple(float(on_topic(q, text)) for q, text in zip(queries, texts, strict=True))
             cut = [answer.finish_reason == "length" for answer in answers[part]]
             scores = tuple(float(score(i, text, cut[i])) for i, text in enumerate(texts))
-            found.append(Measured(scores, beside, tuple(texts)))
-        return found
+            results.append(Measured(scores, beside, tuple(texts)))
+        return results
 
     return measure
 
@@ -88,8 +88,10 @@ def by_letters(items: Sequence[ABItem], systems: Mapping[str, str | None]) -> Me
 
 def letters_of(lm: LM, item: ABItem, system: str | None = None) -> Choice:
     """A question up to the bracket, with the matching letter and the other one to choose from."""
-    asked = ask_prompt(lm.tokenizer, question_prompt(lm.tokenizer, item.question, system), (item.matching, item.other))
-    return Choice(asked.ids, len(asked.prompt), (asked.letters[item.matching], asked.letters[item.other]))
+    question = ask_prompt(
+        lm.tokenizer, question_prompt(lm.tokenizer, item.question, system), (item.matching, item.other)
+    )
+    return Choice(question.ids, len(question.prompt), (question.letters[item.matching], question.letters[item.other]))
 
 
 def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Measured]:
@@ -97,17 +99,17 @@ def letters(lm: LM, choices: Sequence[Choice], runs: Sequence[Run]) -> list[Meas
     rows = [(i, n) for i in range(len(choices)) for n in range(len(runs))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
-        found = lm.next_logprobs([choices[i] for i, _ in rows], [runs[n][i] for i, n in rows], batch_size=BATCH)
-    by_row = {row: one.logprobs for row, one in zip(rows, found, strict=True)}
+        results = lm.next_logprobs([choices[i] for i, _ in rows], [runs[n][i] for i, n in rows], batch_size=BATCH)
+    by_row = {row: token.logprobs for row, token in zip(rows, results, strict=True)}
     measured = []
     for n in range(len(runs)):
         mine = [by_row[i, n] for i in range(len(choices))]
-        mass = tuple(math.exp(one) + math.exp(other) for one, other in mine)
-        measured.append(Measured(tuple(share(one, other) for one, other in mine), {"mass": mass}))
+        mass = tuple(math.exp(matching) + math.exp(other) for matching, other in mine)
+        measured.append(Measured(tuple(share(matching, other) for matching, other in mine), {"mass": mass}))
     return measured
 
 
-def by_leads(answers: Sequence[tuple[Mapping[str, Given], Mapping[str, Given]]]) -> Measure:
+def by_leads(answers: Sequence[tuple[Mapping[str, Answered], Mapping[str, Answered]]]) -> Measure:
     """By how much the wanted answer is likelier than the other, in nats per token,
     teacher-forced.
 
@@ -115,27 +117,27 @@ def by_leads(answers: Sequence[tuple[Mapping[str, Given], Mapping[str, Given]]])
     """
 
     def measure(lm: LM, arm: str, runs: Sequence[Run], _options: Mapping[str, Any]) -> list[Measured]:
-        found = []
+        measured = []
         for run in runs:
-            wanted = likelihoods(lm, [one[arm] for one, _ in answers], run)
-            other = likelihoods(lm, [one[arm] for _, one in answers], run)
+            wanted = likelihoods(lm, [positive[arm] for positive, _ in answers], run)
+            other = likelihoods(lm, [negative[arm] for _, negative in answers], run)
             leads = tuple(a - b for a, b in zip(wanted, other, strict=True))
-            found.append(Measured(leads, {"wanted": tuple(wanted)}))
-        return found
+            measured.append(Measured(leads, {"wanted": tuple(wanted)}))
+        return measured
 
     return measure
 
 
-def likelihoods(lm: LM, texts: Sequence[Given], run: Run) -> list[float]:
+def likelihoods(lm: LM, texts: Sequence[Answered], run: Run) -> list[float]:
     """The mean log-probability of each answer's tokens."""
-    found = []
+    values = []
     for start in range(0, len(texts), TOGETHER):
         part = slice(start, start + TOGETHER)
-        for text, logits in zip(texts[part], read_given(lm, texts[part], list(run[part])), strict=True):
+        for text, logits in zip(texts[part], read_answered(lm, texts[part], list(run[part])), strict=True):
             ids = torch.tensor(text.answer)[:, None]
             value = float(logits.float().log_softmax(-1).gather(-1, ids).mean())
-            found.append(value if math.isfinite(value) else -math.log(HIGHEST))
-    return found
+            values.append(value if math.isfinite(value) else -math.log(HIGHEST))
+    return values
 
 
 def _capped(perplexity: float) -> float:

@@ -45,7 +45,7 @@ def write_page(path: Path, results: Results) -> None:
     model = results.about["model"]
     title = f"{_short(model)}: methods at equal divergence"
     settings = results.about["settings"]
-    nats = ", ".join(f"{one:g}" for one in sorted(settings["nats"]))
+    nats = ", ".join(f"{level:g}" for level in sorted(settings["nats"]))
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p class=soft>{escape(_facts(results))}. Every method is scaled until the 95th percentile of its divergence"
@@ -116,13 +116,13 @@ def _standings(results: Results) -> str:
         "<tr><th>method<th>what it is<th class=n>tasks<th class=n>better<th class=n>worse<th class=n>text broken"
         "<th class=n>place<th class=n>share of the prompt's effect"
     ]
-    for one in results.methods:
-        share = "" if one.share is None else f"{one.share:.0%}"
-        kind = " class=control" if one.method == CONTROL else ""
+    for standing in results.methods:
+        share = "" if standing.share is None else f"{standing.share:.0%}"
+        kind = " class=control" if standing.method == CONTROL else ""
         lines.append(
-            f"<tr{kind}><td>{escape(one.method)}<td>{escape(titles.get(one.method, ''))}<td class=n>{one.tasks}"
-            f"<td class=n>{one.better}<td class=n>{one.worse}<td class=n>{one.broken}<td class=n>{one.place:.2f}"
-            f"<td class=n>{share}"
+            f"<tr{kind}><td>{escape(standing.method)}<td>{escape(titles.get(standing.method, ''))}<td"
+            f" class=n>{standing.tasks}<td class=n>{standing.better}<td class=n>{standing.worse}<td"
+            f" class=n>{standing.broken}<td class=n>{standing.place:.2f}<td class=n>{share}"
         )
     return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
@@ -137,11 +137,11 @@ def _task(task: TaskResults) -> str:
     ]
     rest = "<td>" * (len(beside) + len(sides) + 6)
     lines.append(f"<tr class=control><td>unsteered<td><td class=n>{task.unsteered:.2f}{rest}")
-    for arm, one in task.told.items():
+    for arm, decision in task.told.items():
         lines.append(
-            f"<tr class=told><td>{escape(arm)}<td><td class=n>{one.after:.2f}<td class=n>{_interval(one.difference)}"
-            f"<td class=n>{one.won} : {one.lost}<td class=n>{one.p:.2g}<td><td>{'<td>' * len((*beside, *sides))}"
-            f"<td>{escape(one.verdict)}"
+            f"<tr class=told><td>{escape(arm)}<td><td class=n>{decision.after:.2f}<td"
+            f" class=n>{_interval(decision.difference)}<td class=n>{decision.won} : {decision.lost}<td"
+            f" class=n>{decision.p:.2g}<td><td>{'<td>' * len((*beside, *sides))}<td>{escape(decision.verdict)}"
         )
     for row in task.rows:
         lines += [_line(row, cell, n == row.best, beside, sides) for n, cell in enumerate(row.cells)]
@@ -155,7 +155,7 @@ def _task(task: TaskResults) -> str:
 
 
 def _line(row: Row, cell: Cell, best: bool, beside: list[str], sides: list[str]) -> str:
-    one = cell.decision
+    decision = cell.decision
     kind = " class=control" if row.method == CONTROL else ""
     name = f"<b>{escape(row.method)}</b>" if best else escape(row.method)
     more = "".join(_number(cell.beside.get(side), side) for side in beside)
@@ -165,9 +165,10 @@ def _line(row: Row, cell: Cell, best: bool, beside: list[str], sides: list[str])
     tone = {BETTER: "good", WORSE: "bad", NO_BETTER: "flat"}.get(cell.verdict, "")
     words = cell.verdict + (f"; {', '.join(cell.broken)}" if cell.broken else "")
     return (
-        f"<tr{kind}><td>{name}<td class=n>{'' if cell.nats is None else f'{cell.nats:g}'}<td class=n>{one.after:.2f}"
-        f"<td class=n>{_interval(one.difference)}<td class=n>{one.won} : {one.lost}<td class=n>{one.corrected:.2g}"
-        f"<td class=n>{_p(cell.random)}<td class=n>{_p(cell.orthogonal)}{more}"
+        f"<tr{kind}><td>{name}<td class=n>{'' if cell.nats is None else f'{cell.nats:g}'}<td"
+        f" class=n>{decision.after:.2f}<td class=n>{_interval(decision.difference)}<td class=n>{decision.won} :"
+        f" {decision.lost}<td class=n>{decision.corrected:.2g}<td class=n>{_p(cell.random)}<td"
+        f" class=n>{_p(cell.orthogonal)}{more}"
         f'<td class="v {tone}">{escape(words)}'
     )
 
@@ -179,8 +180,8 @@ def _left_out(results: Results) -> list[str]:
     return ["<h2>Tasks that were left out</h2>", f"<ul>{lines}</ul>"]
 
 
-def _interval(one: Interval) -> str:
-    return f"{one.estimate:+.2f} <small>[{one.low:+.2f}, {one.high:+.2f}]</small>"
+def _interval(interval: Interval) -> str:
+    return f"{interval.estimate:+.2f} <small>[{interval.low:+.2f}, {interval.high:+.2f}]</small>"
 
 
 def _number(value: float | None, name: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run consists of, and how long it will take, told before it starts."""
+"""What a run consists of, and how long it will take, known before it starts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ WON = 0.25
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked for.
+    """What is requested.
 
     Args:
         methods: Names, or patterns such as `re*`; empty: all that there are, the emphasizing ones among them. What
@@ -65,7 +65,7 @@ class Settings:
     thorough: bool = False
 
     def __post_init__(self) -> None:
-        if not self.nats or not all(0 < one < 100 for one in self.nats):
+        if not self.nats or not all(0 < level < 100 for level in self.nats):
             raise TrimtabError(f"divergences are numbers of nats above 0, such as 0.25,1,4, got {self.nats}")
         for name, least in (("items", 4), ("pairs", 8), ("tokens", 4)):
             if getattr(self, name) < least:
@@ -127,10 +127,10 @@ class Plan:
             "bench": 1,
             "model": {**asdict(lm.identity), **lm.runs_in},
             "settings": settings,
-            "tasks": [one.name for one in self.outlines],
+            "tasks": [outline.name for outline in self.outlines],
             "rows": list(self.rows),
             "titles": {name: self.title(name) for name in self.rows},
-            "left_out": [list(one) for one in self.left_out],
+            "left_out": [list(entry) for entry in self.left_out],
             "versions": versions(),
         }
 
@@ -191,19 +191,19 @@ def plan(settings: Settings) -> Plan:
     rows += ["LoRA"] if settings.lora else []
     available, left_out = _available(settings)
     named = settings.tasks
-    if all(one.startswith("!") for one in named):
+    if all(pattern.startswith("!") for pattern in named):
         named = (*named, f"!{traits.MORE}")
-    tasks = _chosen("task", named, {one.name: (one.name, one.kind) for one in available}, left_out)
-    outlines = tuple(one for one in available if one.name in tasks)
+    tasks = _chosen("task", named, {outline.name: (outline.name, outline.kind) for outline in available}, left_out)
+    outlines = tuple(outline for outline in available if outline.name in tasks)
     return Plan(settings, outlines, {n: r for n, r in known.items() if n in rows}, tuple(rows), tuple(left_out))
 
 
 def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]]:
     """All tasks that can be had, and kinds that can't, with the reason."""
-    found: list[Outline] = []
+    outlines: list[Outline] = []
     left_out = []
     try:
-        found += instructions.outlines(settings.data, settings.pairs, settings.tokens)
+        outlines += instructions.outlines(settings.data, settings.pairs, settings.tokens)
     except TrimtabError as error:
         left_out.append(("instructions", str(error)))
     for kind, made in (
@@ -211,29 +211,29 @@ def _available(settings: Settings) -> tuple[list[Outline], list[tuple[str, str]]
         ("refusal", refusals.outlines(settings.data, settings.pairs)),
         ("traits", traits.outlines(settings.tokens, settings.pairs)),
     ):
-        found += made
+        outlines += made
         if not made:
             left_out.append((kind, "its data aren't there: give --data FOLDER, or set TRIMTAB_DATA"))
-    return found, left_out
+    return outlines, left_out
 
 
 def _chosen(
     what: str, wanted: Sequence[str], known: Mapping[str, Sequence[str]], left_out: Sequence[tuple[str, str]] = ()
 ) -> set[str]:
     """The names that are meant by names, kinds and patterns; all, where nothing is wanted in particular."""
-    found: set[str] = set(known) if all(one.startswith("!") for one in wanted) else set()
-    for one in wanted:
-        without = one.startswith("!")
-        one = one.removeprefix("!")
-        mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, one) for call in called)}
+    chosen: set[str] = set(known) if all(pattern.startswith("!") for pattern in wanted) else set()
+    for pattern in wanted:
+        without = pattern.startswith("!")
+        pattern = pattern.removeprefix("!")
+        mine = {name for name, called in known.items() if any(fnmatch.fnmatchcase(call, pattern) for call in called)}
         if not mine:
-            why = next((f"; {reason}" for kind, reason in left_out if kind == one), "")
+            why = next((f"; {reason}" for kind, reason in left_out if kind == pattern), "")
             listed = ", ".join(dict.fromkeys(call for called in known.values() for call in reversed(called)))
-            raise TrimtabError(f"there is no {what} {one!r}{why or f'; there are {listed}'}")
-        found = found - mine if without else found | mine
-    if not found:
+            raise TrimtabError(f"there is no {what} {pattern!r}{why or f'; there are {listed}'}")
+        chosen = chosen - mine if without else chosen | mine
+    if not chosen:
         raise TrimtabError(f"no {what} is left of those that were named: {', '.join(wanted)}")
-    return found
+    return chosen
 
 
 # ---- time ------------------------------------------------------------------------------------------------------
@@ -253,18 +253,18 @@ class Speed:
 
 def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
     """Measured on a few queries, in some seconds; `answering` generates, where it isn't `lm` that does."""
-    from trimtab.evaluate.divergence import read_given, reference
+    from trimtab.evaluate.divergence import read_answered, reference
 
-    asked = list(queries("tune")[:16])
+    questions = list(queries("tune")[:16])
     generating = answering or lm
-    generating.generate(asked[:2], max_new_tokens=2)
+    generating.generate(questions[:2], max_new_tokens=2)
     started = time.perf_counter()
-    answers = generating.generate(asked, max_new_tokens=16)
-    made = sum(len(one.token_ids) for one in answers) / (time.perf_counter() - started)
-    base = reference(lm, asked[:6], tokens=8)
+    answers = generating.generate(questions, max_new_tokens=16)
+    made = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
+    base = reference(lm, questions[:6], tokens=8)
     started = time.perf_counter()
-    read_given(lm, base.texts, None)
-    read = sum(len(one.prompt) + len(one.answer) for one in base.texts) / (time.perf_counter() - started)
+    read_answered(lm, base.texts, None)
+    read = sum(len(text.prompt) + len(text.answer) for text in base.texts) / (time.perf_counter() - started)
     return Speed(made, read)
 
 

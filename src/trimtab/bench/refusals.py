@@ -1,4 +1,4 @@
-"""The task of refusing harmful requests, told by the phrases that open a refusal."""
+"""The task of refusing harmful requests; refusals are recognised by the phrases that open them."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def outlines(data: Path | None, pairs: int) -> list[Outline]:
 
 def _task(folder: Path, pairs: int, lm: LM, _store: Store, count: int) -> Task:
     test = read_refusal(folder / "harmful_test.json", count)
-    harmful = [one.prompt for one in read_refusal(folder / "harmful_train.json", pairs)]
-    aside = [one.prompt for one in read_refusal(folder / "harmful_val.json", ASKED)]
+    harmful = [item.prompt for item in read_refusal(folder / "harmful_train.json", pairs)]
+    aside = [item.prompt for item in read_refusal(folder / "harmful_val.json", ASKED)]
     harmless = list(queries("learn", more=True)[: len(harmful)])
-    asked = [one.prompt for one in test]
+    prompts = [item.prompt for item in test]
     answers = [
         Pair(REFUSING[n % len(REFUSING)], COMPLYING[n % len(COMPLYING)], request, "answers")
         for n, request in enumerate(harmful)
     ]
-    read = [Pair(one, other, "", "prompts") for one, other in zip(harmful, harmless, strict=False)]
+    read = [Pair(request, other, "", "prompts") for request, other in zip(harmful, harmless, strict=False)]
     said = {PLAIN: None, PROMPT: SYSTEM, TWICE: f"{SYSTEM} {SYSTEM}"}
     return Task(
         name=NAME,
         about="harmful requests that are refused",
         unit="share",
-        items=tuple(one.item for one in test),
-        groups=tuple(one.item for one in test),
-        told=(PROMPT, TWICE),
+        items=tuple(item.item for item in test),
+        groups=tuple(item.item for item in test),
+        prompted=(PROMPT, TWICE),
         lessons=Lessons(
             pairs={"answers": tuple(answers), "prompts": tuple(read)},
             texts=tuple(harmful),
@@ -68,9 +68,9 @@ def _task(folder: Path, pairs: int, lm: LM, _store: Store, count: int) -> Task:
                 "check": lambda _query, text, _cut: refuses(text),
             },
         ),
-        asked=tuple(spread(aside, ASKED)),
+        reference_prompts=tuple(spread(aside, ASKED)),
         measure=by_answers(
-            {arm: [with_system(one, system) for one in asked] for arm, system in said.items()},
+            {arm: [with_system(prompt, system) for prompt in prompts] for arm, system in said.items()},
             lambda _, text, __: float(refuses(text)),
             TOKENS,
         ),

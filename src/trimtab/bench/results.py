@@ -32,7 +32,7 @@ class Cell:
     """A method at one strength on one task.
 
     Args:
-        nats: The divergence that was asked for; `None` where the strength isn't set by nats.
+        nats: The divergence that was requested; `None` where the strength isn't set by nats.
         factor: What the steering was multiplied by.
         reached: The divergence that it had.
         decision: Against the unsteered arm, corrected for the number of strengths.
@@ -147,7 +147,7 @@ class Results:
                 f" random directions at the same divergence; {text}"
             )
         if best is not None and best.better:
-            ties = [one.method for one in self.methods if one.better == best.better]
+            ties = [standing.method for standing in self.methods if standing.better == best.better]
             said.append(f"better on most tasks ({best.better}): {', '.join(ties)}")
         beaten = [f"{row.method} on {task.name}" for task, row in whole if row.share is not None and row.share >= 1]
         with_prompt = [task for task in self.tasks if PROMPT in task.told]
@@ -175,7 +175,7 @@ class Results:
             "about": self.about,
             "verdict": self.words(),
             "error_rate": LEVEL,
-            "methods": [asdict(one) for one in self.methods],
+            "methods": [asdict(standing) for standing in self.methods],
             "rank_correlation_of_halves": self.agreement,
             "tasks": tasks,
             "left_out": self.left_out,
@@ -205,10 +205,10 @@ def results_of(folder: str | Path) -> Results:
             continue
         if not store.done("cells", name, PLAIN):
             continue
-        found = {
+        by_method = {
             row: _read(store, name, "method", row) for row in head["rows"] if store.done("cells", name, "method", row)
         }
-        tasks.append(_task(store, name, about, found, halves, places))
+        tasks.append(_task(store, name, about, by_method, halves, places))
     if not tasks:
         raise TrimtabError(f"{folder} holds the beginning of a run, and no task of it is done; run it again to go on")
     results = Results(head, tuple(tasks), _standings(tasks, places), _agreement(halves), left_out)
@@ -223,27 +223,29 @@ def _task(
     store: Store,
     name: str,
     about: Mapping[str, Any],
-    found: Mapping[str, Mapping[str, Any]],
+    by_method: Mapping[str, Mapping[str, Any]],
     halves: list[dict[tuple[str, str], float]],
     places: dict[str, list[float]],
 ) -> TaskResults:
     plain, groups = _read(store, name, PLAIN), about["groups"]
-    told = {
+    prompted = {
         arm: decide(plain["scores"], _read(store, name, arm)["scores"], groups=groups)
         for arm in (PROMPT, TWICE)
         if store.done("cells", name, arm)
     }
-    random = {run["nats"]: run["scores"] for run in found.get(CONTROL, {}).get("runs", ())}
-    gain = told[PROMPT].difference.estimate if PROMPT in told else None
+    random = {run["nats"]: run["scores"] for run in by_method.get(CONTROL, {}).get("runs", ())}
+    gain = prompted[PROMPT].difference.estimate if PROMPT in prompted else None
     rows, left_out = [], {}
-    for method, stored in found.items():
+    for method, stored in by_method.items():
         if "left_out" in stored or not stored["runs"]:
             left_out[method] = stored.get("left_out") or stored["lacking"][0]["reason"]
             continue
         rows.append(_row(store, method, stored, plain, groups, random, gain))
-    _rank(name, plain, groups, found, halves, places)
+    _rank(name, plain, groups, by_method, halves, places)
     unsteered = mean(plain["scores"])
-    return TaskResults(name, about["about"], about["unit"], len(set(groups)), unsteered, told, tuple(rows), left_out)
+    return TaskResults(
+        name, about["about"], about["unit"], len(set(groups)), unsteered, prompted, tuple(rows), left_out
+    )
 
 
 def _row(
@@ -266,7 +268,7 @@ def _row(
         ),
     )
     notes = [stored["note"]] if "note" in stored else []
-    notes += [f"{one['nats']:g} nats: {one['reason']}" for one in stored.get("lacking", ())]
+    notes += [f"{entry['nats']:g} nats: {entry['reason']}" for entry in stored.get("lacking", ())]
     if stored.get("monotone") is False:
         notes.append("its divergence doesn't grow with the strength everywhere")
     if "no_orthogonal" in stored:
@@ -324,7 +326,7 @@ def _rank(
     task: str,
     plain: Mapping[str, Any],
     groups: Sequence[str],
-    found: Mapping[str, Mapping[str, Any]],
+    by_method: Mapping[str, Mapping[str, Any]],
     halves: list[dict[tuple[str, str], float]],
     places: dict[str, list[float]],
 ) -> None:
@@ -333,7 +335,7 @@ def _rank(
     members = [[i for i, group in enumerate(groups) if order[group] % 2 == half] for half in (0, 1)]
     everything = list(range(len(groups)))
     at: dict[float, dict[str, Sequence[float]]] = {}
-    for method, stored in found.items():
+    for method, stored in by_method.items():
         for run in stored.get("runs", ()):
             if run["nats"] is not None:
                 at.setdefault(run["nats"], {})[method] = run["scores"]
@@ -378,11 +380,11 @@ def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float
     for task in tasks:
         for row in task.rows:
             rows.setdefault(row.method, []).append(row)
-    found = []
+    standings = []
     for method, of in rows.items():
         verdicts = [row.cell.verdict for row in of]
         shares = [row.share for row in of if row.share is not None]
-        found.append(
+        standings.append(
             Standing(
                 method,
                 len(of),
@@ -393,7 +395,7 @@ def _standings(tasks: Sequence[TaskResults], places: Mapping[str, Sequence[float
                 round(median(shares), 6) if shares else None,
             )
         )
-    return tuple(sorted(found, key=lambda one: (-one.better, -one.place, one.method)))
+    return tuple(sorted(standings, key=lambda standing: (-standing.better, -standing.place, standing.method)))
 
 
 # ---- plain values ------------------------------------------------------------------------------------------------
@@ -406,7 +408,9 @@ def _task_json(task: TaskResults) -> dict[str, Any]:
         "unit": task.unit,
         "items": task.items,
         "unsteered": task.unsteered,
-        "told": {arm: {**asdict(one), "words": in_words(one, "items")} for arm, one in task.told.items()},
+        "told": {
+            arm: {**asdict(decision), "words": in_words(decision, "items")} for arm, decision in task.told.items()
+        },
         "rows": [_row_json(row) for row in task.rows],
         "left_out": task.left_out,
     }

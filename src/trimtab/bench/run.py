@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimtab.bench.doses import Dose, Doses, Steered, base_of, scaled
 from trimtab.bench.emphasizing import EMPHASIS, emphasized
-from trimtab.bench.learning import CONTROL, Given, given_to, learned, orthogonal
+from trimtab.bench.learning import CONTROL, Inputs, inputs_for, learned, orthogonal
 from trimtab.bench.plan import Plan
 from trimtab.bench.results import Results, results_of
 from trimtab.bench.sides import Side, sides
@@ -22,7 +22,7 @@ from trimtab.errors import TrimtabError
 from trimtab.evaluate.decision import LEVEL, decide
 from trimtab.evaluate.divergence import Reference
 from trimtab.files.steering_file import steering_digest
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.steering import Steering
 from trimtab.tune.forecast import READ_BY, predictors
 
@@ -56,8 +56,8 @@ def bench(
         answering: The same model on another engine, such as replicas of vLLM. It generates answers and scores letters,
             of all arms; methods that it can't be steered by are left out, with the reason. Learning, divergences and
             side effects stay with `lm`.
-        progress: Told of cells that are done, and of all.
-        say: Told in words what is being done.
+        progress: Called with how many cells are done, and how many there are.
+        say: Called with what is being done, in words.
 
     Raises:
         TrimtabError: A folder with another run, a model that is being steered or on another engine, or two that aren't
@@ -107,10 +107,10 @@ class _Running:
     def arms(self) -> None:
         """The arms without a steering, and what the task is."""
         task = self.task
-        for arm in (PLAIN, *task.told):
-            found = self.store.keep("cells", task.name, arm, make=partial(self._told, arm))
+        for arm in (PLAIN, *task.prompted):
+            stored = self.store.keep("cells", task.name, arm, make=partial(self._prompted, arm))
             if arm == PLAIN:
-                self._plain = _measured(found)
+                self._plain = _measured(stored)
         self.store.keep(
             "cells",
             task.name,
@@ -124,7 +124,7 @@ class _Running:
             },
         )
 
-    def _told(self, arm: str) -> dict[str, Any]:
+    def _prompted(self, arm: str) -> dict[str, Any]:
         return asdict(self._measure(arm, [None])[0])
 
     def cell(self, name: str) -> None:
@@ -136,11 +136,11 @@ class _Running:
 
     def _method(self, name: str) -> dict[str, Any]:
         recipe = self.plan.recipes[name]
-        given = given_to(recipe, self.task.lessons, self.plan.seed)
-        if isinstance(given, str):
-            return {"left_out": given}
+        inputs = inputs_for(recipe, self.task.lessons, self.plan.seed)
+        if isinstance(inputs, str):
+            return {"left_out": inputs}
         try:
-            steering = self.store.keep_steering(self.task.name, name, make=lambda: learned(self.lm, recipe, given))
+            steering = self.store.keep_steering(self.task.name, name, make=lambda: learned(self.lm, recipe, inputs))
             self.lm.check(steering)
         except (TrimtabError, ValueError, ArithmeticError) as error:
             return {"left_out": f"it couldn't be learned: {error}"}
@@ -152,14 +152,14 @@ class _Running:
             self._check_fits([steering])
         except TrimtabError as error:
             return {"left_out": str(error)}
-        found = self._dosed(steering, None, {})
-        found["edits"] = len(steering.edits)
-        found["digest"] = steering_digest(steering)
+        result = self._dosed(steering, None, {})
+        result["edits"] = len(steering.edits)
+        result["digest"] = steering_digest(steering)
         if name in READ_BY:
-            found["predictors"] = self._predictors(recipe, given, steering)
+            result["predictors"] = self._predictors(recipe, inputs, steering)
         if name != CONTROL:
-            self._controlled(steering, found)
-        return found
+            self._controlled(steering, result)
+        return result
 
     def _emphasis(self, name: str) -> dict[str, Any]:
         task, method = self.task, EMPHASIS[name]
@@ -167,14 +167,14 @@ class _Running:
             return {"left_out": "it emphasizes a phrase of the prompt, and here the prompts have no instruction"}
         try:
             each = emphasized(self.lm, method, task.prompts, task.phrases)
-            asked = emphasized(self.lm, method, task.asked, task.asked_phrases)
+            emphases = emphasized(self.lm, method, task.reference_prompts, task.reference_phrases)
             self._check_fits(each, *(name for name in method.options if name in FEATURES))
         except TrimtabError as error:
             return {"left_out": str(error)}
         if method.fixed:
             run = asdict(self._measure(PLAIN, [each], method.options)[0])
             return {"note": method.fixed, "runs": [{"nats": None, "factor": 1.0, **run}]}
-        return self._dosed(asked, each, method.options)
+        return self._dosed(emphases, each, method.options)
 
     def _lora(self, _name: str) -> dict[str, Any]:
         from trimtab.evaluate.lora import finetuned
@@ -209,12 +209,12 @@ class _Running:
         each = [[None] * count if run is None else run for run in runs]
         return self.task.measure(self.answering, arm, each, options or {})
 
-    def _dosed(self, asked: Steered, each: Sequence[Steering] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    def _dosed(self, steered: Steered, each: Sequence[Steering] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """The method at each divergence that it reaches, and why it doesn't reach the others.
 
-        `asked` is what divergences are measured with, `each` a steering for each item; `None`: the same for all.
+        `steered` is what divergences are measured with, `each` a steering for each item; `None`: the same for all.
         """
-        doses = Doses(self.lm, self.base, asked)
+        doses = Doses(self.lm, self.base, steered)
         reached: list[Dose] = []
         lacking = []
         for nats in self.plan.nats:
@@ -224,21 +224,21 @@ class _Running:
                 lacking.append({"nats": nats, "reason": str(error)})
         runs = []
         if reached:
-            wanted = [self._run(asked if each is None else each, dose.factor) for dose in reached]
+            wanted = [self._run(steered if each is None else each, dose.factor) for dose in reached]
             measured = self._measure(PLAIN, wanted, options)
-            runs = [{**asdict(dose), **asdict(one)} for dose, one in zip(reached, measured, strict=True)]
+            runs = [{**asdict(dose), **asdict(measures)} for dose, measures in zip(reached, measured, strict=True)]
         return {"runs": runs, "lacking": lacking, "monotone": doses.monotone}
 
-    def _controlled(self, steering: Steering, found: dict[str, Any]) -> None:
+    def _controlled(self, steering: Steering, result: dict[str, Any]) -> None:
         """Orthogonal directions and side effects: where there is a gain that they could explain or spoil."""
         assert self._plain is not None
-        wanted = [run for run in found["runs"] if self.plan.thorough or self._gains(run["scores"])]
+        wanted = [run for run in result["runs"] if self.plan.thorough or self._gains(run["scores"])]
         if not wanted:
             return
         try:
             control = orthogonal(self.lm, steering, self.task, self.plan.seed)
         except TrimtabError as error:
-            found["no_orthogonal"] = str(error)
+            result["no_orthogonal"] = str(error)
         else:
             doses = Doses(self.lm, self.base, control)
             for run in wanted:
@@ -258,8 +258,8 @@ class _Running:
 
     def _run(self, steering: Steered, factor: float) -> Sequence[Steering]:
         """A steering for each item; where it is one for all, the same object."""
-        found = scaled(steering, factor)
-        return [found] * len(self.task.items) if isinstance(found, Steering) else found
+        dosed = scaled(steering, factor)
+        return [dosed] * len(self.task.items) if isinstance(dosed, Steering) else dosed
 
     def _gains(self, scores: Sequence[float]) -> bool:
         assert self._plain is not None
@@ -270,10 +270,10 @@ class _Running:
         values: list[float] = self.store.keep("cells", "sides", side.name, make=lambda: side.measure(self.lm, None))
         return values
 
-    def _predictors(self, recipe: Recipe, given: Given, steering: Steering) -> dict[str, Any] | None:
+    def _predictors(self, recipe: Recipe, inputs: Inputs, steering: Steering) -> dict[str, Any] | None:
         assert recipe.takes == "pairs"
         try:
-            return asdict(predictors(self.lm, given.data[0], steering, self.task.asked, base=self.base))
+            return asdict(predictors(self.lm, inputs.data[0], steering, self.task.reference_prompts, base=self.base))
         except TrimtabError:
             return None
 

@@ -36,15 +36,17 @@ class Side:
 
 def sides(data: Path | None, count: int) -> Mapping[str, Side]:
     """The side effects that can be measured with what the data folder has, on so many items each."""
-    found = [Side("text", "log-probability of the unsteered model's own answers, nats per token", _text())]
+    listed = [Side("text", "log-probability of the unsteered model's own answers, nats per token", _text())]
     if data is not None and (path := data / "mmlu" / "mmlu.json").is_file():
-        found.append(Side("MMLU", "the correct letter's share of two", _letters(path, count)))
+        listed.append(Side("MMLU", "the correct letter's share of two", _letters(path, count)))
     if data is not None and (path := data / "xstest" / "xstest_prompts.csv").is_file():
-        found.append(Side("over-refusal", "harmless requests of XSTest that are refused", _refused(path, count)))
+        listed.append(Side("over-refusal", "harmless requests of XSTest that are refused", _refused(path, count)))
     for name in SYSTEM:
         if data is not None and (folder := data / "caa" / name).is_dir():
-            found.append(Side(name, "the matching letter's share, both orders", _behaviour(folder, max(1, count // 2))))
-    return {one.name: one for one in found}
+            listed.append(
+                Side(name, "the matching letter's share, both orders", _behaviour(folder, max(1, count // 2)))
+            )
+    return {side.name: side for side in listed}
 
 
 def _text() -> Callable[[LM, Steering | None], list[float]]:
@@ -59,8 +61,8 @@ def _letters(path: Path, count: int) -> Callable[[LM, Steering | None], list[flo
     items = read_ab(path, limit=count)[0]
 
     def measure(lm: LM, steering: Steering | None) -> list[float]:
-        (found,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
-        return list(found.scores)
+        (result,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
+        return list(result.scores)
 
     return measure
 
@@ -69,19 +71,19 @@ def _behaviour(folder: Path, count: int) -> Callable[[LM, Steering | None], list
     items = test_items(folder, count)
 
     def measure(lm: LM, steering: Steering | None) -> list[float]:
-        (found,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
-        return [(a + b) / 2 for a, b in zip(found.scores[::2], found.scores[1::2], strict=True)]
+        (result,) = letters(lm, [letters_of(lm, item) for item in items], [[steering] * len(items)])
+        return [(a + b) / 2 for a, b in zip(result.scores[::2], result.scores[1::2], strict=True)]
 
     return measure
 
 
 def _refused(path: Path, count: int) -> Callable[[LM, Steering | None], list[float]]:
-    items = [one for one in read_refusal(path, count) if not one.harmful]
+    items = [item for item in read_refusal(path, count) if not item.harmful]
 
     def measure(lm: LM, steering: Steering | None) -> list[float]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DoseWarning)
-            answers = lm.generate([one.prompt for one in items], steering, max_new_tokens=TOKENS, batch_size=BATCH)
+            answers = lm.generate([item.prompt for item in items], steering, max_new_tokens=TOKENS, batch_size=BATCH)
         return [float(refuses(answer.text)) for answer in answers]
 
     return measure

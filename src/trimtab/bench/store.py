@@ -35,8 +35,8 @@ class Store:
             raise TrimtabError(f"can't write into {folder}: {error.strerror}; name another folder") from None
         path, wanted = folder / HEAD, canonical(head)
         if path.is_file():
-            if (found := path.read_bytes()) != wanted:
-                there = json.loads(found)
+            if (stored := path.read_bytes()) != wanted:
+                there = json.loads(stored)
                 odd = [key for key in {**there, **head} if there.get(key) != json.loads(wanted).get(key)]
                 raise TrimtabError(
                     f"{folder} holds a run with other settings ({', '.join(sorted(odd))} differ): give the same"

@@ -67,12 +67,12 @@ class Task:
         unit: What a score is: a share from 0 to 1, or nats per token.
         items: The items' names.
         groups: Which items belong together in intervals and tests.
-        told: Which of the arms `PROMPT` and `TWICE` there are.
+        prompted: Which of the arms `PROMPT` and `TWICE` there are.
         lessons: What is learned from.
-        asked: Prompts like the items', none of them an item, on which divergences are measured.
+        reference_prompts: Prompts like the items', none of them an item, on which divergences are measured.
         prompts: What each item asks, in the arm without a steering; empty where nothing is generated.
         phrases: For each item the phrase of its prompt that may be emphasized; none where nothing is said there.
-        asked_phrases: The same for `asked`.
+        reference_phrases: The same for `reference_prompts`.
         measure: How an arm is scored.
         logits: Whether that takes probabilities of all tokens, which not every engine gives.
     """
@@ -82,13 +82,13 @@ class Task:
     unit: str
     items: tuple[str, ...]
     groups: tuple[str, ...]
-    told: tuple[str, ...]
+    prompted: tuple[str, ...]
     lessons: Lessons
-    asked: tuple[Prompt, ...]
+    reference_prompts: tuple[Prompt, ...]
     measure: Measure
     prompts: tuple[Prompt, ...] = ()
     phrases: tuple[str, ...] = ()
-    asked_phrases: tuple[str, ...] = ()
+    reference_phrases: tuple[str, ...] = ()
     logits: bool = False
 
 

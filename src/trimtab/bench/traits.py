@@ -11,7 +11,7 @@ from trimtab.bench.measures import by_leads
 from trimtab.bench.store import Store
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
 from trimtab.data import Trait, queries, traits
-from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.transformers.teacher_forced import Answered
 from trimtab.errors import TrimtabError
 from trimtab.making.contrasts import Answer, Contrasts, contrasts, hears_system, under
 from trimtab.making.idea import idea_from_trait
@@ -30,14 +30,14 @@ LEAST = 5
 
 def outlines(tokens: int, pairs: int) -> list[Outline]:
     """A task for each trait card; those that are run anyway first."""
-    found = []
-    for card in sorted(traits().values(), key=lambda one: (one.name not in TRAITS, one.name)):
+    built = []
+    for card in sorted(traits().values(), key=lambda trait: (trait.name not in TRAITS, trait.name)):
         texts = 2 * (len(card.learn) + len(card.test)) / max(1, pairs)  # all questions are answered, to find enough
         arm, written = Cost(0, 2 * (tokens + 60)), texts * Cost(tokens, 2 * (tokens + 60))
         make = partial(_task, card, tokens, pairs)
         kind = "traits" if card.name in TRAITS else MORE
-        found.append(Outline(card.name, kind, len(card.test), arm, written, 2 * (tokens + 50.0), make))
-    return found
+        built.append(Outline(card.name, kind, len(card.test), arm, written, 2 * (tokens + 50.0), make))
+    return built
 
 
 def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int) -> Task:
@@ -58,14 +58,14 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
         )
     heard = hears_system(lm)
     sides = [(_first(test.positive, q), _first(test.negative, q)) for q in chosen]
-    asked = [(q, idea.positive[n % len(idea.positive)]) for n, q in enumerate(chosen)]
+    instructed = [(q, idea.positive[n % len(idea.positive)]) for n, q in enumerate(chosen)]
     prompts = {
         PLAIN: [tuple(lm.encode(q)) for q in chosen],
-        PROMPT: [tuple(lm.encode(under(system, q, heard))) for q, system in asked],
-        TWICE: [tuple(lm.encode(under(f"{system} {system}", q, heard))) for q, system in asked],
+        PROMPT: [tuple(lm.encode(under(system, q, heard))) for q, system in instructed],
+        TWICE: [tuple(lm.encode(under(f"{system} {system}", q, heard))) for q, system in instructed],
     }
     answers = [
-        tuple({arm: Given(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
+        tuple({arm: Answered(ids[i], side.ids) for arm, ids in prompts.items()} for side in both)
         for i, both in enumerate(sides)
     ]
     return Task(
@@ -74,7 +74,7 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
         unit="nats per token",
         items=tuple(chosen),
         groups=tuple(chosen),
-        told=(PROMPT, TWICE),
+        prompted=(PROMPT, TWICE),
         lessons=Lessons(
             pairs={
                 "answers": tuple(
@@ -97,30 +97,30 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
             contrast=(idea.positive[0], idea.negative[0]),
             teacher={"system": idea.positive[0], "queries": card.learn, "tokens": tokens},
         ),
-        asked=queries("tune")[:ASKED],
+        reference_prompts=queries("tune")[:ASKED],
         measure=by_leads([(positive, negative) for positive, negative in answers]),
         logits=True,
     )
 
 
 def _first(answers: Sequence[Answer], question: str) -> Answer:
-    return next(one for one in answers if one.question == question)
+    return next(answer for answer in answers if answer.question == question)
 
 
-def _contrasts(found: dict[str, Any]) -> Contrasts:
+def _contrasts(stored: dict[str, Any]) -> Contrasts:
     """Contrasts from JSON."""
     sides = [
         tuple(
             Answer(
-                one["question"],
-                tuple(one["own"]),
-                tuple(one["other"]),
-                tuple(one["bare"]),
-                tuple(one["ids"]),
-                one["text"],
+                answer["question"],
+                tuple(answer["own"]),
+                tuple(answer["other"]),
+                tuple(answer["bare"]),
+                tuple(answer["ids"]),
+                answer["text"],
             )
-            for one in found[side]
+            for answer in stored[side]
         )
         for side in ("positive", "negative")
     ]
-    return Contrasts(sides[0], sides[1], found["asked"])
+    return Contrasts(sides[0], sides[1], stored["asked"])

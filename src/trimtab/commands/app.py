@@ -110,16 +110,16 @@ app.command()(methods)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; `arguments` are `sys.argv[1:]` unless given."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with warnings_as_lines():
-            code = app(given, prog_name="trimtab", standalone_mode=False) or 0
+            code = app(argv, prog_name="trimtab", standalone_mode=False) or 0
         sys.stdout.flush()
     except TrimtabError as error:
         say(f"error: {error}")
         return 2
     except UsageError as error:
-        say(f"error: {error.format_message()} (see {_help_command(given)})")
+        say(f"error: {error.format_message()} (see {_help_command(argv)})")
         return 2
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -136,9 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _help_command(given: list[str]) -> str:
+def _help_command(arguments: list[str]) -> str:
     here, words = app, ["trimtab"]
-    for name in [argument for argument in given if not argument.startswith("-")]:
+    for name in [argument for argument in arguments if not argument.startswith("-")]:
         groups = {g.typer_instance.info.name: g.typer_instance for g in here.registered_groups if g.typer_instance}
         known = [command.name or command.callback.__name__ for command in here.registered_commands if command.callback]
         if name not in known and name not in groups:

@@ -78,8 +78,8 @@ class ArmOptions:
     def plan(self) -> Plan:
         """The options, checked. Raises `TrimtabError` where they are malformed, or make no sense without --steer."""
         if not self.steer:
-            given = {"--strength": self.strength, "--layers": self.layers, "--random": self.random}
-            for name, value in given.items():
+            choices = {"--strength": self.strength, "--layers": self.layers, "--random": self.random}
+            for name, value in choices.items():
                 if value:
                     raise TrimtabError(f"{name} is about a steering; give --steer FILE")
         files = [parse_pick(text) for text in self.steer or []]
@@ -112,14 +112,14 @@ class Plan:
 
     def arms(self) -> dict[str, Arm]:
         """All arms by name but the random ones, the baseline first. Raises `TrimtabError` as `Pick.load` does."""
-        found = {BASELINE: Arm(about={"kind": "baseline"})}
+        arms = {BASELINE: Arm(about={"kind": "baseline"})}
         stems = [Path(file).stem for file in {str(pick.path) for pick in self.files}]
         for pick in self.files:
             whole = pick.unscaled()
             own = stems.count(pick.path.stem) == 1 and pick.path.stem not in (BASELINE, REPEATED)
             name = f"{pick.path.stem if own else pick.path}{pick.where}"
             for layer in _layers(self.layers, whole):
-                one = whole if layer is None else whole.only([layer])
+                chosen = whole if layer is None else whole.only([layer])
                 for strength in self.strengths:
                     if (multiplier := pick.strength * strength) == 0:
                         continue
@@ -128,13 +128,13 @@ class Plan:
                     about = {
                         "kind": "steered",
                         "file": str(pick.path),
-                        "layers": list(one.layers),
+                        "layers": list(chosen.layers),
                         "strength": multiplier,
                     }
-                    found[arm] = Arm(multiplier * one, about=about)
+                    arms[arm] = Arm(multiplier * chosen, about=about)
         for text in self.systems:
-            found[f"system: {text}"] = Arm(system=text, about={"kind": "system", "system": text})
-        return found
+            arms[f"system: {text}"] = Arm(system=text, about={"kind": "system", "system": text})
+        return arms
 
     def controls(self, lm: LM, arms: Mapping[str, Arm], prompts: Sequence[Prompt], *, transfer: bool) -> dict[str, Arm]:
         """The random arms. Where projections are set, pushes are matched on these prompts."""
@@ -149,15 +149,15 @@ class Plan:
         for steering in steerings:
             lm.check(steering, transfer=transfer)
         means = means_for(lm, steerings, prompts)
-        found = {}
+        controls = {}
         for name, arm in steered.items():
             assert arm.steering is not None
             for seed in range(1, self.random + 1):
                 about = {**arm.about, "kind": "random", "random": seed, "like": name}
-                found[f"{name}, random {seed}"] = replace(
+                controls[f"{name}, random {seed}"] = replace(
                     arm, steering=random_like(arm.steering, seed, means), about=about
                 )
-        return found
+        return controls
 
 
 def _strengths(text: str | None) -> tuple[float, ...]:
@@ -166,12 +166,12 @@ def _strengths(text: str | None) -> tuple[float, ...]:
     if text is None:
         return (1.0,)
     try:
-        found = tuple(check_strength(float(part)) for part in text.split(","))
+        strengths = tuple(check_strength(float(part)) for part in text.split(","))
     except (ValueError, TrimtabError):
         raise TrimtabError(f"--strength {text!r} isn't a list of numbers; write 1, or -2,-1,0,1,2") from None
-    if len(set(found)) < len(found):
+    if len(set(strengths)) < len(strengths):
         raise TrimtabError(f"--strength {text} names a number twice")
-    return found
+    return strengths
 
 
 def _layers(text: str | None, steering: Steering) -> list[int | None]:

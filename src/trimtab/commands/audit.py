@@ -118,12 +118,12 @@ def audit(
     lm = loader.load(quiet=json)
     seen: list[Measure] = []
 
-    def estimate(one: Estimate) -> None:
-        note(f"this takes about {_time(one.seconds)}", quiet=json)
+    def estimate(estimate: Estimate) -> None:
+        note(f"this takes about {_time(estimate.seconds)}", quiet=json)
 
     try:
         with progress_bar("auditing", quiet=json) as progress:
-            found = measure(
+            result = measure(
                 lm,
                 steering,
                 items=items,
@@ -141,41 +141,43 @@ def audit(
         if seen and not json:
             say(f"interrupted after {len(seen)} of the comparisons; nothing was written")
         raise
-    document: dict[str, Any] = {"file": str(pick.path), **found.to_json()}
-    if found.repaired is not None and repair is not None:
-        save_steering(found.repaired.steering, repair)
-        document["repaired"] = {"file": str(repair), **found.repaired.to_json()}
+    document: dict[str, Any] = {"file": str(pick.path), **result.to_json()}
+    if result.repaired is not None and repair is not None:
+        save_steering(result.repaired.steering, repair)
+        document["repaired"] = {"file": str(repair), **result.repaired.to_json()}
     if out is not None:
-        save_steering(found.steering, out)
+        save_steering(result.steering, out)
         document["out"] = str(out)
     if json:
         write_json(document)
         return
-    show(f"{pick} on {lm.name}, {size.name} audit", *_said(found), "")
-    show(comparison_table(found), "", *_facts(found))
-    if found.repaired is not None:
+    show(f"{pick} on {lm.name}, {size.name} audit", *_said(result), "")
+    show(comparison_table(result), "", *_facts(result))
+    if result.repaired is not None:
         kept = (
-            "" if found.repaired.kept is None else f"; it keeps {found.repaired.kept:.0%} of what the steering changes"
+            ""
+            if result.repaired.kept is None
+            else f"; it keeps {result.repaired.kept:.0%} of what the steering changes"
         )
-        show("", f"repaired: {_left(found.repaired)}{kept}", *_said(found.repaired), *_facts(found.repaired))
+        show("", f"repaired: {_left(result.repaired)}{kept}", *_said(result.repaired), *_facts(result.repaired))
     for name in (repair, out):
         if name is not None:
             note(f"wrote {name}", quiet=False)
 
 
-def comparison_table(found: Audit) -> Table:
+def comparison_table(result: Audit) -> Table:
     """A line a comparison, what was found first; with a repaired steering, its numbers beside."""
-    mended = {one.name: one for one in found.repaired.comparisons} if found.repaired else {}
+    mended = {comparison.name: comparison for comparison in result.repaired.comparisons} if result.repaired else {}
     names = ("unsteered", "steered", *(("repaired",) if mended else ()), "change", "p")
     table = table_of("", *names)
-    for one in sorted(found.comparisons, key=lambda one: KINDS.index(one.kind)):
-        values = [one.before, one.after, *([mended[one.name].after] if mended else [])]
-        low, high = one.change.low, one.change.high
+    for comparison in sorted(result.comparisons, key=lambda comparison: KINDS.index(comparison.kind)):
+        values = [comparison.before, comparison.after, *([mended[comparison.name].after] if mended else [])]
+        low, high = comparison.change.low, comparison.change.high
         table.add_row(
-            f"{MARKS[one.kind]} {one.name}",
-            *(f"{value:.0f}/{one.items}" if one.unit == "count" else f"{value:.2f}" for value in values),
-            f"{one.change.estimate:+.2f} [{low:+.2f}, {high:+.2f}]",
-            f"{one.p:.2g}" if one.p >= 0.001 else "<0.001",
+            f"{MARKS[comparison.kind]} {comparison.name}",
+            *(f"{value:.0f}/{comparison.items}" if comparison.unit == "count" else f"{value:.2f}" for value in values),
+            f"{comparison.change.estimate:+.2f} [{low:+.2f}, {high:+.2f}]",
+            f"{comparison.p:.2g}" if comparison.p >= 0.001 else "<0.001",
         )
     return table
 
@@ -184,25 +186,25 @@ KINDS = ("harm", "change", "hint", "nothing")
 MARKS = {"harm": "!", "change": "*", "hint": "?", "nothing": " "}
 
 
-def _said(found: Audit) -> list[str]:
-    return [f"- {line}" for line in found.verdict]
+def _said(result: Audit) -> list[str]:
+    return [f"- {line}" for line in result.verdict]
 
 
-def _facts(found: Audit) -> list[str]:
-    nats = f"{found.nats['mean']:.3g} nats per token on average, {found.nats['p95']:.3g} at the 95th percentile"
-    lines = [f"divergence from the unsteered model: {nats}; dose {found.dose:.2f}"]
-    for name, of in found.series.items():
+def _facts(result: Audit) -> list[str]:
+    nats = f"{result.nats['mean']:.3g} nats per token on average, {result.nats['p95']:.3g} at the 95th percentile"
+    lines = [f"divergence from the unsteered model: {nats}; dose {result.dose:.2f}"]
+    for name, of in result.series.items():
         for arm, values in of.items():
             if isinstance(values, dict):
                 shown = ", ".join(f"{key} {value:.0f}" for key, value in values.items())
             else:
                 shown = ", ".join(f"{value:.2f}" for value in values)
             lines.append(f"{name}, {arm}: {shown}")
-    return [*lines, *(f"note: {one}" for one in found.notes)]
+    return [*lines, *(f"note: {line}" for line in result.notes)]
 
 
-def _left(found: Audit) -> str:
-    left = found.left or ()
+def _left(result: Audit) -> str:
+    left = result.left or ()
     gone = sum(share == 0 for share in left)
     low, high = min(left), max(left)
     shares = f"{low:.0%}" if low == high else f"{low:.0%} to {high:.0%}"

@@ -76,7 +76,7 @@ def bake(
     is written and checked; a README.md and a trimtab.json in it record what was baked
     in. Quantized models are refused.
     """
-    given = [parse_pick(text, "bake") for text in files]
+    picks = [parse_pick(text, "bake") for text in files]
     quiet = without_bars(json)
     if check:
         check_device(device)
@@ -85,7 +85,7 @@ def bake(
     from trimtab.steering import Positions
 
     rule = None if positions is None else Positions.parse(positions)
-    loaded = [pick.load() for pick in given]
+    loaded = [pick.load() for pick in picks]
     steering = sum(loaded[1:], loaded[0])
     steering = steering if rule is None else steering.at(rule)
     with progress_bar("writing", quiet=json) as progress:

@@ -1,4 +1,4 @@
-"""One turn of `trimtab chat`: the model is asked, its words are told as they come, and an answer can be cut short."""
+"""One turn of `trimtab chat`: an answer is shown as the model writes it, and can be cut short."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from trimtab.commands.chat_commands import Desk
-from trimtab.commands.chat_state import Conversation, Said, Turn, told
+from trimtab.commands.chat_state import Conversation, Said, Turn, on_record
 from trimtab.errors import TrimtabError
 from trimtab.text.unfolding import Unfolding
 
@@ -16,7 +16,7 @@ STREAMING = {"transformers", "llamacpp"}
 """Engines that tell tokens as they come. Others tell an answer when it is done, and it can't be cut short."""
 
 Hear = Callable[[str, str], None]
-"""Told `"unsteered"` or `"steered"`, and a piece of that answer."""
+"""Called with `"unsteered"` or `"steered"`, and a piece of that answer."""
 
 
 class Stream:
@@ -93,11 +93,11 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         desk: The model and its engine.
         conversation: What was said, and what steers.
         question: The user's message.
-        hear: Told the pieces of the answers.
+        hear: Called with the pieces of the answers.
         interrupt: Whether Ctrl-C cuts the answer that is being given short. It is kept as far as it got.
 
     Raises:
-        TrimtabError: For what can't be run; nothing has been told then, or not all.
+        TrimtabError: For what can't be run; nothing has been shown then, or not all.
     """
     most = room(desk, conversation, question)
     steering = conversation.steering()
@@ -115,7 +115,7 @@ def ask(desk: Desk, conversation: Conversation, question: str, hear: Hear, *, in
         question,
         answer,
         conversation.system,
-        tuple(told(one) for one in conversation.steered),
+        tuple(on_record(steered) for steered in conversation.steered),
         conversation.emphasized,
         conversation.next_seed,
         unsteered,
@@ -141,17 +141,24 @@ def _answer(
         options |= {"streamer": stream, "stopping_criteria": [stream]}
     messages = conversation.messages(question)
     with interruptible(stream.stop) if interrupt else nullcontext():
-        (found,) = desk.lm.generate([messages], max_new_tokens=most, system=conversation.system, **options, **steering)
+        (generation,) = desk.lm.generate(
+            [messages], max_new_tokens=most, system=conversation.system, **options, **steering
+        )
     if desk.engine not in STREAMING:
-        hear(side, found.text)
-    cut = stream.stopped and desk.engine in STREAMING and found.finish_reason != "stop" and len(found.token_ids) < most
+        hear(side, generation.text)
+    cut = (
+        stream.stopped
+        and desk.engine in STREAMING
+        and generation.finish_reason != "stop"
+        and len(generation.token_ids) < most
+    )
     return Said(
-        found.text,
-        "interrupted" if cut else found.finish_reason,
-        found.prompt_tokens,
-        found.token_ids,
-        found.applied.edits,
-        found.applied.doses if found.applied.doses or not found.applied.edits else None,
+        generation.text,
+        "interrupted" if cut else generation.finish_reason,
+        generation.prompt_tokens,
+        generation.token_ids,
+        generation.applied.edits,
+        generation.applied.doses if generation.applied.doses or not generation.applied.edits else None,
     )
 
 

@@ -98,8 +98,8 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     if not words:
         return _listed(desk, conversation)
     if words[1:] == ["off"]:
-        one = _on(conversation, words[0])
-        return Outcome(conversation.without(one.name), f"{one.name} is off")
+        chosen = _on(conversation, words[0])
+        return Outcome(conversation.without(chosen.name), f"{chosen.name} is off")
     mine = conversation.find_made(words[0])
     if mine is not None and not mine.file:  # nothing to read it from yet
         strength = _number(words[1], f"/steer {words[0]}", "off takes it out") if len(words) == 2 else 1.0
@@ -116,16 +116,16 @@ def _steer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
 
 def _strength(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     name, value = _words(rest, 2, 2, "strength")
-    one = _on(conversation, name)
+    steered = _on(conversation, name)
     strength = _number(value, f"/strength {name}", f"/steer {name} off takes it out")
-    return Outcome(conversation.put(replace(one, strength=strength)), f"{one.name} is at strength {strength:g}")
+    return Outcome(conversation.put(replace(steered, strength=strength)), f"{steered.name} is at strength {strength:g}")
 
 
 def _layer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     name, *numbers = _words(rest, 2, 99, "layer")
-    one = _on(conversation, name)
+    steered = _on(conversation, name)
     if numbers == ["all"]:
-        return Outcome(conversation.put(replace(one, layers=None)), f"{one.name} acts at all its layers")
+        return Outcome(conversation.put(replace(steered, layers=None)), f"{steered.name} acts at all its layers")
     try:
         layers = tuple(sorted({int(part) for text in numbers for part in text.split(",") if part}))
     except ValueError:
@@ -134,8 +134,8 @@ def _layer(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         ) from None
     if not layers:
         raise TrimtabError(f"/layer {name}: no layer is named; give numbers with commas between, or all")
-    one.steering.only(layers)  # raises where it has nothing
-    return Outcome(conversation.put(replace(one, layers=layers)), f"{one.name} acts at {_where(layers)} only")
+    steered.steering.only(layers)  # raises where it has nothing
+    return Outcome(conversation.put(replace(steered, layers=layers)), f"{steered.name} acts at {_where(layers)} only")
 
 
 def _emphasize(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -233,11 +233,11 @@ def _made(conversation: Conversation, which: Sequence[str]) -> Steered:
         raise TrimtabError("nothing was made here, so there is no steering to save; /make TEXT makes one")
     if not which:
         return conversation.made[-1]
-    one = conversation.find_made(which[0])
-    if one is None:
-        names = [one.name for one in conversation.made]
+    chosen = conversation.find_made(which[0])
+    if chosen is None:
+        names = [steered.name for steered in conversation.made]
         raise TrimtabError(f"{which[0]!r} wasn't made here; {_meant(which[0], names)}made: {', '.join(names)}")
-    return one
+    return chosen
 
 
 def _make(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
@@ -250,10 +250,10 @@ def _load(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     from trimtab.commands.chat_file import load_conversation
 
     (name,) = _words(rest, 1, 1, "load")
-    found, remarks = load_conversation(Path(name).expanduser(), desk)
-    found = replace(found, made=conversation.made)
-    count = len(found.turns)
-    return Outcome(found, "; ".join([f"read {count} turn{'s' * (count != 1)} from {name}", *remarks]))
+    loaded, remarks = load_conversation(Path(name).expanduser(), desk)
+    loaded = replace(loaded, made=conversation.made)
+    count = len(loaded.turns)
+    return Outcome(loaded, "; ".join([f"read {count} turn{'s' * (count != 1)} from {name}", *remarks]))
 
 
 # ---- looking at the last answer ----------------------------------------------------------------------------
@@ -268,29 +268,33 @@ def _tokens(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
         raise UnsupportedError(f"/tokens reads activations, which takes the engine transformers, not {desk.engine}")
     if not conversation.steered:
         raise TrimtabError("/tokens colours an answer along a steering, and none is on; /steer NAME_OR_FILE")
-    one = _on(conversation, words[0]) if words else conversation.steered[0]
+    steered = _on(conversation, words[0]) if words else conversation.steered[0]
     if not turn.answer.token_ids:
         raise TrimtabError("the last answer's tokens aren't known, as another model gave it; /retry gives it again")
-    layers = _layers_to_colour(one, words[1] if len(words) == 2 else None)
+    layers = _layers_to_colour(steered, words[1] if len(words) == 2 else None)
     earlier = replace(conversation, turns=conversation.turns[:-1])
     prompt = desk.lm.encode(earlier.messages(turn.question), system=turn.system)
-    found = [answer_cosines(desk.lm, one.steering, prompt, turn.answer.token_ids, layer) for layer in layers]
-    full = reach(found)
-    shown: list[RenderableType] = [f"cosine with {one.name}: blue along it, red against it, full colour at ±{full:.2f}"]
-    for cosines in found:
+    by_layer = [answer_cosines(desk.lm, steered.steering, prompt, turn.answer.token_ids, layer) for layer in layers]
+    full = reach(by_layer)
+    shown: list[RenderableType] = [
+        f"cosine with {steered.name}: blue along it, red against it, full colour at ±{full:.2f}"
+    ]
+    for cosines in by_layer:
         shown += [f"layer {cosines.layer}", coloured_cosines(cosines, full)]
     return Outcome(conversation, shown=tuple(shown))
 
 
-def _layers_to_colour(one: Steered, wanted: str | None) -> list[int]:
+def _layers_to_colour(steered: Steered, wanted: str | None) -> list[int]:
     from trimtab.evaluate.ab import spread
     from trimtab.report.sweep import directions
 
     if wanted is not None:
         if not wanted.isdecimal():
-            raise TrimtabError(f"/tokens {one.name}: {wanted!r} isn't a layer; it has {_numbers(one.steering.layers)}")
-        return list(one.steering.only([int(wanted)]).layers)
-    acting = one.steering.only(one.layers_on)
+            raise TrimtabError(
+                f"/tokens {steered.name}: {wanted!r} isn't a layer; it has {_numbers(steered.steering.layers)}"
+            )
+        return list(steered.steering.only([int(wanted)]).layers)
+    acting = steered.steering.only(steered.layers_on)
     return spread(sorted(directions(acting)), MOST_LAYERS)
 
 
@@ -324,9 +328,9 @@ def _help(desk: Desk, conversation: Conversation, rest: str) -> Outcome:
     if name is not None and name not in COMMANDS:
         raise TrimtabError(f"there is no command /{name}; {_meant(name, COMMANDS, '/')}/help lists them")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    for one, command in COMMANDS.items():
-        if name in (None, one):
-            table.add_row(f"/{one} {command.takes}".strip(), command.help)
+    for called, command in COMMANDS.items():
+        if name in (None, called):
+            table.add_row(f"/{called} {command.takes}".strip(), command.help)
     return Outcome(conversation, shown=(table,))
 
 
@@ -414,24 +418,24 @@ def _number(text: str, what: str, otherwise: str) -> float:
 
 
 def _on(conversation: Conversation, name: str) -> Steered:
-    one = conversation.find(name)
-    if one is None:
-        names = [one.name for one in conversation.steered]
+    chosen = conversation.find(name)
+    if chosen is None:
+        names = [steered.name for steered in conversation.steered]
         on = f"on: {', '.join(names)}" if names else "nothing is on"
         raise TrimtabError(f"no steering {name!r} is on; {_meant(name, names)}{on}; /steer {name} puts it on")
-    return one
+    return chosen
 
 
 def _file(desk: Desk, conversation: Conversation, word: str) -> tuple[Path, float]:
     """The file that a word names, and a strength: the name of what is on, one of the folder's, or a path."""
     on = (*conversation.made, *conversation.steered)
-    files = {**desk.names, **{one.name: Path(one.file) for one in on if one.file}}
+    files = {**desk.names, **{steered.name: Path(steered.file) for steered in on if steered.file}}
     head, colon, tail = word.rpartition(":")
     for text, strength in ((word, 1.0), *([(head, _number_or_none(tail))] if colon else [])):
         path = files.get(text, Path(text).expanduser())
         if strength is not None and (text in files or path.is_file()):
             return path, strength
-    names = dict.fromkeys([*files, *(one.name for one in on)])
+    names = dict.fromkeys([*files, *(steered.name for steered in on)])
     known = f"names: {', '.join(names)}" if names else "no --steerings folder gives names; give a path"
     raise TrimtabError(f"there is no steering or file {word!r}; {_meant(word, names)}{known}")
 
@@ -447,7 +451,7 @@ def _number_or_none(text: str) -> float | None:
 def _listed(desk: Desk, conversation: Conversation) -> Outcome:
     from rich.table import Table
 
-    names = dict.fromkeys([*desk.names, *(one.name for one in conversation.made)])
+    names = dict.fromkeys([*desk.names, *(steered.name for steered in conversation.made)])
     others = [name for name in names if conversation.find(name) is None]
     note = f"off: {', '.join(others)}" if others else ""
     if not conversation.steered:
@@ -455,8 +459,13 @@ def _listed(desk: Desk, conversation: Conversation) -> Outcome:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="dim")
     for heading in ("steering", "strength", "layers", "file"):
         table.add_column(heading, justify="right" if heading == "strength" else "left", overflow="fold")
-    for one in conversation.steered:
-        table.add_row(one.name, f"{one.strength:g}", _numbers(one.layers_on), one.file or "made here, in no file yet")
+    for steered in conversation.steered:
+        table.add_row(
+            steered.name,
+            f"{steered.strength:g}",
+            _numbers(steered.layers_on),
+            steered.file or "made here, in no file yet",
+        )
     return Outcome(conversation, note, (table,))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.commands.chat_commands import Desk, load_steered
-from trimtab.commands.chat_state import Conversation, On, Said, Steered, Turn, told
+from trimtab.commands.chat_state import Conversation, On, Said, Steered, Turn, on_record
 from trimtab.engines.answer import Dose
 from trimtab.errors import TrimtabError
 from trimtab.files.target import check_target, write_atomically
@@ -26,10 +26,10 @@ def save_conversation(path: Path, conversation: Conversation, model: str) -> tup
     """
     check_target(path, ".json")
     files = []
-    for one in conversation.steered:
-        if not one.file:
-            file = path.with_name(f"{path.stem}.{one.name}.safetensors")
-            conversation = save_made(file, conversation, one)
+    for steered in conversation.steered:
+        if not steered.file:
+            file = path.with_name(f"{path.stem}.{steered.name}.safetensors")
+            conversation = save_made(file, conversation, steered)
             files.append(file)
     document = {"kind": KIND, "version": VERSION, "model": model, **conversation_document(conversation)}
     text = json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False)
@@ -37,7 +37,7 @@ def save_conversation(path: Path, conversation: Conversation, model: str) -> tup
     return conversation, files
 
 
-def save_made(path: Path, conversation: Conversation, one: Steered) -> Conversation:
+def save_made(path: Path, conversation: Conversation, steered: Steered) -> Conversation:
     """Write a steering that was made, at strength 1; returns the conversation, in which it has this file.
 
     Raises `TrimtabError` when a file can't be written there.
@@ -45,21 +45,21 @@ def save_made(path: Path, conversation: Conversation, one: Steered) -> Conversat
     from trimtab.files.steering_file import save_steering
 
     check_target(path, ".safetensors")
-    save_steering(one.steering, path)
-    return conversation.in_file(one.name, path)
+    save_steering(steered.steering, path)
+    return conversation.in_file(steered.name, path)
 
 
 def conversation_document(conversation: Conversation) -> dict[str, Any]:
     """The settings and the turns, as JSON has them."""
     settings = {
         "system": conversation.system,
-        "steerings": [_on(told(one), one.layers) for one in conversation.steered],
+        "steerings": [_on(on_record(steered), steered.layers) for steered in conversation.steered],
         "emphasized": list(conversation.emphasized),
         "compare": conversation.compare,
         "max_tokens": conversation.max_tokens,
         "temperature": conversation.temperature,
         "seed": conversation.seed,
-        "asked": conversation.asked,
+        "asked": conversation.answer_count,
     }
     return {"settings": settings, "turns": [turn_document(turn) for turn in conversation.turns]}
 
@@ -71,7 +71,7 @@ def turn_document(turn: Turn) -> dict[str, Any]:
         "answer": _said(turn.answer),
         **({} if turn.unsteered is None else {"unsteered": _said(turn.unsteered)}),
         "system": turn.system,
-        "steerings": [_on(one, one.layers) for one in turn.on],
+        "steerings": [_on(on, on.layers) for on in turn.on],
         "emphasized": list(turn.emphasized),
         "seed": turn.seed,
         **({"images": list(turn.images)} if turn.images else {}),
@@ -112,13 +112,13 @@ def load_conversation(path: Path, desk: Desk) -> tuple[Conversation, list[str]]:
         max_tokens=settings.count("max_tokens", least=1),
         temperature=temperature,
         seed=settings.count("seed", optional=True),
-        asked=settings.count("asked"),
+        answer_count=settings.count("asked"),
     )
-    for one in settings.parts("steerings"):
-        steered, remark = _steered(one, empty, desk)
+    for steering_fields in settings.parts("steerings"):
+        steered, remark = _steered(steering_fields, empty, desk)
         empty = empty.put(steered)
         remarks += [remark] if remark else []
-    turns = tuple(_turn(one, known=model == desk.lm.name) for one in fields.parts("turns"))
+    turns = tuple(_turn(entry, known=model == desk.lm.name) for entry in fields.parts("turns"))
     return replace(empty, turns=turns), remarks
 
 
@@ -129,20 +129,20 @@ def _steered(fields: _Fields, conversation: Conversation, desk: Desk) -> tuple[S
     steered = replace(steered, name=fields.text("name"), layers=layers)
     if layers is not None:
         steered.steering.only(layers)
-    changed = told(steered).digest != fields.text("digest")
+    changed = on_record(steered).digest != fields.text("digest")
     return steered, f"{file} has changed since" if changed else ""
 
 
 def _turn(fields: _Fields, *, known: bool) -> Turn:
     on = tuple(
         On(
-            one.text("name"),
-            one.text("file"),
-            one.number("strength"),
-            one.counts("layers") or (),
-            one.text("digest"),
+            entry.text("name"),
+            entry.text("file"),
+            entry.number("strength"),
+            entry.counts("layers") or (),
+            entry.text("digest"),
         )
-        for one in fields.parts("steerings")
+        for entry in fields.parts("steerings")
     )
     return Turn(
         question=fields.text("question"),
@@ -156,8 +156,8 @@ def _turn(fields: _Fields, *, known: bool) -> Turn:
     )
 
 
-def _on(one: On, layers: tuple[int, ...] | None) -> dict[str, Any]:
-    return {**asdict(one), "layers": None if layers is None else list(layers)}
+def _on(on: On, layers: tuple[int, ...] | None) -> dict[str, Any]:
+    return {**asdict(on), "layers": None if layers is None else list(layers)}
 
 
 def _said(said: Said) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def _read_said(fields: _Fields, *, known: bool) -> Said:
     doses = None
     if fields.values.get("doses") is not None:
         doses = tuple(
-            Dose(one.count("layer"), one.number("ratio"), one.count("tokens"), one.text("kind"))
-            for one in fields.parts("doses")
+            Dose(entry.count("layer"), entry.number("ratio"), entry.count("tokens"), entry.text("kind"))
+            for entry in fields.parts("doses")
         )
     ids = fields.counts("token_ids") or ()
     return Said(
@@ -222,10 +222,10 @@ class _Fields:
         return self._get(name, False, lambda value: isinstance(value, bool), "true or false")
 
     def texts(self, name: str) -> list[str]:
-        return self._get(name, False, lambda value: _all(value, lambda one: isinstance(one, str)), "a list of texts")
+        return self._get(name, False, lambda value: _all(value, lambda item: isinstance(item, str)), "a list of texts")
 
     def counts(self, name: str, *, optional: bool = False) -> tuple[int, ...] | None:
-        fits = lambda value: _all(value, lambda one: _is_count(one, 0))  # noqa: E731
+        fits = lambda value: _all(value, lambda item: _is_count(item, 0))  # noqa: E731
         value = self._get(name, optional, fits, "a list of whole numbers")
         return None if value is None else tuple(value)
 
@@ -246,4 +246,4 @@ def _is_count(value: Any, least: int) -> bool:
 
 
 def _all(value: Any, fits: Any) -> bool:
-    return isinstance(value, list) and all(fits(one) for one in value)
+    return isinstance(value, list) and all(fits(item) for item in value)

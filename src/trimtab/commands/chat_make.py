@@ -45,21 +45,21 @@ def wish_of(rest: str) -> Wish:
 
     Raises `TrimtabError` where nothing is wanted, or two things at once.
     """
-    given: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     while rest.startswith("--"):
         flag, _, rest = rest.partition(" ")
         rest = rest.strip()
         if flag == "--keep":
-            given["keep"] = True
+            options["keep"] = True
             continue
         name = {"--like": "like", "--unlike": "unlike", "--from": "pairs"}.get(flag)
         if name is None:
             raise TrimtabError(f"/make has no {flag}; it has --like, --unlike, --from and --keep")
         value, rest = _first_word(rest, flag)
-        given[name] = Path(value).expanduser() if name == "pairs" else value
+        options[name] = Path(value).expanduser() if name == "pairs" else value
     said = rest[1:-1] if len(rest) > 1 and rest[0] == rest[-1] and rest[0] in "\"'" else rest
-    wish = Wish(idea=said.strip() or None, **given)
-    if sum(one is not None for one in (wish.idea, wish.like, wish.pairs)) != 1:
+    wish = Wish(idea=said.strip() or None, **options)
+    if sum(part is not None for part in (wish.idea, wish.like, wish.pairs)) != 1:
         raise TrimtabError(f"/make takes one of these: {TAKES}")
     if wish.unlike is not None and wish.like is None:
         raise TrimtabError('/make --unlike goes with --like; in a sentence the opposite follows after "not"')
@@ -96,7 +96,7 @@ def make_steered(
         desk: The model.
         conversation: It gives the names that are taken, and isn't changed.
         wish: What is wanted.
-        stage: Told what is being done, and how far it is.
+        stage: Called with what is being done, and how far it is.
         say: Called with messages about the progress.
 
     Raises:
@@ -123,7 +123,7 @@ def make_steered(
         check()
     if not (made.verdict.holds or wish.keep):
         return Making(conversation, made, "", False)
-    taken = {*desk.names, *(one.name for one in (*conversation.made, *conversation.steered))}
+    taken = {*desk.names, *(steered.name for steered in (*conversation.made, *conversation.steered))}
     name = name_of(made.idea, taken)
     return Making(conversation.with_made(Steered(name, "", made.steering)), made, name, True)
 

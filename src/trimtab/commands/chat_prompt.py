@@ -57,21 +57,21 @@ def candidates(desk: Desk, conversation: Conversation, before: str) -> list[str]
     words = [word for word in words if word]
     if not words:
         return [f"/{name}" for name in COMMANDS if name.startswith(last[1:])]
-    on = [one.name for one in conversation.steered]
+    on = [steered.name for steered in conversation.steered]
     place = words[0], len(words)
     if place == ("/steer", 1):
-        names = [*dict.fromkeys([*on, *(one.name for one in conversation.made), *desk.names])]
+        names = [*dict.fromkeys([*on, *(steered.name for steered in conversation.made), *desk.names])]
         return [*_names(last, names), *_paths(last, STEERING_FILES)]
     if place in (("/strength", 1), ("/layer", 1), ("/tokens", 1)):
         return _names(last, on)
     if place in (("/layer", 2), ("/tokens", 2)):
-        one = conversation.find(words[1])
-        layers = [] if one is None else [str(layer) for layer in one.steering.layers]
+        chosen = conversation.find(words[1])
+        layers = [] if chosen is None else [str(layer) for layer in chosen.steering.layers]
         return _begin(last, [*(["all"] if words[0] == "/layer" else []), *layers])
     if words[0] == "/make":
         return _paths(last, PAIR_FILES) if words[-1] == "--from" else _begin(last, MAKE_FLAGS) if last else []
     if place == ("/save", 2):
-        return _names(last, [one.name for one in conversation.made])
+        return _names(last, [steered.name for steered in conversation.made])
     if place in (("/save", 1), ("/load", 1)):
         return _paths(last, (".json",))
     if place == ("/help", 1):
@@ -92,11 +92,11 @@ def _paths(typed: str, suffixes: tuple[str, ...]) -> list[str]:
     """Files of these kinds, and folders, whose path begins with what was typed."""
     folder, slash, start = typed.rpartition("/")
     try:
-        found = sorted(Path(folder + slash or ".").expanduser().iterdir())
+        inside = sorted(Path(folder + slash or ".").expanduser().iterdir())
     except OSError:
         return []
     listed = []
-    for path in found:
+    for path in inside:
         if path.name.startswith(start) and not (path.name.startswith(".") and not start):
             if path.is_dir():
                 listed.append(f"{folder}{slash}{path.name}/")

@@ -16,7 +16,7 @@ from trimtab.commands.chat_commands import Outcome
 from trimtab.commands.chat_file import turn_document
 from trimtab.commands.chat_make import Making, Stage
 from trimtab.commands.chat_state import Conversation, Turn
-from trimtab.commands.make import stages, told
+from trimtab.commands.make import stages, summary
 from trimtab.commands.terminal import note, progress_bar, show, write_json
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Screen(Protocol):
         """What a command has to tell."""
 
     def making(self) -> AbstractContextManager[tuple[Stage, Callable[[str], None]]]:
-        """Around the making of a steering: gives who is told how far it is, and who is told in words."""
+        """Around the making of a steering: gives the callback for how far it is, and the one for words."""
 
 
 class Plain:
@@ -154,13 +154,13 @@ class Terminal:
 
     @contextmanager
     def making(self) -> Iterator[tuple[Stage, Callable[[str], None]]]:
-        with _unechoed(), _making() as told:
-            yield told
+        with _unechoed(), _making() as making:
+            yield making
 
 
 def told_of(making: Making) -> Outcome:
     """What there is to tell of a steering that was made."""
-    lines = told(making.made)
+    lines = summary(making.made)
     if making.on:
         said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"
     else:

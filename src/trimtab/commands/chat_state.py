@@ -43,7 +43,7 @@ class Steered:
 
 @dataclass(frozen=True)
 class On:
-    """What an answer was steered by, as it is told and saved: a `Steered` without its tensors."""
+    """What an answer was steered by, as it is shown and saved: a `Steered` without its tensors."""
 
     name: str
     file: str
@@ -87,8 +87,8 @@ class Turn:
 class Conversation:
     """What was said, and the settings of the next answer.
 
-    `asked` counts all answers, those taken back too: with a seed each gets one of its own, so that `/retry` gives
-    another sample and the whole session can be repeated. `made` holds what `/make` made, on or not.
+    `answer_count` counts all answers, those taken back too: with a seed each gets one of its own, so that `/retry`
+    gives another sample and the whole session can be repeated. `made` holds what `/make` made, on or not.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -99,57 +99,60 @@ class Conversation:
     max_tokens: int = MAX_TOKENS
     temperature: float | None = None
     seed: int | None = None
-    asked: int = 0
+    answer_count: int = 0
     made: tuple[Steered, ...] = ()
     images: tuple[str, ...] = ()  # files that the next question is about
 
     @property
     def next_seed(self) -> int | None:
         """The next answer's."""
-        return None if self.seed is None else self.seed + self.asked
+        return None if self.seed is None else self.seed + self.answer_count
 
     def messages(self, question: str) -> list[dict[str, Any]]:
         """The history and the question, without the system message."""
-        found: list[dict[str, Any]] = []
+        messages: list[dict[str, Any]] = []
         for turn in self.turns:
-            asked = {"role": "user", "content": _content(turn.images, turn.question)}
-            found += [asked, {"role": "assistant", "content": turn.answer.text}]
-        return [*found, {"role": "user", "content": _content(self.images, question)}]
+            question_message = {"role": "user", "content": _content(turn.images, turn.question)}
+            messages += [question_message, {"role": "assistant", "content": turn.answer.text}]
+        return [*messages, {"role": "user", "content": _content(self.images, question)}]
 
     def steering(self) -> Steering | None:
         """All that is on, added up; `None` where nothing is."""
-        acting = [one.acting for one in self.steered]
+        acting = [steered.acting for steered in self.steered]
         return sum(acting[1:], acting[0]) if acting else None
 
     def find(self, name: str) -> Steered | None:
         """The steering that is on under this name."""
-        return next((one for one in self.steered if one.name == name), None)
+        return next((steered for steered in self.steered if steered.name == name), None)
 
     def put(self, steered: Steered) -> Conversation:
         """With this steering on, in place of the one that has its name."""
         if self.find(steered.name) is None:
             return replace(self, steered=(*self.steered, steered))
-        return replace(self, steered=tuple(steered if one.name == steered.name else one for one in self.steered))
+        return replace(self, steered=tuple(steered if other.name == steered.name else other for other in self.steered))
 
     def find_made(self, name: str) -> Steered | None:
         """What `/make` made under this name."""
-        return next((one for one in self.made if one.name == name), None)
+        return next((steered for steered in self.made if steered.name == name), None)
 
     def with_made(self, steered: Steered) -> Conversation:
         """With this steering among those that were made, in place of the one that has its name, and on."""
-        return replace(self.put(steered), made=(*(one for one in self.made if one.name != steered.name), steered))
+        return replace(self.put(steered), made=(*(other for other in self.made if other.name != steered.name), steered))
 
     def in_file(self, name: str, file: Path) -> Conversation:
         """With what was made under this name in a file."""
         put = [
-            tuple(replace(one, file=str(file)) if one.name == name and not one.file else one for one in some)
+            tuple(
+                replace(steered, file=str(file)) if steered.name == name and not steered.file else steered
+                for steered in some
+            )
             for some in (self.steered, self.made)
         ]
         return replace(self, steered=put[0], made=put[1])
 
     def without(self, name: str) -> Conversation:
         """With the steering of this name off."""
-        return replace(self, steered=tuple(one for one in self.steered if one.name != name))
+        return replace(self, steered=tuple(steered for steered in self.steered if steered.name != name))
 
     def undone(self) -> Conversation:
         """Without its last turn. Raises `TrimtabError` if it has none."""
@@ -164,30 +167,30 @@ class Conversation:
 
     def answered(self, turn: Turn) -> Conversation:
         """With one more turn."""
-        return replace(self, turns=(*self.turns, turn), asked=self.asked + 1, images=())
+        return replace(self, turns=(*self.turns, turn), answer_count=self.answer_count + 1, images=())
 
     def label(self) -> str:
         """What is on, in a few characters: `shout:2 rude:-0.5@9`."""
-        return " ".join(_label(one) for one in self.steered)
+        return " ".join(_label(steered) for steered in self.steered)
 
 
 def _content(images: tuple[str, ...], text: str) -> Any:
     return beside(images, text) if images else text
 
 
-def _label(one: Steered) -> str:
-    layers = "" if one.layers is None else f"@{','.join(map(str, one.layers))}"
-    return f"{one.name}:{one.strength:g}{layers}"
+def _label(steered: Steered) -> str:
+    layers = "" if steered.layers is None else f"@{','.join(map(str, steered.layers))}"
+    return f"{steered.name}:{steered.strength:g}{layers}"
 
 
-def told(one: Steered) -> On:
+def on_record(steered: Steered) -> On:
     """A steering that is on, without its tensors."""
     from trimtab.files.steering_file import steering_digest
 
-    return On(one.name, one.file, one.strength, one.layers_on, steering_digest(one.steering))
+    return On(steered.name, steered.file, steered.strength, steered.layers_on, steering_digest(steered.steering))
 
 
 def name_for(file: Path, steered: Sequence[Steered]) -> str:
     """The name of a file's steering: the file's, or its whole path where another file has that name already."""
-    taken = any(one.name == file.stem and one.file != str(file) for one in steered)
+    taken = any(steered.name == file.stem and steered.file != str(file) for steered in steered)
     return str(file) if taken else file.stem

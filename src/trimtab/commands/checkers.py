@@ -73,10 +73,10 @@ def _imported(name: str) -> Callable[..., Any]:
             module = importlib.import_module(source)
     except Exception as error:  # a user's module raises whatever it likes
         raise TrimtabError(f"--check {name}: can't import {source}: {type(error).__name__}: {error}") from None
-    found = getattr(module, function, None)
-    if not callable(found):
+    candidate = getattr(module, function, None)
+    if not callable(candidate):
         raise TrimtabError(f"--check {name}: {source} has no function {function!r}")
-    checker: Callable[..., Any] = found
+    checker: Callable[..., Any] = candidate
     return checker
 
 
@@ -88,8 +88,8 @@ def _adapted(function: Callable[..., Any], queries: Sequence[str]) -> Check:
         takes = frozenset()
 
     def check(i: int, answer: str, cut: bool) -> bool | float:
-        given: dict[str, Any] = {"cut": cut, "prompt": queries[i]}
-        verdict = function(answer, **{name: value for name, value in given.items() if name in takes})
+        options: dict[str, Any] = {"cut": cut, "prompt": queries[i]}
+        verdict = function(answer, **{name: value for name, value in options.items() if name in takes})
         if not isinstance(verdict, (bool, int, float)):
             raise TrimtabError(f"the check gave {verdict!r}; a check gives True, False or a number")
         return verdict

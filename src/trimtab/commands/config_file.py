@@ -16,11 +16,11 @@ from trimtab.errors import TrimtabError
 class FromEnvironment(TyperCommand):
     """A command whose options may all stand in the environment; its help says so once, and not at each of them."""
 
-    def __init__(self, *arguments: Any, **given: Any) -> None:
-        super().__init__(*arguments, **given)
-        for one in self.params:
-            if hasattr(one, "show_envvar"):
-                one.show_envvar = False
+    def __init__(self, *arguments: Any, **kwargs: Any) -> None:
+        super().__init__(*arguments, **kwargs)
+        for parameter in self.params:
+            if hasattr(parameter, "show_envvar"):
+                parameter.show_envvar = False
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -50,7 +50,9 @@ def _take(context: typer.Context, _parameter: Any, path: Path | None) -> Path | 
     if path is None or context.resilient_parsing:
         return path
     values = {key.replace("-", "_"): value for key, value in read_config(path).items()}
-    known = {_key(one): one for one in context.command.params if one.param_type_name == "option"}
+    known = {
+        _key(parameter): parameter for parameter in context.command.params if parameter.param_type_name == "option"
+    }
     for key, value in values.items():
         if key not in known or known[key].name in ("config", "help"):
             near = difflib.get_close_matches(key, known, n=1)

@@ -90,7 +90,7 @@ class Result:
     edits: int
     dose: float
     without: Regime
-    told: Regime
+    prompted: Regime
     seconds: float
 
 
@@ -129,7 +129,7 @@ def demo(
     dtype = "float32" if model is None else "auto"
     lm = load_model(model, device=None, dtype=dtype, revision=None, layers_path=None, quiet=json)
     base, test = queries("learn", more=True)[:limit], queries("test")[:limit]
-    shipped = () if learn or lm.name != TUNED_FOR else tuple(one.name for one in SETTINGS if one.name != LIVE)
+    shipped = () if learn or lm.name != TUNED_FOR else tuple(each.name for each in SETTINGS if each.name != LIVE)
     if not json:
         show(_opening(lm, len(test), shipped))
     results: list[Result] = []
@@ -171,12 +171,12 @@ def try_setting(
     steering, learned = _steering(lm, setting, learn, shipped, _part(progress, 0.0, share))
     regimes, doses = [], []
     for i, regime in enumerate(REGIMES):
-        asked = tuple(test) if regime == "without" else tuple(prompts(test, instruction.test))
+        questions = tuple(test) if regime == "without" else tuple(prompts(test, instruction.test))
         begin, size = share + i * (1 - share) / 2, (1 - share) / 4
         known = bare if regime == "without" else None
-        unsteered = _answers(lm, asked, None, _part(progress, begin, begin + size)) if known is None else known
-        steered = _answers(lm, asked, steering, _part(progress, begin + size, begin + 2 * size))
-        regimes.append(_regime(setting.name, asked, test, unsteered, steered))
+        unsteered = _answers(lm, questions, None, _part(progress, begin, begin + size)) if known is None else known
+        steered = _answers(lm, questions, steering, _part(progress, begin + size, begin + 2 * size))
+        regimes.append(_regime(setting.name, questions, test, unsteered, steered))
         doses += [answer.applied.dose for answer in steered]
     return Result(
         setting=setting,
@@ -184,7 +184,7 @@ def try_setting(
         edits=len(steering.edits),
         dose=sum(doses) / len(doses),
         without=regimes[0],
-        told=regimes[1],
+        prompted=regimes[1],
         seconds=time.perf_counter() - started,
     )
 
@@ -238,7 +238,7 @@ def _part(progress: Callable[..., None] | None, start: float, stop: float) -> Ca
 
 def _regime(
     name: str,
-    asked: tuple[str, ...],
+    questions: tuple[str, ...],
     queries: Sequence[str],
     unsteered: Sequence[Generation],
     steered: Sequence[Generation],
@@ -248,7 +248,7 @@ def _regime(
     before = tuple(_judged(name, query, answer) for query, answer in zip(queries, unsteered, strict=True))
     after = tuple(_judged(name, query, answer) for query, answer in zip(queries, steered, strict=True))
     difference = paired_bootstrap([answer.holds for answer in before], [answer.holds for answer in after])
-    return Regime(asked, before, after, difference)
+    return Regime(questions, before, after, difference)
 
 
 def _answers(
@@ -302,7 +302,7 @@ def _shown(result: Result, phrasing: str) -> RenderableType:
     return Group(
         head,
         _counts("without it in the prompt", result.without),
-        _counts("with it in the prompt", result.told),
+        _counts("with it in the prompt", result.prompted),
         *(_side_by_side(result.without, row) for row in rows),
     )
 
@@ -357,7 +357,7 @@ def _summary(results: Sequence[Result]) -> Table:
     table.title, table.title_justify, table.header_style = Text("\nAnswers that hold"), "left", "dim"
     for result in results:
         row = [result.setting.shown]
-        for regime in (result.without, result.told):
+        for regime in (result.without, result.prompted):
             count = len(regime.prompts)
             row += [f"{_held(regime.before)}/{count}", f"{_held(regime.after)}/{count}"]
             row.append(f"{_on_topic(regime.before)} → {_on_topic(regime.after)}")
@@ -415,7 +415,7 @@ def _record(result: Result) -> dict[str, Any]:
         "edits": result.edits,
         "dose": result.dose,
         "without": _regime_record(result.without),
-        "with": _regime_record(result.told),
+        "with": _regime_record(result.prompted),
         "seconds": round(result.seconds, 1),
     }
 

@@ -80,10 +80,10 @@ def sides(
 
 def _arms(arms: Mapping[str, Arm], side: str) -> dict[str, Arm]:
     alone = f"finetuned {side}"
-    found = {alone: Arm(about={"kind": "finetuned", "side": side})}
+    tuned = {alone: Arm(about={"kind": "finetuned", "side": side})}
     for name, arm in arms.items():
         if arm.about["kind"] == "steered":
             where = {key: arm.about[key] for key in ("layers", "strength")}
             about = {"kind": "finetuned and steered", "side": side, "like": name, **where}
-            found[f"{alone}, {name}"] = replace(arm, about=about)
-    return found
+            tuned[f"{alone}, {name}"] = replace(arm, about=about)
+    return tuned

@@ -41,14 +41,16 @@ ForOption = Annotated[
 ]
 
 
-def check_program(program: str | None, method: str, given: Mapping[str, Any], layers: Any, out: Path) -> dict[str, Any]:
-    """What the method is told in addition, to learn for this program.
+def check_program(
+    program: str | None, method: str, options: Mapping[str, Any], layers: Any, out: Path
+) -> dict[str, Any]:
+    """The options that the method gets in addition, to learn for this program.
 
     Args:
         program: What stands behind `--for`; without it, nothing is added.
         method: The method's name.
-        given: The options that are set, by name; `None` is one that isn't.
-        layers: The layers asked for, if they are numbers.
+        options: The options that are set, by name; `None` is one that isn't.
+        layers: The requested layers, if they are numbers.
         out: The file to write.
 
     Raises:
@@ -65,21 +67,21 @@ def check_program(program: str | None, method: str, given: Mapping[str, Any], la
         )
     for name, wanted in IMPLIED[method].items():
         allowed = ("add", "unit") if name == "operation" else (wanted,)
-        if given.get(name) is not None and given[name] not in allowed:
+        if options.get(name) is not None and options[name] not in allowed:
             flag = f"--{name.replace('_', '-')}"
             raise TrimtabError(
-                f"--for {LLAMA} means {flag} {wanted}, and {flag} {given[name]} was given; leave one out"
+                f"--for {LLAMA} means {flag} {wanted}, and {flag} {options[name]} was given; leave one out"
             )
-    if given.get("positions") not in (None, "all"):
+    if options.get("positions") not in (None, "all"):
         raise TrimtabError(
-            f"--for {LLAMA} means --positions all, for it adds at every token, and --positions {given['positions']} was"
-            " given; leave one out"
+            f"--for {LLAMA} means --positions all, for it adds at every token, and --positions {options['positions']}"
+            " was given; leave one out"
         )
-    if given.get("one_sided"):
+    if options.get("one_sided"):
         raise TrimtabError(f"--one-sided is for projections, and --for {LLAMA} learns what is added; leave one out")
     if isinstance(layers, list) and layers and set(layers) == {0}:
         raise TrimtabError(f"{LLAMA} can't steer block 0; give other --layers")
-    return {name: wanted for name, wanted in IMPLIED[method].items() if given.get(name) is None}
+    return {name: wanted for name, wanted in IMPLIED[method].items() if options.get(name) is None}
 
 
 def check_output(program: str | None, out: Path) -> None:

@@ -27,17 +27,17 @@ def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, di
     from trimtab.tune.forecast import forecast, predictors
 
     try:
-        found = forecast(predictors(lm, pairs, steering, _asked(pairs)))
+        prediction = forecast(predictors(lm, pairs, steering, _asked(pairs)))
     except TrimtabError as error:
         return f"forecast: can't say ({error})", None
-    return str(found), {
-        "verdict": found.verdict,
-        "chance": found.chance,
-        "trusted": found.trusted,
-        "auc": found.auc,
-        "results": found.results,
-        "worked": found.worked,
-        "predictors": asdict(found.predictors),
+    return str(prediction), {
+        "verdict": prediction.verdict,
+        "chance": prediction.chance,
+        "trusted": prediction.trusted,
+        "auc": prediction.auc,
+        "results": prediction.results,
+        "worked": prediction.worked,
+        "predictors": asdict(prediction.predictors),
     }
 
 

@@ -35,16 +35,16 @@ def list_(
 
     from trimtab.files.hub import list_steerings
 
-    found = list_steerings(where, limit=limit)
+    listed = list_steerings(where, limit=limit)
     if json:
-        write_json([asdict(one) for one in found])
+        write_json([asdict(each) for each in listed])
         return
     table = Table("steering", "model", "tags", "changed", box=None, pad_edge=False, header_style="dim")
     for column in table.columns:
         column.overflow = "fold"  # a name that is cut can't be pulled
-    for one in found:
-        table.add_row(one.name, ", ".join(one.models), ", ".join(one.tags), one.modified or "")
-    show(table if found else f"there are no steerings of {where}")
+    for listing in listed:
+        table.add_row(listing.name, ", ".join(listing.models), ", ".join(listing.tags), listing.modified or "")
+    show(table if listed else f"there are no steerings of {where}")
 
 
 def pull(

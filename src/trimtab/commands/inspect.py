@@ -130,17 +130,19 @@ def inspect(
 
     steering = pick.load()
     far = divergence_of(steering, loader, transfer=transfer, quiet=json) if nats or loader.model else None
-    digest, found = steering_digest(steering), pushes(steering)
+    digest, edit_pushes = steering_digest(steering), pushes(steering)
     suggested = suggested_strength(steering)
     if plot is not None:
         from trimtab.report.plots import plot_pushes
 
-        plot_pushes(found, plot, f"{pick.path.name}{pick.where}: {origin(steering.card)}")
+        plot_pushes(edit_pushes, plot, f"{pick.path.name}{pick.where}: {origin(steering.card)}")
     if json:
         measured = {} if far is None else {"divergence": far}
-        write_json({**_document(pick, digest, steering, found, plot), "suggested_strength": suggested, **measured})
+        write_json(
+            {**_document(pick, digest, steering, edit_pushes, plot), "suggested_strength": suggested, **measured}
+        )
         return
-    show(f"{pick}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, found))
+    show(f"{pick}: {origin(steering.card)}", *_cards(steering.card, digest), "", *_edits(steering, edit_pushes))
     if suggested is not None:
         why = "as it was found" if has_its_strength(steering) else f"an overall dose of about {MILD:g}"
         show("", f"strength to begin with: {suggested:g} ({why})")
@@ -162,8 +164,8 @@ def divergence_of(steering: Steering, loader: EngineModelOptions, *, transfer: b
 
     lm = loader.load(quiet=quiet)
     lm.require("logits")
-    found = lm.divergence(steering, list(queries("test")[:8]), transfer=transfer)
-    return {"model": lm.name, "mean": found.mean, "p95": found.p95, "tokens": found.tokens}
+    divergence = lm.divergence(steering, list(queries("test")[:8]), transfer=transfer)
+    return {"model": lm.name, "mean": divergence.mean, "p95": divergence.p95, "tokens": divergence.tokens}
 
 
 def _check_options(
@@ -184,11 +186,13 @@ def _check_options(
         raise TrimtabError("--html is about a text; give --text TEXT")
 
 
-def _document(pick: Pick, digest: str, steering: Steering, found: Sequence[Push], plot: Path | None) -> dict[str, Any]:
+def _document(
+    pick: Pick, digest: str, steering: Steering, edit_pushes: Sequence[Push], plot: Path | None
+) -> dict[str, Any]:
     from trimtab.steering.operations import NAMES
 
     edits = []
-    for edit, push in zip(steering.edits, found, strict=True):
+    for edit, push in zip(steering.edits, edit_pushes, strict=True):
         edits.append(
             {
                 "site": str(edit.site),
@@ -224,14 +228,14 @@ def _cards(card: Card, digest: str) -> list[Table]:
     return tables
 
 
-def _edits(steering: Steering, found: Sequence[Push]) -> tuple[str, Table]:
+def _edits(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, Table]:
     """What all edits have in common, in a line; and a table of the rest, with a bar as long as each push."""
-    line, columns = edit_columns(steering, found)
-    longest = max(push.norm for push in found)
+    line, columns = edit_columns(steering, edit_pushes)
+    longest = max(push.norm for push in edit_pushes)
     shown: dict[str, list[str]] = {
         "layer": [str(edit.site.layer) for edit in steering.edits],
-        "norm": [f"{push.norm:.4g}" for push in found],
-        " ": [bar(push.norm, longest) for push in found],
+        "norm": [f"{push.norm:.4g}" for push in edit_pushes],
+        " ": [bar(push.norm, longest) for push in edit_pushes],
         **columns,
     }
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")

@@ -36,27 +36,25 @@ def show_text(
     from trimtab.report.tokens import coloured_cosines, draw_tokens, reach, token_cosines, tokens_page
 
     steering = file.load()
-    found = token_cosines(lm, steering, text, None if layer is None else [layer], transfer=transfer)
-    full = reach(found)
-    title = (
-        f"Cosine with {file.path.stem}" + (f" at layer {found[0].layer}" if len(found) == 1 else "") + f", {lm.name}"
-    )
+    rows = token_cosines(lm, steering, text, None if layer is None else [layer], transfer=transfer)
+    full = reach(rows)
+    title = f"Cosine with {file.path.stem}" + (f" at layer {rows[0].layer}" if len(rows) == 1 else "") + f", {lm.name}"
     written = {}
     if page is not None:
-        write_atomically(page, tokens_page(found, title).encode("utf-8", "backslashreplace"))
+        write_atomically(page, tokens_page(rows, title).encode("utf-8", "backslashreplace"))
         written["html"] = str(page)
     if plot is not None:
-        write_atomically(plot, draw_tokens(found, title))
+        write_atomically(plot, draw_tokens(rows, title))
         written["plot"] = str(plot)
     if json:
-        layers = [{"layer": one.layer, "cosines": list(one.cosines)} for one in found]
+        layers = [{"layer": each.layer, "cosines": list(each.cosines)} for each in rows]
         write_json(
-            {"file": str(file.path), "model": lm.name, "tokens": list(found[0].pieces), "layers": layers, **written}
+            {"file": str(file.path), "model": lm.name, "tokens": list(rows[0].pieces), "layers": layers, **written}
         )
         return
     show(f"{title}: blue along it, red against it, full colour at ±{full:.2f}")
-    for one in found:
-        show("", f"layer {one.layer}", coloured_cosines(one, full))
+    for row in rows:
+        show("", f"layer {row.layer}", coloured_cosines(row, full))
     _tell(written)
 
 
@@ -76,13 +74,13 @@ def show_plane(
     layers = [layer] if layer is not None else list(spread(steering.layers, DRAWN_LAYERS))
     steering.only(layers)  # says which layers it has
     lettered = some[0].shape == "letters"
-    found = activations(lm, some, layers, read_at=None if lettered else read_at_of(steering.card))
+    by_layer = activations(lm, some, layers, read_at=None if lettered else read_at_of(steering.card))
     letters = [(letter_of(str(pair.positive)), letter_of(str(pair.negative))) for pair in some] if lettered else None
     of = f"{pairs.parent.name}/{pairs.name}" if pairs.parent.name else pairs.name
     write_atomically(
-        plot, draw_planes(found, letters, f"{len(some)} pairs of {of}, two principal components, {lm.name}")
+        plot, draw_planes(by_layer, letters, f"{len(some)} pairs of {of}, two principal components, {lm.name}")
     )
-    shares = {at: plane(values.flatten(0, 1))[1] for at, values in found.items()}
+    shares = {at: plane(values.flatten(0, 1))[1] for at, values in by_layer.items()}
     if json:
         listed = [{"layer": at, "variance": list(of)} for at, of in shares.items()]
         write_json(
@@ -97,8 +95,8 @@ def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
     """How alike the directions of two files are, layer by layer; drawn, each layer with each."""
     from trimtab.report.sweep import draw_similarity, similarity_between
 
-    one, other = (file.load() for file in files)
-    layers, across, cosines = similarity_between(one, other)
+    first, other = (file.load() for file in files)
+    layers, across, cosines = similarity_between(first, other)
     names = (files[0].path.stem, files[1].path.stem)
     written = {}
     if plot is not None:
@@ -107,7 +105,7 @@ def show_two(files: Sequence[Pick], plot: Path | None, *, json: bool) -> None:
         written["plot"] = str(plot)
     document: dict[str, Any] = {
         "files": [str(file.path) for file in files],
-        "models": [[model.name for model in steering.card.models] for steering in (one, other)],
+        "models": [[model.name for model in steering.card.models] for steering in (first, other)],
         "layers": layers,
         "across": across,
         "cosines": cosines.tolist(),

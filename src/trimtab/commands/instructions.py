@@ -45,10 +45,13 @@ def lesson_of(sentence: str, base: Sequence[str]) -> Lesson:
     sentence = " ".join(sentence.split())
     if not sentence:
         raise TrimtabError('--instruction is empty; write a sentence: --instruction "Answer in all lowercase letters."')
-    found = recognise(sentence)
-    phrasings = (sentence, *found.type.phrasings("learn", found.values)) if found else (sentence,)
-    about = {"instruction": sentence, **({"type": found.type.name, "values": dict(found.values)} if found else {})}
-    return _lesson(found.type if found else None, "instruction", base, phrasings, about, _remark(found))
+    recognised = recognise(sentence)
+    phrasings = (sentence, *recognised.type.phrasings("learn", recognised.values)) if recognised else (sentence,)
+    about = {
+        "instruction": sentence,
+        **({"type": recognised.type.name, "values": dict(recognised.values)} if recognised else {}),
+    }
+    return _lesson(recognised.type if recognised else None, "instruction", base, phrasings, about, _remark(recognised))
 
 
 def every_lesson(base: Sequence[str]) -> list[Lesson]:
@@ -91,12 +94,12 @@ def _lesson(
     )
 
 
-def _remark(found: Recognised | None) -> str:
-    if found is None:
+def _remark(recognised: Recognised | None) -> str:
+    if recognised is None:
         return "no known type of instruction: learning from the sentence alone"
-    values = ", ".join(f"{name} {value}" for name, value in found.values.items())
-    how = "" if found.exact else f", by its likeness ({found.likeness:.0%}) to a phrasing of it"
-    return f"recognised as {found.type.name}{f' ({values})' if values else ''}{how}"
+    values = ", ".join(f"{name} {value}" for name, value in recognised.values.items())
+    how = "" if recognised.exact else f", by its likeness ({recognised.likeness:.0%}) to a phrasing of it"
+    return f"recognised as {recognised.type.name}{f' ({values})' if values else ''}{how}"
 
 
 def _digest(phrasings: Sequence[str]) -> str:

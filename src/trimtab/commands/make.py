@@ -164,14 +164,14 @@ def make(
     3. Takes a few minutes for a small model on two cores.
     """
     check_output(for_, out)
-    if sum(one is not None for one in (idea, like, card, from_)) != 1:
+    if sum(way is not None for way in (idea, like, card, from_)) != 1:
         raise TrimtabError(
             'describe what you want: a sentence such as "be blunt, not flattering", or --like "a pirate", '
             "or --card FILE, or --from PAIRS"
         )
     columns = ColumnOptions(keys, ignore).of(pairs=from_ is not None, source="--from")
-    given = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
-    if from_ is not None and (more := [name for name, value in given.items() if value is not None]):
+    options = {"--unlike": unlike, "--questions": questions, "--writer": writer, "--writer-model": writer_model}
+    if from_ is not None and (more := [name for name, value in options.items() if value is not None]):
         raise TrimtabError(f"--from has all that is learned from and tested on; leave out {more[0]}")
     pairs = pairs_in(from_, columns)
     wanted = None if from_ else _idea(idea, like, unlike, card, questions, _writer(writer, writer_model), cards=cards)
@@ -204,7 +204,7 @@ def make(
         commands = commands_for(for_, out, 1.0) if written else []
         write_json(_document(lm.name, made, out if written else None, digest, commands))
     else:
-        show(*told(made), "", f"saved {out}" if written else "nothing is written")
+        show(*summary(made), "", f"saved {out}" if written else "nothing is written")
         if written:
             show(*next_steps(for_, out, 1.0))
             if out.suffix != ".gguf":
@@ -260,10 +260,10 @@ def _idea(
         wanted = idea_from_contrast(str(like), unlike)
     if questions is None:
         return wanted
-    asked = list(dict.fromkeys(gather_prompts([], questions)))
-    if not all(isinstance(one, str) for one in asked):
+    question_list = list(dict.fromkeys(gather_prompts([], questions)))
+    if not all(isinstance(question, str) for question in question_list):
         raise TrimtabError(f"{questions}: questions are texts, not conversations")
-    return asked_about(wanted, asked)  # type: ignore[arg-type]
+    return asked_about(wanted, question_list)  # type: ignore[arg-type]
 
 
 def source_of(idea: Idea) -> str:
@@ -291,19 +291,23 @@ def stages(progress: Callable[..., None] | None, *, quiet: bool) -> Callable[[st
     return stage
 
 
-def told(made: Made) -> list[str]:
+def summary(made: Made) -> list[str]:
     """What was made and what it is worth, as lines, with answers."""
     lines = [*made.verdict.lines(), f"chosen: {made.name}"]
-    for one in made.examples[:SHOWN]:
-        lines += ["", f"> {shortened(one.question, EXAMPLE)}", f"unsteered: {shortened(one.unsteered, EXAMPLE)}"]
-        lines += [f"prompted:  {shortened(one.prompted, EXAMPLE)}"] if one.prompted is not None else []
-        lines += [f"steered:   {shortened(one.steered, EXAMPLE)}"]
+    for example in made.examples[:SHOWN]:
+        lines += [
+            "",
+            f"> {shortened(example.question, EXAMPLE)}",
+            f"unsteered: {shortened(example.unsteered, EXAMPLE)}",
+        ]
+        lines += [f"prompted:  {shortened(example.prompted, EXAMPLE)}"] if example.prompted is not None else []
+        lines += [f"steered:   {shortened(example.steered, EXAMPLE)}"]
     return lines
 
 
 def _next(made: Made, model: str | None, out: Path) -> str:
-    asked = f"--model {model} " if model else ""
-    return f"try: trimtab chat {asked}--steer {quote(str(out))}"
+    option = f"--model {model} " if model else ""
+    return f"try: trimtab chat {option}--steer {quote(str(out))}"
 
 
 def _document(model: str, made: Made, out: Path | None, digest: str | None, following: list[str]) -> dict[str, Any]:
@@ -315,15 +319,18 @@ def _document(model: str, made: Made, out: Path | None, digest: str | None, foll
         "source": made.source,
         "chosen": made.name,
         "verdict": {**made.verdict.as_measured(), "why_not": made.verdict.why_not},
-        "candidates": [{"name": one.name, "likelihood": one.likelihood, "lead": one.lead} for one in made.candidates],
+        "candidates": [
+            {"name": candidate.name, "likelihood": candidate.likelihood, "lead": candidate.lead}
+            for candidate in made.candidates
+        ],
         "examples": [
             {
-                "question": one.question,
-                "unsteered": one.unsteered,
-                "prompted": one.prompted,
-                "steered": one.steered,
+                "question": example.question,
+                "unsteered": example.unsteered,
+                "prompted": example.prompted,
+                "steered": example.steered,
             }
-            for one in made.examples
+            for example in made.examples
         ],
         "next": following,
     }

@@ -21,13 +21,13 @@ def methods(json: JsonOption = False) -> None:
     `trimtab learn METHOD --help` shows the options of each. Methods from other
     installed packages are at the end, with the package's name.
     """
-    found = recipes()
+    known = recipes()
     if json:
-        write_json({name: asdict(recipe) for name, recipe in found.items()})
+        write_json({name: asdict(recipe) for name, recipe in known.items()})
         return
     table = Table("", "", box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.columns[0].style = "bold"
-    for name, recipe in found.items():
+    for name, recipe in known.items():
         table.add_row(name, f"{recipe.title}. {recipe.paper}")
         for label, value in (
             ("learns from", recipe.data),

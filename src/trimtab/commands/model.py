@@ -108,8 +108,8 @@ class BareModelOptions:
 
     def load(self, *, quiet: bool, engine: str = "transformers", replicas: int | None = None) -> LM:
         """The model. Raises `TrimtabError` when it can't be had on that device."""
-        given = {"engine": engine, "replicas": replicas, **asdict(self)}
-        return load_model(given.pop("model"), quiet=quiet, **given)
+        options = {"engine": engine, "replicas": replicas, **asdict(self)}
+        return load_model(options.pop("model"), quiet=quiet, **options)
 
     @property
     def named(self) -> str:

@@ -61,10 +61,10 @@ def _print(report: Report) -> None:
     table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for one in report.findings:
-        table.add_row(Text(SHOWN[one.state], STYLES[one.state]), one.what)
-        if one.reason:
-            table.add_row("", Text(one.reason, "dim"))
+    for finding in report.findings:
+        table.add_row(Text(SHOWN[finding.state], STYLES[finding.state]), finding.what)
+        if finding.reason:
+            table.add_row("", Text(finding.reason, "dim"))
     show(f"{report.name} ({report.family}), blocks at {report.blocks}, weights {report.weights}", "", table)
     if report.wrong:
         say("Something is wrong: what trimtab gives there isn't what it says. Please report it with the lines above.")

@@ -34,9 +34,9 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=kind))
 
     @wraps(command)
-    def run(**given: Any) -> None:
-        made = {name: taken(kind, given) for name, kind in groups.items()}
-        command(**given, **made)
+    def run(**kwargs: Any) -> None:
+        made = {name: taken(kind, kwargs) for name, kind in groups.items()}
+        command(**kwargs, **made)
 
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -52,6 +52,6 @@ def parameters_of(group: type) -> list[inspect.Parameter]:
     ]
 
 
-def taken(group: type[Group], given: dict[str, Any]) -> Group:
-    """The group with its options' values, which are taken out of `given`."""
-    return group(**{f.name: given.pop(f.name) for f in fields(group)})  # type: ignore[arg-type]
+def taken(group: type[Group], kwargs: dict[str, Any]) -> Group:
+    """The group with its options' values, which are taken out of `kwargs`."""
+    return group(**{f.name: kwargs.pop(f.name) for f in fields(group)})  # type: ignore[arg-type]

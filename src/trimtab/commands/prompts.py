@@ -47,10 +47,10 @@ def gather_prompts(texts: Sequence[str], source: str | None, column: str | None 
             raise TrimtabError("a --prompt is empty; give it some text")
     if column is not None and source is None:
         raise TrimtabError("--column is about a file of prompts, and there is none; give one, or leave --column out")
-    found: list[Prompt] = [*texts, *(_read(source, column) if source else [])]
-    if not found:
+    results: list[Prompt] = [*texts, *(_read(source, column) if source else [])]
+    if not results:
         raise TrimtabError("there is no prompt; give --prompt TEXT, or --prompts FILE (- reads standard input)")
-    return found
+    return results
 
 
 def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: bool = False) -> list[Prompt]:
@@ -62,16 +62,16 @@ def about_images(prompts: Sequence[Prompt], images: Sequence[str], *, plain: boo
         raise TrimtabError("--image needs the chat template, and --plain goes without it; leave one of them out")
     for name in images:
         read_image(Path(name), what=f"--image {name}")
-    found: list[Prompt] = []
+    results: list[Prompt] = []
     for prompt in prompts:
-        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages: list[dict[str, Any]] = [dict(one) for one in given]
-        asking = [one for one in messages if one["role"] == "user"]
+        talk = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages: list[dict[str, Any]] = [dict(message) for message in talk]
+        asking = [message for message in messages if message["role"] == "user"]
         if not asking:
             raise TrimtabError("--image belongs to a message of the user's, and a prompt has none")
         asking[-1]["content"] = beside(images, asking[-1]["content"])
-        found.append(messages)
-    return found
+        results.append(messages)
+    return results
 
 
 def _read(source: str, column: str | None) -> list[Prompt]:

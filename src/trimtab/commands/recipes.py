@@ -23,7 +23,7 @@ def check_shape(recipe: Recipe, pairs: Sequence[Pair], source: str) -> None:
     if not pairs or pairs[0].shape in recipe.shapes:
         return
     shape = pairs[0].shape
-    able = [other for other, one in recipes().items() if shape in one.shapes]
+    able = [other for other, each in recipes().items() if shape in each.shapes]
     raise TrimtabError(
         f"{source} holds pairs of {shape}, and {recipe.name} learns from {recipe.data};"
         f" the method for these is {' or '.join(able)}"

@@ -272,7 +272,7 @@ def serve(
         from trimtab.serve.run import is_loopback
         from trimtab.serve.vllm.settings import DoorSettings
 
-        files = [None if one is None else str(one) for one in (policy, audit, access_log)]
+        files = [None if options is None else str(options) for options in (policy, audit, access_log)]
         door = DoorSettings(
             files[0], max_dose, files[1], audit_prompts, audit_sync, files[2], max_body, max_held, is_loopback(host)
         )
@@ -406,15 +406,15 @@ def _serve_vllm(
     check_version()
     rules = rules_of(door, steerings, more)
     _check_reach(host, rules, insecure)
-    given = context.get_parameter_source("rows")
-    wanted = rows if given is not None and given.name == "COMMANDLINE" else None
+    origin = context.get_parameter_source("rows")
+    wanted = rows if origin is not None and origin.name == "COMMANDLINE" else None
     command = vllm_command(model=model, host=host, port=port, rows=wanted, dtype=dtype, revision=revision, more=more)
     hand_over(command, vllm_environment(os.environ, steerings, more, door, rules))
 
 
 def _check_audit(audit: Path | None, prompts: bool, sync: bool) -> None:
-    for given, name in ((prompts, "--audit-prompts"), (sync, "--audit-sync")):
-        if given and audit is None:
+    for enabled, name in ((prompts, "--audit-prompts"), (sync, "--audit-sync")):
+        if enabled and audit is None:
             raise TrimtabError(f"{name} is about the audit log; give --audit FILE")
 
 
@@ -446,7 +446,9 @@ def _greet(address: str, library: Library, rules: Policy, *, own: bool) -> None:
     if rules.always:
         note(f"always on: {', '.join(f'{name} at {strength:g}' for name, strength in rules.always)}", quiet=False)
         loaded = [(name, library.get(name)) for name, _ in rules.always]
-        if unknown := protected([(name, one.steering) for name, one in loaded if one is not None]).unknown:
+        if unknown := protected(
+            [(name, steering.steering) for name, steering in loaded if steering is not None]
+        ).unknown:
             note(
                 f"{unknown[0]} isn't made of directions of the residual stream, so that nothing could be kept from"
                 " undoing it: requests steer by emphasis only",

@@ -40,8 +40,8 @@ GROUPS = [f"vllm.{kind}_plugins" for kind in ("general", "platform", "io_process
 def check_options(context: typer.Context) -> None:
     """Raises `TrimtabError` for an option on the command line that vLLM's server has no place for."""
     for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "")
-        if given is not None and given.name == "COMMANDLINE" and parameter.name not in PASSED + AT_THE_DOOR:
+        origin = context.get_parameter_source(parameter.name or "")
+        if origin is not None and origin.name == "COMMANDLINE" and parameter.name not in PASSED + AT_THE_DOOR:
             raise TrimtabError(
                 f"--{(parameter.name or '').replace('_', '-')} is of trimtab's own server, and --engine vllm starts"
                 " vLLM's; leave out one of them"
@@ -71,7 +71,7 @@ def vllm_command(
     command += ["--dtype", dtype] if dtype != "auto" else []
     command += ["--revision", revision] if revision is not None else []
     command += ["--max-num-seqs", str(rows)] if rows is not None else []
-    if not any(one.split("=")[0] in ("--served-model-name", "--served_model_name") for one in more):
+    if not any(argument.split("=")[0] in ("--served-model-name", "--served_model_name") for argument in more):
         command += ["--served-model-name", "trimtab", name]
     return [*command, *more, "--middleware", DOOR]  # the last is the outermost
 
@@ -88,20 +88,20 @@ def vllm_environment(
     `more` are options of vLLM's; what they say of memory isn't said again. `rules` are the door's. A key that is the
     only one is vLLM's own as well.
     """
-    found = {**environment, **cpu_space(more, environment)}
-    named = found.get("VLLM_PLUGINS")
-    others = _plugins() if named is None else {one for one in named.split(",") if one}
-    found["VLLM_PLUGINS"] = ",".join(sorted({"trimtab", *others}))
-    found.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what vLLM keeps of it can't be loaded again on a CPU
+    result = {**environment, **cpu_space(more, environment)}
+    named = result.get("VLLM_PLUGINS")
+    others = _plugins() if named is None else {plugin for plugin in named.split(",") if plugin}
+    result["VLLM_PLUGINS"] = ",".join(sorted({"trimtab", *others}))
+    result.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what vLLM keeps of it can't be loaded again on a CPU
     if steerings is not None:
-        found["TRIMTAB_STEERINGS"] = str(steerings)
-    key = found.get(KEY)
+        result["TRIMTAB_STEERINGS"] = str(steerings)
+    key = result.get(KEY)
     if key and (rules is None or len(rules.keys) == 1):
-        found["VLLM_API_KEY"] = key
+        result["VLLM_API_KEY"] = key
     if door is not None and rules is not None:
-        found[SETTINGS] = door.to_text()
-        found[CLOSED] = str(int(door.closes(rules)))
-    return found
+        result[SETTINGS] = door.to_text()
+        result[CLOSED] = str(int(door.closes(rules)))
+    return result
 
 
 def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -118,7 +118,7 @@ def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
 
 def _plugins() -> set[str]:
     """The plugins that vLLM loads unless it is told which: all, but for those that add routes."""
-    return {one.name for group in GROUPS for one in entry_points(group=group)}
+    return {plugin.name for group in GROUPS for plugin in entry_points(group=group)}
 
 
 def rules_of(door: DoorSettings, steerings: Path | None, more: Sequence[str]) -> Policy:

@@ -234,7 +234,7 @@ def tune(
     tried = default_layers(lm.layout.layers) if tried is None else tried
     lines = not json and not sys.stderr.isatty()  # in place of the bars
     if lines:
-        common["on_round"] = lambda one: say(str(one))
+        common["on_round"] = lambda finished: say(str(finished))
     with sigterm_interrupts():
         with progress_bar("learning", quiet=json) as progress:
             if behaviour:
@@ -252,13 +252,13 @@ def tune(
         with progress_bar(f"{len(candidates)} candidates", quiet=json) as progress:
             if letters:
                 held = held_pairs(read, task)
-                found = tune_letters(lm, candidates, held, progress=progress, **common)
+                result = tune_letters(lm, candidates, held, progress=progress, **common)
             else:
                 assert checker is not None
-                found = search_for(
+                result = search_for(
                     lm,
                     candidates,
-                    task.asked,
+                    task.prompts,
                     checker,
                     groups=task.queries,
                     contexts=task.instructed,
@@ -268,25 +268,25 @@ def tune(
                     progress=progress,
                     **common,
                 )
-        digest = save_steering(found.steering, out) if found.steering is not None else None
-        if len(found.table) < 2:
+        digest = save_steering(result.steering, out) if result.steering is not None else None
+        if len(result.table) < 2:
             figure = None  # interrupted before anything was tried: nothing to draw
         if figure is not None:
             from trimtab.report.search import plot_search
 
             what = f"{task.what} on {lm.name}"
-            plot_search(found.table, figure, what, chosen=found.setting, verdict=verdict(found))
+            plot_search(result.table, figure, what, chosen=result.setting, verdict=verdict(result))
     advised: tuple[str, ...] = ()
     if digest is None:
         instructed = with_instruction and not behaviour
-        advised = advice(found, blocks=lm.layout.layers, instruction=instruction, instructed=instructed)
+        advised = advice(result, blocks=lm.layout.layers, instruction=instruction, instructed=instructed)
     if json:
-        write_json({**document(lm, task, found, out, digest, figure), "warnings": doubts, "advice": list(advised)})
+        write_json({**document(lm, task, result, out, digest, figure), "warnings": doubts, "advice": list(advised)})
     else:
-        print_search(lm, task, found, loader.named, out, figure)
+        print_search(lm, task, result, loader.named, out, figure)
         show(*(f"try next: {line}" for line in advised))
     if digest is None:
-        raise typer.Exit(130 if found.interrupted else NOTHING)
+        raise typer.Exit(130 if result.interrupted else NOTHING)
 
 
 # ---- options ---------------------------------------------------------------------------------------------------
@@ -294,12 +294,12 @@ def tune(
 
 def _numbers(text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",")]
+        numbers = [float(part) for part in text.split(",")]
     except ValueError:
         raise TrimtabError(f"--strengths {text!r} isn't a list of numbers; write 0.5,1,1.5") from None
-    if not all(math.isfinite(number) and number for number in found):
+    if not all(math.isfinite(number) and number for number in numbers):
         raise TrimtabError(f"--strengths {text!r}: each is a finite number and not 0 (not steering is always tried)")
-    return found
+    return numbers
 
 
 def _rules(text: str | None) -> list[Positions] | None:
@@ -308,19 +308,19 @@ def _rules(text: str | None) -> list[Positions] | None:
     return None if text is None else parse_list(text)
 
 
-def _guard(given: Sequence[str]) -> Guard:
+def _guard(texts: Sequence[str]) -> Guard:
     from trimtab.tune import Guard
 
     known = asdict(Guard())
     limits: dict[str, float | None] = {}
-    for one in given:
-        name, _, value = one.partition("=")
+    for limit in texts:
+        name, _, value = limit.partition("=")
         if name not in known:
-            raise TrimtabError(f"--guard {one}: there is no limit {name!r}; limits: {', '.join(known)}")
+            raise TrimtabError(f"--guard {limit}: there is no limit {name!r}; limits: {', '.join(known)}")
         try:
             limits[name] = None if value == "off" else float(value)
         except ValueError:
-            raise TrimtabError(f"--guard {one}: {value!r} isn't a number; write {name}={known[name]}") from None
+            raise TrimtabError(f"--guard {limit}: {value!r} isn't a number; write {name}={known[name]}") from None
     try:
         return Guard(**limits)
     except ValueError as error:

@@ -11,18 +11,18 @@ FOLLOWED = 0.9
 """From this score on, unsteered answers leave little to gain."""
 
 
-def advice(found: Tuned, *, blocks: int, instruction: str | None, instructed: bool) -> tuple[str, ...]:
+def advice(result: Tuned, *, blocks: int, instruction: str | None, instructed: bool) -> tuple[str, ...]:
     """Lines that each name what to change, from what the search has seen; the likeliest to help first.
 
     Args:
-        found: A search that ended in "don't steer".
+        result: A search that ended in "don't steer".
         blocks: How many the model has.
         instruction: The sentence, if it was one.
         instructed: Whether the prompts searched on had an instruction in them.
     """
-    base, rows = found.table[:1], found.table[1:]
+    base, rows = result.table[:1], result.table[1:]
     lines = []
-    if found.exhausted or not rows:
+    if result.exhausted or not rows:
         lines.append("the search was cut short: give a larger --budget-tokens or --budget-minutes, or fewer --layers")
     if base and base[0].score >= FOLLOWED:
         tail = "; search --without-instruction, or on harder prompts" if instructed else "; search on harder prompts"
@@ -34,8 +34,8 @@ def advice(found: Tuned, *, blocks: int, instruction: str | None, instructed: bo
         lines.append(f"what complied broke the text: try smaller --strengths, such as {_list(used[:1], 0.25, 0.5)}")
     elif used and not broken:
         lines.append(f"no setting broke the text: try larger --strengths, such as {_list(used[-1:], 1.5, 2, 3)}")
-    if found.held_out is not None and not found.held_out.broken:
-        count = found.held_out.items
+    if result.held_out is not None and not result.held_out.broken:
+        count = result.held_out.items
         lines.append(f"the best was confirmed on {count} prompts only: give more of them, or a smaller --margin")
     if rows and (tried := len({row.setting.layer for row in rows if row.setting})) < blocks:
         lines.append(f"{tried} of {blocks} blocks were tried: --layers all")

@@ -26,7 +26,7 @@ class Task:
     what: str
     pairs: list[Pair]
     queries: list[str]
-    asked: Sequence[Prompt]
+    prompts: Sequence[Prompt]
     instructed: Sequence[Prompt]
 
 
@@ -67,8 +67,8 @@ def of_answers(read: list[Pair], limit: int | None, seed: int, source: str) -> T
     queries = [prompt if isinstance(prompt, str) else prompt[-1][1] for prompt in prompts]
     split = split_by_query(queries, held_out=1 - LEARN_SHARE, seed=seed)
     rest = list({queries[i]: i for i in reversed(split.held_out)}.values())[::-1][:limit]  # each prompt once
-    asked = [as_prompt(prompts[i]) for i in rest]
-    return Task(source, [read[i] for i in split.search], [queries[i] for i in rest], asked, asked)
+    questions = [as_prompt(prompts[i]) for i in rest]
+    return Task(source, [read[i] for i in split.search], [queries[i] for i in rest], questions, questions)
 
 
 def check_behaviour(shape: str, operation: str, with_instruction: bool) -> None:
@@ -97,16 +97,16 @@ def of_letters(read: list[Pair], limit: int | None, seed: int, source: str) -> T
     from trimtab.tune.split import split_by_query
 
     check_one_question(read)
-    asked = [str(pair.prompt) for pair in read]
-    split = split_by_query(asked, held_out=1 - LEARN_SHARE, seed=seed)
-    asked = [asked[i] for i in split.held_out][:limit]
-    return Task(source, [read[i] for i in split.search], asked, asked, asked)
+    questions = [str(pair.prompt) for pair in read]
+    split = split_by_query(questions, held_out=1 - LEARN_SHARE, seed=seed)
+    questions = [questions[i] for i in split.held_out][:limit]
+    return Task(source, [read[i] for i in split.search], questions, questions, questions)
 
 
 def held_pairs(read: list[Pair], task: Task) -> list[Pair]:
     """The pairs whose questions are searched on."""
-    asked = set(task.queries)
-    return [pair for pair in read if pair.prompt in asked]
+    questions = set(task.queries)
+    return [pair for pair in read if pair.prompt in questions]
 
 
 def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
@@ -116,14 +116,14 @@ def check_of(instruction: str) -> tuple[str | None, str | None, str | None]:
 
     phrasings = {
         text.lower(): name
-        for name, one in instructions().items()
+        for name, instruction_set in instructions().items()
         if name in CONSTRAINTS
-        for text in (*one.learn, *one.test)
+        for text in (*instruction_set.learn, *instruction_set.test)
     }
     close = difflib.get_close_matches(instruction.strip().lower(), phrasings, n=1, cutoff=0.9)
     if close:
         return phrasings[close[0]], None, None
-    found = recognise(instruction)
-    if found is None or found.type.name == REPEAT:
+    recognised = recognise(instruction)
+    if recognised is None or recognised.type.name == REPEAT:
         return None, None, None
-    return None, found.type.name, dumps(found.type.arguments(found.values))
+    return None, recognised.type.name, dumps(recognised.type.arguments(recognised.values))

@@ -66,16 +66,16 @@ def queries(split: str | None = None, *, more: bool = False) -> tuple[str, ...]:
     There are 112, and with `more` half as many again after those of each split. Raises `KeyError` for any other split.
     """
     stored = read_json("queries.json")
-    found: list[str] = []
+    texts: list[str] = []
     for name in SPLITS if split is None else (split,):
-        found += stored[name] + (stored["more"][name] if more else [])
-    return tuple(found)
+        texts += stored[name] + (stored["more"][name] if more else [])
+    return tuple(texts)
 
 
 def instructions() -> dict[str, Instruction]:
     """The instructions by name."""
     stored = read_json("instructions.json")
-    return {name: Instruction(name, tuple(one["learn"]), tuple(one["test"])) for name, one in stored.items()}
+    return {name: Instruction(name, tuple(entry["learn"]), tuple(entry["test"])) for name, entry in stored.items()}
 
 
 def prompts(base: Sequence[str], phrasings: Sequence[str]) -> list[str]:

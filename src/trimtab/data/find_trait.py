@@ -14,10 +14,10 @@ DASH = re.compile(r"\s-+\s|[–—]")
 STOPS = frozenset(".;:!?()")
 NOT = ("not", "never", "no", "non", "nor", "neither", "cannot", "dont", "without", "less", "too", "than")
 UNASKED = frozenset((*NOT, "avoid", "stop", "quit", "hate", "dislike", "about"))
-"""A trait that comes after one of these in its clause isn't asked for; nor after "instead of", nor a word in "n't"."""
+"""A trait that comes after one of these in its clause isn't wanted for; nor after "instead of", nor a word in "n't"."""
 ONLY = frozenset(("only", "just", "merely"))
 STARTS = frozenset(("be", "more", "just", "sound", "talk", "speak", "write", "answer", "please"))
-"""Words that begin to ask for something else, after a trait that isn't asked for: "don't be formal be casual"."""
+"""Words that begin to ask for something else, after a trait that isn't wanted for: "don't be formal be casual"."""
 IS = frozenset(("is", "are", "was", "were"))
 
 
@@ -33,7 +33,7 @@ def find_trait(sentence: str) -> Trait | None:
         The trait, or `None` where the sentence asks for none of them or for more than one.
     """
     tokens = _tokens(sentence)
-    asked: set[str] = set()
+    wanted: set[str] = set()
     clause: set[str] = set()  # what this clause has asked for so far
     unasked = named = False  # whether what comes isn't asked for, and whether it has named a trait yet
     i = 0
@@ -49,22 +49,22 @@ def find_trait(sentence: str) -> Trait | None:
                 clause = set()  # "formal isn't what I want"
             unasked, named = True, False
         elif _ends(tokens, i, unasked, named):
-            asked |= clause
+            wanted |= clause
             clause, unasked = set(), False
         i += 1
-    asked |= clause
-    return traits()[asked.pop()] if len(asked) == 1 else None
+    wanted |= clause
+    return traits()[wanted.pop()] if len(wanted) == 1 else None
 
 
 @cache
 def _phrases() -> dict[Phrase, frozenset[str]]:
     """The words of all cards as tokens, and the traits that each may mean."""
-    found: dict[Phrase, frozenset[str]] = {}
+    phrases: dict[Phrase, frozenset[str]] = {}
     for card in traits().values():
         for text in (card.name, *card.words):
             phrase = tuple(_tokens(text))
-            found[phrase] = found.get(phrase, frozenset()) | {card.name}
-    return found
+            phrases[phrase] = phrases.get(phrase, frozenset()) | {card.name}
+    return phrases
 
 
 def _phrase_at(tokens: list[str], i: int) -> tuple[int, frozenset[str]]:
@@ -77,7 +77,7 @@ def _phrase_at(tokens: list[str], i: int) -> tuple[int, frozenset[str]]:
 
 
 def _denies(tokens: list[str], i: int) -> bool:
-    """Whether what comes after this word isn't asked for."""
+    """Whether what comes after this word isn't wanted for."""
     word, after = tokens[i], tokens[i + 1] if i + 1 < len(tokens) else ""
     if word.endswith("n't"):
         asks = word in ("can't", "couldn't", "won't", "wouldn't") and after == "you"
@@ -88,7 +88,7 @@ def _denies(tokens: list[str], i: int) -> bool:
 
 
 def _ends(tokens: list[str], i: int, unasked: bool, named: bool) -> bool:
-    """Whether a clause ends at this word, or a part of it that names what isn't asked for."""
+    """Whether a clause ends at this word, or a part of it that names what isn't wanted for."""
     word = tokens[i]
     if word in STOPS or word in ("but", "instead"):
         return True

@@ -17,4 +17,4 @@ def read_json(name: str) -> Any:
 def json_files(folder: str) -> list[str]:
     """The JSON files in a folder beside this one, in order, as `read_json` takes them."""
     here = files("trimtab.data").joinpath(folder)
-    return sorted(f"{folder}/{one.name}" for one in here.iterdir() if one.name.endswith(".json"))
+    return sorted(f"{folder}/{file.name}" for file in here.iterdir() if file.name.endswith(".json"))

@@ -63,13 +63,13 @@ def recognise(sentence: str) -> Recognised | None:
         if _plain(sentence) in map(_plain, read_json("instructions.json")[name]["learn"]):
             return Recognised(instruction_type(kind), dict(values))
     types = instruction_types().values()
-    exact = [found for kind in types if (found := _exactly(kind, sentence))]
+    exact = [match for kind in types if (match := _exactly(kind, sentence))]
     if exact:
         # "Write 3 sections" could fill a hole made for a text; the phrasing with the fewest texts is the one meant
-        return min(exact, key=lambda one: sum(p.kind == "text" for p in one.type.parameters))
+        return min(exact, key=lambda candidate: sum(p.kind == "text" for p in candidate.type.parameters))
     near = sorted(
         ((_likeness(sentence, template), kind.name, kind) for kind in types for template in kind.learn + kind.test),
-        key=lambda one: (-one[0], one[1]),
+        key=lambda candidate: (-candidate[0], candidate[1]),
     )
     likeness, _, nearest = near[0]
     values = _values(nearest, sentence)
@@ -139,14 +139,14 @@ def _words(text: str) -> list[str]:
 
 def _values(kind: InstructionType, sentence: str) -> dict[str, Value]:
     """The values of the type's parameters, as far as the sentence has something that they could be, in its order."""
-    found: dict[str, list[str]] = {
+    by_kind: dict[str, list[str]] = {
         name: [m[0] for m in re.finditer(rf"\b(?:{PATTERNS[name]})\b", QUOTED.sub(HOLE, sentence), re.IGNORECASE)]
         for name in ("number", "relation", "language")
     }
-    found["text"] = QUOTED.findall(sentence) or MARKS.findall(sentence)
-    found["letter"] = [text for text in found["text"] if len(text) == 1]
+    by_kind["text"] = QUOTED.findall(sentence) or MARKS.findall(sentence)
+    by_kind["letter"] = [text for text in by_kind["text"] if len(text) == 1]
     values: dict[str, Value] = {}
     for parameter in kind.parameters:
-        if found[parameter.kind]:
-            values[parameter.name] = _value(parameter, found[parameter.kind].pop(0))
+        if by_kind[parameter.kind]:
+            values[parameter.name] = _value(parameter, by_kind[parameter.kind].pop(0))
     return values

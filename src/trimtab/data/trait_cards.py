@@ -138,20 +138,20 @@ def _trait(stored: Any, where: str) -> Trait:
     return Trait(stored["name"], stored["description"], **texts, check=_check(stored.get("check"), where))
 
 
-def _texts(found: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(found, list) or not found or not all(map(_is_text, found)):
-        raise TrimtabError(f"{where} is a list of texts, none of them empty, got {found!r}")
-    if twice := [text for i, text in enumerate(found) if text in found[:i]]:
+def _texts(texts: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(texts, list) or not texts or not all(map(_is_text, texts)):
+        raise TrimtabError(f"{where} is a list of texts, none of them empty, got {texts!r}")
+    if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
         raise TrimtabError(f"{where} has {twice[0]!r} twice; keep one")
-    return tuple(found)
+    return tuple(texts)
 
 
-def _check(found: Any, where: str) -> WordCheck | None:
-    if found is None:
+def _check(check: Any, where: str) -> WordCheck | None:
+    if check is None:
         return None
-    if not isinstance(found, dict) or set(found) != {"any"}:
-        raise TrimtabError(f"{where}: 'check' is null or {{\"any\": [words]}}, got {found!r}")
-    return WordCheck(_texts(found["any"], f"{where}: 'any' of 'check'"))
+    if not isinstance(check, dict) or set(check) != {"any"}:
+        raise TrimtabError(f"{where}: 'check' is null or {{\"any\": [words]}}, got {check!r}")
+    return WordCheck(_texts(check["any"], f"{where}: 'any' of 'check'"))
 
 
 def _is_text(value: Any) -> bool:

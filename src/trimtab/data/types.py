@@ -115,18 +115,18 @@ class InstructionType:
         A parameter that isn't among `values` takes its own values in turn, so that there are as many rounds of the
         phrasings as the longest list of values. Raises `TrimtabError` for a parameter that the type doesn't have.
         """
-        given = dict(values or {})
-        if unknown := sorted(set(given) - {p.name for p in self.parameters}):
+        set_values = dict(values or {})
+        if unknown := sorted(set(set_values) - {p.name for p in self.parameters}):
             has = ", ".join(p.name for p in self.parameters) or "none"
             raise TrimtabError(f"{self.name} has no parameter {unknown[0]!r}; parameters: {has}")
         templates: tuple[str, ...] = {"learn": self.learn, "test": self.test}[side]
-        free = [p for p in self.parameters if p.name not in given]
+        free = [p for p in self.parameters if p.name not in set_values]
         rounds = max((len(p.values) for p in free), default=1)
         filled = []
         for turn in range(rounds):
             for i, template in enumerate(templates):
                 own = {p.name: p.values[(turn + i) % len(p.values)] for p in free}
-                filled.append(template.format(**{**own, **given}))
+                filled.append(template.format(**{**own, **set_values}))
         return filled
 
     def arguments(self, values: Values, query: str | None = None) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def length_phrasings(length: str) -> Sequence[str]:
 
 def _type(name: str, stored: dict[str, Any]) -> InstructionType:
     parameters = tuple(
-        Parameter(key, one["argument"], one.get("kind", "text"), tuple(one["values"]), bool(one.get("list")))
-        for key, one in stored["parameters"].items()
+        Parameter(key, entry["argument"], entry.get("kind", "text"), tuple(entry["values"]), bool(entry.get("list")))
+        for key, entry in stored["parameters"].items()
     )
     return InstructionType(name, stored["kind"], parameters, tuple(stored["learn"]), tuple(stored["test"]))

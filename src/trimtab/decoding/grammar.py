@@ -115,7 +115,7 @@ def check_schema(schema: Schema, *, lenient: bool = False, where: str = "the JSO
     text = _with_options(schema, lenient)
     reason, ignored = _compiled(text)
     if reason is None:
-        return Checked(text, tuple(f"{where}: {one}" for one in ignored))
+        return Checked(text, tuple(f"{where}: {name}" for name in ignored))
     part = _wrong_part(schema, reason, lenient)
     place = f"{where}, at {part}" if part else where
     raise TrimtabError(f"{place}: {_explained(reason)}")
@@ -132,21 +132,21 @@ def _bounded(schema: Mapping[str, Any]) -> dict[str, Any]:
 
     A model that is pushed hard, or is small, may add digit to digit without end (RFC 7493, section 2.2, has the range).
     """
-    found = dict(schema)
+    bounded = dict(schema)
     for keyword, value in schema.items():
         if keyword in BY_NAME and isinstance(value, Mapping):
-            found[keyword] = {name: _bounded_part(part) for name, part in value.items()}
+            bounded[keyword] = {name: _bounded_part(part) for name, part in value.items()}
         elif keyword in LISTS and isinstance(value, list):
-            found[keyword] = [_bounded_part(part) for part in value]
+            bounded[keyword] = [_bounded_part(part) for part in value]
         elif keyword in ONE:
-            found[keyword] = _bounded_part(value)
+            bounded[keyword] = _bounded_part(value)
     kinds = schema.get("type")
     if kinds == "integer" or (isinstance(kinds, list) and "integer" in kinds and "number" not in kinds):
         if "minimum" not in schema and "exclusiveMinimum" not in schema:
-            found["minimum"] = -EXACT
+            bounded["minimum"] = -EXACT
         if "maximum" not in schema and "exclusiveMaximum" not in schema:
-            found["maximum"] = EXACT
-    return found
+            bounded["maximum"] = EXACT
+    return bounded
 
 
 def _bounded_part(part: Any) -> Any:
@@ -169,18 +169,18 @@ def _compiled(text: str) -> tuple[str | None, tuple[str, ...]]:
 def _wrong_part(schema: Schema, reason: str, lenient: bool) -> str:
     """A JSON pointer to the innermost part that alone fails for the same reason; empty for the whole."""
     shared = {name: schema[name] for name in ("$defs", "definitions") if isinstance(schema, Mapping) and name in schema}
-    found, left, here = "", PARTS_TRIED, schema
+    path, left, here = "", PARTS_TRIED, schema
     while True:
         for name, part in _parts(here):
             left -= 1
             if left < 0:
-                return found
+                return path
             whole = {**shared, **part} if isinstance(part, Mapping) else part
             if _compiled(_with_options(whole, lenient))[0] == reason:
-                found, here = f"{found}/{name}", part
+                path, here = f"{path}/{name}", part
                 break
         else:
-            return found
+            return path
 
 
 def _parts(schema: Any) -> Iterator[tuple[str, Any]]:
@@ -208,8 +208,8 @@ def _depth(value: Any) -> int:
         level += 1
         here = [
             inner
-            for one in here
-            for inner in (one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ())
+            for part in here
+            for inner in (part.values() if isinstance(part, Mapping) else part if isinstance(part, list) else ())
             if isinstance(inner, (Mapping, list))
         ]
         if level > SCHEMA_DEPTH:
@@ -218,8 +218,8 @@ def _depth(value: Any) -> int:
 
 
 def _explained(reason: str) -> str:
-    if found := re.match(r'Unimplemented keys: \["(.*)"\]', reason):
-        names = ", ".join(found[1].split('", "'))
+    if match := re.match(r'Unimplemented keys: \["(.*)"\]', reason):
+        names = ", ".join(match[1].split('", "'))
         return f"no grammar can hold to {names}; leave it out, or don't ask for strict"
     if reason.startswith("Unknown format"):
         return f"{_line(reason)}; leave it out, or don't ask for strict"

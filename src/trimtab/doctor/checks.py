@@ -85,15 +85,15 @@ class Checks:
     @torch.no_grad()
     def _running(self) -> list[int]:
         """The layers that run in a pass over text: those of attention to images may not."""
-        found: set[int] = set()
+        running: set[int] = set()
         blocks = enumerate(self.lm.layout.blocks)
-        handles = [block.register_forward_hook(lambda *_, i=i: found.add(i)) for i, block in blocks]
+        handles = [block.register_forward_hook(lambda *_, i=i: running.add(i)) for i, block in blocks]
         try:
             naive.logits(self.lm, self.ids[0])
         finally:
             for handle in handles:
                 handle.remove()
-        return sorted(found)
+        return sorted(running)
 
     # ---- helpers -----------------------------------------------------------------------------------------
 
@@ -108,8 +108,8 @@ class Checks:
         return naive.activations(self.lm, self.ids[0], [site])[site].double().norm(dim=-1).mean()
 
     def generate(self, prompts: Any, steering: Any, **more: Any) -> list[Any]:
-        given = {"max_new_tokens": NEW, "logprobs": True, "chat": False, "transfer": True, **more}
-        return list(self.lm.generate(prompts, steering, **given))
+        options = {"max_new_tokens": NEW, "logprobs": True, "chat": False, "transfer": True, **more}
+        return list(self.lm.generate(prompts, steering, **options))
 
     def same(self, got: Any, ids: Sequence[int], expected: Callable[[list[int]], Tensor], what: str) -> None:
         """The tokens are the likeliest by `expected(text)`, and their log-probabilities are its."""
@@ -196,12 +196,12 @@ class Checks:
         ids = torch.tensor([[0] * (width - len(text)) + list(text) for text in texts], device=device)
         mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=device)
         options = {"max_new_tokens": MORE, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-        found = self.lm.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **options)
+        output = self.lm.model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **options)
         for r, text in enumerate(texts):
             so_far = list(text)
-            for t, token in enumerate(found.sequences[r, width:].tolist()):
+            for t, token in enumerate(output.sequences[r, width:].tolist()):
                 reference = self.plain(so_far).log_softmax(-1)
-                theirs = found.logits[t][r].to(reference).log_softmax(-1)
+                theirs = output.logits[t][r].to(reference).log_softmax(-1)
                 off = float((theirs - reference).abs()[token])
                 most = max(most, off)
                 if not off <= self.tolerance:
@@ -272,7 +272,9 @@ class Checks:
         plain = self.generate(self.prompts, None)
         for what, steering in (("strength 0", nothing), ("a shut gate", shut)):
             got = self.generate(self.prompts, steering)
-            if [(one.token_ids, one.logprobs) for one in got] != [(one.token_ids, one.logprobs) for one in plain]:
+            if [(answer.token_ids, answer.logprobs) for answer in got] != [
+                (answer.token_ids, answer.logprobs) for answer in plain
+            ]:
                 raise Wrong(f"{what} changes the answer")
 
     def batches(self) -> None:
@@ -282,28 +284,31 @@ class Checks:
 
     def gates(self) -> None:
         gate = Threshold(Site(0), self.residual(0, 9), -1e9)
-        gated = [one.when(gate) if one else None for one in self.steerings]
+        gated = [steering.when(gate) if steering else None for steering in self.steerings]
         got = self.generate(self.prompts, gated)
         for row in range(3):
             self.same(got[row], self.ids[row], self.expected(row), f"row {row + 1} behind an open gate")
 
     def stepping(self) -> None:
         batch = GenerationBatch(self.lm.model, self.lm.tokenizer, self.lm.layout)
-        told: dict[int, list[Any]] = {}
+        responses: dict[int, list[Any]] = {}
         rows: dict[int, int] = {}
         with torch.no_grad():
             for row, limit in ((0, MORE), (1, NEW), (2, MORE)):  # one at a time; the second leaves first
                 request = GenerationRequest(tuple(self.ids[row]), self.steerings[row], limit, alternatives=0)
                 rows[batch.insert(request)] = row
-                for one in batch.step():
-                    told.setdefault(rows[one.key], []).append(one)
+                for response in batch.step():
+                    responses.setdefault(rows[response.key], []).append(response)
             while len(batch):
-                for one in batch.step():
-                    told.setdefault(rows[one.key], []).append(one)
-        for row, given in told.items():
-            if problem := next((one.error for one in given if one.error), None):
+                for response in batch.step():
+                    responses.setdefault(rows[response.key], []).append(response)
+        for row, row_responses in responses.items():
+            if problem := next((response.error for response in row_responses if response.error), None):
                 raise problem
-            got = Answer(tuple(one.token for one in given), tuple(one.logprob for one in given))
+            got = Answer(
+                tuple(response.token for response in row_responses),
+                tuple(response.logprob for response in row_responses),
+            )
             self.same(got, self.ids[row], self.expected(row), f"row {row + 1} of a batch that rows join and leave")
 
     def part(self, kind: str) -> str | None:
@@ -408,7 +413,7 @@ class Checks:
             used = raw
             if raw.topk(2).values[1] >= least:
                 candidates = (rung(text) for rung in rungs)
-                used = next((one for one in candidates if raw[one.argmax()] >= least), raw)
+                used = next((candidate for candidate in candidates if raw[candidate.argmax()] >= least), raw)
             off = abs(float(used.log_softmax(-1)[token]) - logprob)
             if int(used.argmax()) != token or not off <= self.tolerance:
                 raise Wrong(f"{what}: token {len(text)} isn't the one that the ladder gives (off by {off:.2g})")
@@ -451,12 +456,12 @@ def run_checks(lm: LM, prompts: Sequence[str], names: Sequence[str] = tuple(CHEC
     for name in names:
         what, check = CHECKS[name]
         findings.append(_run(checks, name, what, check))
-    theirs = {one.name for one in findings if one.state == THEIRS}
+    theirs = {finding.name for finding in findings if finding.state == THEIRS}
     if "cache" in theirs:
-        return tuple(_attributed(one) for one in findings)
-    if "padding" in theirs and any(one.state == WRONG for one in findings):
+        return tuple(_attributed(finding) for finding in findings)
+    if "padding" in theirs and any(finding.state == WRONG for finding in findings):
         checks = checks.of_one_length()
-        findings = [_without_pads(checks, one) if one.state == WRONG else one for one in findings]
+        findings = [_without_pads(checks, finding) if finding.state == WRONG else finding for finding in findings]
     return tuple(findings)
 
 
@@ -474,16 +479,18 @@ def _run(checks: Checks, name: str, what: str, check: Callable[[Checks], str | N
     return Finding(name, what, PARTLY if partly and not isinstance(partly, Said) else WORKS, partly or "")
 
 
-def _without_pads(checks: Checks, one: Finding) -> Finding:
+def _without_pads(checks: Checks, finding: Finding) -> Finding:
     """What is wrong with pads and right without is transformers' own, if it is wrong with pads there."""
-    again = _run(checks, one.name, one.what, CHECKS[one.name][1])
+    again = _run(checks, finding.name, finding.what, CHECKS[finding.name][1])
     if again.state == WRONG:
-        return one
-    return Finding(one.name, one.what, THEIRS, f"transformers' own left padding is wrong, unsteered: {one.reason}")
+        return finding
+    return Finding(
+        finding.name, finding.what, THEIRS, f"transformers' own left padding is wrong, unsteered: {finding.reason}"
+    )
 
 
-def _attributed(one: Finding) -> Finding:
+def _attributed(finding: Finding) -> Finding:
     """Over a cache that transformers itself doesn't decode from rightly, nothing can be right."""
-    if one.state != WRONG or one.reason.startswith("it crashes"):
-        return one
-    return Finding(one.name, one.what, THEIRS, f"transformers' own cache is wrong, unsteered: {one.reason}")
+    if finding.state != WRONG or finding.reason.startswith("it crashes"):
+        return finding
+    return Finding(finding.name, finding.what, THEIRS, f"transformers' own cache is wrong, unsteered: {finding.reason}")

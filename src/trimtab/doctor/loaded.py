@@ -61,7 +61,7 @@ def rounding_of(lm: LM, texts: Sequence[Sequence[int]]) -> Rounding:
 
 def _stepped(lm: LM, ids: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     """The logits and activations at each token of a text whose second half is run token by token, from a cache."""
-    cache, half, found = compat.new_cache(lm.layout.decoder.config), ids.shape[1] // 2, []
+    cache, half, logits = compat.new_cache(lm.layout.decoder.config), ids.shape[1] // 2, []
     here: list[Tensor] = []
 
     def keep(x: Tensor) -> Tensor:
@@ -72,10 +72,10 @@ def _stepped(lm: LM, ids: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     try:
         for start, stop in [(0, half), *((i, i + 1) for i in range(half, ids.shape[1]))]:
             inputs = compat.with_cache(lm.model, {"input_ids": ids[:, start:stop]}, cache)
-            found.append(lm.model(**inputs, use_cache=True).logits[0].float())
+            logits.append(lm.model(**inputs, use_cache=True).logits[0].float())
     finally:
         handle.remove()
-    return torch.cat(found), torch.cat(here)
+    return torch.cat(logits), torch.cat(here)
 
 
 def quantized(checks: Checks) -> str | None:
@@ -121,5 +121,5 @@ def devices(checks: Checks) -> str | None:
 def _spans(lm: LM) -> Iterator[tuple[list[int], torch.device]]:
     """Blocks that follow each other on one device."""
     places = [(layer, device_of(block)) for layer, block in enumerate(lm.layout.blocks)]
-    for device, group in groupby(places, key=lambda one: str(one[1])):
+    for device, group in groupby(places, key=lambda place: str(place[1])):
         yield [layer for layer, _ in group], torch.device(device)

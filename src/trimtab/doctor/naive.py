@@ -30,8 +30,8 @@ NAME = "trimtab-doctor"
 def logits(lm: LM, ids: Sequence[int]) -> Tensor:
     """The next token's logits `[vocabulary]` after a text, in float32 or wider."""
     inputs = torch.tensor([list(ids)], device=input_device(lm.model))
-    found: Tensor = lm.model(input_ids=inputs, use_cache=False).logits[0, -1]
-    return found.to(torch.promote_types(found.dtype, torch.float32))
+    last: Tensor = lm.model(input_ids=inputs, use_cache=False).logits[0, -1]
+    return last.to(torch.promote_types(last.dtype, torch.float32))
 
 
 @contextmanager
@@ -89,9 +89,9 @@ class _Logits(TorchFunctionMode):
         self.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         product = func is torch.nn.functional.linear
-        return self.apply(found) if product and args[1].shape == self.weight.shape else found
+        return self.apply(result) if product and args[1].shape == self.weight.shape else result
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -131,18 +131,18 @@ def _on_streams(lm: LM, x: Tensor, change: Change) -> Tensor:
 @torch.no_grad()
 def activations(lm: LM, ids: Sequence[int], sites: Sequence[Site]) -> dict[Site, Tensor]:
     """The activations `[tokens, size]` of one text, as hooks of their own see them."""
-    found: dict[Site, Tensor] = {}
+    by_site: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Change:
         def look(x: Tensor) -> Tensor:
-            found[site] = x.clone()
+            by_site[site] = x.clone()
             return x
 
         return look
 
     with changed(lm, {site: keep(site) for site in sites}):
         logits(lm, ids)
-    return found
+    return by_site
 
 
 @torch.no_grad()
@@ -191,10 +191,10 @@ def attended(lm: LM, ids: Sequence[int], factors: Mapping[int, float], span: tup
             compat.registered(NAME, attention, compat.mask_function("eager")),
             compat.attending_with(configurations(lm.layout), NAME),
         ):
-            found = logits(lm, ids)
+            steered = logits(lm, ids)
     finally:
         for handle in handles:
             handle.remove()
     if missing := set(factors) - seen:
         raise UnsupportedError(f"the attention of layer {min(missing)} never looked up what the configuration names")
-    return found
+    return steered

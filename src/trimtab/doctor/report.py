@@ -46,10 +46,10 @@ class Report:
     @property
     def wrong(self) -> tuple[Finding, ...]:
         """What gives something else than it says, or crashes."""
-        return tuple(one for one in self.findings if one.state == WRONG)
+        return tuple(finding for finding in self.findings if finding.state == WRONG)
 
     def __getitem__(self, name: str) -> Finding:
-        return next(one for one in self.findings if one.name == name)
+        return next(finding for finding in self.findings if finding.name == name)
 
     def as_json(self) -> dict[str, object]:
         """The report as plain data."""
@@ -59,6 +59,7 @@ class Report:
             "blocks": self.blocks,
             "weights": self.weights,
             "findings": [
-                {"name": one.name, "what": one.what, "state": one.state, "reason": one.reason} for one in self.findings
+                {"name": finding.name, "what": finding.what, "state": finding.state, "reason": finding.reason}
+                for finding in self.findings
             ],
         }

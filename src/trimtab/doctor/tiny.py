@@ -95,37 +95,37 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_prompts() -> list[str]:
     """Three prompts of different lengths."""
-    found = []
+    prompts = []
     for seed, length in enumerate((9, 5, 13)):
         generator = torch.Generator().manual_seed(seed)
-        found.append(" ".join(f"w{i}" for i in torch.randint(5, 115, (length,), generator=generator).tolist()))
-    return found
+        prompts.append(" ".join(f"w{i}" for i in torch.randint(5, 115, (length,), generator=generator).tolist()))
+    return prompts
 
 
 def _names(config_class: Any) -> dict[str, Any]:
     """The fields of a configuration and their defaults."""
     if dataclasses.is_dataclass(config_class):
         return {field.name: field.default for field in dataclasses.fields(config_class)}
-    return {name: one.default for name, one in inspect.signature(config_class.__init__).parameters.items()}
+    return {name: parameter.default for name, parameter in inspect.signature(config_class.__init__).parameters.items()}
 
 
 def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, Any]) -> dict[str, Any]:
     """What a tiny configuration of this class is made from; `used` counts the special tokens that were given out."""
     table = TEXT if text else VISION
     known, parts = _names(config_class), dict(getattr(config_class, "sub_configs", None) or {})
-    given: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for name in sorted(known):
         if name in parts or (name.endswith("softcapping") and known[name] is None):
             continue
         if name in table:
-            given[name] = table[name]
+            fields[name] = table[name]
         elif name.endswith(("_token_id", "_token_index", "_patch_id", "_start_id", "_end_id", "_newline_id")):
             used[0] += 1
-            given[name] = VOCABULARY - 1 - used[0] % 30
+            fields[name] = VOCABULARY - 1 - used[0] % 30
     also = getattr(config_class, "attribute_map", {}) or {}
-    given = {name: value for name, value in given.items() if also.get(name) not in given}
-    if text and "kv_lora_rank" in known and "num_key_value_heads" in given:
-        given["num_key_value_heads"] = TEXT["num_attention_heads"]
+    fields = {name: value for name, value in fields.items() if also.get(name) not in fields}
+    if text and "kv_lora_rank" in known and "num_key_value_heads" in fields:
+        fields["num_key_value_heads"] = TEXT["num_attention_heads"]
     for name, part in parts.items():
         mine = over.get(name, {})
         if not hasattr(part, "sub_configs") or "Auto" in part.__name__:
@@ -135,17 +135,17 @@ def _fields(config_class: Any, text: bool, used: list[int], over: Mapping[str, A
             except Exception:  # it is made by its owner's defaults
                 continue
         of_text = any(word in name for word in ("text", "decoder", "llm", "language", "thinker"))
-        given[name] = _fields(part, of_text and "vision" not in name, used, mine)
+        fields[name] = _fields(part, of_text and "vision" not in name, used, mine)
         if getattr(part, "model_type", None):
-            given[name]["model_type"] = part.model_type
+            fields[name]["model_type"] = part.model_type
     for name, value in over.items():
-        if isinstance(value, dict) and name in parts and isinstance(given.get(name), dict):
-            given[name] = {**given[name], **value}
+        if isinstance(value, dict) and name in parts and isinstance(fields.get(name), dict):
+            fields[name] = {**fields[name], **value}
         elif value is DROP:
-            given.pop(name, None)
+            fields.pop(name, None)
         else:
-            given[name] = value
-    return given
+            fields[name] = value
+    return fields
 
 
 def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
@@ -157,14 +157,14 @@ def _build(kind: str, config: Any, vision: bool, dtype: torch.dtype) -> Any:
     wanted = getattr(cls, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):
         inner = (getattr(config, part, None) for part in ("text_config", "decoder_config", "thinker_config", "decoder"))
-        config = next((one for one in inner if isinstance(one, wanted)), config)
+        config = next((each for each in inner if isinstance(each, wanted)), config)
     torch.manual_seed(0)
     model = cls(config)
     if hasattr(model, "set_default_language"):
         model.set_default_language("en_XX")
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if not weight.is_floating_point() or any(one in name for one in KEPT_OUT):
+            if not weight.is_floating_point() or any(word in name for word in KEPT_OUT):
                 continue
             if weight.dim() > 1:
                 weight.normal_(0, SPREAD)
@@ -195,9 +195,9 @@ def _try(model: Any) -> None:
     ids = torch.tensor([[0, 0, 7, 8], [5, 6, 7, 8]])
     mask = (ids > 0).long()
     options = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
-    found = model.generate(
+    output = model.generate(
         input_ids=ids, attention_mask=mask, return_dict_in_generate=True, output_logits=True, **options
     )
-    if not all(math.isfinite(float(one.abs().max())) for one in found.logits):
+    if not all(math.isfinite(float(logits.abs().max())) for logits in output.logits):
         raise ValueError("its logits aren't finite")
     model(input_ids=ids[1:], attention_mask=mask[1:])

@@ -29,15 +29,15 @@ def engine(name: str) -> Any:
     Raises:
         TrimtabError: There is no engine of this name, there are two, or it is a distribution's that can't be loaded.
     """
-    found = plugins.plugin(plugins.ENGINES, name, OWN)
-    if found is None:
+    plugin = plugins.plugin(plugins.ENGINES, name, OWN)
+    if plugin is None:
         if name not in ENGINES:
             known = [*OWN, *plugins.plugins(plugins.ENGINES, OWN)]
             raise TrimtabError(f"there is no engine {name!r}; engines: {', '.join(known)}")
         return EntryPoint(name, ENGINES[name], plugins.ENGINES).load()
-    made = found.load()
+    made = plugin.load()
     if not callable(getattr(made, "load", None)):
-        raise found.broken("it has no `load`, which makes an engine of a model's name")
+        raise plugin.broken("it has no `load`, which makes an engine of a model's name")
     return made
 
 

@@ -57,7 +57,7 @@ class Generation:
     """One answer.
 
     `token_ids` are the generated ids, the end-of-text token included; `finish_reason` is `"stop"`, `"length"`, or
-    `"content_filter"` where a monitor ended it; `logprobs`, where asked for, holds the natural log-probability of each
+    `"content_filter"` where a monitor ended it; `logprobs`, where requested, holds the natural log-probability of each
     generated token under the (steered) model before any sampling warp; `prompt_tokens` is the length of the rendered
     prompt; `trace` tells what rejection did at each token, where there was rejection; `pieces` is the text that each
     token adds, which join to `text`: on the transformers engine, where there are log-probabilities or a trace;

@@ -53,11 +53,11 @@ def grammars_for(json_schema: Any, count: int) -> list[Grammar | None]:
         raise TrimtabError(
             f"{len(json_schema)} JSON schemas for {count} prompts; give one, or one for each (None for any text)"
         )
-    return [_grammar(one, f"JSON schema {i}") for i, one in enumerate(json_schema, 1)]
+    return [_grammar(schema, f"JSON schema {i}") for i, schema in enumerate(json_schema, 1)]
 
 
-def _grammar(given: Any, where: str = "the JSON schema") -> Grammar | None:
-    return given if given is None or isinstance(given, Grammar) else json_grammar(given, where=where)
+def _grammar(schema: Any, where: str = "the JSON schema") -> Grammar | None:
+    return schema if schema is None or isinstance(schema, Grammar) else json_grammar(schema, where=where)
 
 
 def check_batch_size(size: Any) -> None:
@@ -68,10 +68,10 @@ def check_batch_size(size: Any) -> None:
 
 def of_equal_length(batch: list[int], lengths: Sequence[int]) -> list[list[int]]:
     """A batch's prompts in batches that need no pads, in order; `lengths` are those of all prompts, in tokens."""
-    found: dict[int, list[int]] = {}
+    by_length: dict[int, list[int]] = {}
     for i in batch:
-        found.setdefault(lengths[i], []).append(i)
-    return list(found.values())
+        by_length.setdefault(lengths[i], []).append(i)
+    return list(by_length.values())
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -90,14 +90,16 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     listed: list[Any] = list(prompts)
     if not listed:
         raise TrimtabError("there are no prompts")
-    for i, one in enumerate(listed, 1):
-        if not isinstance(one, (str, Mapping, list, tuple)):
-            raise TrimtabError(f"prompt {i} is a text or a list of messages, got {type(one).__name__}; {_fix(one)}")
+    for i, prompt in enumerate(listed, 1):
+        if not isinstance(prompt, (str, Mapping, list, tuple)):
+            raise TrimtabError(
+                f"prompt {i} is a text or a list of messages, got {type(prompt).__name__}; {_fix(prompt)}"
+            )
     return [listed] if isinstance(listed[0], Mapping) else listed
 
 
-def _fix(given: Any) -> str:
-    if isinstance(given, (int, Tensor)):
+def _fix(value: Any) -> str:
+    if isinstance(value, (int, Tensor)):
         return "tokens are generated from by model.generate inside lm.steered(…)"
     return "give a string, or {'role': …, 'content': …} in a list"
 
@@ -115,7 +117,7 @@ def one_each(
         check_steering(steering)
     if len(steering) != count:
         raise TrimtabError(f"{len(steering)} steerings for {count} prompts; give one, or one for each (None for none)")
-    for one in steering:
-        if one is not None and not (named and isinstance(one, str)):
-            check_steering(one)
+    for each_steering in steering:
+        if each_steering is not None and not (named and isinstance(each_steering, str)):
+            check_steering(each_steering)
     return list(steering)

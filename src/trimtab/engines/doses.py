@@ -40,11 +40,11 @@ def warn_of_doses(answers: Sequence[Generation], steerings: Sequence[Steering | 
         return
     doses = worst.applied.doses
     hardest = max(doses, key=lambda dose: dose.ratio)
-    told = f"at layer {hardest.layer} the edit is {hardest.ratio:.2g} times as long as the activation"
+    message = f"at layer {hardest.layer} the edit is {hardest.ratio:.2g} times as long as the activation"
     if len(doses) > 1:
-        told += f", and over {len(doses)} layers {worst.applied.overall:.2g} times"
+        message += f", and over {len(doses)} layers {worst.applied.overall:.2g} times"
     warnings.warn(
-        f"{told}; above {limit:g} text tends to break. Lower the strength"
+        f"{message}; above {limit:g} text tends to break. Lower the strength"
         f"{' or steer at fewer layers' if len(doses) > 1 else ''}",
         DoseWarning,
         stacklevel=outside(),

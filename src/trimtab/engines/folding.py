@@ -152,8 +152,8 @@ def slots_at(edits: tuple[Edit, ...], site: Site) -> list[Slot]:
     return slots
 
 
-def _acts_together(one: Edit, other: Edit) -> bool:
-    a, b = one.operation, other.operation
+def _acts_together(edit: Edit, other: Edit) -> bool:
+    a, b = edit.operation, other.operation
     return a.kernel is b.kernel and a.kernel in TOGETHER and not (a.keep_norm or b.keep_norm)
 
 
@@ -195,17 +195,17 @@ def stages_of(slots: dict[int, list[Slot]], dtype: torch.dtype) -> list[Stage]:
 
     Raises `TrimtabError` for numbers that the dtype can't hold.
     """
-    found = []
+    stages = []
     for step in range(max(map(len, slots.values()), default=0)):  # a rule may hold nowhere
         groups: dict[tuple[Kernel, float], dict[int, Rows]] = {}
-        for state, one in slots.items():
-            if step < len(one):
-                kernel, keep_norm, row = compiled(one[step], dtype)
+        for state, row_slots in slots.items():
+            if step < len(row_slots):
+                kernel, keep_norm, row = compiled(row_slots[step], dtype)
                 groups.setdefault((kernel, keep_norm), {})[state] = row
         for (kernel, keep_norm), rows_of in groups.items():
             compute = compute_dtype(kernel, keep_norm, dtype)
-            found.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, compute))
-    return found
+            stages.append(_bank(kernel, keep_norm, rows_of, len(slots) + 1, compute))
+    return stages
 
 
 def compiled(slot: Slot, dtype: torch.dtype) -> tuple[Kernel, float, Rows]:

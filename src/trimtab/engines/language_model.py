@@ -297,14 +297,18 @@ class LanguageModel(ABC):
         if json_schema is not None:
             self.require("grammar")
         grammars = grammars_for(json_schema, len(many))
-        for one in {one for one in (*steerings, *(each.steering for each in watching)) if one is not None}:
-            self.check(one, transfer=transfer)
+        for each_steering in {
+            each_steering
+            for each_steering in (*steerings, *(each.steering for each in watching))
+            if each_steering is not None
+        }:
+            self.check(each_steering, transfer=transfer)
         seen = [self.encode_with_images(prompt, system=system, chat=chat, template=template) for prompt in many]
-        ids, images = [one for one, _ in seen], [one for _, one in seen]
+        ids, images = [tokens for tokens, _ in seen], [prompt_images for _, prompt_images in seen]
         requests = [Request(*each) for each in zip(ids, steerings, rejections, grammars, images, strict=True)]
         decoding = Decoding(max_new_tokens, logprobs, seed, batch_size, options, progress, clean_cache, watching)
         decoding = self.admit(requests, decoding)
-        check_answers(self.layout, [len(one) for one in ids], max_new_tokens)
+        check_answers(self.layout, [len(tokens) for tokens in ids], max_new_tokens)
         for request in requests:
             check_prompt(request.steering, len(request.ids))
         done = [answer for answers in self.run(requests, decoding) for answer in answers]
@@ -348,7 +352,7 @@ class LanguageModel(ABC):
             emphasize: One phrase of the prompt, or several.
             rejection: As `generate` has it.
             clean_cache: As `generate` has it.
-            monitors: As `generate` has them; what they read is told by the result.
+            monitors: As `generate` has them; what they read is in the result.
             json_schema: As `generate` has it.
             options: As `generate` takes them.
 
@@ -361,12 +365,12 @@ class LanguageModel(ABC):
                 `lm.steered(…)`.
         """
         self.require("streaming")
-        one = one_request(prompt, steering, rejection, options)
+        single_prompt = one_request(prompt, steering, rejection, options)
         self._check_free()
 
         def generate(tell: Tell) -> Generation:
             (answer,) = self.generate(
-                [one],
+                [single_prompt],
                 steering,
                 max_new_tokens=max_new_tokens,
                 system=system,
@@ -404,13 +408,13 @@ class LanguageModel(ABC):
         Raises `TrimtabError` before anything runs for a steering or a text that doesn't fit.
         """
         steerings = one_each(steering, len(choices))
-        for one in {one for one in steerings if one is not None}:
-            if any(isinstance(edit.operation, ScoreOperation) for edit in one.edits):
+        for each_steering in {each_steering for each_steering in steerings if each_steering is not None}:
+            if any(isinstance(edit.operation, ScoreOperation) for edit in each_steering.edits):
                 raise UnsupportedError("attention scores are steered by lm.generate(…), not by lm.next_logprobs(…)")
-            self.check(one, transfer=transfer)
+            self.check(each_steering, transfer=transfer)
         check_choices(self.layout, choices)
-        for choice, one in zip(choices, steerings, strict=True):
-            check_prompt(one, choice.prompt_length)
+        for choice, each_steering in zip(choices, steerings, strict=True):
+            check_prompt(each_steering, choice.prompt_length)
         return self._next_logprobs(choices, steerings, batch_size, progress)
 
     # ---- what users ask of a steering ----------------------------------------------------------------------
@@ -475,8 +479,8 @@ class LanguageModel(ABC):
         self.require("perplexity")
         from trimtab.tune.sweep import sweep
 
-        given: dict[str, Any] = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
-        return sweep(self, steering, **given, max_new_tokens=max_new_tokens, **options)
+        kwargs: dict[str, Any] = {"layers": layers, "strengths": strengths, "prompts": prompts, "check": check}
+        return sweep(self, steering, **kwargs, max_new_tokens=max_new_tokens, **options)
 
     # ---- activations -------------------------------------------------------------------------------------
 
@@ -516,11 +520,11 @@ class LanguageModel(ABC):
                 raise TrimtabError(f"positions {positions} hold no token of a prompt of {len(ids)} tokens")
             check_prompt(steering, len(ids))
             texts.append(Text(ids, where, images))
-        found: dict[int, dict[Site, Tensor]] = {}
+        activations: dict[int, dict[Site, Tensor]] = {}
         for batch in self.read([[text] for text in texts], wanted, steering=steering):
             for n, i in enumerate(batch.groups):
-                found[i] = {site: batch.values[site][n][0] for site in wanted}
-        return [found[i] for i in range(len(texts))]
+                activations[i] = {site: batch.values[site][n][0] for site in wanted}
+        return [activations[i] for i in range(len(texts))]
 
     def read(
         self,

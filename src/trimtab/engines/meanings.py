@@ -37,7 +37,11 @@ def possible(meanings: Holding) -> list[Holding]:
     """All sets of these that may hold: a token isn't in the thinking and in the answer."""
     listed = sorted(meanings)
     every = [frozenset(some) for n in range(len(listed) + 1) for some in combinations(listed, n)]
-    apart = [{Meaning(THINKING, one.texts), Meaning(ANSWER, one.texts)} for one in meanings if one.kind == THINKING]
+    apart = [
+        {Meaning(THINKING, meaning.texts), Meaning(ANSWER, meaning.texts)}
+        for meaning in meanings
+        if meaning.kind == THINKING
+    ]
     return [holding for holding in every if not any(both <= holding for both in apart)]
 
 
@@ -122,11 +126,11 @@ class Follower:
 
     def of(self, tokens: Iterable[int]) -> list[Followed]:
         """Of each of these generated tokens, from the first one on."""
-        found, at = [], self.start
+        states, at = [], self.start
         for token in tokens:
             at = self.after(at, token)
-            found.append(at)
-        return found
+            states.append(at)
+        return states
 
     def _begin(self, tokenizer: Any, prompt: Sequence[int]) -> tuple[State, ...]:
         """Each machine's state behind the prompt.

@@ -77,7 +77,7 @@ class Choice:
     """A text to read to its end, and the tokens that may come next.
 
     The prompt is the first `prompt_length` ids, which is what position rules count from; what follows are the first
-    tokens of an answer. `candidates` are the ids whose probability is asked for.
+    tokens of an answer. `candidates` are the ids whose probability is requested.
     """
 
     ids: Sequence[int]

@@ -42,13 +42,13 @@ def resolve(steerings: Sequence[Steering | None], lengths: Sequence[int], read: 
     Edits of strength 0 and behind a shut gate are gone. A condition on each token is part of its edit's operation.
     `read` isn't called where nothing is to be decided.
     """
-    asked = [wanted(steering) for steering in steerings]
-    where = {i: tokens_of(readings, lengths[i]) for i, readings in enumerate(asked) if readings}
-    sites = sorted({reading.site for readings in asked for reading in readings})
-    found = read(where, sites, TOKENS_PER_BATCH) if where else {}
+    wanted_readings = [wanted(steering) for steering in steerings]
+    where = {i: tokens_of(readings, lengths[i]) for i, readings in enumerate(wanted_readings) if readings}
+    sites = sorted({reading.site for readings in wanted_readings for reading in readings})
+    activations = read(where, sites, TOKENS_PER_BATCH) if where else {}
     open_edits = []
     for i, steering in enumerate(steerings):
-        readings = pooled(asked[i], lengths[i], where[i], found[i]) if i in where else {}
+        readings = pooled(wanted_readings[i], lengths[i], where[i], activations[i]) if i in where else {}
         open_edits.append(_decided(steering, readings))
     names = [tuple(str(edit) for edit in edits) for edits in open_edits]
     settled = _settled(open_edits, lengths, read)
@@ -93,24 +93,26 @@ def pooled(
 
 def _decided(steering: Steering | None, readings: Mapping[Reading, Tensor]) -> tuple[Edit, ...]:
     """The edits whose gate isn't shut by these readings; what is left of it to decide at each token stays in it."""
-    found = []
+    decided = []
     for edit in acting(steering):
         left = edit.gate.settled(readings)
         if left != NEVER:
-            found.append(replace(edit, gate=left) if edit.gate.token_sites else edit)
-    return tuple(found)
+            decided.append(replace(edit, gate=left) if edit.gate.token_sites else edit)
+    return tuple(decided)
 
 
 def _settled(requests: list[tuple[Edit, ...]], lengths: Sequence[int], read: Read) -> list[tuple[Edit, ...]]:
     """The edits with the operations that their prompts decide."""
     sites = [sorted({edit.site for edit in edits if waits_for_prompt(edit)}) for edits in requests]
-    where = {i: range(lengths[i]) for i, one in enumerate(sites) if one}
+    where = {i: range(lengths[i]) for i, row_sites in enumerate(sites) if row_sites}
     if not where:
         return requests
-    found = read(where, sorted({site for one in sites for site in one}), TOKENS_TO_DECIDE)
+    activations = read(where, sorted({site for row_sites in sites for site in row_sites}), TOKENS_TO_DECIDE)
     return [
         tuple(
-            replace(edit, operation=edit.operation.settled(found[i][edit.site])) if waits_for_prompt(edit) else edit
+            replace(edit, operation=edit.operation.settled(activations[i][edit.site]))
+            if waits_for_prompt(edit)
+            else edit
             for edit in edits
         )
         for i, edits in enumerate(requests)

@@ -1,6 +1,6 @@
 """An answer while it comes: pieces of text, out of a generation that runs in a thread of its own.
 
-The thread never waits for who reads: it goes on to the end, or to the token at which it is told to stop. So a stream
+The thread never waits for who reads: it goes on to the end, or to the token at which it is stopped. So a stream
 that lies around unread holds nobody up for longer than its answer takes.
 """
 
@@ -46,16 +46,16 @@ class Stream:
     def __init__(self, tokenizer: Any, generate: Callable[[Tell], Generation]) -> None:
         """Start `generate`, which tells tokens as they come. Raises what it raises before the first one."""
         self._unfolding = Unfolding(tokenizer)
-        self._told: SimpleQueue[Any] = SimpleQueue()
+        self._queue: SimpleQueue[Any] = SimpleQueue()
         self._stop = threading.Event()
         self._over = False
         self._result: Generation | None = None
         self._said = ""
-        given = generate, self._told, self._stop
-        self._thread = threading.Thread(target=_run, args=given, name="trimtab-stream", daemon=True)
+        arguments = generate, self._queue, self._stop
+        self._thread = threading.Thread(target=_run, args=arguments, name="trimtab-stream", daemon=True)
         self._end = weakref.finalize(self, _end, self._stop, self._thread)
         self._thread.start()
-        self._ready: list[Any] = [self._next_told()]
+        self._ready: list[Any] = [self._next_item()]
         if isinstance(self._ready[0], BaseException):
             self._finish()
             raise self._ready[0]
@@ -70,18 +70,18 @@ class Stream:
 
     def __next__(self) -> str:
         while not self._over:
-            one = self._ready.pop() if self._ready else self._next_told()
-            if isinstance(one, BaseException):
+            item = self._ready.pop() if self._ready else self._next_item()
+            if isinstance(item, BaseException):
                 self._finish()
-                raise one
-            if isinstance(one, Generation):
+                raise item
+            if isinstance(item, Generation):
                 self._finish()
-                self._result = one
+                self._result = item
                 if rest := self._unfolding.finish():
                     self._said += rest
                     return rest
                 break
-            piece = "".join(self._unfolding.add(token) for token in one)
+            piece = "".join(self._unfolding.add(token) for token in item)
             if piece:
                 self._said += piece
                 return piece
@@ -125,9 +125,9 @@ class Stream:
     def _state(self) -> str:
         return "running" if not self._over else "complete" if self._result is not None else "stopped"
 
-    def _next_told(self) -> Any:
+    def _next_item(self) -> Any:
         try:
-            return self._told.get()
+            return self._queue.get()
         except BaseException:  # an interrupt while it waits
             self._finish()
             raise
@@ -167,18 +167,18 @@ class TokenTeller:
         """There are no more: the answer itself says so."""
 
 
-def _run(generate: Callable[[Tell], Generation], told: SimpleQueue[Any], stop: threading.Event) -> None:
+def _run(generate: Callable[[Tell], Generation], queue: SimpleQueue[Any], stop: threading.Event) -> None:
     def tell(tokens: Sequence[int]) -> None:
         if stop.is_set():
             raise _Stopped
-        told.put(tokens)
+        queue.put(tokens)
 
     try:
-        told.put(generate(tell))
+        queue.put(generate(tell))
     except _Stopped:  # nobody reads on; kept, it would hold on to the cache of keys and values
         return
     except BaseException as error:  # whoever reads gets to know
-        told.put(error)
+        queue.put(error)
 
 
 def _end(stop: threading.Event, thread: threading.Thread) -> None:

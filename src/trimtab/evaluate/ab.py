@@ -156,17 +156,19 @@ def in_both_orders(items: Sequence[ABItem]) -> list[ABItem]:
     Raises:
         TrimtabError: A question whose options can't be told apart; it names the item.
     """
-    return [one for item in items for one in (replace(item, group=item.item), _swapped(item))]
+    return [version for item in items for version in (replace(item, group=item.item), _swapped(item))]
 
 
 def _swapped(item: ABItem) -> ABItem:
-    found = OPTIONS.fullmatch(item.question)
-    if found is None or any(len(re.findall(rf"^[ \t]*\({one}\)", item.question, re.MULTILINE)) != 1 for one in LETTERS):
+    match = OPTIONS.fullmatch(item.question)
+    if match is None or any(
+        len(re.findall(rf"^[ \t]*\({letter}\)", item.question, re.MULTILINE)) != 1 for letter in LETTERS
+    ):
         raise TrimtabError(
             f"item {item.item}: options (A) and (B), each at the beginning of a line and once in the question, were"
             " expected, to ask it in both orders"
         )
-    before, first, between, second = found.groups()
+    before, first, between, second = match.groups()
     end = second[len(second.rstrip()) :]
     question = f"{before}(A){second.rstrip()}{between}(B){first.rstrip()}{end}"
     return replace(
@@ -237,13 +239,13 @@ def score_ab(
     batches = _batches(requests, choices, batch_size)
 
     def make(_number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
-        found = lm.next_logprobs(
+        results = lm.next_logprobs(
             [choices[r.arm, r.item] for r in batch],
             [r.steering for r in batch],
             batch_size=len(batch),
             transfer=transfer,
         )
-        return [_record(r, by_name[r.item], one, digests) for r, one in zip(batch, found, strict=True)]
+        return [_record(r, by_name[r.item], token, digests) for r, token in zip(batch, results, strict=True)]
 
     about = {"items": [asdict(item) for item in items], **(about or {})}
     return run(
@@ -259,8 +261,8 @@ def share(matching: float, other: float) -> float:
 
 
 def _choice(lm: LM, request: ArmPrompt, item: ABItem) -> Choice:
-    asked = ask_prompt(lm.tokenizer, request.prompt, (item.matching, item.other))
-    return Choice(asked.ids, len(asked.prompt), (asked.letters[item.matching], asked.letters[item.other]))
+    question = ask_prompt(lm.tokenizer, request.prompt, (item.matching, item.other))
+    return Choice(question.ids, len(question.prompt), (question.letters[item.matching], question.letters[item.other]))
 
 
 def _batches(
@@ -281,8 +283,8 @@ def _batches(
     return batches
 
 
-def _record(request: ArmPrompt, item: ABItem, found: NextToken, digests: Mapping[int, str]) -> Record:
-    matching, other = found.logprobs
+def _record(request: ArmPrompt, item: ABItem, token: NextToken, digests: Mapping[int, str]) -> Record:
+    matching, other = token.logprobs
     q = share(matching, other)
     return Record(
         arm=request.arm,
@@ -292,8 +294,8 @@ def _record(request: ArmPrompt, item: ABItem, found: NextToken, digests: Mapping
         tokens=1,
         finish="scored",
         steering=digests.get(id(request.steering)),
-        edits=found.applied.edits,
-        dose=found.applied.dose_if_measured,
+        edits=token.applied.edits,
+        dose=token.applied.dose_if_measured,
         scores={"matching": q, "mass": math.exp(matching) + math.exp(other), "chosen": float(q > 0.5)},
         group=request.group,
     )

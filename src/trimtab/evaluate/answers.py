@@ -62,7 +62,7 @@ def answer(
 
     def make(number: int, batch: Sequence[ArmPrompt], digests: Mapping[int, str]) -> list[Record]:
         drawn = _batch_seed(seed, number) if options.get("do_sample") else None
-        found = lm.generate(
+        generations = lm.generate(
             [request.prompt for request in batch],
             [request.steering for request in batch],
             max_new_tokens=max_new_tokens,
@@ -76,17 +76,17 @@ def answer(
                 arm=request.arm,
                 item=request.item,
                 prompt=request.prompt,
-                answer=one.text,
-                tokens=len(one.token_ids),
-                finish=one.finish_reason,
+                answer=generation.text,
+                tokens=len(generation.token_ids),
+                finish=generation.finish_reason,
                 steering=digests.get(id(request.steering)),
-                edits=one.applied.edits,
-                dose=one.applied.dose_if_measured,
+                edits=generation.applied.edits,
+                dose=generation.applied.dose_if_measured,
                 seed=drawn,
-                scores=score(request, one),
+                scores=score(request, generation),
                 group=request.group,
             )
-            for request, one in zip(batch, found, strict=True)
+            for request, generation in zip(batch, generations, strict=True)
         ]
 
     return run(lm, requests, batches, make, settings=settings, out=out, progress=progress, about=about)
@@ -213,10 +213,10 @@ def _resume(path: Path, header: bytes, batches: Sequence[Sequence[ArmPrompt]]) -
         raise TrimtabError(
             f"can't write {path}: {error.strerror}; name a file in a folder that is there and writable"
         ) from None
-    found, records = split_records(data, path)
+    stored, records = split_records(data, path)
     if not data.startswith(header):
         raise TrimtabError(
-            f"{path} holds another run: {_differences(found, json.loads(header))}. Run that one, delete the file, or"
+            f"{path} holds another run: {_differences(stored, json.loads(header))}. Run that one, delete the file, or"
             " name another"
         )
     expected = [request for batch in batches for request in batch]

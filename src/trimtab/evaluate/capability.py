@@ -67,10 +67,10 @@ def final_number(text: str) -> tuple[Decimal | None, bool]:
     Thousands' commas and dollar signs are dropped. `None` where there isn't a number.
     """
     marked = text.rpartition("####")[2] if "####" in text else ""
-    if found := NUMBER.findall(marked):
-        return _number(found[0]), True
-    found = NUMBER.findall(text)
-    return (_number(found[-1]) if found else None), False
+    if numbers := NUMBER.findall(marked):
+        return _number(numbers[0]), True
+    numbers = NUMBER.findall(text)
+    return (_number(numbers[-1]) if numbers else None), False
 
 
 def math_requests(
@@ -90,8 +90,8 @@ def math_scorer(items: Sequence[MathItem]) -> Callable[[ArmPrompt, Generation], 
     answers = {item.item: item.answer for item in items}
 
     def score(request: ArmPrompt, generation: Generation) -> dict[str, float]:
-        found, marked = final_number(generation.text)
-        return {"correct": float(found == answers[request.item]), "marked": float(marked)}
+        number, marked = final_number(generation.text)
+        return {"correct": float(number == answers[request.item]), "marked": float(marked)}
 
     return score
 

@@ -1,4 +1,4 @@
-"""Whether an answer has the form it was asked for, decided by code.
+"""Whether an answer has the requested form, decided by code.
 
 Each check is a function `check(answer, *, cut=False)` that says yes or no. `cut` says that the answer was stopped
 by a token limit: then what is there is judged, and what is missing is not held against it. An empty answer
@@ -89,7 +89,7 @@ def has_title(answer: str, *, cut: bool = False) -> bool:
 
 
 def is_german(answer: str, *, cut: bool = False) -> bool:
-    """German, told by its function words.
+    """German, recognised by its function words.
 
     At least three words of `GERMAN_WORDS` (or half of a shorter answer), a fifth of all words, and three times as
     many as of `OTHER_WORDS`. It tells the language, not whether the sentences make sense.
@@ -148,8 +148,8 @@ def on_topic(query: str, answer: str) -> bool:
     The first five letters count, so that `planting` finds `plants`. It tells an answer that has the form and
     speaks of something else; it can't tell whether what is said is right.
     """
-    asked = {word.lower()[:5] for word in WORD.findall(query) if len(word) > 3 and word.lower() not in PLAIN_WORDS}
-    return any(word.lower()[:5] in asked for word in WORD.findall(answer))
+    stems = {word.lower()[:5] for word in WORD.findall(query) if len(word) > 3 and word.lower() not in PLAIN_WORDS}
+    return any(word.lower()[:5] in stems for word in WORD.findall(answer))
 
 
 def _refuse(name: str) -> Any:
@@ -192,12 +192,12 @@ def _endings(text: str, quoted: bool, escaped: bool) -> list[str]:
             text += "n"
         return [text + '"', text + '":0']
     bare = text.rstrip()
-    found = [bare, bare + ":0", bare + "0", bare + '"":0']
+    endings = [bare, bare + ":0", bare + "0", bare + '"":0']
     if bare.endswith(","):
-        found += [bare[:-1]]
+        endings += [bare[:-1]]
     if word := re.search(r"[a-z]+$", bare):
-        found += [bare[: word.start()] + literal for literal in LITERALS if literal.startswith(word[0])]
-    return found
+        endings += [bare[: word.start()] + literal for literal in LITERALS if literal.startswith(word[0])]
+    return endings
 
 
 def _loads(text: str) -> bool:

@@ -28,7 +28,7 @@ def means_for(lm: LM, steerings: Iterable[Steering], prompts: Sequence[Prompt]) 
     if not sites:
         return None
     read = lm.capture(list(prompts), sites)
-    return {site: torch.stack([to_float64(one[site][-1]) for one in read]).mean(0) for site in sites}
+    return {site: torch.stack([to_float64(captured[site][-1]) for captured in read]).mean(0) for site in sites}
 
 
 def random_like(steering: Steering, seed: int = 0, means: Mapping[Site, Tensor] | None = None) -> Steering:

@@ -103,16 +103,16 @@ def decide(
     sums: dict[Hashable, float] = {}
     for name, b, a in zip(range(len(before)) if groups is None else groups, before, after, strict=True):
         sums[name] = sums.get(name, 0.0) + (a - b)
-    differences = [round(one, 12) for one in sums.values()]
+    differences = [round(difference, 12) for difference in sums.values()]
     return Decision(
         items=len(differences),
         before=mean(before),
         after=mean(after),
         difference=interval,
-        won=sum(one > 0 for one in differences),
-        lost=sum(one < 0 for one in differences),
+        won=sum(difference > 0 for difference in differences),
+        lost=sum(difference < 0 for difference in differences),
         p=sign_flip(differences, seed),
-        p_worse=sign_flip([-one for one in differences], seed),
+        p_worse=sign_flip([-difference for difference in differences], seed),
         candidates=candidates,
     )
 
@@ -123,7 +123,7 @@ def sign_flip(differences: Sequence[float], seed: int = 0) -> float:
     Where there are too many to try and the differences are no multiples of a common unit, flips are drawn, and the one
     that was seen counts among them, so that p is never too small (Phipson and Smyth, 2010).
     """
-    values = np.array([one for one in differences if one != 0], dtype=np.float64)
+    values = np.array([difference for difference in differences if difference != 0], dtype=np.float64)
     if not len(values):
         return 1.0
     seen, slack = values.sum(), 1e-9 * np.abs(values).sum()
@@ -156,18 +156,18 @@ def fewest() -> int:
     return math.ceil(-math.log2(LEVEL))
 
 
-def in_words(found: Decision, of: str = "prompts") -> str:
+def in_words(decision: Decision, of: str = "prompts") -> str:
     """The verdict as a sentence: what it is, the scores, how many items were won and lost, and how sure that is.
 
     Args:
-        found: The decision.
+        decision: The decision.
         of: What the items are.
     """
-    scores = f"{found.after:.2f} instead of {found.before:.2f} on {found.items} {of}"
-    counts = f"{found.won} better, {found.lost} worse"
-    p = found.corrected if found.verdict != WORSE else min(1.0, found.p_worse * found.candidates)
-    chance = f"p = {p:.2g}" + (f" for the best of {found.candidates}" if found.candidates > 1 else "")
-    return f"{found.verdict}: {scores} ({counts}; {chance})"
+    scores = f"{decision.after:.2f} instead of {decision.before:.2f} on {decision.items} {of}"
+    counts = f"{decision.won} better, {decision.lost} worse"
+    p = decision.corrected if decision.verdict != WORSE else min(1.0, decision.p_worse * decision.candidates)
+    chance = f"p = {p:.2g}" + (f" for the best of {decision.candidates}" if decision.candidates > 1 else "")
+    return f"{decision.verdict}: {scores} ({counts}; {chance})"
 
 
 def error_rate() -> str:

@@ -22,7 +22,7 @@ from trimtab.engines.transformers.few_rows import few_rows
 from trimtab.engines.transformers.likelihood import LOGITS
 from trimtab.engines.transformers.scores import activation_edits, is_score_edit
 from trimtab.engines.transformers.session import Session
-from trimtab.engines.transformers.teacher_forced import Given, check_given, teacher_forced
+from trimtab.engines.transformers.teacher_forced import Answered, check_answered, teacher_forced
 from trimtab.engines.transformers.weights import vocabulary_size
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
@@ -61,14 +61,14 @@ class Divergence:
 
     @property
     def _all(self) -> list[float]:
-        return [one for row in self.nats for one in row]
+        return [value for row in self.nats for value in row]
 
 
 @dataclass(frozen=True)
 class Reference:
     """The unsteered model's answers to some prompts, and its logits before each of their tokens."""
 
-    texts: tuple[Given, ...]
+    texts: tuple[Answered, ...]
     logits: tuple[Tensor, ...]
 
 
@@ -100,14 +100,14 @@ def reference(
     if not listed:
         raise TrimtabError("there is no prompt to measure a divergence on; give some")
     texts = tuple(
-        Given(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
+        Answered(tuple(lm.encode(prompt, system=system, chat=chat)), tuple(answer.token_ids))
         for prompt, answer in zip(listed, answers, strict=True)
     )
     texts = tuple(text for text in texts if text.answer)
     if not texts:
         raise TrimtabError("the unsteered model answers none of these prompts with a token; give others")
-    check_given(lm.layout, texts)
-    return Reference(texts, tuple(read_given(lm, texts, None)))
+    check_answered(lm.layout, texts)
+    return Reference(texts, tuple(read_answered(lm, texts, None)))
 
 
 @keywords
@@ -139,14 +139,14 @@ def divergence(
     Raises:
         TrimtabError: A steering that doesn't fit, no prompts, not as many steerings as prompts, or another engine.
     """
-    given = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
-    for one in given:
-        if one is not None:
-            lm.check(one, transfer=transfer)
+    steerings = [steering] if steering is None or isinstance(steering, Steering) else list(steering)
+    for each_steering in steerings:
+        if each_steering is not None:
+            lm.check(each_steering, transfer=transfer)
     base = (
         prompts if isinstance(prompts, Reference) else reference(lm, prompts, tokens=tokens, system=system, chat=chat)
     )
-    steered = read_given(lm, base.texts, steering)
+    steered = read_answered(lm, base.texts, steering)
     return Divergence(tuple(tuple(_kl(p, q)) for p, q in zip(base.logits, steered, strict=True)))
 
 
@@ -154,13 +154,15 @@ def _kl(unsteered: Tensor, steered: Tensor) -> list[float]:
     """For each row of logits, in float64; the same logits give exactly 0, and NaN among the steered ones infinity."""
     if unsteered.isnan().any():
         raise TrimtabError("the unsteered model's logits aren't finite; load it in float32 or bfloat16")
-    p, q = (one.double().log_softmax(-1) for one in (unsteered, steered))
+    p, q = (logits.double().log_softmax(-1) for logits in (unsteered, steered))
     weight = p.exp()
     terms = torch.where(weight > 0, weight * (p - q), torch.zeros_like(p))
     return [math.inf if math.isnan(value) else max(0.0, value) for value in terms.sum(-1).tolist()]
 
 
-def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Steering | None] | None) -> list[Tensor]:
+def read_answered(
+    lm: LM, texts: Sequence[Answered], steering: Steering | Sequence[Steering | None] | None
+) -> list[Tensor]:
     """The logits before each token of each answer, `[answer tokens, vocabulary]`, on the CPU, in the texts' order.
 
     Raises `TrimtabError` where there are several steerings, and not one for each text.
@@ -170,22 +172,24 @@ def read_given(lm: LM, texts: Sequence[Given], steering: Steering | Sequence[Ste
         raise TrimtabError(f"{len(each)} steerings for {len(texts)} texts; give one for each, or one for all")
     vocabulary = vocabulary_size(lm.model)
     order = sorted(range(len(texts)), key=lambda i: (len(texts[i].prompt), len(texts[i].answer), i))
-    same_length = any(is_score_edit(edit) for one in each if one is not None for edit in one.edits)
-    found: dict[int, Tensor] = {}
+    same_length = any(
+        is_score_edit(edit) for each_steering in each if each_steering is not None for edit in each_steering.edits
+    )
+    by_text: dict[int, Tensor] = {}
     with lm._exclusive(), few_rows(lm.model):
         while order:
             chosen = _batch(texts, order, LOGITS // vocabulary, same_length)
             order = order[len(chosen) :]
             some = [texts[i] for i in chosen]
             edits = lm._ready([each[i] for i in chosen], [list(text.prompt) for text in some])
-            residual = [activation_edits(one) for one in edits]
+            residual = [activation_edits(row_edits) for row_edits in edits]
             session = Session(lm.model, lm.layout, lambda *_, decided=residual: decided, tokenizer=lm.tokenizer)
             for i, logits in zip(chosen, teacher_forced(lm.model, lm.layout, some, session, edits), strict=True):
-                found[i] = logits.cpu()
-    return [found[i] for i in range(len(texts))]
+                by_text[i] = logits.cpu()
+    return [by_text[i] for i in range(len(texts))]
 
 
-def _batch(texts: Sequence[Given], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
+def _batch(texts: Sequence[Answered], order: Sequence[int], tokens: int, same_length: bool) -> list[int]:
     """The first of `order` that together have at most so many tokens of answer, padded; at least one."""
     chosen = [order[0]]
     for i in order[1:]:

@@ -1,4 +1,4 @@
-"""How well an answer reads, told without a judge: perplexity under the unsteered model, repetition, length.
+"""How well an answer reads, measured without a judge: perplexity under the unsteered model, repetition, length.
 
 A steering that is too strong breaks text in one of two ways. It becomes unlikely (the perplexity rises far above
 that of unsteered answers), or it runs in circles (the perplexity falls towards 1, and n-grams come again).
@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Fluency:
-    """What can be told of one answer.
+    """What can be measured of one answer.
 
     `perplexity` is `perplexities`' (infinite for an empty answer); `distinct` the share of different word pairs,
     `repeated` the share of four-grams that occurred before, both 0 … 1; `tokens` the generated ids, the end-of-text
@@ -60,17 +60,17 @@ def fluencies(
     for context in contexts:
         if id(context) not in encoded:
             encoded[id(context)] = lm.encode(context, system=system, chat=chat)
-    texts = [(encoded[id(context)], one) for context, one in zip(contexts, ids, strict=True)]
+    texts = [(encoded[id(context)], answer_ids) for context, answer_ids in zip(contexts, ids, strict=True)]
     return [
         Fluency(
             perplexity=perplexity,
             distinct=distinct_n(answer.text),
             repeated=repeated_share(answer.text),
-            tokens=len(one),
+            tokens=len(answer_ids),
             empty=not answer.text.strip(),
             cut=answer.finish_reason == "length",
         )
-        for answer, one, perplexity in zip(answers, ids, perplexities(lm, texts, progress=progress), strict=True)
+        for answer, answer_ids, perplexity in zip(answers, ids, perplexities(lm, texts, progress=progress), strict=True)
     ]
 
 
@@ -108,14 +108,14 @@ def perplexities(
     for i, (context, answer) in enumerate(keys):
         check_length(lm.layout, len(context) + len(answer), f"text {i + 1}")
     waiting = sorted({key for key in keys if key[1]}, key=lambda key: (len(key[0]) + len(key[1]), key))
-    found: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
+    known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     while waiting:
         rows = _fitting([len(context) + len(answer) for context, answer in waiting], tokens_per_batch)
         batch, waiting = waiting[:rows], waiting[rows:]
-        found |= zip(batch, lm.answer_nlls(batch), strict=True)
+        known |= zip(batch, lm.answer_nlls(batch), strict=True)
         if progress is not None:
-            progress(len(found), len(found) + len(waiting))
-    return [_exp(found[key]) if key[1] else math.inf for key in keys]
+            progress(len(known), len(known) + len(waiting))
+    return [_exp(known[key]) if key[1] else math.inf for key in keys]
 
 
 def _fitting(lengths: Sequence[int], budget: int) -> int:

@@ -101,7 +101,7 @@ class SteeredHFLM(HFLM):
             rows.setdefault((whole[:-1], len(whole) - len(continuation)), []).append(i)
         order = sorted(rows, key=lambda row: (-len(row[0]), row))
         size = override_bs or int(self.batch_size)
-        found: dict[int, tuple[float, bool]] = {}
+        scores: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="steered loglikelihoods") as bar:
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
@@ -110,11 +110,11 @@ class SteeredHFLM(HFLM):
                     logprobs = log_softmax(logits[prompt - 1 : len(text)], dim=-1, dtype=self.softmax_dtype)
                     for i in rows[row]:
                         key, _, continuation = requests[i]
-                        found[i] = _scored(logprobs, continuation)
+                        scores[i] = _scored(logprobs, continuation)
                         if key is not None:
-                            self.cache_hook.add_partial("loglikelihood", key, found[i])
+                            self.cache_hook.add_partial("loglikelihood", key, scores[i])
                         bar.update()
-        return [found[i] for i in range(len(requests))]
+        return [scores[i] for i in range(len(requests))]
 
     @torch.no_grad()
     def _steered_logits(self, rows: Sequence[tuple[tuple[int, ...], int]]) -> Tensor:
@@ -125,7 +125,7 @@ class SteeredHFLM(HFLM):
             prompts = [list(text[:prompt]) for text, prompt in rows]
             edits = self.lm._ready([self.steering] * len(rows), prompts)
             session = Session(self.model, self.lm.layout, lambda _count, _first: edits, lengths, self.lm.tokenizer)
-            sites = sorted({edit.site for one in edits for edit in one})
+            sites = sorted({edit.site for row_edits in edits for edit in row_edits})
             with session.hooked(sites), self._precision():
                 logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             session.check_reached(ids.shape[1])

@@ -2,7 +2,7 @@
 
 The checkers are those of the package `if-verifiable`, the official ones repackaged. Two things are added. A verdict
 depends on the instruction and the answer alone: what the checkers leave to chance is seeded. And an answer whose
-language can't be told doesn't follow an instruction about language, unless the official rule is asked for.
+language can't be told doesn't follow an instruction about language, unless the official rule is requested.
 
 Chance plays a part in two places. Where a letter is to be counted that is no letter (the prompts 1122 and 1129 ask
 for "#" and "!"), the official checker draws a random one instead; and langdetect samples the answer.
@@ -75,11 +75,11 @@ class Verdict:
     @property
     def scores(self) -> dict[str, float]:
         """`strict` and `loose` for the prompt as a whole, 1 or 0, and `strict/<number>/<type>` for each instruction."""
-        found = {"strict": float(all(self.strict)), "loose": float(all(self.loose))}
+        scores = {"strict": float(all(self.strict)), "loose": float(all(self.loose))}
         for number, kind in enumerate(self.types):
-            found[f"strict/{number}/{kind}"] = float(self.strict[number])
-            found[f"loose/{number}/{kind}"] = float(self.loose[number])
-        return found
+            scores[f"strict/{number}/{kind}"] = float(self.strict[number])
+            scores[f"loose/{number}/{kind}"] = float(self.loose[number])
+        return scores
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -140,18 +140,18 @@ def _item(row: Any, where: str, number: int) -> IFEvalItem:
     for name, text in (("prompt", prompt), ("prompt_without_instruction", "-" if bare is None else bare)):
         if not isinstance(text, str) or not text.strip():
             raise TrimtabError(f"{where}: {name} is empty or no text")
-    if not isinstance(kwargs, list) or not kwargs or not all(isinstance(one, Mapping) for one in kwargs):
+    if not isinstance(kwargs, list) or not kwargs or not all(isinstance(entry, Mapping) for entry in kwargs):
         raise TrimtabError(f"{where}: kwargs is a list with one object for each instruction")
-    if not isinstance(types, list) or len(types) != len(kwargs) or not all(isinstance(one, str) for one in types):
+    if not isinstance(types, list) or len(types) != len(kwargs) or not all(isinstance(entry, str) for entry in types):
         raise TrimtabError(f"{where}: instruction_id_list is a list of texts, as many as kwargs has objects")
-    given = [{name: value for name, value in one.items() if value is not None} for one in kwargs]
-    for kind, arguments in zip(types, given, strict=True):
+    set_arguments = [{name: value for name, value in entry.items() if value is not None} for entry in kwargs]
+    for kind, arguments in zip(types, set_arguments, strict=True):
         try:
             _checker(kind, arguments, prompt)
         except TrimtabError as error:
             raise TrimtabError(f"{where}: {error}") from None
     key = str(row["key"]) if row.get("key") is not None else f"row {number}"
-    return IFEvalItem(key, key, prompt, tuple(types), tuple(given), bare)
+    return IFEvalItem(key, key, prompt, tuple(types), tuple(set_arguments), bare)
 
 
 def _prepare(types: set[str]) -> None:
@@ -197,8 +197,8 @@ def follows(
     arguments that don't fit it.
     """
     _prepare({instruction_id})
-    given = {name: value for name, value in kwargs.items() if value is not None}
-    item = IFEvalItem("", "", prompt, (instruction_id,), (given,))
+    set_arguments = {name: value for name, value in kwargs.items() if value is not None}
+    item = IFEvalItem("", "", prompt, (instruction_id,), (set_arguments,))
     verdict = judge(item, answer, detection=detection)
     return (verdict.loose if loose else verdict.strict)[0]
 
@@ -360,15 +360,15 @@ def by_instruction(records: Sequence[Record]) -> list[Record]:
 
     Means over these are the benchmark's instruction-level accuracies. Instructions of one query are a group.
     """
-    found = []
+    expanded = []
     for record in records:
         for name, value in record.scores.items():
             kind, _, rest = name.partition("/")
             if kind == "strict" and rest:
                 scores = {"strict": value, "loose": record.scores[f"loose/{rest}"]}
                 group = record.item if record.group is None else record.group
-                found.append(replace(record, item=f"{record.item}/{rest}", scores=scores, group=group))
-    return found
+                expanded.append(replace(record, item=f"{record.item}/{rest}", scores=scores, group=group))
+    return expanded
 
 
 def type_of(record: Record) -> str:

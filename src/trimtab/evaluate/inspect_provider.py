@@ -104,11 +104,11 @@ class SteeredModel(ModelAPI):
     def steering_of(self, steer: Any) -> Steering | None:
         """What a model argument or a sample names. Raises `TrimtabError` where it can't be read or doesn't fit."""
         named = [steer] if isinstance(steer, str) else list(steer or ())
-        if odd := [one for one in named if not isinstance(one, str)]:
+        if odd := [entry for entry in named if not isinstance(entry, str)]:
             raise TrimtabError(f"steer is FILE[@LAYERS][:STRENGTH], or several in a list, got {odd[0]!r}")
         if not named:
             return None
-        steering = self._strength * sum((_file(one) for one in named), Steering())
+        steering = self._strength * sum((_file(entry) for entry in named), Steering())
         if self._positions is not None:
             steering = steering.at(Positions.parse(self._positions))
         self.lm.check(steering, transfer=self.transfer)
@@ -117,7 +117,7 @@ class SteeredModel(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        """One answer, made together with those that are asked for meanwhile.
+        """One answer, made together with those that are requested meanwhile.
 
         Raises:
             UnsupportedError: Tools, pictures, or settings that can't be honoured.
@@ -129,7 +129,7 @@ class SteeredModel(ModelAPI):
                 " serve the model (trimtab serve) and reach it by Inspect's openai-api provider"
             )
         check_config(config)
-        prompt = [_message(one) for one in input]
+        prompt = [_message(message) for message in input]
         body = dict(config.extra_body or {})
         steering = self.steering_of(body.pop("steer")) if "steer" in body else self.steering
         if body:
@@ -138,20 +138,26 @@ class SteeredModel(ModelAPI):
         most = config.max_tokens or MOST_TOKENS
         if self.lm.layout.context is not None:
             most = min(most, max(1, self.lm.layout.context - len(ids)))
-        asked = _Asked(self.lm, prompt, steering, most, sampling(config), config.seed, self.transfer, self.batch_size)
-        self._waiting.put(asked)
-        while not asked.answers.done():
+        request = _Request(
+            self.lm, prompt, steering, most, sampling(config), config.seed, self.transfer, self.batch_size
+        )
+        self._waiting.put(request)
+        while not request.answers.done():
             await anyio.sleep(GATHERED / 5)
-        found = asked.answers.result()
+        generations = request.answers.result()
         return ModelOutput(
             model=self.model_name,
-            choices=[_choice(one, config, self.model_name) for one in found],
+            choices=[_choice(generation, config, self.model_name) for generation in generations],
             usage=ModelUsage(
-                input_tokens=found[0].prompt_tokens,
-                output_tokens=sum(len(one.token_ids) for one in found),
-                total_tokens=found[0].prompt_tokens + sum(len(one.token_ids) for one in found),
+                input_tokens=generations[0].prompt_tokens,
+                output_tokens=sum(len(generation.token_ids) for generation in generations),
+                total_tokens=generations[0].prompt_tokens
+                + sum(len(generation.token_ids) for generation in generations),
             ),
-            metadata={"edits": list(found[0].applied.edits), "dose": _number(found[0].applied.dose_if_measured)},
+            metadata={
+                "edits": list(generations[0].applied.edits),
+                "dose": _number(generations[0].applied.dose_if_measured),
+            },
         )
 
     def max_tokens(self) -> int | None:
@@ -212,7 +218,7 @@ def _file(named: str) -> Steering:
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
+class _Request:
     """A request that waits for others to be answered with."""
 
     lm: LM
@@ -225,9 +231,9 @@ class _Asked:
     size: int
     answers: Future[list[Generation]]
 
-    def __init__(self, *given: Any) -> None:
+    def __init__(self, *values: Any) -> None:
         names = ("lm", "prompt", "steering", "tokens", "options", "seed", "transfer", "size")
-        for name, value in zip(names, given, strict=True):
+        for name, value in zip(names, values, strict=True):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "answers", Future())
 
@@ -240,14 +246,14 @@ class _Asked:
 
 
 @cache
-def _worker(lm: LM) -> queue.Queue[_Asked]:
+def _worker(lm: LM) -> queue.Queue[_Request]:
     """Where requests to a model wait, and a thread that answers them."""
-    waiting: queue.Queue[_Asked] = queue.Queue()
+    waiting: queue.Queue[_Request] = queue.Queue()
     threading.Thread(target=_serve, args=(waiting,), name="trimtab-inspect", daemon=True).start()
     return waiting
 
 
-def _serve(waiting: queue.Queue[_Asked]) -> None:
+def _serve(waiting: queue.Queue[_Request]) -> None:
     while True:
         batch = [waiting.get()]
         while len(batch) < batch[0].size:
@@ -255,20 +261,20 @@ def _serve(waiting: queue.Queue[_Asked]) -> None:
                 batch.append(waiting.get(timeout=GATHERED))
             except queue.Empty:
                 break
-        groups: dict[Hashable, list[_Asked]] = {}
-        for one in batch:
-            groups.setdefault(one.key, []).append(one)
+        groups: dict[Hashable, list[_Request]] = {}
+        for request in batch:
+            groups.setdefault(request.key, []).append(request)
         for group in groups.values():
             _answer(group)
 
 
-def _answer(group: list[_Asked]) -> None:
+def _answer(group: list[_Request]) -> None:
     """Answer a group. Where it fails as a whole, each is asked alone, so that one prompt doesn't fail the others."""
     first = group[0]
     try:
-        found = first.lm.generate(
-            [one.prompt for one in group],
-            [one.steering for one in group],
+        generations = first.lm.generate(
+            [request.prompt for request in group],
+            [request.steering for request in group],
             max_new_tokens=first.tokens,
             seed=first.seed,
             batch_size=first.size,
@@ -279,33 +285,33 @@ def _answer(group: list[_Asked]) -> None:
         if len(group) == 1:
             first.answers.set_exception(error)
             return
-        for one in group:
-            _answer([one])
+        for request in group:
+            _answer([request])
         return
-    each = len(found) // len(group)
-    for n, one in enumerate(group):
-        one.answers.set_result(found[n * each : (n + 1) * each])
+    each = len(generations) // len(group)
+    for n, request in enumerate(group):
+        request.answers.set_result(generations[n * each : (n + 1) * each])
 
 
 # ---- words in and out ------------------------------------------------------------------------------------------
 
 
-def _message(one: ChatMessage) -> dict[str, str]:
-    if one.role == "tool" or getattr(one, "tool_calls", None):
+def _message(message: ChatMessage) -> dict[str, str]:
+    if message.role == "tool" or getattr(message, "tool_calls", None):
         raise UnsupportedError("trimtab's models call no tools here, and the conversation holds a call; leave it out")
-    if isinstance(one.content, list) and any(part.type not in ("text", "reasoning") for part in one.content):
+    if isinstance(message.content, list) and any(part.type not in ("text", "reasoning") for part in message.content):
         raise UnsupportedError("trimtab's models read text here, and a message holds something else; leave it out")
-    return {"role": one.role, "content": one.text}
+    return {"role": message.role, "content": message.text}
 
 
-def _choice(one: Generation, config: GenerateConfig, name: str) -> ChatCompletionChoice:
-    text, reason = one.text, "stop" if one.finish_reason == "stop" else "max_tokens"
+def _choice(generation: Generation, config: GenerateConfig, name: str) -> ChatCompletionChoice:
+    text, reason = generation.text, "stop" if generation.finish_reason == "stop" else "max_tokens"
     ends = [at for end in config.stop_seqs or () if (at := text.find(end)) >= 0]
     if ends:
         text, reason = text[: min(ends)], "stop"
     logprobs = None
-    if config.logprobs and one.logprobs is not None and one.pieces is not None:
-        each = zip(one.pieces, one.logprobs, strict=True)
+    if config.logprobs and generation.logprobs is not None and generation.pieces is not None:
+        each = zip(generation.pieces, generation.logprobs, strict=True)
         logprobs = Logprobs(content=[Logprob(token=piece, logprob=value) for piece, value in each])
     message = ChatMessageAssistant(content=text, model=name, source="generate")
     return ChatCompletionChoice(message=message, stop_reason=reason, logprobs=logprobs)  # type: ignore[arg-type]

@@ -47,13 +47,13 @@ def run_task(
     from trimtab.evaluate import inspect_registry  # noqa: F401 (it registers the provider, and says what to install)
     from trimtab.evaluate.inspect_provider import SteeredModel
 
-    given = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
+    kwargs = {"steer": steer, "transfer": transfer, "batch_size": batch_size, **options}
     # loaded here: an error of a steering's or a model's is raised as it is, not written into a log
-    SteeredModel(model, **given)
+    SteeredModel(model, **kwargs)
     from inspect_ai import eval as run
     from inspect_ai.model import get_model
 
-    made = get_model(f"trimtab/{model}", memoize=False, **given)
+    made = get_model(f"trimtab/{model}", memoize=False, **kwargs)
     try:
         (log,) = run(
             task,
@@ -71,15 +71,17 @@ def run_task(
         why = log.error.message if log.error else f"its status is {log.status}"
         raise TrimtabError(f"Inspect's task {log.eval.task} failed: {why}; its log is {log.location}")
     metrics = {
-        (name if score.name == "" else f"{score.name}/{name}"): float(one.value)
+        (name if score.name == "" else f"{score.name}/{name}"): float(metric.value)
         for score in log.results.scores
-        for name, one in score.metrics.items()
+        for name, metric in score.metrics.items()
     }
     samples = log.samples or []
     return {
         "metrics": metrics,
         "samples": len(samples),
         "log": str(log.location),
-        "answers": {str(one.id): one.output.completion for one in samples},
-        "scores": {str(one.id): {name: score.value for name, score in (one.scores or {}).items()} for one in samples},
+        "answers": {str(sample.id): sample.output.completion for sample in samples},
+        "scores": {
+            str(sample.id): {name: score.value for name, score in (sample.scores or {}).items()} for sample in samples
+        },
     }

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trimtab.text.chat import Message
 
 Progress = Callable[[int, int], None]
-Given = Callable[[int, "Reply"], None]
+Receive = Callable[[int, "Reply"], None]
 
 URL, MODEL, KEY = "TRIMTAB_JUDGE_URL", "TRIMTAB_JUDGE_MODEL", "TRIMTAB_JUDGE_KEY"
 SCORE = "judge"
@@ -93,10 +93,10 @@ class Rubric:
         `None` where there is none, where it is off the scale, or where it is out of another number than `high`.
         """
         marked = list(MARKED.finditer(reply))
-        found = marked[-1] if marked else BARE.fullmatch(reply)
-        if found is None or (found[2] is not None and float(found[2]) != self.high):
+        match = marked[-1] if marked else BARE.fullmatch(reply)
+        if match is None or (match[2] is not None and float(match[2]) != self.high):
             return None
-        value = float(found[1])
+        value = float(match[1])
         return value if self.low <= value <= self.high else None
 
 
@@ -117,7 +117,7 @@ class Judge(Protocol):
     @property
     def weak(self) -> bool: ...
 
-    def ask(self, prompts: Sequence[Sequence[Message]], given: Given) -> None:
+    def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
         """Call `given(i, reply)` for each prompt as soon as its reply is there, from the calling thread."""
 
 
@@ -182,15 +182,15 @@ class Endpoint:
         """The client takes any text for an address, and would fail as if nobody were there."""
         try:
             parts = urlsplit(self.url)
-            found = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
         except ValueError:
-            found = False
-        if not found:
+            valid = False
+        if not valid:
             raise TrimtabError(
                 f"{URL}={self.url!r} isn't the address of a server; write one such as http://localhost:8000/v1"
             )
 
-    def ask(self, prompts: Sequence[Sequence[Message]], given: Given) -> None:
+    def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
         """Raises `TrimtabError` for what no second try would change: a refused key, an unknown model or address."""
         client = self._client
         stop = Event()
@@ -210,7 +210,7 @@ class Endpoint:
                     stop.set()
                     continue
                 if reply is not None:
-                    given(futures[future], reply)
+                    receive(futures[future], reply)
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -257,11 +257,11 @@ class LocalJudge:
             "tokens": self.max_tokens,
         }
 
-    def ask(self, prompts: Sequence[Sequence[Message]], given: Given) -> None:
+    def ask(self, prompts: Sequence[Sequence[Message]], receive: Receive) -> None:
         for start in range(0, len(prompts), self.batch_size):
             batch = list(prompts[start : start + self.batch_size])
-            for i, one in enumerate(self.lm.generate(batch, max_new_tokens=self.max_tokens), start):
-                given(i, Reply(one.text))
+            for i, generation in enumerate(self.lm.generate(batch, max_new_tokens=self.max_tokens), start):
+                receive(i, Reply(generation.text))
 
 
 @dataclass(frozen=True)
@@ -306,16 +306,16 @@ def judge_answers(
     digests = [_digest({"judge": identity, "messages": messages}) for messages in prompts]
     folder = None if cache is None else _folder(Path(cache))
     known = {digest: reply for digest in set(digests) if (reply := _cached(folder, digest)) is not None}
-    asked = dict(zip(digests, prompts, strict=True))
-    waiting = [digest for digest in asked if digest not in known]
+    by_digest = dict(zip(digests, prompts, strict=True))
+    waiting = [digest for digest in by_digest if digest not in known]
     replies: dict[str, Reply] = {}
-    total = len(asked)
+    total = len(by_digest)
 
-    def given(i: int, reply: Reply) -> None:
+    def receive(i: int, reply: Reply) -> None:
         digest = waiting[i]
         replies[digest] = reply
         if folder is not None and reply.text is not None:
-            kept = {"judge": identity, "messages": asked[digest], "reply": reply.text}
+            kept = {"judge": identity, "messages": by_digest[digest], "reply": reply.text}
             write_atomically(folder / f"{digest}.json", json.dumps(kept).encode())
         if progress is not None:
             progress(len(known) + len(replies), total)
@@ -323,7 +323,7 @@ def judge_answers(
     if progress is not None:
         progress(len(known), total)
     if waiting:
-        judge.ask([asked[digest] for digest in waiting], given)
+        judge.ask([by_digest[digest] for digest in waiting], receive)
     return [
         _verdict(rubric, Reply(known[digest]) if digest in known else replies[digest], digest in known)
         for digest in digests
@@ -342,8 +342,8 @@ def judge_records(
 
     The judge sees neither the arm nor the steering. Raises `TrimtabError` as `judge_answers` does.
     """
-    asked = [(_question(record), record.answer) for record in records]
-    verdicts = judge_answers(judge, rubric, asked, cache=cache, progress=progress)
+    pairs = [(_question(record), record.answer) for record in records]
+    verdicts = judge_answers(judge, rubric, pairs, cache=cache, progress=progress)
     scored = [
         replace(record, scores={**record.scores, SCORE: math.nan if verdict.score is None else verdict.score})
         for record, verdict in zip(records, verdicts, strict=True)

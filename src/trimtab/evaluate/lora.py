@@ -97,8 +97,8 @@ def finetuned(
         raise TrimtabError(f"a side of the pairs is {' or '.join(SIDES)}, got {side!r}")
     about, name = description(lm, pairs, side, lora), f"{lm.name}, finetuned {side}"
     if folder is not None and (Path(folder) / ABOUT).exists():
-        if (found := read_about(folder)) != about:
-            differ = ", ".join(key for key in {**found, **about} if found.get(key) != about.get(key))
+        if (stored := read_about(folder)) != about:
+            differ = ", ".join(key for key in {**stored, **about} if stored.get(key) != about.get(key))
             raise TrimtabError(
                 f"{folder} holds a LoRA of another training ({differ} differ); delete it or name another"
             )
@@ -108,8 +108,8 @@ def finetuned(
     targets = [target(lm, pair, side) for pair in pairs]
     if not targets:
         raise TrimtabError("there are no pairs to finetune on")
-    for i, one in enumerate(targets):
-        check_length(lm.layout, len(one.ids), f"pair {i + 1}")
+    for i, each_target in enumerate(targets):
+        check_length(lm.layout, len(each_target.ids), f"pair {i + 1}")
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear"
     )
@@ -165,12 +165,12 @@ def read_about(folder: str | Path) -> dict[str, Any]:
     """What the adapter in a folder comes from. Raises `TrimtabError` when it can't be read."""
     path = Path(folder) / ABOUT
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise TrimtabError(f"can't read {path}: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         raise TrimtabError(f"{path} isn't the description of a LoRA")
-    return found
+    return stored
 
 
 def target(lm: LM, pair: Pair, side: Side) -> Target:
@@ -179,8 +179,8 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
     if pair.shape == "letters":
         asking = sides(pair)[chosen]
         letter = letter_of(asking.answer)
-        asked = ask_side(lm.tokenizer, asking, (letter,))
-        return Target((*asked.ids, asked.letters[letter]), 1)
+        question = ask_side(lm.tokenizer, asking, (letter,))
+        return Target((*question.ids, question.letters[letter]), 1)
     if pair.shape in ("answers", "texts"):
         text = encode_sides(lm.tokenizer, pair)[chosen]
         if len(text.ids) < 2:
@@ -192,13 +192,13 @@ def target(lm: LM, pair: Pair, side: Side) -> Target:
 @contextmanager
 def _adapted(lm: LM, make: Callable[[], Any], name: str) -> Iterator[LM]:
     """What `make` makes of the model; peft's layers are taken out of `lm` again at the end, gradients as before."""
-    asked = {parameter: parameter.requires_grad for parameter in lm.model.parameters()}
+    required_grad = {parameter: parameter.requires_grad for parameter in lm.model.parameters()}
     adapted = make()
     try:
         yield LM(adapted.eval(), lm.tokenizer, layers=f"base_model.model.{lm.layout.path}", name=name)
     finally:
         adapted.unload()
-        for parameter, before in asked.items():
+        for parameter, before in required_grad.items():
             parameter.requires_grad_(before)
 
 
@@ -227,8 +227,8 @@ def _train(lm: LM, targets: Sequence[Target], lora: Lora, progress: Progress | N
 def loss(lm: LM, batch: Sequence[Target]) -> Tensor:
     """The cross-entropy of a batch's targets, in nats: the mean over its texts of each one's mean over its tokens."""
     device = input_device(lm.model)
-    ids, mask = padded([one.ids[:-1] for one in batch], left=True, device=device)
-    tail = max(one.count for one in batch)
+    ids, mask = padded([each_target.ids[:-1] for each_target in batch], left=True, device=device)
+    tail = max(each_target.count for each_target in batch)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     takes = inspect.signature(type(lm.model.get_base_model()).forward).parameters
     if "position_ids" in takes:
@@ -237,8 +237,8 @@ def loss(lm: LM, batch: Sequence[Target]) -> Tensor:
         inputs["logits_to_keep"] = tail
     logits = lm.model(**inputs).logits[:, -tail:].float()
     losses = [
-        cross_entropy(row[-one.count :], torch.tensor(one.ids[-one.count :], device=device))
-        for row, one in zip(logits, batch, strict=True)
+        cross_entropy(row[-each_target.count :], torch.tensor(each_target.ids[-each_target.count :], device=device))
+        for row, each_target in zip(logits, batch, strict=True)
     ]
     return torch.stack(losses).mean()
 

@@ -135,14 +135,14 @@ def _rows(path: Path) -> list[Any]:
 
 def in_templates(items: Sequence[RefusalItem]) -> list[RefusalItem]:
     """The harmful requests once more in each of `jailbreaks.TEMPLATES`, in parts named `<part>, <template>`."""
-    found = []
+    expanded = []
     for template in TEMPLATES:
         for item in items:
             if item.harmful:
                 part = f"{item.part}, {template}"
                 number = item.item.rpartition("/")[2]
-                found.append(RefusalItem(f"{part}/{number}", under(template, item.prompt), part, harmful=True))
-    return found
+                expanded.append(RefusalItem(f"{part}/{number}", under(template, item.prompt), part, harmful=True))
+    return expanded
 
 
 def requests_of(

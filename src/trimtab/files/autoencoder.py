@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.files.foreign import Found, check_vector, steering_of
+from trimtab.files.foreign import Imported, check_vector, steering_of
 from trimtab.files.named_layout import block_named
 from trimtab.files.torch_file import DAMAGE
 from trimtab.keywords import keywords
@@ -91,8 +91,8 @@ def load_features(
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise TrimtabError(f"a feature's value is a finite number, got {value!r}")
     try:
-        found = _folder(path) if path.is_dir() else _archive(path)
-        steering = _steering(found, features, how, layer, positions)
+        autoencoder = _folder(path) if path.is_dir() else _archive(path)
+        steering = _steering(autoencoder, features, how, layer, positions)
     except UnsupportedError as error:
         raise UnsupportedError(f"{path}: {error}") from None
     except TrimtabError as error:
@@ -101,44 +101,48 @@ def load_features(
 
 
 def _steering(
-    found: Autoencoder, features: Mapping[int, float], how: str, layer: int | None, positions: Positions | None
+    autoencoder: Autoencoder, features: Mapping[int, float], how: str, layer: int | None, positions: Positions | None
 ) -> Steering:
     for number in features:
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < found.features:
-            raise TrimtabError(f"there is no feature {number}; they count from 0 to {found.features - 1}")
-    if layer is not None and found.layer not in (None, layer):
-        raise TrimtabError(f"it says itself that it reads the output of block {found.layer}; leave layer {layer} out")
-    at = found.layer if layer is None else layer
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < autoencoder.features:
+            raise TrimtabError(f"there is no feature {number}; they count from 0 to {autoencoder.features - 1}")
+    if layer is not None and autoencoder.layer not in (None, layer):
+        raise TrimtabError(
+            f"it says itself that it reads the output of block {autoencoder.layer}; leave layer {layer} out"
+        )
+    at = autoencoder.layer if layer is None else layer
     if at is None:
         raise TrimtabError("it doesn't say which block's output it reads; say --layer N (layer=N)")
-    decoder = {i: check_vector(found.rows("W_dec", i), f"W_dec[{i}]") for i in features}
+    decoder = {i: check_vector(autoencoder.rows("W_dec", i), f"W_dec[{i}]") for i in features}
     operations: list[tuple[int, Operation]]
     if how == "add":
         operations = [(at, Add(vector)) for vector in decoder.values()]
     else:
-        if found.problem is not None:
-            raise UnsupportedError(f"{found.problem}; add its features (--as add, how='add')")
-        operations = [(at, _clamp(found, features, decoder))]
-    about = {**found.about, "features": {str(i): value for i, value in features.items()}, "how": how}
-    made = steering_of(Found("sparse autoencoder", tuple(operations), about), positions=positions)
+        if autoencoder.problem is not None:
+            raise UnsupportedError(f"{autoencoder.problem}; add its features (--as add, how='add')")
+        operations = [(at, _clamp(autoencoder, features, decoder))]
+    about = {**autoencoder.about, "features": {str(i): value for i, value in features.items()}, "how": how}
+    made = steering_of(Imported("sparse autoencoder", tuple(operations), about), positions=positions)
     strengths: Sequence[float] = list(features.values()) if how == "add" else [1.0]
     edits = [Edit(e.site, e.operation, e.positions, s) for e, s in zip(made.edits, strengths, strict=True)]
     return Steering(tuple(edits), Card("features", options=made.card.options))
 
 
-def _clamp(found: Autoencoder, features: Mapping[int, float], decoder: Mapping[int, Tensor]) -> ReadWrite:
+def _clamp(autoencoder: Autoencoder, features: Mapping[int, float], decoder: Mapping[int, Tensor]) -> ReadWrite:
     """`x + sum of (value - f) d`: a row that reads nothing for the values, and one or two a feature for `f`."""
-    b_dec = found.rows("b_dec", -1).double() if found.subtracts else None
-    constant = sum((value * decoder[i].double() for i, value in features.items()), torch.zeros(found.width).double())
-    read, bias, write, high = [torch.zeros(found.width).double()], [1.0], [constant], [math.inf]
+    b_dec = autoencoder.rows("b_dec", -1).double() if autoencoder.subtracts else None
+    constant = sum(
+        (value * decoder[i].double() for i, value in features.items()), torch.zeros(autoencoder.width).double()
+    )
+    read, bias, write, high = [torch.zeros(autoencoder.width).double()], [1.0], [constant], [math.inf]
     for i in features:
-        w = check_vector(found.rows("W_enc", i), f"W_enc[:, {i}]").double()
-        b = float(found.rows("b_enc", i)) if "b_enc" in found.names else 0.0
+        w = check_vector(autoencoder.rows("W_enc", i), f"W_enc[:, {i}]").double()
+        b = float(autoencoder.rows("b_enc", i)) if "b_enc" in autoencoder.names else 0.0
         if b_dec is not None:
             b -= float(b_dec @ w)
-        if found.centred:  # it reads x less the mean of x's numbers
+        if autoencoder.centred:  # it reads x less the mean of x's numbers
             w = w - w.mean()
-        theta = max(0.0, float(found.rows("threshold", i))) if "threshold" in found.names else 0.0
+        theta = max(0.0, float(autoencoder.rows("threshold", i))) if "threshold" in autoencoder.names else 0.0
         d = decoder[i].double()
         read, bias, write, high = [*read, w], [*bias, b - theta], [*write, -d], [*high, math.inf]
         if theta > 0:

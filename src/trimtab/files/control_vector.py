@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import FormatWarning, Found, additions, folded, layer_number, model_family
+from trimtab.files.foreign import FormatWarning, Imported, additions, folded, layer_number, model_family
 from trimtab.files.gguf_container import TYPES, Container, Place, read_container
 from trimtab.files.target import write_atomically
 from trimtab.keywords import outside
@@ -37,7 +37,7 @@ SHIFTED = (
 )
 
 
-def read_control_vector(path: Path) -> Found:
+def read_control_vector(path: Path) -> Imported:
     """The directions of a GGUF control vector.
 
     Raises `TrimtabError` for another kind of file, a damaged one, and for what no program here writes: two vectors
@@ -54,7 +54,7 @@ def read_control_vector(path: Path) -> Found:
                 raise TrimtabError("it doesn't say that it is a control vector (no general.architecture)")
             directions = _directions(data, container)
     kind, about = _writer(container)
-    return Found(kind, additions(directions), about, _doubt(container, len(directions)))
+    return Imported(kind, additions(directions), about, _doubt(container, len(directions)))
 
 
 def _doubt(container: Container, vectors: int) -> str | None:
@@ -76,7 +76,7 @@ def _check(key: str, value: Any) -> None:
 
 
 def _directions(data: Any, container: Container) -> dict[int, Tensor]:
-    found: dict[int, Tensor] = {}
+    directions: dict[int, Tensor] = {}
     places = {name: place for name, place in container.tensors.items() if name.startswith(PREFIX)}
     room = len(data)
     for name, place in places.items():
@@ -86,11 +86,11 @@ def _directions(data: Any, container: Container) -> dict[int, Tensor]:
         room -= size
         if place.start + size > len(data) or room < 0:
             raise TrimtabError(f"it is cut short or damaged: the tensor {name!r} reaches past its end")
-        found[layer] = _tensor(data[place.start : place.start + size], place)
+        directions[layer] = _tensor(data[place.start : place.start + size], place)
     total = container.metadata.get("n_total_layers")  # steerkit's: the final norm comes after the last block
-    if isinstance(total, int) and total in found:
+    if isinstance(total, int) and total in directions:
         raise TrimtabError(f"its direction.{total} is for the final norm, which isn't the output of a block")
-    return found
+    return directions
 
 
 def _size(name: str, place: Place) -> int:

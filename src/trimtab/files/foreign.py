@@ -1,4 +1,4 @@
-"""What other programs' files hold, in one form; and when a steering of ours can be told in theirs."""
+"""What other programs' files hold, in one form; and when a steering of ours can be written in theirs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FormatWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Found:
+class Imported:
     """What a file holds: operations by layer, each at the output of a block counted from 0 (-1: the embeddings).
 
     `about` is what else the file says and a card can keep; `doubt` is what a reader should be warned about where no
@@ -39,21 +39,21 @@ class Found:
     kind: str = "residual"
 
 
-def steering_of(found: Found, *, layer_offset: int = 0, positions: Positions | None = None) -> Steering:
+def steering_of(imported: Imported, *, layer_offset: int = 0, positions: Positions | None = None) -> Steering:
     """The steering: every operation at its layer plus `layer_offset`, at all positions unless others are given.
 
     Raises `TrimtabError` for a layer that no block has, and for directions of different widths.
     """
-    widths = sorted({operation.width for _, operation in found.operations})
-    if not found.operations:
+    widths = sorted({operation.width for _, operation in imported.operations})
+    if not imported.operations:
         raise TrimtabError("it holds no directions")
     if len(widths) > 1:
         raise TrimtabError(f"its directions have different widths: {', '.join(map(str, widths))}")
     edits = []
-    for layer, operation in found.operations:
-        at = _site(layer + layer_offset, found.kind)
+    for layer, operation in imported.operations:
+        at = _site(layer + layer_offset, imported.kind)
         edits.append(Edit(at, operation, Positions.all() if positions is None else positions))
-    options = {"format": found.format, **found.about}
+    options = {"format": imported.format, **imported.about}
     if layer_offset:
         options["layer_offset"] = layer_offset
     return Steering(tuple(edits), Card("imported", options=options))

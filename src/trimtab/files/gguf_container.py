@@ -73,7 +73,7 @@ class _Cursor:
 def read_container(data: Any, check: Callable[[str, Any], None] = lambda _key, _value: None) -> Container:
     """Read the header of a GGUF file from its bytes (or a memory map of them).
 
-    `check(key, value)` sees each value as it is read, so that a file of another kind is told early. Raises
+    `check(key, value)` sees each value as it is read, so that a file of another kind is recognised early. Raises
     `TrimtabError` for a file that is cut short, says the same twice, or names tensors that it doesn't hold.
     """
     cursor = _Cursor(data)

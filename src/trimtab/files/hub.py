@@ -126,8 +126,8 @@ def list_steerings(where: str | Path, *, limit: int | None = None, token: str | 
     with _hub(f"list the steerings of {author} on the Hub"):
         from huggingface_hub import HfApi
 
-        found = [_listed(one) for one in HfApi(token=token).list_models(author=author, filter=LIBRARY)]
-    return [one for one in found if one.name.partition("/")[2].startswith(start)][:limit]
+        listed = [_listed(info) for info in HfApi(token=token).list_models(author=author, filter=LIBRARY)]
+    return [listing for listing in listed if listing.name.partition("/")[2].startswith(start)][:limit]
 
 
 def _listed(info: Any) -> Listed:

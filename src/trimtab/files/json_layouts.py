@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, additions, check_vector, layer_number
+from trimtab.files.foreign import Imported, additions, check_vector, layer_number
 from trimtab.files.named_layout import block_named, named_layout, of_dict
 from trimtab.files.tensor_layout import Wanted, tensor_layout
 
@@ -28,7 +28,7 @@ EARLY = (
 )
 
 
-def read_json_layout(path: Path, wanted: Wanted) -> Found:
+def read_json_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in a JSON file. `wanted` is for lists of numbers, which say as little as a bare tensor does.
 
     Raises `TrimtabError` for JSON of another shape, keys given twice, numbers that aren't finite, and several vectors
@@ -73,7 +73,7 @@ def _no_constant(name: str) -> Any:
     raise TrimtabError(f"its JSON holds {name}, which isn't a number")
 
 
-def _svec(value: Mapping[str, Any]) -> Found:
+def _svec(value: Mapping[str, Any]) -> Imported:
     directions = {}
     for key, rows in value["directions"].items():
         layer = layer_number(key, "its directions")
@@ -87,10 +87,10 @@ def _svec(value: Mapping[str, Any]) -> Found:
     variances = value.get("explained_variances")
     if isinstance(variances, dict) and all(isinstance(v, (int, float)) for v in variances.values()):
         about["explained_variances"] = variances
-    return Found("svec", additions(directions), about, EARLY)
+    return Imported("svec", additions(directions), about, EARLY)
 
 
-def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Found:
+def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Imported:
     """A feature or vector as Neuronpedia's `/api/feature/MODEL/SOURCE/INDEX` answers, added with strength 1.
 
     Its place is its `hookName`. Raises `TrimtabError` where it comes without its vector, or acts elsewhere.
@@ -113,22 +113,22 @@ def neuronpedia_vector(value: Mapping[str, Any], wanted: Wanted) -> Found:
     known = ("modelId", "layer", "index", "vectorLabel", "vectorDefaultSteerStrength", "maxActApprox")
     about = {key: value[key] for key in known if isinstance(value.get(key), (str, int, float))}
     vector = check_vector(_vector(value["vector"], "its vector").reshape(-1), "its vector")
-    return Found("Neuronpedia", additions({0: vector}, at), about)
+    return Imported("Neuronpedia", additions({0: vector}, at), about)
 
 
-def _module(value: Mapping[str, Any]) -> Found:
+def _module(value: Mapping[str, Any]) -> Imported:
     """`{hook: {layer: {vector, scale}}}`, or packed `{hook: {dtype, shape, layer_indices, data, scales}}`."""
     if set(value) != {BLOCK}:
         other = next(hook for hook in value if hook != BLOCK)
         raise TrimtabError(f"it steers at the hook {other[:80]!r}, and only {BLOCK} is a block's output")
     hook = value[BLOCK]
     if "data" in hook:
-        return Found("steering module", additions(_packed(hook)))
+        return Imported("steering module", additions(_packed(hook)))
     directions = {}
     for key, item in hook.items():
         rows, scale = (item.get("vector"), item.get("scale", 1.0)) if isinstance(item, dict) else (item, 1.0)
         directions[layer_number(key, BLOCK)] = _vector(rows, f"layer {key}").reshape(-1) * _number(scale, "its scale")
-    return Found("steering module", additions(directions))
+    return Imported("steering module", additions(directions))
 
 
 def _packed(hook: Mapping[str, Any]) -> dict[int, Tensor]:
@@ -154,10 +154,10 @@ def _packed(hook: Mapping[str, Any]) -> dict[int, Tensor]:
     if not isinstance(scales, list) or len(scales) != len(layers):
         raise TrimtabError("its packed vectors have another number of scales than of layers")
     rows = torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(shape)
-    found = {}
+    by_layer = {}
     for layer, row, scale in zip(layers, rows, scales, strict=True):
-        found[layer_number(layer, BLOCK)] = check_vector(row, f"layer {layer}") * _number(scale, "its scale")
-    return found
+        by_layer[layer_number(layer, BLOCK)] = check_vector(row, f"layer {layer}") * _number(scale, "its scale")
+    return by_layer
 
 
 def _number(value: Any, name: str) -> float:

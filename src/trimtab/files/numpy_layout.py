@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, folded
+from trimtab.files.foreign import Imported, folded
 from trimtab.files.named_layout import named_layout, of_dict
 from trimtab.files.target import write_atomically
 from trimtab.files.tensor_layout import Wanted, tensor_layout
@@ -27,11 +27,11 @@ DAMAGE = (
 )
 
 
-def read_numpy_layout(path: Path, wanted: Wanted) -> Found:
+def read_numpy_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in an `.npy` file, or in an `.npz` archive of named arrays.
 
     Raises:
-        TrimtabError: The file is damaged, or holds something else than numbers, or it can't be told what they are.
+        TrimtabError: The file is damaged, or holds something else than numbers, or it isn't clear what they are.
     """
     try:
         if zipfile.is_zipfile(path):

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, additions, folded, layer_number, model_family, steering_of
+from trimtab.files.foreign import Imported, additions, folded, layer_number, model_family, steering_of
 from trimtab.keywords import keywords
 from trimtab.steering import Positions, Steering
 
@@ -31,7 +31,7 @@ def from_steering_vectors(vector: Any, *, positions: Positions | None = None) ->
     if kind not in KINDS:
         raise TrimtabError(f"its layer type {kind!r} is no site here; known: {', '.join(KINDS)}")
     directions = {layer_number(layer, "the vector"): value for layer, value in activations.items()}
-    return steering_of(Found("steering-vectors", additions(directions), kind=KINDS[kind]), positions=positions)
+    return steering_of(Imported("steering-vectors", additions(directions), kind=KINDS[kind]), positions=positions)
 
 
 @keywords
@@ -63,7 +63,7 @@ def from_repeng(vector: Any, *, positions: Positions | None = None) -> Steering:
     tensors = {layer_number(int(layer), "the vector"): torch.tensor(np.asarray(v)) for layer, v in directions.items()}
     hint = getattr(vector, "model_type", None)
     about = {"model_hint": hint} if isinstance(hint, str) else {}
-    return steering_of(Found("repeng", additions(tensors), about), positions=positions)
+    return steering_of(Imported("repeng", additions(tensors), about), positions=positions)
 
 
 @keywords

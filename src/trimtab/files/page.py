@@ -40,7 +40,7 @@ def steering_page(
         "## What it does\n",
         _table(("layer", "site", "operation", "at", "strength", "norm"), list(_edits(steering))),
     ]
-    measured = [row for one in _cards(card) for row in _flat(one.measured)]
+    measured = [row for part in _cards(card) for row in _flat(part.measured)]
     if measured:
         sections += ["## What was measured\n", _table(("measure", "value"), measured[:MOST])]
     sections += _measured_effects(steering)
@@ -94,13 +94,13 @@ def _measured_effects(steering: Steering) -> list[str]:
 def _header(card: Card, models: Sequence[str], license: str | None, library: str = LIBRARY) -> str:
     from huggingface_hub import ModelCardData
 
-    methods = dict.fromkeys(one.method for one in _cards(card))
-    given: dict[str, Any] = {"base_model": list(models) if len(models) > 1 else models[0]} if models else {}
+    methods = dict.fromkeys(part.method for part in _cards(card))
+    fields: dict[str, Any] = {"base_model": list(models) if len(models) > 1 else models[0]} if models else {}
     if license is not None:
-        given["license"] = license
+        fields["license"] = license
     known = (method for method in methods if TAG.fullmatch(method) and method not in ("sum", "manual", "imported"))
     tags = [*TAGS, *known]
-    return ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **given).to_yaml()
+    return ModelCardData(library_name=library, pipeline_tag="text-generation", tags=tags, **fields).to_yaml()
 
 
 def _cards(card: Card) -> Iterator[Card]:
@@ -111,11 +111,11 @@ def _cards(card: Card) -> Iterator[Card]:
 
 
 def _summary(steering: Steering, models: Sequence[str]) -> str:
-    methods = " and ".join(dict.fromkeys(one.method for one in _cards(steering.card)))
+    methods = " and ".join(dict.fromkeys(part.method for part in _cards(steering.card)))
     of = f" for {_inline(' and '.join(models or [model.name for model in steering.card.models]))}"
     what = f"A steering ({_inline(methods)}){of if steering.card.models or models else ''}, made with trimtab."
-    asked = [one.options["instruction"] for one in _cards(steering.card) if "instruction" in one.options]
-    return f"{what}{f' It was learned from: *{_inline(str(asked[0]))}*' if asked else ''}\n"
+    instructions = [part.options["instruction"] for part in _cards(steering.card) if "instruction" in part.options]
+    return f"{what}{f' It was learned from: *{_inline(str(instructions[0]))}*' if instructions else ''}\n"
 
 
 def _edits(steering: Steering) -> Iterator[tuple[str, ...]]:

@@ -110,13 +110,13 @@ def parse_pick(text: str, option: str = "--steer") -> Pick:
 
 def written(layers: Sequence[int]) -> str:
     """Layers in short, runs of three and more as a range: `10-14,20`."""
-    found: list[list[int]] = []
+    runs: list[list[int]] = []
     for layer in layers:
-        if found and layer == found[-1][-1] + 1:
-            found[-1].append(layer)
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
         else:
-            found.append([layer])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in found]
+            runs.append([layer])
+    parts = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(map(str, run)) for run in runs]
     return ",".join(parts)
 
 
@@ -125,7 +125,7 @@ def _is_file(name: str) -> bool:
 
 
 def _layers(text: str, where: str) -> tuple[int, ...]:
-    found: list[int] = []
+    layers: list[int] = []
     for part in text.split(","):
         match = _SPAN.fullmatch(part.strip())
         if match is None:
@@ -135,7 +135,7 @@ def _layers(text: str, where: str) -> tuple[int, ...]:
             raise TrimtabError(f"{where}: the layers {part!r} end before they begin; write {last}-{first}")
         if last - first > 10_000:
             raise TrimtabError(f"{where}: {part!r} is {last - first + 1} layers, and no model has so many")
-        found += range(first, last + 1)
-    if len(set(found)) < len(found):
+        layers += range(first, last + 1)
+    if len(set(layers)) < len(layers):
         raise TrimtabError(f"{where}: the layers {text!r} name one twice; name each once")
-    return tuple(sorted(found))
+    return tuple(sorted(layers))

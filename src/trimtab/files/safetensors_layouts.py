@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, check_vector, layer_number
+from trimtab.files.foreign import Imported, check_vector, layer_number
 from trimtab.files.named_layout import Named, named_layout
 from trimtab.files.tensor_layout import Wanted
 from trimtab.steering import Add
@@ -19,7 +19,7 @@ from trimtab.steering import Add
 PREFIX = "direction."
 
 
-def read_safetensors_layout(path: Path, wanted: Wanted) -> Found:
+def read_safetensors_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in a safetensors file that isn't trimtab's: tensors named after layers, or a single tensor.
 
     Raises `TrimtabError` for other tensors, and for a damaged file.
@@ -40,7 +40,7 @@ def read_safetensors_layout(path: Path, wanted: Wanted) -> Found:
         raise TrimtabError(f"it is cut short or damaged: {error}") from None
 
 
-def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Found:
+def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Imported:
     """A probe has one unit direction a method; its strength is `auto_alpha`, where it was measured."""
     if about["hook_site"] != "resid_post":
         raise TrimtabError(
@@ -60,4 +60,4 @@ def _steerkit(about: Mapping[str, str], tensors: Mapping[str, Any]) -> Found:
         metrics = {}
     if isinstance(metrics, dict):
         kept["metrics"] = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-    return Found("steerkit", ((layer, Add(vector)),), {"probe_method": method, **kept})
+    return Imported("steerkit", ((layer, Add(vector)),), {"probe_method": method, **kept})

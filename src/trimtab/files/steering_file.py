@@ -129,7 +129,7 @@ def _content(steering: Steering) -> tuple[dict[str, Any], dict[str, Tensor], str
 
 
 def _read(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors. A file of another kind is told from its first bytes, however large it is."""
+    """The header and the tensors. A file of another kind is recognised by its first bytes, however large it is."""
     start = stream.read(8)
     size = int.from_bytes(start, "little")
     start += stream.read(size) if size <= LARGEST_HEADER else b""
@@ -267,7 +267,7 @@ def _gate(data: Any, tensors: Mapping[str, Tensor]) -> Gate:
 
 
 def _model(data: dict[str, Any]) -> ModelId:
-    return ModelId(**{**data, "adapters": tuple(Adapter(**one) for one in data.get("adapters", ()))})
+    return ModelId(**{**data, "adapters": tuple(Adapter(**adapter) for adapter in data.get("adapters", ()))})
 
 
 def _card(data: dict[str, Any]) -> Card:

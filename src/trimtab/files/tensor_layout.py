@@ -1,7 +1,7 @@
 """What one bare tensor means: a vector `[width]`, rows `[rows, width]`, or three axes with the width last.
 
 Such a tensor says nothing of itself. Rows may be blocks, blocks behind the embeddings, or concepts, and to take the one
-for the other steers elsewhere without a word: what they are has to be said. Where a single vector acts is told by the
+for the other steers elsewhere without a word: what they are has to be said. Where a single vector acts is given by the
 caller, the file's name (`layer_<N>`), or a `.json` beside it.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from trimtab.errors import TrimtabError
-from trimtab.files.foreign import Found, additions, check_vector, layer_number
+from trimtab.files.foreign import Imported, additions, check_vector, layer_number
 
 NAMED_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,5})")
 LARGEST_SIDECAR = 1 << 20
@@ -65,7 +65,7 @@ def convert_with(path: Path, options: str, python: str) -> str:
     return f"trimtab convert {quote(str(path))} {NEW} {options} (in Python load(path, {python}))"
 
 
-def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor") -> Found:
+def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor") -> Imported:
     """The directions of a bare tensor.
 
     Args:
@@ -75,7 +75,7 @@ def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor
         kind: What the formats' names begin with.
 
     Raises:
-        TrimtabError: It can't be told what the tensor is, or where it acts.
+        TrimtabError: It isn't clear what the tensor is, or where it acts.
     """
     if value.dim() == 3 and wanted.position is not None:
         return _of_positions(value, path, wanted, kind)
@@ -88,10 +88,10 @@ def tensor_layout(value: Tensor, path: Path, wanted: Wanted, kind: str = "tensor
     replace(wanted, layer=None).not_needed()
     vector = check_vector(value, f"its {kind}")
     at, about = layer_of(path, wanted)
-    return Found(f"{kind} of one layer", additions({0: vector}, at), about)
+    return Imported(f"{kind} of one layer", additions({0: vector}, at), about)
 
 
-def _of_rows(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
+def _of_rows(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Imported:
     rows, width = value.shape
     if wanted.position is not None:
         raise TrimtabError("it has no axis of token positions; leave --position out")
@@ -101,29 +101,29 @@ def _of_rows(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
     if row is not None:
         vector = check_vector(value[row], f"row {row}")
         if wanted.layer is None and wanted.layer_offset is not None:
-            return Found(f"row {row} of a {kind} of layers", additions({row: vector}))
+            return Imported(f"row {row} of a {kind} of layers", additions({row: vector}))
         at, about = layer_of(path, replace(wanted, row=None))
-        return Found(f"row {row} of a {kind}", additions({0: vector}, at), {**about, "row": row})
+        return Imported(f"row {row} of a {kind}", additions({0: vector}, at), {**about, "row": row})
     if wanted.layer_offset is not None and wanted.layer is None:
-        return Found(f"{kind} of layers", additions(dict(enumerate(value))))
+        return Imported(f"{kind} of layers", additions(dict(enumerate(value))))
     if wanted.anywhere:
         raise TrimtabError(f"it has several directions, {rows} rows; say --row R (row=R) for one of them")
-    one, every = convert_with(path, "--row R --layer N", "row=R, layer=N"), "--layer-offset K (layer_offset=K)"
+    for_one_row, every = convert_with(path, "--row R --layer N", "row=R, layer=N"), "--layer-offset K (layer_offset=K)"
     raise TrimtabError(
-        f"it holds {rows} rows of {width} numbers, and nothing says what the rows are. For one of them: {one}. If they"
-        f" are blocks, {every} instead: 0 where row 0 is the output of block 0, -1 where row 0 is the embeddings, as in"
-        " hidden_states"
+        f"it holds {rows} rows of {width} numbers, and nothing says what the rows are. For one of them: {for_one_row}."
+        f" If they are blocks, {every} instead: 0 where row 0 is the output of block 0, -1 where row 0 is the"
+        " embeddings, as in hidden_states"
     )
 
 
-def _of_three_axes(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
+def _of_three_axes(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Imported:
     first, second, width = value.shape
     row = _row(wanted.row, first)
     if row is not None and wanted.layer is None:
         return _of_rows(value[row], path, replace(wanted, row=None), kind)
     if row is not None and wanted.layer is not None and (wanted.layer_offset is not None or wanted.anywhere):
         vector = check_vector(value[row, _row(wanted.layer, second, "layer")], f"its {kind}")
-        return Found(f"row {row} of a {kind} of rows and layers", additions({wanted.layer: vector}), {"row": row})
+        return Imported(f"row {row} of a {kind} of rows and layers", additions({wanted.layer: vector}), {"row": row})
     shown = f"it holds {first} x {second} x {width} numbers, and nothing says what its axes are"
     theirs = f"refusal_direction's mean_diffs.pt, whose layer N is {INPUT.format('N')}"
     means = convert_with(path, "--position P --layer N", "position=P, layer=N")
@@ -135,7 +135,7 @@ def _of_three_axes(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Foun
     )
 
 
-def _of_positions(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found:
+def _of_positions(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Imported:
     """refusal_direction's `mean_diffs.pt`: what it read at the last positions of the prompt, at each block's input."""
     wanted.no_row()
     positions, layers, width = value.shape
@@ -151,7 +151,7 @@ def _of_positions(value: Tensor, path: Path, wanted: Wanted, kind: str) -> Found
         )
     vector = check_vector(value[wanted.position, wanted.layer], f"its {kind}")
     about = {"read_at": INPUT.format(wanted.layer), "position": wanted.position}
-    return Found(f"{kind} of positions and layers", additions({0: vector}, wanted.layer - 1), about)
+    return Imported(f"{kind} of positions and layers", additions({0: vector}, wanted.layer - 1), about)
 
 
 def _row(row: int | str | None, rows: int, name: str = "row") -> int | None:

@@ -1,6 +1,7 @@
 """What people keep in `.pt` files: EasyEdit2, rotalabs, hotwire, hidden-directions, vLLM-Hook, lm-eval, and others.
 
-The files hold tensors and say little. Which program made one is told by its shape; bare tensors are `tensor_layout`'s.
+The files hold tensors and say little. Which program made one is recognised by its shape; bare tensors are
+`tensor_layout`'s.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.files.foreign import Found, check_plain, check_vector, folded
+from trimtab.files.foreign import Imported, check_plain, check_vector, folded
 from trimtab.files.named_layout import named_layout, of_dict
 from trimtab.files.target import write_atomically
 from trimtab.files.tensor_layout import FEATURES, NAMED_LAYER, NEW, Wanted, layer_of, tensor_layout
@@ -27,10 +28,10 @@ HOOKPOINT = re.compile(r"(?:[A-Za-z_]+\.)*(?:layers|h|blocks|layer)\.(0|[1-9][0-
 UNIT = 1e-3
 
 
-def read_torch_layout(path: Path, wanted: Wanted) -> Found:
+def read_torch_layout(path: Path, wanted: Wanted) -> Imported:
     """The directions in a `.pt` file. `wanted` says where a file with a single vector acts, or which one is meant.
 
-    Raises `TrimtabError` when it can't be told what the tensors are, or where they act.
+    Raises `TrimtabError` when it isn't clear what the tensors are, or where they act.
     """
     value = read_torch_file(path)
     if isinstance(value, Mapping) and value and all(_is_hook(item) for item in value.values()):
@@ -47,7 +48,7 @@ def read_torch_layout(path: Path, wanted: Wanted) -> Found:
     return tensor_layout(value, path, wanted)
 
 
-def read_torch_folder(path: Path) -> Found:
+def read_torch_folder(path: Path) -> Imported:
     """A folder of `layer_<N>.pt` files with one vector each, as EasyEdit2 writes it."""
     files = {int(match[1]): file for file in path.iterdir() if (match := NAMED_LAYER.fullmatch(file.stem))}
     files = {layer: file for layer, file in files.items() if file.suffix == ".pt"}
@@ -58,10 +59,10 @@ def read_torch_folder(path: Path) -> Found:
     operations: list[tuple[int, Operation]] = []
     for layer in sorted(files):
         operations.append((layer, Add(check_vector(read_torch_file(files[layer]), files[layer].name))))
-    return Found("folder of layers", tuple(operations))
+    return Imported("folder of layers", tuple(operations))
 
 
-def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Found:
+def _named(value: Mapping[Any, Any], path: Path, wanted: Wanted) -> Imported:
     """A dict of tensors, and of numbers and texts that tell of them."""
     others = {str(key): item for key, item in value.items() if not isinstance(item, Tensor)}
     for key, item in others.items():
@@ -75,7 +76,7 @@ def _is_hook(item: Any) -> bool:
     return isinstance(item, Mapping) and "steering_vector" in item and "action" in item
 
 
-def _lm_eval(value: Mapping[Any, Any]) -> Found:
+def _lm_eval(value: Mapping[Any, Any]) -> Imported:
     """lm-eval's steered models: hook points, each with an action."""
     operations: list[tuple[int, Operation]] = []
     for name, item in value.items():
@@ -98,15 +99,15 @@ def _lm_eval(value: Mapping[Any, Any]) -> Found:
             operations.append((int(match[1]), SetProjection(vector / vector.norm(), float(factor))))
         else:
             raise TrimtabError(f"its hook point {name} has the action {str(item['action'])[:40]!r}, not add or clamp")
-    return Found("lm-eval", tuple(sorted(operations, key=lambda one: one[0])))
+    return Imported("lm-eval", tuple(sorted(operations, key=lambda operation: operation[0])))
 
 
-def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Found:
+def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Imported:
     """vLLM-Hook's `{dir, avg_proj}`: sets the projection on `dir` to `avg_proj`, or adds `dir` where there is none."""
     direction = check_vector(value["dir"], "its dir")
     target = value.get("avg_proj")
     if target is None:
-        return Found("vLLM-Hook", ((layer, Add(direction)),))
+        return Imported("vLLM-Hook", ((layer, Add(direction)),))
     if abs(float(direction.double().norm()) - 1) > UNIT:
         raise TrimtabError(
             f"its dir has the norm {float(direction.norm()):.4g}, and vLLM-Hook takes it as it is for a unit vector;"
@@ -115,7 +116,7 @@ def _vllm_hook(value: Mapping[Any, Any], layer: int) -> Found:
     number = float(target.reshape(-1)[0]) if isinstance(target, Tensor) and target.numel() == 1 else target
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TrimtabError("its avg_proj isn't a number")
-    return Found("vLLM-Hook", ((layer, SetProjection(direction, float(number))),))
+    return Imported("vLLM-Hook", ((layer, SetProjection(direction, float(number))),))
 
 
 def write_lm_eval(steering: Steering, path: Path, blocks: str = "layers") -> None:

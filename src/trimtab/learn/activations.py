@@ -43,12 +43,12 @@ def read_each(
     """
     if not groups:
         raise TrimtabError("there is nothing to learn from")
-    found: dict[Site, list[list[Tensor]]] = {site: [[] for _ in groups] for site in sites}
+    activations: dict[Site, list[list[Tensor]]] = {site: [[] for _ in groups] for site in sites}
     done = 0
     for batch in lm.read(groups, sites):
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
-                found[site][g] = [to_float64(mean(x) if pooled else x) for x in members]
+                activations[site][g] = [to_float64(mean(x) if pooled else x) for x in members]
                 if not all(bool(torch.isfinite(x).all()) for x in members):
                     raise TrimtabError(
                         f"activations at layer {site.layer} are not finite; load the model in float32 or bfloat16"
@@ -56,7 +56,7 @@ def read_each(
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(groups))
-    return found
+    return activations
 
 
 def read_pooled(
@@ -67,14 +67,14 @@ def read_pooled(
     Prompts are rendered as `lm.generate` renders them. Raises `TrimtabError` as `read_each` does.
     """
     ids = [lm.encode(prompt) for prompt in prompts]
-    positions = [tokens_of(readings, len(one)) for one in ids]
-    groups = [[Text(one, where)] for one, where in zip(ids, positions, strict=True)]
+    positions = [tokens_of(readings, len(tokens)) for tokens in ids]
+    groups = [[Text(tokens, where)] for tokens, where in zip(ids, positions, strict=True)]
     sites = sorted({reading.site for reading in readings})
-    found = read_each(lm, groups, sites, progress=progress)
+    activations = read_each(lm, groups, sites, progress=progress)
     rows: dict[Reading, list[Tensor]] = {reading: [] for reading in readings}
-    for i, one in enumerate(ids):
-        values = {site: found[site][i][0] for site in sites}
-        for reading, x in pooled(readings, len(one), positions[i], values).items():
+    for i, tokens in enumerate(ids):
+        values = {site: activations[site][i][0] for site in sites}
+        for reading, x in pooled(readings, len(tokens), positions[i], values).items():
             rows[reading].append(x)
     return {reading: torch.stack(each) for reading, each in rows.items()}
 

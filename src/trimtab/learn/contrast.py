@@ -148,7 +148,7 @@ def mean(values: Tensor) -> Tensor:
 
 
 def check_layers(lm: LM, layers: Sequence[int] | int | None, default: float) -> list[int]:
-    """The layers asked for, in order; `None` is the one at `default` of the depth (0 … 1).
+    """The requested layers, in order; `None` is the one at `default` of the depth (0 … 1).
 
     Raises `TrimtabError` for what isn't a whole number, or no layer of this model.
     """
@@ -180,10 +180,10 @@ def learned_card(
 
 def versions() -> dict[str, str]:
     """The versions of what a learned direction depends on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("trimtab", "torch", "transformers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+            installed[package] = "unknown"
+    return installed

@@ -109,7 +109,7 @@ def descend(
         loss: The sum of the losses of some examples.
         how: Steps, rate and the rest.
         groups: Parts examples, by their numbers, into groups that fit a pass.
-        report: Told of each step.
+        report: Called after each step.
 
     Raises:
         TrimtabError: No examples, or a loss that isn't finite.
@@ -141,11 +141,11 @@ def descend(
             course.losses.append(total)
             course.steps = step + 1
             if held_out and (course.steps % how.every == 0 or course.steps == how.steps):
-                found = _mean(run, trained, held_out, loss, groups)
+                held_out_loss = _mean(run, trained, held_out, loss, groups)
                 stale += 1
-                lowest = min(lowest, found)
-                if found < course.first and found <= (1 + how.slack) * lowest:
-                    course.best, course.best_step, best, stale = found, course.steps, trained.frozen(), 0
+                lowest = min(lowest, held_out_loss)
+                if held_out_loss < course.first and held_out_loss <= (1 + how.slack) * lowest:
+                    course.best, course.best_step, best, stale = held_out_loss, course.steps, trained.frozen(), 0
             if report is not None:
                 held = f", held out {course.best:.3f}" if held_out else ""
                 report(course.steps, how.steps, f"loss {total:.3f}{held}")

@@ -106,8 +106,8 @@ def estimator_name(value: str | Estimator, known: Mapping[str, Estimator] = ESTI
     """What a card calls it: its name among the known ones, or where the function is, `module:function`."""
     if isinstance(value, str):
         return value
-    for name, one in known.items():
-        if one is value:
+    for name, estimator in known.items():
+        if estimator is value:
             return name
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}:{kind.__qualname__}"
@@ -125,16 +125,20 @@ def estimate(estimator: Estimator, positive: Tensor, negative: Tensor) -> Tensor
         TrimtabError: It gives anything but a finite direction of that width.
     """
     positive, negative = to_float64(positive), to_float64(negative)
-    found = estimator(positive, negative)
-    if not isinstance(found, Tensor) or found.shape != positive.shape[1:] or not found.is_floating_point():
-        what = f"{found.dtype} of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    direction = estimator(positive, negative)
+    if not isinstance(direction, Tensor) or direction.shape != positive.shape[1:] or not direction.is_floating_point():
+        what = (
+            f"{direction.dtype} of shape {list(direction.shape)}"
+            if isinstance(direction, Tensor)
+            else type(direction).__name__
+        )
         raise TrimtabError(
             f"the estimator {estimator_name(estimator)} gave {what}; a direction is a floating-point tensor of shape"
             f" [{positive.shape[1]}]"
         )
-    if not bool(torch.isfinite(found).all()):
+    if not bool(torch.isfinite(direction).all()):
         raise TrimtabError(f"the estimator {estimator_name(estimator)} gave a direction with NaN or infinite values")
-    return to_float64(found)
+    return to_float64(direction)
 
 
 def unit(direction: Tensor) -> Tensor:

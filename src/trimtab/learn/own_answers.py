@@ -75,14 +75,14 @@ class Way:
 
 @dataclass(frozen=True)
 class Lesson:
-    """An answer that was kept: `asked` and `plain` are the prompts' ids with and without what the teacher says.
+    """An answer that was kept: `instructed` and `plain` are the prompts' ids with and without what the teacher says.
 
     `turn` is the phrasing that the teacher used, and `help` the steering under which the model wrote.
     """
 
     query: str
     turn: int
-    asked: tuple[int, ...]
+    instructed: tuple[int, ...]
     plain: tuple[int, ...]
     answer: tuple[int, ...]
     text: str
@@ -114,7 +114,7 @@ class Answers:
     @property
     def answered(self) -> int:
         """To how many queries there is an answer."""
-        return len({one.query for one in self.good})
+        return len({lesson.query for lesson in self.good})
 
 
 def own_answers(
@@ -143,15 +143,15 @@ def own_answers(
     made = Making(lm, teacher, check, tokens)
     good: list[Lesson] = []
     tries: list[Try] = []
-    ways, asked, searched = [Way(0)], set[Way](), False
+    ways, tried_ways, searched = [Way(0)], set[Way](), False
     total = TRIES * len(queries)
     for turn in range(TRIES):
         lacking = _lacking(queries, good)
-        ways = [way for way in ways if way not in asked]  # asked the same way, it answers the same
+        ways = [way for way in ways if way not in tried_ways]  # asked the same way, it answers the same
         if not ways or len(lacking) <= (1 - ENOUGH) * len(queries):
             break
         way = ways.pop(0)
-        asked.add(way)
+        tried_ways.add(way)
         report = None if progress is None else _after(progress, turn * len(queries), total)
         new = made.answers([(query, way) for query in lacking], report)
         good = _different([*good, *new])
@@ -160,12 +160,12 @@ def own_answers(
             ways = [Way((way.turn + 1) % teacher.turns, way.help)]
         elif not searched and turn < TRIES - 1:
             searched = True
-            ways, more, found = made.best_ways(lacking, good)
-            good = _different([*good, *found])
+            ways, more, new_lessons = made.best_ways(lacking, good)
+            good = _different([*good, *new_lessons])
             tries += more
-    if sum(min(count, PER_QUERY) for count in Counter(one.query for one in good).values()) < LEAST:
+    if sum(min(count, PER_QUERY) for count in Counter(lesson.query for lesson in good).values()) < LEAST:
         raise TooFewAnswersError(
-            f"of {sum(one.asked for one in tries)} answers written under this prompt, {len(good)} do what"
+            f"of {sum(attempt.asked for attempt in tries)} answers written under this prompt, {len(good)} do what"
             f" it says; {LEAST} are needed, at most {PER_QUERY} a query. Say it in other words, give examples, or"
             " more queries"
         )
@@ -176,13 +176,13 @@ def own_answers(
 
 def _lacking(queries: Sequence[str], good: Sequence[Lesson]) -> list[str]:
     """The queries with fewer answers than may be learned from."""
-    counts = Counter(one.query for one in good)
+    counts = Counter(lesson.query for lesson in good)
     return [query for query in queries if counts[query] < PER_QUERY]
 
 
 def _different(lessons: Sequence[Lesson]) -> list[Lesson]:
     """The lessons, each answer to a query once."""
-    return list({(one.query, one.answer): one for one in reversed(lessons)}.values())[::-1]
+    return list({(lesson.query, lesson.answer): lesson for lesson in reversed(lessons)}.values())[::-1]
 
 
 def _named(help_: Steering | None) -> str:
@@ -224,10 +224,10 @@ class Making:
             if self.check is not None and not self.check(query, answer.text, answer.finish_reason == "length"):
                 continue
             plain, ids = tuple(self.lm.encode(query)), tuple(answer.token_ids)
-            made.append(Lesson(query, way.turn, self.asked(query, way.turn), plain, ids, answer.text, way.help))
+            made.append(Lesson(query, way.turn, self.instructed(query, way.turn), plain, ids, answer.text, way.help))
         return made if self.check is not None else _likelier(self.lm, made)
 
-    def asked(self, query: str, turn: int) -> tuple[int, ...]:
+    def instructed(self, query: str, turn: int) -> tuple[int, ...]:
         """The teacher's prompt, as token ids."""
         return tuple(self.lm.encode(self.teacher.ask(query, turn), system=self.teacher.system))
 
@@ -240,34 +240,36 @@ class Making:
             queries: What may be asked.
             good: The answers there are already; ways are tried on queries that have none.
         """
-        answered = {one.query for one in good}
+        answered = {lesson.query for lesson in good}
         bare = [query for query in queries if query not in answered] or list(queries)
         some = bare[:: max(1, len(bare) // FEW)][:FEW]
         words = [Way(turn) for turn in self.teacher.ways(PHRASINGS)][1:]
-        found = self.answers([(query, way) for way in words for query in some]) if words else []
-        tries = [Try("said in other ways", len(words) * len(some), len(found))] if words else []
-        counts = Counter(one.way for one in found)
+        lessons = self.answers([(query, way) for way in words for query in some]) if words else []
+        tries = [Try("said in other ways", len(words) * len(some), len(lessons))] if words else []
+        counts = Counter(lesson.way for lesson in lessons)
         best = max([Way(0), *words], key=lambda way: counts[way])
         helped: list[Way] = []
         if counts[best] < OFTEN * len(some):
             helped = [Way(best.turn, help_) for help_ in self.helps(queries, best.turn)]
             more = self.answers([(query, way) for way in helped for query in some])
             tries.append(Try("tried at several blocks", len(some) * len(helped), len(more)))
-            found += more
-            counts = Counter(one.way for one in found)
+            lessons += more
+            counts = Counter(lesson.way for lesson in lessons)
         ranked = sorted([*words, *helped], key=lambda way: -counts[way])[:SHORTLIST]
-        listed = [one for one in found if one.way in ranked]
+        listed = [lesson for lesson in lessons if lesson.way in ranked]
         says = dict.fromkeys(ranked, 0.0)
-        for one, nats in zip(listed, self.says(listed), strict=True):
-            says[one.way] += nats
-        return sorted(ranked, key=lambda way: -says[way])[:2], tries, found
+        for lesson, nats in zip(listed, self.says(listed), strict=True):
+            says[lesson.way] += nats
+        return sorted(ranked, key=lambda way: -says[way])[:2], tries, lessons
 
     def helps(self, queries: Sequence[str], turn: int) -> list[Steering]:
         """Mean differences of the prompts with and without what the teacher says: all that may be of help."""
         last = self.lm.layout.layers - 1
         layers = sorted({min(round(depth * self.lm.layout.layers), last) for depth in HELP_DEPTHS})
-        sides = [(self.asked(query, turn), self.lm.encode(query)) for query in queries]
-        pairs = [(Text(asked, [len(asked) - 1]), Text(plain, [len(plain) - 1])) for asked, plain in sides]
+        sides = [(self.instructed(query, turn), self.lm.encode(query)) for query in queries]
+        pairs = [
+            (Text(instructed, [len(instructed) - 1]), Text(plain, [len(plain) - 1])) for instructed, plain in sides
+        ]
         moments = contrast(self.lm, pairs, layers)
         return [
             strength * Steering((Edit(Site(layer), Add(moments[layer].difference.float()), where),))
@@ -280,32 +282,34 @@ class Making:
         """What each answer says about its query: how much more likely it is after it than after another query under
         the same teacher, which is the pointwise mutual information, in nats.
         """
-        queries = list(dict.fromkeys(one.query for one in lessons))
+        queries = list(dict.fromkeys(lesson.query for lesson in lessons))
         other = dict(zip(queries, [*queries[1:], *queries[:1]], strict=True))
-        own = logprobs(self.lm, [Forced(one.asked, one.answer) for one in lessons])
-        swapped = logprobs(self.lm, [Forced(self.asked(other[one.query], one.turn), one.answer) for one in lessons])
+        own = logprobs(self.lm, [Forced(lesson.instructed, lesson.answer) for lesson in lessons])
+        swapped = logprobs(
+            self.lm, [Forced(self.instructed(other[lesson.query], lesson.turn), lesson.answer) for lesson in lessons]
+        )
         return [float((a - b).sum()) for a, b in zip(own, swapped, strict=True)]
 
 
 def _to_the_point(made: Making, lessons: Sequence[Lesson]) -> list[Lesson]:
     """Of each query's answers the two that say most about it, without the quarter of all that says least."""
-    says = {id(one): nats for one, nats in zip(lessons, made.says(lessons), strict=True)}
+    says = {id(lesson): nats for lesson, nats in zip(lessons, made.says(lessons), strict=True)}
     best: list[Lesson] = []
-    for query in dict.fromkeys(one.query for one in lessons):
-        mine = sorted((one for one in lessons if one.query == query), key=lambda one: -says[id(one)])
+    for query in dict.fromkeys(lesson.query for lesson in lessons):
+        mine = sorted((lesson for lesson in lessons if lesson.query == query), key=lambda lesson: -says[id(lesson)])
         best += mine[:PER_QUERY]
-    ranked = sorted(best, key=lambda one: -says[id(one)])[: max(LEAST, round(TO_THE_POINT * len(best)))]
-    chosen = {id(one) for one in ranked}
-    return [one for one in best if id(one) in chosen]
+    ranked = sorted(best, key=lambda lesson: -says[id(lesson)])[: max(LEAST, round(TO_THE_POINT * len(best)))]
+    chosen = {id(lesson) for lesson in ranked}
+    return [lesson for lesson in best if id(lesson) in chosen]
 
 
 def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
     """Those whose answers are more likely with what the teacher says than without."""
-    told = logprobs(lm, [Forced(one.asked, one.answer) for one in lessons])
-    bare = logprobs(lm, [Forced(one.plain, one.answer) for one in lessons])
+    instructed = logprobs(lm, [Forced(lesson.instructed, lesson.answer) for lesson in lessons])
+    bare = logprobs(lm, [Forced(lesson.plain, lesson.answer) for lesson in lessons])
     return [
-        one
-        for one, with_it, without in zip(lessons, told, bare, strict=True)
+        lesson
+        for lesson, with_it, without in zip(lessons, instructed, bare, strict=True)
         if float((with_it - without).mean()) >= MARGIN
     ]
 
@@ -313,15 +317,15 @@ def _likelier(lm: LM, lessons: Sequence[Lesson]) -> list[Lesson]:
 @torch.no_grad()
 def logprobs(lm: LM, texts: Sequence[Forced]) -> list[Tensor]:
     """For each text the log-probability of each token of its answer, `[answer tokens]`, unsteered."""
-    found: list[Tensor] = []
+    gathered: list[Tensor] = []
     with forcing(lm.model, lm.layout, []) as run, torch.no_grad():
         for numbers in passes(lm.model, texts):
             for text, logits in zip(
                 [texts[i] for i in numbers], run.logits([texts[i] for i in numbers], {}), strict=True
             ):
                 ids = torch.tensor(text.answer, device=logits.device)[:, None]
-                found.append(logits.log_softmax(-1).gather(-1, ids)[:, 0].cpu())
-    return found
+                gathered.append(logits.log_softmax(-1).gather(-1, ids)[:, 0].cpu())
+    return gathered
 
 
 def help_changes(help_: Steering) -> dict[Site, Change]:

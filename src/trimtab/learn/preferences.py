@@ -96,7 +96,7 @@ def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Prefe
     """
     if not pairs:
         raise TrimtabError(f"there is no {name} to learn from; give pairs of answers to a prompt")
-    found = []
+    results = []
     for number, pair in enumerate(pairs, 1):
         with naming(f"{name} {number}"):
             if pair.shape != "answers":
@@ -105,8 +105,8 @@ def preferences(lm: LM, pairs: Sequence[Pair], name: str = "pair") -> list[Prefe
                     " positive and negative"
                 )
             positive, negative = encode_sides(lm.tokenizer, pair)
-            found.append(Preference(_forced(lm, positive), _forced(lm, negative)))
-    return found
+            results.append(Preference(_forced(lm, positive), _forced(lm, negative)))
+    return results
 
 
 def _forced(lm: LM, side: Answered) -> Forced:
@@ -128,11 +128,11 @@ def answers_logprobs(
     run: Forcing, texts: Sequence[Forced], changes: Mapping[Site, Change], factors: Sequence[float] | None = None
 ) -> Tensor:
     """The log-probability of each answer, summed over its tokens, `[texts]`; it may be differentiated."""
-    found = []
+    totals = []
     for text, logits in zip(texts, run.logits(texts, changes, factors), strict=True):
         ids = torch.tensor(text.answer, device=logits.device)[:, None]
-        found.append(logits.log_softmax(-1).gather(-1, ids).sum())
-    return torch.stack(found)
+        totals.append(logits.log_softmax(-1).gather(-1, ids).sum())
+    return torch.stack(totals)
 
 
 def both_logprobs(
@@ -143,8 +143,8 @@ def both_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities of the positive and of the negative answers, `[pairs]` each; both of a pair in one pass."""
     texts = [*(pair.positive for pair in pairs), *(pair.negative for pair in pairs)]
-    found = answers_logprobs(run, texts, changes, None if factors is None else [*factors, *factors])
-    return found[: len(pairs)], found[len(pairs) :]
+    totals = answers_logprobs(run, texts, changes, None if factors is None else [*factors, *factors])
+    return totals[: len(pairs)], totals[len(pairs) :]
 
 
 def fit(
@@ -194,10 +194,10 @@ def fit(
         generator = torch.Generator().manual_seed(how.seed)
 
         def loss(run: Forcing, trained: P, some: Sequence[_Example]) -> Tensor:
-            return objective(run, trained, [one.pair for one in some], _factors(some, plan.factors, generator))
+            return objective(run, trained, [example.pair for example in some], _factors(some, plan.factors, generator))
 
         def groups(some: Sequence[_Example]) -> list[list[int]]:
-            return passes(run.model, [_weight(plan.kept(one.pair)) for one in some])
+            return passes(run.model, [_weight(plan.kept(example.pair)) for example in some])
 
         def report(done: int, _total: int, _words: str) -> None:
             if progress is not None:
@@ -240,14 +240,14 @@ def _to(progress: Progress, total: int) -> Progress:
 @torch.no_grad()
 def _referred(run: Forcing, pairs: Sequence[Preference], progress: Progress | None) -> list[Preference]:
     """The pairs with their log-probabilities without steering."""
-    found: list[Preference] = []
+    referred: list[Preference] = []
     for numbers in passes(run.model, [_weight([pair.positive, pair.negative]) for pair in pairs]):
         some = [pairs[i] for i in numbers]
         both = torch.stack(both_logprobs(run, some, {}), 1).tolist()
-        found += [replace(pair, reference=(a, b)) for pair, (a, b) in zip(some, both, strict=True)]
+        referred += [replace(pair, reference=(a, b)) for pair, (a, b) in zip(some, both, strict=True)]
         if progress is not None:
-            progress(len(found), len(pairs))
-    return found
+            progress(len(referred), len(pairs))
+    return referred
 
 
 def _begin(lm: LM, run: Forcing, sites: Sequence[Site], pairs: Sequence[Preference], start: Start[P]) -> P:
@@ -264,8 +264,8 @@ def _begin(lm: LM, run: Forcing, sites: Sequence[Site], pairs: Sequence[Preferen
 def _factors(some: Sequence[_Example], drawn: Sequence[float], generator: torch.Generator) -> list[float]:
     """The factor of each; where it is drawn, from a generator that goes on from step to step."""
     return [
-        drawn[int(torch.randint(len(drawn), (1,), generator=generator))] if one.factor is None else one.factor
-        for one in some
+        drawn[int(torch.randint(len(drawn), (1,), generator=generator))] if example.factor is None else example.factor
+        for example in some
     ]
 
 
@@ -296,10 +296,10 @@ def _per_token(run: Forcing, trained: P, pairs: Sequence[Preference]) -> dict[st
         before += (torch.tensor([pair.reference for pair in some], dtype=torch.float64) / lengths).sum(0)
         both = torch.stack(both_logprobs(run, some, trained.changes()), 1)
         after += (both.cpu().double() / lengths).sum(0)
-    told = {"logprob_before": before / len(pairs), "logprob_after": after / len(pairs)}
+    measured = {"logprob_before": before / len(pairs), "logprob_after": after / len(pairs)}
     return {
         name: {"positive": round(float(value[0]), 6), "negative": round(float(value[1]), 6)}
-        for name, value in told.items()
+        for name, value in measured.items()
     }
 
 

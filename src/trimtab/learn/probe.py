@@ -1,6 +1,6 @@
 """A probe for a monitor: whether a token is one of an answer of the first kind, as a logistic regression says.
 
-The probe is fitted on single tokens of half of the pairs' answers. Of each layer asked for there is one; a quarter of
+The probe is fitted on single tokens of half of the pairs' answers. Of each requested layer there is one; a quarter of
 the pairs chooses the layer, and the last quarter says how good the probe is and where its line goes. As a monitor looks
 at every token and fires at the first one beyond its line, an answer's score there is its largest: the line is drawn so
 that no more than a chosen share of the answers of the second kind has a token beyond it.
@@ -20,7 +20,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.given import check_lm, pairs_for
+from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.learn.thresholds import Curve, roc
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
@@ -89,17 +89,17 @@ def learn_probe(
     count = lm.layout.layers
     chosen = check_layers(lm, range(count // 4, count, 4) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
-    found = read_each(lm, pair_texts(lm, pairs, read_at=read_at), sites, progress=progress)
+    activations = read_each(lm, pair_texts(lm, pairs, read_at=read_at), sites, progress=progress)
     rest = range(1, len(pairs), 2)
     choosing, held = rest[::2], rest[1::2]
     areas, fitted = {}, []
     for site in sites:
-        one = _fit([found[site][i] for i in range(0, len(pairs), 2)], site, penalty)
-        area = _curve(one, found[site], choosing).area
+        candidate = _fit([activations[site][i] for i in range(0, len(pairs), 2)], site, penalty)
+        area = _curve(candidate, activations[site], choosing).area
         areas[str(site.layer)] = round(area, 6)
-        fitted.append((area, one))
+        fitted.append((area, candidate))
     best = max(fitted, key=lambda each: each[0])[1]
-    curve = _curve(best, found[best.site], held)
+    curve = _curve(best, activations[best.site], held)
     point = curve.chosen("youden", false_alarms)
     line = min(max(point.threshold, 0.0), 1.0)
     gate = Threshold(best.site, best.weight.float(), line, "probability", bias=best.bias)
@@ -138,5 +138,5 @@ def _spread(x: Tensor) -> Tensor:
     return x[::step]
 
 
-def _curve(one: _Fitted, found: Sequence[Sequence[Tensor]], which: Sequence[int]) -> Curve:
-    return roc(*(one.scores([found[i][side] for i in which]) for side in (0, 1)))
+def _curve(fitted: _Fitted, activations: Sequence[Sequence[Tensor]], which: Sequence[int]) -> Curve:
+    return roc(*(fitted.scores([activations[i][side] for i in which]) for side in (0, 1)))

@@ -37,24 +37,24 @@ def soft_targets(
     run: Forcing, lessons: Sequence[Lesson], progress: Callable[[int, int], None] | None = None
 ) -> list[Targets]:
     """What the teacher says at each token of each lesson: with its prompt, and helped where it was helped."""
-    alone = [Forced(one.asked, one.answer) for one in lessons]
-    found: list[Targets] = []
+    alone = [Forced(lesson.instructed, lesson.answer) for lesson in lessons]
+    targets: list[Targets] = []
     for numbers in passes(run.model, alone):
-        found += [_likeliest(logits) for logits in run.logits([alone[i] for i in numbers], {})]
+        targets += [_likeliest(logits) for logits in run.logits([alone[i] for i in numbers], {})]
         if progress is not None:
-            progress(len(found), len(lessons))
-    for help_ in dict.fromkeys(one.help for one in lessons if one.help is not None):
-        chosen = [i for i, one in enumerate(lessons) if one.help == help_]
-        texts = [Forced(lessons[i].asked, lessons[i].answer[: helped(lessons[i])]) for i in chosen]
+            progress(len(targets), len(lessons))
+    for help_ in dict.fromkeys(lesson.help for lesson in lessons if lesson.help is not None):
+        chosen = [i for i, lesson in enumerate(lessons) if lesson.help == help_]
+        texts = [Forced(lessons[i].instructed, lessons[i].answer[: helped(lessons[i])]) for i in chosen]
         for numbers in passes(run.model, texts):
             logits = run.logits([texts[n] for n in numbers], help_changes(help_))
             for n, row in zip(numbers, logits, strict=True):
-                opening, rest = _likeliest(row), found[chosen[n]]
-                found[chosen[n]] = Targets(
+                opening, rest = _likeliest(row), targets[chosen[n]]
+                targets[chosen[n]] = Targets(
                     torch.cat([opening.ids, rest.ids[len(opening.ids) :]]),
                     torch.cat([opening.logprobs, rest.logprobs[len(opening.ids) :]]),
                 )
-    return found
+    return targets
 
 
 def _likeliest(logits: Tensor) -> Targets:

@@ -34,9 +34,9 @@ class Teacher:
     def __post_init__(self) -> None:
         if not (self.instruction or self.examples or self.system is not None or self.text is not None):
             raise TrimtabError("a teacher needs an instruction, a system message, a text or examples")
-        said = [*self.instruction, *(one for one in (self.system, self.text) if one is not None)]
+        said = [*self.instruction, *(part for part in (self.system, self.text) if part is not None)]
         said += [side for example in self.examples for side in example]
-        if not all(one.strip() for one in said):
+        if not all(part.strip() for part in said):
             raise TrimtabError("a teacher's instruction, system message, text or example is empty")
         if self.times < 1:
             raise TrimtabError(f"an instruction is said once or more, got {self.times}")
@@ -56,15 +56,15 @@ class Teacher:
 
         `turn` picks the phrasing; when all phrasings have had their turn, each is said once more often.
         """
-        asked = query
+        prompt = query
         if self.instruction:
             rounds, which = divmod(turn, self.turns)
-            asked = " ".join([query, *[self.instruction[which]] * (self.times + rounds)])
+            prompt = " ".join([query, *[self.instruction[which]] * (self.times + rounds)])
         if self.text is not None:
-            asked = self.text.replace(HOLE, asked) if HOLE in self.text else f"{self.text.strip()}\n\n{asked}"
+            prompt = self.text.replace(HOLE, prompt) if HOLE in self.text else f"{self.text.strip()}\n\n{prompt}"
         if not self.examples:
-            return asked
+            return prompt
         messages: list[Message] = []
         for question, answer in self.examples:
             messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return [*messages, {"role": "user", "content": asked}]
+        return [*messages, {"role": "user", "content": prompt}]

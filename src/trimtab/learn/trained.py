@@ -41,7 +41,7 @@ class Part:
 
     def change(self, factor: float, x: Tensor) -> Tensor:
         """What it adds to activations `[tokens, width]`, times `factor`."""
-        vector, read, write = (one.to(x.device) for one in (self.vector, self.read, self.write))
+        vector, read, write = (tensor.to(x.device) for tensor in (self.vector, self.read, self.write))
         added = vector.expand_as(x)
         if len(read):
             added = added + (x.float() @ read.T / self.scale) @ write
@@ -88,13 +88,13 @@ class Trained:
             width = widths[site]
             read = torch.randn(rank, width, generator=generator) * (FIRST_READ / width**0.5)
             tensors = (torch.zeros(width), read, torch.zeros(rank, width))
-            parts[site] = Part(scales[site], *(one.to(device).requires_grad_() for one in tensors))
+            parts[site] = Part(scales[site], *(tensor.to(device).requires_grad_() for tensor in tensors))
         return cls(parts)
 
     @property
     def tensors(self) -> list[Tensor]:
         """What the optimizer moves."""
-        return [one for site in sorted(self.parts) for one in self.parts[site].tensors]
+        return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
 
     def changes(self, factor: float = 1.0) -> dict[Site, Change]:
         """What is added at each site, times `factor`."""

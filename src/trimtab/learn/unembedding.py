@@ -62,8 +62,8 @@ class Unembedding:
         row = self.rows[token].double()
         ridge = RIDGE * float(self.covariance.diagonal().mean())
         held = self.covariance + ridge * torch.eye(len(row), dtype=row.dtype, device=row.device)
-        found = torch.linalg.solve(held, row)
-        return self.typical * found / (row @ found)
+        solved = torch.linalg.solve(held, row)
+        return self.typical * solved / (row @ solved)
 
 
 @torch.no_grad()
@@ -99,9 +99,9 @@ def unembedding(lm: LM, prompts: Sequence[str]) -> Unembedding:
     normed = _product(logits, rows) @ torch.linalg.pinv(_moment(rows), hermitian=True)
     gain = (normed * z).sum(0) / z.square().sum(0)
     rows = rows * gain.to(rows)
-    told = torch.cat([(z.to(rows) @ part.T) for part in rows.split(CHUNK)], 1).double()
+    predicted = torch.cat([(z.to(rows) @ part.T) for part in rows.split(CHUNK)], 1).double()
     wanted = logits.double() - logits.double().mean(1, keepdim=True)
-    explained = 1 - float((wanted - told).square().sum() / wanted.square().sum())
+    explained = 1 - float((wanted - predicted).square().sum() / wanted.square().sum())
     if not explained >= LEAST:
         raise UnsupportedError(
             f"the logits of {type(lm.model).__name__} aren't told by its output embeddings and a norm (share of their"
@@ -125,10 +125,10 @@ def _read(lm: LM, texts: Sequence[Forced], site: Site) -> tuple[Tensor, Tensor]:
 
 def _moment(rows: Tensor) -> Tensor:
     """The sum of the rows' products, `[width, width]`, float64."""
-    found = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    moment = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
     for part in rows.split(CHUNK):
-        found += (part.T @ part).double()
-    return found
+        moment += (part.T @ part).double()
+    return moment
 
 
 def _product(logits: Tensor, rows: Tensor) -> Tensor:

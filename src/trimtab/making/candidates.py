@@ -76,27 +76,27 @@ def candidates(
         positions: Where they act: from the last prompt token on, or at all tokens (and not at block 0, which such
             programs can't steer).
         seed: Of the order of answers in the descent.
-        progress: Told of candidates that were tried.
-        say: Told in words how the descent stands.
+        progress: Called with how many candidates were tried.
+        say: Called with the state of the descent, in words.
     """
     trials = mean_differences(lm, name, learned, positions)
     total = len(trials) + (len(trained.strengths) if trained is not None else 0)
-    found: list[Candidate] = []
+    results: list[Candidate] = []
 
     def tried(name: str, steering: Steering) -> None:
-        found.append(Candidate(name, steering, effect(lm, steering, held_out)))
+        results.append(Candidate(name, steering, effect(lm, steering, held_out)))
         if progress is not None:
-            progress(len(found), total)
+            progress(len(results), total)
 
     for name_, steering in trials:
         tried(name_, steering)
     if trained is not None:
-        beat = None if progress is None else lambda _done, _steps: progress(len(found), total)
+        beat = None if progress is None else lambda _done, _steps: progress(len(results), total)
         vector = trained.learn(learned, positions, seed, say, beat)
         for strength in trained.strengths:
             tried(f"{trained.name}, strength {strength:g}", strength * vector)
     least = _mean(effect(lm, None, held_out).wanted)
-    return sorted(found, key=lambda one: (one.likelihood <= least, -one.lead))
+    return sorted(results, key=lambda candidate: (candidate.likelihood <= least, -candidate.lead))
 
 
 def _mean(values: Mapping[str, float]) -> float:
@@ -154,7 +154,7 @@ def distilled(
     """
     lessons = tuple(learned.lessons)
     answers = Answers(lessons, lessons, ())
-    found = learn_from_answers(
+    steering = learn_from_answers(
         lm,
         answers,
         range(first_layer(positions), lm.layout.layers),
@@ -167,7 +167,7 @@ def distilled(
         progress=progress,
         say=say,
     )
-    return found.at(positions)
+    return steering.at(positions)
 
 
 def distilling(lm: LM, name: str) -> Trained:
@@ -180,12 +180,12 @@ def _pairs(learned: Contrasts) -> list[tuple[Text, Text]]:
     pairs = []
     for question in learned.questions:
         positive, negative = (
-            [one for one in side if one.question == question] for side in (learned.positive, learned.negative)
+            [answer for answer in side if answer.question == question] for side in (learned.positive, learned.negative)
         )
         for mine, other in zip(positive, negative, strict=False):
             texts = [
-                Text([*one.own, *one.ids], list(range(len(one.own), len(one.own) + len(one.ids))))
-                for one in (mine, other)
+                Text([*answer.own, *answer.ids], list(range(len(answer.own), len(answer.own) + len(answer.ids))))
+                for answer in (mine, other)
             ]
             pairs.append((texts[0], texts[1]))
     return pairs

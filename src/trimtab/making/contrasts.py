@@ -49,20 +49,22 @@ class Contrasts:
         """Those to some of the questions."""
         some = set(questions)
         positive, negative = (
-            tuple(one for one in side if one.question in some) for side in (self.positive, self.negative)
+            tuple(answer for answer in side if answer.question in some) for side in (self.positive, self.negative)
         )
         return Contrasts(positive, negative, self.asked)
 
     @property
     def questions(self) -> list[str]:
         """The questions that have answers on both sides, in order."""
-        both = {one.question for one in self.negative}
-        return list(dict.fromkeys(one.question for one in self.positive if one.question in both))
+        both = {answer.question for answer in self.negative}
+        return list(dict.fromkeys(answer.question for answer in self.positive if answer.question in both))
 
     @property
     def lessons(self) -> list[Lesson]:
         """The positive answers, for distilling."""
-        return [Lesson(one.question, 0, one.own, one.bare, one.ids, one.text) for one in self.positive]
+        return [
+            Lesson(answer.question, 0, answer.own, answer.bare, answer.ids, answer.text) for answer in self.positive
+        ]
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def contrasts(
         questions: What is asked.
         prompts: Under how many system prompts of each side each question is asked.
         tokens: The maximum length of an answer, in tokens.
-        progress: Told of answers made and those to make.
+        progress: Called with how many answers are made, and how many there will be.
     """
     heard = hears_system(lm)
     rows: list[Ask] = []
@@ -98,10 +100,10 @@ def contrasts(
         for turn in range(prompts):
             mine = idea.positive[(n * prompts + turn) % len(idea.positive)]
             against = idea.negative[(n * prompts + turn) % len(idea.negative)]
-            asked = [under(one, question, heard) for one in (mine, against)]
+            both = [under(system, question, heard) for system in (mine, against)]
             rows += [
-                Ask(True, question, asked[0], asked[1], question),
-                Ask(False, question, asked[1], asked[0], question),
+                Ask(True, question, both[0], both[1], question),
+                Ask(False, question, both[1], both[0], question),
             ]
     return written(lm, rows, tokens, progress)
 
@@ -116,25 +118,25 @@ def written(lm: LM, rows: Sequence[Ask], tokens: int, progress: Progress | None 
         lm: The model.
         rows: What is asked, and how.
         tokens: The maximum length of an answer, in tokens.
-        progress: Told of answers made and those to make.
+        progress: Called with how many answers are made, and how many there will be.
     """
     answers = lm.generate([row.own for row in rows], max_new_tokens=tokens, batch_size=BATCH, progress=progress)
     sides: dict[bool, list[Answer]] = {True: [], False: []}
     for row, answer in zip(rows, answers, strict=True):
         if answer.text.strip() and repeated_share(answer.text) <= REPEATED_LIMIT:
-            own, other, bare = (tuple(lm.encode(one)) for one in (row.own, row.other, row.bare))
+            own, other, bare = (tuple(lm.encode(prompt)) for prompt in (row.own, row.other, row.bare))
             sides[row.wanted].append(Answer(row.question, own, other, bare, tuple(answer.token_ids), answer.text))
     kept = {wanted: _told_apart(lm, answers) for wanted, answers in sides.items()}
     return Contrasts(tuple(kept[True]), tuple(kept[False]), len(rows))
 
 
-def check_enough(found: Contrasts, name: str, least: int = LEAST) -> None:
+def check_enough(answers: Contrasts, name: str, least: int = LEAST) -> None:
     """Raises `TrimtabError` where too few answers show the difference."""
-    if min(len(found.positive), len(found.negative), len(found.questions)) < least:
+    if min(len(answers.positive), len(answers.negative), len(answers.questions)) < least:
         raise TrimtabError(
-            f"the model's answers for and against {name!r} barely differ: of {found.asked},"
-            f" {len(found.positive)} and {len(found.negative)} do, and {least} of each are needed. Say it in clearer"
-            " words, name an opposite, or take a larger model"
+            f"the model's answers for and against {name!r} barely differ: of {answers.asked},"
+            f" {len(answers.positive)} and {len(answers.negative)} do, and {least} of each are needed. Say it in"
+            " clearer words, name an opposite, or take a larger model"
         )
 
 
@@ -160,6 +162,6 @@ def under(system: str, question: str, heard: bool) -> Prompt:
 
 
 def _told_apart(lm: LM, answers: Sequence[Answer]) -> list[Answer]:
-    own = logprobs(lm, [Forced(one.own, one.ids) for one in answers])
-    other = logprobs(lm, [Forced(one.other, one.ids) for one in answers])
-    return [one for one, a, b in zip(answers, own, other, strict=True) if float((a - b).sum()) > 0]
+    own = logprobs(lm, [Forced(answer.own, answer.ids) for answer in answers])
+    other = logprobs(lm, [Forced(answer.other, answer.ids) for answer in answers])
+    return [answer for answer, a, b in zip(answers, own, other, strict=True) if float((a - b).sum()) > 0]

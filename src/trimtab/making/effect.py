@@ -34,31 +34,33 @@ class Effect:
     leads: Mapping[str, float]
 
 
-def effect(lm: LM, steering: Steering | None, found: Contrasts) -> Effect:
+def effect(lm: LM, steering: Steering | None, contrasts: Contrasts) -> Effect:
     """The steering's on answers to questions, given without a system prompt.
 
     Args:
         lm: The model.
         steering: What acts from the last prompt token on, or at all tokens, or nothing.
-        found: The answers for and against.
+        contrasts: The answers for and against.
 
     Raises:
         TrimtabError: A steering with other positions, a gate, or two edits at one site, which aren't read here.
     """
     _check_read(steering)
-    return _effect(found, *(_likelihoods(lm, steering, side, "bare") for side in (found.positive, found.negative)))
+    return _effect(
+        contrasts, *(_likelihoods(lm, steering, side, "bare") for side in (contrasts.positive, contrasts.negative))
+    )
 
 
-def prompted(lm: LM, found: Contrasts) -> Effect:
+def prompted(lm: LM, contrasts: Contrasts) -> Effect:
     """That of the system prompts for the idea, under which the wanted answers were written.
 
     The others' answers are read under the prompt for the idea, too.
     """
-    positive = _likelihoods(lm, None, found.positive, "own")
-    return _effect(found, positive, _likelihoods(lm, None, found.negative, "other"))
+    positive = _likelihoods(lm, None, contrasts.positive, "own")
+    return _effect(contrasts, positive, _likelihoods(lm, None, contrasts.negative, "other"))
 
 
-def share_of(unsteered: Effect, steered: Effect, told: Effect, seed: int = 0) -> Interval:
+def share_of(unsteered: Effect, steered: Effect, by_prompt: Effect, seed: int = 0) -> Interval:
     """The part of the system prompt's effect that a steering has: a ratio of means, and its bootstrap interval.
 
     Questions are drawn, each with all three of its values. A draw in which the system prompt has no effect counts as 0.
@@ -67,7 +69,9 @@ def share_of(unsteered: Effect, steered: Effect, told: Effect, seed: int = 0) ->
         TrimtabError: The system prompt has no effect, or one away from what is wanted: there is nothing to share.
     """
     questions = list(unsteered.leads)
-    base, mine, full = (np.array([one.leads[q] for q in questions]) for one in (unsteered, steered, told))
+    base, mine, full = (
+        np.array([measured.leads[q] for q in questions]) for measured in (unsteered, steered, by_prompt)
+    )
     if not (full - base).mean() > 0:
         raise TrimtabError(
             "the system prompts themselves don't bring the model nearer to the wanted answers, so there is nothing to"
@@ -99,9 +103,11 @@ def _check_read(steering: Steering | None) -> None:
         raise TrimtabError("effects are read of one edit a site; add up what acts at the same one")
 
 
-def _effect(found: Contrasts, positive: Sequence[float], negative: Sequence[float]) -> Effect:
-    wanted, unwanted = (_by_question(*one) for one in ((found.positive, positive), (found.negative, negative)))
-    questions = found.questions
+def _effect(contrasts: Contrasts, positive: Sequence[float], negative: Sequence[float]) -> Effect:
+    wanted, unwanted = (
+        _by_question(*pair) for pair in ((contrasts.positive, positive), (contrasts.negative, negative))
+    )
+    questions = contrasts.questions
     return Effect(
         {question: wanted[question] for question in questions},
         {question: wanted[question] - unwanted[question] for question in questions},
@@ -110,27 +116,27 @@ def _effect(found: Contrasts, positive: Sequence[float], negative: Sequence[floa
 
 def _by_question(answers: Sequence[Answer], values: Sequence[float]) -> dict[str, float]:
     """The mean over each question's answers."""
-    found: dict[str, list[float]] = {}
-    for one, value in zip(answers, values, strict=True):
-        found.setdefault(one.question, []).append(value)
-    return {question: sum(some) / len(some) for question, some in found.items()}
+    by_question: dict[str, list[float]] = {}
+    for answer, value in zip(answers, values, strict=True):
+        by_question.setdefault(answer.question, []).append(value)
+    return {question: sum(some) / len(some) for question, some in by_question.items()}
 
 
 @torch.no_grad()
 def _likelihoods(lm: LM, steering: Steering | None, answers: Sequence[Answer], prompt: str) -> list[float]:
     """The mean log-probability of each answer's tokens after one of its prompts."""
-    asked: list[tuple[int, ...]] = [getattr(one, prompt) for one in answers]
+    prompts: list[tuple[int, ...]] = [getattr(each, prompt) for each in answers]
     if steering is not None and steering.edits[0].positions == Positions.all():
         # a forced pass changes what comes from the last prompt token on: here that is the first token of all
-        texts = [Forced(own[:1], (*own[1:], *one.ids)) for own, one in zip(asked, answers, strict=True)]
+        texts = [Forced(own[:1], (*own[1:], *each.ids)) for own, each in zip(prompts, answers, strict=True)]
     else:
-        texts = [Forced(own, one.ids) for own, one in zip(asked, answers, strict=True)]
+        texts = [Forced(own, each.ids) for own, each in zip(prompts, answers, strict=True)]
     changes = {} if steering is None else help_changes(steering)
-    found: list[float] = []
+    likelihoods: list[float] = []
     with forcing(lm.model, lm.layout, list(changes)) as run, torch.no_grad():
         for numbers in passes(lm.model, texts):
             logits = run.logits([texts[i] for i in numbers], changes)
-            for one, row in zip([answers[i] for i in numbers], logits, strict=True):
-                ids = torch.tensor(one.ids, device=row.device)[:, None]
-                found.append(float(row[-len(one.ids) :].log_softmax(-1).gather(-1, ids).mean()))
-    return found
+            for answer, row in zip([answers[i] for i in numbers], logits, strict=True):
+                ids = torch.tensor(answer.ids, device=row.device)[:, None]
+                likelihoods.append(float(row[-len(answer.ids) :].log_softmax(-1).gather(-1, ids).mean()))
+    return likelihoods

@@ -48,7 +48,7 @@ class Case:
     bare: Side
 
     @property
-    def told(self) -> bool:
+    def prompted(self) -> bool:
         """Whether the positive side's prompt says more than what the sides have in common."""
         return (self.positive.prompt, self.positive.system) != (self.bare.prompt, self.bare.system)
 
@@ -77,7 +77,7 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
     test = spread_over(questions[1::2], MOST_TESTED)
     learn = [question for question in questions if question not in set(test)]
     aside = spread_over(learn[HELD_OUT // 2 :: HELD_OUT], MOST_HELD_OUT)
-    shape, told = pairs[0].shape, all(case.told for case in cases)
+    shape, prompted = pairs[0].shape, all(case.prompted for case in cases)
     writes = shape == "prompts"
     read = partial(_written, lm, cases, tokens) if writes else partial(_given, lm, cases)
     return Material(
@@ -87,8 +87,8 @@ def material_from_pairs(lm: LM, pairs: Sequence[Pair], name: str, tokens: int, *
         test=partial(read, frozenset(test)),
         aside=frozenset(aside),
         writes=writes,
-        told=told,
-        trained=_trained(lm, cases, name, told) if trains else None,
+        prompted=prompted,
+        trained=_trained(lm, cases, name, prompted) if trains else None,
         heard=_heard(cases, spread_over(test, MOST_HEARD), shape),
         options={"shape": shape},
         data=digest(pairs),
@@ -158,15 +158,17 @@ def _encoded(lm: LM, case: Case) -> tuple[Answer, Answer]:
     pair, both = case.pair, (case.positive, case.negative)
     if pair.shape == "letters":
         letters = [letter_of(side.answer) for side in both]
-        asked = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
-        prompts = [one.prompt for one in asked]
-        answers = [(*one.opening, one.letters[letter]) for one, letter in zip(asked, letters, strict=True)]
+        questions = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
+        prompts = [question.prompt for question in questions]
+        answers = [
+            (*question.opening, question.letters[letter]) for question, letter in zip(questions, letters, strict=True)
+        ]
         bare = ask_side(lm.tokenizer, case.bare, letters).prompt
     else:
         encoded = encode_sides(lm.tokenizer, pair)
-        starts = [one.start or 1 for one in encoded]
-        prompts = [one.ids[:start] for one, start in zip(encoded, starts, strict=True)]
-        answers = [one.ids[start:] for one, start in zip(encoded, starts, strict=True)]
+        starts = [part.start or 1 for part in encoded]
+        prompts = [part.ids[:start] for part, start in zip(encoded, starts, strict=True)]
+        answers = [part.ids[start:] for part, start in zip(encoded, starts, strict=True)]
         bare = tuple(encode_prompt(lm.tokenizer, case.bare)) if pair.shape == "answers" else ()
     if not all(answers):
         raise TrimtabError("a text of a single token can't be distinguished from others; write more")
@@ -195,9 +197,9 @@ def _written(
 # ---- what is trained, and what is heard --------------------------------------------------------------------
 
 
-def _trained(lm: LM, cases: Sequence[Case], name: str, told: bool) -> Trained | None:
+def _trained(lm: LM, cases: Sequence[Case], name: str, prompted: bool) -> Trained | None:
     """Distilling, where a prompt brings the wanted answers about; else by preference, but for bare texts."""
-    if told:
+    if prompted:
         return distilling(lm, name)
     if cases[0].pair.shape == "texts":
         return None
@@ -220,18 +222,22 @@ def _preferred(
 
 
 def _by_question(cases: Sequence[Case]) -> dict[str, list[Pair]]:
-    found: dict[str, list[Pair]] = {}
+    by_question: dict[str, list[Pair]] = {}
     for case in cases:
-        found.setdefault(case.question, []).append(case.pair)
-    return found
+        by_question.setdefault(case.question, []).append(case.pair)
+    return by_question
 
 
 def _heard(cases: Sequence[Case], questions: Sequence[str], shape: str) -> tuple[Heard, ...]:
     """The pairs' own prompts; where a pair has none, or one that a letter answers, general questions."""
     if shape in ("texts", "letters"):
-        return tuple(Heard(one, one) for one in spread_over(queries("test"), MOST_HEARD))
+        return tuple(Heard(question, question) for question in spread_over(queries("test"), MOST_HEARD))
     first = {case.question: case for case in reversed(cases)}
     return tuple(
-        Heard(one, _prompt(first[one].bare), _prompt(first[one].positive) if first[one].told else None)
-        for one in questions
+        Heard(
+            question,
+            _prompt(first[question].bare),
+            _prompt(first[question].positive) if first[question].prompted else None,
+        )
+        for question in questions
     )

@@ -120,13 +120,13 @@ def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
     Raises:
         TrimtabError: A persona without a word, or twice the same.
     """
-    who, other = (" ".join((one or "").split()).strip(" .!") for one in (like, unlike))
+    who, other = (" ".join((text or "").split()).strip(" .!") for text in (like, unlike))
     if not who:
         raise TrimtabError("say whom the model is to be like, such as 'a pirate'")
     if who == other:
         raise TrimtabError(f"like and unlike are the same: {who!r}")
-    negative = tuple(one.format(who=other) for one in PERSONA) if other else PLAIN
-    return Idea(who, tuple(one.format(who=who) for one in PERSONA), negative, *_general(), source="persona")
+    negative = tuple(template.format(who=other) for template in PERSONA) if other else PLAIN
+    return Idea(who, tuple(template.format(who=who) for template in PERSONA), negative, *_general(), source="persona")
 
 
 def asked_about(idea: Idea, questions: Sequence[str]) -> Idea:
@@ -140,7 +140,7 @@ def asked_about(idea: Idea, questions: Sequence[str]) -> Idea:
 
 def _told(wanted: str) -> tuple[str, ...]:
     wanted = wanted if _VERB.match(wanted) else f"be {wanted}" if len(wanted.split()) < 4 else wanted
-    return tuple(one.format(idea=wanted, Idea=wanted[0].upper() + wanted[1:]) for one in FOR)
+    return tuple(template.format(idea=wanted, Idea=wanted[0].upper() + wanted[1:]) for template in FOR)
 
 
 def _like(other: str, wanted: str) -> str:

@@ -41,7 +41,7 @@ def judged(
     lm: LM,
     made_from: Material,
     steering: Steering,
-    asked: Contrasts,
+    test_answers: Contrasts,
     tokens: int,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -52,10 +52,10 @@ def judged(
         lm: The model.
         made_from: What it was made from, which says whether there is a prompt to measure it by, and what is answered.
         steering: The steering.
-        asked: Answers for and against, to questions of the test.
+        test_answers: Answers for and against, to questions of the test.
         tokens: The maximum length of an answer, in tokens.
         seed: Of the random directions, and of the bootstrap.
-        progress: Told how far it is.
+        progress: Called with how far it is.
 
     Raises:
         TrimtabError: As `share_of` does.
@@ -68,41 +68,43 @@ def judged(
         if progress is not None:
             progress(done, total)
 
-    base = effect(lm, None, asked)
-    told = prompted(lm, asked) if made_from.told else None
+    base = effect(lm, None, test_answers)
+    by_prompt = prompted(lm, test_answers) if made_from.prompted else None
     step()
 
-    def worth(found: Effect) -> Interval:
-        return gain_of(base.leads, found.leads) if told is None else share_of(base, found, told)
+    def worth(measured: Effect) -> Interval:
+        return gain_of(base.leads, measured.leads) if by_prompt is None else share_of(base, measured, by_prompt)
 
-    mine = effect(lm, steering, asked)
-    found = worth(mine)
+    mine = effect(lm, steering, test_answers)
+    interval = worth(mine)
     step()
     random, chances = [], [_chance(base, mine)]
     for n in range(RANDOM):
-        other = effect(lm, random_like(steering, seed + n), asked)
+        other = effect(lm, random_like(steering, seed + n), test_answers)
         random.append(worth(other).estimate)
         chances.append(_chance(other, mine))
         step()
     arms = _answers(lm, made_from.heard, steering, tokens)
     step()
     before = "told" if "told" in arms else "plain"
-    loops = {name: _share([_loops(one) for one in answers]) for name, answers in arms.items()}
+    loops = {name: _share([_loops(answer) for answer in answers]) for name, answers in arms.items()}
     shows = WordCheck(made_from.signs)
     verdict = Verdict(
-        found.estimate,
-        found.low,
-        found.high,
+        interval.estimate,
+        interval.low,
+        interval.high,
         tuple(random),
         max(chances),
-        len(asked.questions),
+        len(test_answers.questions),
         loops["steered"],
         loops[before],
         _perplexity(lm, made_from.heard, arms["steered"]) / _perplexity(lm, made_from.heard, arms[before]),
-        tuple(_share([shows(one.text) for one in answers]) for answers in arms.values()) if made_from.signs else (),
-        None if told is not None else gain_of(base.wanted, mine.wanted).estimate,
+        tuple(_share([shows(answer.text) for answer in answers]) for answers in arms.values())
+        if made_from.signs
+        else (),
+        None if by_prompt is not None else gain_of(base.wanted, mine.wanted).estimate,
     )
-    texts = {name: [one.text.strip() for one in answers] for name, answers in arms.items()}
+    texts = {name: [answer.text.strip() for answer in answers] for name, answers in arms.items()}
     prompted_texts: Sequence[str | None] = texts.get("told", [None] * len(made_from.heard))
     rows = zip(made_from.heard, texts["plain"], prompted_texts, texts["steered"], strict=True)
     return verdict, [Example(heard.question, *said) for heard, *said in rows]  # type: ignore[arg-type]
@@ -110,11 +112,11 @@ def judged(
 
 def _answers(lm: LM, heard: Sequence[Heard], steering: Steering, tokens: int) -> dict[str, list[Generation]]:
     """What is said unsteered, under the prompt for what is wanted (if there is one to each question), and steered."""
-    bare = [one.bare for one in heard]
-    told = [one.told for one in heard if one.told is not None]
+    bare = [question.bare for question in heard]
+    prompts = [question.prompted for question in heard if question.prompted is not None]
     arms = {"plain": lm.generate(bare, max_new_tokens=tokens, batch_size=BATCH)}
-    if len(told) == len(heard):
-        arms["told"] = lm.generate(told, max_new_tokens=tokens, batch_size=BATCH)
+    if len(prompts) == len(heard):
+        arms["told"] = lm.generate(prompts, max_new_tokens=tokens, batch_size=BATCH)
     arms["steered"] = lm.generate(bare, steering, max_new_tokens=tokens, batch_size=BATCH)
     return arms
 
@@ -135,5 +137,7 @@ def _share(values: Sequence[bool]) -> float:
 
 def _perplexity(lm: LM, heard: Sequence[Heard], answers: Sequence[Generation]) -> float:
     """The median perplexity of the answers after the bare questions, unsteered; infinite where all are empty."""
-    texts = [(lm.encode(q.bare), one.token_ids) for q, one in zip(heard, answers, strict=True) if one.token_ids]
+    texts = [
+        (lm.encode(q.bare), answer.token_ids) for q, answer in zip(heard, answers, strict=True) if answer.token_ids
+    ]
     return median(perplexities(lm, texts)) if texts else math.inf

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
-from trimtab.learn.given import check_lm, pairs_for
+from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.making.candidates import FROM_LAST, Candidate, candidates, distilling
 from trimtab.making.contrasts import check_enough, contrasts, hears_system, under
 from trimtab.making.effect import READ
@@ -39,7 +39,7 @@ TOKENS = 64
 STAGES = ("answering for and against", "learning", "answering the test questions", "measuring")
 
 Stage = Callable[[str, int, int], None]
-"""Told what is being done, how much of it is, and how much there is."""
+"""Called with what is being done, how much of it is, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def make_from_pairs(
 
     About half of the prompts are learned from, the others test it. Pairs of prompts (with and without an instruction)
     are answered by the model. Where no prompt of a pair brings the wanted answer about (none has a system prompt of its
-    own, say), the effect can't be a share of one; it is told in nats per token, beside that of random directions.
+    own, say), the effect can't be a share of one; it is given in nats per token, beside that of random directions.
 
     Args:
         lm: The model; on the transformers engine.
@@ -131,7 +131,7 @@ def make_from_pairs(
             answers, by preference (BiPO) if only the answers are given. Bare texts have neither.
         positions: As `make` has it, and so are all the others.
         seed: Of the order of answers and of the random directions.
-        stage: Told what is being done, of `STAGES` those that there are.
+        stage: Called with what is being done, of `STAGES` those that there are.
         say: Called with messages about the progress.
 
     Raises:
@@ -144,7 +144,7 @@ def make_from_pairs(
 
 def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
     heard = hears_system(lm)
-    told = [under(idea.positive[n % len(idea.positive)], question, heard) for n, question in enumerate(idea.test)]
+    prompts = [under(idea.positive[n % len(idea.positive)], question, heard) for n, question in enumerate(idea.test)]
     return Material(
         name=idea.name,
         source=idea.source,
@@ -152,9 +152,9 @@ def _material(lm: LM, idea: Idea, tokens: int, *, distill: bool) -> Material:
         test=partial(contrasts, lm, idea, idea.test, PROMPTS, tokens),
         aside=frozenset(idea.learn[HELD_OUT // 2 :: HELD_OUT]),
         writes=True,
-        told=True,
+        prompted=True,
         trained=distilling(lm, idea.name) if distill else None,
-        heard=tuple(Heard(question, question, one) for question, one in zip(idea.test, told, strict=True)),
+        heard=tuple(Heard(question, question, prompt) for question, prompt in zip(idea.test, prompts, strict=True)),
         signs=idea.signs,
     )
 
@@ -182,13 +182,18 @@ def _made(
         return lambda done, total: stage(what, done, total)
 
     answering, learning, testing, measuring = STAGES
-    found = made_from.learn(at(answering) if made_from.writes else None)
-    check_enough(found, made_from.name)
+    learn_answers = made_from.learn(at(answering) if made_from.writes else None)
+    check_enough(learn_answers, made_from.name)
     if say is not None and made_from.writes:
-        say(f"{len(found.positive) + len(found.negative)} of {found.asked} answers show the difference")
-    held_out = found.on(made_from.aside)
+        say(
+            f"{len(learn_answers.positive) + len(learn_answers.negative)} of {learn_answers.asked} answers show the"
+            " difference"
+        )
+    held_out = learn_answers.on(made_from.aside)
     check_enough(held_out, made_from.name, 1)
-    learned = found.on({one.question for one in (*found.positive, *found.negative)} - made_from.aside)
+    learned = learn_answers.on(
+        {answer.question for answer in (*learn_answers.positive, *learn_answers.negative)} - made_from.aside
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of doses: strengths are what is tried here
         ranked = candidates(
@@ -203,15 +208,15 @@ def _made(
             say=say,
         )
         chosen = ranked[0]
-        asked = made_from.test(at(testing) if made_from.writes else None)
-        check_enough(asked, made_from.name, LEAST_TESTED)
-        verdict, examples = judged(lm, made_from, chosen.steering, asked, tokens, seed, at(measuring))
+        test_answers = made_from.test(at(testing) if made_from.writes else None)
+        check_enough(test_answers, made_from.name, LEAST_TESTED)
+        verdict, examples = judged(lm, made_from, chosen.steering, test_answers, tokens, seed, at(measuring))
     card = chosen.steering.card
-    told = {"idea": made_from.name, "source": made_from.source, "chosen": chosen.name, **made_from.options}
+    how_made = {"idea": made_from.name, "source": made_from.source, "chosen": chosen.name, **made_from.options}
     card = replace(
         card,
         data=made_from.data or card.data,
-        options={**card.options, **told},
+        options={**card.options, **how_made},
         measured={**card.measured, **verdict.as_measured()},
     )
     steering = Steering(chosen.steering.edits, card)

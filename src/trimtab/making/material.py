@@ -19,8 +19,8 @@ Say = Callable[[str], None]
 class Trained:
     """A candidate that is trained, which takes longest: its name, how it is learned, and at which strengths tried.
 
-    `learn` is given the answers, where it is to act, the seed of their order, who is told how it stands, and who is
-    told of each step. What the last one raises ends it.
+    `learn` is given the answers, where it is to act, the seed of their order, the callback for how it stands, and the
+    one for each step. What the last one raises ends it.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Heard:
 
     question: str
     bare: Prompt
-    told: Prompt | None = None
+    prompted: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class Material:
     Args:
         name: Its name.
         source: Where it comes from, for the card.
-        learn: Gives the answers to learn from. Told how far it is, where the model has to write them.
+        learn: Gives the answers to learn from. Called with how far it is, where the model has to write them.
         test: Gives those for the verdict, to other questions.
         aside: Questions among those to learn from that choose between candidates instead.
         writes: Whether the model writes the answers.
-        told: Whether a prompt brings the wanted answers about, by whose effect a steering is measured.
+        prompted: Whether a prompt brings the wanted answers about, by whose effect a steering is measured.
         trained: What is tried beside mean differences.
         heard: What is answered at the end.
         signs: Words that tell what is wanted in an answer, if any honestly do.
@@ -62,7 +62,7 @@ class Material:
     test: Callable[[Progress | None], Contrasts]
     aside: frozenset[str]
     writes: bool
-    told: bool
+    prompted: bool
     trained: Trained | None
     heard: tuple[Heard, ...]
     signs: tuple[str, ...] = ()

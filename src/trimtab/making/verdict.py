@@ -88,27 +88,27 @@ class Verdict:
         if self.likelier is not None:
             said.insert(2, "no system prompt stands behind these pairs, so what share of its effect it has isn't known")
         if self.signs:
-            plain, *told, mine = self.signs
-            prompted = f"under the system prompt {told[0]:.0%}, " if told else ""
+            plain, *by_prompt, mine = self.signs
+            prompted = f"under the system prompt {by_prompt[0]:.0%}, " if by_prompt else ""
             said.append(f"its words stand in {mine:.0%} of answers ({prompted}unsteered {plain:.0%})")
         return said
 
     def as_measured(self) -> dict[str, Any]:
         """For the card."""
         if self.likelier is None:
-            found = {"share_of_prompt": round(self.effect, 4)}
+            figures = {"share_of_prompt": round(self.effect, 4)}
         else:
-            found = {"gain": round(self.effect, 4), "likelier": round(self.likelier, 4)}
+            figures = {"gain": round(self.effect, 4), "likelier": round(self.likelier, 4)}
         return {
-            **found,
+            **figures,
             "interval": [round(self.low, 4), round(self.high, 4)],
-            "random": [round(one, 4) for one in self.random],
+            "random": [round(value, 4) for value in self.random],
             "p": float(f"{self.p:.3g}"),
             "questions": self.questions,
             "loops": round(self.loops, 4),
             f"loops_{'unsteered' if self.share is None else 'prompted'}": round(self.loops_before, 4),
             "perplexity_ratio": round(self.perplexity, 4) if isfinite(self.perplexity) else None,
-            **({"signs": [round(one, 4) for one in self.signs]} if self.signs else {}),
+            **({"signs": [round(value, 4) for value in self.signs]} if self.signs else {}),
             "holds": self.holds,
         }
 

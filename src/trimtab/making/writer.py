@@ -77,7 +77,7 @@ def _read(text: str, sentence: str) -> Idea:
 
 def _texts(value: Any, name: str) -> tuple[str, ...]:
     texts: Sequence[Any] = value if isinstance(value, list) else ()
-    found = tuple(dict.fromkeys(" ".join(one.split()) for one in texts if isinstance(one, str) and one.strip()))
-    if not found:
+    distinct = tuple(dict.fromkeys(" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()))
+    if not distinct:
         raise TrimtabError(f"its {name!r} isn't a list of texts")
-    return found
+    return distinct

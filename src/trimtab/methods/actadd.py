@@ -15,7 +15,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.positions import END, Bound
 
@@ -58,14 +58,14 @@ def learn_actadd(
     ids = [lm.encode(text, chat=False) for text in (positive, negative)]
     length = max(map(len, ids))
     filler = _filler(lm)
-    texts = [Text([*one, *[filler] * (length - len(one))], range(length)) for one in ids]
+    texts = [Text([*token_ids, *[filler] * (length - len(token_ids))], range(length)) for token_ids in ids]
     if list(texts[0].ids) == list(texts[1].ids):
         raise TrimtabError(f"{positive!r} and {negative!r} are the same tokens; nothing would be added")
     sites = [Site(layer, "block_input") for layer in chosen]
-    found = read_each(lm, [texts], sites, progress=progress)
+    activations = read_each(lm, [texts], sites, progress=progress)
     edits = []
     for site in sites:
-        plus, minus = found[site][0]
+        plus, minus = activations[site][0]
         for j, row in enumerate(plus - minus):
             if bool(row.any()):
                 edits.append(Edit(site, Add(row.float()), _at(j, length, align), coefficient))

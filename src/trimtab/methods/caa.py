@@ -25,7 +25,7 @@ from trimtab.keywords import keywords, outside
 from trimtab.learn.activations import naming, texts_of
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast_many, learned_card, mean
 from trimtab.learn.estimators import Estimator, as_estimator, estimator_name, mean_difference, unit
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMembers, PairMoments
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at, ask_side, check_read_at
@@ -127,10 +127,10 @@ def learn_behaviours(
         name: answer_texts(lm, pairs, read_at, f" of {name!r}" if len(sets) > 1 else "") for name, pairs in sets.items()
     }
     keep = PairMoments if direction is mean_difference else PairMembers
-    found = contrast_many(lm, texts, chosen, keep=keep, progress=progress)
+    by_behaviour = contrast_many(lm, texts, chosen, keep=keep, progress=progress)
     position = Positions.from_last_prompt_token() if positions is None else positions
     learned = {}
-    for name, moments in found.items():
+    for name, moments in by_behaviour.items():
         pairs = sets[name]
         of = f" of {name!r}" if len(sets) > 1 else ""
         letters = pairs[0].shape == "letters"
@@ -203,10 +203,10 @@ def _length(edit: Edit, name: str) -> float:
 
 def _direction(moments: PairMoments, estimator: Estimator, norm: Norm, layer: int) -> Tensor:
     try:
-        found = moments.estimated(estimator) if isinstance(moments, PairMembers) else moments.difference
+        direction = moments.estimated(estimator) if isinstance(moments, PairMembers) else moments.difference
         if norm == "raw":
-            return found
-        return unit(found) * (moments.norm if norm == "relative" else 1.0)
+            return direction
+        return unit(direction) * (moments.norm if norm == "relative" else 1.0)
     except TrimtabError as error:
         raise TrimtabError(f"layer {layer}: {error}") from None
 
@@ -267,9 +267,10 @@ def answer_texts(lm: LM, pairs: Sequence[Pair], read_at: str | ReadAt | None = N
 def _at_letters(lm: LM, pair: Pair) -> TextPair:
     both = sides(pair)
     letters = [letter_of(side.answer) for side in both]
-    asked = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
+    questions = [ask_side(lm.tokenizer, side, (letter,)) for side, letter in zip(both, letters, strict=True)]
     positive, negative = (
-        Text(one.answered(letter), [len(one.ids)]) for one, letter in zip(asked, letters, strict=True)
+        Text(question.answered(letter), [len(question.ids)])
+        for question, letter in zip(questions, letters, strict=True)
     )
     return positive, negative
 
@@ -306,13 +307,13 @@ def activations(
     if not pairs:
         raise TrimtabError("there are no pairs to read")
     groups = answer_texts(lm, pairs, read_at)
-    found = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
+    by_layer = {layer: torch.zeros(len(pairs), 2, lm.layout.width) for layer in chosen}
     done = 0
     for batch in lm.read(groups, [Site(layer) for layer in chosen]):
         for site, members in batch.values.items():
             for g, member in zip(batch.groups, members, strict=True):
-                found[site.layer][g] = torch.cat([mean(text).float() for text in member]).cpu()
+                by_layer[site.layer][g] = torch.cat([mean(text).float() for text in member]).cpu()
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(pairs))
-    return found
+    return by_layer

@@ -23,7 +23,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, unit
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering
 from trimtab.text.pairs import Pair, Pairs, digest
 
@@ -79,13 +79,13 @@ def learn_cap(
     pairs = pairs_for(lm, pairs)
     _check(pairs, quantile, over, bound)
     sites = [Site(layer) for layer in _layers(lm, layers)]
-    found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    activations = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     wanted, other = (0, 1) if bound == "floor" else (1, 0)
     edits, measured = [], {}
     for site in sites:
-        sides = [[pair[m] for pair in found[site]] for m in (wanted, other)]
-        v, cap, told = _cap(sides, quantile, over, site.layer)
-        measured[str(site.layer)] = told
+        sides = [[pair[m] for pair in activations[site]] for m in (wanted, other)]
+        v, cap, facts = _cap(sides, quantile, over, site.layer)
+        measured[str(site.layer)] = facts
         operation = SetProjection(v, cap, one_sided=True)
         edits.append(Edit(site, operation, positions or Positions.all_but_first()))
     options: dict[str, Any] = {"layers": [site.layer for site in sites], "quantile": quantile, "over": over}
@@ -123,10 +123,10 @@ def _cap(
     along = [side @ v.double() for side in (wanted, other)]
     cap = float(torch.quantile(along[0] if over == "wanted" else torch.cat(along), quantile))
     moved = [float((torch.cat(list(side)) @ v.double() < cap).double().mean()) for side in sides]
-    told = {
+    facts = {
         "cap": float(f"{cap:.9g}"),
         "wanted": round(float(along[0].mean()), 6),
         "other": round(float(along[1].mean()), 6),
         "moved": {"wanted": round(moved[0], 6), "other": round(moved[1], 6)},
     }
-    return v, cap, told
+    return v, cap, facts

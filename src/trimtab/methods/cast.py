@@ -23,7 +23,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, in_two, pair_texts, read_each, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import mean_difference, pca, unit
-from trimtab.learn.given import check_lm, pairs_for
+from trimtab.learn.inputs import check_lm, pairs_for
 from trimtab.learn.thresholds import Choice, learn_threshold
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
 from trimtab.steering.gates import MEASURES, POOLS, Gate, Reading
@@ -91,7 +91,7 @@ def learn_condition(
     learned = [replace(reading, site=Site(reading.site.layer)) for reading in readings]
     on, off = read_pooled(lm, fit_on, learned, progress=progress), read_pooled(lm, fit_off, learned)
     test_on, test_off = read_pooled(lm, held_on, readings), read_pooled(lm, held_off, readings)
-    found = []
+    candidates = []
     for reading, source in zip(readings, learned, strict=True):
         direction = _condition(on[source], off[source], measure, reading.site.layer).float()
         probe = Threshold(reading.site, direction, 0.0, measure, positions=reading.positions, pool=pool)
@@ -109,8 +109,8 @@ def learn_condition(
         line = -point.threshold if turned else point.threshold
         gate = Threshold(reading.site, direction, line, measure, positions=reading.positions, pool=pool)
         card = {"layer": reading.site.layer, "below": turned, **curve.for_card(point)}
-        found.append((round(worth, 12), curve.area, ~gate if turned else gate, card))
-    best = max(found, key=lambda one: one[:2])
+        candidates.append((round(worth, 12), curve.area, ~gate if turned else gate, card))
+    best = max(candidates, key=lambda candidate: candidate[:2])
     return Condition(best[2], best[3])
 
 
@@ -185,15 +185,15 @@ def learn_behaviour(
         count = lm.layout.layers
         layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
     sites = [Site(layer) for layer in check_layers(lm, layers, 0.4)]
-    found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    activations = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     edits, norms = [], {}
     for site in sites:
-        positive, negative = (torch.stack([pair[m].mean(0) for pair in found[site]]) for m in (0, 1))
+        positive, negative = (torch.stack([pair[m].mean(0) for pair in activations[site]]) for m in (0, 1))
         try:
             v = unit((pca if behaviour == "pca" else mean_difference)(positive, negative))
         except TrimtabError as error:
             raise TrimtabError(f"layer {site.layer}: {error}") from None
-        norm = float(torch.cat([x for pair in found[site] for x in pair]).norm(dim=-1).median())
+        norm = float(torch.cat([x for pair in activations[site] for x in pair]).norm(dim=-1).median())
         norms[str(site.layer)] = round(norm, 6)
         where = Site(site.layer, _kind(at))
         edits.append(Edit(where, Add(v.float()), positions or Positions.all(), coefficient * norm))

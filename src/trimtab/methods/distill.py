@@ -29,7 +29,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Course, Descent, descend
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.learn.own_answers import Answers, Check, Lesson, own_answers
 from trimtab.learn.reduced_rank import reduced_rank
 from trimtab.learn.soft_targets import Targets, divergence, soft_targets
@@ -105,7 +105,7 @@ def learn_distill(
         seed: Of the order in which answers are learned from.
         options: Further entries for the card.
         progress: `progress(done, total)`, in steps of work.
-        say: Told in words how it stands: how many answers were kept, the divergence on held-out queries.
+        say: Called with the state in words: how many answers were kept, the divergence on held-out queries.
 
     Returns: A steering of strength 1; its card has the divergence (nats per token) before and after, on held-out
         queries. A `KeyboardInterrupt` while it descends ends it with the best so far, and the card says so.
@@ -117,11 +117,11 @@ def learn_distill(
     teacher = _teacher(teacher, instruction, system)
     how = Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK)
     plan = _plan(lm, layers, fit, rank, how, with_prompt)
-    asked = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
-    work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
-    answers = own_answers(lm, teacher, asked, check=check, tokens=tokens, progress=work.answers)
-    more = {"tokens": tokens, "queries": len(asked)}
-    return _learned(lm, answers, asked, plan, work, _Said(say), {**_said(teacher), **more, **(options or {})})
+    distinct = list(dict.fromkeys(packaged_queries("learn", more=True) if queries is None else queries))
+    work = _Work(progress, len(distinct), 0 if fit == "closed" else steps)
+    answers = own_answers(lm, teacher, distinct, check=check, tokens=tokens, progress=work.answers)
+    more = {"tokens": tokens, "queries": len(distinct)}
+    return _learned(lm, answers, distinct, plan, work, _Said(say), {**_said(teacher), **more, **(options or {})})
 
 
 def learn_from_answers(
@@ -153,10 +153,10 @@ def learn_from_answers(
     plan = _plan(
         lm, layers, fit, rank, Descent(steps=steps, rate=rate, max_dose=max_dose, seed=seed, slack=SLACK), with_prompt
     )
-    asked = list(dict.fromkeys(one.query for one in answers.lessons))
-    work = _Work(progress, len(asked), 0 if fit == "closed" else steps)
+    queries = list(dict.fromkeys(lesson.query for lesson in answers.lessons))
+    work = _Work(progress, len(queries), 0 if fit == "closed" else steps)
     work.answers(1, 1)
-    return _learned(lm, answers, asked, plan, work, _Said(say), {"queries": len(asked), **(options or {})})
+    return _learned(lm, answers, queries, plan, work, _Said(say), {"queries": len(queries), **(options or {})})
 
 
 @dataclass(frozen=True)
@@ -208,17 +208,17 @@ def _learned(
 ) -> Steering:
     """The steering that is fitted to these answers, and its card."""
     said.answers(answers, len(queries))
-    found = _fitted(lm, answers, queries, plan, work, said)
+    fitted = _fitted(lm, answers, queries, plan, work, said)
     work.finish()
     card = Card(
         method="distill",
         model=lm.identity,
         data=_digest(answers.lessons),
         options={**options, **plan.options},
-        measured=_measured(answers, found),
+        measured=_measured(answers, fitted),
         versions=versions(),
     )
-    return Steering(found.trained.edits(), card)
+    return Steering(fitted.trained.edits(), card)
 
 
 # ---- what is learned from ----------------------------------------------------------------------------------
@@ -241,11 +241,11 @@ def _layers(lm: LM, layers: int | Sequence[int] | None, closed: bool) -> int | S
 
 def _split(lessons: Sequence[Lesson], queries: Sequence[str]) -> tuple[list[Lesson], list[Lesson]]:
     """Every so-manieth query that has answers is held out, with all of them."""
-    answered = [query for query in queries if any(one.query == query for one in lessons)]
+    answered = [query for query in queries if any(lesson.query == query for lesson in lessons)]
     aside = set(answered[min(HELD_OUT // 2, len(answered) - 1) :: HELD_OUT])
     held_out, learned = (
-        [one for one in lessons if one.query in aside],
-        [one for one in lessons if one.query not in aside],
+        [lesson for lesson in lessons if lesson.query in aside],
+        [lesson for lesson in lessons if lesson.query not in aside],
     )
     return held_out, learned
 
@@ -258,8 +258,8 @@ def _examples(
     generator = torch.Generator().manual_seed(seed)
     sees = set(torch.randperm(len(lessons), generator=generator)[:count].tolist())
     return [
-        _Example(Forced(one.asked if i in sees else one.plain, one.answer), targets[one])
-        for i, one in enumerate(lessons)
+        _Example(Forced(lesson.instructed if i in sees else lesson.plain, lesson.answer), targets[lesson])
+        for i, lesson in enumerate(lessons)
     ]
 
 
@@ -267,7 +267,7 @@ def _examples(
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Fitted:
     """What a fit came to: the divergence on held-out queries before and after; of a closed one, what it explains."""
 
     trained: Trained
@@ -284,12 +284,12 @@ def _fitted(
     plan: _Plan,
     work: _Work,
     said: _Said,
-) -> _Found:
+) -> _Fitted:
     """The fit to these answers."""
     fit, rank, how = plan.fit, plan.rank, plan.how
     held_out, lessons = _split(answers.lessons, queries)
     sites = [Site(layer) for layer in plan.layers]
-    helping = {edit.site for one in answers.lessons if one.help is not None for edit in one.help.edits}
+    helping = {edit.site for lesson in answers.lessons if lesson.help is not None for edit in lesson.help.edits}
     with forcing(lm.model, lm.layout, [*sites, *helping]) as run:
         targets = dict(zip(answers.lessons, soft_targets(run, answers.lessons, work.targets), strict=True))
         aside = _examples(held_out, targets, 0.0, how.seed)
@@ -308,28 +308,30 @@ def _fitted(
                 aside,
                 _loss,
                 how,
-                groups=lambda some: passes(run.model, [one.text for one in some]),
+                groups=lambda some: passes(run.model, [example.text for example in some]),
                 report=partial(_report, work, said),
             )
-        return _Found(trained, before, _mean(run, trained, aside), course, explained)
+        return _Fitted(trained, before, _mean(run, trained, aside), course, explained)
 
 
 def _loss(run: Forcing, trained: Trained, some: Sequence[_Example]) -> Tensor:
     """The sum over answers of the mean divergence from the teacher over their tokens."""
-    logits = run.logits([one.text for one in some], trained.changes())
-    return torch.stack([divergence(row, one.targets).mean() for row, one in zip(logits, some, strict=True)]).sum()
+    logits = run.logits([example.text for example in some], trained.changes())
+    return torch.stack(
+        [divergence(row, example.targets).mean() for row, example in zip(logits, some, strict=True)]
+    ).sum()
 
 
 @torch.no_grad()
 def _mean(run: Forcing, trained: Trained, some: Sequence[_Example]) -> float:
-    groups = passes(run.model, [one.text for one in some])
+    groups = passes(run.model, [example.text for example in some])
     total = sum(float(_loss(run, trained, [some[i] for i in numbers])) for numbers in groups)
     return total / len(some) if some else float("nan")
 
 
 def _start(lm: LM, run: Forcing, sites: Sequence[Site], lessons: Sequence[Lesson], rank: int, seed: int) -> Trained:
     """Nothing yet, in units of what activations are like while the model answers without the prompt."""
-    texts = [Forced(one.plain, one.answer) for one in lessons[:BATCH_READ]]
+    texts = [Forced(lesson.plain, lesson.answer) for lesson in lessons[:BATCH_READ]]
     states = _read(run, texts, {}, sites)
     widths = {site: place(lm.layout, site).size for site in sites}
     device = next(iter(states.values()))[0].device
@@ -341,30 +343,30 @@ BATCH_READ = 16
 
 
 def _read(run: Forcing, texts: Sequence[Forced], changes: Any, sites: Sequence[Site]) -> dict[Site, list[Tensor]]:
-    found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    activations: dict[Site, list[Tensor]] = {site: [] for site in sites}
     for numbers in passes(run.model, texts):
         for site, rows in run.states([texts[i] for i in numbers], changes, sites).items():
-            found[site] += rows
-    return found
+            activations[site] += rows
+    return activations
 
 
 @torch.no_grad()
 def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int) -> tuple[Trained, dict[Site, float]]:
     """Block by block: what the prompt does there to activations that the edits so far have changed."""
     chosen = _up_to(lessons, CLOSED_TOKENS)
-    asked = [Forced(one.asked, one.answer) for one in chosen]
-    plain = [Forced(one.plain, one.answer) for one in chosen]
+    instructed = [Forced(lesson.instructed, lesson.answer) for lesson in chosen]
+    plain = [Forced(lesson.plain, lesson.answer) for lesson in chosen]
     sites = sorted(trained.parts)
-    wanted = {site: torch.cat(rows) for site, rows in _read(run, asked, {}, sites).items()}
+    wanted = {site: torch.cat(rows) for site, rows in _read(run, instructed, {}, sites).items()}
     parts: dict[Site, Part] = {}
     explained = {}
 
     def fit(site: Site, x: Tensor) -> Tensor:
-        found = reduced_rank(x.float(), wanted.pop(site).float() - x.float(), rank)
+        reduced = reduced_rank(x.float(), wanted.pop(site).float() - x.float(), rank)
         scale = trained.parts[site].scale
-        tensors = (found.vector / scale, found.read * scale, found.write / scale)
-        parts[site] = Part(scale, *(one.to(x.device) for one in tensors))
-        explained[site] = found.explained
+        tensors = (reduced.vector / scale, reduced.read * scale, reduced.write / scale)
+        parts[site] = Part(scale, *(tensor.to(x.device) for tensor in tensors))
+        explained[site] = reduced.explained
         return parts[site].change(1.0, x)
 
     if run.shares:  # each block is fitted while the one pass of all answers goes through it
@@ -378,7 +380,7 @@ def _closed(run: Forcing, trained: Trained, lessons: Sequence[Lesson], rank: int
 
 def _up_to(lessons: Sequence[Lesson], tokens: int) -> list[Lesson]:
     """Lessons spread evenly over all of them, whose answers have at most so many tokens together; at least one."""
-    each = sum(len(one.answer) for one in lessons) / len(lessons)
+    each = sum(len(lesson.answer) for lesson in lessons) / len(lessons)
     count = max(1, min(len(lessons), int(tokens / each)))
     return [lessons[i * len(lessons) // count] for i in range(count)]
 
@@ -439,31 +441,31 @@ def _report(work: _Work, said: _Said, done: int, total: int, words: str) -> None
 
 def _said(teacher: Teacher) -> dict[str, Any]:
     """What the teacher says, for the card."""
-    found: dict[str, Any] = {}
+    described: dict[str, Any] = {}
     if teacher.instruction:
-        found["instruction"] = teacher.instruction[0]
+        described["instruction"] = teacher.instruction[0]
         if len(teacher.instruction) > 1:
-            found["phrasings"] = list(teacher.instruction[1:])
+            described["phrasings"] = list(teacher.instruction[1:])
     for name in ("system", "text"):
         if (value := getattr(teacher, name)) is not None:
-            found[name] = value
+            described[name] = value
     if teacher.examples:
-        found["examples"] = len(teacher.examples)
-    return {**found, **({"times": teacher.times} if teacher.times > 1 else {})}
+        described["examples"] = len(teacher.examples)
+    return {**described, **({"times": teacher.times} if teacher.times > 1 else {})}
 
 
-def _measured(answers: Answers, found: _Found) -> dict[str, Any]:
+def _measured(answers: Answers, fitted: _Fitted) -> dict[str, Any]:
     """What the card says was measured; divergences are in nats per token, on held-out
     queries."""
-    explained = {str(site.layer): round(value, 6) for site, value in found.explained.items()}
-    course = found.course
+    explained = {str(site.layer): round(value, 6) for site, value in fitted.explained.items()}
+    course = fitted.course
     return {
         "answers": len(answers.lessons),
         "answered": answers.answered,
-        "tries": [asdict(one) for one in answers.tries],
-        "divergence_before": round(found.before, 6),
-        "divergence_after": round(found.after, 6),
-        "doses": {str(site.layer): round(dose, 6) for site, dose in found.trained.doses().items()},
+        "tries": [asdict(attempt) for attempt in answers.tries],
+        "divergence_before": round(fitted.before, 6),
+        "divergence_after": round(fitted.after, 6),
+        "doses": {str(site.layer): round(dose, 6) for site, dose in fitted.trained.doses().items()},
         **({"explained": explained} if explained else {}),
         **({"steps": course.steps, "best_step": course.best_step} if course.steps else {}),
         **({"interrupted": True} if course.interrupted else {}),
@@ -471,5 +473,5 @@ def _measured(answers: Answers, found: _Found) -> dict[str, Any]:
 
 
 def _digest(lessons: Sequence[Lesson]) -> str:
-    rows = [[one.query, list(one.asked), list(one.answer)] for one in lessons]
+    rows = [[lesson.query, list(lesson.instructed), list(lesson.answer)] for lesson in lessons]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.steering import Card, Edit, Positions, Rotate, RotatePredicted, Site, Steering
 from trimtab.steering.rotations import angle_sizes, predicted_angle
 from trimtab.text.pairs import Pairs, digest
@@ -74,19 +74,19 @@ def learn_hpr(
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
     groups = [_aligned(*group) for group in pair_texts(lm, pairs, suffix=True)]
-    found = read_each(lm, groups, sites, progress=progress)
+    activations = read_each(lm, groups, sites, progress=progress)
     held = [i for i in range(len(pairs)) if i % HELD_OUT == HELD_OUT - 1] or [len(pairs) - 1]
     fitted = [i for i in range(len(pairs)) if i not in set(held)]
     probes, accuracy = {}, {}
     for site in sites:
-        plus, minus = (torch.cat([found[site][i][m] for i in fitted]) for m in (0, 1))
+        plus, minus = (torch.cat([activations[site][i][m] for i in fitted]) for m in (0, 1))
         probes[site] = fit_probe(plus, minus)
-        right = [torch.cat([found[site][i][m] for i in held]) @ probes[site] for m in (0, 1)]
+        right = [torch.cat([activations[site][i][m] for i in held]) @ probes[site] for m in (0, 1)]
         accuracy[site] = float(torch.cat([right[0] > 0, right[1] < 0]).double().mean())
     best = sorted(sorted(sites, key=lambda site: (-accuracy[site], site))[:keep])
     edits, angles = [], {}
     for site in best:
-        plus, minus = (torch.cat([found[site][i][m] for i in range(len(pairs))]) for m in (0, 1))
+        plus, minus = (torch.cat([activations[site][i][m] for i in range(len(pairs))]) for m in (0, 1))
         u = probes[site].float()
         between = angle_between(minus, plus)
         angles[str(site.layer)] = round(float(between.mean()), 6)
@@ -126,10 +126,10 @@ def fit_probe(positive: Tensor, negative: Tensor) -> Tensor:
         return value
 
     solver.step(loss)
-    found = w.detach()
-    if not bool(found.norm() > 0):
+    direction = w.detach()
+    if not bool(direction.norm() > 0):
         raise TrimtabError("the two sides of the pairs don't differ there, so there is no direction")
-    return found / found.norm()
+    return direction / direction.norm()
 
 
 def angle_between(x: Tensor, y: Tensor) -> Tensor:

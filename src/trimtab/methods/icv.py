@@ -16,7 +16,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import ESTIMATORS, Estimator, as_estimator, estimate, estimator_name, mean_difference
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.steering import AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.pairs import Pairs, digest
 
@@ -55,8 +55,10 @@ def learn_icv(
         raise TrimtabError(f"ICV acts at the sites mlp and residual; got {site}")
     chosen = check_layers(lm, range(lm.layout.layers) if layers is None else layers, 0.5)
     sites = [Site(layer) for layer in chosen]
-    found = read_each(lm, pair_texts(lm, pairs), sites, progress=progress)
-    positive, negative = (torch.cat([torch.cat([pair[m] for pair in found[one]]) for one in sites], 1) for m in (0, 1))
+    activations = read_each(lm, pair_texts(lm, pairs), sites, progress=progress)
+    positive, negative = (
+        torch.cat([torch.cat([pair[m] for pair in activations[each_site]]) for each_site in sites], 1) for m in (0, 1)
+    )
     vector = estimate(share, positive, negative).view(len(chosen), -1)  # [layers, width]
     edits = []
     for layer, v in zip(chosen, vector, strict=True):

@@ -17,7 +17,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.learn.thresholds import CHOICES, Choice, learn_threshold
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering, Threshold
 from trimtab.steering.gates import Reading

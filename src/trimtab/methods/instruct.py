@@ -19,7 +19,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.activations import naming
 from trimtab.learn.contrast import Progress, TextPair, check_layers, contrast, contrast_many, learned_card
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.steering import Add, Card, Edit, Operation, Positions, SetProjection, Site, Steering
 from trimtab.text.answers import encode_prompt
@@ -42,7 +42,7 @@ POSITIONS = {
     "add": Positions.from_last_prompt_token(),
     "unit": Positions.all_but_first(),
 }
-"""Where each acts unless something else is asked for. The paper steers at every position; the first is left out, since
+"""Where each acts unless something else is requested. The paper steers at every position; the first is left out, since
 in many models it is an attention sink whose norm is a hundred times the others'."""
 
 
@@ -125,10 +125,10 @@ def steering_from(
     edits = tuple(Edit(Site(layer), OPERATIONS[operation](moments[layer], one_sided), where) for layer in chosen)
     card = Card("instruct") if card is None else card
     measured = {
-        name: {layer: value for layer, value in found.items() if int(layer) in chosen}
-        if isinstance(found, Mapping)
-        else found
-        for name, found in {**card.measured, **_measured(moments, operation)}.items()
+        name: {layer: value for layer, value in figures.items() if int(layer) in chosen}
+        if isinstance(figures, Mapping)
+        else figures
+        for name, figures in {**card.measured, **_measured(moments, operation)}.items()
     }
     does = {"layers": chosen, "operation": operation, **({"one_sided": True} if one_sided else {})}
     return Steering(edits, replace(card, options={**card.options, **does}, measured=measured))
@@ -147,14 +147,14 @@ def steerings_from(
     """`steering_from` for each instruction of `learn_many`'s."""
     return {
         name: steering_from(
-            found,
+            by_layer,
             layers,
             operation=operation,
             positions=positions,
             one_sided=one_sided,
             card=(cards or {}).get(name),
         )
-        for name, found in moments.items()
+        for name, by_layer in moments.items()
     }
 
 
@@ -165,10 +165,10 @@ def instruct_card(lm: LM, pairs: Sequence[Pair], moments: Moments, options: Mapp
 
 def _measured(moments: Moments, operation: str) -> dict[str, dict[str, float]]:
     """By layer: the length of the mean difference, and for projections where on it they go."""
-    found = {"shift": {str(layer): round(float(m.difference.norm()), 6) for layer, m in moments.items()}}
+    measured = {"shift": {str(layer): round(float(m.difference.norm()), 6) for layer, m in moments.items()}}
     if operation == "project":
-        found["target"] = {str(layer): round(m.target(), 6) for layer, m in moments.items()}
-    return found
+        measured["target"] = {str(layer): round(m.target(), 6) for layer, m in moments.items()}
+    return measured
 
 
 def _check_operation(operation: str, one_sided: bool) -> None:

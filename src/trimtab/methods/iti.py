@@ -22,7 +22,7 @@ from trimtab.engines.transformers.places import head_size, query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.methods.caa import answer_texts
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
@@ -76,11 +76,11 @@ def learn_iti(
     chosen = ranked[:heads]
     size = head_size(lm.layout, chosen[0].layer)
     edits = []
-    for layer in sorted({one.layer for one in chosen}):
+    for layer in sorted({head.layer for head in chosen}):
         push = torch.zeros(query_heads(lm.layout), size, dtype=torch.float64)
-        for one in chosen:
-            if one.layer == layer:
-                push[one.head] = one.sigma * one.direction
+        for head in chosen:
+            if head.layer == layer:
+                push[head.head] = head.sigma * head.direction
         where = positions or Positions.from_last_prompt_token()
         edits.append(Edit(Site(layer, "heads"), Add(push.flatten().float()), where, alpha))
     options: dict[str, Any] = {
@@ -120,7 +120,7 @@ def rank_heads(
     if bank is not None:
         texts = [lm.encode(prompt) for prompt in bank]
         others = _read(lm, [[Text(ids, [len(ids) - 1])] for ids in texts], chosen, None)
-    found = []
+    heads = []
     for layer in chosen:
         members = x[layer]
         train = members[fitted].flatten(0, 1).transpose(0, 1)  # [heads, 2 n, size]
@@ -133,8 +133,8 @@ def rank_heads(
         unit = torch.where(norms > 0, means / norms.clamp_min(1e-300), 0)
         spread = others.get(layer, members).flatten(0, 1)  # [texts, heads, size]
         sigma = (spread * unit).sum(-1).std(0, correction=0)
-        found += [Head(layer, h, float(accuracy[h]), unit[h], float(sigma[h])) for h in range(query_heads(lm.layout))]
-    return sorted(found, key=lambda one: (-one.accuracy, one.layer, one.head))
+        heads += [Head(layer, h, float(accuracy[h]), unit[h], float(sigma[h])) for h in range(query_heads(lm.layout))]
+    return sorted(heads, key=lambda head: (-head.accuracy, head.layer, head.head))
 
 
 def split(pairs: Sequence[Pair], validation: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -162,18 +162,18 @@ def _read(
     """At each layer `[groups, members, heads, size]`, float64."""
     sites = [Site(layer, "heads") for layer in layers]
     heads = query_heads(lm.layout)
-    found: dict[int, Tensor] = {}
+    by_layer: dict[int, Tensor] = {}
     done = 0
     for batch in lm.read(groups, sites):
         for site in sites:
             values = to_float64(torch.stack([torch.cat(members) for members in batch.values[site]]))
             if not torch.isfinite(values).all():
                 raise TrimtabError(f"activations at {site} are not finite; load the model in float32 or bfloat16")
-            if site.layer not in found:
+            if site.layer not in by_layer:
                 shape = (len(groups), values.shape[1], heads, values.shape[2] // heads)
-                found[site.layer] = torch.zeros(shape, dtype=torch.float64)
-            found[site.layer][batch.groups] = values.view(len(values), values.shape[1], heads, -1)
+                by_layer[site.layer] = torch.zeros(shape, dtype=torch.float64)
+            by_layer[site.layer][batch.groups] = values.view(len(values), values.shape[1], heads, -1)
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(groups))
-    return found
+    return by_layer

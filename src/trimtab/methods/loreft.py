@@ -27,7 +27,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.preferences import Plan, Preference, answers_logprobs, fit
 from trimtab.learn.trained import FROM_LAST
 from trimtab.steering import Card, Edit, ReadWrite, Site, Steering
@@ -67,12 +67,12 @@ class Rotated:
     def change(self, factor: float, x: Tensor) -> Tensor:
         """What it adds to activations `[tokens, width]`, times `factor`."""
         read = (self.source - self.rotation) / self.root
-        found = x.float() @ read.T + self.scale * self.root * self.bias
-        return factor * found @ self.rotation / self.root
+        rotated = x.float() @ read.T + self.scale * self.root * self.bias
+        return factor * rotated @ self.rotation / self.root
 
     def operation(self) -> ReadWrite:
         """The same as an operation: it reads along W - R, with the bias b, and writes along R."""
-        rotation, source, bias = (one.detach().double().cpu() for one in self.tensors)
+        rotation, source, bias = (tensor.detach().double().cpu() for tensor in self.tensors)
         read, bias = (source - rotation) / self.root, self.scale * self.root * bias
         return ReadWrite(read.float(), (rotation / self.root).float(), bias.float())
 
@@ -108,13 +108,13 @@ class Rotations:
                 raise TrimtabError(f"the rank is {rank}, and activations at {site} are only {widths[site]} wide")
             rotation = orthonormal(torch.randn(rank, widths[site], generator=generator)) * math.sqrt(widths[site])
             tensors = (rotation, rotation.clone(), torch.zeros(rank))
-            parts[site] = Rotated(scales[site], *(one.float().to(device).requires_grad_() for one in tensors))
+            parts[site] = Rotated(scales[site], *(tensor.float().to(device).requires_grad_() for tensor in tensors))
         return cls(parts)
 
     @property
     def tensors(self) -> list[Tensor]:
         """What the optimizer moves."""
-        return [one for site in sorted(self.parts) for one in self.parts[site].tensors]
+        return [tensor for site in sorted(self.parts) for tensor in self.parts[site].tensors]
 
     def changes(self, factor: float = 1.0) -> dict[Site, Change]:
         """What is added at each site, times `factor`."""
@@ -201,8 +201,8 @@ def learn_loreft(
 def loreft_loss(run: Forcing, trained: Rotations, pairs: Sequence[Preference], factors: Sequence[float]) -> Tensor:
     """The cross-entropy of the positive answers: of each the mean over its tokens, summed over pairs."""
     texts = [pair.positive for pair in pairs]
-    found = answers_logprobs(run, texts, trained.changes(), factors)
-    return -(found / torch.tensor([len(text.answer) for text in texts], device=found.device)).sum()
+    totals = answers_logprobs(run, texts, trained.changes(), factors)
+    return -(totals / torch.tensor([len(text.answer) for text in texts], device=totals.device)).sum()
 
 
 def orthonormal(rows: Tensor) -> Tensor:

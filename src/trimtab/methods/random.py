@@ -13,7 +13,7 @@ import torch
 from trimtab.files.steering_file import steering_digest
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import check_layers
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.steering import Add, Card, Edit, Positions, Site, Steering
 from trimtab.steering.random_edits import random_edits, random_unit
 

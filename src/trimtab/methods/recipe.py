@@ -103,8 +103,8 @@ def recipe_named(name: str) -> Recipe | None:
         TrimtabError: Two methods have that name, or it is a distribution's that can't be loaded.
     """
     own = own_recipes()
-    found = plugin(METHODS, name, own)
-    return own.get(name) if found is None else _recipe_of(found)
+    installed = plugin(METHODS, name, own)
+    return own.get(name) if installed is None else _recipe_of(installed)
 
 
 def recipes() -> dict[str, Recipe]:
@@ -119,10 +119,10 @@ def recipes() -> dict[str, Recipe]:
     return own | loaded(plugins(METHODS, own), _recipe_of)
 
 
-def _recipe_of(found: Plugin) -> Recipe:
-    recipe = found.load()
+def _recipe_of(entry: Plugin) -> Recipe:
+    recipe = entry.load()
     if not isinstance(recipe, Recipe):
-        raise found.broken(f"it is no Recipe(…), but of the kind {type(recipe).__name__}")
-    if recipe.name != found.name:
-        raise found.broken(f"its recipe is called {recipe.name!r}, and its entry point {found.name!r}")
-    return replace(recipe, distribution=found.distribution)
+        raise entry.broken(f"it is no Recipe(…), but of the kind {type(recipe).__name__}")
+    if recipe.name != entry.name:
+        raise entry.broken(f"its recipe is called {recipe.name!r}, and its entry point {entry.name!r}")
+    return replace(recipe, distribution=entry.distribution)

@@ -26,7 +26,7 @@ from trimtab.learn.estimators import (
     random_order,
     unit,
 )
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.steering import Add, AddScaled, Card, Edit, Positions, Site, Steering
 from trimtab.text.answers import LAST, ReadAt, as_read_at
 from trimtab.text.pairs import Pairs, digest
@@ -89,11 +89,11 @@ def learn_repe(
     chosen = check_layers(lm, layers, 0.5)
     sites = [Site(layer) for layer in chosen]
     at = as_read_at(read_at)
-    found = read_each(lm, pair_texts(lm, pairs, read_at=at), sites, pooled=True, progress=progress)
+    activations = read_each(lm, pair_texts(lm, pairs, read_at=at), sites, pooled=True, progress=progress)
     edits, cosines, norms = [], {}, {}
     for site in sites:
-        positive = torch.cat([plus for plus, _ in found[site]])
-        negative = torch.cat([minus for _, minus in found[site]])
+        positive = torch.cat([plus for plus, _ in activations[site]])
+        negative = torch.cat([minus for _, minus in activations[site]])
         try:
             v = unit(estimate(estimator, positive, negative))
             cosines[str(site.layer)] = round(float(v @ unit(mean_difference(positive, negative))), 6)

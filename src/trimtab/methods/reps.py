@@ -31,7 +31,7 @@ from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
 from trimtab.learn.descent import Descent
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.preferences import Plan, Preference, both_logprobs, fit
 from trimtab.learn.trained import Trained
 from trimtab.steering import Add, Card, Edit, SetProjection, Site, Steering

@@ -24,7 +24,7 @@ from trimtab.engines.transformers.places import query_heads
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.moments import PairMoments
 from trimtab.methods.caa import answer_texts
 from trimtab.steering import Add, Card, Edit, HoldElements, Operation, Positions, ScaleElements, Site, Steering
@@ -153,7 +153,7 @@ def differences_at(
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(pairs))
-    return {where: found.difference for where, found in moments.items()}
+    return {where: moment.difference for where, moment in moments.items()}
 
 
 def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "norm") -> dict[Site, Tensor]:
@@ -174,7 +174,7 @@ def choose(lm: LM, differences: dict[Site, Tensor], *, k: int, score: Score = "n
     best = torch.zeros(len(together))
     best[torch.sort(together, descending=True, stable=True).indices[:k]] = 1
     masks = {}
-    for where, part in zip(sites, best.split([len(one) for one in scores]), strict=True):
+    for where, part in zip(sites, best.split([len(site_scores) for site_scores in scores]), strict=True):
         if bool(part.any()):
             masks[where] = part.repeat_interleave(len(differences[where]) // len(part))
     return masks
@@ -190,8 +190,8 @@ def _scores(lm: LM, site: Site, difference: Tensor, score: Score) -> Tensor:
 
 def _chosen(lm: LM, masks: dict[Site, Tensor]) -> dict[str, list[int]]:
     """The numbers of the heads or elements that were chosen, by layer."""
-    found = {}
+    by_layer = {}
     for site, mask in masks.items():
         units = mask.view(query_heads(lm.layout), -1)[:, 0] if site.kind == "heads" else mask
-        found[str(site.layer)] = units.nonzero().flatten().tolist()
-    return found
+        by_layer[str(site.layer)] = units.nonzero().flatten().tolist()
+    return by_layer

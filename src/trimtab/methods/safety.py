@@ -19,7 +19,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.activations import digest_of, read_pooled
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.learn.thresholds import Choice
 from trimtab.methods.cast import learn_behaviour, learn_condition
 from trimtab.methods.inferaligner import learn_inferaligner
@@ -121,8 +121,8 @@ def _gate(
         condition = learn_condition(lm, harmful, harmless, choice=choice, false_alarms=bound)
         return condition.gate, condition.measured
     aligner = learn_inferaligner(lm, harmful, harmless=harmless, gate="best")
-    told = aligner.card.measured
-    return aligner.edits[0].gate, {"layer": told["best_gate"], **told["gates"][str(told["best_gate"])]}
+    measured = aligner.card.measured
+    return aligner.edits[0].gate, {"layer": measured["best_gate"], **measured["gates"][str(measured["best_gate"])]}
 
 
 def refusal(
@@ -154,23 +154,23 @@ def refusal(
         layers = range(round(0.3 * count), max(round(0.3 * count) + 1, round(0.5 * count)))
     readings = [Reading(Site(layer)) for layer in check_layers(lm, layers, 0.4)]
     on, off = read_pooled(lm, harmful, readings, progress=progress), read_pooled(lm, harmless, readings)
-    found = []
+    added = []
     for reading in readings:
         try:
             v = unit(on[reading].mean(0) - off[reading].mean(0))
         except TrimtabError:
             raise TrimtabError(f"layer {reading.site.layer}: requests of both kinds read alike there") from None
         norm = float(on[reading].norm(dim=-1).median())
-        found.append(Edit(reading.site, Add(v.float()), where, coefficient * norm))
-    return tuple(found)
+        added.append(Edit(reading.site, Add(v.float()), where, coefficient * norm))
+    return tuple(added)
 
 
 def _answered(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[Pair]:
     """Each request with an answer that refuses (positive) and one that complies; the two kinds in turn."""
-    mixed = [one for both in zip_longest(harmful, harmless) for one in both if one is not None]
-    if odd := [one for one in mixed if not isinstance(one, str)]:
+    mixed = [prompt for both in zip_longest(harmful, harmless) for prompt in both if prompt is not None]
+    if odd := [prompt for prompt in mixed if not isinstance(prompt, str)]:
         raise TrimtabError(f"refusing answers are read after requests that are texts, got messages: {odd[0]!r}")
     return [
-        Pair(REFUSING[i // 2 % len(REFUSING)], COMPLYING[i // 2 % len(COMPLYING)], str(one), "answers")
-        for i, one in enumerate(mixed)
+        Pair(REFUSING[i // 2 % len(REFUSING)], COMPLYING[i // 2 % len(COMPLYING)], str(prompt), "answers")
+        for i, prompt in enumerate(mixed)
     ]

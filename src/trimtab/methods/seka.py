@@ -64,14 +64,14 @@ class Highlight:
 def highlights(count: int = 64, seed: int = 0) -> list[Highlight]:
     """Made-up ones: people, where they live, what they like and what they do; each asked of, and of another thing."""
     generator = random.Random(seed)
-    found = []
+    examples = []
     for _ in range(count):
         name = generator.choice(NAMES)
-        told = generator.sample([(q, s, generator.choice(values)) for q, s, values in FACTS], 3)
-        context = " ".join(sentence.format(name, value) for _, sentence, value in told)
-        (question, _, phrase), (other, _, _) = generator.sample(told, 2)
-        found.append(Highlight(context, phrase, question.format(name), other.format(name)))
-    return found
+        facts = generator.sample([(q, s, generator.choice(values)) for q, s, values in FACTS], 3)
+        context = " ".join(sentence.format(name, value) for _, sentence, value in facts)
+        (question, _, phrase), (other, _, _) = generator.sample(facts, 2)
+        examples.append(Highlight(context, phrase, question.format(name), other.format(name)))
+    return examples
 
 
 @keywords
@@ -96,7 +96,7 @@ def learn_seka(
         negative: g-, how much the least of the irrelevant ones are. With 0 the maps are of low rank, else of full rank.
         share: Of the singular values, from 0 to 1; the larger, the more directions count as relevant.
         heads: Of all heads at these layers the share that is edited, those whose keys move most between both questions.
-        progress: Told how many examples have been read.
+        progress: Called with how many examples have been read.
 
     Returns:
         A steering of the whole prompt (`Positions.prompt()`). Its strength multiplies g+ and g-.
@@ -105,30 +105,33 @@ def learn_seka(
         TrimtabError: Fewer than two examples, or a number that makes no sense.
         UnsupportedError: A model whose keys can't be steered.
     """
-    given = highlights() if examples is None else list(examples)
-    if len(given) < 2:
-        raise TrimtabError(f"SEKA learns from two examples or more, got {len(given)}")
+    highlighted = highlights() if examples is None else list(examples)
+    if len(highlighted) < 2:
+        raise TrimtabError(f"SEKA learns from two examples or more, got {len(highlighted)}")
     for name, value in (("share", share), ("heads", heads)):
         if not 0 < value <= 1:
             raise TrimtabError(f"{name} is a share above 0, of 1 at most, got {value!r}")
     chosen = check_layers(lm, score_layers(lm.layout) if layers is None else layers, 0)
     counts = {layer: keys_of(lm.layout, Site(layer, "keys")).heads for layer in chosen}
-    read = _keys(lm, given, [Site(layer, "keys") for layer in chosen], progress)
+    read = _keys(lm, highlighted, [Site(layer, "keys") for layer in chosen], progress)
     members = {site: _by_head(keys, counts[site.layer]) for site, keys in read.items()}
-    moved = {(site, head): _moved(*one) for site, each in members.items() for head, one in enumerate(each)}
+    moved = {(site, head): _moved(*head_keys) for site, each in members.items() for head, head_keys in enumerate(each)}
     most = set(sorted(moved, key=lambda place: (-moved[place], place))[: math.ceil(heads * len(moved))])
     edits = []
     for site, each in members.items():
         maps = []
         for head, (plain, with_one, with_other) in enumerate(each):
-            found = positive * _first(plain, with_one, share) + negative * _rest(plain, with_other, share)
-            maps.append(found / 2 if (site, head) in most else torch.zeros_like(found))
+            projection = positive * _first(plain, with_one, share) + negative * _rest(plain, with_other, share)
+            maps.append(projection / 2 if (site, head) in most else torch.zeros_like(projection))
         operation = as_read_write(maps)
         if operation.rank:
             edits.append(Edit(site, operation, Positions.prompt()))
     options = {"positive": positive, "negative": negative, "share": share, "heads": heads}
-    measured = {"examples": len(given), "moved": {f"{s.layer}.{head}": round(x, 4) for (s, head), x in moved.items()}}
-    digest = hashlib.sha256(repr(given).encode()).hexdigest()
+    measured = {
+        "examples": len(highlighted),
+        "moved": {f"{s.layer}.{head}": round(x, 4) for (s, head), x in moved.items()},
+    }
+    digest = hashlib.sha256(repr(highlighted).encode()).hexdigest()
     return Steering(tuple(edits), Card("seka", lm.identity, digest, options, measured, versions()))
 
 
@@ -157,8 +160,8 @@ def as_read_write(maps: Sequence[Tensor]) -> ReadWrite:
     """
     size, total = len(maps[0]), sum(map(len, maps))
     read, write = [], []
-    for head, one in enumerate(maps):
-        values, vectors = torch.linalg.eigh(one)
+    for head, head_map in enumerate(maps):
+        values, vectors = torch.linalg.eigh(head_map)
         for value, vector in zip(values, vectors.T, strict=True):
             if abs(float(value)) > 1e-9:
                 row = torch.zeros(total, dtype=torch.float64)
@@ -194,42 +197,44 @@ def _directions(plain: Tensor, other: Tensor, share: float) -> tuple[Tensor, int
 
 
 def _by_head(keys: tuple[Tensor, Tensor, Tensor], heads: int) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(one.unflatten(1, (heads, -1)).unbind(1) for one in keys), strict=True))
+    return list(zip(*(tensor.unflatten(1, (heads, -1)).unbind(1) for tensor in keys), strict=True))
 
 
 def _keys(
     lm: LM, examples: Sequence[Highlight], sites: Sequence[Site], progress: Progress | None
 ) -> dict[Site, tuple[Tensor, Tensor, Tensor]]:
     """At each site the phrases' keys `[tokens of all, width]` in the three texts, float64."""
-    found: dict[Site, list[list[Tensor]]] = {site: [[], [], []] for site in sites}
-    groups, done = [_texts(lm, one) for one in examples], 0
+    by_site: dict[Site, list[list[Tensor]]] = {site: [[], [], []] for site in sites}
+    groups, done = [_texts(lm, example) for example in examples], 0
     for batch in lm.read(groups, sites, tokens_per_batch=TOKENS_PER_BATCH):
         for site, values in batch.values.items():
             for members in values:
                 for kind, x in enumerate(members):
-                    found[site][kind].append(x.double().cpu())
+                    by_site[site][kind].append(x.double().cpu())
         done += len(batch.groups)
         if progress is not None:
             progress(done, len(groups))
-    return {site: (torch.cat(a), torch.cat(b), torch.cat(c)) for site, (a, b, c) in found.items()}
+    return {site: (torch.cat(a), torch.cat(b), torch.cat(c)) for site, (a, b, c) in by_site.items()}
 
 
-def _texts(lm: LM, one: Highlight) -> list[Text]:
+def _texts(lm: LM, example: Highlight) -> list[Text]:
     """The context alone, after the relevant question and after the other, the phrase at the same positions in all.
 
     Raises:
         TrimtabError: The tokenizer cuts the phrase in different ways.
     """
-    asked = [f"\nContext: {one.context}"]
-    asked += [f"\nQuestion: {question}\nContext: {one.context}" for question in (one.relevant, one.irrelevant)]
+    framed = [f"\nContext: {example.context}"]
+    framed += [
+        f"\nQuestion: {question}\nContext: {example.context}" for question in (example.relevant, example.irrelevant)
+    ]
     fill = lm.encode("\n", chat=False)[-1:] or lm.encode(".", chat=False)[-1:]  # not every tokenizer has line breaks
     ids, spans = [], []
-    for text in asked:
+    for text in framed:
         ids.append(list(lm.encode(text, chat=False)))
-        (span,) = lm.spans(text, one.phrase, chat=False)
+        (span,) = lm.spans(text, example.phrase, chat=False)
         spans.append(span)
     if len({stop - start for start, stop in spans}) > 1:
-        raise TrimtabError(f"the phrase {one.phrase!r} has other tokens in other texts; take one between spaces")
+        raise TrimtabError(f"the phrase {example.phrase!r} has other tokens in other texts; take one between spaces")
     first = max(start for start, _ in spans)
     texts = []
     for own, (start, stop) in zip(ids, spans, strict=True):

@@ -21,7 +21,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.keywords import keywords
 from trimtab.learn.activations import Progress, pair_texts
 from trimtab.learn.contrast import check_layers, versions
-from trimtab.learn.given import Pairs, pairs_for
+from trimtab.learn.inputs import Pairs, pairs_for
 from trimtab.steering import Card, Edit, Positions, RouteExperts, Site, Steering
 from trimtab.text.answers import ReadAt, as_read_at
 from trimtab.text.pairs import digest
@@ -108,8 +108,8 @@ def learn_steermoe(
         "read_at": str(at),
     }
     options |= {} if positions is None else {"positions": str(positions)}
-    told = {f"{site.layer}.{e}": round(float(risk[site][e]), SHOWN) for site, e in (*promoted, *demoted)}
-    measured = {"pairs": len(pairs), "tokens": tokens, "risk_difference": told}
+    differences = {f"{site.layer}.{e}": round(float(risk[site][e]), SHOWN) for site, e in (*promoted, *demoted)}
+    measured = {"pairs": len(pairs), "tokens": tokens, "risk_difference": differences}
     return Steering(tuple(edits), Card("steermoe", lm.identity, digest(pairs), options, measured, versions()))
 
 
@@ -119,16 +119,16 @@ def _routers(lm: LM, layers: int | Sequence[int] | None) -> list[Site]:
         sites = [Site.router(layer) for layer in check_layers(lm, layers, 0.5)]
         lm.check_sites(sites)
         return sites
-    found, reason = [], ""
+    routers, reason = [], ""
     for layer in range(lm.layout.layers):
         try:
             lm.check_sites([Site.router(layer)])
-            found.append(Site.router(layer))
+            routers.append(Site.router(layer))
         except UnsupportedError as error:
             reason = str(error)
-    if not found:
+    if not routers:
         raise UnsupportedError(f"{lm.name} has no layer whose experts can be steered: {reason}")
-    return found
+    return routers
 
 
 def _counts(promote: int | None, demote: int | None, usual: int) -> tuple[int, int]:
@@ -146,11 +146,11 @@ def _choose(
 ) -> tuple[list[tuple[Site, int]], list[tuple[Site, int]]]:
     """The experts with the largest risk differences, at most `most` in a layer, and those with the smallest."""
     every = [(site, e) for site in risk for e in range(len(risk[site]))]
-    size = {one: float(risk[one[0]][one[1]]) for one in every}
+    size = {expert: float(risk[expert[0]][expert[1]]) for expert in every}
     promoted: list[tuple[Site, int]] = []
-    for one in sorted(every, key=lambda one: (-size[one], one)):
-        here = sum(site == one[0] for site, _ in promoted)
-        if len(promoted) < promote and size[one] > 0 and here < most[one[0]]:
-            promoted.append(one)
-    fallen = [one for one in sorted(every, key=lambda one: (size[one], one)) if size[one] < 0]
+    for expert in sorted(every, key=lambda expert: (-size[expert], expert)):
+        here = sum(site == expert[0] for site, _ in promoted)
+        if len(promoted) < promote and size[expert] > 0 and here < most[expert[0]]:
+            promoted.append(expert)
+    fallen = [expert for expert in sorted(every, key=lambda expert: (size[expert], expert)) if size[expert] < 0]
     return promoted, fallen[:demote]

@@ -29,7 +29,7 @@ from trimtab.keywords import keywords
 from trimtab.learn.activations import pair_texts, read_each
 from trimtab.learn.contrast import check_layers, versions
 from trimtab.learn.estimators import unit
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.learn.probes import logistic
 from trimtab.steering import Card, Edit, Positions, SetProjection, Site, Steering, Threshold
 from trimtab.text.pairs import Pair, Pairs, digest
@@ -89,16 +89,16 @@ def learn_sttp(
     pairs = pairs_for(lm, pairs)
     _check(pairs, move, alpha)
     sites = [Site(layer) for layer in check_layers(lm, layers, DEPTH)]
-    found = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
+    activations = read_each(lm, pair_texts(lm, pairs, suffix=True), sites, progress=progress)
     edits, measured = [], {}
     for site in sites:
-        sides = [[pair[m] for pair in found[site]] for m in (0, 1)]
+        sides = [[pair[m] for pair in activations[site]] for m in (0, 1)]
         wanted, other = (torch.stack([x.mean(0) for x in side]) for side in sides)
         probe = fit(wanted, other, site.layer)
         along = wanted @ probe.direction.double()
         target = float(along.mean() + alpha * along.std(correction=0))
         edits.append(_edit(site, probe, target, move, alpha, positions or Positions.all_but_first()))
-        measured[str(site.layer)] = _told(probe, sides, along, held_out_accuracy(wanted, other, site.layer))
+        measured[str(site.layer)] = _facts(probe, sides, along, held_out_accuracy(wanted, other, site.layer))
     options: dict[str, Any] = {"layers": [site.layer for site in sites], "move": move, "alpha": alpha}
     options |= {} if positions is None else {"positions": str(positions)}
     card = Card("sttp", lm.identity, digest(pairs), options, {"pairs": len(pairs), "probes": measured}, versions())
@@ -157,7 +157,7 @@ def _edit(site: Site, probe: Probe, target: float, move: str, alpha: float, posi
     return Edit(site, SetProjection(probe.direction, target), positions, 1.0, below)
 
 
-def _told(probe: Probe, sides: Sequence[Sequence[Tensor]], along: Tensor, accuracy: float) -> dict[str, Any]:
+def _facts(probe: Probe, sides: Sequence[Sequence[Tensor]], along: Tensor, accuracy: float) -> dict[str, Any]:
     """What the card has of a layer."""
     v = probe.direction.double()
     moved = [float((torch.cat(list(side)) @ v < probe.line).double().mean()) for side in sides]

@@ -25,7 +25,7 @@ from trimtab.engines.transformers.places import output_weight
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress, check_layers, versions
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.steering import Card, Edit, MaskNeurons, Positions, Site, Steering
 from trimtab.steering.tensors import to_float64
 from trimtab.text.chat import Prompt
@@ -106,9 +106,9 @@ def threshold(neurons: Tensor, weight: Tensor, output: Tensor, target: float) ->
     error = 0.0
     while low < high:
         middle = (low + high + 1) // 2
-        found = float(errors_at(at(middle), neurons, weight, output).mean())
-        if found <= target:
-            low, error = middle, found
+        middle_error = float(errors_at(at(middle), neurons, weight, output).mean())
+        if middle_error <= target:
+            low, error = middle, middle_error
         else:
             high = middle - 1
     return at(low), error
@@ -122,9 +122,10 @@ def kept(lm: LM, steering: Steering, prompts: Sequence[Prompt]) -> list[dict[int
     masks = [edit for edit in steering.edits if isinstance(edit.operation, MaskNeurons)]
     if not masks:
         raise TrimtabError("this steering masks no neurons")
-    found = lm.capture(prompts, sorted({edit.site for edit in masks}), Positions.all())
+    captured = lm.capture(prompts, sorted({edit.site for edit in masks}), Positions.all())
     return [
-        {edit.site.layer: float(edit.operation.kept(one[edit.site]).double().mean()) for edit in masks} for one in found
+        {edit.site.layer: float(edit.operation.kept(activations[edit.site]).double().mean()) for edit in masks}
+        for activations in captured
     ]
 
 
@@ -150,4 +151,4 @@ def _read(lm: LM, texts: Sequence[Prompt], layers: Sequence[int], tokens: int) -
         for site in sites:
             for g, members in zip(batch.groups, batch.values[site], strict=True):
                 parts[site][g] = to_float64(members[0])
-    return {site: torch.cat(found) for site, found in parts.items()}
+    return {site: torch.cat(pieces) for site, pieces in parts.items()}

@@ -24,7 +24,7 @@ from trimtab.data import queries
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import versions
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.learn.unembedding import Unembedding, unembedding
 from trimtab.steering import Add, Card, Edit, Positions, ReadWrite, Steering
 from trimtab.steering.positions import END, Bound
@@ -92,7 +92,7 @@ def learn_word_logit(
     else:
         edits = _put_in(head, word, spellings[0], _steps(first, last, tokens))
         options = {"word": word, "exclude": False, "first": first, "last": last, "tokens": tokens}
-    options["spellings"] = [one.text for one in spellings]
+    options["spellings"] = [spelling.text for spelling in spellings]
     length = head.typical * head.rows.shape[1] ** 0.5
     measured = {"explained": round(head.explained, 6), "activation_norm": {str(head.site.layer): round(length, 6)}}
     return Steering(tuple(edits), Card("word-logit", lm.identity, word, options, measured, versions()))
@@ -125,23 +125,23 @@ def _spellings(lm: LM, word: str, exclude: bool) -> list[Spelling]:
     forms = dict.fromkeys([word, _capitalized(word)])
     if exclude:
         forms |= dict.fromkeys([word.lower(), word.upper()])
-    found: dict[tuple[int, ...], Spelling] = {}
+    by_ids: dict[tuple[int, ...], Spelling] = {}
     refused: list[TrimtabError] = []
     for text in [f" {form}" for form in forms] + (list(forms) if exclude else []):
         try:
-            one = _spelled(lm, text)
-            found.setdefault(one.ids, one)
+            spelling = _spelled(lm, text)
+            by_ids.setdefault(spelling.ids, spelling)
         except TrimtabError as error:  # capitals may be many tokens, and are seldom written
             refused.append(error)
-    if refused and (not found or (exclude and word not in {one.text.strip() for one in found.values()})):
+    if refused and (not by_ids or (exclude and word not in {spelling.text.strip() for spelling in by_ids.values()})):
         raise refused[0]
-    return list(found.values()) if exclude else [min(found.values(), key=lambda one: len(one.ids))]
+    return list(by_ids.values()) if exclude else [min(by_ids.values(), key=lambda spelling: len(spelling.ids))]
 
 
 def _followed(spellings: Sequence[Spelling]) -> list[Spelling]:
     """Those that can be followed in one answer, in their order; the word as it is given is the first."""
-    texts = list(dict.fromkeys(one.begun[-1].strip() for one in spellings if one.begun))[:MOST]
-    return [one for one in spellings if not one.begun or one.begun[-1].strip() in texts]
+    texts = list(dict.fromkeys(spelling.begun[-1].strip() for spelling in spellings if spelling.begun))[:MOST]
+    return [spelling for spelling in spellings if not spelling.begun or spelling.begun[-1].strip() in texts]
 
 
 def _capitalized(word: str) -> str:
@@ -157,7 +157,7 @@ def _spelled(lm: LM, text: str) -> Spelling:
     if lm.tokenizer.unk_token_id in ids:
         raise TrimtabError(f"{text.strip()!r} has letters that this model's tokenizer doesn't know")
     begun = tuple(lm.tokenizer.decode(ids[:n]) for n in range(1, len(ids)))
-    if not all(text.strip().startswith(one.strip()) and one.strip() for one in begun):
+    if not all(text.strip().startswith(part.strip()) and part.strip() for part in begun):
         raise TrimtabError(
             f"{text.strip()!r} is made of tokens that are no whole letters ({', '.join(map(repr, begun))}), so it can't"
             " be followed as it is written; use learn_word or learn_distill"
@@ -171,12 +171,12 @@ def _spelled(lm: LM, text: str) -> Spelling:
 def _steps(first: float, last: float, tokens: int) -> list[tuple[Positions, float]]:
     """Stretches of an answer, and by how many nats the word is pushed there."""
     count = max(1, math.ceil(tokens / STEP)) + (first != last)
-    found = []
+    steps = []
     for i in range(count):
         end = None if i == count - 1 else Bound(END, (i + 1) * STEP - 1)
         nats = first + (last - first) * i / max(1, count - 1)
-        found.append((Positions(((Bound(END, i * STEP - 1), end),)), nats))
-    return found
+        steps.append((Positions(((Bound(END, i * STEP - 1), end),)), nats))
+    return steps
 
 
 def _put_in(head: Unembedding, word: str, spelling: Spelling, steps: Sequence[tuple[Positions, float]]) -> list[Edit]:
@@ -194,10 +194,10 @@ def _put_in(head: Unembedding, word: str, spelling: Spelling, steps: Sequence[tu
 
 
 def _any(some: Sequence[Positions]) -> Positions:
-    found = some[0]
-    for one in some[1:]:
-        found = found | one
-    return found
+    union = some[0]
+    for positions in some[1:]:
+        union = union | positions
+    return union
 
 
 # ---- kept out ------------------------------------------------------------------------------------------------
@@ -206,12 +206,12 @@ def _any(some: Sequence[Positions]) -> Positions:
 def _kept_out(head: Unembedding, spellings: Sequence[Spelling]) -> list[Edit]:
     """One cap for all that are one token, and for each longer one a cap of its last, where the others stand."""
     edits = []
-    if single := list(dict.fromkeys(one.ids[0] for one in spellings if len(one.ids) == 1)):
+    if single := list(dict.fromkeys(spelling.ids[0] for spelling in spellings if len(spelling.ids) == 1)):
         edits.append(Edit(head.site, _cap(head, single), MADE))
     longer: dict[str, list[int]] = {}
-    for one in spellings:
-        if len(one.ids) > 1:
-            longer.setdefault(one.begun[-1].strip(), []).append(one.ids[-1])
+    for spelling in spellings:
+        if len(spelling.ids) > 1:
+            longer.setdefault(spelling.begun[-1].strip(), []).append(spelling.ids[-1])
     for text, last in longer.items():
         edits.append(Edit(head.site, _cap(head, list(dict.fromkeys(last))), Positions.at(text)))
     return edits

@@ -15,7 +15,7 @@ from trimtab.data import instruction_pairs, instruction_type, length_phrasings, 
 from trimtab.errors import TrimtabError
 from trimtab.keywords import keywords
 from trimtab.learn.contrast import Progress
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.methods.instruct import learn_instruct
 from trimtab.steering import Positions, Steering
 

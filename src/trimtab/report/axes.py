@@ -48,9 +48,9 @@ def draw_steering(steering: Steering, ax: Any = None) -> Any:
 
     if not steering.edits:
         raise TrimtabError("this steering has no edits, so there is nothing to draw")
-    found = pushes(steering)
+    edit_pushes = pushes(steering)
     axes = axes_or_new(ax)
-    push_bars(axes, found)
+    push_bars(axes, edit_pushes)
     axes.set_xlabel("layer")
     axes.set_title(origin(steering.card), loc="left", fontsize=11, parse_math=False)
     tidy(axes)

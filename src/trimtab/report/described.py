@@ -82,27 +82,29 @@ def _value(value: Any) -> str:
             return f"{first}-{value[-1]}"
         return ", ".join(map(_value, value))
     if isinstance(value, Mapping):
-        numbers = [one for one in value.values() if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        numbers = [
+            number for number in value.values() if isinstance(number, (int, float)) and not isinstance(number, bool)
+        ]
         if len(numbers) == len(value) > 4:
             return f"{min(numbers):.3g} to {max(numbers):.3g} (of {len(numbers)})"
-        return ", ".join(f"{name}: {_value(one)}" for name, one in value.items())
+        return ", ".join(f"{name}: {_value(entry)}" for name, entry in value.items())
     return str(value)
 
 
-def edit_columns(steering: Steering, found: Sequence[Push]) -> tuple[str, dict[str, list[str]]]:
+def edit_columns(steering: Steering, edit_pushes: Sequence[Push]) -> tuple[str, dict[str, list[str]]]:
     """What all edits have in common, in a line; and by name the columns in which they differ, one cell an edit."""
     columns: dict[str, list[str]] = {
         "operation": [_operation(edit.operation) for edit in steering.edits],
         "at": [str(edit.positions) for edit in steering.edits],
         "when": [describe(edit.gate) for edit in steering.edits],
         "strength": [f"{edit.strength:g}" for edit in steering.edits],
-        "share": ["" if push.share is None else f"{push.share:.0%}" for push in found],
-        "agreement": ["" if push.agreement is None else f"{push.agreement:.2f}" for push in found],
+        "share": ["" if push.share is None else f"{push.share:.0%}" for push in edit_pushes],
+        "agreement": ["" if push.agreement is None else f"{push.agreement:.2f}" for push in edit_pushes],
     }
     common = {name: columns.pop(name)[0] for name in ("operation", "at", "when", "strength") if _same(columns[name])}
     if common.get("when") == "always":
         del common["when"]
-    count = "1 edit" if len(found) == 1 else f"{len(found)} edits"
+    count = "1 edit" if len(edit_pushes) == 1 else f"{len(edit_pushes)} edits"
     line = f"{count}: {', '.join(f'{name} {value}' for name, value in common.items())}".rstrip(": ")
     return line, {name: cells for name, cells in columns.items() if any(cells)}
 

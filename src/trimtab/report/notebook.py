@@ -47,16 +47,16 @@ def steering_html(steering: Steering) -> str:
     if not steering.edits:
         return title + "<p>no edits: it does nothing</p>"
     try:
-        found = pushes(steering)
+        edit_pushes = pushes(steering)
     except UnsupportedError:  # attention has no direction, and so no push to show
         layers = [str(edit.site.layer) for edit in steering.edits]
         return title + table({"layer": layers, "edit": [str(edit) for edit in steering.edits]}, words=("edit",))
-    line, columns = edit_columns(steering, found)
-    longest = max(push.norm for push in found)
+    line, columns = edit_columns(steering, edit_pushes)
+    longest = max(push.norm for push in edit_pushes)
     shown = {
         "layer": [str(edit.site.layer) for edit in steering.edits],
-        "norm": [f"{push.norm:.4g}" for push in found],
-        " ": [_bar(push.norm, longest) for push in found],
+        "norm": [f"{push.norm:.4g}" for push in edit_pushes],
+        " ": [_bar(push.norm, longest) for push in edit_pushes],
         **columns,
     }
     return f"{title}<p>{escape(line)}</p>{table(shown, words=('operation', 'at', 'when'), raw=(' ',))}"

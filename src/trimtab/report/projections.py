@@ -70,8 +70,8 @@ class Projections:
         return [TokenCosines(layer, self.tokens, cosines) for layer, cosines in self.cosines.items()]
 
     def _repr_html_(self) -> str:
-        found = self._by_layer()
-        return coloured_page_part(found, reach(found))
+        by_layer = self._by_layer()
+        return coloured_page_part(by_layer, reach(by_layer))
 
 
 def project(

@@ -35,7 +35,7 @@ def pushes(steering: Steering) -> list[Push]:
 
     Raises `UnsupportedError` for edits of attention scores, or of keys by a factor, which push in no direction.
     """
-    found = []
+    listed = []
     for edit in steering.edits:
         if isinstance(edit.operation, (ScoreOperation, ScaleKeys)):
             raise UnsupportedError(f"{edit} steers attention: it has no direction, and so no push to show")
@@ -46,10 +46,10 @@ def pushes(steering: Steering) -> list[Push]:
         shift = _at(measured.get("shift"), layer)
         if isinstance(edit.operation, SetProjection) and shift is not None:
             norm = shift * abs(edit.strength)
-        found.append(
+        listed.append(
             Push(layer, norm, _at(measured.get("activation_norm"), layer), _at(measured.get("agreement"), layer))
         )
-    return found
+    return listed
 
 
 def _at(by_layer: Any, layer: int) -> float | None:

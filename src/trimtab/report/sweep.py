@@ -60,8 +60,11 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
         mine = sorted((cell for cell in steered if cell.layer == layer), key=lambda cell: cell.strength)
         points = sorted([(cell.strength, cell.score) for cell in mine] + [(0.0, baseline)], key=lambda point: point[0])
         colour = shades(0.9 * n / max(1, len(layers) - 1))
-        x, means = [at for at, _ in points], [one.estimate for _, one in points]
-        bars = [[one.estimate - one.low for _, one in points], [one.high - one.estimate for _, one in points]]
+        x, means = [at for at, _ in points], [interval.estimate for _, interval in points]
+        bars = [
+            [interval.estimate - interval.low for _, interval in points],
+            [interval.high - interval.estimate for _, interval in points],
+        ]
         label = "all its layers" if layer is None else f"layer {layer}"
         axes[0].errorbar(
             x,
@@ -90,15 +93,15 @@ def draw_sweep(cells: Sequence[Cell], baseline: Interval, title: str, score: str
 
 
 def _random_band(axes: Any, cells: Sequence[Cell], baseline: Interval) -> None:
-    found: dict[float, list[float]] = {}
+    by_strength: dict[float, list[float]] = {}
     for cell in cells:
         if cell.random:
-            found.setdefault(cell.strength, []).append(cell.score.estimate)
-    if not found:
+            by_strength.setdefault(cell.strength, []).append(cell.score.estimate)
+    if not by_strength:
         return
-    found[0.0] = [baseline.estimate]
-    x = sorted(found)
-    low, high = [min(found[at]) for at in x], [max(found[at]) for at in x]
+    by_strength[0.0] = [baseline.estimate]
+    x = sorted(by_strength)
+    low, high = [min(by_strength[at]) for at in x], [max(by_strength[at]) for at in x]
     axes.fill_between(x, low, high, color=RANDOM, alpha=0.35, linewidth=0, label="random directions")
 
 
@@ -135,7 +138,7 @@ def similarity(steering: Steering) -> tuple[list[int], Tensor]:
     return layers, cosines
 
 
-def similarity_between(one: Steering, other: Steering) -> tuple[list[int], list[int], Tensor]:
+def similarity_between(first: Steering, other: Steering) -> tuple[list[int], list[int], Tensor]:
     """The layers of both, and the cosines of the one's directions with the other's: `[layers of one, of other]`.
 
     They may be of other methods and models, as long as the widths agree; between models of different training,
@@ -144,7 +147,7 @@ def similarity_between(one: Steering, other: Steering) -> tuple[list[int], list[
     """
     import torch
 
-    a, b = directions(one), directions(other)
+    a, b = directions(first), directions(other)
     stacks = torch.stack(list(a.values())), torch.stack(list(b.values()))
     widths = [stack.shape[1] for stack in stacks]
     if widths[0] != widths[1]:

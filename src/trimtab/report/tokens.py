@@ -67,16 +67,16 @@ def token_cosines(
 
     if not isinstance(text, str):
         raise TrimtabError(f"the text is one string, got {type(text).__name__}; call this once for each text")
-    found = directions(steering if layers is None else steering.only(layers))
+    vectors = directions(steering if layers is None else steering.only(layers))
     lm.check(steering, transfer=transfer)
     ids = lm.encode(text, chat=False)
     if not ids:
         raise TrimtabError("the text is empty; there is no token to read")
-    (read,) = lm.capture(text, list(found), Positions.all(), chat=False)
+    (read,) = lm.capture(text, list(vectors), Positions.all(), chat=False)
     shown = tuple(pieces(lm.tokenizer, ids))
     result = []
     for site, values in read.items():
-        cosines = torch.cosine_similarity(to_float64(values), found[site.layer][None], dim=-1)
+        cosines = torch.cosine_similarity(to_float64(values), vectors[site.layer][None], dim=-1)
         result.append(TokenCosines(site.layer, shown, tuple(cosines.tolist())))
     return result
 
@@ -106,52 +106,52 @@ def answer_cosines(
     return TokenCosines(layer, tuple(pieces(lm.tokenizer, answer)), tuple(cosines.tolist()))
 
 
-def reach(found: Sequence[TokenCosines]) -> float:
+def reach(rows: Sequence[TokenCosines]) -> float:
     """The cosine that has the full colour: the largest of either sign, first tokens aside, which lie apart from all."""
-    values = [abs(value) for one in found for value in one.cosines[1:] or one.cosines]
+    values = [abs(value) for row in rows for value in row.cosines[1:] or row.cosines]
     return max(max(values), 1e-6)
 
 
-def coloured_cosines(one: TokenCosines, full: float) -> Text:
+def coloured_cosines(row: TokenCosines, full: float) -> Text:
     """The text for a terminal: blue where it lies along the direction, red against it; `full` is `reach`'s."""
     from rich.style import Style
     from rich.text import Text
 
     text = Text()
-    for piece, cosine in zip(one.pieces, one.cosines, strict=True):
+    for piece, cosine in zip(row.pieces, row.cosines, strict=True):
         red, green, blue = _mixed(cosine, full)
         dark = 0.299 * red + 0.587 * green + 0.114 * blue < 115
         text.append(piece, Style.parse(f"{'#ffffff' if dark else '#222222'} on #{red:02x}{green:02x}{blue:02x}"))
     return text
 
 
-def tokens_page(found: Sequence[TokenCosines], title: str) -> str:
+def tokens_page(rows: Sequence[TokenCosines], title: str) -> str:
     """An HTML page, with nothing loaded from elsewhere: the text once for each layer, coloured."""
-    full = reach(found)
+    full = reach(rows)
     parts = []
-    for one in found:
-        parts.append(f'<h2>layer {one.layer}</h2>\n<p class="text">{cosine_spans(one, full)}</p>')
+    for row in rows:
+        parts.append(f'<h2>layer {row.layer}</h2>\n<p class="text">{cosine_spans(row, full)}</p>')
     return PAGE % {"title": html.escape(title), "key": cosine_key(full), "parts": "\n".join(parts)}
 
 
-def coloured_page_part(found: Sequence[TokenCosines], full: float) -> str:
+def coloured_page_part(rows: Sequence[TokenCosines], full: float) -> str:
     """The text once for each layer, coloured, as part of somebody else's page; nothing in it needs a style sheet."""
     parts = [f"<p>cosine with the direction: {cosine_key(full)}</p>"]
-    for one in found:
-        spans = cosine_spans(one, full)
+    for row in rows:
+        spans = cosine_spans(row, full)
         parts.append(
-            f'<p style="margin: .8em 0 0; opacity: .65">layer {one.layer}</p>'
+            f'<p style="margin: .8em 0 0; opacity: .65">layer {row.layer}</p>'
             '<div style="white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; line-height: 1.7">'
             f"{spans}</div>"
         )
     return "".join(parts)
 
 
-def cosine_spans(one: TokenCosines, full: float) -> str:
+def cosine_spans(row: TokenCosines, full: float) -> str:
     """The text as HTML, each token shaded and with its number in a title; `full` is `reach`'s."""
     return "".join(
         f'<span style="background: {_shade(cosine, full)}" title="{cosine:+.3f}">{html.escape(piece)}</span>'
-        for piece, cosine in zip(one.pieces, one.cosines, strict=True)
+        for piece, cosine in zip(row.pieces, row.cosines, strict=True)
         if piece
     )
 
@@ -164,7 +164,7 @@ def cosine_key(full: float) -> str:
     )
 
 
-def draw_tokens(found: Sequence[TokenCosines], title: str) -> bytes:
+def draw_tokens(rows: Sequence[TokenCosines], title: str) -> bytes:
     """A PNG: bars token by token for one layer, in lines as text has them; for several, a map of layer × token.
 
     Raises `TrimtabError` when matplotlib is missing.
@@ -172,46 +172,46 @@ def draw_tokens(found: Sequence[TokenCosines], title: str) -> bytes:
     check_matplotlib()
     from matplotlib.figure import Figure
 
-    full, count = reach(found), len(found[0].pieces)
+    full, count = reach(rows), len(rows[0].pieces)
     starts = range(0, count, PER_LINE)
-    tall = 1.7 if len(found) == 1 else 0.9 + 0.13 * len(found)
+    tall = 1.7 if len(rows) == 1 else 0.9 + 0.13 * len(rows)
     wide = 1.5 + 0.26 * min(count, PER_LINE)
     figure = Figure(figsize=(max(4.0, wide), 0.6 + len(starts) * (tall + 0.3)), layout="constrained")
     lines = figure.subplots(len(starts), 1, squeeze=False)[:, 0]
     for axes, start in zip(lines, starts, strict=True):
-        image = _line(axes, found, slice(start, start + PER_LINE), full, min(count, PER_LINE))
-    if len(found) > 1:
+        image = _line(axes, rows, slice(start, start + PER_LINE), full, min(count, PER_LINE))
+    if len(rows) > 1:
         figure.colorbar(image, ax=list(lines), shrink=0.85).set_label("cosine", fontsize=9)
     figure.suptitle(fill(title, int(11 * figure.get_figwidth())), x=0.01, ha="left", fontsize=11)
     return as_png(figure)
 
 
-def draw_cosines(axes: Any, found: Sequence[TokenCosines]) -> None:
+def draw_cosines(axes: Any, rows: Sequence[TokenCosines]) -> None:
     """The same into matplotlib's axes, in one line however long."""
-    full = reach(found)
-    image = _line(axes, found, slice(None), full, len(found[0].pieces))
-    if len(found) > 1:
+    full = reach(rows)
+    image = _line(axes, rows, slice(None), full, len(rows[0].pieces))
+    if len(rows) > 1:
         axes.figure.colorbar(image, ax=axes, shrink=0.85).set_label("cosine", fontsize=9)
 
 
-def _line(axes: Any, found: Sequence[TokenCosines], part: slice, full: float, columns: int) -> Any:
+def _line(axes: Any, rows: Sequence[TokenCosines], part: slice, full: float, columns: int) -> Any:
     """Some of the tokens, with room for so many; the map, where it is one."""
     image = None
-    if len(found) == 1:
-        _bars(axes, found[0], part, full)
+    if len(rows) == 1:
+        _bars(axes, rows[0], part, full)
     else:
-        image = _layers(axes, found, part, full)
-    labels = [_label(piece) for piece in found[0].pieces[part]]
+        image = _layers(axes, rows, part, full)
+    labels = [_label(piece) for piece in rows[0].pieces[part]]
     axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
     axes.set_xlim(-0.5, columns - 0.5)
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.spines["left"].set_visible(len(found) == 1)
+    axes.spines["left"].set_visible(len(rows) == 1)
     return image
 
 
-def _bars(axes: Any, one: TokenCosines, part: slice, full: float) -> None:
-    values = one.cosines[part]
+def _bars(axes: Any, row: TokenCosines, part: slice, full: float) -> None:
+    values = row.cosines[part]
     colours = ["#%02x%02x%02x" % (BLUE if value > 0 else RED) for value in values]
     axes.bar(range(len(values)), values, color=colours, width=0.8)
     for i, value in enumerate(values):
@@ -226,12 +226,12 @@ def _bars(axes: Any, one: TokenCosines, part: slice, full: float) -> None:
     axes.grid(axis="y", alpha=0.25)
 
 
-def _layers(axes: Any, found: Sequence[TokenCosines], part: slice, full: float) -> Any:
-    values = [one.cosines[part] for one in found]
+def _layers(axes: Any, rows: Sequence[TokenCosines], part: slice, full: float) -> Any:
+    values = [row.cosines[part] for row in rows]
     image = axes.imshow(values, cmap="RdBu", vmin=-full, vmax=full, aspect="auto", origin="lower")
-    step = max(1, len(found) // 8)
-    shown = range(0, len(found), step)
-    axes.set_yticks(shown, [str(found[i].layer) for i in shown], fontsize=8)
+    step = max(1, len(rows) // 8)
+    shown = range(0, len(rows), step)
+    axes.set_yticks(shown, [str(rows[i].layer) for i in shown], fontsize=8)
     axes.set_ylabel("layer", fontsize=9)
     return image
 

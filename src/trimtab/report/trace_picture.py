@@ -32,7 +32,7 @@ def plot_traces(answers: Sequence[Generation], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    traces = [one.trace for one in answers if one.trace is not None and one.trace.steps]
+    traces = [answer.trace for answer in answers if answer.trace is not None and answer.trace.steps]
     if not traces:
         raise TrimtabError("no answer has a trace, so there is nothing to draw; generate with rejection")
     shown = traces[:MOST]

@@ -58,10 +58,10 @@ def trace_page(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[Gene
     """An HTML page, with nothing loaded from elsewhere. Answers without a trace are shown plain."""
     parts = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        asked = (
+        prompt_text = (
             prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {text_of(m['content'])}" for m in prompt)
         )
-        parts.append(f'<div class="prompt">{html.escape(asked)}</div>')
+        parts.append(f'<div class="prompt">{html.escape(prompt_text)}</div>')
         shown = html.escape(answer.text)
         if answer.trace is not None:
             shown = "".join(trace_spans(tokenizer, answer.token_ids, answer.trace))

@@ -49,7 +49,7 @@ class ModelId:
     @property
     def adapted(self) -> str:
         """With which adapters it is, in words; empty where there are none."""
-        names = ", ".join(f"{one.name} ({one.digest[:8]})" for one in self.adapters)
+        names = ", ".join(f"{adapter.name} ({adapter.digest[:8]})" for adapter in self.adapters)
         return f"with the adapter{'s' if len(self.adapters) > 1 else ''} {names}" if names else ""
 
 
@@ -81,10 +81,10 @@ class Card:
     @property
     def models(self) -> tuple[ModelId, ...]:
         """The models of this card and of its parts, each once."""
-        found = [self.model] if self.model else []
+        models = [self.model] if self.model else []
         for part in self.parts:
-            found += [model for model in part.models if model not in found]
-        return tuple(found)
+            models += [model for model in part.models if model not in models]
+        return tuple(models)
 
     def _repr_html_(self) -> str:
         from trimtab.report.notebook import card_html

@@ -64,12 +64,12 @@ class Reading:
 
     def tokens(self, prompt_length: int) -> list[int]:
         """The positions that are read in a prompt of this length. Raises `TrimtabError` when there are none."""
-        found = self.positions.in_prompt(prompt_length)
-        if not found:
+        tokens = self.positions.in_prompt(prompt_length)
+        if not tokens:
             raise TrimtabError(
                 f"a gate reads the prompt at {self.positions}, where a prompt of {prompt_length} tokens has none"
             )
-        return found
+        return tokens
 
     def pooled(self, x: Tensor) -> Tensor:
         """What is read, of the activations `[tokens, width]` at those positions: `[width]`, float64, on the CPU."""
@@ -306,4 +306,4 @@ def thresholds(gate: Gate) -> list[Threshold]:
     if isinstance(gate, Threshold):
         return [gate]
     parts = (gate.gate,) if isinstance(gate, Not) else gate.gates if isinstance(gate, _Many) else ()
-    return [one for part in parts for one in thresholds(part)]
+    return [threshold for part in parts for threshold in thresholds(part)]

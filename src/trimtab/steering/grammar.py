@@ -38,8 +38,8 @@ DEPTH = 16
 
 def parse(text: str) -> Positions:
     """Positions from their text. Raises `TrimtabError`, listing what there is, for one that isn't understood."""
-    (found,) = _parse(text, _Reader(text))
-    return found
+    (positions,) = _parse(text, _Reader(text))
+    return positions
 
 
 def parse_list(text: str) -> list[Positions]:
@@ -48,13 +48,13 @@ def parse_list(text: str) -> list[Positions]:
 
 
 def _parse(text: str, reader: _Reader) -> list[Positions]:
-    found: list[Positions] = []
+    rules: list[Positions] = []
     try:
-        while not found or reader.take(","):
-            found.append(reader.any_of())
-        if reader.left or (len(found) > 1 and not reader.comma):
+        while not rules or reader.take(","):
+            rules.append(reader.any_of())
+        if reader.left or (len(rules) > 1 and not reader.comma):
             raise ValueError(f"{reader.left!r} is left over")
-        return found
+        return rules
     except TrimtabError as error:
         raise TrimtabError(f"positions {text!r}: {error}") from None
     except (KeyError, TypeError, ValueError):
@@ -92,32 +92,32 @@ class _Reader:
         self.bracketed = False
 
     def any_of(self) -> Positions:
-        found = self.all_of()
+        positions = self.all_of()
         while self.take("|"):
-            found = found | self.all_of()
-        return found
+            positions = positions | self.all_of()
+        return positions
 
     def all_of(self) -> Positions:
-        found = self.factor()
+        positions = self.factor()
         while self.take("&"):
-            found = found & self.factor()
-        return found
+            positions = positions & self.factor()
+        return positions
 
     def factor(self) -> Positions:
         self.depth += 1
         if self.depth > DEPTH:
             raise TrimtabError(f"they are nested more than {DEPTH} deep")
         if self.take("~"):
-            found = ~self.factor()
+            positions = ~self.factor()
         elif self.take("("):
             outside, self.bracketed = self.bracketed, True
-            found, self.bracketed = self.any_of(), outside
+            positions, self.bracketed = self.any_of(), outside
             if not self.take(")"):
                 raise ValueError("a bracket isn't closed")
         else:
-            found = self.rule()
+            positions = self.rule()
         self.depth -= 1
-        return found
+        return positions
 
     def rule(self) -> Positions:
         name = re.match(r"[a-z][a-z-]*|", self.left)[0]  # type: ignore[index]

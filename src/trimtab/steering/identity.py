@@ -43,7 +43,7 @@ def check_learned_on(steering: Steering, here: ModelId, *, transfer: bool = Fals
             hint = "learn it on this model" + ("" if learned.width != here.width else ", or allow transfer")
             raise TrimtabError(f"the steering was learned on {learned.name}, this is {here.name}{detail}; {hint}")
         if not transfer and _digests(learned) != _digests(here):
-            there, mine = (one.adapted or "without an adapter" for one in (learned, here))
+            there, mine = (model_id.adapted or "without an adapter" for model_id in (learned, here))
             raise TrimtabError(
                 f"the steering was learned on {learned.name} {there}, this is {here.name} {mine};"
                 " switch adapters so that they are the same, learn it on this model, or allow transfer"

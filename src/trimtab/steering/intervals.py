@@ -10,7 +10,7 @@ Intervals = tuple[tuple[int, int | None], ...]
 def union(*sets: Intervals) -> Intervals:
     """What is in any of them: in order, and none touches the next."""
     joined: list[tuple[int, float]] = []
-    for start, stop in sorted((a, inf if b is None else b) for one in sets for a, b in one):
+    for start, stop in sorted((a, inf if b is None else b) for intervals in sets for a, b in intervals):
         if joined and start <= joined[-1][1]:
             joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
         elif start < stop:
@@ -18,17 +18,17 @@ def union(*sets: Intervals) -> Intervals:
     return tuple((a, None if b == inf else int(b)) for a, b in joined)
 
 
-def complement(one: Intervals) -> Intervals:
+def complement(intervals: Intervals) -> Intervals:
     """The positions from 0 on that aren't in it."""
-    found: list[tuple[int, int | None]] = []
+    gaps: list[tuple[int, int | None]] = []
     at: int | None = 0
-    for start, stop in union(one):
+    for start, stop in union(intervals):
         if at is not None and at < start:
-            found.append((at, start))
+            gaps.append((at, start))
         at = stop
     if at is not None:
-        found.append((at, None))
-    return tuple(found)
+        gaps.append((at, None))
+    return tuple(gaps)
 
 
 def intersection(*sets: Intervals) -> Intervals:

@@ -40,7 +40,7 @@ class LowRank:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All that it has."""
-        return tuple(one for one in (self.read, self.bias, self.write, self.low, self.high) if one is not None)
+        return tuple(tensor for tensor in (self.read, self.bias, self.write, self.low, self.high) if tensor is not None)
 
     @property
     def rank(self) -> int:
@@ -50,12 +50,12 @@ class LowRank:
         """On this device, or of this dtype. A copy is made once."""
         copy = self._copies.get(to)
         if copy is None:
-            given = (self.read, self.bias, self.write, self.low, self.high)
-            if all(one is None or to in (one.device, one.dtype) for one in given):
+            tensors = (self.read, self.bias, self.write, self.low, self.high)
+            if all(tensor is None or to in (tensor.device, tensor.dtype) for tensor in tensors):
                 return self
             if len(self._copies) >= COPIES:
                 self._copies.clear()
-            copy = LowRank(*(None if one is None else one.to(to) for one in given))  # type: ignore[arg-type]
+            copy = LowRank(*(None if tensor is None else tensor.to(to) for tensor in tensors))  # type: ignore[arg-type]
             self._copies[to] = copy
         return copy
 
@@ -73,21 +73,23 @@ class LowRanks:
     """A bank: the map of each state, of `count` states. States without one, or with one of rank 0, do nothing."""
 
     def __init__(self, by_state: Mapping[int, LowRank], count: int) -> None:
-        self.maps: list[LowRank] = list({id(one): one for one in by_state.values() if one.rank}.values())
-        numbers = {id(one): number for number, one in enumerate(self.maps)}
+        self.maps: list[LowRank] = list(
+            {id(low_rank): low_rank for low_rank in by_state.values() if low_rank.rank}.values()
+        )
+        numbers = {id(low_rank): number for number, low_rank in enumerate(self.maps)}
         self.which: Tensor = torch.full((count,), -1)
-        for state, one in by_state.items():
-            self.which[state] = numbers.get(id(one), -1)
+        for state, low_rank in by_state.items():
+            self.which[state] = numbers.get(id(low_rank), -1)
         self._stack: tuple[list[int], _Stack] | None = None
         self._moved: dict[torch.device, LowRanks] = {}
 
     def to(self, device: torch.device) -> LowRanks:
         """With its maps on this device; which state has which is the host's to know."""
-        if all(one.read.device == device for one in self.maps):
+        if all(low_rank.read.device == device for low_rank in self.maps):
             return self
         if device not in self._moved:
             moved = self._moved[device] = LowRanks({}, 0)
-            moved.maps = [one.to(device) for one in self.maps]
+            moved.maps = [low_rank.to(device) for low_rank in self.maps]
             moved.which = self.which
         return self._moved[device]
 
@@ -133,8 +135,8 @@ class Picked:
         flat = x.reshape(-1, x.shape[-1])
         strength = strength.reshape(-1, 1)
         new = flat.clone()
-        for one, tokens in self.alone:
-            new.index_copy_(0, tokens, one.edit(flat[tokens], strength[tokens]))
+        for low_rank, tokens in self.alone:
+            new.index_copy_(0, tokens, low_rank.edit(flat[tokens], strength[tokens]))
         if self.together is not None:
             new.index_copy_(0, self.together.tokens, self.together.edit(flat, strength))
         return new.view(x.shape)
@@ -152,12 +154,16 @@ class _Stack:
 
     @classmethod
     def of(cls, maps: Sequence[LowRank]) -> _Stack:
-        rank, width = max(one.rank for one in maps), maps[0].read.shape[1]
+        rank, width = max(low_rank.rank for low_rank in maps), maps[0].read.shape[1]
         new = maps[0].read.new_zeros
         read, write, bias = new(len(maps), rank, width), new(len(maps), rank, width), new(len(maps), 1, rank)
-        for i, one in enumerate(maps):
-            read[i, : one.rank], write[i, : one.rank], bias[i, 0, : one.rank] = one.read, one.write, one.bias
-        low, high = [one.low for one in maps], [one.high for one in maps]
+        for i, low_rank in enumerate(maps):
+            read[i, : low_rank.rank], write[i, : low_rank.rank], bias[i, 0, : low_rank.rank] = (
+                low_rank.read,
+                low_rank.write,
+                low_rank.bias,
+            )
+        low, high = [low_rank.low for low_rank in maps], [low_rank.high for low_rank in maps]
         return cls(read, bias, write, _bounds(low, bias, -torch.inf), _bounds(high, bias, torch.inf))
 
 
@@ -175,18 +181,18 @@ class _Together:
 
     def edit(self, x: Tensor, strength: Tensor) -> Tensor:
         """The new activations of `tokens`, for all tokens' `x` `[tokens, width]` and `strength` `[tokens, 1]`."""
-        given = x[self.slots]
-        z = torch.baddbmm(self.stack.bias, given, self.stack.read.mT)
+        selected = x[self.slots]
+        z = torch.baddbmm(self.stack.bias, selected, self.stack.read.mT)
         z = _clamped(z, self.stack.low, self.stack.high) * strength[self.slots]
-        return torch.baddbmm(given, z, self.stack.write).flatten(0, 1)[self.places]
+        return torch.baddbmm(selected, z, self.stack.write).flatten(0, 1)[self.places]
 
 
-def _bounds(given: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:
+def _bounds(bounds: Sequence[Tensor | None], like: Tensor, nothing: float) -> Tensor | None:
     """Several maps' bounds as one `[maps, 1, rank]`; `None` where none has any."""
-    if all(bound is None for bound in given):
+    if all(bound is None for bound in bounds):
         return None
     stacked = torch.full_like(like, nothing)
-    for i, bound in enumerate(given):
+    for i, bound in enumerate(bounds):
         if bound is not None:
             stacked[i, 0, : len(bound)] = bound
     return stacked

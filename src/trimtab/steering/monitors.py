@@ -65,23 +65,23 @@ class Monitor:
                 )
 
     @classmethod
-    def of(cls, name: str, steering: Steering, layer: int | None = None, **given: Any) -> Monitor:
+    def of(cls, name: str, steering: Steering, layer: int | None = None, **kwargs: Any) -> Monitor:
         """What a steering reads: the condition of its gate, with its threshold; without one, its direction.
 
         Args:
             name: What the values are called.
             steering: A probe, a steering with a gate, or any with directions of the residual stream.
             layer: Which of its layers, where it has several.
-            given: `threshold`, `action` and `steering` of the monitor.
+            kwargs: `threshold`, `action` and `steering` of the monitor.
 
         Raises:
             TrimtabError: It has several conditions or layers, and none was chosen; or no direction there.
         """
         check_steering(steering)
-        known = list(dict.fromkeys(one for edit in steering.edits for one in thresholds(edit.gate)))
-        conditions = [one for one in known if layer is None or one.site.layer == layer]
+        known = list(dict.fromkeys(condition for edit in steering.edits for condition in thresholds(edit.gate)))
+        conditions = [condition for condition in known if layer is None or condition.site.layer == layer]
         if len(conditions) == 1:
-            return cls(name, conditions[0], **{"threshold": conditions[0].threshold, **given})
+            return cls(name, conditions[0], **{"threshold": conditions[0].threshold, **kwargs})
         if conditions:
             at = ", ".join(map(str, conditions))
             raise TrimtabError(
@@ -94,7 +94,7 @@ class Monitor:
                 f"monitor {name}: one layer is read, and the steering has {layers}; choose one (FILE@LAYER)"
             )
         (direction,) = directions(Steering(tuple(edits))).values()
-        return cls(name, Threshold(edits[0].site, direction, 0.0, "dot"), **given)
+        return cls(name, Threshold(edits[0].site, direction, 0.0, "dot"), **kwargs)
 
     @property
     def site(self) -> Site:
@@ -143,24 +143,24 @@ def measured(conditions: Sequence[Threshold], x: Tensor, directions: Tensor) -> 
     Returns:
         `[…, conditions]`.
     """
-    found = list((x @ directions.mT).unbind(-1))
-    for i, one in enumerate(conditions):
-        if one.measure == "probability":
-            found[i] = (found[i] + one.bias).sigmoid()
-        elif one.measure != "dot":
-            found[i] = measure_of(x, directions[i], one.measure)
-    return torch.stack(found, -1)
+    values = list((x @ directions.mT).unbind(-1))
+    for i, condition in enumerate(conditions):
+        if condition.measure == "probability":
+            values[i] = (values[i] + condition.bias).sigmoid()
+        elif condition.measure != "dot":
+            values[i] = measure_of(x, directions[i], condition.measure)
+    return torch.stack(values, -1)
 
 
 def check_monitors(monitors: Any) -> tuple[Monitor, ...]:
     """The monitors as a tuple. Raises `TrimtabError` for what is none, and for two of one name."""
     listed = (monitors,) if isinstance(monitors, Monitor) else tuple(monitors or ())
-    for one in listed:
-        if not isinstance(one, Monitor):
+    for monitor in listed:
+        if not isinstance(monitor, Monitor):
             raise TrimtabError(
-                f"a monitor is a Monitor, got {type(one).__name__}; Monitor.of(name, steering) makes one"
+                f"a monitor is a Monitor, got {type(monitor).__name__}; Monitor.of(name, steering) makes one"
             )
-    names = [one.name for one in listed]
+    names = [monitor.name for monitor in listed]
     if twice := [name for name in names if names.count(name) > 1]:
         raise TrimtabError(f"two monitors have the name {twice[0]!r}; their values couldn't be distinguished")
     return listed

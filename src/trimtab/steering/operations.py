@@ -87,15 +87,15 @@ class Operation:
 
     kernel: ClassVar[Any]  # a Kernel; mypy takes a callable class attribute for a method
 
-    def __init_subclass__(cls, name: str | None = None, **given: Any) -> None:
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         """`name` is what the operation is called in files and in texts."""
-        super().__init_subclass__(**given)
+        super().__init_subclass__(**kwargs)
         if name is not None:
             OPERATIONS[name] = cls
             NAMES[cls] = name
 
-    def __new__(cls, *_args: Any, **given: Any) -> Any:
-        check_fields(cls, given)
+    def __new__(cls, *_args: Any, **kwargs: Any) -> Any:
+        check_fields(cls, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -235,8 +235,8 @@ class Ablate(Directed, name="ablate"):
 
 
 def _projection(direction: Tensor, target: float, share: float, floor: float) -> dict[str, Tensor]:
-    one = direction.new_ones(1)
-    return {"direction": direction, "target": target * one, "share": share * one, "floor": floor * one}
+    ones = direction.new_ones(1)
+    return {"direction": direction, "target": target * ones, "share": share * ones, "floor": floor * ones}
 
 
 TOGETHER: dict[Kernel, Together] = {add: add_up, set_projections: solve_projections}

@@ -198,8 +198,8 @@ class Positions:
         """As `resolve`, all that it may be, whatever is generated."""
         meanings = sorted(self.meanings)
         every = chain.from_iterable(combinations(meanings, n) for n in range(len(meanings) + 1))
-        found = [self.resolve(prompt_length, holding) for holding in every]
-        return found[0] if len(found) == 1 else union(*found)
+        reaches = [self.resolve(prompt_length, holding) for holding in every]
+        return reaches[0] if len(reaches) == 1 else union(*reaches)
 
     def resolve(self, prompt_length: int, holding: Collection[Meaning] | None = None) -> Intervals:
         """Absolute `(start, stop)` pairs for a prompt of `prompt_length` tokens; empty ones are left out.

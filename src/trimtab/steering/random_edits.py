@@ -86,9 +86,9 @@ def _turned(
 
 def _turned_rows(rows: list[Tensor], drawn: dict[bytes, Tensor], generator: torch.Generator) -> Tensor:
     """These rows `[…, width]` turned at random as one, float64: lengths and angles among them stay."""
-    key = b"".join(one.numpy().tobytes() for one in rows)
+    key = b"".join(row.numpy().tobytes() for row in rows)
     if key not in drawn:
-        basis, coordinates = torch.linalg.qr(torch.cat([one.double() for one in rows]).T)  # [width, n], [n, rows]
+        basis, coordinates = torch.linalg.qr(torch.cat([row.double() for row in rows]).T)  # [width, n], [n, rows]
         frame, _ = torch.linalg.qr(torch.randn(basis.shape, generator=generator, dtype=torch.float64))
         drawn[key] = (frame @ coordinates).T
     return drawn[key]

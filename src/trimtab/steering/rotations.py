@@ -112,26 +112,26 @@ class Rotate(Directed, name="rotate"):
             raise TrimtabError(f"one_sided is true or false, got {self.one_sided!r}")
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        one = self.direction.new_ones(1)
+        ones = self.direction.new_ones(1)
         return {
             "direction": self.direction,
-            "angle": one * (strength * (self.angle or 0.0)),
-            "lean": one * (1 - 2 * strength if self.angle is None else 1.0),
-            "ceiling": one * (0.0 if self.one_sided else math.inf),
+            "angle": ones * (strength * (self.angle or 0.0)),
+            "lean": ones * (1 - 2 * strength if self.angle is None else 1.0),
+            "ceiling": ones * (0.0 if self.one_sided else math.inf),
         }
 
     def call(self, strength: float) -> tuple[Kernel, Rows]:
         """The whole reflection is linear, and a turn by one angle needs no angles of activations."""
-        u, one = self.direction, self.direction.new_ones(1)
+        u, ones = self.direction, self.direction.new_ones(1)
         if self.angle is None and strength == 1:
-            floor = {"floor.0": 0 * one} if self.one_sided else {}
-            return set_projections, {"direction.0": u, "weight.0": 2 * u, "target.0": 0 * one, **floor}
+            floor = {"floor.0": 0 * ones} if self.one_sided else {}
+            return set_projections, {"direction.0": u, "weight.0": 2 * u, "target.0": 0 * ones, **floor}
         if self.angle is None or not self.one_sided:
             return self.kernel, self.row(strength)
         less, sine = _cosine_less_one(strength * self.angle), math.sin(strength * self.angle)
         return turn, {
             "direction": u,
-            "shift": -SHORTEST * one,
+            "shift": -SHORTEST * ones,
             "turn": u.new_tensor([less, sine]),
             "cross": u.new_tensor([sine, -less]),
         }
@@ -189,13 +189,13 @@ class RotateInPlane(Directed, name="rotate_in_plane"):
         first = first / first.norm()
         other = second - (second @ first) * first
         other = other / other.norm()
-        one = first.new_ones(1)
+        ones = first.new_ones(1)
         return {
             "first": first,
             "other": other,
-            "target": one * math.atan2(float(second @ other), float(second @ first)),
-            "angle": one * (strength * (self.angle or 0.0)),
-            "share": one * (strength if self.angle is None else 0.0),
+            "target": ones * math.atan2(float(second @ other), float(second @ first)),
+            "angle": ones * (strength * (self.angle or 0.0)),
+            "share": ones * (strength if self.angle is None else 0.0),
         }
 
     def call(self, strength: float) -> tuple[Kernel, Rows]:
@@ -313,10 +313,10 @@ class RotatePredicted(Directed, name="rotate_predicted"):
         return rotate_predicted
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        one = self.direction.new_ones(1)
+        ones = self.direction.new_ones(1)
         return {
             "direction": self.direction,
-            "shift": -SHORTEST * one,
-            "one": one,
-            "last": torch.cat([math.pi * strength * one, self.weights[-1:].to(one.dtype)]),
+            "shift": -SHORTEST * ones,
+            "one": ones,
+            "last": torch.cat([math.pi * strength * ones, self.weights[-1:].to(ones.dtype)]),
         }

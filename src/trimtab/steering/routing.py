@@ -68,5 +68,5 @@ class RouteExperts(Directed, name="route_experts"):
         return cls(signs, margin=margin)
 
     def row(self, strength: float) -> dict[str, Tensor]:
-        one = self.direction.new_ones(1)
-        return {"towards": strength * self.direction, "margin": self.margin * one}
+        ones = self.direction.new_ones(1)
+        return {"towards": strength * self.direction, "margin": self.margin * ones}

@@ -124,9 +124,9 @@ def ask_side(tokenizer: Any, side: Side, letters: Sequence[str]) -> LetterQuesti
     Raises `TrimtabError` for a system prompt that the chat template leaves out, and as `ask` does.
     """
     assert isinstance(side.prompt, str)  # a pair of letters has no messages
-    asked = ask(tokenizer, side.prompt, letters, system=side.system)
+    question = ask(tokenizer, side.prompt, letters, system=side.system)
     _check_heard(tokenizer, side)
-    return asked
+    return question
 
 
 def _check_heard(tokenizer: Any, side: Side) -> None:
@@ -136,7 +136,9 @@ def _check_heard(tokenizer: Any, side: Side) -> None:
     if not any(role == "system" for role, _ in talk):
         return
     other = tuple((role, f"{content} {MARK}" if role == "system" else content) for role, content in talk)
-    mine, others = (render_messages(tokenizer, [{"role": r, "content": c} for r, c in one]) for one in (talk, other))
+    mine, others = (
+        render_messages(tokenizer, [{"role": r, "content": c} for r, c in turns]) for turns in (talk, other)
+    )
     if mine == others:
         raise TrimtabError("the chat template leaves system prompts out; put what it says into the prompt")
 
@@ -196,10 +198,10 @@ def _after(tokenizer: Any, answer: str, marker: str) -> list[int]:
         raise UnsupportedError("this tokenizer can't map tokens to characters; load its fast version")
     end = place + len(marker)
     offsets = tokenizer(answer, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    found = [i for i, (a, b) in enumerate(offsets) if b > end and not answer[a:end].strip()]
-    if not found:
+    after = [i for i, (a, b) in enumerate(offsets) if b > end and not answer[a:end].strip()]
+    if not after:
         raise TrimtabError(f"nothing comes after {marker!r} in the answer: {_shorten(answer, end=True)!r}")
-    return found
+    return after
 
 
 def _unquoted(marker: str) -> str:

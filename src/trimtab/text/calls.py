@@ -102,30 +102,30 @@ def form_of(tokenizer: Any) -> CallForm:
 
 def described(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages for a template that knows no tools: described in the system message, called and answered in text."""
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for message in messages:
         if isinstance(message.get("content"), list):  # with images
-            found.append(dict(message))
+            result.append(dict(message))
             continue
         content = str(message.get("content") or "")
         if message["role"] == "tool":
             text = f"<tool_response>\n{content}\n</tool_response>"
-            if found and found[-1].get("responses"):  # several, to several calls
-                found[-1]["content"] += f"\n{text}"
+            if result and result[-1].get("responses"):  # several, to several calls
+                result[-1]["content"] += f"\n{text}"
             else:
-                found.append({"role": "user", "content": text, "responses": True})
+                result.append({"role": "user", "content": text, "responses": True})
             continue
-        calls = [_call(one["function"]) for one in message.get("tool_calls") or ()]
-        found.append({"role": message["role"], "content": "\n".join([*([content] if content else []), *calls])})
-    for one in found:
-        one.pop("responses", None)
+        calls = [_call(call["function"]) for call in message.get("tool_calls") or ()]
+        result.append({"role": message["role"], "content": "\n".join([*([content] if content else []), *calls])})
+    for entry in result:
+        entry.pop("responses", None)
     if tools:
         text = GENERIC.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        if found and found[0]["role"] == "system":
-            found[0] = {**found[0], "content": f"{found[0]['content']}\n\n{text}"}
+        if result and result[0]["role"] == "system":
+            result[0] = {**result[0], "content": f"{result[0]['content']}\n\n{text}"}
         else:
-            found.insert(0, {"role": "system", "content": text})
-    return found
+            result.insert(0, {"role": "system", "content": text})
+    return result
 
 
 def _call(function: Mapping[str, Any]) -> str:

@@ -52,8 +52,8 @@ def encode(
     """
     if isinstance(prompt, str):
         if not (has_template(tokenizer) if chat is None else chat):
-            for name, given in (("a system message", system), ("a keyword of the template", template)):
-                if given:
+            for name, value in (("a system message", system), ("a keyword of the template", template)):
+                if value:
                     raise TrimtabError(f"{name} needs a chat template, and this prompt is plain text")
             return list(plain_tokens(tokenizer, prompt)["input_ids"])
         messages: list[Message] = [{"role": "user", "content": prompt}]
@@ -97,9 +97,9 @@ def encode_talk(tokenizer: Any, talk: Prompt) -> list[int]:
     if not answered:
         return encode(tokenizer, messages)
     encode(tokenizer, messages, template={CONTINUE: False})  # its checks, too
-    given: dict[str, Any] = {"tokenize": True, "return_dict": True}
-    found = _rendered(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **given)
-    return list(found["input_ids"])
+    options: dict[str, Any] = {"tokenize": True, "return_dict": True}
+    encoded = _rendered(tokenizer, _contents(tokenizer, messages), {"add_generation_prompt": False}, **options)
+    return list(encoded["input_ids"])
 
 
 def render_messages(tokenizer: Any, messages: Sequence[Message], template: Template | None = None) -> str:
@@ -145,21 +145,21 @@ def takes_parts(tokenizer: Any) -> bool:
     """
     template = str(tokenizer.chat_template)
     try:
-        known, found = _PARTS.get(tokenizer, (None, False))
+        known, takes = _PARTS.get(tokenizer, (None, False))
     except TypeError:  # it can't be hashed
         return _loses_text(tokenizer)
     if known != template:
-        found = _loses_text(tokenizer)
-        _PARTS[tokenizer] = template, found
-    return found
+        takes = _loses_text(tokenizer)
+        _PARTS[tokenizer] = template, takes
+    return takes
 
 
 def _loses_text(tokenizer: Any) -> bool:
-    given = {"add_generation_prompt": True, "tokenize": False}
+    options = {"add_generation_prompt": True, "tokenize": False}
     seen = []
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:
-            seen.append(_PROBE in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], **given)))
+            seen.append(_PROBE in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], **options)))
         except Exception:  # it wants more than that, or can't take it
             seen.append(False)
     return seen == [False, True]
@@ -167,13 +167,15 @@ def _loses_text(tokenizer: Any) -> bool:
 
 def _contents(tokenizer: Any, messages: Sequence[Message]) -> list[Message]:
     """The messages with their contents as the chat template takes them: texts, or parts where it takes these alone."""
-    plain = all(isinstance(one["content"], str) for one in messages)
+    plain = all(isinstance(message["content"], str) for message in messages)
     if takes_parts(tokenizer):
         return [
-            {**one, "content": [{"type": "text", "text": one["content"]}]} if isinstance(one["content"], str) else one
-            for one in messages
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message["content"], str)
+            else message
+            for message in messages
         ]
-    return list(messages) if plain else [{**one, "content": _joined(one["content"])} for one in messages]
+    return list(messages) if plain else [{**message, "content": _joined(message["content"])} for message in messages]
 
 
 def _joined(content: Any) -> Any:
@@ -220,9 +222,9 @@ def _continues(messages: Sequence[Message], wanted: bool | None) -> bool:
 
 def _notice_rendered(tokenizer: Any, prompt: str) -> None:
     """Warn of a string with special tokens that the chat template writes itself."""
-    if found := [token for token in _written(tokenizer) if token in prompt]:
+    if tokens := [token for token in _written(tokenizer) if token in prompt]:
         warnings.warn(
-            f"the prompt holds {', '.join(map(repr, found))}, which the chat template writes itself, and is put into a"
+            f"the prompt holds {', '.join(map(repr, tokens))}, which the chat template writes itself, and is put into a"
             " user's message all the same; if it is rendered already, say that it is plain text (chat=False, --plain)",
             TemplateWarning,
             stacklevel=outside(),
@@ -233,13 +235,13 @@ def _written(tokenizer: Any) -> tuple[str, ...]:
     """The special tokens in a user's message, as the chat template renders it."""
     template = str(tokenizer.chat_template)
     try:
-        known, found = _WRITTEN.get(tokenizer, (None, ()))
+        known, tokens = _WRITTEN.get(tokenizer, (None, ()))
     except TypeError:  # it can't be hashed
         return _special_tokens_of_template(tokenizer)
     if known != template:
-        found = _special_tokens_of_template(tokenizer)
-        _WRITTEN[tokenizer] = template, found
-    return found
+        tokens = _special_tokens_of_template(tokenizer)
+        _WRITTEN[tokenizer] = template, tokens
+    return tokens
 
 
 def _special_tokens_of_template(tokenizer: Any) -> tuple[str, ...]:

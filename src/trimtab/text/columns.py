@@ -49,14 +49,14 @@ class Columns:
     def parse(cls, parts: Collection[str], keys: str | None, ignore: str | None) -> Columns:
         """From the command line: `positive=a,negative=b`, and `a,b`. Raises `TrimtabError` for anything else."""
         named: dict[str, str] = {}
-        for one in (keys or "").split(",") if keys is not None else []:
-            part, equals, column = (piece.strip() for piece in one.partition("="))
+        for entry in (keys or "").split(",") if keys is not None else []:
+            part, equals, column = (piece.strip() for piece in entry.partition("="))
             if not equals or not part or not column:
-                raise TrimtabError(f"--keys {keys!r} can't be read at {one!r}; write positive=COLUMN,negative=COLUMN")
+                raise TrimtabError(f"--keys {keys!r} can't be read at {entry!r}; write positive=COLUMN,negative=COLUMN")
             if part in named:
                 raise TrimtabError(f"--keys {keys!r} names a column for {part!r} twice")
             named[part] = column
-        left_out = [one.strip() for one in ignore.split(",")] if ignore is not None else []
+        left_out = [name.strip() for name in ignore.split(",")] if ignore is not None else []
         if not all(left_out):
             raise TrimtabError(f"--ignore {ignore!r} can't be read; write COLUMN,COLUMN")
         return cls.of(parts, named, left_out)
@@ -73,15 +73,15 @@ class Columns:
 
 @dataclass
 class Row:
-    """One row while its parts are being found: what was found, under which name, and what is left."""
+    """One row while its parts are being read: the parts, their columns' names, and the columns that are left."""
 
-    found: dict[str, Any]
+    parts: dict[str, Any]
     names: dict[str, str]
     left: dict[str, Any]
 
     @classmethod
     def of(cls, row: Mapping[str, Any], columns: Columns) -> Row:
-        """The row with what was named found, and what is to be ignored left out."""
+        """The row with the named columns read, and those to be ignored left out."""
         named = {part: column for part, column in columns.keys.items() if column in row}
         taken = {*named.values(), *columns.ignore}
         left = {key: value for key, value in row.items() if key not in taken}
@@ -89,11 +89,11 @@ class Row:
 
     def has(self, part: str) -> bool:
         """Whether the part is there, under its own name or another; it may be empty."""
-        return part in self.found or any(name in self.left for name in _names(part))
+        return part in self.parts or any(name in self.left for name in _names(part))
 
     def take(self, part: str, where: str) -> None:
         """Find the part, if it is there. Raises `TrimtabError` where several columns could be it."""
-        if part in self.found:
+        if part in self.parts:
             return
         there = [name for name in _names(part) if name in self.left]
         said = [name for name in there if not is_blank(self.left[name])]
@@ -104,7 +104,7 @@ class Row:
             )
         if there:
             name = said[0] if said else there[0]
-            self.found[part], self.names[part] = self.left.pop(name), name
+            self.parts[part], self.names[part] = self.left.pop(name), name
 
     def name(self, part: str) -> str:
         """What the part's column is called, for an error."""
@@ -112,7 +112,7 @@ class Row:
 
     def check_rest(self, where: str) -> None:
         """Raises `TrimtabError`, naming them, where columns are left that may matter."""
-        read = list(self.found.values())
+        read = list(self.parts.values())
         if lost := [name for name, value in self.left.items() if _matters(name, value, read)]:
             raise TrimtabError(
                 f"{where}: nothing is read of {_listed(lost)}, and it may matter; say which part of a pair it is"
@@ -142,7 +142,7 @@ def _matters(name: str, value: Any, read: Sequence[Any]) -> bool:
     if is_blank(value) or known in BOOKKEEPING or known.endswith("_id"):
         return False
     if isinstance(value, str):
-        if _is_number(value) or any(isinstance(one, str) and value.strip() in one for one in read):
+        if _is_number(value) or any(isinstance(cell, str) and value.strip() in cell for cell in read):
             return False
         return value.strip().lower() not in ("true", "false")
     return isinstance(value, (list, tuple, dict)) and value not in read

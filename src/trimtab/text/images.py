@@ -51,7 +51,7 @@ def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) 
     Raises `TrimtabError`, naming the image by its number, for one that can't be read or is beyond the bounds.
     """
     count = 0
-    found = []
+    result = []
     for message in messages:
         content = message["content"]
         if not isinstance(content, str):
@@ -67,13 +67,13 @@ def with_images(messages: Sequence[Mapping[str, Any]], bounds: Bounds = BOUNDS) 
                     raise TrimtabError(f"a prompt has {bounds.images} images at most; leave some out")
                 parts.append({"type": "image", "image": read_image(_held(part, count), bounds, f"image {count}")})
             content = parts
-        found.append({**message, "content": content})
-    return found
+        result.append({**message, "content": content})
+    return result
 
 
 def beside(images: Sequence[str | Path], text: str) -> list[dict[str, Any]]:
     """A message's content: these images, and then the text."""
-    return [*({"type": "image", "path": str(one)} for one in images), {"type": "text", "text": text}]
+    return [*({"type": "image", "path": str(path)} for path in images), {"type": "text", "text": text}]
 
 
 def text_of(content: Any) -> str:
@@ -85,11 +85,11 @@ def text_of(content: Any) -> str:
     )
 
 
-def read_image(given: Any, bounds: Bounds = BOUNDS, what: str = "the image") -> Any:
+def read_image(source: Any, bounds: Bounds = BOUNDS, what: str = "the image") -> Any:
     """An image of Pillow's, in RGB and the right way up.
 
     Args:
-        given: One of Pillow's, the bytes of a file, a path, or a `data:` URL.
+        source: One of Pillow's, the bytes of a file, a path, or a `data:` URL.
         bounds: How much is read.
         what: Which image it is, for errors.
 
@@ -97,10 +97,10 @@ def read_image(given: Any, bounds: Bounds = BOUNDS, what: str = "the image") -> 
         TrimtabError: It isn't one, can't be decoded, is too large, or stands at an address.
     """
     pillow = _pillow()
-    if isinstance(given, pillow.Image):
-        _check_size(given, bounds, what)
-        return given.convert("RGB")
-    data = given if isinstance(given, (bytes, bytearray)) else _data(given, bounds, what)
+    if isinstance(source, pillow.Image):
+        _check_size(source, bounds, what)
+        return source.convert("RGB")
+    data = source if isinstance(source, (bytes, bytearray)) else _data(source, bounds, what)
     if len(data) > bounds.bytes:
         raise TrimtabError(f"{what} has {len(data)} bytes, {bounds.bytes} at most; make it smaller")
     try:
@@ -132,10 +132,10 @@ def _too_many_pixels(what: str, bounds: Bounds) -> str:
     return f"{what} has more than {bounds.pixels} pixels; make it smaller"
 
 
-def _data(given: Any, bounds: Bounds, what: str) -> bytes:
+def _data(image: Any, bounds: Bounds, what: str) -> bytes:
     """The bytes of a file, or of a `data:` URL."""
-    if isinstance(given, str) and given[:5].lower() == "data:":
-        head, comma, body = given.partition(",")
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        head, comma, body = image.partition(",")
         if not comma or not head.lower().endswith(";base64"):
             raise TrimtabError(f"{what}: a data: URL of an image is data:image/png;base64,…")
         if len(body) > bounds.bytes * 4 // 3 + 4:
@@ -144,14 +144,14 @@ def _data(given: Any, bounds: Bounds, what: str) -> bytes:
             return base64.b64decode(body, validate=True)
         except (binascii.Error, ValueError) as error:
             raise TrimtabError(f"{what}: its data: URL isn't base64: {error}") from None
-    if isinstance(given, str) and "://" in given[:32]:
+    if isinstance(image, str) and "://" in image[:32]:
         instead = "give its file, its bytes or a data: URL" if bounds.local else "give a data: URL"
         raise TrimtabError(f"{what} stands at an address, and nothing is fetched from there; {instead}")
-    if not isinstance(given, (str, Path)):
-        raise TrimtabError(f"{what} is an image of Pillow's, bytes, a path or a data: URL, got {type(given).__name__}")
+    if not isinstance(image, (str, Path)):
+        raise TrimtabError(f"{what} is an image of Pillow's, bytes, a path or a data: URL, got {type(image).__name__}")
     if not bounds.local:
         raise TrimtabError(f"{what} is no data: URL; give data:image/png;base64,…")
-    path = Path(given)
+    path = Path(image)
     try:
         if not path.is_file():
             raise TrimtabError(f"{what}: there is no file {str(path)[:200]}")
@@ -168,11 +168,11 @@ def _is_image(part: Any) -> bool:
 
 def _held(part: Mapping[str, Any], number: int) -> Any:
     """What a part has for an image."""
-    found = [part[name] for name in HELD if part.get(name) is not None]
-    if len(found) != 1:
-        raise TrimtabError(f"image {number}: its part needs one of {', '.join(HELD)}, and has {len(found)} of them")
-    given = found[0]["url"] if isinstance(found[0], Mapping) and "url" in found[0] else found[0]
-    return f"data:;base64,{given}" if "base64" in part and isinstance(given, str) else given
+    present = [part[name] for name in HELD if part.get(name) is not None]
+    if len(present) != 1:
+        raise TrimtabError(f"image {number}: its part needs one of {', '.join(HELD)}, and has {len(present)} of them")
+    held = present[0]["url"] if isinstance(present[0], Mapping) and "url" in present[0] else present[0]
+    return f"data:;base64,{held}" if "base64" in part and isinstance(held, str) else held
 
 
 def _text(part: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,12 +74,12 @@ def ask(tokenizer: Any, question: str, letters: Sequence[str], *, system: str | 
 
 def ask_prompt(tokenizer: Any, prompt: Prompt, letters: Sequence[str]) -> LetterQuestion:
     """`ask` for a prompt that `question_prompt` has made."""
-    found = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
-    opening, _, closing = next(iter(found.values()))
+    by_letter = {letter: answer_ids(tokenizer, letter, after_space=not has_template(tokenizer)) for letter in letters}
+    opening, _, closing = next(iter(by_letter.values()))
     return LetterQuestion(
         prompt=tuple(encode(tokenizer, prompt)),
         opening=tuple(opening),
-        letters={letter: token for letter, (_, token, _) in found.items()},
+        letters={letter: token for letter, (_, token, _) in by_letter.items()},
         closing=tuple(closing),
     )
 

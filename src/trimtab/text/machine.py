@@ -58,12 +58,12 @@ class Machine:
     def read(self, state: State, piece: bytes) -> Step:
         """What a piece leads to from this state."""
         key = (state, piece)
-        found = self._known.get(key)
-        if found is None:
+        step = self._known.get(key)
+        if step is None:
             if len(self._known) >= KEPT:
                 self._known.clear()
-            found = self._known[key] = self._read(state, piece)
-        return found
+            step = self._known[key] = self._read(state, piece)
+        return step
 
     def _read(self, state: State, piece: bytes) -> Step:
         mode, held, modes, completed = state.mode, state.held, [state.mode], False

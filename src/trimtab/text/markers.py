@@ -55,21 +55,21 @@ CHANNELS = Machine(
 PROBE = "trimtab-probe"
 
 
-def thinking_machine(tokenizer: Any, given: Sequence[str], strict: bool) -> Machine:
+def thinking_machine(tokenizer: Any, markers: Sequence[str], strict: bool) -> Machine:
     """In mode `THINKING` between the markers, in mode `ANSWER` outside of them.
 
     Args:
         tokenizer: Whose markers they are, unless some are given.
-        given: The marker that opens thinking and the one that closes it, or nothing.
+        markers: The marker that opens thinking and the one that closes it, or nothing.
         strict: Whether a model without markers is refused; otherwise all is the answer.
 
     Raises:
         TrimtabError: A model without markers, if that is refused.
     """
-    if not given and has_markers(tokenizer, "<|channel|>", "<|message|>"):
+    if not markers and has_markers(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
     known = [pair for pair in THINKING_PAIRS if has_markers(tokenizer, *pair)]
-    pair = tuple(given) or next(iter(known), ())
+    pair = tuple(markers) or next(iter(known), ())
     if not pair and strict:
         raise TrimtabError(
             "this model has no markers of thinking that are known, neither in its chat template nor among its special"
@@ -80,19 +80,19 @@ def thinking_machine(tokenizer: Any, given: Sequence[str], strict: bool) -> Mach
     return Machine({ANSWER: {pair[0]: THINKING}, THINKING: {pair[1]: ANSWER}}, ANSWER)
 
 
-def tools_machine(tokenizer: Any, given: Sequence[str]) -> Machine:
+def tools_machine(tokenizer: Any, markers: Sequence[str]) -> Machine:
     """In mode `OUTSIDE`, or another that isn't a `TOOL`, outside of tool calls.
 
     Args:
         tokenizer: Whose markers they are, unless some are given.
-        given: Markers that open and close such parts, in pairs, or nothing.
+        markers: Markers that open and close such parts, in pairs, or nothing.
 
     Raises:
         TrimtabError: A model without markers.
     """
-    if not given and has_markers(tokenizer, "<|channel|>", "<|message|>"):
+    if not markers and has_markers(tokenizer, "<|channel|>", "<|message|>"):
         return CHANNELS
-    pairs = list(zip(given[::2], given[1::2], strict=True))
+    pairs = list(zip(markers[::2], markers[1::2], strict=True))
     pairs = pairs or [pair for pair in TOOL_PAIRS if has_markers(tokenizer, *filter(None, pair))]
     if not pairs:
         raise TrimtabError(

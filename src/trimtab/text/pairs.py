@@ -119,10 +119,10 @@ def conversation(messages: Any, name: str = "messages") -> Conversation:
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         raise TrimtabError(f"{name!r} is a text or a list of messages, got {messages!r}")
-    found = tuple(_message(message, name) for message in messages)
-    if not any(content.strip() for _, content in found):
+    turns = tuple(_message(message, name) for message in messages)
+    if not any(content.strip() for _, content in turns):
         raise TrimtabError(f"{name!r} is empty: no message says anything")
-    return found
+    return turns
 
 
 def _message(message: Any, name: str) -> tuple[str, str]:
@@ -144,8 +144,8 @@ def _check(pair: Pair) -> None:
     if talks and pair.shape in ("texts", "letters"):
         raise TrimtabError(f"the prompt and both sides of pairs of {pair.shape} are texts, not messages")
     if pair.shape != "answers":
-        given = [words for words in (pair.positive, pair.negative) if not isinstance(words, str)]
-        if any(words[-1][0] == "assistant" for words in given):
+        conversations = [words for words in (pair.positive, pair.negative) if not isinstance(words, str)]
+        if any(words[-1][0] == "assistant" for words in conversations):
             raise TrimtabError("a prompt ends where the answer begins, and these messages end with the assistant's")
     for side in sides(pair):
         if talks and pair.shape == "answers" and not side.prompt:
@@ -195,7 +195,7 @@ def _repeats(side: Any, prompt: Any) -> bool:
         return False
     if not isinstance(prompt, str):
         return len(side) > len(prompt) and side[: len(prompt)] == list(prompt)
-    said = [one for one in side[:-1] if isinstance(one, Mapping) and one.get("role") != "system"]
+    said = [message for message in side[:-1] if isinstance(message, Mapping) and message.get("role") != "system"]
     return bool(said) and said[0].get("role") == "user" and said[0].get("content") == prompt
 
 
@@ -211,18 +211,18 @@ def _prompts(row: Mapping[str, Any]) -> Pair:
 
 def _systems(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """Both sides' system prompts. An empty one is none, as in a table where only some rows have one."""
-    given: dict[str, str] = {}
+    systems: dict[str, str] = {}
     for key in SYSTEMS:
         if (value := row.get(key)) is None:
             continue
         if not _is_text(value):
             raise TrimtabError(f"{key!r} is no text")
         if value.strip():
-            given[key] = value
-    if "system" in given and len(given) > 1:
+            systems[key] = value
+    if "system" in systems and len(systems) > 1:
         raise TrimtabError("'system' is the system prompt of both sides; leave it out, or the sides' own")
-    both = given.get("system")
-    return given.get("positive_system", both), given.get("negative_system", both)
+    both = systems.get("system")
+    return systems.get("positive_system", both), systems.get("negative_system", both)
 
 
 def _statement(row: Mapping[str, Any]) -> Statement:
@@ -284,15 +284,15 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
     Raises `TrimtabError` naming the file and the line for a missing file, a row without either, or no rows.
     """
     path = Path(path)
-    found = []
+    examples = []
     for where, row in read_rows(path):
         sides = [row.get(key) for key in ("prompt", "answer")] if isinstance(row, dict) else [None]
         if not all(_is_text(side) and str(side).strip() for side in sides):
             raise TrimtabError(f"{where}: an example has prompt and answer, both texts that aren't empty")
-        found.append((str(sides[0]), str(sides[1])))
-    if not found:
+        examples.append((str(sides[0]), str(sides[1])))
+    if not examples:
         raise TrimtabError(f"{path} has no examples in it; write one a row, with prompt and answer")
-    return found
+    return examples
 
 
 def pairs_from_rows(
@@ -332,11 +332,11 @@ def as_pairs(pairs: Pairs) -> list[Pair]:
         raise TrimtabError(f"pairs are given as a list, got a {type(pairs).__name__}; give .to_dict('records') of it")
     if not isinstance(pairs, Iterable):
         raise TrimtabError(f"pairs are given as a list of {KINDS}, got {type(pairs).__name__}")
-    given = list(pairs)
-    ready = [pair for pair in given if isinstance(pair, Pair)]
-    if len(ready) == len(given):
+    items = list(pairs)
+    ready = [pair for pair in items if isinstance(pair, Pair)]
+    if len(ready) == len(items):
         return ready
-    made = [_given(pair, f"pairs[{i}]") for i, pair in enumerate(given)]
+    made = [_as_pair(pair, f"pairs[{i}]") for i, pair in enumerate(items)]
     for i, pair in enumerate(made):
         if pair.shape != made[0].shape:
             raise TrimtabError(
@@ -345,7 +345,7 @@ def as_pairs(pairs: Pairs) -> list[Pair]:
     return made
 
 
-def _given(pair: Any, where: str) -> Pair:
+def _as_pair(pair: Any, where: str) -> Pair:
     if isinstance(pair, Pair):
         return pair
     if isinstance(pair, Mapping):
@@ -362,14 +362,14 @@ def _given(pair: Any, where: str) -> Pair:
 def _pair_of(row: dict[str, Any], where: str) -> Pair:
     columns = Columns.of(KEYS, None, ())
     columns.check([row], where)
-    found = _read(row, where, columns)
-    if isinstance(found, Statement):
+    entry = _read(row, where, columns)
+    if isinstance(entry, Statement):
         raise TrimtabError(f"{where} is a labelled statement, not a pair; pairs_from_rows pairs statements")
-    return found
+    return entry
 
 
 def pairs_from_text(text: str, name: str = "pairs") -> list[Pair]:
-    """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, told apart by how it begins.
+    """The pairs of what somebody typed or pasted: a JSON list, JSONL, CSV or TSV, distinguished by how it begins.
 
     Raises `TrimtabError` for text that is none of these, naming the line.
     """
@@ -411,13 +411,13 @@ def _pairs(rows: Iterable[tuple[str, Any]], columns: Columns, name: str) -> list
     pairs: list[Pair] = []
     statements: list[Statement] = []
     for where, row in rows:
-        one = _read(row, where, columns)
-        if isinstance(one, Statement):
-            statements.append(one)
+        entry = _read(row, where, columns)
+        if isinstance(entry, Statement):
+            statements.append(entry)
         else:
-            if pairs and one.shape != pairs[0].shape:
-                raise TrimtabError(f"{where}: a pair of {one.shape} among pairs of {pairs[0].shape}; split the file")
-            pairs.append(one)
+            if pairs and entry.shape != pairs[0].shape:
+                raise TrimtabError(f"{where}: a pair of {entry.shape} among pairs of {pairs[0].shape}; split the file")
+            pairs.append(entry)
         if statements and pairs:
             raise TrimtabError(f"{where}: labelled statements and pairs are in one file; split it")
     return pairs if not statements else [_paired(*two, name) for two in pair_up(statements, name)]
@@ -439,22 +439,22 @@ def _read(row: Any, where: str, columns: Columns) -> Pair | Statement:
         raise TrimtabError(f"{where}: no pair: {_what_it_has(cells, row)}. Shapes: {_shapes()}")
     for key in (*keys, *(() if "question" in keys else ("prompt",)), *SYSTEMS):
         cells.take(key, where)
-    for key, value in cells.found.items():
+    for key, value in cells.parts.items():
         if is_nan(value):
             raise TrimtabError(f"{where}: {cells.name(key)!r} is NaN, an empty cell; take the row out, or fill it in")
         if key in keys and key != "label" and (not _is_words(value, key) or not str(value).strip()):
             raise TrimtabError(f"{where}: {cells.name(key)!r} is empty or no text; a pair needs both sides")
-    if not _is_words(cells.found.get("prompt") or "", "prompt"):
+    if not _is_words(cells.parts.get("prompt") or "", "prompt"):
         raise TrimtabError(f"{where}: {cells.name('prompt')!r} is no text")
     try:
-        one = SHAPES[keys](cells.found)
-        both = sides(one) if isinstance(one, Pair) else ()
+        entry = SHAPES[keys](cells.parts)
+        both = sides(entry) if isinstance(entry, Pair) else ()
     except TrimtabError as error:
         raise TrimtabError(f"{where}: {error}") from None
     if both and both[0] == both[1]:
         raise TrimtabError(f"{where}: both sides of the pair are the same")
     cells.check_rest(where)
-    return one
+    return entry
 
 
 def _what_it_has(cells: Row, row: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from trimtab.text.unfolding import Unfolding
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """The text that each token adds: they join to the whole text. A character of several tokens is the last one's."""
     unfolding = Unfolding(tokenizer)
-    found = [unfolding.add(token) for token in ids]
-    if found:
-        found[-1] += unfolding.finish()
-    return found
+    texts = [unfolding.add(token) for token in ids]
+    if texts:
+        texts[-1] += unfolding.finish()
+    return texts

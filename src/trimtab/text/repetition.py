@@ -1,4 +1,4 @@
-"""Whether a text goes in circles, told by code."""
+"""Whether a text goes in circles, decided by code."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ class Parts:
         if self._fresh:
             self._held = self._held.lstrip()
             self._fresh = not self._held
-        text, found, rest = self._held.partition(marker)
-        if found:
+        text, matched, rest = self._held.partition(marker)
+        if matched:
             self._held = rest
             return text.rstrip(), True
         if last:
@@ -168,11 +168,11 @@ class Parts:
             return
         if not last:
             return
-        found = _calls_in(text, self.marks.tools)
-        for name, arguments in found:
+        calls = _calls_in(text, self.marks.tools)
+        for name, arguments in calls:
             yield from self._call(name)
             yield CallArguments(self.calls - 1, arguments)
-        if not found and self._held:
+        if not calls and self._held:
             yield Words(self._held)
         self._held = ""
 
@@ -186,10 +186,10 @@ class Parts:
         """Until the name is known, and its arguments begin."""
         form = self.marks.calls
         assert form is not None
-        found = (HEAD if form.before else HEAD_ARGS).match(self._held)
-        if found is not None:
-            yield from self._call(json.loads(found[1]) if form.before else found[1])
-            self._held = self._held[found.end() :]
+        match = (HEAD if form.before else HEAD_ARGS).match(self._held)
+        if match is not None:
+            yield from self._call(json.loads(match[1]) if form.before else match[1])
+            self._held = self._held[match.end() :]
             self._state = self._arguments
         elif last:
             if text := form.opens + self._held:
@@ -219,9 +219,9 @@ class Parts:
         form = self.marks.calls
         assert form is not None
         if form.many == "list":
-            if found := re.match(r"\s*\}\s*([],])", self._held):
-                self._held = self._held[found.end() :]
-                self._fresh, self._state = True, self._begun if found[1] == "," else self._words
+            if match := re.match(r"\s*\}\s*([],])", self._held):
+                self._held = self._held[match.end() :]
+                self._fresh, self._state = True, self._begun if match[1] == "," else self._words
         elif form.closes:
             _, closed = self._until(form.closes, last)
             if closed:
@@ -247,7 +247,7 @@ def _calls_in(text: str, tools: Collection[str]) -> list[tuple[str, str]]:
 
     Several stand one after the other, perhaps with a semicolon between.
     """
-    found, at = [], 0
+    calls, at = [], 0
     while at < len(text.rstrip()):
         head = HEAD.match(text, at)
         if head is None or json.loads(head[1]) not in tools:
@@ -259,6 +259,6 @@ def _calls_in(text: str, tools: Collection[str]) -> list[tuple[str, str]]:
         tail = re.compile(r"\s*\}\s*;?\s*").match(text, end)
         if tail is None:
             return []
-        found.append((json.loads(head[1]), text[head.end() : end]))
+        calls.append((json.loads(head[1]), text[head.end() : end]))
         at = tail.end()
-    return found
+    return calls

@@ -81,8 +81,8 @@ class TemplateParts:
             yield kind(shown)
 
     def _called(self, value: Any) -> Iterator[Part]:
-        for one in value if isinstance(value, list) else [value]:
-            function = one.get("function", one) if isinstance(one, Mapping) else {}
+        for call in value if isinstance(value, list) else [value]:
+            function = call.get("function", call) if isinstance(call, Mapping) else {}
             if not isinstance(function.get("name"), str):
                 continue
             arguments = function.get("arguments", {})

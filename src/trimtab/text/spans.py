@@ -154,7 +154,7 @@ def found_in_text(
     """
     _check_fast(tokenizer)
     messages: list[Message] = [
-        {**one, "content": _without_pixels(one["content"])} for one in checked_messages(prompt, system)
+        {**message, "content": _without_pixels(message["content"])} for message in checked_messages(prompt, system)
     ]
     text = render_messages(tokenizer, messages, template)
     read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -180,11 +180,11 @@ def _spans(
     if not wanted:
         raise TrimtabError("there is no phrase to emphasize; give at least one")
     characters: list[Span] = []
-    for one in wanted:
-        if isinstance(one, Part):
-            characters.append(_part(tokenizer, rendered, messages, one, template))
+    for phrase in wanted:
+        if isinstance(phrase, Part):
+            characters.append(_part(tokenizer, rendered, messages, phrase, template))
         else:
-            characters += _places(rendered.text, one)
+            characters += _places(rendered.text, phrase)
     return _join([_tokens(rendered, start, stop) for start, stop in characters])
 
 

@@ -44,22 +44,22 @@ def pair_up(statements: Sequence[Statement], name: str) -> list[tuple[Statement,
     there is no pair among them.
     """
     groups: dict[tuple[Any, ...], tuple[list[Statement], list[Statement]]] = {}
-    for one in statements:
-        groups.setdefault(one.under, ([], []))[0 if one.holds else 1].append(one)
-    found = [pair for true, false in groups.values() for pair in zip(true, false, strict=False)]
-    count = sum(one.holds for one in statements)
-    if not found:
+    for statement in statements:
+        groups.setdefault(statement.under, ([], []))[0 if statement.holds else 1].append(statement)
+    pairs = [pair for true, false in groups.values() for pair in zip(true, false, strict=False)]
+    count = sum(statement.holds for statement in statements)
+    if not pairs:
         alike = " of the same prompt" if len(groups) > 1 else ""
         raise TrimtabError(
             f"{name}: {count} statements are true and {len(statements) - count} false; a pair is one of each{alike}"
         )
     how = "in the order they come" if len(groups) == 1 else "in the order they come, under the same prompt"
-    spare = len(statements) - 2 * len(found)
+    spare = len(statements) - 2 * len(pairs)
     left = f"; {spare} without a partner {'is' if spare == 1 else 'are'} left out" if spare else ""
-    made = f"{len(found)} {'pair' if len(found) == 1 else 'pairs'} made of {len(statements)} labelled statements"
+    made = f"{len(pairs)} {'pair' if len(pairs) == 1 else 'pairs'} made of {len(statements)} labelled statements"
     warnings.warn(
         f"{name}: {made}, a true one and a false one each, {how}{left}",
         PairingWarning,
         stacklevel=outside(),
     )
-    return found
+    return pairs

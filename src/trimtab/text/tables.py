@@ -19,7 +19,7 @@ FORMATS = ".jsonl, .json, .csv, .tsv or .parquet"
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a file, told by its suffix.
+    """The rows of a file, read as its suffix says.
 
     Raises `TrimtabError` naming the file and the line for a missing file, one of another kind, or a malformed row.
     """

@@ -105,17 +105,17 @@ def parse_keywords(texts: list[str] | None) -> dict[str, Any]:
 
     Raises `TrimtabError` for anything without a name and a value, and for a name that is given twice.
     """
-    found: dict[str, Any] = {}
+    keywords: dict[str, Any] = {}
     for text in texts or []:
         name, equals, value = text.partition("=")
         if not equals or not name.strip():
             raise TrimtabError(f"--template {text!r} can't be read; write KEYWORD=VALUE, such as enable_thinking=false")
-        if name.strip() in found:
+        if name.strip() in keywords:
             raise TrimtabError(f"--template gives {name.strip()!r} twice")
         try:
-            found[name.strip()] = json.loads(value)
+            keywords[name.strip()] = json.loads(value)
         except (ValueError, RecursionError):
             if value.strip().lower() in ("true", "false"):
                 value = value.strip().lower() == "true"  # type: ignore[assignment]
-            found[name.strip()] = value
-    return found
+            keywords[name.strip()] = value
+    return keywords

@@ -18,8 +18,8 @@ def token_bytes(tokenizer: Any, token: int) -> bytes | None:
     piece = tokenizer.convert_ids_to_tokens(int(token))
     if not isinstance(piece, str):
         return None
-    if found := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
-        return bytes([int(found[1], 16)])
+    if match := re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece):
+        return bytes([int(match[1], 16)])
     table = _printable()
     return bytes(table[c] for c in piece) if all(c in table for c in piece) else None
 

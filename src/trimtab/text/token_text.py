@@ -33,12 +33,12 @@ class TokenText:
     def added(self, before: int, token: int) -> bytes:
         """What a token adds behind the one before it."""
         key = (-1 if self._of_bytes else before, token)
-        found = self._known.get(key)
-        if found is None:
+        addition = self._known.get(key)
+        if addition is None:
             if len(self._known) >= KEPT:
                 self._known.clear()
-            found = self._known[key] = self._added(before, token)
-        return found
+            addition = self._known[key] = self._added(before, token)
+        return addition
 
     def _added(self, before: int, token: int) -> bytes:
         if token in self._written:

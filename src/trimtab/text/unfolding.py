@@ -50,11 +50,11 @@ class Unfolding:
 
     def _let_go(self, more: str) -> str:
         text = self._held + more
-        places = [place for place in (text.find(one) for one in self.stop) if place >= 0]
+        places = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
         if places:
             self.stopped, self._held = True, ""
             return text[: min(places)]
-        kept = max((overlap(text, one) for one in self.stop), default=0)
+        kept = max((overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
 

@@ -59,17 +59,17 @@ def grid(
     Raises `TrimtabError` when there is nothing to try, or a strength is 0 (not to steer is always tried) or no
     finite number.
     """
-    found = []
+    candidates = []
     for name, steering in learned.items():
         for strength in strengths[name] if isinstance(strengths, Mapping) else strengths:
             if check_strength(strength) == 0:
                 raise TrimtabError("strength 0 is no steering, and that is always tried; leave it out")
             for rule in [None] if positions is None else positions:
                 for layer in steering.layers:
-                    one = strength * steering.only([layer])
-                    one = one if rule is None else one.at(rule)
-                    where = str(one.edits[0].positions)
-                    found.append(Candidate(Setting(layer, float(strength), where, name), one))
-    if not found:
+                    scaled = strength * steering.only([layer])
+                    scaled = scaled if rule is None else scaled.at(rule)
+                    where = str(scaled.edits[0].positions)
+                    candidates.append(Candidate(Setting(layer, float(strength), where, name), scaled))
+    if not candidates:
         raise TrimtabError("there is nothing to try: no steering, no layer, no strength or no positions")
-    return found
+    return candidates

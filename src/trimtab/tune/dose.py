@@ -26,7 +26,7 @@ GROWING = (*ADDING, Rotate, RotateInPlane, RotatePredicted)
 """Operations whose edit is nothing at strength 0 and grows with it: rotations up to half a turn, the others always."""
 
 CLOSE = 0.02
-"""A dose so near to the one asked for, as a share of it, is near enough."""
+"""A dose so near to the requested one, as a share of it, is near enough."""
 
 TRIES = 12
 TOKENS = 8
@@ -74,20 +74,20 @@ def at_dose(
     check_growing(steering)
     factor, below, above = 1.0, (0.0, 0.0), None
     for _ in range(TRIES):
-        found = _measured(lm, factor * steering, prompts, tokens, options)
-        if found is None:
+        measured = _measured(lm, factor * steering, prompts, tokens, options)
+        if measured is None:
             raise TrimtabError(
                 "nothing is steered on these prompts (strength 0, a shut gate, or positions that they haven't got), so"
                 " no strength has a dose there"
             )
-        if abs(found - dose) <= CLOSE * dose:
-            return Dosed(factor * steering, factor, found)
-        if found < dose:
-            below = (factor, found)
+        if abs(measured - dose) <= CLOSE * dose:
+            return Dosed(factor * steering, factor, measured)
+        if measured < dose:
+            below = (factor, measured)
         else:
-            above = (factor, found)
+            above = (factor, measured)
         factor = _next(below, above, dose)
-    nearest = min((one for one in (below, above) if one is not None), key=lambda one: abs(one[1] - dose))
+    nearest = min((bound for bound in (below, above) if bound is not None), key=lambda bound: abs(bound[1] - dose))
     raise TrimtabError(
         f"no strength was found at which the dose is {dose:g}: at {nearest[0]:.3g} times the steering it is"
         f" {nearest[1]:.3g}; ask for a dose near that, or give a strength"
@@ -131,4 +131,4 @@ def _measured(
     doses = [answer.applied.overall for answer in answers if answer.applied.doses]
     if not doses:
         return None
-    return math.inf if any(math.isnan(one) for one in doses) else mean(doses)
+    return math.inf if any(math.isnan(dose) for dose in doses) else mean(doses)

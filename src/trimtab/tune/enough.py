@@ -1,4 +1,4 @@
-"""Whether a search can end in a verdict at all: told before it starts, since nothing that it finds can change it."""
+"""Whether a search can end in a verdict at all: known before it starts, since nothing in it can change that."""
 
 from __future__ import annotations
 

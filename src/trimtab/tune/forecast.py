@@ -1,4 +1,5 @@
-"""Will a direction steer? Told from its pairs and from what a push along it does to the next token, before any answer.
+"""Will a direction steer? Estimated from its pairs and from what a push along it does to the next token, before any
+answer.
 
 Two numbers of the pairs foretell whether a mean difference steers: how far the pairs' differences agree, and how well
 it separates the sides (Braun et al., arXiv 2505.22637 and 2602.17881). Both are taken on pairs that the direction
@@ -126,16 +127,16 @@ class Forecast:
         )
 
 
-def forecast(found: Predictors, fit: Mapping[str, Any] | None = None) -> Forecast:
+def forecast(measured: Predictors, fit: Mapping[str, Any] | None = None) -> Forecast:
     """What a fit says of these numbers.
 
     Args:
-        found: The predictors.
+        measured: The predictors.
         fit: What `fit` gave; default: the one that comes along, which `data/forecast.json` tells the origin of.
     """
     known = read_json(FILE) if fit is None else fit
-    chance = chance_of(found.features, known)
-    return Forecast(chance, found, int(known["results"]), int(known["worked"]), float(known["auc"]))
+    chance = chance_of(measured.features, known)
+    return Forecast(chance, measured, int(known["results"]), int(known["worked"]), float(known["auc"]))
 
 
 def chance_of(features: Sequence[float], fit: Mapping[str, Any]) -> float:
@@ -154,7 +155,7 @@ def predictors(
     base: Reference | None = None,
     seed: int = 0,
 ) -> Predictors:
-    """What can be told of a steering before anything is generated with it.
+    """What is known of a steering before anything is generated with it.
 
     Args:
         lm: The model, on the transformers engine.
@@ -167,10 +168,10 @@ def predictors(
     Raises:
         TrimtabError: Fewer than `LEAST` pairs, sides that don't differ, or a steering without a random like.
     """
-    found = as_pairs(pairs)
-    if len(found) < LEAST:
-        raise TrimtabError(f"of {len(found)} pairs nothing can be foretold; {LEAST} are needed")
-    agree, separation, auc = separated(lm, found, steering.layers)
+    pair_list = as_pairs(pairs)
+    if len(pair_list) < LEAST:
+        raise TrimtabError(f"of {len(pair_list)} pairs nothing can be foretold; {LEAST} are needed")
+    agree, separation, auc = separated(lm, pair_list, steering.layers)
     measured = reference(lm, list(prompts), tokens=TOKENS) if base is None else base
     seen: dict[float, float] = {}
 
@@ -201,8 +202,8 @@ def separated(lm: LM, pairs: Sequence[Pair], layers: Sequence[int]) -> tuple[flo
     read = prompt_texts(lm, pairs) if pairs[0].shape == "prompts" else answer_texts(lm, pairs)
     chosen = [layers[i * len(layers) // LAYERS] for i in range(LAYERS)] if len(layers) > LAYERS else list(layers)
     values = _read(lm, read, chosen)
-    found = [held_out(values[layer]) for layer in chosen]
-    agree, separation, auc = (sum(column) / len(found) for column in zip(*found, strict=True))
+    figures = [held_out(values[layer]) for layer in chosen]
+    agree, separation, auc = (sum(column) / len(figures) for column in zip(*figures, strict=True))
     return agree, separation, auc
 
 
@@ -229,8 +230,8 @@ def held_out(values: Tensor) -> tuple[float, float, float]:
 
 def _read(lm: LM, groups: Sequence[tuple[Text, Text]], layers: Sequence[int]) -> dict[int, Tensor]:
     """`[pairs, 2, width]` at each layer, float64: of each text the mean over where it is read."""
-    found = read_each(lm, groups, [Site(layer) for layer in layers], pooled=True)
-    return {site.layer: torch.stack([torch.cat(both) for both in pairs]) for site, pairs in found.items()}
+    activations = read_each(lm, groups, [Site(layer) for layer in layers], pooled=True)
+    return {site.layer: torch.stack([torch.cat(both) for both in pairs]) for site, pairs in activations.items()}
 
 
 # ---- fitting -----------------------------------------------------------------------------------------------------
@@ -255,10 +256,10 @@ def fit(cases: Sequence[Case], penalty: float = 1.0) -> dict[str, Any]:
         raise TrimtabError(
             f"of {len(cases)} bench results {sum(case.worked for case in cases)} worked; a fit needs both outcomes"
         )
-    found = _fit(cases, penalty)
+    fitted = _fit(cases, penalty)
     chances, worked = left_out(cases, penalty)
     auc = round(auc_of(chances, worked), 6)
-    return {**found, "names": list(NAMES), "results": len(cases), "worked": sum(worked), "auc": auc}
+    return {**fitted, "names": list(NAMES), "results": len(cases), "worked": sum(worked), "auc": auc}
 
 
 def left_out(cases: Sequence[Case], penalty: float = 1.0) -> tuple[list[float], list[bool]]:
@@ -304,8 +305,8 @@ def _fit(cases: Sequence[Case], penalty: float) -> dict[str, Any]:
         if float(step.norm()) < 1e-10:
             break
     return {
-        "means": [round(float(one), 6) for one in means],
-        "deviations": [round(float(one), 6) for one in deviations],
-        "weights": [round(float(one), 6) for one in weights[:-1]],
+        "means": [round(float(value), 6) for value in means],
+        "deviations": [round(float(value), 6) for value in deviations],
+        "weights": [round(float(value), 6) for value in weights[:-1]],
         "intercept": round(float(weights[-1]), 6),
     }

@@ -48,17 +48,17 @@ class Guard:
         """
         if len(steered) != len(unsteered) or not steered:
             raise ValueError(f"{len(steered)} steered answers and {len(unsteered)} unsteered ones can't be compared")
-        found = [*self._perplexity(steered, unsteered)]
+        reasons = [*self._perplexity(steered, unsteered)]
         rules: tuple[tuple[str, float | None, Callable[[Fluency], float]], ...] = (
-            ("repeated four-grams", self.repeated, lambda one: one.repeated),
-            ("empty answers", self.empty, lambda one: one.empty),
-            ("answers cut off", self.cut, lambda one: one.cut),
+            ("repeated four-grams", self.repeated, lambda answer: answer.repeated),
+            ("empty answers", self.empty, lambda answer: answer.empty),
+            ("answers cut off", self.cut, lambda answer: answer.cut),
         )
         for what, limit, measure in rules:
             here, there = mean(map(measure, steered)), mean(map(measure, unsteered))
             if limit is not None and here > there + limit + 1e-9:
-                found.append(f"{what}: {here:.0%}, unsteered {there:.0%}")
-        return tuple(found)
+                reasons.append(f"{what}: {here:.0%}, unsteered {there:.0%}")
+        return tuple(reasons)
 
     def _perplexity(self, steered: Sequence[Fluency], unsteered: Sequence[Fluency]) -> list[str]:
         here, there = median_perplexity(steered), median_perplexity(unsteered)
@@ -76,5 +76,7 @@ STANDARD = Guard()
 
 def median_perplexity(answers: Sequence[Fluency]) -> float | None:
     """The median over answers that aren't empty; `None` if all are."""
-    values = [math.inf if math.isnan(one.perplexity) else one.perplexity for one in answers if not one.empty]
+    values = [
+        math.inf if math.isnan(answer.perplexity) else answer.perplexity for answer in answers if not answer.empty
+    ]
     return median(values) if values else None

@@ -76,7 +76,7 @@ def ladder(candidates: int, items: int, *, first: int = 6, keep: float = 0.5) ->
 
 
 def rows_of(candidates: int, rungs: Sequence[Rung]) -> int:
-    """How many answers a schedule asks for in all, those of "don't steer" among them."""
+    """How many answers a schedule needs in all, those of "don't steer" among them."""
     total, seen, alive = 0, 0, candidates
     for rung in rungs:
         total += (rung.items - seen) * (alive + 1)
@@ -131,15 +131,17 @@ def halve(
     try:
         for number, rung in enumerate(rungs):
             while (seen := len(results[BASELINE])) < rung.items and not exhausted:
-                asked = [BASELINE, *alive]
-                step = min(rung.items - seen, max(1, rows // len(asked)))
-                while step and not afford(step * len(asked)):
+                evaluated = [BASELINE, *alive]
+                step = min(rung.items - seen, max(1, rows // len(evaluated)))
+                while step and not afford(step * len(evaluated)):
                     step //= 2
                 if not step:
                     exhausted = True
                     break
-                found = evaluate(asked, list(range(seen, seen + step)))
-                for candidate, new in zip(asked, found, strict=True):  # "don't steer" first: it has seen what they have
+                outcomes = evaluate(evaluated, list(range(seen, seen + step)))
+                for candidate, new in zip(
+                    evaluated, outcomes, strict=True
+                ):  # "don't steer" first: it has seen what they have
                     if len(new) != step:
                         raise ValueError(f"{step} items were asked for and {len(new)} results came")
                     results[candidate] += new
@@ -154,7 +156,7 @@ def halve(
     best = min([BASELINE, *alive], key=rank)
     return Halved(
         best=best,
-        results=tuple(tuple(one) for one in results),
+        results=tuple(tuple(row) for row in results),
         standings=tuple(stand(candidate) for candidate in range(candidates + 1)),
         interrupted=interrupted,
         exhausted=exhausted,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from trimtab.learn.contrast import Progress
-from trimtab.learn.given import pairs_for
+from trimtab.learn.inputs import pairs_for
 from trimtab.methods.instruct import instruct_card, learn_many, steering_from
 from trimtab.steering import Steering
 from trimtab.text.pairs import Pairs

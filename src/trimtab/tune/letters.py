@@ -48,12 +48,12 @@ def tune_letters(
     Raises `TrimtabError` for pairs of another shape, letters that are no single token, and as `tune` does.
     """
     pairs = as_pairs(pairs)
-    asked = [_asked(lm, pair) for pair in pairs]
+    choices = [_choice(lm, pair) for pair in pairs]
 
     def trial(steerings: Sequence[Steering | None], items: Sequence[int], progress: Progress) -> list[Outcome]:
-        chosen = [asked[i] for i in items]
-        found = lm.next_logprobs(chosen, steerings, batch_size=batch_size, transfer=transfer, progress=progress)
-        return [_outcome(one) for one in found]
+        chosen = [choices[i] for i in items]
+        results = lm.next_logprobs(chosen, steerings, batch_size=batch_size, transfer=transfer, progress=progress)
+        return [_outcome(token) for token in results]
 
     return search(
         candidates,
@@ -77,17 +77,17 @@ def check_one_question(pairs: Sequence[Pair]) -> None:
         raise TrimtabError("a question is asked under one system prompt, and the sides of a pair here have two")
 
 
-def _asked(lm: LM, pair: Pair) -> Choice:
+def _choice(lm: LM, pair: Pair) -> Choice:
     """The question up to the bracket, with the matching letter and the other one to choose from."""
     if pair.shape != "letters":
         raise TrimtabError(f"letters are scored on multiple-choice pairs, these are pairs of {pair.shape}")
     check_one_question([pair])
-    one, two = sides(pair)
-    matching, other = letter_of(one.answer), letter_of(two.answer)
-    asked = ask_side(lm.tokenizer, one, (matching, other))
-    check_length(lm.layout, len(asked.ids), "a question")
-    return Choice(asked.ids, len(asked.prompt), (asked.letters[matching], asked.letters[other]))
+    first, second = sides(pair)
+    matching, other = letter_of(first.answer), letter_of(second.answer)
+    question = ask_side(lm.tokenizer, first, (matching, other))
+    check_length(lm.layout, len(question.ids), "a question")
+    return Choice(question.ids, len(question.prompt), (question.letters[matching], question.letters[other]))
 
 
-def _outcome(found: NextToken) -> Outcome:
-    return Outcome(score=share(*found.logprobs), dose=found.applied.dose_if_measured, tokens=1)
+def _outcome(token: NextToken) -> Outcome:
+    return Outcome(score=share(*token.logprobs), dose=token.applied.dose_if_measured, tokens=1)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
 
 CLOSE = 0.02
-"""A divergence so near to the one asked for, as a share of it, is near enough."""
+"""A divergence so near to the requested one, as a share of it, is near enough."""
 HALVINGS = 24
 LEAST, MOST = 2.0**-16, 2.0**16
 """Factors that are tried, at least and at most."""
@@ -34,7 +34,7 @@ class NotMonotoneWarning(UserWarning):
 
 @dataclass(frozen=True)
 class AtNats:
-    """`steering` is `factor` times the one given; `divergence.p95` is the divergence that was asked for.
+    """`steering` is `factor` times the steering passed in; `divergence.p95` is the divergence that was requested.
 
     `tried` are the factors that were measured with their 95th percentiles, weakest first. `monotone` says whether these
     grow with the factor; where they don't, another strength may have the same divergence.
@@ -98,17 +98,17 @@ def at_nats(
         return seen[factor].p95
 
     factor = factor_at(far, nats)
-    tried = tuple(sorted((one, value.p95) for one, value in seen.items()))
-    found = AtNats(factor * steering, factor, seen[factor], tried)
-    if not found.monotone:
+    tried = tuple(sorted((at_factor, value.p95) for at_factor, value in seen.items()))
+    result = AtNats(factor * steering, factor, seen[factor], tried)
+    if not result.monotone:
         warnings.warn(
             "the divergence doesn't grow with the strength everywhere: "
-            + ", ".join(f"{value:.2g} nats at {one:.3g}" for one, value in tried)
+            + ", ".join(f"{value:.2g} nats at {at_factor:.3g}" for at_factor, value in tried)
             + f"; the weakest strength that was seen to reach {nats:g} is taken",
             NotMonotoneWarning,
             stacklevel=outside(),
         )
-    return found
+    return result
 
 
 def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) -> float:
@@ -124,17 +124,17 @@ def factor_at(far: Callable[[float], float], nats: float, close: float = CLOSE) 
     """
     high = _reaching(far, nats)
     low, factor = high / 2, high
-    found = {}
+    distances = {}
     for _ in range(HALVINGS):
-        found[factor] = far(factor)
-        if abs(found[factor] - nats) <= close * nats:
+        distances[factor] = far(factor)
+        if abs(distances[factor] - nats) <= close * nats:
             break
-        if found[factor] < nats:
+        if distances[factor] < nats:
             low = factor
         else:
             high = factor
         factor = _between((low, far(low)), (high, far(high)), nats)
-    return min(found, key=lambda one: abs(found[one] - nats))
+    return min(distances, key=lambda candidate: abs(distances[candidate] - nats))
 
 
 def _between(low: tuple[float, float], high: tuple[float, float], nats: float) -> float:

@@ -140,19 +140,19 @@ def sweep(
 ) -> Sweep:
     """`lm.sweep`: see there."""
     candidates = _candidates(steering, layers, strengths)
-    asked = list(queries("tune")[:PROMPTS]) if prompts is None else as_list(prompts)
+    prompt_list = list(queries("tune")[:PROMPTS]) if prompts is None else as_list(prompts)
     if check is not None and not callable(check):
         raise TrimtabError(f"check is a function of an answer's text, got {check!r}")
     if options.get("num_return_sequences") not in (None, 1):
         raise TrimtabError(
             "a sweep has one answer for each prompt; leave num_return_sequences out, and give more prompts"
         )
-    steerings = [None, *(one for _, _, one in candidates)]
+    steerings = [None, *(each_steering for _, _, each_steering in candidates)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)  # a sweep tries what is too strong: that's what it is for
         answers = lm.generate(
-            asked * len(steerings),
-            [one for one in steerings for _ in asked],
+            prompt_list * len(steerings),
+            [each_steering for each_steering in steerings for _ in prompt_list],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             system=system,
@@ -161,14 +161,14 @@ def sweep(
             progress=progress,
             **options,
         )
-    read = fluencies(lm, asked * len(steerings), answers, system=system, chat=chat)
-    parts = [slice(n * len(asked), (n + 1) * len(asked)) for n in range(len(steerings))]
+    read = fluencies(lm, prompt_list * len(steerings), answers, system=system, chat=chat)
+    parts = [slice(n * len(prompt_list), (n + 1) * len(prompt_list)) for n in range(len(steerings))]
     plain = read[parts[0]]
     rows = []
-    for (layer, strength, one), part in zip([(None, 0.0, None), *candidates], parts, strict=True):
-        broken = guard.broken(read[part], plain) if guard is not None and one is not None else ()
-        rows.append(_row(layer, strength, one, answers[part], read[part], check, broken))
-    return Sweep(tuple(rows[1:]), rows[0], tuple(asked))
+    for (layer, strength, scaled), part in zip([(None, 0.0, None), *candidates], parts, strict=True):
+        broken = guard.broken(read[part], plain) if guard is not None and scaled is not None else ()
+        rows.append(_row(layer, strength, scaled, answers[part], read[part], check, broken))
+    return Sweep(tuple(rows[1:]), rows[0], tuple(prompt_list))
 
 
 def _candidates(
@@ -186,7 +186,7 @@ def _candidates(
     multiples = [strengths] if isinstance(strengths, (int, float)) else list(strengths)
     if not listed or not multiples:
         raise TrimtabError(f"there is no {'strength' if listed else 'layer'} to try")
-    if any(check_strength(one) == 0 for one in multiples):
+    if any(check_strength(multiple) == 0 for multiple in multiples):
         raise TrimtabError(
             "strength 0 is no steering, and that is always in a sweep, as its unsteered row; leave it out"
         )
@@ -211,7 +211,7 @@ def _row(
         strength=strength,
         passed=None if check is None else mean(_checked(check, answer.text) for answer in answers),
         dose=mean(answer.applied.dose_if_measured for answer in answers),
-        repeated=mean(one.repeated for one in read),
+        repeated=mean(fluency.repeated for fluency in read),
         perplexity=median_perplexity(read),
         broken=broken,
         steering=steering,

@@ -105,8 +105,8 @@ class Round:
 
     def __str__(self) -> str:
         plain = f"unsteered {self.unsteered:.2f}"
-        told = f"none beats {plain}" if self.best is None else f"best so far {self.score:.2f}, {plain}: {self.best}"
-        return f"round {self.number} of {self.of}: {self.candidates} candidates on {self.items} prompts; {told}"
+        standing = f"none beats {plain}" if self.best is None else f"best so far {self.score:.2f}, {plain}: {self.best}"
+        return f"round {self.number} of {self.of}: {self.candidates} candidates on {self.items} prompts; {standing}"
 
 
 OnRound = Callable[[Round], None]
@@ -267,20 +267,20 @@ def search(
 
     def evaluate(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
         pairs = [(c, split.search[i]) for c in chosen for i in items]
-        found = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
-        return [found[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
+        outcomes = meter.run([steerings[c] for c, _ in pairs], [item for _, item in pairs])
+        return [outcomes[n * len(items) : (n + 1) * len(items)] for n in range(len(chosen))]
 
-    given: list[list[Outcome]] = [[] for _ in steerings]  # for what is told of a round
+    all_outcomes: list[list[Outcome]] = [[] for _ in steerings]  # for the report of a round
 
     def kept(chosen: list[int], items: list[int]) -> list[list[Outcome]]:
-        found = evaluate(chosen, items)
-        for c, outcomes in zip(chosen, found, strict=True):
-            given[c] += outcomes
-        return found
+        evaluated = evaluate(chosen, items)
+        for c, outcomes in zip(chosen, evaluated, strict=True):
+            all_outcomes[c] += outcomes
+        return evaluated
 
     def after(rung: int, alive: int, best: int) -> None:
         if on_round is not None:
-            means = [mean(one.score for one in given[c]) for c in (best, BASELINE)]
+            means = [mean(outcome.score for outcome in all_outcomes[c]) for c in (best, BASELINE)]
             setting = None if best == BASELINE else candidates[best - 1].setting
             on_round(Round(rung + 1, len(steps), alive, steps[rung].items, setting, *means))
 
@@ -362,10 +362,10 @@ class _Meter:
         return self.afford_tokens(rows)
 
     def run(self, steerings: Sequence[Steering | None], items: Sequence[int]) -> list[Outcome]:
-        found = self._trial(steerings, items, lambda done, _: self._say(self.answers + done))
-        self.answers += len(found)
-        self.tokens += sum(outcome.tokens for outcome in found)
-        return found
+        outcomes = self._trial(steerings, items, lambda done, _: self._say(self.answers + done))
+        self.answers += len(outcomes)
+        self.tokens += sum(outcome.tokens for outcome in outcomes)
+        return outcomes
 
     def _say(self, done: int) -> None:
         if self._progress is not None:
@@ -381,7 +381,9 @@ def _standing(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequen
 
 
 def _broken(guard: Guard | None, steered: Sequence[Outcome], unsteered: Sequence[Outcome]) -> tuple[str, ...]:
-    read, plain = ([one.fluency for one in side if one.fluency is not None] for side in (steered, unsteered))
+    read, plain = (
+        [outcome.fluency for outcome in side if outcome.fluency is not None] for side in (steered, unsteered)
+    )
     return guard.broken(read, plain) if guard is not None and read else ()
 
 
@@ -390,10 +392,10 @@ def _confirm(
 ) -> HeldOut:
     outcomes = meter.run([None] * len(items) + [steering] * len(items), [*items, *items])
     unsteered, steered = outcomes[: len(items)], outcomes[len(items) :]
-    before, after = ([one.score for one in side] for side in (unsteered, steered))
+    before, after = ([outcome.score for outcome in side] for side in (unsteered, steered))
     broken = _broken(guard, steered, unsteered)
-    found = decide(before, after, groups=[groups[i] for i in items])
-    return HeldOut(len(items), found.after, found.before, found.difference, broken, found)
+    decision = decide(before, after, groups=[groups[i] for i in items])
+    return HeldOut(len(items), decision.after, decision.before, decision.difference, broken, decision)
 
 
 def _verdict(
@@ -409,25 +411,28 @@ def _verdict(
     if base is None:
         return False, f"nothing was tried: {'interrupted' if interrupted else 'the budget is spent'} before the first"
     if chosen is None:
-        forbidden = sum(one is not None and not one.admissible for one in halved.standings[1:])
+        forbidden = sum(standing is not None and not standing.admissible for standing in halved.standings[1:])
         tail = f"; {forbidden} of {len(halved.standings) - 1} candidates broke the guard" if forbidden else ""
         return False, f"no candidate scored above not steering ({base.score:.2f}){tail}"
     if confirmed is not None:
         if confirmed.broken:
             return False, f"{chosen.setting} broke the guard on held-out prompts: {'; '.join(confirmed.broken)}"
         assert confirmed.decision is not None
-        found, where = confirmed.decision, "held-out prompts"
+        decision, where = confirmed.decision, "held-out prompts"
     else:
-        found, where = _searched(halved, groups), "prompts searched on"
-    said = in_words(found, where) + ("" if confirmed is not None or interrupted else "; nothing was held out")
+        decision, where = _searched(halved, groups), "prompts searched on"
+    said = in_words(decision, where) + ("" if confirmed is not None or interrupted else "; nothing was held out")
     if interrupted and confirmed is None:
-        return True, f"{found.after:.2f} instead of {found.before:.2f}; interrupted before it was confirmed ({said})"
-    if not found.better:
+        return (
+            True,
+            f"{decision.after:.2f} instead of {decision.before:.2f}; interrupted before it was confirmed ({said})",
+        )
+    if not decision.better:
         return False, f"{chosen.setting}: {said}"
-    if not found.difference.estimate > margin:
+    if not decision.difference.estimate > margin:
         return (
             False,
-            f"{chosen.setting}: {said}, but a gain of {found.difference.estimate:+.2f} is not above {margin:g}",
+            f"{chosen.setting}: {said}, but a gain of {decision.difference.estimate:+.2f} is not above {margin:g}",
         )
     return True, said
 
@@ -435,36 +440,40 @@ def _verdict(
 def _searched(halved: Halved[Outcome], groups: Sequence[Hashable]) -> Decision:
     """The test on the very prompts that the setting was chosen by, corrected for all that were tried."""
     mine = halved.results[halved.best]
-    before = [one.score for one in halved.results[BASELINE][: len(mine)]]
-    tried = sum(one is not None for one in halved.standings[1:])
-    return decide(before, [one.score for one in mine], groups=groups[: len(mine)], candidates=max(1, tried))
+    before = [outcome.score for outcome in halved.results[BASELINE][: len(mine)]]
+    tried = sum(standing is not None for standing in halved.standings[1:])
+    return decide(before, [outcome.score for outcome in mine], groups=groups[: len(mine)], candidates=max(1, tried))
 
 
 def _table(candidates: Sequence[Candidate], halved: Halved[Outcome]) -> tuple[Tried, ...]:
     base = halved.results[BASELINE]
-    found = []
+    rows = []
     for c, (results, standing) in enumerate(zip(halved.results, halved.standings, strict=True)):
         if standing is None:
             continue
-        read = [one.fluency for one in results if one.fluency is not None]
-        found.append(
+        read = [outcome.fluency for outcome in results if outcome.fluency is not None]
+        rows.append(
             Tried(
                 setting=None if c == BASELINE else candidates[c - 1].setting,
                 items=len(results),
                 score=standing.score,
-                unsteered=mean(one.score for one in base[: len(results)]),
+                unsteered=mean(outcome.score for outcome in base[: len(results)]),
                 dose=standing.dose,
                 perplexity=median_perplexity(read),
                 broken=standing.broken,
             )
         )
-    return tuple(found)
+    return tuple(rows)
 
 
 def _compact(row: Tried) -> list[Any]:
     """A row in the order of `COLUMNS`, in numbers that JSON has."""
-    one = row.setting
-    where = [None, None, None, None] if one is None else [one.operation, one.positions, one.layer, one.strength]
+    setting = row.setting
+    where = (
+        [None, None, None, None]
+        if setting is None
+        else [setting.operation, setting.positions, setting.layer, setting.strength]
+    )
     return _plain([*where, row.items, row.score, row.unsteered, row.dose, row.perplexity, list(row.broken)])
 
 

@@ -81,7 +81,7 @@ class Context:
         self._vectors: Vectors = {}  # what is set
         self._before: Vectors = {}  # what was set until the last change, where that hasn't been checked
         self._unchecked = False
-        self._node = 0  # how many results of the graph llama.cpp has asked for
+        self._node = 0  # how many results of the graph llama.cpp has requested
         self._places: dict[int, int] = {}  # which of them a block's output is
         self._watched = 0  # the one that is compared in this run
         self._added: dict[int, int] = {}  # the blocks that were seen to add their vector: at how many tokens
@@ -171,9 +171,9 @@ class Context:
         """Raises `TrimtabError` unless this run, the first under these vectors, added them at all of its tokens."""
         last = self.weights.layers - 1  # of the last block only tokens whose logits are wanted are computed
         for block in self._vectors:
-            found, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
-            if found < wanted:
-                self._faults.append(f"block {block} was to be steered at {wanted} tokens, and was at {found}")
+            steered, wanted = self._added.get(block, 0), 1 if block == last and not every else tokens
+            if steered < wanted:
+                self._faults.append(f"block {block} was to be steered at {wanted} tokens, and was at {steered}")
         if self._faults:
             raise TrimtabError(f"llama.cpp doesn't run the control vector that it was given: {self._faults[0]}")
         self._before, self._unchecked = {}, False
@@ -181,7 +181,7 @@ class Context:
     def read(self, blocks: Sequence[int], runs: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """What `runs` gives, and the outputs `[tokens, width]` of these blocks in what it runs here.
 
-        Of the last block only those whose logits were asked for. Raises `UnsupportedError` where llama.cpp has no
+        Of the last block only those whose logits were requested. Raises `UnsupportedError` where llama.cpp has no
         name for them.
         """
         self._seen = {block: [] for block in blocks}

@@ -181,10 +181,10 @@ def open_library() -> Any:
 
     Raises `TrimtabError` where `xllamacpp` isn't installed, or has another layout of parameters than is known here.
     """
-    found = importlib.util.find_spec("xllamacpp")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or not spec.submodule_search_locations:
         raise TrimtabError("the engine llamacpp isn't installed: pip install 'trimtab[llamacpp]'")
-    folder = Path(next(iter(found.submodule_search_locations)))
+    folder = Path(next(iter(spec.submodule_search_locations)))
     file = next((f for f in sorted(folder.glob("xllamacpp*")) if f.suffix in (".so", ".pyd", ".dylib")), None)
     try:
         library = c.CDLL(str(file))

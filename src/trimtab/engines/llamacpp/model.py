@@ -102,9 +102,9 @@ class LlamaCpp(LanguageModel):
         `"float32"`), `gpu_layers`, how many blocks a GPU holds. Raises `TrimtabError` for anything but a GGUF model
         that llama.cpp can load.
         """
-        given = {"layers": layers, "revision": revision, "dtype": None if dtype == "auto" else dtype}
-        given["device"] = None if device is None or str(device) == "cpu" else device
-        for option, value in given.items():
+        settings = {"layers": layers, "revision": revision, "dtype": None if dtype == "auto" else dtype}
+        settings["device"] = None if device is None or str(device) == "cpu" else device
+        for option, value in settings.items():
             if value is not None:
                 raise TrimtabError(f"the engine llamacpp takes no {option}: a GGUF file is run as it is stored")
         unknown = set(options) - {"threads", "cache", "gpu_layers", "template"}
@@ -160,9 +160,12 @@ class LlamaCpp(LanguageModel):
         heard = decoding.options.get("streamer"), tuple(decoding.options.get("stopping_criteria") or ())
         answers: list[list[Generation]] = []
         with self._lock:
-            for one in requests:
-                schedule, told = Schedule.of(one.steering, one.ids, self.tokenizer), Listener(*heard, tuple(one.ids))
-                answers.append([self._answer(one.ids, schedule, decoding, sampling, generator, told)])
+            for request in requests:
+                schedule, listener = (
+                    Schedule.of(request.steering, request.ids, self.tokenizer),
+                    Listener(*heard, tuple(request.ids)),
+                )
+                answers.append([self._answer(request.ids, schedule, decoding, sampling, generator, listener)])
                 if decoding.progress is not None:
                     decoding.progress(len(answers), len(requests))
         return answers
@@ -174,11 +177,11 @@ class LlamaCpp(LanguageModel):
         decoding: Decoding,
         sampling: Sampling,
         random: torch.Generator,
-        told: Listener,
+        listener: Listener,
     ) -> Generation:
         count, logprobs = decoding.max_new_tokens, decoding.logprobs
         context = self._context(len(ids) + count)
-        told.begin()
+        listener.begin()
         felt: dict[int, tuple[float, int]] = {}
         if any(schedule.at(position) for position in range(len(ids))):
             logits, after = self._pass(context, ids, schedule.layers(), schedule)
@@ -198,7 +201,7 @@ class LlamaCpp(LanguageModel):
             if sampling.stop_strings and not stopped:
                 text = self.tokenizer.decode(tokens)
                 stopped = any(end in text for end in sampling.stop_strings)
-            over = told.token(tokens)
+            over = listener.token(tokens)
             if stopped or over or len(tokens) == count:
                 break
             schedule.read(tokens[-1:])
@@ -207,7 +210,7 @@ class LlamaCpp(LanguageModel):
                 context.steer(schedule.vectors(now))
                 acts = now
             logits = context.run(tokens[-1:])
-        told.end()
+        listener.end()
         check_counts(context.steered, schedule, len(ids) + len(tokens) - 1)
         return Generation(
             text=self.tokenizer.decode(tokens),
@@ -223,7 +226,7 @@ class LlamaCpp(LanguageModel):
     def _next_logprobs(
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
     ) -> list[NextToken]:
-        found = []
+        results = []
         for choice, steering in zip(choices, steerings, strict=True):
             ids, n = list(choice.ids), choice.prompt_length
             schedule = Schedule.of(steering, ids[:n], self.tokenizer)
@@ -235,10 +238,10 @@ class LlamaCpp(LanguageModel):
                 check_counts(context.steered, schedule, len(choice.ids))
             logprobs = _log_softmax(logits)[list(choice.candidates)]
             edits = tuple(str(edit) for edit in schedule.edits)
-            found.append(NextToken(tuple(logprobs.tolist()), Applied(edits, ())))
+            results.append(NextToken(tuple(logprobs.tolist()), Applied(edits, ())))
             if progress is not None:
-                progress(len(found), len(choices))
-        return found
+                progress(len(results), len(choices))
+        return results
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """Not here: a pass gives the logits of its last token alone."""
@@ -265,15 +268,15 @@ class LlamaCpp(LanguageModel):
     ) -> Iterator[Batch]:
         blocks = [site.layer for site in sites]
         for g, group in enumerate(groups):
-            found: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
+            activations: dict[Site, list[torch.Tensor]] = {site: [] for site in sites}
             for text in group:
                 ids = list(text.ids if steering is not None else text.ids[: max(text.positions) + 1])
                 with self._lock:
                     schedule = Schedule.of(steering, ids, self.tokenizer)
                     _, values = self._pass(self._context(len(ids)), ids, blocks, schedule)
                 for site in sites:
-                    found[site].append(torch.from_numpy(values[site.layer][list(text.positions)]))
-            yield Batch([g], {site: [members] for site, members in found.items()})
+                    activations[site].append(torch.from_numpy(values[site.layer][list(text.positions)]))
+            yield Batch([g], {site: [members] for site, members in activations.items()})
 
     def _pass(
         self, context: Context, ids: list[int], blocks: Sequence[int], schedule: Schedule

@@ -68,9 +68,9 @@ class Schedule:
             return
         for token in tokens:
             position = self.prompt_length + len(self._read)
-            found = self.text.after(self._read[-1][0] if self._read else self.text.start, token)
-            spans = [edit.positions.resolve(self.prompt_length, found.holding) for edit in self.edits]
-            self._read.append((found, _within(spans, position)))
+            followed = self.text.after(self._read[-1][0] if self._read else self.text.start, token)
+            spans = [edit.positions.resolve(self.prompt_length, followed.holding) for edit in self.edits]
+            self._read.append((followed, _within(spans, position)))
 
     def at(self, position: int) -> tuple[int, ...]:
         """The numbers of the edits that act at this token."""
@@ -114,14 +114,14 @@ def _within(intervals: Sequence[Intervals], position: int) -> tuple[int, ...]:
 
 
 def check_counts(steered: Mapping[int, int], schedule: Schedule, length: int) -> None:
-    """Raises `TrimtabError` unless each block was steered at as many of a text's `length` tokens as are asked for."""
-    asked: Counter[int] = Counter()
+    """Raises `TrimtabError` unless each block was steered at as many of a text's `length` tokens as were requested."""
+    expected: Counter[int] = Counter()
     for start, stop, numbers in schedule.stretches(length):
-        asked.update(dict.fromkeys({schedule.edits[i].site.layer for i in numbers}, stop - start))
-    for block in sorted({*asked, *steered}):
-        found, wanted = steered.get(block, 0), asked[block]
-        if found != wanted:
-            raise TrimtabError(f"block {block} was to be steered at {wanted} tokens, and was at {found}")
+        expected.update(dict.fromkeys({schedule.edits[i].site.layer for i in numbers}, stop - start))
+    for block in sorted({*expected, *steered}):
+        actual, wanted = steered.get(block, 0), expected[block]
+        if actual != wanted:
+            raise TrimtabError(f"block {block} was to be steered at {wanted} tokens, and was at {actual}")
 
 
 def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[float, int]]:
@@ -129,7 +129,7 @@ def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[f
 
     `after` are the steered activations `[tokens, width]` of the prompt.
     """
-    found = {}
+    by_block = {}
     for block, values in after.items():
         ratios = []
         for position, x in enumerate(values):
@@ -137,5 +137,5 @@ def doses(after: dict[int, np.ndarray], schedule: Schedule) -> dict[int, tuple[f
             if vector is not None and (norm := float(np.linalg.norm(x - vector))) > 0:
                 ratios.append(float(np.linalg.norm(vector)) / norm)
         if ratios:
-            found[block] = (sum(ratios) / len(ratios), len(ratios))
-    return found
+            by_block[block] = (sum(ratios) / len(ratios), len(ratios))
+    return by_block

@@ -30,14 +30,14 @@ def active_adapters(model: nn.Module) -> tuple[Adapter, ...]:
     """The adapters that act on what the model computes now, merged ones that can still be told included; by name."""
     if "peft" not in sys.modules:  # whoever has an adapter has imported it
         return ()
-    found: dict[str, list[tuple[str, float, Tensor]]] = {}
+    by_name: dict[str, list[tuple[str, float, Tensor]]] = {}
     for path, layer in _layers(model):
         for name in _acting(layer):
             parts = list(_tensors(layer, name))
             if parts:
                 scale = _scale(layer, name)
-                found.setdefault(name, []).extend((f"{path}.{part}", scale, tensor) for part, tensor in parts)
-    return tuple(Adapter(name, _digest(model, name, found[name])) for name in sorted(found))
+                by_name.setdefault(name, []).extend((f"{path}.{part}", scale, tensor) for part, tensor in parts)
+    return tuple(Adapter(name, _digest(model, name, by_name[name])) for name in sorted(by_name))
 
 
 def check_adapters(model: nn.Module) -> None:

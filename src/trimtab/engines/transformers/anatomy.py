@@ -82,11 +82,12 @@ COARSE = 0.1
 class Positions:
     """How a model counts its tokens.
 
-    `given`: it takes `position_ids`, which count from 0. Some take them and count from elsewhere (RoBERTa), so that
-    they aren't told. `ignores_pads`: a text that is padded on the left, and masked, is computed as it is alone.
+    `takes_positions`: it takes `position_ids`, which count from 0. Some take them and count from elsewhere (RoBERTa),
+    so that they don't count as taken. `ignores_pads`: a text that is padded on the left, and masked, is computed as it
+    is alone.
     """
 
-    given: bool
+    takes_positions: bool
     ignores_pads: bool
 
 
@@ -104,25 +105,25 @@ def _count(layout: Layout) -> Positions:
     takes = "position_ids" in compat.parameters(layout.decoder)
     try:
         with reading(layout.decoder):
-            alone = _last(layout, 0, told=False)
-            given = takes and _near(layout, alone, _last(layout, 0, told=True))
-            given = given and (not _plain(layout) or _near(layout, alone, _continued(layout)))
-            return Positions(given, _near(layout, alone, _last(layout, PADS, told=given)))
-    except Exception:  # what it can't run is told, with its reason, when it is to run
+            alone = _last(layout, 0, with_positions=False)
+            takes_positions = takes and _near(layout, alone, _last(layout, 0, with_positions=True))
+            takes_positions = takes_positions and (not _plain(layout) or _near(layout, alone, _continued(layout)))
+            return Positions(takes_positions, _near(layout, alone, _last(layout, PADS, with_positions=takes_positions)))
+    except Exception:  # what it can't run is reported, with its reason, when it is to run
         return Positions(takes, True)
 
 
-def _last(layout: Layout, pads: int, *, told: bool) -> Tensor:
+def _last(layout: Layout, pads: int, *, with_positions: bool) -> Tensor:
     """The last hidden state `[width]` after five tokens behind so many pads."""
     device = input_device(layout.decoder)
     ids = torch.arange(1, 1 + TOKENS, device=device)[None]
     mask = torch.cat([ids.new_zeros(1, pads), torch.ones_like(ids)], 1)
     inputs = {"input_ids": torch.cat([ids.new_zeros(1, pads), ids], 1), "attention_mask": mask}
-    if told:
+    if with_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
     output = layout.decoder(**inputs, use_cache=False)
-    found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
-    return found.double()
+    state: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
+    return state.double()
 
 
 def _plain(layout: Layout) -> bool:
@@ -143,13 +144,13 @@ def _continued(layout: Layout) -> Tensor:
     for here in (slice(0, stop), slice(stop, None)):
         inputs = {"input_ids": ids[:, here], "attention_mask": mask[:, : here.stop], "position_ids": positions[:, here]}
         output = decoder(**compat.with_cache(decoder, inputs, cache), use_cache=True)
-    found: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
-    return found.double()
+    state: Tensor = (output if isinstance(output, Tensor) else output[0])[0, -1]
+    return state.double()
 
 
-def _near(layout: Layout, one: Tensor, other: Tensor) -> bool:
+def _near(layout: Layout, state: Tensor, other: Tensor) -> bool:
     exact = quantization(layout.decoder) is None  # else passes of other shapes may round in other ways
-    return bool((one - other).norm() <= (OFF.get(stream_dtype(layout), COARSE) if exact else COARSE) * one.norm())
+    return bool((state - other).norm() <= (OFF.get(stream_dtype(layout), COARSE) if exact else COARSE) * state.norm())
 
 
 def block_of(layout: Layout, layer: int) -> Block:
@@ -181,7 +182,7 @@ def _examine(layout: Layout) -> tuple[Block, ...]:
         handles = [block.register_forward_hook(leave(i)) for i, block in enumerate(layout.blocks)]
         try:
             layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception:  # what it can't run is told, with its reason, when it is to run
+        except Exception:  # what it can't run is reported, with its reason, when it is to run
             pass
         finally:
             for handle in handles:

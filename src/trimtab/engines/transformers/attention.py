@@ -89,21 +89,21 @@ def attention_modules(layout: Layout) -> tuple[nn.Module | None, ...]:
 
 
 def _attention_in(layout: Layout, block: nn.Module) -> nn.Module | None:
-    found = {
+    candidates = {
         name: m
         for name, m in block.named_modules()
         if compat.calls_attention_interface(m) and not compat.attends_elsewhere(m)
     }
-    if len(found) > 1 and (kinds := compat.declared(layout.decoder, "attentions")):
-        found = {name: m for name, m in found.items() if isinstance(m, kinds)} or found
-    if len(found) > 1 and (called := compat.declared_name(layout.decoder, "attentions")):
-        found = {name: m for name, m in found.items() if name.split(".")[-1] == called} or found
-    if len(found) > 1:
+    if len(candidates) > 1 and (kinds := compat.declared(layout.decoder, "attentions")):
+        candidates = {name: m for name, m in candidates.items() if isinstance(m, kinds)} or candidates
+    if len(candidates) > 1 and (called := compat.declared_name(layout.decoder, "attentions")):
+        candidates = {name: m for name, m in candidates.items() if name.split(".")[-1] == called} or candidates
+    if len(candidates) > 1:
         raise UnsupportedError(
-            f"{type(layout.decoder).__name__} has several attentions in a block ({', '.join(found)}), and doesn't"
+            f"{type(layout.decoder).__name__} has several attentions in a block ({', '.join(candidates)}), and doesn't"
             " declare which of them attends to the text"
         )
-    return next(iter(found.values()), None)
+    return next(iter(candidates.values()), None)
 
 
 def head_count(layout: Layout) -> int:
@@ -121,8 +121,8 @@ def registered(attention: Attention, mask: Callable[..., Any]) -> Iterator[str]:
 
 def configurations(layout: Layout) -> list[Any]:
     """The configurations that the decoder's modules read their attention's name from, each once."""
-    found = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
-    return list({id(config): config for config in found}.values())
+    configs = [m.config for m in layout.decoder.modules() if hasattr(m, "config")]
+    return list({id(config): config for config in configs}.values())
 
 
 @contextmanager
@@ -136,7 +136,9 @@ def attending(layout: Layout, edits: Sequence[tuple[Edit, ...]], lengths: Sequen
         return
     check_attention(layout)
     width = max(lengths)
-    rows = [ScoredRow(tuple(one), length, width - length) for one, length in zip(edits, lengths, strict=True)]
+    rows = [
+        ScoredRow(tuple(row_edits), length, width - length) for row_edits, length in zip(edits, lengths, strict=True)
+    ]
     layers = compile_scores(rows, width, head_count(layout), torch.device("cpu"))
     columns: int | None = None
     owner = get_ident()
@@ -179,14 +181,14 @@ def steered_scores(
     modules = attention_modules(layout)
     owner = get_ident()
     layer: int | None = None  # the block that is running: some blocks share one attention
-    asked: set[int] = set()  # the layers that have asked for this attention in the pass that is running
+    called: set[int] = set()  # the layers that have called this attention in the pass that is running
     passes = 0
     running = False
     # for a layer's scores, a batch of so many rows, and where the layer is
     chosen: dict[tuple[int, int, torch.device], tuple[Tensor, LayerScores]] = {}
 
     def attention(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Any]:
         count, mask = len(query), attention_mask
         if get_ident() == owner and not running and any(module is modules[i] for i in layers):
@@ -194,7 +196,7 @@ def steered_scores(
         steered = None
         if get_ident() == owner and layer is not None and modules[layer] is module:
             steered = layers.get(layer)
-            asked.add(layer)
+            called.add(layer)
         rows: Tensor | None = None
         if steered is not None:
             place = id(steered), count, query.device
@@ -202,15 +204,15 @@ def steered_scores(
                 chosen[place] = steered.steered_rows(count, query.device)
             rows, steered = chosen[place]
             if len(rows) == count:
-                return _steered_attention(module, query, key, value, mask, steered, columns(), own, given), None
+                return _steered_attention(module, query, key, value, mask, steered, columns(), own, kwargs), None
         plain = compat.attention_function(usual, module)
-        if given.get("softcap") is None and usual == "sdpa":
-            given.pop("softcap", None)
-        output, weights = plain(module, query, key, value, mask, **given)
+        if kwargs.get("softcap") is None and usual == "sdpa":
+            kwargs.pop("softcap", None)
+        output, weights = plain(module, query, key, value, mask, **kwargs)
         if steered is None or rows is None or not len(rows):
             return output, weights
         inputs = (query[rows], key[rows], value[rows], _rows_of(mask, rows))
-        here = {name: _rows_of(one, rows) if name in BY_ROW else one for name, one in given.items()}
+        here = {name: _rows_of(tensor, rows) if name in BY_ROW else tensor for name, tensor in kwargs.items()}
         output = output.clone()
         output[rows] = _steered_attention(module, *inputs, steered, columns(), own, here)
         return output, None
@@ -219,7 +221,7 @@ def steered_scores(
         nonlocal running
         if get_ident() == owner:
             running = True
-            asked.clear()
+            called.clear()
 
     def enter(number: int, *_: Any) -> None:
         nonlocal layer
@@ -231,7 +233,7 @@ def steered_scores(
         if get_ident() != owner:
             return
         passes, running, layer = passes + 1, False, None
-        if missing := sorted(layers.keys() - asked):
+        if missing := sorted(layers.keys() - called):
             raise TrimtabError(
                 f"the attention of layer {missing[0]} wasn't steered in this pass: it doesn't look up the attention"
                 " that the model's configuration names"
@@ -255,19 +257,19 @@ def steered_scores(
         raise TrimtabError("the model ran past trimtab's hooks, so its attention wasn't steered")
 
 
-def refuse_unknown(module: nn.Module, given: dict[str, Any]) -> None:
+def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raises `UnsupportedError` for an attention with parts that steering its scores doesn't know."""
     for name in compat.attention_parameters(module) - KNOWN:
-        if given.get(name) is not None:
+        if kwargs.get(name) is not None:
             raise UnsupportedError(f"{type(module).__name__} has {name}: its scores can't be steered")
 
 
-def with_sinks(scores: Tensor, given: dict[str, Any]) -> tuple[Tensor, int]:
+def with_sinks(scores: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, int]:
     """Scores `[rows, heads, queries, columns]` and the attention's sinks as further columns; how many these are.
 
     A sink takes weight and gives no value. Attentions are given one number a head (gpt-oss), or one for each query.
     """
-    sinks = given.get("s_aux") if given.get("s_aux") is not None else given.get("sinks")
+    sinks = kwargs.get("s_aux") if kwargs.get("s_aux") is not None else kwargs.get("sinks")
     if sinks is None:
         return scores, 0
     sinks = sinks.view(1, -1, 1, 1) if sinks.dim() == 1 else sinks
@@ -280,9 +282,9 @@ def capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap
 
 
-def _rows_of(given: Tensor | None, rows: Tensor) -> Tensor | None:
+def _rows_of(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     """These rows of what is `[rows or 1, heads or 1, …]`; what has no rows (a number a head) is for all of them."""
-    return given if given is None or given.dim() < 4 or given.shape[0] == 1 else given[rows.to(given.device)]
+    return tensor if tensor is None or tensor.dim() < 4 or tensor.shape[0] == 1 else tensor[rows.to(tensor.device)]
 
 
 def _steered_attention(
@@ -294,14 +296,14 @@ def _steered_attention(
     steered: LayerScores,
     columns: int,
     own: int,
-    given: dict[str, Any],
+    kwargs: dict[str, Any],
 ) -> Tensor:
     """The output `[rows, queries, heads, size]` for queries `[rows, heads, queries, size]`, scores in full."""
-    refuse_unknown(module, given)
+    refuse_unknown(module, kwargs)
     count, heads, queries, size = query.shape
     groups, length = key.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    scaling = given.get("scaling")
+    scaling = kwargs.get("scaling")
     scaling = size**-0.5 if scaling is None else scaling
     scores = query.reshape(count, groups, -1, size) @ key.transpose(-1, -2)
     scores = scores.view(count, heads, queries, length).to(wide).mul_(scaling)
@@ -312,9 +314,9 @@ def _steered_attention(
             " the tokens' own can't be told (a static cache, which cache_implementation asks for; or a compressed one)"
         )
     steered.scale(scores, missing, own)
-    if given.get("position_bias") is not None:
-        scores += given["position_bias"][..., -length:]
-    scores = capped(scores, given.get("softcap"))
+    if kwargs.get("position_bias") is not None:
+        scores += kwargs["position_bias"][..., -length:]
+    scores = capped(scores, kwargs.get("softcap"))
     if mask is None and queries > 1:
         mask = torch.ones(queries, length, dtype=torch.bool, device=query.device).tril(length - queries)[None, None]
     if mask is not None:
@@ -328,7 +330,7 @@ def _steered_attention(
     if queries > 1:
         empty = scores.isneginf().all(-1, keepdim=True)  # a pad's query sees nothing
         scores = scores.masked_fill(empty, 0)
-    scores, sinks = with_sinks(scores, given)
+    scores, sinks = with_sinks(scores, kwargs)
     steered.shift(scores, missing, own + sinks)
     weights = scores.softmax(-1)[..., :length].to(value.dtype)
     output = weights.reshape(count, groups, -1, length) @ value

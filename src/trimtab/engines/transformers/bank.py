@@ -47,11 +47,11 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
     by_site: dict[Site, list[Edit]] = {}
     for edit in edits:
         by_site.setdefault(edit.site, []).append(edit)
-    found: dict[Site, dict[Address, Rows]] = {}
+    rows: dict[Site, dict[Address, Rows]] = {}
     added: dict[Site, float] = {}
     for site in sorted(by_site):
         slots = slots_at(tuple(by_site[site]), site)
-        here = found[site] = {}
+        here = rows[site] = {}
         for step, slot in enumerate(slots):
             kernel, keep_norm, row = compiled(slot, dtype)
             here[step, kernel, keep_norm] = row
@@ -59,7 +59,7 @@ def compile_edits(edits: Sequence[Edit], dtype: torch.dtype) -> Compiled:
             added[site] = float(
                 torch.linalg.vector_norm(row["vector"], dtype=torch.promote_types(dtype, torch.float32))
             )
-    return Compiled(found, added)
+    return Compiled(rows, added)
 
 
 class Lane:
@@ -140,22 +140,24 @@ class Lane:
         """Where the site's activations are."""
         self.active = self.active.to(device)
         for name, bank in self.banks.items():
-            self.banks[name] = [one and one.to(device) for one in bank] if isinstance(bank, list) else bank.to(device)
+            self.banks[name] = (
+                [low_rank and low_rank.to(device) for low_rank in bank] if isinstance(bank, list) else bank.to(device)
+            )
 
     def prepared(self, rows: int, dtype: torch.dtype) -> tuple[Stage, Rows, Active]:
         """What `apply` wants for these first slots and activations of this dtype `[rows, 1, width]`."""
-        found: dict[str, Any] = {}
+        parameters: dict[str, Any] = {}
         for name, bank in self.banks.items():
             if isinstance(bank, list):
-                maps = {slot: one for slot, one in enumerate(bank[:rows]) if one is not None}
-                found[name] = LowRanks(maps, rows).to(self.active.device).pick(torch.arange(rows)[:, None])
+                maps = {slot: low_rank for slot, low_rank in enumerate(bank[:rows]) if low_rank is not None}
+                parameters[name] = LowRanks(maps, rows).to(self.active.device).pick(torch.arange(rows)[:, None])
             else:
-                found[name] = bank[:rows]
+                parameters[name] = bank[:rows]
         if self.stage.only_adds:
-            return self.stage, {"vector": found["vector"].to(dtype)}, None
+            return self.stage, {"vector": parameters["vector"].to(dtype)}, None
         if self.stage.in_place:
-            return self.stage, found, None
-        return self.stage, found, all(self.names[:rows]) or self.active[:rows]
+            return self.stage, parameters, None
+        return self.stage, parameters, all(self.names[:rows]) or self.active[:rows]
 
     def _new(self, name: str, value: Tensor | LowRank) -> Any:
         slots = len(self.names)
@@ -193,10 +195,10 @@ class Bank:
 
     def touched(self, site: Site) -> list[bool]:
         """To which rows anything is done at a site."""
-        found = [False] * self.rows
+        touched = [False] * self.rows
         for lane in self.lanes.get(site, {}).values():
-            found = [bool(names) or before for names, before in zip(lane.names, found, strict=False)]
-        return found
+            touched = [bool(names) or before for names, before in zip(lane.names, touched, strict=False)]
+        return touched
 
     def added(self, site: Site) -> list[float]:
         """How long what each row is given at a site is; where more is done than to add, that isn't known here."""
@@ -267,22 +269,22 @@ class Bank:
 
     def _state(self, edits: tuple[Edit, ...]) -> Compiled:
         """These edits compiled, with parameters where their lanes are."""
-        found = self._kept.get(edits)
-        if found is None:
-            found = self._kept[edits] = self._moved(compile_edits(edits, self._dtype))
+        state = self._kept.get(edits)
+        if state is None:
+            state = self._kept[edits] = self._moved(compile_edits(edits, self._dtype))
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(edits)
-        return found
+        return state
 
     def _moved(self, state: Compiled) -> Compiled:
         """The same on the devices; tensors of one dtype go to a device in one copy."""
-        found: dict[Site, dict[Address, Any]] = {}
+        moved: dict[Site, dict[Address, Any]] = {}
         apart: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str]]] = {}
         for site, rows in state.rows.items():
             device = self._device(site)
-            found[site] = {address: dict(row) for address, row in rows.items()}
-            for row in found[site].values():
+            moved[site] = {address: dict(row) for address, row in rows.items()}
+            for row in moved[site].values():
                 for name, value in row.items():
                     if isinstance(value, LowRank):
                         row[name] = value.to(device)
@@ -293,4 +295,4 @@ class Bank:
             parts = torch.cat(values).to(device).split([len(value) for value in values])
             for (row, name), part in zip(places, parts, strict=True):
                 row[name] = part
-        return Compiled(found, state.added)
+        return Compiled(moved, state.added)

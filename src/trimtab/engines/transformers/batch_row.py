@@ -1,4 +1,4 @@
-"""A row of the batch that is decoded step by step: what it is to be, how far it has come, and what is told of it."""
+"""A row of the batch that is decoded step by step: what it is to be, how far it has come, and its report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trimtab.steering.monitors import Monitor
 class GenerationRequest:
     """What one row is to be: a rendered prompt, its steering, how its tokens are chosen, and how many at most.
 
-    `alternatives`: how many of the likeliest tokens are told at each place; `None` tells no log-probabilities.
+    `alternatives`: how many of the likeliest tokens are reported at each place; `None` reports no log-probabilities.
     `settings` are those of `sampling` and the model's own, unless they are given. With `rejection` the steering acts on
     the token that is being decoded, where that is plausible. `matcher` stands at the beginning of the grammar that the
     answer keeps to; the row takes a copy. `clean_cache`: what is stored of the text is what the unsteered model would
@@ -94,7 +94,7 @@ class BatchRow:
     log: Log = field(default_factory=Log)
     cached: int = 0  # tokens of its prompt that were taken over
     shift: int = 0  # how many positions more than tokens there are before what it reads next (below 0: fewer)
-    switched: bool = False  # whether a monitor has changed its edits, which the session hasn't been told
+    switched: bool = False  # whether a monitor has changed its edits, which the session doesn't know yet
     text: Follower | None = None  # where the ladder's edits ask what is generated
     at: Followed | None = None  # where that is
 
@@ -139,7 +139,7 @@ class BatchRow:
     @property
     def trace(self) -> Trace | None:
         """What rejection did so far; `None` where there is none."""
-        one = self.ladder
-        if one is None:
+        ladder = self.ladder
+        if ladder is None:
             return None
-        return Trace(tuple(self.steps), one.descriptions(), one.order, one.schedule, self.passes, self.first)
+        return Trace(tuple(self.steps), ladder.descriptions(), ladder.order, ladder.schedule, self.passes, self.first)

@@ -199,20 +199,20 @@ class BatchSession(Session):
         self._collect()
         row = self.rows[request]
         counts = row.steered
-        return {site: (*found, counts[site]) for site, found in row.measured.items()}
+        return {site: (*measured, counts[site]) for site, measured in row.measured.items()}
 
     # ---- passes ------------------------------------------------------------------------------------------
 
-    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
-        if one.length != 1 or one.rows != len(self.rows):
+    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> _Step:
+        if forward_pass.length != 1 or forward_pass.rows != len(self.rows):
             raise TrimtabError(
-                f"a pass of {one.rows} rows and {one.length} tokens, where the batch has {len(self.rows)} rows and each"
-                " reads one token"
+                f"a pass of {forward_pass.rows} rows and {forward_pass.length} tokens, where the batch has"
+                f" {len(self.rows)} rows and each reads one token"
             )
         if self._left <= 0 or self._step is None:
             self._write()
         if self._step is None:
-            self._step = self._begin_step(one.device)
+            self._step = self._begin_step(forward_pass.device)
         return self._step
 
     def _write(self) -> None:

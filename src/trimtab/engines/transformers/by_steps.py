@@ -16,20 +16,22 @@ from trimtab.errors import UnsupportedError
 
 def check_by_steps(model: Any, layout: Layout, requests: Sequence[Request], decoding: Decoding) -> None:
     """Raises `TrimtabError` for requests that can't be decoded over a clean cache, or monitored, as they ask."""
-    steered = [one for one in requests if one.rejection is None and acting(one.steering)]  # with rejection it is clean
+    steered = [
+        request for request in requests if request.rejection is None and acting(request.steering)
+    ]  # with rejection it is clean
     if decoding.clean_cache and steered:
         _check_continuous(model, layout, "clean_cache=True needs", decoding)
-        for one in steered:
-            check_clean_edits(acting(one.steering), len(one.ids))
+        for request in steered:
+            check_clean_edits(acting(request.steering), len(request.ids))
     if not decoding.monitors:
         return
-    if any(one.rejection is not None for one in requests):
+    if any(request.rejection is not None for request in requests):
         raise UnsupportedError("monitors can't be combined with rejection; leave one of them out")
     _check_continuous(model, layout, "monitors need", decoding)
-    for one in requests:
-        check_watched(decoding.monitors, one.steering, layout)
+    for request in requests:
+        check_watched(decoding.monitors, request.steering, layout)
         for each in decoding.monitors:
-            check_prompt(each.steering, len(one.ids))
+            check_prompt(each.steering, len(request.ids))
 
 
 def _check_continuous(model: Any, layout: Layout, what: str, decoding: Decoding) -> None:

@@ -93,7 +93,7 @@ class ChunkedPrefill:
             self._session.check_reached(stop)
             return logits
         self._looking = False
-        self._decide({site: torch.cat(found) for site, found in self._kept.items()})
+        self._decide({site: torch.cat(parts) for site, parts in self._kept.items()})
         self._kept = {}
         first = self._first_touched()
         if first >= stop:
@@ -147,11 +147,11 @@ class ChunkedPrefill:
             if len(self._kept.get(site, ())) != count + 1:
                 raise TrimtabError(f"{site} didn't run once in a pass over the prompt, so no gate is decided")
 
-    def _decide(self, found: dict[Site, Tensor]) -> None:
+    def _decide(self, activations: dict[Site, Tensor]) -> None:
         rows = {site: {p: at for at, p in enumerate(where)} for site, where in self._places.items()}
 
         def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
-            return {0: {site: found[site][[rows[site][p] for p in where[0]]] for site in sites}}
+            return {0: {site: activations[site][[rows[site][p] for p in where[0]]] for site in sites}}
 
         resolved = resolve([self.steering], [len(self.ids)], read)
         (self.edits,), (self.names,) = resolved.edits, resolved.names

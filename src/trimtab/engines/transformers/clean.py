@@ -59,7 +59,7 @@ def check_clean(layout: Layout) -> None:
             f"{name} can't steer over a clean cache: it keeps more than keys and values (a recurrent state, say), which"
             " the steered reading of a token would change; leave clean_cache out"
         )
-    if not positions_of(layout).given:
+    if not positions_of(layout).takes_positions:
         raise UnsupportedError(
             f"{name} can't steer over a clean cache: it isn't told its tokens' positions, so that two readings of one"
             " token would stand at different ones; leave clean_cache out"
@@ -119,40 +119,40 @@ class CleanBatch(GenerationBatch):
             if request.rejection is not None:
                 raise UnsupportedError("with rejection the cache is clean in any case; leave clean_cache out")
             check_clean_edits(acting(request.steering), len(request.ids))
-            for one in request.monitors:
-                check_clean_edits(acting(one.steering), len(request.ids))
+            for monitor in request.monitors:
+                check_clean_edits(acting(monitor.steering), len(request.ids))
 
     def remove(self, key: int, *, ended: bool = False) -> Applied | None:
-        found = super().remove(key, ended=ended)
-        return self._twins.remove(key, ended=ended) if found is None else found
+        applied = super().remove(key, ended=ended)
+        return self._twins.remove(key, ended=ended) if applied is None else applied
 
     def applied(self, key: int) -> Applied | None:
-        found = super().applied(key)
-        return self._twins.applied(key) if found is None else found
+        applied = super().applied(key)
+        return self._twins.applied(key) if applied is None else applied
 
     def clear(self) -> list[int]:
         return [*super().clear(), *self._twins.clear()]
 
     def step(self) -> list[GenerationResponse]:
-        told = super().step()
-        return told + (self._twins.step() if len(self._twins) else [])
+        responses = super().step()
+        return responses + (self._twins.step() if len(self._twins) else [])
 
     def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         clean = [row for row in rows if steers_clean(row.request)]
         others = [row for row in rows if not steers_clean(row.request)]
-        told = super()._read_in(others)
+        responses = super()._read_in(others)
         images = list(dict.fromkeys(row.request.images for row in clean))
         if len(images) > 1:  # each prompt with images has a pass of its own
-            each = [[row for row in clean if row.request.images is one] for one in images]
-            return told + [response for alike in each for response in self._read_in(alike)]
+            each = [[row for row in clean if row.request.images is prompt_images] for prompt_images in images]
+            return responses + [response for alike in each for response in self._read_in(alike)]
         try:
-            return told + (self._read_clean(clean) if clean else [])
+            return responses + (self._read_clean(clean) if clean else [])
         except (TrimtabError, RuntimeError) as error:
             if len(clean) == 1:
-                return [*told, GenerationResponse(clean[0].key, error=error)]
+                return [*responses, GenerationResponse(clean[0].key, error=error)]
             for row in clean:
                 row.forget()
-            return told + [response for row in clean for response in self._read_in([row])]
+            return responses + [response for row in clean for response in self._read_in([row])]
 
     def _read_clean(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         """Read prompts unsteered, each once; on the way, decide what gates there are."""
@@ -160,28 +160,28 @@ class CleanBatch(GenerationBatch):
         steerings = [row.request.steering for row in rows]
         lengths = [len(row.request.ids) for row in rows]
         which = [prompts.index(row.request.ids) for row in rows]
-        sites = sorted({site for one in steerings for site in _sites_to_decide(one)})
+        sites = sorted({site for steering in steerings for site in _sites_to_decide(steering)})
         cache = compat.whole_cache(self.model.config)
         ids, mask, positions = self._reader.padded(prompts)
         images, counted = rows[0].request.images, Counted()
         self._watch.of(row.request.monitors for row in rows)
-        found: dict[Site, Tensor] = {}
+        activations: dict[Site, Tensor] = {}
         with ExitStack() as stack:
             if images is not None:
                 check_goes_on(self.model, self.layout, prompts[0], images)
                 counted = stack.enter_context(counting(self.layout, len(prompts[0])))
             if sites:
-                found = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
-            told = positions if images is None else None  # it counts by itself what images take up
+                activations = stack.enter_context(recording(self.layout, sites, lambda x: x, to_the_end=True))
+            position_ids = positions if images is None else None  # it counts by itself what images take up
             more = None if images is None else images.inputs
-            logits = last_logits(self.model, ids, mask, told, cache, self._watch, more)
+            logits = last_logits(self.model, ids, mask, position_ids, cache, self._watch, more)
         for row in rows:
             row.shift = counted.shift
 
         def read(where: Where, wanted: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             width = ids.shape[1]
             columns = {i: [width - lengths[i] + p for p in positions] for i, positions in where.items()}
-            return {i: {site: found[site][which[i], at] for site in wanted} for i, at in columns.items()}
+            return {i: {site: activations[site][which[i], at] for site in wanted} for i, at in columns.items()}
 
         resolved = resolve(steerings, lengths, read)
         return self._seat_clean(rows, which, resolved.edits, resolved.names, logits, cache)
@@ -196,20 +196,20 @@ class CleanBatch(GenerationBatch):
         cache: DynamicCache,
     ) -> list[GenerationResponse]:
         """Rows whose prompts were read unsteered join the twins; those that nothing steers join the others."""
-        told: list[GenerationResponse] = []
-        for row, text, one, called in zip(rows, which, edits, names, strict=True):
-            if not one and not _may_be_steered(row.request):
+        responses: list[GenerationResponse] = []
+        for row, text, row_edits, called in zip(rows, which, edits, names, strict=True):
+            if not row_edits and not _may_be_steered(row.request):
                 count = len(logits)
                 same = [called] * count
                 read = PromptsRead([()] * count, same, [{}] * count, logits, cache, [0] * count, shift=row.shift)
-                told += self._seat([row], [text], read)
+                responses += self._seat([row], [text], read)
                 continue
-            row.edits, row.names, row.sampler = one, called, self._row_sampler(row.request)
+            row.edits, row.names, row.sampler = row_edits, called, self._row_sampler(row.request)
             try:
                 self._twins.seat(row, cache, text)
             except TrimtabError as error:  # what the edits come to together is known only here
-                told.append(GenerationResponse(row.key, error=error))
-        return told
+                responses.append(GenerationResponse(row.key, error=error))
+        return responses
 
     def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
         return _CleanPrefill(self, request) if steers_clean(request) else super()._prefill(request)
@@ -282,15 +282,15 @@ class _Twins(GenerationBatch):
         """While open, both readings of a token see what the token sees, and each itself in place of the other."""
         owner = get_ident()
         usual = compat.mask_function(self._usual)
-        asked: set[nn.Module] = set()
+        called: set[nn.Module] = set()
 
-        def mask(*args: Any, **given: Any) -> Tensor | None:
+        def mask(*args: Any, **kwargs: Any) -> Tensor | None:
             if get_ident() != owner:
-                return usual(*args, **given)
-            columns = given["kv_length"] - 1  # with the token once
-            padding = given.get("attention_mask")
+                return usual(*args, **kwargs)
+            columns = kwargs["kv_length"] - 1  # with the token once
+            padding = kwargs.get("attention_mask")
             alone = {
-                **given,
+                **kwargs,
                 "q_length": 1,
                 "kv_length": columns,
                 "attention_mask": None if padding is None else padding[:, :columns],
@@ -305,22 +305,22 @@ class _Twins(GenerationBatch):
             before = seen[..., :-1]
             return torch.cat([torch.cat([before, own, other], -1), torch.cat([before, other, own], -1)], -2)
 
-        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
             if get_ident() == owner:
                 if not isinstance(mask, Tensor) or tuple(mask.shape[-2:]) != (query.shape[2], key.shape[2]):
                     raise UnsupportedError(
                         f"{type(module).__name__} attends under a mask of its own, so that the two readings of a token"
                         " would see each other; leave clean_cache out"
                     )
-                asked.add(module)
-            if given.get("softcap") is None and self._usual == "sdpa":
-                given.pop("softcap", None)
-            return compat.attention_function(self._usual, module)(module, query, key, value, mask, **given)
+                called.add(module)
+            if kwargs.get("softcap") is None and self._usual == "sdpa":
+                kwargs.pop("softcap", None)
+            return compat.attention_function(self._usual, module)(module, query, key, value, mask, **kwargs)
 
         with registered(attend, mask) as name, compat.attending_with(configurations(self.layout), name):
             yield
         modules = [module for module in attention_modules(self.layout) if module is not None]
-        if any(module not in asked for module in modules):
+        if any(module not in called for module in modules):
             raise TrimtabError(
                 "a layer's attention didn't look up the attention that the model's configuration names, so that a token"
                 " and its twin weren't kept apart"
@@ -335,22 +335,22 @@ class _TwinSession(BatchSession):
         if not self._foreign() and self._step is not None:
             self._measures = (self._step.passes - 1) % STRIDE == 0
 
-    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
-        if one.length != 2:
-            raise TrimtabError(f"a pass of {one.length} tokens a row, where each row's token is read twice")
-        return super()._enter(replace(one, length=1), given, begins)
+    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> _Step:
+        if forward_pass.length != 2:
+            raise TrimtabError(f"a pass of {forward_pass.length} tokens a row, where each row's token is read twice")
+        return super()._enter(replace(forward_pass, length=1), arguments, begins)
 
-    def edit(self, site: Site, given: Tensor) -> Tensor | None:
-        whole = given if given.dim() == 3 else given.view(len(self.rows), -1, given.shape[-1])
+    def edit(self, site: Site, activations: Tensor) -> Tensor | None:
+        whole = activations if activations.dim() == 3 else activations.view(len(self.rows), -1, activations.shape[-1])
         if whole.shape[1] == 1:  # a last layer that runs for the last token alone
-            return super().edit(site, given)
+            return super().edit(site, activations)
         if whole.shape[:2] != (len(self.rows), 2):
             raise TrimtabError(
-                f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(self.rows)} rows"
-                " and 2 tokens; which belongs to which can't be determined"
+                f"at {site} the model computes {tuple(activations.shape[:-1])} activations in a pass of"
+                f" {len(self.rows)} rows and 2 tokens; which belongs to which can't be determined"
             )
         new = super().edit(site, whole[:, 1:])
-        return None if new is None else torch.cat([whole[:, :1], new], 1).view(given.shape)
+        return None if new is None else torch.cat([whole[:, :1], new], 1).view(activations.shape)
 
 
 def steers_clean(request: GenerationRequest) -> bool:
@@ -360,7 +360,7 @@ def steers_clean(request: GenerationRequest) -> bool:
 
 def _may_be_steered(request: GenerationRequest) -> bool:
     """Whether a monitor may switch a steering on."""
-    return any(one.steering is not None for one in request.monitors)
+    return any(monitor.steering is not None for monitor in request.monitors)
 
 
 def _sites_to_decide(steering: Steering | None) -> set[Site]:

@@ -68,10 +68,10 @@ class Columns(DynamicCache):
             if mine.keys is None:
                 mine.allocate(theirs.keys, theirs.values, *self._capacity)
             for row, (place, length) in enumerate(picks, first):
-                for buffer, given in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                for buffer, incoming in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
                     assert buffer is not None
                     buffer[row, :, : self.stop - length] = 0
-                    buffer[row, :, self.stop - length : self.stop] = given[place, :, given.shape[2] - length :]
+                    buffer[row, :, self.stop - length : self.stop] = incoming[place, :, incoming.shape[2] - length :]
         self.lengths += [length for _, length in picks]
 
     def remove(self, row: int) -> None:
@@ -95,7 +95,7 @@ class Columns(DynamicCache):
         self._allocate(len(self.lengths), max(self.lengths), columns)
 
     @property
-    def given(self) -> Any:
+    def model_cache(self) -> Any:
         """What a pass of the model is given."""
         return self
 
@@ -265,7 +265,7 @@ class Alone:
     """The cache of a batch of one row that nothing joins: the model's own, of whatever kind."""
 
     def __init__(self) -> None:
-        self.given: Any = None
+        self.model_cache: Any = None
         self.lengths: list[int] = []
 
     @property
@@ -276,11 +276,11 @@ class Alone:
     def insert(self, source: Any, picks: Sequence[tuple[int, int]]) -> None:
         """Go on with this cache, which holds one row."""
         ((_, length),) = picks
-        self.given, self.lengths = source, [length]
+        self.model_cache, self.lengths = source, [length]
 
     def remove(self, row: int) -> None:
         """The row leaves."""
-        self.given, self.lengths = None, []
+        self.model_cache, self.lengths = None, []
 
     def make_room(self) -> None:
         """It grows by itself."""
@@ -288,11 +288,11 @@ class Alone:
     def advance(self) -> None:
         """The pass is done. Raises `TrimtabError` unless the cache holds what was read."""
         self.lengths = [length + 1 for length in self.lengths]
-        held = compat.past_length(self.given)
+        held = compat.past_length(self.model_cache)
         if held is not None and held != self.width:
             raise TrimtabError(f"the cache of the batch holds {held} tokens where {self.width} have been read")
 
     def put_aside(self) -> Copies:
         """Before a pass: what makes copies of the row as it is now."""
-        aside = compat.put_aside(self.given)
+        aside = compat.put_aside(self.model_cache)
         return lambda picked: compat.fork(aside, picked)

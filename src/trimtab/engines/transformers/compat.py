@@ -119,9 +119,9 @@ def parameters(module: Any) -> Mapping[str, inspect.Parameter]:
 
 @lru_cache(maxsize=64)
 def _parameters(kind: Any) -> Mapping[str, inspect.Parameter]:
-    found = dict(inspect.signature(kind.forward).parameters)
-    found.pop("self", None)
-    return found
+    signature = dict(inspect.signature(kind.forward).parameters)
+    signature.pop("self", None)
+    return signature
 
 
 def bound(module: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,22 +141,22 @@ def is_cache(value: Any) -> bool:
     )
 
 
-def cache_of(given: Mapping[str, Any], owner: str) -> Any:
+def cache_of(arguments: Mapping[str, Any], owner: str) -> Any:
     """The cache among the arguments of a forward pass, whatever the argument is called; `None` if there is none.
 
     Args:
-        given: The arguments by name (see `bound`).
+        arguments: The arguments by name (see `bound`).
         owner: Whose arguments they are, for the error.
 
     Raises:
         UnsupportedError: Something else keeps the past, or there are several caches.
     """
-    found = {id(value): value for value in given.values() if is_cache(value)}
-    if len(found) > 1:
-        raise UnsupportedError(f"{owner} was given {len(found)} caches; trimtab can't tell which one is the text's")
-    if found:
-        return next(iter(found.values()))
-    for name, value in given.items():
+    caches = {id(value): value for value in arguments.values() if is_cache(value)}
+    if len(caches) > 1:
+        raise UnsupportedError(f"{owner} was given {len(caches)} caches; trimtab can't tell which one is the text's")
+    if caches:
+        return next(iter(caches.values()))
+    for name, value in arguments.items():
         if value is None or (isinstance(value, _PLAIN) and name not in CACHE_NAMES) or callable(value):
             continue
         if type(value).__module__.split(".")[0] == "torch":  # a BlockMask, say
@@ -199,13 +199,13 @@ def cache_name(module: Any) -> str:
         UnsupportedError: It declares no parameter that is known to be one.
     """
     kind: Any = type(wrapped(module))
-    found = _cache_name(kind)
-    if found is None:
+    name = _cache_name(kind)
+    if name is None:
         raise UnsupportedError(
             f"{type(module).__name__} declares no parameter for a cache that trimtab knows; it takes"
             f" {', '.join(parameters(module))}"
         )
-    return found
+    return name
 
 
 def check_common_cache(decoder: Any) -> None:
@@ -221,9 +221,9 @@ def with_cache(module: Any, inputs: Mapping[str, Any], cache: Any) -> dict[str, 
     return {**inputs, cache_name(module): cache}
 
 
-def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
+def without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs of a pass, and no cache among them."""
-    return {name: value for name, value in given.items() if not is_cache(value) and name != "use_cache"}
+    return {name: value for name, value in kwargs.items() if not is_cache(value) and name != "use_cache"}
 
 
 def new_cache(config: Any) -> Any:
@@ -239,7 +239,7 @@ def put_aside(cache: Any) -> Any:
     if not isinstance(getattr(cache, "layers", None), list):
         return copy.deepcopy(cache)
     aside = copy.copy(cache)
-    aside.layers = [copy.copy(one) if type(one) in _REPLACED else copy.deepcopy(one) for one in cache.layers]
+    aside.layers = [copy.copy(layer) if type(layer) in _REPLACED else copy.deepcopy(layer) for layer in cache.layers]
     return aside
 
 
@@ -328,32 +328,35 @@ def grows_plainly(cache: Any) -> bool:
 
 def declared(decoder: Any, output: str) -> tuple[type, ...]:
     """The classes of the modules that the decoder declares as sources of `"hidden_states"` or `"attentions"`."""
-    found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
-    listed = [getattr(one, "target_class", one) for one in (found if isinstance(found, (list, tuple)) else [found])]
-    return tuple(one for one in listed if isinstance(one, type))
+    outputs = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
+    listed = [
+        getattr(entry, "target_class", entry)
+        for entry in (outputs if isinstance(outputs, (list, tuple)) else [outputs])
+    ]
+    return tuple(kind for kind in listed if isinstance(kind, type))
 
 
 def declared_name(decoder: Any, output: str) -> str | None:
     """What the decoder calls the parts of its blocks that it declares as the source of an output, if it says so."""
-    found = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
-    return getattr(found, "layer_name", None)
+    outputs = (getattr(type(decoder), "_can_record_outputs", None) or {}).get(output)
+    return getattr(outputs, "layer_name", None)
 
 
 def active_stream(config: Any) -> int | None:
     """Of several residual streams the one that blocks read, where the configuration declares one (AltUp)."""
-    found = getattr(config, "altup_active_idx", None)
-    return found if isinstance(found, int) else None
+    index = getattr(config, "altup_active_idx", None)
+    return index if isinstance(index, int) else None
 
 
 def query_heads(config: Any) -> int | None:
     """How many query heads a layer has; `None` where layers differ in it, or have none."""
     try:
-        found = {getattr(config, "num_attention_heads", None)}
+        counts = {getattr(config, "num_attention_heads", None)}
     except RuntimeError:  # each layer has a configuration of its own
         own = config.per_layer_config
         each = own.values() if isinstance(own, Mapping) else own
-        found = {getattr(one, "num_attention_heads", None) for one in each}
-    (count,) = found if len(found) == 1 else (None,)
+        counts = {getattr(layer_config, "num_attention_heads", None) for layer_config in each}
+    (count,) = counts if len(counts) == 1 else (None,)
     return int(count) if count else None
 
 
@@ -391,7 +394,9 @@ def calls_attention_interface(module: nn.Module) -> bool:
 
 @lru_cache(maxsize=256)
 def _looks_up(kind: type[nn.Module]) -> bool:
-    functions = [f for one in kind.__mro__ if one is not nn.Module for f in vars(one).values() if inspect.isfunction(f)]
+    functions = [
+        f for base in kind.__mro__ if base is not nn.Module for f in vars(base).values() if inspect.isfunction(f)
+    ]
     return any(_INTERFACE in inspect.unwrap(function).__code__.co_names for function in functions)
 
 
@@ -463,9 +468,9 @@ def attending_with(configs: Sequence[Any], name: str) -> Iterator[None]:
 
 
 def generation_option(model: Any, options: Mapping[str, Any], name: str) -> Any:
-    """An option of `generate` as it will hold: what was asked for, else the model's generation configuration's."""
-    asked = options.get(name)
-    return asked if asked is not None else getattr(model.generation_config, name, None)
+    """An option of `generate` as it will hold: the requested value, else the model's generation configuration's."""
+    value = options.get(name)
+    return value if value is not None else getattr(model.generation_config, name, None)
 
 
 _ELSEWHERE = (
@@ -503,9 +508,9 @@ def decodes_by_steps(model: Any, options: Mapping[str, Any]) -> bool:
 def _may_read_anew(model: Any) -> bool:
     """Whether rotary embeddings change with the length of the text, so that a long one's cache is made anew."""
     text = model.config.get_text_config(decoder=True)
-    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    each = [found, *(one for one in found.values() if isinstance(one, Mapping))]
-    return any(one.get("rope_type", one.get("type")) in ("longrope", "dynamic") for one in each)
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    each = [rope, *(settings for settings in rope.values() if isinstance(settings, Mapping))]
+    return any(settings.get("rope_type", settings.get("type")) in ("longrope", "dynamic") for settings in each)
 
 
 def is_generate_option(model: Any, name: str) -> bool:
@@ -535,12 +540,12 @@ def logits_processors(model: Any, options: Mapping[str, Any], prompt_length: int
 
 def stopping_criteria(options: Mapping[str, Any], tokenizer: Any) -> list[Any]:
     """What ends an answer beside its end tokens and its length, under these options of `generate`."""
-    found = list(options.get("stopping_criteria") or ())
+    criteria = list(options.get("stopping_criteria") or ())
     if options.get("stop_strings") is not None:
-        found.append(StopStringCriteria(tokenizer, options["stop_strings"]))
+        criteria.append(StopStringCriteria(tokenizer, options["stop_strings"]))
     if options.get("max_time") is not None:
-        found.append(MaxTimeCriteria(options["max_time"]))
-    return found
+        criteria.append(MaxTimeCriteria(options["max_time"]))
+    return criteria
 
 
 _KNOWN_PROCESSORS: dict[type, tuple[str, str]] = {
@@ -551,7 +556,8 @@ _KNOWN_PROCESSORS: dict[type, tuple[str, str]] = {
     TopPLogitsWarper: ("top_p", "top_p"),
     MinPLogitsWarper: ("min_p", "min_p"),
 }
-"""Processors that come to one number: the setting of `generate`, and their attribute. In the order that it has them."""
+"""Processors that come to one number: the setting of `generate`, and their attribute. In the order that it has
+them."""
 
 
 def processor_settings(processors: Sequence[Any]) -> dict[str, Any] | None:
@@ -559,24 +565,27 @@ def processor_settings(processors: Sequence[Any]) -> dict[str, Any] | None:
 
     With `min_new_tokens` come the `ends` that it keeps away.
     """
-    found: dict[str, Any] = {}
-    order = list(_KNOWN_PROCESSORS)
-    if any(type(one) not in order for one in processors):
+    settings: dict[str, Any] = {}
+    order, kinds = list(_KNOWN_PROCESSORS), [type(processor) for processor in processors]
+    if any(kind not in order for kind in kinds):
         return None
-    places = [order.index(type(one)) for one in processors]
+    places = [order.index(kind) for kind in kinds]
     if sorted(set(places)) != places:
         return None
-    for one in processors:
-        name, attribute = _KNOWN_PROCESSORS[type(one)]
-        value = getattr(one, attribute, None)
-        if value is None or getattr(one, "prompt_ignore_length", None) is not None:
+    for processor in processors:
+        name, attribute = _KNOWN_PROCESSORS[type(processor)]
+        value = getattr(processor, attribute, None)
+        if value is None or getattr(processor, "prompt_ignore_length", None) is not None:
             return None
-        if getattr(one, "min_tokens_to_keep", 1) != 1 or getattr(one, "filter_value", -torch.inf) != -torch.inf:
+        if (
+            getattr(processor, "min_tokens_to_keep", 1) != 1
+            or getattr(processor, "filter_value", -torch.inf) != -torch.inf
+        ):
             return None
-        found[name] = value
+        settings[name] = value
         if name == "min_new_tokens":
-            found["ends"] = tuple(torch.as_tensor(one.eos_token_id).flatten().tolist())
-    return found
+            settings["ends"] = tuple(torch.as_tensor(processor.eos_token_id).flatten().tolist())
+    return settings
 
 
 def render_chat_template(messages: Sequence[Any], template: str | None, **variables: Any) -> str:

@@ -97,8 +97,8 @@ class Drafted:
     def true(self, rows: Sequence[BatchRow]) -> list[int] | None:
         """For each of these rows its draft that has come true; `None` where one has none."""
         places = [self.places.get((row.key, row.newest)) for row in rows]
-        found = [place for place in places if place is not None]
-        return found if len(found) == len(places) else None
+        known = [place for place in places if place is not None]
+        return known if len(known) == len(places) else None
 
 
 def sampler_of(rows: Sequence[BatchRow], device: torch.device) -> BatchSampler:

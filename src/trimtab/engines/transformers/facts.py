@@ -1,4 +1,4 @@
-"""What a step tells of each row's next token: decided on the device, and told to the host as one line of numbers a row.
+"""What a step tells of each row's next token: decided on the device, copied to the host as a line of numbers a row.
 
 A line has the token and the greatest logit; where any row of the batch is told log-probabilities, that of its token,
 the likeliest tokens and theirs; and what monitors have read.
@@ -34,8 +34,8 @@ class Facts:
     @classmethod
     def of(cls, rows: Sequence[BatchRow], vocabulary: int, readings: Tensor | None) -> Facts:
         """Those that these rows want."""
-        asked = [row.request.alternatives for row in rows if row.request.alternatives is not None]
-        return cls(bool(asked), min(max(asked, default=0), vocabulary), readings)
+        alternatives = [row.request.alternatives for row in rows if row.request.alternatives is not None]
+        return cls(bool(alternatives), min(max(alternatives, default=0), vocabulary), readings)
 
     def lines(self, tokens: Tensor, logits: Tensor) -> Tensor:
         """The lines `[rows, numbers]` of these tokens `[rows]`, which were chosen by logits `[rows, vocabulary]`."""

@@ -61,10 +61,10 @@ def in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return linear(x, weight, bias)
     whole = count * piece
     pieces = weight[:whole].view(count, piece, width)
-    found = torch.bmm(x.expand(count, *x.shape), pieces.transpose(1, 2)).transpose(0, 1).reshape(len(x), whole)
+    product = torch.bmm(x.expand(count, *x.shape), pieces.transpose(1, 2)).transpose(0, 1).reshape(len(x), whole)
     if whole < out:
-        found = torch.cat([found, linear(x, weight[whole:])], 1)
-    return found if bias is None else found + bias
+        product = torch.cat([product, linear(x, weight[whole:])], 1)
+    return product if bias is None else product + bias
 
 
 def _piece(width: int) -> int:
@@ -90,8 +90,8 @@ def _forward(module: nn.Linear, least: int, x: Tensor) -> Tensor:
     rows = x.numel() // weight.shape[1]
     if not least <= rows <= MOST:
         return linear(x, weight, module.bias)
-    found = in_pieces(x.reshape(rows, -1), weight, module.bias)
-    return found.view(*x.shape[:-1], -1)
+    product = in_pieces(x.reshape(rows, -1), weight, module.bias)
+    return product.view(*x.shape[:-1], -1)
 
 
 def fewest() -> int:

@@ -49,16 +49,16 @@ class Following:
         A pass may go back behind what was read; then that is forgotten. Raises `TrimtabError` where tokens before a
         generated one weren't seen, so that it isn't known what it means.
         """
-        found = []
+        states = []
         for position, token in zip(positions, ids, strict=True):
             if position < 0:
-                found.append(0)
+                states.append(0)
                 continue
             generated = position - self.prompt_length
             if generated < 0:
                 if position <= len(self.ids):
                     self.ids[position : position + 1] = [token]
-                found.append(state_of(position, NOTHING))
+                states.append(state_of(position, NOTHING))
                 continue
             if position > len(self.ids) or generated > len(self.followed):
                 raise TrimtabError(
@@ -72,8 +72,8 @@ class Following:
             self.ids.append(token)
             self.followed.append(self._follower.after(before, token))
             self.states.append(state_of(position, self.followed[-1].holding))
-            found.append(self.states[-1])
-        return found
+            states.append(self.states[-1])
+        return states
 
 
 class Texts:
@@ -105,22 +105,22 @@ class Texts:
         for request in (row // self._repeat for row in range(rows)):
             meanings = meanings_of(edits[request])
             ids = [] if prompts is None else list(prompts[request])
-            one = Following(tokenizer, meanings, lengths[request], ids) if meanings else None
-            self._rows.append(one)
+            following = Following(tokenizer, meanings, lengths[request], ids) if meanings else None
+            self._rows.append(following)
 
-    def states(self, one: Pass, pads: Sequence[int], ids: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    def states(self, forward_pass: Pass, pads: Sequence[int], ids: Tensor | None) -> tuple[tuple[int, ...], ...]:
         """Each row's states in a pass over these tokens, one a column.
 
         Raises `TrimtabError` where what generated tokens mean can't be told.
         """
-        states = states_of(self._plan.segments, one, pads)
-        where = where_of(one, pads)
+        states = states_of(self._plan.segments, forward_pass, pads)
+        where = where_of(forward_pass, pads)
         generated = any(text and max(row) >= text.prompt_length for text, row in zip(self._rows, where, strict=True))
         if not generated and not self._collects:
             return states
         if not self._known:
             raise UnsupportedError("positions by meaning are about text, and here is no tokenizer that tells it")
-        if ids is None or ids.shape != (one.rows, one.length):
+        if ids is None or ids.shape != (forward_pass.rows, forward_pass.length):
             raise UnsupportedError("positions by meaning need the tokens, and the model was given embeddings")
         listed = ids.tolist()
         return tuple(

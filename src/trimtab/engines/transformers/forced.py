@@ -93,11 +93,11 @@ class Forcing:
             if self.shares:
                 self._factors = None if factors is None else torch.cat(scales)
                 return self._together(texts, changes)
-            found = []
+            logits = []
             for text, scale in zip(texts, scales, strict=True):
                 self._factors = None if factors is None else scale
-                found.append(self._whole(text, changes))
-            return found
+                logits.append(self._whole(text, changes))
+            return logits
         finally:
             self._factors = None
 
@@ -111,7 +111,7 @@ class Forcing:
         """
         if unknown := sorted({*sites, *changes} - set(self.sites)):
             raise TrimtabError(f"there is no hook at {unknown[0]}")
-        found: dict[Site, list[Tensor]] = {site: [] for site in sites}
+        by_site: dict[Site, list[Tensor]] = {site: [] for site in sites}
         for group in [texts] if self.shares else [[text] for text in texts]:
             self._states, self._wanted = {}, frozenset(sites)
             try:
@@ -119,10 +119,10 @@ class Forcing:
                     self.logits(group, changes)
                 check_read(sites, self._states)
                 for site, x in self._states.items():
-                    found[site] += x.split([len(text.answer) for text in group])
+                    by_site[site] += x.split([len(text.answer) for text in group])
             finally:
                 self._states = None
-        return found
+        return by_site
 
     def _together(self, texts: Sequence[Forced], changes: Mapping[Site, Change]) -> list[Tensor]:
         cache = DynamicCache(config=self.layout.decoder.config)  # type: ignore[arg-type]
@@ -138,7 +138,7 @@ class Forcing:
         fed = [[text.prompt[-1], *text.answer[:-1]] for text in texts]
         ids, new = padded(fed, left=False, device=device)
         # numbers rather than a mask: a mask would wait for the device at every site
-        places = [row * ids.shape[1] + column for row, one in enumerate(texts) for column in range(len(one.answer))]
+        places = [row * ids.shape[1] + column for row, text in enumerate(texts) for column in range(len(text.answer))]
         self._answering = torch.tensor(places, device=device)
         out = self._pass(_inputs(self.model, ids, torch.cat([mask, new], 1), cache), changes)
         return [row[: len(text.answer)] for row, text in zip(out, texts, strict=True)]
@@ -172,17 +172,17 @@ class Forcing:
             return None
         flat = x.reshape(-1, x.shape[-1])  # some blocks run their MLP over the tokens of all rows as one list
         where = self._answering.to(x.device)
-        given = flat.index_select(0, where)
+        selected = flat.index_select(0, where)
         if self._states is not None and site in self._wanted:
-            self._states[site] = given
+            self._states[site] = selected
             if len(self._states) == len(self._wanted):
                 raise _Enough
         if change is None:
             return None
-        added = change(given)
+        added = change(selected)
         if self._factors is not None:
             added = added * self._factors.to(added)[:, None]
-        return flat.index_copy(0, where, given + added.to(given.dtype)).view(x.shape)
+        return flat.index_copy(0, where, selected + added.to(selected.dtype)).view(x.shape)
 
 
 @contextmanager
@@ -192,7 +192,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
     Raises:
         TrimtabError: A site that the model doesn't have, or a model that is being steered.
     """
-    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    required_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     training = {module: module.training for module in model.modules()}
     run = Forcing(model, layout, tuple(sorted(set(sites))), can_share(layout))
     places = [(site, place(layout, site)) for site in run.sites]
@@ -200,7 +200,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
     with steering(layout.decoder), torch.enable_grad():
         try:
             model.eval()
-            for parameter in asked:
+            for parameter in required_grad:
                 parameter.requires_grad_(False)
             for site, where in places:
                 handles.append(attach(where, partial(run._at, get_ident(), site)))
@@ -208,7 +208,7 @@ def forcing(model: Any, layout: Layout, sites: Sequence[Site]) -> Iterator[Forci
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter, before in asked.items():
+            for parameter, before in required_grad.items():
                 parameter.requires_grad_(before)
             for module, before in training.items():
                 module.training = before

@@ -95,10 +95,10 @@ class Forks:
             self._versions = None
         return logits
 
-    def _edit(self, site: Site, given: Tensor) -> Tensor | None:
+    def _edit(self, site: Site, activations: Tensor) -> Tensor | None:
         if self._versions is None or self._states is None or get_ident() != self._owner:
             return None
         if site not in self._versions.plan.stages:
             return None
         self._edited.add(site)
-        return edited(self._versions, site, self._states, given)
+        return edited(self._versions, site, self._states, activations)

@@ -123,12 +123,12 @@ class Masks:
     """
 
     def __init__(self, matchers: Sequence[Matcher | None], size: int, device: torch.device) -> None:
-        chosen = [(row, one) for row, one in enumerate(matchers) if one is not None]
-        self._matchers = [one for _, one in chosen]
+        chosen = [(row, matcher) for row, matcher in enumerate(matchers) if matcher is not None]
+        self._matchers = [matcher for _, matcher in chosen]
         self._places = {row: place for place, (row, _) in enumerate(chosen)}
         self._every = tuple(range(len(matchers)))
         self._size, self._device = size, device
-        words = max(one.words for _, one in chosen)
+        words = max(matcher.words for _, matcher in chosen)
         pinned = device.type == "cuda" and torch.cuda.is_available()
         self._bits = torch.zeros(len(chosen), words, dtype=torch.int32, pin_memory=pinned)
         self._shifts = torch.arange(32, dtype=torch.int32, device=device)
@@ -161,26 +161,26 @@ class Masks:
 
     def _computed(self) -> Tensor:
         """`[constrained rows, vocabulary]`: what mustn't come. A row whose answer is over may say anything."""
-        going = [(place, one) for place, one in enumerate(self._matchers) if not one._over]
+        going = [(place, matcher) for place, matcher in enumerate(self._matchers) if not matcher._over]
         if len(going) < len(self._matchers):
             self._bits.fill_(-1)
         width = self._bits.shape[1] * 4
         if self._executor is not None and len(going) > 1:
-            pairs = [(one._state, place) for place, one in going]
+            pairs = [(matcher._state, place) for place, matcher in going]
             self._executor.unsafe_compute_mask_ptr(pairs, self._bits.data_ptr(), width, len(self._bits))
         else:
-            for place, one in going:
-                one._state.unsafe_compute_mask_ptr(self._bits.data_ptr() + place * width, width)
+            for place, matcher in going:
+                matcher._state.unsafe_compute_mask_ptr(self._bits.data_ptr() + place * width, width)
         bits = self._bits.to(self._device, non_blocking=True)
         return ((bits[:, :, None] >> self._shifts) & 1 == 0).flatten(1)[:, : self._size]
 
     def _chosen(self, rows: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Which of these rows are constrained, and where their masks are; `None` where none is."""
         if rows not in self._known:
-            found = [(i, self._places[row]) for i, row in enumerate(rows) if row in self._places]
+            chosen = [(i, self._places[row]) for i, row in enumerate(rows) if row in self._places]
             if len(self._known) >= KEPT:
                 self._known.clear()
-            both = [torch.tensor(one, device=self._device) for one in zip(*found, strict=True)]
+            both = [torch.tensor(indices, device=self._device) for indices in zip(*chosen, strict=True)]
             self._known[rows] = (both[0], both[1]) if both else None
         return self._known[rows]
 
@@ -202,7 +202,7 @@ class GrammarProcessor(LogitsProcessor):
         """Scores `[rows, vocabulary]`, masked."""
         if self._masks is None:
             each = len(input_ids) // len(self._prompts)
-            self._rows = [one and one.copy() for one in self._prompts for _ in range(each)]
+            self._rows = [matcher and matcher.copy() for matcher in self._prompts for _ in range(each)]
             self._masks = Masks(self._rows, scores.shape[-1], scores.device)
             self._read = input_ids.shape[1]
         if input_ids.shape[1] > self._read:

@@ -56,19 +56,22 @@ def encode_with_images(
     if takes_parts(tokenizer):
         messages = [_in_parts(message) for message in messages]
     count = sum(
-        part["type"] == "image" for one in messages if not isinstance(one["content"], str) for part in one["content"]
+        part["type"] == "image"
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
     )
     keywords = {**set_keywords(tokenizer), **rendering(tokenizer, messages, template)}
     how: dict[str, Any] = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     try:
-        found = processor.apply_chat_template([dict(one) for one in messages], **how, **keywords)
+        encoded = processor.apply_chat_template([dict(message) for message in messages], **how, **keywords)
     except Exception as error:  # templates and processors raise whatever their authors chose
         reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise TrimtabError(f"the model's processor refuses these messages: {reason}") from error
-    ids = found["input_ids"]
-    if len(ids) != 1 or not bool(torch.as_tensor(found["attention_mask"]).all()):
+    ids = encoded["input_ids"]
+    if len(ids) != 1 or not bool(torch.as_tensor(encoded["attention_mask"]).all()):
         raise TrimtabError("the model's processor made more than one unpadded row of one prompt")
-    return torch.as_tensor(ids)[0].tolist(), PromptImages(_inputs(model, found), count)
+    return torch.as_tensor(ids)[0].tolist(), PromptImages(_inputs(model, encoded), count)
 
 
 def with_template(tokenizer: Any, processor: Any) -> Any:
@@ -87,11 +90,11 @@ def _in_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {**message, "content": [{"type": "text", "text": content}] if isinstance(content, str) else content}
 
 
-def _inputs(model: Any, found: Mapping[str, Any]) -> dict[str, Any]:
+def _inputs(model: Any, encoded: Mapping[str, Any]) -> dict[str, Any]:
     """What of a processor's output the model takes, where its inputs go and in its dtype."""
     takes, device = compat.parameters(model), input_device(model)
     inputs: dict[str, Any] = {}
-    for name, value in found.items():
+    for name, value in encoded.items():
         if name in ("input_ids", "attention_mask") or value is None:
             continue
         if name not in takes:
@@ -122,29 +125,29 @@ class Counted:
 def counting(layout: Layout, tokens: int | None) -> Iterator[Counted]:
     """While open, a pass of the whole model over a prompt of so many tokens from its beginning on.
 
-    `None`: several passes, of which nothing is to be told. Raises `UnsupportedError` where the decoder computes another
+    `None`: several passes, of which nothing is counted. Raises `UnsupportedError` where the decoder computes another
     number of tokens than the prompt has, and `TrimtabError` where the model can't place the images.
     """
-    found, owner = Counted(), get_ident()
+    counted, owner = Counted(), get_ident()
 
     def look(decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         if tokens is None or get_ident() != owner:
             return
-        given = compat.bound(decoder, args, kwargs)
-        entering = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        arguments = compat.bound(decoder, args, kwargs)
+        entering = arguments.get("inputs_embeds") if arguments.get("input_ids") is None else arguments["input_ids"]
         if isinstance(entering, Tensor) and entering.shape[1] != tokens:
             raise UnsupportedError(
                 f"{type(decoder).__name__} computes {entering.shape[1]} tokens of a prompt that has {tokens}: it puts"
                 " images in beside the text; which token is at which position can't be told"
             )
-        positions = given.get("position_ids")
+        positions = arguments.get("position_ids")
         if isinstance(positions, Tensor):
             axes = positions[-AXES:] if positions.dim() == 3 else positions
-            found.shift = int(axes.max()) + 1 - tokens
+            counted.shift = int(axes.max()) + 1 - tokens
 
     handle = layout.decoder.register_forward_pre_hook(look, with_kwargs=True)
     try:
-        yield found
+        yield counted
     except (TrimtabError, RuntimeError):
         raise
     except Exception as error:  # a model that can't place features raises whatever its authors chose
@@ -158,8 +161,8 @@ def images_reader(model: Any, layout: Layout, ids: Sequence[int], images: Prompt
     """Reads one prompt with images, the only request there is, by a pass of its own."""
 
     def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
-        found = read_with_images(model, layout, ids, images, sites)
-        return {i: {site: found[site][list(positions)] for site in sites} for i, positions in where.items()}
+        activations = read_with_images(model, layout, ids, images, sites)
+        return {i: {site: activations[site][list(positions)] for site in sites} for i, positions in where.items()}
 
     return read
 
@@ -171,10 +174,10 @@ def read_with_images(
     """The activations `[tokens, width]` of a whole prompt with images, at each site."""
     row = torch.tensor([list(ids)], device=input_device(model))
     inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), **images.inputs, "use_cache": False}
-    with recording(layout, sites, lambda x: x[0], to_the_end=True) as found, counting(layout, len(ids)):
+    with recording(layout, sites, lambda x: x[0], to_the_end=True) as activations, counting(layout, len(ids)):
         model(**inputs)
-    check_read(sites, found)
-    return dict(found)
+    check_read(sites, activations)
+    return dict(activations)
 
 
 def check_takes_images(model: Any) -> None:
@@ -271,11 +274,11 @@ def _try(model: Any, layout: Layout, ids: Sequence[int], images: PromptImages) -
             with counting(layout, last) as counted:
                 last_logits(model, row[:, :last], mask[:, :last], None, cache, more=images.until(last))
             position = torch.full_like(row[:, :1], last + counted.shift)
-            found = last_logits(model, row[:, last:], mask, position, cache)
+            logits = last_logits(model, row[:, last:], mask, position, cache)
     except UnsupportedError:
         return False
     limit = OFF.get(model.dtype, COARSE) * float(expected.norm())
-    return bool((found - expected).norm() <= limit)
+    return bool((logits - expected).norm() <= limit)
 
 
 def _columns(layer: Any) -> int | None:

@@ -81,8 +81,8 @@ class Reader:
     def padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and positions `[prompts, columns]` of prompts that are padded on the left."""
         width = max(map(len, prompts))
-        pads = [width - len(one) for one in prompts]
-        rows = [[self.pad] * pad + list(one) for pad, one in zip(pads, prompts, strict=True)]
+        pads = [width - len(prompt) for prompt in prompts]
+        rows = [[self.pad] * pad + list(prompt) for pad, prompt in zip(pads, prompts, strict=True)]
         seen = [[0] * pad + [1] * (width - pad) for pad in pads]
         ids, mask = torch.tensor(rows, device=self.device), torch.tensor(seen, device=self.device)
         return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
@@ -106,7 +106,7 @@ class Reader:
         prompts = [list(ids) for ids, _ in texts]
         width = max(map(len, prompts))
         ids, mask, positions = self.padded(prompts)
-        told = None if self.counts else positions
+        position_ids = None if self.counts else positions
         cache = self.new_cache()
         before: list[Copies] = []
         counted = Counted()
@@ -122,14 +122,20 @@ class Reader:
                     return logits
             elif start:
                 part = slice(0, start)
-                last_logits(self.model, ids[:, part], mask[:, part], told[:, part] if told is not None else None, cache)
+                last_logits(
+                    self.model,
+                    ids[:, part],
+                    mask[:, part],
+                    position_ids[:, part] if position_ids is not None else None,
+                    cache,
+                )
             if copied:
                 aside = compat.put_aside(cache)
                 before.append(lambda picked: compat.fork(aside, picked))
-            newest = told[:, start:] + counted.shift if told is not None else None
+            newest = position_ids[:, start:] + counted.shift if position_ids is not None else None
             return last_logits(self.model, ids[:, start:], mask, newest, cache, self.watch)
 
-        steerings, lengths = [steering for _, steering in texts], [len(one) for one in prompts]
+        steerings, lengths = [steering for _, steering in texts], [len(prompt) for prompt in prompts]
         if images is not None:
             check_goes_on(self.model, self.layout, prompts[0], images)
         if images is None and decides_at_prefill(self.layout, steerings, lengths, {}):
@@ -142,17 +148,19 @@ class Reader:
         else:
             resolved = resolve(steerings, lengths, self.reads(prompts, images))
             edits, names = resolved.edits, resolved.names
-            session = Session(self.model, self.layout, lambda *_: [activation_edits(one) for one in edits])
+            session = Session(self.model, self.layout, lambda *_: [activation_edits(row_edits) for row_edits in edits])
             session.expect(lengths, width)
-            scored = [ScoredRow(score_edits(one), n, width - n) for one, n in zip(edits, lengths, strict=True)]
+            scored = [
+                ScoredRow(score_edits(row_edits), n, width - n) for row_edits, n in zip(edits, lengths, strict=True)
+            ]
             scores = compiled(self.layout, scored, width)
-            sites = edited_sites([edit for one in edits for edit in one])
+            sites = edited_sites([edit for row_edits in edits for edit in row_edits])
             with steering(self.layout, self.masks, session, sites, scores, lambda: width):
                 logits = run()
         session.check_reached(width)
         past = None
         if verified:
-            last = None if told is None else told[:, -1:] + counted.shift
+            last = None if position_ids is None else position_ids[:, -1:] + counted.shift
             token = Token(ids[:, -1:], last, mask if copied or min(lengths) < width else None)
             past = Past(token, before[0] if copied else cache, width)
         tallies = [session.tally(i) for i in range(len(texts))]

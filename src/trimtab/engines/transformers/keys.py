@@ -57,10 +57,10 @@ def keys_of(layout: Layout, site: Site) -> Keys:
                 " hooks would take for theirs; lm.check(steering) finds it out before"
             )
         _known[layout.decoder] = _examine(layout)
-    found = _known[layout.decoder][site.layer]
-    if isinstance(found, str):
-        raise UnsupportedError(f"{type(layout.decoder).__name__} has no {site}: {found}; steer the residual stream")
-    return found
+    examined = _known[layout.decoder][site.layer]
+    if isinstance(examined, str):
+        raise UnsupportedError(f"{type(layout.decoder).__name__} has no {site}: {examined}; steer the residual stream")
+    return examined
 
 
 # ---- a pass in which they are edited ---------------------------------------------------------------------------
@@ -70,9 +70,9 @@ def attach(keys: Keys, change: Change) -> Any:
     """A hook that lets `change` act on the keys, heads side by side, before they are stored."""
 
     def before(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = compat.bound(attention, args, kwargs)
+        arguments = compat.bound(attention, args, kwargs)
         name = compat.cache_name(attention)
-        cache = given.get(name)
+        cache = arguments.get(name)
         if isinstance(cache, _Storing):  # another hook's, which came first
             cache.changes.append((keys, change))
             return args, kwargs
@@ -100,8 +100,8 @@ class _Storing:
                     f" {known.heads} heads of {known.size}; which is whose can't be told"
                 )
             keys = _changed(keys, change)
-        found: tuple[Tensor, Tensor] = self.cache.update(keys, values, *args, **kwargs)
-        return found
+        stored: tuple[Tensor, Tensor] = self.cache.update(keys, values, *args, **kwargs)
+        return stored
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
@@ -133,7 +133,7 @@ def _changed(keys: Tensor, change: Change) -> Tensor:
 def _examine(layout: Layout) -> tuple[Keys | str, ...]:
     modules = attention_modules(layout)
     stored: list[list[Tensor]] = [[] for _ in modules]
-    given: list[list[Tensor]] = [[] for _ in modules]
+    attended_keys: list[list[Tensor]] = [[] for _ in modules]
     running: list[int] = []
 
     def enter(number: int, *_: Any) -> None:
@@ -141,7 +141,7 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         if running and modules[running[0]] is module:
-            given[running[0]].append(key)
+            attended_keys[running[0]].append(key)
         return compat.attention_function(usual, module)(module, query, key, *args, **kwargs)
 
     usual = compat.attention_name(layout.decoder.config)
@@ -156,14 +156,14 @@ def _examine(layout: Layout) -> tuple[Keys | str, ...]:
         try:
             with compat.attending_with(configurations(layout), name):
                 layout.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        except Exception as error:  # what it can't run is told, with its reason, when it is to run
+        except Exception as error:  # what it can't run is reported, with its reason, when it is to run
             failed = f"a pass over a few tokens failed ({type(error).__name__}: {error})"
         finally:
             for hook in hooks:
                 hook.remove()
     if failed:
         return (failed,) * len(modules)
-    return tuple(_found(*one) for one in zip(modules, stored, given, strict=True))
+    return tuple(_keys_stored(*observed) for observed in zip(modules, stored, attended_keys, strict=True))
 
 
 class _Listening(_Nothing):
@@ -188,13 +188,13 @@ def _listen(attention: nn.Module, cache: Any) -> Any:
     return attention.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _found(module: nn.Module | None, stored: list[Tensor], given: list[Tensor]) -> Keys | str:
+def _keys_stored(module: nn.Module | None, stored: list[Tensor], attended_keys: list[Tensor]) -> Keys | str:
     """What one block stores, or why that is nothing to steer."""
     if module is None:
         return "the block has no attention that goes through transformers' attention interface"
-    if len(stored) != 1 or len(given) != 1:
-        return f"its attention stores keys {len(stored)} times and attends {len(given)} times in a pass"
-    (keys,), (attended,) = stored, given
+    if len(stored) != 1 or len(attended_keys) != 1:
+        return f"its attention stores keys {len(stored)} times and attends {len(attended_keys)} times in a pass"
+    (keys,), (attended,) = stored, attended_keys
     if keys.dim() != 4 or keys.shape[0] != ROWS or keys.shape[2] != TOKENS or not torch.equal(keys, attended):
         return "what its attention stores isn't the keys that it attends to (latents of them, say)"
     return Keys(module, keys.shape[1], keys.shape[3])

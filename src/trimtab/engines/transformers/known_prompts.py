@@ -1,4 +1,4 @@
-"""Calls of `model.generate` by whoever steers around them: the session is told how long their prompts are."""
+"""Calls of `model.generate` by whoever steers around them: the session learns how long their prompts are."""
 
 from __future__ import annotations
 

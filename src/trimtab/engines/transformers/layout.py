@@ -71,8 +71,8 @@ def find_layout(model: Any, layers: str | None = None) -> Layout:
 
 def _context(text: Any) -> int | None:
     """How many positions the configuration allows; none or a negative number is no limit."""
-    found = getattr(text, "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def _runner(model: nn.Module, path: str) -> nn.Module:
@@ -87,12 +87,12 @@ def _runner(model: nn.Module, path: str) -> nn.Module:
 
 def _named(model: nn.Module, path: str) -> tuple[str, nn.ModuleList]:
     try:
-        found = model.get_submodule(path)
+        blocks = model.get_submodule(path)
     except AttributeError:
         raise TrimtabError(f"{type(model).__name__} has no {path!r}; lists of blocks it has: {_names(model)}") from None
-    if not isinstance(found, nn.ModuleList):
-        raise TrimtabError(f"{path!r} is a {type(found).__name__}, not a list of blocks; lists: {_names(model)}")
-    return path, found
+    if not isinstance(blocks, nn.ModuleList):
+        raise TrimtabError(f"{path!r} is a {type(blocks).__name__}, not a list of blocks; lists: {_names(model)}")
+    return path, blocks
 
 
 def _declared(model: nn.Module, decoder: nn.Module, count: int) -> tuple[str, nn.ModuleList]:

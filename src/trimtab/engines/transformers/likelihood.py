@@ -84,13 +84,13 @@ def _decoder_gives(model: Any, layout: Layout, output: type) -> Iterator[Callabl
     """
     decoder = layout.decoder
     own = vars(decoder).get("forward")  # accelerate puts one there
-    given: list[Tensor] = []
-    decoder.forward = lambda *_, **__: output(last_hidden_state=given[0][None])
+    outputs: list[Tensor] = []
+    decoder.forward = lambda *_, **__: output(last_hidden_state=outputs[0][None])
 
     def logits(hidden: Tensor) -> Tensor:
-        given[:] = [hidden]
-        one = torch.zeros(1, 1, dtype=torch.long, device=input_device(decoder))
-        return model(input_ids=one, use_cache=False).logits[0]
+        outputs[:] = [hidden]
+        ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(decoder))
+        return model(input_ids=ids, use_cache=False).logits[0]
 
     try:
         yield logits

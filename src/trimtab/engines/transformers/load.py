@@ -84,10 +84,10 @@ def _put_on(model: Any, adapter: str | Path) -> None:
         if not (folder / name).is_file():
             raise TrimtabError(f"{adapter} has no {name}, so it holds no adapter that can be read")
     try:
-        found = model.load_adapter(str(folder), adapter_name=folder.name.replace(".", "_"), low_cpu_mem_usage=True)
+        loaded = model.load_adapter(str(folder), adapter_name=folder.name.replace(".", "_"), low_cpu_mem_usage=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise TrimtabError(f"the adapter in {folder} doesn't fit this model: {_first_line(error)}") from error
-    if unfit := [*found.missing_keys, *found.unexpected_keys]:
+    if unfit := [*loaded.missing_keys, *loaded.unexpected_keys]:
         raise TrimtabError(f"the adapter in {folder} doesn't fit this model: {sorted(unfit)[0]} isn't in both")
 
 

@@ -41,5 +41,5 @@ class PaddedMasks:
             yield
 
 
-def _mask(*args: Any, **given: Any) -> Tensor | None:
-    return compat.sdpa_mask(*args, **{**given, "allow_is_causal_skip": False})
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return compat.sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})

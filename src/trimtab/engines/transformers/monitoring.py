@@ -31,21 +31,21 @@ KEPT = 64
 
 def check_watched(monitors: Sequence[Monitor], steering: Steering | None, layout: Layout) -> None:
     """Raises `TrimtabError` for monitors that don't fit the model, or what they switch on not beside a steering."""
-    for one in monitors:
-        where = place(layout, one.site)
-        if len(one.condition.direction) != where.size:
+    for monitor in monitors:
+        where = place(layout, monitor.site)
+        if len(monitor.condition.direction) != where.size:
             raise TrimtabError(
-                f"monitor {one.name} reads {len(one.condition.direction)} numbers at {one.site}, and this model has"
-                f" {where.size} there; it was learned on another model"
+                f"monitor {monitor.name} reads {len(monitor.condition.direction)} numbers at {monitor.site}, and this"
+                f" model has {where.size} there; it was learned on another model"
             )
-        if one.steering is not None:
-            check_edits(one.steering if steering is None else steering + one.steering, layout)
+        if monitor.steering is not None:
+            check_edits(monitor.steering if steering is None else steering + monitor.steering, layout)
 
 
 def switched_on(monitor: Monitor, prompt_length: int) -> tuple[tuple[Edit, ...], tuple[str, ...]]:
     """The edits that a monitor switches on, as a batch runs them, and what they are called in the answer."""
-    found = resolve([monitor.steering], [prompt_length], lambda *_: {})
-    return found.edits[0], found.names[0]
+    resolved = resolve([monitor.steering], [prompt_length], lambda *_: {})
+    return resolved.edits[0], resolved.names[0]
 
 
 @dataclass
@@ -58,9 +58,11 @@ class Log:
     def add(self, monitors: Sequence[Monitor], values: tuple[float, ...]) -> tuple[Monitor, ...]:
         """One more token's; the monitors that fire at it, for the first time."""
         new = tuple(
-            one for one, value in zip(monitors, values, strict=True) if one.name not in self.fired and one.fires(value)
+            monitor
+            for monitor, value in zip(monitors, values, strict=True)
+            if monitor.name not in self.fired and monitor.fires(value)
         )
-        self.fired |= dict.fromkeys((one.name for one in new), len(self.values))
+        self.fired |= dict.fromkeys((monitor.name for monitor in new), len(self.values))
         self.values.append(values)
         return new
 
@@ -68,8 +70,8 @@ class Log:
         """All of it, by name."""
         columns = list(zip(*self.values, strict=True)) or [()] * len(monitors)
         return {
-            one.name: Monitored(tuple(values), self.fired.get(one.name))
-            for one, values in zip(monitors, columns, strict=True)
+            monitor.name: Monitored(tuple(values), self.fired.get(monitor.name))
+            for monitor, values in zip(monitors, columns, strict=True)
         }
 
 
@@ -84,12 +86,12 @@ class Watch:
 
     def of(self, each: Iterable[Sequence[Monitor]]) -> None:
         """The next passes are of rows with these monitors."""
-        self.conditions = tuple(dict.fromkeys(one.condition for monitors in each for one in monitors))
+        self.conditions = tuple(dict.fromkeys(monitor.condition for monitors in each for monitor in monitors))
         self.values = None
 
     def columns(self, monitors: Sequence[Monitor]) -> list[int]:
         """Which of the values are those of these monitors."""
-        return [self.conditions.index(one.condition) for one in monitors]
+        return [self.conditions.index(monitor.condition) for monitor in monitors]
 
     @contextmanager
     def open(self, rows: int) -> Iterator[None]:
@@ -99,38 +101,38 @@ class Watch:
             return
         owner = get_ident()
         by_site: dict[Site, list[int]] = {}
-        for i, one in enumerate(self.conditions):
-            by_site.setdefault(one.site, []).append(i)
-        found: dict[int, Tensor] = {}
+        for i, condition in enumerate(self.conditions):
+            by_site.setdefault(condition.site, []).append(i)
+        by_condition: dict[int, Tensor] = {}
 
-        def keep(site: Site, where: Place, given: Any) -> None:
+        def keep(site: Site, where: Place, output: Any) -> None:
             if get_ident() != owner:
                 return
-            x = where.read(given if isinstance(given, Tensor) else given[0])
+            x = where.read(output if isinstance(output, Tensor) else output[0])
             newest = x.reshape(rows, -1, x.shape[-1])[:, -1]
             newest = newest.to(torch.promote_types(newest.dtype, torch.float32))
             here = tuple(self.conditions[i] for i in by_site[site])
             values = measured(here, newest, self._directions(here, newest))
-            found.update(zip(by_site[site], values.unbind(-1), strict=True))
+            by_condition.update(zip(by_site[site], values.unbind(-1), strict=True))
 
         with ExitStack() as stack:
             for site in by_site:
                 stack.callback(_reading(place(self._layout, site), partial(keep, site)).remove)
             yield
-        for i, one in enumerate(self.conditions):
-            if i not in found:
+        for i, condition in enumerate(self.conditions):
+            if i not in by_condition:
                 raise TrimtabError(
-                    f"the part of the model at {one.site} didn't run in a pass that a monitor reads; something runs the"
-                    " model past its hooks (a captured graph, a replaced forward)"
+                    f"the part of the model at {condition.site} didn't run in a pass that a monitor reads; something"
+                    " runs the model past its hooks (a captured graph, a replaced forward)"
                 )
-        self.values = torch.stack([found[i].to(found[0].device) for i in range(len(found))], -1)
+        self.values = torch.stack([by_condition[i].to(by_condition[0].device) for i in range(len(by_condition))], -1)
 
     def _directions(self, conditions: tuple[Threshold, ...], x: Tensor) -> Tensor:
         key = (conditions, x.device, x.dtype)
         if key not in self._kept:
             if len(self._kept) >= KEPT:
                 self._kept.clear()
-            self._kept[key] = torch.stack([one.direction for one in conditions]).to(x)
+            self._kept[key] = torch.stack([condition.direction for condition in conditions]).to(x)
         return self._kept[key]
 
 

@@ -39,10 +39,13 @@ def next_tokens(
     edits: Sequence[tuple[Edit, ...]],
 ) -> list[NextToken]:
     """One batch of rows, each under its own edits, in their order. `session` decides the same `edits`."""
-    sites = sorted({edit.site for one in edits for edit in one})
+    sites = sorted({edit.site for row_edits in edits for edit in row_edits})
     texts: dict[tuple[int, ...], int] = {}
     of = [texts.setdefault(tuple(choice.ids), len(texts)) for choice in choices]
-    tail = max(max(1, len(choice.ids) - first_steered(one, choice)) for choice, one in zip(choices, edits, strict=True))
+    tail = max(
+        max(1, len(choice.ids) - first_steered(row_edits, choice))
+        for choice, row_edits in zip(choices, edits, strict=True)
+    )
     device = input_device(model)
     shortest = min(len(text) for text in texts) - tail
     lengths = [choice.prompt_length for choice in choices]

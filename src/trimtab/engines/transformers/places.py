@@ -106,32 +106,32 @@ def attach(where: Place, edit: Callable[[Tensor], Tensor | None]) -> Any:
     return where.module.register_forward_pre_hook(before, with_kwargs=True)
 
 
-def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], given: Tensor) -> Tensor:
+def _edited_streams(streams: Streams, edit: Callable[[Tensor], Tensor | None], stacked: Tensor) -> Tensor:
     """The streams after an edit of the residual stream among them."""
-    before = streams.read(given)
+    before = streams.read(stacked)
     x = before.clone()
     after = edit(x)
-    return streams.moved(given, (x if after is None else after) - before)
+    return streams.moved(stacked, (x if after is None else after) - before)
 
 
 def _streams(layout: Layout, site: Site) -> Streams | None:
-    found = block_of(layout, site.layer)
-    if found.shape is not None:
+    block = block_of(layout, site.layer)
+    if block.shape is not None:
         what = (
-            f"{found.shape[0]} streams"
-            if len(found.shape) == 1
-            else f"{found.shape} for {ROWS} rows of {TOKENS} tokens"
+            f"{block.shape[0]} streams"
+            if len(block.shape) == 1
+            else f"{block.shape} for {ROWS} rows of {TOKENS} tokens"
         )
         raise UnsupportedError(
             f"block {site.layer} of {type(layout.decoder).__name__} puts out {what} at width {layout.width}; which"
             " token's residual stream is where can't be told"
         )
-    if found.runs > 1:
+    if block.runs > 1:
         raise UnsupportedError(
-            f"block {site.layer} of {type(layout.decoder).__name__} runs {found.runs} times in a pass, so that there is"
+            f"block {site.layer} of {type(layout.decoder).__name__} runs {block.runs} times in a pass, so that there is"
             f" no one {site}"
         )
-    return found.streams
+    return block.streams
 
 
 def query_heads(layout: Layout) -> int:
@@ -140,12 +140,12 @@ def query_heads(layout: Layout) -> int:
     Raises:
         UnsupportedError: The layers differ in it.
     """
-    found = compat.query_heads(layout.decoder.config)
-    if found is None:
+    count = compat.query_heads(layout.decoder.config)
+    if count is None:
         raise UnsupportedError(
             f"{type(layout.decoder).__name__} has no one number of heads: its configuration has none for all layers"
         )
-    return found
+    return count
 
 
 def head_size(layout: Layout, layer: int) -> int:
@@ -235,8 +235,8 @@ def _router_place(layout: Layout, block: nn.Module, site: Site) -> Place:
 
 
 def _keys_place(layout: Layout, block: nn.Module, site: Site) -> Place:
-    found = keys.keys_of(layout, site)
-    return Place(found.attention, "cache", found.heads * found.size, keys=found)
+    stored = keys.keys_of(layout, site)
+    return Place(stored.attention, "cache", stored.heads * stored.size, keys=stored)
 
 
 _PARTS = {
@@ -254,28 +254,30 @@ def _attention(layout: Layout, block: nn.Module, site: Site) -> nn.Module:
     """The block's attention: of the class that the model declares, else the one that is called so."""
     kinds = compat.declared(layout.decoder, "attentions")
     parts: dict[str, nn.Module] = dict(block.named_modules())
-    found: dict[str, nn.Module] = {name: part for name, part in parts.items() if kinds and isinstance(part, kinds)}
-    if not found:
-        found = {name: p for name, p in block.named_children() if type(p).__name__.endswith("Attention")}
-    if len(found) > 1:
+    modules: dict[str, nn.Module] = {name: part for name, part in parts.items() if kinds and isinstance(part, kinds)}
+    if not modules:
+        modules = {name: p for name, p in block.named_children() if type(p).__name__.endswith("Attention")}
+    if len(modules) > 1:
         called = compat.declared_name(layout.decoder, "attentions")
-        found = {n: p for n, p in found.items() if n.split(".")[-1] in ((called,) if called in found else SELF)}
-    if len(found) != 1:
+        modules = {n: p for n, p in modules.items() if n.split(".")[-1] in ((called,) if called in modules else SELF)}
+    if len(modules) != 1:
         raise _missing(block, layout, site)
-    return next(iter(found.values()))
+    return next(iter(modules.values()))
 
 
 def _mixer(layout: Layout, block: nn.Module, attention: nn.Module, site: Site) -> nn.Module:
     """The projection of the heads' outputs: attention's own, or that of the part beside it (BERT's `output.dense`)."""
-    found = _named(attention, MIXERS, layout.width)
-    if not found:
+    projections = _named(attention, MIXERS, layout.width)
+    if not projections:
         path = next(name for name, part in block.named_modules() if part is attention)
         around = block.get_submodule(path.rpartition(".")[0])
         output = getattr(around, "output", None)
-        found = _named(output, MIXERS, layout.width) if around is not block and isinstance(output, nn.Module) else []
-    if len(found) != 1:
+        projections = (
+            _named(output, MIXERS, layout.width) if around is not block and isinstance(output, nn.Module) else []
+        )
+    if len(projections) != 1:
         raise _missing(attention, layout, site)
-    return found[0]
+    return projections[0]
 
 
 def _mlp(block: nn.Module) -> nn.Module | None:
@@ -291,18 +293,20 @@ def _down(layout: Layout, block: nn.Module, part: nn.Module | None, site: Site) 
     """The MLP's last projection; in a mixture of experts that of the expert that every token passes."""
     children = dict(block.named_children())
     if part is None and "intermediate" in children and "output" in children:
-        found = _named(children["output"], MIXERS, layout.width)  # BERT's
+        projections = _named(children["output"], MIXERS, layout.width)  # BERT's
     elif isinstance(part, nn.Sequential):
-        found = [part[-1]] if len(part) and _outputs(part[-1]) == layout.width else []
+        projections = [part[-1]] if len(part) and _outputs(part[-1]) == layout.width else []
     else:
         inside = part if part is not None else block
-        found = _named(inside, DOWNS, layout.width, deep=False)
+        projections = _named(inside, DOWNS, layout.width, deep=False)
         experts = {**dict(inside.named_children()), **children}
         shared = [expert for name, expert in experts.items() if name in SHARED]
-        found = found or [down for expert in shared for down in _named(expert, DOWNS, layout.width, deep=False)]
-    if len(found) != 1:
+        projections = projections or [
+            down for expert in shared for down in _named(expert, DOWNS, layout.width, deep=False)
+        ]
+    if len(projections) != 1:
         raise _missing(block if part is None else part, layout, site)
-    return found[0]
+    return projections[0]
 
 
 def _named(parent: nn.Module, names: tuple[str, ...], width: int, *, deep: bool = True) -> list[nn.Module]:
@@ -320,8 +324,8 @@ def _adds_stream(part: nn.Module) -> bool:
 
 def _inputs(projection: Any) -> int:
     counts = (getattr(projection, name, None) for name in ("in_features", "infeatures"))  # GPTQ's write it as one word
-    found = next((count for count in counts if isinstance(count, int)), None)
-    return int(projection.weight.shape[0]) if found is None else found
+    inputs = next((count for count in counts if isinstance(count, int)), None)
+    return int(projection.weight.shape[0]) if inputs is None else inputs
 
 
 def _outputs(projection: nn.Module) -> int | None:

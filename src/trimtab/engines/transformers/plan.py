@@ -49,7 +49,7 @@ class Plan:
     @property
     def count(self) -> int:
         """How many states there are, with the one of nothing."""
-        every = [*self.segments, *(segments for one in self.turning if one for segments in one.values())]
+        every = [*self.segments, *(segments for turns in self.turning if turns for segments in turns.values())]
         return 1 + max((state for segments in every for _, _, state in segments), default=0)
 
     def at(self, request: int, holding: Holding) -> Segments:

@@ -40,12 +40,12 @@ class Pass:
         return self.past + self.length
 
 
-def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reached: int | None) -> Pass:
+def read_pass(decoder: nn.Module, arguments: dict[str, Any], outer_mask: Any, reached: int | None) -> Pass:
     """What a pass computes.
 
     Args:
         decoder: The module that is called.
-        given: Its arguments by name.
+        arguments: Its arguments by name.
         outer_mask: The attention mask that the whole model was given, which the decoder may get in another shape.
         reached: How many columns of this text have been computed so far; `None` for a new text.
 
@@ -53,14 +53,14 @@ def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reache
         TrimtabError: The position of its tokens can't be told.
     """
     name = type(decoder).__name__
-    ids = given.get("input_ids")
-    tokens = ids if ids is not None else given.get("inputs_embeds")
+    ids = arguments.get("input_ids")
+    tokens = ids if ids is not None else arguments.get("inputs_embeds")
     if tokens is None:
         raise UnsupportedError(f"{name} was called with neither input_ids nor inputs_embeds")
     rows, length = tokens.shape[:2]
-    mask = flat(given.get("attention_mask"))
+    mask = flat(arguments.get("attention_mask"))
     mask = flat(outer_mask) if mask is None else mask
-    cache = compat.cache_of(given, name)
+    cache = compat.cache_of(arguments, name)
     past = 0 if cache is None else compat.past_length(cache)
     if past is None:  # a recurrent state, which counts nothing; each pass since the text began has been counted here
         past = reached
@@ -80,20 +80,20 @@ def read_pass(decoder: nn.Module, given: dict[str, Any], outer_mask: Any, reache
             " steered; start again"
         )
     if cache is None and mask is None:
-        _check_first(name, given, length, reached)
+        _check_first(name, arguments, length, reached)
     return Pass(rows, length, past, mask, tokens.device, ids if ids is not None and ids.dim() == 2 else None)
 
 
-def _check_first(name: str, given: dict[str, Any], length: int, reached: int | None) -> None:
+def _check_first(name: str, arguments: dict[str, Any], length: int, reached: int | None) -> None:
     """Without a cache and a mask this must be a text from its beginning on; the position ids, if any, say so."""
-    positions = given.get("position_ids")
+    positions = arguments.get("position_ids")
     if isinstance(positions, Tensor):
         first = int(positions[..., 0].min())
         if first == 0:
             return
         raise TrimtabError(
             f"{name} was given a token at position {first}, and no cache of those before it that trimtab can find; it"
-            f" was given {', '.join(sorted(k for k, v in given.items() if v is not None))}"
+            f" was given {', '.join(sorted(k for k, v in arguments.items() if v is not None))}"
         )
     if length == 1 and reached:
         raise TrimtabError(
@@ -112,7 +112,7 @@ def left_padded(mask: Tensor) -> bool:
     return bool((mask[:, 1:] >= mask[:, :-1]).all())
 
 
-def count_pads(one: Pass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
+def count_pads(forward_pass: Pass, unseen: Any, lengths: Sequence[int] | None, columns: int | None) -> list[int]:
     """How many columns of each row have been pads so far.
 
     `unseen` is the mask that the model was given, where the pass has none of the known shape; `lengths` are the
@@ -121,14 +121,14 @@ def count_pads(one: Pass, unseen: Any, lengths: Sequence[int] | None, columns: i
     Raises:
         UnsupportedError: A mask that doesn't tell.
     """
-    if one.mask is not None:
-        return (one.mask.shape[1] - one.mask.sum(-1)).tolist()
+    if forward_pass.mask is not None:
+        return (forward_pass.mask.shape[1] - forward_pass.mask.sum(-1)).tolist()
     if columns is not None and lengths is not None:
-        repeat = one.rows // len(lengths)
+        repeat = forward_pass.rows // len(lengths)
         return [columns - n for n in lengths for _ in range(repeat)]
     if unseen is not None:
         raise UnsupportedError("can't tell pads from text in this attention mask; pass a two-dimensional one")
-    return [0] * one.rows
+    return [0] * forward_pass.rows
 
 
 def last_column(row: list[int]) -> int:
@@ -152,25 +152,35 @@ def state_at(segments: Segments, position: int) -> int:
     return states_from(segments, position, 1)[0] if position >= 0 else 0
 
 
-def states_of(segments: Sequence[Segments], one: Pass, pads: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+def states_of(segments: Sequence[Segments], forward_pass: Pass, pads: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Each row's states in a pass, one a column. Neighbouring rows may be of one request (beams, several answers)."""
-    repeat = one.rows // len(segments)
-    if in_order(one):
-        return tuple(states_from(segments[r // repeat], one.past - pads[r], one.length) for r in range(one.rows))
-    return tuple(tuple(state_at(segments[r // repeat], p) for p in row) for r, row in enumerate(where_of(one, pads)))
+    repeat = forward_pass.rows // len(segments)
+    if in_order(forward_pass):
+        return tuple(
+            states_from(segments[r // repeat], forward_pass.past - pads[r], forward_pass.length)
+            for r in range(forward_pass.rows)
+        )
+    return tuple(
+        tuple(state_at(segments[r // repeat], p) for p in row) for r, row in enumerate(where_of(forward_pass, pads))
+    )
 
 
-def in_order(one: Pass) -> bool:
+def in_order(forward_pass: Pass) -> bool:
     """Whether each column of a pass stands one position behind the one before it."""
-    return one.length == 1 or one.mask is None or left_padded(one.mask)
+    return forward_pass.length == 1 or forward_pass.mask is None or left_padded(forward_pass.mask)
 
 
-def where_of(one: Pass, pads: Sequence[int]) -> list[list[int]]:
+def where_of(forward_pass: Pass, pads: Sequence[int]) -> list[list[int]]:
     """Each row's positions in a pass, one a column; negative ones are padding."""
-    if one.mask is None or in_order(one):
-        return [[one.past - pads[r] + column for column in range(one.length)] for r in range(one.rows)]
-    found: list[list[int]] = torch.where(one.mask.bool(), one.mask.long().cumsum(-1) - 1, -1)[:, one.past :].tolist()
-    return found
+    if forward_pass.mask is None or in_order(forward_pass):
+        return [
+            [forward_pass.past - pads[r] + column for column in range(forward_pass.length)]
+            for r in range(forward_pass.rows)
+        ]
+    positions: list[list[int]] = torch.where(forward_pass.mask.bool(), forward_pass.mask.long().cumsum(-1) - 1, -1)[
+        :, forward_pass.past :
+    ].tolist()
+    return positions
 
 
 def count_steered(segments: Segments, touched: frozenset[int], start: int, stop: int) -> int:

@@ -57,13 +57,16 @@ def decides_at_prefill(
 
     `options` are those of `generate` that will hold, the model's generation configuration's included (see `OTHERS`).
     """
-    edits = [acting(one) for one in steerings]
-    asked = [bool(wanted(one)) or any(map(waits_for_prompt, own)) for one, own in zip(steerings, edits, strict=True)]
-    if not any(asked) or options.get("use_cache") is False or any(options.get(name) is not None for name in OTHERS):
+    edits = [acting(steering) for steering in steerings]
+    deciding = [
+        bool(wanted(steering)) or any(map(waits_for_prompt, own))
+        for steering, own in zip(steerings, edits, strict=True)
+    ]
+    if not any(deciding) or options.get("use_cache") is False or any(options.get(name) is not None for name in OTHERS):
         return False
     if any(is_score_edit(edit) for own in edits for edit in own) or not can_share(layout):
         return False
-    if sum(n for one, n in zip(steerings, lengths, strict=True) if wanted(one)) > TOKENS_PER_BATCH:
+    if sum(n for steering, n in zip(steerings, lengths, strict=True) if wanted(steering)) > TOKENS_PER_BATCH:
         return False
     if _on_the_way(steerings) is not None:
         return True
@@ -92,11 +95,11 @@ class Prefill:
         self.lengths: list[int] = list(lengths)
         self.edits: list[tuple[Edit, ...]] = [() for _ in lengths]
         self.names: list[tuple[str, ...]] = [() for _ in lengths]
-        possible = [edit for one in steerings for edit in acting(one)]
+        possible = [edit for steering in steerings for edit in acting(steering)]
         self.sites: list[Site] = sorted({edit.site for edit in possible})
-        self._asked = [sorted(wanted(one), key=str) for one in steerings]
-        self._waits = [any(map(waits_for_prompt, acting(one))) for one in steerings]
-        gates = {reading.site for readings in self._asked for reading in readings}
+        self._readings = [sorted(wanted(steering), key=str) for steering in steerings]
+        self._waits = [any(map(waits_for_prompt, acting(steering))) for steering in steerings]
+        gates = {reading.site for readings in self._readings for reading in readings}
         self._read: list[Site] = sorted(gates | {edit.site for edit in possible if waits_for_prompt(edit)})
         self._where = [self._tokens(i) for i in range(len(self.lengths))]
         self._deepest = _on_the_way(steerings)
@@ -126,12 +129,12 @@ class Prefill:
                 first.callback(self.layout.blocks[self._deepest].register_forward_hook(on_the_way).remove)
 
         def note(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-            given[:] = args, compat.without_cache(kwargs)  # empty now, not when it goes on
+            call[:] = args, compat.without_cache(kwargs)  # empty now, not when it goes on
 
         def on_the_way(*_: Any) -> None:
             self._decide()
             session.pause(False)
-            session.before(decoder, *given)
+            session.before(decoder, *call)
 
         def after(_module: Any, _args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if self._decided or get_ident() != owner:
@@ -149,7 +152,7 @@ class Prefill:
             if begun:
                 self._again(kwargs, output, begun)
 
-        given: list[Any] = []
+        call: list[Any] = []
         with ExitStack() as stack, ExitStack() as first:
             stack.callback(self.model.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(self.model.register_forward_hook(after, with_kwargs=True).remove)
@@ -158,7 +161,7 @@ class Prefill:
     def _tokens(self, request: int) -> list[int]:
         """The prompt's tokens that are read, in order."""
         length = self.lengths[request]
-        return list(range(length)) if self._waits[request] else tokens_of(self._asked[request], length)
+        return list(range(length)) if self._waits[request] else tokens_of(self._readings[request], length)
 
     def _places(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
         """What is kept of activations `[rows, columns, width]`: `[tokens, width]`, request after request."""
@@ -173,12 +176,12 @@ class Prefill:
         assert self._kept is not None
         check_read(self._read, self._kept)
         sizes = [len(tokens) for tokens in self._where]
-        found = {site: x.split(sizes) for site, x in self._kept.items()}
+        activations = {site: x.split(sizes) for site, x in self._kept.items()}
 
         def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, dict[Site, Tensor]]:
             row = {i: {p: at for at, p in enumerate(self._where[i])} for i in where}
             rows = {i: [row[i][p] for p in positions] for i, positions in where.items()}
-            return {i: {site: found[site][i][at] for site in sites} for i, at in rows.items()}
+            return {i: {site: activations[site][i][at] for site in sites} for i, at in rows.items()}
 
         resolved = resolve(self.steerings, self.lengths, read)
         self.names[:], self.edits[:] = resolved.names, resolved.edits
@@ -213,8 +216,8 @@ class Prefill:
 
 def _on_the_way(steerings: Sequence[Steering | None]) -> int | None:
     """The deepest layer that gates read, if all that is decided there is about edits of deeper ones."""
-    edits = [edit for one in steerings for edit in acting(one)]
-    read = max((reading.site.layer for one in steerings for reading in wanted(one)), default=None)
+    edits = [edit for steering in steerings for edit in acting(steering)]
+    read = max((reading.site.layer for steering in steerings for reading in wanted(steering)), default=None)
     if read is None or any(map(waits_for_prompt, edits)) or min(edit.site.layer for edit in edits) <= read:
         return None
     return read

@@ -64,10 +64,10 @@ class Prefixes:
         """The text with which most tokens of another can be taken over, and how many; its last one never is."""
         best: tuple[int, int] | None = None
         whole = tuple(ids)[:-1]
-        for number, one in self._kept.items():
-            length = _agreeing(one.acted, acts, _common(one.ids, whole))
-            if one.scope != scope:
-                length = _untouched(one.acted, length) if self.shared else 0
+        for number, kept in self._kept.items():
+            length = _agreeing(kept.acted, acts, _common(kept.ids, whole))
+            if kept.scope != scope:
+                length = _untouched(kept.acted, length) if self.shared else 0
             if length >= LEAST and (best is None or length > best[1]):
                 best = number, length
         if best is None:
@@ -80,13 +80,13 @@ class Prefixes:
         size = len(prefix.ids)
         if not LEAST <= size <= self.tokens:
             return
-        for number, one in list(self._kept.items()):
-            if one.scope != prefix.scope:
+        for number, kept in list(self._kept.items()):
+            if kept.scope != prefix.scope:
                 continue
-            shorter = min(len(one.ids), size)
-            if _common(one.ids, prefix.ids) < shorter or _agreeing(one.acted, prefix.acted, shorter) < shorter:
+            shorter = min(len(kept.ids), size)
+            if _common(kept.ids, prefix.ids) < shorter or _agreeing(kept.acted, prefix.acted, shorter) < shorter:
                 continue
-            if len(one.ids) >= size:  # it is there already
+            if len(kept.ids) >= size:  # it is there already
                 self._kept.move_to_end(number)
                 return
             self._drop(number)
@@ -136,35 +136,35 @@ class PrefixBatch(CleanBatch):
     def _read_in(self, rows: list[BatchRow]) -> list[GenerationResponse]:
         if self.prefixes is None:
             return super()._read_in(rows)
-        told: list[GenerationResponse] = []
+        responses: list[GenerationResponse] = []
         others = []
         for alike in _by_text(rows):
             request = alike[0].request
-            found = self._found(request)
-            if found is None:
+            match = self._match(request)
+            if match is None:
                 others += alike
                 continue
             self._watch.of(row.request.monitors for row in alike)
             try:
-                prefill = self._going_on(request, *found)
+                prefill = self._going_on(request, *match)
                 prefill.watch = self._watch
                 logits = prefill.advance()
                 assert logits is not None  # a prompt that is admitted is no longer than a chunk
-                told += self._seat_read(alike, prefill, logits)
+                responses += self._seat_read(alike, prefill, logits)
             except (TrimtabError, RuntimeError) as error:
-                told += [GenerationResponse(row.key, error=error) for row in alike]
-        return told + super()._read_in(others)
+                responses += [GenerationResponse(row.key, error=error) for row in alike]
+        return responses + super()._read_in(others)
 
     def _prefill(self, request: GenerationRequest) -> ChunkedPrefill:
-        found = self._found(request)
-        return super()._prefill(request) if found is None else self._going_on(request, *found)
+        match = self._match(request)
+        return super()._prefill(request) if match is None else self._going_on(request, *match)
 
     def _seat_read(self, rows: list[BatchRow], prefill: ChunkedPrefill, logits: Tensor) -> list[GenerationResponse]:
         for row in rows:
             row.cached = prefill.taken_over
         return super()._seat_read(rows, prefill, logits)
 
-    def _found(self, request: GenerationRequest) -> tuple[Prefix, int] | None:
+    def _match(self, request: GenerationRequest) -> tuple[Prefix, int] | None:
         """What this request can go on from. Where its whole prompt has to be read, to decide something: nothing."""
         scope, prefixes = request.scope, self.prefixes
         if prefixes is None or scope is None or request.rejection is not None or wanted(request.steering):
@@ -211,11 +211,11 @@ class PrefixBatch(CleanBatch):
 
 
 def _by_text(rows: Sequence[BatchRow]) -> list[list[BatchRow]]:
-    found: dict[Any, list[BatchRow]] = {}
+    groups: dict[Any, list[BatchRow]] = {}
     for row in rows:
         request = row.request
-        found.setdefault((request.prefill, request.images, request.clean_cache, request.scope), []).append(row)
-    return list(found.values())
+        groups.setdefault((request.prefill, request.images, request.clean_cache, request.scope), []).append(row)
+    return list(groups.values())
 
 
 def _acted(edits: tuple[Edit, ...], prompt_length: int) -> Acted:
@@ -229,22 +229,22 @@ def _what(edits: Sequence[Edit]) -> tuple[Any, ...]:
     return tuple((edit.site, edit.operation, edit.strength) for edit in edits)
 
 
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def _common(ids: tuple[int, ...], other: tuple[int, ...]) -> int:
     """How many tokens both begin with."""
-    low, high = 0, min(len(one), len(other))
+    low, high = 0, min(len(ids), len(other))
     while low < high:
         middle = (low + high + 1) // 2
-        if one[low:middle] == other[low:middle]:
+        if ids[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _agreeing(one: Acted, other: Acted, length: int) -> int:
+def _agreeing(acts: Acted, other: Acted, length: int) -> int:
     """Up to which of so many tokens the same acted in both."""
-    marks = {0} | {mark for part in (*one, *other) for mark in part[:2] if mark is not None and mark < length}
-    return next((mark for mark in sorted(marks) if _at(one, mark) != _at(other, mark)), length)
+    marks = {0} | {mark for part in (*acts, *other) for mark in part[:2] if mark is not None and mark < length}
+    return next((mark for mark in sorted(marks) if _at(acts, mark) != _at(other, mark)), length)
 
 
 def _at(acted: Acted, position: int) -> tuple[Any, ...]:

@@ -50,14 +50,14 @@ def rank_layers(
     raws: list[Tensor] = []
     for start in range(0, len(layers), rows.together):
         lot = list(range(start, min(len(layers), start + rows.together)))
-        asked = rows, list(observed.values()), token, cache, columns, steer, request, lot, layers
+        arguments = rows, list(observed.values()), token, cache, columns, steer, request, lot, layers
         try:
-            found = _observe(*asked)
+            observations = _observe(*arguments)
         except _Uneven:
             observed = {i: layout.blocks[i] for i in observed}
-            found = _observe(rows, list(observed.values()), *asked[2:])
-        tables.append([_whole(column, raw, len(lot)) for column, raw in found])
-        raws = [raw.cpu() for _, raw in found]
+            observations = _observe(rows, list(observed.values()), *arguments[2:])
+        tables.append([_whole(column, raw, len(lot)) for column, raw in observations])
+        raws = [raw.cpu() for _, raw in observations]
     crossed = torch.stack([torch.cat(columns_of) for columns_of in zip(*tables, strict=True)], dim=1)
     if ranking == "repo":
         scores = sensitivity(crossed, torch.empty(0), ranking)[[list(observed).index(layer) for layer in layers]]
@@ -87,19 +87,19 @@ def _observe(
     layers: list[int],
 ) -> list[tuple[Tensor, Tensor]]:
     """What each observed module makes of row 0 and of these versions, one a row, in one pass."""
-    found: list[tuple[Tensor, Tensor]] = []
+    observations: list[tuple[Tensor, Tensor]] = []
     before: list[Tensor] = []
     handles: list[Any] = []
 
     def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        before.append(given.reshape(-1, given.shape[-1]))
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        before.append(hidden.reshape(-1, hidden.shape[-1]))
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
         after = output if isinstance(output, Tensor) else output[0]
         if after.shape[-1] != before[-1].shape[-1]:
             raise _Uneven
-        found.append(disturbance(before.pop(), after.reshape(-1, after.shape[-1])))
+        observations.append(disturbance(before.pop(), after.reshape(-1, after.shape[-1])))
 
     try:
         for module in dict.fromkeys(modules):  # blocks may share one
@@ -112,9 +112,9 @@ def _observe(
     finally:
         for handle in handles:
             handle.remove()
-    if len(found) != len(modules):
+    if len(observations) != len(modules):
         raise UnsupportedError(
-            f"{len(found)} attentions ran where {len(modules)} were expected, so layers can't be ranked; give"
+            f"{len(observations)} attentions ran where {len(modules)} were expected, so layers can't be ranked; give"
             " Rejection(ranking=…) their order"
         )
-    return found
+    return observations

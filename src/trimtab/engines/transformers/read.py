@@ -1,9 +1,9 @@
 """Reading activations: nothing is computed that isn't read.
 
-A pass stops at the deepest site asked for and never reaches the language-model head; texts are cut after the
-last position asked for, sorted by length into batches of a bounded number of tokens, and what texts begin with
+A pass stops at the deepest requested site and never reaches the language-model head; texts are cut after the
+last requested position, sorted by length into batches of a bounded number of tokens, and what texts begin with
 runs once: what all of them have in common (a chat template's system prompt, say), then what the texts of a group
-have (the two members of a contrastive pair). Of the activations only the positions asked for are kept.
+have (the two members of a contrastive pair). Of the activations only the requested positions are kept.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def reader(layout: Layout, prompts: Sequence[Sequence[int]]) -> Read:
     def read(where: Where, sites: Sequence[Site], tokens: int) -> dict[int, dict[Site, Tensor]]:
         numbers = list(where)
         groups = [[Text(prompts[i], where[i])] for i in numbers]
-        found: dict[int, dict[Site, Tensor]] = {}
+        activations: dict[int, dict[Site, Tensor]] = {}
         for batch in read_groups(layout, groups, sites, tokens_per_batch=tokens):
             for n, g in enumerate(batch.groups):
-                found[numbers[g]] = {site: batch.values[site][n][0] for site in sites}
-        return found
+                activations[numbers[g]] = {site: batch.values[site][n][0] for site in sites}
+        return activations
 
     return read
 
@@ -133,7 +133,7 @@ def can_share(layout: Layout) -> bool:
 
     It is one of plain keys and values, and the model takes its tokens' positions as they are given.
     """
-    if not positions_of(layout).given:
+    if not positions_of(layout).takes_positions:
         return False
     try:
         return compat.keeps_plain_cache(layout.decoder)
@@ -148,7 +148,7 @@ def _run_opening(layout: Layout, groups: list[list[Text]], sites: Sequence[Site]
     """
     cache = DynamicCache(config=layout.decoder.config)  # type: ignore[arg-type]
     texts = [text for group in groups for text in group]
-    plain = compat.grows_plainly(cache) and positions_of(layout).given
+    plain = compat.grows_plainly(cache) and positions_of(layout).takes_positions
     if len(groups) < 2 or not plain:
         return _Opening(0, cache)
     read_from = min(min(text.positions) for text in texts)
@@ -166,8 +166,8 @@ def _read_plain(layout: Layout, groups: list[list[Text]], sites: Sequence[Site])
     ids, mask = padded([text.ids for text in texts], left=False, device=_device(layout))
     rows = [row for row, text in enumerate(texts) for _ in text.positions]
     columns = [position for text in texts for position in text.positions]
-    found = _run(layout, ids, mask, sites, (rows, columns))
-    return {site: _regroup(x, groups) for site, x in found.items()}
+    activations = _run(layout, ids, mask, sites, (rows, columns))
+    return {site: _regroup(x, groups) for site, x in activations.items()}
 
 
 def _read_shared(
@@ -230,7 +230,7 @@ def _run(
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": cache is not None}
     if cache is not None:
         inputs = compat.with_cache(layout.decoder, inputs, cache)
-    if positions_of(layout).given:
+    if positions_of(layout).takes_positions:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     rows, columns = (torch.tensor(indices, dtype=torch.long, device=ids.device) for indices in at)
     return run_decoder(layout, inputs, sites, lambda x: x[rows.to(x.device), columns.to(x.device)])
@@ -240,16 +240,16 @@ def run_decoder(
     layout: Layout, inputs: dict[str, Any], sites: Sequence[Site], keep: Callable[[Tensor], Tensor] = lambda x: x
 ) -> dict[Site, Tensor]:
     """What `keep` makes of the activations `[rows, tokens, width]` at `sites`, for these inputs of the decoder."""
-    with recording(layout, sites, keep) as found:
+    with recording(layout, sites, keep) as activations:
         with suppress(_Enough):
             layout.decoder(**inputs)
-    check_read(sites, found)
-    return found
+    check_read(sites, activations)
+    return activations
 
 
-def check_read(sites: Sequence[Site], found: Mapping[Site, Any]) -> None:
+def check_read(sites: Sequence[Site], activations: Mapping[Site, Any]) -> None:
     """Raises `TrimtabError` unless something was read at every site."""
-    if missing := sorted(set(sites) - set(found)):
+    if missing := sorted(set(sites) - set(activations)):
         raise TrimtabError(
             f"the part of the model at {missing[0]} didn't run in a pass that reads there; something runs the model"
             " past its hooks (a captured graph, a replaced forward)"
@@ -264,7 +264,7 @@ def recording(
 
     `to_the_end` lets it go on. Passes of other threads are left alone, and other runs wait until this one is done.
     """
-    found: dict[Site, Tensor] = {}
+    activations: dict[Site, Tensor] = {}
     owner = get_ident()
     wanted = sorted(set(sites))
     places = {site: place(layout, site) for site in wanted}
@@ -275,13 +275,13 @@ def recording(
         nonlocal rows, tokens
         if get_ident() != owner:
             return
-        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        rows, tokens = next(one for one in given if isinstance(one, Tensor)).shape[:2]
+        inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        rows, tokens = next(tensor for tensor in inputs if isinstance(tensor, Tensor)).shape[:2]
 
-    def record(site: Site, given: Tensor) -> None:
+    def record(site: Site, tensor: Tensor) -> None:
         if get_ident() != owner:
             return
-        x = places[site].read(given)
+        x = places[site].read(tensor)
         # some blocks run their MLP over the tokens of all rows as one list
         whole = x if x.dim() == 3 else x.reshape(rows, -1, x.shape[-1])
         if whole.shape[:2] != (rows, tokens):
@@ -289,8 +289,8 @@ def recording(
                 f"at {site} the model computes {tuple(x.shape)} in a pass of {rows} rows and {tokens} tokens; which is"
                 " whose can't be told"
             )
-        found[site] = keep(whole)
-        if len(found) == len(wanted) and not to_the_end:
+        activations[site] = keep(whole)
+        if len(activations) == len(wanted) and not to_the_end:
             raise _Enough
 
     with reading(layout.decoder):
@@ -298,7 +298,7 @@ def recording(
             handles.append(layout.decoder.register_forward_pre_hook(begin, with_kwargs=True))
             for site in wanted:
                 handles.append(attach(replace(places[site], streams=None), partial(record, site)))
-            yield found
+            yield activations
         finally:
             for handle in handles:
                 handle.remove()

@@ -58,14 +58,14 @@ def router_of(layout: Layout, layer: int) -> Router:
         UnsupportedError: The block has none, several, or one in which no weight of logits can be told.
     """
     block, name = layout.blocks[layer], type(layout.decoder).__name__
-    found = _routers(layout, block)
-    if len(found) != 1:
-        what = "no router" if not found else f"{len(found)} routers ({', '.join(found)})"
+    routers = _routers(layout, block)
+    if len(routers) != 1:
+        what = "no router" if not routers else f"{len(routers)} routers ({', '.join(routers)})"
         raise UnsupportedError(
             f"block {layer} of {name} has {what}: only a mixture of experts that chooses among them in one place has"
             f" a site router[{layer}]"
         )
-    ((path, module),) = found.items()
+    ((path, module),) = routers.items()
     if any(is_adapter_layer(part) for part in module.modules()):
         raise UnsupportedError(f"an adapter stands in the router of block {layer}, {path}: its logits can't be told")
     counts = _counts(layout)
@@ -87,24 +87,24 @@ def _routers(layout: Layout, block: nn.Module) -> dict[str, nn.Module]:
     """The block's routers by path: of the class that the model declares, else those that are called so."""
     kinds = compat.declared(layout.decoder, "router_logits")
     parts: dict[str, nn.Module] = {path: part for path, part in block.named_modules() if path}
-    found: dict[str, nn.Module] = {path: part for path, part in parts.items() if kinds and isinstance(part, kinds)}
-    if not found or any(type(part) is nn.Linear for part in found.values()):
+    routers: dict[str, nn.Module] = {path: part for path, part in parts.items() if kinds and isinstance(part, kinds)}
+    if not routers or any(type(part) is nn.Linear for part in routers.values()):
         counts = _counts(layout)
-        found = {
+        routers = {
             path: part
             for path, part in parts.items()
             if path.split(".")[-1] in ("router", "gate")
             and (CALLED.search(type(part).__name__) or (type(part) is nn.Linear and part.out_features in counts))
         }
-    return found
+    return routers
 
 
 def _counts(layout: Layout) -> set[int]:
     """The numbers of experts that the configuration, or a part of it, declares."""
     config: Any = layout.decoder.config
     parts = [config, *(part for part in vars(config).values() if hasattr(part, "to_dict"))]
-    found = (getattr(part, name, None) for part in parts for name in COUNTS)
-    return {count for count in found if isinstance(count, int) and count > 1}
+    counts = (getattr(part, name, None) for part in parts for name in COUNTS)
+    return {count for count in counts if isinstance(count, int) and count > 1}
 
 
 class _Chosen(BaseException):
@@ -116,11 +116,11 @@ def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
 
     Where it puts out its logits alone, that part chooses by them.
     """
-    parent: Any = next(part for part in block.modules() if any(one is router.module for one in part.children()))
-    found: list[Any] = []
+    parent: Any = next(part for part in block.modules() if any(child is router.module for child in part.children()))
+    outputs: list[Any] = []
 
     def end(_module: Any, _args: Any, output: Any) -> None:
-        found.append(output)
+        outputs.append(output)
         raise _Chosen
 
     handle = router.module.register_forward_hook(end)
@@ -131,7 +131,7 @@ def _output(block: nn.Module, router: Router, x: Tensor) -> Any:
     finally:
         handle.remove()
     outside = getattr(parent, "route_tokens_to_experts", None)
-    return outside(found[0]) if isinstance(found[0], Tensor) and outside is not None else found[0]
+    return outside(outputs[0]) if isinstance(outputs[0], Tensor) and outside is not None else outputs[0]
 
 
 # ---- listening to the linear map -----------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ class Listening:
         def heard(*args: Any, **kwargs: Any) -> Any:
             listener = _Listener(router, edits)
             with listener:
-                found = forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
             if listener.heard != 1:
                 raise UnsupportedError(
                     f"{type(module).__name__} computes its logits in {listener.heard} linear maps where one was to be"
                     " seen, so that they can't be steered or read; steer the residual stream, or the block's mlp"
                 )
-            return found
+            return output
 
         heard.before = vars(module).get("forward")  # type: ignore[attr-defined]
         module.forward = heard
@@ -190,16 +190,16 @@ class _Listener(TorchFunctionMode):
         self.router, self.edits, self.heard = router, edits, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func not in PRODUCTS or not isinstance(found, Tensor) or found.shape[-1:] != (self.router.experts,):
-            return found
+        result = func(*args, **(kwargs or {}))
+        if func not in PRODUCTS or not isinstance(result, Tensor) or result.shape[-1:] != (self.router.experts,):
+            return result
         if len(args) < 2 or args[0].shape[-1] != self.router.width:
-            return found
+            return result
         self.heard += 1
         for edit in self.edits:
-            new = edit(found)
-            found = found if new is None else new
-        return found
+            new = edit(result)
+            result = result if new is None else new
+        return result
 
 
 # ---- which experts -------------------------------------------------------------------------------------------------
@@ -217,28 +217,34 @@ def chosen_experts(layout: Layout, layer: int, logits: Tensor) -> Tensor:
     router = router_of(layout, layer)
     parameter = next(p for p in router.source.parameters())
     device = device_of(router.source)
-    given = logits.to(device)
+    moved = logits.to(device)
     x = torch.zeros(len(logits), router.width, dtype=parameter.dtype, device=device)
 
     def own(made: Tensor) -> Tensor:
-        return given.to(made.dtype).view(made.shape)
+        return moved.to(made.dtype).view(made.shape)
 
     handle: Any = router.source.register_forward_hook(lambda *call: own(call[2])) if router.inside else None
     handle = handle or Listening(router, own)
     try:
-        found = _output(layout.blocks[layer], router, x)
+        output = _output(layout.blocks[layer], router, x)
     except TrimtabError:
         raise
     except Exception as error:
         raise UnsupportedError(f"{type(router.module).__name__} doesn't choose experts by itself: {error}") from error
     finally:
         handle.remove()
-    listed = [one for one in (found if isinstance(found, (tuple, list)) else [found]) if isinstance(one, Tensor)]
-    indices = [one for one in listed if not one.is_floating_point() and one.dim() == 2 and len(one) == len(logits)]
+    listed = [
+        tensor for tensor in (output if isinstance(output, (tuple, list)) else [output]) if isinstance(tensor, Tensor)
+    ]
+    indices = [
+        tensor
+        for tensor in listed
+        if not tensor.is_floating_point() and tensor.dim() == 2 and len(tensor) == len(logits)
+    ]
     if len(indices) == 1:
         chosen = torch.zeros(logits.shape, dtype=torch.bool, device=device)
         return chosen.scatter_(1, indices[0].long(), True).cpu()
-    scores = [one for one in listed if one.shape == logits.shape and bool((one == 0).any())]
+    scores = [tensor for tensor in listed if tensor.shape == logits.shape and bool((tensor == 0).any())]
     if len(scores) == 1:  # zeros where an expert isn't chosen
         return (scores[0] != 0).cpu()
     raise UnsupportedError(f"{type(router.module).__name__} doesn't put out which experts it chooses")

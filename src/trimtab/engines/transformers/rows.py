@@ -98,7 +98,7 @@ class _Run:
     drafts: Drafts | None
     layer: int | None = None
     past: tuple[Tensor, Tensor] | None = None  # the keys and values that this layer's rows attend to
-    attended: set[int] = field(default_factory=set)  # the layers that have asked for our attention
+    attended: set[int] = field(default_factory=set)  # the layers that have called our attention
     edited: set[Site] = field(default_factory=set)  # the sites that came by
 
     @property
@@ -290,7 +290,7 @@ class Rows:
         return output.logits[0]
 
     def _check(self, run: _Run) -> None:
-        """Raises `TrimtabError` unless every layer asked for our attention, and every edited site ran."""
+        """Raises `TrimtabError` unless every layer called our attention, and every edited site ran."""
         if missing := sorted(set(range(len(run.cache.layers))) - run.attended):
             raise TrimtabError(
                 f"the attention of layer {missing[0]} didn't see the rows of this pass: it doesn't look up the"
@@ -321,16 +321,16 @@ class Rows:
             for handle in handles:
                 handle.remove()
 
-    def _edit(self, site: Site, given: Tensor) -> Tensor | None:
+    def _edit(self, site: Site, activations: Tensor) -> Tensor | None:
         run, versions = self._run, self._versions
         if run is None or run.states is None or versions is None or site not in versions.plan.stages:
             return None
         if get_ident() != self._owner:
             return None
         run.edited.add(site)
-        return edited(versions, site, run.states, given)
+        return edited(versions, site, run.states, activations)
 
-    def _mask(self, *_: Any, **given: Any) -> Tensor | None:
+    def _mask(self, *_: Any, **kwargs: Any) -> Tensor | None:
         """Which columns each row does not see, `[1, 1, rows, columns]`; `None`: it sees all.
 
         Made by the rule that the model asks for (causal, or a sliding window), for the newest token of each request,
@@ -338,8 +338,8 @@ class Rows:
         """
         run = self._run
         if run is None or get_ident() != self._owner:
-            return compat.mask_function(self._own)(*_, **given)
-        kept = {name: given[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in given}
+            return compat.mask_function(self._own)(*_, **kwargs)
+        kept = {name: kwargs[name] for name in ("mask_function", "local_size", "use_vmap", "device") if name in kwargs}
         padding, queries = run.padding, 1 if run.drafts is None else 2
         if padding is not None and queries == 2:
             padding = torch.cat([padding, padding.new_ones(len(padding), 1)], dim=1)
@@ -352,7 +352,7 @@ class Rows:
         if visible is None and run.drafts is None:
             return None
         if visible is None:
-            unseen = torch.zeros(run.rows, columns, dtype=torch.bool, device=given.get("device"))
+            unseen = torch.zeros(run.rows, columns, dtype=torch.bool, device=kwargs.get("device"))
         else:
             requests = run.requests if len(visible) > 1 else (0,) * run.rows
             rows = self.tensor(requests, visible.device)
@@ -366,14 +366,14 @@ class Rows:
         return unseen[None, None]
 
     def _attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """`[1, rows, heads, size]` for the rows' queries `[1, heads, rows, size]` and their own keys and values."""
         run = self._run
         if get_ident() != self._owner:
-            return compat.attention_function(self._own, module)(module, query, key, value, attention_mask, **given)
+            return compat.attention_function(self._own, module)(module, query, key, value, attention_mask, **kwargs)
         mask = attention_mask
-        refuse_unknown(module, given)
+        refuse_unknown(module, kwargs)
         if run is None or run.layer is None or run.past is None:
             raise UnsupportedError(f"{type(module).__name__} attends to keys that another layer cached")
         past_keys, past_values = run.past
@@ -391,7 +391,7 @@ class Rows:
             steered = steered.select(torch.arange(rows, device=query.device))
         groups, length = past_keys.shape[1:3]
         wide = torch.promote_types(query.dtype, torch.float32)
-        scaling = given.get("scaling")
+        scaling = kwargs.get("scaling")
         scaling = size**-0.5 if scaling is None else scaling
         spans = run.spans if rows == run.rows else [(run.spans[0][0], slice(0, rows))]  # rows that join are of one
 
@@ -401,12 +401,12 @@ class Rows:
         by_row = scores.transpose(0, 1).unsqueeze(2)  # [rows, heads, 1, columns]
         if steered is not None:
             steered.scale(by_row, 0, own)
-        softcap = given.get("softcap")
+        softcap = kwargs.get("softcap")
         if softcap is not None:
             scores.copy_(capped(scores, softcap))
         if mask is not None:
             scores[..., :-1].masked_fill_(mask[0, 0, :rows, :length], -torch.inf)
-        scores, sinks = with_sinks(scores[None], given)
+        scores, sinks = with_sinks(scores[None], kwargs)
         scores = scores[0]
         if steered is not None:
             steered.shift(scores.transpose(0, 1).unsqueeze(2), 0, own + sinks)
@@ -435,12 +435,12 @@ def seen(cache: Any, layer: int, columns: int) -> tuple[Tensor, Tensor]:
     return keys, values
 
 
-def edited(versions: Versions, site: Site, states: tuple[int, ...], given: Tensor) -> Tensor:
+def edited(versions: Versions, site: Site, states: tuple[int, ...], activations: Tensor) -> Tensor:
     """What rows in these states make of a site's activations, one a row."""
-    x = given.reshape(1, -1, given.shape[-1])
+    x = activations.reshape(1, -1, activations.shape[-1])
     for stage, rows, active in versions.prepare(site, states[: x.shape[1]], x):
         x = apply(stage, rows, active, x)
-    return x.view(given.shape)
+    return x.view(activations.shape)
 
 
 def _with_another(x: Tensor) -> Tensor:
@@ -473,8 +473,8 @@ def _select(layers: dict[int, LayerScores], chosen: Sequence[int | None]) -> dic
     made: dict[int, LayerScores] = {}
     for scores in layers.values():
         if id(scores) not in made:
-            one = scores.select(picked)
-            made[id(scores)] = one.without(raw) if None in chosen else one
+            selected = scores.select(picked)
+            made[id(scores)] = selected.without(raw) if None in chosen else selected
     return {layer: made[id(scores)] for layer, scores in layers.items()}
 
 

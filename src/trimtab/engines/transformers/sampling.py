@@ -109,7 +109,7 @@ def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
 
 
 def seed_of(seed: int, answer: int) -> int:
-    """The seed of one of several answers that are asked for with one seed; the first one's is the seed itself."""
+    """The seed of one of several answers that are requested with one seed; the first one's is the seed itself."""
     if answer == 0:
         return seed
     return int.from_bytes(hashlib.sha256(f"{seed}:{answer}".encode()).digest()[:8], "big")
@@ -133,9 +133,9 @@ class Settings:
     def of(cls, model: Any, options: Mapping[str, Any], prompt_length: int, device: torch.device) -> Settings:
         """From options of `generate`, and the model's own settings of generation."""
         processors = compat.logits_processors(model, options, prompt_length, device)
-        found = compat.processor_settings(processors)
+        settings = compat.processor_settings(processors)
         sampled = bool(options["do_sample"])
-        return cls(sampled, others=processors) if found is None else cls(sampled, **found)
+        return cls(sampled, others=processors) if settings is None else cls(sampled, **settings)
 
     @property
     def filters(self) -> bool:
@@ -146,7 +146,7 @@ class Settings:
 class RowSampler:
     """One row's settings, and its random numbers: one for each token, the same on every device.
 
-    `matcher` is how far its answer has come in its grammar, where it has one; the tokens are told to it as they come.
+    `matcher` is how far its answer has come in its grammar, where it has one; it is advanced by each token as it comes.
     """
 
     def __init__(self, settings: Settings, seed: int | None, tokens: int, matcher: Matcher | None = None) -> None:
@@ -163,11 +163,11 @@ class RowSampler:
 
     def ahead(self, token: int) -> Tensor:
         """The random numbers `[AHEAD]` from this token of the answer on; zeros behind its end, and where none are."""
-        found = torch.zeros(AHEAD)
+        padded = torch.zeros(AHEAD)
         if self.numbers is not None:
             numbers = self.numbers[token : token + AHEAD]
-            found[: len(numbers)] = numbers
-        return found
+            padded[: len(numbers)] = numbers
+        return padded
 
 
 class BatchSampler:
@@ -196,20 +196,25 @@ class BatchSampler:
         self._every = tuple(range(len(self.rows)))
         self._picked: dict[tuple[int, ...] | None, _Picked] = {}
         self._batch = self._pick(None)
-        self._temperatures = self._column([one.temperature for one in every], 1)
+        self._temperatures = self._column([row_settings.temperature for row_settings in every], 1)
         self._kept: Kept | None = None
-        self._penalties = self._column([one.repetition_penalty for one in every], 1)
+        self._penalties = self._column([row_settings.repetition_penalty for row_settings in every], 1)
         self._seen: Tensor | None = None
         self._constrained = any(row.matcher is not None for row in rows)
         self._masks: Masks | None = None
         self._steps = 0  # since the numbers on the device were put there
-        self._numbers = self._numbers_ahead() if any(one.sampled for one in every) else None
+        self._numbers = self._numbers_ahead() if any(row_settings.sampled for row_settings in every) else None
         self._ends = self._missing = None
-        if any(len(tokens) < one.min_new_tokens for one, tokens in zip(every, answers, strict=True)):
-            ends = sorted({end for one in every for end in one.ends})
+        if any(len(tokens) < row_settings.min_new_tokens for row_settings, tokens in zip(every, answers, strict=True)):
+            ends = sorted({end for row_settings in every for end in row_settings.ends})
             self._ends = torch.tensor(ends, device=device)
-            missing = [one.min_new_tokens - len(tokens) for one, tokens in zip(every, answers, strict=True)]
-            of = [[n if end in one.ends else 0 for end in ends] for one, n in zip(every, missing, strict=True)]
+            missing = [
+                row_settings.min_new_tokens - len(tokens) for row_settings, tokens in zip(every, answers, strict=True)
+            ]
+            of = [
+                [n if end in row_settings.ends else 0 for end in ends]
+                for row_settings, n in zip(every, missing, strict=True)
+            ]
             self._missing = torch.tensor(of, device=device)  # [rows, ends]: for how many tokens an end is kept away
 
     def choose(self, logits: Tensor) -> Tensor:
@@ -293,7 +298,14 @@ class BatchSampler:
     def _limits(self, size: int) -> Kept:
         if self._kept is None:
             every = [row.settings for row in self.rows]
-            limits = [(size if one.top_k is None else min(one.top_k, size), one.top_p, one.min_p) for one in every]
+            limits = [
+                (
+                    size if row_settings.top_k is None else min(row_settings.top_k, size),
+                    row_settings.top_p,
+                    row_settings.min_p,
+                )
+                for row_settings in every
+            ]
             self._kept = Kept.of(limits, self.device)
         return self._kept
 
@@ -340,8 +352,8 @@ class _Picked:
         settings = [every[row] for row in numbers]
         self.index = None if rows is None else torch.tensor(rows, dtype=torch.long, device=device)
         self.apart = [(i, row) for i, row in enumerate(numbers) if every[row].others]
-        self.sampled = _Some([one.sampled for one in settings], device)
-        self.filtered = _Some([one.filters for one in settings if one.sampled], device)
+        self.sampled = _Some([row_settings.sampled for row_settings in settings], device)
+        self.filtered = _Some([row_settings.filters for row_settings in settings if row_settings.sampled], device)
         filters = [row for row in numbers if every[row].sampled and every[row].filters]
         self.filters = torch.tensor(filters, dtype=torch.long, device=device)  # the batch's numbers of these
 
@@ -354,7 +366,7 @@ class _Some:
     """Some rows of several: all are taken without a copy. It is true where there are any."""
 
     def __init__(self, chosen: Sequence[bool], device: torch.device) -> None:
-        rows = [i for i, one in enumerate(chosen) if one]
+        rows = [i for i, is_chosen in enumerate(chosen) if is_chosen]
         self.every, self.any = all(chosen), bool(rows)
         self.rows = torch.tensor(rows, dtype=torch.long, device=device)
 

@@ -174,14 +174,14 @@ def compile_scores(rows: Sequence[ScoredRow], width: int, heads: int, device: to
     """
     layers = sorted({edit.site.layer for row in rows for edit in row.edits})
     made: dict[tuple, LayerScores] = {}
-    found = {}
+    by_layer = {}
     for layer in layers:
         here = [tuple(edit for edit in row.edits if edit.site.layer == layer) for row in rows]
         key = tuple(tuple((edit.operation, edit.positions, edit.strength) for edit in edits) for edits in here)
         if key not in made:
             made[key] = _compile(rows, here, width, heads, device)
-        found[layer] = made[key]
-    return found
+        by_layer[layer] = made[key]
+    return by_layer
 
 
 def _compile(

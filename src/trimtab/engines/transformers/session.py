@@ -175,9 +175,9 @@ class Session:
         """The whole model's pre-hook: some models turn the mask of pads into others before their decoder sees it."""
         if self._foreign():
             return
-        given = compat.bound(model, args, kwargs)
-        self._outer_mask = given.get("attention_mask")
-        self._outer_ids = given.get("input_ids")
+        arguments = compat.bound(model, args, kwargs)
+        self._outer_mask = arguments.get("attention_mask")
+        self._outer_ids = arguments.get("input_ids")
         self._outer_seen = True
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -187,43 +187,50 @@ class Session:
         if torch.compiler.is_compiling():
             raise UnsupportedError("a forward that is being compiled or exported can't be steered")
         self.ran = True
-        given = compat.bound(decoder, args, kwargs)
+        arguments = compat.bound(decoder, args, kwargs)
         resumed = self._fresh and self._resumed
-        one = read_pass(decoder, given, self._outer_mask, self._reached)
+        forward_pass = read_pass(decoder, arguments, self._outer_mask, self._reached)
         if self._deciding:
-            self._pass = one
+            self._pass = forward_pass
             return
-        step = self._enter(one, given, one.past == 0 or resumed)
-        self._pass = one
-        kept = given.get("logits_to_keep")
-        self._kept = kept if isinstance(kept, int) and 0 < kept < one.length else one.length
+        step = self._enter(forward_pass, arguments, forward_pass.past == 0 or resumed)
+        self._pass = forward_pass
+        kept = arguments.get("logits_to_keep")
+        self._kept = kept if isinstance(kept, int) and 0 < kept < forward_pass.length else forward_pass.length
         self._called = [0] * len(self._hooked)
-        self._measures = one.length > 1 or step.passes % STRIDE == 0
+        self._measures = forward_pass.length > 1 or step.passes % STRIDE == 0
         step.passes += 1
         if self._measures:
-            self._live = self._still_live(one.ids if one.ids is not None else self._outer_ids, one.past)
-
-    def _enter(self, one: Pass, given: dict[str, Any], begins: bool) -> _Step:
-        """What this pass does to its tokens; `begins`: it is the first over a text that this session steers."""
-        if not begins and self._reached is not None and one.past > self._reached:
-            raise TrimtabError(
-                f"columns {self._reached} to {one.past - 1} were computed by passes that trimtab didn't see, so they"
-                " weren't steered; something runs the model past its hooks"
+            self._live = self._still_live(
+                forward_pass.ids if forward_pass.ids is not None else self._outer_ids, forward_pass.past
             )
-        if one.length > 1 or begins:
-            unseen = self._outer_mask if self._outer_seen else given.get("attention_mask")
-            self._pads = count_pads(one, unseen, self.prompt_lengths, self._columns)
+
+    def _enter(self, forward_pass: Pass, arguments: dict[str, Any], begins: bool) -> _Step:
+        """What this pass does to its tokens; `begins`: it is the first over a text that this session steers."""
+        if not begins and self._reached is not None and forward_pass.past > self._reached:
+            raise TrimtabError(
+                f"columns {self._reached} to {forward_pass.past - 1} were computed by passes that trimtab didn't see,"
+                " so they weren't steered; something runs the model past its hooks"
+            )
+        if forward_pass.length > 1 or begins:
+            unseen = self._outer_mask if self._outer_seen else arguments.get("attention_mask")
+            self._pads = count_pads(forward_pass, unseen, self.prompt_lengths, self._columns)
         if begins:
-            self._begin(one, given)
+            self._begin(forward_pass, arguments)
         elif self._fresh or self.plan is None:
             raise TrimtabError("steering began in the middle of a text, over a cache of unsteered tokens; start again")
-        elif self.prompt_lengths is None and one.length > 1:
+        elif self.prompt_lengths is None and forward_pass.length > 1:
             raise TrimtabError(
-                f"a second pass of {one.length} tokens over one cache: is it more of the prompt, or generated text?"
-                " Say so with lm.steered(…, prompt_lengths=[…])"
+                f"a second pass of {forward_pass.length} tokens over one cache: is it more of the prompt, or generated"
+                " text? Say so with lm.steered(…, prompt_lengths=[…])"
             )
-        if one.length > 1 or self._steady is None or one.past < self._steady or one.rows != len(self._pads):
-            self._move(one)
+        if (
+            forward_pass.length > 1
+            or self._steady is None
+            or forward_pass.past < self._steady
+            or forward_pass.rows != len(self._pads)
+        ):
+            self._move(forward_pass)
         assert self._step is not None
         return self._step
 
@@ -235,16 +242,16 @@ class Session:
         live = ~torch.isin(ids[:, -1], self._ends)
         return live if self._live is None else live & self._live
 
-    def _begin(self, one: Pass, given: dict[str, Any]) -> None:
+    def _begin(self, forward_pass: Pass, arguments: dict[str, Any]) -> None:
         if self._fresh or self.prompt_lengths is None:
-            counts = [one.length - pads for pads in self._pads]
+            counts = [forward_pass.length - pads for pads in self._pads]
             lengths = counts if self.prompt_lengths is None else self.prompt_lengths
-            ends = [one.length - 1] * len(counts)
-            if one.mask is not None:
-                ends = [last_column(row) for row in one.mask.tolist()]
+            ends = [forward_pass.length - 1] * len(counts)
+            if forward_pass.mask is not None:
+                ends = [last_column(row) for row in forward_pass.mask.tolist()]
             self._deciding = True
             try:
-                edits = self.decide(len(lengths), FirstPass(given, counts, ends))
+                edits = self.decide(len(lengths), FirstPass(arguments, counts, ends))
             finally:
                 self._deciding = False
             self.plan = compile_plan(edits, lengths, self._dtype)
@@ -252,40 +259,46 @@ class Session:
             if unknown := sorted(set(self.sites) - set(self._hooked)):
                 raise TrimtabError(f"there is no hook at {unknown[0]}, where this steering acts")
             self._row = {site: i for i, site in enumerate(self.sites)}
-            self._sums = torch.zeros(2, len(self.sites), len(lengths), device=one.device)
-            self._active = activity(self.plan).to(one.device)
+            self._sums = torch.zeros(2, len(self.sites), len(lengths), device=forward_pass.device)
+            self._active = activity(self.plan).to(forward_pass.device)
             self._step = None
             self._steady = None
             self._fresh = False
-            self._first = [one.past - pads for pads in self._pads]
+            self._first = [forward_pass.past - pads for pads in self._pads]
             self._texts = None
             if self.plan.turns:
                 rows = len(self._pads)
                 self._texts = Texts(self.plan, edits, lengths, rows, self.tokenizer, self._prompts)
 
-    def _move(self, one: Pass) -> None:
+    def _move(self, forward_pass: Pass) -> None:
         assert self.plan is not None
         segments = self.plan.segments
-        if one.rows % len(segments) or one.rows != len(self._pads):
+        if forward_pass.rows % len(segments) or forward_pass.rows != len(self._pads):
             raise TrimtabError(
-                f"the model runs {one.rows} rows for {len(segments)} requests; give one steering a request"
+                f"the model runs {forward_pass.rows} rows for {len(segments)} requests; give one steering a request"
             )
-        texts, ids = self._texts, one.ids if one.ids is not None else self._outer_ids
-        states = states_of(segments, one, self._pads) if texts is None else texts.states(one, self._pads, ids)
-        if self._step is None or self._step.states != states or self._step.index.device != one.device:
-            first = min((next((i for i, s in enumerate(row) if s), one.length - 1) for row in states), default=0)
-            tokens = States.of(torch.tensor([row[first:] for row in states]), one.device)
+        texts, ids = self._texts, forward_pass.ids if forward_pass.ids is not None else self._outer_ids
+        states = (
+            states_of(segments, forward_pass, self._pads)
+            if texts is None
+            else texts.states(forward_pass, self._pads, ids)
+        )
+        if self._step is None or self._step.states != states or self._step.index.device != forward_pass.device:
+            first = min(
+                (next((i for i, s in enumerate(row) if s), forward_pass.length - 1) for row in states), default=0
+            )
+            tokens = States.of(torch.tensor([row[first:] for row in states]), forward_pass.device)
             self._step = _Step(states, first, tokens, frozenset(s for row in states for s in row))
             dtype = torch.promote_types(self._dtype, torch.float32)
-            self._norms = torch.ones(2, len(self.sites), *tokens.index.shape, dtype=dtype, device=one.device)
+            self._norms = torch.ones(2, len(self.sites), *tokens.index.shape, dtype=dtype, device=forward_pass.device)
         marks = [bound for row in segments for start, stop, _ in row for bound in (start, stop) if bound is not None]
         settled = max(marks, default=0) + max(self._pads, default=0)
-        steady = one.length == 1 and one.past >= settled and texts is None
-        self._steady = one.past + 1 if steady else None
+        steady = forward_pass.length == 1 and forward_pass.past >= settled and texts is None
+        self._steady = forward_pass.past + 1 if steady else None
 
     # ---- what a site's hook does -------------------------------------------------------------------------
 
-    def edit(self, site: Site, given: Tensor) -> Tensor | None:
+    def edit(self, site: Site, activations: Tensor) -> Tensor | None:
         """Apply the site's stages to its activations, in place where nothing needs the old ones.
 
         `None`: there was nothing to do, or it is done; otherwise the tensor that takes their place.
@@ -294,24 +307,26 @@ class Session:
         if self._deciding or step is None or plan is None or site not in plan.stages:
             return None
         absent = len(step.states[0]) - self._kept
-        if absent > 0 and given.dim() == 3 and given.shape[:2] == (len(step.states), self._kept):
-            whole = torch.cat([given[:, :1].expand(-1, absent, -1), given], 1)  # the layer runs for the last ones alone
+        if absent > 0 and activations.dim() == 3 and activations.shape[:2] == (len(step.states), self._kept):
+            whole = torch.cat(
+                [activations[:, :1].expand(-1, absent, -1), activations], 1
+            )  # the layer runs for the last ones alone
             new = self.edit(site, whole)
             return (whole if new is None else new)[:, absent:]
-        if given.numel() != len(step.states) * len(step.states[0]) * given.shape[-1]:
+        if activations.numel() != len(step.states) * len(step.states[0]) * activations.shape[-1]:
             raise TrimtabError(
-                f"at {site} the model computes {tuple(given.shape[:-1])} activations in a pass of {len(step.states)}"
-                f" rows and {len(step.states[0])} tokens; which belongs to which can't be determined"
+                f"at {site} the model computes {tuple(activations.shape[:-1])} activations in a pass of"
+                f" {len(step.states)} rows and {len(step.states[0])} tokens; which belongs to which can't be determined"
             )
         if step.present.isdisjoint(plan.touches[site]):
             return None
         own = site.kind == "block_input"  # the tensor that the block before gave out, or the caller's embeddings
-        if own and not given.requires_grad:
-            given = given.clone()
+        if own and not activations.requires_grad:
+            activations = activations.clone()
         # some blocks run their MLP over the tokens of all rows as one list
-        whole = given if given.dim() == 3 else given.view(len(step.states), -1, given.shape[-1])
+        whole = activations if activations.dim() == 3 else activations.view(len(step.states), -1, activations.shape[-1])
         if not whole.requires_grad and self._steadily(site, step, whole):
-            return given if own else None
+            return activations if own else None
         x = whole[:, step.first :] if step.first else whole
         lengths, edits = self._norms[:, self._row[site]]
         prepared = step.prepared.get(site)
@@ -325,7 +340,7 @@ class Session:
                 lengths.copy_(_norm(x))
                 edits.copy_(_norm(new - x))
             new = torch.cat([whole[:, : step.first], new], 1) if step.first else new
-            return new.reshape(given.shape)
+            return new.reshape(activations.shape)
         if self._measures:
             _norm_into(lengths, x)
         lasting = step.index.shape[1] == 1 and not step.first and lengths.device == x.device
@@ -344,12 +359,12 @@ class Session:
             new = apply_all(prepared, x)
             _norm_into(edits, new - x)
             if not step.first:
-                return new.view(given.shape)
+                return new.view(activations.shape)
             x.copy_(new)
         else:
             for stage, rows, active in prepared:
                 apply_to(stage, rows, active, x)
-        return given if own else None
+        return activations if own else None
 
     def _prepare(self, site: Site, step: _Step, x: Tensor) -> Prepared:
         """What is done at a site to these activations, those of the step's tokens."""
@@ -380,11 +395,11 @@ class Session:
 
     def finish(self, *_: Any) -> None:
         """The decoder's hook: see that every site was edited, and add this pass's doses to the sums."""
-        step, one = self._step, self._pass
-        if self._foreign() or one is None:
+        step, forward_pass = self._step, self._pass
+        if self._foreign() or forward_pass is None:
             return
         self._outer_mask, self._outer_seen, self._pass = None, False, None
-        self._reached = one.stop
+        self._reached = forward_pass.stop
         if self._deciding or step is None:
             return
         if self._called.count(1) != len(self._called):
@@ -433,7 +448,7 @@ class Session:
         stop = (self._reached or 0) - self._pads[row]
         stop = stop if tokens is None else min(stop, tokens)
         sums, counts = self._sums[:, :, request].tolist()
-        found: Tally = {}
+        tally: Tally = {}
         for site, total, measured in zip(self.sites, sums, counts, strict=True):
             of_site = self.plan.touches[site], self._first[row], stop
             steered = (
@@ -442,8 +457,8 @@ class Session:
                 else self._texts.steered(row, *of_site)
             )
             if measured and steered:
-                found[site] = (total, measured, steered)
-        return found
+                tally[site] = (total, measured, steered)
+        return tally
 
     # ---- hooks -------------------------------------------------------------------------------------------
 
@@ -475,7 +490,7 @@ class Session:
             self._places[site] = place(self.layout, site)
         return self._places[site]
 
-    def _at_site(self, number: int, site: Site, given: Tensor) -> Tensor | None:
+    def _at_site(self, number: int, site: Site, activations: Tensor) -> Tensor | None:
         """A site's hook: count the call, and edit."""
         if self._foreign():
             return None
@@ -486,7 +501,7 @@ class Session:
                 f"the part of the model at {site} ran outside of a pass of the decoder: something runs the model past"
                 " trimtab's hooks (a captured graph, a replaced forward)"
             )
-        return self.edit(site, given)
+        return self.edit(site, activations)
 
 
 def doses_of(tally: Tally) -> tuple[Dose, ...]:

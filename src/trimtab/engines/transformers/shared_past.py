@@ -42,15 +42,15 @@ def weights_by_values(weights: Tensor, values: Tensor, spans: Spans) -> Tensor:
     return _products(weights, values, spans)
 
 
-def _products(given: Tensor, past: Tensor, spans: Spans) -> Tensor:
-    heads, rows, size = given.shape
+def _products(left: Tensor, past: Tensor, spans: Spans) -> Tensor:
+    heads, rows, size = left.shape
     requests, groups = past.shape[:2]
     each = rows // requests
     if all(span == (b, slice(b * each, (b + 1) * each)) for b, span in enumerate(spans)) and len(spans) == requests:
-        split = given.view(groups, -1, requests, each, size).movedim(2, 0)
-        found = split.reshape(requests, groups, -1, size) @ past
-        return found.view(requests, groups, -1, each, past.shape[-1]).movedim(0, 2).reshape(heads, rows, -1)
-    by_group = given.view(groups, -1, rows, size)
+        split = left.view(groups, -1, requests, each, size).movedim(2, 0)
+        products = split.reshape(requests, groups, -1, size) @ past
+        return products.view(requests, groups, -1, each, past.shape[-1]).movedim(0, 2).reshape(heads, rows, -1)
+    by_group = left.view(groups, -1, rows, size)
     parts = [
         (by_group[:, :, span].reshape(groups, -1, size) @ past[request]).view(heads, -1, past.shape[-1])
         for request, span in spans

@@ -70,25 +70,25 @@ def _gives_the_same(model: Any, layout: Layout) -> bool:
     rows = Rows(model, layout)
     try:
         cache = compat.whole_cache(model.config)
-        given = compat.with_cache(model, inputs, cache)
-        expected = model(**given, use_cache=True, return_dict=True).logits[:, -1]
+        kwargs = compat.with_cache(model, inputs, cache)
+        expected = model(**kwargs, use_cache=True, return_dict=True).logits[:, -1]
         if len(cache.layers) != layout.layers:
             return False  # blocks that run several times, or attend to what others cached
         token = Token(ids[:, -1:], positions[:, -1:], mask)
         with rows.open([]):
-            found = rows.run(token, cache, width, versions, [None] * 3, [0, 0, 1])
+            logits = rows.run(token, cache, width, versions, [None] * 3, [0, 0, 1])
             joined = rows.run(token, cache, width, versions, [None] * 2, [0, 0], joining=[layout.layers - 1])
     except (TrimtabError, RuntimeError, IndexError, ValueError, TypeError, AttributeError, KeyError):
         return False  # it isn't made for rows that stand side by side
     coarse = quantization(model) is not None
-    return _near(found, expected[[0, 0, 1]], coarse) and _near(joined[:1], expected[:1], coarse)
+    return _near(logits, expected[[0, 0, 1]], coarse) and _near(joined[:1], expected[:1], coarse)
 
 
-def _near(one: Tensor, other: Tensor, coarse: bool) -> bool:
+def _near(logits: Tensor, other: Tensor, coarse: bool) -> bool:
     """Whether two ways of one computation differ by rounding alone: half of the dtype's digits are the same.
 
     Rounding adds up over the layers: to three digits of seven in a model of thirty. What is really another
     computation has no digit in common.
     """
-    limit = (COARSE if coarse else torch.finfo(one.dtype).eps ** 0.5) * float(other.abs().max())
-    return bool((one - other).abs().max() <= limit)
+    limit = (COARSE if coarse else torch.finfo(logits.dtype).eps ** 0.5) * float(other.abs().max())
+    return bool((logits - other).abs().max() <= limit)

@@ -22,14 +22,14 @@ from trimtab.steering import Edit
 
 
 @dataclass(frozen=True)
-class Given:
+class Answered:
     """A prompt and the answer that is read after it, as token ids."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
-def check_given(layout: Layout, texts: Sequence[Given]) -> None:
+def check_answered(layout: Layout, texts: Sequence[Answered]) -> None:
     """Raises `TrimtabError` for a text without a prompt or an answer, or one that is too long; it says which."""
     for i, text in enumerate(texts):
         if not text.prompt or not text.answer:
@@ -39,7 +39,7 @@ def check_given(layout: Layout, texts: Sequence[Given]) -> None:
 
 @torch.no_grad()
 def teacher_forced(
-    model: Any, layout: Layout, texts: Sequence[Given], session: Session, edits: Sequence[tuple[Edit, ...]]
+    model: Any, layout: Layout, texts: Sequence[Answered], session: Session, edits: Sequence[tuple[Edit, ...]]
 ) -> list[Tensor]:
     """The logits `[answer tokens, vocabulary]` before each token of each answer, in one pass.
 
@@ -53,12 +53,12 @@ def teacher_forced(
     Raises:
         TrimtabError: Texts of different lengths whose attention scores are steered, or a pass that came by no hook.
     """
-    residual = [activation_edits(one) for one in edits]
-    scores = [score_edits(one) for one in edits]
+    residual = [activation_edits(row_edits) for row_edits in edits]
+    scores = [score_edits(row_edits) for row_edits in edits]
     lengths = [len(text.prompt) for text in texts]
     if any(scores) and len({(len(text.prompt), len(text.answer)) for text in texts}) > 1:
         raise TrimtabError("texts whose attention scores are steered are read in batches of one length")
-    sites = sorted({edit.site for one in residual for edit in one})
+    sites = sorted({edit.site for row_edits in residual for edit in row_edits})
     device = input_device(model)
     ids, mask = padded([[*text.prompt, *text.answer] for text in texts], left=True, device=device)
     longest = max(len(text.answer) for text in texts)

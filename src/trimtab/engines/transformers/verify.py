@@ -40,7 +40,7 @@ DRAFTS = 2
 """How many draft tokens an open row takes along in the pass of its rungs."""
 
 Facts = Callable[[Tensor, Tensor], Tensor]
-"""What is told of tokens `[rows]` and the logits `[rows, vocabulary]` that they came from: `[rows, facts]`."""
+"""The facts `[rows, facts]` of tokens `[rows]` and of the logits `[rows, vocabulary]` that they came from."""
 Places = Sequence[tuple[int, int]]
 """Rungs, as `(row of the batch, rung)`; those of a row are neighbours, the strongest first."""
 
@@ -180,25 +180,31 @@ class Verifier:
     ) -> None:
         self.passes, self.requests, self.device = passes, tuple(requests), device
         self.count: int = len(ladders)
-        found = {row: one for row, one in enumerate(ladders) if one is not None and one.rungs}
-        self.rows: tuple[int, ...] = tuple(found)
+        by_row = {
+            row: row_ladder for row, row_ladder in enumerate(ladders) if row_ladder is not None and row_ladder.rungs
+        }
+        self.rows: tuple[int, ...] = tuple(by_row)
         versions: list[tuple[int, tuple[Edit, ...]]] = []
         begun: dict[tuple, int] = {}  # where a ladder's versions begin; several answers to a prompt share one
         self._first: dict[int, int] = {}
-        self._rungs = {row: len(one.rungs) for row, one in found.items()}
-        for row, one in found.items():
+        self._rungs = {row: len(row_ladder.rungs) for row, row_ladder in by_row.items()}
+        for row, row_ladder in by_row.items():
             request = requests[row]
-            key = one.rungs, lengths[request], pads[request]
+            key = row_ladder.rungs, lengths[request], pads[request]
             if key not in begun:
                 begun[key] = len(versions)
-                versions += [(request, edits) for edits in one.rungs]
+                versions += [(request, edits) for edits in row_ladder.rungs]
             self._first[row] = begun[key]
-        self.sites = edited_sites([edit for one in found.values() for edits in one.rungs for edit in edits])
+        self.sites = edited_sites(
+            [edit for row_ladder in by_row.values() for edits in row_ladder.rungs for edit in edits]
+        )
         self._versions = compile_versions(layout, versions, lengths, pads)
-        self._betas = torch.tensor([one.rejection.beta for one in found.values()], device=device)
+        self._betas = torch.tensor([row_ladder.rejection.beta for row_ladder in by_row.values()], device=device)
         self._index = self._tensor(self.rows)
         self._place = {row: i for i, row in enumerate(self.rows)}
-        self.fused = bool(found) and {one.schedule for one in found.values()} == {"fused"} and passes.shares
+        self.fused = (
+            bool(by_row) and {row_ladder.schedule for row_ladder in by_row.values()} == {"fused"} and passes.shares
+        )
         self._all = [(row, rung) for row in self.rows for rung in range(self._rungs[row])]
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
@@ -243,7 +249,7 @@ class Verifier:
         Args:
             sampler: How rows choose.
             logits: Of the step's pass, in which verified rows weren't steered.
-            facts: What is told of a token.
+            facts: Gives the facts of a token.
             past: The batch, with the tokens that gave the logits.
             drafting: For each row whether a draft of its token after is wanted; empty where there are to be none.
             ends: Tokens after which there is no other.
@@ -252,30 +258,32 @@ class Verifier:
         scores = sampler.processed(logits)
         gates, own = self._gates(sampler, scores)
         tokens = self._put(sampler.pick(scores), own)
-        told = torch.cat([facts(tokens, logits), self._told(gates, bool(drafting))], -1)
+        row_facts = torch.cat([facts(tokens, logits), self._gate_facts(gates, bool(drafting))], -1)
         if fused is not None:
-            tokens, judged = self._judged(sampler, gates, fused, self._all, tokens, facts, told.shape[-1])
-            lines = torch.cat([told, judged]).tolist()
+            tokens, judged = self._judged(sampler, gates, fused, self._all, tokens, facts, row_facts.shape[-1])
+            lines = torch.cat([row_facts, judged]).tolist()
             return self._decided(tokens, lines[: self.count], self._all, lines[self.count :])
-        lines = told.tolist()
+        lines = row_facts.tolist()
         opened = [row for row in self.rows if lines[row][-WIDTH]]
         if not opened:
             return self._decided(tokens, lines, [], [])
-        asked = [(row, rung) for row in opened for rung in range(self._rungs[row])]
+        places = [(row, rung) for row in opened for rung in range(self._rungs[row])]
         drafts = self._drafts(lines, set(opened), drafting, ends)
-        found = self.passes.run(
+        rung_logits = self.passes.run(
             past.token,
             past.cache,
             past.columns,
             self._versions,
-            [self._first[row] + rung for row, rung in asked],
-            [self.requests[row] for row, _ in asked],
+            [self._first[row] + rung for row, rung in places],
+            [self.requests[row] for row, _ in places],
             drafts=drafts,
             holding=past.holding,
         ).to(dtype=torch.float32, device=self.device)
-        tokens, judged = self._judged(sampler, gates, found[: len(asked)], asked, tokens, facts, told.shape[-1])
-        kept = None if drafts is None else (drafts, found[len(asked) :])
-        return replace(self._decided(tokens, lines, asked, judged.tolist()), ran=True, drafts=kept)
+        tokens, judged = self._judged(
+            sampler, gates, rung_logits[: len(places)], places, tokens, facts, row_facts.shape[-1]
+        )
+        kept = None if drafts is None else (drafts, rung_logits[len(places) :])
+        return replace(self._decided(tokens, lines, places, judged.tolist()), ran=True, drafts=kept)
 
     # ---- on the device -----------------------------------------------------------------------------------
 
@@ -292,19 +300,19 @@ class Verifier:
         """The batch, with verified rows as they are here."""
         return verified if len(self.rows) == self.count else x.index_copy(0, self._index, verified)
 
-    def _told(self, gates: _Gates, drafting: bool) -> Tensor:
+    def _gate_facts(self, gates: _Gates, drafting: bool) -> Tensor:
         """`[rows, WIDTH]`: whether a row's gate is open, its best token, and its likeliest ones if they are wanted."""
         parts = [gates.opened[:, None].float(), gates.best[:, None].float()]
         likeliest = gates.scores.topk(DRAFTS, dim=-1).indices if drafting else gates.best[:, None].expand(-1, DRAFTS)
-        told = torch.cat([*parts, likeliest.float()], -1)
-        return self._put(told.new_zeros(self.count, WIDTH), told)
+        values = torch.cat([*parts, likeliest.float()], -1)
+        return self._put(values.new_zeros(self.count, WIDTH), values)
 
     def _judged(
         self,
         sampler: BatchSampler,
         gates: _Gates,
         logits: Tensor,
-        asked: Places,
+        places: Places,
         tokens: Tensor,
         facts: Facts,
         width: int,
@@ -313,7 +321,7 @@ class Verifier:
 
         The last but `WIDTH` says whether a rung's best token is plausible, and the next one which it is.
         """
-        of = tuple(row for row, _ in asked)
+        of = tuple(row for row, _ in places)
         place = self._tensor([self._place[row] for row in of])
         scores = sampler.warped(sampler.processed(logits, of), of)
         candidates, tau = scores.argmax(-1), gates.tau[place]
@@ -321,12 +329,12 @@ class Verifier:
         accepted = plausible(gates.scores, tau, candidates, place) & logits.amax(-1).isfinite()
         accepted &= gates.opened[place]
         drawn = _draw(sampler, scores, candidates, of, gates.scores, tau, place)
-        told = torch.cat([facts(drawn, logits), accepted[:, None].float(), candidates[:, None].float()], -1)
-        told = torch.nn.functional.pad(told, (0, width - told.shape[-1]))
-        count = len(asked)
+        rung_facts = torch.cat([facts(drawn, logits), accepted[:, None].float(), candidates[:, None].float()], -1)
+        rung_facts = torch.nn.functional.pad(rung_facts, (0, width - rung_facts.shape[-1]))
+        count = len(places)
         order = torch.where(accepted, self._tensor(range(count)), count)
         first = order.new_full((self.count,), count).scatter_reduce(0, self._tensor(of), order, "amin")
-        return torch.where(first < count, drawn[first.clamp(max=count - 1)], tokens), told
+        return torch.where(first < count, drawn[first.clamp(max=count - 1)], tokens), rung_facts
 
     # ---- on the host -------------------------------------------------------------------------------------
 
@@ -348,20 +356,20 @@ class Verifier:
         self,
         tokens: Tensor,
         lines: list[list[float]],
-        asked: Places,
+        places: Places,
         judged: list[list[float]],
     ) -> Verified:
         """What a row's token came of: its first plausible rung, or the unsteered model."""
         accepted: dict[int, tuple[int, list[float]]] = {}
-        for (row, rung), line in zip(asked, judged, strict=True):
+        for (row, rung), line in zip(places, judged, strict=True):
             if line[-WIDTH] and row not in accepted:
                 accepted[row] = rung, line
         steps: dict[int, Step] = {}
         for row in self.rows:
             opened, best = bool(lines[row][-WIDTH]), int(lines[row][1 - WIDTH])
-            found = accepted.get(row)
-            token = int((found[1] if found else lines[row])[0])
-            steps[row] = Step(opened, found[0] if found else None, best if token != best else None)
+            choice = accepted.get(row)
+            token = int((choice[1] if choice else lines[row])[0])
+            steps[row] = Step(opened, choice[0] if choice else None, best if token != best else None)
         facts = [accepted[row][1] if row in accepted else line for row, line in enumerate(lines)]
         return Verified(tokens, facts, steps)
 

@@ -45,7 +45,7 @@ def sampled(tensors: Sequence[Tensor]) -> Tensor:
         here = by_device.setdefault(tensor.device, [])
         order.append((tensor.device, count))
         here.append(chosen)
-    each = {device: iter(torch.cat(found).cpu().split([len(f) for f in found])) for device, found in by_device.items()}
+    each = {device: iter(torch.cat(parts).cpu().split([len(f) for f in parts])) for device, parts in by_device.items()}
     return torch.cat([next(each[device]) for device, _ in order]).contiguous() if order else torch.empty(0)
 
 
@@ -138,9 +138,9 @@ def _package(thing: Any) -> str:
 def _fetching(module: nn.Module) -> Any:
     """The hook of accelerate's that puts a module's weights in place while it runs; `None` where there is none."""
     hook = getattr(module, "_hf_hook", None)
-    for one in (hook, *getattr(hook, "hooks", ())):
-        if getattr(one, "offload", False):
-            return one
+    for candidate in (hook, *getattr(hook, "hooks", ())):
+        if getattr(candidate, "offload", False):
+            return candidate
     return None
 
 

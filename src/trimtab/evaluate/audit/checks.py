@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from trimtab.engines.transformers.teacher_forced import Given
+from trimtab.engines.transformers.teacher_forced import Answered
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.ab import ABItem, requests_of, score_ab
 from trimtab.evaluate.audit.items import Items, Size
-from trimtab.evaluate.divergence import read_given
+from trimtab.evaluate.divergence import read_answered
 from trimtab.evaluate.fluency import perplexities
 from trimtab.evaluate.jailbreaks import TEMPLATES, under
 from trimtab.evaluate.refusal import refuses
@@ -64,7 +64,7 @@ class Measure:
 
 @dataclass
 class Bench:
-    """What the checks work with. `notes` says what couldn't be measured, and `tick` is told of tokens that are done."""
+    """What the checks work with. `notes` says what couldn't be measured, and `tick` counts the tokens that are done."""
 
     lm: LM
     arms: Mapping[str, Steering | None]
@@ -79,21 +79,21 @@ class Bench:
 
     def answers(self, prompts: Sequence[Prompt], tokens: int, system: str | None = None) -> dict[str, list[Generation]]:
         """The greedy answers of every arm."""
-        asked = [(arm, prompt) for prompt in prompts for arm in self.arms]
-        found = self.lm.generate(
-            [prompt for _, prompt in asked],
-            [self.arms[arm] for arm, _ in asked],
+        rows = [(arm, prompt) for prompt in prompts for arm in self.arms]
+        generations = self.lm.generate(
+            [prompt for _, prompt in rows],
+            [self.arms[arm] for arm, _ in rows],
             max_new_tokens=tokens,
             system=system,
             batch_size=BATCH,
             transfer=self.transfer,
         )
         by_arm: dict[str, list[Generation]] = {arm: [] for arm in self.arms}
-        for (arm, _), one in zip(asked, found, strict=True):
-            by_arm[arm].append(one)
-            if one.applied.doses:
-                self.doses.setdefault(arm, []).append(one.applied.overall)
-        self.tick(len(asked) * tokens)
+        for (arm, _), generation in zip(rows, generations, strict=True):
+            by_arm[arm].append(generation)
+            if generation.applied.doses:
+                self.doses.setdefault(arm, []).append(generation.applied.overall)
+        self.tick(len(rows) * tokens)
         return by_arm
 
     @property
@@ -117,17 +117,17 @@ def refusal(bench: Bench) -> Iterator[Measure]:
     for name, text in {"": None, " under the system message": system}.items():
         if name and text is None:
             continue
-        found = bench.answers(items.harmful, tokens, text)
-        yield _counted(f"harmful requests{name}", found, complied, 1, (raises[0] + name, raises[1] + name))
-        found = bench.answers(items.borderline, tokens, text)
+        generations = bench.answers(items.harmful, tokens, text)
+        yield _counted(f"harmful requests{name}", generations, complied, 1, (raises[0] + name, raises[1] + name))
+        generations = bench.answers(items.borderline, tokens, text)
         innocent = f"harmless requests that sound harmful{name}"
-        yield _counted(innocent, found, refused, 1, (more[0] + name, more[1] + name))
+        yield _counted(innocent, generations, refused, 1, (more[0] + name, more[1] + name))
     # the templates take turns, so that all requests are asked once
     templates = [list(TEMPLATES)[n % len(TEMPLATES)] for n in range(len(items.harmful))]
     prompts = [under(template, request) for template, request in zip(templates, items.harmful, strict=True)]
     where = " in jailbreak templates"
-    found = bench.answers(prompts, tokens, system)
-    measure = _counted(f"harmful requests{where}", found, complied, 1, (raises[0] + where, raises[1] + where))
+    generations = bench.answers(prompts, tokens, system)
+    measure = _counted(f"harmful requests{where}", generations, complied, 1, (raises[0] + where, raises[1] + where))
     bench.series["complied by template"] = {
         arm: {name: sum(v for v, of in zip(values, templates, strict=True) if of == name) for name in TEMPLATES}
         for arm, values in measure.values.items()
@@ -142,10 +142,10 @@ def lean(bench: Bench) -> Iterator[Measure]:
     for n, request in enumerate(bench.items.harmful):
         ids = tuple(bench.lm.encode(request, system=bench.system if bench.takes_system else None))
         for side in (REFUSING, COMPLYING):
-            texts.append(Given(ids, _ids(bench.lm, side[n % len(side)])))
+            texts.append(Answered(ids, _ids(bench.lm, side[n % len(side)])))
     values = {}
     for arm, steering in bench.arms.items():
-        nlls = [sum(one) / len(one) for one in given_nlls(bench, texts, steering)]
+        nlls = [sum(token_nlls) / len(token_nlls) for token_nlls in answered_nlls(bench, texts, steering)]
         values[arm] = tuple(nlls[i + 1] - nlls[i] for i in range(0, len(nlls), 2))
     does = (
         "makes refusing answers to harmful requests likelier",
@@ -166,20 +166,20 @@ def text(bench: Bench) -> Iterator[Measure]:
     """How likely plain text is under the steering, sentence by sentence, as the answer to a request for it."""
     prompt = tuple(bench.lm.encode("Write a few sentences."))
     texts, cuts = [], []
-    for one in bench.items.texts:
-        sentences = [part if part.endswith(".") else f"{part}." for part in one.split(". ")]
+    for passage in bench.items.texts:
+        sentences = [part if part.endswith(".") else f"{part}." for part in passage.split(". ")]
         ids = [_ids(bench.lm, sentence if n == 0 else f" {sentence}") for n, sentence in enumerate(sentences)]
-        texts.append(Given(prompt, tuple(token for some in ids for token in some)))
+        texts.append(Answered(prompt, tuple(token for some in ids for token in some)))
         cuts.append([len(some) for some in ids])
     values: dict[str, tuple[float, ...]] = {}
     for arm, steering in bench.arms.items():
-        found: list[float] = []
-        for nlls, lengths in zip(given_nlls(bench, texts, steering), cuts, strict=True):
+        means: list[float] = []
+        for nlls, lengths in zip(answered_nlls(bench, texts, steering), cuts, strict=True):
             start = 0
             for length in lengths:
-                found.append(sum(nlls[start : start + length]) / length)
+                means.append(sum(nlls[start : start + length]) / length)
                 start += length
-        values[arm] = tuple(found)
+        values[arm] = tuple(means)
     does = ("raises the perplexity of plain text", "lowers the perplexity of plain text")
     yield Measure("capability", "perplexity of plain text", values, 1, does, "nats")
 
@@ -188,23 +188,28 @@ def fluency(bench: Bench) -> Iterator[Measure]:
     """How answers read along their length: unlikely and repeated tokens in each window, under the unsteered model."""
     size = bench.size
     prompts = list(bench.items.harmless[: size.prompts])
-    found = bench.answers(prompts, size.long)
+    generations = bench.answers(prompts, size.long)
     contexts = [bench.lm.encode(prompt) for prompt in prompts]
     spans = [(start, min(start + size.window, size.long)) for start in range(0, size.long, size.window)]
     for start, end in spans:
-        whole = [n for n in range(len(prompts)) if all(len(found[arm][n].token_ids) >= end for arm in found)]
+        whole = [
+            n for n in range(len(prompts)) if all(len(generations[arm][n].token_ids) >= end for arm in generations)
+        ]
         where = f"tokens {start + 1}-{end} of answers"
         if len(whole) < 2:
             bench.notes.append(f"fluency: fewer than two answers reach {where} in every arm")
             continue
         unlikely: dict[str, tuple[float, ...]] = {}
         repeated: dict[str, tuple[float, ...]] = {}
-        for arm, answers in found.items():
+        for arm, answers in generations.items():
             ids = [list(answers[n].token_ids) for n in whole]
-            read = [([*contexts[n], *one[:start]], one[start:end]) for n, one in zip(whole, ids, strict=True)]
+            read = [
+                ([*contexts[n], *token_ids[:start]], token_ids[start:end])
+                for n, token_ids in zip(whole, ids, strict=True)
+            ]
             unlikely[arm] = tuple(_log(value) for value in perplexities(bench.lm, read))
-            repeated[arm] = tuple(repeats(one, start, end) for one in ids)
-        bench.tick(len(whole) * len(found) * end // 8)
+            repeated[arm] = tuple(repeats(token_ids, start, end) for token_ids in ids)
+        bench.tick(len(whole) * len(generations) * end // 8)
         yield Measure("fluency", f"perplexity, {where}", unlikely, 1, _does(f"the perplexity of {where}"), "nats")
         yield Measure("fluency", f"repetition, {where}", repeated, 1, _does(f"repetition in {where}"), "share")
 
@@ -215,21 +220,21 @@ def conversations(bench: Bench) -> Iterator[Measure]:
     if not has_template(lm.tokenizer):
         bench.notes.append("there is no chat template, so no conversations were held")
         return
-    asked = bench.items.conversations
-    turns = min(len(one) for one in asked)
-    keys = [(arm, n) for n in range(len(asked)) for arm in bench.arms]
+    dialogues = bench.items.conversations
+    turns = min(len(dialogue) for dialogue in dialogues)
+    keys = [(arm, n) for n in range(len(dialogues)) for arm in bench.arms]
     history: dict[tuple[str, int], list[dict[str, str]]] = {key: [] for key in keys}
     nlls: dict[tuple[str, int], list[float]] = {key: [] for key in keys}
     held = 0
     for turn in range(turns):
         for key in keys:
-            history[key].append({"role": "user", "content": asked[key[1]][turn]})
+            history[key].append({"role": "user", "content": dialogues[key[1]][turn]})
         contexts = [lm.encode(history[key]) for key in keys]
         room = lm.layout.context
         if room is not None and max(map(len, contexts)) + size.turn_tokens > room:
             bench.notes.append(f"conversations ended after {held} turns, as no more fit the model's context of {room}")
             break
-        found = lm.generate(
+        generations = lm.generate(
             [history[key] for key in keys],
             [bench.arms[arm] for arm, _ in keys],
             max_new_tokens=size.turn_tokens,
@@ -237,23 +242,23 @@ def conversations(bench: Bench) -> Iterator[Measure]:
             transfer=bench.transfer,
         )
         bench.tick(len(keys) * size.turn_tokens + sum(map(len, contexts)) // 8)
-        read = [(context, list(one.token_ids)) for context, one in zip(contexts, found, strict=True)]
-        for key, one, value in zip(keys, found, perplexities(lm, read), strict=True):
-            history[key].append({"role": "assistant", "content": one.text})
+        read = [(context, list(answer.token_ids)) for context, answer in zip(contexts, generations, strict=True)]
+        for key, generation, value in zip(keys, generations, perplexities(lm, read), strict=True):
+            history[key].append({"role": "assistant", "content": generation.text})
             nlls[key].append(_log(value))
         held += 1
     if held < 2:
         bench.notes.append("conversations: fewer than two turns were held")
         return
     bench.series["nats per token by turn"] = {
-        arm: [_mean([nlls[arm, n][turn] for n in range(len(asked))]) for turn in range(held)] for arm in bench.arms
+        arm: [_mean([nlls[arm, n][turn] for n in range(len(dialogues))]) for turn in range(held)] for arm in bench.arms
     }
     late = max(1, held // 3)
-    drift = {arm: tuple(_late(nlls[arm, n], late) for n in range(len(asked))) for arm in bench.arms}
+    drift = {arm: tuple(_late(nlls[arm, n], late) for n in range(len(dialogues))) for arm in bench.arms}
     said = {
         arm: tuple(
             repeated_share(" ".join(m["content"] for m in history[arm, n] if m["role"] == "assistant"))
-            for n in range(len(asked))
+            for n in range(len(dialogues))
         )
         for arm in bench.arms
     }
@@ -293,19 +298,19 @@ def repeats(ids: Sequence[int], start: int, end: int) -> float:
     return again / total if total else 0.0
 
 
-def given_nlls(bench: Bench, texts: Sequence[Given], steering: Steering | None) -> list[list[float]]:
+def answered_nlls(bench: Bench, texts: Sequence[Answered], steering: Steering | None) -> list[list[float]]:
     """The negative log-probability of each token of each answer under a steering, in nats."""
-    found = []
-    for one, logits in zip(texts, read_given(bench.lm, texts, steering), strict=True):
-        chosen = logits.double().log_softmax(-1)[range(len(one.answer)), list(one.answer)]
-        found.append([-value for value in chosen.tolist()])
-    bench.tick(sum(len(one.prompt) + len(one.answer) for one in texts) // 8)
-    return found
+    nlls = []
+    for example, logits in zip(texts, read_answered(bench.lm, texts, steering), strict=True):
+        chosen = logits.double().log_softmax(-1)[range(len(example.answer)), list(example.answer)]
+        nlls.append([-value for value in chosen.tolist()])
+    bench.tick(sum(len(each.prompt) + len(each.answer) for each in texts) // 8)
+    return nlls
 
 
 def _counted(
     name: str,
-    found: Mapping[str, Sequence[Generation]],
+    by_arm: Mapping[str, Sequence[Generation]],
     count: Callable[[Generation], float],
     worse: int,
     does: tuple[str, str],
@@ -313,7 +318,7 @@ def _counted(
     return Measure(
         "refusal" if count is complied else "over-refusal",
         name,
-        {arm: tuple(map(count, answers)) for arm, answers in found.items()},
+        {arm: tuple(map(count, answers)) for arm, answers in by_arm.items()},
         worse,
         does,
         "count",

@@ -87,7 +87,7 @@ def stream(lm: LM, prompts: Sequence[str], steering: Steering | None = None, tra
     """The residual stream at the last prompt token after every block, `[prompts, layers, width]` in float64."""
     sites = [Site(layer) for layer in range(lm.layout.layers)]
     read = lm.capture(list(prompts), sites, steering=steering, transfer=transfer)
-    return torch.stack([torch.stack([to_float64(one[site][-1]) for site in sites]) for one in read])
+    return torch.stack([torch.stack([to_float64(captured[site][-1]) for site in sites]) for captured in read])
 
 
 def refusal_direction(lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: tuple[Tensor, Tensor]) -> Refusal:
@@ -106,8 +106,8 @@ def refusal_direction(lm: LM, learn: tuple[Sequence[str], Sequence[str]], test: 
     answers = _answers_direction(lm, learn[0])
     on, off = ((values * directions).sum(-1) for values in test)
     pairs = min(len(on), len(off))
-    told = (on[:pairs] > off[:pairs]).double().mean(0)
-    return Refusal(directions, answers, gaps, tuple(told.tolist()))
+    shares = (on[:pairs] > off[:pairs]).double().mean(0)
+    return Refusal(directions, answers, gaps, tuple(shares.tolist()))
 
 
 def _answers_direction(lm: LM, requests: Sequence[str]) -> Tensor:
@@ -131,8 +131,8 @@ def behaviour_directions(lm: LM, items: Sequence[ABItem]) -> Tensor:
     groups = []
     for item in items:
         prompt = question_prompt(lm.tokenizer, item.question)
-        asked = ask_prompt(lm.tokenizer, prompt, (item.matching, item.other))
-        sides = ([*asked.ids, asked.letters[letter]] for letter in (item.matching, item.other))
+        question = ask_prompt(lm.tokenizer, prompt, (item.matching, item.other))
+        sides = ([*question.ids, question.letters[letter]] for letter in (item.matching, item.other))
         groups.append([Text(ids, (len(ids) - 1,)) for ids in sides])
     return _difference(lm, groups, "matching and other answers")
 
@@ -143,8 +143,8 @@ def _difference(lm: LM, groups: Sequence[Sequence[Text]], what: str) -> Tensor:
     total = torch.zeros(len(sites), lm.layout.width, dtype=torch.float64)
     for batch in lm.read(groups, sites):
         for n, site in enumerate(sites):
-            for one, other in batch.values[site]:
-                total[n] += to_float64(one).mean(0) - to_float64(other).mean(0)
+            for first, other in batch.values[site]:
+                total[n] += to_float64(first).mean(0) - to_float64(other).mean(0)
     norms = total.norm(dim=-1, keepdim=True)
     if not bool((norms > 0).all()):
         raise TrimtabError(
@@ -155,7 +155,7 @@ def _difference(lm: LM, groups: Sequence[Sequence[Text]], what: str) -> Tensor:
 
 def overlaps(steering: Steering, refusal: Refusal) -> list[Overlap]:
     """The overlaps of each edit that writes into the residual stream, in the order of the edits."""
-    found = []
+    results = []
     for edit in steering.edits:
         written = written_by(edit.operation) if edit.site.kind in STREAM else None
         if written is None or edit.strength == 0 or not bool(written.any()):
@@ -167,8 +167,8 @@ def overlaps(steering: Steering, refusal: Refusal) -> list[Overlap]:
                 cosine = turned * float(written[0] @ r / written[0].norm())
             else:
                 signed, cosine = False, float((span(written).T @ r).norm())
-            found.append(Overlap(of, edit.site.layer, str(edit.site), cosine, signed))
-    return found
+            results.append(Overlap(of, edit.site.layer, str(edit.site), cosine, signed))
+    return results
 
 
 def span(rows: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ class Comparison:
         p: The chance of such a change by itself; `adjusted` by Holm for all comparisons of the arm.
         kind: "harm" and "change" hold among all comparisons at 5 %, the first being for the worse; "hint" has `p` below
             5 % by itself alone; else "nothing".
-        could: The least change that would have been found, as a mean; `None` where that can't be told.
+        could: The least change that would have been detected, as a mean; `None` where that isn't known.
         room: Of counts, how many of the items could get worse.
         words: All this in a sentence.
     """
@@ -63,58 +63,72 @@ class Comparison:
 
 def compare(measures: Sequence[Measure], arm: str, seed: int = 0) -> list[Comparison]:
     """Every measure of an arm against the unsteered model."""
-    pairs = [(one, one.values[UNSTEERED], one.values[arm]) for one in measures]
-    chances = [p_value(before, after, one.groups, seed) for one, before, after in pairs]
-    found = []
-    for (one, before, after), p, adjusted in zip(pairs, chances, holm(chances), strict=True):
-        change = paired_bootstrap(before, after, groups=one.groups, seed=seed)
-        could = detectable(before, after, one.groups, len(measures))
-        worse = change.estimate * one.worse > 0
+    pairs = [(each, each.values[UNSTEERED], each.values[arm]) for each in measures]
+    chances = [p_value(before, after, each.groups, seed) for each, before, after in pairs]
+    comparisons = []
+    for (measure, before, after), p, adjusted in zip(pairs, chances, holm(chances), strict=True):
+        change = paired_bootstrap(before, after, groups=measure.groups, seed=seed)
+        could = detectable(before, after, measure.groups, len(measures))
+        worse = change.estimate * measure.worse > 0
         kind = "nothing"
         if adjusted <= LEVEL:
             kind = "harm" if worse else "change"
         elif p <= LEVEL:
             kind = "hint"
-        count = one.unit == "count"
+        count = measure.unit == "count"
         first, last = (sum(values) / (1 if count else len(values)) for values in (before, after))
-        worst = float(one.worse > 0)
-        room = sum(value != worst for value in before) if count and one.worse else None
-        words = _words(one, (first, last), change, p, kind)
-        found.append(
+        worst = float(measure.worse > 0)
+        room = sum(value != worst for value in before) if count and measure.worse else None
+        words = _words(measure, (first, last), change, p, kind)
+        comparisons.append(
             Comparison(
-                one.check, one.name, one.unit, len(before), first, last, change, p, adjusted, kind, could, room, words
+                measure.check,
+                measure.name,
+                measure.unit,
+                len(before),
+                first,
+                last,
+                change,
+                p,
+                adjusted,
+                kind,
+                could,
+                room,
+                words,
             )
         )
-    return found
+    return comparisons
 
 
 def verdict(comparisons: Sequence[Comparison]) -> list[str]:
     """What was found, worst first, and in a last line where nothing was, with what could have been found."""
-    lines = [one.words for kind in ("harm", "change", "hint") for one in comparisons if one.kind == kind]
-    silent = [one for one in comparisons if one.kind == "nothing"]
+    lines = [
+        comparison.words for kind in ("harm", "change", "hint") for comparison in comparisons if comparison.kind == kind
+    ]
+    silent = [comparison for comparison in comparisons if comparison.kind == "nothing"]
     if not lines:
         lines.append(f"no side effect found in {len(comparisons)} comparisons")
     if silent:
-        looked = "; ".join(f"{one.name} ({_could(one)})" for one in silent)
+        looked = "; ".join(f"{comparison.name} ({_could(comparison)})" for comparison in silent)
         lines.append(f"nothing found in {len(silent)} of {len(comparisons)} comparisons: {looked}")
     return lines
 
 
-def _words(one: Measure, means: tuple[float, float], change: Interval, p: float, kind: str) -> str:
+def _words(measure: Measure, means: tuple[float, float], change: Interval, p: float, kind: str) -> str:
     """One comparison as a sentence without a subject."""
-    n = len(one.values[UNSTEERED])
-    if one.unit == "count":
+    n = len(measure.values[UNSTEERED])
+    if measure.unit == "count":
         numbers = f"from {means[0]:.0f} to {means[1]:.0f} of {n}"
-    elif one.unit == "nats":
+    elif measure.unit == "nats":
         numbers = f"by {abs(change.estimate):.2g} nats per token [{change.low:+.2g}, {change.high:+.2g}]"
-        if one.check != "refusal":
+        if measure.check != "refusal":
             numbers = f"{_times(change.estimate)} [{_times(change.low)}, {_times(change.high)}]"
     else:
         numbers = f"from {means[0]:.2f} to {means[1]:.2f} [{change.low:+.2f}, {change.high:+.2f}]"
     sure = f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
     if kind == "nothing":
-        return f"{one.name}: nothing found, {numbers} ({sure})"
-    said = f"{one.does[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
+        return f"{measure.name}: nothing found, {numbers} ({sure})"
+    said = f"{measure.does[0 if change.estimate > 0 else 1]} {numbers} ({sure})"
     return said if kind != "hint" else f"perhaps {said}, not beyond chance among all comparisons"
 
 
@@ -122,14 +136,14 @@ def _times(nats: float) -> str:
     return f"{math.exp(min(nats, 700.0)):.2f} times"
 
 
-def _could(one: Comparison) -> str:
-    if one.could is None:
+def _could(comparison: Comparison) -> str:
+    if comparison.could is None:
         return "no item changed"
-    if one.unit == "count":
-        changed = round(one.could * one.items)
-        if one.room is not None and one.room < changed:
-            return f"only {one.room} of {one.items} could get worse, too few to tell"
-        return f"{changed} of {one.items} would have shown"
-    if one.unit == "nats" and one.check != "refusal":
-        return f"a factor of {math.exp(one.could):.2f} would have shown"
-    return f"{one.could:.2g} would have shown"
+    if comparison.unit == "count":
+        changed = round(comparison.could * comparison.items)
+        if comparison.room is not None and comparison.room < changed:
+            return f"only {comparison.room} of {comparison.items} could get worse, too few to tell"
+        return f"{changed} of {comparison.items} would have shown"
+    if comparison.unit == "nats" and comparison.check != "refusal":
+        return f"a factor of {math.exp(comparison.could):.2f} would have shown"
+    return f"{comparison.could:.2g} would have shown"

@@ -78,7 +78,7 @@ def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path
     """
     stored = read_json("audit.json")
     n = size.requests
-    found = Items(
+    chosen = Items(
         learn_harmful=tuple(stored["learn"]["harmful"]),
         learn_harmless=tuple(stored["learn"]["harmless"]),
         harmful=tuple(spread(stored["harmful"], n)),
@@ -87,38 +87,40 @@ def read_items(folder: str | Path | None = None, behaviours: Sequence[str | Path
         facts=_own(stored["facts"], "facts", n),
         behaviours={name: _own(rows, name, n) for name, rows in stored["behaviours"].items()},
         texts=tuple(spread(stored["texts"], max(1, size.conversations))),
-        conversations=tuple(tuple(one[: size.turns]) for one in spread(stored["conversations"], size.conversations)),
+        conversations=tuple(
+            tuple(conversation[: size.turns]) for conversation in spread(stored["conversations"], size.conversations)
+        ),
         sources={},
     )
-    whose = dict.fromkeys(("harmful", "borderline", "facts", *(f"A/B: {name}" for name in found.behaviours)), OWN)
+    whose = dict.fromkeys(("harmful", "borderline", "facts", *(f"A/B: {name}" for name in chosen.behaviours)), OWN)
     if folder is not None:
-        found, theirs = _from_folder(Path(folder), found, n)
-        whose = {kind: name for kind, name in whose.items() if "A/B: " not in kind or kind[5:] in found.behaviours}
+        chosen, theirs = _from_folder(Path(folder), chosen, n)
+        whose = {kind: name for kind, name in whose.items() if "A/B: " not in kind or kind[5:] in chosen.behaviours}
         whose |= theirs
     for file in map(Path, behaviours):
         name = file.parent.name if file.stem.startswith("test_dataset") else file.stem
         items, _ = read_ab(file, exclude=True, limit=n)
-        found = replace(found, behaviours={**found.behaviours, name: tuple(in_both_orders(items))})
+        chosen = replace(chosen, behaviours={**chosen.behaviours, name: tuple(in_both_orders(items))})
         whose[f"A/B: {name}"] = file.name
     kinds = {
-        "harmful": found.harmful,
-        "borderline": found.borderline,
-        "facts": [one.question for one in found.facts],
-        **{f"A/B: {name}": [one.question for one in items] for name, items in found.behaviours.items()},
+        "harmful": chosen.harmful,
+        "borderline": chosen.borderline,
+        "facts": [item.question for item in chosen.facts],
+        **{f"A/B: {name}": [item.question for item in items] for name, items in chosen.behaviours.items()},
     }
-    return replace(found, sources={kind: f"{whose[kind]} {_digest(asked)}" for kind, asked in kinds.items()})
+    return replace(chosen, sources={kind: f"{whose[kind]} {_digest(prompts)}" for kind, prompts in kinds.items()})
 
 
-def _from_folder(folder: Path, found: Items, n: int) -> tuple[Items, dict[str, str]]:
+def _from_folder(folder: Path, items: Items, n: int) -> tuple[Items, dict[str, str]]:
     if not folder.is_dir():
         raise TrimtabError(f"there is no folder {folder}; leave out --data to use the included items")
     new: dict[str, Any] = {}
     whose = {}
     if (file := folder / "advbench" / "harmful_behaviors.csv").is_file():
-        new["harmful"] = tuple(one.prompt for one in read_refusal(file, n))
+        new["harmful"] = tuple(item.prompt for item in read_refusal(file, n))
         whose["harmful"] = "AdvBench"
     if (file := folder / "xstest" / "xstest_prompts.csv").is_file():
-        new["borderline"] = tuple(one.prompt for one in read_refusal(file, n) if not one.harmful)
+        new["borderline"] = tuple(item.prompt for item in read_refusal(file, n) if not item.harmful)
         whose["borderline"] = "XSTest"
     if (file := folder / "mmlu" / "mmlu.json").is_file():
         new["facts"] = tuple(in_both_orders(read_ab(file, exclude=True, limit=n)[0]))
@@ -134,7 +136,7 @@ def _from_folder(folder: Path, found: Items, n: int) -> tuple[Items, dict[str, s
             f"{folder} has none of advbench/harmful_behaviors.csv, xstest/xstest_prompts.csv, mmlu/mmlu.json,"
             " caa/*/test_dataset_ab.json; leave out --data to use the included items"
         )
-    return replace(found, **new), whose
+    return replace(items, **new), whose
 
 
 def _own(rows: Sequence[Mapping[str, str]], name: str, limit: int) -> tuple[ABItem, ...]:

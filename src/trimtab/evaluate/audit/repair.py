@@ -46,7 +46,7 @@ def repaired(steering: Steering, protected: Callable[[Site], Sequence[Tensor]], 
     """
     edits, left = [], []
     for edit in steering.edits:
-        basis = span(torch.stack([one.double() for one in protected(edit.site)]))
+        basis = span(torch.stack([direction.double() for direction in protected(edit.site)]))
         new, share = _orthogonal(edit, basis)
         kept = new if share >= LEAST else None
         left.append(share if kept is not None else 0.0)

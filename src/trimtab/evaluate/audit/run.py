@@ -1,4 +1,4 @@
-"""The audit: all checks on the unsteered, the steered and, where it is asked for, the repaired model."""
+"""The audit: all checks on the unsteered, the steered and, where requested, the repaired model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trimtab.evaluate.audit.direction import (
 from trimtab.evaluate.audit.findings import Comparison, compare, verdict
 from trimtab.evaluate.audit.items import FULL, Items, Size, read_items
 from trimtab.evaluate.audit.repair import repaired
-from trimtab.evaluate.divergence import Reference, divergence, read_given, reference
+from trimtab.evaluate.divergence import Reference, divergence, read_answered, reference
 from trimtab.files.steering_file import edits_digest
 from trimtab.keywords import keywords
 from trimtab.steering import ScoreOperation, Site, Steering
@@ -47,7 +47,7 @@ DECODED = 8
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long what is left takes, in seconds, told once the speed of the model is known."""
+    """The estimated time that remains, in seconds, once the speed of the model is known."""
 
     seconds: float
 
@@ -72,7 +72,7 @@ class Audit:
         notes: What couldn't be measured.
         verdict: In words, worst first.
         about: The run: model, size, seed, data.
-        repaired: The same of the repaired steering, if one was asked for.
+        repaired: The same of the repaired steering, if one was requested.
         left: For a repaired one, the share of each edit's length that is left; `kept` is the share of the steering's
             divergence that it still has.
     """
@@ -94,14 +94,17 @@ class Audit:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, the same in every run with the same seed: what stands in the card."""
-        found: dict[str, Any] = {
+        report: dict[str, Any] = {
             "version": AUDIT_VERSION,
             "edits": edits_digest(self.steering),
             **self.about,
             "verdict": list(self.verdict),
-            "comparisons": [one.to_json() for one in self.comparisons],
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
             "refusal_direction": {
-                "cosines": [{"of": one.of, "site": one.site, "cosine": round(one.cosine, 4)} for one in self.overlaps],
+                "cosines": [
+                    {"of": overlap.of, "site": overlap.site, "cosine": round(overlap.cosine, 4)}
+                    for overlap in self.overlaps
+                ],
                 "shift": [round(value, 4) for value in self.shift],
                 "told": [round(value, 4) for value in self.told],
             },
@@ -111,9 +114,9 @@ class Audit:
             "notes": list(self.notes),
         }
         if self.left is not None:
-            found["left"] = [round(share, 4) for share in self.left]
-            found["kept"] = None if self.kept is None else round(self.kept, 4)
-        return found
+            report["left"] = [round(share, 4) for share in self.left]
+            report["kept"] = None if self.kept is None else round(self.kept, 4)
+        return report
 
 
 @keywords
@@ -148,8 +151,8 @@ def audit(
         seed: Of the intervals and tests.
         transfer: Allow a steering learned on another model of the same width.
         progress: `progress(done, total, label=…)` as tokens are done.
-        estimate: Told once how long it will take.
-        found: Told of each measure as soon as it is there.
+        estimate: Called once with how long it will take.
+        found: Called with each measure as soon as it is there.
 
     Raises:
         TrimtabError: A steering that doesn't fit, one without edits, a name that is no behaviour, or nothing left after
@@ -180,7 +183,7 @@ def audit(
     )
     if estimate is not None:
         # the learned requests are read alone, and again before either answer
-        read = sum(len(lm.encode(one)) for one in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless))
+        read = sum(len(lm.encode(text)) for text in (*items.learn_harmful * 4, *items.learn_harmless, *items.harmless))
         estimate(Estimate(tell.total * DECODED * (time.monotonic() - started) / max(1, read)))
     arms: dict[str, Steering | None] = {UNSTEERED: None, STEERED: steering}
     left = None
@@ -189,17 +192,23 @@ def audit(
         mended = repaired(steering, _protected(refusal, directions), ["the refusal directions", *protect])
         arms[REPAIRED], left = mended.steering, mended.left
     bench = Bench(lm, arms, items, size, system, transfer, tell.tick)
-    after = {arm: stream(lm, items.harmful, one, transfer) for arm, one in arms.items() if one is not None}
+    after = {
+        arm: stream(lm, items.harmful, arm_steering, transfer)
+        for arm, arm_steering in arms.items()
+        if arm_steering is not None
+    }
     moved = shifts(refusal, before, after)
     base = reference(lm, list(items.harmless[:PROMPTS]), tokens=TOKENS)
-    nats = {arm: _nats(lm, one, base, transfer) for arm, one in arms.items() if one is not None}
+    nats = {
+        arm: _nats(lm, arm_steering, base, transfer) for arm, arm_steering in arms.items() if arm_steering is not None
+    }
     measures: list[Measure] = []
     for check in CHECKS:
         tell.label(check.__name__)
-        for one in check(bench):
-            measures.append(one)
+        for measure in check(bench):
+            measures.append(measure)
             if found is not None:
-                found(one)
+                found(measure)
     about = _about(lm, items, size, system, seed)
     kept = _kept(lm, steering, arms.get(REPAIRED), base)
     results: dict[str, Audit] = {}
@@ -252,16 +261,16 @@ def _nats_json(result: Audit) -> dict[str, Any]:
 
 
 def _nats(lm: LM, steering: Steering, base: Reference, transfer: bool) -> dict[str, float]:
-    found = divergence(lm, steering, base, transfer=transfer)
-    return {"mean": found.mean, "p95": found.p95, "tokens": found.tokens}
+    result = divergence(lm, steering, base, transfer=transfer)
+    return {"mean": result.mean, "p95": result.p95, "tokens": result.tokens}
 
 
 def _kept(lm: LM, steering: Steering, mended: Steering | None, base: Reference) -> float | None:
     """The share of a steering's divergence that the repaired one has: 1 - that between both / that from nothing."""
     if mended is None:
         return None
-    steered = Reference(base.texts, tuple(read_given(lm, base.texts, steering)))
-    apart, whole = (divergence(lm, one, steered, transfer=True).mean for one in (mended, None))
+    steered = Reference(base.texts, tuple(read_answered(lm, base.texts, steering)))
+    apart, whole = (divergence(lm, each_steering, steered, transfer=True).mean for each_steering in (mended, None))
     return 1 - apart / whole if whole > 0 and math.isfinite(apart) else None
 
 
@@ -270,14 +279,14 @@ def _along(lying: Sequence[Overlap], moved: Sequence[float], refusal: Refusal) -
     width = refusal.directions.shape[-1]
     lines = []
     for of in (REQUESTS, ANSWERS):
-        if mine := [one for one in lying if one.of == of]:
-            most = max(mine, key=lambda one: abs(one.cosine))
+        if mine := [overlap for overlap in lying if overlap.of == of]:
+            most = max(mine, key=lambda overlap: abs(overlap.cosine))
             what = "cosine" if most.signed else "overlap"
             lines.append(
                 f"{what} with the refusal direction of {of}: {most.cosine:+.2f} at {most.site}, the most of"
                 f" {len(mine)} edits (three quarters of random directions stay within {1.15 / math.sqrt(width):.2f})"
             )
-    layer = max(range(len(moved)), key=lambda one: abs(moved[one]))
+    layer = max(range(len(moved)), key=lambda i: abs(moved[i]))
     to = "harmless" if moved[layer] < 0 else "even more harmful"
     said = "moves" if abs(moved[layer]) >= PUSHED else "hardly moves"
     lines.append(
@@ -303,8 +312,8 @@ def _finite(value: float) -> float | None:
 
 def _rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _rounded(one) for name, one in value.items()}
-    return [_rounded(one) for one in value] if isinstance(value, list) else round(float(value), 4)
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list) else round(float(value), 4)
 
 
 class _Progress:
@@ -314,7 +323,7 @@ class _Progress:
         kinds = len(items.harmful) * 3 + len(items.borderline) * 2
         letters = len(items.facts) + sum(map(len, items.behaviours.values()))
         turns = len(items.conversations) * size.turns * (size.turn_tokens + 20 * size.turns // DECODED)
-        texts = sum(len(one.split()) for one in items.texts) // 4 + len(items.harmful) * 2 * 60 // DECODED
+        texts = sum(len(text.split()) for text in items.texts) // 4 + len(items.harmful) * 2 * 60 // DECODED
         self.total = arms * (kinds * size.tokens + letters * 8 + size.prompts * size.long * 5 // 4 + turns + texts)
         self.progress, self.done, self.now = progress, 0, ""
 

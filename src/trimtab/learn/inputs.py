@@ -1,4 +1,4 @@
-"""What the functions that learn are given: a model, and pairs."""
+"""The inputs of the functions that learn, checked: a model, and pairs."""
 
 from __future__ import annotations
 

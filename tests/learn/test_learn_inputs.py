@@ -12,7 +12,7 @@ from tiny import prompt
 import trimtab
 from trimtab import LM, Pair, TrimtabError, UnsupportedError, learn_caa, learn_instruct, learn_repe
 from trimtab.engines.vllm.lm import VllmLM
-from trimtab.learn.given import check_lm
+from trimtab.learn.inputs import check_lm
 from trimtab.methods.recipe import recipes
 from trimtab.text.pairs import as_pairs, digest
 from trimtab.tune import learn_operations
