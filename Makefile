@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 ENVIRONMENT := $(BIN)/python tools/environment.py
 VLLM := build/vllm
 VLLM_TESTS ?= parts fused engine static learning serve
-VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families
+VLLM_ALL := parts fused engine static learning adapters compiled parallel processes serve ray emphasis_families second_runner
 OLDEST_TESTS := tests/properties $(patsubst %,tests/engines/test_%.py,arguments compat decode images load prefixes transformers)
 
 .PHONY: setup demo check lint types test test-all test-upgraded test-newest test-newest-all test-oldest test-oldest-all \

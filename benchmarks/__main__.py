@@ -499,7 +499,7 @@ def dialogues(
     tokens: Annotated[int, typer.Option(min=1, help="New tokens an answer.")] = 24,
     nats: Annotated[float, typer.Option(help="The divergence of every arm, 95th percentile, in nats.")] = 1.0,
     layer: Annotated[int | None, typer.Option(help="Where to steer; without it, in the middle.")] = None,
-    rounds: Rounds = 5,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds of what a token costs; 0 leaves that out.")] = 5,
     json_file: Json = None,
     check: Check = False,
     as_markdown: Markdown = False,

@@ -4,6 +4,8 @@ A persona's direction is learned from the model's own answers with and without i
 the 95th percentile of its divergence from the unsteered model is the same, on other queries. Each then answers the same
 queries turn by turn, its own answers in its prompt. What comes of it is read by the unsteered model: how likely the
 answer is (perplexity), and how far its activations lie along the direction, less those of the unsteered dialogue.
+Intervals are 95 % over dialogues, each paired with the unsteered one of the same queries. Drift is what changes from
+the first turn that is read to the last. Without rounds, what a token costs isn't measured.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from statistics import mean
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from benchmarks.harness import Report, Result, interleave, ratios, summarized
 from benchmarks.machine import machine, versions
 from trimtab.data import queries
 from trimtab.evaluate.divergence import Divergence, Reference, _kl, divergence, reference
+from trimtab.evaluate.intervals import Interval, paired_bootstrap
 from trimtab.lm import LM, DoseWarning
 from trimtab.methods.caa import PairsWarning, learn_caa
 from trimtab.steering import Positions, Steering
@@ -35,6 +37,10 @@ LEARN, BASE = 24, 8
 MEASURED = (1, 4, 7, 10)
 """The turns that are read."""
 UNSTEERED, ALL, GENERATED, CLEAN = "unsteered", "all tokens", "generated tokens", "clean cache"
+
+
+Reading = tuple[float, float]
+"""Of an answer: its mean negative log-likelihood in nats a token, and its mean projection."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +63,14 @@ def run(
         warnings.simplefilter("ignore", PairsWarning)
         learned = learn(lm, asked[:LEARN], layer, tokens)
         talk = asked[LEARN + BASE :]
-        costing = costs(lm, learned, talk[:8], tokens, rounds)
+        costing = costs(lm, learned, talk[:8], tokens, rounds) if rounds else []
         base = reference(lm, asked[LEARN : LEARN + BASE], tokens=12)
         arms = {UNSTEERED: Arm(None)} | arms_at(lm, learned, base, nats)
         plan = [[talk[(d * turns + t) % len(talk)] for t in range(turns)] for d in range(dialogues)]
         along = learned.edits[0].operation.direction.double()
         along /= along.norm()
         read = {name: held(lm, name, arm, plan, tokens, layer, along) for name, arm in arms.items()}
-        results = [one for name in arms if name != UNSTEERED for one in lines(name, read, arms, learned)]
+        results = [result for name in arms for result in lines(name, read, arms, learned)]
     return Report("dialogues", machine(), {**versions(), "model": lm.name}, (*results, *costing))
 
 
@@ -146,30 +152,28 @@ def clean_divergence(lm: LM, steering: Steering, base: Reference) -> Divergence:
 
 def held(
     lm: LM, name: str, arm: Arm, plan: Sequence[Sequence[str]], tokens: int, layer: int, direction: Tensor
-) -> dict[int, list[tuple[float, float]]]:
-    """By turn, of each dialogue: the mean negative log-likelihood of the answer, and its mean projection, unsteered."""
+) -> dict[int, dict[int, Reading]]:
+    """By turn and dialogue, how the unsteered model reads the answer; an empty answer has no reading."""
     talks: list[list[dict[str, str]]] = [[] for _ in plan]
-    found: dict[int, list[tuple[float, float]]] = {}
+    found: dict[int, dict[int, Reading]] = {}
     count = len(plan[0])
     for turn in range(count):
         for talk, asked in zip(talks, plan, strict=True):
             talk.append({"role": "user", "content": asked[turn]})
         answers = lm.generate(talks, arm.steering, clean_cache=arm.clean, max_new_tokens=tokens)
         if turn + 1 in MEASURED:
-            found[turn + 1] = [
-                read_unsteered(lm, lm.encode(talk), answer.token_ids, layer, direction)
-                for talk, answer in zip(talks, answers, strict=True)
+            found[turn + 1] = {
+                i: read_unsteered(lm, lm.encode(talk), answer.token_ids, layer, direction)
+                for i, (talk, answer) in enumerate(zip(talks, answers, strict=True))
                 if answer.token_ids
-            ]
+            }
         for talk, answer in zip(talks, answers, strict=True):
             talk.append({"role": "assistant", "content": answer.text})
         say(name)(turn + 1, count)
     return found
 
 
-def read_unsteered(
-    lm: LM, prompt: Sequence[int], answer: Sequence[int], layer: int, direction: Tensor
-) -> tuple[float, float]:
+def read_unsteered(lm: LM, prompt: Sequence[int], answer: Sequence[int], layer: int, direction: Tensor) -> Reading:
     """How likely an answer is, and how far it lies along a direction, in one pass of the unsteered model."""
     kept: list[Tensor] = []
 
@@ -188,19 +192,43 @@ def read_unsteered(
 
 
 def lines(
-    name: str, read: Mapping[str, Mapping[int, list[tuple[float, float]]]], arms: Mapping[str, Arm], learned: Steering
+    name: str, read: Mapping[str, Mapping[int, Mapping[int, Reading]]], arms: Mapping[str, Arm], learned: Steering
 ) -> list[Result]:
-    """What is said of one arm: at each turn the perplexity, and the projection beyond the unsteered dialogue's."""
+    """What is said of one arm: at each turn its perplexity, how much higher that is than in the unsteered dialogues of
+    the same queries, how much further the projection, and by how much both change from the first turn to the last."""
+    turns = list(read[name])
+    results = []
+    for turn in turns:
+        likely = paired_bootstrap([nats for nats, _ in read[name][turn].values()])
+        results.append(_with(name, f"perplexity at turn {turn}", likely, math.exp))
     steering = arms[name].steering
-    assert steering is not None
-    results = [Result(name, "strength", steering.edits[0].strength / learned.edits[0].strength, "x")]
-    for turn, of_dialogues in read[name].items():
-        plain = read[UNSTEERED][turn]
-        results.append(Result(name, f"perplexity at turn {turn}", math.exp(mean(n for n, _ in of_dialogues)), ""))
-        results.append(Result(name, f"unsteered perplexity at turn {turn}", math.exp(mean(n for n, _ in plain)), ""))
-        shift = mean(p for _, p in of_dialogues) - mean(p for _, p in plain)
-        results.append(Result(name, f"projection at turn {turn}, less the unsteered one", shift, ""))
+    if steering is None:
+        return results
+    results.insert(0, Result(name, "strength", steering.edits[0].strength / learned.edits[0].strength, "x"))
+    beyond = {turn: _beyond(read[name][turn], read[UNSTEERED][turn]) for turn in turns}
+    for turn, pairs in beyond.items():
+        nats, projection = (paired_bootstrap([pair[i] for pair in pairs.values()]) for i in (0, 1))
+        results.append(_with(name, f"perplexity at turn {turn}, of the unsteered one", nats, math.exp, "x"))
+        results.append(_with(name, f"projection at turn {turn}, less the unsteered one", projection))
+    first, last = beyond[turns[0]], beyond[turns[-1]]
+    both = sorted(first.keys() & last.keys())
+    for i, what, shown in ((0, "perplexity", math.exp), (1, "projection", None)):
+        drift = paired_bootstrap([first[d][i] for d in both], [last[d][i] for d in both])
+        of = f"drift of the {what}, turn {turns[0]} to {turns[-1]}"
+        results.append(_with(name, of, drift, shown, "x" if shown else ""))
     return results
+
+
+def _beyond(steered: Mapping[int, Reading], plain: Mapping[int, Reading]) -> dict[int, Reading]:
+    """Of each dialogue that both have, the steered reading less the unsteered one."""
+    return {i: (steered[i][0] - plain[i][0], steered[i][1] - plain[i][1]) for i in steered if i in plain}
+
+
+def _with(
+    name: str, metric: str, interval: Interval, shown: Callable[[float], float] | None = None, unit: str = ""
+) -> Result:
+    value, low, high = (shown(x) if shown else x for x in (interval.estimate, interval.low, interval.high))
+    return Result(name, metric, value, unit, low, high)
 
 
 def costs(lm: LM, learned: Steering, asked: Sequence[str], tokens: int, rounds: int) -> list[Result]:

@@ -18,8 +18,9 @@ from trimtab.bench.plan import Plan, Speed, within
 from trimtab.bench.results import ranked
 from trimtab.bench.store import Store, canonical
 from trimtab.bench.tasks import PLAIN, PROMPT, TWICE, Cost, Lessons, Outline, Task
-from trimtab.errors import TrimtabError
+from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.evaluate.divergence import divergence, reference
+from trimtab.lm import LM
 from trimtab.methods.recipe import Recipe, recipes
 from trimtab.steering import Add, Card, Edit, Site, Steering
 from trimtab.text.pairs import Pair
@@ -153,6 +154,40 @@ def test_an_interrupted_run_ends_with_the_same_bytes(lm, done, tmp_path):
     bench(lm, planned(), tmp_path)
     assert files(tmp_path) == files(done[0])
     assert all(files(tmp_path)[name] == data for name, data in before.items())
+
+
+class Elsewhere(LM):
+    """The same model on an engine that knows no random directions."""
+
+    engine = "elsewhere"
+    asked = 0
+
+    def check(self, steering, *, transfer=False):
+        if steering.card.method == "nothing":
+            raise UnsupportedError("the elsewhere engine can't do nothing")
+        super().check(steering, transfer=transfer)
+
+    def generate(self, *args, **kwargs):
+        self.asked += 1
+        return super().generate(*args, **kwargs)
+
+
+def test_answers_may_come_from_another_engine(lm, done, tmp_path):
+    """What it can run is what it would be here; what it can't is left out with the reason, and so is no other model."""
+    answering = Elsewhere(lm.model, lm.tokenizer, name=lm.name)
+    rows = ("random", "nothing", "planted")
+    found = bench(lm, planned(rows), tmp_path, answering=answering)
+    here, there = files(done[0]), files(tmp_path)
+    cells = [name for name in there if name.startswith("cells/") and "nothing" not in name]
+    assert len(cells) >= 6  # three arms, the task, two methods
+    assert all(here[name] == there[name] for name in cells)
+    assert answering.asked > 3
+    assert found.tasks[0].left_out["nothing"] == "the elsewhere engine can't do nothing"
+    assert json.loads(there["run.json"])["answers"]["engine"] == "elsewhere"
+    with pytest.raises(TrimtabError, match="answers differ"):
+        bench(lm, planned(rows), tmp_path)
+    with pytest.raises(TrimtabError, match="isn't the same model: its weights is"):
+        bench(lm, planned(rows), tmp_path / "other", answering=Elsewhere(tiny("llama", 5).model, lm.tokenizer))
 
 
 def test_what_was_learned_in_part_only_is_not_kept(lm, tmp_path):

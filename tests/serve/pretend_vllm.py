@@ -19,12 +19,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from trimtab.engines.vllm.admitted import TICKET
 from trimtab.engines.vllm.counting import DOSE
 from trimtab.engines.vllm.endpoint import Endpoint
-from trimtab.engines.vllm.frontend import LINK, Names, connect, patch_engines
+from trimtab.engines.vllm.frontend import LINK, Names, connect
+from trimtab.engines.vllm.patched import patch_engines
 from trimtab.engines.vllm.rpc import run_async
 from trimtab.engines.vllm.wire import ASKED, identified, wire_of
 from trimtab.steering import Steering
+from trimtab.text.spans import render
 
 
 class Refused(ValueError):
@@ -65,13 +68,16 @@ class Engine:
         wire, link = wire_of(params), getattr(self, LINK)
         parts = [one for part in (wire.parts if wire else ()) for one in identified(part, link.sent[part.digest])]
         steering = Steering(tuple(one.edit for one in parts)) if parts else None
-        ask = {"max_new_tokens": params.max_tokens, "chat": prompt.chat}
-        (answer,) = await asyncio.to_thread(self.lm.generate, prompt.given, steering, **ask)
-        ids = self.lm.encode(prompt.given, chat=prompt.chat)
+        ask = {"max_new_tokens": params.max_tokens, "chat": prompt["chat"]}
+        (answer,) = await asyncio.to_thread(self.lm.generate, prompt["messages"], steering, **ask)
+        ids = prompt["prompt_token_ids"]
         said = [self.lm.tokenizer.decode(answer.token_ids[: i + 1]) for i in range(len(answer.token_ids))]
-        dose = sum(one.ratio for one in answer.applied.doses)
+        pushes = [(at.layer, at.kind, at.ratio, at.tokens) for at in answer.applied.doses if at.kind != "keys"]
+        dose = sum(ratio for _, _, ratio, _ in pushes)
         reason = f"{DOSE}of all sites add up to {dose:.2g}"
         high = wire is not None and wire.cap is not None and dose > wire.cap
+        if wire is not None and wire.cap is not None:
+            TICKET.get().weigh((request_id, 0), pushes)
         if high and not self.late:
             yield _output(request_id, ids, (), "", "error", reason)
         elif params.output_kind.name == "DELTA":
@@ -105,7 +111,9 @@ def make_app(lm: Any, names: Names, door: Any) -> Starlette:
         asked = await request.json()
         chat = "messages" in asked
         given = asked["messages"] if chat else asked.get("prompt") or asked["input"]
-        prompt = SimpleNamespace(given=given, chat=None if chat else False)
+        prompt = {"messages": given, "chat": None if chat else False}
+        rendered = render(lm.tokenizer, given, chat=prompt["chat"])
+        prompt |= {"type": "token", "prompt": rendered.text, "prompt_token_ids": list(rendered.ids)}
         kind = SimpleNamespace(name="DELTA" if asked.get("stream") else "FINAL_ONLY")
         extra = {**(asked.get("vllm_xargs") or {}), **({ASKED: asked[ASKED]} if ASKED in asked else {})}
         params = SimpleNamespace(extra_args=extra, output_kind=kind, max_tokens=asked.get("max_tokens") or 5, n=1)

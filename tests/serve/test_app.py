@@ -236,6 +236,20 @@ class TestLimits:
             assert (refused.status_code, refused.json()["error"]["code"]) == (400, "dose_too_high")
         assert client.post(PATH, json={**mild, "rejection": True}).status_code == 400
 
+    def test_the_bytes_of_tokens_are_the_texts(
+        self, make_service: Callable[..., Any], client_of: Callable[..., Any]
+    ) -> None:
+        """Of a character that several tokens make each has its part, which no text could say."""
+        asked = {**BODY, "temperature": 2, "seed": 5, "n": 4, "max_tokens": 30, "logprobs": True, "top_logprobs": 0}
+        parts = 0
+        for choice in client_of(make_service()).post(PATH, json=asked).json()["choices"]:
+            tokens = choice["logprobs"]["content"]
+            written = [token for token in tokens if not token["token"].startswith("<|")]  # special ones are no text
+            together = bytes(byte for token in written for byte in token["bytes"] or [])
+            assert together.decode(errors="replace") == choice["message"]["content"]
+            parts += sum("\ufffd" in token["token"] and token["bytes"] is not None for token in tokens)
+        assert parts > 3
+
     def test_rejection_of_a_steering_at_one_layer(
         self, make_service: Callable[..., Any], client_of: Callable[..., Any]
     ) -> None:

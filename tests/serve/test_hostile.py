@@ -341,6 +341,85 @@ class TestNoise:
         until(lambda: one.service.scheduler.running == one.service.scheduler.queued == 0)
 
 
+def answer(raw: socket.socket) -> bytes:
+    """All that comes until the other side closes."""
+    got = b""
+    while more := raw.recv(65536):
+        got += more
+    return got
+
+
+class TestHeads:
+    """What heads say of themselves that a proxy and this server could read in two ways, or that asks for no answer."""
+
+    def test_two_lengths_are_refused_and_end_the_connection(self, live: Callable[..., Live]) -> None:
+        one = live(policy=Policy())
+        inner = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"  # smuggled, for whoever reads the other length
+        with one.connect() as raw:
+            raw.sendall(head("POST", PATH, one.port, 3, **{"Transfer-Encoding": "chunked"}) + b"0\r\n\r\n" + inner)
+            got = answer(raw)
+        assert got.count(b"HTTP/1.1 ") == 1
+        assert got.startswith(b"HTTP/1.1 400")
+        assert b"Content-Length or Transfer-Encoding" in got
+
+    def test_head_is_get_without_a_body(self, live: Callable[..., Live]) -> None:
+        one = live(policy=Policy())
+        for path in ("/healthz", "/readyz", "/v1/models"):
+            got, whole = httpx.head(one.url + path, timeout=PATIENCE), httpx.get(one.url + path, timeout=PATIENCE)
+            assert (got.status_code, got.content) == (200, b"")
+            assert got.headers["content-length"] == str(len(whole.content))
+        assert httpx.head(one.url + PATH, timeout=PATIENCE).status_code == 405
+
+    def test_what_isnt_http_is_told_so_and_fills_no_log(
+        self, live: Callable[..., Live], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        one = live()
+        hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(50)  # of TLS
+        upgrade = "GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: {}upgrade\r\nUpgrade: {}\r\n\r\n"
+        with caplog.at_level("WARNING"):
+            for data in (hello, b"GET /healthz HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", *[hello] * 60):
+                with one.connect() as raw:
+                    raw.sendall(data)
+                    error = json.loads(answer(raw).rpartition(b"\r\n\r\n")[2])["error"]
+                    assert error["type"] == "invalid_request_error" or error["code"] == "invalid_api_key"
+            for to in ("websocket", "h2c"):
+                with one.connect() as raw:
+                    raw.sendall(upgrade.format("", to).encode())
+                    assert status(raw) == 200
+            with one.connect() as raw:  # refused before its body, which then is none
+                raw.sendall(
+                    head("POST", PATH, one.port, 0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+                )
+                assert status(raw) == 401
+                raw.sendall(b"-5\r\nhello\r\n")
+                answer(raw)
+        assert sum("Invalid HTTP" in line for line in caplog.messages) <= 20
+        assert not [line for line in caplog.messages if "Invalid HTTP" not in line]
+
+
+def test_what_a_signal_asks_for_is_done_one_at_a_time_and_once_more() -> None:
+    from trimtab.serve.run import one_at_a_time
+
+    gate, begun, running = threading.Event(), [], threading.Lock()
+
+    def work() -> None:
+        assert running.acquire(blocking=False)
+        begun.append(len(begun))
+        gate.wait(PATIENCE)
+        running.release()
+        raise OSError("the folder is gone")  # and the next time it is there again
+
+    again = one_at_a_time(work)
+    again()
+    until(lambda: begun)
+    for _ in range(300):
+        again()
+    gate.set()
+    until(lambda: len(begun) == 2 and not running.locked())
+    again()
+    until(lambda: len(begun) == 3 and not running.locked())
+
+
 def test_shutting_down_waits_for_no_half_request(live: Callable[..., Live]) -> None:
     one = live()
     with one.connect() as half, one.connect() as started:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,7 +72,7 @@ def test_examples_are_of_what_may_be_chosen() -> None:
 
 
 def test_the_reference_has_every_route_and_field() -> None:
-    from trimtab.serve.playground.reference import reference
+    from trimtab.serve.reference import reference
 
     shown, document = reference(), openapi()
     for path, operations in document["paths"].items():
@@ -78,6 +81,25 @@ def test_the_reference_has_every_route_and_field() -> None:
     for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest"):
         for field in document["components"]["schemas"][name]["properties"]:
             assert f"<code>{field}</code>" in shown, field
+
+
+def test_docs_explains_everything_and_loads_nothing(make_service: Callable[..., Any], client_of: Any) -> None:
+    client = client_of(make_service(learn=True, upload=True))
+    response, document = client.get("/docs"), client.get("/openapi.json").json()
+    shown = response.text
+    for path, operations in document["paths"].items():
+        for method in operations:
+            assert shown.count(f"<code>{method.upper()} {html.escape(path)}</code>") >= 2  # in the list, and below
+    for name, schema in document["components"]["schemas"].items():
+        section = shown.partition(f"<h3 id='{name}'>")[2].partition("<h3 ")[0]
+        assert all(f"<code>{field}</code>" in section for field in schema.get("properties", ())), name
+    assert set(re.findall("href='#([^']*)'", shown)) <= set(re.findall("id='([^']*)'", shown))
+    assert set(re.findall("href='(.)", shown)) == {"#"}
+    assert not re.search(r"<(script|link|img|iframe|object|embed)|\ssrc=|@import|url\(|style='", shown)
+    (style,) = re.findall("<style>(.*?)</style>", shown)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    rules = response.headers["content-security-policy"].split("; ")
+    assert {"default-src 'none'", f"style-src 'sha256-{digest}'", "frame-ancestors 'none'"} <= set(rules)
 
 
 @pytest.mark.parametrize("status", PASSING)

@@ -144,6 +144,40 @@ def test_a_task_has_its_time(scheduler: Scheduler) -> None:
     assert scheduler.running == 0
 
 
+@pytest.mark.parametrize("how", ["cancelled", "timeout", "shutdown"])
+def test_a_long_prompt_can_be_left_while_it_is_read(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Cancelling, the time limit and shutting down act between two of its chunks, and nobody else notices."""
+    from trimtab.engines.transformers import chunked_prefill, decode
+
+    for module in (chunked_prefill, decode):
+        monkeypatch.setattr(module, "CHUNK", 2)
+    long, unheard = task(scheduler, "blue " * 70)
+    other, beside = task(scheduler, "blue", max_new_tokens=40)
+    step, passes = scheduler._batch.step, []
+
+    def until_the_fifth() -> Any:
+        passes.append(1)
+        if len(passes) == 5:
+            if how == "cancelled":
+                scheduler.cancel([long])
+            elif how == "timeout":
+                long.deadline = 0.0
+            else:
+                scheduler.drain(-1.0)
+        return step()
+
+    scheduler._batch.step = until_the_fifth  # type: ignore[method-assign]
+    scheduler.submit([long, other])
+    end, last = unheard.end, beside.end
+    assert isinstance(end, Failed)
+    assert (end.kind, unheard.ids) == (how, ())
+    assert isinstance(last, Failed if how == "shutdown" else Done)
+    assert len(passes) == 5 if how == "shutdown" else len(passes) >= 40  # the prompt alone has more chunks than five
+    assert scheduler.running == 0
+
+
 def test_a_dose_above_the_cap_ends_an_answer(scheduler: Scheduler) -> None:
     mild, heard = task(scheduler, steering=0.001 * steering(scheduler, 1), max_dose=0.5)
     wild, unheard = task(scheduler, steering=1000.0 * steering(scheduler, 1), max_dose=0.5)

@@ -16,13 +16,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serve.toolbox import BARE, STRICT, TEMPLATES, WEATHER, check_call, model, service, steerings
 
+from trimtab import Positions
 from trimtab.serve.schema import ChatRequest
 
 ASK = [{"role": "user", "content": "The weather in Lyon?"}]
 CHATS = "/v1/chat/completions"
 TOOLS = [WEATHER, BARE, STRICT]
 KNOWN = [name for name in TEMPLATES if name != "unknown"]
-PUSHED: dict[str, Any] = {"steering": [{"name": "push", "strength": 20}]}
+JSON = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "maxLength": 12}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+PUSHED: dict[str, Any] = {"steering": [{"name": "push", "strength": 20, "positions": "all"}]}
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +86,29 @@ def streamed(client: Any, **more: Any) -> tuple[dict[str, Any], str]:
     return message, finish
 
 
+ANYHOW: dict[str, Any] = {
+    "strength": st.floats(-100, 100, allow_nan=False),
+    "positions": st.sampled_from([None, "all", "generated"]),
+    "rejection": st.sampled_from([False, True]),
+    "temperature": st.sampled_from([0, 1.0, 2.0]),
+    "seed": st.integers(0, 50),
+}
+"""Steered as hard as a request may ask for, where it is by default and in the structured part itself."""
+
+
+def anyhow(strength: float, positions: str | None, **more: Any) -> dict[str, Any]:
+    place = {} if positions is None else {"positions": positions}
+    return {"steering": [{"name": "push", "strength": strength, **place}], **more}
+
+
 class TestCalls:
     @pytest.mark.parametrize("name", [name for name in KNOWN if name != "thinking"])
     @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
     def test_calls_that_have_to_be(self, client_for: Callable[[str], Any], name: str, choice: Any) -> None:
         client = client_for(name)
-        for more in ({}, {**PUSHED, "rejection": name == "hermes"}, {"temperature": 1.5, "seed": 3}):
+        plain: dict[str, Any] = {}
+        pushed, sampled = {**PUSHED, "rejection": name == "hermes"}, {"temperature": 1.5, "seed": 3}
+        for more in (plain, pushed) if choice == "required" else (sampled,):
             asked = {"tools": [WEATHER, STRICT], "tool_choice": choice, "parallel_tool_calls": False, **more}
             found = ask(client, **asked)
             message, finish = found["choices"][0]["message"], found["choices"][0]["finish_reason"]
@@ -123,6 +147,15 @@ class TestCalls:
         without = ask(client, max_tokens=20)
         assert found["usage"] == without["usage"]  # with "none" they aren't shown
 
+    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(name=st.sampled_from(["hermes", "mistral", "llama"]), how=st.fixed_dictionaries(ANYHOW))
+    def test_calls_at_any_strength(self, client_for: Callable[[str], Any], name: str, how: dict[str, Any]) -> None:
+        asked = {"tools": [WEATHER, STRICT], "tool_choice": "required", "parallel_tool_calls": False}
+        (choice,) = ask(client_for(name), **asked, **anyhow(**how))["choices"]
+        assert choice["finish_reason"] == "tool_calls"
+        (call,) = choice["message"]["tool_calls"]
+        check_call(call)
+
     def test_a_cut_off_call(self, client_for: Callable[[str], Any]) -> None:
         asked = {"tools": [STRICT], "tool_choice": "required"}
         for name in ("hermes", "llama"):
@@ -156,16 +189,9 @@ class TestCalls:
 
 
 class TestFormats:
-    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(
-        st.floats(-100, 100, allow_nan=False),
-        st.sampled_from([False, True]),
-        st.sampled_from([0, 1.0, 2.0]),
-        st.integers(0, 50),
-    )
-    def test_any_strength(
-        self, client_for: Callable[[str], Any], strength: float, rejection: bool, temperature: float, seed: int
-    ) -> None:
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(how=st.fixed_dictionaries(ANYHOW))
+    def test_any_strength(self, client_for: Callable[[str], Any], how: dict[str, Any]) -> None:
         schema = {
             "type": "object",
             "properties": {
@@ -179,10 +205,7 @@ class TestFormats:
         found = ask(
             client_for("hermes"),
             response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}},
-            steering=[{"name": "push", "strength": strength}],
-            rejection=rejection,
-            temperature=temperature,
-            seed=seed,
+            **anyhow(**how),
         )
         (choice,) = found["choices"]
         assert choice["finish_reason"] == "stop"
@@ -334,7 +357,7 @@ def test_an_unknown_form_is_refused(client_for: Callable[[str], Any]) -> None:
 
 
 class TestPositions:
-    """Steerings of a request with tools act on words, and not in calls, unless they say where."""
+    """A request's steerings act on words, and neither in calls nor in JSON, unless they say where."""
 
     def prepared(self, client: Any, **more: Any) -> Any:
         served = client.service
@@ -357,7 +380,27 @@ class TestPositions:
             for rule in ("all", "generated", "answer"):
                 asked = [{**push, "positions": rule}]
                 assert self.positions(client, steering=asked, tools=TOOLS) == [rule]
-        assert self.positions(client_for("llama"), steering=[push], tools=TOOLS) == [own]
+        begun = Positions.outside_tools(('{"name": "', ""))  # nothing opens a call in Llama's form but the call itself
+        found = self.positions(client_for("llama"), steering=[push], tools=TOOLS)
+        assert found == [f"{own} & ({Positions.prompt() | begun})"]
+        must: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required"}
+        assert self.positions(client_for("llama"), steering=[push], **must) == [f"{own} & prompt"]
+
+    def test_json_is_that_of_the_prompt_alone(self, client_for: Callable[[str], Any]) -> None:
+        """By default JSON is what it is with a steering of the prompt, and the response says so."""
+        push = {"name": "push", "strength": 9}
+        format = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": JSON}}}
+        ways = [{}, {"positions": "last-prompt-token"}, {"positions": "from-last-prompt-token"}]
+        found = [ask(client_for("hermes"), steering=[{**push, **way}], **format) for way in ways]
+        plain, prompt, everywhere = (one["choices"][0]["message"]["content"] for one in found)
+        assert plain == prompt
+        assert plain != everywhere
+        assert [one["trimtab"]["steering"][0]["unsteered"] for one in found] == ["answer", None, None]
+        assert [one["trimtab"]["answers"][0]["doses"][0]["tokens"] > 1 for one in found] == [False, False, True]
+        (thinks,) = self.positions(client_for("thinking"), steering=[push], **format)
+        assert "thinking:<think>:</think>" in thinks
+        nowhere = {"steering": [{**push, "positions": "generated & prompt"}]}
+        assert ask(client_for("hermes"), **nowhere, **format)["trimtab"]["answers"][0]["doses"] == []
 
     def test_calls_are_those_of_the_prompt_alone(self, client_for: Callable[[str], Any]) -> None:
         """What is generated in a call isn't pushed: from its beginning on it is as if only the prompt had been."""

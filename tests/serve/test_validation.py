@@ -160,6 +160,11 @@ WORDS: list[tuple[str, dict[str, Any], str]] = [
     ),
     (CHATS, {"tools": [{"type": "function"}]}, "tools.0.function: it is missing"),
     (CHATS, {"tools": [{"type": "web_search"}]}, "tools.0.type: it must be 'function'"),
+    (
+        CHATS,
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        "tools.0.function.name: a function's name has letters",
+    ),
     (CHATS, {"tool_choice": "any"}, 'tool_choice: it must be "none", "auto", "required", or'),
     (CHATS, {"functions": [{"name": "f"}]}, "functions: they have been replaced by tools"),
     (CHATS, {"guided_json": {}}, "guided_json: give response_format"),
@@ -196,6 +201,26 @@ class TestWords:
         found = client.post(path, json={"model": "trimtab", "input": "x"})
         assert found.status_code == 404
         assert "/v1/chat/completions" in found.json()["error"]["message"]
+
+    def test_what_is_sent_as_something_else(self, client: Any) -> None:
+        """As curl sends it unless told, and the other way round."""
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        sent = client.post("/v1/chat/completions", content=b'{"model": "trimtab"}', headers=form)
+        assert "Content-Type: application/json" in sent.json()["error"]["message"]
+        sent = client.put("/v1/steerings/x", json={})
+        assert "Content-Type: application/octet-stream" in sent.json()["error"]["message"]
+
+    @pytest.mark.parametrize("where", ["content", "field", "schema"])
+    def test_half_a_character(self, client: Any, where: str) -> None:
+        half = "a\ud800"
+        more = {
+            "content": {"messages": [{"role": "user", "content": half}]},
+            "field": {half: 1},
+            "schema": {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"enum": [half]}}}]},
+        }[where]
+        sent = client.post("/v1/chat/completions", content=json.dumps({"model": "trimtab", **more}), headers=KIND)
+        assert sent.status_code == 400
+        assert "has half a character, \\ud800" in sent.json()["error"]["message"]
 
     def test_names_of_uploads(self, client: Any) -> None:
         found = client.put("/v1/steerings/-x", content=b"x", headers={"Content-Type": "application/octet-stream"})

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from serve.pretend_vllm import ANSWERING, UNKNOWN
 from starlette.responses import JSONResponse
 
 from trimtab.engines.vllm.admitted import TICKET
+from trimtab.engines.vllm.wire import wire_of
 from trimtab.errors import TrimtabError
+from trimtab.files.steering_file import load_steering
 from trimtab.serve.audit import Audit
 from trimtab.serve.vllm import door as module
 from trimtab.serve.vllm.asked import read
 from trimtab.serve.vllm.door import Door, check
 from trimtab.serve.vllm.settings import DoorSettings
+from trimtab.steering import ScaleScores, by_keys, emphasis
+from trimtab.text.spans import Part as TalkPart
+from trimtab.text.spans import Phrase
 
 CHAT, TEXT, RESPONSES = ANSWERING
 ASK: dict[str, Any] = {"model": "trimtab", "messages": [{"role": "user", "content": "Why?"}], "temperature": 0}
@@ -89,7 +95,13 @@ class TestClosed:
             ({"background": True}, "background"),
             ({"previous_response_id": "resp_1"}, "belongs to no key"),
             ({"use_beam_search": True}, "beam search"),
-            ({"emphasize": ["Why"]}, "attention scores"),
+            ({"emphasize": ["Why"]}, "ask for rejection: false"),
+            ({"emphasize": ["Why"], "rejection": False}, "TRIMTAB_SITES=keys"),
+            ({"emphasize": [{"text": "Why", "at": 1}], "rejection": False}, "emphasize"),
+            ({"emphasize": ["Why"], "rejection": False, "vllm_xargs": {"emphasize": "Why"}}, "give it once"),
+            ({"emphasize": ["Why"], "rejection": False, "use_beam_search": True}, "beam search"),
+            ({"emphasize": ["when"], "rejection": False}, "isn't in the prompt"),
+            ({"emphasize": [{"role": "system"}], "rejection": False}, "no system message"),
             ({"monitors": ["harm"]}, "monitors"),
             ({"clean_cache": True}, "cache"),
             ({"vllm_xargs": {"trimtab": "[]"}}, "what the server makes of it"),
@@ -184,6 +196,40 @@ class TestAnswers:
         assert error["error"]["code"] == "dose_too_high"
         _, ended = lines(tmp_path / "a.jsonl")
         assert (ended["outcome"], ended["tokens"]) == ("dose_too_high", [5])
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_phrases_are_emphasized_by_their_keys(
+        self, door_of: Callable[..., Any], tmp_path: Path, tiny_lm: Any, steerings: Path, stream: bool
+    ) -> None:
+        """As the same scores are scaled by the transformers engine; what is capped doesn't count it."""
+        client = door_of({"max_dose": 5.0}, tmp_path, audit=str(tmp_path / "a.jsonl"))
+        client.app.state.engine._trimtab_link.inside = {"keys": 16}
+        talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why so? Why not?"}]
+        wanted: list[Any] = [{"text": "Why", "occurrence": 1}, {"role": "system"}]
+        body = {**STEERED, "messages": talk, "emphasize": wanted, "rejection": False}
+        spans = tiny_lm.spans(talk, [Phrase("Why", 1), TalkPart("system")])
+        heeded = emphasis(ScaleScores(), spans, range(4), "directer")
+        count = sum(stop - start for start, stop in spans)
+        both = 0.5 * load_steering(steerings / "s0.safetensors") + by_keys(heeded)
+        (right,) = tiny_lm.generate(talk, both, max_new_tokens=5)
+        answer = client.post(CHAT, json={**body, "stream": stream})
+        assert answer.status_code == 200, answer.text
+        if stream:
+            *chunks, last, _ = events(answer.text)
+            text, told = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks), last["trimtab"]
+        else:
+            text, told = answer.json()["choices"][0]["message"]["content"], answer.json()["trimtab"]
+        assert text == right.text
+        assert told["emphasized_tokens"] == count
+        (applied,) = told["answers"]
+        assert applied["edits"][-4:] == [str(edit) for edit in heeded.edits]
+        (pushed,) = (dose for dose in right.applied.doses if dose.kind == "residual")
+        assert applied["doses"] == [asdict(pushed)]
+        assert applied["total_dose"] == applied["dose"] == pushed.ratio
+        begun, ended = lines(tmp_path / "a.jsonl")
+        assert begun["emphasized_tokens"] == ended["emphasized_tokens"] == count
+        assert ended["total_doses"] == [pushed.ratio]
+        assert len({wire_of(params).parts[1].digest for params in client.app.state.engine.given}) == 1
 
     @pytest.mark.parametrize("stream", [False, True])
     def test_nothing_is_answered_unaudited(self, closed: Any, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from trimtab.errors import TrimtabError, UnsupportedError
-from trimtab.text.spans import Part, Pattern, Phrase, find_spans, render
+from trimtab.text.spans import Part, Pattern, Phrase, find_spans, render, spans_in
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
@@ -124,6 +124,26 @@ class TestParts:
             find_spans(tokenizer, MESSAGES, Part("tool"))
         with pytest.raises(TrimtabError, match="plain text"):
             find_spans(tokenizer, "Sing.", Part("user"), chat=False)
+
+
+class TestWhatAnotherProgramHasRendered:
+    MARKS = (Phrase("Sing", 0), Part("system"))
+
+    def test_the_same_spans(self, tokenizer: Any) -> None:
+        rendered = render(tokenizer, MESSAGES)
+        spans = spans_in(tokenizer, rendered.text, rendered.ids, self.MARKS, messages=MESSAGES)
+        assert spans == find_spans(tokenizer, MESSAGES, self.MARKS)
+        assert spans_in(tokenizer, rendered.text, rendered.ids, "Sing") == find_spans(tokenizer, MESSAGES, "Sing")
+
+    def test_other_tokens_or_another_text(self, tokenizer: Any) -> None:
+        rendered = render(tokenizer, MESSAGES)
+        with pytest.raises(TrimtabError, match="tokens aren't those of its text"):
+            spans_in(tokenizer, rendered.text, rendered.ids[1:], self.MARKS, messages=MESSAGES)
+        other = [*MESSAGES[:-1], {**MESSAGES[-1], "content": "Dance."}]
+        with pytest.raises(TrimtabError, match="aren't rendered here as they are there"):
+            spans_in(tokenizer, rendered.text, rendered.ids, self.MARKS, messages=other)
+        with pytest.raises(TrimtabError, match="plain text and has no system message"):
+            spans_in(tokenizer, rendered.text, rendered.ids, self.MARKS)
 
 
 class TestWhatCannotBeFound:

@@ -19,6 +19,7 @@ from trimtab.learn.contrast import versions
 from trimtab.methods.recipe import Recipe, recipes
 
 if TYPE_CHECKING:
+    from trimtab.engines.language_model import LanguageModel
     from trimtab.lm import LM
 
 NATS = (0.25, 1.0, 4.0)
@@ -250,14 +251,15 @@ class Speed:
         return cost.made / self.made + cost.read / self.read
 
 
-def speed_of(lm: LM) -> Speed:
-    """Measured on a few queries, in some seconds."""
+def speed_of(lm: LM, answering: LanguageModel | None = None) -> Speed:
+    """Measured on a few queries, in some seconds; `answering` generates, where it isn't `lm` that does."""
     from trimtab.evaluate.divergence import read_answered, reference
 
     questions = list(queries("tune")[:16])
-    lm.generate(questions[:2], max_new_tokens=2)
+    generating = answering or lm
+    generating.generate(questions[:2], max_new_tokens=2)
     started = time.perf_counter()
-    answers = lm.generate(questions, max_new_tokens=16)
+    answers = generating.generate(questions, max_new_tokens=16)
     made = sum(len(answer.token_ids) for answer in answers) / (time.perf_counter() - started)
     base = reference(lm, questions[:6], tokens=8)
     started = time.perf_counter()

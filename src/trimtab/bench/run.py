@@ -16,6 +16,8 @@ from trimtab.bench.results import Results, results_of
 from trimtab.bench.sides import Side, sides
 from trimtab.bench.store import Store
 from trimtab.bench.tasks import PLAIN, Measured, Task
+from trimtab.engines.contract import FEATURES
+from trimtab.engines.language_model import LanguageModel
 from trimtab.errors import TrimtabError
 from trimtab.evaluate.decision import LEVEL, decide
 from trimtab.evaluate.divergence import Reference
@@ -37,6 +39,7 @@ def bench(
     plan: Plan,
     folder: str | Path,
     *,
+    answering: LanguageModel | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Results:
@@ -50,21 +53,27 @@ def bench(
         lm: The model, on the transformers engine.
         plan: What `plan` made.
         folder: Where the run is kept; it may hold the beginning of the same run.
+        answering: The same model on another engine, such as replicas of vLLM. It generates answers and scores letters,
+            of all arms; methods that it can't be steered by are left out, with the reason. Learning, divergences and
+            side effects stay with `lm`.
         progress: Called with how many cells are done, and how many there are.
         say: Called with what is being done, in words.
 
     Raises:
-        TrimtabError: A folder with another run, or a model that is being steered or on another engine.
+        TrimtabError: A folder with another run, a model that is being steered or on another engine, or two that aren't
+            the same model.
     """
     check_lm(lm, "logits", "training")
-    store = Store(Path(folder), plan.head(lm))
+    if answering is not None:
+        _check_same(lm, answering)
+    store = Store(Path(folder), plan.head(lm) | ({} if answering is None else {"answers": _engine_of(answering)}))
     done, total = 0, plan.cells
     for outline in plan.outlines:
         if say is not None:
             say(outline.name)
         running: _Running | None = None
         try:
-            running = _Running(lm, store, plan, outline.make(lm, store, plan.items))
+            running = _Running(lm, store, plan, outline.make(lm, store, plan.items), answering)
             running.arms()
         except TrimtabError as error:
             store.keep("cells", outline.name, "task", make=partial(dict, left_out=str(error)))
@@ -81,8 +90,9 @@ def bench(
 class _Running:
     """One task while it runs: what is measured for all of its methods stands here once."""
 
-    def __init__(self, lm: LM, store: Store, plan: Plan, task: Task) -> None:
+    def __init__(self, lm: LM, store: Store, plan: Plan, task: Task, answering: LanguageModel | None = None) -> None:
         self.lm, self.store, self.plan, self.task = lm, store, plan, task
+        self.answering: Any = lm if answering is None or task.logits else answering
         self._base: Reference | None = None
         self._plain: Measured | None = None
         self._sides = sides(plan.data, plan.sides)
@@ -138,6 +148,10 @@ class _Running:
             if recipe.distribution == "trimtab":
                 raise
             return {"left_out": f"it couldn't be learned: {type(error).__name__}: {error} ({recipe.distribution})"}
+        try:
+            self._check_fits([steering])
+        except TrimtabError as error:
+            return {"left_out": str(error)}
         result = self._dosed(steering, None, {})
         result["edits"] = len(steering.edits)
         result["digest"] = steering_digest(steering)
@@ -154,6 +168,7 @@ class _Running:
         try:
             each = emphasized(self.lm, method, task.prompts, task.phrases)
             emphases = emphasized(self.lm, method, task.reference_prompts, task.reference_phrases)
+            self._check_fits(each, *(name for name in method.options if name in FEATURES))
         except TrimtabError as error:
             return {"left_out": str(error)}
         if method.fixed:
@@ -164,6 +179,10 @@ class _Running:
     def _lora(self, _name: str) -> dict[str, Any]:
         from trimtab.evaluate.lora import finetuned
 
+        if self.answering is not self.lm:
+            return {
+                "left_out": f"its weights are changed here, and answers come from the {self.answering.engine} engine"
+            }
         pairs = self.task.lessons.pairs
         shape = next((shape for shape in ("letters", "answers", "texts") if pairs.get(shape)), None)
         if shape is None:
@@ -178,10 +197,17 @@ class _Running:
 
     # ---- parts -------------------------------------------------------------------------------------------
 
+    def _check_fits(self, steerings: Sequence[Steering], *features: str) -> None:
+        """Raises `TrimtabError` where another engine answers, and can't be steered so."""
+        if self.answering is not self.lm:
+            self.answering.require(*features)
+            for steering in steerings:
+                self.answering.check(steering)
+
     def _measure(self, arm: str, runs: Sequence[Any], options: Mapping[str, Any] | None = None) -> list[Measured]:
         count = len(self.task.items)
         each = [[None] * count if run is None else run for run in runs]
-        return self.task.measure(self.lm, arm, each, options or {})
+        return self.task.measure(self.answering, arm, each, options or {})
 
     def _dosed(self, steered: Steered, each: Sequence[Steering] | None, options: Mapping[str, Any]) -> dict[str, Any]:
         """The method at each divergence that it reaches, and why it doesn't reach the others.
@@ -250,6 +276,24 @@ class _Running:
             return asdict(predictors(self.lm, inputs.data[0], steering, self.task.reference_prompts, base=self.base))
         except TrimtabError:
             return None
+
+
+def _engine_of(lm: LanguageModel) -> dict[str, str]:
+    return {"engine": lm.engine, **lm.runs_in}
+
+
+def _check_same(lm: LM, answering: LanguageModel) -> None:
+    """Raises `TrimtabError` where what answers isn't the model that is learned on, in the same precision."""
+    answering.require("perplexity")
+    for what, here, there in (
+        ("weights", lm.identity.fingerprint, answering.identity.fingerprint),
+        ("dtype", lm.runs_in["dtype"], answering.runs_in["dtype"]),
+    ):
+        if here != there:
+            raise TrimtabError(
+                f"what answers isn't the same model: its {what} is {there}, and {here} where methods are learned; load"
+                " both from the same files, with the same dtype"
+            )
 
 
 def _measured(stored: Mapping[str, Any]) -> Measured:

@@ -74,6 +74,7 @@ class Task:
         phrases: For each item the phrase of its prompt that may be emphasized; none where nothing is said there.
         reference_phrases: The same for `reference_prompts`.
         measure: How an arm is scored.
+        logits: Whether that takes probabilities of all tokens, which not every engine gives.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Task:
     prompts: tuple[Prompt, ...] = ()
     phrases: tuple[str, ...] = ()
     reference_phrases: tuple[str, ...] = ()
+    logits: bool = False
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,7 @@ def _task(card: Trait, tokens: int, pairs: int, lm: LM, store: Store, count: int
         ),
         reference_prompts=queries("tune")[:ASKED],
         measure=by_leads([(positive, negative) for positive, negative in answers]),
+        logits=True,
     )
 
 

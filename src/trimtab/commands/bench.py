@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from trimtab.commands.model import BareModelOptions, JsonOption
+from trimtab.commands.model import PANEL, BareModelOptions, JsonOption, ReplicasOption, check_replicas
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, progress_bar, show, sigterm_interrupts, write_json
 from trimtab.errors import TrimtabError
@@ -90,6 +90,16 @@ def bench(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and the expected time, and stop.")] = False,
     loader: BareModelOptions,
+    answers: Annotated[
+        str,
+        typer.Option(
+            help="The engine that generates answers and scores letters: transformers or vllm. Learning and divergences "
+            "stay with transformers, on --device.",
+            metavar="ENGINE",
+            rich_help_panel=PANEL,
+        ),
+    ] = "transformers",
+    replicas: ReplicasOption = None,
     json: JsonOption = False,
 ) -> None:
     """Compare every method on one model at equal divergence, beside the prompt and random directions.
@@ -125,8 +135,13 @@ def bench(
     )
     seconds = None if budget is None else seconds_of(budget)
     made = plan(settings)
+    check_replicas(replicas, answers)
     lm = loader.load(quiet=json)
-    speed = speed_of(lm)
+    answering = None
+    if answers != "transformers":
+        same = replace(loader, device=None, dtype=lm.runs_in["dtype"].removeprefix("torch."))
+        answering = same.load(quiet=json, engine=answers, replicas=replicas)
+    speed = speed_of(lm, answering)
     if seconds is not None:
         before = _items_before(out)
         made = (
@@ -143,7 +158,7 @@ def bench(
         note(f"without {kind}: {why}", quiet=json)
     with sigterm_interrupts(), progress_bar("benchmark", quiet=json) as progress:
         try:
-            found = run(lm, made, out, progress=progress, say=lambda name: note(name, quiet=json))
+            found = run(lm, made, out, answering=answering, progress=progress, say=lambda name: note(name, quiet=json))
         except KeyboardInterrupt:
             note(f"what is done stands in {out}; the same command goes on from there", quiet=json)
             raise

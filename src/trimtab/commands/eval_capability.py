@@ -19,7 +19,7 @@ from trimtab.commands.eval_common import (
     scores_table,
     shorten,
 )
-from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, show, write_json
 from trimtab.errors import TrimtabError
@@ -55,7 +55,7 @@ def capability(
     ] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per batch, over all arms.")] = 32,
     options: RunOptions,
-    loader: ModelOptions,
+    loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Capability: how much knowledge does the model lose?

@@ -15,7 +15,7 @@ from rich.table import Table
 from trimtab.commands.arms import BASELINE, REPEATED, Arm, ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import Run, RunOptions, check_targets, dosed, facts_of, finish, line_of, table_of
-from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.errors import TrimtabError
 
@@ -56,7 +56,7 @@ def ifeval(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer, in every arm.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch, over all arms.")] = 64,
     options: RunOptions,
-    loader: ModelOptions,
+    loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
     """IFEval: how often are instructions followed, by code that checks?

@@ -11,7 +11,7 @@ import typer
 from trimtab.commands.arms import ArmOptions
 from trimtab.commands.eval import evaluations
 from trimtab.commands.eval_common import table_of
-from trimtab.commands.model import EngineModelOptions, JsonOption, check_device, silence, without_bars
+from trimtab.commands.model import EngineModelOptions, JsonOption, check_device, check_replicas, silence, without_bars
 from trimtab.commands.options import grouped
 from trimtab.commands.terminal import note, show, write_json
 from trimtab.errors import TrimtabError
@@ -62,6 +62,7 @@ def inspect(
         )
     steerings = {name: _named(arm.about) for name, arm in plan.arms().items()}
     given = _arguments(task_arg or [])
+    check_replicas(loader.replicas, loader.engine)
     quiet = without_bars(json)
     if loader.engine == "transformers":
         check_device(loader.device)
@@ -69,8 +70,8 @@ def inspect(
     os.environ.setdefault("INSPECT_LOG_LEVEL", "warning")
     from trimtab.evaluate.inspect_run import run_task
 
-    options = {"engine": loader.engine, "dtype": loader.dtype, "device": loader.device, "revision": loader.revision}
-    options |= {"layers": loader.layers_path}
+    options: dict[str, Any] = {"engine": loader.engine, "dtype": loader.dtype, "device": loader.device}
+    options |= {"revision": loader.revision, "layers": loader.layers_path, "replicas": loader.replicas}
     if loader.template:
         raise TrimtabError("--template isn't passed on to Inspect's models; leave it out")
     document: dict[str, Any] = {"evaluation": "inspect", "task": task, "model": loader.model or "default", "arms": {}}

@@ -28,7 +28,7 @@ from trimtab.commands.eval_common import (
     table_of,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, gather_prompts
 from trimtab.commands.terminal import progress_bar
@@ -84,7 +84,7 @@ def judge(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch, over all arms.")] = 64,
     options: RunOptions,
     report: ReportOption = None,
-    loader: ModelOptions,
+    loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Open-ended answers, scored by another language model by a rubric.

@@ -22,7 +22,7 @@ from trimtab.commands.eval_common import (
     scores_table,
 )
 from trimtab.commands.eval_report import sweep_page
-from trimtab.commands.model import JsonOption, ModelOptions
+from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 
 FILES = ("advbench/harmful_behaviors.csv", "refusal/harmful_test.json", "xstest/xstest_prompts.csv")
@@ -49,7 +49,7 @@ def refusal(
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per batch, over all arms.")] = 64,
     options: RunOptions,
     report: ReportOption = None,
-    loader: ModelOptions,
+    loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Refusal: how often are harmful requests refused, and harmless ones too?

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trimtab.commands.answer_json import answers_document
-from trimtab.commands.model import PANEL, EngineOption, JsonOption, ModelOptions
+from trimtab.commands.model import EngineModelOptions, JsonOption
 from trimtab.commands.options import grouped
 from trimtab.commands.prompts import ColumnOption, about_images, gather_prompts
 from trimtab.commands.schema_file import read_schema
@@ -23,11 +23,9 @@ from trimtab.errors import TrimtabError
 from trimtab.files.pick import FORM, Pick, parse_pick
 from trimtab.files.target import check_target, write_atomically
 from trimtab.text.images import text_of
-from trimtab.text.templates import parse_keywords
 
 if TYPE_CHECKING:
     from trimtab.engines.transformers.generate import Generation
-    from trimtab.engines.vllm.on_ray import RayEngines
     from trimtab.steering import Steering
     from trimtab.text.chat import Prompt
 
@@ -201,19 +199,7 @@ def generate(
     seed: Annotated[
         int | None, typer.Option(rich_help_panel=DECODING, help="With --sample: repeatable.", show_default=False)
     ] = None,
-    loader: ModelOptions,
-    engine: EngineOption = "transformers",
-    ray: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="With --engine vllm: distribute the prompts over this many engines, on a Ray cluster or on this "
-            "machine.",
-            metavar="N",
-            rich_help_panel=PANEL,
-            show_default=False,
-        ),
-    ] = None,
+    loader: EngineModelOptions,
     json: JsonOption = False,
 ) -> None:
     """Answer prompts, steered or unsteered.
@@ -267,9 +253,9 @@ def generate(
     if dose is not None and nats is not None:
         raise TrimtabError("--dose and --nats both say how hard to steer; leave one of them out")
     if dose is not None:
-        _check_dose(dose, bool(files), engine)
+        _check_dose(dose, bool(files), loader.engine)
     if nats is not None:
-        _check_nats(nats, bool(files), engine)
+        _check_nats(nats, bool(files), loader.engine)
     if plain and not image and not all(isinstance(one, str) for one in asked):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
     if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
@@ -278,13 +264,7 @@ def generate(
         raise TrimtabError("--clean-cache says over what cache to steer; give --steer FILE as well")
     steering = _steering(files, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
-    lm: Any
-    if ray is None:
-        lm = loader.load(quiet=json, engine=engine)
-    else:
-        if engine != "vllm":
-            raise TrimtabError("--ray spreads prompts over engines of vLLM; add --engine vllm")
-        lm = _ray(ray, loader)
+    lm = loader.load(quiet=json)
     given: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
@@ -342,7 +322,7 @@ def generate(
         if taken is not None:
             found = {"p95": taken.divergence.p95, "mean": taken.divergence.mean, "tokens": taken.divergence.tokens}
             document["divergence"] = {**found, "factor": taken.factor, "monotone": taken.monotone}
-        if engine == "vllm":
+        if loader.engine == "vllm":
             for row in document["answers"]:
                 row["dose"] = row["overall_dose"] = None  # it isn't measured there
         write_json(document)
@@ -360,7 +340,7 @@ def generate(
     elif steering is not None:
         edits = list(dict.fromkeys(edit for answer in answers for edit in answer.applied.edits))
         named = f"{'; '.join(edits[:3])}{f'; {len(edits) - 3} more' if len(edits) > 3 else ''}"
-        measured = engine != "vllm"
+        measured = loader.engine != "vllm"
         note(f"steered: {named or 'nothing'}{_doses(answers) if measured else ''}", quiet=False)
     if dosed is not None:
         at = ", ".join(f"{pick.path}{pick.where}:{pick.strength * dosed.factor:.3g}" for pick in files)
@@ -401,17 +381,6 @@ def _check_nats(nats: float, steers: bool, engine: str) -> None:
             f"--nats needs all tokens' probabilities, which the {engine} engine doesn't give; leave --engine out to"
             " find the strength, then give it as FILE:STRENGTH"
         )
-
-
-def _ray(workers: int, loader: ModelOptions) -> RayEngines:
-    from trimtab.engines.vllm.on_ray import RayEngines
-
-    for flag, value in (("--device", loader.device), ("--layers-path", loader.layers_path)):
-        if value is not None:
-            raise TrimtabError(f"--ray can't take {flag}: vLLM sees to that")
-    dtype = None if loader.dtype == "auto" else loader.dtype
-    given = {"dtype": dtype, "revision": loader.revision, "template": parse_keywords(loader.template) or None}
-    return RayEngines(loader.model, workers, {name: value for name, value in given.items() if value is not None})
 
 
 def _marks(phrases: Sequence[str], whole_system: bool, system: str | None) -> list[Any] | None:

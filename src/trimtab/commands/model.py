@@ -6,7 +6,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass
 from logging import ERROR, getLogger
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,6 +70,18 @@ EngineOption = Annotated[
         rich_help_panel=PANEL,
     ),
 ]
+ReplicasOption = Annotated[
+    int | None,
+    typer.Option(
+        "--replicas",
+        min=1,
+        help="With --engine vllm: spread the work over this many engines, on a Ray cluster or on this machine. "
+        "A lost engine is replaced, and its part is done again.",
+        metavar="N",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
 TemplateOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -94,9 +106,9 @@ class BareModelOptions:
     layers_path: LayersPathOption = None
     adapter: AdapterOption = None
 
-    def load(self, *, quiet: bool, engine: str = "transformers") -> LM:
+    def load(self, *, quiet: bool, engine: str = "transformers", replicas: int | None = None) -> LM:
         """The model. Raises `TrimtabError` when it can't be had on that device."""
-        options = {"engine": engine, **asdict(self)}
+        options = {"engine": engine, "replicas": replicas, **asdict(self)}
         return load_model(options.pop("model"), quiet=quiet, **options)
 
     @property
@@ -117,6 +129,7 @@ class EngineModelOptions(ModelOptions):
     """The same, and the engine that runs it, for commands that any engine can serve."""
 
     engine: EngineOption = "transformers"
+    replicas: ReplicasOption = None
 
 
 def load_model(
@@ -130,12 +143,14 @@ def load_model(
     quiet: bool,
     engine: str = "transformers",
     template: list[str] | None = None,
+    replicas: int | None = None,
 ) -> LM:
     """The model that the options name. Raises `TrimtabError` when it can't be had on that device.
 
     All its prompts are rendered with the keywords of `template`, `KEYWORD=VALUE` each.
     """
     keywords = parse_keywords(template)
+    check_replicas(replicas, engine)
     quiet = without_bars(quiet)
     note(f"loading {name or 'the default model'} …", quiet=quiet)
     from trimtab.lm import LM
@@ -146,9 +161,16 @@ def load_model(
     else:
         check_device(device)
     silence(quiet)
-    where = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision, "layers": layers_path}
     where |= {} if adapter is None else {"adapter": adapter}
+    where |= {} if replicas is None else {"replicas": replicas}
     return LM.load(name, engine=engine, template=keywords or None, **where)
+
+
+def check_replicas(replicas: int | None, engine: str) -> None:
+    """Raises `TrimtabError` for replicas of an engine that has none."""
+    if replicas is not None and engine != "vllm":
+        raise TrimtabError(f"--replicas spreads work over engines of vLLM, not of {engine}; add --engine vllm")
 
 
 def without_bars(quiet: bool) -> bool:

@@ -259,8 +259,9 @@ def serve(
     Every option can also be set in the environment, as TRIMTAB_SERVE_MAX_TOKENS, or in
     a TOML file (--config), as max-tokens = 256.
 
-    With --engine vllm this starts vLLM's server, which accepts "steering" as well and
-    follows the same policy and audit log, but has its own options:
+    With --engine vllm this starts vLLM's server, which accepts "steering" as well, and
+    "emphasize" if TRIMTAB_SITES=keys is in its environment. It follows the same policy
+    and audit log, but has its own options:
 
     [bold]  trimtab serve --engine vllm --steerings steerings/ -- --tensor-parallel-size 2[/bold]
     """

@@ -46,7 +46,7 @@ MOST_TOKENS = 2048
 """Of an answer, where a task doesn't say, and as many as fit the model's context."""
 GATHERED = 0.05
 """Seconds without a new request after which those that wait are answered together."""
-LOADED = ("engine", "dtype", "device", "revision", "layers")
+LOADED = {"engine": str, "dtype": str, "device": str, "revision": str, "layers": str, "replicas": int}
 REFUSED = {
     "best_of": "answers aren't ranked",
     "frequency_penalty": "it has repetition_penalty instead",
@@ -72,7 +72,7 @@ class SteeredModel(ModelAPI):
         positions: Where it acts instead of where the file says: a rule such as `all` or `generated`.
         transfer: Allow a steering learned on another model of the same width.
         batch_size: Requests that are answered together, at most.
-        options: `engine`, `dtype`, `device`, `revision` and `layers`, as `LM.load` takes them.
+        options: `engine`, `dtype`, `device`, `revision`, `layers` and `replicas`, as `LM.load` takes them.
 
     Raises:
         TrimtabError: An argument that isn't known, or a steering that can't be read or doesn't fit the model.
@@ -95,7 +95,7 @@ class SteeredModel(ModelAPI):
         if unknown := sorted(set(options) - set(LOADED)):
             known = ("steer", "strength", "positions", "transfer", "batch_size", *LOADED)
             raise TrimtabError(f"trimtab's models have no argument {unknown[0]!r}; they have {', '.join(known)}")
-        self.lm: LM = loaded(model_name, **{name: str(value) for name, value in options.items()})
+        self.lm: LM = loaded(model_name, **{name: LOADED[name](value) for name, value in options.items()})
         self.batch_size, self.transfer = int(batch_size), bool(transfer)
         self._strength, self._positions = float(strength), positions
         self.steering: Steering | None = self.steering_of(steer)
@@ -203,7 +203,7 @@ def sampling(config: GenerateConfig) -> dict[str, Any]:
 
 
 @cache
-def loaded(name: str, **options: str) -> LM:
+def loaded(name: str, **options: Any) -> LM:
     """The model, once a process: all arms of an evaluation share it."""
     made: LM = LM.load(None if name == "default" else name, **options)
     return made

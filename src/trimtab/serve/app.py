@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
@@ -13,12 +14,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from trimtab import __version__
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
+from trimtab.serve import reference
 from trimtab.serve.adding import added, check_may_add, learned, removed
 from trimtab.serve.answering import answer
 from trimtab.serve.answering import respond as respond_to
@@ -136,6 +138,8 @@ def _api(service: Any, lifespan: Any) -> FastAPI:
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load their scripts from elsewhere
+        redoc_url=None,
         dependencies=[Depends(HTTPBearer(auto_error=False))],
     )
     _errors(app)
@@ -143,6 +147,7 @@ def _api(service: Any, lifespan: Any) -> FastAPI:
     _completions(app, service)
     _steerings(app, service)
     _document(app)
+    _docs(app)
     return app
 
 
@@ -154,6 +159,16 @@ def _document(app: FastAPI) -> None:
             operation["responses"].pop("422", None)
     for name in ("HTTPValidationError", "ValidationError"):
         document.get("components", {}).get("schemas", {}).pop(name, None)
+
+
+def _docs(app: FastAPI) -> None:
+    @lru_cache(maxsize=1)
+    def shown() -> str:
+        return reference.page(app.openapi())
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(shown(), headers=reference.HEADERS)
 
 
 def _errors(app: FastAPI) -> None:

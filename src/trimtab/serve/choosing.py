@@ -13,7 +13,7 @@ from trimtab.serve.protected import Protected, apart, protected
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import SteeringChoice
 from trimtab.serve.schema_told import AppliedSteering
-from trimtab.serve.tools import outside_calls
+from trimtab.serve.structured import Structured
 from trimtab.steering import Positions, Steering
 
 
@@ -41,11 +41,11 @@ class Choosing:
         return [one for one in known if _allowed(key, one) or (one.name in always and one.source == "file")]
 
     def chosen(
-        self, key: Key, asked: Sequence[SteeringChoice], calls: tuple[str, str] | None = None
+        self, key: Key, asked: Sequence[SteeringChoice], structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
         """What is always on, and what a request asks for: as it is told, and as one steering.
 
-        What is asked for doesn't act in tool calls, which `calls` open and close, unless it says where it does.
+        What is asked for doesn't act in the `structured` part of the answer, unless it says where it acts.
         Raises `Refusal` for what isn't there or isn't allowed.
         """
         always = dict(self.policy.always)
@@ -66,7 +66,8 @@ class Choosing:
             pushes[loaded.digest] = self._pushed(
                 key, pushes.get(loaded.digest, (0.0, 0.0)), choice, f"{where}.strength"
             )
-            placed, lost = self.apart(self._placed(loaded, choice, calls, where), where)
+            spared = structured if choice.positions is None else None
+            placed, lost = self.apart(self._placed(loaded, choice, spared, where), where)
             told.append(
                 AppliedSteering(
                     name=choice.name,
@@ -75,6 +76,7 @@ class Choosing:
                     layer=choice.layer,
                     positions=choice.positions,
                     taken_off=lost or None,
+                    unsteered=None if spared is None else spared.part,
                 )
             )
             one = choice.strength * placed
@@ -113,8 +115,8 @@ class Choosing:
             )
         return down, up
 
-    def _placed(self, loaded: Loaded, choice: SteeringChoice, calls: tuple[str, str] | None, where: str) -> Steering:
-        """The steering where it was made to act, or at another layer, or other positions."""
+    def _placed(self, loaded: Loaded, choice: SteeringChoice, spared: Structured | None, where: str) -> Steering:
+        """The steering where it was made to act, or at another layer, or other positions, but for what is spared."""
         steering, param = loaded.steering, f"{where}.layer"
         try:
             if choice.layer is not None:
@@ -124,8 +126,8 @@ class Choosing:
             if choice.positions is not None:
                 steering = steering.at(Positions.parse(choice.positions))
                 self.check(steering)
-            elif calls is not None:
-                steering = outside_calls(steering, calls)
+            if spared is not None:
+                steering = spared.spared_by(steering)
         except TrimtabError as error:
             raise Refusal(400, str(error), param=param) from None
         return steering

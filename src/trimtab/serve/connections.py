@@ -10,11 +10,15 @@ side that closes first should be the one that asks. Closed from here, a connecti
 on its way already, and its client hears nothing. Where there are as many connections as there may be, the one that
 nothing was asked on for longest makes room; where none has been idle for a while, one more is told that the server is
 busy.
+
+What isn't HTTP is told so in the API's own form, and leaves few lines in the log. There is nothing to upgrade to: who
+asks for that is answered in HTTP/1.1.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +27,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from trimtab.serve.refusals import Refusal
+from trimtab.serve.trickle import Few
 
 HEAD_SECONDS = 10.0
 READ_SECONDS = 60.0
@@ -30,12 +35,15 @@ KEEP_SECONDS = 75
 """More than the 60 that nginx and cloud balancers keep an idle connection for, and than any usual client."""
 IDLE_SECONDS = 5.0
 """And no less than this, however many connections there are."""
+INVALID = Few("Invalid HTTP request received.", rate=1.0)
+"""uvicorn's line in the log for what isn't HTTP."""
 SPARE = 64
 """Files that the process needs besides its connections."""
 
 
 def protocol(most: int) -> type[asyncio.Protocol]:
     """uvicorn's protocol with these bounds, of `most` connections at a time."""
+    logging.getLogger("uvicorn.error").addFilter(INVALID)
 
     class Bounded(H11Protocol):
         _head: asyncio.TimerHandle | None = None
@@ -101,6 +109,14 @@ def protocol(most: int) -> type[asyncio.Protocol]:
                 self._reading.cancel()
                 self._reading = None
 
+        def _should_upgrade(self) -> bool:
+            return False
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                self.transport.write(_raw(MALFORMED, "Bad Request"))
+            self.transport.close()
+
         def _too_slow(self) -> None:
             self._head = None
             if (self.cycle is None or self.cycle.response_complete) and not self.transport.is_closing():
@@ -136,6 +152,7 @@ def room_for(wanted: int) -> int:
 
 
 BUSY = Refusal(503, "the server has as many connections as it takes; try again", code="busy")
+MALFORMED = Refusal(400, "this is no request in HTTP/1.1; for HTTPS or HTTP/2, put a proxy in front of this server")
 LATE = Refusal(408, f"the head of the request took longer than {HEAD_SECONDS:g} s", code="too_slow")
 
 

@@ -26,6 +26,7 @@ from trimtab.serve.records import refused
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.service import Limits
 from trimtab.serve.sieve import sieved
+from trimtab.serve.trickle import Trickle
 
 OPEN = ("/healthz", "/readyz")
 """Paths that need no key."""
@@ -85,13 +86,14 @@ class Guard:
         self.open = open
         self.bodies: Bodies = Bodies(service.limits.held)
         self._streams = 0
-        self._strangers = _Trickle(STRANGERS)
+        self._strangers = Trickle(STRANGERS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began, status = time.perf_counter(), 500
+        two_lengths = {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}
         page = self.page is not None and is_page(scope["path"])
         state = scope.setdefault("state", {})
         state["request_id"] = new_request_id()
@@ -105,12 +107,17 @@ class Guard:
                     (b"x-request-id", state["request_id"].encode()),
                     (b"x-content-type-options", b"nosniff"),
                     *(HEADERS if page else ()),
+                    *(((b"connection", b"close"),) if two_lengths else ()),
                 ]
             await send(message)
 
         held = 0
+        # what has GET has HEAD too: the server leaves the body out
+        asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" and not page else scope
         try:
             try:
+                if two_lengths:  # a proxy before this server may have read the other one
+                    raise Refusal(400, "a request has either Content-Length or Transfer-Encoding; leave one out")
                 self._admit(scope, state, page)
                 limit = self.service.largest(scope["method"], scope["path"], known="key" in state)
                 body = await self.bodies.read(scope, receive, limit, lambda: self.service.draining)
@@ -125,7 +132,7 @@ class Guard:
             if page and self.page is not None:
                 await self._to_page(self.page, scope, inside, out)
             else:
-                await self.app(scope, inside, out)
+                await self.app(asked, inside, out)
         finally:
             self.bodies.let_go(held)
             if (record := state.get("record")) is not None:
@@ -133,8 +140,7 @@ class Guard:
                     record.end("cancelled")  # if nothing else has: the client may go before a stream begins
             elif status >= 400:
                 self._write_down(scope, state, status)
-            found = None if page else scope.get("route")
-            route = "playground" if page else getattr(found, "path", "other")
+            route = "playground" if page else getattr(asked.get("route"), "path", "other")
             self.service.count(route, status, time.perf_counter() - began)
             if self.service.access is not None:
                 self.service.access.write(scope, state, status, time.perf_counter() - began)
@@ -195,28 +201,6 @@ class Guard:
         given = state.get("refused")
         refusal = given if isinstance(given, Refusal) else Refusal(status, "")
         refused(self.service.audit, who, key, refusal, state.get("asked"))
-
-
-class _Trickle:
-    """So many a second, and not more than ten seconds' worth at a time."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._room = 10 * rate
-        self._at = time.monotonic()
-        self._left_out = 0
-
-    def pour(self) -> int | None:
-        """How many were left out before this one; `None` where it is left out itself."""
-        now = time.monotonic()
-        self._room = min(10 * self.rate, self._room + (now - self._at) * self.rate)
-        self._at = now
-        if self._room < 1:
-            self._left_out += 1
-            return None
-        self._room -= 1
-        left_out, self._left_out = self._left_out, 0
-        return left_out
 
 
 def new_request_id() -> str:

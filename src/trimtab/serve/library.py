@@ -43,7 +43,7 @@ class Loaded:
 
 
 class Library:
-    """Steerings by owner and name. `add` and `remove` from any thread."""
+    """Steerings by owner and name, from any thread: what changes is a new dictionary, so that reading needs no lock."""
 
     def __init__(self, lm: LM, loaded: Sequence[Loaded] = ()) -> None:
         self.lm = lm
@@ -61,9 +61,9 @@ class Library:
 
     def of(self, owner: str | None) -> list[Loaded]:
         """What is everybody's, and this owner's own, by name."""
-        with self._lock:
-            found = {one.name: one for one in self._loaded.values() if one.owner is None}
-            found |= {one.name: one for one in self._loaded.values() if one.owner == owner}
+        loaded = self._loaded.values()
+        found = {one.name: one for one in loaded if one.owner is None}
+        found |= {one.name: one for one in loaded if one.owner == owner}
         return [found[name] for name in sorted(found)]
 
     def add(self, name: str, steering: Steering, source: str, owner: str | None = None) -> Loaded:
@@ -89,14 +89,17 @@ class Library:
                 raise TrimtabError("as many steerings were added as the server keeps; delete one that isn't needed")
             if sum(size_of(one.steering) for one in added) + size_of(steering) > MOST_BYTES:
                 raise TrimtabError(f"steerings that are added hold {MOST_BYTES >> 20} MiB at most; delete one")
-            self._loaded[owner, name] = found
+            self._loaded = {**self._loaded, (owner, name): found}
         return found
 
     def remove(self, name: str, owner: str | None = None) -> Loaded | None:
         """Take out what the owner added under this name; `None` where there is none. Files stay."""
         with self._lock:
             found = self._loaded.get((owner, name))
-            return None if found is None or found.source == "file" else self._loaded.pop((owner, name))
+            if found is None or found.source == "file":
+                return None
+            self._loaded = {at: one for at, one in self._loaded.items() if at != (owner, name)}
+            return found
 
     def replace_files(self, other: Library) -> tuple[list[str], list[str], list[str]]:
         """Take the files of another library for this one's, all at once. What runs keeps what it has.

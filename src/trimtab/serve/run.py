@@ -7,6 +7,8 @@ its time to end, and what hasn't ended by then is told so. A second signal ends 
 from __future__ import annotations
 
 import ipaddress
+import logging
+import queue
 import signal
 import socket
 import threading
@@ -21,6 +23,7 @@ from trimtab.serve.connections import KEEP_SECONDS, protocol
 from trimtab.serve.memory import keep_little
 from trimtab.serve.scheduler import Scheduler
 
+log: logging.Logger = logging.getLogger("trimtab")
 LAST_WORDS = 5
 """Seconds to send what is left when the time to end is over."""
 
@@ -77,6 +80,27 @@ def make_server(app: ASGIApp, scheduler: Scheduler, *, grace: float, connections
     return _Server(config, scheduler, grace)
 
 
+def one_at_a_time(work: Callable[[], None]) -> Callable[[], None]:
+    """A function that has the work done, in a thread; what is asked for while it is being done is done once more.
+
+    So the last to be asked for is the last to be done, however often that is. May be called from a signal's handler.
+    """
+    wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def forever() -> None:
+        while True:
+            wanted.get()
+            while not wanted.empty():
+                wanted.get()
+            try:
+                work()
+            except Exception:  # the next one is done all the same
+                log.exception("what a signal asked for failed")
+
+    threading.Thread(target=forever, daemon=True).start()
+    return lambda: wanted.put(None)
+
+
 def serve(
     app: ASGIApp,
     scheduler: Scheduler,
@@ -88,9 +112,10 @@ def serve(
 ) -> None:
     """Serve until a signal comes; `grace` is how many seconds accepted requests have then.
 
-    `hangup` is called in a thread of its own at each SIGHUP, where the system has it.
+    `hangup` is called in a thread of its own at SIGHUP, where the system has it: once for all that come while it runs.
     """
     if hangup is not None and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=hangup, daemon=True).start())
+        again = one_at_a_time(hangup)
+        signal.signal(signal.SIGHUP, lambda *_: again())
     keep_little()
     make_server(app, scheduler, grace=grace, connections=connections).run(sockets=[bound])

@@ -30,8 +30,8 @@ class SteeringChoice(In):
         min_length=1,
         max_length=500,
         examples=["answer"],
-        description="Act at these tokens instead, as --positions has them. Without it, where there are tools: at those"
-        " that the steering was made for, but for what is generated in calls.",
+        description="Act at these tokens instead, as --positions has them. Without it: at those that the"
+        " steering was made for, but not in tool calls, nor in an answer by `response_format`.",
     )
 
 
@@ -57,15 +57,19 @@ class RejectionChoice(In):
     min_layers: int = Field(2, ge=1, le=10_000)
 
 
+Emphasized = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=2000)] | PhraseChoice | PartChoice], Field(fail_fast=True)
+]
+"""What of a prompt is to be emphasized."""
+
+
 class Steered(Unsupported):
     """The fields beyond OpenAI's; with its Python client they go into `extra_body`."""
 
     steering: Annotated[list[SteeringChoice], Field(fail_fast=True)] = Field(
         [], max_length=16, description="Added up.", examples=[[{"name": "json", "strength": 1.2}]]
     )
-    emphasize: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=2000)] | PhraseChoice | PartChoice], Field(fail_fast=True)
-    ] = Field(
+    emphasize: Emphasized = Field(
         [], max_length=16, description="What of the prompt to steer attention towards.", examples=[["in one sentence"]]
     )
     rejection: bool | RejectionChoice | None = Field(

@@ -22,6 +22,11 @@ class AppliedSteering(Out):
     always: bool = False
     layer: int | None = Field(default=None, description="Where it acts instead of where it was learned.")
     positions: str | None = Field(default=None, description="At which tokens, if the request said so.")
+    unsteered: Literal["tool_calls", "answer"] | None = Field(
+        default=None,
+        description="What it doesn't act on, as the request doesn't say `positions`: tool calls, or an answer that is"
+        " JSON.",
+    )
     taken_off: float | None = Field(
         default=None,
         description="The share of its length that was taken off, as it lay along what is always on: 0 to 1.",

@@ -36,8 +36,9 @@ from trimtab.serve.schema import (
     Steered,
 )
 from trimtab.serve.schema_told import AppliedSteering
+from trimtab.serve.structured import Structured, structured_part
 from trimtab.serve.tasks import Task
-from trimtab.serve.tools import ANY, Shape, conversation, markers_of_calls, shaped
+from trimtab.serve.tools import ANY, Shape, conversation, shaped
 from trimtab.steering import ScaleScores, Steering, emphasis
 from trimtab.steering.monitors import Monitor
 from trimtab.text.chat import Prompt, Template
@@ -106,10 +107,10 @@ class Service:
         return self.choosing.owner(key)
 
     def chosen(
-        self, key: Key, asked: Steered, calls: tuple[str, str] | None = None
+        self, key: Key, asked: Steered, structured: Structured | None = None
     ) -> tuple[list[AppliedSteering], Steering | None]:
         """What is always on, and what the request asks for: as it is told, and as one steering (`Choosing.chosen`)."""
-        return self.choosing.chosen(key, asked.steering, calls)
+        return self.choosing.chosen(key, asked.steering, structured)
 
     # ---- what the guard asks -------------------------------------------------------------------------------
 
@@ -187,8 +188,8 @@ class Service:
             prompts = _prompts(asked.prompt)
         if count * len(prompts) > self.limits.answers:
             raise Refusal(400, f"a request has {self.limits.answers} answers at most", param="n")
-        calls = markers_of_calls(self.lm.tokenizer, asked) if isinstance(asked, ChatRequest) else None
-        told, steering = self.chosen(key, asked, calls)
+        structured = structured_part(self.lm.tokenizer, asked) if isinstance(asked, ChatRequest) else None
+        told, steering = self.chosen(key, asked, structured)
         rejection = self.rejection(asked, steering)
         clean, monitors = self.clean(asked), monitors_for(self, key, asked)
         stop = _stop(asked.stop)

@@ -41,6 +41,8 @@ def sieved(body: bytes) -> bytes:
 
 
 def _clean(value: Any, where: str, depth: int = 0) -> Any:
+    if isinstance(value, str):
+        return _whole(value, where)
     if depth > DEPTH:
         raise _wrong(f"{_short(where)} is nested deeper than {DEPTH} levels", where)
     if isinstance(value, dict):
@@ -49,7 +51,7 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
             raise _wrong(f"{_short(where) or 'the body'} has {len(value)} fields; {most} are the most", where)
         keep = where.partition(".")[0] in KEPT
         return {
-            name: _clean(inner, f"{where}.{name}" if where else name, depth + 1)
+            _whole(name, where): _clean(inner, f"{where}.{name}" if where else name, depth + 1)
             for name, inner in value.items()
             if keep or inner is not None
         }
@@ -60,6 +62,20 @@ def _clean(value: Any, where: str, depth: int = 0) -> Any:
             raise _wrong(f"{_short(where) or 'the body'} has {len(value)} items; {ITEMS} are the most", where)
         return [_clean(inner, f"{where}.{i}", depth + 1) for i, inner in enumerate(value)]
     return value
+
+
+def _whole(text: str, where: str) -> str:
+    """The text. Raises `Refusal` for one that no tokenizer, grammar or log can take."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = rf"\u{ord(text[error.start]):04x}"
+            raise _wrong(
+                f"{_short(where) or 'the body'} has half a character, {half} without its other half; send whole ones",
+                where,
+            ) from None
+    return text
 
 
 def no_constant(name: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from trimtab.decoding.grammar import Grammar, check_schema, lark_grammar
@@ -12,7 +12,7 @@ from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.serve.refusals import Refusal
 from trimtab.serve.schema import ChatRequest, ImagePart, Message, TextPart
 from trimtab.serve.schema_tools import FunctionSpec, ObjectFormat, SchemaFormat, ToolChoice
-from trimtab.steering import Positions, Steering
+from trimtab.serve.structured import may_call
 from trimtab.text.calls import (
     CallForm,
     Tool,
@@ -60,7 +60,7 @@ def conversation(tokenizer: Any, asked: ChatRequest) -> tuple[list[dict[str, Any
 
     Raises `Refusal` for a tool's message without its call, and for arguments that aren't a JSON object.
     """
-    tools = [_shown(tool.function) for tool in asked.tools or ()] if _may_call(asked) else []
+    tools = [_shown(tool.function) for tool in asked.tools or ()] if may_call(asked) else []
     speaks = bool(tools) or any(one.role == "tool" or one.tool_calls for one in asked.messages)
     keywords = dict(asked.chat_template_kwargs or {})
     if "tools" in keywords:
@@ -127,31 +127,6 @@ def _by_template(tokenizer: Any, ids: list[int], chosen: Sequence[Any], special:
     return Shape(None, Marks(), shown, lambda: TemplateParts(tokenizer, ids, tools))
 
 
-def markers_of_calls(tokenizer: Any, asked: ChatRequest) -> tuple[str, str] | None:
-    """What opens and closes a call in answers to a request; `None` where there are none, or nothing opens them."""
-    if not _may_call(asked):
-        return None
-    try:
-        form = form_of(tokenizer)
-    except UnsupportedError:
-        return None
-    return None if form.alone else (form.opens, form.closes)
-
-
-def outside_calls(steering: Steering, markers: tuple[str, str]) -> Steering:
-    """The steering where it was, but for what is generated in calls. Attention scores are steered as they were."""
-    words = Positions.prompt() | Positions.outside_tools(markers)
-    edits = [
-        edit if edit.site.kind == "scores" else replace(edit, positions=edit.positions & words)
-        for edit in steering.edits
-    ]
-    return replace(steering, edits=tuple(edits))
-
-
-def _may_call(asked: ChatRequest) -> bool:
-    return bool(asked.tools) and asked.tool_choice != "none"
-
-
 def _tools(asked: ChatRequest) -> list[Any]:
     """The tools that answers may call. Raises `Refusal` where the one that is chosen isn't there."""
     tools, choice = list(asked.tools or ()), asked.tool_choice
@@ -165,7 +140,7 @@ def _tools(asked: ChatRequest) -> list[Any]:
         return [tools[names.index(choice.function.name)]]
     if choice == "required" and not tools:
         raise Refusal(400, "a call is required, and there are no tools; give some", param="tool_choice")
-    return tools if _may_call(asked) else []
+    return tools if may_call(asked) else []
 
 
 def _checked(tools: Sequence[Any]) -> tuple[list[Tool], list[str]]:

@@ -55,6 +55,10 @@ def in_words(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     where, error = max(placed, key=_telling)
     here = [one for place, one in placed if place == where]
     said = _said(where, error, here)
+    if isinstance(body, bytes) and not where:
+        said = "it is sent as JSON, with Content-Type: application/json"
+    elif error["type"] == "bytes_type":
+        said = "it is the bytes of a file, with Content-Type: application/octet-stream"
     dotted = ".".join(map(str, where))
     message = f"{dotted}: {said}" if dotted else f"the body: {said}"
     return Refusal(400, message[:1000], param=dotted[:200] or None)
@@ -108,6 +112,8 @@ def _said(where: Sequence[Any], error: Mapping[str, Any], here: Sequence[Mapping
             " {'url': 'data:image/png;base64,…'}}; leave other parts out"
         )
     if kind == "string_pattern_mismatch" and name == "name":
+        if "function" in where or "tools" in where or "tool_choice" in where:
+            return "a function's name has letters, digits, '.', '_' and '-', 64 at most"
         return f"a steering's name has {NAMES}"
     if kind.startswith("union_tag_") and name in EXPECTED:
         return f"it must be {EXPECTED[name]}"

@@ -28,9 +28,15 @@ def emphasis(
     chosen = tuple(layers)
     if not spans or not chosen:
         raise TrimtabError(f"there are no {'layers' if spans else 'spans'} at which to steer attention")
-    positions = Positions.span(*spans[0])
-    for span in spans[1:]:
-        positions = positions | Positions.span(*span)
+    positions = at_spans(spans)
     kind = getattr(operation, "only_at", "scores")
     edits = tuple(Edit(Site(layer, kind), operation, positions) for layer in chosen)
     return Steering(edits, Card(method, options={"operation": repr(operation), "spans": [list(s) for s in spans]}))
+
+
+def at_spans(spans: Sequence[tuple[int, int]]) -> Positions:
+    """The tokens of one or more spans `(start, stop)` of a prompt."""
+    positions = Positions.span(*spans[0])
+    for span in spans[1:]:
+        positions = positions | Positions.span(*span)
+    return positions

@@ -114,6 +114,37 @@ def find_spans(
     return _spans(tokenizer, rendered, emphasis, _messages(tokenizer, prompt, system, chat), template)
 
 
+def spans_in(
+    tokenizer: Any,
+    text: str,
+    ids: Sequence[int],
+    emphasis: Emphasis | Sequence[Emphasis],
+    *,
+    messages: Sequence[Message] | None = None,
+    template: Template | None = None,
+) -> tuple[Span, ...]:
+    """`find_spans` in a prompt that another program has rendered: its text, and the token ids that it made of that.
+
+    Of the `messages` that it rendered, a whole one can be named. Raises `TrimtabError` as `find_spans` does, and where
+    the text has other tokens, or the messages another text, than that program says.
+    """
+    _check_fast(tokenizer)
+    for special in (False, True):
+        read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        if list(read["input_ids"]) == list(ids):
+            break
+    else:
+        raise TrimtabError("the prompt's tokens aren't those of its text, so phrases can't be placed in it")
+    wanted = [emphasis] if isinstance(emphasis, (str, Phrase, Pattern, Part)) else list(emphasis)
+    if messages is not None and any(isinstance(mark, Part) for mark in wanted):
+        messages = checked_messages(messages)
+        if render_messages(tokenizer, messages, template) != text:
+            raise TrimtabError("these messages aren't rendered here as they are there; name a phrase of the message")
+    offsets = tuple((int(a), int(b)) for a, b in read["offset_mapping"])
+    known = None if messages is None else list(messages)
+    return _spans(tokenizer, Rendered(text, tuple(ids), offsets), wanted, known, template)
+
+
 def found_in_text(
     tokenizer: Any, prompt: Sequence[Message], emphasis: Any, *, system: str | None, template: Template | None
 ) -> tuple[list[int], tuple[Span, ...]]:

@@ -19,6 +19,7 @@ WITH_ENGINE = (
     "serve",
     "ray",
     "emphasis_families",
+    "second_runner",
 )
 ENGINES = {f"test_{name}.py" for name in WITH_ENGINE}
 

@@ -130,3 +130,44 @@ ours.close()
     assert "static True []" in said
     assert "the same activations" in said
     assert f"unsteered {[True, False] * 4}" in said, said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("static", [False, True], ids=["in Python", "replayed"])
+def test_keys_in_a_compiled_model(tmp_path: Path, static: bool) -> None:
+    """What is emphasized, and other edits of keys, as transformers has them; unsteered rows to the bit."""
+    options = {**OPTIONS, "dtype": "float32", "model": small_model(tmp_path / "model")}
+    body = f"""
+import torch
+from cases import LONG
+from trimtab import Add, Edit, Positions, ScaleElements, ScaleScores, Site, Steering, by_keys
+from trimtab.steering import emphasis
+options = {options!r}
+name = options.pop("model")
+ours, theirs = LM.load(name, engine="vllm", **options), LM.load(name, dtype="float32")
+(hello,) = ours._rpc("trimtab_hello")
+print("static", hello["static"], hello["unfired"])
+key = torch.randn(ours._link.inside["keys"], generator=torch.Generator().manual_seed(1)) / 8
+heeded = emphasis(ScaleScores(1.5), [(3, 12)], range(4))
+edits = (
+    Edit(Site(1, "keys"), ScaleElements(2 + key), Positions.span(2, 14)),
+    Edit(Site(2, "keys"), Add(key), Positions.all()),
+)
+prompts = [LONG, LONG, PROMPTS[5], PROMPTS[0], PROMPTS[10], PROMPTS[1]]
+rows = [heeded, None, Steering(edits), None, heeded + Steering(edits), None]
+asked = dict(max_new_tokens=6, min_new_tokens=6, logprobs=True, chat=False)
+plain = ours.generate(prompts, **asked)
+ours.llm.reset_prefix_cache()
+found = ours.generate(prompts, rows, **asked)
+wanted = theirs.generate(prompts, [row and by_keys(row) for row in rows], **asked)
+print("the same tokens", [a.token_ids for a in found] == [a.token_ids for a in wanted])
+print("off", max(abs(a - b) for x, y in zip(found, wanted) for a, b in zip(x.logprobs, y.logprobs)))
+print("unsteered", [a.logprobs == b.logprobs for a, b in zip(found, plain)])
+ours.close()
+"""
+    graphs = {"TRIMTAB_STATIC": "256", "TRIMTAB_KERNEL": "all", "TRIMTAB_STEPS": "2"} if static else {}
+    said = run(tmp_path, body, TRIMTAB_SITES="keys", **graphs)
+    assert f"static {static} []" in said
+    assert "the same tokens True" in said
+    assert float(said.split("off ")[1].split()[0]) < 2e-4, said
+    assert f"unsteered {[False, True] * 3}" in said, said

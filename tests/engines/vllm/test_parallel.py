@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from cases import small_model
 from test_processes import run
 
@@ -66,3 +67,36 @@ def test_halves(tmp_path: Path) -> None:
     assert f"here {[list(range(4))] * 2}" in out
     assert "refused heads are split" in out
     assert all(line in out for line in SAID), out
+
+
+@pytest.mark.long
+def test_keys_over_two_workers(tmp_path: Path) -> None:
+    """Each has some of the key heads: their scores are scaled together, and the whole key is nobody's to project."""
+    body = f"""
+import torch
+from cases import LONG
+from trimtab import Ablate, Edit, ScaleScores, Site, Steering, by_keys
+from trimtab.steering import emphasis
+name = {small_model(tmp_path / "model")!r}
+ours = LM.load(name, engine="vllm", **OPTIONS | {{"tensor_parallel_size": 2, "block_size": 32}})
+theirs = LM.load(name, dtype="float32")
+width = ours._link.inside["keys"]
+print("here", sorted(ours._link.split), width)
+unit = torch.ones(width) / width**0.5
+print("refused", ours.supports(Steering((Edit(Site(1, "keys"), Ablate(unit)),))))
+heeded = emphasis(ScaleScores(1.5), [(3, 12), (40, 50)], range(4))
+prompts, rows = [LONG, LONG, PROMPTS[5]], [heeded, None, emphasis(ScaleScores(2.0), [(2, 6)], range(4))]
+asked = dict(max_new_tokens=6, min_new_tokens=6, logprobs=True, chat=False)
+worst = []
+for order in ((0, 1, 2), (1, 0), (0, 1)):
+    found = ours.generate([prompts[i] for i in order], [rows[i] for i in order], **asked)
+    wanted = theirs.generate([prompts[i] for i in order], [rows[i] and by_keys(rows[i]) for i in order], **asked)
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
+    worst += [abs(a - b) for x, y in zip(found, wanted) for a, b in zip(x.logprobs, y.logprobs)]
+print("off", max(worst))
+ours.close()
+"""
+    said = run(tmp_path, body, TRIMTAB_SITES="keys")
+    assert "here ['keys'] 128" in said
+    assert "keys are split over tensor-parallel workers" in said
+    assert float(said.split("off ")[1].split()[0]) < 2e-4, said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,17 +33,16 @@ from trimtab import (
     UntestedVersionWarning,
     save,
 )
-from trimtab.engines.answer import Applied, Generation
-from trimtab.engines.vllm import operator
+from trimtab.engines.vllm import emphasized, operator
 from trimtab.engines.vllm.attach import Place, attach
 from trimtab.engines.vllm.bank import Bank, Slots
 from trimtab.engines.vllm.capacity import Capacity
 from trimtab.engines.vllm.core import Failure, Room, block_keys, patch_core, patch_scheduler
 from trimtab.engines.vllm.counting import RECEIPT, Receipt
 from trimtab.engines.vllm.endpoint import Endpoint
-from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, patch_engines, send, tidy
+from trimtab.engines.vllm.frontend import Link, Names, link_from, parse, send, tidy
 from trimtab.engines.vllm.identity import identify
-from trimtab.engines.vllm.on_ray import Answers, RayEngines, answer_from
+from trimtab.engines.vllm.patched import patch_engines
 from trimtab.engines.vllm.program import compile_program, next_border, runs
 from trimtab.engines.vllm.requests import patch_request
 from trimtab.engines.vllm.rig import Chunks, Rig
@@ -52,9 +50,9 @@ from trimtab.engines.vllm.rpc import run
 from trimtab.engines.vllm.settings import Settings, settings_from_environment
 from trimtab.engines.vllm.versions import SUPPORTED, check_version
 from trimtab.engines.vllm.wire import RESOLVED, Part, Reading, Wire, content_of, identified, wire_of
-from trimtab.engines.vllm.worker import _wrap_runner, unsupported
+from trimtab.engines.vllm.worker import _wrap_runner, unlike, unsupported
 from trimtab.files.steering_file import steering_from_bytes, steering_to_bytes
-from trimtab.steering import Card, Rotate, SetProjection
+from trimtab.steering import Card, Rotate, SetProjection, by_keys
 from trimtab.steering.identity import fingerprint, sampled_rows
 
 RULES = [
@@ -739,6 +737,16 @@ HELLO = {
 }
 
 
+class Words:
+    """A tokenizer of words."""
+
+    is_fast = True
+
+    def __call__(self, text: str, **_options: Any) -> dict[str, Any]:
+        places = [word.span() for word in re.finditer(r"\S+", text)]
+        return {"input_ids": [sum(text[a:b].encode()) for a, b in places], "offset_mapping": places}
+
+
 class TestFrontEnd:
     @pytest.fixture
     def names(self) -> Names:
@@ -791,6 +799,37 @@ class TestFrontEnd:
         names.unregister("shout")
         with pytest.raises(TrimtabError, match="no steering 'shout'"):
             digest()
+
+    def test_what_is_emphasized_is_sent_once_whatever_the_prompt(self, names: Names) -> None:
+        """And acts where its phrases stand, with a state that all requests share; without keys there is none."""
+        calls = {"trimtab_hello": [{**HELLO, "inside": {"keys": 4}}], "trimtab_put": [None]}
+        engine, other = Engine(calls), Engine({**calls, "trimtab_hello": [HELLO]})
+        kind, content = type("Patched", (Engine,), {}), emphasized.content(LAYERS)
+        for each in (engine, other):
+            each.get_tokenizer = Words  # type: ignore[attr-defined]
+        patch_engines(kind, type("Async", (Engine,), {}), names)
+        keys = []
+        for text in ("a sea so wide", "the wide and the wide"):
+            prompt = {"type": "token", "prompt": text, "prompt_token_ids": Words()(text)["input_ids"]}
+            asked = {"emphasize": ["wide"], "steering": [{"name": "shout"}]}
+            params = kind.add_request(engine, "1", prompt, SimpleNamespace(extra_args=asked))
+            assert set(params.extra_args) == {RESOLVED}
+            (_, part), link = parts_of(params), engine._trimtab_link
+            spans = [(i, i + 1) for i, word in enumerate(text.split()) if word == "wide"]
+            assert list(part.spans) == spans
+            edits = identified(part, link.sent[part.digest])
+            assert [one.edit for one in edits] == list(by_keys(emphasized.towards(spans, LAYERS)).edits)
+            placed = link.place(wire_of(params), len(text.split()))
+            keys.append([span.key for span in placed.spans if span.start == spans[0][0]])
+            assert Wire.from_plain(placed.to_plain()) == placed
+            with pytest.raises(UnsupportedError, match="TRIMTAB_SITES=keys"):
+                kind.add_request(other, "1", prompt, SimpleNamespace(extra_args=asked))
+        assert keys[0] == keys[1]
+        assert [method for method, _ in engine.calls] == ["trimtab_hello", "trimtab_put", "trimtab_put"]
+        assert content_of(by_keys(content))[0] == part.digest
+        for prompt, why in (("a sea", "not in token ids"), ({"type": "token", "prompt_token_ids": [1]}, "token ids")):
+            with pytest.raises(UnsupportedError, match=why):
+                kind.add_request(engine, "1", prompt, SimpleNamespace(extra_args={"emphasize": "wide"}))
 
     def test_what_json_cannot_say_is_refused_and_not_remembered(self, names: Names) -> None:
         engine = Engine({"trimtab_hello": [HELLO], "trimtab_put": [None]})
@@ -919,7 +958,9 @@ class TestRequests:
     def test_what_would_be_dropped_is_refused(self, kind: type) -> None:
         asked = [{"name": "shout"}]
         for fields, why in (
-            ({"emphasize": ["in capitals"]}, "emphasize needs attention scores"),
+            ({"emphasize": ["in capitals"]}, "ask for rejection: false"),
+            ({"emphasize": [{"text": 1}], "rejection": False}, "emphasize takes phrases"),
+            ({"emphasize": [], "xargs": {"emphasize": 5}, "rejection": False}, "a list of 1 to 16 phrases"),
             ({"rejection": True, "steering": asked}, "rejection needs more than one row"),
             ({"xargs": {"steering": "shout"}, "steering": asked}, "give it once"),
         ):
@@ -1032,65 +1073,13 @@ class TestWorkers:
             assert len(found) == len(why)
             assert all(word in reason for word, reason in zip(why, found, strict=True))
 
-
-class TestOnRay:
-    """What goes to Ray's workers and comes back, without Ray."""
-
-    @pytest.fixture
-    def loads(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-        """What an engine is loaded with, and asked for; it answers each prompt with itself."""
-        seen: dict[str, Any] = {}
-
-        def generate(prompts: list[Any], given: Steering | None, **options: Any) -> list[Generation]:
-            seen["asked"] = (given, options)
-            if options.get("max_new_tokens") == 0:
-                raise TrimtabError("max_new_tokens is a whole number from 1")
-            applied = Applied(("1 * add @ residual[1] all",), ())
-            return [Generation(str(p), (1, 2), "stop", 3, applied, (-0.1, -0.25)) for p in prompts]
-
-        def load(name: str | None, **options: Any) -> Any:
-            seen["loaded"] = (name, options)
-            if name == "none":
-                raise TrimtabError("vLLM can't load the model 'none'")
-            return SimpleNamespace(generate=generate)
-
-        monkeypatch.setattr("trimtab.engines.vllm.lm.VllmLM.load", load)
-        return seen
-
-    def test_answers_come_back_as_they_were(self, loads: dict[str, Any]) -> None:
-        shout = steering((1, Add(direction(1)), RULES[0]))
-        worker = Answers("m", {"dtype": "float32"}, steering_to_bytes(shout), {"max_new_tokens": 7})
-        batch = {"number": [4, 9], "prompt": [json.dumps(p) for p in ("hi", [{"role": "user", "content": "ho"}])]}
-        made = worker(batch)
-        assert made["number"] == [4, 9]
-        assert loads == {"loaded": ("m", {"dtype": "float32"}), "asked": (shout, {"max_new_tokens": 7})}
-        answers = [answer_from(text) for text in made["answer"]]
-        assert answers[0] == Generation(
-            "hi", (1, 2), "stop", 3, Applied(("1 * add @ residual[1] all",), ()), (-0.1, -0.25)
-        )
-        assert answers[1].text == "[{'role': 'user', 'content': 'ho'}]"
-
-    @pytest.mark.parametrize(("name", "tokens", "why"), [("none", 7, "can't load"), ("m", 0, "a whole number from 1")])
-    def test_what_a_worker_refuses_is_raised_here(
-        self, loads: dict[str, Any], name: str, tokens: int, why: str
-    ) -> None:
-        made = Answers(name, {}, None, {"max_new_tokens": tokens})({"number": [0], "prompt": ['"hi"']})
-        with pytest.raises(TrimtabError, match=why):
-            answer_from(made["answer"][0])
-
-    def test_what_is_refused_before_a_worker_starts(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("trimtab.engines.vllm.versions.vllm_version", lambda: "0.32.0")
-        monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: name)
-        with pytest.raises(TrimtabError, match="whole number from 1 up, got 0"):
-            RayEngines(None, 0)
-        with pytest.raises(UnsupportedError, match="tensor_parallel_size can't be given"):
-            RayEngines(None, 2, {"tensor_parallel_size": 2})
-        with pytest.raises(TrimtabError, match="has 2 CPUs, one for each engine, and 3 engines are asked for"):
-            RayEngines(None, 3).check_room({"CPU": 2.0})
-        assert RayEngines(None, 3).check_room({"CPU": 1.0, "GPU": 8.0}) == 1
-        monkeypatch.setattr("trimtab.engines.vllm.on_ray.find_spec", lambda name: None)
-        with pytest.raises(TrimtabError, match="needs Ray"):
-            RayEngines(None, 2)
+    def test_a_model_runner_that_nobody_knows_isnt_steered(self) -> None:
+        listened = {"execute_model": 0, "sample_tokens": 0, "get_model": 0}
+        for own in ("_model_forward", "prepare_inputs"):
+            assert unlike(SimpleNamespace(**listened, **{own: 0})) == []
+            (reason,) = unlike(SimpleNamespace(execute_model=0, get_model=0, **{own: 0}))
+            assert "its model runner types.SimpleNamespace is neither vLLM's first nor its second" in reason
+        assert unlike(SimpleNamespace(**listened))
 
 
 @pytest.mark.skipif(not has_vllm(), reason="vLLM isn't installed here")
@@ -1105,6 +1094,9 @@ class TestPlaces:
             ("v1/core/sched/scheduler.py", "Scheduler", {"update_from_output", "finish_requests", "_free_request"}),
             ("v1/engine/llm_engine.py", "LLMEngine", {"step", "has_unfinished_requests", "add_request"}),
             ("v1/engine/async_llm.py", "AsyncLLM", {"generate", "add_request"}),
+            ("v1/engine/output_processor.py", "OutputProcessor", {"add_request", "process_outputs"}),
+            ("v1/engine/input_processor.py", "InputProcessor", {"process_inputs"}),
+            ("v1/engine/core.py", "EngineCore", {"collective_rpc", "preprocess_add_request"}),
         ],
     )
     def test_methods(self, file: str, name: str, methods: set[str]) -> None:
@@ -1132,6 +1124,15 @@ class TestPlaces:
         sent.outputs.append(EngineCoreOutput("a", [], finish_reason=FinishReason.ERROR, stop_reason="trimtab: why"))
         assert EngineCoreOutputs().outputs == []
         assert str(GenerationError("trimtab: why")) == "trimtab: why"
+
+    def test_doses_reach_a_front_end(self) -> None:
+        from vllm.v1.engine import EngineCoreOutput
+
+        assert EngineCoreOutput("a", [1]).kv_transfer_params is None
+        read = ast.unparse(self.tree("v1/engine/output_processor.py"))
+        for name in ("self.external_req_id = ", "self.request_index = ", "self.parent_req = ", "self.request_states: "):
+            assert name in read
+        assert "kv_transfer_params = engine_core_output.kv_transfer_params" in read  # and from nowhere else
 
     def tree(self, file: str) -> ast.Module:
         spec = find_spec("vllm")

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import PROMPTS, added
+from cases import LONG, PROMPTS, added
 
-from trimtab import save
+from trimtab import LM, ScaleScores, by_keys, load, save
 from trimtab.engines.transformers.default_model import default_folder
 from trimtab.files.steering_file import steering_to_bytes
+from trimtab.serve.protected import apart, protected
+from trimtab.steering import emphasis
 
 KEY = {"Authorization": "Bearer secret"}
+ANN = {"Authorization": "Bearer ann"}
 CALLERS = {"all": {}, "ann": {"steerings": ["s0", "s1"], "strength": [-1, 40], "max_dose": 0.5}}
 POLICY = {
     "keys": [{"name": n, "sha256": hashlib.sha256(n.encode()).hexdigest(), **more} for n, more in CALLERS.items()],
@@ -37,7 +40,7 @@ STEERINGS = 20
 NAMES = sorted(["safe", *(f"s{i}" for i in range(STEERINGS))])
 
 
-THEIRS = "--enforce-eager --max-model-len 256 --disable-uvicorn-access-log"
+THEIRS = "--enforce-eager --max-model-len 256 --block-size 32 --disable-uvicorn-access-log"
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +58,9 @@ def url(steerings: Path) -> Iterator[str]:
     (steerings / "policy.json").write_text(json.dumps(POLICY))
     ours = f"serve --engine vllm --steerings {steerings} --rows 16 --dtype float32 --policy {steerings}/policy.json"
     ours += f" --audit {steerings}/audit.jsonl --audit-prompts --port"
-    given = {"TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret"}
-    with serving([sys.executable, "-m", "trimtab", *ours.split()], ["--", *THEIRS.split()], given, steerings) as base:
+    given = {"TRIMTAB_SLOTS": "9", "TRIMTAB_ADMIN_KEY": "secret", "TRIMTAB_SITES": "keys"}
+    theirs = ["--", *THEIRS.split(), "--enable-prompt-tokens-details"]
+    with serving([sys.executable, "-m", "trimtab", *ours.split()], theirs, given, steerings) as base:
         yield base
 
 
@@ -130,7 +134,8 @@ def test_requests_are_steered_by_name(url: str) -> None:
         ({"steering": [{"name": "s0", "positions": "span:2:9999"}]}, "is not in the prompt"),
         ({"steering": [{"name": "s0", "layer": 2}]}, "can act at another"),
         ({"steering": [{"name": "s0"}], "use_beam_search": True, "n": 2}, "beam search"),
-        ({"emphasize": ["ship"]}, "attention scores"),
+        ({"emphasize": ["ship"]}, "rejection: false"),
+        ({"emphasize": ["boat"], "rejection": False}, "isn't in the prompt"),
         ({"rejection": True}, "logits"),
         ({"vllm_xargs": {"trimtab": "[]"}}, "asks for steering as"),
     ],
@@ -179,10 +184,63 @@ def test_a_policy_holds(url: str, steerings: Path) -> None:
     assert lines[-5]["key"] == "all"
 
 
-def last_chunk(url: str, asked: Any) -> Any:
+def test_what_is_emphasized_keeps_its_own_blocks_of_the_cache(url: str) -> None:
+    """In whatever order they come, and with which phrase, by the chat's messages or as plain text."""
+    phrase, other = "On day 3 the ship sailed 21 miles", {"text": "the ship", "occurrence": 6}
+    asked = [{}, *({"emphasize": [wanted], "rejection": False} for wanted in (phrase, other, {"role": "user"}))]
+
+    def say(which: int, salt: str) -> tuple[list[int], int, int]:
+        body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 3, "temperature": 0}
+        body |= {"model": "trimtab", "return_token_ids": True, "cache_salt": salt, **asked[which]}
+        status, answer = ask(f"{url}/v1/chat/completions", body)
+        assert status == 200, answer
+        cached = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+        return answer["choices"][0]["token_ids"], answer["trimtab"]["emphasized_tokens"], cached
+
+    alone = [say(which, f"alone {which}") for which in range(4)]
+    assert len({tuple(tokens) for tokens, _, _ in alone}) >= 3
+    assert [cached for *_, cached in alone] == [0] * 4
+    assert alone[0][1] == 0 < alone[2][1] < alone[1][1] < alone[3][1]
+    hits = 0
+    for salt, order in (("a", (0, 1, 3, 0, 1)), ("b", (3, 2, 0, 2))):
+        for which in order:
+            tokens, marked, cached = say(which, salt)
+            assert (tokens, marked) == alone[which][:2], (salt, which)
+            hits += cached > 0
+    assert hits >= 5  # the same again finds its blocks, and others those before their phrases
+    text = {"model": "trimtab", "prompt": LONG, "max_tokens": 1, "temperature": 0, **asked[1]}
+    status, answer = ask(f"{url}/v1/completions", text)
+    assert (status, answer["trimtab"]["emphasized_tokens"]) == (200, alone[1][1])
+
+
+def test_doses_that_are_capped_are_told(url: str, steerings: Path) -> None:
+    """The same as transformers measures, of a prompt that nothing of is in the cache."""
+    steering = [{"name": "s0", "strength": 2}]
+    body = {"model": "trimtab", "messages": [{"role": "user", "content": PROMPTS[4]}], "max_tokens": 1, "n": 2}
+    heed = {"emphasize": ["bread"], "rejection": False, "cache_salt": "doses"}
+    status, answer = ask(f"{url}/v1/chat/completions", {**body, **heed, "steering": steering}, None, ANN)
+    assert status == 200, answer
+    lm = LM.load(dtype="float32")
+    marked = emphasis(ScaleScores(), lm.spans(PROMPTS[4], "bread"), range(30))
+    safe, s0 = (load(steerings / f"{name}.safetensors") for name in ("safe", "s0"))
+    both = 0.5 * safe + 2.0 * apart(protected([("safe", safe)]), s0)[0] + by_keys(marked)
+    (right,) = lm.generate(PROMPTS[4], both, max_new_tokens=1)
+    wanted = [dose for dose in right.applied.doses if dose.kind == "residual"]
+    first, _ = (told for told in answer["trimtab"]["answers"])
+    assert [dose["layer"] for dose in first["doses"]] == [dose.layer for dose in wanted] == [11, 12, 13]
+    assert [dose["ratio"] for dose in first["doses"]] == pytest.approx([dose.ratio for dose in wanted], rel=1e-3)
+    assert first["total_dose"] == pytest.approx(sum(dose["ratio"] for dose in first["doses"]))
+    line = json.loads((steerings / "audit.jsonl").read_text().splitlines()[-1])
+    assert line["total_doses"][0] == first["total_dose"]
+    body |= {"n": 1, "max_tokens": 5, "stream": True, "steering": steering}
+    chunk = last_chunk(url, body, "chat/completions", "ann")
+    assert 0 < chunk["trimtab"]["answers"][0]["total_dose"] < 0.5
+
+
+def last_chunk(url: str, asked: Any, route: str = "completions", who: str = "all") -> Any:
     """Of a stream, before the end."""
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer all"}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(asked).encode(), headers)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {who}"}
+    request = urllib.request.Request(f"{url}/v1/{route}", json.dumps(asked).encode(), headers)
     with urllib.request.urlopen(request, timeout=300) as answer:
         *_, last, done, _ = answer.read().decode().split("\n\n")
     assert done == "data: [DONE]"

@@ -118,7 +118,7 @@ def test_a_token_that_wasnt_told_ends_the_request() -> None:
     one.begin(Chunks(["a", "b"], [len(ids), len(ids)], [1, 1]))
     for layer in range(LAYERS):
         one.apply(Site(layer), torch.zeros(2, WIDTH, dtype=torch.float64), None)
-    _, faults = one.end().plain()
+    _, faults, _ = one.end().plain()
     assert list(faults) == ["a"]
     assert "before the plugin knew what it is" in faults["a"]
 

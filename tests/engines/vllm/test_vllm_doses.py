@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,18 @@ import torch
 from test_parts import RULES, placed, rig, steering
 from tiny import LAYERS, WIDTH, direction, naive_holds, naive_together
 
-from trimtab import Add
+from trimtab import Ablate, Add, ScaleKeys
+from trimtab.engines.answer import Applied, Dose
+from trimtab.engines.vllm.admitted import TICKET, Ticket
 from trimtab.engines.vllm.capacity import Capacity
-from trimtab.engines.vllm.counting import DOSE
+from trimtab.engines.vllm.core import patch_scheduler
+from trimtab.engines.vllm.counting import DOSE, DOSES, RECEIPT
 from trimtab.engines.vllm.doses import adds_only
+from trimtab.engines.vllm.frontend import Link, check_measured
+from trimtab.engines.vllm.patched import patch_outputs
+from trimtab.engines.vllm.program import State
 from trimtab.engines.vllm.rig import Chunks, Rig
+from trimtab.errors import UnsupportedError
 from trimtab.steering import Edit, Site, Steering
 
 ADDED = (
@@ -52,7 +60,7 @@ def passes(one: Rig, given: Steering, others: list[str], chunk: int, pair: bool)
                     ratios.setdefault(layer, []).append(float(moved))
         receipt = one.end()
         totals.append(sum(sum(each) / len(each) for each in ratios.values()))
-        found.append({} if receipt is None else receipt.settle())
+        found.append(({}, {}) if receipt is None else receipt.plain()[1:])
     return totals, found
 
 
@@ -67,8 +75,12 @@ def test_a_request_ends_in_the_pass_that_takes_it_above_its_cap(static: bool, pa
         capped(one, "b", 3.0 * given, None)
         totals, found = passes(one, given, ["b", "c"], chunk, pair)
         over = [total > cap for total in totals]
-        assert [set(faults) for faults in found] == [{"a"} if each else set() for each in over]
-        assert all(faults["a"].startswith(DOSE) for faults in found if faults)
+        assert [set(faults) for faults, _ in found] == [{"a"} if each else set() for each in over]
+        assert all(faults["a"].startswith(DOSE) for faults, _ in found if faults)
+        assert all(set(doses) <= {"a"} for _, doses in found)
+        sent = [doses["a"] for _, doses in found if doses]
+        assert [dose[0] for dose in sent[-1]] == sorted({edit.site.layer for edit in given.edits})
+        assert sum(dose[2] for dose in sent[-1]) == pytest.approx(totals[-1], rel=1e-5)
         cap = sorted(totals)[len(totals) // 2] * (1 - 1e-5)  # the second time some are above it
     assert any(over)
     one.finish(["a", "b"])
@@ -86,7 +98,78 @@ def test_only_the_worker_that_is_heard_measures() -> None:
     one.doses.heard = False
     capped(one, "a", 1e6 * steering(*ADDED), 1e-9)
     _, found = passes(one, 1e6 * steering(*ADDED), [], 4, False)
-    assert not any(found)
+    assert found == [({}, {})] * len(found)
+
+
+def test_scaled_keys_push_nothing() -> None:
+    keys = Edit(Site(1, "keys"), ScaleKeys(100.0))
+    both = State("", (keys, Edit(Site(1), Add(direction(1)))))
+    assert both.pushed == {Site(1)}
+    link = Link(8, LAYERS, WIDTH, True, unmeasured="", split=frozenset({"keys"}))
+    check_measured(link, Steering((keys,)))
+    with pytest.raises(UnsupportedError, match="those of additions to the residual stream alone"):
+        check_measured(link, Steering((Edit(Site(1), Ablate(direction(1))),)))
+
+
+class Chunked(test_parts.Scheduler):
+    """One that sends nothing of a pass that reads a part of a prompt."""
+
+    def update_from_output(self, scheduled: Any, output: Any) -> dict[int, Any]:
+        return {} if output.token is None else super().update_from_output(scheduled, output)
+
+
+def test_doses_wait_for_an_output_to_go_with() -> None:
+    """And nothing is kept of requests that are gone."""
+    kind = type("Patched", (Chunked,), {})
+    patch_scheduler(kind, test_parts.FAILURE)
+    scheduler = kind(slots=8)
+    scheduler.add_request(test_parts.request("a", steering(*ADDED)))
+
+    def step(token: int | None, doses: dict[str, Any]) -> list[Any]:
+        output = SimpleNamespace(token=token, **{RECEIPT: (1, {}, doses)})
+        sent = scheduler.update_from_output(test_parts.Step({"a": 1}), output)
+        return [getattr(each, "kv_transfer_params", None) for several in sent.values() for each in several.outputs]
+
+    first, last = [(1, "residual", 0.5, 4)], [(1, "residual", 0.25, 8)]
+    assert step(None, {"a": first, "gone": first}) == []
+    assert step(5, {}) == [{DOSES: first}]
+    assert step(5, {"a": last}) == [{DOSES: last}]
+    assert step(5, {}) == [None]
+    assert scheduler._trimtab_room.doses == {}
+
+
+def test_a_ticket_hears_of_doses() -> None:
+    """By the names under which the request was asked for, whichever its answer."""
+
+    class Processor:
+        """vLLM's `OutputProcessor`."""
+
+        def __init__(self) -> None:
+            self.request_states: dict[str, Any] = {}
+
+        def add_request(self, request: Any, parent: Any = None, index: int = 0) -> None:
+            state = SimpleNamespace(parent_req=parent, external_req_id=request.external, request_index=index)
+            self.request_states[request.request_id] = state
+
+        def process_outputs(self, outputs: list[Any]) -> list[Any]:
+            return [each.kv_transfer_params for each in outputs]
+
+    patch_outputs(Processor)
+    processor, ticket = Processor(), Ticket(None, "", nothing, 1.0)
+    token = TICKET.set(ticket)
+    processor.add_request(SimpleNamespace(request_id="1", external="x"))
+    processor.add_request(SimpleNamespace(request_id="1_2", external="1_2"), SimpleNamespace(external_req_id="y"), 1)
+    TICKET.reset(token)
+    processor.add_request(SimpleNamespace(request_id="3", external="z"))
+    told = {DOSES: [[2, "mlp", 0.5, 3]]}
+    outputs = [SimpleNamespace(request_id=name, kv_transfer_params=dict(told)) for name in ("1", "1_2", "3", "gone")]
+    assert processor.process_outputs(outputs) == [None] * 4
+    assert ticket.doses == dict.fromkeys([("x", 0), ("y", 1)], (Dose(2, 0.5, 3, "mlp"),))
+    assert ticket.applied(("y", 1)) == Applied((), (Dose(2, 0.5, 3, "mlp"),))
+
+
+async def nothing() -> None:
+    pass
 
 
 def test_what_only_adds() -> None:

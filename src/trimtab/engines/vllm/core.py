@@ -11,12 +11,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from trimtab.engines.vllm.counting import MARK, RECEIPT
+from trimtab.engines.vllm.counting import DOSES, MARK, RECEIPT, Measured
+from trimtab.engines.vllm.emphasized import EMPHASIZED
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.wire import ASKED, Wire, wire_of
 from trimtab.errors import TrimtabError
 
 Key = tuple[str, str]
+NO_RECEIPT: tuple[int, dict[str, str], dict[str, Measured]] = (0, {}, {})
 
 
 def block_keys(wire: Wire | None, start: int, stop: int) -> list[Key]:
@@ -60,6 +62,8 @@ class Room:
         self.users: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self.waiting: deque[Any] = deque()
         self.held: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
+        self.doses: dict[str, Measured] = {}
+        """Of capped requests, as long as no output of theirs has taken them along."""
         self.steered: set[str] = set()
         """The requests that are with the scheduler and have a wire."""
 
@@ -81,6 +85,7 @@ class Room:
     def leave(self, request: str) -> None:
         """A request is done; what it held is free."""
         self.steered.discard(request)
+        self.doses.pop(request, None)
         for users, held in zip(self.users, self.held.pop(request, ()), strict=False):
             for key in held:
                 users[key] -= 1
@@ -111,7 +116,7 @@ def unsteered(room: Room, scheduled: Any, output: Any) -> dict[str, str]:
     here = room.steered & scheduled.num_scheduled_tokens.keys()
     if not here:
         return {}
-    held, faults = getattr(output, RECEIPT, (0, {}))
+    held, faults, _ = getattr(output, RECEIPT, NO_RECEIPT)
     if held < len(here):
         wrong = f"{MARK}a worker computed {len(here)} steered requests and accounts for {held} of them"
         return dict.fromkeys(here, wrong)
@@ -136,7 +141,11 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
     update = scheduler.update_from_output
 
     def update_from_output(self: Any, scheduled: Any, output: Any, *args: Any, **kwargs: Any) -> Any:
-        wrong = unsteered(_room(self), scheduled, output)
+        room = _room(self)
+        wrong = unsteered(room, scheduled, output)
+        measured = getattr(output, RECEIPT, NO_RECEIPT)[2]
+        room.doses |= {request: doses for request, doses in measured.items() if request in self.requests}
+        doses = dict(room.doses)  # of those that end here too
         failed = [self.requests[request] for request in wrong if request in self.requests]
         if failed:
             self.finish_requests([request.request_id for request in failed], failure.status)
@@ -147,6 +156,10 @@ def patch_scheduler(scheduler: Any, failure: Failure) -> None:
                 request_id=name, new_token_ids=[], finish_reason=failure.reason, stop_reason=wrong[name]
             )
             sent.setdefault(request.client_index, failure.outputs()).outputs.append(last)
+        for item in (item for several in sent.values() for item in several.outputs if doses):
+            if item.request_id in doses:
+                item.kv_transfer_params = {DOSES: doses[item.request_id]}  # there is no connector that uses it
+                room.doses.pop(item.request_id, None)
         return sent
 
     def add_request(self: Any, request: Any) -> None:
@@ -197,7 +210,7 @@ def patch_core(core: Any) -> None:
 
     def preprocess_add_request(self: Any, request: Any) -> Any:
         extra = getattr(request.sampling_params, "extra_args", None) or {}
-        if extra.get(ASKED):
+        if extra.get(ASKED) or extra.get(EMPHASIZED):
             raise TrimtabError("a request for steering came through a front end without trimtab's plugin")
         return preprocess(self, request)
 

@@ -25,6 +25,12 @@ MARK = "trimtab: "
 DOSE = f"{MARK}the doses "
 """And where that is since it was pushed harder than it may be."""
 
+DOSES = "trimtab_doses"
+"""Under which name the doses of a capped request travel with vLLM's outputs."""
+
+Measured = list[tuple[int, str, float, int]]
+"""A request's doses as plain data: layer and kind of each site, the mean dose there, of so many tokens."""
+
 CALL = 1 << 32
 """What a call of the operator adds to a site's count, besides its tokens: calls stand above this, tokens below."""
 
@@ -43,24 +49,33 @@ def fault(site: Site, count: int, tokens: int) -> str | None:
 class Receipt:
     """What a worker says of a pass: how many requests with a steering it held, and why some of them weren't steered.
 
-    `late` finds further faults, once the pass has ended on the device; it is asked once.
+    And the `doses` so far of those that have a cap. `late` finds further faults, once the pass has ended on the device;
+    it is asked once, and so is `weighed`, which says the doses.
     """
 
     requests: int
     faults: dict[str, str] = field(default_factory=dict)
+    doses: dict[str, Measured] = field(default_factory=dict)
+    weighed: Callable[[], tuple[Mapping[str, Measured], Mapping[str, str]]] | None = None
     late: Callable[[], Mapping[str, str]] | None = None
     ready: Callable[[], bool] = lambda: True  # whether `late` has nothing to wait for
 
     def settle(self) -> dict[str, str]:
         """All faults, by request."""
+        if self.weighed is not None:
+            weighed, self.weighed = self.weighed, None
+            doses, above = weighed()
+            self.doses.update(doses)
+            self.faults.update(above)
         if self.late is not None:
             late, self.late = self.late, None
             self.faults.update(late())
         return self.faults
 
-    def plain(self) -> tuple[int, dict[str, str]]:
+    def plain(self) -> tuple[int, dict[str, str], dict[str, Measured]]:
         """What the scheduler is told."""
-        return self.requests, self.settle()
+        faults = self.settle()
+        return self.requests, faults, self.doses
 
 
 class GraphCounts:

@@ -1,12 +1,14 @@
 """How hard requests are pushed, for those whose doses are capped: measured in each pass, before its tokens leave.
 
 A dose is ‖x' - x‖ / ‖x‖ at a site, as a mean over the tokens that were steered there; those of all sites are added up.
+Keys that are scaled say what is heeded and push nothing, so that they have none.
 Where Python runs in a pass, an activation is looked at before and after its edit. Of captured graphs, what they have
 kept is looked at after the pass, from which what was added is taken off again; so there it is additions alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.vllm.bank import Bank, to_device
-from trimtab.engines.vllm.counting import DOSE
+from trimtab.engines.vllm.counting import DOSE, Measured
 from trimtab.engines.vllm.program import Segment, State, runs
 from trimtab.steering import Edit, Site
 
@@ -71,7 +73,7 @@ class Doses:
                 rows: dict[Site, list[int]] = {}
                 at = offset
                 for length, state in runs(segments(request), first, count):
-                    for site in state.slots if state is not None else ():
+                    for site in state.pushed if state is not None else ():
                         rows.setdefault(site, []).extend(range(at, at + length))
                     at += length
                 for site, these in rows.items():
@@ -103,22 +105,30 @@ class Doses:
         total, count = self._sums[one.request].get(site, (torch.zeros((), device=ratios.device), 0))
         self._sums[one.request][site] = (total + ratios.sum(), count + one.rows)
 
-    def faults(self) -> Callable[[], dict[str, str]]:
-        """Of the requests of this pass those that are pushed too hard; whoever asks waits for the device."""
+    def weighed(self) -> Callable[[], tuple[dict[str, Measured], dict[str, str]]]:
+        """The doses of this pass's requests so far, and which are pushed too hard; whoever asks waits for the device,
+        once."""
         present = {one.request for several in self.here.values() for one in several}
-        means = {r: [total / count for total, count in self._sums[r].values()] for r in present if self._sums.get(r)}
-        totals = {request: (torch.stack(each).sum(), self.caps[request]) for request, each in means.items()}
+        sums = {r: sorted(self._sums[r].items()) for r in present if self._sums.get(r)}
+        caps = {request: self.caps[request] for request in sums}
+        every = [total / count for each in sums.values() for _, (total, count) in each]
+        on_device = torch.stack(every) if every else None
 
-        def late() -> dict[str, str]:
-            found = {}
-            for request, (total, cap) in totals.items():
-                dose = float(total)
-                if not dose <= cap:
-                    found[request] = (
-                        f"{DOSE}of all sites add up to {dose:.2g} and may come to {cap:g}; lower the strengths, or"
-                        " steer at fewer layers"
+        def late() -> tuple[dict[str, Measured], dict[str, str]]:
+            ratios = iter(on_device.tolist() if on_device is not None else ())
+            doses = {
+                request: [(site.layer, site.kind, next(ratios), count) for site, (_, count) in each]
+                for request, each in sums.items()
+            }
+            above = {}
+            for request, each in doses.items():
+                dose = math.fsum(ratio for _, _, ratio, _ in each)
+                if not dose <= caps[request]:
+                    above[request] = (
+                        f"{DOSE}of all sites add up to {dose:.2g} and may come to {caps[request]:g}; lower the"
+                        " strengths, or steer at fewer layers"
                     )
-            return found
+            return doses, above
 
         return late
 

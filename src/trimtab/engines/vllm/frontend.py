@@ -12,31 +12,32 @@ import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trimtab.engines.meanings import check_meanings, meanings_of
+from trimtab.engines.vllm import emphasized
 from trimtab.engines.vllm.admission import check_supported
-from trimtab.engines.vllm.admitted import TICKET, Ticket, ticket_for
+from trimtab.engines.vllm.admitted import Ticket
 from trimtab.engines.vllm.attach import INSIDE
 from trimtab.engines.vllm.capacity import ADDITIONS, Capacity, union
-from trimtab.engines.vllm.counting import MARK
 from trimtab.engines.vllm.doses import adds_only
 from trimtab.engines.vllm.forms import capacity_for, check_fits
 from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.program import Identified, check_range
-from trimtab.engines.vllm.rpc import Rpc, run, run_async
+from trimtab.engines.vllm.rpc import Rpc
 from trimtab.engines.vllm.settings import STEERINGS, settings_of
 from trimtab.engines.vllm.turning import reserved
-from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified, wire_of
+from trimtab.engines.vllm.wire import ASKED, RESOLVED, Part, Wire, content_of, identified
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.files.steering_file import load_steering, steering_to_bytes
-from trimtab.steering import ModelId, Positions, Steering, by_keys
+from trimtab.steering import ModelId, Positions, ScaleKeys, ScaleScores, Steering, by_keys
 from trimtab.steering.identity import check_learned_on
+from trimtab.text.spans import Span
 
 UNNAMED = 256
 """So many contents that no name stands for, the last ones that were used, stay with the workers."""
@@ -299,19 +300,29 @@ def tidy(link: Link, names: Names) -> Rpc:
     link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in one for one in kept)}
 
 
-def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None) -> Rpc:
-    """The parameters with the steering that they ask for, or that a ticket has, resolved; or as they are."""
+def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None, spans: Sequence[Span] = ()) -> Rpc:
+    """The parameters with the steering that they ask for, or that a ticket has, resolved; or as they are.
+
+    `spans` of the prompt are emphasized.
+    """
     extra = getattr(params, "extra_args", None) or {}
     decided = None if ticket is None else ticket.steering
-    if not extra.get(ASKED) and (decided is None or not decided.edits):
+    steers = bool(extra.get(ASKED)) or (decided is not None and bool(decided.edits))
+    if not steers and not spans:
         return params
     link = yield from connect(engine)
     cap = None if ticket is None else ticket.cap
     if cap is not None and decided is not None:
         check_measured(link, decided)
-    part = yield from _part_of(link, engine, extra.get(ASKED), names, ticket)
+    parts = []
+    if steers:
+        parts.append((yield from _part_of(link, engine, extra.get(ASKED), names, ticket)))
+    if spans:
+        heeded = yield from send(link, emphasized.content(link.layers))
+        parts.append(replace(heeded, spans=tuple(spans)))
     params = copy.copy(params)
-    params.extra_args = {k: v for k, v in extra.items() if k != ASKED} | {RESOLVED: Wire((part,), cap=cap).to_plain()}
+    params.extra_args = {k: v for k, v in extra.items() if k not in (ASKED, emphasized.EMPHASIZED)}
+    params.extra_args[RESOLVED] = Wire(tuple(parts), cap=cap).to_plain()
     return params
 
 
@@ -320,6 +331,8 @@ def check_measured(link: Link, steering: Steering) -> None:
     if link.unmeasured:
         raise UnsupportedError(f"this server caps doses, and they can't be measured here: {link.unmeasured}")
     for edit in steering.edits:
+        if isinstance(edit.operation, (ScaleScores, ScaleKeys)):
+            continue  # it says what is heeded, and pushes nothing
         if edit.strength and link.static and not adds_only(edit):
             raise UnsupportedError(
                 f"this server caps doses, and where graphs are replayed those of additions to the residual stream alone"
@@ -358,95 +371,3 @@ def _as_text(asked: Any) -> str | None:
         return json.dumps(asked)
     except (TypeError, ValueError):
         return None
-
-
-UNTOLD = "_trimtab_untold"  # the reasons of an engine's requests that have failed, until they are raised
-
-
-def failed_because(output: Any) -> str | None:
-    """Why a request was ended that was to be steered and wasn't."""
-    for one in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
-        if one.finish_reason == "error" and str(one.stop_reason).startswith(MARK):
-            return str(one.stop_reason)
-    return None
-
-
-def _is_delta(args: Any, kwargs: Any) -> bool:
-    """Whether what `generate` was called with asks for what is new each time."""
-    params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
-    return getattr(getattr(params, "output_kind", None), "name", "") == "DELTA"
-
-
-def patch_engines(
-    sync: Any,
-    asynchronous: Any,
-    names: Names = NAMES,
-    refusal: Callable[[str], Exception] = TrimtabError,
-    failure: Callable[[str], Exception] = TrimtabError,
-) -> None:
-    """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken.
-
-    And let them raise for requests that weren't steered as planned, which the scheduler has ended with an error.
-    A server takes any error for one of its own but for vLLM's `refusal`, which it answers with a reason; `failure` is
-    one that it answers so while it generates.
-    """
-    step, generate = sync.step, asynchronous.generate
-    add_sync, add_async = sync.add_request, asynchronous.add_request
-
-    def add_request(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        return add_sync(self, request_id, prompt, run(resolve(self, params, names), self), *args, **kwargs)
-
-    async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            ticket = ticket_for(prompt, params)
-            params = await run_async(resolve(self, params, names, ticket), self)
-            if ticket is not None:
-                await ticket.start()
-            return await add_async(self, request_id, prompt, params, *args, **kwargs)
-        except TrimtabError as error:
-            raise refusal(str(error)) from error
-
-    def step_and_tell(self: Any) -> Any:
-        """Of several requests each goes on to its end; then the first that wasn't steered is raised."""
-        outputs = step(self)
-        found = self.__dict__.setdefault(UNTOLD, [])
-        found += filter(None, map(failed_because, outputs))
-        if found and not self.has_unfinished_requests():
-            setattr(self, UNTOLD, [])
-            raise TrimtabError(found[0])
-        return outputs
-
-    async def generate_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ticket = TICKET.get()
-        async for output in generate(self, *args, **kwargs):
-            if ticket is not None:
-                ticket.hear(output, delta=_is_delta(args, kwargs))
-            if reason := failed_because(output):
-                if ticket is not None:
-                    ticket.fail(reason)
-                raise failure(reason)
-            yield output
-
-    sync.add_request = add_request
-    sync.step = step_and_tell
-    asynchronous.add_request = add_request_async
-    asynchronous.generate = generate_and_tell
-
-
-def patch_inputs(processor: Any) -> None:
-    """Let vLLM's `InputProcessor` say over which tokens of a request which steering acts."""
-    original = processor.process_inputs
-
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        wire = wire_of(request.sampling_params)
-        if wire is not None:
-            if request.prompt_token_ids is None:
-                raise UnsupportedError("a prompt of embeddings has no tokens to steer at; give text or token ids")
-            extra = request.sampling_params.extra_args
-            link: Link = getattr(self, LINK)
-            placed = link.place(wire, wire.prompt_length or len(request.prompt_token_ids))
-            request.sampling_params.extra_args = {**extra, RESOLVED: placed.to_plain()}
-        return request
-
-    processor.process_inputs = process_inputs

@@ -26,7 +26,7 @@ from trimtab.engines.vllm.identity import identify
 from trimtab.engines.vllm.memory import cpu_options
 from trimtab.engines.vllm.reading import batches, check_readable, params_of, taken
 from trimtab.engines.vllm.rpc import run
-from trimtab.engines.vllm.sampling import check_candidates, sampling_of
+from trimtab.engines.vllm.sampling import check_candidates, sampling_of, seed_at
 from trimtab.engines.vllm.versions import check_version
 from trimtab.engines.vllm.wire import RESOLVED, Part, Wire
 from trimtab.errors import TrimtabError
@@ -74,12 +74,20 @@ class VllmLM(LanguageModel):
         self._link: Link = run(connect(self._engine), self._engine)
 
     @classmethod
-    def load(cls, name: str | Path | None = None, *, template: Template | None = None, **options: Any) -> VllmLM:
+    def load(
+        cls,
+        name: str | Path | None = None,
+        *,
+        template: Template | None = None,
+        replicas: int | None = None,
+        **options: Any,
+    ) -> VllmLM:
         """Start an engine for a Hub id, a folder or, without a name, SmolLM2-135M-Instruct.
 
-        `template` is as for `LM`. `options` are vLLM's engine arguments (`tensor_parallel_size`, `dtype`,
-        `enforce_eager` …), under its names. Raises `TrimtabError` where vLLM isn't there, is of another version, or its
-        workers can't steer.
+        `template` is as for `LM`. With `replicas` so many engines start on the machines of a Ray cluster, each with the
+        whole model, and what is asked is spread over them. `options` are vLLM's engine arguments
+        (`tensor_parallel_size`, `dtype`, `enforce_eager` …), under its names. Raises `TrimtabError` where vLLM isn't
+        there, is of another version, or its workers can't steer.
 
         On a CPU the KV cache gets a quarter of the memory that is available, unless `kv_cache_memory_bytes`,
         `gpu_memory_utilization` or `$VLLM_CPU_KVCACHE_SPACE` say otherwise.
@@ -90,14 +98,18 @@ class VllmLM(LanguageModel):
                 raise TrimtabError(f"the vllm engine can't take {given}: {instead}")
         if name is not None and Path(name).suffix == ".gguf":
             raise TrimtabError("the vllm engine reads a folder or a Hub id; convert the GGUF file first")
+        if options.get("dtype") is None:
+            options.pop("dtype", None)
+        if replicas is not None:
+            from trimtab.engines.vllm.replicated import ReplicatedLM
+
+            return ReplicatedLM.start(name, replicas, template=template, **options)
         os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")  # what vLLM keeps of it can't be loaded again on a CPU
         from vllm import LLM
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
             options |= cpu_options(options, os.environ)
-        if options.get("dtype") is None:
-            options.pop("dtype", None)
         try:
             llm = LLM(model=str(default_folder() if name is None else name), **options)
         except (ValueError, OSError, TypeError) as error:
@@ -158,12 +170,19 @@ class VllmLM(LanguageModel):
         sampling_of(decoding.max_new_tokens, decoding.logprobs, decoding.seed, decoding.options)
         return decoding
 
-    def run(self, requests: Sequence[Request], decoding: Decoding) -> list[list[Generation]]:
-        """The answers to requests that were checked, in their order. Their doses aren't measured."""
+    def run(
+        self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None
+    ) -> list[list[Generation]]:
+        """The answers to requests that were checked, in their order. Their doses aren't measured.
+
+        Each is sampled by a seed of its own, which follows from `decoding.seed` and its place: in this list, or in a
+        longer one where `places` says so.
+        """
         resolved = self._resolved([one.steering for one in requests], [one.ids for one in requests])
         params = []
-        for part in self._parts(resolved.edits):
-            one = sampling_of(decoding.max_new_tokens, decoding.logprobs, decoding.seed, decoding.options)
+        for place, part in zip(places or range(len(requests)), self._parts(resolved.edits), strict=True):
+            seed = None if decoding.seed is None else seed_at(decoding.seed, place)
+            one = sampling_of(decoding.max_new_tokens, decoding.logprobs, seed, decoding.options)
             if part is not None:
                 one.extra_args = {RESOLVED: Wire((part,)).to_plain()}
             params.append(one)

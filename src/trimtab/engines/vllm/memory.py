@@ -27,17 +27,18 @@ def available_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def cpu_options(options: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+def cpu_options(options: Mapping[str, Any], environment: Mapping[str, str], engines: int = 1) -> dict[str, Any]:
     """What an engine on a CPU is told besides: the KV cache of each worker, unless somebody has said it already.
 
     Args:
         options: vLLM's engine arguments, as they are given.
         environment: This process's.
+        engines: So many engines share the machine's memory.
     """
     if environment.get(SPACE) or any(options.get(name) is not None for name in OPTIONS):
         return {}
     sizes = (options.get(name) for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"))
-    workers = 1
+    workers = engines
     for size in sizes:
         workers *= size or 1
     return {"kv_cache_memory_bytes": max(GIB, available_memory() // SHARE) // workers}

@@ -30,12 +30,14 @@ def register() -> None:
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.engine.output_processor import OutputProcessor
     from vllm.v1.request import RequestStatus
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from trimtab.engines.vllm.capacity import Capacity
     from trimtab.engines.vllm.core import Failure, patch_core, patch_keys, patch_scheduler
-    from trimtab.engines.vllm.frontend import NAMES, patch_engines, patch_inputs
+    from trimtab.engines.vllm.frontend import NAMES
+    from trimtab.engines.vllm.patched import patch_engines, patch_inputs, patch_outputs
     from trimtab.engines.vllm.requests import patch_server
     from trimtab.engines.vllm.settings import patch_arguments
     from trimtab.engines.vllm.worker import patch_worker
@@ -49,6 +51,7 @@ def register() -> None:
     patch_arguments(EngineArgs, started)
     patch_engines(LLMEngine, AsyncLLM, NAMES, VLLMValidationError, GenerationError)
     patch_inputs(InputProcessor)
+    patch_outputs(OutputProcessor)
     patch_keys(kv_cache_utils)
     patch_scheduler(
         Scheduler, Failure(RequestStatus.FINISHED_ERROR, FinishReason.ERROR, EngineCoreOutput, EngineCoreOutputs)

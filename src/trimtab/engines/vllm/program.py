@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trimtab.engines.folding import Slot, as_rows, call_of, slots_at, sweep
-from trimtab.steering import Edit, Site
+from trimtab.steering import Edit, ScaleKeys, Site
 from trimtab.steering.conditional import conditional
 from trimtab.steering.meanings import Meaning
 from trimtab.steering.operations import add
@@ -55,6 +55,11 @@ class State:
     def staged(self) -> dict[Site, list[Slot]]:
         """All other sites."""
         return {site: slots for site, slots in self.slots.items() if site not in self.added}
+
+    @cached_property
+    def pushed(self) -> frozenset[Site]:
+        """Where it pushes activations: all its sites but those of keys that are merely scaled."""
+        return frozenset(edit.site for edit in self.edits if not isinstance(edit.operation, ScaleKeys))
 
     @property
     def banked(self) -> bool:
@@ -110,9 +115,14 @@ def _kept(state: State) -> State:
 
 @lru_cache(maxsize=512)
 def check_range(state: State, dtype: torch.dtype) -> None:
-    """Raises `TrimtabError` where what a state adds can't be held in the model's dtype."""
+    """Raises `TrimtabError` where what a state adds can't be held in the model's dtype, or its edits don't go
+    together."""
     for site in state.added:
         state.row(site, dtype)
+    for slots in state.staged.values():
+        for slot in slots:
+            if len(slot) > 1:
+                call_of(slot)
 
 
 def runs(segments: Sequence[Segment], first: int, count: int) -> Iterator[tuple[int, State | None]]:

@@ -38,12 +38,12 @@ def check_readable(link: Link, sites: Sequence[Site]) -> None:
             )
 
 
-def batches(groups: Sequence[Sequence[Text]], tokens: int) -> Iterator[list[int]]:
-    """The groups by their numbers, shortest first, in batches of about so many tokens for the engine at a time."""
+def batches(groups: Sequence[Sequence[Text]], tokens: int, ahead: int = AHEAD) -> Iterator[list[int]]:
+    """The groups by their numbers, shortest first, in batches of about `ahead` times so many tokens at a time."""
     sizes = [sum(len(text.ids) for text in group) for group in groups]
     chosen: list[int] = []
     for g in sorted(range(len(groups)), key=lambda g: (sizes[g], g)):
-        if chosen and sum(sizes[one] for one in chosen) + sizes[g] > AHEAD * tokens:
+        if chosen and sum(sizes[one] for one in chosen) + sizes[g] > ahead * tokens:
             yield chosen
             chosen = []
         chosen.append(g)

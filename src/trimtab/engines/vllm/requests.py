@@ -9,19 +9,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from trimtab.engines.vllm.emphasized import EMPHASIZED, Marked, marked
 from trimtab.engines.vllm.wire import ASKED
 from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.text.chat import CONTINUE
 
 PROTOCOLS = {
     "vllm.entrypoints.openai.chat_completion.protocol": "ChatCompletionRequest",
     "vllm.entrypoints.openai.completion.protocol": "CompletionRequest",
     "vllm.entrypoints.openai.responses.protocol": "ResponsesRequest",
 }
-REFUSED = {
-    "emphasize": "attention scores, which the vllm engine doesn't give out; a steering of ScaleScores scales keys"
-    " instead, at the positions that a request gives it",
-    "rejection": "more than one row of logits a token, which the vllm engine hasn't",
-}
+REFUSED = {"rejection": "more than one row of logits a token, which the vllm engine hasn't"}
+WITH_REJECTION = (
+    "emphasize comes with rejection of implausible tokens, which the vllm engine can't do: ask for rejection: false, or"
+    " serve with the transformers engine (trimtab serve)"
+)
 
 
 def patch_server() -> None:
@@ -31,17 +33,20 @@ def patch_server() -> None:
 
 
 def patch_request(request: Any) -> None:
-    """Let a kind of request put its field `steering` among the sampling parameters. A second time does nothing."""
+    """Let a kind of request put its fields `steering` and `emphasize` among the sampling parameters. A second time does
+    nothing."""
     if "_trimtab" in request.__dict__:
         return
     request._trimtab = True
     sampling = request.to_sampling_params
 
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = _asked(self)
+        asked, heeded = _asked(self), _heeded(self)
         params = sampling(self, *args, **kwargs)
         if asked:
             params.extra_args = {**(params.extra_args or {}), ASKED: asked}
+        if heeded:
+            params.extra_args = {**(params.extra_args or {}), EMPHASIZED: heeded}
         return params
 
     request.to_sampling_params = to_sampling_params
@@ -49,7 +54,7 @@ def patch_request(request: Any) -> None:
         beams = request.to_beam_search_params
 
         def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _asked(self):
+            if _asked(self) or _heeded(self):
                 raise UnsupportedError("vLLM's beam search forgets what its requests ask beside; leave out steering")
             return beams(self, *args, **kwargs)
 
@@ -62,7 +67,24 @@ def _asked(request: Any) -> Any:
     for name, why in REFUSED.items():
         if fields.get(name):
             raise UnsupportedError(f"{name} needs {why}; the transformers engine can (trimtab serve)")
-    beside = (request.vllm_xargs or {}).get(ASKED)
-    if beside and fields.get(ASKED):
-        raise TrimtabError("steering is in the request and in its vllm_xargs; give it once")
-    return fields.get(ASKED) or beside
+    return _in_either(request, ASKED)
+
+
+def _heeded(request: Any) -> Marked | None:
+    """What a request emphasizes, in either place. Raises `TrimtabError` for what isn't understood or can't be had."""
+    wanted = _in_either(request, EMPHASIZED)
+    if not wanted:
+        return None
+    if (request.model_extra or {}).get("rejection") is not False:
+        raise UnsupportedError(WITH_REJECTION)
+    keywords = {CONTINUE: bool(getattr(request, "continue_final_message", False))}
+    keywords |= getattr(request, "chat_template_kwargs", None) or {}
+    return marked(wanted, getattr(request, "messages", None), keywords)
+
+
+def _in_either(request: Any, name: str) -> Any:
+    """What stands in a field of the request's, or in its `vllm_xargs`."""
+    fields, beside = request.model_extra or {}, (request.vllm_xargs or {}).get(name)
+    if beside and fields.get(name):
+        raise TrimtabError(f"{name} is in the request and in its vllm_xargs; give it once")
+    return fields.get(name) or beside

@@ -425,8 +425,7 @@ class Rig:
         if self.doses.here:
             if self._replays:
                 self.doses.replayed(self.kept, self.bank)
-            counted, weighed = receipt.late, self.doses.faults()
-            receipt.late = lambda: {**weighed(), **(counted() if counted else {})}
+            receipt.weighed = self.doses.weighed()
         return receipt if receipt.requests else None
 
     def describe(self) -> Mapping[str, int]:

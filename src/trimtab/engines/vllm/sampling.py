@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from trimtab.engines.request import Choice
+from trimtab.engines.transformers.sampling import seed_of
 from trimtab.errors import TrimtabError, UnsupportedError
 
 SAME = ("temperature", "top_p", "min_p", "repetition_penalty")
@@ -50,6 +51,14 @@ def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: 
         )
     except ValueError as error:
         raise TrimtabError(f"vLLM refuses these options: {error}") from error
+
+
+def seed_at(seed: int, place: int) -> int:
+    """The seed of the request at a place of a list that is sampled with one seed; the first one's is the seed itself.
+
+    vLLM's samplers hold seeds in 64 bits, the sign among them.
+    """
+    return seed if place == 0 else seed_of(seed, place) >> 1
 
 
 def check_candidates(choices: Sequence[Choice]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from trimtab.engines.vllm.program import Identified, Segment
 from trimtab.files.steering_file import steering_digest
 from trimtab.steering import Site, Steering
+from trimtab.steering.emphasis import at_spans
 
 ASKED = "steering"
 RESOLVED = "trimtab"
@@ -22,10 +23,14 @@ RESOLVED = "trimtab"
 
 @dataclass(frozen=True)
 class Part:
-    """A steering's digest, and the strength of each of its edits (0: it doesn't act)."""
+    """A steering's digest, and the strength of each of its edits (0: it doesn't act).
+
+    Where there are `spans`, it acts at these tokens of the prompt, whatever its own positions are.
+    """
 
     digest: str
     strengths: tuple[float, ...]
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Wire:
     def to_plain(self) -> dict[str, Any]:
         reading = self.reading
         return {
-            "parts": [[part.digest, list(part.strengths)] for part in self.parts],
+            "parts": [_plain_part(part) for part in self.parts],
             "reading": None if reading is None else _plain_reading(reading),
             "prompt_length": self.prompt_length,
             "spans": [[span.start, span.stop, span.key, span.banked, span.mapped] for span in self.spans],
@@ -79,7 +84,7 @@ class Wire:
     def from_plain(cls, data: Mapping[str, Any]) -> Wire:
         reading = data["reading"]
         return cls(
-            tuple(Part(digest, tuple(strengths)) for digest, strengths in data["parts"]),
+            tuple(_part_from(*part) for part in data["parts"]),
             None if reading is None else _reading_from(*reading),
             data["prompt_length"],
             tuple(Span(*span) for span in data["spans"]),
@@ -100,6 +105,14 @@ class Wire:
     def maps(self) -> frozenset[str]:
         """The keys of what needs a slot of the maps."""
         return frozenset(span.key for span in self.spans if span.mapped)
+
+
+def _plain_part(part: Part) -> list[Any]:
+    return [part.digest, list(part.strengths), *map(list, part.spans)]
+
+
+def _part_from(digest: str, strengths: Sequence[float], *spans: Sequence[int]) -> Part:
+    return Part(digest, tuple(strengths), tuple((start, stop) for start, stop in spans))
 
 
 def _plain_reading(reading: Reading) -> list[Any]:
@@ -142,9 +155,11 @@ class _Known:
 
 @lru_cache(maxsize=512)
 def _identified(known: _Known) -> tuple[Identified, ...]:
-    part = known.part
+    part, content = known.part, known.content
+    if part.spans:
+        content = content.at(at_spans(part.spans))
     return tuple(
         Identified(f"{part.digest}.{i}*{strength!r}", replace(edit, strength=strength))
-        for i, (edit, strength) in enumerate(zip(known.content.edits, part.strengths, strict=True))
+        for i, (edit, strength) in enumerate(zip(content.edits, part.strengths, strict=True))
         if strength != 0
     )

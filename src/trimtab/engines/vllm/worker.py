@@ -25,7 +25,7 @@ from trimtab.engines.vllm.maps import Maps
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.settings import settings_of
 from trimtab.engines.vllm.shards import Shard
-from trimtab.engines.vllm.versions import vllm_version
+from trimtab.engines.vllm.versions import SUPPORTED, vllm_version
 from trimtab.engines.vllm.wire import wire_of
 from trimtab.errors import TrimtabError
 from trimtab.files.steering_file import steering_from_bytes
@@ -52,7 +52,7 @@ def patch_worker(wrapper: type) -> None:
 def _fit(worker: Any) -> None:
     """A rig for this worker's model, unless it can't be steered; then `trimtab_hello` says why."""
     runner, config = worker.model_runner, worker.vllm_config
-    reasons = unsupported(config)
+    reasons = unsupported(config) + unlike(runner)
     worker._trimtab_reasons = reasons
     if reasons:
         return
@@ -150,6 +150,19 @@ def unsupported(config: Any) -> list[str]:
         "the model is an encoder-decoder": config.model_config.is_encoder_decoder,
     }
     return [reason for reason, holds in found.items() if holds]
+
+
+def unlike(runner: Any) -> list[str]:
+    """Why a model runner can't be listened to; empty if it is one of the two that the plugin knows."""
+    first, second = ("_model_forward",), ("prepare_inputs",)
+    common = ("execute_model", "sample_tokens", "get_model")
+    if any(all(hasattr(runner, name) for name in (*common, *kind)) for kind in (first, second)):
+        return []
+    kind = type(runner)
+    return [
+        f"its model runner {kind.__module__}.{kind.__name__} is neither vLLM's first nor its second, as far as trimtab"
+        f" knows them; install one of vLLM {' or '.join(SUPPORTED)}"
+    ]
 
 
 def _wrap_runner(runner: Any, rig: Rig, heard: bool = True) -> None:

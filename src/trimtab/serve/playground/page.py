@@ -19,8 +19,8 @@ from trimtab.serve.playground.examples import SHOWN, Example, examples, first
 from trimtab.serve.playground.learn_tab import make_learn
 from trimtab.serve.playground.looks import options
 from trimtab.serve.playground.panel import arrange, make_panel, nameable
-from trimtab.serve.playground.reference import reference
 from trimtab.serve.playground.sweep_tab import make_sweep
+from trimtab.serve.reference import reference
 from trimtab.serve.service import Service
 
 WAITING = 256

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
-from trimtab.engines.vllm.requests import REFUSED
+from trimtab.engines.vllm.emphasized import EMPHASIZED, Marked, marked
+from trimtab.engines.vllm.requests import REFUSED, WITH_REJECTION
 from trimtab.engines.vllm.wire import ASKED, RESOLVED
 from trimtab.serve.fields import In
 from trimtab.serve.refusals import Refusal
-from trimtab.serve.schema import SteeringChoice
+from trimtab.serve.schema import Emphasized, SteeringChoice
 from trimtab.serve.wording import in_words
+from trimtab.text.chat import CONTINUE
 
 BESIDE = "vllm_xargs"
 """vLLM's own place for what it doesn't know."""
@@ -32,13 +34,16 @@ KEPT_BY_VLLM = {
 
 class _Fields(In):
     steering: Annotated[list[SteeringChoice], Field(fail_fast=True)] = Field([], max_length=16)
+    emphasize: Emphasized = Field([], max_length=16)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: the steering that it asks for, what is written down of it, and the body for vLLM."""
+    """A request: the steering that it asks for, what it emphasizes, what is written down of it, and the body for
+    vLLM."""
 
     steering: list[SteeringChoice]
+    marked: Marked | None
     body: bytes
     beams: bool
     model: str | None
@@ -54,16 +59,18 @@ def read(body: bytes, *, closed: bool) -> Asked:
         raise Refusal(400, f"the body isn't JSON: {str(error)[:200]}") from None
     if not isinstance(given, dict):
         raise Refusal(400, "the body: it must be an object")
+    unheld = given.get("rejection") is False
     for name, why in ABSENT.items():
         if given.pop(name, None):
             raise Refusal(400, f"{name} needs {why}; the transformers engine can (trimtab serve)", param=name)
     for name, why in KEPT_BY_VLLM.items() if closed else ():
         if given.get(name):
             raise Refusal(400, f"{name} isn't taken here: {why}", param=name)
-    steering = _choices(_taken_out(given))
+    fields = _fields(_choices(_taken_out(given, ASKED)), _taken_out(given, EMPHASIZED))
     user = given.get("user")
     return Asked(
-        steering,
+        fields.steering,
+        _marked(fields, given, unheld=unheld),
         json.dumps(given, ensure_ascii=True, separators=(",", ":")).encode(),
         bool(given.get("use_beam_search")),
         given["model"] if isinstance(given.get("model"), str) else None,
@@ -72,30 +79,46 @@ def read(body: bytes, *, closed: bool) -> Asked:
     )
 
 
-def _taken_out(given: dict[str, Any]) -> Any:
-    """The steering of a body, which has it no longer, in either place."""
-    asked = given.pop(ASKED, None)
+def _taken_out(given: dict[str, Any], name: str) -> Any:
+    """What a body has under this name, in either place, and has no longer."""
+    asked = given.pop(name, None)
     beside = given.get(BESIDE)
     if not isinstance(beside, dict):
         return asked
     if RESOLVED in beside:
         message = f"a request asks for steering as {ASKED!r}; {RESOLVED!r} is what the server makes of it"
         raise Refusal(400, message, param=BESIDE)
-    also = beside.pop(ASKED, None)
+    also = beside.pop(name, None)
     if asked and also:
-        raise Refusal(400, f"steering stands in the request and in its {BESIDE}; give it once", param=ASKED)
+        raise Refusal(400, f"{name} stands in the request and in its {BESIDE}; give it once", param=name)
     return asked or also
 
 
-def _choices(asked: Any) -> list[SteeringChoice]:
+def _choices(asked: Any) -> Any:
     """What vLLM's clients may write: a list, one of its items, the same as JSON in a text, or a name."""
     if isinstance(asked, str):
         try:
             asked = json.loads(asked) if asked.lstrip()[:1] in ("[", "{") else [{"name": asked}]
         except (ValueError, RecursionError):
             raise Refusal(400, f"steering: it is no JSON: {asked[:80]!r}", param=ASKED) from None
-    given = {ASKED: [asked] if isinstance(asked, dict) else asked or []}
+    return [asked] if isinstance(asked, dict) else asked or []
+
+
+def _fields(steering: Any, phrases: Any) -> _Fields:
+    fields = {ASKED: steering, EMPHASIZED: phrases or []}
     try:
-        return _Fields.model_validate_json(json.dumps(given)).steering
+        return _Fields.model_validate_json(json.dumps(fields))
     except ValidationError as error:
-        raise in_words(error.errors(include_url=False), given) from None
+        raise in_words(error.errors(include_url=False), fields) from None
+
+
+def _marked(fields: _Fields, body: dict[str, Any], *, unheld: bool) -> Marked | None:
+    """What is emphasized; `unheld`: the request has said that nothing need be rejected."""
+    if not fields.emphasize:
+        return None
+    if not unheld:
+        raise Refusal(400, WITH_REJECTION, param=EMPHASIZED)
+    plain = [choice if isinstance(choice, str) else choice.model_dump() for choice in fields.emphasize]
+    keywords = body.get("chat_template_kwargs")
+    template = {CONTINUE: bool(body.get("continue_final_message")), **(keywords if isinstance(keywords, dict) else {})}
+    return marked(plain, body.get("messages"), template)

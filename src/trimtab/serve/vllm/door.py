@@ -163,7 +163,7 @@ class Door:
         asked = await asyncio.to_thread(read, (await receive())["body"], closed=self.closed)
         state["asked"] = asked
         told, steering = await asyncio.to_thread(self._choosing.chosen, key, asked.steering)
-        if asked.beams and steering is not None:
+        if asked.beams and (steering is not None or asked.marked is not None):
             raise Refusal(400, "vLLM's beam search makes requests of its own, which aren't steered; leave it out")
         who = {"request": state["request_id"], "key": key.name, "route": scope["path"]}
         record = Record(self.audit, who, asked, told)
@@ -177,7 +177,8 @@ class Door:
             state["record"] = record  # which the guard sees to the end of
 
         name = json.dumps([one.model_dump(exclude={"name"}) for one in told])
-        ticket = record.ticket = Ticket(steering, name, begin, None if steering is None else self.policy.dose_of(key))
+        cap = None if steering is None else self.policy.dose_of(key)
+        ticket = record.ticket = Ticket(steering, name, begin, cap, asked.marked)
         out = Outgoing((scope, receive, send), ticket, record, told)
         scope["headers"] = _headers(scope, state["request_id"], len(asked.body))
         token = TICKET.set(ticket)

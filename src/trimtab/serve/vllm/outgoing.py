@@ -7,6 +7,7 @@ response of the Responses API have it inside. The audit log's last line is writt
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -14,7 +15,8 @@ from starlette.types import Message, Receive, Scope, Send
 from trimtab.engines.vllm.admitted import Ticket
 from trimtab.engines.vllm.counting import MARK
 from trimtab.serve.refusals import Json, Refusal
-from trimtab.serve.schema_told import AppliedSteering, AppliedTold, Told
+from trimtab.serve.schema_told import AppliedSteering, AppliedTold, DoseTold, Told
+from trimtab.serve.tasks import total_dose
 from trimtab.serve.vllm.record import Record
 
 DONE = b"data: [DONE]"
@@ -190,13 +192,21 @@ class Outgoing:
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     def _field(self) -> dict[str, Any]:
-        steering = self._ticket.steering
-        edits = [str(edit) for edit in steering.edits if edit.strength != 0] if steering is not None else []
-        answers = [
-            AppliedTold(index=i, edits=edits, dose=None, total_dose=None, doses=[])
-            for i in range(len(self._ticket.tokens))
-        ]
-        return Told(steering=self._told, emphasized_tokens=0, answers=answers).model_dump()
+        ticket = self._ticket
+        answers = [_applied(i, ticket, answer) for i, answer in enumerate(ticket.tokens)]
+        return Told(steering=self._told, emphasized_tokens=ticket.emphasized, answers=answers).model_dump()
+
+
+def _applied(index: int, ticket: Ticket, answer: tuple[str, int]) -> AppliedTold:
+    """What steered one answer of a request."""
+    applied = ticket.applied(answer)
+    return AppliedTold(
+        index=index,
+        edits=ticket.edits(answer[0]),
+        dose=None if applied is None else applied.dose,
+        total_dose=None if applied is None else total_dose(applied),
+        doses=[] if applied is None else [DoseTold(**asdict(dose)) for dose in applied.doses],
+    )
 
 
 def _error_in(event: bytes) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from typing import Any
 from trimtab.engines.vllm.admitted import Ticket
 from trimtab.serve.audit import Audit
 from trimtab.serve.schema_told import AppliedSteering
+from trimtab.serve.tasks import total_dose
 from trimtab.serve.vllm.asked import Asked
 
 
@@ -30,7 +31,7 @@ class Record:
             "model": asked.model,
             "user": asked.user,
             "steering": [one.model_dump() for one in told],
-            "emphasized_tokens": 0,
+            "emphasized_tokens": 0,  # of the prompts that the engine has taken
             "rejection": False,
         }
         self._lock = threading.Lock()
@@ -38,6 +39,7 @@ class Record:
 
     async def begin(self) -> None:
         """The first line. Raises `Refusal` where it can't be written: then nothing may run."""
+        self._count()
         await self._audit.soon({"event": "begun", **self._line}, self._prompt)
         self._begun = True
 
@@ -48,15 +50,21 @@ class Record:
                 return
             self._over = True
         ticket = self.ticket
-        tokens = [] if ticket is None else list(ticket.tokens.values())
+        self._count()
+        tokens = {} if ticket is None else ticket.tokens
+        doses = [] if ticket is None else [ticket.applied(answer) for answer in tokens]
         self._audit.write(
             {
                 "event": "ended",
                 **self._line,
                 "prompt_tokens": [] if ticket is None else list(ticket.prompts.values()),
-                "tokens": tokens,
-                "doses": [None] * len(tokens),
-                "total_doses": [None] * len(tokens),
+                "tokens": list(tokens.values()),
+                "doses": [applied and applied.dose for applied in doses],
+                "total_doses": [applied and total_dose(applied) for applied in doses],
                 "outcome": outcome,
             }
         )
+
+    def _count(self) -> None:
+        if self.ticket is not None:
+            self._line["emphasized_tokens"] = self.ticket.emphasized

@@ -1,0 +1,101 @@
+"""What a request emphasizes: phrases of its prompt, looked up in the tokens that vLLM reads, whose keys it then scales.
+
+A request says so with `extra_args={"emphasize": [...]}`, or over HTTP with the field `emphasize`: a list of phrases,
+`{"text", "occurrence"}`, or `{"role", "index"}` for a whole message. All requests share one content, which the workers
+are sent once; where each one's phrases stand travels beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.steering import Positions, ScaleScores, Steering, emphasis
+from trimtab.text.chat import Message, Template
+from trimtab.text.spans import Emphasis, Part, Phrase, Span, spans_in
+
+EMPHASIZED = "emphasize"
+MOST = 16
+"""So many phrases a request has at most."""
+PHRASE, PART = {"text", "occurrence"}, {"role", "index"}
+METHOD = "directer"
+
+_tokenizing = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Phrases and whole messages of a prompt; these can be named where its `messages` are known."""
+
+    marks: tuple[Emphasis, ...]
+    messages: Sequence[Message] | None = None
+    template: Template | None = None
+
+
+def marked(wanted: Any, messages: Any = None, template: Template | None = None) -> Marked:
+    """What a request asks to emphasize. Raises `TrimtabError` for what isn't understood."""
+    if isinstance(wanted, Marked):
+        return wanted
+    items = [wanted] if isinstance(wanted, (str, Mapping)) else wanted
+    if not isinstance(items, Sequence) or not 0 < len(items) <= MOST:
+        raise TrimtabError(f"{EMPHASIZED} takes a list of 1 to {MOST} phrases, got {str(wanted)[:80]!r}")
+    known = list(messages) if isinstance(messages, (list, tuple)) else None
+    return Marked(tuple(_mark(item) for item in items), known, template)
+
+
+def _mark(item: Any) -> Emphasis:
+    if isinstance(item, str):
+        return Phrase(item)
+    if isinstance(item, Mapping) and isinstance(item.get("text"), str) and set(item) <= PHRASE:
+        number = item.get("occurrence")
+        if number is None or _is_whole(number):
+            return Phrase(item["text"], number)
+    if isinstance(item, Mapping) and isinstance(item.get("role"), str) and set(item) <= PART:
+        number = item.get("index", -1)
+        if _is_whole(number):
+            return Part(item["role"], number)
+    raise TrimtabError(
+        f'{EMPHASIZED} takes phrases, {{"text", "occurrence"}} or {{"role", "index"}}, got {str(item)[:80]!r}'
+    )
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+@lru_cache
+def content(layers: int) -> Steering:
+    """What emphasis does at the tokens of whatever spans, in a model of so many layers."""
+    return emphasis(ScaleScores(), [(0, 1)], range(layers), METHOD).at(Positions.all())
+
+
+def towards(spans: Sequence[Span], layers: int) -> Steering:
+    """The same, at these spans."""
+    return emphasis(ScaleScores(), spans, range(layers), METHOD)
+
+
+def find(engine: Any, prompt: Any, wanted: Marked) -> tuple[Span, ...]:
+    """Where the marks stand in a prompt as vLLM's front end has rendered it.
+
+    Takes as long as tokenizing the prompt. Raises `TrimtabError` where they can't be placed.
+    """
+    fields = prompt if isinstance(prompt, Mapping) else {}
+    text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
+    if not isinstance(text, str) or ids is None or fields.get("type", "token") != "token":
+        raise UnsupportedError(f"{EMPHASIZED}: phrases are placed in prompts of text alone, not in token ids or images")
+    with _tokenizing:
+        return spans_in(_tokenizer(engine), text, ids, wanted.marks, messages=wanted.messages, template=wanted.template)
+
+
+def _tokenizer(engine: Any) -> Any:
+    """A tokenizer of our own: one that vLLM's threads change while it is in use raises."""
+    try:
+        return engine._trimtab_tokenizer
+    except AttributeError:
+        engine._trimtab_tokenizer = copy.deepcopy(engine.get_tokenizer())
+        return engine._trimtab_tokenizer

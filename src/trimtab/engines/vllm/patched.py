@@ -1,0 +1,157 @@
+"""vLLM's front-end classes with the plugin's part in them: what requests ask for is resolved before they are taken.
+
+And what the core says of them is heard: why a request was ended that wasn't steered as planned, and how hard those with
+a cap of dose were pushed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from trimtab.engines.vllm import emphasized
+from trimtab.engines.vllm.admitted import TICKET, Ticket, ticket_for
+from trimtab.engines.vllm.counting import DOSES, MARK
+from trimtab.engines.vllm.frontend import LINK, NAMES, Link, Names, resolve
+from trimtab.engines.vllm.rpc import run, run_async
+from trimtab.engines.vllm.wire import RESOLVED, wire_of
+from trimtab.errors import TrimtabError, UnsupportedError
+from trimtab.text.spans import Span
+
+UNTOLD = "_trimtab_untold"  # the reasons of an engine's requests that have failed, until they are raised
+
+
+def failed_because(output: Any) -> str | None:
+    """Why a request was ended that was to be steered and wasn't."""
+    for one in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
+        if one.finish_reason == "error" and str(one.stop_reason).startswith(MARK):
+            return str(one.stop_reason)
+    return None
+
+
+def _is_delta(args: Any, kwargs: Any) -> bool:
+    """Whether what `generate` was called with asks for what is new each time."""
+    params = kwargs.get("sampling_params", args[1] if len(args) > 1 else None)
+    return getattr(getattr(params, "output_kind", None), "name", "") == "DELTA"
+
+
+def patch_engines(
+    sync: Any,
+    asynchronous: Any,
+    names: Names = NAMES,
+    refusal: Callable[[str], Exception] = TrimtabError,
+    failure: Callable[[str], Exception] = TrimtabError,
+) -> None:
+    """Let vLLM's `LLMEngine` and `AsyncLLM` resolve what requests ask for before they are taken.
+
+    And let them raise for requests that weren't steered as planned, which the scheduler has ended with an error.
+    A server takes any error for one of its own but for vLLM's `refusal`, which it answers with a reason; `failure` is
+    one that it answers so while it generates.
+    """
+    step, generate = sync.step, asynchronous.generate
+    add_sync, add_async = sync.add_request, asynchronous.add_request
+
+    def add_request(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        spans = _spans(self, prompt, params)
+        return add_sync(self, request_id, prompt, run(resolve(self, params, names, None, spans), self), *args, **kwargs)
+
+    async def add_request_async(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            ticket = ticket_for(prompt, params)
+            spans: tuple[Span, ...] = ()
+            if _marked(params, ticket) is not None:
+                spans = await asyncio.to_thread(_spans, self, prompt, params, ticket)
+            params = await run_async(resolve(self, params, names, ticket, spans), self)
+            if ticket is not None:
+                if spans:
+                    ticket.heed(str(request_id), spans, getattr(self, LINK).layers)
+                await ticket.start()
+            return await add_async(self, request_id, prompt, params, *args, **kwargs)
+        except TrimtabError as error:
+            raise refusal(str(error)) from error
+
+    def step_and_tell(self: Any) -> Any:
+        """Of several requests each goes on to its end; then the first that wasn't steered is raised."""
+        outputs = step(self)
+        found = self.__dict__.setdefault(UNTOLD, [])
+        found += filter(None, map(failed_because, outputs))
+        if found and not self.has_unfinished_requests():
+            setattr(self, UNTOLD, [])
+            raise TrimtabError(found[0])
+        return outputs
+
+    async def generate_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ticket = TICKET.get()
+        async for output in generate(self, *args, **kwargs):
+            if ticket is not None:
+                ticket.hear(output, delta=_is_delta(args, kwargs))
+            if reason := failed_because(output):
+                if ticket is not None:
+                    ticket.fail(reason)
+                raise failure(reason)
+            yield output
+
+    sync.add_request = add_request
+    sync.step = step_and_tell
+    asynchronous.add_request = add_request_async
+    asynchronous.generate = generate_and_tell
+
+
+def _marked(params: Any, ticket: Ticket | None) -> emphasized.Marked | None:
+    """What is to be emphasized. Raises `TrimtabError` for what isn't understood."""
+    if ticket is not None and ticket.marked is not None:
+        return ticket.marked
+    wanted = (getattr(params, "extra_args", None) or {}).get(emphasized.EMPHASIZED)
+    return emphasized.marked(wanted) if wanted else None
+
+
+def _spans(engine: Any, prompt: Any, params: Any, ticket: Ticket | None = None) -> tuple[Span, ...]:
+    """Where it stands in the prompt. Raises `TrimtabError` where it doesn't."""
+    wanted = _marked(params, ticket)
+    return () if wanted is None else emphasized.find(engine, prompt, wanted)
+
+
+def patch_outputs(processor: Any) -> None:
+    """Let vLLM's `OutputProcessor` tell tickets the doses that come with the core's outputs."""
+    add, process = processor.add_request, processor.process_outputs
+
+    def add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        done = add(self, request, *args, **kwargs)
+        state, ticket = self.request_states.get(request.request_id), TICKET.get()
+        if state is not None and ticket is not None:
+            state._trimtab_ticket = ticket
+        return done
+
+    def process_outputs(self: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        for output in outputs:
+            if isinstance(output.kv_transfer_params, dict) and DOSES in output.kv_transfer_params:
+                doses, output.kv_transfer_params = output.kv_transfer_params[DOSES], None
+                state = self.request_states.get(output.request_id)
+                ticket: Ticket | None = getattr(state, "_trimtab_ticket", None)
+                if state is not None and ticket is not None:
+                    parent = state if state.parent_req is None else state.parent_req
+                    ticket.weigh((parent.external_req_id, state.request_index), doses)
+        return process(self, outputs, *args, **kwargs)
+
+    processor.add_request = add_request
+    processor.process_outputs = process_outputs
+
+
+def patch_inputs(processor: Any) -> None:
+    """Let vLLM's `InputProcessor` say over which tokens of a request which steering acts."""
+    original = processor.process_inputs
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        wire = wire_of(request.sampling_params)
+        if wire is not None:
+            if request.prompt_token_ids is None:
+                raise UnsupportedError("a prompt of embeddings has no tokens to steer at; give text or token ids")
+            extra = request.sampling_params.extra_args
+            link: Link = getattr(self, LINK)
+            placed = link.place(wire, wire.prompt_length or len(request.prompt_token_ids))
+            request.sampling_params.extra_args = {**extra, RESOLVED: placed.to_plain()}
+        return request
+
+    processor.process_inputs = process_inputs

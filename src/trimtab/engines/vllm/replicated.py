@@ -1,0 +1,146 @@
+"""`LM` on several vLLM engines that each have the whole model: what is asked is spread over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.engines.answer import Generation
+from trimtab.engines.request import Batch, Choice, Decoding, NextToken, Request, Text
+from trimtab.engines.vllm.frontend import NAMES
+from trimtab.engines.vllm.lm import VllmLM
+from trimtab.engines.vllm.on_ray import Hello, RayCluster
+from trimtab.engines.vllm.reading import batches
+from trimtab.engines.vllm.replicas import Cluster, Replicas, parted
+from trimtab.errors import TrimtabError
+from trimtab.steering import ModelId, Site, Steering
+from trimtab.text.chat import Template
+from trimtab.text.templates import with_keywords
+
+
+class ReplicatedLM(VllmLM):
+    """A model in several vLLM engines, on the machines of a Ray cluster: `LM.load(name, engine="vllm", replicas=8)`.
+
+    It answers as `VllmLM` does, whichever engine answers what: requests are sampled by their own seeds, and what is
+    read together depends on the texts alone. An engine that is lost is replaced, and what it was asked is asked again.
+    """
+
+    def __init__(self, cluster: Cluster, count: int, *, template: Template | None = None) -> None:
+        self._first: Hello | None = None
+        self._replicas = Replicas(cluster, count, self._greeted)
+        self._replicas.open()
+        assert self._first is not None
+        self.name = self._first.name
+        try:
+            self.tokenizer = with_keywords(self._first.tokenizer, template)
+        except TrimtabError:
+            self.close()
+            raise
+        self.layout = self._first.layout
+        self._link = self._first.link
+
+    def _greeted(self, hello: Hello) -> None:
+        if self._first is None:
+            self._first = hello
+        self._first.check_same(hello)
+
+    @classmethod
+    def start(
+        cls, name: str | Path | None, replicas: int, *, template: Template | None = None, **options: Any
+    ) -> ReplicatedLM:
+        """Start so many engines. Raises `TrimtabError` as `VllmLM.load` does, and where the cluster has no room."""
+        cluster = RayCluster(None if name is None else str(name), replicas, options)
+        cluster.connect()
+        return cls(cluster, replicas, template=template)
+
+    def __repr__(self) -> str:
+        size = f"{self.layout.layers} layers, width {self.layout.width}"
+        return f"ReplicatedLM({self.name}, {size}, {self._replicas.count} replicas)"
+
+    def close(self) -> None:
+        """Stop all engines."""
+        self._replicas.close()
+
+    @property
+    def _hello(self) -> Hello:
+        assert self._first is not None
+        return self._first
+
+    @property
+    def runs_in(self) -> dict[str, str]:
+        """The `dtype` in which the model computes, and the kind of `device`."""
+        return self._hello.runs_in
+
+    @property
+    def identity(self) -> ModelId:
+        """As `LM.identity`; each engine has looked at its weights, which are the same."""
+        return self._hello.identity
+
+    def register(self, name: str, steering: Steering, *, transfer: bool = False) -> None:
+        """As `VllmLM.register`; the engines get a steering with the requests that name it."""
+        self.check(steering, transfer=transfer)
+        NAMES.register(name, steering)
+
+    def unregister(self, name: str) -> None:
+        """As `VllmLM.unregister`."""
+        NAMES.unregister(name)
+
+    # ---- what is asked -----------------------------------------------------------------------------------
+
+    def run(
+        self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None
+    ) -> list[list[Generation]]:
+        """As `VllmLM.run`. `decoding.progress` is called as portions of the requests come back."""
+        quiet = replace(decoding, progress=None)
+        numbers = range(len(requests)) if places is None else places
+        return self._spread(
+            "run",
+            len(requests),
+            lambda part: ([requests[i] for i in part], quiet, [numbers[i] for i in part]),
+            decoding.progress,
+        )
+
+    def _next_logprobs(
+        self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
+    ) -> list[NextToken]:
+        return self._spread(
+            "next_logprobs",
+            len(choices),
+            lambda part: ([choices[i] for i in part], [steerings[i] for i in part], batch_size),
+            progress,
+        )
+
+    def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """As `VllmLM.answer_nlls`."""
+        return self._spread("answer_nlls", len(texts), lambda part: ([texts[i] for i in part],))
+
+    def _spread(
+        self, method: str, count: int, portion: Callable[[range], tuple[Any, ...]], progress: Any = None
+    ) -> list[Any]:
+        """What comes of so many requests, in their order; `portion` has the arguments of those at some places."""
+        parts = parted(count, self._replicas.count)
+        done = 0
+
+        def came(number: int) -> None:
+            nonlocal done
+            done += len(parts[number])
+            if progress is not None:
+                progress(done, count)
+
+        values: dict[int, Any] = {}
+        answers = self._replicas.deal(method, [portion(part) for part in parts], came)
+        for part, answer in zip(parts, answers, strict=True):
+            values.update(zip(part, answer, strict=True))
+        return [values[i] for i in range(count)]
+
+    def _read(
+        self, groups: Sequence[Sequence[Text]], sites: Sequence[Site], tokens: int, steering: Steering | None
+    ) -> Iterator[Batch]:
+        """Batches depend on the texts alone, and come in one order, so that sums over them are the same to the bit."""
+        chosen = list(batches(groups, tokens, 1))
+        portions = [([groups[g] for g in part], sites, steering) for part in chosen]
+        for part, answer in zip(chosen, self._replicas.deal("read", portions), strict=True):
+            for batch in answer:
+                yield Batch([part[g] for g in batch.groups], batch.values)

@@ -1,0 +1,45 @@
+"""How much strangers may write into logs."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+
+class Trickle:
+    """So many a second, and not more than ten seconds' worth at a time."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._room = 10 * rate
+        self._at = time.monotonic()
+        self._left_out = 0
+
+    def pour(self) -> int | None:
+        """How many were left out before this one; `None` where it is left out itself."""
+        now = time.monotonic()
+        self._room = min(10 * self.rate, self._room + (now - self._at) * self.rate)
+        self._at = now
+        if self._room < 1:
+            self._left_out += 1
+            return None
+        self._room -= 1
+        left_out, self._left_out = self._left_out, 0
+        return left_out
+
+
+class Few(logging.Filter):
+    """Lets so many records a second with this message through, and all others; it says how many it has left out."""
+
+    def __init__(self, message: str, rate: float) -> None:
+        super().__init__()
+        self.message = message
+        self._trickle = Trickle(rate)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg != self.message:
+            return True
+        left_out = self._trickle.pour()
+        if left_out:
+            record.msg = f"{self.message} ({left_out} more were left out)"
+        return left_out is not None
