@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.choosing import say
-from benchmarks.harness import Report, Result, interleave, ratios, summarized
+from benchmarks.harness import BOOTSTRAP, Report, Result, interleave, ratios, summarized
 from benchmarks.machine import machine, versions
 from trimtab.data import queries
 from trimtab.evaluate.divergence import Divergence, Reference, _kl, divergence, reference
@@ -36,6 +36,9 @@ LEARN, BASE = 24, 8
 """Queries that the direction is learned from, and on which strengths are found."""
 MEASURED = (1, 4, 7, 10)
 """The turns that are read."""
+PERPLEXITY = "Perplexity of the answers"
+RATIO = "Perplexity, as a ratio to that of the unsteered dialogue"
+PROJECTION = "Projection on the direction, less that of the unsteered dialogue"
 UNSTEERED, ALL, GENERATED, CLEAN = "unsteered", "all tokens", "generated tokens", "clean cache"
 
 
@@ -71,7 +74,8 @@ def run(
         along /= along.norm()
         read = {name: held(lm, name, arm, plan, tokens, layer, along) for name, arm in arms.items()}
         results = [result for name in arms for result in lines(name, read, arms, learned)]
-    return Report("dialogues", machine(), {**versions(), "model": lm.name}, (*results, *costing))
+    about = {**versions(), "model": lm.name, "dtype": "float32"}
+    return Report("dialogues", machine(), about, (*results, *costing), spread=BOOTSTRAP, grid=not costing)
 
 
 def learn(lm: LM, asked: Sequence[str], layer: int, tokens: int) -> Steering:
@@ -200,22 +204,23 @@ def lines(
     results = []
     for turn in turns:
         likely = paired_bootstrap([nats for nats, _ in read[name][turn].values()])
-        results.append(_with(name, f"perplexity at turn {turn}", likely, math.exp))
+        results.append(_with(name, f"{PERPLEXITY}: turn {turn}", likely, math.exp))
     steering = arms[name].steering
     if steering is None:
         return results
-    results.insert(0, Result(name, "strength", steering.edits[0].strength / learned.edits[0].strength, "x"))
+    results.insert(
+        0, Result(name, f"{PERPLEXITY}: strength", steering.edits[0].strength / learned.edits[0].strength, "x")
+    )
     beyond = {turn: _beyond(read[name][turn], read[UNSTEERED][turn]) for turn in turns}
     for turn, pairs in beyond.items():
         nats, projection = (paired_bootstrap([pair[i] for pair in pairs.values()]) for i in (0, 1))
-        results.append(_with(name, f"perplexity at turn {turn}, of the unsteered one", nats, math.exp, "x"))
-        results.append(_with(name, f"projection at turn {turn}, less the unsteered one", projection))
+        results.append(_with(name, f"{RATIO}: turn {turn}", nats, math.exp, "x"))
+        results.append(_with(name, f"{PROJECTION}: turn {turn}", projection))
     first, last = beyond[turns[0]], beyond[turns[-1]]
     both = sorted(first.keys() & last.keys())
-    for i, what, shown in ((0, "perplexity", math.exp), (1, "projection", None)):
+    for i, title, shown in ((0, RATIO, math.exp), (1, PROJECTION, None)):
         drift = paired_bootstrap([first[d][i] for d in both], [last[d][i] for d in both])
-        of = f"drift of the {what}, turn {turns[0]} to {turns[-1]}"
-        results.append(_with(name, of, drift, shown, "x" if shown else ""))
+        results.append(_with(name, f"{title}: drift, {turns[0]} to {turns[-1]}", drift, shown, "x" if shown else ""))
     return results
 
 

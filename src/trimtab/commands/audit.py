@@ -135,7 +135,7 @@ def audit(
                 transfer=transfer,
                 progress=progress,
                 estimate=estimate,
-                found=seen.append,
+                on_measure=seen.append,
             )
     except KeyboardInterrupt:
         if seen and not json:

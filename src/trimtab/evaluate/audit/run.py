@@ -133,7 +133,7 @@ def audit(
     transfer: bool = False,
     progress: Progress | None = None,
     estimate: Callable[[Estimate], None] | None = None,
-    found: Callable[[Measure], None] | None = None,
+    on_measure: Callable[[Measure], None] | None = None,
 ) -> Audit:
     """What a steering does besides what it is for: refusal, over-refusal, knowledge, behaviours, fluency, drift.
 
@@ -152,7 +152,7 @@ def audit(
         transfer: Allow a steering learned on another model of the same width.
         progress: `progress(done, total, label=…)` as tokens are done.
         estimate: Called once with how long it will take.
-        found: Called with each measure as soon as it is there.
+        on_measure: Called with each measure as soon as it is there.
 
     Raises:
         TrimtabError: A steering that doesn't fit, one without edits, a name that is no behaviour, or nothing left after
@@ -207,8 +207,8 @@ def audit(
         tell.label(check.__name__)
         for measure in check(bench):
             measures.append(measure)
-            if found is not None:
-                found(measure)
+            if on_measure is not None:
+                on_measure(measure)
     about = _about(lm, items, size, system, seed)
     kept = _kept(lm, steering, arms.get(REPAIRED), base)
     results: dict[str, Audit] = {}
