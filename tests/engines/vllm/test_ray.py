@@ -75,7 +75,7 @@ print("samples", len({a.token_ids for a in sampled}))
 """
     )
     out = run(tmp_path, body, **SETTINGS, TRIMTAB_SLOTS="9")
-    assert "heard ['an engine was lost (its process ended); what it was asked is asked again']" in out
+    assert "heard ['an engine was lost (its process ended); its call is repeated']" in out
     assert "lost 1" in out
     assert "progress True True" in out
     assert "refused this request needs" in out

@@ -324,7 +324,7 @@ class TestOnRay:
             RayCluster(None, 2, {})
 
     def test_room(self) -> None:
-        with pytest.raises(TrimtabError, match="has 2 CPUs, one for each replica, and 3 are asked for"):
+        with pytest.raises(TrimtabError, match="has 2 CPUs, one for each replica, and 3 are requested"):
             check_room({"CPU": 2.0}, 3)
         assert check_room({"CPU": 1.0, "GPU": 8.0}, 3) == 1
         assert check_room({"CPU": 4.0, "GPU": 0.0}, 3) == 0

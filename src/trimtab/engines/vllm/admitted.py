@@ -31,7 +31,7 @@ class Ticket:
 
     Args:
         steering: All that acts on it; `None`: nothing does.
-        name: The same for the same steering, by which what was resolved is found again.
+        name: The same for the same steering, by which what was resolved is looked up.
         cap: What the doses of all sites may add up to; `None`: anything.
         marked: What of each prompt is emphasized; `None`: nothing.
         begin: Is awaited before the engine takes anything of the request, once. What it raises ends the request.
@@ -68,9 +68,9 @@ class Ticket:
     def hear(self, output: Any, *, delta: bool) -> None:
         """What the engine has generated; `delta`: since it was last heard of."""
         self.prompts[output.request_id] = len(output.prompt_token_ids or ())
-        for one in output.outputs:
-            at = (output.request_id, one.index)
-            self.tokens[at] = len(one.token_ids) + (self.tokens.get(at, 0) if delta else 0)
+        for choice in output.outputs:
+            at = (output.request_id, choice.index)
+            self.tokens[at] = len(choice.token_ids) + (self.tokens.get(at, 0) if delta else 0)
 
     def edits(self, prompt: str) -> list[str]:
         """What acts on a prompt and its answers, in words."""
@@ -85,7 +85,7 @@ class Ticket:
         return Applied(tuple(self.edits(answer[0])), self.doses.get(answer, ()))
 
     def fail(self, reason: str) -> None:
-        """A part of it was ended with an error, the first of which is told."""
+        """A part of it was ended with an error, the first of which is reported."""
         self.failed = self.failed or reason
 
     @property

@@ -27,18 +27,18 @@ def find_blocks(model: Any, count: int) -> dict[int, nn.Module]:
     `UnsupportedError`, naming the candidates, where that leaves none or several.
     """
     inner = model.get_language_model() if hasattr(model, "get_language_model") else model
-    found: dict[str, dict[int, nn.Module]] = {}
+    lists: dict[str, dict[int, nn.Module]] = {}
     for name, module in inner.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             present = {i: item for i, item in enumerate(module) if type(item).__name__ != "PPMissingLayer"}
             if present and all(_is_block(item) for item in present.values()):
-                found[name] = present
-    if len(found) != 1:
-        names = ", ".join(found) or "none"
+                lists[name] = present
+    if len(lists) != 1:
+        names = ", ".join(lists) or "none"
         raise UnsupportedError(
             f"can't tell which part of {type(model).__name__} holds its {count} blocks; lists of that length: {names}"
         )
-    return next(iter(found.values()))
+    return next(iter(lists.values()))
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -76,49 +76,53 @@ def find_places(
         UnsupportedError: A block isn't one attention and one MLP, each of which ends with a linear layer whose input
             is split over workers; or where keys are wanted, it stores none of its own, or other ones than the rest.
     """
-    found: dict[Site, Place] = {}
+    places: dict[Site, Place] = {}
     for layer, block in blocks.items():
         inside = _inside(layer, block, width) if set(kinds) & set(PARTS) else {}
         if "keys" in kinds:
             inside["keys"] = _keys(layer, block, key_heads)
-        found |= {Site(layer, kind): inside[kind] for kind in INSIDE if kind in kinds}
-        found[Site(layer)] = Place(block, width)
-    if len(sizes := {place.width for site, place in found.items() if site.kind == "keys"}) > 1:
+        places |= {Site(layer, kind): inside[kind] for kind in INSIDE if kind in kinds}
+        places[Site(layer)] = Place(block, width)
+    if len(sizes := {place.width for site, place in places.items() if site.kind == "keys"}) > 1:
         raise UnsupportedError(
             f"the keys of this model's blocks are of several widths ({', '.join(map(str, sorted(sizes)))}), and one of"
             " them is expected; leave keys out of TRIMTAB_SITES"
         )
-    return found
+    return places
 
 
 def _inside(layer: int, block: nn.Module, width: int) -> dict[str, Place]:
-    found: dict[str, Place] = {}
+    places: dict[str, Place] = {}
     for name, part in block.named_children():
         last = [m for m in part.modules() if type(m).__name__ == "RowParallelLinear"]
         if not last:
             continue
         attends = any(type(module).__name__.endswith("Attention") for module in part.children())
         kinds = ("heads", "attention") if attends else ("neurons", "mlp")
-        if len(last) > 1 or kinds[0] in found:
+        if len(last) > 1 or kinds[0] in places:
             raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model: {name} isn't one part")
         linear: Any = last[0]
-        found[kinds[0]] = Place(linear, linear.input_size_per_partition, True, linear.input_size)
-        found[kinds[1]] = Place(part, width)
-    if len(found) < len(PARTS):
-        here = ", ".join(found) or "none of them"
+        places[kinds[0]] = Place(linear, linear.input_size_per_partition, True, linear.input_size)
+        places[kinds[1]] = Place(part, width)
+    if len(places) < len(PARTS):
+        here = ", ".join(places) or "none of them"
         raise UnsupportedError(f"can't tell the sites inside of block {layer} of this model, which has {here}")
-    return found
+    return places
 
 
 def _keys(layer: int, block: nn.Module, key_heads: int) -> Place:
     """Where vLLM's attention is given a block's keys: projected, normed and rotated, as it stores them."""
-    found: list[Any] = [m for m in block.modules() if "Attention" in {one.__name__ for one in type(m).__mro__}]
-    found = [m for m in found if all(hasattr(m, name) for name in ("num_kv_heads", "head_size"))]
-    if len(found) != 1 or getattr(found[0], "kv_sharing_target_layer_name", None):
-        what = "shares its keys with another block" if len(found) == 1 else f"has {len(found)} attentions over keys"
+    attentions: list[Any] = [m for m in block.modules() if "Attention" in {base.__name__ for base in type(m).__mro__}]
+    attentions = [m for m in attentions if all(hasattr(m, name) for name in ("num_kv_heads", "head_size"))]
+    if len(attentions) != 1 or getattr(attentions[0], "kv_sharing_target_layer_name", None):
+        what = (
+            "shares its keys with another block"
+            if len(attentions) == 1
+            else f"has {len(attentions)} attentions over keys"
+        )
         raise UnsupportedError(f"can't steer keys in block {layer} of this model, which {what}")
-    heads, size = found[0].num_kv_heads, found[0].head_size
-    return Place(found[0], heads * size, True, max(heads, key_heads) * size)
+    heads, size = attentions[0].num_kv_heads, attentions[0].head_size
+    return Place(attentions[0], heads * size, True, max(heads, key_heads) * size)
 
 
 def attach(places: Mapping[Site, Place], rig: int, *, adds_only: Collection[Site] = ()) -> None:

@@ -54,8 +54,8 @@ class Capacity:
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON has it."""
-        given = {name: getattr(self, name) for name in ("rank", "steps", *FEATURES)}
-        return {**given, "layers": None if self.layers is None else list(self.layers)}
+        plain = {name: getattr(self, name) for name in ("rank", "steps", *FEATURES)}
+        return {**plain, "layers": None if self.layers is None else list(self.layers)}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Capacity:
@@ -75,45 +75,45 @@ KERNELS = {
 """The names by which `$TRIMTAB_KERNEL` asks for them."""
 
 
-def capacity_from(given: Mapping[str, str]) -> Capacity | None:
-    """The capacity that an environment asks for; `None` where it says nothing.
+def capacity_from(environment: Mapping[str, str]) -> Capacity | None:
+    """The capacity that an environment sets; `None` where it says nothing.
 
     Args:
-        given: `TRIMTAB_KERNEL`, one of `KERNELS`; `TRIMTAB_RANK`, `TRIMTAB_STEPS`, and `TRIMTAB_LAYERS` (`10-14,20`)
-            say more of it.
+        environment: `TRIMTAB_KERNEL`, one of `KERNELS`; `TRIMTAB_RANK`, `TRIMTAB_STEPS`, and `TRIMTAB_LAYERS`
+            (`10-14,20`) say more of it.
 
     Raises:
         TrimtabError: One of them isn't understood.
     """
     names = ("TRIMTAB_KERNEL", "TRIMTAB_RANK", "TRIMTAB_STEPS", "TRIMTAB_LAYERS")
-    kernel, rank, steps, layers = (given.get(name) for name in names)
+    kernel, rank, steps, layers = (environment.get(name) for name in names)
     if kernel is None and rank is None and steps is None and layers is None:
         return None
-    found = KERNELS.get(kernel or "all")
-    if found is None:
+    capacity = KERNELS.get(kernel or "all")
+    if capacity is None:
         raise TrimtabError(f"TRIMTAB_KERNEL is one of {', '.join(KERNELS)}, got {kernel!r}")
     for name, value in (("rank", rank), ("steps", steps)):
         if value is None:
             continue
         if not value.isdecimal() or int(value) < 1:
             raise TrimtabError(f"TRIMTAB_{name.upper()} is a whole number from 1 up, got {value!r}")
-        found = replace(found, rank=int(value)) if name == "rank" else replace(found, steps=int(value))
-    return found if layers is None else replace(found, layers=_layers(layers))
+        capacity = replace(capacity, rank=int(value)) if name == "rank" else replace(capacity, steps=int(value))
+    return capacity if layers is None else replace(capacity, layers=_layers(layers))
 
 
 def _layers(text: str) -> tuple[int, ...]:
-    found: set[int] = set()
+    layers: set[int] = set()
     for part in text.split(","):
         low, _, high = part.strip().partition("-")
         if not low.isdecimal() or not (high or low).isdecimal() or int(high or low) < int(low):
             raise TrimtabError(f"TRIMTAB_LAYERS names layers such as 10-14,20, got {text!r}")
-        found.update(range(int(low), int(high or low) + 1))
-    return tuple(sorted(found))
+        layers.update(range(int(low), int(high or low) + 1))
+    return tuple(sorted(layers))
 
 
 def union(several: Iterable[Capacity]) -> Capacity:
     """The smallest that can do what any of them can."""
     total = ADDITIONS
-    for one in several:
-        total = total | one
+    for capacity in several:
+        total = total | capacity
     return total

@@ -2,7 +2,7 @@
 
 A block of the cache is keyed by what acts on its own tokens; what acted on those before it is in its parent's key. So
 a request that is steered while it generates shares its prompt's blocks with unsteered ones, blocks of generated
-tokens are found again only under the same steering, and so are prompt blocks that a steering has touched.
+tokens are reused only under the same steering, and so are prompt blocks that a steering has touched.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def block_keys(wire: Wire | None, start: int, stop: int) -> list[Key]:
 
 def patch_keys(module: Any) -> None:
     """Let vLLM's `kv_cache_utils` put `block_keys` among a block's extra keys."""
-    original = module._gen_prompt_embeds_extra_hash_keys  # of its parts, the one that is told the block's bounds
+    original = module._gen_prompt_embeds_extra_hash_keys  # of its parts, the one that gets the block's bounds
 
     def keys(request: Any, start_token_idx: int, end_token_idx: int) -> list[Any]:
-        found = original(request, start_token_idx, end_token_idx)
-        return [*found, *block_keys(_wire(request), start_token_idx, end_token_idx)]
+        original_keys = original(request, start_token_idx, end_token_idx)
+        return [*original_keys, *block_keys(_wire(request), start_token_idx, end_token_idx)]
 
     module._gen_prompt_embeds_extra_hash_keys = keys
 

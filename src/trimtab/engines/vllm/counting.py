@@ -40,9 +40,9 @@ def fault(site: Site, count: int, tokens: int) -> str | None:
     if CALL + tokens <= count < 2 * CALL:
         return None
     calls, seen = divmod(count, CALL)
-    found = "wasn't run" if not calls else f"ran {calls} times, on {seen} tokens"
+    happened = "wasn't run" if not calls else f"ran {calls} times, on {seen} tokens"
     where = f"behind block {site.layer}" if site.kind == "residual" else f"at {site}"
-    return f"{MARK}{where} the steering was to run once, on {tokens} tokens, and {found}"
+    return f"{MARK}{where} the steering was to run once, on {tokens} tokens, and {happened}"
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Receipt:
     """What a worker says of a pass: how many requests with a steering it held, and why some of them weren't steered.
 
     And the `doses` so far of those that have a cap. `late` finds further faults, once the pass has ended on the device;
-    it is asked once, and so is `weighed`, which says the doses.
+    it is called once, and so is `weighed`, which says the doses.
     """
 
     requests: int
@@ -73,7 +73,7 @@ class Receipt:
         return self.faults
 
     def plain(self) -> tuple[int, dict[str, str], dict[str, Measured]]:
-        """What the scheduler is told."""
+        """What the scheduler gets."""
         faults = self.settle()
         return self.requests, faults, self.doses
 
@@ -90,7 +90,7 @@ class GraphCounts:
         """Part of the graph: one number is added to, in place."""
         self._one[site].add_(CALL + tokens)
 
-    def one(self, site: Site) -> Tensor:
+    def number_at(self, site: Site) -> Tensor:
         """A site's number, `[]`."""
         return self._one[site]
 

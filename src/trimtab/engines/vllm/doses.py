@@ -66,7 +66,7 @@ class Doses:
         self.here = {}
         if not self.caps:
             return
-        found: dict[Site, list[Weighed]] = {}
+        by_site: dict[Site, list[Weighed]] = {}
         offset = 0
         for request, first, count in zip(*chunks, strict=True):
             if request in self.caps:
@@ -77,38 +77,38 @@ class Doses:
                         rows.setdefault(site, []).extend(range(at, at + length))
                     at += length
                 for site, these in rows.items():
-                    one = Weighed(request, len(these), to_device(torch.tensor(these), device))
-                    found.setdefault(site, []).append(one)
+                    weighed = Weighed(request, len(these), to_device(torch.tensor(these), device))
+                    by_site.setdefault(site, []).append(weighed)
             offset += count
-        self.here = found
+        self.here = by_site
 
     def before(self, site: Site, hidden: Tensor, residual: Tensor | None) -> list[Tensor]:
         """What stands at a site before it is edited."""
-        return [_stream(hidden, residual, one.at) for one in self.here.get(site, ())]
+        return [_stream(hidden, residual, weighed.at) for weighed in self.here.get(site, ())]
 
     def after(self, site: Site, hidden: Tensor, residual: Tensor | None, old: Sequence[Tensor]) -> None:
         """And after."""
-        for one, x in zip(self.here.get(site, ()), old, strict=True):
-            self._add(site, one, _stream(hidden, residual, one.at) - x, x)
+        for weighed, x in zip(self.here.get(site, ()), old, strict=True):
+            self._add(site, weighed, _stream(hidden, residual, weighed.at) - x, x)
 
     def replayed(self, kept: Mapping[Site, Tensor], bank: Bank) -> None:
         """A pass of captured graphs is over, which have kept the edited activations."""
         for site, several in self.here.items():
             if site not in kept or site not in bank.rows:
                 continue
-            for one in several:
-                pushed = bank.rows[site].index_select(0, bank.index.index_select(0, one.at)).float()
-                self._add(site, one, pushed, kept[site].index_select(0, one.at).float() - pushed)
+            for weighed in several:
+                pushed = bank.rows[site].index_select(0, bank.index.index_select(0, weighed.at)).float()
+                self._add(site, weighed, pushed, kept[site].index_select(0, weighed.at).float() - pushed)
 
-    def _add(self, site: Site, one: Weighed, pushed: Tensor, x: Tensor) -> None:
+    def _add(self, site: Site, weighed: Weighed, pushed: Tensor, x: Tensor) -> None:
         ratios = torch.linalg.vector_norm(pushed, dim=-1) / torch.linalg.vector_norm(x, dim=-1)
-        total, count = self._sums[one.request].get(site, (torch.zeros((), device=ratios.device), 0))
-        self._sums[one.request][site] = (total + ratios.sum(), count + one.rows)
+        total, count = self._sums[weighed.request].get(site, (torch.zeros((), device=ratios.device), 0))
+        self._sums[weighed.request][site] = (total + ratios.sum(), count + weighed.rows)
 
     def weighed(self) -> Callable[[], tuple[dict[str, Measured], dict[str, str]]]:
         """The doses of this pass's requests so far, and which are pushed too hard; whoever asks waits for the device,
         once."""
-        present = {one.request for several in self.here.values() for one in several}
+        present = {weighed.request for several in self.here.values() for weighed in several}
         sums = {r: sorted(self._sums[r].items()) for r in present if self._sums.get(r)}
         caps = {request: self.caps[request] for request in sums}
         every = [total / count for each in sums.values() for _, (total, count) in each]

@@ -30,7 +30,7 @@ class Endpoint:
         self.names = names
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
-        """The engine is asked before the first client is served; where it can't steer, the server doesn't start."""
+        """The engine is checked before the first client is served; where it can't steer, the server doesn't start."""
         workers = getattr(args, "api_server_count", None) or 1
         if workers > 1:
             raise TrimtabError("steerings are registered with one server process; start with --api-server-count 1")
@@ -78,8 +78,8 @@ def _refused(request: Any) -> tuple[int, str] | None:
     key = os.environ.get(ADMIN_KEY)
     if not key:
         return 403, f"the server was started without {ADMIN_KEY}, so that steerings can't be changed over HTTP"
-    given = request.headers.get("authorization", "")
-    if not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    header = request.headers.get("authorization", "")
+    if not hmac.compare_digest(header.encode(), f"Bearer {key}".encode()):
         return 401, f"give the key in {ADMIN_KEY} as a bearer token"
     if int(request.headers.get("content-length") or 0) > LARGEST:
         return 413, f"a steering's file has at most {LARGEST} bytes here"

@@ -86,15 +86,15 @@ def forms_of(slots: Sequence[Slot]) -> tuple[Form, ...]:
     Raises:
         UnsupportedError: A slot has no such form.
     """
-    found: list[Form] = []
+    forms: list[Form] = []
     for slot in slots:
         form = _form_of(slot)
-        folded = _folded(found[-1], form) if found else None
+        folded = _folded(forms[-1], form) if forms else None
         if folded is None:
-            found.append(form)
+            forms.append(form)
         else:
-            found[-1] = folded
-    return tuple(found)
+            forms[-1] = folded
+    return tuple(forms)
 
 
 @lru_cache(maxsize=512)
@@ -109,11 +109,11 @@ def _forms(state: State) -> dict[Site, tuple[Form, ...]]:
 
 def needed(state: State) -> Capacity:
     """The smallest capacity that a state fits in. Raises `UnsupportedError` for one that fits in none."""
-    found = ADDITIONS
+    capacity = ADDITIONS
     for site, forms in _forms(state).items():
         here = replace(union(form.needs for form in forms), steps=len(forms), layers=(site.layer,))
-        found = found | here
-    return found
+        capacity = capacity | here
+    return capacity
 
 
 def capacity_for(steering: Steering) -> Capacity:
@@ -139,8 +139,8 @@ def check_edit(edit: Edit, capacity: Capacity) -> None:
     _check(alone, _forms(alone), capacity)
 
 
-def _check(state: State, found: Mapping[Site, Sequence[Form]], capacity: Capacity) -> None:
-    for site, forms in found.items():
+def _check(state: State, by_site: Mapping[Site, Sequence[Form]], capacity: Capacity) -> None:
+    for site, forms in by_site.items():
         wanted = union(form.needs for form in forms)
         what = " + ".join(str(edit) for slot in state.staged[site] for edit in slot)
         lacks = {name: f"{word} (TRIMTAB_KERNEL=all)" for name, word in _LACKING.items() if getattr(wanted, name)}
@@ -182,18 +182,18 @@ def _made(kernel: Kernel, rows: Rows, slot: Slot) -> Form:
             " scales, maps of low rank and additions in norms, and no other operation; start it with"
             " enforce_eager=True, or with compilation_config={'cudagraph_mode': 'NONE'}"
         )
-    found = form({name: value.double() if isinstance(value, Tensor) else value for name, value in rows.items()})
-    for value in (found.read, found.write, found.bias, found.factor, found.vector):
+    made = form({name: value.double() if isinstance(value, Tensor) else value for name, value in rows.items()})
+    for value in (made.read, made.write, made.bias, made.factor, made.vector):
         if value is not None and not bool(value.float().isfinite().all()):
             raise TrimtabError(f"{slot[0]}: it has numbers that float32 can't hold; lower the strength")
-    return found
+    return made
 
 
-def _rows(read: Tensor, write: Tensor, **given: Any) -> Form:
+def _rows(read: Tensor, write: Tensor, **fields: Any) -> Form:
     """A form of these rows, with what isn't given at what does nothing."""
     zeros = read.new_zeros(len(read))
     nothing = {"bias": zeros, "per_norm": zeros, "low": zeros - math.inf, "high": zeros + math.inf}
-    return Form(read, write, **{**nothing, **given})
+    return Form(read, write, **{**nothing, **fields})
 
 
 def _none(width: int) -> Tensor:
@@ -224,9 +224,14 @@ def _projected(rows: Rows) -> Form:
 
 
 def _mapped(rows: Rows) -> Form:
-    one = rows["map"]
-    bounds = {name: value.double() for name in ("low", "high") if (value := getattr(one, name)) is not None}
-    return _rows(one.read.double(), one.write.double() * rows["strength"], bias=one.bias.double(), **bounds)
+    low_rank_map = rows["map"]
+    bounds = {name: value.double() for name in ("low", "high") if (value := getattr(low_rank_map, name)) is not None}
+    return _rows(
+        low_rank_map.read.double(),
+        low_rank_map.write.double() * rows["strength"],
+        bias=low_rank_map.bias.double(),
+        **bounds,
+    )
 
 
 def _in_norms(rows: Rows) -> Form:
@@ -287,29 +292,29 @@ def condition_of(gate: Gate) -> Condition:
 # ---- two forms as one ----------------------------------------------------------------------------------------
 
 
-def _folded(one: Form, other: Form) -> Form | None:
-    """`other` after `one`, as one form; `None` where that isn't one.
+def _folded(first: Form, other: Form) -> Form | None:
+    """`other` after `first`, as one form; `None` where that isn't one.
 
     With y = f x + z B + v, what `other` reads is `A y = (A f) x + (A Bᵀ) z + A v`, in which every z that isn't clamped
     is itself read from x.
     """
-    if one.keep_norm or one.gate or other.keep_norm or other.gate or bool(other.per_norm.any()):
+    if first.keep_norm or first.gate or other.keep_norm or other.gate or bool(other.per_norm.any()):
         return None
-    width = max(one.read.shape[1], other.read.shape[1])
-    one, other = _as_wide(one, width), _as_wide(other, width)
-    coupling = other.read @ one.write.T
-    sizes = other.read.norm(dim=-1)[:, None] * one.write.norm(dim=-1)
-    linear = one.linear
+    width = max(first.read.shape[1], other.read.shape[1])
+    first, other = _as_wide(first, width), _as_wide(other, width)
+    coupling = other.read @ first.write.T
+    sizes = other.read.norm(dim=-1)[:, None] * first.write.norm(dim=-1)
+    linear = first.linear
     if bool((coupling.abs() > BLIND * sizes)[:, ~linear].any()):
         return None
     coupling = coupling[:, linear]
     read, bias = other.read, other.bias
-    if one.factor is not None:
-        read = read * one.factor
-    if one.vector is not None:
-        bias = bias + other.read @ one.vector
-    read, bias = read + coupling @ one.read[linear], bias + coupling @ one.bias[linear]
-    factor, write, vector = one.factor, one.write, one.vector
+    if first.factor is not None:
+        read = read * first.factor
+    if first.vector is not None:
+        bias = bias + other.read @ first.vector
+    read, bias = read + coupling @ first.read[linear], bias + coupling @ first.bias[linear]
+    factor, write, vector = first.factor, first.write, first.vector
     if other.factor is not None:
         factor = other.factor if factor is None else factor * other.factor
         write = write * other.factor
@@ -317,12 +322,12 @@ def _folded(one: Form, other: Form) -> Form | None:
     if other.vector is not None:
         vector = other.vector if vector is None else vector + other.vector
     return Form(
-        torch.cat([one.read, read]),
+        torch.cat([first.read, read]),
         torch.cat([write, other.write]),
-        torch.cat([one.bias, bias]),
-        torch.cat([one.per_norm, other.per_norm]),
-        torch.cat([one.low, other.low]),
-        torch.cat([one.high, other.high]),
+        torch.cat([first.bias, bias]),
+        torch.cat([first.per_norm, other.per_norm]),
+        torch.cat([first.low, other.low]),
+        torch.cat([first.high, other.high]),
         factor,
         vector,
     )

@@ -108,7 +108,7 @@ class Names:
 
     def capacity(self) -> Capacity:
         """What captured graphs must be able to do for any one of them; one that they can't do asks for nothing."""
-        return union(capacity_for(by_keys(one)) for one in self._steerings.values())
+        return union(capacity_for(by_keys(steering)) for steering in self._steerings.values())
 
     def sites(self) -> frozenset[str]:
         """The kinds of sites inside of blocks at which any one of them acts."""
@@ -124,24 +124,24 @@ NAMES = Names()
 """This process's, for whatever engines run in it."""
 
 
-def parse(asked: Any, names: Names) -> Steering:
-    """The steering that a request asks for. Raises `TrimtabError` for one that isn't understood or known."""
-    if isinstance(asked, str):
+def parse(requested: Any, names: Names) -> Steering:
+    """The steering of a request. Raises `TrimtabError` for one that isn't understood or known."""
+    if isinstance(requested, str):
         try:
-            asked = json.loads(asked) if asked.lstrip()[:1] in ("[", "{") else [{"name": asked}]
+            requested = json.loads(requested) if requested.lstrip()[:1] in ("[", "{") else [{"name": requested}]
         except ValueError:
-            raise TrimtabError(f"a request's steering isn't JSON: {asked[:80]!r}") from None
-    items = [asked] if isinstance(asked, Mapping) else asked
+            raise TrimtabError(f"a request's steering isn't JSON: {requested[:80]!r}") from None
+    items = [requested] if isinstance(requested, Mapping) else requested
     if not isinstance(items, Sequence) or not items:
         raise TrimtabError('a request\'s steering is a list such as [{"name": "shout", "strength": 1.5}]')
     total = Steering()
     for item in items:
         if not isinstance(item, Mapping) or "name" not in item or set(item) - FIELDS:
             raise TrimtabError(f"of a steering a request gives name, strength and positions, got {item!r}")
-        one = item.get("strength", 1.0) * names[item["name"]]
+        steering = item.get("strength", 1.0) * names[item["name"]]
         if item.get("positions") is not None:
-            one = one.at(Positions.parse(str(item["positions"])))
-        total = total + one
+            steering = steering.at(Positions.parse(str(item["positions"])))
+        total = total + steering
     return total
 
 
@@ -162,7 +162,7 @@ class Link:
     split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
     unmeasured: str = "this worker doesn't say"  # why doses aren't measured; empty: they are
     untold: str = ""  # why workers don't know each token before the next pass; empty: they do
-    identity: ModelId | None = None  # once it was asked for
+    identity: ModelId | None = None  # once it was requested
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
     def check(self, steering: Steering) -> None:
@@ -243,7 +243,7 @@ LINK = "_trimtab_link"
 
 
 def connect(engine: Any) -> Rpc:
-    """The engine's link; at first use its workers are asked."""
+    """The engine's link; at first use its workers are called."""
     link = getattr(engine, LINK, None)
     if link is None:
         try:
@@ -297,7 +297,7 @@ def tidy(link: Link, names: Names) -> Rpc:
     for digest in gone:
         link.sent.pop(digest, None)  # whoever asks for it again sends it again
     kept = yield "trimtab_drop", (gone,)
-    link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in one for one in kept)}
+    link.retired = {d: t for d, t in link.retired.items() if d not in gone or any(d in digests for digests in kept)}
 
 
 def resolve(engine: Any, params: Any, names: Names, ticket: Ticket | None = None, spans: Sequence[Span] = ()) -> Rpc:
@@ -342,9 +342,9 @@ def check_measured(link: Link, steering: Steering) -> None:
             raise UnsupportedError(f"this server caps doses, and {edit} is split over workers, none of which knows its")
 
 
-def _part_of(link: Link, engine: Any, asked: Any, names: Names, ticket: Ticket | None) -> Rpc:
-    """The part that stands for what a request asks; what was asked before isn't checked and hashed again."""
-    text = _as_text(asked) if ticket is None else f"ticket {ticket.name}"
+def _part_of(link: Link, engine: Any, requested: Any, names: Names, ticket: Ticket | None) -> Rpc:
+    """The part that stands for a request's steering; one that was requested before isn't checked and hashed again."""
+    text = _as_text(requested) if ticket is None else f"ticket {ticket.name}"
     key = None if text is None or len(text) > LONGEST else (names.version, text)
     part = None if key is None else link.known.get(key)
     if key is not None and part is not None and part.digest in link.sent:
@@ -352,7 +352,7 @@ def _part_of(link: Link, engine: Any, asked: Any, names: Names, ticket: Ticket |
         link.sent.move_to_end(part.digest)
         link.retired.pop(part.digest, None)
         return part
-    steering = parse(asked, names) if ticket is None or ticket.steering is None else ticket.steering
+    steering = parse(requested, names) if ticket is None or ticket.steering is None else ticket.steering
     yield from check(link, engine, steering)
     part = yield from send(link, steering)
     yield from tidy(link, names)
@@ -363,11 +363,11 @@ def _part_of(link: Link, engine: Any, asked: Any, names: Names, ticket: Ticket |
     return part
 
 
-def _as_text(asked: Any) -> str | None:
-    """What a request asks as text, by which it is known again; `None` for what JSON can't say, such as a tensor."""
-    if isinstance(asked, str):
-        return asked
+def _as_text(requested: Any) -> str | None:
+    """A request's steering as text, by which it is known again; `None` for what JSON can't say, such as a tensor."""
+    if isinstance(requested, str):
+        return requested
     try:
-        return json.dumps(asked)
+        return json.dumps(requested)
     except (TypeError, ValueError):
         return None

@@ -140,9 +140,9 @@ class Fused:
 
     def takes(self, hidden: Tensor, residual: Tensor | None) -> bool:
         """Whether the kernel is made for such activations, `[tokens, width]`."""
-        given = [hidden] if residual is None else [hidden, residual]
+        tensors = [hidden] if residual is None else [hidden, residual]
         fits = hidden.shape[-1] <= WIDEST and hidden.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        return fits and all(one.stride(-1) == 1 and one.dtype == hidden.dtype for one in given)
+        return fits and all(tensor.stride(-1) == 1 and tensor.dtype == hidden.dtype for tensor in tensors)
 
     def act(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
         """At a site whose activation is `hidden + residual`, `[tokens, width]` each: `hidden` takes the edit."""
@@ -164,7 +164,7 @@ class Fused:
             numbers,
             maps.index if mapped and maps is not None else self._bank.index,
             hidden if kept is None else kept,
-            self._counts.one(site),
+            self._counts.number_at(site),
             CALL + tokens,
             0 if kept is None else len(kept),
             hidden.stride(0),
@@ -178,14 +178,14 @@ class Fused:
 
 def constants(width: int, maps: Maps | None) -> dict[str, Any]:
     """What a kernel is compiled for, but for which tensors it is given."""
-    found: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "TINY": SHORTEST}
+    common: dict[str, Any] = {"WIDTH": width, "BLOCK": triton.next_power_of_2(width), "TINY": SHORTEST}
     if maps is None:
         nothing = ("SLOTS", "STEPS", "READS", "ROWS", "ROOM", "SIZE", "VECTORS")
-        return {**found, **dict.fromkeys(nothing, 1), **dict.fromkeys(("MAPS", "SCALES", "NORMS", "GATES"), False)}
+        return {**common, **dict.fromkeys(nothing, 1), **dict.fromkeys(("MAPS", "SCALES", "NORMS", "GATES"), False)}
     capacity, rows = maps.capacity, maps.capacity.rank + 1
     reads = rows + capacity.gates
     return {
-        **found,
+        **common,
         "SLOTS": maps.slots.capacity,
         "STEPS": capacity.steps,
         "READS": reads,
@@ -219,21 +219,21 @@ def check_fused(rig: Rig) -> None:
         generator = torch.Generator().manual_seed(1)
         pair = site.kind == "residual"
         hidden, residual = torch.randn(2, 12, rig.sites[site], generator=generator).to(rig.device, rig.dtype)
-        found, wanted = hidden.clone(), hidden.clone()
-        if not fused.takes(found, residual):
+        actual, wanted = hidden.clone(), hidden.clone()
+        if not fused.takes(actual, residual):
             raise TrimtabError(f"it isn't made for {rig.dtype} of width {rig.sites[site]}")
-        fused.act(site, found, residual if pair else None)
+        fused.act(site, actual, residual if pair else None)
         made[1].apply(site, wanted, residual if pair else None)
         moved = (wanted - hidden).float().norm(dim=-1)
-        apart = (found - wanted).float().norm(dim=-1)
+        apart = (actual - wanted).float().norm(dim=-1)
         rounded = torch.finfo(rig.dtype).eps * wanted.float().norm(dim=-1)
         idle = moved == 0
         near = bool((apart <= NEAR * moved + rounded).all())  # which NaN isn't
-        if not near or not torch.equal(found[idle], hidden[idle]):
+        if not near or not torch.equal(actual[idle], hidden[idle]):
             raise TrimtabError(
                 f"at {site} it differs from torch's operators by {float((apart / rounded).max()):.3g} eps"
             )
-        if not torch.equal(made[0].counts.one(site), made[1].counts.one(site)):  # type: ignore[union-attr]
+        if not torch.equal(made[0].counts.number_at(site), made[1].counts.number_at(site)):  # type: ignore[union-attr]
             raise TrimtabError(f"at {site} it counts otherwise than torch's operators")
 
 

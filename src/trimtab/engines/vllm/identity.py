@@ -20,8 +20,8 @@ def identify(engine: Any, name: str | None = None) -> Rpc:
     family, shape = str(text.model_type), [text.vocab_size, text.hidden_size]
     rows = sampled_rows(text.vocab_size)
     workers = yield "trimtab_rows", (rows,)
-    found = {int(row): data for worker in workers for row, data in worker.items()}
-    sample = torch.frombuffer(bytearray(b"".join(found[row] for row in rows)), dtype=torch.bfloat16)
+    embeddings = {int(row): data for worker in workers for row, data in worker.items()}
+    sample = torch.frombuffer(bytearray(b"".join(embeddings[row] for row in rows)), dtype=torch.bfloat16)
     return ModelId(
         name=_label(config.model) if name is None else name,
         revision=getattr(config.hf_config, "_commit_hash", None),

@@ -85,7 +85,7 @@ class VllmLM(LanguageModel):
         """Start an engine for a Hub id, a folder or, without a name, SmolLM2-135M-Instruct.
 
         `template` is as for `LM`. With `replicas` so many engines start on the machines of a Ray cluster, each with the
-        whole model, and what is asked is spread over them. `options` are vLLM's engine arguments
+        whole model, and requests are spread over them. `options` are vLLM's engine arguments
         (`tensor_parallel_size`, `dtype`, `enforce_eager` …), under its names. Raises `TrimtabError` where vLLM isn't
         there, is of another version, or its workers can't steer.
 
@@ -93,9 +93,9 @@ class VllmLM(LanguageModel):
         `gpu_memory_utilization` or `$VLLM_CPU_KVCACHE_SPACE` say otherwise.
         """
         check_version()
-        for given, instead in (("device", "vLLM takes the device that it was built for"), ("layers", "it finds them")):
-            if options.pop(given, None) is not None:
-                raise TrimtabError(f"the vllm engine can't take {given}: {instead}")
+        for option, instead in (("device", "vLLM takes the device that it was built for"), ("layers", "it finds them")):
+            if options.pop(option, None) is not None:
+                raise TrimtabError(f"the vllm engine can't take {option}: {instead}")
         if name is not None and Path(name).suffix == ".gguf":
             raise TrimtabError("the vllm engine reads a folder or a Hub id; convert the GGUF file first")
         if options.get("dtype") is None:
@@ -160,10 +160,10 @@ class VllmLM(LanguageModel):
         NAMES.unregister(name)
         self._tidy()
 
-    # ---- what is asked -----------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------
 
     def _named(self, steering: Any, count: int) -> list[Any]:
-        return [NAMES[one] if isinstance(one, str) else one for one in one_each(steering, count, named=True)]
+        return [NAMES[item] if isinstance(item, str) else item for item in one_each(steering, count, named=True)]
 
     def admit(self, requests: Sequence[Request], decoding: Decoding) -> Decoding:
         """Raises `TrimtabError` for options that vLLM hasn't; it has them under transformers' names."""
@@ -178,15 +178,15 @@ class VllmLM(LanguageModel):
         Each is sampled by a seed of its own, which follows from `decoding.seed` and its place: in this list, or in a
         longer one where `places` says so.
         """
-        resolved = self._resolved([one.steering for one in requests], [one.ids for one in requests])
+        resolved = self._resolved([request.steering for request in requests], [request.ids for request in requests])
         params = []
         for place, part in zip(places or range(len(requests)), self._parts(resolved.edits), strict=True):
             seed = None if decoding.seed is None else seed_at(decoding.seed, place)
-            one = sampling_of(decoding.max_new_tokens, decoding.logprobs, seed, decoding.options)
+            sampling = sampling_of(decoding.max_new_tokens, decoding.logprobs, seed, decoding.options)
             if part is not None:
-                one.extra_args = {RESOLVED: Wire((part,)).to_plain()}
-            params.append(one)
-        outputs = self._run([one.ids for one in requests], params, decoding.progress)
+                sampling.extra_args = {RESOLVED: Wire((part,)).to_plain()}
+            params.append(sampling)
+        outputs = self._run([request.ids for request in requests], params, decoding.progress)
         return [
             [_answer(output, choice, names, len(request.ids)) for choice in output.outputs]
             for output, names, request in zip(outputs, resolved.names, requests, strict=True)
@@ -196,47 +196,47 @@ class VllmLM(LanguageModel):
         self, choices: Sequence[Choice], steerings: Sequence[Steering | None], batch_size: int, progress: Any
     ) -> list[NextToken]:
         check_candidates(choices)
-        resolved = self._resolved(steerings, [list(one.ids[: one.prompt_length]) for one in choices])
+        resolved = self._resolved(steerings, [list(choice.ids[: choice.prompt_length]) for choice in choices])
         params = []
         for choice, part in zip(choices, self._parts(resolved.edits), strict=True):
-            one = sampling_of(1, False, None, {})
-            one.logprob_token_ids = list(dict.fromkeys(int(token) for token in choice.candidates))
+            sampling = sampling_of(1, False, None, {})
+            sampling.logprob_token_ids = list(dict.fromkeys(int(token) for token in choice.candidates))
             if part is not None:
-                one.extra_args = {RESOLVED: Wire((part,), prompt_length=choice.prompt_length).to_plain()}
-            params.append(one)
+                sampling.extra_args = {RESOLVED: Wire((part,), prompt_length=choice.prompt_length).to_plain()}
+            params.append(sampling)
         outputs = self._run([choice.ids for choice in choices], params, progress)
-        found = []
+        next_tokens = []
         for choice, output, names in zip(choices, outputs, resolved.names, strict=True):
             (step,) = output.outputs[0].logprobs
             logprobs = tuple(float(step[int(token)].logprob) for token in choice.candidates)
-            found.append(NextToken(logprobs, Applied(names, ())))
-        return found
+            next_tokens.append(NextToken(logprobs, Applied(names, ())))
+        return next_tokens
 
     def answer_nlls(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """As `LanguageModel` has it; in float32, as vLLM computes log-probabilities."""
         params = []
         for _ in texts:
-            one = sampling_of(1, False, None, {})
-            one.prompt_logprobs = 0
-            one.skip_reading_prefix_cache = True  # what a block holds isn't scored again
-            params.append(one)
-        found = []
+            sampling = sampling_of(1, False, None, {})
+            sampling.prompt_logprobs = 0
+            sampling.skip_reading_prefix_cache = True  # what a block holds isn't scored again
+            params.append(sampling)
+        nlls = []
         outputs = self._run([[*context, *answer] for context, answer in texts], params)
         for (context, answer), output in zip(texts, outputs, strict=True):
             steps = output.prompt_logprobs[len(context) :]
             total = math.fsum(-float(step[token].logprob) for step, token in zip(steps, answer, strict=True))
             if math.isnan(total):
                 raise TrimtabError(f"{self.name} gives logits that are not numbers; load it in float32 or bfloat16")
-            found.append(total / len(answer))
-        return found
+            nlls.append(total / len(answer))
+        return nlls
 
     def _resolved(self, steerings: Sequence[Steering | None], prompts: Sequence[Sequence[int]]) -> Resolved:
         """What acts on each request; gates read the unsteered prompts."""
 
         def read(where: Where, sites: Sequence[Site], _tokens: int) -> dict[int, Mapping[Site, Any]]:
             check_readable(self._link, sites)
-            found = self._capture([Text(prompts[i], where[i]) for i in where], sites)
-            return dict(zip(where, found, strict=True))
+            activations = self._capture([Text(prompts[i], where[i]) for i in where], sites)
+            return dict(zip(where, activations, strict=True))
 
         return resolve(steerings, [len(prompt) for prompt in prompts], read)
 
@@ -297,9 +297,9 @@ class VllmLM(LanguageModel):
             parts: list[Part | None] | None = None
             if steering is not None:
                 parts = self._parts(self._resolved([steering] * len(texts), [text.ids for text in texts]).edits)
-            found = iter(self._capture(texts, sites, parts))
-            members = [[next(found) for _ in groups[g]] for g in chosen]
-            yield Batch(chosen, {site: [[one[site] for one in group] for group in members] for site in sites})
+            activations = iter(self._capture(texts, sites, parts))
+            members = [[next(activations) for _ in groups[g]] for g in chosen]
+            yield Batch(chosen, {site: [[by_site[site] for by_site in group] for group in members] for site in sites})
 
     def _capture(
         self, texts: Sequence[Text], sites: Sequence[Site], parts: Sequence[Part | None] | None = None

@@ -109,8 +109,8 @@ class Maps:
 
     def _numbers_of(self, form: Form) -> Tensor:
         rank, rows = len(form.read), self._rows
-        found = torch.zeros(self._size, dtype=torch.float64)
-        bias, per_norm, low, high, tail = found.split([self._reads, rows, rows, rows, TAIL])
+        numbers = torch.zeros(self._size, dtype=torch.float64)
+        bias, per_norm, low, high, tail = numbers.split([self._reads, rows, rows, rows, TAIL])
         bias[:rank], per_norm[:rank], low[:rank], high[:rank] = form.bias, form.per_norm, form.low, form.high
         bias[rows - 1] = low[rows - 1] = high[rows - 1] = 1.0  # the vector's
         gate = form.gate
@@ -118,7 +118,7 @@ class Maps:
         if gate is not None:
             tail[0], tail[2] = gate.threshold, gate.by_norm
             tail[3], tail[4] = -1 if gate.either_way else 1, gate.negated
-        return found
+        return numbers
 
     def banks(self, site: Site) -> tuple[Tensor, Tensor]:
         """A site's vectors `[steps, vectors, slots, width]` and numbers `[steps, slots, size]`."""

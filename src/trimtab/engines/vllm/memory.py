@@ -28,7 +28,7 @@ def available_memory() -> int:
 
 
 def cpu_options(options: Mapping[str, Any], environment: Mapping[str, str], engines: int = 1) -> dict[str, Any]:
-    """What an engine on a CPU is told besides: the KV cache of each worker, unless somebody has said it already.
+    """What an engine on a CPU gets besides: the KV cache of each worker, unless it is set already.
 
     Args:
         options: vLLM's engine arguments, as they are given.
@@ -46,7 +46,7 @@ def cpu_options(options: Mapping[str, Any], environment: Mapping[str, str], engi
 
 def cpu_space(more: Iterable[str], environment: Mapping[str, str]) -> dict[str, str]:
     """Likewise as a variable, which does nothing on a GPU, for a server with these options of vLLM's command line."""
-    given = {one.split("=")[0].lstrip("-").replace("-", "_") for one in more}
-    if environment.get(SPACE) or given & set(OPTIONS):
+    names = {argument.split("=")[0].lstrip("-").replace("-", "_") for argument in more}
+    if environment.get(SPACE) or names & set(OPTIONS):
         return {}
     return {SPACE: str(max(1, available_memory() // SHARE // GIB))}

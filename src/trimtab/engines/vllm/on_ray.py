@@ -29,7 +29,7 @@ SPREAD = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"
 STARTS = 3
 """So often a cluster is started on this machine: Ray gives it 30 seconds, which aren't enough for a busy one."""
 PATIENCE = 60.0
-"""Seconds after which the cluster is asked again whether there is room, while no engine runs."""
+"""Seconds after which the cluster is queried again whether there is room, while no engine runs."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Refused:
 
 
 class Replica:
-    """What an actor does: it loads an engine when it is greeted, and then does as it is asked."""
+    """What an actor does: it loads an engine when it is greeted, and then runs the calls that it gets."""
 
     def __init__(self, model: str | None, options: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         os.environ.update({**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
@@ -130,7 +130,7 @@ class RayCluster:
 
         Without GPUs an engine takes a core, and so many on one machine share its memory.
         """
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports on the use
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody requested reports on the use
         import ray
 
         for left in reversed(range(STARTS if not ray.is_initialized() else 0)):
@@ -214,7 +214,7 @@ def check_room(resources: Mapping[str, float], count: int) -> int:
     what = "GPU" if resources.get("GPU") else "CPU"
     if resources.get(what, 0) < count:
         raise TrimtabError(
-            f"the Ray cluster has {resources.get(what, 0):g} {what}s, one for each replica, and {count} are asked for"
+            f"the Ray cluster has {resources.get(what, 0):g} {what}s, one for each replica, and {count} are requested"
         )
     return 1 if what == "GPU" else 0
 

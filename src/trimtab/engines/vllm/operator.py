@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from trimtab.engines.vllm.rig import Rig
 
 RIGS: list[Rig] = []
-"""This process's engines' rigs; the operator is told the number of one."""
+"""This process's engines' rigs; the operator gets a rig's number."""
 
 _library = torch.library.Library("trimtab", "FRAGMENT")
 
 
 def _steer(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:
-    rig, number = divmod(int(place), SITES)
-    one = RIGS[rig]
-    one.apply(one.numbered[number], hidden, residual)
+    index, number = divmod(int(place), SITES)
+    rig = RIGS[index]
+    rig.apply(rig.numbered[number], hidden, residual)
 
 
 def _steer_fake(hidden: Tensor, residual: Tensor | None, place: Tensor) -> None:

@@ -24,9 +24,9 @@ UNTOLD = "_trimtab_untold"  # the reasons of an engine's requests that have fail
 
 def failed_because(output: Any) -> str | None:
     """Why a request was ended that was to be steered and wasn't."""
-    for one in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
-        if one.finish_reason == "error" and str(one.stop_reason).startswith(MARK):
-            return str(one.stop_reason)
+    for choice in output.outputs if output.finished and hasattr(output.outputs, "__iter__") else ():
+        if choice.finish_reason == "error" and str(choice.stop_reason).startswith(MARK):
+            return str(choice.stop_reason)
     return None
 
 
@@ -74,11 +74,11 @@ def patch_engines(
     def step_and_tell(self: Any) -> Any:
         """Of several requests each goes on to its end; then the first that wasn't steered is raised."""
         outputs = step(self)
-        found = self.__dict__.setdefault(UNTOLD, [])
-        found += filter(None, map(failed_because, outputs))
-        if found and not self.has_unfinished_requests():
+        failures = self.__dict__.setdefault(UNTOLD, [])
+        failures += filter(None, map(failed_because, outputs))
+        if failures and not self.has_unfinished_requests():
             setattr(self, UNTOLD, [])
-            raise TrimtabError(found[0])
+            raise TrimtabError(failures[0])
         return outputs
 
     async def generate_and_tell(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -94,12 +94,12 @@ def compile_program(
     What is next to each other and the same is one segment. With positions by meaning they are right for the prompt, and
     for a generated token of which the meanings of `holding` hold; without these it raises.
     """
-    plain = tuple(one.edit for one in edits)
+    plain = tuple(identified.edit for identified in edits)
     segments: list[Segment] = []
     for start, stop, rules in sweep(plain, prompt_length, holding):
-        acting = [one for one in edits if one.edit.positions in rules]
-        key = hashlib.sha256("\n".join(one.name for one in acting).encode()).hexdigest()[:32]
-        state = _kept(State(key, tuple(one.edit for one in acting)))
+        acting = [identified for identified in edits if identified.edit.positions in rules]
+        key = hashlib.sha256("\n".join(identified.name for identified in acting).encode()).hexdigest()[:32]
+        state = _kept(State(key, tuple(identified.edit for identified in acting)))
         if segments and segments[-1].stop == start and segments[-1].state == state:
             segments[-1] = replace(segments[-1], stop=stop)
         else:

@@ -1,4 +1,4 @@
-"""Activations read by an engine's workers: requests of one token, for which they keep what they are asked to."""
+"""Activations read by an engine's workers: requests of one token, for which they keep the named activations."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def batches(groups: Sequence[Sequence[Text]], tokens: int, ahead: int = AHEAD) -
     sizes = [sum(len(text.ids) for text in group) for group in groups]
     chosen: list[int] = []
     for g in sorted(range(len(groups)), key=lambda g: (sizes[g], g)):
-        if chosen and sum(sizes[one] for one in chosen) + sizes[g] > ahead * tokens:
+        if chosen and sum(sizes[i] for i in chosen) + sizes[g] > ahead * tokens:
             yield chosen
             chosen = []
         chosen.append(g)
@@ -57,8 +57,8 @@ def params_of(
     """The names of the readings, one for each text, and the sampling parameters of the requests that make them."""
     kept = tuple(sorted(set(sites)))
     names, params = [], []
-    for one, part in zip(texts, parts, strict=True):
-        reading = Reading(uuid.uuid4().hex, kept, tuple(one.positions))
+    for text, part in zip(texts, parts, strict=True):
+        reading = Reading(uuid.uuid4().hex, kept, tuple(text.positions))
         plain = sampling_of(1, False, None, {})
         plain.skip_reading_prefix_cache = True  # what a block holds isn't computed again
         plain.extra_args = {RESOLVED: Wire(() if part is None else (part,), reading).to_plain()}
@@ -69,11 +69,11 @@ def params_of(
 
 def taken(workers: Sequence[Sequence[Mapping[Any, Any]]], sites: Sequence[Site]) -> list[Mapping[Site, Tensor]]:
     """For each reading `{site: [positions, width]}` in float32, from what each worker has kept of it."""
-    found: list[Mapping[Site, Tensor]] = []
+    readings: list[Mapping[Site, Tensor]] = []
     for each in zip(*workers, strict=True):
-        kept = {name: value for one in each for name, value in one.items()}
-        found.append({site: _tensor(*kept[str(site)]) for site in sites})
-    return found
+        kept = {name: value for part in each for name, value in part.items()}
+        readings.append({site: _tensor(*kept[str(site)]) for site in sites})
+    return readings
 
 
 def _tensor(shape: Sequence[int], data: bytes) -> Tensor:

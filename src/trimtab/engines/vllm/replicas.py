@@ -1,6 +1,6 @@
 """Work for several engines, any of which may be lost: in portions, with retries, and answers in the portions' order.
 
-Nothing here knows what starts an engine or what it is asked. `on_ray` says how on a Ray cluster.
+Nothing here knows what starts an engine or what it runs. `on_ray` says how on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ RETRIES = 3
 AHEAD = 4
 """So many portions for each engine are done ahead of the one that is wanted: what comes early is held in memory."""
 PORTION = 256
-"""Requests in a portion at most: as many as vLLM runs at a time unless it is told otherwise."""
+"""Requests in a portion at most: as many as vLLM runs at a time by default."""
 
 Answer = Hashable
 """What stands for an answer that is still to come."""
 
 
 class LostEngine(Exception):
-    """An engine is gone, and what it was asked with it; the reason, in words."""
+    """An engine is gone, and its call with it; the reason, in words."""
 
 
 class LostEngineWarning(UserWarning):
@@ -40,7 +40,7 @@ class Cluster(Protocol):
         """A new engine, which may take minutes. Raises `TrimtabError` where it never could."""
 
     def ask(self, engine: Any, method: str, arguments: Sequence[Any]) -> Answer:
-        """Have an engine do something; it is asked one thing at a time."""
+        """Have an engine run a call; it runs one at a time."""
 
     def wait(self, answers: Sequence[Answer]) -> Answer:
         """The first of these that has come. Raises `TrimtabError` where none ever can."""
@@ -86,7 +86,7 @@ class Deal:
 
 @dataclass
 class Replicas:
-    """So many engines of one model, which start when the first thing is asked and run until `close`.
+    """So many engines of one model, which start at the first call and run until `close`.
 
     Args:
         cluster: Where they run.
@@ -116,7 +116,7 @@ class Replicas:
             raise
 
     def close(self) -> None:
-        """End all engines. What is asked next starts new ones."""
+        """End all engines. The next call starts new ones."""
         engines = [*self._idle, *self._starting.values(), *(engine for engine, _, _ in self._busy.values())]
         self._idle, self._starting, self._busy, self._failed = [], {}, {}, 0
         for engine in engines:
@@ -130,7 +130,7 @@ class Replicas:
         Which engine does what depends on who is free. A portion whose engine is lost goes to the next one that is free.
 
         Args:
-            method: What engines are asked.
+            method: What engines run.
             portions: The arguments of each call.
             came: Called with the number of each portion as its answer comes, in whatever order.
 
@@ -216,9 +216,7 @@ class Replicas:
         self.lost += 1
         self._reason = str(error)
         self.cluster.stop(engine)
-        warnings.warn(
-            f"an engine was lost ({error}); what it was asked is asked again", LostEngineWarning, stacklevel=2
-        )
+        warnings.warn(f"an engine was lost ({error}); its call is repeated", LostEngineWarning, stacklevel=2)
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`LM` on several vLLM engines that each have the whole model: what is asked is spread over them."""
+"""`LM` on several vLLM engines that each have the whole model: requests are spread over them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ReplicatedLM(VllmLM):
     """A model in several vLLM engines, on the machines of a Ray cluster: `LM.load(name, engine="vllm", replicas=8)`.
 
     It answers as `VllmLM` does, whichever engine answers what: requests are sampled by their own seeds, and what is
-    read together depends on the texts alone. An engine that is lost is replaced, and what it was asked is asked again.
+    read together depends on the texts alone. An engine that is lost is replaced, and its call is repeated.
     """
 
     def __init__(self, cluster: Cluster, count: int, *, template: Template | None = None) -> None:
@@ -87,7 +87,7 @@ class ReplicatedLM(VllmLM):
         """As `VllmLM.unregister`."""
         NAMES.unregister(name)
 
-    # ---- what is asked -----------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------
 
     def run(
         self, requests: Sequence[Request], decoding: Decoding, places: Sequence[int] | None = None

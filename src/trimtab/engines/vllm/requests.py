@@ -41,10 +41,10 @@ def patch_request(request: Any) -> None:
     sampling = request.to_sampling_params
 
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked, heeded = _asked(self), _heeded(self)
+        steering, heeded = _asked(self), _heeded(self)
         params = sampling(self, *args, **kwargs)
-        if asked:
-            params.extra_args = {**(params.extra_args or {}), ASKED: asked}
+        if steering:
+            params.extra_args = {**(params.extra_args or {}), ASKED: steering}
         if heeded:
             params.extra_args = {**(params.extra_args or {}), EMPHASIZED: heeded}
         return params

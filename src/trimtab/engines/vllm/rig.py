@@ -72,7 +72,7 @@ NOT_ASKED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer t
 
 @dataclass
 class Rig:
-    """The steering of one worker, for the sites that it has, of which each activation's width is told.
+    """The steering of one worker, for the sites that it has, with the width of each one's activation.
 
     Where the device replays captured graphs (`static`), Python runs at capture alone. Then the operators at a site
     are the same whatever acts: they read banks on the device, which are filled before a step, and can do what
@@ -109,7 +109,9 @@ class Rig:
     _open: bool = False
     _seen: dict[Site, int] = field(default_factory=dict)  # calls and tokens at each site, as `CALL` says
     _due: Set[str] = frozenset()  # the requests with a program that vLLM's step is about
-    _here: Mapping[str, frozenset[Site]] = field(default_factory=dict)  # those that `begin` was told of, their sites
+    _here: Mapping[str, frozenset[Site]] = field(
+        default_factory=dict
+    )  # those that `begin` was called with, their sites
     _needed: dict[Site, int] = field(default_factory=dict)  # on how many rows each site acts or reads
     _pass: Chunks = NO_CHUNKS
     _next: dict[str, int] = field(default_factory=dict)  # where each request goes on, passes before the last counted
@@ -127,7 +129,7 @@ class Rig:
             made: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
             self.kept = {site: torch.zeros(rows, width, **made) for site, width in self.sites.items()}
 
-    # ---- what the worker is told -------------------------------------------------------------------------
+    # ---- what the worker gets to know --------------------------------------------------------------------
 
     def start(self, request: str, wire: Wire, ids: Sequence[int] | None = None) -> None:
         """A request arrives, with these tokens. Raises `TrimtabError` for what the worker wasn't given."""
@@ -140,7 +142,7 @@ class Rig:
                 raise TrimtabError(f"request {request} needs {part.digest[:12]}, which this worker wasn't given")
             edits += identified(part, self.steerings[part.digest])
         if self.shard.split:
-            edits = [self.shard.of(one) for one in edits]
+            edits = [self.shard.of(edit) for edit in edits]
         tables = compile_turning(edits, wire.prompt_length)
         segments, turning = tables[NOTHING], self._turning(tables, ids, wire.prompt_length)
         states = tuple({segment.state.key: segment.state for segment in segments}.values())
@@ -207,12 +209,12 @@ class Rig:
 
     def take(self, reading: str) -> dict[Site, Tensor]:
         """What was read, `{site: [positions, width]}`, in the order of positions; it is forgotten here."""
-        found = {}
+        activations = {}
         for site, parts in self.readings.pop(reading, {}).items():
             every = torch.cat([rows for _, rows in parts])
             last = {p: i for i, p in enumerate(p for positions, _ in parts for p in positions)}  # of those read twice
-            found[site] = every[[last[p] for p in sorted(last)]]
-        return found
+            activations[site] = every[[last[p] for p in sorted(last)]]
+        return activations
 
     def _stage(self) -> None:
         """Compile what doesn't merely add, for the requests that are here, where it isn't yet."""
@@ -232,7 +234,7 @@ class Rig:
     # ---- passes ------------------------------------------------------------------------------------------
 
     def expect(self, requests: Mapping[str, int]) -> None:
-        """vLLM takes a step for these requests; `begin` must be told of the same."""
+        """vLLM takes a step for these requests; `begin` must be called with the same."""
         self._due = self.programs.keys() & requests.keys()
 
     def begin(self, chunks: Chunks) -> None:
@@ -254,32 +256,32 @@ class Rig:
         self._replays = self.static and (self.captured is None or sum(chunks.counts) <= self.captured)
         self._step, self._needed = None, {}
         self.doses.plan(chunks, lambda request: self.programs[request].segments, self.device)
-        found: Runs = ()
+        token_runs: Runs = ()
         if self.programs:
             self._here = {r: self.programs[r].sites for r in chunks.requests if r in self.programs}
             self._check_order(chunks)
-            found = self._runs_of(chunks)
+            token_runs = self._runs_of(chunks)
             self._reads = self._reads_in(chunks)
         else:
             self._here, self._reads, self._last = {}, {}, ()
         self._needed = {site: max(read.rows[-1] for read in reads) + 1 for site, reads in self._reads.items()}
         if self.static:
-            self._fill(found if self._replays else ())
+            self._fill(token_runs if self._replays else ())
         if not self._replays and self._here:
             self._stage()
-            self._step = make_step(found, self.bank, self._staged)
+            self._step = make_step(token_runs, self.bank, self._staged)
             if self._step is not None:
                 self._need({*self._step.adds, *self._step.staged.sites}, self._step.high)
 
-    def _fill(self, found: Runs) -> None:
+    def _fill(self, token_runs: Runs) -> None:
         """What captured graphs find in the indices of their banks."""
         assert self._adding is not None
-        present = {state.key: state for _, state in found if state is not None}.values()
-        slots = slots_of(found, self.bank.slots, lambda state: state.banked)
+        present = {state.key: state for _, state in token_runs if state is not None}.values()
+        slots = slots_of(token_runs, self.bank.slots, lambda state: state.banked)
         self._adding.fill(slots)
         self._need({site for state in present for site in state.added}, len(slots))
         if self.maps is not None and self._mapping is not None:
-            slots = slots_of(found, self.maps.slots, lambda state: state.mapped)
+            slots = slots_of(token_runs, self.maps.slots, lambda state: state.mapped)
             self._mapping.fill(slots)
             self._need({site for state in present for site in state.staged}, len(slots))
 
@@ -326,21 +328,21 @@ class Rig:
 
     def _runs_of(self, chunks: Chunks) -> Runs:
         """The states of a pass's tokens; and how many passes like it may follow."""
-        found: list[tuple[int, State | None]] = []
+        token_runs: list[tuple[int, State | None]] = []
         lasts: int | None = None
         for request, first, count in zip(*chunks, strict=True):
             segments = self.programs.get(request, IDLE).segments
-            found += runs(segments, first, count)
+            token_runs += runs(segments, first, count)
             border = next_border(segments, first + 1)
             if border is not None:
                 lasts = border - first - 1 if lasts is None else min(lasts, border - first - 1)
         self._last = list(chunks.requests) if max(chunks.counts) == 1 else ()
         self._lasts = lasts
-        return found
+        return token_runs
 
     def _reads_in(self, chunks: Chunks) -> dict[Site, list[ReadRows]]:
         """What is read at each site."""
-        found: dict[Site, list[ReadRows]] = {}
+        by_site: dict[Site, list[ReadRows]] = {}
         offset = 0
         for request, first, count in zip(*chunks, strict=True):
             reading = self.programs.get(request, IDLE).reading
@@ -348,12 +350,12 @@ class Rig:
                 here = sorted({p for p in reading.positions if first <= p < first + count})
                 if here:
                     rows = [offset + p - first for p in here]
-                    one = ReadRows(reading.id, rows, here, to_device(torch.tensor(rows), self.device))
+                    read_rows = ReadRows(reading.id, rows, here, to_device(torch.tensor(rows), self.device))
                     for site in self.sites.keys() & reading.sites:  # of a pipeline's stages each has some
-                        found.setdefault(site, []).append(one)
+                        by_site.setdefault(site, []).append(read_rows)
                 self._last = ()
             offset += count
-        return found
+        return by_site
 
     def apply(self, site: Site, hidden: Tensor, residual: Tensor | None) -> None:
         """At a site whose activation is `hidden + residual` (`None`: `hidden` alone): `[tokens, width]` each."""

@@ -36,7 +36,7 @@ async def run_async(calls: Rpc, engine: Any) -> Any:
         try:
             if engine.vllm_config.parallel_config.data_parallel_size > 1:
                 each = await engine.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
-                answer, error = [one for answers in each for one in answers], None
+                answer, error = [result for answers in each for result in answers], None
             else:
                 answer, error = await engine.collective_rpc(method, args=args), None
         except Exception as failed:

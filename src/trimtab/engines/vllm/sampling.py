@@ -40,14 +40,18 @@ def sampling_of(max_new_tokens: int, logprobs: bool, seed: int | None, options: 
     rest = {name: value for name, value in options.items() if value is not None and name != "do_sample"}
     if unknown := sorted(set(rest) - set(TAKEN)):
         raise TrimtabError(f"the vllm engine can't take {unknown[0]}; it takes do_sample, {', '.join(TAKEN)}")
-    given: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in rest.items():
-        given |= TAKEN[name](value)
+        arguments |= TAKEN[name](value)
     if not options.get("do_sample"):
-        given = {name: value for name, value in given.items() if name not in SAMPLES} | {"temperature": 0.0}
+        arguments = {name: value for name, value in arguments.items() if name not in SAMPLES} | {"temperature": 0.0}
     try:
         return SamplingParams(
-            max_tokens=max_new_tokens, logprobs=0 if logprobs else None, seed=seed, skip_special_tokens=True, **given
+            max_tokens=max_new_tokens,
+            logprobs=0 if logprobs else None,
+            seed=seed,
+            skip_special_tokens=True,
+            **arguments,
         )
     except ValueError as error:
         raise TrimtabError(f"vLLM refuses these options: {error}") from error

@@ -1,6 +1,6 @@
-"""What an engine is told of steering when it starts: it travels in vLLM's own configuration, to every process and node.
+"""An engine's settings of steering when it starts: they travel in vLLM's own configuration, to every process and node.
 
-There it is also part of the key of compiled graphs: one with the operator in it is never taken for one without.
+There they are also part of the key of compiled graphs: one with the operator in it is never taken for one without.
 """
 
 from __future__ import annotations
@@ -49,36 +49,36 @@ class Settings:
 
 
 def settings_from_environment(wanted: Capacity = ADDITIONS, sites: Collection[str] = ()) -> Settings:
-    """The settings that the environment asks for; where it says nothing of graphs and sites, those that are wanted.
+    """The settings that the environment names; where it says nothing of graphs and sites, those that are wanted.
 
     Raises:
         TrimtabError: A variable isn't understood.
     """
-    given = capacity_from(os.environ)
+    capacity = capacity_from(os.environ)
     return Settings(
         _number(SLOTS, Settings.slots, 2),
         _number(MAPS, Settings.maps, 2),
-        (wanted if given is None else given).to_plain(),
+        (wanted if capacity is None else capacity).to_plain(),
         tuple(sorted(sites)) if INSIDE_BLOCKS not in os.environ else _sites(os.environ[INSIDE_BLOCKS]),
         _number(STATIC, 0, 0),
         bool(_number(FUSED, 1, 0)),
     )
 
 
-def _sites(given: str) -> tuple[str, ...]:
-    found = sorted({name.strip() for name in given.split(",") if name.strip()} - {"residual"})
-    if unknown := sorted(set(found) - set(INSIDE)):
+def _sites(text: str) -> tuple[str, ...]:
+    kinds = sorted({name.strip() for name in text.split(",") if name.strip()} - {"residual"})
+    if unknown := sorted(set(kinds) - set(INSIDE)):
         raise TrimtabError(f"{INSIDE_BLOCKS} names kinds of sites, of {', '.join(INSIDE)}; got {unknown[0]!r}")
-    return tuple(found)
+    return tuple(kinds)
 
 
 def _number(name: str, otherwise: int, least: int) -> int:
-    given = os.environ.get(name)
-    if given is None:
+    text = os.environ.get(name)
+    if text is None:
         return otherwise
-    if not given.isdecimal() or int(given) < least:
-        raise TrimtabError(f"{name} is a whole number from {least}, got {given!r}")
-    return int(given)
+    if not text.isdecimal() or int(text) < least:
+        raise TrimtabError(f"{name} is a whole number from {least}, got {text!r}")
+    return int(text)
 
 
 def patch_arguments(arguments: type, started: Callable[[Any], tuple[Capacity, Collection[str]]]) -> None:
@@ -101,5 +101,5 @@ def patch_arguments(arguments: type, started: Callable[[Any], tuple[Capacity, Co
 
 def settings_of(config: Any) -> Settings:
     """The settings that an engine was started with."""
-    given = config.additional_config.get(KEY, {})
-    return Settings(**{**given, "sites": tuple(given.get("sites", ()))})
+    stored = config.additional_config.get(KEY, {})
+    return Settings(**{**stored, "sites": tuple(stored.get("sites", ()))})

@@ -41,20 +41,20 @@ class Shard:
         """How wide the whole activation is where a worker has this much."""
         return self.split.get(site.kind, width)
 
-    def of(self, one: Identified) -> Identified:
+    def of(self, identified: Identified) -> Identified:
         """This worker's part of an edit. Raises `ValueError` for one that doesn't split."""
-        whole = self.split.get(one.edit.site.kind)
+        whole = self.split.get(identified.edit.site.kind)
         if whole is None:
-            return one
-        if not splits(one.edit):
-            raise ValueError(f"{one.edit} can't be split over workers")
-        if isinstance(one.edit.operation, ScaleKeys):
-            return one
-        size = self.own.get(one.edit.site.kind, whole // self.workers)
+            return identified
+        if not splits(identified.edit):
+            raise ValueError(f"{identified.edit} can't be split over workers")
+        if isinstance(identified.edit.operation, ScaleKeys):
+            return identified
+        size = self.own.get(identified.edit.site.kind, whole // self.workers)
         first = self.rank * (whole // size) // self.workers * size
-        own = one.edit.operation.direction[first : first + size]
-        part = replace(one.edit, operation=replace(one.edit.operation, direction=own))
-        return Identified(f"{one.name}/{self.rank}", part)
+        own = identified.edit.operation.direction[first : first + size]
+        part = replace(identified.edit, operation=replace(identified.edit.operation, direction=own))
+        return Identified(f"{identified.name}/{self.rank}", part)
 
 
 WHOLE = Shard()

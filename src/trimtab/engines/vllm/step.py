@@ -55,8 +55,8 @@ class Step:
         stages = self.staged.sites.get(site)
         if stages:
             x = hidden[self.low : self.high]
-            given = None if residual is None else residual[self.low : self.high]
-            x.copy_(_edited(x, given, ((s, *self._gathered(site, i, s)) for i, s in enumerate(stages))))
+            residual_rows = None if residual is None else residual[self.low : self.high]
+            x.copy_(_edited(x, residual_rows, ((s, *self._gathered(site, i, s)) for i, s in enumerate(stages))))
 
     def _gathered(self, site: Site, number: int, stage: Stage) -> tuple[Rows, Active]:
         """A stage's rows and activity, one for each token."""

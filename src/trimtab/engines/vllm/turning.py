@@ -1,6 +1,6 @@
 """A request whose steering goes by what is generated: in which state each of its tokens is, once that token is known.
 
-A worker is told each token that it has sampled before the next pass. In the prefix cache a block of generated tokens is
+A worker gets each token that it has sampled before the next pass. In the prefix cache a block of generated tokens is
 keyed by all that may act there: together with the tokens before it, which its key has too, that decides what did.
 """
 
@@ -20,7 +20,7 @@ def compile_turning(edits: Sequence[Identified], prompt_length: int) -> dict[Hol
 
     Raises `TrimtabError` as `compile_program` does.
     """
-    meanings = meanings_of(one.edit for one in edits)
+    meanings = meanings_of(identified.edit for identified in edits)
     return {holding: compile_program(edits, prompt_length, holding) for holding in possible(meanings)}
 
 
@@ -33,7 +33,7 @@ def reserved(edits: Sequence[Identified], prompt_length: int) -> tuple[Segment, 
     if len(tables) == 1:
         return tables[NOTHING]
     states = {segment.state.key: segment.state for table in tables.values() for segment in table}
-    names = "\n".join((str(prompt_length), *(one.name for one in edits)))
+    names = "\n".join((str(prompt_length), *(identified.name for identified in edits)))
     every = State(hashlib.sha256(names.encode()).hexdigest()[:32], ())
     before = _between(tables[NOTHING], 0, prompt_length)
     return (*before, *(Segment(prompt_length, None, state) for state in (every, *states.values())))
@@ -56,10 +56,10 @@ class Turning:
         """Of a request with these tokens, of which those after its prompt are begun answers."""
         meanings = frozenset().union(*tables)
         follower = Follower(tokenizer, meanings, ids[:prompt_length])
-        found = cls(tables, follower, prompt_length, tables[NOTHING], follower.start)
+        turning = cls(tables, follower, prompt_length, tables[NOTHING], follower.start)
         for token in ids[prompt_length:]:
-            found.read(token)
-        return found
+            turning.read(token)
+        return turning
 
     @property
     def states(self) -> tuple[State, ...]:
@@ -80,10 +80,10 @@ class Turning:
 
 def _between(segments: Sequence[Segment], first: int, stop: int | None) -> tuple[Segment, ...]:
     """What of them lies between these positions."""
-    found = []
-    for one in segments:
-        start = max(one.start, first)
-        end = stop if one.stop is None else one.stop if stop is None else min(one.stop, stop)
+    inside = []
+    for segment in segments:
+        start = max(segment.start, first)
+        end = stop if segment.stop is None else segment.stop if stop is None else min(segment.stop, stop)
         if end is None or start < end:
-            found.append(replace(one, start=start, stop=end))
-    return tuple(found)
+            inside.append(replace(segment, start=start, stop=end))
+    return tuple(inside)

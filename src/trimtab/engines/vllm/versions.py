@@ -26,28 +26,28 @@ def vllm_version() -> str:
     raise TrimtabError(f"the vllm engine needs vLLM, which isn't installed here: {INSTALL}")
 
 
-def check_version(found: str | None = None) -> str:
-    """The version that is installed (or `found`).
+def check_version(installed: str | None = None) -> str:
+    """The version of vLLM that is installed, or `installed` where that is passed.
 
     Raises `UnsupportedError` for one that this engine isn't made for, and warns with `UntestedVersionWarning` of one
     that was never run in its tests.
     """
-    found = vllm_version() if found is None else found
-    minor = ".".join(found.split(".")[:2])
+    installed = vllm_version() if installed is None else installed
+    minor = ".".join(installed.split(".")[:2])
     if minor in UNTESTED:
-        _warn_untested(found)
+        _warn_untested(installed)
     elif minor not in SUPPORTED:
         raise UnsupportedError(
-            f"this trimtab steers vLLM {' and '.join(SUPPORTED)}, and this is {found}: it changes"
+            f"this trimtab steers vLLM {' and '.join(SUPPORTED)}, and this is {installed}: it changes"
             " places inside of it that other versions may have moved. Install one of these, or another trimtab"
         )
-    return found
+    return installed
 
 
 @lru_cache
-def _warn_untested(found: str) -> None:
+def _warn_untested(installed: str) -> None:
     warnings.warn(
-        f"vLLM {found} is newer than {SUPPORTED[-1]}, the newest that trimtab's tests have passed on. Each pass is"
+        f"vLLM {installed} is newer than {SUPPORTED[-1]}, the newest that trimtab's tests have passed on. Each pass is"
         " checked, and a request that wasn't steered as planned fails. For the version that was tested, run:"
         f" pip install 'vllm=={SUPPORTED[-1]}.*'",
         UntestedVersionWarning,

@@ -58,7 +58,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Wire:
-    """All that core and workers are told. `spans` are there once the prompt's length is known.
+    """All that core and workers get. `spans` are there once the prompt's length is known.
 
     Position rules count from `prompt_length`; until it is placed, 0 stands for all of the tokens that are given. `cap`
     is what the doses of all sites may add up to.

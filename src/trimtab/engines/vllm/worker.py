@@ -1,4 +1,4 @@
-"""The plugin's part in vLLM's workers: a rig for each, filled before each step, and what can be asked of it.
+"""The plugin's part in vLLM's workers: a rig for each, filled before each step, and the calls that it answers.
 
 The worker's class and its model runner stay as they are on disk; the runner that a worker has made gets its methods
 wrapped, V1's (`GPUModelRunner`, `CPUModelRunner`) as well as V2's.
@@ -37,7 +37,7 @@ log: logging.Logger = logging.getLogger("vllm.trimtab")
 
 
 def patch_worker(wrapper: type) -> None:
-    """Let vLLM's `WorkerWrapperBase` give each worker a rig once its model is loaded, and answer what is asked."""
+    """Let vLLM's `WorkerWrapperBase` give each worker a rig once its model is loaded, and answer calls."""
     inherited = wrapper.__dict__.get("load_model")
 
     def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +78,7 @@ def _fit(worker: Any) -> None:
 
 
 def _rig_for(config: Any, places: Mapping[Site, Place], device: torch.device) -> Rig:
-    """A rig with banks for these sites; of what captured graphs can do, as much as is asked for."""
+    """A rig with banks for these sites; of what captured graphs can do, as much as is requested."""
     settings, dtype = settings_of(config), config.model_config.dtype
     width = config.model_config.hf_text_config.hidden_size
     graphs = config.compilation_config.cudagraph_mode
@@ -131,7 +131,7 @@ def _is_heard(worker: Any) -> bool:
 def unsupported(config: Any) -> list[str]:
     """Why an engine of this configuration can't be steered; empty if it can."""
     compilation, parallel = config.compilation_config, config.parallel_config
-    found = {
+    reasons = {
         "speculative decoding is on, whose drafts aren't steered": config.speculative_config is not None,
         "a KV connector is set, which keeps blocks under keys that don't know of steering": (
             config.kv_transfer_config is not None
@@ -149,7 +149,7 @@ def unsupported(config: Any) -> list[str]:
         "the model embeds, it doesn't generate": config.model_config.runner_type != "generate",
         "the model is an encoder-decoder": config.model_config.is_encoder_decoder,
     }
-    return [reason for reason, holds in found.items() if holds]
+    return [reason for reason, holds in reasons.items() if holds]
 
 
 def unlike(runner: Any) -> list[str]:
@@ -263,7 +263,7 @@ def _follow(rig: Rig, firsts: dict[str, int], scheduled: Any) -> None:
     firsts.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
 
 
-# ---- what can be asked of every worker, through `collective_rpc` ---------------------------------------------
+# ---- the calls that every worker answers, through `collective_rpc` ----------------------------------------------
 
 
 def _rig(wrapper: Any) -> Rig:
@@ -277,7 +277,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
     """That the plugin is here, and what it can do; `"reasons"` why it can't steer."""
     rig: Rig | None = getattr(self.worker.model_runner, RIG, None)
     text = self.worker.model_config.hf_text_config
-    found = {
+    hello = {
         "trimtab": __version__,
         "vllm": vllm_version(),
         "rank": self.worker.rank,
@@ -286,7 +286,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
         "width": text.hidden_size,
     }
     if rig is not None:
-        found |= {
+        hello |= {
             "here": [site.layer for site in rig.sites if site.kind == "residual"],
             "inside": {site.kind: rig.shard.whole(site, width) for site, width in rig.sites.items()},
             "split": sorted(rig.shard.split),
@@ -298,7 +298,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
             "dtype": str(rig.dtype).removeprefix("torch."),
             **rig.describe(),
         }
-    return found
+    return hello
 
 
 def _untold(worker: Any) -> str:
@@ -349,7 +349,7 @@ def trimtab_take(self: Any, readings: list[str]) -> list[dict[str, tuple[list[in
     """What was read: for each reading, for each site of this worker's, shape and bytes, in float32."""
     rig = _rig(self)
     taken = [rig.take(reading) for reading in readings]
-    return [{str(site): (list(x.shape), _bytes(x)) for site, x in found.items()} for found in taken]
+    return [{str(site): (list(x.shape), _bytes(x)) for site, x in activations.items()} for activations in taken]
 
 
 def trimtab_rows(self: Any, rows: list[int]) -> dict[int, bytes]:
