@@ -60,14 +60,14 @@ def run(
     """All arms over the same queries, and what a token costs."""
     lm = LM.load(model, dtype="float32")
     layer = lm.layout.layers // 2 if layer is None else layer
-    asked = queries()
+    questions = queries()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DoseWarning)
         warnings.simplefilter("ignore", PairsWarning)
-        learned = learn(lm, asked[:LEARN], layer, tokens)
-        talk = asked[LEARN + BASE :]
+        learned = learn(lm, questions[:LEARN], layer, tokens)
+        talk = questions[LEARN + BASE :]
         costing = costs(lm, learned, talk[:8], tokens, rounds) if rounds else []
-        base = reference(lm, asked[LEARN : LEARN + BASE], tokens=12)
+        base = reference(lm, questions[LEARN : LEARN + BASE], tokens=12)
         arms = {UNSTEERED: Arm(None)} | arms_at(lm, learned, base, nats)
         plan = [[talk[(d * turns + t) % len(talk)] for t in range(turns)] for d in range(dialogues)]
         along = learned.edits[0].operation.direction.double()
@@ -78,31 +78,31 @@ def run(
     return Report("dialogues", machine(), about, (*results, *costing), spread=BOOTSTRAP, grid=not costing)
 
 
-def learn(lm: LM, asked: Sequence[str], layer: int, tokens: int) -> Steering:
+def learn(lm: LM, questions: Sequence[str], layer: int, tokens: int) -> Steering:
     """The persona's direction, from answers with it and without."""
-    with_it = lm.generate(asked, system=PERSONA, max_new_tokens=tokens, progress=say("persona"))
-    without = lm.generate(asked, max_new_tokens=tokens)
+    with_it = lm.generate(questions, system=PERSONA, max_new_tokens=tokens, progress=say("persona"))
+    without = lm.generate(questions, max_new_tokens=tokens)
     pairs = [
-        Pair(one.text or " ", other.text or " ", query)
-        for one, other, query in zip(with_it, without, asked, strict=True)
+        Pair(in_persona.text or " ", other.text or " ", query)
+        for in_persona, other, query in zip(with_it, without, questions, strict=True)
     ]
     return learn_caa(lm, pairs, layer, read_at="answer")
 
 
 def arms_at(lm: LM, learned: Steering, base: Reference, nats: float) -> dict[str, Arm]:
     """Each way to steer, at the strength that has this divergence."""
-    found = {}
+    arms = {}
     for name, rule in ((ALL, Positions.all()), (GENERATED, Positions.from_last_prompt_token())):
         steering = learned.at(rule)
 
         def far(factor: float, steering: Steering = steering) -> float:
             return divergence(lm, factor * steering, base).p95
 
-        found[name] = Arm(strength_of(far, nats) * steering)
+        arms[name] = Arm(strength_of(far, nats) * steering)
     steering = learned.at(Positions.all())
     factor = strength_of(lambda factor: clean_divergence(lm, factor * steering, base).p95, nats)
-    found[CLEAN] = Arm(factor * steering, clean=True)
-    return found
+    arms[CLEAN] = Arm(factor * steering, clean=True)
+    return arms
 
 
 def strength_of(far: Callable[[float], float], nats: float) -> float:
@@ -126,7 +126,7 @@ def clean_divergence(lm: LM, steering: Steering, base: Reference) -> Divergence:
     """
     (edit,) = steering.edits
     vector = edit.strength * edit.operation.direction
-    found = []
+    by_text = []
     for text, unsteered in zip(base.texts, base.logits, strict=True):
         ids = [*text.prompt, *text.answer[:-1]]
         count = len(ids)
@@ -150,8 +150,8 @@ def clean_divergence(lm: LM, steering: Steering, base: Reference) -> Divergence:
                 ).logits[0, count + len(text.prompt) - 1 :]
         finally:
             hook.remove()
-        found.append(tuple(_kl(unsteered, logits)))
-    return Divergence(tuple(found))
+        by_text.append(tuple(_kl(unsteered, logits)))
+    return Divergence(tuple(by_text))
 
 
 def held(
@@ -159,14 +159,14 @@ def held(
 ) -> dict[int, dict[int, Reading]]:
     """By turn and dialogue, how the unsteered model reads the answer; an empty answer has no reading."""
     talks: list[list[dict[str, str]]] = [[] for _ in plan]
-    found: dict[int, dict[int, Reading]] = {}
+    by_turn: dict[int, dict[int, Reading]] = {}
     count = len(plan[0])
     for turn in range(count):
-        for talk, asked in zip(talks, plan, strict=True):
-            talk.append({"role": "user", "content": asked[turn]})
+        for talk, questions in zip(talks, plan, strict=True):
+            talk.append({"role": "user", "content": questions[turn]})
         answers = lm.generate(talks, arm.steering, clean_cache=arm.clean, max_new_tokens=tokens)
         if turn + 1 in MEASURED:
-            found[turn + 1] = {
+            by_turn[turn + 1] = {
                 i: read_unsteered(lm, lm.encode(talk), answer.token_ids, layer, direction)
                 for i, (talk, answer) in enumerate(zip(talks, answers, strict=True))
                 if answer.token_ids
@@ -174,7 +174,7 @@ def held(
         for talk, answer in zip(talks, answers, strict=True):
             talk.append({"role": "assistant", "content": answer.text})
         say(name)(turn + 1, count)
-    return found
+    return by_turn
 
 
 def read_unsteered(lm: LM, prompt: Sequence[int], answer: Sequence[int], layer: int, direction: Tensor) -> Reading:
@@ -236,16 +236,16 @@ def _with(
     return Result(name, metric, value, unit, low, high)
 
 
-def costs(lm: LM, learned: Steering, asked: Sequence[str], tokens: int, rounds: int) -> list[Result]:
+def costs(lm: LM, learned: Steering, questions: Sequence[str], tokens: int, rounds: int) -> list[Result]:
     """Tokens a second, as ratios to unsteered ones, for one prompt and for all."""
     timed = {UNSTEERED: Arm(None), ALL: Arm(learned), CLEAN: Arm(learned, clean=True)}
     results = []
-    for count in (1, len(asked)):
+    for count in (1, len(questions)):
 
         def rate(arm: Arm, count: int = count) -> float:
             start = time.perf_counter()
             lm.generate(
-                asked[:count], arm.steering, clean_cache=arm.clean, max_new_tokens=tokens, min_new_tokens=tokens
+                questions[:count], arm.steering, clean_cache=arm.clean, max_new_tokens=tokens, min_new_tokens=tokens
             )
             return count * tokens / (time.perf_counter() - start)
 

@@ -32,7 +32,7 @@ def markdown(report: Report) -> str:
         *(f"- Command: `{command}`" for command in report.commands),
         *(
             [f"- In brackets: {report.spread}"]
-            if report.grid and any(one.low is not None for one in report.results)
+            if report.grid and any(result.low is not None for result in report.results)
             else []
         ),
         "",
@@ -69,16 +69,16 @@ def _grid(report: Report) -> Iterator[str]:
     for number, title in enumerate(titles):
         yield from ([""] if number else [])
         yield from ([f"{title}:", ""] if title else [])
-        yield from _part([one for one in report.results if one.metric.rpartition(": ")[0] == title])
+        yield from _part([result for result in report.results if result.metric.rpartition(": ")[0] == title])
 
 
 def _part(results: Sequence[Result]) -> Iterator[str]:
     """One table of a grid."""
     metrics = list(dict.fromkeys(result.metric for result in results))
-    places = {metric: _places([one for one in results if one.metric == metric]) for metric in metrics}
-    signed = {one.metric for one in results if one.value < 0 or (one.low is not None and one.low < 0)}
-    values = {(one.case, one.metric): one for one in results}
-    targets = {one.case: str(one.target) for one in results if one.target is not None}
+    places = {metric: _places([result for result in results if result.metric == metric]) for metric in metrics}
+    signed = {result.metric for result in results if result.value < 0 or (result.low is not None and result.low < 0)}
+    values = {(result.case, result.metric): result for result in results}
+    targets = {result.case: str(result.target) for result in results if result.target is not None}
     yield row(["", *(metric.rpartition(": ")[2] for metric in metrics), *(["target"] if targets else [])])
     yield row(["---", *("---:" for _ in metrics), *(["---"] if targets else [])])
     for case in dict.fromkeys(result.case for result in results):
@@ -105,8 +105,8 @@ def _places(results: Sequence[Result]) -> int:
     """The decimal places that the values of a column need, three at most."""
     values = [
         value
-        for one in results
-        for value in (one.value, one.low, one.high)
+        for result in results
+        for value in (result.value, result.low, result.high)
         if value is not None and (value == 0 or abs(value) >= 1e-3)
     ]
     return next((places for places in range(3) if all(round(value, places) == value for value in values)), 3)

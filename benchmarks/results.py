@@ -168,6 +168,8 @@ def _targets(report: Report) -> str:
         return "none set"
     if not report.short:
         return f"{aimed} of {aimed} hold"
-    named = "; ".join(f"{one.case}: {one.metric} {one.value:.4g}, not {one.target}" for one in report.short[:MISSES])
+    named = "; ".join(
+        f"{result.case}: {result.metric} {result.value:.4g}, not {result.target}" for result in report.short[:MISSES]
+    )
     more = f"; and {len(report.short) - MISSES} more" * (len(report.short) > MISSES)
     return f"{aimed - len(report.short)} of {aimed} hold; misses {named}{more}"

@@ -72,13 +72,13 @@ class Seen:
     endless: int = 0
     gaps: list[float] = field(default_factory=list)
 
-    def note(self, kind: str, found: httpx.Response) -> None:
+    def note(self, kind: str, response: httpx.Response) -> None:
         """One more answer."""
-        status = found.status_code
+        status = response.status_code
         with self.lock:
             self.statuses[f"{kind} {status}"] += 1
             if status >= 500 and status != 503:
-                self.wrong.append(f"{kind} {status}: {found.text[:200]}")
+                self.wrong.append(f"{kind} {status}: {response.text[:200]}")
 
     @property
     def requests(self) -> int:
@@ -110,7 +110,7 @@ def run(minutes: float, tokens: int, model: str | None) -> Report:
     for line in (*seen.wrong[:5], *seen.unanswered[:5]):
         print(line, file=sys.stderr)
     case = f"{minutes:g} minutes"
-    found = [
+    results = [
         Result(case, "requests", seen.requests, "requests"),
         Result(
             case, "refused as asked for wrongly", sum(n for s, n in seen.statuses.items() if s[-3] == "4"), "requests"
@@ -123,12 +123,12 @@ def run(minutes: float, tokens: int, model: str | None) -> Report:
         Result(case, "memory halfway", middle, "MiB"),
         Result(case, "memory gained since", end - middle, "MiB", target=Target(LEAST_GROWTH, at_least=False)),
     ]
-    return Report("soak", machine(), versions(), tuple(found))
+    return Report("soak", machine(), versions(), tuple(results))
 
 
 def _load(url: str, pid: int, seen: Seen, seconds: float) -> list[tuple[int, float]]:
     """All clients at once; the server's memory every few seconds, with how many requests it had answered."""
-    threads = [threading.Thread(target=_forever, args=(url, seen, one, i)) for i, one in enumerate(KINDS)]
+    threads = [threading.Thread(target=_forever, args=(url, seen, ask, i)) for i, ask in enumerate(KINDS)]
     for thread in threads:
         thread.start()
     held: list[tuple[int, float]] = []
@@ -144,15 +144,15 @@ def _load(url: str, pid: int, seen: Seen, seconds: float) -> list[tuple[int, flo
     return held
 
 
-def _forever(url: str, seen: Seen, one: Ask, seed: int) -> None:
+def _forever(url: str, seen: Seen, ask: Ask, seed: int) -> None:
     chance = random.Random(seed)
     with httpx.Client(base_url=url, timeout=PATIENCE) as client:
         while not seen.stop.is_set():
             try:
-                one(client, seen, chance)
+                ask(client, seen, chance)
             except httpx.TransportError as error:
                 with seen.lock:
-                    seen.unanswered.append(f"{one.__name__}: {type(error).__name__}: {error}")
+                    seen.unanswered.append(f"{ask.__name__}: {type(error).__name__}: {error}")
             if chance.random() < PAUSE:
                 seen.stop.wait(chance.uniform(0, LONGEST_PAUSE))
 
@@ -199,8 +199,8 @@ def logprobs(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
 
 
 def tools(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
-    found = client.post(CHATS, json=_body(seen, chance, tools=[TOOL], tool_choice="required", max_tokens=48))
-    seen.note("tools", found)
+    response = client.post(CHATS, json=_body(seen, chance, tools=[TOOL], tool_choice="required", max_tokens=48))
+    seen.note("tools", response)
 
 
 def schema(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
@@ -220,26 +220,26 @@ def rejecting(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
 
 
 def streamed(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
-    with client.stream("POST", CHATS, json=_body(seen, chance, stream=True)) as found:
+    with client.stream("POST", CHATS, json=_body(seen, chance, stream=True)) as response:
         last, at = "", time.monotonic()
-        for line in _lines(found):
+        for line in _lines(response):
             now = time.monotonic()
             with seen.lock:
                 seen.gaps.append(now - at)
             last, at = line, now
-        seen.note("streamed", found)
-        if found.status_code == 200 and last != "data: [DONE]":
+        seen.note("streamed", response)
+        if response.status_code == 200 and last != "data: [DONE]":
             with seen.lock:
                 seen.endless += 1
 
 
 def cut(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
-    with client.stream("POST", CHATS, json=_body(seen, chance, stream=True, max_tokens=48)) as found:
-        for _, _line in zip(range(chance.randint(0, 8)), _lines(found), strict=False):
+    with client.stream("POST", CHATS, json=_body(seen, chance, stream=True, max_tokens=48)) as response:
+        for _, _line in zip(range(chance.randint(0, 8)), _lines(response), strict=False):
             pass
-        if found.status_code != 200:
-            found.read()
-        seen.note("cut", found)
+        if response.status_code != 200:
+            response.read()
+        seen.note("cut", response)
 
 
 def wrong(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
@@ -258,8 +258,8 @@ def wrong(client: httpx.Client, seen: Seen, chance: random.Random) -> None:
     seen.note("wrong", client.post(CHATS, json=body))
 
 
-def _lines(found: httpx.Response) -> Iterator[str]:
-    return (line for line in found.iter_lines() if line) if found.status_code == 200 else iter(())
+def _lines(response: httpx.Response) -> Iterator[str]:
+    return (line for line in response.iter_lines() if line) if response.status_code == 200 else iter(())
 
 
 KINDS: tuple[Ask, ...] = (

@@ -88,7 +88,7 @@ def _overview(results: Results) -> str:
     lines.append(f"<tr class=control><td>unsteered score{base}")
     for arm in (PROMPT, TWICE):
         cells = "".join(
-            f"<td class=n>{task.told[arm].difference.estimate:+.2f}" if arm in task.told else "<td class=n>·"
+            f"<td class=n>{task.prompted[arm].difference.estimate:+.2f}" if arm in task.prompted else "<td class=n>·"
             for task in results.tasks
         )
         lines.append(f"<tr class=told><td>{arm}{cells}")
@@ -137,7 +137,7 @@ def _task(task: TaskResults) -> str:
     ]
     rest = "<td>" * (len(beside) + len(sides) + 6)
     lines.append(f"<tr class=control><td>unsteered<td><td class=n>{task.unsteered:.2f}{rest}")
-    for arm, decision in task.told.items():
+    for arm, decision in task.prompted.items():
         lines.append(
             f"<tr class=told><td>{escape(arm)}<td><td class=n>{decision.after:.2f}<td"
             f" class=n>{_interval(decision.difference)}<td class=n>{decision.won} : {decision.lost}<td"

@@ -280,12 +280,12 @@ def within(made: Plan, speed: Speed, budget: float) -> Plan:
             return smaller
     needed = speed.seconds(smaller.cost())
     raise TrimtabError(
-        f"even with {smaller.items} items a task this takes about {told(needed)}, and the budget is {told(budget)}:"
-        " give more time, or fewer --methods or --tasks"
+        f"even with {smaller.items} items a task this takes about {duration(needed)}, and the budget is"
+        f" {duration(budget)}: give more time, or fewer --methods or --tasks"
     )
 
 
-def told(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """A time in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"

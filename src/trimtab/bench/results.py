@@ -81,14 +81,14 @@ class Row:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """One task: its arms without a steering, its rows, and the methods that can't act on it."""
+    """One task: its arms without a steering (`prompted`), its rows, and the methods that can't act on it."""
 
     name: str
     about: str
     unit: str
     items: int
     unsteered: float
-    told: Mapping[str, Decision]
+    prompted: Mapping[str, Decision]
     rows: tuple[Row, ...]
     left_out: Mapping[str, str]
 
@@ -150,11 +150,11 @@ class Results:
             ties = [standing.method for standing in self.methods if standing.better == best.better]
             said.append(f"better on most tasks ({best.better}): {', '.join(ties)}")
         beaten = [f"{row.method} on {task.name}" for task, row in whole if row.share is not None and row.share >= 1]
-        with_prompt = [task for task in self.tasks if PROMPT in task.told]
+        with_prompt = [task for task in self.tasks if PROMPT in task.prompted]
         if with_prompt:
             what = ", ".join(beaten) if beaten else "none"
             said.append(f"at least as much as the prompt itself, on the {len(with_prompt)} tasks that have one: {what}")
-            deaf = [task.name for task in with_prompt if not task.told[PROMPT].better]
+            deaf = [task.name for task in with_prompt if not task.prompted[PROMPT].better]
             if deaf:
                 said.append(f"the model doesn't do it when it is asked to, either, on: {', '.join(deaf)}")
         said.append(
@@ -409,7 +409,7 @@ def _task_json(task: TaskResults) -> dict[str, Any]:
         "items": task.items,
         "unsteered": task.unsteered,
         "told": {
-            arm: {**asdict(decision), "words": in_words(decision, "items")} for arm, decision in task.told.items()
+            arm: {**asdict(decision), "words": in_words(decision, "items")} for arm, decision in task.prompted.items()
         },
         "rows": [_row_json(row) for row in task.rows],
         "left_out": task.left_out,

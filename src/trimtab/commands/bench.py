@@ -128,7 +128,7 @@ def bench(
     from trimtab.bench import Settings, plan
     from trimtab.bench import bench as run
     from trimtab.bench.page import write_page
-    from trimtab.bench.plan import speed_of, told, within
+    from trimtab.bench.plan import duration, speed_of, within
 
     settings = Settings(
         _names(methods), _names(tasks), _numbers(nats), items, pairs, tokens, seed, data, lora, thorough
@@ -151,22 +151,24 @@ def bench(
         _tell(made, speed, json)
         return
     note(
-        f"{made.cells} cells, about {told(speed.seconds(made.cost()))}; Ctrl-C stops, the same command goes on",
+        f"{made.cells} cells, about {duration(speed.seconds(made.cost()))}; Ctrl-C stops, the same command goes on",
         quiet=json,
     )
     for kind, why in made.left_out:
         note(f"without {kind}: {why}", quiet=json)
     with sigterm_interrupts(), progress_bar("benchmark", quiet=json) as progress:
         try:
-            found = run(lm, made, out, answering=answering, progress=progress, say=lambda name: note(name, quiet=json))
+            results = run(
+                lm, made, out, answering=answering, progress=progress, say=lambda name: note(name, quiet=json)
+            )
         except KeyboardInterrupt:
             note(f"what is done stands in {out}; the same command goes on from there", quiet=json)
             raise
-    write_page(out / PAGE, found)
+    write_page(out / PAGE, results)
     if json:
-        write_json(found.to_json())
+        write_json(results.to_json())
         return
-    show(*_tables(found), *found.words(), f"page {out / PAGE}", f"results {out / 'results.json'}")
+    show(*_tables(results), *results.words(), f"page {out / PAGE}", f"results {out / 'results.json'}")
 
 
 def forecast(
@@ -200,24 +202,25 @@ def forecast(
         more, source = _cases(folder)
         cases += more
         sources.append(source)
-    found = fit(cases)
+    fitted = fit(cases)
     worked = [case.worked for case in cases]
     alone = {
         name: auc_of([case.features[n] for case in cases], [case.worked for case in cases])
         for n, name in enumerate(NAMES)
     }
-    document = {**found, "alone": alone, "made_from": sources}
+    document = {**fitted, "alone": alone, "made_from": sources}
     if write is not None:
         write_atomically(write, (json_module.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
     if json:
         write_json(document)
         return
     table = Table("", "weight", "AUC alone", box=None, header_style="dim")
-    for name, weight in zip(NAMES, found["weights"], strict=True):
+    for name, weight in zip(NAMES, fitted["weights"], strict=True):
         table.add_row(name, f"{weight:+.2f}", f"{alone[name]:.2f}")
     show(
         table,
-        f"{len(cases)} results, {sum(worked)} of which worked; AUC on tasks left out one at a time: {found['auc']:.2f}",
+        f"{len(cases)} results, {sum(worked)} of which worked; AUC on tasks left out one at a time:"
+        f" {fitted['auc']:.2f}",
         *([f"saved {write}"] if write else []),
     )
 
@@ -227,10 +230,10 @@ def forecast(
 
 def seconds_of(text: str) -> float:
     """A time such as 2h, 25min, 90s or 10 (minutes). Raises `TrimtabError` for anything else."""
-    found = BUDGET.fullmatch(text.strip().lower())
-    if found is None or float(found[1]) <= 0:
+    match = BUDGET.fullmatch(text.strip().lower())
+    if match is None or float(match[1]) <= 0:
         raise TrimtabError(f"--budget {text!r} is no time; write 2h, 25min or 90s")
-    return float(found[1]) * SECONDS[found[2]]
+    return float(match[1]) * SECONDS[match[2]]
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -257,12 +260,13 @@ def _items_before(out: Path) -> int | None:
 
 def _tell(made: Plan, speed: Speed, json: bool) -> None:
     """The plan and the estimate."""
-    from trimtab.bench.plan import told
+    from trimtab.bench.plan import duration
 
     cost = made.cost()
     document: dict[str, Any] = {
         "tasks": [
-            {"task": one.name, "kind": one.kind, "items": min(made.items, one.available)} for one in made.outlines
+            {"task": outline.name, "kind": outline.kind, "items": min(made.items, outline.available)}
+            for outline in made.outlines
         ],
         "methods": list(made.rows),
         "nats": list(made.nats),
@@ -277,40 +281,42 @@ def _tell(made: Plan, speed: Speed, json: bool) -> None:
         write_json(document)
         return
     table = Table("task", "kind", "items", box=None, header_style="dim")
-    for one in document["tasks"]:
-        table.add_row(one["task"], one["kind"], str(one["items"]))
+    for task in document["tasks"]:
+        table.add_row(task["task"], task["kind"], str(task["items"]))
     show(
         table,
         f"methods: {', '.join(made.rows)}",
-        f"at {', '.join(f'{one:g}' for one in made.nats)} nats; {made.cells} cells; about"
-        f" {told(speed.seconds(cost))} ({cost.made / 1000:.0f}k tokens generated at {speed.made:.0f} a second,"
+        f"at {', '.join(f'{number:g}' for number in made.nats)} nats; {made.cells} cells; about"
+        f" {duration(speed.seconds(cost))} ({cost.made / 1000:.0f}k tokens generated at {speed.made:.0f} a second,"
         f" {cost.read / 1000:.0f}k read at {speed.read:.0f})",
         *(f"without {kind}: {why}" for kind, why in made.left_out),
     )
 
 
-def _tables(found: Results) -> list[Any]:
+def _tables(results: Results) -> list[Any]:
     """Each method's gain on each task, and how it stands over all."""
     from trimtab.bench.page import MARKS
 
-    table = Table("method", *(task.name for task in found.tasks), "better", "place", box=None, header_style="dim")
+    table = Table("method", *(task.name for task in results.tasks), "better", "place", box=None, header_style="dim")
     for column in table.columns[1:]:
         column.justify = "right"
-    plain = [f"{task.unsteered:.2f}" for task in found.tasks]
+    plain = [f"{task.unsteered:.2f}" for task in results.tasks]
     table.add_row("unsteered", *plain, "", "", style="dim")
     for arm in ("prompt", "said twice"):
-        gains = [f"{task.told[arm].difference.estimate:+.2f}" if arm in task.told else "·" for task in found.tasks]
+        gains = [
+            f"{task.prompted[arm].difference.estimate:+.2f}" if arm in task.prompted else "·" for task in results.tasks
+        ]
         table.add_row(arm, *gains, "", "", style="bold")
-    for one in found.methods:
+    for standing in results.methods:
         cells = []
-        for task in found.tasks:
-            row = next((row for row in task.rows if row.method == one.method), None)
+        for task in results.tasks:
+            row = next((row for row in task.rows if row.method == standing.method), None)
             if row is None:
                 cells.append("·")
                 continue
             broken = "†" if row.cell.broken else ""
             cells.append(f"{row.cell.decision.difference.estimate:+.2f}{MARKS.get(row.cell.verdict, '')}{broken}")
-        table.add_row(one.method, *cells, f"{one.better}/{one.tasks}", f"{one.place:.2f}")
+        table.add_row(standing.method, *cells, f"{standing.better}/{standing.tasks}", f"{standing.place:.2f}")
     return [
         table,
         "gain over unsteered at the best divergence; ▲ better than unsteered and random, ▼ worse, ≈ as random, † text"
@@ -324,21 +330,21 @@ def _cases(folder: Path) -> tuple[Sequence[Any], dict[str, Any]]:
     from trimtab.evaluate.decision import BETTER
     from trimtab.tune.forecast import Case, Predictors
 
-    found = results_of(folder)
+    results = results_of(folder)
     cases = [
         Case(task.name, Predictors(**row.predictors).features, row.cell.verdict == BETTER and not row.cell.broken)
-        for task in found.tasks
+        for task in results.tasks
         for row in task.rows
         if row.predictors is not None
     ]
-    model, settings = found.about["model"], found.about["settings"]
+    model, settings = results.about["model"], results.about["settings"]
     source = {
         "model": model.get("name"),
         "fingerprint": model.get("fingerprint"),
         "dtype": model.get("dtype"),
-        "tasks": len(found.tasks),
+        "tasks": len(results.tasks),
         "results": len(cases),
         **{name: settings[name] for name in ("items", "pairs", "tokens", "nats", "seed")},
-        "versions": found.about["versions"],
+        "versions": results.about["versions"],
     }
     return cases, source

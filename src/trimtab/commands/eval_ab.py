@@ -112,9 +112,9 @@ def ab(
 
     records, compared = score(run.lm, run.arms, out, {}), dict(run.arms)
     if pairs:
-        for more, found in sides(run.lm, pairs, run.arms, out, score, quiet=json):
+        for more, side_records in sides(run.lm, pairs, run.arms, out, score, quiet=json):
             compared |= more
-            records += found
+            records += side_records
     document: dict[str, Any] = {
         "evaluation": "ab",
         "model": run.lm.name,
@@ -153,13 +153,13 @@ def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture
     from trimtab.report.sweep import draw_planes, draw_similarity, similarity
     from trimtab.text.pairs import Pair
 
-    found = []
+    pictures = []
     files = dict.fromkeys(arm.about["file"] for arm in arms.values() if arm.about["kind"] == "steered")
     for file in files:
         steering = load_steering(file)
         if len(steering.layers) == len(steering.edits) > 1:
             title = f"vectors of {Path(file).stem}, layer by layer"
-            found.append(Picture(draw_similarity(*similarity(steering), title), f"cosines between the {title}"))
+            pictures.append(Picture(draw_similarity(*similarity(steering), title), f"cosines between the {title}"))
     sites = sorted({layer for arm in arms.values() if arm.steering is not None for layer in arm.steering.layers})
     sites = [sites[i * len(sites) // DRAWN_LAYERS] for i in range(DRAWN_LAYERS)] if len(sites) > DRAWN_LAYERS else sites
     if sites and len(items) > 2:
@@ -168,5 +168,5 @@ def _pictures(lm: LM, items: list[ABItem], arms: dict[str, Arm]) -> list[Picture
         letters = [(item.matching, item.other) for item in some]
         title = "activations at the answers' letters, two principal components"
         picture = draw_planes(activations(lm, pairs, sites), letters, title)
-        found.append(Picture(picture, f"{title}; colour: side, marker: letter"))
-    return found
+        pictures.append(Picture(picture, f"{title}; colour: side, marker: letter"))
+    return pictures

@@ -89,12 +89,12 @@ def capability(
         if name in sums:
             requests, scorer = math_requests(sums[name], run.steerings, run.systems), math_scorer(sums[name])
             records = into.answered(requests, scorer, about, max_new_tokens=max_new_tokens, label=name)
-            found = {"items": len(sums[name]), **document_of(records, run.arms, MATH_SCORES, None)}
+            result = {"items": len(sums[name]), **document_of(records, run.arms, MATH_SCORES, None)}
         else:
             records = into.letters(letters[name], about, label=name)
-            found = {"items": len(letters[name]), **document_of(records, run.arms, SCORES, category_of)}
-            found["macro"] = macro(records, "matching")
-        documents[name] = {"data": str(path), **found, **({"records": str(target)} if target else {})}
+            result = {"items": len(letters[name]), **document_of(records, run.arms, SCORES, category_of)}
+            result["macro"] = macro(records, "matching")
+        documents[name] = {"data": str(path), **result, **({"records": str(target)} if target else {})}
     if json:
         write_json({"evaluation": "capability", "model": run.lm.name, "tasks": documents})
         return

@@ -123,10 +123,12 @@ class Run:
         """The same, with its records in another file."""
         return replace(self, options=replace(self.options, out=out))
 
-    def _kept(self, label: str, make: Callable[..., list[Record]], requests: Sequence[ArmPrompt], **given: Any) -> Any:
+    def _kept(
+        self, label: str, make: Callable[..., list[Record]], requests: Sequence[ArmPrompt], **arguments: Any
+    ) -> Any:
         with resumable(self.options.out, quiet=self.quiet), progress_bar(label, quiet=self.quiet) as progress:
             return make(
-                self.lm, requests, **given, **asdict(self.options), batch_size=self.batch_size, progress=progress
+                self.lm, requests, **arguments, **asdict(self.options), batch_size=self.batch_size, progress=progress
             )
 
 
@@ -148,8 +150,8 @@ def nats_of(
         base = reference(lm, spread(prompts, NATS_PROMPTS), tokens=NATS_TOKENS)
     except TrimtabError:  # prompts that fill the context, or that the model answers with nothing
         return {}
-    found = {name: divergence(lm, one, base, transfer=transfer) for name, one in steered.items()}
-    return {name: {"mean": one.mean, "p95": one.p95} for name, one in found.items()}
+    divergences = {name: divergence(lm, steering, base, transfer=transfer) for name, steering in steered.items()}
+    return {name: {"mean": measured.mean, "p95": measured.p95} for name, measured in divergences.items()}
 
 
 def finish(document: dict[str, Any], *parts: RenderableType, out: Path | None, json: bool) -> None:
@@ -281,7 +283,7 @@ def find_data(data: Path | None, names: Sequence[str], what: str) -> list[Path]:
         return [data]
     if not data.is_dir():
         raise TrimtabError(f"there is no file or folder {data}")
-    found = [path for name in names for path in (data / name, data / Path(name).name) if path.is_file()]
-    if not found:
+    paths = [path for name in names for path in (data / name, data / Path(name).name) if path.is_file()]
+    if not paths:
         raise TrimtabError(f"{data} has none of {', '.join(names)}; name a file with --data")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(paths))

@@ -34,14 +34,14 @@ def lm_eval(context: typer.Context) -> None:
     import_module("trimtab.evaluate.harness")  # it registers the model class, or says that the harness isn't installed
     from lm_eval.__main__ import cli_evaluate
 
-    given = list(context.args)
+    arguments = list(context.args)
     commands = ("run", "ls", "validate")
-    runs = not given or given[0] not in commands[1:]
+    runs = not arguments or arguments[0] not in commands[1:]
     if runs:
-        given = given[1:] if given and given[0] == "run" else given
-        named = any(word.partition("=")[0] in ("-M", "--model", "-C", "--config") for word in given)
-        given = ["run", *([] if named else ["--model", "trimtab"]), *given]
-    before, sys.argv = sys.argv, ["lm-eval", *given]
+        arguments = arguments[1:] if arguments and arguments[0] == "run" else arguments
+        named = any(word.partition("=")[0] in ("-M", "--model", "-C", "--config") for word in arguments)
+        arguments = ["run", *([] if named else ["--model", "trimtab"]), *arguments]
+    before, sys.argv = sys.argv, ["lm-eval", *arguments]
     try:
         cli_evaluate()
     finally:

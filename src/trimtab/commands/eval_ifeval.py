@@ -139,7 +139,7 @@ def _summary(records: Sequence[Record], arms: Mapping[str, Arm]) -> dict[str, An
     return {
         "baseline": BASELINE,
         "arms": {name: {**arm.about, **_facts(of[name])} for name, arm in arms.items()},
-        **{part: [line.to_json() for line in found] for part, found in lines.items()},
+        **{part: [line.to_json() for line in part_lines] for part, part_lines in lines.items()},
     }
 
 
@@ -185,7 +185,7 @@ def _difference_table(document: Mapping[str, Any]) -> Table | None:
     for arm in arms:
         strict, loose = (line_of(document["by_prompt"], arm, score)["difference"] for score in SCORES)
         p = "" if loose["p"] is None else f"{loose['p']:.2g}"
-        means = [_mean(one["mean"], sign=True) for one in (strict, loose)]
+        means = [_mean(difference["mean"], sign=True) for difference in (strict, loose)]
         table.add_row(arm, *means, f"{loose['better']}/{loose['worse']}", p)
     return table
 
@@ -197,9 +197,9 @@ def _types_table(document: Mapping[str, Any]) -> Table:
     for line in document["by_type"]:
         if line["score"] == "loose":
             rows.setdefault(line["key"], {})[line["arm"]] = line
-    for kind, found in rows.items():
-        means = [f"{found[arm]['mean']['estimate']:.0%}" if arm in found else "" for arm in arms]
-        table.add_row(kind, str(found[document["baseline"]]["n"]), *means)
+    for kind, by_arm in rows.items():
+        means = [f"{by_arm[arm]['mean']['estimate']:.0%}" if arm in by_arm else "" for arm in arms]
+        table.add_row(kind, str(by_arm[document["baseline"]]["n"]), *means)
     return table
 
 

@@ -61,7 +61,7 @@ def inspect(
             "--random and --system-prompt are no arms of a task of Inspect's; use --steer and --strength"
         )
     steerings = {name: _named(arm.about) for name, arm in plan.arms().items()}
-    given = _arguments(task_arg or [])
+    arguments = _arguments(task_arg or [])
     check_replicas(loader.replicas, loader.engine)
     quiet = without_bars(json)
     if loader.engine == "transformers":
@@ -82,7 +82,7 @@ def inspect(
             loader.model or "default",
             steer,
             limit=limit,
-            task_args=given,
+            task_args=arguments,
             max_tokens=max_tokens,
             batch_size=batch_size,
             log_dir=log_dir,
@@ -95,7 +95,7 @@ def inspect(
     metrics = list(dict.fromkeys(metric for arm in document["arms"].values() for metric in arm["metrics"]))
     table = table_of("arm", *metrics, "samples")
     for name, arm in document["arms"].items():
-        shown = (f"{arm['metrics'][one]:.3f}" if one in arm["metrics"] else "" for one in metrics)
+        shown = (f"{arm['metrics'][metric]:.3f}" if metric in arm["metrics"] else "" for metric in metrics)
         table.add_row(name, *shown, str(arm["samples"]))
     show(f"{task} on {document['model']}", table)
     note(f"logs are in {log_dir}; inspect view --log-dir {log_dir} shows them", quiet=False)

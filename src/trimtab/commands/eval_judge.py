@@ -107,14 +107,14 @@ def judge(
     plan, out = arms.plan(), options.out
     check_targets(out, report)
     rubric = _rubric(criterion, scale, ends)
-    asked = gather_prompts([], prompts, column)
+    all_prompts = gather_prompts([], prompts, column)
 
     from trimtab.evaluate.ab import spread
     from trimtab.evaluate.judge import Endpoint, LocalJudge, judge_records, tally
     from trimtab.evaluate.records import ArmPrompt, with_system
 
     endpoint = None if local else _endpoint(Endpoint)
-    chosen = spread(list(enumerate(asked, 1)), limit)
+    chosen = spread(list(enumerate(all_prompts, 1)), limit)
     if plan.systems:
         _check_systems([prompt for _, prompt in chosen])
     run = Run.start(plan, loader, options, [prompt for _, prompt in chosen], batch_size=batch_size, quiet=json)
@@ -125,7 +125,7 @@ def judge(
     ]
     records = run.answered(
         requests,
-        lambda _request, one: {"empty": float(not one.text.strip())},
+        lambda _request, answer: {"empty": float(not answer.text.strip())},
         {"evaluation": "judge"},
         max_new_tokens=max_new_tokens,
     )
@@ -191,11 +191,11 @@ def _rubric(criterion: str, scale: str, ends: str) -> Rubric:
 def _endpoint(kind: Any) -> Judge:
     """The server that the environment names, before a model is loaded."""
     try:
-        found = kind.from_environment()
+        endpoint = kind.from_environment()
     except TrimtabError as error:
         raise TrimtabError(f"{error}; --local takes the model itself, a weak judge") from None
-    found.check()
-    return found
+    endpoint.check()
+    return endpoint
 
 
 def _check_systems(prompts: Sequence[Any]) -> None:

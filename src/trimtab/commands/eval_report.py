@@ -66,7 +66,7 @@ def _sweeps(document: Mapping[str, Any], title: str, columns: Mapping[str, str])
     from trimtab.report.sweep import draw_sweep
 
     files = dict.fromkeys(facts["file"] for facts in document["arms"].values() if facts["kind"] == "steered")
-    found = []
+    pictures = []
     for file in files:
         for score, name in list(columns.items())[:2]:
             cells = _cells(document, file, score)
@@ -75,8 +75,8 @@ def _sweeps(document: Mapping[str, Any], title: str, columns: Mapping[str, str])
             picture = draw_sweep(
                 cells, _interval(document, document["baseline"], score), f"{Path(file).stem}: {title}", name
             )
-            found.append(Picture(picture, f"{name} by strength and layer, {Path(file).name}"))
-    return found
+            pictures.append(Picture(picture, f"{name} by strength and layer, {Path(file).name}"))
+    return pictures
 
 
 def _cells(document: Mapping[str, Any], file: str, score: str) -> list[Cell]:
@@ -106,10 +106,10 @@ def _samples(records: Sequence[Record], score: str) -> tuple[Sample, ...]:
     from trimtab.report.page import Sample
 
     items = list(dict.fromkeys(record.item for record in sorted(records, key=lambda record: record.item)))[:SAMPLES]
-    found = []
+    samples = []
     for item in items:
         mine = [record for record in records if record.item == item and "random" not in record.arm]
         prompt = mine[0].prompt if isinstance(mine[0].prompt, str) else mine[0].prompt[-1]["content"]
         answers = tuple((record.arm, f"{record.answer}   ({score} {record.scores[score]:.2f})") for record in mine)
-        found.append(Sample(prompt, answers))
-    return tuple(found)
+        samples.append(Sample(prompt, answers))
+    return tuple(samples)

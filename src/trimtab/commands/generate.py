@@ -232,9 +232,9 @@ def generate(
     finds the strength for a given dose, and --nats the one for a given divergence of
     next tokens.
     """
-    asked = gather_prompts(prompt or [], prompts, column)
+    all_prompts = gather_prompts(prompt or [], prompts, column)
     if image:
-        asked = about_images(asked, image, plain=plain)
+        all_prompts = about_images(all_prompts, image, plain=plain)
     files = [parse_pick(text) for text in steer or []]
     decoding = _decoding(sample, temperature, seed)
     marks = _marks(emphasize or [], emphasize_system, system)
@@ -259,16 +259,16 @@ def generate(
         _check_dose(dose, bool(files), loader.engine)
     if nats is not None:
         _check_nats(nats, bool(files), loader.engine)
-    if plain and not image and not all(isinstance(one, str) for one in asked):
+    if plain and not image and not all(isinstance(item, str) for item in all_prompts):
         raise TrimtabError("--plain takes prompts as plain text, and these are messages; leave --plain out")
-    if system is not None and any(not isinstance(one, str) and one[0]["role"] == "system" for one in asked):
+    if system is not None and any(not isinstance(item, str) and item[0]["role"] == "system" for item in all_prompts):
         raise TrimtabError("--system is a system message, and there are prompts that have one; leave one of them out")
     if clean_cache and not files:
         raise TrimtabError("--clean-cache says over what cache to steer; give --steer FILE as well")
     steering = _steering(files, positions)
     schema = {} if json_schema is None else {"json_schema": read_schema(json_schema)}
     lm = loader.load(quiet=json)
-    given: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "system": system,
         "chat": False if plain else None,
@@ -282,7 +282,7 @@ def generate(
         from trimtab.evaluate.ab import spread
         from trimtab.tune import at_dose
 
-        some = spread(asked, DOSED_PROMPTS)
+        some = spread(all_prompts, DOSED_PROMPTS)
         chat: dict[str, Any] = {"system": system, "chat": False if plain else None}
         dosed = at_dose(lm, steering, dose, some, transfer=transfer, batch_size=batch_size, **chat)
         steering = dosed.steering
@@ -292,48 +292,52 @@ def generate(
         from trimtab.tune import at_nats
 
         asked_as: dict[str, Any] = {"system": system, "chat": False if plain else None}
-        taken = at_nats(lm, steering, nats, spread(asked, DOSED_PROMPTS), transfer=transfer, **asked_as)
+        taken = at_nats(lm, steering, nats, spread(all_prompts, DOSED_PROMPTS), transfer=transfer, **asked_as)
         steering = taken.steering
     with progress_bar("generating", quiet=json) as progress:
-        towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(asked)}
+        towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(all_prompts)}
         answers = lm.generate(
-            asked,
+            all_prompts,
             steering,
             transfer=transfer,
             rejection=rejecting,
             clean_cache=clean_cache,
             progress=progress,
             **towards,
-            **given,
+            **settings,
         )
     unsteered = None
     if compare:
         with progress_bar("unsteered", quiet=json) as progress:
-            unsteered = lm.generate(asked, progress=progress, **given)
+            unsteered = lm.generate(all_prompts, progress=progress, **settings)
     if trace_html is not None:
         from trimtab.report.traces import trace_page
 
-        write_atomically(trace_html, trace_page(lm.tokenizer, asked, answers).encode())
+        write_atomically(trace_html, trace_page(lm.tokenizer, all_prompts, answers).encode())
     if plot is not None:
         from trimtab.report.trace_picture import plot_traces
 
         plot_traces(answers, plot)
     if json:
-        document = answers_document(lm.name, files, asked, answers, unsteered)
+        document = answers_document(lm.name, files, all_prompts, answers, unsteered)
         if dosed is not None:
             document["dosed"] = {"dose": dosed.dose, "factor": dosed.factor}
         if taken is not None:
-            found = {"p95": taken.divergence.p95, "mean": taken.divergence.mean, "tokens": taken.divergence.tokens}
-            document["divergence"] = {**found, "factor": taken.factor, "monotone": taken.monotone}
+            measured_nats = {
+                "p95": taken.divergence.p95,
+                "mean": taken.divergence.mean,
+                "tokens": taken.divergence.tokens,
+            }
+            document["divergence"] = {**measured_nats, "factor": taken.factor, "monotone": taken.monotone}
         if loader.engine == "vllm":
             for row in document["answers"]:
                 row["dose"] = row["overall_dose"] = None  # it isn't measured there
         write_json(document)
         return
-    _print(asked, answers, unsteered, lm.tokenizer if trace else None)
+    _print(all_prompts, answers, unsteered, lm.tokenizer if trace else None)
     traced = [answer.trace for answer in answers if answer.trace is not None]
     if traced:
-        steps = [step for one in traced for step in one.steps]
+        steps = [step for answer_trace in traced for step in answer_trace.steps]
         opened, changed = sum(s.open for s in steps), sum(s.replaced is not None for s in steps)
         were = "was" if changed == 1 else "were"
         note(f"of {len(steps)} tokens, {opened} had an open gate and {changed} {were} changed", quiet=False)
@@ -359,9 +363,9 @@ def generate(
 def _doses(answers: Sequence[Generation]) -> str:
     """The largest dose of a layer; and of all layers together, where there are several."""
     layers = max(len(answer.applied.doses) for answer in answers)
-    told = f"; dose {max(answer.applied.dose for answer in answers):.2g}"
+    text = f"; dose {max(answer.applied.dose for answer in answers):.2g}"
     overall = max(answer.applied.overall for answer in answers)
-    return told if layers < 2 else f"{told} at a layer, {overall:.2g} over {layers}"
+    return text if layers < 2 else f"{text} at a layer, {overall:.2g} over {layers}"
 
 
 def _check_dose(dose: float, steers: bool, engine: str) -> None:
@@ -407,14 +411,14 @@ def _rejection(
 
     on = marks if wanted is None else wanted
     settings = {"beta": beta, "ladder": ladder, "schedule": schedule}
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    chosen: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     if not on:
-        if given:
-            raise TrimtabError(f"--{next(iter(given))} is a setting of rejection; add --rejection")
+        if chosen:
+            raise TrimtabError(f"--{next(iter(chosen))} is a setting of rejection; add --rejection")
         return False
     if not steers and not marks:
         raise TrimtabError("--rejection needs a steering to reject; give --steer FILE or --emphasize TEXT")
-    return Rejection(**given)
+    return Rejection(**chosen)
 
 
 def _decoding(sample: bool, temperature: float | None, seed: int | None) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def learn(
         steerings: dict[Path, Steering]
         if lessons:
             made = _taught(lm, lessons, chosen, operation, rule, one_sided, progress)
-            steerings = {out / f"{name}.safetensors" if every else out: one for name, one in made.items()}
+            steerings = {out / f"{name}.safetensors" if every else out: steering for name, steering in made.items()}
         elif word is not None and logit:
             from trimtab.methods.word_logit import learn_word_logit
 
@@ -282,28 +282,28 @@ def learn(
         elif word is not None or length is not None:
             steerings = {out: _by_weight(lm, word, exclude, length, chosen, operation, rule, limit, progress)}
         else:
-            given: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
-            given |= {} if operation is None else {"operation": operation}
-            given |= {} if where is None else {"read_at": where}
-            given |= {} if estimator is None else {"estimator": estimator}
-            steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **given)}
-    steerings = {path: strength * one for path, one in steerings.items()}
-    told: tuple[str, dict[str, Any] | None] | None = None
+            keywords: dict[str, Any] = {} if method != "instruct" else {"positions": rule, "one_sided": one_sided}
+            keywords |= {} if operation is None else {"operation": operation}
+            keywords |= {} if where is None else {"read_at": where}
+            keywords |= {} if estimator is None else {"estimator": estimator}
+            steerings = {out: recipe.load()(lm, read, chosen, progress=progress, **keywords)}
+    steerings = {path: strength * steering for path, steering in steerings.items()}
+    prediction: tuple[str, dict[str, Any] | None] | None = None
     learned_from = read or [pair for lesson in lessons for pair in lesson.pairs]
     if learned_from and forecast:
         from trimtab.commands.foretold import foretold
 
-        told = foretold(lm, learned_from, steerings[out])
-    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json, told)
+        prediction = foretold(lm, learned_from, steerings[out])
+    _save(out, steerings, method, source, lm.name, loader.named, strength, program, json, prediction)
 
 
-def _the_one(method: str, given: dict[str, Any]) -> str:
+def _the_one(method: str, sources: dict[str, Any]) -> str:
     """The name of the one source that was given. Raises for none, for several, and for one that the method hasn't."""
-    if not given:
+    if not sources:
         raise typer.BadParameter("nothing to learn from: give --pairs FILE, or for instruct --instruction SENTENCE")
-    if len(given) > 1:
-        raise TrimtabError(f"{' and '.join(given)} are different things to learn from; give one of them")
-    (source,) = given
+    if len(sources) > 1:
+        raise TrimtabError(f"{' and '.join(sources)} are different things to learn from; give one of them")
+    (source,) = sources
     if method == "caa" and source != "--pairs":
         raise TrimtabError(f"{source} is for instruct; caa learns from --pairs")
     return source
@@ -312,8 +312,10 @@ def _the_one(method: str, given: dict[str, Any]) -> str:
 def _check_logit(word: str | None, others: dict[str, Any]) -> None:
     if word is None:
         raise TrimtabError("--logit moves a word's logit; say which word with --word")
-    if given := [name for name, value in others.items() if value is not None]:
-        raise TrimtabError(f"{given[0]} isn't for --logit, which acts after the last block and learns from no queries")
+    if options := [name for name, value in others.items() if value is not None]:
+        raise TrimtabError(
+            f"{options[0]} isn't for --logit, which acts after the last block and learns from no queries"
+        )
 
 
 def _check_operation(operation: str | None, one_sided: bool) -> None:
@@ -376,16 +378,16 @@ def _by_weight(
 
     if operation == "project":
         raise TrimtabError("words and lengths are steered by a fixed weight; use --operation add or unit")
-    given: dict[str, Any] = {
+    keywords: dict[str, Any] = {
         "weight": 1.0 if operation == "unit" else None,
         "base": None if limit is None else base_queries(limit),
         "positions": positions,
         "progress": progress,
     }
     if word is not None:
-        return learn_word(lm, word, layers, exclude=exclude, **given)
+        return learn_word(lm, word, layers, exclude=exclude, **keywords)
     assert length is not None
-    return learn_length(lm, length, layers, **given)
+    return learn_length(lm, length, layers, **keywords)
 
 
 def _save(
@@ -398,7 +400,7 @@ def _save(
     strength: float,
     program: str | None,
     json: bool,
-    told: tuple[str, dict[str, Any] | None] | None,
+    prediction: tuple[str, dict[str, Any] | None] | None,
 ) -> None:
     """Write the files, now that all is learned, and say what they are."""
     from trimtab.report.pushes import pushes
@@ -409,15 +411,15 @@ def _save(
     documents = []
     for path, steering in steerings.items():
         steering, digest = save_for(program, steering, path)
-        found, count = pushes(steering), int(steering.card.measured.get("pairs", 0))
-        document = _document(path, digest, method, model, count, strength, found, steering)
+        by_layer, count = pushes(steering), int(steering.card.measured.get("pairs", 0))
+        document = _document(path, digest, method, model, count, strength, by_layer, steering)
         document["suggested_strength"] = suggested_strength(steering)
-        document |= {} if told is None else {"forecast": told[1]}
+        document |= {} if prediction is None else {"forecast": prediction[1]}
         documents.append(document | ({"next": commands_for(program, path)} if program else {}))
         if not json and source != "--all":
             title = f"{method} on {model}{f', from {count} pairs' if count else ''}"
-            foretold = [] if told is None else [told[0]]
-            show(title, _table(found), *foretold, f"saved {path}", *next_steps(program, path))
+            foretold = [] if prediction is None else [prediction[0]]
+            show(title, _table(by_layer), *foretold, f"saved {path}", *next_steps(program, path))
     if json:
         write_json({"folder": str(out), "files": documents} if source == "--all" else documents[0])
         return
@@ -474,12 +476,12 @@ def _overview(documents: list[dict[str, Any]]) -> Table:
     table = Table("file", "does", "layer", "of the activation's", "agreement", box=None, header_style="dim")
     for column in table.columns[2:]:
         column.justify = "right"
-    for one in documents:
-        shares = [layer["norm"] / layer["activation_norm"] for layer in one["layers"]]
-        most = one["layers"][shares.index(max(shares))]
+    for document in documents:
+        shares = [layer["norm"] / layer["activation_norm"] for layer in document["layers"]]
+        most = document["layers"][shares.index(max(shares))]
         table.add_row(
-            Path(one["file"]).stem,
-            one["operation"],
+            Path(document["file"]).stem,
+            document["operation"],
             str(most["layer"]),
             f"{max(shares):.0%}",
             f"{most['agreement']:.2f}",

@@ -175,19 +175,19 @@ def learn_distill(
     if len(texts) < len(own):
         raise TrimtabError(f"{queries}: queries to learn on are texts, not conversations")
     base = list(dict.fromkeys(texts))[:limit]
-    found = _recognised(instruction)
-    checked = _check(instruction, found, check, type_, kwargs, base)
+    recognised = _recognised(instruction)
+    checked = _check(instruction, recognised, check, type_, kwargs, base)
     text = read_text(prompt_file) if prompt_file is not None else None
     shots = tuple(read_examples(examples)) if examples is not None else ()
 
     from trimtab.learn.teachers import Teacher
     from trimtab.methods.distill import learn_distill as learn
 
-    teacher = Teacher(_phrasings(instruction, found), system, text, shots, times)
+    teacher = Teacher(_phrasings(instruction, recognised), system, text, shots, times)
     lm = loader.load(quiet=json)
     chosen = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
-    if found is not None:
-        note(f"recognised as {found.type.name}", quiet=json)
+    if recognised is not None:
+        note(f"recognised as {recognised.type.name}", quiet=json)
     with progress_bar("answering", quiet=json) as progress:
 
         def say(words: str) -> None:
@@ -236,16 +236,16 @@ def _recognised(instruction: str | None) -> Recognised | None:
     return recognise(" ".join(instruction.split()))
 
 
-def _phrasings(instruction: str | None, found: Recognised | None) -> tuple[str, ...]:
+def _phrasings(instruction: str | None, recognised: Recognised | None) -> tuple[str, ...]:
     if instruction is None:
         return ()
-    others = found.type.phrasings("learn", found.values) if found is not None else []
+    others = recognised.type.phrasings("learn", recognised.values) if recognised is not None else []
     return tuple(dict.fromkeys([" ".join(instruction.split()), *others]))
 
 
 def _check(
     instruction: str | None,
-    found: Recognised | None,
+    recognised: Recognised | None,
     check: str | None,
     type_: str | None,
     kwargs: str | None,
@@ -253,9 +253,9 @@ def _check(
 ) -> Check | None:
     """The check that is asked for, or that of the instruction's type; `None` where there is neither."""
     if check is None and type_ is None and kwargs is None:
-        if instruction is None or found is None:
+        if instruction is None or recognised is None:
             return None
-        check, type_, kwargs = _check_of(instruction, found)
+        check, type_, kwargs = _check_of(instruction, recognised)
     verdict = checker_for(check, type_, kwargs, queries)
     numbers = {query: i for i, query in enumerate(queries)}
 
@@ -265,14 +265,14 @@ def _check(
     return judge
 
 
-def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | None, str | None]:
+def _check_of(instruction: str, recognised: Recognised) -> tuple[str | None, str | None, str | None]:
     """The check of a recognised instruction; by preference one that knows what an answer is that was cut short."""
     from trimtab.commands.tune_task import check_of
     from trimtab.data.types import ALIASES
     from trimtab.evaluate.constraints import CONSTRAINTS
 
     for name, (type_, values) in ALIASES.items():
-        if name in CONSTRAINTS and type_ == found.type.name and values == found.values:
+        if name in CONSTRAINTS and type_ == recognised.type.name and values == recognised.values:
             return name, None, None
     return check_of(instruction)
 
@@ -280,8 +280,8 @@ def _check_of(instruction: str, found: Recognised) -> tuple[str | None, str | No
 def _lines(model: str, learned: Steering, out: Path) -> list[str]:
     measured = learned.card.measured
     tried = ", ".join(
-        f"{one['kept']} of {one['asked']}" + (f" (helped: {one['help']})" if one["help"] else "")
-        for one in measured["tries"]
+        f"{attempt['kept']} of {attempt['asked']}" + (f" (helped: {attempt['help']})" if attempt["help"] else "")
+        for attempt in measured["tries"]
     )
     before, after = measured["divergence_before"], measured["divergence_after"]
     lines = [

@@ -59,8 +59,8 @@ class Learn(TyperCommand):
 def command_for(recipe: Recipe) -> Any:
     """The command of one method: common options, and those of its recipe."""
 
-    def run(**given: Any) -> None:
-        _learn(recipe, given)
+    def run(**arguments: Any) -> None:
+        _learn(recipe, arguments)
 
     texts = recipe.takes == "texts" or any(option.kind == "texts" for option in recipe.options)
     column = [_keyword("column", ColumnOption, None)] if texts else []
@@ -133,30 +133,30 @@ def _parameter(option: Option) -> inspect.Parameter:
     return _keyword(option.name, Annotated[kind if default is not None else kind | None, setting], default)
 
 
-def _learn(recipe: Recipe, given: dict[str, Any]) -> None:
+def _learn(recipe: Recipe, arguments: dict[str, Any]) -> None:
     """Check, read the data, learn and save, in this order: nothing is loaded for what can't be done."""
-    out, quiet, program = given["out"], given["json"], given["program"]
+    out, quiet, program = arguments["out"], arguments["json"], arguments["program"]
     from trimtab.commands.learn import parse_layers
 
-    wanted = parse_layers(given["layers"])
-    check_program(program, recipe.name, given, wanted, out)
-    loader = taken(EngineModelOptions, given)
-    named = taken(ColumnOptions, given) if recipe.takes == "pairs" else ColumnOptions()
+    wanted = parse_layers(arguments["layers"])
+    check_program(program, recipe.name, arguments, wanted, out)
+    loader = taken(EngineModelOptions, arguments)
+    named = taken(ColumnOptions, arguments) if recipe.takes == "pairs" else ColumnOptions()
     columns = named.of(pairs=recipe.takes == "pairs")
-    column = given.get("column")
-    options = {option.name: _value(option, given[option.name], columns, column) for option in recipe.options}
+    column = arguments.get("column")
+    options = {option.name: _value(option, arguments[option.name], columns, column) for option in recipe.options}
     data: list[Any] = []
     if recipe.takes == "pairs":
-        pairs = pairs_in(given["pairs"], columns)
-        check_shape(recipe, pairs, given["pairs"])
+        pairs = pairs_in(arguments["pairs"], columns)
+        check_shape(recipe, pairs, arguments["pairs"])
         data = [pairs]
     elif recipe.takes == "texts":
-        data = [gather_prompts([], given["texts"], given["column"])]
+        data = [gather_prompts([], arguments["texts"], arguments["column"])]
 
     from trimtab.report.suggested import named_with_strength, suggested_strength
     from trimtab.steering.steering import check_strength
 
-    strength = check_strength(given["strength"])
+    strength = check_strength(arguments["strength"])
     lm = loader.load(quiet=quiet)
     layers = list(range(lm.layout.layers)) if isinstance(wanted, str) else wanted
     with progress_bar("learning", quiet=quiet) as progress:
