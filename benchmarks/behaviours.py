@@ -67,7 +67,7 @@ class Data:
 
     @property
     def questions(self) -> int:
-        """How many are asked in the test, in one order or both."""
+        """How many questions the test has, in one order or both."""
         return len({item.group or item.item for item in self.test})
 
 

@@ -29,7 +29,7 @@ DEPTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 BATCH = 96
 
 Form = tuple[str, float, Positions | None]
-"""An operation, a strength, and where it acts; `None`: where the operation does unless told."""
+"""An operation, a strength, and where it acts; `None`: where the operation does by default."""
 
 Progress = Callable[[int, int], None]
 Moments = Mapping[int, PairMoments]

@@ -95,7 +95,7 @@ def run(
     default: bool = True,
     schedules: Sequence[str] = SCHEDULES,
 ) -> Report:
-    """Speed and memory on the default model (unless told not to) and, where there is one, on the bench model (a
+    """Speed and memory on the default model (unless that is turned off) and, where there is one, on the bench model (a
     `.gguf` file), there without memory."""
     prompts = clean_suffixes(folder)[:COUNT]
     results: list[Result] = []

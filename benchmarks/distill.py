@@ -194,7 +194,7 @@ def _lora(
     questions: Sequence[str],
     answers_by_arm: dict[tuple[str, str], list[Judged]],
 ) -> list[Result]:
-    """A LoRA on the same answers, as many steps of as many answers, told nothing: the instruction goes into weights."""
+    """A LoRA on the same answers, as many steps of as many answers, without the prompt, which goes into weights."""
     instruction = instructions()[name]
     started = time.perf_counter()
     answers = own_answers(

@@ -2,7 +2,7 @@
 emphasized: what a prompt has and its version without instructions has not.
 
 DIRECTER (2603.06745), PASTA (2311.02262), SpotLight (2505.12025) and InstABoost (2506.13734), with and without
-rejection, and where it is asked for SEKA (2603.01281), which is learned first, against the unsteered model, a random
+rejection, and where requested SEKA (2603.01281), which is learned first, against the unsteered model, a random
 span of the same length, and words alone: the instruction said twice. What a run has done is kept in a folder, so that
 it can be stopped and started again.
 """
@@ -58,7 +58,7 @@ class Arm:
 
 
 def instructions_of(prompt: str, without: str) -> list[str]:
-    """The pieces of three words or more that the prompt has and the bare query has not; none if they can't be told."""
+    """The pieces of three words or more that the prompt has and the bare query has not; none if that isn't clear."""
     here = list(WORD.finditer(prompt))
     there = [_bare(word) for word in WORD.findall(without)]
     pieces, lost = [], 0

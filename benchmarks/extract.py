@@ -179,7 +179,7 @@ def _workers(file: Path, pairs: Sequence[Pair], scratch: Path) -> dict[str, Any]
 
 
 def _texts(tokenizer: Any, pairs: Sequence[Pair]) -> tuple[list[list[str]], list[list[list[int]]]]:
-    """What peers are given: each pair's two rendered texts, and the ids that these must have, which are ours."""
+    """What peers get: each pair's two rendered texts, and the ids that these must have, which are ours."""
     texts, ids = [], []
     for pair in pairs:
         question, *sides = as_texts(pair, "the benchmark")

@@ -129,7 +129,7 @@ def peak(file: Path | None, batch: int, tokens: int) -> float:
 
 
 OF_MIXTURES = ("steermoe",)
-"""Methods for mixtures of experts, which neither of the models here is: left out unless asked for by name."""
+"""Methods for mixtures of experts, which neither of the models here is: left out unless requested by name."""
 
 
 def cases_of(lm: LM, only: Sequence[str] = ()) -> list[Case]:

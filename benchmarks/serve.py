@@ -41,7 +41,7 @@ AGAINST_PEER = Target(1.0)
 READY_SECONDS = 300
 BLOCKS, PASS = 64, 4096
 """Of how many blocks of 256 tokens the peer's cache is, and how many tokens it reads at once: more than come together
-here. Unless told, it takes most of the machine's memory."""
+here. By default, it takes most of the machine's memory."""
 SERIAL = count(1)
 
 
@@ -57,7 +57,7 @@ PEER_DECODES = ("greedy", "sampled")
 
 @dataclass(frozen=True)
 class Server:
-    """Where it listens, what it calls its model, and what it wants to be told besides."""
+    """Where it listens, what it calls its model, and which further options it needs."""
 
     url: str
     model: str

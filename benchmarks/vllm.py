@@ -75,7 +75,7 @@ def _compared(
 
 
 class Contender:
-    """An engine in a process of its own, that runs a case whenever it is asked."""
+    """An engine in a process of its own, that runs a case at each call."""
 
     def __init__(self, job: dict[str, Any], *, plugin: bool) -> None:
         environment = {

@@ -6,7 +6,7 @@ import pytest
 
 from trimtab import TrimtabError
 from trimtab.data import queries
-from trimtab.making.idea import PLAIN, Idea, asked_about, idea_from_contrast, idea_from_sentence
+from trimtab.making.idea import PLAIN, Idea, idea_from_contrast, idea_from_sentence, with_questions
 
 QUESTIONS = tuple(f"Question {n}?" for n in range(24))
 
@@ -52,10 +52,10 @@ def test_a_persona_and_another() -> None:
 
 
 def test_questions_of_ones_own() -> None:
-    idea = asked_about(idea_from_contrast("a poet"), QUESTIONS)
+    idea = with_questions(idea_from_contrast("a poet"), QUESTIONS)
     assert (idea.learn, idea.test) == (QUESTIONS[::2], QUESTIONS[1::2])
     with pytest.raises(TrimtabError, match=r"has 2 questions to learn from and 2 to test; at least 8 and 4"):
-        asked_about(idea, QUESTIONS[:4])
+        with_questions(idea, QUESTIONS[:4])
 
 
 @pytest.mark.parametrize(

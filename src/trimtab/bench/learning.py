@@ -26,7 +26,7 @@ HEADS = 48
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a method is given: its data, and keywords."""
+    """The arguments of a method: its data, and keywords."""
 
     data: tuple[Any, ...]
     options: dict[str, Any]
@@ -68,7 +68,7 @@ def inputs_for(recipe: Recipe, lessons: Lessons, seed: int) -> Inputs | str:
 
 
 def learned(lm: LM, recipe: Recipe, inputs: Inputs) -> Steering:
-    """The method's steering, at its own defaults but for what was given.
+    """The method's steering, at its own defaults but for these arguments.
 
     Raises what the method raises, and `KeyboardInterrupt` where it was interrupted and ended before it was done.
     """

@@ -41,7 +41,7 @@ def by_answers(
         prompts: Each arm's, an item each.
         score: `score(i, answer, cut)`: what the answer to item i is worth.
         tokens: The most of an answer.
-        queries: What is asked, for whether the answer speaks of it.
+        queries: The questions, for whether the answer speaks of them.
     """
     context = prompts.get(PROMPT, prompts[PLAIN])
 

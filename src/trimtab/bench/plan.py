@@ -165,7 +165,7 @@ class Plan:
         return TRAINING if gradients else 2.0 * self.settings.pairs
 
     def _acts(self, name: str, outline: Outline) -> bool:
-        """Whether the method can act on the task, as far as can be told beforehand."""
+        """Whether the method can act on the task, as far as is known beforehand."""
         if name in EMPHASIS:
             return outline.said
         recipe = self.recipes.get(name)

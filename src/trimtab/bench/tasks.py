@@ -1,4 +1,4 @@
-"""What a benchmark task is: what is learned from, what is asked, and how an answer is scored."""
+"""What a benchmark task is: what is learned from, the questions, and how an answer is scored."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Lessons:
-    """What methods are given to learn from, in all the forms that a task has.
+    """What methods learn from, in all the forms that a task has.
 
     Args:
         pairs: Contrastive pairs by their shape.
         texts: Prompts on which the behaviour belongs, for methods that learn from texts.
         others: Prompts on which it doesn't.
         contrast: A text for and a text against, for methods that take two texts.
-        teacher: Keywords of `learn_distill`: what the model is told, and what is asked.
+        teacher: Keywords of `learn_distill`: the instruction and the questions.
     """
 
     pairs: Mapping[str, tuple[Pair, ...]]

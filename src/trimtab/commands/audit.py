@@ -166,7 +166,7 @@ def audit(
 
 
 def comparison_table(result: Audit) -> Table:
-    """A line a comparison, what was found first; with a repaired steering, its numbers beside."""
+    """A line a comparison, differences first; with a repaired steering, its numbers beside."""
     mended = {comparison.name: comparison for comparison in result.repaired.comparisons} if result.repaired else {}
     names = ("unsteered", "steered", *(("repaired",) if mended else ()), "change", "p")
     table = table_of("", *names)

@@ -179,7 +179,7 @@ def converse(
     from trimtab.commands.chat_answer import STREAMING, ask
     from trimtab.commands.chat_commands import is_command, run_command
     from trimtab.commands.chat_make import make_steered
-    from trimtab.commands.chat_screen import told_of
+    from trimtab.commands.chat_screen import outcome_of
 
     fine = True
     while (line := read(conversation)) is not None:
@@ -197,7 +197,7 @@ def converse(
                     with screen.making() as (stage, tell):
                         making = make_steered(desk, outcome.conversation, outcome.make, stage, tell)
                     conversation = making.conversation
-                    screen.tell(told_of(making))
+                    screen.tell(outcome_of(making))
                     continue
                 if outcome.ask is None:
                     conversation = outcome.conversation

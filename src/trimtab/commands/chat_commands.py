@@ -1,7 +1,7 @@
 """The slash commands of `trimtab chat`: a line and a conversation give another conversation, and what there is to tell.
 
 A command is a function in `COMMANDS`. None of them prints, and none of them asks the model for an answer: `/retry` says
-what is to be asked again, and `/make` what is to be made.
+what is to be sent again, and `/make` what is to be made.
 """
 
 from __future__ import annotations

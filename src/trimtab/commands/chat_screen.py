@@ -158,8 +158,8 @@ class Terminal:
             yield making
 
 
-def told_of(making: Making) -> Outcome:
-    """What there is to tell of a steering that was made."""
+def outcome_of(making: Making) -> Outcome:
+    """What a conversation shows of a steering that was made."""
     lines = summary(making.made)
     if making.on:
         said = f"{making.name} is on at strength 1; /save {making.name}.safetensors writes it"

@@ -133,7 +133,7 @@ def judge(
     cache = None if out is None else out.with_name(f"{out.stem}-replies")
     with resumable(out, quiet=json), progress_bar("judging", quiet=json) as progress:
         questions = {str(number): prompt for number, prompt in chosen}
-        bare = [_as_asked(record, questions) for record in records]
+        bare = [_with_question(record, questions) for record in records]
         scored, verdicts = judge_records(by, rubric, bare, cache=cache, progress=progress)
     tallies = {
         name: tally(by, [v for record, v in zip(scored, verdicts, strict=True) if record.arm == name])
@@ -204,7 +204,7 @@ def _check_systems(prompts: Sequence[Any]) -> None:
             raise TrimtabError("a prompt of the file has a system message already; leave out --system-prompt")
 
 
-def _as_asked(record: Record, questions: Mapping[str, Any]) -> Record:
+def _with_question(record: Record, questions: Mapping[str, Any]) -> Record:
     """The record with the file's prompt: an arm's own system message is not the judge's business."""
     from dataclasses import replace
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from trimtab.lm import LM
     from trimtab.steering import Steering
 
-ASKED = 6
+MOST_PROMPTS = 6
 
 
 def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, dict[str, Any] | None]:
@@ -27,7 +27,7 @@ def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, di
     from trimtab.tune.forecast import forecast, predictors
 
     try:
-        prediction = forecast(predictors(lm, pairs, steering, _asked(pairs)))
+        prediction = forecast(predictors(lm, pairs, steering, _own_prompts(pairs)))
     except TrimtabError as error:
         return f"forecast: can't say ({error})", None
     return str(prediction), {
@@ -41,9 +41,11 @@ def foretold(lm: LM, pairs: Sequence[Pair], steering: Steering) -> tuple[str, di
     }
 
 
-def _asked(pairs: Sequence[Pair]) -> list[Any]:
+def _own_prompts(pairs: Sequence[Pair]) -> list[Any]:
     """Some of the pairs' own prompts, without what is learned; the package's queries where they have none."""
     from trimtab.data import queries
 
     own = [pair.negative if pair.shape == "prompts" else pair.prompt for pair in pairs if pair.shape != "texts"]
-    return [as_prompt(words) for words in dict.fromkeys(own) if words][:ASKED] or list(queries("tune")[:ASKED])
+    return [as_prompt(words) for words in dict.fromkeys(own) if words][:MOST_PROMPTS] or list(
+        queries("tune")[:MOST_PROMPTS]
+    )

@@ -291,8 +291,8 @@ def generate(
         from trimtab.evaluate.ab import spread
         from trimtab.tune import at_nats
 
-        asked_as: dict[str, Any] = {"system": system, "chat": False if plain else None}
-        taken = at_nats(lm, steering, nats, spread(all_prompts, DOSED_PROMPTS), transfer=transfer, **asked_as)
+        rendering: dict[str, Any] = {"system": system, "chat": False if plain else None}
+        taken = at_nats(lm, steering, nats, spread(all_prompts, DOSED_PROMPTS), transfer=transfer, **rendering)
         steering = taken.steering
     with progress_bar("generating", quiet=json) as progress:
         towards: dict[str, Any] = {} if marks is None else {"emphasize": [marks] * len(all_prompts)}

@@ -87,7 +87,7 @@ def _lesson(
     return Lesson(
         name,
         tuple(instruction_pairs(base, different)),
-        # a fixed weight for lengths and words, as in the paper: the length of the difference that was found
+        # a fixed weight for lengths and words, as in the paper: the length of the learned difference
         "project" if formats else "add",
         {**{key: value for key, value in about.items() if value}, "phrasings": _digest(different), "queries": "learn"},
         remark,

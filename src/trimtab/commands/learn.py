@@ -223,7 +223,7 @@ def learn(
     Nothing is written until everything is learned; an existing file is replaced.
     """
     sources = {"--pairs": pairs, "--instruction": instruction, "--all": every, "--word": word, "--length": length}
-    source = _the_one(method, {name: value for name, value in sources.items() if value not in (None, False)})
+    source = _source_of(method, {name: value for name, value in sources.items() if value not in (None, False)})
     if method != "instruct" and (operation is not None or positions is not None or one_sided):
         raise TrimtabError(f"--operation, --positions and --one-sided are for instruct, not for {method}")
     if method != "caa" and read_at is not None:
@@ -297,8 +297,8 @@ def learn(
     _save(out, steerings, method, source, lm.name, loader.named, strength, program, json, prediction)
 
 
-def _the_one(method: str, sources: dict[str, Any]) -> str:
-    """The name of the one source that was given. Raises for none, for several, and for one that the method hasn't."""
+def _source_of(method: str, sources: dict[str, Any]) -> str:
+    """The name of the only source that was passed. Raises for none, for several, and for one that the method hasn't."""
     if not sources:
         raise typer.BadParameter("nothing to learn from: give --pairs FILE, or for instruct --instruction SENTENCE")
     if len(sources) > 1:

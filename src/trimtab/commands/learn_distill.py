@@ -251,7 +251,7 @@ def _check(
     kwargs: str | None,
     queries: list[Any],
 ) -> Check | None:
-    """The check that is asked for, or that of the instruction's type; `None` where there is neither."""
+    """The requested check, or that of the instruction's type; `None` where there is neither."""
     if check is None and type_ is None and kwargs is None:
         if instruction is None or recognised is None:
             return None

@@ -186,7 +186,7 @@ def _opening(learned: Steering) -> list[str]:
 
 
 def _value(option: Option, value: Any, columns: Columns, column: str | None) -> Any:
-    """What the function is given for what the command line was."""
+    """The function's argument for the command line's."""
     if value is None:
         return None
     if option.choices and value not in option.choices:

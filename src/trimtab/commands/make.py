@@ -242,7 +242,7 @@ def _idea(
 ) -> Idea:
     from trimtab.data import read_trait
     from trimtab.making import idea_from_contrast, idea_from_sentence
-    from trimtab.making.idea import asked_about, idea_from_trait
+    from trimtab.making.idea import idea_from_trait, with_questions
     from trimtab.making.writer import idea_from_writer
 
     if unlike is not None and like is None:
@@ -263,7 +263,7 @@ def _idea(
     question_list = list(dict.fromkeys(gather_prompts([], questions)))
     if not all(isinstance(question, str) for question in question_list):
         raise TrimtabError(f"{questions}: questions are texts, not conversations")
-    return asked_about(wanted, question_list)  # type: ignore[arg-type]
+    return with_questions(wanted, question_list)  # type: ignore[arg-type]
 
 
 def source_of(idea: Idea) -> str:

@@ -23,7 +23,7 @@ STYLES = {"works": "green", "partly": "yellow", "refused": "dim", "wrong": "bold
 
 
 def check(loader: BareModelOptions, *, json: bool) -> None:
-    """Check the model, folder, `config.json` or model type that is `loader.model`, and print what was found.
+    """Check the model, folder, `config.json` or model type that is `loader.model`, and print the result.
 
     Raises `typer.Exit` with 1 where something is wrong, as tests of it would.
     """

@@ -40,7 +40,7 @@ def gather_prompts(texts: Sequence[str], source: str | None, column: str | None 
     JSON list, or each of its lines begins with `{`. The rows of those are texts, lists of messages, or objects, whose
     prompt is in `column` or one of `COLUMNS`, under their `system` prompt, if they have one.
 
-    Raises `TrimtabError` for none, an empty one, a malformed line, and a row whose prompt can't be told.
+    Raises `TrimtabError` for none, an empty one, a malformed line, and a row whose prompt isn't clear.
     """
     for text in texts:
         if not text.strip():

@@ -23,9 +23,9 @@ SETTINGS = "TRIMTAB_DOOR"
 CLOSED = "TRIMTAB_CLOSED"
 
 PASSED = ("steerings", "host", "port", "rows", "model", "dtype", "revision", "insecure", "engine", "vllm")
-"""The options of `trimtab serve` that vLLM's server can be told."""
+"""The options of `trimtab serve` that vLLM's server takes."""
 AT_THE_DOOR = ("policy", "max_dose", "audit", "audit_prompts", "audit_sync", "access_log", "max_body", "max_held")
-"""And those that the layer in front of it is told."""
+"""And those that the layer in front of it takes."""
 DOOR = "trimtab.serve.vllm.door.Door"
 PAST_THE_DOOR = {
     "--grpc": "its gRPC server asks for no keys of a policy",
@@ -117,7 +117,7 @@ def check_closed(more: Sequence[str], environment: Mapping[str, str]) -> None:
 
 
 def _plugins() -> set[str]:
-    """The plugins that vLLM loads unless it is told which: all, but for those that add routes."""
+    """The plugins that vLLM loads by default: all, but for those that add routes."""
     return {plugin.name for group in GROUPS for plugin in entry_points(group=group)}
 
 

@@ -129,7 +129,7 @@ def idea_from_contrast(like: str, unlike: str | None = None) -> Idea:
     return Idea(who, tuple(template.format(who=who) for template in PERSONA), negative, *_general(), source="persona")
 
 
-def asked_about(idea: Idea, questions: Sequence[str]) -> Idea:
+def with_questions(idea: Idea, questions: Sequence[str]) -> Idea:
     """The idea with questions of one's own; every second one is kept for the test.
 
     Raises:

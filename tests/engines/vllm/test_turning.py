@@ -18,7 +18,7 @@ from trimtab.engines.vllm.frontend import Link
 from trimtab.engines.vllm.rig import Chunks, Rig
 from trimtab.engines.vllm.turning import reserved
 from trimtab.engines.vllm.wire import Wire, content_of, identified
-from trimtab.engines.vllm.worker import _untold
+from trimtab.engines.vllm.worker import _tokens_unknown
 
 TOKENIZER = naive_meanings.tokenizer()
 THINKING, ANSWER = Positions.thinking("<", "b>"), Positions.answer("<", "b>")
@@ -145,7 +145,9 @@ def test_blocks_are_keyed_by_all_that_may_act() -> None:
 
 
 def test_engines_that_dont_tell_tokens_refuse_them() -> None:
-    link = Link(8, LAYERS, WIDTH, False, untold="async scheduling leaves it on the device; async_scheduling=False")
+    link = Link(
+        8, LAYERS, WIDTH, False, tokens_unknown="async scheduling leaves it on the device; async_scheduling=False"
+    )
     with pytest.raises(UnsupportedError, match=r"positions by meaning depend on each token.*async_scheduling=False"):
         link.check(GIVEN["a"])
     link.check(GIVEN["b"])
@@ -158,6 +160,6 @@ def test_engines_that_dont_tell_tokens_refuse_them() -> None:
         runner = SimpleNamespace(_model_forward=None) if first else SimpleNamespace()
         return SimpleNamespace(vllm_config=config, model_runner=runner)
 
-    assert _untold(worker(False, 1, True)) == ""
+    assert _tokens_unknown(worker(False, 1, True)) == ""
     for case, words in (((True, 1, True), "async_sch"), ((False, 2, True), "pipeline"), ((False, 1, False), "V2")):
-        assert words in _untold(worker(*case))
+        assert words in _tokens_unknown(worker(*case))

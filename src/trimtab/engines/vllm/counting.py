@@ -84,15 +84,15 @@ class GraphCounts:
     def __init__(self, sites: Collection[Site], device: torch.device) -> None:
         self.sites: tuple[Site, ...] = tuple(sites)
         self._all = torch.zeros(len(sites), dtype=torch.int64, device=device)
-        self._one = dict(zip(sites, self._all.unbind(), strict=True))  # views, which stay where they are
+        self._numbers = dict(zip(sites, self._all.unbind(), strict=True))  # views, which stay where they are
 
     def count(self, site: Site, tokens: int) -> None:
         """Part of the graph: one number is added to, in place."""
-        self._one[site].add_(CALL + tokens)
+        self._numbers[site].add_(CALL + tokens)
 
     def number_at(self, site: Site) -> Tensor:
         """A site's number, `[]`."""
-        return self._one[site]
+        return self._numbers[site]
 
     def clear(self) -> None:
         """Before a pass."""

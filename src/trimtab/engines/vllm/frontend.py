@@ -161,7 +161,7 @@ class Link:
     inside: Mapping[str, int] = field(default_factory=dict)  # by kind, how wide activations are where they are steered
     split: frozenset[str] = frozenset()  # the kinds of sites that are split over workers
     unmeasured: str = "this worker doesn't say"  # why doses aren't measured; empty: they are
-    untold: str = ""  # why workers don't know each token before the next pass; empty: they do
+    tokens_unknown: str = ""  # why workers don't know each token before the next pass; empty: they do
     identity: ModelId | None = None  # once it was requested
     known: OrderedDict[tuple[int, str], Part] = field(default_factory=OrderedDict)  # by version of the names, and text
 
@@ -169,10 +169,10 @@ class Link:
         """Raises `TrimtabError` for a steering that the engine can't run."""
         widths = {"residual": self.width, **self.inside}
         check_supported(by_keys(steering), layers=self.layers, widths=widths, split=self.split, capacity=self._capacity)
-        if self.untold and meanings_of(steering.edits):
+        if self.tokens_unknown and meanings_of(steering.edits):
             raise UnsupportedError(
                 "positions by meaning depend on each token, which has to be known before the next one is computed:"
-                f" {self.untold}"
+                f" {self.tokens_unknown}"
             )
 
     @property
@@ -233,7 +233,7 @@ def link_from(hellos: Sequence[Mapping[str, Any]], config: Any) -> Link:
         capacity=Capacity.from_plain(settings.capacity),
         maps=settings.maps,
         unmeasured=next((hello["unmeasured"] for hello in hellos if hello.get("unmeasured")), ""),
-        untold=next((hello["untold"] for hello in hellos if hello.get("untold")), ""),
+        tokens_unknown=next((hello["untold"] for hello in hellos if hello.get("untold")), ""),
         inside=hellos[0].get("inside", {}),
         split=frozenset(hellos[0].get("split", ())),
     )

@@ -19,7 +19,7 @@ from trimtab.engines.vllm.wire import RESOLVED, wire_of
 from trimtab.errors import TrimtabError, UnsupportedError
 from trimtab.text.spans import Span
 
-UNTOLD = "_trimtab_untold"  # the reasons of an engine's requests that have failed, until they are raised
+FAILURES = "_trimtab_failures"  # the reasons of an engine's requests that have failed, until they are raised
 
 
 def failed_because(output: Any) -> str | None:
@@ -74,10 +74,10 @@ def patch_engines(
     def step_and_tell(self: Any) -> Any:
         """Of several requests each goes on to its end; then the first that wasn't steered is raised."""
         outputs = step(self)
-        failures = self.__dict__.setdefault(UNTOLD, [])
+        failures = self.__dict__.setdefault(FAILURES, [])
         failures += filter(None, map(failed_because, outputs))
         if failures and not self.has_unfinished_requests():
-            setattr(self, UNTOLD, [])
+            setattr(self, FAILURES, [])
             raise TrimtabError(failures[0])
         return outputs
 

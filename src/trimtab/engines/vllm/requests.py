@@ -41,7 +41,7 @@ def patch_request(request: Any) -> None:
     sampling = request.to_sampling_params
 
     def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        steering, heeded = _asked(self), _heeded(self)
+        steering, heeded = _requested(self), _heeded(self)
         params = sampling(self, *args, **kwargs)
         if steering:
             params.extra_args = {**(params.extra_args or {}), ASKED: steering}
@@ -54,14 +54,14 @@ def patch_request(request: Any) -> None:
         beams = request.to_beam_search_params
 
         def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if _asked(self) or _heeded(self):
+            if _requested(self) or _heeded(self):
                 raise UnsupportedError("vLLM's beam search forgets what its requests ask beside; leave out steering")
             return beams(self, *args, **kwargs)
 
         request.to_beam_search_params = to_beam_search_params
 
 
-def _asked(request: Any) -> Any:
+def _requested(request: Any) -> Any:
     """The steering that a request asks for, in either place; what it can't have raises `TrimtabError`."""
     fields = request.model_extra or {}
     for name, why in REFUSED.items():

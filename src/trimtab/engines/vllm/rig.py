@@ -67,7 +67,7 @@ class Program:
 
 IDLE = Program()
 NO_CHUNKS = Chunks((), (), ())
-NOT_ASKED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer this request"
+NOT_CALLED = f"{MARK}vLLM took a step in which the plugin wasn't asked to steer this request"
 
 
 @dataclass
@@ -412,10 +412,10 @@ class Rig:
             if not due:
                 return None
             self._last, self._pass = (), NO_CHUNKS
-            return Receipt(len(due), dict.fromkeys(due, NOT_ASKED))
+            return Receipt(len(due), dict.fromkeys(due, NOT_CALLED))
         faults = self._faults
         if not due <= self._here.keys():
-            faults |= dict.fromkeys(due - self._here.keys(), NOT_ASKED)
+            faults |= dict.fromkeys(due - self._here.keys(), NOT_CALLED)
         receipt = Receipt(max(len(due), len(self._here)), faults)
         if self.counts is None or not self._replays:
             faults.update(_miscounted(self._seen, self._needed, self._here))

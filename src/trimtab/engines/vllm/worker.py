@@ -293,7 +293,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
             "unfired": [str(site) for site in rig.unfired] if _runs_before_use(self.worker) else [],
             "static": rig.static,
             "fused": rig.fused is not None,
-            "untold": _untold(self.worker),
+            "untold": _tokens_unknown(self.worker),
             "unmeasured": _unmeasured(self.worker, rig),
             "dtype": str(rig.dtype).removeprefix("torch."),
             **rig.describe(),
@@ -301,7 +301,7 @@ def trimtab_hello(self: Any) -> dict[str, Any]:
     return hello
 
 
-def _untold(worker: Any) -> str:
+def _tokens_unknown(worker: Any) -> str:
     """Why a worker doesn't know each token on the host before the next pass, and what helps; empty: it does."""
     config = worker.vllm_config
     if getattr(config.scheduler_config, "async_scheduling", False):
