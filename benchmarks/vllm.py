@@ -1,4 +1,4 @@
-"""Steered generation on vLLM against the same vLLM without the plugin. Target: at least 0.97 of its throughput.
+"""Steered generation on vLLM against the same vLLM without the plugin: its share of the throughput.
 
 Two engines stand side by side, each in a process of its own, one started without trimtab's plugin; they run in turns,
 in rounds, on the same prompts. On a CPU the ratio is of processor time, which other programs disturb less than time on
@@ -22,15 +22,20 @@ from benchmarks.harness import Report, Result, Target, interleave, ratios, summa
 from benchmarks.machine import machine, versions
 from benchmarks.static import DOSE, PROMPTS
 from trimtab.engines.vllm.versions import vllm_version
-from trimtab.steering import Add, Edit, ScaleScores, Site, Steering, emphasis
+from trimtab.steering import Add, Edit, ReadWrite, ScaleScores, Site, Steering, emphasis
 
 SPEED = Target(0.97)
+IDLE = Target(0.99)
 BATCHES = (1, 32, 128)
 SPAN = (1, 4)
 """Tokens that every prompt has."""
 CASES = ("idle", "one vector, one layer", "one vector, every layer", "three vectors, every layer", "32 steerings")
 BY_KEYS = ("idle, with room for emphasis by keys", "emphasis by keys")
-"""In an engine of their own, whose operators stand at keys too; others don't pay for these."""
+BY_MAPS = ("idle, with room for maps", "rank 4, every layer", "rank 64, half of the layers")
+GROUPS = {"": CASES, "keys": BY_KEYS, "maps": BY_MAPS}
+"""What needs operators of its own, at keys or for maps (`ReadWrite`), has an engine of its own: others don't pay for
+them."""
+TARGETS = {"idle": IDLE, "rank 4, every layer": Target(0.95), "rank 64, half of the layers": Target(0.9)}
 
 
 def run(
@@ -41,24 +46,22 @@ def run(
     plain = Contender(job, plugin=False)
     results: list[Result] = []
     try:
-        for cases in (CASES, BY_KEYS):
-            ours = Contender({**job, "keys": cases is BY_KEYS}, plugin=True)
+        for group in GROUPS:
+            ours = Contender({**job, "group": group}, plugin=True)
             try:
-                results += _compared(plain, ours, cases, rounds, batches)
+                results += _compared(plain, ours, group, rounds, batches)
             finally:
                 ours.close()
             if ours.about["graphs"] is not None:
-                what = "captured graphs, with keys" if cases is BY_KEYS else "captured graphs"
+                what = f"captured graphs, with {group}" if group else "captured graphs"
                 results.append(Result(what, "sizes", ours.about["graphs"], "", target=Target(1)))
     finally:
         plain.close()
     return Report("vllm", machine(), {**versions(), "vllm": vllm_version()}, tuple(results))
 
 
-def _compared(
-    plain: Contender, ours: Contender, cases: Sequence[str], rounds: int, batches: Sequence[int]
-) -> list[Result]:
-    results = []
+def _compared(plain: Contender, ours: Contender, group: str, rounds: int, batches: Sequence[int]) -> list[Result]:
+    results, cases = [], GROUPS[group]
     clock = "cpu" if plain.about["device"] == "cpu" else "wall"
     for batch in batches:
         runs = {"without plugin": plain.timed("none", batch, clock)}
@@ -66,11 +69,11 @@ def _compared(
         values = interleave(runs, rounds)
         per = "tokens/CPU-s" if clock == "cpu" else "tokens/s"
         for name in runs:
-            what = f"{name}, beside {cases[-1]}" if name not in cases and cases is BY_KEYS else name
+            what = f"{name}, beside {cases[-1]}" if name not in cases and group else name
             results.append(summarized(f"{what}, batch {batch}", "throughput", per, values[name]))
         for case in cases:
-            shares = ratios(values[case], values["without plugin"])
-            results.append(summarized(f"{case}, batch {batch}", "of without plugin", "ratio", shares, SPEED))
+            shares, target = ratios(values[case], values["without plugin"]), TARGETS.get(case, SPEED)
+            results.append(summarized(f"{case}, batch {batch}", "of without plugin", "ratio", shares, target))
     return results
 
 
@@ -131,13 +134,14 @@ def serve(job: dict[str, Any]) -> None:
 
     dummy = {"load_format": "dummy"} if job["dummy"] else {}
     name = job["model"] or str(default_folder())
-    if job.get("keys"):  # known before the engine starts, which then has the operators for it
+    if job.get("group"):  # known before the engine starts, which then has the operators for it
         from transformers import AutoConfig
 
         from trimtab.engines.vllm.frontend import NAMES
 
-        layers = AutoConfig.from_pretrained(name).get_text_config().num_hidden_layers
-        NAMES.register(BY_KEYS[-1], emphasis(ScaleScores(1.2), [SPAN], range(layers)))
+        shape = AutoConfig.from_pretrained(name).get_text_config()
+        for case in GROUPS[job["group"]][1:]:
+            NAMES.register(case, _known_before(case, shape.num_hidden_layers, shape.hidden_size))
     llm = LLM(model=name, enable_prefix_caching=False, **dummy, **job["options"])
     config = llm.llm_engine.vllm_config
     text = config.model_config.hf_text_config
@@ -171,9 +175,22 @@ def serve(job: dict[str, Any]) -> None:
 
 
 def _asks(case: str, request: int) -> dict[str, Any] | None:
-    if case in ("none", "idle", BY_KEYS[0]):
+    if case == "none" or case.startswith("idle"):
         return None
     return {"steering": [{"name": f"different {request % 32}" if case == "32 steerings" else case}]}
+
+
+def _known_before(case: str, layers: int, width: int) -> Steering:
+    """What needs operators that additions don't."""
+    if case in BY_KEYS:
+        return emphasis(ScaleScores(1.2), [SPAN], range(layers))
+    rank, where = (64, range(0, layers, 2)) if case.startswith("rank 64") else (4, range(layers))
+    generator = torch.Generator().manual_seed(rank)
+    edits = []
+    for layer in where:
+        read, write = torch.randn(2, rank, width, generator=generator) / width**0.5
+        edits.append(Edit(Site(layer), ReadWrite(read, 0.02 * write, torch.zeros(rank))))
+    return Steering(tuple(edits))
 
 
 def _steerings(layers: int, width: int) -> dict[str, Steering]:
